@@ -1,8 +1,8 @@
 """Convert a LoRA file between dialects."""
 
 import modules.interpreter  # noqa: F401
-from contract.families import plain_script
 from networks.convert import ConvertOptions, convert
+from protocols.families import plain_script
 
 main = plain_script(__doc__, convert, ConvertOptions)
 

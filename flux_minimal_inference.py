@@ -8,11 +8,11 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify
 from flux.official_options import LINE_CHARACTERS, TYPED, generation_words, is_fp8, read_minimal
 from flux_generate_image import main as generate_image
 from generation.prompt_lines import NO_TEXT, LineOption
 from modules.command import command_line, name_as_typed
+from protocols.families import identify
 
 if TYPE_CHECKING:
     from flux.family import Flux

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify
 from modules.command import command_line, print_loading
 from modules.installation import hide_packages
+from protocols.families import identify
 from stable_diffusion.options import read_gen_img
 
 

@@ -6,9 +6,9 @@ What the mask leaves black stays exactly as the VAE decodes it. gen_img.py has m
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify
 from modules.command import command_line, name_as_typed, print_loading
 from modules.installation import hide_packages
+from protocols.families import identify
 from stable_diffusion.minimal_options import TYPED, read_minimal
 
 

@@ -6,10 +6,10 @@ lumina_generate_image.py has more.
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify
 from lumina.official_options import TYPED, generation_words, read_minimal
 from lumina_generate_image import main as generate_image
 from modules.command import command_line, name_as_typed
+from protocols.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -1,8 +1,8 @@
 """Merge LoRAs into a model file, one tensor at a time."""
 
 import modules.interpreter  # noqa: F401
-from contract.families import plain_script
 from networks.tool_options import MergeOptions
+from protocols.families import plain_script
 
 main = plain_script(__doc__, "networks.merging.merge_dit", MergeOptions)
 

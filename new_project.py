@@ -1,8 +1,8 @@
 """Describe a folder of clips or images for training: write dataset.toml, prompts.txt and run.toml into it."""
 
 import modules.interpreter  # noqa: F401
-from contract.families import plain_script
 from project.new_options import NewOptions
+from protocols.families import plain_script
 
 main = plain_script(__doc__, "project.files.write_project", NewOptions)
 

@@ -1,8 +1,8 @@
 """Extract a LoRA from a fine-tuned Qwen-Image transformer."""
 
 import modules.interpreter  # noqa: F401
-from contract.families import plain_script
 from networks.tool_options import OF_FULL, BlockExtractWords, ExtractOptions
+from protocols.families import plain_script
 
 main = plain_script(
     __doc__, "networks.extracting.extract_qwen", ExtractOptions, BlockExtractWords, without=OF_FULL

@@ -1,8 +1,8 @@
 """Train on a folder that `new` has described: check, cache and train with its run.toml."""
 
 import modules.interpreter  # noqa: F401
-from contract.families import plain_script
 from project.run_options import RunOptions
+from protocols.families import plain_script
 
 main = plain_script(__doc__, "project.running.run_project", RunOptions, going_on=lambda run: run.going_on)
 

@@ -8,10 +8,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify
 from hunyuan_model.official_options import TYPED, generation_words, read_official
 from hv_generate_video import main as generate_video
 from modules.command import command_line, name_as_typed
+from protocols.families import identify
 
 if TYPE_CHECKING:
     from generation.options import GenerationOptions

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify
 from gen_img import main as generate
 from modules.command import command_line
+from protocols.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_image_tokens
-from contract.few_steps import GUIDED, FewSteps, make_transfer_target
-from contract.rules import ModelRelease, NpzFormat
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec, count_image_tokens
+from protocols.few_steps import GUIDED, FewSteps, make_transfer_target
+from protocols.rules import ModelRelease, NpzFormat
 from qwen_image.configs import LATENT as QWEN_LATENT
 
 ANIMA = ModelRelease(

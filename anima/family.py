@@ -27,7 +27,13 @@ from anima.options import (
 )
 from anima.text_encoder import IDS, MASK, STATES, WEIGHTS, check_tokens
 from checkpoints.dits import with_dtype
-from contract.data import (
+from encoders import control_pictures
+from encoders.pictures import ModelOfImages, encode_images, image_defaults
+from modules.control_codes import shorten
+from modules.devices import send
+from modules.media.pixels import to_pixels
+from modules.options import NO_OPTIONS
+from protocols.data import (
     Batch,
     CacheEntry,
     Conditions,
@@ -37,19 +43,13 @@ from contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from contract.few_steps import FewSteps
-from contract.loading import Placement
-from contract.made_networks import MadeNetwork
-from contract.requests import Prepared, Request
-from contract.rules import ModelRelease
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from encoders import control_pictures
-from encoders.pictures import ModelOfImages, encode_images, image_defaults
-from modules.control_codes import shorten
-from modules.devices import send
-from modules.media.pixels import to_pixels
-from modules.options import NO_OPTIONS
+from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.family_networks import MadeNetwork
+from protocols.few_steps import FewSteps
+from protocols.loading import Placement
+from protocols.requests import Prepared, Request
+from protocols.rules import ModelRelease
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 logger = logging.getLogger(__name__)
 

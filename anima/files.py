@@ -17,12 +17,12 @@ from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kin
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.model_files import read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.language_encoder import LanguageUse
 from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
 from modules.speed_options import text_form
 from networks.names.layouts import tensor_patterns
+from protocols.loading import TensorSource
 from qwen_image.files import QwenImageFiles
 
 WHAT = f"an {NAME} transformer"

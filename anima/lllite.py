@@ -24,13 +24,13 @@ from anima.options import TARGETS, AnimaLlliteTrainingOptions, read_targets
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind
 from checkpoints.model_files import require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.data import CONTROL_PIXELS, Conditions
-from contract.made_networks import DefaultRate, MadeNetwork, describe_start
 from encoders.control_pictures import CONTROL_MASK, check_control
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.random_masks import draw_mask
 from modules.option_values import FillIn, option_words
+from protocols.data import CONTROL_PIXELS, Conditions
+from protocols.family_networks import DefaultRate, MadeNetwork, describe_start
 
 CALLED = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite_anima"  # as other programs call it

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from anima.adapter import AnimaAdapter, read_texts
 from anima.configs import DIT, PATCH, TEXT_ROWS, AnimaConfig
-from contract.steps import NO_OVERRIDES, Overrides
 from modules.attention.attend import attend
 from modules.devices import send_ahead
 from modules.layers.half_rope import rotate_halves
@@ -25,11 +24,12 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, take_rows, turns
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 from wan.spec import pad_texts
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 
 @dataclass(frozen=True)

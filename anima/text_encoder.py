@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions
-from contract.family import EncoderAbilities
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
 from encoders.language_models import QWEN3
 from encoders.text_encoder import END, TextTokenizer, TokenizerSource, fill_rows, weights_of
 from modules.errors import CheckpointError
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities
+from protocols.requests import Prompt
 
 STATES, MASK, IDS, WEIGHTS = "prompt_embeds", "attn_mask", "t5_input_ids", "t5_attn_mask"
 QWEN3_SMALL = replace(

@@ -21,12 +21,12 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 
-from contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders, SamplingDefaults  # noqa: E402
-from contract.family import Abilities  # noqa: E402
 from dataset.caching.loop import cache_media  # noqa: E402
 from dataset.config import load_dataset_config  # noqa: E402
 from dataset.options import CachingOptions, CheckPageOptions, ShardOptions  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
+from protocols.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders, SamplingDefaults  # noqa: E402
+from protocols.family import Abilities  # noqa: E402
 
 CONFIG = """[[datasets]]
 video_directory = "{folder}/clips"

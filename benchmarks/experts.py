@@ -19,15 +19,15 @@ sys.path[0] = str(Path(__file__).resolve().parent.parent)
 import torch  # noqa: E402  # found from here on
 from torch import Tensor, nn  # noqa: E402
 
-from contract.loading import Placement  # noqa: E402
-from contract.steps import Step  # noqa: E402
 from generation.denoise import predictor  # noqa: E402
 from generation.experts import Check, DitTurns  # noqa: E402
 from modules.parser import Parser  # noqa: E402
-from running.offload.host_memory import Transfer  # noqa: E402
-from running.offload.turns import HostCopy  # noqa: E402
-from running.planning.dry_run import HOST, Ledger  # noqa: E402
-from running.planning.kernels import PlannedKernels  # noqa: E402
+from protocols.loading import Placement  # noqa: E402
+from protocols.steps import Step  # noqa: E402
+from runtime.offload.host_memory import Transfer  # noqa: E402
+from runtime.offload.turns import HostCopy  # noqa: E402
+from runtime.planning.dry_run import HOST, Ledger  # noqa: E402
+from runtime.planning.kernels import PlannedKernels  # noqa: E402
 from tests.tiny import wan_dit  # noqa: E402
 from wan.configs import TASKS  # noqa: E402
 from wan.family import Wan  # noqa: E402

@@ -15,9 +15,9 @@ from benchmarks.gpu_families import FAMILIES
 from benchmarks.gpu_rows import Row
 from benchmarks.gpu_steps import SEED, Bench
 from benchmarks.noise import fill_with_noise
-from contract.data import MediaBatch, MediaTable
 from dataset.options import read_latent_caching
-from running.planning.dry_run import modules_in
+from protocols.data import MediaBatch, MediaTable
+from runtime.planning.dry_run import modules_in
 
 CLIPS = 2  # encoded in a call, one after the other
 Encode = Callable[[], object]

@@ -29,7 +29,7 @@ from benchmarks.flops import (
     wan_work,
 )
 from benchmarks.gpu_rows import Row
-from contract.data import SIZES, Conditions
+from protocols.data import SIZES, Conditions
 
 PATCH = 2  # latent rows and columns of a token; of HunyuanImage 1
 SIGLIP_TOKENS = 729

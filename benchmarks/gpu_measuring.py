@@ -18,7 +18,7 @@ from benchmarks.gpu_results import GIB
 from benchmarks.gpu_rows import GENERATION, LATENTS, LOADING, TEXTS, TRAINING, Row
 from benchmarks.gpu_steps import Bench, generation, train_steps
 from benchmarks.process_memory import STATUS, is_known, peak, start_of_peak
-from running.dressing import swapped_weights
+from runtime.network_setup import swapped_weights
 from training.experts import placement_of
 
 LEAST, MOST = 2, 5  # timed calls

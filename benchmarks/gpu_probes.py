@@ -24,10 +24,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import ceilings
-from contract.loading import TensorInfo
 from modules.attention.attend import attend
 from modules.devices import select_device
-from running.offload.host_memory import allocate
+from protocols.loading import TensorInfo
+from runtime.offload.host_memory import allocate
 
 LENGTHS = (8, 77, 128, 500, 704, 754, 1024)
 BATCHES = (1, 2, 3)

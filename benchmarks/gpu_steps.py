@@ -20,17 +20,17 @@ from benchmarks.gpu_families import (
 from benchmarks.gpu_rows import GENERATION, Row
 from benchmarks.noise import NoisyFamily
 from checkpoints.stored.forms import prepare
-from contract.data import HAS_AUDIO, SOUND, Batch, Joint
-from contract.family import audio_of
-from contract.requests import Prepared, Request, settle
-from contract.steps import EncodedPrompts
 from generation.denoise import make_latents
-from generation.dressing import dit_loader
 from generation.experts import DitTurns, plan_turns
 from generation.memory import rehearse_denoising
+from generation.network_setup import dit_loader
 from networks.adapter import make_network
-from running.dressing import swapped_weights
-from running.planning.memory_plan import workspace
+from protocols.data import HAS_AUDIO, SOUND, Batch, Joint
+from protocols.family import audio_of
+from protocols.requests import Prepared, Request, settle
+from protocols.steps import EncodedPrompts
+from runtime.network_setup import swapped_weights
+from runtime.planning.memory_plan import workspace
 from training.experts import dress, placement_of
 from training.loss import NoisyAudio, NoisyBatch
 from training.optimizers.optimizer import find_averaging, make_optimizer

@@ -66,11 +66,11 @@ def _read(args: argparse.Namespace) -> list[Any]:
 def _load(args: argparse.Namespace, folder: Path) -> tuple[Any, Any, Any]:
     """Return the stage, the network in it, and the device."""
     from modules.devices import select_device
-    from post.interpolation.files import load_networks
-    from post.interpolation.motion import Interpolation
-    from post.interpolation.stage import Interpolator
-    from post.options import InterpolationOptions, ToolNetworkOptions
-    from post.tiling import network_dtype
+    from postprocessing.interpolation.files import load_networks
+    from postprocessing.interpolation.motion import Interpolation
+    from postprocessing.interpolation.stage import Interpolator
+    from postprocessing.options import InterpolationOptions, ToolNetworkOptions
+    from postprocessing.tiling import network_dtype
     from tests.manifests import tensor_list, write_hollow
     from tests.tiny.post_interpolation import draw
 
@@ -98,7 +98,7 @@ def _time(
 ) -> tuple[dict[str, float], list[Any]]:
     """Return seconds for each new picture, and the pictures that the stage makes."""
     from modules.media.encoding import Picture
-    from post.contract import Clip, to_tensor
+    from postprocessing.contract import Clip, to_tensor
 
     clip = Clip(Path("clip"), args.size[1], args.size[0], Fraction(12), len(known), False)
 

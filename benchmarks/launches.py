@@ -64,7 +64,7 @@ def fused_kernels() -> Iterator[None]:
     A mode would be off in the backward pass, in which blocks are computed again.
     """
     from modules.attention import sdpa
-    from running.planning.kernels import KERNELS
+    from runtime.planning.kernels import KERNELS
 
     with (
         patch.object(sdpa, "WRITTEN_OUT", 0),  # a CPU's way for few tokens, as matrix products
@@ -95,7 +95,7 @@ def count_step(step: Step) -> Counter[str]:
 def prepare_ours(name: str) -> Step:
     """Return the transformer of tests/tiny/dits.py with our LoRA and checkpointing."""
     from networks.cast_factors import cast_before_pass
-    from running.offload.checkpointing import checkpoint_blocks
+    from runtime.offload.checkpointing import checkpoint_blocks
     from tests.tiny.dits import dit_called
 
     tiny = dit_called(name)
@@ -116,7 +116,7 @@ def prepare_our_unet(kind: str) -> Step:
     """Return diffusers' U-Net, which we train too, with our LoRA and checkpointing."""
     from modules.speed_options import SDPA
     from networks.cast_factors import cast_before_pass
-    from running.offload.checkpointing import checkpoint_blocks
+    from runtime.offload.checkpointing import checkpoint_blocks
     from stable_diffusion.attention import ChosenAttention
     from stable_diffusion.resnets import use_fewer_kernels
     from stable_diffusion.training_files import unet_spec

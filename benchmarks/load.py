@@ -83,8 +83,8 @@ def _load(path: Path, target: str) -> None:
     import torch
 
     from checkpoints.opening import open_checkpoint
-    from contract.loading import Placement
     from modules.speed_options import Quantization
+    from protocols.loading import Placement
     from wan.checkpoints import load_dit
 
     load_dit(path, Placement(torch.device("meta")))  # so that what a first call imports does not count

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contract.loading import Placement
+from protocols.loading import Placement
 
 SPREAD = 0.02  # standard deviation of the weights
 

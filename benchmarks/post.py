@@ -28,14 +28,14 @@ from modules.devices import select_device  # noqa: E402
 from modules.media.options import FormatOptions  # noqa: E402
 from modules.media.reading import video_frames  # noqa: E402
 from modules.media.writing import write_video  # noqa: E402
-from post.contract import to_tensor  # noqa: E402
-from post.naming import FileJob  # noqa: E402
-from post.options import ToolNetworkOptions, UpscalerOptions  # noqa: E402
-from post.run import run_video  # noqa: E402
-from post.stages import NamedStage  # noqa: E402
-from post.upscaling.files import load_upscaler  # noqa: E402
-from post.upscaling.stage import make_upscaler  # noqa: E402
-from post.upscaling.swinir import SwinIR, SwinirConfig  # noqa: E402
+from postprocessing.contract import to_tensor  # noqa: E402
+from postprocessing.naming import FileJob  # noqa: E402
+from postprocessing.options import ToolNetworkOptions, UpscalerOptions  # noqa: E402
+from postprocessing.run import run_video  # noqa: E402
+from postprocessing.stages import NamedStage  # noqa: E402
+from postprocessing.upscaling.files import load_upscaler  # noqa: E402
+from postprocessing.upscaling.stage import make_upscaler  # noqa: E402
+from postprocessing.upscaling.swinir import SwinIR, SwinirConfig  # noqa: E402
 
 AIM = 0.9
 Measure = Callable[[], tuple[float, float]]  # seconds on the wall, and of this thread on the processor

@@ -57,12 +57,12 @@ def _pocket_clips(folder: Path, args: argparse.Namespace) -> tuple[list[float], 
     import wan_generate_video
     from blissful_tuner.latent_preview import preview_clip
     from generation.denoise import make_latents
-    from generation.dressing import dit_loader
     from generation.experts import DitTurns
+    from generation.loaded_networks import Session, wanted_texts
     from generation.making import encode_all_inputs
+    from generation.network_setup import dit_loader
     from generation.options import read_generation
     from generation.request import GenerationRun, make_job
-    from generation.session import Session, wanted_texts
     from modules.devices import Failures, select_device
     from wan.family import family_for_generation
     from wan.options import WanGenerationOptions

@@ -128,7 +128,7 @@ def proportional_bytes(process: subprocess.Popen[str]) -> int:
 def swapped_bytes(path: Path) -> int:
     """Return the bytes of the weights in host memory."""
     from checkpoints.opening import open_checkpoint
-    from running.offload.swap_plan import plan_list
+    from runtime.offload.swap_plan import plan_list
 
     starts = tuple(f"blocks.{index}." for index in plan_list("blocks", BLOCKS, SWAPPED).streamed)
     with contextlib.closing(open_checkpoint(path)) as checkpoint:

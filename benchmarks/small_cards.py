@@ -47,12 +47,12 @@ from benchmarks.gpu_rows import (  # noqa: E402
     Size,
 )
 from benchmarks.gpu_steps import random_batch  # noqa: E402
-from contract.data import Batch  # noqa: E402
 from modules.devices import GIB  # noqa: E402
 from modules.options import Options, option, read_options  # noqa: E402
 from modules.parser import Parser, add_options  # noqa: E402
-from running.planning.device_memory import Room  # noqa: E402
-from running.planning.memory_plan import smallest_swap  # noqa: E402
+from protocols.data import Batch  # noqa: E402
+from runtime.planning.device_memory import Room  # noqa: E402
+from runtime.planning.memory_plan import smallest_swap  # noqa: E402
 from training.experts import placement_of  # noqa: E402
 from training.planning.memory import StepPrediction, predict  # noqa: E402
 

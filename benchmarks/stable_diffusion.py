@@ -306,7 +306,7 @@ class PlainWord:
 @contextlib.contextmanager
 def started_step(folder: Path, args: argparse.Namespace) -> Iterator[Step]:
     """Yield a step of the script's loop, which trains the U-Net from caches in memory."""
-    from contract.families import FAMILIES
+    from protocols.families import FAMILIES
     from training.image_options import CHECKPOINT_TRAINER, NOISE_TRAINER, read_image_training
     from training.learning_options import FullDitOptions
     from training.loop import advance

@@ -79,11 +79,11 @@ def maker() -> Callable[[str, int, Sequence[str]], Made]:
     import torch
 
     from generation.denoise import make_latents
-    from generation.dressing import dit_loader
     from generation.experts import DitTurns
+    from generation.loaded_networks import Session, wanted_texts
+    from generation.network_setup import dit_loader
     from generation.options import read_generation
     from generation.request import prepare_line
-    from generation.session import Session, wanted_texts
     from pocket.measure import POCKET, model_options
     from wan.family import family_for_generation
     from wan.options import WanGenerationOptions

@@ -40,7 +40,7 @@ from benchmarks.traffic_count import (  # noqa: E402
     fused,
 )
 from modules.console import quiet  # noqa: E402
-from running.planning.dry_run import Counts, dry_run, keep_blocks, place, watch_blocks  # noqa: E402
+from runtime.planning.dry_run import Counts, dry_run, keep_blocks, place, watch_blocks  # noqa: E402
 
 META = torch.device("meta")
 MIN = 2  # blocks of a list that are run; one more tells what each further block adds
@@ -169,9 +169,9 @@ def count_denoising(
 ) -> Traffic:
     """Count the passes of the network and the guidance of one step of generation."""
     from blissful_tuner.guidance import make_guidance
-    from contract.loading import Placement
     from generation.denoise import SeededNoise, on_device, predictor, sections_of
     from generation.memory import heaviest_step
+    from protocols.loading import Placement
 
     choice = replace(options.speed.attention.choice, mode="sdpa")
     with quiet():

@@ -2,7 +2,7 @@
 
 Rules: an operator is one kernel, which reads each operand once and writes each result once. Views cost
 nothing, of an expanded tensor only the elements that exist are read, and in-place operators read and write.
-Attention and RMSNorm are the stand-ins of running/planning/kernels.py.
+Attention and RMSNorm are the stand-ins of runtime/planning/kernels.py.
 """
 
 import re
@@ -22,7 +22,7 @@ from torch.utils.flop_counter import flop_registry
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 OURS_BUT_NOT_THE_MODEL = tuple(
-    f"{ROOT}/{name}" for name in ("running/planning/", "training/planning/", "benchmarks/traffic", ".venv/")
+    f"{ROOT}/{name}" for name in ("runtime/planning/", "training/planning/", "benchmarks/traffic", ".venv/")
 )
 
 FORWARD, AGAIN, BACKWARD = "forward", "again", "backward"

@@ -20,7 +20,7 @@ from torch import nn  # noqa: E402
 
 from networks.adapter import make_network  # noqa: E402
 from networks.options import NetworkOptions  # noqa: E402
-from running.offload.checkpointing import checkpoint_blocks  # noqa: E402
+from runtime.offload.checkpointing import checkpoint_blocks  # noqa: E402
 from training.features.tread_runner import Route, routed  # noqa: E402
 from wan.configs import WanConfig  # noqa: E402
 from wan.model import WanModel  # noqa: E402

@@ -46,8 +46,8 @@ def _random_models(folder: Path) -> Iterator[Path]:
     """Write the released networks with random weights."""
     import torch
 
-    from post.upscaling.rrdb import RrdbConfig, RRDBNet
-    from post.upscaling.swinir import SwinIR, SwinirConfig
+    from postprocessing.upscaling.rrdb import RrdbConfig, RRDBNet
+    from postprocessing.upscaling.swinir import SwinIR, SwinirConfig
 
     swinir = SwinirConfig(180, (6,) * 6, (6,) * 6, 8, 360, 1, "nearest+conv", (2, 2), 64, 1.0)
     made = (SwinIR(swinir), *(RRDBNet(RrdbConfig(64, 32, 23, 2, cut, False)) for cut in (1, 2)))
@@ -59,8 +59,8 @@ def _random_models(folder: Path) -> Iterator[Path]:
 
 def _stage(model: Path, args: argparse.Namespace, scale: float, tile: int | None) -> Any:
     from modules.devices import select_device
-    from post.options import ToolNetworkOptions, UpscalerOptions
-    from post.upscaling.stage import make_upscaler
+    from postprocessing.options import ToolNetworkOptions, UpscalerOptions
+    from postprocessing.upscaling.stage import make_upscaler
 
     network = ToolNetworkOptions(model=model, dtype=args.dtype)
     options = UpscalerOptions(network=network, scale=scale, tile=tile, batch_size=1)
@@ -72,7 +72,7 @@ def _run(stage: Any, pixels: list[Any]) -> list[Any]:
     from fractions import Fraction
 
     from modules.media.encoding import Picture
-    from post.contract import Clip
+    from postprocessing.contract import Clip
 
     height, width = pixels[0].shape[:2]
     clip = Clip(Path("a clip"), width, height, Fraction(25), len(pixels), False)
@@ -89,7 +89,7 @@ def _time(model: Path, args: argparse.Namespace) -> None:
     clock = time.process_time if select_device(args.device).type == "cpu" else time.perf_counter
     height, width = args.size
     pixels = [np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)]
-    from post.upscaling.files import check_file
+    from postprocessing.upscaling.files import check_file
 
     kind, config = check_file(model)
     found = []
@@ -117,9 +117,9 @@ def _compare(args: argparse.Namespace) -> bool:
 
     from modules.media.reading import video_frames
     from pocket.footage import real_clips
-    from post.contract import to_pixels, to_tensor
-    from post.upscaling.files import check_file
-    from post.upscaling.stage import resize
+    from postprocessing.contract import to_pixels, to_tensor
+    from postprocessing.upscaling.files import check_file
+    from postprocessing.upscaling.stage import resize
 
     cpu = torch.device("cpu")
     factor = check_file(args.model)[1].factor

@@ -8,7 +8,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from post.scripts import tool_script
+from postprocessing.scripts import tool_script
 
 main = tool_script("facefix", __doc__)
 

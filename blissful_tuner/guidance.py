@@ -35,11 +35,11 @@ from blissful_tuner.guidance_formulas import (
     watched,
 )
 from blissful_tuner.options import MAX_SCALE, PLAIN_GUIDANCE, GuidanceOptions, NagOptions
-from contract.data import Conditions
-from contract.requests import Prepared
-from contract.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
-from contract.steps import NO_OVERRIDES, Away, Guidance, Overrides, Predict, RunPasses, Section, Step
 from modules.errors import OptionError
+from protocols.data import Conditions
+from protocols.requests import Prepared
+from protocols.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
+from protocols.steps import NO_OVERRIDES, Away, Guidance, Overrides, Predict, RunPasses, Section, Step
 
 logger = logging.getLogger(__name__)
 

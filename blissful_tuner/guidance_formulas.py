@@ -14,8 +14,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from blissful_tuner.options import GuidanceOptions
-from contract.rules import Projection, StreamGuidance
-from contract.steps import NO_OVERRIDES, Calls, Made, Overrides, Predict, Section, Step
+from protocols.rules import Projection, StreamGuidance
+from protocols.steps import NO_OVERRIDES, Calls, Made, Overrides, Predict, Section, Step
 
 
 @dataclass(frozen=True)
@@ -258,7 +258,7 @@ def _measure_token_norms(velocity: Tensor, side: int) -> Tensor:
 
 # Adaptive projected guidance: what the difference of the passes has along the positive velocity is dropped.
 #
-# Source: Sadat et al. 2024, arXiv 2410.02416; `contract.rules.Projection` says from which step on.
+# Source: Sadat et al. 2024, arXiv 2410.02416; `protocols.rules.Projection` says from which step on.
 class Momentum:
     """Running sum of the differences between the passes, over the steps of one section."""
 

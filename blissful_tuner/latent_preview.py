@@ -27,11 +27,11 @@ from blissful_tuner.taehv import (
     project,
     select_dtype,
 )
-from contract.data import LatentSpec
-from contract.steps import Section, StepDone, Watcher
 from modules.errors import OptionError, OutputError
 from modules.media.reading import Frame
 from modules.media.writing import write_png, write_video
+from protocols.data import LatentSpec
+from protocols.steps import Section, StepDone, Watcher
 
 logger = logging.getLogger(__name__)
 

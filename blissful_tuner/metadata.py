@@ -9,10 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from contract.requests import Box, Prepared
-from contract.rules import ONE_EXPERT, Expert
 from modules.atomic_write import make_storable
 from modules.version import VERSION
+from protocols.requests import Box, Prepared
+from protocols.rules import ONE_EXPERT, Expert
 
 TUNER_VERSION = f"reelsmith {VERSION}"
 NOT_SET = "N/A"

@@ -10,10 +10,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from blissful_tuner.model_work import Knowledge, ModelUtilityOptions, work
-from contract.families import identify
 from modules.command import command_line
 from modules.script_options import parse_options
 from networks.metadata import STALE, describe_lora, lora_hashes
+from protocols.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -17,7 +17,6 @@ from checkpoints.opening import SUFFIXES, Checkpoint
 from checkpoints.shard_options import INDEX, read_shard_size
 from checkpoints.shards import split
 from checkpoints.writing import stream_tensors
-from contract.loading import TensorInfo
 from modules.bars import BYTES, Bar
 from modules.command import did_you_mean
 from modules.console import as_size, count_of
@@ -26,6 +25,7 @@ from modules.devices import dtype_name, dtype_named
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
 from modules.output_files import Answer, ask_to_replace, ask_yes_or_no, check_output_file, reject_replacing
+from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from contract.requests import Prepared, Prompts
 from modules.chat_templates import TemplateError, render_chat
 from modules.control_codes import shorten, take_answer
 from modules.errors import CheckpointError, catch_panics
-from running.offload.host_memory import LoadedNetwork
+from protocols.requests import Prepared, Prompts
+from runtime.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 

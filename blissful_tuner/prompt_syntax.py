@@ -21,11 +21,11 @@ from random import Random
 from typing import NamedTuple
 
 from blissful_tuner.options import PromptOptions
-from contract.requests import Prompt, Prompts, Spans
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.limits import MAX_NESTED, MAX_WILDCARD_CHARACTERS, MAX_WILDCARD_DRAWS, MAX_WILDCARD_ROUNDS
 from modules.text_files import bad_character, read_text
+from protocols.requests import Prompt, Prompts, Spans
 
 logger = logging.getLogger(__name__)
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 from typing import Any
 
 from blissful_tuner.options import StepCacheOptions
-from contract.family import DitSpec
-from contract.requests import Prepared
-from contract.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
-from contract.steps import DitAt
 from modules.errors import OptionError
 from modules.option_values import MOST, show_number
-from running import step_cache
+from protocols.family import DitSpec
+from protocols.requests import Prepared
+from protocols.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
+from protocols.steps import DitAt
+from runtime import step_cache
 
 logger = logging.getLogger(__name__)
 

@@ -18,11 +18,11 @@ from torch.nn.functional import interpolate, pixel_shuffle, relu
 
 from checkpoints.dialects import LoadPlan, load_planned, other_kind, shapes_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.data import LatentSpec
 from modules.devices import numbers_on, pin, send_ahead
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
-from running.planning.dry_run import ACCELERATOR, dry_run, largest, place
+from protocols.data import LatentSpec
+from runtime.planning.dry_run import ACCELERATOR, dry_run, largest, place
 
 # Show latents without a decoder: a linear map from their channels to colors, enlarged to the video's size.
 #

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     (options,) = parse_options(__doc__, argv, VideoToPngOptions)
 
-    from post.run import write_frames
+    from postprocessing.run import write_frames
 
     folder = options.input.parent if options.output is None else options.output
     write_frames(options.input, folder, options.num_frames)

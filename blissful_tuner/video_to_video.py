@@ -18,14 +18,14 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from checkpoints.model_files import SavedLatents, load_latents
-from contract.data import LatentSpec, MediaEncoders
-from contract.family import Family
-from contract.inputs import IMAGE, LATENTS, VIDEO
-from contract.requests import Prepared, Request, check_opens, count_frames_up_to
-from contract.rules import Source, SourceRules
 from modules.errors import CheckpointError, MediaError, OptionError
 from modules.flow.schedule import TRAIN_TIMESTEPS, make_schedule
 from modules.paths import explain_missing
+from protocols.data import LatentSpec, MediaEncoders
+from protocols.family import Family
+from protocols.inputs import IMAGE, LATENTS, VIDEO
+from protocols.requests import Prepared, Request, check_opens, count_frames_up_to
+from protocols.rules import Source, SourceRules
 
 logger = logging.getLogger(__name__)
 

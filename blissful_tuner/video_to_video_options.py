@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from contract.inputs import IMAGE, LATENTS, SOURCES, VIDEO
 from modules.errors import OptionError
 from modules.options import Options, option
+from protocols.inputs import IMAGE, LATENTS, SOURCES, VIDEO
 
 SHARES = ("strength", "v2v_denoise")  # a script has one of them under all spellings
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")

@@ -16,7 +16,7 @@ dataset_pages: routes for datasets: files, small images, edited captions
 datasets: find datasets, measure them in another process
 described_folder: read a described folder, and change its keys
 draft_changes: show, check and save changes of a described folder
-drafts: what is typed into the form Generate, in files
+form_drafts: what is typed into the form Generate, in files
 dropped_settings: how a dropped file was made, as a form
 durations: how long steps take, as earlier runs measured
 earlier_jobs: what jobs before a command may still make
@@ -27,21 +27,21 @@ folders: folders below the roots that hold media
 generate_pages: routes of Generate: form, results to make, dropped files
 hub_login: whether there is a token, without its text
 idle_settings: settings without effect because of other settings
-inputs: take dropped images and clips, judged by content
+dropped_files: take dropped images and clips, judged by content
 jobs: command lines of a text file, run one after another
 known_queues: which jobs of a queue its user knows
 launch: a line to a program; its processes started, interrupted, outlasted
 lora_rows: LoRAs of runs that a model can take
-machine: line of each page: what runs, cards, free disk
+machine_status: line of each page: what runs, cards, free disk
 mask_making: form that has masks made for a folder
 mask_pages: page of masks: keys, brush, images
 mask_review: masks over images; accept, invert, remove, draw, undo
 mask_use: whether a training learns by masks, in dataset.toml
-memory: plan of a training as a bar, its switches
+memory_plan: plan of a training as a bar, its switches
 model_files: released files on disk, what uses them, downloads
 model_pages: page of models: loading after licenses, removing
 model_table: models by what they make, load and fit
-names: digests as names, names that nothing has
+short_names: digests as names, names that nothing has
 new_form: fields of the page New, and their command
 new_pages: describe, check and start a folder by buttons
 new_steps: how far a folder is, and its next step
@@ -75,8 +75,8 @@ setting_words: words of other programs for settings of a training
 settings_page: page of settings: folders, server, queue, bin
 shared_files: send files of a shared run without their metadata
 shares: share a run with a friend by a link
-site: what all pages of one server share, how it started
-start: serve pages or export one; show the address
+server_state: what all pages of one server share, how it started
+serving: serve pages or export one; show the address
 state_names: states of runs and jobs in words
 tag_editor: count tags of all captions, rename one, undo
 tag_pages: a tagger for a folder, tags renamed everywhere

@@ -16,8 +16,8 @@ from pathlib import Path
 
 from browser import launch
 from browser.jobs import KINDS, LOGS, Job, JobQueue, as_line, reject_link
-from browser.names import short_digest
 from browser.runs import RUNNING, is_living
+from browser.short_names import short_digest
 from modules.atomic_write import append_text, check_space, explain_errors, write_text
 from modules.errors import OptionError, OutputError
 from modules.file_locks import only_one

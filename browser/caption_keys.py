@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from browser.described_folder import is_described, read_described
-from contract.caption_formats import CaptionFormat
-from contract.families import caption_formats
 from modules.pages.language import say, show_all
 from project.options import find_caption_format
+from protocols.caption_formats import CaptionFormat
+from protocols.families import caption_formats
 
 
 def find_format_of_folder(folder: Path | None) -> str:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from browser.folder_files import picture_address
 from browser.jobs import Job
-from contract.families import caption_formats
 from modules.errors import OptionError
 from modules.pages.language import say
 from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
+from protocols.families import caption_formats
 
 CAPTION_SCRIPT = WRITE_CAPTIONS[1]
 TRIED = 3  # files of a try

@@ -18,10 +18,9 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from browser.jobs import WAITING, JobQueue
-from browser.names import short_digest
 from browser.run_views import COMPARED, COMPARED_FOLDER, FileNotes
 from browser.runs import RUNNING, Runs, RunSummary
-from contract.families import HIGH_NOISE, LOW_NOISE, with_scripts
+from browser.short_names import short_digest
 from downloads.catalogue import model_title
 from generation.prompt_lines import split_line
 from modules.errors import OptionError, UserError
@@ -30,6 +29,7 @@ from modules.media.reading import read_tags
 from modules.pages.language import join, say
 from modules.pages.page import link
 from modules.text_files import read_text, real_path
+from protocols.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from training.reports.history import PageCommand, SampleRow, Story
 from training.reports.page import list_files
 from training.reports.present_files import present_commands

@@ -17,10 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from browser.names import short_digest
 from browser.options import PROJECT_CONFIG
 from browser.runs import CONFIG, Runs, RunSummary
-from contract.families import caption_formats, with_scripts
+from browser.short_names import short_digest
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
 from modules.installation import program_environment, program_words
@@ -31,6 +30,7 @@ from modules.pages.language import counted, join, say
 from modules.paths import is_on_foreign_share
 from modules.text_files import parse_json, parse_toml, read_text, real_path
 from project.options import find_models
+from protocols.families import caption_formats, with_scripts
 
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
 MAX_ENTRIES = 100_000  # maximum number of counted entries of a folder

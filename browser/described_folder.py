@@ -18,7 +18,7 @@ from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Table
 
 from browser.captions import BOM, mark_bytes
-from browser.names import short_digest
+from browser.short_names import short_digest
 from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
 from modules.pages.language import counted, join, say

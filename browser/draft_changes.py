@@ -30,7 +30,7 @@ from browser.folders import find_folder
 from browser.responses import Form, answer_form, answer_not_found, answer_text
 from browser.runs import Runs
 from browser.sample_sizes import describe_changed_sizes
-from browser.site import Site
+from browser.server_state import Site
 from generation.prompt_lines import numbered_lines
 from generation.sample_lines import parse_sample_line, read_all
 from modules.errors import OptionError, UserError

@@ -40,8 +40,8 @@ from browser.new_form import NewForm, make_new_words
 from browser.responses import answer_template, answer_unknown
 from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
+from browser.server_state import Site
 from browser.setting_words import DATASET_KEYS, rank_words
-from browser.site import Site
 from modules.errors import OptionError, UserError
 from modules.help_text import DescribedOption, describe_options
 from modules.installation import find_script

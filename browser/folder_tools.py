@@ -9,7 +9,7 @@ from browser.background_jobs import name_background_job
 from browser.captioning import read_tries
 from browser.jobs import ENDED, WAITING, Job
 from browser.runs import FINISHED, RUNNING
-from browser.site import Site
+from browser.server_state import Site
 from modules.errors import OptionError
 from modules.pages.language import say
 

@@ -15,10 +15,10 @@ from starlette.routing import Route
 from browser import launch
 from browser.command_lines import format_command
 from browser.compare import group_options
-from browser.drafts import Drafts
+from browser.dropped_files import FOLDER as INPUTS
+from browser.dropped_files import InputFolder
 from browser.dropped_settings import DroppedSettings, read_dropped_settings
-from browser.inputs import FOLDER as INPUTS
-from browser.inputs import InputFolder
+from browser.form_drafts import Drafts
 from browser.lora_rows import (
     BOTH,
     LoraRow,
@@ -53,9 +53,8 @@ from browser.responses import (
     answer_unknown,
     read_query,
 )
-from browser.site import Site
+from browser.server_state import Site
 from browser.state_names import name_state
-from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_sets
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
@@ -63,6 +62,7 @@ from modules.media.reading import read_tags
 from modules.pages.language import counted, join, say, show
 from modules.paths import complete_home, without_quotes
 from modules.text_files import real_path
+from protocols.families import HIGH_NOISE, LOW_NOISE
 
 MAX_AT_ONCE = 64  # results of one press of Make
 FOUR = 4  # number of results of "Make with four seeds"

@@ -18,8 +18,8 @@ from typing import Any
 from browser import launch
 from browser.earlier_jobs import EarlierJob
 from browser.known_queues import KnownQueue, recall_queue, remember_queue
-from browser.names import short_digest
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, is_living
+from browser.short_names import short_digest
 from modules.atomic_write import append_text, explain_errors, write_text
 from modules.control_codes import escape_control_codes, shorten_lines
 from modules.errors import OptionError, OutputError, UserError

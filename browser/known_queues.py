@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from project.known import recall_info, remember_info
+from project.known_folders import recall_info, remember_info
 
 KIND = "queues"
 

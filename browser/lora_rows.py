@@ -9,12 +9,12 @@ from browser.compare import ComparableRun
 from browser.recipes import ModelRecipe, UsedLora
 from browser.run_views import label_runs
 from browser.runs import Runs, RunSummary
-from contract.families import HIGH_NOISE, LOW_NOISE
 from downloads.catalogue import model_title
 from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import read_safetensors_texts
 from networks.module_names import families_of_scripts, read_family
+from protocols.families import HIGH_NOISE, LOW_NOISE
 
 BOTH = "both"  # experts
 FOLDER = "loras"  # folders of this name, in roots and in the folder of models, hold downloaded LoRAs

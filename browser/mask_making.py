@@ -19,7 +19,7 @@ from browser.model_files import TaskFiles, find_task
 from browser.offered_folders import find_open_folder, list_media_folders_of
 from browser.responses import answer_template, answer_unknown
 from browser.runs import FINISHED
-from browser.site import Site
+from browser.server_state import Site
 from browser.tool_form import CHOICE, NUMBER, SWITCH, ToolField, ToolForm, give_value
 from data_tools.masks.options import BACKGROUND_FILE, FACE_FILE, IS_COLOR, MODEL_FOLDER, MaskOptions
 from downloads.catalogue import model_sets

@@ -21,7 +21,7 @@ from browser.responses import (
     answer_not_found_page,
     answer_template,
 )
-from browser.site import Site
+from browser.server_state import Site
 from data_tools.masks.places import MaskPlace
 from modules.errors import UserError
 from modules.pages.language import say

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from browser.described_folder import DATASET_FILE
-from browser.names import short_digest
 from browser.offered_folders import MEDIA_KEYS, read_tables
 from browser.page_root import add_root
 from browser.runs import Runs
+from browser.short_names import short_digest
 from browser.upload_stream import DECODING
 from data_tools.masks.places import (
     ACCEPTED,

@@ -27,12 +27,12 @@ from browser.model_files import (
 )
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown, read_query
 from browser.runs import RUNNING
-from browser.site import Site
+from browser.server_state import Site
 from downloads.listing import UNVERIFIED, gigabytes
 from modules.atomic_write import free_bytes
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
-from project.fitting import describe_fit, find_memory
+from project.model_sizes import describe_fit, find_memory
 
 
 @dataclass(frozen=True)

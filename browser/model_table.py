@@ -23,7 +23,7 @@ from modules.installation import PREFIX, ROOT, program_environment
 from modules.pages.language import join, say
 from modules.paths import expand_path, without_quotes
 from modules.text_files import read_tensor_header
-from project.fitting import describe_fit, is_small, needs_image, transformer_bytes
+from project.model_sizes import describe_fit, is_small, needs_image, transformer_bytes
 from project.options import find_models
 
 GATED = "asks to accept"  # words of the terms of a license that a repository wants accepted on its own page

@@ -66,7 +66,7 @@ from browser.folders import (
 )
 from browser.jobs import WAITING, Job
 from browser.launch import command_part, find_program, split_words
-from browser.machine import CardReader
+from browser.machine_status import CardReader
 from browser.model_files import Download, TaskFiles, find_download, find_task, name_download
 from browser.model_table import (
     ModelRow,
@@ -78,7 +78,6 @@ from browser.model_table import (
     list_missing,
     list_model_rows,
 )
-from browser.names import free_name, short_digest
 from browser.new_form import (
     KIND_NOTES,
     KIND_TITLES,
@@ -120,13 +119,13 @@ from browser.run_start import (
 )
 from browser.run_views import POLICY
 from browser.runs import DIED, RUNNING
+from browser.server_state import Site
 from browser.settings_page import SettingsPages
-from browser.site import Site
+from browser.short_names import free_name, short_digest
 from browser.upload_parts import ADDRESS as PIECE
 from browser.upload_parts import PIECE_BYTES, PieceUploads
 from browser.uploads import ADDRESS as UPLOAD
 from browser.uploads import FileUploads, name_upload_folder
-from contract.families import caption_formats
 from downloads.catalogue import Component, ModelSet
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import free_bytes
@@ -137,11 +136,12 @@ from modules.pages.page import encode_address
 from modules.paths import complete_home
 from modules.text_encodings import NAMES
 from modules.text_files import read_content, real_path
-from project.fitting import find_memory
 from project.kinds.composing import BY_NAME, LORA, find_control_kind
 from project.kinds.whole_model import FULL
 from project.media import has_control_pairs
+from project.model_sizes import find_memory
 from project.options import CAPTION_MODEL, RUN_FILE, find_models
+from protocols.families import caption_formats
 
 LINES_OF_FAILURE = 3
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from browser.jobs import WAITING, Job
 from browser.model_files import Download
-from browser.names import short_digest
 from browser.new_form import NewForm
 from browser.runs import FINISHED, RUNNING
+from browser.short_names import short_digest
 from modules.pages.language import counted, join, say
 
 DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # what a press of the button does

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 from browser.compare import PLACEHOLDER, ComparableRun, group_options
 from browser.render_queue import RenderJob
-from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from generation.options import request_extras
 from generation.prompt_lines import LineOption, find_option
@@ -27,7 +26,8 @@ from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
 from modules.pages.language import say
 from modules.text_files import bad_character
-from project.fitting import find_memory
+from project.model_sizes import find_memory
+from protocols.families import HIGH_NOISE, with_scripts
 
 LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
@@ -647,7 +647,7 @@ class RenderRequest:
         return [*words, "--interactive", find_flag("save_path", recipe.defaults), self.save_path]
 
     def request(self, seed: str) -> dict[str, Any]:
-        """Return the request for one result, as `generation/driven.py` reads it."""
+        """Return the request for one result, as `generation/json_requests.py` reads it."""
         options: dict[str, Any] = dict(self._values(seed))
         if self.references and "references" in self.recipe.fields:
             options["control_image_path"] = list(self.references)

@@ -51,7 +51,7 @@ class RenderJob:
     title: str  # title of the model
     session: list[str]  # command that loads the model
     command: list[str]  # command line that makes the same result
-    request: dict[str, Any]  # request as `generation/driven.py` reads it
+    request: dict[str, Any]  # request as `generation/json_requests.py` reads it
     folder: str  # in which the commands are typed
     save_path: str
     created: float

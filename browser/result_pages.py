@@ -26,7 +26,6 @@ from browser.command_lines import format_command
 from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
 from browser.folders import list_media_folders
 from browser.jobs import WAITING, Job
-from browser.names import number_names, short_digest
 from browser.recipes import RESULTS, ModelRecipe, is_driven, make_model_recipe, make_run_recipe
 from browser.render_queue import RenderJob
 from browser.responses import (
@@ -44,9 +43,9 @@ from browser.result_settings import PREFIX, ResultSettings, format_sample_line, 
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.run_views import label_runs
 from browser.runs import DIED, FINISHED, RUNNING, RunSummary
-from browser.site import Site
+from browser.server_state import Site
+from browser.short_names import number_names, short_digest
 from browser.state_names import name_state
-from contract.families import with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from downloads.listing import gigabytes, total_bytes
 from modules.atomic_write import write_bytes
@@ -57,6 +56,7 @@ from modules.media.writing import write_png
 from modules.pages.language import say
 from modules.text_files import read_content
 from project.options import MODELS
+from protocols.families import with_scripts
 
 PART = 24  # results that are shown at once: full rows of one, two, three and four
 READ_SECONDS = 0.3  # in which settings are read for one answer, of files that were not read before

@@ -24,7 +24,6 @@ from browser.recipes import (
     type_options,
 )
 from browser.render_queue import RenderJob
-from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import model_title
 from generation.options import GenerationOptions, generation_parser
 from generation.prompt_lines import find_option, read_path
@@ -35,6 +34,7 @@ from modules.media.reading import TOOL_TAG, read_tags
 from modules.options import info_of
 from modules.pages.language import join, say
 from modules.parser import add_options
+from protocols.families import HIGH_NOISE, with_scripts
 
 PREFIX = "bt_"
 NOT_SET = "N/A"

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from browser.bin_folder import FOLDER as BIN
-from browser.names import short_digest
 from browser.recipes import RESULTS
 from browser.runs import Runs
+from browser.short_names import short_digest
 from modules.media.layers import COMPOSITE, LAYER
 from modules.run_limits import QUEUE_FOLDER
 

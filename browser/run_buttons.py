@@ -27,7 +27,6 @@ from browser.described_folder import (
 )
 from browser.jobs import ENDED, QUEUE, WAITING, Job
 from browser.launch import check_options, command_part, find_program, split_words
-from browser.names import free_name, short_digest
 from browser.new_form import read_steps
 from browser.permissions import read_permissions, read_shown_text
 from browser.queue_pages import is_started_by, read_jobs
@@ -60,7 +59,8 @@ from browser.run_views import HERE, POLICY
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
 from browser.samples import list_images
 from browser.score_jobs import make_score_words
-from browser.site import Site
+from browser.server_state import Site
+from browser.short_names import free_name, short_digest
 from modules.command import as_typed
 from modules.console import as_size
 from modules.errors import OptionError, UserError

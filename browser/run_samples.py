@@ -12,7 +12,7 @@ from browser.new_form import find_model, select_single_task
 from browser.responses import Form
 from browser.run_start import BUSY, ShownRun
 from browser.samples import check_image, describe_rows, edit_prompts, read_rows, read_typed_rows
-from browser.site import Site
+from browser.server_state import Site
 from downloads.catalogue import ModelSet
 
 

@@ -20,11 +20,10 @@ from browser.described_folder import (
     reject_share,
 )
 from browser.jobs import QUEUE, WAITING, Job, JobQueue, as_line
-from browser.names import short_digest
 from browser.printed_lines import translate_line, translate_reason
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
+from browser.short_names import short_digest
 from browser.state_names import name_state
-from contract.families import with_scripts
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
 from modules.command import message_of
 from modules.control_codes import shorten_lines
@@ -34,8 +33,9 @@ from modules.output_files import check_output_name
 from modules.pages.language import join, say
 from modules.paths import expand_path
 from modules.text_files import parse_toml, read_content, real_path
-from project.known import recall_folder, remember_folder
+from project.known_folders import recall_folder, remember_folder
 from project.options import MODELS, RUN_FILE
+from protocols.families import with_scripts
 from training.config_options import OTHERS_TABLE
 from training.reports.history import BEFORE_TRAINING, history_path
 from training.saving.files import state_pattern

@@ -16,10 +16,10 @@ from typing import Any
 from markupsafe import Markup
 
 from browser.command_lines import format_cd
-from browser.names import short_digest
 from browser.printed_lines import translate_command, translate_line, translate_memory
 from browser.run_start import BUSY, STATES, RunState, ShownRun, read_run_state
 from browser.runs import DIED, RUNNING, STOPPED, Runs, RunSummary, compute_mean, describe_left, find_state
+from browser.short_names import short_digest
 from browser.state_names import name_state
 from downloads.catalogue import model_title
 from modules.atomic_write import write_text

@@ -28,7 +28,7 @@ from browser.new_form import MAX_STEPS, find_model, parse_integer
 from browser.recipes import ModelRecipe, is_driven, make_model_recipe
 from browser.responses import answer_template, answer_unknown
 from browser.sample_sizes import describe_changed_sizes, note_sizes
-from browser.site import Site
+from browser.server_state import Site
 from downloads.catalogue import ModelSet
 from generation.prompt_lines import SplitLine, is_blank, split_line, unquote
 from generation.sample_lines import find_sample_option
@@ -37,7 +37,7 @@ from modules.errors import OptionError, UserError
 from modules.media.reading import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from modules.pages.language import say
 from modules.paths import complete_home
-from project.fitting import needs_image
+from project.model_sizes import needs_image
 from project.options import RUN_FILE
 
 MIN_ROWS = 3

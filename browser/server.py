@@ -25,14 +25,14 @@ from browser.background_jobs import BackgroundJobs
 from browser.compare_pages import compare_routes
 from browser.dataset_pages import dataset_routes
 from browser.draft_changes import folder_routes
+from browser.dropped_files import MAX_BYTES as MAX_OF_INPUT
 from browser.folder_settings import FolderSettingsPages
 from browser.generate_pages import generate_routes
-from browser.inputs import MAX_BYTES as MAX_OF_INPUT
 from browser.jobs import JobQueue, open_queue
-from browser.machine import machine_routes
+from browser.machine_status import machine_routes
 from browser.mask_making import mask_making_routes
 from browser.mask_pages import DRAWN_ADDRESS, MAX_OF_DRAWN, mask_routes
-from browser.memory import MemoryPages
+from browser.memory_plan import MemoryPages
 from browser.model_pages import model_routes
 from browser.new_pages import new_routes
 from browser.page_access import (
@@ -74,10 +74,10 @@ from browser.run_views import (
 )
 from browser.runs import DIED, RUNNING, Runs, RunSummary
 from browser.samples import SamplePages
+from browser.server_state import ServerSettings, Site
 from browser.settings_page import settings_routes
 from browser.shares import ADDRESS as SHARED
 from browser.shares import SharePages, share_routes
-from browser.site import ServerSettings, Site
 from browser.tag_pages import tag_routes
 from browser.tokens import Ticket
 from modules.errors import UserError

@@ -9,12 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from browser import launch
-from contract.families import with_scripts
 from modules.control_codes import shorten
 from modules.errors import OptionError
 from modules.run_limits import is_in_queue, limit_variables
 from modules.text_files import real_path
 from package.reelsmith.commands import ScriptCommand
+from protocols.families import with_scripts
 
 INTERACTIVE = "--interactive"
 

@@ -14,7 +14,7 @@ from browser.model_pages import open_bin
 from browser.options import DEFAULT_PORT
 from browser.qr_code import draw_svg
 from browser.responses import Form, answer_form, answer_move, answer_template, answer_unknown
-from browser.site import Site
+from browser.server_state import Site
 from downloads.listing import gigabytes
 from modules.errors import UserError
 from modules.option_values import option_words

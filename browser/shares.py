@@ -33,8 +33,8 @@ from browser.responses import (
 )
 from browser.run_views import COMPARED, HERE, POLICY, LiveStanding, drop_private, find_run_file
 from browser.runs import RUNNING, RunSummary
+from browser.server_state import Site
 from browser.shared_files import answer_shared_file
-from browser.site import Site
 from browser.state_names import name_state
 from modules.errors import UserError
 from modules.file_locks import only_one

@@ -14,7 +14,7 @@ from browser.folder_tools import FolderTool
 from browser.model_files import TaskFiles, find_task
 from browser.offered_folders import find_open_folder, require_inside
 from browser.responses import answer_template, answer_unknown
-from browser.site import Site
+from browser.server_state import Site
 from browser.tag_editor import TagEditor
 from browser.tool_form import (
     CHOICE,

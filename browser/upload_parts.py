@@ -15,8 +15,8 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
-from browser.names import short_digest
 from browser.responses import answer_json
+from browser.short_names import short_digest
 from browser.uploads import (
     MAX_DIGITS,
     FileBusyError,

@@ -19,9 +19,9 @@ from starlette.responses import Response
 from browser.captions import MAX_BYTES as MAX_CAPTION_BYTES
 from browser.described_folder import FILES
 from browser.folders import CHECK_PAGE, find_folder, is_closed, read_media_folder
-from browser.names import number_names, short_digest
 from browser.responses import answer_json
 from browser.runs import Runs
+from browser.short_names import number_names, short_digest
 from browser.upload_stream import DECODING, write_arriving
 from modules.atomic_write import atomic_files, claim_name, explain_errors, free_bytes, remove_leftovers
 from modules.console import as_size

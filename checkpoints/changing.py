@@ -30,12 +30,12 @@ from checkpoints.opening import (
 from checkpoints.shard_options import INDEX
 from checkpoints.shards import plan_shards, write_planned
 from checkpoints.stored.fp8 import dequantize, is_fp8
-from contract.loading import TensorInfo
 from modules.atomic_write import atomic_files
 from modules.console import count_of
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
+from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 

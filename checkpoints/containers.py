@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.first_bytes import describe_kind
-from contract.loading import TensorInfo
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
@@ -33,6 +32,7 @@ from modules.limits import (
     SHORT_PICKLE_BYTES,
 )
 from modules.text_files import read_tensor_header, require_regular_file
+from protocols.loading import TensorInfo
 
 # the first bytes of what `torch.save` writes, now and in its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"

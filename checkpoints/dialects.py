@@ -26,10 +26,10 @@ from checkpoints.filling import (
 from checkpoints.kinds import kind_of
 from checkpoints.opening import Checkpoint, reject_quantized
 from checkpoints.stored.forms import Stored, form_of, prepare
-from contract.loading import BlockPlace, HostPlace, TensorSource
 from modules.errors import CheckpointError
 from modules.limits import MAX_BLOCKS
 from modules.speed_options import Quantization
+from protocols.loading import BlockPlace, HostPlace, TensorSource
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)

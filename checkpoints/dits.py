@@ -23,11 +23,11 @@ from checkpoints.kinds import OF_OTHERS, kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources, reject_quantized
 from checkpoints.stored.forms import StoredForm, form_of
 from checkpoints.unused import UnusedTensors
-from contract.family import DitSpec
-from contract.loading import Placement, TensorSource
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.speed_options import BASE_FORMS, Quantization
+from protocols.family import DitSpec
+from protocols.loading import Placement, TensorSource
 
 logger = logging.getLogger(__name__)
 

@@ -29,11 +29,11 @@ from torch.overrides import TorchFunctionMode
 from checkpoints.finite import check_finite, is_finite, not_finite
 from checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from checkpoints.stored.forms import Stored, StoredForm, attach
-from contract.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 from modules.bars import BYTES, track
 from modules.devices import empty_pinned, release_heap, release_pinned_memory
 from modules.errors import CheckpointError
 from modules.integers import round_up
+from protocols.loading import HostPlace, TensorInfo, TensorSource, WeightPatch
 
 logger = logging.getLogger(__name__)
 

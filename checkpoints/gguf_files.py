@@ -18,11 +18,11 @@ from checkpoints.containers import HeaderFile, check_count
 from checkpoints.stored.forms import Stored
 from checkpoints.stored.ggml import KINDS, Kind, kind_of_package
 from checkpoints.stored.packed import RowForm
-from contract.loading import Packing, TensorInfo
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
 from modules.integers import round_up
 from modules.limits import MAX_ELEMENTS, MAX_HEADER_BYTES, MAX_TENSOR_NAME
+from protocols.loading import Packing, TensorInfo
 
 _PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from contract.families import Marks, family_marks
+from protocols.families import Marks, family_marks
 
 # what trainers and exporters put before the names of one network
 _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")

@@ -20,9 +20,9 @@ from checkpoints.stored import packed
 from checkpoints.stored.forms import Stored
 from checkpoints.stored.int8 import GROUPS, Int8
 from checkpoints.stored.packed import RowForm, four_bits
-from contract.loading import Packing, TensorInfo
 from modules.integers import ceil_div, round_up
 from modules.text_files import parse_json
+from protocols.loading import Packing, TensorInfo
 
 logger = logging.getLogger(__name__)
 

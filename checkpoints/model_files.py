@@ -13,12 +13,12 @@ from torch import Tensor
 from checkpoints.containers import load_pickled
 from checkpoints.finite import is_finite
 from checkpoints.opening import open_checkpoint
-from contract.data import SOUND
 from modules.command import as_typed
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError
 from modules.option_values import require, to_path
 from modules.paths import explain_missing
+from protocols.data import SOUND
 
 Found = TypeVar("Found")
 

@@ -28,13 +28,13 @@ from checkpoints.containers import (
 )
 from checkpoints.first_bytes import GGUF, describe_kind, is_pointer_or_page
 from checkpoints.stored.forms import Stored
-from contract.loading import TensorInfo, TensorSource
 from modules.control_codes import shorten
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.limits import MAX_SHARDS
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
+from protocols.loading import TensorInfo, TensorSource
 
 LISTED = 8  # file names in a message
 MAX_OF_NAME = 200  # characters of a name there

@@ -35,8 +35,6 @@ from checkpoints.stored.fp8 import E4M3, is_fp8
 from checkpoints.stored.fp8 import quantize as round_to_fp8
 from checkpoints.stored.int8 import GROUPS, Int8
 from checkpoints.writing import stream_tensors
-from contract.families import FAMILIES
-from contract.loading import TensorInfo
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
 from modules.console import as_size, show_box
@@ -46,6 +44,8 @@ from modules.installation import import_own
 from modules.options import Options, option
 from modules.output_files import check_output_file, check_place, reject_replacing
 from modules.speed_options import SDPA, Quantization
+from protocols.families import FAMILIES
+from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from checkpoints.shard_options import INDEX, MAX_SHARDS, MODEL
 from checkpoints.writing import order_of, stream_tensors
-from contract.loading import TensorInfo
 from modules.atomic_write import atomic_folder, check_space, write_text
 from modules.errors import OptionError
+from protocols.loading import TensorInfo
 
 ReadTensor = Callable[[str], Tensor]
 

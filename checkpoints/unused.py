@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from checkpoints.opening import Checkpoint
-from contract.loading import TensorInfo, TensorSource
+from protocols.loading import TensorInfo, TensorSource
 
 
 @dataclass(frozen=True)

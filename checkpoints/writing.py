@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from checkpoints.containers import SAFETENSORS_DTYPES
-from contract.loading import TensorInfo
 from modules.atomic_write import atomic_path
 from modules.bars import BYTES, track
 from modules.errors import OutputError
 from modules.limits import MAX_HEADER_BYTES
+from protocols.loading import TensorInfo
 
 LATE_BYTES = 2048  # of metadata that are known when all tensors are written
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}

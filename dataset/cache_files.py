@@ -19,12 +19,12 @@ from safetensors.torch import load
 from torch import Tensor
 
 from checkpoints.writing import stream_tensors
-from contract.data import SOUND, LatentSpec
-from contract.loading import TensorInfo
 from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.option_values import as_shape
 from modules.text_files import read_tensor_header
+from protocols.data import SOUND, LatentSpec
+from protocols.loading import TensorInfo
 
 FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
 SUFFIX = ".safetensors"

@@ -35,8 +35,8 @@ from modules.run_limits import describe_outside, is_limited
 from modules.text_files import real_path
 
 if TYPE_CHECKING:  # torch is not loaded to read a file
-    from contract.family import Caches
-    from contract.rules import ReferenceRules
+    from protocols.family import Caches
+    from protocols.rules import ReferenceRules
 
 __all__ = ["KEYS", "MODES", "DatasetConfig", "DatasetTable", "load_dataset_config"]
 

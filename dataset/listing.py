@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from contract.rules import ShownMedium
 from dataset.forms.composing import form_of
 from dataset.sources.captions import NOT_UTF8, describe_encoding, explain_captions, read_caption
 from dataset.sources.folders import list_table_folder, log_lone_controls
@@ -30,6 +29,7 @@ from dataset.table import DatasetConfig, DatasetTable
 from modules.console import quiet
 from modules.control_codes import escape_control_codes
 from modules.errors import DatasetError
+from protocols.rules import ShownMedium
 
 logger = logging.getLogger(__name__)
 

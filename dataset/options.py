@@ -5,12 +5,12 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from contract.families import FAMILIES
 from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import CONNECTS, WRITES, KeyFile, Options, option, read_options
 from modules.parser import Parser, add_options
 from modules.script_options import parse_spelled
+from protocols.families import FAMILIES
 
 R = TypeVar("R", bound=Options)
 

@@ -5,12 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contract.families import FAMILIES, Script
 from dataset.options import CachingOptions, EmptyPromptOptions, read_spelled_caching
 from modules.command import name_as_typed, print_loading
 from modules.option_values import option_words, require
 from modules.options import option_values
 from modules.script_options import parse_spelled
+from protocols.families import FAMILIES, Script
 
 if TYPE_CHECKING:
     from dataset.config import DatasetConfig

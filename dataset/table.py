@@ -16,7 +16,7 @@ from dataset.subset_options import SUBSET_KEYS
 from dataset.timestep_keys import HIGH, LOW, SHIFT
 
 if TYPE_CHECKING:  # messages on mistyped options read the keys below, and nothing of models
-    from contract.rules import ReferenceRules, ShownMedium
+    from protocols.rules import ReferenceRules, ShownMedium
 
 Table = Mapping[str, Any]
 VIDEO, IMAGE = ("video",), ("image",)

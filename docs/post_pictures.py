@@ -33,10 +33,10 @@ from modules.media.reading import Frame, read_image, video_frames  # noqa: E402
 from modules.media.writing import write_png, write_video  # noqa: E402
 from modules.parser import Parser  # noqa: E402
 from pocket import drawing  # noqa: E402
-from post.chain_options import read_tool  # noqa: E402
-from post.contract import Clip, to_pixels, to_tensor  # noqa: E402
-from post.interpolation.stage import make_interpolation  # noqa: E402
-from post.upscaling.rrdb import RrdbConfig, RRDBNet  # noqa: E402
+from postprocessing.chain_options import read_tool  # noqa: E402
+from postprocessing.contract import Clip, to_pixels, to_tensor  # noqa: E402
+from postprocessing.interpolation.stage import make_interpolation  # noqa: E402
+from postprocessing.upscaling.rrdb import RrdbConfig, RRDBNet  # noqa: E402
 from tests.tiny.post_faces import write_red_detector  # noqa: E402
 from tests.tiny.post_interpolation import write_gimm_r  # noqa: E402
 

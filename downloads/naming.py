@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import NamedTuple
 
-from contract.families import with_scripts
 from downloads.catalogue import ModelSet, family_page, family_title, further_name, model_sets
 from modules.command import did_you_mean
 from modules.errors import OptionError
+from protocols.families import with_scripts
 
 # Models that were trained further from a release here, by the beginnings of their names: the release, and who
 # they are. Their files fit its scripts.

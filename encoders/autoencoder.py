@@ -22,13 +22,13 @@ from checkpoints import dialects
 from checkpoints.encoders import ALL_IN_ONE, check_groups, declared_groups
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.autoencoder_blocks import AutoencoderConfig, AutoencoderDecoder, AutoencoderEncoder
 from encoders.tiles import Cut, compute_in_tiles, sample_posterior
 from modules.devices import dtype_name
 from modules.errors import CheckpointError
 from modules.layers.convolution import Compute, lay_out, layouts
 from modules.media.pixels import check_clip, from_bytes
+from protocols.loading import TensorSource
 
 LEVELS = 4  # resolutions, each half of the one before: 8 pixels are one latent pixel
 GROUPS = 32  # in a group norm, as released; cannot be read from the tensors

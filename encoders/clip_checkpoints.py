@@ -14,8 +14,8 @@ from checkpoints.dialects import LoadPlan, count, other_kind, rename_sources, sh
 from checkpoints.encoders import find_network, head_width, read_network_config
 from checkpoints.opening import Checkpoint, plain_sources
 from checkpoints.tokenizers import TokenizerFiles
-from contract.loading import TensorSource
 from modules.errors import CheckpointError
+from protocols.loading import TensorSource
 
 CLIP_HEAD_WIDTH = 64  # of CLIP-L; cannot be read from the tensors
 CLIP_TOKENS = 77

@@ -16,9 +16,6 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, pr
 from checkpoints.model_files import inside
 from checkpoints.opening import open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions
-from contract.family import EncoderAbilities
-from contract.requests import Prompt
 from encoders.clip_checkpoints import CLIP_END, CLIP_START, CLIP_TOKENS, ClipUse, read_clip_text
 from encoders.clip_layers import ClipText, load_clip_text
 from encoders.text_encoder import (
@@ -30,6 +27,9 @@ from encoders.text_encoder import (
     find_merges,
 )
 from modules.devices import dtype_name
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities
+from protocols.requests import Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,6 @@ from torch import Tensor, nn
 
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
-from contract.family import DitSpec
-from contract.steps import Overrides
 from encoders.clip_checkpoints import (
     MEAN,
     STD,
@@ -32,7 +30,9 @@ from encoders.clip_checkpoints import (
 )
 from modules.errors import CheckpointError
 from modules.layers.norms import TwoLayers
-from running.run_blocks import Hidden, run_blocks
+from protocols.family import DitSpec
+from protocols.steps import Overrides
+from runtime.run_blocks import Hidden, run_blocks
 
 # Letters: B batch, L tokens, N heads, D head width, C = N * D
 

@@ -10,7 +10,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from contract.data import (
+from modules.control_codes import shorten
+from modules.errors import CacheError, DatasetError, OptionError
+from modules.media.reading import read_image, read_mask, resize_frame
+from modules.option_values import as_shape
+from protocols.data import (
     CONTROL_PIXELS,
     CONTROL_STRENGTH,
     Batch,
@@ -20,11 +24,7 @@ from contract.data import (
     MediaTable,
     send_tensor,
 )
-from contract.requests import Prepared, Request, check_opens
-from modules.control_codes import shorten
-from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.reading import read_image, read_mask, resize_frame
-from modules.option_values import as_shape
+from protocols.requests import Prepared, Request, check_opens
 
 logger = logging.getLogger(__name__)
 

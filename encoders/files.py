@@ -18,7 +18,11 @@ from torch import nn
 from checkpoints.dits import DitFormat, DitHeader, select_dtype, with_dtype
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import fingerprint
-from contract.data import (
+from encoders.new_words import ModelWord, give_words
+from modules.devices import dtype_name, select_compute_dtype
+from modules.errors import CheckpointError, DatasetError
+from modules.speed_options import VaeOptions
+from protocols.data import (
     CAPTION,
     REFERENCE,
     CacheEntry,
@@ -27,19 +31,15 @@ from contract.data import (
     MomentsBatch,
     MomentsRules,
 )
-from contract.family import Abilities, DitSpec, TextEncoder
-from contract.few_steps import FewSteps, Verdict
-from contract.loading import Placement
-from contract.rules import ONE_EXPERT, Expert, ReferenceRules
-from encoders.new_words import ModelWord, give_words
-from modules.devices import dtype_name, select_compute_dtype
-from modules.errors import CheckpointError, DatasetError
-from modules.speed_options import VaeOptions
+from protocols.family import Abilities, DitSpec, TextEncoder
+from protocols.few_steps import FewSteps, Verdict
+from protocols.loading import Placement
+from protocols.rules import ONE_EXPERT, Expert, ReferenceRules
 
 if TYPE_CHECKING:
-    from contract.brought_words import WordsByFile
-    from contract.made_networks import MadeNetwork
-    from contract.new_words import WordToLearn
+    from protocols.bundled_embeddings import WordsByFile
+    from protocols.family_networks import MadeNetwork
+    from protocols.new_tokens import WordToLearn
 
 logger = logging.getLogger(__name__)
 

@@ -19,11 +19,6 @@ from torch.nn import Parameter
 from checkpoints.embedding_files import read_embedding
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import stream_tensors
-from contract.brought_words import WordContent, find_words, is_of_word
-from contract.family import TextEncoder
-from contract.loading import TensorInfo
-from contract.made_networks import DefaultRate, MadeNetwork
-from contract.new_words import WordToLearn
 from encoders.new_words import (
     GrowingEmbedding,
     ModelWord,
@@ -34,6 +29,11 @@ from encoders.new_words import (
 )
 from modules.console import count_of, quiet
 from modules.errors import CheckpointError, DatasetError, OptionError
+from protocols.bundled_embeddings import WordContent, find_words, is_of_word
+from protocols.family import TextEncoder
+from protocols.family_networks import DefaultRate, MadeNetwork
+from protocols.loading import TensorInfo
+from protocols.new_tokens import WordToLearn
 
 logger = logging.getLogger(__name__)
 

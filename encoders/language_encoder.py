@@ -27,10 +27,6 @@ from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions
-from contract.family import EncoderAbilities, TextEncoder
-from contract.loading import BlockPlace
-from contract.requests import Prompt
 from encoders.files import TransformerFiles
 from encoders.language_models import (
     LanguageConfig,
@@ -62,7 +58,11 @@ from encoders.text_encoder import (
 from modules.devices import dtype_name, select_compute_dtype
 from modules.errors import MediaError
 from modules.speed_options import TextEncoderOptions, text_form
-from running.planning.device_memory import spare_bytes
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities, TextEncoder
+from protocols.loading import BlockPlace
+from protocols.requests import Prompt
+from runtime.planning.device_memory import spare_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
 from checkpoints.encoders import SPIECE_MODEL, find_network, head_width, read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.family import DitSpec
-from contract.loading import BlockPlace
 from encoders.vision_towers import PLACES as TOWER_PLACES
 from encoders.vision_towers import QWEN3_TOWER, QWEN25_TOWER, QWEN35_TOWER, VisionTower
 from modules.devices import send_ahead
 from modules.errors import CheckpointError, OptionError
-from running.offload.block_swap import swap_blocks
-from running.offload.swap_plan import SwapPlan, host_weights
+from protocols.family import DitSpec
+from protocols.loading import BlockPlace
+from runtime.offload.block_swap import swap_blocks
+from runtime.offload.swap_plan import SwapPlan, host_weights
 
 logger = logging.getLogger(__name__)
 

@@ -17,12 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from checkpoints.embedding_files import TABLE, describe_content, list_tensors, reject_embedding, to_rows
-from contract.family import TextEncoder
 from modules.console import count_of
 from modules.errors import CheckpointError
+from protocols.family import TextEncoder
 
 if TYPE_CHECKING:
-    from contract.brought_words import WordContent
+    from protocols.bundled_embeddings import WordContent
 
 logger = logging.getLogger(__name__)
 

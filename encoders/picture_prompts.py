@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from checkpoints.dialects import LoadPlan, count, load_planned, shapes_of
 from checkpoints.encoders import read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.language_models import LanguageModel
 from encoders.vision_towers import PATCHES, VisionTower
 from modules.errors import CheckpointError, MediaError
 from modules.media.buckets import Size
 from modules.media.reading import read_image, resize_cover, resize_stretched
+from protocols.loading import TensorSource
 
 Shown = TypeVar("Shown")
 MIN_SIDE = 28  # pixels that reducing leaves of a side

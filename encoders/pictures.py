@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from contract.data import (
+from encoders.autoencoder import load_autoencoder, read_autoencoder_header
+from encoders.files import OneTransformer, TransformerFiles
+from encoders.tiles import posterior_generator
+from modules.control_codes import shorten
+from modules.devices import send, send_ahead
+from modules.errors import CacheError, DatasetError, OptionError
+from modules.media.buckets import fit_within
+from modules.media.pixels import byte_clips, to_pixels
+from protocols.data import (
     CONTROL,
     Batch,
     CacheEntry,
@@ -23,10 +31,10 @@ from contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from contract.families import list_same_latents
-from contract.family import NoiseSource
-from contract.inputs import IMAGE, LATENTS
-from contract.requests import (
+from protocols.families import list_same_latents
+from protocols.family import NoiseSource
+from protocols.inputs import IMAGE, LATENTS
+from protocols.requests import (
     NO_MEDIA,
     Prepared,
     Prompt,
@@ -38,16 +46,8 @@ from contract.requests import (
     settle,
     size_of,
 )
-from contract.rules import ReferenceRules, SourceRules
-from contract.steps import EncodedPrompts, Section
-from encoders.autoencoder import load_autoencoder, read_autoencoder_header
-from encoders.files import OneTransformer, TransformerFiles
-from encoders.tiles import posterior_generator
-from modules.control_codes import shorten
-from modules.devices import send, send_ahead
-from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.buckets import fit_within
-from modules.media.pixels import byte_clips, to_pixels
+from protocols.rules import ReferenceRules, SourceRules
+from protocols.steps import EncodedPrompts, Section
 
 logger = logging.getLogger(__name__)
 

@@ -28,13 +28,13 @@ from torch import Tensor
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions
-from contract.family import EncoderAbilities
-from contract.loading import BlockPlace
 from encoders.t5_network import T5Config, T5Kind, T5Network, load_t5, read_t5
 from encoders.text_encoder import END as TEXT_END
 from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, fill_rows, in_groups
 from modules.devices import dtype_name
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities
+from protocols.loading import BlockPlace
 
 # Letters: L tokens of a prompt with its padding, C = width of the model
 

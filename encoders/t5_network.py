@@ -26,13 +26,13 @@ from checkpoints.dialects import (
 )
 from checkpoints.encoders import SPIECE_MODEL
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.family import DitSpec
-from contract.loading import BlockPlace
-from contract.steps import NO_OVERRIDES
 from modules.attention.sdpa import attend_with_bias
 from modules.devices import dtype_name, send_ahead
 from modules.errors import CheckpointError
-from running.run_blocks import Hidden, run_blocks
+from protocols.family import DitSpec
+from protocols.loading import BlockPlace
+from protocols.steps import NO_OVERRIDES
+from runtime.run_blocks import Hidden, run_blocks
 
 
 @dataclass(frozen=True)

@@ -22,16 +22,16 @@ from torch import Tensor, nn
 from checkpoints.encoders import SPIECE_MODEL, TOKENIZER_JSON
 from checkpoints.opening import Checkpoint, fingerprint, open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles, check_sentencepiece, piece_surfaces
-from contract.data import Conditions, weigh_rows
-from contract.family import EncoderAbilities
-from contract.requests import Prompt, Spans
-from contract.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
 from encoders.new_words import EncoderWord, compile_words, grow_table, name_ids
 from modules.console import quiet
 from modules.errors import CaptionError, CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
-from running.offload.block_swap import move_network
-from running.offload.host_memory import LoadedNetwork
+from protocols.data import Conditions, weigh_rows
+from protocols.family import EncoderAbilities
+from protocols.requests import Prompt, Spans
+from protocols.rules import CountTokens, Place, TokenCount, kept_characters, token_weights
+from runtime.offload.block_swap import move_network
+from runtime.offload.host_memory import LoadedNetwork
 
 # Letters: B prompts, L tokens
 

@@ -7,10 +7,10 @@ import json
 import math
 from typing import Any, NamedTuple
 
-from contract.caption_formats import CaptionFormat, CaptionKey, is_said
 from modules.control_codes import shorten
 from modules.errors import CaptionError
 from modules.text_files import looks_like_object, read_object
+from protocols.caption_formats import CaptionFormat, CaptionKey, is_said
 
 DESCRIPTION, TEXTS = "short_description", "text_render"
 CAPTION, INSTRUCTION = "structured_caption", "edit_instruction"

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from contract.family import DitSpec, NoiseSpec
-from contract.rules import ModelRelease
 from flux_2.configs import LATENT, count_latents
 from lumina.configs import LuminaConfig
+from protocols.family import DitSpec, NoiseSpec
+from protocols.rules import ModelRelease
 
 __all__ = ["LATENT"]  # the model shares FLUX.2's autoencoder; each packed latent is a token
 

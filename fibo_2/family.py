@@ -9,21 +9,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.data import (
-    CONTROL,
-    Batch,
-    Conditions,
-    LatentSpec,
-    MediaEncoders,
-    SamplingDefaults,
-    name_text_and_mask,
-)
-from contract.families import list_same_latents
-from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from contract.few_steps import FewSteps
-from contract.requests import Prepared, Prompt, Request, full_patches, size_of
-from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_OVERRIDES, Overrides
 from encoders import pictures
 from encoders.files import judge_distillation
 from fibo_2 import options as own
@@ -41,6 +26,21 @@ from modules.media.buckets import Fit, Size
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from modules.text_files import looks_like_object
+from protocols.data import (
+    CONTROL,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from protocols.families import list_same_latents
+from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.few_steps import FewSteps
+from protocols.requests import Prepared, Prompt, Request, full_patches, size_of
+from protocols.rules import ModelRelease, ReferenceRules
+from protocols.steps import NO_OVERRIDES, Overrides
 
 TEXTS_AGAIN, LATENTS_AGAIN = "fibo_2_cache_text_encoder_outputs.py", "fibo_2_cache_latents.py"
 MAX_REFERENCES = 4  # as released

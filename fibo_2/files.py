@@ -24,7 +24,6 @@ from checkpoints.dialects import (
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.language_encoder import LanguageModelEncoder, LanguageModelFiles, LanguageUse
 from fibo_2.configs import MAX_INJECTIONS, STATES_OF_BUNDLE, Fibo2Config
 from fibo_2.model import Fibo2Model
@@ -34,6 +33,7 @@ from fibo_2.texts import TEXT_USE, Fibo2TextEncoder
 from flux_2.vae import Flux2Vae, load_vae, read_vae
 from modules.errors import CheckpointError
 from networks.names.layouts import joined_tensors, tensor_patterns
+from protocols.loading import TensorSource
 
 WHAT = f"a {NAME} transformer"
 OPTION, OF_SAMPLES = "--dit", "--distilled_dit"

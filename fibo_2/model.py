@@ -18,7 +18,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from fibo_2.configs import DIT, PLACES, Fibo2Config
 from lumina.blocks import FeedForward, JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.model import real_tokens
@@ -28,11 +27,12 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 from z_image.model import ZImageAttention
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 Grid = tuple[int, int]  # rows and columns of an image's tokens
 

@@ -1,8 +1,8 @@
 """Fibo 2.0's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from lumina.names import LUMINA_SIDES
 from networks.names.layouts import FamilyNames, WeightPart, stacked_parts, with_endings
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "fibo_2",

@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from contract.requests import check_opens
 from fibo_2.options import MASK
 from modules.errors import OptionError
 from modules.media.buckets import Fit, Size
 from modules.media.reading import Frame, fit_frame, image_size, read_image
+from protocols.requests import check_opens
 
 STEP = 16  # sides are multiples of this, in pixels
 MIN_SIDE = 64

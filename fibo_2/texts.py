@@ -9,8 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contract.data import Conditions
-from contract.requests import Prompt, Spans
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import ImageUse
@@ -31,6 +29,8 @@ from fibo_2.references import read_shown, shrink
 from krea2.files import BESIDE
 from modules.control_codes import shorten
 from modules.text_files import looks_like_object
+from protocols.data import Conditions
+from protocols.requests import Prompt, Spans
 
 logger = logging.getLogger(__name__)
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from contract.rules import ModelRelease
+from protocols.rules import ModelRelease
 
 DEV, SCHNELL, CHROMA = "dev", "schnell", "chroma"  # kinds of transformer
 FLUX_DEV = ModelRelease(

@@ -17,8 +17,6 @@ from torch import Tensor, nn
 from checkpoints.dialects import translate_name
 from checkpoints.filling import on_meta_device
 from checkpoints.writing import stream_tensors
-from contract.loading import TensorInfo
-from contract.made_networks import DefaultRate, MadeNetwork
 from flux.configs import CHROMA, FluxConfig
 from flux.control_net import (
     build_network,
@@ -32,6 +30,8 @@ from flux.model import FluxModel
 from flux.options import CONTROL_NET, FluxControlNetTrainingOptions
 from modules.errors import OptionError
 from modules.option_values import FillIn, option_words
+from protocols.family_networks import DefaultRate, MadeNetwork
+from protocols.loading import TensorInfo
 
 CALLED = "ControlNet"
 MODULE = "diffusers.FluxControlNetModel"

@@ -11,27 +11,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract import requests
-from contract.data import (
-    CONTROL,
-    CONTROL_PIXELS,
-    CONTROL_STRENGTH,
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    SamplingDefaults,
-    name_texts,
-)
-from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from contract.few_steps import UNDOING, FewSteps
-from contract.loading import Placement
-from contract.made_networks import MadeNetwork
-from contract.rules import ModelRelease
-from contract.steps import NO_OVERRIDES, Overrides
 from encoders import control_pictures
 from encoders.pictures import (
     GUIDANCE,
@@ -58,6 +37,27 @@ from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
 from modules.errors import CacheError, DatasetError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
+from protocols import requests
+from protocols.data import (
+    CONTROL,
+    CONTROL_PIXELS,
+    CONTROL_STRENGTH,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    SamplingDefaults,
+    name_texts,
+)
+from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.family_networks import MadeNetwork
+from protocols.few_steps import UNDOING, FewSteps
+from protocols.loading import Placement
+from protocols.rules import ModelRelease
+from protocols.steps import NO_OVERRIDES, Overrides
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,6 @@ from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.family import TextEncoder
-from contract.loading import TensorSource
 from encoders.clip_l import CLIP_L, ClipTextEncoder
 from encoders.pictures import AutoencoderFiles
 from encoders.t5 import USE, T5TextEncoder
@@ -30,6 +28,8 @@ from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.speed_options import text_form
 from networks.names.layouts import tensor_patterns
+from protocols.family import TextEncoder
+from protocols.loading import TensorSource
 
 logger = logging.getLogger(__name__)
 WHAT = "a FLUX.1 or Chroma transformer"

@@ -11,7 +11,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from flux.blocks import DoubleBlock, ModulationRows, SingleBlock, make_modulation
 from flux.configs import PATCH, ApproximatorConfig, FluxConfig
 from flux.spec import GUIDANCE_UNIT, dit_spec
@@ -21,7 +20,8 @@ from modules.attention.attend import Lengths, make_lengths
 from modules.layers.norms import ScaleNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 
 
 class Approximator(nn.Module):

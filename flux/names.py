@@ -1,6 +1,5 @@
 """Names of FLUX.1 and Chroma: scripts, modules in LoRA files, and tensors that identify files."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from hunyuan_model.names import LINEAR1_PARTS
 from networks.names import layouts
 from networks.names.layouts import (
@@ -12,6 +11,7 @@ from networks.names.layouts import (
     renamed_parts,
     stacked_parts,
 )
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "flux",

@@ -2,12 +2,12 @@
 
 from dataclasses import replace
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_image_tokens
-from contract.rules import NpzFormat
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
 from flux.configs import CHROMA
 from modules.flow import schedule
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec, count_image_tokens
+from protocols.rules import NpzFormat
 
 # cached latents are in model space already: (z - 0.1159) * 0.3611
 LATENT = LatentSpec(

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec
 
 AXES = 4  # axes of positions: image, row, column, index in the text; they share the width of a head
 

@@ -9,21 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract.data import (
-    CONTROL,
-    Batch,
-    Conditions,
-    LatentSpec,
-    MediaEncoders,
-    SamplingDefaults,
-    name_texts,
-)
-from contract.families import list_same_latents
-from contract.family import DitSpec, Family, NoiseSpec
-from contract.few_steps import GUIDED, FewSteps, make_transfer_target
-from contract.requests import Prepared, Request
-from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_OVERRIDES, Overrides
 from encoders import pictures
 from flux_2.configs import DIT, LATENT, NOISE, count_latents
 from flux_2.files import Flux2Files, files_of
@@ -38,6 +23,21 @@ from flux_2.options import (
 from flux_2.versions import DEV, KEY, VERSIONS
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
+from protocols.data import (
+    CONTROL,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    name_texts,
+)
+from protocols.families import list_same_latents
+from protocols.family import DitSpec, Family, NoiseSpec
+from protocols.few_steps import GUIDED, FewSteps, make_transfer_target
+from protocols.requests import Prepared, Request
+from protocols.rules import ModelRelease, ReferenceRules
+from protocols.steps import NO_OVERRIDES, Overrides
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,6 @@ from checkpoints.dialects import DitShapes, Names, join_parts, joined_shapes, ot
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from flux_2.configs import AXES, Flux2Config
 from flux_2.model import Flux2Model
@@ -23,6 +22,7 @@ from flux_2.vae import Flux2Vae, load_vae, read_vae
 from flux_2.versions import VERSIONS, Flux2Version
 from modules.errors import CheckpointError, OptionError
 from networks.names.layouts import swapped_tensors, tensor_patterns
+from protocols.loading import TensorSource
 
 WHAT = f"a {NAME} transformer"
 FILES = (

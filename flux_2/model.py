@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from flux_2.configs import AXES, DIT, Flux2Config
 from hunyuan_model import blocks
 from modules.layers.modulation import add_gated, modulate
@@ -27,7 +26,8 @@ from modules.layers.norms import (
 )
 from modules.layers.rope import Grid, GridTable, exact_table, joined_tables, sinusoid, table_maker
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 
 GUIDANCE_UNIT = 1000.0  # the model was trained with 1000 times the scale
 APART = 10  # places between an image and its references on the first axis

@@ -1,9 +1,9 @@
 """FLUX.2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from flux.names import FLUX_NORMS, FLUX_NUMBERS, FLUX_QKV
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, WeightPart, renamed_parts
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "flux_2",

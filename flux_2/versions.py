@@ -3,12 +3,12 @@
 from dataclasses import dataclass, replace
 
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import SamplingDefaults
-from contract.rules import ModelRelease
 from encoders.language_encoder import LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3, LanguageModel
 from encoders.pictures import image_defaults
 from encoders.text_encoder import TokenizerSource
+from protocols.data import SamplingDefaults
+from protocols.rules import ModelRelease
 
 MISTRAL3 = LanguageModel(
     what="the language model of Mistral Small 3",

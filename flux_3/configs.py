@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from contract.family import DitSpec, NoiseSpec
-from contract.rules import ModelRelease
 from flux_2.configs import AXES, LATENT, count_latents
+from protocols.family import DitSpec, NoiseSpec
+from protocols.rules import ModelRelease
 
 __all__ = ["AXES", "LATENT"]  # the model shares FLUX.2's autoencoder
 

@@ -9,21 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract.data import (
-    CONTROL,
-    Batch,
-    Conditions,
-    LatentSpec,
-    MediaEncoders,
-    SamplingDefaults,
-    name_text_and_mask,
-)
-from contract.families import list_same_latents
-from contract.family import Abilities, DitSpec, Family, NoiseSpec
-from contract.few_steps import FewSteps
-from contract.requests import Box, Prepared, Request
-from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_OVERRIDES, Overrides
 from encoders import pictures
 from flux_2.versions import VERSIONS
 from flux_3 import options as own
@@ -35,6 +20,21 @@ from modules.errors import CacheError, OptionError
 from modules.media.buckets import Size
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
+from protocols.data import (
+    CONTROL,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from protocols.families import list_same_latents
+from protocols.family import Abilities, DitSpec, Family, NoiseSpec
+from protocols.few_steps import FewSteps
+from protocols.requests import Box, Prepared, Request
+from protocols.rules import ModelRelease, ReferenceRules
+from protocols.steps import NO_OVERRIDES, Overrides
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,6 @@ from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kin
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN3_VL
 from flux_2.vae import Flux2Vae, load_vae, read_vae
@@ -24,6 +23,7 @@ from flux_3.names import FLUX_3
 from flux_3.options import NAME
 from modules.errors import CheckpointError, OptionError
 from networks.names.layouts import swapped_tensors, tensor_patterns
+from protocols.loading import TensorSource
 
 KEY = "ctx_vec"
 WHAT = f"a {NAME} transformer"

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from flux_2.model import PairNorm, PixelFinalLayer, SharedModulation, gate_half, number_embedding
 from flux_3.configs import AXES, DIT, Flux3Config
 from modules.attention.attend import Lengths, SecondText, attend, make_lengths
@@ -28,10 +27,11 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 IMAGE, REFERENCES, TEXT = MODES = ("image", "image_cond", "txt")
 CONTENT = (IMAGE, REFERENCES)

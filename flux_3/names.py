@@ -1,8 +1,8 @@
 """FLUX 3's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, WeightPart, renamed_parts
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "flux_3",

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.data import Batch, Conditions
 from frame_pack.configs import FramePackConfig
 from frame_pack.files import FRAMEPACK_CLIP, FramePackLlama
 from modules.errors import CacheError
+from protocols.data import Batch, Conditions
 
 logger = logging.getLogger(__name__)
 

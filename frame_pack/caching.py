@@ -11,8 +11,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from contract.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
-from contract.one_frame import OneFrame
 from encoders.tiles import posterior_generator
 from frame_pack.inputs import apply_masks
 from frame_pack.one_frame import one_frame_indices
@@ -20,6 +18,8 @@ from frame_pack.sections import LATENT_STRIDE, Indices, Order, count_window_sect
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips, to_pixels
+from protocols.data import CacheEntry, MediaBatch, MediaEncoders, MediaTable
+from protocols.one_frame import OneFrame
 
 logger = logging.getLogger(__name__)
 

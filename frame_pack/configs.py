@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from contract.family import DitSpec
-from contract.rules import ModelRelease
 from hunyuan_model.configs import JointConfig
 from hunyuan_model.spec import DIT as HUNYUAN
+from protocols.family import DitSpec
+from protocols.rules import ModelRelease
 
 DERIVED = (
     "Tencent Hunyuan Community, by derivation",  # from HunyuanVideo

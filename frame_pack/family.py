@@ -9,14 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.opening import fingerprint
-from contract import data
-from contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
-from contract.inputs import LATENTS, VIDEO
-from contract.loading import Placement
-from contract.one_frame import OneFrame
-from contract.requests import Prepared, Request
-from contract.rules import ModelRelease, SourceRules
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.files import OneTransformer
 from frame_pack import caching
 from frame_pack.batches import HISTORY, TEXT_KEYS, compare_order, read_conditions
@@ -42,6 +34,14 @@ from hunyuan_model.spec import GUIDANCE_UNIT, PREVIEW_BIAS, PREVIEW_FACTORS
 from modules.errors import DatasetError
 from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
+from protocols import data
+from protocols.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.inputs import LATENTS, VIDEO
+from protocols.loading import Placement
+from protocols.one_frame import OneFrame
+from protocols.requests import Prepared, Request
+from protocols.rules import ModelRelease, SourceRules
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 logger = logging.getLogger(__name__)
 

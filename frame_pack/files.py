@@ -19,8 +19,6 @@ from checkpoints.dits import DitFormat, DitHeader, own_names
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint
-from contract.data import Conditions
-from contract.requests import Prompt
 from encoders.clip_l import PooledClip
 from frame_pack.configs import DIT, FramePackConfig
 from frame_pack.image_encoder import FILES, OPTION, read_siglip
@@ -29,6 +27,8 @@ from hunyuan_model.files import HunyuanFiles
 from hunyuan_model.text_encoders import CLIP, LLAVA_USE, LlavaTextEncoder
 from hunyuan_model.token_refiner import FRAMEPACK_REFINER
 from modules.errors import CheckpointError, OptionError
+from protocols.data import Conditions
+from protocols.requests import Prompt
 
 FRAMEPACK_CLIP = replace(CLIP, pooled="clip_l_pooler", mask=None)
 TEXT_ROWS = 512  # number of rows of the language model's states; those after the prompt are zero

@@ -9,10 +9,6 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from contract.data import Conditions, MediaEncoders
-from contract.family import NoiseSource
-from contract.one_frame import OneFrame
-from contract.steps import EncodedPrompts, Piece, Section
 from frame_pack.one_frame import one_frame_indices
 from frame_pack.sections import (
     Indices,
@@ -25,6 +21,10 @@ from frame_pack.sections import (
 )
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
+from protocols.data import Conditions, MediaEncoders
+from protocols.family import NoiseSource
+from protocols.one_frame import OneFrame
+from protocols.steps import EncodedPrompts, Piece, Section
 
 CPU = torch.device("cpu")
 Sections = Generator[Section, Tensor, Tensor]

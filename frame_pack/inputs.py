@@ -12,8 +12,6 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
-from contract.data import Conditions, MediaEncoders
-from contract.requests import Prepared
 from encoders.tiles import posterior_generator
 from frame_pack.requests import FramePackRequest
 from frame_pack.sections import LATENT_STRIDE
@@ -21,6 +19,8 @@ from hunyuan_model.spec import LATENT as VAE_LATENT
 from hunyuan_model.vae import HunyuanVae
 from modules.media.buckets import Size
 from modules.media.pixels import byte_clips, image_pixels
+from protocols.data import Conditions, MediaEncoders
+from protocols.requests import Prepared
 
 
 def video_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, Conditions]:

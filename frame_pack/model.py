@@ -17,7 +17,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from frame_pack.blocks import (
     FramePackRefinerBlock,
     HunyuanVideoSingleTransformerBlock,
@@ -32,7 +31,8 @@ from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import CPU, GridTable, angles_at, on_grid, sinusoid, turns
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 
 
 @dataclass(frozen=True)

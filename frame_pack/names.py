@@ -1,9 +1,9 @@
 """FramePack's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import CLIPS, FamilyEntry, Marks
 from hunyuan_model.names import HUNYUAN_VIDEO
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, with_endings
+from protocols.families import CLIPS, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "frame_pack",

@@ -7,8 +7,8 @@ consecutive ones).
 
 import logging
 
-from contract.one_frame import OneFrame
 from frame_pack.sections import Indices, later_indices
+from protocols.one_frame import OneFrame
 
 logger = logging.getLogger(__name__)
 

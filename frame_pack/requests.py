@@ -10,9 +10,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from contract import requests
-from contract.data import LatentSpec, SamplingDefaults
-from contract.one_frame import OneFrame, parse_one_frame
 from frame_pack.options import FRAMES_PER_SECOND, MAX_SECTIONS, parse_entries
 from frame_pack.sections import (
     LATENT_STRIDE,
@@ -27,6 +24,9 @@ from modules.errors import OptionError
 from modules.media.buckets import bucket_sizes, select_bucket
 from modules.option_values import require, to_path
 from modules.paths import explain_missing
+from protocols import requests
+from protocols.data import LatentSpec, SamplingDefaults
+from protocols.one_frame import OneFrame, parse_one_frame
 
 logger = logging.getLogger(__name__)
 

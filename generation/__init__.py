@@ -1,11 +1,11 @@
 """From options and a prompt to videos and pictures; read run.py first.
 
-anchors: hold parts of a picture to a reference
+latent_masks: hold parts of a picture to a reference
 asking: ask for lines at the console, with history
 comparing: every prompt with every LoRA at every strength
 denoise: the denoising loop over sections: passes, guidance, solver
-dressing: how networks and LoRAs are loaded, and features around them
-driven: requests as JSON, for a page that drives it
+network_setup: how networks and LoRAs are loaded, and features around them
+json_requests: requests as JSON, for a page that drives it
 embedding_marks: embeddings of a generation, and their marks in prompts
 expert_memory: host memory of experts that wait
 experts: the networks that denoise, and take turns
@@ -23,7 +23,7 @@ run: modes of a generation script: one, file, interactive, others
 sample_lines: prompt files of training samples
 script_options: options of requests and outputs; forms of scripts
 scripts: make the generation scripts of a family
-session: networks of a run: loaded when needed, by turns
+loaded_networks: networks of a run: loaded when needed, by turns
 sheets: clips side by side; sheets of varied options
-together: generate in processes that share the transformer
+multi_process: generate in processes that share the transformer
 """

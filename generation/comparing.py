@@ -19,13 +19,12 @@ import torch
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from checkpoints.model_files import load_latents
-from contract.family import Family
-from contract.rules import Expert
-from contract.steps import DitAt, EncodedPrompts
-from generation import dressing, making
+from generation import making
+from generation import network_setup as dressing
 from generation.embedding_marks import with_embeddings
 from generation.experts import plan_turns
 from generation.grid_options import CompareOptions
+from generation.loaded_networks import wanted_texts
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
 from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, own_stem, words_of
@@ -33,7 +32,6 @@ from generation.progress import NAMING, in_short
 from generation.prompt_lines import lines_of
 from generation.request import GenerationJob, GenerationRun, make_job, map_lines
 from generation.run import check_models, explain_lack, make_session
-from generation.session import wanted_texts
 from generation.sheets import ClipGrid, Row, write_grids
 from modules.atomic_write import make_folder
 from modules.command import as_typed
@@ -45,9 +43,12 @@ from modules.media.reading import read_tags
 from networks.apply import OriginalWeights
 from networks.loading import LoraUse, on_side
 from networks.text_loras import TextLoras, with_words_of
-from networks.unmerged import split_masked
-from running.compile import check_compilation
-from running.planning.device_memory import room_on
+from networks.unmerged_loras import split_masked
+from protocols.family import Family
+from protocols.rules import Expert
+from protocols.steps import DitAt, EncodedPrompts
+from runtime.compile import check_compilation
+from runtime.planning.device_memory import room_on
 
 SEED = "0"  # if the command line and a prompt line give none: all columns need the same one
 FIRST_TIMESTEP = 1000.0

@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from contract import steps
-from contract.data import Conditions
-from contract.family import Family, NoiseSource, Passes
-from contract.requests import Prepared
 from modules.devices import dtype_of, send, send_ahead
 from modules.flow.schedule import TRAIN_TIMESTEPS, Schedule, noisy_source
 from modules.flow.solvers import Solver, solver_for
 from modules.seeds import derive_seed
 from networks.rank_masks import set_level
+from protocols import steps
+from protocols.data import Conditions
+from protocols.family import Family, NoiseSource, Passes
+from protocols.requests import Prepared
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def denoise(
     assert not (is_anchored and section.overrides.joint), "an anchor holds a picture alone"
     latents = hold_given(section, latents.float())
     if is_anchored:
-        from generation.anchors import hold_consistent, hold_masked  # few sections have an anchor
+        from generation.latent_masks import hold_consistent, hold_masked  # few sections have an anchor
 
         latents = hold_masked(section, latents, schedule, first_step)
     num_steps = schedule.num_steps - first_step
@@ -386,7 +386,7 @@ def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
     """Enable the LoRAs of a stage whose strength is not 0 during the block."""
-    from networks.added import stage_loras_of  # only with LoRAs of stages
+    from networks.gated_loras import stage_loras_of  # only with LoRAs of stages
 
     with ExitStack() as stack:
         for loras, strength in zip(stage_loras_of(dit), strengths, strict=True):

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
-from contract.brought_words import TakesWords, with_words
-from contract.family import Family
-from contract.requests import Request
 from modules.control_codes import shorten
 from modules.limits import MAX_LINE_SHOWN
+from protocols.bundled_embeddings import TakesWords, with_words
+from protocols.family import Family
+from protocols.requests import Request
 
 logger = logging.getLogger(__name__)
 

@@ -11,16 +11,13 @@ from operator import sub
 from torch import nn
 
 from checkpoints.stored.forms import stored_in
-from contract.family import Family
-from contract.loading import Placement
-from contract.requests import Prepared
-from generation.dressing import expert_loras
 from generation.experts import plan_turns
 from generation.grid_options import list_cells
+from generation.loaded_networks import needs_media
+from generation.network_setup import expert_loras
 from generation.options import GenerationOptions
 from generation.prompt_lines import lines_of, parse_generation_line
 from generation.request import prepare_line
-from generation.session import needs_media
 from modules.console import quiet
 from modules.devices import gib
 from modules.errors import OptionError, UserError
@@ -28,10 +25,13 @@ from modules.media.reading import image_size
 from networks.apply import Change, LoraPatch
 from networks.loading import on_side
 from networks.rank_masks import has_rule
-from networks.unmerged import masked_changes, split_masked
-from running.planning.device_memory import Room
-from running.planning.dry_run import WEIGHTS
-from running.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Swapped, sharing_processes
+from networks.unmerged_loras import masked_changes, split_masked
+from protocols.family import Family
+from protocols.loading import Placement
+from protocols.requests import Prepared
+from runtime.planning.device_memory import Room
+from runtime.planning.dry_run import WEIGHTS
+from runtime.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, Swapped, sharing_processes
 
 
 @dataclass(frozen=True)

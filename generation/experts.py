@@ -18,14 +18,14 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from contract.family import Family
-from contract.requests import Prepared
-from contract.rules import Expert, expert_at, noisiest
 from modules.devices import free_memory, gib
 from modules.errors import MemoryPlanError
 from modules.flow.schedule import make_schedule
-from running.offload.block_swap import move_network
-from running.planning.device_memory import bytes_on, host_room, spare_bytes
+from protocols.family import Family
+from protocols.requests import Prepared
+from protocols.rules import Expert, expert_at, noisiest
+from runtime.offload.block_swap import move_network
+from runtime.planning.device_memory import bytes_on, host_room, spare_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
 class WaitingNetwork(Protocol):
-    """A network whose weights can wait in host memory, like `running.offload.turns.HostCopy`."""
+    """A network whose weights can wait in host memory, like `runtime.offload.turns.HostCopy`."""
 
     def bring(self) -> None:
         """Copy the weights to the device."""
@@ -55,7 +55,7 @@ class WaitingNetwork(Protocol):
 
 
 def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
-    from running.offload.turns import HostCopy  # only for networks that take turns
+    from runtime.offload.turns import HostCopy  # only for networks that take turns
 
     return HostCopy(network, device)
 

@@ -16,14 +16,17 @@ from blissful_tuner.guidance import plan_steps
 from blissful_tuner.metadata import as_tags
 from blissful_tuner.video_to_video_options import USED_WITH, SourceOptions
 from checkpoints.finite import is_finite
-from contract.data import Conditions, MediaEncoders
-from contract.family import Family, trains_audio
-from contract.inputs import SOURCES
-from contract.requests import Box
-from contract.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
 from generation import outputs
 from generation.denoise import OnSection, make_latents
 from generation.experts import plan_turns
+from generation.loaded_networks import (
+    CPU,
+    NO_ENCODERS,
+    decode_tracks,
+    encode_inputs,
+    needs_media,
+    wanted_texts,
+)
 from generation.progress import (
     GrowingVideo,
     log_turn,
@@ -34,20 +37,17 @@ from generation.progress import (
 )
 from generation.request import GenerationJob, GenerationRun
 from generation.script_options import LATENT_OUTPUTS, NOTHING, UNDECODED, OutputOptions
-from generation.session import (
-    CPU,
-    NO_ENCODERS,
-    decode_tracks,
-    encode_inputs,
-    needs_media,
-    wanted_texts,
-)
 from modules.atomic_write import make_folder
 from modules.bars import FRAMES, Bar, track
 from modules.devices import Failures, free_memory
 from modules.errors import UserError
 from modules.media.tracks import Track
-from running.planning.device_memory import comparison
+from protocols.data import Conditions, MediaEncoders
+from protocols.family import Family, trains_audio
+from protocols.inputs import SOURCES
+from protocols.requests import Box
+from protocols.steps import DitAt, EncodedPrompts, Section, StepDone, Watcher
+from runtime.planning.device_memory import comparison
 
 if TYPE_CHECKING:  # it is loaded only if prompts are rewritten
     from blissful_tuner.prompt_rewrite import PromptRewriter
@@ -337,7 +337,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             assert bar is not None, "a section begins before its steps"
             bar.update()
             if step.section.anchor is not None and output.output_type != NOTHING:
-                from generation.anchors import save_changes  # few sections have an anchor
+                from generation.latent_masks import save_changes  # few sections have an anchor
 
                 save_changes(step, output.save_path, stem)
             return False

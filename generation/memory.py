@@ -11,12 +11,6 @@ from blissful_tuner.guidance import make_guidance, plan_steps
 from blissful_tuner.step_cache import StepCaches
 from blissful_tuner.taehv import check_taehv, decoding_bytes
 from checkpoints.stored.forms import rehearsed
-from contract.data import Conditions
-from contract.family import Family, TextEncoder, can_divide, can_see, is_layered, trains_audio
-from contract.loading import Placement
-from contract.requests import Prepared, Prompt
-from contract.rules import Expert, noisiest
-from contract.steps import DitAt, EncodedPrompts, Step
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.expert_memory import (
     ALONE,
@@ -26,22 +20,35 @@ from generation.expert_memory import (
     load_with_loras,
     order_turns,
 )
+from generation.loaded_networks import (
+    NO_ENCODERS,
+    encode_inputs,
+    gather_encoded,
+    needs_media,
+    texts_of,
+    wanted_texts,
+)
 from generation.options import GenerationOptions
 from generation.request import Peaks
 from generation.script_options import UNDECODED
-from generation.session import NO_ENCODERS, encode_inputs, gather_encoded, needs_media, texts_of, wanted_texts
 from modules.console import quiet
 from modules.devices import dtype_of, gib
 from modules.errors import MemoryPlanError, OptionError
 from modules.options import override_options
 from modules.private_torch import FakeTensor
-from networks.added import add_stage_loras, stage_loras_of
 from networks.apply import Change
-from networks.unmerged import add_unmerged
-from running.planning import dry_run as dry
-from running.planning import memory_plan
-from running.planning.device_memory import Room, host_room
-from running.run_blocks import spec_of
+from networks.gated_loras import add_stage_loras, stage_loras_of
+from networks.unmerged_loras import add_unmerged
+from protocols.data import Conditions
+from protocols.family import Family, TextEncoder, can_divide, can_see, is_layered, trains_audio
+from protocols.loading import Placement
+from protocols.requests import Prepared, Prompt
+from protocols.rules import Expert, noisiest
+from protocols.steps import DitAt, EncodedPrompts, Step
+from runtime.planning import dry_run as dry
+from runtime.planning import memory_plan
+from runtime.planning.device_memory import Room, host_room
+from runtime.run_blocks import spec_of
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0

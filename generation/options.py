@@ -55,7 +55,7 @@ from networks.use_options import (
     require_files,
     require_loras,
 )
-from running.options import GenerationSpeedOptions
+from runtime.options import GenerationSpeedOptions
 
 
 class ExpertOptions(Options, title="two experts"):
@@ -110,7 +110,7 @@ class PostOptions(Options, title="tools for finished videos"):
 
     @functools.cached_property
     def tools(self) -> Any:
-        """The tools in order, as `post.chain_options.NamedTools`; None without a tool.
+        """The tools in order, as `postprocessing.chain_options.NamedTools`; None without a tool.
 
         `post` is imported only here, because training generates its samples through these loops and does not
         need it.
@@ -120,7 +120,7 @@ class PostOptions(Options, title="tools for finished videos"):
         """
         if not self.post:
             return None
-        from post.chain_options import read_named_tools  # only with --post
+        from postprocessing.chain_options import read_named_tools  # only with --post
 
         return read_named_tools(self.post, POST)
 

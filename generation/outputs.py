@@ -15,7 +15,6 @@ from torch import Tensor
 
 from blissful_tuner.metadata import as_png_texts, as_tags, with_plain_keys
 from checkpoints.writing import save_tensors
-from contract.data import SOUND, LatentSpec
 from generation.script_options import IMAGE_OUTPUTS, OutputOptions
 from modules.atomic_write import atomic_folder, claim_name
 from modules.errors import OptionError
@@ -24,6 +23,7 @@ from modules.media.encoding import resolve_codec
 from modules.media.pixels import frames_of
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
+from protocols.data import SOUND, LatentSpec
 
 logger = logging.getLogger(__name__)
 

@@ -18,17 +18,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.family import Family
-from contract.requests import Prepared
-from contract.rules import Source
-from contract.steps import Piece
 from generation.experts import experts_by_step
-from generation.session import CPU, Session
+from generation.loaded_networks import CPU, Session
 from modules.console import Row, as_size, count_of, in_words, show_box
 from modules.devices import is_out_of_memory, peak_in_words
 from modules.errors import OutputError
 from modules.media.pixels import cross_fade, frames_of
 from modules.media.writing import encode_segment, join_segments
+from protocols.family import Family
+from protocols.requests import Prepared
+from protocols.rules import Source
+from protocols.steps import Piece
 
 logger = logging.getLogger(__name__)
 

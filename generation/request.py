@@ -16,23 +16,23 @@ from blissful_tuner.guidance_formulas import run_passes
 from blissful_tuner.metadata import output_metadata
 from blissful_tuner.options import PLAIN_PROMPTS, PromptOptions, SteadierOptions
 from blissful_tuner.video_to_video_options import SourceOptions, check_one_source, check_share
-from contract.families import HIGH_NOISE
-from contract.family import Family
-from contract.inputs import SOURCES
-from contract.requests import Prepared, Request, check_values
-from contract.rules import Source
-from contract.steps import RunPasses, Watcher
-from generation.dressing import list_loras
+from generation.loaded_networks import Session
+from generation.network_setup import list_loras
 from generation.options import GenerationOptions
 from generation.outputs import FrameTools
 from generation.prompt_lines import parse_generation_line, read_seed
 from generation.script_options import RequestOptions
-from generation.session import Session
 from modules.command import each_warning_once, one_line
 from modules.devices import Failures
 from modules.errors import CheckpointError, OptionError
 from modules.option_values import SEED_BITS, to_path
 from modules.text_files import parse_json, texts_of_files
+from protocols.families import HIGH_NOISE
+from protocols.family import Family
+from protocols.inputs import SOURCES
+from protocols.requests import Prepared, Request, check_values
+from protocols.rules import Source
+from protocols.steps import RunPasses, Watcher
 
 if TYPE_CHECKING:  # they are loaded only if options ask for them
     from blissful_tuner.latent_preview import LatentPreviews
@@ -53,7 +53,7 @@ def draw_seed() -> int:
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
-    from running.offload.joining import agree  # of no use to a single process
+    from runtime.offload.joining import agree  # of no use to a single process
 
     return agree(seed)
 

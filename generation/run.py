@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from blissful_tuner.metadata import read_decoded_metadata, read_frame_rate, read_shown, read_stored_seed
-from contract.data import MediaEncoders
-from contract.families import HIGH_NOISE
-from contract.family import Family, trains_audio
-from contract.loading import Placement
-from contract.requests import Box
-from generation.dressing import (
+from generation.experts import DitTurns
+from generation.loaded_networks import Session
+from generation.making import decode, make_outputs, make_tracks
+from generation.network_setup import (
     DitLoader,
     LorasByExpert,
     dit_loader,
@@ -29,15 +27,12 @@ from generation.dressing import (
     leave_out_missing,
     list_loras,
 )
-from generation.experts import DitTurns
-from generation.making import decode, make_outputs, make_tracks
 from generation.options import GenerationOptions
 from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
 from generation.progress import show_end
 from generation.prompt_lines import find_option, is_blank, lines_of
 from generation.request import GenerationRun, make_job, map_lines, seed_of
 from generation.script_options import LATENT_OUTPUTS, UNDECODED
-from generation.session import Session
 from modules.atomic_write import make_folder
 from modules.attention.attend import check_backend
 from modules.devices import Failures, allow_fp16_accumulation, freeze_libraries, select_device
@@ -45,10 +40,15 @@ from modules.errors import CheckpointError, OptionError, OutputError
 from modules.installation import DRIVEN
 from modules.media.tracks import Track
 from modules.output_files import reject_replacing
-from running.offload.joining import have_joined, launched_processes
-from running.offload.swap_plan import check_swap
-from running.planning.device_memory import room_on, too_little
-from running.ways.composing import (
+from protocols.data import MediaEncoders
+from protocols.families import HIGH_NOISE
+from protocols.family import Family, trains_audio
+from protocols.loading import Placement
+from protocols.requests import Box
+from runtime.offload.joining import have_joined, launched_processes
+from runtime.offload.swap_plan import check_swap
+from runtime.planning.device_memory import room_on, too_little
+from runtime.ways.composing import (
     count_shared_passes,
     make_block_place,
     make_passes,
@@ -242,7 +242,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     freeze_libraries()
     reject_other_splits()
     if device is None and options.speed.joined.typed:
-        from generation.together import generate_together  # only with several processes
+        from generation.multi_process import generate_together  # only with several processes
 
         generate_together(generate, family, options)
         return
@@ -266,7 +266,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         save_merged_model(family, uses, options.save_merged_model, device, options.lora_rounding)
         return
     if options.speed.compilation.choice is not None:
-        from running.compile import check_compilation  # only with --compile
+        from runtime.compile import check_compilation  # only with --compile
 
         check_compilation(options.speed.compilation.choice, device)
     if options.speed.plan.is_planning:
@@ -281,7 +281,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     if options.preview.preview_latent_every is not None:
         run = run.with_previews()
     if options.interactive and os.environ.get(DRIVEN):
-        from generation.driven import serve_requests  # only from the browser
+        from generation.json_requests import serve_requests  # only from the browser
 
         serve_requests(run, change_strengths, Path(os.environ[DRIVEN]))
     elif options.interactive:
@@ -299,7 +299,7 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
     cards, card_size = options.speed.plan.cards
     room = room_on(device, card_size)
     if cards > 1:
-        from generation.together import plan_ways  # only with --plan
+        from generation.multi_process import plan_ways  # only with --plan
 
         assert room is not None, "several cards have a size, as --plan is read"
         plan_ways(family, options, device, cards=cards, room=room)
@@ -355,7 +355,7 @@ def _check_loras(family: Family, uses: LorasByExpert) -> None:
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
     """Return the tools of --post after checking them."""
-    from post.stages import PostTools  # only with --post
+    from postprocessing.stages import PostTools  # only with --post
 
     post: FrameTools = PostTools(options.post.tools, device)
     post.check()
@@ -605,7 +605,7 @@ def converse(run: GenerationRun) -> None:
     )
     is_shared = have_joined()
     if is_shared:
-        from generation.together import read_together  # only with several processes
+        from generation.multi_process import read_together  # only with several processes
 
         ask = read_together(ask)
     remembered: dict[str, Any] = {}

@@ -5,11 +5,11 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from contract.families import FAMILIES, Script
 from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.command import each_warning_once, name_as_typed, print_loading
 from modules.options import option_values
+from protocols.families import FAMILIES, Script
 
 
 def generation_script(

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_image_tokens
-from contract.rules import ModelRelease, NpzFormat
 from hunyuan_model.configs import JointConfig
 from hunyuan_model.spec import DIT as HUNYUAN
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec, count_image_tokens
+from protocols.rules import ModelRelease, NpzFormat
 
 HUNYUAN_IMAGE = ModelRelease(
     ("tencent/HunyuanImage-2.1",),

@@ -7,25 +7,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract.data import (
-    Batch,
-    Conditions,
-    LatentSpec,
-    MediaEncoders,
-    SamplingDefaults,
-    name_texts,
-)
-from contract.family import DitSpec, Family, NoiseSpec
-from contract.requests import (
-    Prepared,
-    Request,
-)
-from contract.rules import (
-    GuidanceRules,
-    ModelRelease,
-    Projection,
-)
-from contract.steps import NO_OVERRIDES, Overrides
 from encoders.pictures import ModelOfImages, image_defaults
 from hunyuan_image.configs import DIT, HUNYUAN_IMAGE, LATENT, NOISE
 from hunyuan_image.files import HunyuanImageFiles
@@ -41,6 +22,25 @@ from hunyuan_image.options import (
 )
 from hunyuan_image.text_encoders import QWEN_USE, GlyphTextEncoder, find_quoted
 from modules.options import NO_OPTIONS
+from protocols.data import (
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    name_texts,
+)
+from protocols.family import DitSpec, Family, NoiseSpec
+from protocols.requests import (
+    Prepared,
+    Request,
+)
+from protocols.rules import (
+    GuidanceRules,
+    ModelRelease,
+    Projection,
+)
+from protocols.steps import NO_OVERRIDES, Overrides
 
 TEXT_KEYS = QWEN_USE.keys | GlyphTextEncoder.keys
 # argument of the network -> name in caches

@@ -13,8 +13,6 @@ from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.family import TextEncoder
-from contract.loading import TensorSource
 from encoders.files import TransformerFiles
 from encoders.language_models import read_language_model
 from encoders.t5 import BYT5, read_byt5_header
@@ -29,6 +27,8 @@ from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
 from modules.speed_options import text_form
 from networks.names.layouts import swapped_tensors, tensor_patterns
+from protocols.family import TextEncoder
+from protocols.loading import TensorSource
 
 WHAT = "a HunyuanImage-2.1 transformer"
 RELEASE = "dit/hunyuanimage2.1.safetensors of tencent/HunyuanImage-2.1 or hunyuanimage2.1_bf16.safetensors"

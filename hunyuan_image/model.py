@@ -13,7 +13,6 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from hunyuan_image.configs import DIT, HunyuanImageConfig
 from hunyuan_model.blocks import (
     EmbeddedText,
@@ -29,7 +28,8 @@ from modules.attention.attend import make_lengths
 from modules.layers.norms import Float32LayerNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 
 GLYPH_EPS = 1e-5  # epsilon of the norm before the glyph layers
 

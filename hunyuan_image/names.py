@@ -1,8 +1,8 @@
 """HunyuanImage-2.1's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from hunyuan_model.names import BLOCK_ALIASES, BLOCK_DEPTHS, BLOCK_NUMBERS, BLOCK_PARTS, BLOCK_SIDES
 from networks.names.layouts import FamilyNames, LoraRules, renamed_parts
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "hunyuan_image",

@@ -16,10 +16,6 @@ import torch
 from checkpoints.model_files import inside
 from checkpoints.opening import fingerprint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions
-from contract.family import EncoderAbilities
-from contract.requests import Prompt
-from contract.rules import CountTokens, TokenCount
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import QWEN25_VL
 from encoders.t5 import byte_rows, load_byt5
@@ -27,7 +23,11 @@ from encoders.t5_network import T5Network
 from encoders.text_encoder import TokenizerSource
 from hunyuan_image.configs import GLYPH_TOKENS, TEXT_TOKENS
 from modules.devices import dtype_name
-from running.offload.host_memory import LoadedNetwork
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities
+from protocols.requests import Prompt
+from protocols.rules import CountTokens, TokenCount
+from runtime.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 

@@ -22,10 +22,10 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, TwoLayers, in_own_dtype
 from modules.layers.rope import take_rows
 from modules.speed_options import AttentionChoice
-from running.run_blocks import Hidden
+from runtime.run_blocks import Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 NOWHERE = sys.maxsize  # an index after all tokens

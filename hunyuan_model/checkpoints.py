@@ -13,14 +13,14 @@ from checkpoints.dialects import DitShapes, Names, join_parts, other_kind, trans
 from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from checkpoints.stored.fp8 import dequantize, stored_fp8
-from contract.family import DitSpec
-from contract.loading import TensorSource
 from hunyuan_model.configs import IMAGE_CHANNELS, HunyuanVideoConfig
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.names import COMFYUI_TENSORS, HUNYUAN_VIDEO
 from hunyuan_model.spec import DIT
 from modules.errors import CheckpointError
 from networks.names.layouts import swapped_tensors, tensor_patterns
+from protocols.family import DitSpec
+from protocols.loading import TensorSource
 
 TABLE_MULTIPLE = 32  # a head width that 32 divides splits into whole pairs for frames, rows and columns
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from contract.rules import ModelRelease
+from protocols.rules import ModelRelease
 
 # channels of the first frame's latents, after the noisy ones if a model is conditioned on an image
 IMAGE_CHANNELS = 16

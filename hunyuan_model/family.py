@@ -9,12 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract import data, requests
-from contract.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
-from contract.inputs import IMAGE, LATENTS, VIDEO
-from contract.loading import Placement
-from contract.rules import ModelRelease, SourceRules
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.files import OneTransformer
 from encoders.tiles import posterior_generator
 from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
@@ -38,6 +32,12 @@ from modules.errors import DatasetError, OptionError
 from modules.media.pixels import byte_clips, image_pixels
 from modules.option_values import require
 from modules.options import NO_OPTIONS
+from protocols import data, requests
+from protocols.family import FLOW, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.inputs import IMAGE, LATENTS, VIDEO
+from protocols.loading import Placement
+from protocols.rules import ModelRelease, SourceRules
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 logger = logging.getLogger(__name__)
 

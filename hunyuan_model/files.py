@@ -11,7 +11,6 @@ from checkpoints.dits import DitFormat
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
 from checkpoints.opening import Checkpoint
-from contract.family import TextEncoder
 from encoders.clip_checkpoints import read_clip_text
 from encoders.clip_l import PooledClip
 from encoders.files import TransformerFiles
@@ -25,6 +24,7 @@ from hunyuan_model.vae import TILE_FRAMES, HunyuanVae, load_vae
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.devices import select_compute_dtype
 from modules.speed_options import text_form
+from protocols.family import TextEncoder
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from hunyuan_model.blocks import (
     EmbeddedText,
     HunyuanTokens,
@@ -29,7 +28,8 @@ from modules.layers.modulation import modulate
 from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, in_own_dtype
 from modules.layers.rope import Grid, GridTable, exact_table, table_maker
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 
 TWO_LAYERS = "in_layer out_layer"  # names of an embedding's layers in the files
 

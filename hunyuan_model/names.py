@@ -1,6 +1,5 @@
 """HunyuanVideo's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import (
     FamilyNames,
@@ -12,6 +11,7 @@ from networks.names.layouts import (
     stacked_parts,
     with_endings,
 )
+from protocols.families import FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "hunyuan_model",

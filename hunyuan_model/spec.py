@@ -1,7 +1,7 @@
 """HunyuanVideo for code outside its models: latent space, guidance, names in the transformer."""
 
-from contract.data import LatentSpec
-from contract.family import DitSpec
+from protocols.data import LatentSpec
+from protocols.family import DitSpec
 
 # Least squares fit of latents in model space to colors (R, G, B), which all known tools use
 PREVIEW_FACTORS = (

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from checkpoints.dialects import load_planned
 from checkpoints.opening import open_checkpoint
-from contract.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch, split_items
 from encoders.tiles import Cut, compute_in_spans, compute_in_tiles, posterior_generator, sample_posterior
 from hunyuan_model.vae_blocks import HunyuanVaeConfig, HunyuanVaeDecoder, HunyuanVaeEncoder
 from hunyuan_model.vae_checkpoints import read_vae
@@ -27,6 +26,7 @@ from modules.devices import dtype_name
 from modules.errors import OptionError
 from modules.layers.convolution import lay_out, layouts
 from modules.media.pixels import byte_clips, check_clip, from_bytes
+from protocols.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBatch, split_items
 
 logger = logging.getLogger(__name__)
 

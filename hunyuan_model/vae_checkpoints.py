@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from checkpoints import dialects
 from checkpoints.encoders import check_groups, declared_groups
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.autoencoder import as_matrices
 from hunyuan_model.vae_blocks import DOWN, UP, HunyuanVaeConfig
 from modules.errors import CheckpointError
+from protocols.loading import TensorSource
 
 LATENT_CHANNELS = 16
 MAX_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest level has 128 channels

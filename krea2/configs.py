@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from contract.family import DitSpec, NoiseSpec, count_image_tokens
-from contract.few_steps import GUIDED, FewSteps, make_transfer_target
-from contract.rules import ModelRelease
+from protocols.family import DitSpec, NoiseSpec, count_image_tokens
+from protocols.few_steps import GUIDED, FewSteps, make_transfer_target
+from protocols.rules import ModelRelease
 from qwen_image.configs import LATENT as QWEN_LATENT
 
 KREA_2 = ModelRelease(

@@ -9,21 +9,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from contract.data import (
-    CONTROL,
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    SamplingDefaults,
-    name_text_and_mask,
-)
-from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_image_tokens
-from contract.requests import Prepared, Request
-from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders import pictures
 from encoders.language_encoder import LanguageUse
 from krea2 import options as own
@@ -45,6 +30,21 @@ from modules.errors import CacheError, OptionError
 from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
+from protocols.data import (
+    CONTROL,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, count_image_tokens
+from protocols.requests import Prepared, Request
+from protocols.rules import ModelRelease, ReferenceRules
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 logger = logging.getLogger(__name__)
 

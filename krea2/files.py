@@ -14,7 +14,6 @@ from typing import ClassVar, NamedTuple
 from checkpoints.dialects import DitShapes, join_parts, joined_shapes, other_kind
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageUse
 from encoders.language_models import QWEN3_VL
@@ -26,6 +25,7 @@ from krea2.options import NAME, TURBO, VARIANT_KEY, VARIANTS
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text, texts_of_files
 from networks.names.layouts import tensor_patterns
+from protocols.loading import TensorSource
 from qwen_image.files import QWEN_USE, TOKENIZER, QwenImageFiles
 
 KEY = "krea2_vl_embed"

@@ -21,7 +21,6 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from krea2.configs import DIT, PATCH, Krea2Config, Krea2StreamConfig
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens, serve
 from lumina.model import real_tokens
@@ -30,11 +29,12 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import CenteredNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import Grid, GridTable, exact_table, rotate, sinusoid
 from modules.speed_options import SDPA, AttentionChoice
-from running.memories import Remembers, remember, remembering
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.kv_cache import Remembers, remember, remembering
+from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 ROWS = 6  # that modulate a block: scale, shift and gate of attention and of feed-forward
 
@@ -84,7 +84,7 @@ class GatedAttention(GroupedAttention):
         self.wv = nn.Linear(dim, rows, bias=False)
         self.qknorm = QueryKeyScales(config)
         self.head_width = config.head_width
-        # keys and values of the references in front, 1 R K D; see `running/memories.py`
+        # keys and values of the references in front, 1 R K D; see `runtime/kv_cache.py`
         self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:

@@ -1,7 +1,7 @@
 """Krea 2's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, renamed_parts
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "krea2",

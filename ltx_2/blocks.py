@@ -27,7 +27,7 @@ from modules.layers.rope import rotate
 from modules.speed_options import SDPA, AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 Parts = dict[StreamNames, Tensor]  # the tokens of each stream, B L C
 gelu = partial(functional.gelu, approximate="tanh")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec
-from contract.rules import ModelRelease
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec
+from protocols.rules import ModelRelease
 
 
 class StreamNames(NamedTuple):

@@ -9,39 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract import rules
-from contract.data import (
-    FIRST_FRAME,
-    FPS,
-    HAS_AUDIO,
-    REFERENCE_LATENTS,
-    Batch,
-    CacheEntry,
-    Conditions,
-    Joint,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    SamplingDefaults,
-    name_texts,
-    split_items,
-)
-from contract.family import Abilities, DitSpec, Family, HearsAudio, NoiseSource, NoiseSpec
-from contract.few_steps import GUIDED, FewSteps, make_transfer_target
-from contract.loading import Placement
-from contract.requests import (
-    NO_MEDIA,
-    Prepared,
-    Request,
-    check_frames,
-    check_opens,
-    check_size,
-    full_frames,
-    keep_usable_media,
-    settle,
-    size_of,
-)
-from contract.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
@@ -100,6 +67,39 @@ from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still
 from modules.option_values import to_path
 from modules.options import NO_OPTIONS, in_one_spelling
+from protocols import rules
+from protocols.data import (
+    FIRST_FRAME,
+    FPS,
+    HAS_AUDIO,
+    REFERENCE_LATENTS,
+    Batch,
+    CacheEntry,
+    Conditions,
+    Joint,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    SamplingDefaults,
+    name_texts,
+    split_items,
+)
+from protocols.family import Abilities, DitSpec, Family, HearsAudio, NoiseSource, NoiseSpec
+from protocols.few_steps import GUIDED, FewSteps, make_transfer_target
+from protocols.loading import Placement
+from protocols.requests import (
+    NO_MEDIA,
+    Prepared,
+    Request,
+    check_frames,
+    check_opens,
+    check_size,
+    full_frames,
+    keep_usable_media,
+    settle,
+    size_of,
+)
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
 
 # what it reads of `Request.extra`
 LINE_EXTRAS = (

@@ -13,10 +13,6 @@ from checkpoints.dits import with_dtype
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, fingerprint
-from contract.data import LATENTS_MADE, SOUND, AudioSpec, Batch, LatentSpec
-from contract.family import TextEncoder
-from contract.loading import Placement
-from contract.rules import ShiftedLogit
 from encoders.files import TransformerFiles
 from ltx_2 import gemma_4
 from ltx_2.audio import (
@@ -44,6 +40,10 @@ from ltx_2.video_vae_blocks import VideoVaeConfig
 from modules.devices import select_compute_dtype
 from modules.errors import CacheError, OptionError
 from modules.speed_options import text_form
+from protocols.data import LATENTS_MADE, SOUND, AudioSpec, Batch, LatentSpec
+from protocols.family import TextEncoder
+from protocols.loading import Placement
+from protocols.rules import ShiftedLogit
 
 logger = logging.getLogger(__name__)
 

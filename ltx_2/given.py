@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contract.data import LOSS_MASK, SOUND, Batch, Conditions
-from contract.steps import WHOLE, GivenTokens
 from ltx_2.configs import LATENT, MEL_RATE, MEL_STRIDE
 from ltx_2.given_options import Ltx2GivenParts
 from ltx_2.rope import place_latents
 from modules.errors import DatasetError
+from protocols.data import LOSS_MASK, SOUND, Batch, Conditions
+from protocols.steps import WHOLE, GivenTokens
 
 logger = logging.getLogger(__name__)
 ROUNDING = 0.002  # of masks in caches, which are float16
@@ -182,7 +182,7 @@ class KeyframeRule:
 
 @dataclass(frozen=True)
 class GivenRules:
-    """Which parts of clips a training gives; see `contract.family.GivesTokens`."""
+    """Which parts of clips a training gives; see `protocols.family.GivesTokens`."""
 
     ends: Extension | None = None
     region: MaskRule | None = None

@@ -19,10 +19,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from contract.data import AudioSpec, Conditions, Joint, LatentSpec
-from contract.requests import Prepared, Request, check_frames, check_opens, count_frames_up_to
-from contract.rules import ReferenceRules
-from contract.steps import WHOLE, GivenTokens, HeldLatents, Section, clean_share
 from ltx_2.given import audio_bounds, mark_region, video_bounds
 from ltx_2.given_media_options import Ltx2GivenMedia, Rectangle
 from ltx_2.keyframes import check_keyframes
@@ -34,6 +30,10 @@ from modules.media.reading import is_still, read_image, resize_cover, video_fram
 from modules.media.samples import read_beginning, read_track
 from modules.option_values import to_path
 from modules.options import override_options
+from protocols.data import AudioSpec, Conditions, Joint, LatentSpec
+from protocols.requests import Prepared, Request, check_frames, check_opens, count_frames_up_to
+from protocols.rules import ReferenceRules
+from protocols.steps import WHOLE, GivenTokens, HeldLatents, Section, clean_share
 
 logger = logging.getLogger(__name__)
 # conditions: clean latents, and the shares of them that are kept, as in `GivenTokens`

@@ -32,7 +32,7 @@ class PlacedImage:
 
     @property
     def share(self) -> int:
-        """The strength as in `contract.steps.GivenTokens`."""
+        """The strength as in `protocols.steps.GivenTokens`."""
         return round(1000 * self.strength)
 
     @property

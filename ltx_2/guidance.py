@@ -3,9 +3,9 @@
 Source: the released pipelines.
 """
 
-from contract.rules import GuidanceRules, StreamGuidance
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
 from modules.errors import OptionError
+from protocols.rules import GuidanceRules, StreamGuidance
 
 
 def guidance_rules(

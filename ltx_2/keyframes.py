@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contract.data import Conditions, Joint
-from contract.family import NoiseSource
-from contract.requests import Prepared, check_opens
-from contract.steps import WHOLE, GivenTokens, HeldLatents, Overrides, Section, clean_share
 from ltx_2.given_media_options import PlacedImage
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels
+from protocols.data import Conditions, Joint
+from protocols.family import NoiseSource
+from protocols.requests import Prepared, check_opens
+from protocols.steps import WHOLE, GivenTokens, HeldLatents, Overrides, Section, clean_share
 
 # conditions: clean latents 1 C K H W, where they stand in frames of the video 1 K int64, and how much of
 # each is kept, as in `GivenTokens`, 1 K int16

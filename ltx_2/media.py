@@ -6,19 +6,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from contract import rules
-from contract.data import (
-    Audio,
-    AudioSpec,
-    LatentSpec,
-    MediaEncoders,
-)
-from contract.inputs import SOURCES
 from encoders.files import OneTransformer
 from ltx_2.audio import AudioVae, Vocoder
 from ltx_2.files import Ltx2Files
 from ltx_2.options import NAME
 from modules.media.pixels import to_pixels
+from protocols import rules
+from protocols.data import (
+    Audio,
+    AudioSpec,
+    LatentSpec,
+    MediaEncoders,
+)
+from protocols.inputs import SOURCES
 
 
 class Ltx2Media(OneTransformer):

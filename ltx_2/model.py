@@ -18,7 +18,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, WHOLE, Overrides
 from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references, gelu
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
@@ -28,7 +27,8 @@ from modules.layers.norms import Float32LayerNorm, TwoLayers, activation_dtype, 
 from modules.layers.rope import GridTable, sinusoid
 from modules.private_torch import disable_modes
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import Hidden, run_blocks
+from protocols.steps import NO_OVERRIDES, WHOLE, Overrides
+from runtime.run_blocks import Hidden, run_blocks
 
 DEFAULT_FPS = 24.0
 NO_REFERENCES = LtxReferences()

@@ -2,8 +2,8 @@
 
 import re
 
-from contract.families import CLIPS, FamilyEntry, Marks
 from networks.names.layouts import COMFYUI, FamilyNames, with_endings
+from protocols.families import CLIPS, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "ltx_2",

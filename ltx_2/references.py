@@ -17,11 +17,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from contract.data import REFERENCE_LATENTS, Conditions, Joint, LatentSpec
-from contract.family import NoiseSource
-from contract.requests import count_frames_up_to
-from contract.rules import ReferenceRules
-from contract.steps import Section
 from ltx_2.configs import LATENT
 from ltx_2.reference_options import (
     FRAMES,
@@ -38,6 +33,11 @@ from modules.media.pixels import to_pixels
 from modules.media.reading import is_still, read_image, resize_cover, video_frames
 from modules.options import override_options
 from modules.text_files import texts_of_files
+from protocols.data import REFERENCE_LATENTS, Conditions, Joint, LatentSpec
+from protocols.family import NoiseSource
+from protocols.requests import count_frames_up_to
+from protocols.rules import ReferenceRules
+from protocols.steps import Section
 
 logger = logging.getLogger(__name__)
 STRENGTHS = "reference_strengths"  # condition: by which tokens of references and the video see each other

@@ -18,15 +18,15 @@ from einops import rearrange
 from torch import Tensor
 
 from checkpoints.model_files import read_once, require_file
-from contract.data import Joint, LatentSpec
-from contract.family import NoiseSource
-from contract.requests import Prepared
-from contract.rules import AS_PLAIN
-from contract.steps import Section
 from ltx_2.references import read_factors, split_audio
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
 from modules.errors import OptionError
+from protocols.data import Joint, LatentSpec
+from protocols.family import NoiseSource
+from protocols.requests import Prepared
+from protocols.rules import AS_PLAIN
+from protocols.steps import Section
 
 logger = logging.getLogger(__name__)
 _LORA = "--lora_weight"

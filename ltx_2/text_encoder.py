@@ -19,9 +19,6 @@ from checkpoints.filling import on_meta_device
 from checkpoints.model_files import inside
 from checkpoints.opening import fingerprint, open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions, weigh_rows
-from contract.family import EncoderAbilities
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import (
     ALL_STATES,
@@ -38,6 +35,9 @@ from encoders.text_encoder import TextTokenizer, TokenizerSource, Written
 from ltx_2.connectors import FILES, OPTION, TextConnectors, open_connectors, read_connectors
 from ltx_2.model_options import STREAMS
 from modules.errors import CheckpointError
+from protocols.data import Conditions, weigh_rows
+from protocols.family import EncoderAbilities
+from protocols.requests import Prompt
 
 # settings of the 12B model, for a file without config.json
 STRETCH = 8.0  # positions of FAR layers are divided by it

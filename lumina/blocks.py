@@ -23,7 +23,7 @@ from modules.layers.rope import rotate, sinusoid, take_rows
 from modules.speed_options import AttentionChoice
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 Heads = tuple[Tensor, Tensor, Tensor]  # query, key, value, each B L N D
 

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_image_tokens
-from contract.rules import ModelRelease, NpzFormat
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec, count_image_tokens
+from protocols.rules import ModelRelease, NpzFormat
 
 LUMINA_2 = ModelRelease(
     ("Alpha-VLLM/Lumina-Image-2.0",),

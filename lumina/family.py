@@ -6,24 +6,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from contract.data import (
-    Batch,
-    Conditions,
-    LatentSpec,
-    SamplingDefaults,
-    name_texts,
-)
-from contract.family import DitSpec, Family, NoiseSpec
-from contract.requests import (
-    Prepared,
-    Prompt,
-    Request,
-)
-from contract.rules import (
-    GuidanceRules,
-    ModelRelease,
-)
-from contract.steps import NO_OVERRIDES, Overrides
 from encoders.pictures import ModelOfImages, image_defaults
 from lumina.configs import DIT, LATENT, LUMINA_2, NOISE
 from lumina.files import LuminaFiles
@@ -42,6 +24,24 @@ from lumina.options import (
 from lumina.text_encoder import GemmaTextEncoder
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
+from protocols.data import (
+    Batch,
+    Conditions,
+    LatentSpec,
+    SamplingDefaults,
+    name_texts,
+)
+from protocols.family import DitSpec, Family, NoiseSpec
+from protocols.requests import (
+    Prepared,
+    Prompt,
+    Request,
+)
+from protocols.rules import (
+    GuidanceRules,
+    ModelRelease,
+)
+from protocols.steps import NO_OVERRIDES, Overrides
 
 NAME = "Lumina-Image-2.0"
 TEXT_KEYS = GemmaTextEncoder.keys

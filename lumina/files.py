@@ -13,8 +13,6 @@ from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import check_state_width
 from checkpoints.model_files import read_once, require_file
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.family import TextEncoder
-from contract.loading import TensorSource
 from encoders.pictures import AutoencoderFiles
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
@@ -24,6 +22,8 @@ from lumina.text_encoder import GEMMA_FILES, GEMMA_NAMES, GEMMA_OPTION, GemmaTex
 from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
+from protocols.family import TextEncoder
+from protocols.loading import TensorSource
 
 WHAT = "a Lumina-Image-2.0 transformer"
 FILES = (

@@ -13,7 +13,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from lumina.blocks import JointTransformerBlock, LuminaFinalLayer, LuminaTokens, TimeEmbedding
 from lumina.configs import DIT, LuminaConfig
 from modules.attention.attend import Lengths, SecondText, make_lengths
@@ -21,7 +20,8 @@ from modules.devices import send_ahead
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype
 from modules.layers.rope import GridTable, angles_at, on_grid, turns
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 
 
 class TokenLayout(NamedTuple):

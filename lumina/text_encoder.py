@@ -16,10 +16,6 @@ from checkpoints.dialects import LoadPlan
 from checkpoints.model_files import inside
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions
-from contract.family import EncoderAbilities
-from contract.loading import BlockPlace
-from contract.requests import Prompt
 from encoders import language_models
 from encoders.language_states import language_states
 from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written, fill_rows
@@ -27,6 +23,10 @@ from lumina.configs import PROMPT_START
 from lumina.options import MAX_TOKENS
 from modules.devices import dtype_name
 from modules.integers import round_up
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities
+from protocols.loading import BlockPlace
+from protocols.requests import Prompt
 
 GEMMA_OPTION = "--gemma2"
 GEMMA_NAMES = (

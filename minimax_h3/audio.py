@@ -22,10 +22,10 @@ from torch.nn.utils.weight_norm import WeightNorm, remove_weight_norm
 from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
 from checkpoints.encoders import declared_settings
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.data import Audio
 from minimax_h3.released import AUDIO_MEAN, AUDIO_STD
 from modules.errors import CheckpointError
 from modules.installation import hide_packages
+from protocols.data import Audio
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
-from contract.data import Batch
 from minimax_h3.options import NAME
 from modules.errors import CacheError, CheckpointError
+from protocols.data import Batch
 
 logger = logging.getLogger(__name__)
 

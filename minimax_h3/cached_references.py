@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from contract.rules import ShownMedium
 from minimax_h3.audio import H3AudioVae
 from minimax_h3.conditions import encode_condition, reference_key
 from minimax_h3.options import FPS
@@ -30,6 +29,7 @@ from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError, OptionError, UserError
 from modules.media.pixels import byte_clips
 from modules.media.samples import track_info
+from protocols.rules import ShownMedium
 
 
 def reference_of(medium: ShownMedium) -> H3Reference:

@@ -14,10 +14,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.data import Conditions
-from contract.family import EncoderAbilities
-from contract.requests import Prompt
-from contract.rules import ShownMedium
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from minimax_h3.cache_marks import KEY, TAGS, TEACHER_ROWS, check_marks, make_marks
 from minimax_h3.cached_references import ReferenceSizes, reference_of
@@ -29,6 +25,10 @@ from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
 from minimax_h3.references import H3Sources
 from modules.devices import dtype_name
 from modules.errors import MediaError, UserError
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities
+from protocols.requests import Prompt
+from protocols.rules import ShownMedium
 
 FIRST_LAST, CLIP, SUBJECT = TEACHER_ROWS  # values of --teacher_conditions
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # values of --text_cache_dtype

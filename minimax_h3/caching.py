@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contract.data import INNER_AUDIO, IS_HEARD, CacheEntry, MediaBatch, MediaEncoders, MediaTable
 from encoders.tiles import posterior_generator, sample_posterior
 from minimax_h3.audio import CHANNELS, H3AudioVae
 from minimax_h3.conditions import (
@@ -39,6 +38,7 @@ from minimax_h3.reference_options import IMAGE_EDGE, VIDEO_EDGE
 from minimax_h3.video_vae import H3VideoVae
 from modules.errors import DatasetError, MediaError
 from modules.media.pixels import byte_clips
+from protocols.data import INNER_AUDIO, IS_HEARD, CacheEntry, MediaBatch, MediaEncoders, MediaTable
 
 # names of formats in musubi-tuner
 FORMAT, ONE_FRAME_FORMAT = "minimax-h3-latent-v2", "minimax-h3-one-frame-v2"

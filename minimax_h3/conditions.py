@@ -21,8 +21,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contract.data import Conditions
-from contract.family import NoiseSource
 from encoders.tiles import sample_posterior
 from minimax_h3.configs import PATCH
 from minimax_h3.model import IMAGES_LIE, H3Condition
@@ -36,6 +34,8 @@ from minimax_h3.places import (
 )
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.video_vae import H3VideoVae
+from protocols.data import Conditions
+from protocols.family import NoiseSource
 
 SEED = 42  # seed for the posterior of every condition; the seed of the clip does not matter
 LOG_VARIANCES = (-30.0, 20.0)  # limits of the posterior's

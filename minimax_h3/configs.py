@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_image_tokens
-from contract.few_steps import GUIDED, FewSteps, KeepingTarget
-from contract.rules import ModelRelease
 from minimax_h3.options import CLIP, LAST_FRAMES
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec, count_image_tokens
+from protocols.few_steps import GUIDED, FewSteps, KeepingTarget
+from protocols.rules import ModelRelease
 
 PATCH = 2  # latent pixels along each side of a token
 # number of the rows that modulate a kind of token

@@ -18,11 +18,11 @@ from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import declared_settings
 from checkpoints.kinds import kind_by_name
 from checkpoints.opening import Checkpoint, is_sharded, plain_sources
-from contract.loading import TensorSource
 from minimax_h3.configs import KINDS, PATCH, H3Config
 from minimax_h3.model import ROWS, H3Model
 from minimax_h3.options import FREQUENCIES_KEY, LAYOUT_KEY
 from modules.errors import CheckpointError
+from protocols.loading import TensorSource
 
 NAME = "MiniMax-H3"
 WHAT = f"a {NAME} transformer"

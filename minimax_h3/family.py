@@ -9,33 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract import rules
-from contract.data import (
-    Audio,
-    AudioSpec,
-    Batch,
-    CacheEntry,
-    Conditions,
-    Joint,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    MediaTable,
-    SamplingDefaults,
-)
-from contract.family import Abilities, DitSpec, Family, HearsAudio, NoiseSource, NoiseSpec
-from contract.inputs import CLIP, FIRST_LAST, SOURCES, SUBJECT
-from contract.requests import (
-    NO_MEDIA,
-    Prepared,
-    Prompts,
-    Request,
-    check_size,
-    keep_usable_media,
-    settle,
-    size_of,
-)
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.files import OneTransformer
 from minimax_h3.audio import H3AudioVae
 from minimax_h3.cache_marks import KEY, TAGS, TEXTS_AGAIN, check_texts, read_probe
@@ -106,6 +79,33 @@ from modules.errors import CacheError, OptionError
 from modules.media.pixels import byte_clips
 from modules.media.reading import image_size
 from modules.options import NO_OPTIONS
+from protocols import rules
+from protocols.data import (
+    Audio,
+    AudioSpec,
+    Batch,
+    CacheEntry,
+    Conditions,
+    Joint,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    SamplingDefaults,
+)
+from protocols.family import Abilities, DitSpec, Family, HearsAudio, NoiseSource, NoiseSpec
+from protocols.inputs import CLIP, FIRST_LAST, SOURCES, SUBJECT
+from protocols.requests import (
+    NO_MEDIA,
+    Prepared,
+    Prompts,
+    Request,
+    check_size,
+    keep_usable_media,
+    settle,
+    size_of,
+)
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,6 @@ from checkpoints.dits import DitFormat
 from checkpoints.model_files import inside, read_once, require_file
 from checkpoints.opening import Checkpoint, fingerprint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import AudioSpec, Conditions, LatentSpec
-from contract.requests import Prompt
 from encoders.language_encoder import (
     LanguageModelEncoder,
     LanguageModelFiles,
@@ -54,6 +52,8 @@ from minimax_h3.video_vae import TILE, H3VideoVae, load_video_vae
 from minimax_h3.video_vae_blocks import H3VideoVaeConfig
 from minimax_h3.vision import Preprocessing, read_preprocessing
 from modules.errors import CheckpointError, MediaError, OptionError
+from protocols.data import AudioSpec, Conditions, LatentSpec
+from protocols.requests import Prompt
 
 UNDECIDED = ""  # task of a run whose prompts decide it
 LAYERS = 50  # layers of Qwen3-VL up to the state that is used

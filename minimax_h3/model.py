@@ -20,7 +20,6 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from minimax_h3.configs import DIT, IMAGE, KINDS, PATCH, SOUND, TEXT, H3Config, spec_of
 from minimax_h3.places import AudioPlace, ImageGrid, ImagePlace, all_places
 from minimax_h3.video_vae_blocks import rotate_first
@@ -30,10 +29,11 @@ from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import GridTable, sinusoid, turns
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import Hidden, run_blocks
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import Hidden, run_blocks
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 ROWS = 6  # that modulate a block: shift, scale and gate of attention and of feed-forward
 IMAGES_LIE = 0.999  # the time of a condition at least: nearly clean

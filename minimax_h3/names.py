@@ -1,8 +1,8 @@
 """MiniMax-H3's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import CLIPS, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, RowsByHead, WeightPart, renamed_parts, stacked_parts
+from protocols.families import CLIPS, FamilyEntry, Marks
 
 LICENSE = (
     "MiniMax H3 Community License: without an authorization by MiniMax, which is free, it gives no rights in "

@@ -16,8 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contract.one_frame import OneFrame, parse_one_frame
-from contract.requests import Request, check_opens
 from minimax_h3.options import CLIP, FPS, LAST_FRAMES, canvas, check_ratio
 from minimax_h3.presentation import AUDIO, IMAGE, SHOWN_AUDIO, VIDEO, Shown
 from minimax_h3.reference_options import (
@@ -47,6 +45,8 @@ from modules.media.samples import track_info
 from modules.option_values import to_path
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text
+from protocols.one_frame import OneFrame, parse_one_frame
+from protocols.requests import Request, check_opens
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from contract.data import HAS_AUDIO, SOUND, Batch, Conditions
-from contract.inputs import CLIP, FIRST_LAST, SUBJECT
 from minimax_h3.cache_marks import TEACHER_ROWS, teacher_texts
 from minimax_h3.conditions import (
     CONTROL,
@@ -28,6 +26,8 @@ from minimax_h3.model import IMAGES_LIE
 from minimax_h3.presentation import AUDIO, IMAGE, VIDEO
 from minimax_h3.training_options import VIEWS
 from modules.errors import CacheError
+from protocols.data import HAS_AUDIO, SOUND, Batch, Conditions
+from protocols.inputs import CLIP, FIRST_LAST, SUBJECT
 
 LATENTS_AGAIN = "minimax_h3_cache_latents.py"
 # keys of the clip itself, as the reference of its teacher

@@ -10,9 +10,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from contract.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, Options, not_needed, option, option_name, unsupported
+from protocols.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 
 logger = logging.getLogger(__name__)
 

@@ -24,10 +24,10 @@ from checkpoints.dialects import (
 )
 from checkpoints.encoders import check_groups, declared_groups, declared_settings
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from minimax_h3.released import LATENTS_MEAN, LATENTS_STD
 from minimax_h3.video_vae_blocks import GROUPS, H3VaeLevel, H3VideoVaeConfig
 from modules.errors import CheckpointError
+from protocols.loading import TensorSource
 
 FILES = (
     "video_vae/source/model.safetensors of MiniMaxAI/MiniMax-H3, minimax_h3_video_vae_fp16.safetensors of "

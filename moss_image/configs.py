@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from contract.family import DitSpec, NoiseSpec
-from contract.rules import CutLogit, ModelRelease
 from flux_2.configs import LATENT, count_latents
+from protocols.family import DitSpec, NoiseSpec
+from protocols.rules import CutLogit, ModelRelease
 
 __all__ = ["LATENT"]  # that of FLUX.2, whose encoder it has
 

@@ -8,21 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract.data import (
-    CONTROL,
-    Batch,
-    Conditions,
-    LatentSpec,
-    MediaEncoders,
-    SamplingDefaults,
-    name_text_and_mask,
-)
-from contract.families import list_same_latents
-from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from contract.few_steps import FewSteps
-from contract.requests import Prepared, Request
-from contract.rules import GuidanceRules, ModelRelease, NegativeSkips, ReferenceRules
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders import pictures
 from flux_2.versions import VERSIONS
 from modules.control_codes import shorten
@@ -38,6 +23,21 @@ from moss_image.layouts import find_layout_errors, fit_layout
 from moss_image.names import LORA
 from moss_image.options import EXTRAS, NAME, SHIFT, SIDE
 from moss_image.schedule import snap_levels
+from protocols.data import (
+    CONTROL,
+    Batch,
+    Conditions,
+    LatentSpec,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from protocols.families import list_same_latents
+from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.few_steps import FewSteps
+from protocols.requests import Prepared, Request
+from protocols.rules import GuidanceRules, ModelRelease, NegativeSkips, ReferenceRules
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 
 logger = logging.getLogger(__name__)
 

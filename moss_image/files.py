@@ -16,7 +16,6 @@ from checkpoints.dialects import DitShapes, cut_parts, other_kind, parted_shapes
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import QWEN35
 from encoders.picture_prompts import ImageUse
@@ -28,6 +27,7 @@ from moss_image.names import MOSS_IMAGE
 from moss_image.options import NAME
 from moss_image.references import SHOWN_PIXELS, read_shown, shrink
 from networks.names.layouts import joined_tensors
+from protocols.loading import TensorSource
 
 KEY = "qwen3_5_embed"
 WHAT = f"a {NAME} transformer"

@@ -20,7 +20,6 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from krea2.model import Krea2Tokens, attend_rotated
 from lumina.blocks import GroupedAttention, Heads, LuminaTokens
 from lumina.model import real_tokens
@@ -32,8 +31,9 @@ from modules.layers.norms import RMSNorm, activation_dtype, in_own_dtype, run_fl
 from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
 from modules.speed_options import SDPA, AttentionChoice
 from moss_image.configs import AXES, DIT, MossImageConfig
-from running.memories import remember, remembering
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.kv_cache import remember, remembering
+from runtime.run_blocks import BlockNetwork, Hidden
 
 ROWS = 6  # that modulate all blocks: shift, scale and gate of attention, then of feed-forward
 END_ROWS = 2  # that modulate the final norm: shift and scale
@@ -122,7 +122,7 @@ class MossImageBlock(GroupedAttention):
         self.proj = nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in "qkvo"})
         self.proj["ffn_up_gate"] = nn.Linear(dim, 2 * config.ffn_dim, bias=False)  # values, then their gates
         self.proj["ffn_down"] = nn.Linear(config.ffn_dim, dim, bias=False)
-        # keys and values of the references in front, B R N D; see `running/memories.py`
+        # keys and values of the references in front, B R N D; see `runtime/kv_cache.py`
         self.remembered: Sequence[Tensor] = ()
 
     def heads(self, x: Tensor) -> Heads:

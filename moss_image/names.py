@@ -1,8 +1,8 @@
 """MOSS-Image's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names import layouts
 from networks.names.layouts import FamilyNames, LoraRules, WeightPart, with_endings
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "moss_image",

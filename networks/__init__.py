@@ -1,7 +1,7 @@
 """LoRAs and their like: train, read, convert, merge and extract them.
 
 adapter: the trainer's interface to a network, ours or foreign
-added: LoRAs around modules that act at times
+gated_loras: LoRAs around modules that act at times
 alphas: scales that are next to the tensors
 apply: put LoRAs into weights while they are loaded
 averaging: average saved files of a run after it
@@ -13,7 +13,7 @@ check_lora_weights: command: print the size of a LoRA's weights
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back
-depths: LoRAs for deeper variants of their model
+depth_variants: LoRAs for deeper variants of their model
 delta: what the factors of a module add to a weight
 deltas: factors by module, their ranks and strengths
 extract_lora_from_models: command: a LoRA from any fine-tuned model
@@ -26,7 +26,7 @@ fused_rows: rows of fused weights, stacked or interleaved by head
 formats: names of the files that a training saves
 key_formats: bring files of any dialect under our names
 kinds/: each kind of network: LoRA, DoRA, LoHa, LoKr, OFT, T-LoRA
-leftovers: what a LoRA file holds that is not used
+unused_tensors: what a LoRA file holds that is not used
 loading: read LoRA files of any dialect, with strength and patterns
 lora_layer: one LoRA layer: its addition and its dropouts
 lora_network: the LoRAs of a training, in DiT and encoders
@@ -41,7 +41,7 @@ names/: module names of each family in every layout
 options: options to train a network
 own_kinds: our network modules by name, and their settings
 own_modules: networks of `--network_module networks.lora` and the like
-parts: LoRAs of split fused weights: split and join
+fused_parts: LoRAs of split fused weights: split and join
 patterns: regular expressions for names of modules, with dots or underscores
 predictions: what files say that their model predicts
 rank_masks: which ranks act, by the noise of each sample
@@ -57,7 +57,7 @@ tensor_names: dialects: what stands before and behind modules' paths
 text_loras: LoRAs of text encoders, and words that they bring
 tool_options: options to merge and extract LoRAs
 use_options: options to add LoRAs to a model
-unmerged: LoRAs around layers in 8 or 4 bits, masked ones
+unmerged_loras: LoRAs around layers in 8 or 4 bits, masked ones
 weight_checking: size of a LoRA's weights
 writing: write the dialects of ComfyUI and diffusers
 """

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from checkpoints.finite import check_finite
 from checkpoints.opening import open_checkpoint
-from contract.family import NumberedBlocks
 from modules.command import did_you_mean
 from modules.console import count_of, quiet
 from modules.devices import numbers_on
@@ -27,7 +26,8 @@ from networks.lora_network import OwnNetwork, rename_texts
 from networks.options import DEFAULT_RANK, NetworkOptions
 from networks.own_kinds import OWN_MODULES, NetworkArguments, read_own
 from networks.own_modules import build_from_tensors, build_network, check_blocks
-from running.run_blocks import spec_of
+from protocols.family import NumberedBlocks
+from runtime.run_blocks import spec_of
 
 logger = getLogger(__name__)
 
@@ -353,7 +353,7 @@ def _tensors_of(
     options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
     """Return the tensors of `--network_weights` under our names, for the blocks that the DiT has."""
-    from networks.depths import fit_depths  # only for --network_weights
+    from networks.depth_variants import fit_depths  # only for --network_weights
     from networks.loading import LoraUse, read_lora
 
     assert options.network_weights is not None

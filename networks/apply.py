@@ -21,15 +21,14 @@ from modules.integers import ceil_div
 from networks import deltas
 from networks.delta import Delta, read_deltas
 from networks.deltas import CPU, ROWS, SET
-from networks.depths import fit_depths
+from networks.depth_variants import fit_depths
+from networks.fused_parts import FusedPiece, default_rows, is_cut, join_rotations, part_rows
 from networks.key_formats import module_of_tensor
 from networks.kinds.algebra import MismatchError
 from networks.kinds.composing import OF_MAGNITUDES
-from networks.leftovers import text_side_of
 from networks.loading import LoraFile, LoraUse, reject_unknown, warn_of_absent, warn_of_other_family
 from networks.module_names import Relative, alias, relatives, select_family
 from networks.names.layouts import FIRST_LAYERS, OURS
-from networks.parts import FusedPiece, default_rows, is_cut, join_rotations, part_rows
 from networks.rank_masks import rule_of
 from networks.rounding import (
     SMALL_WEIGHT,
@@ -39,8 +38,9 @@ from networks.rounding import (
     narrow_dtype,
     seed_of,
 )
+from networks.unused_tensors import text_side_of
 from networks.use_options import NEAREST
-from running.offload.sharding import gather_weight, set_weight
+from runtime.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
 # HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more

@@ -15,7 +15,6 @@ from checkpoints.dialects import cut_parts, join_parts
 from checkpoints.dits import bare_names
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
 from checkpoints.quantizing import in_values
-from contract.loading import TensorSource
 from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks import deltas
@@ -35,6 +34,7 @@ from networks.module_names import alias
 from networks.names.layouts import OURS, SWAPPED, FamilyNames, joined_tensors, tensor_patterns
 from networks.text_loras import is_full, pieces_of
 from networks.writing import in_own_form
+from protocols.loading import TensorSource
 
 logger = getLogger(__name__)
 OTHER_KINDS = {MAGNITUDES, MID, *(mark for mark, kind in MARKS.items() if kind is not LORA)}

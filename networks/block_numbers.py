@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from logging import getLogger
 from typing import Any
 
-from contract.family import NumberedBlocks
 from modules.errors import OptionError
+from protocols.family import NumberedBlocks
 
 logger = getLogger(__name__)
 DIMS, ALPHAS = "block_dims", "block_alphas"

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from checkpoints.opening import checkpoint_paths, open_checkpoint
 from checkpoints.writing import save_tensors
-from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.console import as_size, list_some, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError, OptionError
@@ -24,6 +23,7 @@ from networks.baking import OTHER_KINDS, Baked, Baking, bake
 from networks.delta import read_delta
 from networks.deltas import add_missing_alphas, group_by_module, ungroup
 from networks.formats import TARGETS
+from networks.fused_parts import fuse
 from networks.key_formats import can_be_for
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, PRODUCTS, in_series, kind_of_files
@@ -40,7 +40,6 @@ from networks.names.layouts import (
     TRAINED_ON,
     FamilyNames,
 )
-from networks.parts import fuse
 from networks.rank_masks import rule_of
 from networks.tensor_names import dialect_in_words, find_networks
 from networks.writing import (
@@ -51,6 +50,7 @@ from networks.writing import (
     texts_to_comfyui,
     texts_to_diffusers,
 )
+from protocols.families import HIGH_NOISE, LOW_NOISE
 
 logger = getLogger(__name__)
 FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(module_names.family_named, ("flux", "hunyuan_image", "z_image"))

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from contract.loading import TensorInfo
 from networks.kinds import composing
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
+from protocols.loading import TensorInfo
 
 CPU, META = torch.device("cpu"), torch.device("meta")
 

@@ -10,26 +10,18 @@ from pathlib import Path
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint, reject_quantized
-from contract.brought_words import BundledWords, find_words, without_words
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
 from networks.alphas import FoundAlphas, read_alphas, unfold
 from networks.delta import read_deltas
 from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
+from networks.fused_parts import mend_split_alphas, stack_rows
 from networks.key_formats import NativeTensors
 from networks.kinds import KINDS
 from networks.kinds.composing import OF_MAGNITUDES, list_additive, list_read_kinds
 from networks.kinds.contract import FROZEN_NORMS, NORMS_FORM
 from networks.kinds.factors import Factors
-from networks.leftovers import (
-    is_projection,
-    kind_of_module,
-    kind_of_tensor,
-    kind_of_text_module,
-    sort_by_kind,
-    without_numbers,
-)
 from networks.metadata import (
     LAYOUT_KEY,
     expert_of,
@@ -40,11 +32,19 @@ from networks.metadata import (
 )
 from networks.module_names import have_same_names, module_path, on_text_side, read_family, relatives
 from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
-from networks.parts import mend_split_alphas, stack_rows
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
 from networks.tensor_names import dialect_in_words
+from networks.unused_tensors import (
+    is_projection,
+    kind_of_module,
+    kind_of_tensor,
+    kind_of_text_module,
+    sort_by_kind,
+    without_numbers,
+)
 from networks.use_options import UNTYPED, LoraPatternOptions
+from protocols.bundled_embeddings import BundledWords, find_words, without_words
 
 logger = getLogger(__name__)
 # metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them

@@ -18,7 +18,7 @@ from modules.seeds import derive_seed
 from networks.lora_products import BlockUp, add_up, branch, hold, perturbed
 from networks.rank_masks import RankMask
 from networks.shared_inputs import SharedInput
-from running.offload.sharding import TOKEN_PART
+from runtime.offload.sharding import TOKEN_PART
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")

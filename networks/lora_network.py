@@ -108,7 +108,7 @@ class OwnNetwork(nn.Module):
                 none of the modules.
         """
         from networks import loading  # only for --network_weights
-        from networks.depths import fit_depths
+        from networks.depth_variants import fit_depths
 
         state = self.state_dict()
         here = group_by_module(state)
@@ -280,7 +280,7 @@ def _order_of_groups(labels: Collection[str]) -> list[str]:
 
 def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[str, dict[str, Tensor]]:
     """Return the factors of a file by module, with other layouts converted to the network's modules."""
-    from networks.parts import for_model  # only for --network_weights
+    from networks.fused_parts import for_model  # only for --network_weights
 
     heights = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
     # any height: a rotation is that of all rows
@@ -297,7 +297,8 @@ def _misfit(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
         lora: The LoRA file.
         stored: Modules of the file.
     """
-    from networks import leftovers, loading  # only for --network_weights
+    from networks import loading
+    from networks import unused_tensors as leftovers  # only for --network_weights
 
     loading.reject_unknown(lora, "--network_weights")
     words = leftovers.text_side_of(stored)
@@ -325,7 +326,8 @@ def _warn_of_unusable(
         modules: Modules of the model.
         family: The model family.
     """
-    from networks import leftovers, loading  # only for --network_weights
+    from networks import loading
+    from networks import unused_tensors as leftovers  # only for --network_weights
 
     unusable = [name for name in stored if on_text_side(name.removeprefix(OURS))]
     unusable += leftovers.list_lacking(absent, modules, family)

@@ -15,8 +15,6 @@ from checkpoints.finite import check_finite
 from checkpoints.opening import Checkpoint, checkpoint_paths, open_checkpoint
 from checkpoints.quantizing import in_values
 from checkpoints.writing import save_tensors, stream_tensors
-from contract.loading import TensorInfo
-from contract.rules import expert_of_file
 from modules.atomic_write import free_bytes
 from modules.console import as_size, in_words, list_some, show_box
 from modules.devices import dtype_name, select_device
@@ -26,7 +24,7 @@ from modules.text_files import real_path
 from networks import tool_options
 from networks.apply import LoraPatch
 from networks.deltas import CPU, LORA, group_by_module, hollow, strength
-from networks.depths import fit_depths
+from networks.depth_variants import fit_depths
 from networks.fused_rows import with_stacked_rows
 from networks.key_formats import families_of
 from networks.kinds.factors import DOWN, UP, Factors
@@ -42,6 +40,8 @@ from networks.text_loras import FullPatch, for_encoders, is_full, uses_for
 from networks.tool_options import FluxMergeOptions, FullMergeOptions, MergeOptions
 from networks.use_options import NEAREST
 from networks.writing import in_own_form, rename_to_aliases
+from protocols.loading import TensorInfo
+from protocols.rules import expert_of_file
 
 logger = getLogger(__name__)
 FLUX = family_named("flux")

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from checkpoints.opening import Checkpoint
 from checkpoints.writing import save_tensors
-from contract.loading import TensorInfo
-from contract.rules import named_expert
 from modules.console import count_of
 from modules.errors import CheckpointError
 from modules.text_files import parse_json
@@ -25,6 +23,8 @@ from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES, sizes_by_
 from networks.kinds.factors import Factors
 from networks.module_names import read_family
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, OURS, TRAINED_EXPERT
+from protocols.loading import TensorInfo
+from protocols.rules import named_expert
 
 if TYPE_CHECKING:  # of a file that is described alone
     from networks.key_formats import NativeTensors

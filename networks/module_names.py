@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Generic, NamedTuple, TypeVar
 
-from contract.families import FAMILIES as ENTRIES
-from contract.families import FOLDERS
 from modules.installation import import_own
 from networks.names.layouts import BEFORE_REST, REST, SWAPPED, TRAINED_ON, FamilyNames, WeightPart
 from networks.names.texts import TEXTS_NUMBERED
+from protocols.families import FAMILIES as ENTRIES
+from protocols.families import FOLDERS
 
 _DIGITS = re.compile(r"\d+")
 

@@ -21,7 +21,7 @@ from networks.names.layouts import OURS, LoraRules
 from networks.names.texts import published_path
 from networks.own_kinds import OWN_MODULES, WITH_FILE, NetworkArguments, read_own
 from networks.rank_masks import mask_for
-from running.run_blocks import spec_of
+from runtime.run_blocks import spec_of
 
 logger = getLogger(__name__)
 
@@ -406,7 +406,7 @@ def _factors_for(
     by_name: Mapping[str, PlacedModule], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
     """Return the factors of each module, with other layouts converted to the model's modules."""
-    from networks.parts import for_model  # only for a file or a state
+    from networks.fused_parts import for_model  # only for a file or a state
 
     heights = {name: len(placed.module.weight) for name, placed in by_name.items()}
     return group_by_module(add_missing_alphas(for_model(tensors, heights.get)))

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from networks.delta import read_delta
 from networks.deltas import LORA, OF_BIAS, SET, strength
+from networks.fused_parts import joined_blocks
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from networks.module_names import count_parts
-from networks.parts import joined_blocks
 from networks.tensor_names import FACTORS, split_end
 
 _XLABS = re.compile(

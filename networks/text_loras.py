@@ -10,18 +10,18 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from contract.brought_words import with_words
-from contract.family import Family, TextEncoder, can_learn, has_text_side
 from modules.console import list_some
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.leftovers import text_side_of
 from networks.loading import LoraUse, on_side
 from networks.lora_network import prefix_of, rename_texts
 from networks.names.layouts import OURS
 from networks.names.texts import TEXT_PROJECTION, open_clip_names, published_parameter
 from networks.rounding import LoraRounding
+from networks.unused_tensors import text_side_of
 from networks.use_options import NEAREST
+from protocols.bundled_embeddings import with_words
+from protocols.family import Family, TextEncoder, can_learn, has_text_side
 
 logger = getLogger(__name__)
 

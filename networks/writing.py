@@ -11,6 +11,7 @@ from torch import Tensor
 from networks import deltas, module_names
 from networks.delta import read_delta
 from networks.deltas import LORA, SET, add_missing_alphas
+from networks.fused_parts import cut_blocks, fuse, resolve_rows
 from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import TranslatedModules
@@ -19,7 +20,6 @@ from networks.lora_products import diagonal_blocks, fused_heights
 from networks.module_names import alias, is_stacked, module_path, parts_of, stacked_path, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
-from networks.parts import cut_blocks, fuse, resolve_rows
 from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 
 logger = getLogger(__name__)

@@ -23,14 +23,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints.writing import save_tensors
-from contract.loading import Placement
-from contract.requests import Prompt
 from modules.command import command_line
 from modules.options import read_options
 from modules.seeds import derive_seed
 from pocket import drawing
 from pocket.captions import PLAIN, caption, plain
 from pocket.muon import Muon
+from protocols.loading import Placement
+from protocols.requests import Prompt
 from wan.checkpoints import load_dit
 from wan.model import WanModel
 from wan.t5 import WanTextEncoder

@@ -1,11 +1,11 @@
 """From a folder of clips or pictures to a trained LoRA: the files that describe it, and its commands.
 
-fitting: sizes of models, and whether they fit a card
+model_sizes: sizes of models, and whether they fit a card
 media: looks at the folder
 control_pairs: recognizes pairs that a ControlNet would learn
 listed_captions: reads captions from lists beside the files
 tags: tells captions that are lists of tags
-choosing: spellings of models, the question asked, facts of families
+model_choice: spellings of models, the question asked, facts of families
 own_samples: pictures that a model made itself, with their prompts
 own_commands: how to make such pictures
 model_files: files of a model, released or named
@@ -14,12 +14,12 @@ kinds/: what runs train, as `new --train` names it
 files: writes them, and tells what was found
 file_check: checks one file of a model, for a page
 checked: what a check has found good, for the run
-known: remembers which folders were described or read here
+known_folders: remembers which folders were described or read here
 options: shared parts of the options below, names and checks
 new_options: options of new_project.py alone
 run_options: options of run_project.py, and those of its training
 running: runs the commands of a described folder
-ending: starts the command of --on_end, says how a run ended
+on_end: starts the command of --on_end, says how a run ended
 pack_options: options of tools/pack.py and tools/unpack.py
 packing: makes one file of a described folder
 relocating: replaces paths of this machine in a folder's texts

@@ -14,7 +14,6 @@ from math import sqrt
 from pathlib import Path
 from typing import Any
 
-from contract.requests import COUNTS, VALUES
 from dataset.sources.captions import add_trigger, find_text
 from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
@@ -28,18 +27,19 @@ from modules.option_values import as_shape
 from modules.output_files import is_windows_device
 from modules.paths import path_from
 from modules.text_files import real_path
-from project.choosing import ModelInfo
-from project.fitting import FP8, is_small, weight_options
 from project.foreign.places import needs_subsets
 from project.foreign.settling import VARYING_TEXTS
 from project.kinds.adapter import NAMED
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import derive_times
 from project.media import CHECK_PAGE, FolderContent, Media, is_narrow, reference_of, why_unused
+from project.model_choice import ModelInfo
+from project.model_sizes import FP8, is_small, weight_options
 from project.new_options import NewOptions
 from project.options import RUN_FILE
 from project.own_samples import find_origin
 from project.tags import TagLists, as_words
+from protocols.requests import COUNTS, VALUES
 from training.config_options import OTHERS_TABLE, toml_value
 
 DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of images, and what sides are multiples of, in subsets

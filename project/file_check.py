@@ -7,10 +7,10 @@ nothing.
 import sys
 from collections.abc import Sequence
 
-from contract.families import identify
 from modules.errors import CheckpointError, UserError
-from project.choosing import check_model_files
+from project.model_choice import check_model_files
 from project.options import find_models
+from protocols.families import identify
 
 
 def main(words: Sequence[str]) -> int:

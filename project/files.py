@@ -25,17 +25,6 @@ from modules.options import option_values
 from modules.run_limits import temporary_folder
 from modules.text_files import read_text
 from project import describing
-from project.choosing import (
-    ModelChoice,
-    ModelInfo,
-    ask_family,
-    check_model_files,
-    check_word,
-    describe_makes,
-    learns_audio_alone,
-    select_model,
-)
-from project.fitting import describe_fit, find_memory, needs_image
 from project.foreign.checking import check_run
 from project.foreign.counting import count_steps_of_epoch, find_pixel_step
 from project.foreign.lengths import select_length
@@ -47,9 +36,20 @@ from project.foreign.settling import Forms, fill_in, settle
 from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
-from project.known import remember_folder
+from project.known_folders import remember_folder
 from project.media import FolderContent, Media, collect_content, has_control_pairs, name_some
+from project.model_choice import (
+    ModelChoice,
+    ModelInfo,
+    ask_family,
+    check_model_files,
+    check_word,
+    describe_makes,
+    learns_audio_alone,
+    select_model,
+)
 from project.model_files import find_inside, name_files, typed_files, without_files
+from project.model_sizes import describe_fit, find_memory, needs_image
 from project.new_options import NewOptions
 from project.options import (
     CAPTION_MODEL,

@@ -34,7 +34,7 @@ from project.listed_captions import ListedCaptions, read_lists
 from project.options import WRITTEN
 
 if TYPE_CHECKING:  # with torch, and pages ask for pairs too
-    from project.choosing import ModelInfo
+    from project.model_choice import ModelInfo
 
 CAPTIONS = ".txt"
 OTHER_CAPTIONS = (".TXT", ".caption")  # the second of image trainers

@@ -4,7 +4,6 @@ import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
-from contract.families import FAMILIES, caption_formats, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from modules import installation
 from modules.command import as_typed
@@ -14,6 +13,7 @@ from modules.installation import FRONT_SCRIPT
 from modules.options import KeyFile, info_of
 from modules.paths import path_from
 from modules.text_files import bad_character, real_path
+from protocols.families import FAMILIES, caption_formats, with_scripts
 
 RUN_FILE = "run.toml"
 WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)  # in a described folder

@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contract.families import with_scripts
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions
 from dataset.scripts import cache_family_latents
@@ -30,10 +29,10 @@ from modules.paths import expand_path
 from modules.run_limits import describe_outside, limit_run, reject_outside
 from modules.text_files import parse_toml, read_safetensors_texts, read_text, real_path
 from project.checked import remember_checked, was_checked
-from project.ending import EndCommand, describe_run
-from project.fitting import transformers_of
 from project.kinds.composing import LORA, find_kind_of, kinds_by_script
 from project.kinds.contract import RunKind
+from project.model_sizes import transformers_of
+from project.on_end import EndCommand, describe_run
 from project.options import (
     CAPTION_MODEL,
     CAPTION_MODEL_SIZE,
@@ -48,6 +47,7 @@ from project.options import (
 )
 from project.run_options import RunOptions
 from project.tracing import RunTrace, trace_run
+from protocols.families import with_scripts
 from training.config_options import OTHERS_TABLE
 from training.features.composing import options_reaching
 from training.reports.history import history_path

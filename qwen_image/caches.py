@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
-from contract.data import LATENTS_MADE, Batch, MadeBy
 from modules.errors import CacheError
+from protocols.data import LATENTS_MADE, Batch, MadeBy
 from qwen_image.files import KEY, VERSIONS, QwenImageFiles, Version
 
 TEXTS_AGAIN = "qwen_image_cache_text_encoder_outputs.py"

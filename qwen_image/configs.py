@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_image_tokens
-from contract.rules import ModelRelease
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec, count_image_tokens
+from protocols.rules import ModelRelease
 from qwen_image.options import EDIT, EDIT_2509, EDIT_2511
 from wan.spec import PREVIEW_BIAS, PREVIEW_FACTORS
 

@@ -7,25 +7,6 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from contract import family
-from contract.data import (
-    CONTROL,
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    SamplingDefaults,
-    name_text_and_mask,
-)
-from contract.requests import Prepared, Request
-from contract.rules import (
-    GuidanceRules,
-    ModelRelease,
-    ReferenceRules,
-)
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from encoders.pictures import (
     ModelOfImages,
     encode_images,
@@ -38,6 +19,25 @@ from modules.flow.schedule import size_shift
 from modules.media.pixels import to_pixels
 from modules.options import NO_OPTIONS
 from modules.speed_options import VAE_TILE
+from protocols import family
+from protocols.data import (
+    CONTROL,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from protocols.requests import Prepared, Request
+from protocols.rules import (
+    GuidanceRules,
+    ModelRelease,
+    ReferenceRules,
+)
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, QwenImageReleaseFiles, Version, files_of

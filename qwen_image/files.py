@@ -16,12 +16,12 @@ from checkpoints.dits import DitFormat, DitHeader, own_names
 from checkpoints.model_files import read_once
 from checkpoints.opening import Checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.rules import ModelRelease, ReferenceRules
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, read_qwen_tokenizer
 from encoders.language_models import QWEN25_VL
 from encoders.picture_prompts import ImageUse
 from encoders.text_encoder import TokenizerSource
 from modules.errors import CheckpointError
+from protocols.rules import ModelRelease, ReferenceRules
 from qwen_image.configs import EDIT_RELEASES, PATCH, QWEN_IMAGE, QWEN_IMAGE_LAYERED, QwenImageConfig
 from qwen_image.model import QwenImageModel
 from qwen_image.options import EDIT, EDIT_2509, EDIT_2511, LAYERED, NAME, ORIGINAL, QwenImageModelOptions

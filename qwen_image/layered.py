@@ -12,7 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from contract.data import (
+from encoders.pictures import ModelOfImages, image_defaults, references_in
+from modules.errors import CacheError, OptionError
+from modules.media.buckets import Size
+from modules.media.pixels import from_bytes
+from modules.media.reading import image_size
+from modules.options import NO_OPTIONS
+from protocols.data import (
     CONTROL,
     Batch,
     CacheEntry,
@@ -23,9 +29,9 @@ from contract.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from contract.family import DitSpec, NoiseSource, NoiseSpec, count_image_tokens
-from contract.inputs import LATENTS
-from contract.requests import (
+from protocols.family import DitSpec, NoiseSource, NoiseSpec, count_image_tokens
+from protocols.inputs import LATENTS
+from protocols.requests import (
     NO_MEDIA,
     Prepared,
     Request,
@@ -34,14 +40,8 @@ from contract.requests import (
     keep_usable_media,
     settle,
 )
-from contract.rules import AS_PLAIN, GuidanceRules, ModelRelease, SourceRules
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from encoders.pictures import ModelOfImages, image_defaults, references_in
-from modules.errors import CacheError, OptionError
-from modules.media.buckets import Size
-from modules.media.pixels import from_bytes
-from modules.media.reading import image_size
-from modules.options import NO_OPTIONS
+from protocols.rules import AS_PLAIN, GuidanceRules, ModelRelease, SourceRules
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT_OF_LAYERS, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles

@@ -17,7 +17,6 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from hunyuan_model import blocks
 from hunyuan_model.joining import gelu
 from hunyuan_model.model import check_sizes, count_real, from_patches, rotary_widths
@@ -33,11 +32,12 @@ from modules.layers.norms import (
 )
 from modules.layers.rope import GridTable, angles_at, on_grid, sinusoid, turns
 from modules.speed_options import SDPA, AttentionChoice
+from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image.configs import DIT, PATCH, QwenImageConfig
-from running.run_blocks import BlockNetwork, Hidden
+from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 
 @dataclass(frozen=True)

@@ -9,15 +9,15 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from contract.requests import Prepared, Request, check_opens
-from contract.rules import ConsistencyRules
-from contract.steps import Anchor
 from encoders.pictures import show_references
 from modules.errors import MediaError, OptionError
 from modules.media.buckets import Size
 from modules.media.reading import add_alpha, image_size, read_image, resize_cover, resize_frame
 from modules.option_values import to_path
 from modules.paths import explain_missing
+from protocols.requests import Prepared, Request, check_opens
+from protocols.rules import ConsistencyRules
+from protocols.steps import Anchor
 from qwen_image.options import MASK, QwenImageReferenceOptions
 
 logger = logging.getLogger(__name__)

@@ -11,9 +11,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from contract.data import Batch, CacheEntry, MadeBy, MediaBatch
 from encoders.language_encoder import PRE_NORM
 from modules.errors import CacheError
+from protocols.data import Batch, CacheEntry, MadeBy, MediaBatch
 from qwen_image_21.options import NAME
 
 SLOTS, SIZES = "image_slots", "reference_grids"  # places of references in a text, and their latents' sides

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec
-from contract.few_steps import FewSteps
-from contract.rules import ModelRelease
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec
+from protocols.few_steps import FewSteps
+from protocols.rules import ModelRelease
 
 QWEN_IMAGE_21 = ModelRelease(
     ("Qwen/Qwen-Image-2.1", "Qwen/Qwen-Image-2.1-Turbo"),

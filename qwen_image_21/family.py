@@ -8,7 +8,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract.data import (
+from encoders import pictures
+from modules.errors import OptionError
+from modules.flow.schedule import size_shift, stretch_levels
+from modules.options import NO_OPTIONS
+from protocols.data import (
     CONTROL,
     Batch,
     CacheEntry,
@@ -20,14 +24,10 @@ from contract.data import (
     name_text_and_mask,
     name_texts,
 )
-from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from contract.requests import Prepared, Request
-from contract.rules import ModelRelease, ReferenceRules
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from encoders import pictures
-from modules.errors import OptionError
-from modules.flow.schedule import size_shift, stretch_levels
-from modules.options import NO_OPTIONS
+from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.requests import Prepared, Request
+from protocols.rules import ModelRelease, ReferenceRules
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from qwen_image.references import fill_size
 from qwen_image_21 import options as own
 from qwen_image_21.caches import (

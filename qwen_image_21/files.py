@@ -18,7 +18,6 @@ from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageModelFiles, LanguageUse
 from encoders.language_models import QWEN3_VL
@@ -26,6 +25,7 @@ from encoders.picture_prompts import ImageUse
 from modules.errors import CheckpointError, OptionError
 from modules.text_files import parse_json, read_text
 from networks.names.layouts import joined_tensors
+from protocols.loading import TensorSource
 from qwen_image.files import QWEN_USE, TOKENIZER
 from qwen_image_21.caches import SEEN_HASHES, SIZES, SLOTS, hash_images
 from qwen_image_21.configs import FEW_STEPS, QwenImage21Config, default_axes

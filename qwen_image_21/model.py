@@ -25,7 +25,6 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from modules.attention.attend import SecondText, attend, attend_causally
 from modules.devices import send_ahead
 from modules.layers.modulation import add_gated, modulate, split_segments
@@ -39,12 +38,13 @@ from modules.layers.norms import (
 )
 from modules.layers.rope import GridTable, angles_at, on_grid, rotate, sinusoid, take_rows, turns
 from modules.speed_options import SDPA, AttentionChoice
+from protocols.steps import NO_OVERRIDES, Overrides
 from qwen_image_21.configs import DIT, QwenImage21Config
-from running.memories import remember, remembering
-from running.run_blocks import BlockNetwork, Hidden
+from runtime.kv_cache import remember, remembering
+from runtime.run_blocks import BlockNetwork, Hidden
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 ROWS = 4  # that modulate a block: scale and gate of attention, then of feed-forward
 LARGEST = 65504.0  # in float16
@@ -141,7 +141,7 @@ class QwenImage21Attention(nn.Module):
         self.to_out = nn.ModuleList([nn.Linear(dim, dim, bias=False)])
         self.norm_q = RMSNorm(config.head_width, config.eps)
         self.norm_k = RMSNorm(config.head_width, config.eps)
-        # keys and values of the prefix, B P N D; see `running/memories.py`
+        # keys and values of the prefix, B P N D; see `runtime/kv_cache.py`
         self.remembered: Sequence[Tensor] = ()
 
     def forward(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:

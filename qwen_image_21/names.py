@@ -1,7 +1,7 @@
 """Qwen-Image-2.1's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, WeightPart, with_endings
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "qwen_image_21",

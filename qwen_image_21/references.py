@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from contract.requests import Prepared
-from contract.steps import Anchor
 from encoders.pictures import show_references
 from modules.errors import MediaError
 from modules.media.buckets import Size
 from modules.media.reading import image_size, read_image, resize_cover, resize_frame
+from protocols.requests import Prepared
+from protocols.steps import Anchor
 from qwen_image.options import MASK
 from qwen_image.references import (
     MEGAPIXEL,

@@ -22,12 +22,12 @@ from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shap
 from checkpoints.encoders import declared_settings
 from checkpoints.model_files import inside, read_once
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.autoencoder import ImageVae
 from modules.devices import dtype_name, numbers_on
 from modules.errors import CheckpointError
 from modules.layers.convolution import lay_out, repeat_pixels
 from modules.media.pixels import from_bytes
+from protocols.loading import TensorSource
 from wan.vae_blocks import RmsNorm, WanFrameAttention
 from wan.vae_shortcuts import Factors, add_repeated, average_groups, fits_shortcut
 

@@ -18,8 +18,8 @@ from checkpoints import dialects
 from checkpoints.encoders import check_groups, declared_groups
 from checkpoints.filling import on_meta_device
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from modules.errors import CheckpointError
+from protocols.loading import TensorSource
 from stable_diffusion.contract import SD1, SDXL, ModelKind
 from stable_diffusion.files import GIVE, VAE
 from stable_diffusion.names import ADDED, ENDS, RESIDUAL, unet_blocks, unet_samplers

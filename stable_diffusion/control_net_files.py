@@ -20,9 +20,9 @@ from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from checkpoints.filling import load_module
 from checkpoints.model_files import require_file
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.loading import TensorSource
 from modules.errors import CheckpointError
 from modules.text_files import parse_json, read_text
+from protocols.loading import TensorSource
 from stable_diffusion.checkpoints import build_network, name_translator
 from stable_diffusion.contract import SD1, SD2, SDXL
 from stable_diffusion.folders import open_part

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from checkpoints.model_files import require_file
 from checkpoints.writing import save_tensors
-from contract.made_networks import DefaultRate, MadeNetwork
+from protocols.family_networks import DefaultRate, MadeNetwork
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SDXL, ModelKind
 from stable_diffusion.control_net_files import OWN_PARTS, load_control_net

@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.shards import SavedForm
-from contract.brought_words import WordsByFile
-from contract.data import (
+from encoders import control_pictures
+from encoders.new_words import NewWord
+from encoders.pictures import ModelOfImages, image_defaults
+from modules.console import quiet
+from modules.devices import dtype_of, select_compute_dtype
+from modules.errors import CacheError, OptionError
+from modules.media.pixels import byte_clips
+from modules.options import NO_OPTIONS
+from protocols.bundled_embeddings import WordsByFile
+from protocols.data import (
     SIZES,
     Batch,
     CacheEntry,
@@ -29,23 +37,15 @@ from contract.data import (
     SamplingDefaults,
     send_tensor,
 )
-from contract.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
-from contract.few_steps import FewSteps
-from contract.loading import Placement
-from contract.made_networks import MadeNetwork
-from contract.new_words import WordToLearn
-from contract.requests import Prepared, Prompts, Request
-from contract.rules import ModelRelease, NpzFormat
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from contract.whole import CheckpointWriter, LearningParts
-from encoders import control_pictures
-from encoders.new_words import NewWord
-from encoders.pictures import ModelOfImages, image_defaults
-from modules.console import quiet
-from modules.devices import dtype_of, select_compute_dtype
-from modules.errors import CacheError, OptionError
-from modules.media.pixels import byte_clips
-from modules.options import NO_OPTIONS
+from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
+from protocols.family_networks import MadeNetwork
+from protocols.few_steps import FewSteps
+from protocols.full_model import CheckpointWriter, LearningParts
+from protocols.loading import Placement
+from protocols.new_tokens import WordToLearn
+from protocols.requests import Prepared, Prompts, Request
+from protocols.rules import ModelRelease, NpzFormat
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks

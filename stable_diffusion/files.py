@@ -11,9 +11,9 @@ from pathlib import Path
 
 from checkpoints.kinds import kind_of
 from checkpoints.opening import open_checkpoint
-from contract.families import describe_scripts
 from modules.errors import CheckpointError, OptionError
 from networks.predictions import read_prediction
+from protocols.families import describe_scripts
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.options import ModelOptions
 

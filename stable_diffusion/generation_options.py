@@ -11,8 +11,8 @@ from blissful_tuner.video_to_video_options import SourceDefaults
 from generation.prompt_lines import IMAGE_GENERATION_OPTIONS, LineOption, read_name, read_number, read_path
 from generation.script_options import IMAGE_FPS, PICTURE_OUTPUTS, ScriptDefaults
 from modules.options import NO_PIXELS, Options, not_needed, of_request, option, unsupported
-from running.options import SWAPPING
-from running.ways.composing import list_block_options
+from runtime.options import SWAPPING
+from runtime.ways.composing import list_block_options
 from stable_diffusion.sampling_options import DEFAULT_STRENGTH, SAMPLERS
 from stable_diffusion.training_options import (
     CKPT,

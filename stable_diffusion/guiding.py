@@ -21,11 +21,11 @@ from torch.nn.functional import mse_loss, normalize
 from checkpoints.dialects import LoadPlan, load_planned, other_kind
 from checkpoints.model_files import find_model_folder
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.steps import Guidance, Predict, Section, Step
 from encoders.clip_checkpoints import ClipUse, read_clip_text, read_clip_vision
 from encoders.clip_layers import ClipText, ClipVision, load_clip_text, load_clip_vision
 from generation.denoise import predictor
 from modules.errors import CheckpointError, OptionError
+from protocols.steps import Guidance, Predict, Section, Step
 from stable_diffusion.contract import Model, RequestedImage
 from stable_diffusion.network_options import GuideOptions
 from stable_diffusion.regions import split_parts

@@ -13,14 +13,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from contract.data import LatentSpec
-from contract.inputs import IMAGE
-from contract.requests import Prepared, Request, check_opens
-from contract.rules import Source
 from modules.errors import OptionError
 from modules.media.reading import read_mask
 from modules.paths import explain_missing
 from modules.seeds import derive_seed
+from protocols.data import LatentSpec
+from protocols.inputs import IMAGE
+from protocols.requests import Prepared, Request, check_opens
+from protocols.rules import Source
 from stable_diffusion.starting import mask_pixels, read_picture, to_pixels
 
 # in conditions, B 5 1 h w: the mask (1 is repainted), and latents of the image without what it marks

@@ -12,12 +12,12 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from contract.made_networks import MadeNetwork
-from contract.new_words import WordToLearn
 from encoders.clip_l import PooledClip
 from encoders.inversion import Inversion, WordTower, find_in_lora
 from modules.console import quiet
 from modules.option_values import option_words
+from protocols.family_networks import MadeNetwork
+from protocols.new_tokens import WordToLearn
 from stable_diffusion.contract import SDXL
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.textual_inversion import SEVERAL, SINGLE, check_words, read_bundled, read_words

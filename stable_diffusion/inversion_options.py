@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
-from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_error
 from modules.errors import OptionError
 from modules.options import FREE, IDENTITY, Options, option
+from protocols.new_tokens import MAX_VECTORS, WordFlags, WordToLearn, find_error
 
 FLAGS = WordFlags(
     word="--token_string",

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from checkpoints.dialects import load_planned
 from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
-from contract.made_networks import DefaultRate, MadeNetwork, describe_start
 from modules.errors import OptionError, UserError
+from protocols.family_networks import DefaultRate, MadeNetwork, describe_start
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.control_net_options import say_generation
 from stable_diffusion.lllite_modules import (

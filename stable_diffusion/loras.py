@@ -15,9 +15,9 @@ from torch import nn
 from checkpoints.dialects import LoadPlan
 from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
-from networks.added import AddedPart, attach_parts, fitting, places
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module, hollow
+from networks.gated_loras import AddedPart, attach_parts, fitting, places
 from networks.key_formats import family_by_text_width
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family

@@ -12,11 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from contract.data import Conditions
-from contract.steps import Section, StepDone
 from generation import denoise as loop
 from modules.bars import Bar
 from modules.errors import OptionError
+from protocols.data import Conditions
+from protocols.steps import Section, StepDone
 from stable_diffusion import contract, samplers, starting
 from stable_diffusion.guiding import Guides
 from stable_diffusion.loras import ChosenLoras

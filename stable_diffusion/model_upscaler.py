@@ -20,10 +20,10 @@ from modules.media.encoding import Picture
 from modules.options import read_options
 from modules.parser import add_options
 from modules.paths import explain_missing
-from post.contract import Clip, Stage
-from post.options import UpscalerOptions
-from post.upscaling.files import check_file
-from post.upscaling.stage import make_upscaler
+from postprocessing.contract import Clip, Stage
+from postprocessing.options import UpscalerOptions
+from postprocessing.upscaling.files import check_file
+from postprocessing.upscaling.stage import make_upscaler
 
 KNOWN = ("model", "dtype", "tile", "tile_overlap", "batch_size", "compile")
 ARGS = "--highres_fix_upscaler_args"

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from contract.families import FamilyEntry, Marks
 from networks.names.layouts import OF_CLIP, UNET_IN_DIFFUSERS, FamilyNames, Sides, with_endings
+from protocols.families import FamilyEntry, Marks
 
 ENTRY = FamilyEntry("stable_diffusion")
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from contract.family import NoiseSpec
+from protocols.family import NoiseSpec
 from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr
 from stable_diffusion.samplers import TRAINED
 from stable_diffusion.training_options import LossWeightOptions, VariedNoiseOptions

@@ -21,7 +21,7 @@ from torch import Tensor
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.media.reading import read_image
-from networks.added import AddedPart
+from networks.gated_loras import AddedPart
 from stable_diffusion.contract import RequestedImage, TextState, UnetCall, UnetHook
 
 _CHANNELS = 3

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from contract.data import Conditions
-from contract.steps import NO_OVERRIDES, Guidance, Overrides, Predict, Section, Step
 from modules.errors import OptionError
 from modules.flow.schedule import Schedule
+from protocols.data import Conditions
+from protocols.steps import NO_OVERRIDES, Guidance, Overrides, Predict, Section, Step
 from stable_diffusion.contract import Model, TextState, UnetCall, UnetHook
 from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr, scheduler_class
 from stable_diffusion.sampling_options import TRAINED_STEPS

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from checkpoints.dialects import LoadPlan
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.clip_checkpoints import (
     ClipTextConfig,
     ClipUse,
@@ -22,6 +21,7 @@ from encoders.clip_checkpoints import (
 )
 from modules.errors import CheckpointError
 from networks.names.texts import open_clip_names
+from protocols.loading import TensorSource
 from stable_diffusion.contract import SD1, SD2, ModelKind
 from stable_diffusion.files import GIVE
 

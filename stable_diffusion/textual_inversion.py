@@ -26,12 +26,12 @@ from checkpoints.embedding_files import (
     reject_embedding,
     to_rows,
 )
-from contract.brought_words import WordsByFile
 from encoders.new_words import compile_words
 from generation.embedding_marks import find_embeddings
 from modules.console import count_of, list_some
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
+from protocols.bundled_embeddings import WordsByFile
 from stable_diffusion.contract import SDXL, ModelKind, TextTower
 from stable_diffusion.tokenizers import SIZE
 

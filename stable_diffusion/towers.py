@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from checkpoints.opening import fingerprint
-from contract.data import Conditions
-from contract.family import EncoderAbilities
-from contract.requests import Prompt
-from contract.rules import CountTokens, TokenCount
 from encoders.clip_checkpoints import CLIP_TOKENS
 from encoders.clip_l import ClipWords, load_clip_words
 from encoders.clip_layers import ClipText
 from encoders.new_words import GrowingEmbedding, NewWord
 from modules.console import quiet
 from modules.devices import dtype_name
-from running.offload.block_swap import move_network
-from running.offload.host_memory import LoadedNetwork
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities
+from protocols.requests import Prompt
+from protocols.rules import CountTokens, TokenCount
+from runtime.offload.block_swap import move_network
+from runtime.offload.host_memory import LoadedNetwork
 from stable_diffusion import tokenizers
 from stable_diffusion.contract import SD2, SDXL, text_encoder_name
 from stable_diffusion.options import TextOptions

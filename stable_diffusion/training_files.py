@@ -20,8 +20,6 @@ from checkpoints.dits import FP8_COMPUTE, stored_layers
 from checkpoints.filling import load_module
 from checkpoints.model_files import require_file
 from checkpoints.opening import fingerprint, open_checkpoint
-from contract.family import DitSpec, NumberedBlocks
-from contract.loading import Placement
 from encoders.clip_l import ClipWords
 from encoders.clip_layers import ClipText, check_activation
 from encoders.tiles import sample_posterior
@@ -29,6 +27,8 @@ from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import from_bytes
 from modules.speed_options import SDPA
+from protocols.family import DitSpec, NumberedBlocks
+from protocols.loading import Placement
 from stable_diffusion import checkpoints, folders, loading
 from stable_diffusion.attention import ChosenAttention
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind

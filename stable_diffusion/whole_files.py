@@ -19,9 +19,9 @@ from checkpoints.dialects import LoadPlan
 from checkpoints.filling import on_meta_device
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.writing import stream_tensors
-from contract.loading import TensorInfo
-from contract.whole import DIT
 from encoders.clip_layers import ClipText
+from protocols.full_model import DIT
+from protocols.loading import TensorInfo
 from stable_diffusion.contract import text_encoder_name
 from stable_diffusion.files import EMA, UNET, V_PRED, VAE, ZTSNR, Marks
 from stable_diffusion.loading import OpenedCheckpoint

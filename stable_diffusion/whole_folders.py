@@ -17,13 +17,13 @@ from torch import Tensor, nn
 
 from checkpoints.shards import IN_ONE_FILE, SavedForm
 from checkpoints.tokenizers import TokenizerFiles
-from contract.loading import TensorInfo
-from contract.whole import DIT
 from encoders.clip_checkpoints import CLIP_END, CLIP_START, ClipTextConfig
 from encoders.text_encoder import find_merges
 from modules.atomic_write import atomic_folder, check_space
 from modules.text_files import parse_json
 from networks.names.texts import published_parameter
+from protocols.full_model import DIT
+from protocols.loading import TensorInfo
 from stable_diffusion.contract import SD1, SDXL, text_encoder_name
 from stable_diffusion.diffusers_parts import diffusers_version
 from stable_diffusion.files import Marks

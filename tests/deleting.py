@@ -23,14 +23,14 @@ from dataset.table import declared_keys
 from modules.options import option_name
 from networks.kinds import KINDS
 from networks.kinds.lora import LORA
-from running.ways import WAYS
+from runtime.ways import WAYS
 from training.features import FEATURES
 
 ROOT = Path(__file__).resolve().parent.parent
 # what can be deleted -> the folder with its file and the list
 FOLDERS = {feature.name: "training/features" for feature in FEATURES}
 FOLDERS |= {kind.name.lower().replace("-", ""): "networks/kinds" for kind in KINDS if kind is not LORA}
-FOLDERS |= {way.name: "running/ways" for way in WAYS}
+FOLDERS |= {way.name: "runtime/ways" for way in WAYS}
 FORM_FILES = {
     type(form).__module__.rpartition(".")[2]: form
     for form in (*FORMS, *ROWS)
@@ -50,7 +50,7 @@ WRITERS = {
 ROOMS = {
     "training/features": ("training", "project", "browser"),
     "networks/kinds": ("networks", "generation", "stable_diffusion", "training", "project", "browser"),
-    "running/ways": ("running", "generation", "stable_diffusion", "minimax_h3", "training", "browser"),
+    "runtime/ways": ("runtime", "generation", "stable_diffusion", "minimax_h3", "training", "browser"),
     "dataset/forms": ("dataset", "data_tools", "training", "project", "browser"),
 }
 # imports every module of some rooms

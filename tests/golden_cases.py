@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from contract.loading import Placement
+from protocols.loading import Placement
 
 FOLDER = Path(__file__).parent / "golden"
 SALT = "golden-a"

@@ -1,7 +1,7 @@
 """Prepared requests of no family, for code that is tested without one."""
 
-from contract.data import SamplingDefaults
-from contract.requests import Prepared, Request, settle, size_of
+from protocols.data import SamplingDefaults
+from protocols.requests import Prepared, Request, settle, size_of
 
 DEFAULT = SamplingDefaults(3, 16.0, 5.0, 6.0, 3.0, "unipc", 32, 32, 5)
 

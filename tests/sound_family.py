@@ -19,14 +19,14 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor, nn
 
-from contract.data import Audio, AudioSpec, Conditions, Joint
-from contract.family import Abilities, Family, HearsAudio, NoiseSource
-from contract.requests import Prepared, Request
-from contract.rules import AS_PLAIN, GuidanceRules, StreamGuidance
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from generation.script_options import ScriptDefaults
 from generation.scripts import generation_script
 from modules.command import command_line
+from protocols.data import Audio, AudioSpec, Conditions, Joint
+from protocols.family import Abilities, Family, HearsAudio, NoiseSource
+from protocols.requests import Prepared, Request
+from protocols.rules import AS_PLAIN, GuidanceRules, StreamGuidance
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from wan.family import Wan
 
 RATE, CHANNELS, ROWS = 8000, 2, 25

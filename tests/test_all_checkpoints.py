@@ -40,13 +40,13 @@ import tests.tiny.z_image as tiny_z_image
 import wan.checkpoints
 import z_image.files
 from checkpoints.model_files import read_once
-from contract import families
-from contract.loading import Placement
 from flux_2.model import Flux2Model
 from krea2.configs import Krea2StreamConfig
 from modules.errors import CheckpointError
 from modules.speed_options import Quantization
-from running.offload.swap_plan import max_blocks
+from protocols import families
+from protocols.loading import Placement
+from runtime.offload.swap_plan import max_blocks
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
 from tests.tiny.dits import DITS

@@ -14,14 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalizedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
-from contract.data import Conditions
-from contract.requests import Request
-from contract.steps import Away, Overrides, Section
 from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
 from modules.flow.solvers import solver_for
 from modules.layers.rope import Slow
 from modules.speed_options import AttentionChoice
+from protocols.data import Conditions
+from protocols.requests import Request
+from protocols.steps import Away, Overrides, Section
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.preparing import prepare
 from tests.tiny.dits import DITS, TI2V, Size, TinyDit

@@ -20,11 +20,11 @@ from accelerate.commands.config.config_args import load_config_from_file
 from safetensors.torch import load_file
 from torch.distributed.run import get_args_parser
 
-from contract.families import FAMILIES
 from dataset.options import CachingOptions, read_latent_caching
 from modules.script_options import parse_options
 from project.pack_options import UnpackOptions
 from project.run_options import RunOptions
+from protocols.families import FAMILIES
 from tests.commands import QUIET, ROOT
 from tests.faults.messages import succeed_here
 from tests.tiny.project import lay_out_models, write_clips

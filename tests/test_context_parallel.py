@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from networks.lora_layer import LoraLayer
-from running.offload.context import TokenPart
-from running.offload.sharding import TOKEN_PART
+from runtime.offload.context import TokenPart
+from runtime.offload.sharding import TOKEN_PART
 from tests.commands import run_in_processes
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.test_shard_base import (

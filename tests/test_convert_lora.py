@@ -11,13 +11,13 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
-from contract.loading import Placement
 from frame_pack.files import load_dit as load_framepack
 from modules.errors import CheckpointError, OptionError
 from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.metadata import model_hashes, save_network
+from protocols.loading import Placement
 from tests.frame_pack.making import tiny_model
 from tests.networks.making import randomize, tiny_dit, wan_network
 from tests.networks.making import saved as saved_hunyuan_lora

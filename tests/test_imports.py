@@ -8,20 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from contract.families import FOLDERS
+from protocols.families import FOLDERS
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUND = {"modules", "contract", "checkpoints", "running"}
+GROUND = {"modules", "protocols", "checkpoints", "runtime"}
 MAY_IMPORT = {
     "modules": set(),
-    "contract": {"modules", "checkpoints.opening", "checkpoints.stored", "downloads.catalogue"},
-    "checkpoints": {"modules", "contract"},
-    "running": {"modules", "contract", "checkpoints"},
+    "protocols": {"modules", "checkpoints.opening", "checkpoints.stored", "downloads.catalogue"},
+    "checkpoints": {"modules", "protocols"},
+    "runtime": {"modules", "protocols", "checkpoints"},
     "dataset": GROUND | {"data_tools.report"},
-    "data_tools": GROUND | {"dataset", "post.faces"},
+    "data_tools": GROUND | {"dataset", "postprocessing.faces"},
     "networks": GROUND,
     "finetune": GROUND | {"data_tools"},
-    "post": GROUND | {"downloads.catalogue"},
+    "postprocessing": GROUND | {"downloads.catalogue"},
     "blissful_tuner": GROUND,
     "encoders": GROUND,
     "wan": GROUND | {"networks.names", "encoders"},
@@ -41,8 +41,8 @@ MAY_IMPORT = {
     "minimax_h3": GROUND | {"networks.names", "encoders"},
     "z_image": GROUND | {"networks.names", "encoders", "lumina"},
     "anima": GROUND | {"networks.names", "encoders", "qwen_image", "wan"},
-    "generation": GROUND | {"networks", "blissful_tuner", "post"},
-    "stable_diffusion": GROUND | {"networks", "encoders", "generation", "blissful_tuner", "post"},
+    "generation": GROUND | {"networks", "blissful_tuner", "postprocessing"},
+    "stable_diffusion": GROUND | {"networks", "encoders", "generation", "blissful_tuner", "postprocessing"},
     "training": GROUND
     | {"networks", "dataset", "data_tools.report", "generation", "blissful_tuner", "downloads.catalogue"},
     "downloads": GROUND,
@@ -60,9 +60,9 @@ MAY_IMPORT = {
         "project.options",
         "project.recipes",
         "project.run_options",
-        "project.fitting",
+        "project.model_sizes",
         "project.kinds",
-        "project.known",
+        "project.known_folders",
         "project.media",
         "generation.prompt_lines",
         "generation.script_options",
@@ -92,13 +92,13 @@ FLOORS = {
         {"attention", "bars", "layers", "media"} | {"minimal_options"},
         {"pages"},
     ),
-    "running": (
+    "runtime": (
         {"compile", "run_blocks"},
-        {"memories"},
+        {"kv_cache"},
         {"offload"},
         {"ways"},
         {"options"},
-        {"doctor", "dressing", "planning", "step_cache"},
+        {"doctor", "network_setup", "planning", "step_cache"},
     ),
     "dataset": (
         {"other_trainers"},
@@ -121,7 +121,7 @@ FLOORS = {
         {"folder_dataset"},
         {"folder_captions", "metadata", "tags"},
     ),
-    "post": (
+    "postprocessing": (
         {"contract", "options", "streaming"},
         {"tiling"},
         {"faces", "interpolation", "upscaling"},
@@ -134,9 +134,9 @@ FLOORS = {
         {"kohya_page", "learner"},
         {
             *{"config_options", "learning_options", "noise_options", "run_options"},
-            *{"other_families", "steps", "trainable"},
+            *{"other_models", "steps", "trainable"},
         },
-        {"bad_steps", "processes", "reports", "run_end", "word_captions"},
+        {"bad_steps", "processes", "reports", "run_end", "token_captions"},
         {"loss", "saving"},
         {"data", "optimizers"},
         {"targets"},
@@ -150,14 +150,14 @@ FLOORS = {
         {"training_run"},
         {"image_metadata"},
         {"metadata"},
-        {"following", "loop", "previews", "saver"},
+        {"loop", "next_commands", "previews", "saver"},
         {"learning", "summary"},
         {"run"},
         {"scripts"},
     ),
 }
 _LIGHT = {
-    "contract": ("families", "inputs", "new_words", "rules"),
+    "protocols": ("families", "inputs", "new_tokens", "rules"),
     "modules": (
         *("command", "console", "control_codes", "errors", "installation", "interpreter", "limits"),
         *(
@@ -210,9 +210,9 @@ _LIGHT = {
         "multipliers",
         "names/layouts",
     ),
-    "post": ("chain_options",),
+    "postprocessing": ("chain_options",),
     "training/reports": ("shown_numbers",),
-    "running/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
+    "runtime/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
     "training/features": (
         "adapter",
         "base_weights",
@@ -391,7 +391,7 @@ def test_no_file_imports_the_compiler_while_it_is_imported() -> None:
 
 def test_a_training_loads_no_tool_for_finished_videos() -> None:
     reached = _reached_from("wan_train_network.py", "training/run.py", at_start=True)
-    tools = (ROOT / "post", ROOT / "data_tools")
+    tools = (ROOT / "postprocessing", ROOT / "data_tools")
     assert [path for path in reached if any(map(path.is_relative_to, tools))] == []
 
 
@@ -422,13 +422,13 @@ def test_caching_a_folder_reads_nothing_of_lists_tars_and_addresses() -> None:
     others = {path for path in (ROOT / "dataset" / "forms").glob("*.py") if not _is_light(path)}
     others -= {ROOT / "dataset" / "forms" / "__init__.py"}
     others.add(ROOT / "dataset" / "sources" / "downloads.py")
-    others |= {ROOT / "modules" / "downloading.py", *(ROOT / "running" / "planning").glob("*.py")}
+    others |= {ROOT / "modules" / "downloading.py", *(ROOT / "runtime" / "planning").glob("*.py")}
     assert read & others == set()
 
 
 def test_a_generation_reads_no_planner_and_nothing_for_options_that_few_give() -> None:
     read = _reached_from("wan_generate_video.py", "generation/run.py", at_start=True)
-    for place in ("running/planning/dry_run", "networks/merging", "networks/text_loras", "generation/sheets"):
+    for place in ("runtime/planning/dry_run", "networks/merging", "networks/text_loras", "generation/sheets"):
         assert ROOT / f"{place}.py" not in read
     assert sum(map(_count_lines, read)) <= MAX_READ_TO_GENERATE
 

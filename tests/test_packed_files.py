@@ -16,8 +16,8 @@ from modules.errors import CheckpointError
 from networks import extract_lora_from_models
 from networks.apply import check_loras_fit
 from networks.loading import LoraUse, read_lora
-from running.planning import memory_plan
-from running.planning.dry_run import NETWORK, WEIGHTS
+from runtime.planning import memory_plan
+from runtime.planning.dry_run import NETWORK, WEIGHTS
 from tests.faults.messages import assert_one_message, run_here
 from tests.packing import FORMS, GGUF_KINDS, gguf_file, pack_file, text_encoder_gguf
 from tests.tiny import z_image

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from contract.families import FAMILIES
 from modules.options import read_options
 from modules.parser import add_options
 from project.kinds.whole_model import FREE
-from running.planning import dry_run as dry
+from protocols.families import FAMILIES
+from runtime.planning import dry_run as dry
 from tests.manifests import tensor_list, write_hollow
 from training.experts import placement_of
 from training.learning_options import FullDitOptions

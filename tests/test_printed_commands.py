@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import pytest
 
-import contract.families
+import protocols.families
 import stable_diffusion.run  # noqa: F401
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here
@@ -40,7 +40,7 @@ def imported_anew(name: str) -> Iterator[None]:
 @contextmanager
 def ending_where_work_begins() -> Iterator[None]:
     """Of a family's script, of gen_img.py, and of scripts about LoRA files."""
-    own = contract.families.import_own
+    own = protocols.families.import_own
 
     def import_own(name: str) -> object:
         if name.startswith("networks.") and name != "networks.names":
@@ -49,14 +49,14 @@ def ending_where_work_begins() -> Iterator[None]:
 
     with ExitStack() as stack:
         for place in (
-            "contract.families.FamilyEntry.make_family",
+            "protocols.families.FamilyEntry.make_family",
             "networks.convert.convert",
             "networks.convert.convert_flux",
             "stable_diffusion.run.generate",
         ):
             stack.enter_context(patch(place, side_effect=WasReadError))
         stack.enter_context(imported_anew("networks.convert_flux_lora"))
-        stack.enter_context(patch("contract.families.import_own", import_own))
+        stack.enter_context(patch("protocols.families.import_own", import_own))
         yield
 
 

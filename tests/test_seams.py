@@ -14,11 +14,11 @@ from starlette.applications import Starlette
 
 from browser.runs import Runs
 from browser.server import Gate, make_app
-from contract.families import with_scripts
 from package.reelsmith.commands import find_commands
 from project.foreign.reading import PROGRAMS
 from project.kinds.composing import KINDS, list_kinds
 from project.options import find_models
+from protocols.families import with_scripts
 from tests.commands import ROOT
 from tests.durations import is_there, read_seam_tests
 from tests.test_every_kind_of_run import CELLS

@@ -286,7 +286,7 @@ def test_every_family_trains_and_generates_with_shared_blocks(
 def test_blocks_in_8_bits_compute_the_same_with_every_kind_of_scale(tmp_path: Path) -> None:
     """Of all but blocks of a row with 8-bit products, which commands refuse on a CPU."""
     kinds = ("cast", "tensor", "rows", "blocks", "int8", "nf4")
-    done = run_in_processes(2, "tests/running/offload/fp8_blocks.py", *kinds, folder=tmp_path)
+    done = run_in_processes(2, "tests/runtime/offload/fp8_blocks.py", *kinds, folder=tmp_path)
     assert [one.stdout.splitlines() for one in done] == [[f"{kind} True True" for kind in kinds]] * 2
 
 

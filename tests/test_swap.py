@@ -20,7 +20,7 @@ SAMPLES = ("--sample_prompts", "prompts.txt", "--sample_every_n_steps", "2")
 FUSED = ("--fused_backward_pass", *ADAFACTOR, "--learning_rate", "1e-2", "--max_grad_norm", "0")
 
 
-# tests/running/offload has two lists of blocks; tests/frame_pack/test_training.py and
+# tests/runtime/offload has two lists of blocks; tests/frame_pack/test_training.py and
 # tests/ltx_2/test_training.py have one of these for every day
 LATER = [
     pytest.param(name, marks=pytest.mark.slow)

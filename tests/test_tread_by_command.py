@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from running.planning import memory_plan
+from runtime.planning import memory_plan
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.families import family_called
 from tests.tiny.runs import RUN, TinyProject, make_project

@@ -36,7 +36,7 @@ LOADED = (
     *("torch.utils.tensorboard", "torch.utils.serialization", "torch.profiler._cupti_monitor"),
     *("cv2", "einops._torch_specific", "ftfy", "matplotlib.figure", "numpy.ctypeslib", "pandas", "psutil"),
     *("pytest", "transformers"),  # the scripts of tests/training import what tests share
-    *("contract.families", "running.compile", "running.offload.checkpointing"),
+    *("protocols.families", "runtime.compile", "runtime.offload.checkpointing"),
     *("generation.run", "generation.scripts", "generation.sheets", "generation.memory"),
     *("blissful_tuner.latent_preview", "data_tools.report.check"),
     *sorted(f"{file.parent.name}.family" for file in ROOT.glob("*/family.py")),

@@ -9,10 +9,10 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify
 from dataset.options import read_ray_options
 from modules.command import command_line
 from modules.installation import import_own
+from protocols.families import identify
 
 
 def main(argv: Sequence[str] | None = None) -> None:

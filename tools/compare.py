@@ -15,12 +15,12 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from contract.families import identify, with_scripts
 from generation.grid_options import CompareOptions, expand_patterns, family_of
 from modules.command import command_line
 from modules.installation import import_own
 from modules.options import read_options
 from modules.parser import Parser, add_options
+from protocols.families import identify, with_scripts
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -20,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print what this environment has and lacks. Exits with code 1 if something necessary is missing."""
     parse_options(__doc__, argv)  # it has none
 
-    from running.doctor import examine  # it imports torch, if there is one
+    from runtime.doctor import examine  # it imports torch, if there is one
 
     findings = examine(Path.cwd())
     width = max(len(finding.name) for finding in findings)

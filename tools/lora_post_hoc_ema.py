@@ -8,8 +8,8 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from contract.families import plain_script
 from networks.averaging import AveragingOptions, average_files
+from protocols.families import plain_script
 
 main = plain_script(__doc__, average_files, AveragingOptions)
 

@@ -9,7 +9,7 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from checkpoints.quantizing import QuantizeOptions, quantize_file
-from contract.families import plain_script
+from protocols.families import plain_script
 
 main = plain_script(__doc__, quantize_file, QuantizeOptions)
 

@@ -9,9 +9,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from browser.options import BrowserOptions
-from contract.families import plain_script
+from protocols.families import plain_script
 
-main = plain_script(__doc__, "browser.start.run_browser", BrowserOptions)
+main = plain_script(__doc__, "browser.serving.run_browser", BrowserOptions)
 
 
 if __name__ == "__main__":

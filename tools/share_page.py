@@ -8,9 +8,9 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
     sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
 
 import modules.interpreter  # noqa: F401
-from contract.families import plain_script
 from modules.options import Options, option
 from modules.output_files import check_place, reject_replacing
+from protocols.families import plain_script
 
 
 class ShareOptions(Options):

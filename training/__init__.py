@@ -9,7 +9,7 @@ data/: batches, noise and timesteps, prepared before they are needed
 edited_prompts: prompts of samples that are edited meanwhile
 experts: transformers of a run: dressed, which learns, which works
 features/: what a run can do besides, each in one file
-following: command lines that can follow a training
+next_commands: command lines that can follow a training
 image_metadata: what files of image trainers say besides
 image_options: compose the options of image trainers
 kohya_page: keys in --config_file that no training script declares
@@ -22,7 +22,7 @@ metadata: what saved files say of their training
 noise_options: options of noise levels, loss and weighting
 optimizers/: optimizers, learning rates, and how weights are stepped
 options: compose the options of training in every family
-other_families: models of a run besides the trained one
+other_models: models of a run besides the trained one
 plan: find all parts of a run before loading
 planning/: the memory of a training run
 previews: show what a run would do, without training
@@ -44,6 +44,6 @@ trainable: the trained part: a LoRA, or the DiT
 training_run: the record that the training loop works with
 unused_options: given options without effect together with the others
 validation: loss of held-out items at fixed noise
-word_captions: which captions have the word that is learned
+token_captions: which captions have the word that is learned
 whole_checkpoint: train all weights of a model, also text encoders
 """

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 
 from checkpoints.file_hashes import name_base
-from contract.family import Family
 from modules.errors import UserError
 from modules.text_files import read_safetensors_texts
 from networks.module_names import read_family
 from networks.names.layouts import MADE_FOR, TRAINED_ON
+from protocols.family import Family
 from training.options import TrainingOptions
 
 BASE_MODEL = "base_model"  # the hub's key of a LoRA's base, which some trainers write into files too

@@ -20,9 +20,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from contract.data import LOSS_MASK
-from contract.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
-from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import NO_COMMANDS, CachingCommands, ItemKind, LiveTables, TrainingItem
 from dataset.cache.store import MemoryStore, StorePair, Stores, npz_names, open_shared, open_store
@@ -52,6 +49,9 @@ from modules.media.reading import image_size
 from modules.seeds import derive_seed
 from networks.kinds.composing import list_kinds
 from networks.own_kinds import OWN_MODULES
+from protocols.data import LOSS_MASK
+from protocols.family import Caches, Family, LearningEncoder, TextEncoder, can_learn
+from protocols.full_model import trains_checkpoint
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts, WithNetwork
 from training.features.contract import EMPTY_PROMPT, LIVE_MEDIA, LIVE_TEXTS, NO_DATASET

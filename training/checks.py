@@ -11,8 +11,6 @@ import torch
 from torch.nn import Parameter
 
 from checkpoints.opening import open_checkpoint
-from contract.family import Family, LearningEncoder
-from contract.whole import LearningParts, trains_checkpoint
 from dataset.table import DatasetTable
 from modules.atomic_write import check_space
 from modules.console import quiet
@@ -26,8 +24,10 @@ from networks.lora_settings import REG_RATES, read_rates
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
 from networks.own_modules import smallest_lora_bytes
-from running.offload.swap_plan import check_swap
-from running.ways.contract import RunUses
+from protocols.family import Family, LearningEncoder
+from protocols.full_model import LearningParts, trains_checkpoint
+from runtime.offload.swap_plan import check_swap
+from runtime.ways.contract import RunUses
 from training.data.table_times import list_replaced
 from training.experts import TRAINING_ADAPTER, check_experts, network_for, read_adapter
 from training.learner import Learner
@@ -35,7 +35,7 @@ from training.learning_options import FIND_RATE
 from training.optimizers.lr_schedule import make_lr_schedule
 from training.optimizers.optimizer import check_rates, make_optimizer
 from training.options import TrainingOptions
-from training.other_families import NO_OTHERS, OtherFamilies, require_equal_shapes
+from training.other_models import NO_OTHERS, OtherFamilies, require_equal_shapes
 from training.run_options import MAX_STEPS
 from training.unused_options import list_without_effect
 
@@ -150,8 +150,8 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
             read_requests(family, samples.sample_prompts)  # only for its errors: prompts are read again later
         if not samples.sample_lora:
             return
-        from networks.added import reject_magnitudes  # only with LoRA files
         from networks.apply import check_loras_fit
+        from networks.gated_loras import reject_magnitudes  # only with LoRA files
         from networks.loading import read_use
 
         for expert, file in zip_longest(family.experts, family.dit_files):
@@ -262,7 +262,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
             if options.frozen.training_adapter is not None:
                 adapter = read_adapter(options, expert, family.experts)
             if adapter is not None:
-                from networks.added import reject_magnitudes  # only with an adapter
+                from networks.gated_loras import reject_magnitudes  # only with an adapter
 
                 reject_magnitudes(adapter.lora, TRAINING_ADAPTER)
                 uses.append(adapter)

@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 from accelerate.utils import broadcast_object_list, gather_object
 
-from contract.requests import Prepared
+from generation.loaded_networks import wanted_texts
 from generation.sample_lines import read_sample_file
-from generation.session import wanted_texts
 from modules.console import count_of
 from modules.control_codes import shorten
 from modules.errors import OptionError, UserError
+from protocols.requests import Prepared
 from training.samples import Sample, Sampler, encode_samples, parse_requests, prompts_of, warn_of_unused
 
 logger = logging.getLogger(__name__)

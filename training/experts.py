@@ -9,10 +9,6 @@ import torch
 from torch import nn
 
 from checkpoints.stored.forms import prepare
-from contract.families import HIGH_NOISE
-from contract.family import DitSpec, Family, knows_few_steps
-from contract.loading import BlockPlace, Placement
-from contract.rules import ONE_EXPERT, Expert
 from modules.attention.attend import check_backend
 from modules.compile_options import Compilation
 from modules.devices import dtype_name
@@ -24,16 +20,20 @@ from networks.kinds.contract import named
 from networks.names.layouts import EXPERT_VALUES, FOR_BOTH, TRAINED_EXPERT
 from networks.options import NetworkOptions
 from networks.own_kinds import OWN_MODULES
-from running import dressing
-from running.offload.swap_plan import HostWeights
-from running.offload.turns import HostCopy
+from protocols.families import HIGH_NOISE
+from protocols.family import DitSpec, Family, knows_few_steps
+from protocols.loading import BlockPlace, Placement
+from protocols.rules import ONE_EXPERT, Expert
+from runtime import network_setup as dressing
+from runtime.offload.swap_plan import HostWeights
+from runtime.offload.turns import HostCopy
 from training.data.timesteps import levels_reached
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 from training.options import TrainingOptions
 from training.run_options import LoopOptions
 
 if TYPE_CHECKING:  # loaded only where a LoRA file is given
-    from networks.added import AddedLoras
+    from networks.gated_loras import AddedLoras
     from networks.loading import LoraUse
 
 logger = logging.getLogger(__name__)

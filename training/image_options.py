@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from contract.new_words import find_error
 from dataset.options import CachingInRunOptions
 from dataset.subset_options import SubsetOptions
 from modules.command import name_as_typed
@@ -21,8 +20,9 @@ from modules.options import HABIT, STARTS, Options, not_needed, option, read_opt
 from modules.output_files import check_output_name
 from modules.parser import Parser, add_options, typed_names
 from modules.script_options import read_command_line
-from running.options import SWAPPING
-from running.ways.composing import list_block_options, list_shared_things
+from protocols.new_tokens import find_error
+from runtime.options import SWAPPING
+from runtime.ways.composing import list_block_options, list_shared_things
 from training.config_options import write_config_file
 from training.features.composing import options_of_blocks
 from training.learning_options import FOLDERS, NO_CODE, ONE_FILE, SHARD_SIZE, PartsOptions

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from contract.family import Trains
-from contract.made_networks import DefaultRate, MadeNetwork, WritesNetwork, made_network_of
 from dataset.table import DatasetConfig
 from modules.errors import DatasetError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
+from protocols.family import Trains
+from protocols.family_networks import DefaultRate, MadeNetwork, WritesNetwork, made_network_of
 
 ReadCaptions = Callable[[Sequence[str]], str]
 LORA_RATE = DefaultRate(2e-5, "1e-4", 5e-3)

@@ -13,20 +13,20 @@ from torch.optim import Optimizer
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.shards import SavedForm
-from contract.brought_words import word_of
-from contract.data import CAPTION
-from contract.family import Family, part_rates_of, trains_audio
-from contract.loading import BlockPlace
-from contract.rules import Expert
 from modules.devices import dtype_of, gib, keep_heap_small, warn_if_emulated
 from modules.errors import MemoryPlanError
 from networks.options import NetworkOptions
-from running.dressing import swapped_weights
-from running.offload.turns import HostCopy
-from running.options import SwapOptions
-from running.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
-from running.run_blocks import stage_files_of
-from running.ways.composing import finish_network, make_block_place
+from protocols.bundled_embeddings import word_of
+from protocols.data import CAPTION
+from protocols.family import Family, part_rates_of, trains_audio
+from protocols.loading import BlockPlace
+from protocols.rules import Expert
+from runtime.network_setup import swapped_weights
+from runtime.offload.turns import HostCopy
+from runtime.options import SwapOptions
+from runtime.planning.device_memory import MemoryWatch, bytes_on, spare_bytes
+from runtime.run_blocks import stage_files_of
+from runtime.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
@@ -54,10 +54,10 @@ from training.validation import Validation
 from training.whole_checkpoint import train_full
 
 if TYPE_CHECKING:  # loaded only with LoRA files, with prompts
-    from networks.added import AddedLoras
     from networks.apply import LoraPatch
+    from networks.gated_loras import AddedLoras
     from networks.loading import LoraUse
-    from running.offload.swap_plan import HostWeights
+    from runtime.offload.swap_plan import HostWeights
     from training.samples import Sampler
 
 logger = logging.getLogger(__name__)
@@ -345,11 +345,11 @@ class Loading:
         if patch is not None:
             patch.check()
             if patch.unmerged:
-                from networks.unmerged import add_unmerged  # only beside quantized weights
+                from networks.unmerged_loras import add_unmerged  # only beside quantized weights
 
                 add_unmerged(dit, patch.unmerged, device, compute_dtype)
         if masked:
-            from networks.unmerged import add_unmerged, masked_changes  # only with T-LoRAs
+            from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
 
             add_unmerged(dit, masked_changes(dit, masked), device, compute_dtype)
         warn_if_emulated(device, compute_dtype, "the transformer")
@@ -369,9 +369,9 @@ class Loading:
         if not loras.uses:
             return None, ()
         from networks.apply import LoraPatch  # only with LoRAs to merge
-        from networks.depths import fit_to_file
+        from networks.depth_variants import fit_to_file
         from networks.rounding import LoraRounding
-        from networks.unmerged import split_masked
+        from networks.unmerged_loras import split_masked
 
         uses = loras.uses
         if family.dit_files:  # else the network comes from no file
@@ -430,7 +430,7 @@ class Loading:
         has_stages = has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:
             return
-        from networks.added import add_loras, add_stage_loras  # only with LoRA files
+        from networks.gated_loras import add_loras, add_stage_loras  # only with LoRA files
         from networks.loading import read_use
 
         if adapter is not None:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from contract.rules import AUDIO_STREAM
 from modules.devices import numbers_on
 from modules.errors import UserError
 from networks.adapter import ForeignNetwork, NormReport
+from protocols.rules import AUDIO_STREAM
 from training.bad_steps import explain_bad_step
 from training.features.composing import bad_step_remedies
 from training.features.hooks import GradientStep

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from contract.data import LOSS_MASK, SOUND, Batch, Conditions, Joint
-from contract.family import NoiseSpec, Trains
-from contract.steps import NO_OVERRIDES, GivenTokens, Overrides, clean_share
 from modules.devices import send
 from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from networks.rank_masks import set_levels
+from protocols.data import LOSS_MASK, SOUND, Batch, Conditions, Joint
+from protocols.family import NoiseSpec, Trains
+from protocols.steps import NO_OVERRIDES, GivenTokens, Overrides, clean_share
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only

@@ -11,11 +11,11 @@ from datetime import datetime
 from typing import Any
 
 from checkpoints.file_hashes import full_hash, short_hash
-from contract.family import Family
 from dataset.table import DatasetTable
 from modules.atomic_write import make_storable
 from modules.options import option_values, options_with
 from networks.names.layouts import TRAINED_FOR
+from protocols.family import Family
 from training.data.table_times import list_times
 from training.image_metadata import image_values
 from training.noise_options import L2

@@ -32,7 +32,7 @@ from modules.script_options import read_command_line
 from modules.table_answers import CommandLine
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.options import NOTHING_FROZEN, FrozenModelOptions, NetworkOptions
-from running.options import TrainingSpeedOptions
+from runtime.options import TrainingSpeedOptions
 from training import learning_options, noise_options, run_options
 from training.config_options import (
     ConfigOptions,

@@ -10,8 +10,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-from contract.family import Family, audio_of, brings_empty_text
-from contract.whole import trains_checkpoint
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, learn_no_references, require_items
 from dataset.batches.items import CachingCommands, TrainingItem
@@ -25,8 +23,10 @@ from modules.lost_processes import OtherProcesses
 from modules.option_values import require
 from modules.speed_options import Quantization
 from networks.formats import LoraFormat
-from running.offload.joining import have_joined
-from running.ways.composing import count_groups, warn_if_alone
+from protocols.family import Family, audio_of, brings_empty_text
+from protocols.full_model import trains_checkpoint
+from runtime.offload.joining import have_joined
+from runtime.ways.composing import count_groups, warn_if_alone
 from training.checks import (
     check_before_loading,
     check_schedule,
@@ -44,7 +44,7 @@ from training.learner import Learner
 from training.noise_options import TimestepOptions
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
 from training.options import TrainingOptions
-from training.other_families import NO_OTHERS, OtherFamilies
+from training.other_models import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
 from training.resuming import (
     RunSettings,
@@ -249,7 +249,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
 def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[TrainingItem]) -> None:
     """Raise UserError for items that a joined feature cannot learn; log features that no item uses."""
     for read in (*joined.read_captions, *learner.read_captions):
-        from training.word_captions import check_captions  # only to learn a word
+        from training.token_captions import check_captions  # only to learn a word
 
         check_captions(read, training)
     if REJECTED_ONES not in joined.needs:
@@ -337,7 +337,7 @@ def join_processes(
         check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
-        from running.compile import check_compilation  # only with --compile
+        from runtime.compile import check_compilation  # only with --compile
 
         check_compilation(compilation, accelerator.device, family.dit)
     with ExitStack() as stack:

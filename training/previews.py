@@ -7,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract.family import Family, audio_of
 from dataset.batches.checks import SameEncoders, check_channels
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
@@ -20,7 +19,8 @@ from dataset.table import DatasetTable
 from modules.console import count_of
 from modules.devices import select_device
 from modules.errors import DatasetError, OptionError
-from running.planning.device_memory import room_on
+from protocols.family import Family, audio_of
+from runtime.planning.device_memory import room_on
 from training.caching_inside import (
     TablePlan,
     Where,
@@ -38,7 +38,7 @@ from training.features.composing import begin_run
 from training.learner import Learner, ReadCaptions
 from training.loss import NoisyBatch
 from training.options import TrainingOptions
-from training.other_families import NO_OTHERS, OtherFamilies
+from training.other_models import NO_OTHERS, OtherFamilies
 from training.plan import read_config
 from training.planning.memory import plan_one_card, read_largest
 
@@ -166,7 +166,7 @@ def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
 
 def _add_words(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
     """Add to the findings of a check that captions lack the word which is to be learned."""
-    from training.word_captions import check_source_captions  # only to learn a word
+    from training.token_captions import check_source_captions  # only to learn a word
 
     try:
         remark = check_source_captions(read, [(findings.table, findings.sources) for findings in tables])

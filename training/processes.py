@@ -18,7 +18,7 @@ from modules.command import RANK
 from modules.devices import acts_on_cuda, allow_fp16_accumulation
 from modules.errors import OptionError
 from modules.lost_processes import meet_anew
-from running.ways.composing import reject_other_splits
+from runtime.ways.composing import reject_other_splits
 from training.run_options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)

@@ -13,13 +13,13 @@ from typing import Any
 from accelerate.utils import broadcast_object_list
 
 from checkpoints.opening import fingerprint
-from contract.family import Family
 from dataset.batches.order import BatchOrder
 from modules.errors import OptionError
 from modules.option_values import read_literals, to_path
 from modules.options import in_one_spelling, option_values, options_with
 from networks.kinds.composing import kind_of_module
 from networks.options import DEFAULT_RANK, NOTHING_FROZEN
+from protocols.family import Family
 from training.experts import TRAINING_ADAPTER, module_of
 from training.features import FEATURES
 from training.optimizers.optimizer import PATHS

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from contract.family import Family
 from modules.devices import freeze_libraries
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.lost_processes import LostProcessError
 from modules.options import option_values
 from modules.private_torch import dynamo
-from running.options import SwapOptions
-from running.planning.device_memory import MemoryWatch, too_little
-from running.ways.composing import make_block_place
+from protocols.family import Family
+from runtime.options import SwapOptions
+from runtime.planning.device_memory import MemoryWatch, too_little
+from runtime.ways.composing import make_block_place
 from training.checks import check_before_loading
 from training.features.composing import act_at_end, end_of_run
 from training.features.hooks import RunEnd
-from training.following import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.learner import find_learner
 from training.learning import load_model, make_run
 from training.loop import train
+from training.next_commands import NO_COMMAND, TrainingCommand, plan_next_steps
 from training.options import TrainingOptions
-from training.other_families import NO_OTHERS, OtherFamilies
+from training.other_models import NO_OTHERS, OtherFamilies
 from training.plan import TrainingPlan, join_processes, make_plan, read_config
 from training.reports.history import read_session
 from training.reports.logs import Logs

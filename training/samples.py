@@ -18,16 +18,17 @@ from blissful_tuner.guidance import warn_of_low_scales
 from blissful_tuner.latent_preview import LatentPreviews, make_previews, preview_clip
 from blissful_tuner.metadata import as_png_texts, as_tags, output_metadata
 from blissful_tuner.options import NO_PREVIEW, PreviewOptions
-from contract.data import Conditions, LatentSpec
-from contract.families import HIGH_NOISE
-from contract.family import Family, trains_audio
-from contract.loading import BlockPlace
-from contract.requests import Prepared, Prompts, Request, check_values
-from contract.rules import expert_at
-from contract.steps import EncodedPrompts, Section, StepDone, Watcher
 from generation.denoise import OnSection, make_latents
 from generation.embedding_marks import warn_of_embeddings
 from generation.experts import DitTurns
+from generation.loaded_networks import (
+    NO_ENCODERS,
+    Session,
+    decode_tracks,
+    encode_inputs,
+    needs_media,
+    wanted_texts,
+)
 from generation.prompt_lines import SOLVERS
 from generation.sample_lines import (
     OF_SOME_MODELS,
@@ -36,7 +37,6 @@ from generation.sample_lines import (
     read_all,
     read_sample_file,
 )
-from generation.session import NO_ENCODERS, Session, decode_tracks, encode_inputs, needs_media, wanted_texts
 from modules.bars import Bar
 from modules.command import each_warning_once
 from modules.console import count_of
@@ -47,6 +47,13 @@ from modules.media.pixels import frames_of
 from modules.media.tracks import Track, write_wav
 from modules.media.writing import write_png, write_video
 from modules.option_values import to_path
+from protocols.data import Conditions, LatentSpec
+from protocols.families import HIGH_NOISE
+from protocols.family import Family, trains_audio
+from protocols.loading import BlockPlace
+from protocols.requests import Prepared, Prompts, Request, check_values
+from protocols.rules import expert_at
+from protocols.steps import EncodedPrompts, Section, StepDone, Watcher
 from training.loss import Autocast, DitOf
 
 logger = logging.getLogger(__name__)

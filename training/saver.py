@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from modules.devices import DTYPES, dtype_of
 from modules.errors import OptionError
-from running.offload.block_swap import resolve_all
-from running.offload.sharding import as_split
+from runtime.offload.block_swap import resolve_all
+from runtime.offload.sharding import as_split
 from training.data.table_times import list_times
 from training.experts import expert_metadata
 from training.metadata import continued_sizes, file_metadata, run_metadata

@@ -8,12 +8,12 @@ from dataclasses import replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
-from contract.families import FAMILIES, FamilyEntry, Script
 from modules.command import name_as_typed, print_loading
 from modules.errors import UserError
 from modules.installation import ONLY_OPTIONS, TELLS_UNUSED, import_own
 from modules.options import Options, option_values
 from modules.speed_options import reject_for_full
+from protocols.families import FAMILIES, FamilyEntry, Script
 from training.features.composing import options_by_expert
 from training.learning_options import ExpertTrainingOptions, FullDitOptions
 from training.noise_options import SAMPLERS
@@ -27,7 +27,7 @@ from training.options import (
 
 if TYPE_CHECKING:
     from training.image_options import ImageTrainerDefaults
-    from training.other_families import OtherFamilies
+    from training.other_models import OtherFamilies
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ def training_script(
 
             entry.say_notice()
             print_loading()
-            from training.following import TrainingCommand
+            from training.next_commands import TrainingCommand
             from training.run import train_network  # torch loads here, after every option has been read
 
             model = entry.make_family("training", family_options)
@@ -111,7 +111,7 @@ def training_script(
 
 def _make_other_families(entry: FamilyEntry, family_options: Any) -> "OtherFamilies":
     """Return what makes families for other transformers: that of samples, and a teacher."""
-    from training.other_families import OtherFamilies  # it loads torch
+    from training.other_models import OtherFamilies  # it loads torch
 
     room = import_own(f"{entry.room}.family")
     make_sampling = getattr(room, "family_for_samples", lambda options: None)

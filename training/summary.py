@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.whole import trains_checkpoint
 from modules.atomic_write import free_bytes
 from modules.command import as_typed
 from modules.console import Row, as_size, count_of, in_words, show_box
@@ -18,12 +17,13 @@ from modules.text_files import real_path
 from networks.kinds.composing import RANKED_NETWORKS
 from networks.metadata import of_numbers
 from networks.options import NetworkOptions
-from running.planning.device_memory import MemoryWatch
+from protocols.full_model import trains_checkpoint
+from runtime.planning.device_memory import MemoryWatch
 from training.checks import judge_rate
 from training.data.table_times import describe_times
-from training.following import NextSteps
 from training.learner import Learner
 from training.metadata import continued_sizes
+from training.next_commands import NextSteps
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.reports import history

@@ -14,7 +14,6 @@ from torch.nn import Parameter
 
 from checkpoints.shards import IN_ONE_FILE, SavedForm
 from checkpoints.unused import OpenedTensors, UnusedTensors
-from contract.loading import TensorInfo
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, tie_network
@@ -22,6 +21,7 @@ from networks.deltas import sizes_of
 from networks.formats import LoraFormat
 from networks.metadata import save_network
 from networks.names.layouts import KNOWN
+from protocols.loading import TensorInfo
 from training.learner import Learner
 
 # learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all

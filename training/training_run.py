@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from contract.family import Family, audio_of
-from contract.rules import AUDIO_STREAM, IMAGE_STREAM
 from modules.devices import dtype_of
-from running.planning.device_memory import MemoryWatch
+from protocols.family import Family, audio_of
+from protocols.rules import AUDIO_STREAM, IMAGE_STREAM
+from runtime.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
 from training.features.hooks import Average, JoinedRun, NetworkLoading
@@ -39,7 +39,7 @@ from training.steps import Progress, StepPlan
 from training.trainable import Trainable
 
 if TYPE_CHECKING:  # loaded where they are made
-    from networks.added import AddedLoras
+    from networks.gated_loras import AddedLoras
     from training.samples import Sampler
     from training.validation import Validation
 

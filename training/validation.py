@@ -11,12 +11,12 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from contract.data import SOUND, Batch
-from contract.rules import expert_at
 from dataset.batches.items import TrainingItem
 from dataset.batches.order import RunPlace, change_captions
 from dataset.cache.records import CacheChecks
 from modules.bars import track
+from protocols.data import SOUND, Batch
+from protocols.rules import expert_at
 from training.data.feed import draw_given_frames, seed_generator
 from training.data.timesteps import times_at, times_of_audio
 from training.loss import Autocast, DitOf, LossRule, NoisyAudio, NoisyBatch

@@ -8,9 +8,9 @@ from torch import nn
 from torch.nn import Parameter
 
 from checkpoints.shards import SavedForm
-from contract.family import Described, DitSpec, part_rates_of
-from contract.whole import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
 from modules.errors import OptionError
+from protocols.family import Described, DitSpec, part_rates_of
+from protocols.full_model import DIT, LearningParts, TrainsCheckpoint, trains_checkpoint
 from training.data.live import LiveTexts
 from training.options import TrainingOptions
 from training.trainable import Trainable, WrittenFile, learns_by_name, reject_no_match, train_dit

@@ -3,7 +3,9 @@
 import torch
 from torch import Tensor
 
-from contract.data import (
+from modules.errors import CacheError
+from modules.media.pixels import to_pixels
+from protocols.data import (
     PLACES,
     Batch,
     CacheEntry,
@@ -12,8 +14,6 @@ from contract.data import (
     MediaEncoders,
     split_items,
 )
-from modules.errors import CacheError
-from modules.media.pixels import to_pixels
 from wan.configs import VACE, WanConfig, WanTask
 from wan.inputs import (
     control_channels,

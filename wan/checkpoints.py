@@ -14,9 +14,9 @@ from checkpoints.dits import DitFormat, DitHeader, bare_names
 from checkpoints.encoders import read_config_json
 from checkpoints.kinds import kind_of
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.loading import TensorSource
 from modules.errors import CheckpointError
 from networks.names.layouts import tensor_patterns
+from protocols.loading import TensorSource
 from wan.configs import HEAD_WIDTH, INPUT_CHANNELS, TASKS, VACE, VACE_DIM, WanConfig, WanTask
 from wan.model import WanModel
 from wan.names import WAN

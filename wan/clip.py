@@ -25,10 +25,10 @@ from checkpoints.dialects import (
     translate_name,
 )
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.clip_checkpoints import MEAN, STD
 from modules.devices import dtype_name, half_where_fast
 from modules.errors import CheckpointError
+from protocols.loading import TensorSource
 
 logger = logging.getLogger(__name__)
 

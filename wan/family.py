@@ -11,7 +11,12 @@ from torch import Tensor, nn
 
 from checkpoints.dits import with_dtype
 from checkpoints.opening import fingerprint
-from contract.data import (
+from encoders.files import OneTransformer
+from modules.errors import DatasetError
+from modules.media.pixels import to_pixels
+from modules.options import NO_OPTIONS
+from modules.speed_options import text_form
+from protocols.data import (
     CAPTION,
     FIRST_FRAME,
     PLACES,
@@ -26,18 +31,13 @@ from contract.data import (
     MomentsRules,
     SamplingDefaults,
 )
-from contract.families import HIGH_NOISE, LOW_NOISE
-from contract.family import FLOW, Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from contract.inputs import IMAGE, LATENTS, VIDEO
-from contract.loading import Placement
-from contract.requests import Prepared, Request
-from contract.rules import ONE_EXPERT, Expert, ModelRelease, ReferenceRules, SourceRules
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from encoders.files import OneTransformer
-from modules.errors import DatasetError
-from modules.media.pixels import to_pixels
-from modules.options import NO_OPTIONS
-from modules.speed_options import text_form
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.family import FLOW, Abilities, DitSpec, Family, NoiseSource, NoiseSpec
+from protocols.inputs import IMAGE, LATENTS, VIDEO
+from protocols.loading import Placement
+from protocols.requests import Prepared, Request
+from protocols.rules import ONE_EXPERT, Expert, ModelRelease, ReferenceRules, SourceRules
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from wan.caching import (
     NO_MOMENTS,
     NO_VACE_MOMENTS,

@@ -13,16 +13,16 @@ import torch
 
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.model_files import read_once, require_file
-from contract.data import LatentSpec
-from contract.families import HIGH_NOISE, LOW_NOISE
-from contract.family import TextEncoder
-from contract.rules import expert_of_file
 from encoders.files import TransformerFiles
 from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError, OptionError
 from modules.paths import explain_missing
 from modules.speed_options import text_form
 from modules.text_files import parse_json, read_text
+from protocols.data import LatentSpec
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.family import TextEncoder
+from protocols.rules import expert_of_file
 from wan.checkpoints import FORMAT, add_vace_header, check_task, read_dit_header
 from wan.checkpoints import identify as identify  # files.py has it in every family's folder
 from wan.configs import RELEASES, TASKS, VACE, WAN_2_1, WAN_2_2, WanConfig, WanTask

@@ -15,8 +15,11 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from contract.data import LatentSpec, MediaEncoders, SamplingDefaults
-from contract.requests import (
+from modules.errors import OptionError
+from modules.media.pixels import image_pixels, image_size, read_pixels, video_pixels
+from modules.option_values import require
+from protocols.data import LatentSpec, MediaEncoders, SamplingDefaults
+from protocols.requests import (
     Prepared,
     Request,
     check_frames,
@@ -26,10 +29,7 @@ from contract.requests import (
     settle,
     size_of,
 )
-from contract.rules import Expert
-from modules.errors import OptionError
-from modules.media.pixels import image_pixels, image_size, read_pixels, video_pixels
-from modules.option_values import require
+from protocols.rules import Expert
 from wan.configs import FIRST_LAST_NEGATIVE_PROMPT, NEGATIVE_PROMPT, VACE, WanTask, default_flow_shift
 from wan.spec import LATENT
 from wan.vae import WanVae

@@ -15,13 +15,13 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor, nn
 
-from contract.steps import NO_OVERRIDES, Overrides
 from modules.attention.attend import attend
 from modules.layers.modulation import add_gated, modulate, split_segments
 from modules.layers.norms import Float32LayerNorm, RMSNorm, activation_dtype, in_own_dtype, run_float32
 from modules.layers.rope import TABLES, Grid, GridTable, rotate, sinusoid, table_maker
 from modules.speed_options import SDPA, AttentionChoice
-from running.run_blocks import BlockNetwork, Hidden
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import BlockNetwork, Hidden
 from wan.configs import WanConfig
 from wan.spec import DIT, WanTokens, pad_texts
 

@@ -1,7 +1,7 @@
 """Wan's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from contract.families import HIGH_NOISE, LOW_NOISE, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames, with_endings
+from protocols.families import HIGH_NOISE, LOW_NOISE, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "wan",

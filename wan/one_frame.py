@@ -15,7 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.data import (
+from modules.errors import CacheError, DatasetError, OptionError
+from modules.media.pixels import image_pixels, to_pixels
+from protocols.data import (
     PLACES,
     Batch,
     CacheEntry,
@@ -26,8 +28,8 @@ from contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from contract.one_frame import parse_one_frame, semicolon_hint
-from contract.requests import (
+from protocols.one_frame import parse_one_frame, semicolon_hint
+from protocols.requests import (
     Prepared,
     Request,
     check_opens,
@@ -36,9 +38,7 @@ from contract.requests import (
     settle,
     size_of,
 )
-from contract.rules import Expert
-from modules.errors import CacheError, DatasetError, OptionError
-from modules.media.pixels import image_pixels, to_pixels
+from protocols.rules import Expert
 from wan.configs import (
     FIRST_LAST_NEGATIVE_PROMPT,
     NEGATIVE_PROMPT,

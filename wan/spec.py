@@ -11,14 +11,14 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from contract.data import LatentSpec
-from contract.family import DitSpec
 from modules.layers.rope import take_rows
 from modules.speed_options import SDPA, AttentionChoice
+from protocols.data import LatentSpec
+from protocols.family import DitSpec
 from wan.configs import VACE
 
 if TYPE_CHECKING:  # loaded only if processes share tokens
-    from running.offload.context import TokenPart
+    from runtime.offload.context import TokenPart
 
 TEXT_KEYS = frozenset({"t5"})  # keys of the cache entries that the text encoder writes
 # Least squares fit of latents in model space to colors (R, G, B), which all known tools use

@@ -13,13 +13,13 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from checkpoints.tokenizers import TokenizerFiles
-from contract.data import Conditions
-from contract.family import EncoderAbilities
-from contract.loading import BlockPlace
-from contract.requests import Prompt, Spans
 from encoders.t5_network import T5Kind, T5Network, load_t5
 from encoders.text_encoder import END, FileTextEncoder, TextTokenizer, TokenizerSource, Written, in_groups
 from modules.errors import InstallationError
+from protocols.data import Conditions
+from protocols.family import EncoderAbilities
+from protocols.loading import BlockPlace
+from protocols.requests import Prompt, Spans
 from wan.spec import TEXT_KEYS
 
 MAX_TOKENS = 512  # with the end token, as trained

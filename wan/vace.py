@@ -17,10 +17,10 @@ import torch.nn.functional as functional
 from einops import rearrange
 from torch import Tensor
 
-from contract.requests import Prepared, Request, check_opens
 from modules.errors import OptionError
 from modules.media.pixels import image_pixels, image_size, video_pixels
 from modules.option_values import to_path
+from protocols.requests import Prepared, Request, check_opens
 from wan.options import MASK, MAX_HINT_SCALE, MAX_REFERENCES, SCALE
 from wan.spec import LATENT
 from wan.vae import WanVae

@@ -13,7 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from modules.layers.norms import in_own_dtype
-from running.run_blocks import Hidden
+from runtime.run_blocks import Hidden
 from wan.configs import WanConfig
 from wan.model import WanAttentionBlock, WanModel
 from wan.spec import VACE_DIT, WanTokens

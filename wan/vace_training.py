@@ -8,9 +8,9 @@ clip's latents, noised and learned with them, as in sampling. Source: DiffSynth-
 import torch
 from torch import Tensor
 
-from contract.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch, split_items
 from modules.errors import CacheError
 from modules.media.pixels import to_pixels
+from protocols.data import CONTROL_MASK, REFERENCE_LATENTS, Batch, CacheEntry, MediaBatch, split_items
 from wan.spec import LATENT
 from wan.vace import encode_halves, fold_mask, join_control
 from wan.vae import WanVae

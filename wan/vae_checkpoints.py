@@ -20,8 +20,8 @@ from checkpoints.dialects import (
 )
 from checkpoints.kinds import OF_OTHERS, kind_of
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.data import LatentSpec
 from modules.errors import CheckpointError
+from protocols.data import LatentSpec
 from wan.configs import RELEASES, WAN_2_1, WAN_2_2, VaeRelease
 from wan.vae_blocks import FACTORS, VaeLayer, WanVaeConfig
 from wan.vae_shortcuts import fits_shortcut

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from contract.data import LatentSpec
-from contract.family import DitSpec, NoiseSpec, count_image_tokens
-from contract.rules import ModelRelease
 from encoders.autoencoder import SCALE, SHIFT
 from encoders.pictures import PREVIEW_BIAS, PREVIEW_FACTORS
 from lumina.configs import LuminaConfig
+from protocols.data import LatentSpec
+from protocols.family import DitSpec, NoiseSpec, count_image_tokens
+from protocols.rules import ModelRelease
 
 Z_IMAGE = ModelRelease(
     ("Tongyi-MAI/Z-Image", "Tongyi-MAI/Z-Image-Turbo"),

@@ -8,22 +8,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from contract.data import (
-    Batch,
-    CacheEntry,
-    Conditions,
-    LatentSpec,
-    MediaBatch,
-    MediaEncoders,
-    SamplingDefaults,
-    name_text_and_mask,
-)
-from contract.family import DitSpec, Family, NoiseSpec
-from contract.few_steps import GUIDED, FewSteps, make_transfer_target
-from contract.loading import Placement
-from contract.requests import Prepared, Request
-from contract.rules import ModelRelease
-from contract.steps import NO_OVERRIDES, Overrides
 from encoders.autoencoder import SCALE, SHIFT
 from encoders.files import judge_distillation
 from encoders.language_encoder import LanguageModelFiles, LanguageUse, qwen3_chat, qwen_tokenizer
@@ -34,6 +18,22 @@ from lumina.options import EXTRAS
 from modules.attention.attend import BACKENDS
 from modules.errors import OptionError
 from modules.options import NO_OPTIONS
+from protocols.data import (
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    SamplingDefaults,
+    name_text_and_mask,
+)
+from protocols.family import DitSpec, Family, NoiseSpec
+from protocols.few_steps import GUIDED, FewSteps, make_transfer_target
+from protocols.loading import Placement
+from protocols.requests import Prepared, Request
+from protocols.rules import ModelRelease
+from protocols.steps import NO_OVERRIDES, Overrides
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
 from z_image.files import FORMAT, OPTION
 from z_image.names import LORA

@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from checkpoints import dialects
 from checkpoints.dits import DitFormat, DitHeader
 from checkpoints.opening import Checkpoint, plain_sources
-from contract.loading import TensorSource
 from encoders.autoencoder import FLUX_KIND
 from modules.errors import CheckpointError
 from networks.names.layouts import joined_tensors, tensor_patterns
+from protocols.loading import TensorSource
 from z_image.configs import PATCH, ZImageConfig
 from z_image.model import PART, ZImageModel
 from z_image.names import Z_IMAGE

@@ -9,13 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from contract.caption_formats import CaptionFormat
 from data_tools.captions.asking import Answerer, Answers, Look, NoCaptionError, reword
 from data_tools.captions.options import WordingOptions
 from data_tools.captions.places import CaptionPlace
 from dataset.sources.captions import add_trigger
 from modules.control_codes import shorten
 from modules.text_files import looks_like_object, read_object
+from protocols.caption_formats import CaptionFormat
 
 logger = logging.getLogger(__name__)
 

@@ -4,12 +4,12 @@ import re
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from contract.families import caption_formats
 from dataset.config_keys import MAX_WORDS
 from dataset.options import DATASET_FILE
 from modules.errors import OptionError
 from modules.options import SENDS, Options, option
 from modules.text_files import bad_character
+from protocols.families import caption_formats
 
 MOST_FRAMES = 1024
 MOST_TOKENS = 32_768

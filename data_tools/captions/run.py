@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contract.caption_formats import CaptionFormat
-from contract.families import caption_formats
 from data_tools.captions.asking import (
     Answerer,
     Frames,
@@ -57,6 +55,8 @@ from modules.console import Row, count_of, in_words, show_box
 from modules.control_codes import escape_control_codes, shorten
 from modules.errors import DatasetError, MediaError, OptionError, UserError
 from modules.text_files import read_if_object
+from protocols.caption_formats import CaptionFormat
+from protocols.families import caption_formats
 
 logger = logging.getLogger(__name__)
 

@@ -11,17 +11,17 @@ from torch import Tensor
 from checkpoints.model_files import find_model_folder
 from checkpoints.opening import fingerprint
 from checkpoints.tokenizers import first_line
-from contract.data import Conditions, LatentSpec
-from contract.families import FAMILIES
-from contract.family import EncoderAbilities, TextEncoder
-from contract.requests import Prompt
-from contract.rules import CountTokens, TokenCount, kept_characters
 from data_tools.cogvideox.options import MAX_TOKENS, EncodingOptions
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, OptionError, catch_panics
 from modules.installation import hide_packages
 from modules.script_options import parse_options
 from modules.text_files import parse_json, read_text
+from protocols.data import Conditions, LatentSpec
+from protocols.families import FAMILIES
+from protocols.family import EncoderAbilities, TextEncoder
+from protocols.requests import Prompt
+from protocols.rules import CountTokens, TokenCount, kept_characters
 
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in options

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.containers import load_pickled
-from contract.data import Conditions
-from contract.requests import Prompt
 from data_tools.cogvideox import clips
 from data_tools.cogvideox.models import PipelineNetworks, find_maker
 from data_tools.cogvideox.options import PrepareOptions, ShapeOptions
@@ -32,6 +30,8 @@ from modules.bars import Bar
 from modules.console import Row, count_of, show_box
 from modules.devices import free_memory
 from modules.errors import DatasetError, OptionError
+from protocols.data import Conditions
+from protocols.requests import Prompt
 
 logger = logging.getLogger(__name__)
 

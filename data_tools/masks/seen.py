@@ -16,8 +16,8 @@ from modules.devices import select_device
 from modules.errors import CheckpointError
 from modules.media.reading import Frame
 from modules.onnx_models import load_onnx
-from post.faces.boxes import Detector
-from post.faces.detectors import load_detector
+from postprocessing.faces.boxes import Detector
+from postprocessing.faces.detectors import load_detector
 
 # of ImageNet, by which networks of this kind see images
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 from markupsafe import Markup
 
-from contract.data import AudioSpec
 from dataset.caching.audio import AudioWork
 from dataset.caching.planning import SourcePlan
 from dataset.caching.prefetch import Failure, map_ahead
@@ -22,6 +21,7 @@ from modules.console import count_words
 from modules.errors import MediaError
 from modules.media.reading import video_info
 from modules.media.samples import TrackInfo, track_info
+from protocols.data import AudioSpec
 
 FITS = 0.1  # seconds that sound may begin later or end earlier: codecs pad, and round to their frames
 WAVE_RATE = 8000  # samples per second for the drawing

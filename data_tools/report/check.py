@@ -10,8 +10,6 @@ from typing import NamedTuple, cast
 
 import torch
 
-from contract.data import AudioSpec, LatentSpec, MediaTable
-from contract.family import Caches, Described, TextEncoder, audio_of, fits_captions, trains_audio
 from data_tools.report.audio import check_audio, is_heard
 from data_tools.report.findings import (
     NO_COUNTERS,
@@ -63,6 +61,8 @@ from modules.errors import CacheError, DatasetError, MediaError, OptionError
 from modules.integers import ceil_div
 from modules.media.buckets import Size
 from modules.media.reading import image_size
+from protocols.data import AudioSpec, LatentSpec, MediaTable
+from protocols.family import Caches, Described, TextEncoder, audio_of, fits_captions, trains_audio
 
 MEDIA, LATENTS, TEXTS = "media", "latents", "texts"  # the parts to check
 NO_ITEM = "tables have no item to train on"

@@ -12,8 +12,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import cast
 
-from contract.data import LatentSpec
-from contract.family import TextEncoder
 from data_tools.report.findings import TableFindings
 from data_tools.report.looks import Look
 from data_tools.report.numbers import Numbers
@@ -26,6 +24,8 @@ from dataset.sources.captions import read_caption
 from dataset.sources.media_source import MediaSource, Remote
 from modules.errors import CacheError, DatasetError
 from modules.paths import hide_secrets
+from protocols.data import LatentSpec
+from protocols.family import TextEncoder
 
 VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
 MEDIA, TEXT = "media", "text"

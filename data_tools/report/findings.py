@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from contract.family import TextEncoder
-from contract.rules import CountTokens, TokenCount
 from data_tools.report.looks import Look
 from dataset.batches.order import split_validation
 from dataset.config import DatasetConfig, DatasetTable
@@ -30,6 +28,8 @@ from modules.limits import MAX_CAPTION_BYTES
 from modules.paths import path_exists
 from modules.text_encodings import EncodingGuess
 from modules.text_files import bad_character, read_content
+from protocols.family import TextEncoder
+from protocols.rules import CountTokens, TokenCount
 
 BACKUP = ".bak"  # behind the name of a caption that is rewritten
 LISTED = 50  # most lines of one kind

@@ -12,7 +12,6 @@ import cv2
 import numpy as np
 from markupsafe import Markup
 
-from contract.data import LatentSpec
 from data_tools.report.audio import Heard, draw_audio, is_heard, listen
 from dataset.config import DatasetTable
 from dataset.sources.decoding import decode_source, fit_of, plan_source, source_frames, spans_or_reason
@@ -39,6 +38,7 @@ from modules.media.measures import (
 )
 from modules.media.reading import Frame, FrameSizes, read_image, video_info
 from modules.pages.page import embed_image
+from protocols.data import LatentSpec
 
 T = TypeVar("T")
 

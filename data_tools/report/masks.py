@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from contract.data import LatentSpec
 from data_tools.report.findings import TableFindings
 from dataset.caching.planning import SourcePlan
 from dataset.caching.prefetch import map_ahead
@@ -23,6 +22,7 @@ from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.integers import ceil_div
 from modules.media import reading
+from protocols.data import LatentSpec
 
 LEARNED = 0.5  # a latent whose mask lies above counts as learned
 SHOWN_FRAMES = 8  # most of the mask of a clip that are read, evenly spaced

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from contract.data import LatentSpec
-from contract.rules import TokenCount
 from data_tools.report.findings import NO_COUNTERS, CheckResult, Counters, TableFindings, references_in_words
 from data_tools.report.looks import Look, ShownReference, StripSize, select_evenly, show, show_references
 from data_tools.report.numbers import Numbers, count_fits
@@ -21,6 +19,8 @@ from modules.bars import Bar
 from modules.console import count_of, count_words, in_words
 from modules.media.buckets import Fit, Size
 from modules.pages.page import write_page
+from protocols.data import LatentSpec
+from protocols.rules import TokenCount
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from contract.data import LatentSpec
-from contract.rules import ReferenceRules
 from data_tools.report.files import list_files
 from data_tools.report.findings import TableFindings, balance, check_captions, find_table
 from data_tools.report.looks import Look, Measures, measure, read_header
@@ -35,6 +33,8 @@ from modules.errors import DatasetError, MediaError
 from modules.media.buckets import Fit
 from modules.media.measures import NEAR
 from modules.paths import hide_secrets
+from protocols.data import LatentSpec
+from protocols.rules import ReferenceRules
 
 logger = logging.getLogger(__name__)
 

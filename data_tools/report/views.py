@@ -10,7 +10,6 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from contract.family import Described
 from data_tools.report.looks import select_evenly
 from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import CacheReport, Failure, read_ahead
@@ -25,6 +24,7 @@ from modules.media.reading import Frame, resize_frame
 from modules.media.writing import write_png, write_video
 from modules.screen import has_display
 from modules.seeds import derive_seed
+from protocols.family import Described
 
 logger = logging.getLogger(__name__)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from contract import data
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.cache.records import (
     CacheChecks,
@@ -32,6 +31,7 @@ from dataset.table import CLIP, FROM_ALPHA, FROM_FILE, FURTHER_TEXT, MEDIA, defa
 from modules.console import count_of
 from modules.errors import CacheError
 from modules.option_values import as_shape
+from protocols import data
 
 if TYPE_CHECKING:  # it is loaded only if sources are compared
     from dataset.listing import CompanionCounts

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from contract.data import FPS, AudioSpec, LatentSpec
 from dataset import cache_files
 from dataset.batches.items import (
     NO_COMMANDS,
@@ -34,6 +33,7 @@ from dataset.sources.media_source import pause_collection
 from dataset.sources.missing import explain_lookup
 from modules.console import count_of, count_words
 from modules.errors import CacheError, DatasetError
+from protocols.data import FPS, AudioSpec, LatentSpec
 
 logger = logging.getLogger(__name__)
 

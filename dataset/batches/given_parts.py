@@ -5,11 +5,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from contract import data
 from dataset.batches.items import TrainingItem
 from dataset.cache_files import parse_latent_name
 from modules.errors import DatasetError
 from modules.text_files import parse_json, read_text
+from protocols import data
 
 Times = tuple[tuple[float, float], ...]
 KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # that a JSON file may have

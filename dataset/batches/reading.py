@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor
 
-from contract import data
 from dataset.batches.checks import audio_errors, latent_errors, text_errors
 from dataset.batches.given_parts import add_given_parts
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
@@ -32,6 +31,7 @@ from modules.media.buckets import inner_box
 from modules.media.colors import AS_SHOWN
 from modules.media.lengths import ClipLengths
 from modules.option_values import as_shape
+from protocols import data
 
 
 def read_batch(

@@ -11,8 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from contract.data import Batch, MadeBy
-from contract.family import Family
 from dataset.batches.checks import shorten_fingerprint
 from dataset.batches.finding import FoundItems
 from dataset.batches.items import CachingCommands, TrainingItem
@@ -30,6 +28,8 @@ from dataset.sources.colors import shown_otherwise
 from dataset.sources.media_source import MediaSource
 from modules.console import count_of
 from modules.errors import CacheError, DatasetError, MediaError
+from protocols.data import Batch, MadeBy
+from protocols.family import Family
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from contract.families import FamilyEntry
 from dataset.config import DatasetConfig
 from modules.atomic_write import write_text
 from modules.control_codes import escape_control_codes
@@ -25,6 +24,7 @@ from modules.repeated_options import (
     repeat_given,
 )
 from modules.text_files import parse_json, read_text, real_path
+from protocols.families import FamilyEntry
 
 NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of images
 VERSION = 1

@@ -16,7 +16,6 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contract.data import AudioSpec, LatentSpec
 from dataset import cache_files
 from dataset.cache.latent_files import LatentFile
 from dataset.cache.records import (
@@ -27,6 +26,7 @@ from dataset.table import DatasetTable
 from modules.errors import MediaError
 from modules.limits import MAX_INDEX_BYTES
 from modules.text_files import parse_json, read_text
+from protocols.data import AudioSpec, LatentSpec
 
 NAME = "index.jsonl"
 VERSION = 1

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from contract.data import CONTROL, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec
 from dataset import cache_files
 from dataset.cache.records import section_frames
 from dataset.cache_files import CacheStore, LatentName
 from dataset.sources.frames import bucket_of
 from dataset.table import DatasetTable
 from modules.errors import CacheError
+from protocols.data import CONTROL, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec
 
 
 class LatentFile(NamedTuple):

@@ -24,7 +24,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.finite import is_finite
-from contract.data import LatentSpec
 from dataset.cache_files import Entry, checksum
 from dataset.config_keys import IGNORE, SECTIONS
 from dataset.sources.media_source import (
@@ -44,6 +43,7 @@ from modules.limits import MAX_FRAMES
 from modules.media.colors import AS_SHOWN
 from modules.media.reading import folder_images
 from modules.text_files import parse_json
+from protocols.data import LatentSpec
 
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"

@@ -14,7 +14,6 @@ from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from contract.family import Caches
 from dataset.cache_files import (
     CacheStore,
     Entry,
@@ -30,6 +29,7 @@ from dataset.sources.media_source import OF_SHARDS
 from dataset.table import DatasetTable
 from modules.atomic_write import remove_leftovers, write_bytes
 from modules.errors import CacheError
+from protocols.family import Caches
 
 logger = logging.getLogger(__name__)
 

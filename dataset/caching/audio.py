@@ -14,8 +14,6 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from contract.data import SOUND
-from contract.family import Caches, HearsAudio
 from dataset import cache_files
 from dataset.cache import records
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
@@ -30,6 +28,8 @@ from dataset.sources.media_source import FileIdentity, MediaSource, Origin
 from modules.bars import Bar
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
+from protocols.data import SOUND
+from protocols.family import Caches, HearsAudio
 
 Entries = frozenset[tuple[int, str]]  # table index and name of each
 

@@ -12,8 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints.containers import load_pickled
-from contract.data import Conditions, LatentSpec
-from contract.family import Caches, TextEncoder
 from dataset.cache.records import difference
 from dataset.caching.text_plans import CaptionFile
 from dataset.config import DatasetTable
@@ -23,6 +21,8 @@ from dataset.sources.media_source import Fault, MediaSource, raise_errors
 from modules.devices import dtype_name
 from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.text_files import parse_json, read_text
+from protocols.data import Conditions, LatentSpec
+from protocols.family import Caches, TextEncoder
 
 logger = logging.getLogger(__name__)
 

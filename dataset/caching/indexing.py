@@ -6,7 +6,6 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contract.data import LatentSpec
 from dataset import cache_files
 from dataset.cache.index import (
     DAMAGES,
@@ -27,6 +26,7 @@ from dataset.table import CLIP, MEDIA, DatasetTable
 from modules.atomic_write import write_text
 from modules.errors import CacheError, OutputError
 from modules.file_locks import only_one
+from protocols.data import LatentSpec
 
 
 class _Known(NamedTuple):

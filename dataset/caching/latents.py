@@ -10,8 +10,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from contract import data
-from contract.family import Caches
 from dataset import cache_files
 from dataset.cache import records
 from dataset.cache.records import LatentRecord, identify
@@ -24,6 +22,8 @@ from dataset.sources.fetching import fetch
 from dataset.sources.frames import kept_rate, media_table, shrink_mask
 from modules.devices import warn_if_emulated
 from modules.errors import MediaError
+from protocols import data
+from protocols.family import Caches
 
 if TYPE_CHECKING:  # it is loaded only for families with audio
     from dataset.sources.audio import SpanAudios

@@ -18,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from contract.family import Caches, audio_of
 from dataset.cache import index
 from dataset.cache.index import is_indexed, mark_table
 from dataset.cache.store import Stores
@@ -32,6 +31,7 @@ from modules.devices import freeze_libraries, leave_cudnn_out, peak_in_words, se
 from modules.errors import OptionError
 from modules.installation import import_own
 from modules.option_values import missing_words
+from protocols.family import Caches, audio_of
 
 T = TypeVar("T")
 

@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from contract.family import Caches
 from dataset.caching.prefetch import CacheReport
 from dataset.caching.texts import TextWork
 from dataset.caching.work import MediaWork
@@ -25,6 +24,7 @@ from modules.devices import leave_cudnn_out, select_device
 from modules.errors import DatasetError, InstallationError, OptionError, UserError
 from modules.installation import PREFIX, ROOT
 from modules.text_files import real_path
+from protocols.family import Caches
 
 logger = logging.getLogger(__name__)
 

@@ -10,19 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from contract.data import (
-    CONTROL,
-    CONTROL_PIXELS,
-    FPS,
-    INNER_AUDIO,
-    IS_HEARD,
-    LOSS_MASK,
-    REJECTED_LATENTS,
-    AudioSpec,
-    LatentSpec,
-    MediaTable,
-)
-from contract.rules import ShownMedium
 from dataset.cache import records
 from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.cache_files import Entry, LatentName
@@ -52,6 +39,19 @@ from modules.media.buckets import Size
 from modules.media.colors import AS_SHOWN
 from modules.media.reading import image_size
 from modules.option_values import as_shape
+from protocols.data import (
+    CONTROL,
+    CONTROL_PIXELS,
+    FPS,
+    INNER_AUDIO,
+    IS_HEARD,
+    LOSS_MASK,
+    REJECTED_LATENTS,
+    AudioSpec,
+    LatentSpec,
+    MediaTable,
+)
+from protocols.rules import ShownMedium
 
 _AS_SHOWN = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
 # in the options of a record:

@@ -9,12 +9,12 @@ import re
 from collections import Counter
 from dataclasses import replace
 
-from contract.family import Caches
 from dataset.cache.store import LatentNames, Stores
 from dataset.cache_files import CacheStore, parse_latent_name
 from dataset.caching.planning import Planning, Recipe, SourcePlan
 from modules.console import count_of
 from modules.errors import CacheError
+from protocols.family import Caches
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from contract.family import Caches, TextEncoder, can_mark, fits_captions
 from dataset.cache.records import TextRecord, difference, is_unchanged, text_records, verify_tensors
 from dataset.cache.store import Stores
 from dataset.cache_files import EMPTY, PART, Entry, empty_text_name, text_file_name
@@ -23,6 +22,7 @@ from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
 from modules.errors import CacheError, DatasetError, MediaError
 from modules.media.reading import image_size
+from protocols.family import Caches, TextEncoder, can_mark, fits_captions
 
 logger = logging.getLogger(__name__)
 

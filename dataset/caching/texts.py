@@ -17,9 +17,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.data import Conditions
-from contract.family import Caches, TextEncoder, can_mark
-from contract.requests import Prompt
 from dataset.cache.records import TextRecord, identify, record_metadata, require_finite, text_records
 from dataset.cache.store import Stores, may_be_mixed, npz_names, remove_caches
 from dataset.cache_files import (
@@ -63,6 +60,9 @@ from modules.console import count_of, show_box
 from modules.errors import CacheError, CaptionError, MediaError
 from modules.media.colors import AS_SHOWN
 from modules.paths import path_exists
+from protocols.data import Conditions
+from protocols.family import Caches, TextEncoder, can_mark
+from protocols.requests import Prompt
 
 logger = logging.getLogger(__name__)
 

@@ -15,9 +15,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from contract.data import FPS, CacheEntry, MediaEncoders
-from contract.family import Caches, audio_of, trains_audio
-from contract.rules import ShownMedium
 from dataset.cache.records import LatentRecord
 from dataset.cache.store import ExistingNames, LatentNames, Stores, may_be_mixed, npz_names, remove_caches
 from dataset.cache_files import SUFFIX, LatentName, is_latent_cache
@@ -37,6 +34,9 @@ from modules.bars import Bar
 from modules.console import Row, as_size, count_of, count_words, show_box
 from modules.devices import free_memory
 from modules.errors import DatasetError
+from protocols.data import FPS, CacheEntry, MediaEncoders
+from protocols.family import Caches, audio_of, trains_audio
+from protocols.rules import ShownMedium
 
 if TYPE_CHECKING:  # it is loaded only for families with audio
     from dataset.caching.audio import AudioWork, HearingFamily

@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contract.data import LOSS_MASK, STATED_SIZES, LatentSpec
-from contract.rules import NpzFormat
 from dataset import cache_files
 from dataset.forms.npz_files import (
     OURS,
@@ -45,6 +43,8 @@ from modules.devices import dtype_name
 from modules.errors import CacheError
 from modules.file_locks import only_one
 from modules.media.buckets import Size, inner_box
+from protocols.data import LOSS_MASK, STATED_SIZES, LatentSpec
+from protocols.rules import NpzFormat
 
 logger = logging.getLogger(__name__)
 

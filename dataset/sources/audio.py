@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from contract.data import AudioSpec
 from dataset.config_keys import IGNORE, REQUIRED
 from dataset.sources.frames import Span, file_rate, kept_rate
 from dataset.sources.media_source import MediaSource
@@ -20,6 +19,7 @@ from modules.limits import MAX_FRAMES
 from modules.media.decoding import is_animation
 from modules.media.reading import Frame
 from modules.media.samples import read_track, track_info
+from protocols.data import AudioSpec
 
 MAX_OPENED = 200  # clips, of each table: headers of some milliseconds each
 SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits

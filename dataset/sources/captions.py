@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contract.families import caption_formats
-from contract.rules import TokenCount
 from dataset.table import CaptionChanges, DatasetTable
 from modules.errors import DatasetError
 from modules.limits import MAX_CAPTION_BYTES, MAX_CAPTIONS
 from modules.text_files import bad_character, read_content, read_if_object, read_text
+from protocols.families import caption_formats
+from protocols.rules import TokenCount
 
 if TYPE_CHECKING:  # it is loaded only for files that are not UTF-8
     from modules.text_encodings import EncodingGuess

@@ -18,8 +18,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from contract.data import MediaTable
-from contract.rules import ShownMedium
 from dataset.config_keys import AUTO
 from dataset.sources.mask_files import is_of_shape
 from dataset.sources.media_source import Fault, MediaSource
@@ -32,6 +30,8 @@ from modules.media.decoding import is_animation
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.opening import open_video
 from modules.media.reading import Frame, MaskLook, read_mask
+from protocols.data import MediaTable
+from protocols.rules import ShownMedium
 
 Span = tuple[int, int]
 

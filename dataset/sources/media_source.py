@@ -14,11 +14,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Protocol
 
-from contract.rules import ShownMedium
 from dataset.table import FROM_ALPHA, FROM_FILE, DatasetTable
 from modules.console import count_words
 from modules.errors import DatasetError
 from modules.paths import address_identity, address_name, short_hash, split_address
+from protocols.rules import ShownMedium
 
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
 # there is a worse one

@@ -13,7 +13,6 @@ from typing import Any
 from torch import Tensor
 
 from checkpoints.containers import load_pickled
-from contract.data import LatentSpec
 from dataset.sources.frames import Span
 from dataset.sources.media_source import ClipInfo, MediaSource
 from modules.atomic_write import write_text
@@ -21,6 +20,7 @@ from modules.errors import CheckpointError, DatasetError, MediaError
 from modules.media.lengths import ClipLengths
 from modules.option_values import as_shape
 from modules.text_files import parse_json, read_text
+from protocols.data import LatentSpec
 
 PREPARED = "reelsmith_prepared.json"
 VERSION = 1

@@ -6,9 +6,6 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from contract.data import LatentSpec
-from contract.family import TextEncoder
-from contract.rules import CountTokens
 from dataset.sources.captions import SHOWN, complete_caption, describe_cut, join_parts, lines_of
 from dataset.sources.clock import find_other_lengths
 from dataset.sources.colors import find_colors, find_reordered
@@ -19,6 +16,9 @@ from dataset.sources.wildcards import fill_wildcards, has_choice
 from modules.control_codes import escape_control_codes
 from modules.errors import CheckpointError
 from modules.text_files import read_if_object
+from protocols.data import LatentSpec
+from protocols.family import TextEncoder
+from protocols.rules import CountTokens
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from contract.rules import ShownMedium
 from modules.errors import DatasetError
 from modules.paths import expand_path, is_address
+from protocols.rules import ShownMedium
 
 KINDS = ("image", "video", "audio")
 KEYS = {"type", "path", "audio_path"}

@@ -9,10 +9,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.dits import DitHeader
-from contract import data
-from contract.family import DitSpec, Family, NoiseSpec, count_image_tokens
-from contract.requests import Prepared
-from contract.rules import ModelRelease, ReferenceRules
 from encoders.clip_l import CLIP_L
 from encoders.pictures import GUIDANCE, image_defaults, references_of
 from encoders.t5 import USE
@@ -34,6 +30,10 @@ from modules.errors import OptionError
 from modules.media.buckets import Size, select_image_bucket
 from modules.media.pixels import byte_clips
 from modules.speed_options import text_form
+from protocols import data
+from protocols.family import DitSpec, Family, NoiseSpec, count_image_tokens
+from protocols.requests import Prepared
+from protocols.rules import ModelRelease, ReferenceRules
 
 LATENTS_AGAIN = "flux_kontext_cache_latents.py"
 TEXTS_AGAIN = "flux_kontext_cache_text_encoder_outputs.py"

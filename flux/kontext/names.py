@@ -1,7 +1,7 @@
 """FLUX.1 Kontext's names; its LoRAs and files are FLUX.1's."""
 
-from contract.families import IMAGES, FamilyEntry, Marks
 from networks.names.layouts import FamilyNames
+from protocols.families import IMAGES, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "flux.kontext",

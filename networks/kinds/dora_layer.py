@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from checkpoints.stored.forms import value_of
 from networks.lora_layer import LoraLayer
-from running.offload.sharding import gather_weight
+from runtime.offload.sharding import gather_weight
 
 
 def extend(layer: LoraLayer) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from contract.families import HIGH_NOISE, LOW_NOISE
+from protocols.families import HIGH_NOISE, LOW_NOISE
 
 REST, SWAPPED, BEFORE_REST = -1, -2, -3
 OURS, OF_LTX_FORK = "lora_unet_", "lora_unet_model_"  # before names in LoRA files of ours; of musubi's fork

@@ -9,7 +9,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from contract.families import FamilyEntry, with_scripts
 from modules.command import did_you_mean
 from modules.errors import UserError
 from modules.installation import ROOT
@@ -25,6 +24,7 @@ from package.reelsmith.events import (
     ValidationEvent,
 )
 from package.reelsmith.typed_words import check_words, list_known, make_words
+from protocols.families import FamilyEntry, with_scripts
 from training.saving.options import LATEST_ONLY
 
 __all__ = [

@@ -11,8 +11,8 @@ from downloads.catalogue import ModelSet
 from downloads.listing import gigabytes
 from modules.installation import find_script
 from modules.speed_options import BASE_FORMS
-from project.fitting import transformer_bytes, transformers_of
 from project.kinds.contract import RunKind, drop_lora_options
+from project.model_sizes import transformer_bytes, transformers_of
 from project.options import times_of_steps
 
 # options for the storage of frozen weights

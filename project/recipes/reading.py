@@ -13,7 +13,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from contract.families import with_scripts
 from downloads.catalogue import ModelSet
 from modules.command import did_you_mean
 from modules.control_codes import escape_control_codes, shorten
@@ -29,7 +28,8 @@ from project.foreign.contract import read_optimizer, read_scheduler
 from project.kinds.composing import BY_NAME
 from project.new_options import NewOptions
 from project.options import KIND_NAMES, find_models
-from running.options import TrainingSpeedOptions
+from protocols.families import with_scripts
+from runtime.options import TrainingSpeedOptions
 from training.options import TrainingOptions
 from training.run_options import AcceleratorOptions
 

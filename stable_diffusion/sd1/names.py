@@ -1,7 +1,7 @@
 """The scripts that train Stable Diffusion 1.x and 2.x; stable_diffusion/names.py has the names of modules."""
 
-from contract.families import FamilyEntry, Marks
 from networks.names.layouts import FamilyNames
+from protocols.families import FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
     "stable_diffusion.sd1",

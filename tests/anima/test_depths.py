@@ -13,7 +13,7 @@ import merge_lora
 from anima.model import AnimaModel
 from anima.names import GROWN, SOURCE_BLOCKS
 from modules.errors import CheckpointError
-from networks.added import add_loras
+from networks.gated_loras import add_loras
 from networks.loading import LoraUse, read_lora
 from tests.anima.making import tiny_inputs
 from tests.faults.messages import assert_one_message, run_here, succeed_here

@@ -10,9 +10,9 @@ from torch import Tensor
 from anima.files import ADAPTER_OPTION, FORMAT, AnimaFiles, load_dit
 from anima.model import AnimaModel
 from checkpoints.opening import open_checkpoint
-from contract.families import identify
-from contract.loading import Placement
 from modules.errors import CheckpointError
+from protocols.families import identify
+from protocols.loading import Placement
 from tests.anima.making import tiny_inputs, tiny_model
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.anima import CONFIG, adapter_of, in_diffusers_names, tiny_state, write_dit

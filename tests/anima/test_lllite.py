@@ -21,9 +21,9 @@ from anima.lllite_modules import AnimaLllite, LlliteConfig
 from anima.model import AnimaModel
 from anima.options import AnimaLlliteTrainingOptions
 from checkpoints.filling import on_meta_device
-from contract.data import CONTROL_PIXELS
 from encoders.control_pictures import CONTROL_MASK
 from modules.errors import CheckpointError, OptionError
+from protocols.data import CONTROL_PIXELS
 from tests.anima.making import tiny_inputs, tiny_model
 from tests.faults.messages import succeed_here
 from tests.tiny.anima import CONFIG
@@ -126,7 +126,7 @@ def test_output_and_gradients_of_all_weights_are_those_of_the_formulas(
     dit = tiny_model()
     network = hang(options, dit, seed=9)
     if checkpointing:
-        from running.offload.checkpointing import checkpoint_blocks
+        from runtime.offload.checkpointing import checkpoint_blocks
 
         checkpoint_blocks(dit.train(), DIT)
     network.see(controls, 0.5, mask)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anima.adapter import read_texts
 from anima.model import AnimaModel, count_real
-from contract.steps import Away, Overrides
+from protocols.steps import Away, Overrides
 from tests.anima.making import (
     conditioner_in_diffusers,
     predict_in_diffusers,

@@ -16,8 +16,8 @@ from anima.files import AnimaFiles
 from anima.model import AnimaModel
 from anima.names import SOURCE_BLOCKS
 from anima.options import AnimaTextOptions
-from contract.requests import Prompt
 from modules.errors import CheckpointError
+from protocols.requests import Prompt
 from tests.anima.making import tiny_model
 from tests.faults.messages import succeed_here
 from tests.tiny.anima import CONFIG, TinyAnima, tiny_state, write_tiny_anima

@@ -49,9 +49,6 @@ from benchmarks.traffic_count import (
 )
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
-from contract.requests import Request
-from contract.rules import ONE_EXPERT
-from contract.steps import Section
 from flux_3.model import Flux3Model
 from generation.denoise import denoise
 from hunyuan_model.configs import HunyuanVideoConfig
@@ -63,10 +60,13 @@ from minimax_h3.configs import H3Config
 from minimax_h3.model import H3Model
 from modules.flow.solvers import solver_for
 from moss_image.model import MossImageModel
+from protocols.requests import Request
+from protocols.rules import ONE_EXPERT
+from protocols.steps import Section
 from qwen_image.model import QwenImageModel
 from qwen_image_21.model import QwenImage21Model
-from running.planning.dry_run import dry_run
-from running.planning.memory_plan import MemoryPart, Phase
+from runtime.planning.dry_run import dry_run
+from runtime.planning.memory_plan import MemoryPart, Phase
 from tests.commands import ROOT
 from tests.preparing import prepare
 from tests.tiny import flux_3 as tiny_flux_3

@@ -15,11 +15,11 @@ from blissful_tuner.guidance import (
     warn_of_low_scales,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
-from contract.requests import Request
-from contract.rules import GuidanceRules, StreamGuidance
-from contract.steps import Step
-from generation.session import wanted_texts
+from generation.loaded_networks import wanted_texts
 from modules.errors import OptionError
+from protocols.requests import Request
+from protocols.rules import GuidanceRules, StreamGuidance
+from protocols.steps import Step
 from tests.blissful_tuner.test_guidance_formulas import Network, step
 from tests.golden_cases import read_case
 from tests.preparing import prepare

@@ -19,10 +19,10 @@ from blissful_tuner.guidance_formulas import (
     perp_neg,
 )
 from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions, NagOptions
-from contract.data import Conditions, Joint
-from contract.requests import Request
-from contract.rules import GuidanceRules, Projection, StreamGuidance
-from contract.steps import NO_OVERRIDES, Overrides, Section, Step
+from protocols.data import Conditions, Joint
+from protocols.requests import Request
+from protocols.rules import GuidanceRules, Projection, StreamGuidance
+from protocols.steps import NO_OVERRIDES, Overrides, Section, Step
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from blissful_tuner.latent_preview import LatentPreviews, LatestWriter, make_previews, preview_clip
 from blissful_tuner.options import PreviewOptions
 from blissful_tuner.taehv import TinyDecoder, TinyVae, check_taehv, enlarge, load_taehv, project
-from contract.data import LatentSpec
-from contract.steps import Piece, Section, Step, StepDone
 from modules.errors import CheckpointError
 from modules.media.reading import read_image, video_info
+from protocols.data import LatentSpec
+from protocols.steps import Piece, Section, Step, StepDone
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.taehv import write_taehv

@@ -21,9 +21,9 @@ from blissful_tuner.metadata import (
     with_plain_keys,
 )
 from blissful_tuner.metaview import main
-from contract.requests import Request
 from generation.outputs import save_latents
 from modules.media.writing import write_png, write_video
+from protocols.requests import Request
 from tests.commands import assert_user_error, run_script
 from tests.preparing import prepare
 

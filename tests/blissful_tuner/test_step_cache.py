@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from blissful_tuner.step_cache import StepCaches
-from contract.requests import Request
-from contract.rules import MagCache, StepCaching, TeaCache
-from contract.steps import Overrides
-from running.run_blocks import spec_of
-from running.step_cache import Branch
+from protocols.requests import Request
+from protocols.rules import MagCache, StepCaching, TeaCache
+from protocols.steps import Overrides
+from runtime.run_blocks import spec_of
+from runtime.step_cache import Branch
 from tests.preparing import prepare
 from tests.running.step_cache.test_runner import turn
 from tests.tiny.dits import ONE_OF_EACH, TinyDit

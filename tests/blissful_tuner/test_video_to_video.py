@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from blissful_tuner.video_to_video import first_step, fit_frames
-from contract.rules import Source
 from modules.flow.schedule import make_schedule
 from modules.media.reading import read_image, video_frames
+from protocols.rules import Source
 from tests.faults.messages import succeed_here
 from tests.post.stages_here import files_in, write_clip
 

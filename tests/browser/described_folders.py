@@ -8,7 +8,7 @@ from browser.background_jobs import BackgroundJobs
 from browser.jobs import open_queue
 from browser.run_start import ShownRun, TrackedRuns
 from browser.runs import Runs
-from project.known import remember_folder
+from project.known_folders import remember_folder
 from project.tracing import RunTrace
 
 DATASET = '[[datasets]]\nimage_directory = "."\ncache_directory = "cache"\n'

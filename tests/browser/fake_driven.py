@@ -1,4 +1,4 @@
-"""Answer as `generation/driven.py` does, without a model. Words in the prompt say what happens.
+"""Answer as `generation/json_requests.py` does, without a model. Words in the prompt say what happens.
 
 fail, die, killed, forget (no result), slow (steps until SIGINT), stubborn (the same, and no SIGINT helps). An
 option --wrong ends it before it is ready, --dull (loads for ever), --noisy prints other lines. With
@@ -56,7 +56,7 @@ def main(words: list[str]) -> None:
     if "--noisy" in words:
         print("Welcome to a library")  # noqa: T201
         print([1, 2])  # noqa: T201
-    # as `generation/driven.py`: who starts tests in the background of a script lets processes ignore it
+    # as `generation/json_requests.py`: tests that a script starts in the background would ignore it
     signal.signal(signal.SIGINT, signal.default_int_handler)
     tell("ready")
     for line in sys.stdin:

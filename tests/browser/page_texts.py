@@ -14,10 +14,10 @@ from browser import launch
 from browser.caption_keys import name_key
 from browser.draft_changes import trains
 from browser.folder_settings import Setting, read_settings
-from contract.families import caption_formats
 from downloads.catalogue import model_sets
 from downloads.listing import UNVERIFIED
 from modules.installation import ROOT
+from protocols.families import caption_formats
 from tests.test_imports import SCRIPTS as ROOT_SCRIPTS
 
 TEMPLATES = [
@@ -32,7 +32,7 @@ PROGRAMS = [
     ROOT / "training/reports/item_losses.py",
     ROOT / "training/reports/scores.py",
     ROOT / "training/reports/sample_files.py",
-    ROOT / "project/fitting.py",
+    ROOT / "project/model_sizes.py",
     ROOT / "downloads/listing.py",
 ]
 SCRIPTS = [*sorted((ROOT / "browser/static").glob("*.js")), ROOT / "modules/pages/page.js"]

@@ -16,7 +16,7 @@ import uvicorn
 from browser.jobs import open_queue
 from browser.runs import Runs
 from browser.server import make_app
-from browser.start import open_socket
+from browser.serving import open_socket
 from modules.command import quote_for_shell
 from tests.commands import ROOT
 from tests.waiting import PATIENCE

@@ -16,7 +16,7 @@ import pytest
 from browser.jobs import open_queue
 from browser.options import BrowserOptions
 from browser.runs import Runs
-from browser.start import run_browser
+from browser.serving import run_browser
 from generation.sheets import ClipGrid, Row, write_grids
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.page import write_page

@@ -10,9 +10,9 @@ import pytest
 
 from browser.caption_keys import describe_formats, find_format_of_folder
 from browser.page_language import read_texts
-from contract.families import FAMILIES
 from fibo_2.captions import FORMAT, find_caption_errors
 from modules.pages.language import Language, speaking
+from protocols.families import FAMILIES
 from tests.browser.serving import Served, serve_runs
 from tests.chromium import open_page, wait_until
 from tests.data_tools.report.making import save_image

@@ -10,7 +10,7 @@ import pytest
 
 from browser.captions import mark_bytes
 from browser.launch import write_code
-from browser.names import short_digest
+from browser.short_names import short_digest
 from tests.browser.drafts import PROMPTS, RUN, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
 

@@ -30,11 +30,11 @@ from browser.recipes import make_model_recipe
 from browser.render_queue import ENDED_MEANWHILE
 from browser.render_worker import RenderWorker
 from browser.runs import FINISHED, RUNNING, STOPPED, Runs
-from contract.families import with_scripts
 from downloads.catalogue import model_sets
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from pocket.measure import POCKET
+from protocols.families import with_scripts
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.browser.test_accessible import assert_fits, axe, list_errors  # noqa: F401  # a fixture
@@ -817,7 +817,7 @@ def test_a_picture_has_the_suffix_of_its_content_and_no_path_of_its_name(
 def test_a_file_that_is_too_large_is_refused(
     served: Served, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.inputs.MAX_BYTES", 1000)
+    monkeypatch.setattr("browser.dropped_files.MAX_BYTES", 1000)
     (tmp_path / "a.png").write_bytes(b"0" * 2000)
     answer = send(served, "file", tmp_path / "a.png")
     assert answer.status == 422

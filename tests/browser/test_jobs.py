@@ -21,7 +21,7 @@ from accelerate.commands.launch import launch_command_parser
 from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
 from browser.launch import check_options, find_program, prepare_process, split_words
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
-from browser.start import reopen_queue
+from browser.serving import reopen_queue
 from modules.errors import OptionError, OutputError
 from pocket.measure import IN_FLOAT32, POCKET, model_options
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture

@@ -14,7 +14,7 @@ from tests.browser.serving import Served, serve_runs, write_run
 from tests.chromium import open_page, wait_until
 from tests.training.toy import ToyFamily, toy_options, toy_parser, write_caches, write_prompts
 from tests.waiting import MILLISECONDS, PATIENCE
-from training.following import TrainingCommand
+from training.next_commands import TrainingCommand
 from training.options import list_script_options
 from training.reports.history import History, describe_process
 from training.run import train_network

@@ -27,7 +27,7 @@ from browser.mask_pages import DRAWN_ADDRESS, MAX_OF_DRAWN
 from browser.mask_review import MaskConflictError, MaskReview
 from browser.render_worker import RenderWorker
 from browser.runs import Runs
-from browser.site import Site
+from browser.server_state import Site
 from data_tools.masks.options import MaskOptions
 from data_tools.masks.places import MADE, find_mask_place
 from dataset.config import load_dataset_config

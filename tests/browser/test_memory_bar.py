@@ -17,10 +17,10 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 from browser.captions import mark_bytes
 from browser.draft_changes import describe_difference, read_keys
 from browser.folder_settings import read_settings
-from browser.memory import ReadPlan, edit_switches, read_plan, read_size, read_switches
+from browser.memory_plan import ReadPlan, edit_switches, read_plan, read_size, read_switches
 from modules.errors import OptionError
-from running.planning.device_memory import Room
-from running.planning.memory_plan import MemoryPart, MemoryPlan, Phase, show, verdict
+from runtime.planning.device_memory import Room
+from runtime.planning.memory_plan import MemoryPart, MemoryPlan, Phase, show, verdict
 from tests.browser.drafts import RUN, unfold, write_draft
 from tests.browser.serving import Answer, Served, serve_runs
 from tests.chromium import open_page, wait_until

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from browser.folders import MediaFolder
 from browser.model_table import describe_file, describe_kind, list_missing, list_model_rows
-from project.choosing import ask_family, describe_makes
+from project.model_choice import ask_family, describe_makes
 from project.options import find_models
 from tests.commands import ROOT
 

@@ -7,8 +7,8 @@ from urllib.parse import urlencode
 
 import pytest
 
-from contract.families import FAMILIES, with_scripts
 from downloads.catalogue import families, model_sets, model_title
+from protocols.families import FAMILIES, with_scripts
 from tests.browser.serving import Served, serve_runs, write_run
 from tests.browser.test_results import write_result
 

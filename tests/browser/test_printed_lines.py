@@ -22,11 +22,11 @@ from browser.printed_lines import (
 )
 from browser.render_queue import PHASES
 from checkpoints.kinds import OF_OTHERS, OF_PARTS, OF_TOOLS
-from contract.families import family_marks
 from modules.errors import UserError
 from modules.pages.language import Language, Words, show, speaking
 from project.files import write_project
 from project.new_options import NewOptions
+from protocols.families import family_marks
 from tests.browser.serving import serve_runs, write_run
 from tests.browser.test_walk import save_images
 from tests.commands import ROOT, run_script

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from browser.options import BrowserOptions
-from browser.site import ServerSettings
-from browser.start import show_address
+from browser.server_state import ServerSettings
+from browser.serving import show_address
 from browser.tokens import PageToken
 from modules.errors import OptionError
 from modules.script_options import parse_options

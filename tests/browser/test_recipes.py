@@ -20,7 +20,6 @@ from browser.recipes import (
     is_driven,
     make_model_recipe,
 )
-from contract.families import HIGH_NOISE, with_scripts
 from downloads.catalogue import ModelSet, model_sets
 from flux_3.options import GUIDANCE_OF_DISTILLED, STEPS_OF_DISTILLED
 from generation.options import generation_parser
@@ -28,6 +27,7 @@ from generation.prompt_lines import find_option
 from modules.errors import OptionError, UserError
 from modules.option_values import few_digits
 from modules.parser import add_options
+from protocols.families import HIGH_NOISE, with_scripts
 
 SETS = [model for model in model_sets() if is_driven(model)]
 of_each_model = pytest.mark.parametrize("model", SETS, ids=lambda model: f"{model.family} {model.task}")

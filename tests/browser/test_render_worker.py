@@ -21,11 +21,11 @@ from browser.recipes import ModelRecipe, RenderRequest, UsedLora
 from browser.render_queue import ENDED_MEANWHILE, LOADING, RenderJob, RenderQueue
 from browser.render_worker import RenderWorker
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
-from contract.families import HIGH_NOISE
 from modules.atomic_write import identify_machine
 from modules.errors import OptionError, OutputError
 from modules.media.reading import read_tags, video_frames
 from pocket.measure import POCKET
+from protocols.families import HIGH_NOISE
 from tests.browser.lasting import lasting  # noqa: F401  # a fixture
 from tests.commands import QUIET, ROOT, run_python
 from tests.tiny.flux import write_tiny_flux

@@ -33,11 +33,11 @@ from browser.result_settings import (
 )
 from browser.results import MADE_FROM, ResultFolders
 from browser.runs import Runs
-from contract.families import with_scripts
 from modules.errors import OptionError
 from modules.media.reading import read_image, read_tags, video_frames
 from modules.media.writing import write_png, write_video
 from pocket.measure import POCKET
+from protocols.families import with_scripts
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.commands import run_script
 from training.reports.history import History, history_path

@@ -11,10 +11,10 @@ import pytest
 
 from browser.background_jobs import name_background_job
 from browser.jobs import JobQueue
-from browser.names import free_name
 from browser.permissions import read_permissions
 from browser.run_start import find_start_words, read_trace_state
 from browser.runs import read_run_summary
+from browser.short_names import free_name
 from modules.errors import OptionError
 from project.options import MODELS
 from tests.browser.described_folders import describe, find, look, state, trace

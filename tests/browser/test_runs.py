@@ -16,7 +16,7 @@ import pytest
 from browser.options import BrowserOptions
 from browser.run_views import LiveStanding, label_runs, select_runs, share_page
 from browser.runs import DIED, ELSEWHERE_SECONDS, FINISHED, RUNNING, STOPPED, Runs, read_run_summary
-from browser.start import run_browser
+from browser.serving import run_browser
 from modules.errors import OptionError
 from modules.script_options import parse_options
 from tests.browser.serving import serve_runs, write_run

@@ -36,7 +36,7 @@ from browser.run_buttons import RunButtons
 from browser.run_views import HERE
 from browser.runs import Runs
 from browser.server import MAX_BYTES, Gate, make_app
-from browser.site import Site
+from browser.server_state import Site
 from project.new_options import NewOptions
 from tests import warm_processes
 from tests.browser.serving import Served, serve_runs, write_run

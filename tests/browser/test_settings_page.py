@@ -15,7 +15,7 @@ import pytest
 from browser.bin_folder import BinFolder
 from browser.options import BrowserOptions
 from browser.qr_code import compute_cells, draw_svg
-from browser.site import ServerSettings
+from browser.server_state import ServerSettings
 from browser.tokens import PageToken
 from modules.errors import OptionError, OutputError
 from modules.script_options import parse_options

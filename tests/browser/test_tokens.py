@@ -14,7 +14,7 @@ import pytest
 
 from browser.options import BrowserOptions
 from browser.page_access import COOKIE
-from browser.start import find_address, show_address
+from browser.serving import find_address, show_address
 from browser.tokens import ENDED, Connection, PageToken, Ticket, find_owner, is_own_connection, select_token
 from modules.user_files import user_folder
 from tests.browser.entering import enter

@@ -16,10 +16,10 @@ from urllib.parse import urlencode
 import pytest
 from PIL import Image
 
-from browser.drafts import MAX_DRAFTS, Drafts
-from browser.names import short_digest
+from browser.form_drafts import MAX_DRAFTS, Drafts
 from browser.runs import Runs
 from browser.server import MAX_BYTES
+from browser.short_names import short_digest
 from browser.uploads import (
     ADDRESS,
     FileUploads,

@@ -18,10 +18,10 @@ from checkpoints.filling import load_module
 from checkpoints.finite import is_finite
 from checkpoints.opening import open_checkpoint, plain_sources
 from checkpoints.stored.fp8 import E4M3
-from contract.loading import Placement, TensorSource
 from modules.errors import CheckpointError
 from modules.speed_options import Quantization
 from pocket.measure import POCKET
+from protocols.loading import Placement, TensorSource
 from tests.fp8_reference import emulated_product, quantized_layers
 from tests.modules.making import write
 from tests.tiny.wan_dit import tiny_state, write_dit

@@ -16,12 +16,12 @@ import frame_pack.files as framepack
 import hunyuan_model.checkpoints as hunyuan
 import wan.checkpoints as wan
 from checkpoints.stored.fp8 import E4M3, dequantize, quantize
-from contract.family import DitSpec
-from contract.loading import Placement
 from frame_pack.configs import DIT as FRAMEPACK_DIT
 from hunyuan_model.spec import DIT as HUNYUAN_DIT
 from modules.errors import CheckpointError, OptionError
 from modules.speed_options import Quantization
+from protocols.family import DitSpec
+from protocols.loading import Placement
 from tests.commands import ROOT, run_python
 from tests.fp8_reference import quantized_layers
 from tests.tiny import framepack_dit, hunyuan_dit, wan_dit
@@ -196,7 +196,7 @@ from dataclasses import replace
 from pathlib import Path
 import torch
 from modules.speed_options import Quantization
-from contract.loading import Placement
+from protocols.loading import Placement
 from tests.tiny.wan import tiny_state, write_dit
 from wan.checkpoints import load_dit
 

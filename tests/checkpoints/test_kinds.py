@@ -11,11 +11,11 @@ from torch import Tensor
 
 from checkpoints.kinds import OF_OTHERS, kind_of
 from checkpoints.opening import open_file
-from contract import families
-from contract.loading import Placement
 from minimax_h3.dit_checkpoints import load_dit as load_h3
 from modules.errors import CheckpointError
 from modules.installation import import_own
+from protocols import families
+from protocols.loading import Placement
 from tests.faults.messages import assert_one_message, run_here
 from tests.manifests import write_hollow
 from tests.tiny.minimax_h3 import write_tiny_h3

@@ -20,11 +20,11 @@ from checkpoints.changing import existing_shards, gather, write_shards
 from checkpoints.opening import open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles, check_sentencepiece
 from checkpoints.writing import stream_tensors
-from contract.data import weigh_rows
-from contract.loading import TensorInfo
-from contract.rules import Place, token_weights
 from modules.errors import CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
+from protocols.data import weigh_rows
+from protocols.loading import TensorInfo
+from protocols.rules import Place, token_weights
 from tests.tiny.wan_encoders import sentencepiece_model
 
 TENSORS = {

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from contract.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders
-from contract.rules import ReferenceRules
 from dataset.cache_files import read_entry
 from dataset.caching.loop import cache_media
 from dataset.caching.prefetch import CacheReport
 from dataset.config import DatasetConfig, load_dataset_config, with_references
+from protocols.data import CacheEntry, LatentSpec, MediaBatch, MediaEncoders
+from protocols.rules import ReferenceRules
 from tests.dataset.making import make_image
 from tests.dataset.toy_family import ToyFamily, options
 

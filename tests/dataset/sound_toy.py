@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from contract.data import Audio, AudioSpec
-from contract.family import Abilities
+from protocols.data import Audio, AudioSpec
+from protocols.family import Abilities
 from tests.dataset.toy_family import ToyFamily
 
 RATE = 1600  # samples in a second

@@ -10,7 +10,6 @@ from typing import Any
 import av
 import pytest
 
-from contract.data import FPS, HAS_AUDIO, SOUND, AudioSpec
 from data_tools.report.check import check_training
 from dataset.batches.finding import FoundItems, find_items, require_items
 from dataset.batches.items import NO_COMMANDS, group_items
@@ -28,6 +27,7 @@ from dataset.sources.decoding import decode_source
 from dataset.sources.media_source import MediaSource
 from modules.errors import CacheError, DatasetError
 from modules.media.samples import read_track
+from protocols.data import FPS, HAS_AUDIO, SOUND, AudioSpec
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.caching.test_shards import entries, into, main_of, shard
 from tests.dataset.making import make_image, make_table

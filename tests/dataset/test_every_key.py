@@ -14,14 +14,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from contract.data import Conditions
-from contract.family import TextEncoder
-from contract.requests import Prompt
 from dataset.caching.loop import cache_media
 from dataset.config import load_dataset_config
 from dataset.forms.composing import KEYS, SOURCES
 from dataset.subset_options import DATASET, SUBSET_KEYS
 from modules.options import NoOptions
+from protocols.data import Conditions
+from protocols.family import TextEncoder
+from protocols.requests import Prompt
 from tests.dataset.making import make_clip
 from tests.dataset.toy_family import ToyFamily
 from tests.dataset.toy_family import options as toy_options

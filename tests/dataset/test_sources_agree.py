@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from contract.data import LOSS_MASK
 from data_tools.report.check import check_caching
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
@@ -20,6 +19,7 @@ from dataset.cache.records import latent_record, text_records
 from dataset.cache_files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig, load_dataset_config
+from protocols.data import LOSS_MASK
 from tests.dataset.making import make_clip, make_image
 from tests.dataset.serving import Site, site
 from tests.dataset.toy_family import LATENT, ToyFamily, options

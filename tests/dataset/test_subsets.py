@@ -8,7 +8,6 @@ import pytest
 import torch
 from PIL import Image
 
-from contract.data import LOSS_MASK
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import TrainingItem, group_items
 from dataset.batches.reading import read_batch
@@ -18,6 +17,7 @@ from dataset.listing import find_sources
 from dataset.subsets import folders_config
 from dataset.table import Augmentation, BucketRule, CaptionChanges
 from modules.errors import DatasetError
+from protocols.data import LOSS_MASK
 from tests.dataset.making import given, load, make_image
 from tests.dataset.toy_family import LATENT, ToyFamily, options
 

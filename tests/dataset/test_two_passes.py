@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from contract.data import Conditions
-from contract.requests import Prompt
 from data_tools.report.check import check_training
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import CachingCommands
@@ -21,6 +19,8 @@ from dataset.cache_files import read_entry
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import DatasetConfig
 from modules.errors import CacheError
+from protocols.data import Conditions
+from protocols.requests import Prompt
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.caching.test_loop import change, make_config, names
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options

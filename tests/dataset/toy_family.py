@@ -11,7 +11,9 @@ from typing import Any
 
 import torch
 
-from contract.data import (
+from dataset.options import CachingOptions
+from modules.errors import DatasetError, MediaError
+from protocols.data import (
     CacheEntry,
     Conditions,
     LatentSpec,
@@ -20,11 +22,9 @@ from contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from contract.family import Abilities, EncoderAbilities
-from contract.requests import Prompt
-from contract.rules import CountTokens, ReferenceRules, TokenCount, kept_characters
-from dataset.options import CachingOptions
-from modules.errors import DatasetError, MediaError
+from protocols.family import Abilities, EncoderAbilities
+from protocols.requests import Prompt
+from protocols.rules import CountTokens, ReferenceRules, TokenCount, kept_characters
 
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4, in_sections=True)
 OPTIONS = CachingOptions(dataset_config=Path("data.toml"), device="cpu", num_workers=1)

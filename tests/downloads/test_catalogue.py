@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from contract.families import FOLDERS, identify, with_scripts
 from data_tools.controls.run import ControlImageOptions
 from data_tools.masks.options import MaskOptions
 from data_tools.tags.options import TaggingOptions
@@ -40,8 +39,9 @@ from hunyuan_model.configs import HUNYUAN_VIDEO, SKYREELS_I2V
 from lumina.configs import LUMINA_2
 from modules.errors import UserError
 from modules.script_options import parse_options
-from post.chain_options import TOOLS as TOOLS_ON_VIDEOS
-from post.chain_options import read_chain
+from postprocessing.chain_options import TOOLS as TOOLS_ON_VIDEOS
+from postprocessing.chain_options import read_chain
+from protocols.families import FOLDERS, identify, with_scripts
 from stable_diffusion.options import read_gen_img
 from tests.commands import ROOT
 from tests.faults.messages import run_here

@@ -9,7 +9,7 @@ from downloads.naming import read_family
 from downloads.options import DownloadOptions
 from modules.errors import OptionError
 from modules.script_options import parse_options
-from project.fitting import find_smaller, weight_options
+from project.model_sizes import find_smaller, weight_options
 from project.options import find_models
 from tests.faults.messages import assert_one_message, run_here
 

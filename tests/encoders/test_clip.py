@@ -16,13 +16,13 @@ from transformers import (
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from contract.family import can_learn
-from contract.requests import Prompt
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_l import ClipTextEncoder
 from encoders.clip_layers import ClipText, ClipVision, load_clip_vision
 from hunyuan_model.text_encoders import LlavaTextEncoder
 from modules.errors import CheckpointError
+from protocols.family import can_learn
+from protocols.requests import Prompt
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.picture_encoders import write_clip_l

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse, qwen3_chat, qwen_tokenizer
 from encoders.language_models import (
     LLAMA,
@@ -31,6 +30,7 @@ from encoders.picture_prompts import load_vision_tower
 from encoders.text_encoder import TokenizerSource
 from flux_2.versions import MISTRAL3
 from modules.errors import CheckpointError
+from protocols.requests import Prompt
 from tests.manifests import tensor_list, write_hollow
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
 from encoders.new_words import GrowingEmbedding, ModelWord, give_words
 from encoders.t5 import T5TextEncoder
 from modules.errors import CheckpointError
+from protocols.requests import Prompt
 from tests.encoders.test_language_models import CPU, Z_IMAGE
 from tests.encoders.test_text_encoders import KINDS, Encoder, encoded
 from tests.encoders.their_t5 import their_t5

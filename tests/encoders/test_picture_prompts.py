@@ -13,7 +13,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder, LanguageUse
 from encoders.language_models import QWEN3_VL
 from encoders.picture_prompts import (
@@ -26,6 +25,7 @@ from encoders.picture_prompts import (
 )
 from generation.memory import META, rehearsing
 from modules.errors import CheckpointError, MediaError
+from protocols.requests import Prompt
 from tests.encoders.test_language_models import QWEN_IMAGE, STACKED, TOLERANCE, assert_close
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.language_models import (

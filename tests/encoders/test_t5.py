@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.family import can_learn
-from contract.requests import Prompt
 from encoders.t5 import T5_XXL, T5TextEncoder, byte_rows, load_byt5, read_byt5_header
 from encoders.t5_network import T5Kind, T5Network, load_t5, read_t5
 from encoders.text_encoder import fill_rows
 from modules.errors import CheckpointError
+from protocols.family import can_learn
+from protocols.requests import Prompt
 from tests.encoders.their_t5 import their_t5
 from tests.fp8_reference import quantized_layers
 from tests.golden_cases import make_weights, read_case

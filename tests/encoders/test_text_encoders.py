@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
 from encoders.t5 import T5TextEncoder
 from encoders.text_encoder import FileTextEncoder
@@ -20,6 +19,7 @@ from hunyuan_image.text_encoders import QwenTextEncoder
 from hunyuan_model.text_encoders import VIDEO_TEMPLATE, HunyuanClip, LlavaTextEncoder, PromptTemplate
 from lumina.text_encoder import GemmaTextEncoder
 from modules.errors import CheckpointError
+from protocols.requests import Prompt
 from tests.tiny.hunyuan_encoders import write_llama_tokenizer, write_text_encoders
 from tests.tiny.hunyuan_image import write_qwen
 from tests.tiny.language_models import mistral3, write_mistral_tokenizer, write_model

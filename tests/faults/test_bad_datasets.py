@@ -15,12 +15,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from contract.data import Batch
 from dataset.batches.finding import find_items
 from dataset.batches.reading import read_batch
 from dataset.config import load_dataset_config
 from modules.errors import CacheError
 from modules.media.writing import write_video
+from protocols.data import Batch
 from tests.commands import run_script
 from tests.faults.damage import (
     Damage,

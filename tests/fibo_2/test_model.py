@@ -8,10 +8,10 @@ import torch
 from diffusers.models.transformers.transformer_bria_fibo2 import compute_gist_count
 from torch import Tensor
 
-from contract.steps import Away, Overrides
 from fibo_2 import model as network
 from fibo_2.configs import PLACES, STATES, Fibo2Config
 from fibo_2.model import Fibo2Model
+from protocols.steps import Away, Overrides
 from tests.fibo_2.making import (
     CONFIG,
     LENGTHS,

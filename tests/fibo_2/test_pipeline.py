@@ -11,12 +11,12 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from torch import Tensor
 
-from contract.requests import Prepared, Request
 from fibo_2.captions import NULL
 from fibo_2.configs import LATENT, NOISE
 from fibo_2.family import Fibo2
 from fibo_2.files import Fibo2Files
 from modules.flow.schedule import shift_sigmas
+from protocols.requests import Prepared, Request
 from tests.fibo_2.making import unpack
 from tests.tiny.fibo_2 import write_tiny_fibo_2
 

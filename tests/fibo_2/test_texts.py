@@ -11,13 +11,13 @@ from diffusers.pipelines.bria_fibo2.image_processor import BriaFibo2ImageProcess
 from PIL import Image
 from torch import Tensor
 
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
 from fibo_2.captions import NULL, has_drawn_texts
 from fibo_2.configs import PLACES
 from fibo_2.references import crop_cover, read_edited, read_masked, read_shown, trained_size
 from fibo_2.texts import KEY, TEXT_USE, Fibo2TextEncoder
 from modules.errors import MediaError, OptionError
+from protocols.requests import Prompt
 from tests.fibo_2.making import bundles_there
 from tests.tiny.fibo_2 import write_text_encoder
 

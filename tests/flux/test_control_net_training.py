@@ -13,12 +13,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from contract.data import CONTROL, Batch
-from contract.loading import Placement
 from flux.control_net import settings_of
 from flux.control_net_learning import TrainedFluxControl
 from flux.family import Flux, family_for_training
 from flux.options import FluxControlNetTrainingOptions
+from protocols.data import CONTROL, Batch
+from protocols.loading import Placement
 from tests.faults.messages import run_here, succeed_here
 from tests.flux.making import in_diffusers, run_there, tiny_control_net, tiny_inputs
 from tests.tiny.flux import CLIP_DIM, T5_DIM, tiny_state, write_dit, write_tiny_flux
@@ -85,7 +85,7 @@ def test_a_step_is_that_of_diffusers(tmp_path: Path, checkpointing: bool) -> Non
     noisy_batch, inputs = make_batch()
     dit, network = make_network(family)
     if checkpointing:
-        from running.offload.checkpointing import checkpoint_blocks
+        from runtime.offload.checkpointing import checkpoint_blocks
 
         checkpoint_blocks(dit.train(), family.dit)
 

@@ -10,10 +10,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import flux_minimal_inference
-from contract.data import Batch, MadeBy, MediaTable
-from contract.loading import Placement
-from contract.requests import Request
-from contract.steps import EncodedPrompts
 from flux.family import Flux, family_for_text_caching, family_for_training
 from flux.files import FluxFiles
 from flux.model import pack
@@ -23,6 +19,10 @@ from flux.spec import size_shift, tokens_of
 from generation.denoise import make_latents
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.flow.schedule import make_schedule
+from protocols.data import Batch, MadeBy, MediaTable
+from protocols.loading import Placement
+from protocols.requests import Request
+from protocols.steps import EncodedPrompts
 from tests.commands import joined
 from tests.flux.making import tiny_control_net, tiny_inputs, tiny_model
 from tests.golden_cases import DRAWN, read_case, write_model

@@ -10,15 +10,15 @@ from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RES
 from PIL import Image
 from safetensors.torch import load_file
 
-from contract.data import Batch
-from contract.requests import Request
-from contract.steps import Overrides
 from flux.family import Flux
 from flux.files import FluxFiles
 from flux.kontext.family import TRAINED_SIZES, Kontext, KontextFiles
 from generation.denoise import SeededNoise
 from generation.expert_memory import find_largest
 from modules.errors import CacheError, OptionError
+from protocols.data import Batch
+from protocols.requests import Request
+from protocols.steps import Overrides
 from tests.faults.messages import succeed_here
 from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.foreign_caches import train_with_and_without_records

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from contract.loading import Placement
-from contract.steps import Overrides
 from flux.configs import ApproximatorConfig
 from flux.files import identify, load_dit
 from flux.model import Approximator, pack
 from modules.errors import CheckpointError
-from running.planning.dry_run import dry_run, place
+from protocols.loading import Placement
+from protocols.steps import Overrides
+from runtime.planning.dry_run import dry_run, place
 from tests.flux.making import in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import load_model, read_case
 from tests.manifests import tensor_list, write_hollow

@@ -12,14 +12,14 @@ from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from PIL import Image
 
-from contract.data import Batch
-from contract.requests import Prepared, Request
 from encoders.pictures import read_reference, references_in
 from flux_2.family import AMONG_SEVERAL, MAX_REFERENCES, Flux2, empirical_mu
 from flux_2.files import Flux2Files
 from flux_2.versions import VERSIONS
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
+from protocols.data import Batch
+from protocols.requests import Prepared, Request
 from tests.faults.messages import succeed_here
 from tests.foreign_caches import train_with_and_without_records
 from tests.manifests import tensor_list, write_hollow

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from contract.steps import Overrides
+from protocols.steps import Overrides
 from tests.flux_2.making import in_diffusers, predict_with, tiny_inputs, tiny_model
 from tests.parity.running import assert_equal
 from tests.tiny.flux_2 import CONFIG, tiny_state

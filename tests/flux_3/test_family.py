@@ -12,14 +12,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import flux_3_train_network
-from contract.data import Batch
-from contract.requests import Request
-from contract.steps import Overrides, Turn
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
 from flux_3.family import Flux3
 from flux_3.files import Flux3Files
 from modules.errors import CacheError, OptionError
+from protocols.data import Batch
+from protocols.requests import Request
+from protocols.steps import Overrides, Turn
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny import flux_2
 from tests.tiny.families import OUTPUT, family_called

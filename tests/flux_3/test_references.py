@@ -11,10 +11,10 @@ from diffusers.modular_pipelines.flux3.image_processor import Flux3ImageProcesso
 from PIL import Image
 from torch import Tensor
 
-from contract.data import MediaEncoders
 from flux_3.family import Flux3
 from flux_3.files import Flux3Files
 from flux_3.references import canvas_of, fit_among, fit_canvas, read_among, read_on_canvas
+from protocols.data import MediaEncoders
 
 SIZES = [(75, 61), (64, 48), (16, 9), (16, 40), (20, 100), (17, 640), (2049, 33)]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
 from flux_3.files import FLUX_3_USE
+from protocols.requests import Prompt
 from tests.flux_3.making import Processor
 from tests.tiny.dit_files import TinyModel
 from tests.tiny.flux_3 import TEXT_LAYERS, write_text_encoder

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contract.data import Conditions
-from contract.requests import Prepared, Request
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.requests import FramePackRequest
 from generation.denoise import make_latents
+from protocols.data import Conditions
+from protocols.requests import Prepared, Request
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides
 from tests.golden_cases import read_case
 from tests.preparing import prepare
 

@@ -11,7 +11,6 @@ import torch
 from safetensors import safe_open
 
 import fpack_cache_latents
-from contract.data import MediaBatch, MediaEncoders, MediaTable
 from frame_pack.caching import clip_entries, clip_sections, count_sections
 from frame_pack.family import FramePack, family_for_latent_caching
 from frame_pack.image_encoder import load_siglip
@@ -20,6 +19,7 @@ from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from hunyuan_model.vae import load_vae
 from modules.errors import DatasetError
 from modules.script_options import parse_options
+from protocols.data import MediaBatch, MediaEncoders, MediaTable
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT
 from tests.tiny.framepack import write_siglip, write_tiny_framepack

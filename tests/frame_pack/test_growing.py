@@ -7,8 +7,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.data import MediaEncoders
-from contract.steps import DecodePart, Piece, Section
 from frame_pack.family import FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions
 from frame_pack.sections import video_frames
@@ -16,6 +14,8 @@ from generation.denoise import make_latents
 from generation.progress import fade_in_clip
 from hunyuan_model.spec import LATENT as VAE_LATENT
 from modules.script_options import parse_options
+from protocols.data import MediaEncoders
+from protocols.steps import DecodePart, Piece, Section
 from tests.frame_pack.stubs import CPU, RepeatingVae, family, images, request, texts
 from tests.tiny.hunyuan_vae import write_vae
 

@@ -13,9 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.data import MediaEncoders
-from contract.one_frame import OneFrame, parse_one_frame, semicolon_hint
-from contract.requests import Prepared, Request
 from dataset.sources.frames import bucket_of
 from encoders.tiles import posterior_generator
 from frame_pack.family import LATENT, FramePack, family_for_generation, family_for_training
@@ -29,6 +26,9 @@ from modules.media.writing import write_png
 from modules.options import read_options
 from modules.parser import add_options
 from modules.script_options import parse_options
+from protocols.data import MediaEncoders
+from protocols.one_frame import OneFrame, parse_one_frame, semicolon_hint
+from protocols.requests import Prepared, Request
 from tests.dataset.making import make_table
 from tests.golden_cases import read_case
 from tests.preparing import prepare

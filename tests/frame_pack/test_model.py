@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.data import Batch
-from contract.one_frame import OneFrame
 from frame_pack import batches
 from frame_pack.family import FramePack
 from frame_pack.files import FramePackFiles
 from frame_pack.model import FramePackModel
 from hunyuan_model.blocks import HunyuanTokens
 from modules.errors import CacheError
+from protocols.data import Batch
+from protocols.one_frame import OneFrame
 from tests.frame_pack.making import CLEAN, golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS
 from tests.tiny.framepack_dit import CONFIG, tiny_state, write_dit

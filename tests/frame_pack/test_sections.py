@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
-from contract.data import Conditions
 from frame_pack.configs import DIT
 from frame_pack.family import HISTORY, FramePack, family_for_generation
 from frame_pack.options import FramePackGenerationOptions, parse_entries
@@ -29,7 +28,8 @@ from modules.compile_options import Compilation
 from modules.errors import OptionError
 from modules.flow.schedule import make_schedule
 from modules.script_options import parse_options
-from running.compile import compile_blocks
+from protocols.data import Conditions
+from runtime.compile import compile_blocks
 from tests.frame_pack.making import tiny_inputs, tiny_model
 from tests.golden_cases import read_case
 from tests.tiny.framepack_dit import CONFIG

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 import fpack_generate_video
 import hv_generate_video
 import wan_generate_video
-from contract.data import Conditions
-from contract.steps import NO_OVERRIDES, Overrides
+from protocols.data import Conditions
+from protocols.steps import NO_OVERRIDES, Overrides
 from tests.tiny.framepack import write_tiny_framepack
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.project import write_image

@@ -18,9 +18,6 @@ from torch import Tensor
 import wan_generate_video
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
-from contract.data import SOUND, Joint
-from contract.requests import Request
-from contract.steps import Overrides, Section, StepDone
 from generation.comparing import compare
 from generation.denoise import denoise
 from generation.grid_options import CompareOptions
@@ -28,6 +25,9 @@ from generation.outputs import save_latents, save_pixels
 from modules.errors import CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from modules.media.reading import read_tags, video_frames, video_info
+from protocols.data import SOUND, Joint
+from protocols.requests import Request
+from protocols.steps import Overrides, Section, StepDone
 from tests.commands import run_in_processes, run_script
 from tests.generation.test_outputs import output_options
 from tests.generation.test_post import chunks, post_of

@@ -15,17 +15,17 @@ import pytest
 import torch
 from torch import nn
 
-from contract.families import HIGH_NOISE, LOW_NOISE
-from contract.loading import Placement
-from contract.rules import Expert
 from generation.expert_memory import ExpertTurns
 from generation.experts import Check, DitTurns
 from modules.errors import CheckpointError
-from running.offload.host_memory import Transfer
-from running.offload.turns import HostCopy
-from running.planning.device_memory import Room
-from running.planning.dry_run import WEIGHTS
-from running.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.loading import Placement
+from protocols.rules import Expert
+from runtime.offload.host_memory import Transfer
+from runtime.offload.turns import HostCopy
+from runtime.planning.device_memory import Room
+from runtime.planning.dry_run import WEIGHTS
+from runtime.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase
 from tests.modules.fake_device import CountedMemory
 from tests.tiny.wan_dit import tiny_state, write_dit
 from tests.waiting import PATIENCE

@@ -15,23 +15,23 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.data import MediaEncoders
-from contract.loading import Placement
-from contract.requests import Request
-from contract.steps import EncodedPrompts, Piece, Section
 from frame_pack.sections import section_frames
 from frame_pack.sections import video_frames as frames_of_video
 from generation.denoise import make_latents
 from generation.experts import DitTurns
+from generation.loaded_networks import CPU, Session
 from generation.options import GenerationOptions
 from generation.progress import GrowingVideo, fade_in_clip
 from generation.run import generate
 from generation.script_options import ScriptDefaults
-from generation.session import CPU, Session
 from modules.errors import OutputError
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import video_frames
 from modules.media.writing import join_segments
+from protocols.data import MediaEncoders
+from protocols.loading import Placement
+from protocols.requests import Request
+from protocols.steps import EncodedPrompts, Piece, Section
 from tests.generation.test_run import options as toy_options
 from tests.generation.toy_family import WINDOW, ToyDit, ToyFamily, ToyVae
 

@@ -13,11 +13,6 @@ from torch import Tensor
 import qwen_image_generate_image
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.step_cache import StepCaches
-from contract.data import MediaEncoders
-from contract.loading import Placement
-from contract.requests import Request
-from contract.rules import MagCache, TeaCache
-from contract.steps import DitAt, EncodedPrompts, Step
 from fpack_generate_video import DEFAULTS
 from frame_pack.family import LATENT
 from frame_pack.family import family_for_generation as framepack_for_generation
@@ -29,10 +24,15 @@ from generation.options import GenerationOptions, read_generation
 from generation.script_options import ScriptDefaults
 from modules.devices import GIB
 from modules.errors import MemoryPlanError
-from running.planning.device_memory import Room
-from running.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
-from running.planning.kernels import PlannedKernels
-from running.planning.memory_plan import MemoryPart
+from protocols.data import MediaEncoders
+from protocols.loading import Placement
+from protocols.requests import Request
+from protocols.rules import MagCache, TeaCache
+from protocols.steps import DitAt, EncodedPrompts, Step
+from runtime.planning.device_memory import Room
+from runtime.planning.dry_run import ACCELERATOR, HOST, WEIGHTS, Ledger
+from runtime.planning.kernels import PlannedKernels
+from runtime.planning.memory_plan import MemoryPart
 from tests.commands import run_script
 from tests.preparing import prepare
 from tests.tiny import wan_dit

@@ -10,7 +10,7 @@ import torch
 import wan_generate_video
 from blissful_tuner.guidance import check_guidance
 from blissful_tuner.video_to_video_options import SourceDefaults, SourceOptions
-from generation.dressing import leave_out_missing
+from generation.network_setup import leave_out_missing
 from generation.options import GenerationOptions, generation_parser, read_arguments, read_generation
 from generation.prompt_lines import (
     EMBEDDED_IMAGE_OPTIONS,

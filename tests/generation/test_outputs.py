@@ -15,7 +15,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.model_files import load_latents
-from contract.requests import Request
 from generation.outputs import drop_tail, output_stem, own_stem, save_latents, save_pixels
 from generation.progress import log_turn, show_end, show_start
 from generation.script_options import OutputOptions
@@ -23,6 +22,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.media.options import FormatOptions
 from modules.media.pixels import pixels_to_uint8
 from modules.media.reading import read_image, read_tags, video_frames
+from protocols.requests import Request
 from tests.generation.toy_family import ToyFamily
 from tests.preparing import prepare
 

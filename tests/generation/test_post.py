@@ -13,9 +13,9 @@ from generation.outputs import save_pixels
 from generation.run import generate
 from modules.errors import NothingFoundError, OptionError
 from modules.media.reading import read_image, read_tags, video_info
-from post.chain_options import NamedTools, ToolOptions
-from post.contract import Stage
-from post.stages import NamedStage, PostTools
+from postprocessing.chain_options import NamedTools, ToolOptions
+from postprocessing.contract import Stage
+from postprocessing.stages import NamedStage, PostTools
 from tests.generation.test_outputs import output_options
 from tests.generation.test_run import only, options
 from tests.generation.toy_family import ToyFamily

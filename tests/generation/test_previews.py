@@ -12,15 +12,15 @@ from torch import Tensor
 
 import fpack_generate_video
 import wan_generate_video
-from contract.data import LatentSpec
-from contract.requests import Request
-from contract.steps import EncodedPrompts, StepDone
 from frame_pack.generating import video_sections
 from frame_pack.sections import ANTI_DRIFTING, F1, Order
 from generation.denoise import make_latents
 from generation.run import generate
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import video_info
+from protocols.data import LatentSpec
+from protocols.requests import Request
+from protocols.steps import EncodedPrompts, StepDone
 from tests.generation.guided import Script
 from tests.generation.test_run import options
 from tests.generation.toy_family import ToyDit, ToyFamily

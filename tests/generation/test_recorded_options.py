@@ -16,10 +16,10 @@ import ltx2_generate_video
 import wan_generate_video
 from frame_pack import options as frame_pack
 from generation.experts import DitTurns
+from generation.loaded_networks import Session
 from generation.options import GenerationOptions, generation_parser, read_generation
 from generation.request import GenerationRun, make_request
 from generation.script_options import ScriptDefaults
-from generation.session import Session
 from hunyuan_model import options as hunyuan
 from ltx_2 import options as ltx_2
 from ltx_2.given_media_options import Ltx2GivenMedia

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from contract.families import FAMILIES
-from contract.requests import Request
 from generation.options import read_generation
 from generation.request import prepare_line
+from protocols.families import FAMILIES
+from protocols.requests import Request
 from tests.generation.toy_family import ToyFamily
 
 COMMAND = ("--save_path", "out", "--prompt", "a cat")

@@ -17,19 +17,19 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import wan_generate_video
-from contract.data import MediaEncoders
-from contract.loading import Placement
-from contract.requests import Request
 from generation import making
 from generation.asking import line_reader
 from generation.experts import DitTurns
+from generation.loaded_networks import Session, wanted_texts
 from generation.options import GenerationOptions, generation_parser, read_arguments
 from generation.run import generate
 from generation.script_options import ScriptDefaults
-from generation.session import Session, wanted_texts
 from modules.errors import CheckpointError, MemoryPlanError, OptionError, UserError
 from modules.media.reading import video_frames
 from modules.options import read_options
+from protocols.data import MediaEncoders
+from protocols.loading import Placement
+from protocols.requests import Request
 from tests.generation.toy_family import ToyFamily
 
 DEFAULTS = ScriptDefaults(fps=16, guidance_scale=5.0)

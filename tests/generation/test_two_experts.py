@@ -12,9 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import wan_generate_video
-from contract.families import HIGH_NOISE, LOW_NOISE
-from contract.rules import ONE_EXPERT, Expert
-from generation.dressing import expert_loras
+from generation.network_setup import expert_loras
 from generation.options import ExpertOptions
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_tags
@@ -23,6 +21,8 @@ from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
 from networks.use_options import LoraOptions, LoraPatternOptions
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.rules import ONE_EXPERT, Expert
 from tests.generation.guided import Script, is_finite
 from tests.tiny.project import moving_square, write_lora
 from tests.tiny.wan import TinyWan, write_tiny_wan

@@ -7,7 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from contract.data import (
+from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
+from modules.errors import CheckpointError, MediaError, OptionError
+from protocols.data import (
     Batch,
     CacheEntry,
     Conditions,
@@ -16,7 +18,7 @@ from contract.data import (
     MediaEncoders,
     SamplingDefaults,
 )
-from contract.family import (
+from protocols.family import (
     FLOW,
     Abilities,
     DitSpec,
@@ -26,12 +28,10 @@ from contract.family import (
     NoiseSpec,
     TextEncoder,
 )
-from contract.loading import Placement
-from contract.requests import Prepared, Prompt, Request, settle, size_of
-from contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Piece, Section
-from frame_pack.sections import blend_overlaps, decoding_slices, section_frames, video_frames
-from modules.errors import CheckpointError, MediaError, OptionError
+from protocols.loading import Placement
+from protocols.requests import Prepared, Prompt, Request, settle, size_of
+from protocols.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, SourceRules, TokenCount
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Piece, Section
 
 TOY_RELEASE = ModelRelease(("owner/toy",), "Toy license", "other", "https://example.org/licence")
 LATENT = LatentSpec(channels=2, stride=(4, 8, 8), pixel_step=16, frame_step=4)

@@ -19,9 +19,9 @@ from modules.compile_options import Compilation
 from modules.layers.modulation import add_gated, modulate
 from modules.speed_options import Quantization
 from networks.lora_layer import keep_mask
-from running.compile import check_compilation, compile_blocks
-from running.offload.block_swap import move_network
-from running.offload.checkpointing import checkpoint_blocks
+from runtime.compile import check_compilation, compile_blocks
+from runtime.offload.block_swap import move_network
+from runtime.offload.checkpointing import checkpoint_blocks
 from tests.gpu.measuring import equal_bits, relative_error, sent
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, same, swapped

@@ -12,12 +12,9 @@ from torch import Tensor
 
 from checkpoints.stored.forms import prepare
 from checkpoints.stored.fp8_products import supports_fp8
-from contract.data import Batch
-from contract.requests import Request, settle
-from contract.steps import EncodedPrompts
 from generation.denoise import make_latents
-from generation.dressing import dit_loader
 from generation.memory import rehearse_denoising
+from generation.network_setup import dit_loader
 from generation.options import read_generation
 from generation.script_options import ScriptDefaults
 from modules.attention.attend import attend
@@ -25,10 +22,13 @@ from modules.layers.modulation import add_gated, modulate
 from modules.layers.norms import Float32LayerNorm, RMSNorm
 from modules.layers.rope import rotate
 from networks.adapter import make_network
-from running.offload.swap_plan import SwapPlan, host_weights
-from running.planning.device_memory import TOLERANCE
-from running.planning.dry_run import ACCELERATOR, dry_run
-from running.planning.memory_plan import workspace
+from protocols.data import Batch
+from protocols.requests import Request, settle
+from protocols.steps import EncodedPrompts
+from runtime.offload.swap_plan import SwapPlan, host_weights
+from runtime.planning.device_memory import TOLERANCE
+from runtime.planning.dry_run import ACCELERATOR, dry_run
+from runtime.planning.memory_plan import workspace
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
 from training.experts import dress, placement_of

@@ -1,6 +1,6 @@
 """Swapped blocks, activations in host memory and networks that take turns give the bits of those that stay.
 
-tests/running/offload shows it on a fake device. On CUDA copies run beside the computation; to make races
+tests/runtime/offload shows it on a fake device. On CUDA copies run beside the computation; to make races
 show, either side is made late.
 """
 
@@ -17,19 +17,19 @@ from torch import Tensor, nn
 from blissful_tuner.latent_preview import bring_home
 from checkpoints.filling import load_module
 from checkpoints.opening import open_checkpoint, plain_sources
-from contract.family import DitSpec
-from contract.loading import Placement, TensorInfo
-from contract.steps import Overrides
 from modules.devices import send_ahead
 from modules.layers.convolution import lay_out, layouts, repeat_pixels
-from running.offload import host_memory
-from running.offload.block_swap import move_network, resolve_all, swap_blocks
-from running.offload.checkpointing import checkpoint_blocks, offload_to_host
-from running.offload.host_memory import PIECE, CudaTransfer, Pairs, allocate
-from running.offload.swap_plan import SwapPlan, host_weights
-from running.offload.turns import HostCopy
-from running.planning.memory_plan import plan_swapped_bytes
-from running.run_blocks import Hidden, run_blocks
+from protocols.family import DitSpec
+from protocols.loading import Placement, TensorInfo
+from protocols.steps import Overrides
+from runtime.offload import host_memory
+from runtime.offload.block_swap import move_network, resolve_all, swap_blocks
+from runtime.offload.checkpointing import checkpoint_blocks, offload_to_host
+from runtime.offload.host_memory import PIECE, CudaTransfer, Pairs, allocate
+from runtime.offload.swap_plan import SwapPlan, host_weights
+from runtime.offload.turns import HostCopy
+from runtime.planning.memory_plan import plan_swapped_bytes
+from runtime.run_blocks import Hidden, run_blocks
 from tests.gpu.measuring import equal_bits, no_waits, peak_of, poison, sent
 from tests.modules.making import write
 from tests.modules.swap_cases import CASES, same, step_in_backward, swapped

@@ -15,10 +15,6 @@ from torch import Tensor
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.options import PLAIN_GUIDANCE
 from checkpoints.opening import open_checkpoint
-from contract.data import Batch, MediaTable
-from contract.families import FAMILIES
-from contract.requests import Prepared, Request
-from contract.steps import EncodedPrompts
 from generation.denoise import SeededNoise, denoise
 from hunyuan_image.configs import LATENT, NOISE
 from hunyuan_image.family import HunyuanImage
@@ -30,6 +26,10 @@ from modules.flow.schedule import make_schedule
 from modules.flow.solvers import solver_for
 from modules.options import read_options
 from modules.parser import add_options
+from protocols.data import Batch, MediaTable
+from protocols.families import FAMILIES
+from protocols.requests import Prepared, Request
+from protocols.steps import EncodedPrompts
 from tests.golden_cases import FOLDER, read_case
 from tests.hunyuan_image.making import golden_model, in_diffusers, run_there
 from tests.tiny.dits import dit_called

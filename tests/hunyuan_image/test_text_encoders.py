@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint
-from contract.data import Conditions
-from contract.requests import Prompt
 from encoders.tiles import posterior_generator
 from hunyuan_image.configs import LATENT
 from hunyuan_image.text_encoders import (
@@ -24,6 +22,8 @@ from hunyuan_image.text_encoders import (
 )
 from hunyuan_image.vae import HunyuanImageVae, HunyuanImageVaeConfig, compute_in_rows, load_vae, read_vae
 from modules.errors import CheckpointError
+from protocols.data import Conditions
+from protocols.requests import Prompt
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.hunyuan_encoders import save

@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.model_files import read_once
-from contract.loading import Placement
 from hunyuan_model.checkpoints import identify, load_dit, read_dit_header
 from modules.errors import CheckpointError
+from protocols.loading import Placement
 from tests.hunyuan_model.making import tiny_inputs
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.hunyuan_dit import tiny_state, write_dit

@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.data import Batch, MediaTable
-from contract.loading import Placement
-from contract.requests import Request
-from contract.steps import EncodedPrompts
 from generation.denoise import SeededNoise
 from hunyuan_model import vae as hunyuan_vae
 from hunyuan_model.family import HunyuanVideo
 from hunyuan_model.files import HunyuanFiles
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
+from protocols.data import Batch, MediaTable
+from protocols.loading import Placement
+from protocols.requests import Request
+from protocols.steps import EncodedPrompts
 from tests.preparing import prepare
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit

@@ -7,8 +7,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from contract.loading import Placement
 from hunyuan_model.checkpoints import load_dit
+from protocols.loading import Placement
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.hunyuan import write_tiny_hunyuan
 from tests.tiny.hunyuan_dit import tiny_state, write_dit

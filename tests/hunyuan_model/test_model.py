@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.traffic_count import Counting
-from contract.data import MediaBatch
-from contract.steps import Overrides
 from frame_pack.model import FramePackRefiner as FramePackRefiner
 from hunyuan_model.joining import gelu, join_gelu, turn_and_join, turn_first
 from hunyuan_model.model import HunyuanVideoModel
 from hunyuan_model.vae import HunyuanVae, encode_latents, load_vae
 from modules.layers.rope import Grid, exact_table, rotate
+from protocols.data import MediaBatch
+from protocols.steps import Overrides
 from tests.golden_cases import FLOAT32_POWERS
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.tiny.hunyuan_dit import CONFIGS

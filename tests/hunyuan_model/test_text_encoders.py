@@ -10,8 +10,6 @@ from diffusers import HunyuanVideoPipeline
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from contract.family import TextEncoder
-from contract.requests import Prompt
 from hunyuan_model.text_encoders import (
     VIDEO_TEMPLATE,
     HunyuanClip,
@@ -19,6 +17,8 @@ from hunyuan_model.text_encoders import (
     PromptTemplate,
 )
 from modules.errors import CheckpointError
+from protocols.family import TextEncoder
+from protocols.requests import Prompt
 from tests.golden_cases import read_case
 from tests.parity.hunyuan import text_pipeline
 from tests.tiny.hunyuan_encoders import (

@@ -18,7 +18,7 @@ from hunyuan_model.vae_blocks import HunyuanVaeConfig
 from hunyuan_model.vae_checkpoints import read_vae
 from modules.errors import CheckpointError, OptionError
 from modules.media.pixels import byte_clips, to_pixels
-from running.planning.dry_run import dry_run, place
+from runtime.planning.dry_run import dry_run, place
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import manifest_names, tensor_list, write_hollow
 from tests.tiny.hunyuan_vae import vae_comfy_tensors, vae_config, vae_tensors

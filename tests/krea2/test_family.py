@@ -12,9 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import krea2_generate_image
-from contract.data import Batch
-from contract.loading import Placement
-from contract.requests import Prepared, Request
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
 from krea2.family import Krea2, family_for_samples
@@ -22,6 +19,9 @@ from krea2.files import Krea2Files, find_release, load_dit
 from krea2.options import Krea2TrainingOptions
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
+from protocols.data import Batch
+from protocols.loading import Placement
+from protocols.requests import Prepared, Request
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.krea2 import CONFIG, tiny_state, write_dit, write_tiny_krea2
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from contract.steps import Away, Overrides
 from krea2.configs import STATES
 from modules.attention.attend import Steer
 from modules.compile_options import Compilation
 from modules.layers.norms import CenteredNorm, rms_norm
-from running.compile import compile_blocks
+from protocols.steps import Away, Overrides
+from runtime.compile import compile_blocks
 from tests.krea2.making import in_diffusers, predict_with, tiny_inputs, tiny_model
 from tests.parity.running import assert_equal
 from tests.qwen_image.making import pack

@@ -6,17 +6,17 @@ import pytest
 import torch
 
 from blissful_tuner.guidance import make_guidance
-from contract.loading import Placement
-from contract.requests import Request
-from contract.steps import EncodedPrompts, Step
 from generation.denoise import SeededNoise, on_device, predictor
 from generation.memory import rehearse_denoising
 from krea2.family import family_for_generation
 from krea2.options import Krea2GenerationOptions
 from krea2_generate_image import DEFAULTS
-from running.planning.dry_run import HOST, WEIGHTS, Ledger
-from running.planning.kernels import PlannedKernels
-from running.planning.memory_plan import MemoryPart
+from protocols.loading import Placement
+from protocols.requests import Request
+from protocols.steps import EncodedPrompts, Step
+from runtime.planning.dry_run import HOST, WEIGHTS, Ledger
+from runtime.planning.kernels import PlannedKernels
+from runtime.planning.memory_plan import MemoryPart
 from tests.generation.test_memory import options_of
 from tests.preparing import prepare
 from tests.tiny.krea2 import CONFIG, tiny_state, write_dit

@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints.model_files import read_once
-from contract import families
-from contract.loading import Placement
 from ltx_2.checkpoints import FORMAT, SILENT
 from ltx_2.files import Ltx2Files
 from ltx_2.model_options import STREAMS
 from modules.errors import CheckpointError, OptionError
 from modules.speed_options import Quantization
+from protocols import families
+from protocols.loading import Placement
 from qwen_image.files import load_dit as load_qwen
 from tests.ltx_2.release import write_release
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_state, write_dit

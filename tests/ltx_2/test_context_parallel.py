@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from contract.steps import Away, GivenTokens, Overrides
 from ltx_2.blocks import LtxReferences
 from ltx_2.model import NO_REFERENCES
-from running.offload.context import ProcessGrid
-from running.ways.context_parallel_tokens import share_tokens
+from protocols.steps import Away, GivenTokens, Overrides
+from runtime.offload.context import ProcessGrid
+from runtime.ways.context_parallel_tokens import share_tokens
 from tests.ltx_2.tiny_dit import dit_inputs, tiny_dit
 
 PROCESSES = 2

@@ -13,7 +13,6 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 import ltx2_generate_video
-from contract.data import SOUND
 from ltx_2.files import Ltx2Files
 from ltx_2.model_options import GEMMA
 from modules.errors import CheckpointError
@@ -21,6 +20,7 @@ from modules.media.pixels import video_pixels
 from modules.media.reading import read_image
 from modules.media.samples import read_track
 from modules.media.writing import write_png
+from protocols.data import SOUND
 from tests.faults.messages import assert_one_message, run_here
 from tests.ltx_2.release import TinyRelease, dit_config, write_release
 from tests.ltx_2.tiny_dit import dit_in_diffusers

@@ -17,13 +17,13 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from contract.data import SOUND, Batch
 from dataset.sources.frames import shrink_mask
 from ltx_2.configs import LATENT
 from ltx_2.given import AnchorRule, Extension, GivenRules, KeyframeRule, MaskRule, audio_bounds, cover_times
 from ltx_2.given_options import Ltx2GivenParts
 from ltx_2.options import Ltx2TrainingOptions, with_recipe
 from modules.errors import DatasetError, OptionError
+from protocols.data import SOUND, Batch
 from tests.ltx_2.release import dit_config
 from tests.ltx_2.test_model import in_diffusers
 from tests.ltx_2.test_options import read_own

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ltx2_generate_video
-from contract.data import SOUND
 from modules.media.reading import resize_cover
 from modules.media.writing import write_png
+from protocols.data import SOUND
 from tests.faults.messages import assert_one_message, run_here
 from tests.ltx_2.release import TinyRelease, write_release, write_upscaler
 from tests.ltx_2.test_family import (

@@ -12,18 +12,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.dits import DitFormat
-from contract.loading import Placement
 from ltx_2.checkpoints import AUDIO_ALONE, FORMAT, SILENT
 from ltx_2.configs import DIT, LORA_PRESETS
 from ltx_2.model import LtxModel
 from modules.errors import CheckpointError
 from networks.adapter import make_network as make_trained
-from networks.added import add_loras
 from networks.apply import LoraPatch
+from networks.gated_loras import add_loras
 from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
 from networks.options import NetworkOptions
+from protocols.loading import Placement
 from tests.faults.messages import succeed_here
 from tests.ltx_2.release import write_release
 from tests.ltx_2.test_model import assert_both, in_diffusers

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.steps import Overrides
+from protocols.steps import Overrides
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_in_diffusers, dit_inputs, dit_state, tiny_dit
 from tests.parity.running import assert_as_exact, assert_equal
 

@@ -10,11 +10,6 @@ from torch import Tensor
 
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.step_cache import StepCaches
-from contract.data import FPS, HAS_AUDIO, SOUND
-from contract.loading import Placement
-from contract.requests import Prepared, Request
-from contract.rules import MagCache
-from contract.steps import DitAt, EncodedPrompts
 from generation.denoise import SeededNoise, on_device, predictor, sections_of
 from generation.memory import heaviest_step, rehearse_denoising
 from generation.options import GenerationOptions, generation_parser
@@ -24,9 +19,14 @@ from ltx_2.family import Ltx2, family_for_generation, family_for_training
 from ltx_2.options import Ltx2GenerationOptions, Ltx2TrainingOptions
 from modules.options import read_options
 from modules.parser import add_options
-from running.planning.dry_run import HOST, WEIGHTS, Ledger, largest
-from running.planning.kernels import PlannedKernels
-from running.planning.memory_plan import MemoryPart
+from protocols.data import FPS, HAS_AUDIO, SOUND
+from protocols.loading import Placement
+from protocols.requests import Prepared, Request
+from protocols.rules import MagCache
+from protocols.steps import DitAt, EncodedPrompts
+from runtime.planning.dry_run import HOST, WEIGHTS, Ledger, largest
+from runtime.planning.kernels import PlannedKernels
+from runtime.planning.memory_plan import MemoryPart
 from tests.ltx_2.release import SIZES, TinyRelease, write_release
 from tests.training.planning.test_rehearsal import GIVEN, assert_alike, counted, noisy, predicted
 from training.loss import NoisyAudio, NoisyBatch

@@ -18,12 +18,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import ltx2_cache_latents
-from contract.rules import ReferenceRules
 from ltx_2.references import read_factors, thin_out
 from ltx_2.rope import Places, make_table
 from modules.errors import OptionError
 from modules.media.writing import write_png
 from modules.seeds import derive_seed
+from protocols.rules import ReferenceRules
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.ltx_2 import test_family as pipelines
 from tests.ltx_2.release import TinyRelease, dit_config, write_release

@@ -18,7 +18,6 @@ from torch import Tensor
 
 import ltx2_generate_video
 from blissful_tuner.taehv import TaehvConfig
-from contract.data import SOUND
 from ltx_2.stage_options import Ltx2OfficialStages
 from ltx_2.stages import two_stages
 from ltx_2.upscaler import SPATIAL, TEMPORAL, enlarge, factors
@@ -26,6 +25,7 @@ from modules.errors import UserError
 from modules.media.pixels import image_pixels
 from modules.media.reading import read_image, video_frames
 from modules.media.writing import write_png
+from protocols.data import SOUND
 from tests.faults.messages import succeed_here
 from tests.ltx_2.release import (
     KINDS,

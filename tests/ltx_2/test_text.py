@@ -10,13 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from contract.family import DividedEncoder, LayeredEncoder
-from contract.requests import Prompt
 from dataset.cache_files import tensor_key
 from encoders.language_models import ALL_STATES, SPEC, build_language_model, read_language_model
 from ltx_2.connectors import TextConnectors, read_connectors
 from ltx_2.text_encoder import GEMMA_3, MASK, ROWS, Ltx2TextEncoder
 from modules.errors import CheckpointError
+from protocols.family import DividedEncoder, LayeredEncoder
+from protocols.requests import Prompt
 from tests.ltx_2.tiny_text import (
     TEXT_DIM,
     text_connectors,

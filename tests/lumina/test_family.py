@@ -13,10 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from contract.family import can_learn
-from contract.loading import Placement
-from contract.requests import Prepared, Prompt, Request
-from contract.steps import EncodedPrompts
 from encoders.autoencoder import read_autoencoder_header
 from generation.denoise import make_latents
 from lumina.family import DEFAULTS, Lumina
@@ -29,7 +25,11 @@ from lumina_train_network import DEFAULTS as TRAINING
 from modules.errors import CheckpointError, OptionError
 from modules.flow.schedule import make_schedule
 from modules.parser import add_options
-from running.run_blocks import spec_of
+from protocols.family import can_learn
+from protocols.loading import Placement
+from protocols.requests import Prepared, Prompt, Request
+from protocols.steps import EncodedPrompts
+from runtime.run_blocks import spec_of
 from tests.commands import joined
 from tests.golden_cases import FOLDER, load_model, make_weights, read_case
 from tests.lumina.making import in_diffusers

@@ -11,9 +11,9 @@ from diffusers.modular_pipelines.minimax_h3.modular_pipeline import resolve_canv
 from safetensors.torch import load_file
 from torch import Tensor
 
-from contract.data import SOUND
 from minimax_h3.options import canvas, resolve_length
 from modules.media.reading import read_image
+from protocols.data import SOUND
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3 import test_video_vae
 from tests.parity.running import assert_equal

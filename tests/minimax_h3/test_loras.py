@@ -16,9 +16,9 @@ from torch import Tensor
 import convert_lora
 from checkpoints.opening import open_checkpoint
 from checkpoints.quantizing import in_values
-from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit
+from protocols.loading import Placement
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.test_generation import PROMPT, STEPS, generate, latents_in
 from tests.minimax_h3.test_model import rows_of_audio

@@ -14,11 +14,11 @@ from diffusers.modular_pipelines.minimax_h3.before_denoise import (
 from safetensors.torch import save_file
 from torch import Tensor
 
-from contract.loading import Placement
 from minimax_h3.configs import SOUND
 from minimax_h3.dit_checkpoints import load_dit, make_format
 from minimax_h3.model import H3Condition, H3Model
 from minimax_h3.places import AudioPlace, ImageGrid, ImagePlace, last_frame_place
+from protocols.loading import Placement
 from tests.manifests import tensor_list, write_hollow
 from tests.minimax_h3.tiny_dit import released, their_dit
 

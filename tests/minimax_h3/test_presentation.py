@@ -22,11 +22,11 @@ from PIL import Image
 from torch import Tensor
 from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
-from contract.requests import Prompt
 from minimax_h3.files import H3_USE, KEY, TAGS, H3TextEncoder
 from minimax_h3.presentation import SHOWN_AUDIO, present_keyframes, sample_clip, show_clip, show_image
 from minimax_h3.vision import RELEASED, Limits, read_preprocessing, resized_sides
 from modules.errors import CheckpointError, MediaError
+from protocols.requests import Prompt
 from tests.tiny.minimax_h3 import TheirProcessor, TinyH3, text_encoder, their_tokenizer, write_tiny_h3
 
 EXACT = 1e-4  # of states of up to 30, float32, through 50 layers

@@ -20,11 +20,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from contract.data import SOUND
-from contract.requests import Request
 from minimax_h3.family import MiniMaxH3
 from minimax_h3.files import UNDECIDED, H3Files
 from modules.errors import OptionError
+from protocols.data import SOUND
+from protocols.requests import Request
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.minimax_h3.test_generation import SCRIPT, latents_in
 from tests.parity.running import assert_equal

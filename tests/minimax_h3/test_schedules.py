@@ -5,11 +5,11 @@ import torch
 from diffusers import MiniMaxH3Scheduler
 from torch import Tensor, nn
 
-from contract.data import Conditions, Joint
-from contract.steps import NO_OVERRIDES, Overrides, Section, StepDone
 from generation.denoise import denoise
 from minimax_h3.configs import AUDIO_SHIFT, IMAGE_SHIFT, NOISE
 from modules.flow.solvers import solver_for
+from protocols.data import Conditions, Joint
+from protocols.steps import NO_OVERRIDES, Overrides, Section, StepDone
 from training.data.timesteps import Timesteps, times_of_audio
 
 JOINT = Joint((2, 1, 2, 2), (3, 2, 4))

@@ -18,10 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.stored.forms import stored_in
-from contract.loading import Placement
 from minimax_h3.dit_checkpoints import load_dit
 from minimax_h3.model import H3Model
 from modules.speed_options import Quantization
+from protocols.loading import Placement
 from tests.commands import run_script
 from tests.faults.messages import succeed_here
 from tests.manifests import WIDTHS, tensor_list, write_hollow

@@ -15,13 +15,13 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from checkpoints.stored.int8 import FEW_TOKENS
-from contract.requests import Prompt
 from minimax_h3.cache_marks import FORMAT, KEY, TAGS, read_probe
 from minimax_h3.cached_texts import H3CachingEncoder, describe_copy, describe_subjects
 from minimax_h3.files import H3_USE, LAYERS, H3TextEncoder
 from minimax_h3.presentation import present_keyframes, show_clip, show_image
 from modules.errors import CacheError
 from modules.media.writing import write_png, write_video
+from protocols.requests import Prompt
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.packing import pack_file
 from tests.tiny.language_models import write_qwen_tokenizer

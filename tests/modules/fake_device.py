@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from running.offload.host_memory import Pairs, Transfer
+from runtime.offload.host_memory import Pairs, Transfer
 
 NONSENSE = 255  # in every byte: not a number in all floating types
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 
-from contract.loading import Placement
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
-from running.offload.block_swap import swap_blocks
-from running.offload.swap_plan import SwapPlan, host_weights
+from protocols.loading import Placement
+from runtime.offload.block_swap import swap_blocks
+from runtime.offload.swap_plan import SwapPlan, host_weights
 from tests.gpu.measuring import sent
 from tests.modules.swap_cases import CASES
 from tests.tiny.loras import unused

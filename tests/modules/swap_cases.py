@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contract.family import DitSpec
 from modules.speed_options import SLOTS
-from running.offload.block_swap import move_network, swap_blocks
-from running.offload.checkpointing import checkpoint_blocks, offload_to_host
-from running.offload.host_memory import Transfer
-from running.offload.swap_plan import HostWeights, SwapPlan, host_weights
+from protocols.family import DitSpec
+from runtime.offload.block_swap import move_network, swap_blocks
+from runtime.offload.checkpointing import checkpoint_blocks, offload_to_host
+from runtime.offload.host_memory import Transfer
+from runtime.offload.swap_plan import HostWeights, SwapPlan, host_weights
 from tests.gpu.measuring import sent
 from tests.modules.fake_device import FakeDevice, hide
 from tests.tiny.dits import ONE_OF_EACH, Size, TinyDit

@@ -16,7 +16,7 @@ from modules.errors import OptionError
 from modules.option_values import check_numbers, to_path, value_words
 from modules.options import Options, default_of, hints_of, option_name, read_options, record_of
 from modules.parser import Parser, add_options
-from running.options import SwapOptions
+from runtime.options import SwapOptions
 from training.options import TrainingOptions
 
 ROOT = Path(__file__).resolve().parent.parent.parent

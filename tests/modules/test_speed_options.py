@@ -21,7 +21,7 @@ from modules.speed_options import (
     TrainingAttentionOptions,
     flag_of,
 )
-from running.options import GenerationSpeedOptions, TrainingSpeedOptions, say_for_generation
+from runtime.options import GenerationSpeedOptions, TrainingSpeedOptions, say_for_generation
 from tests.faults.messages import assert_one_message, run_here
 
 

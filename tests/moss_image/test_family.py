@@ -10,8 +10,6 @@ import torch
 
 from blissful_tuner.guidance import check_guidance, plan_steps
 from blissful_tuner.options import GuidanceOptions
-from contract.requests import Prepared, Request
-from contract.rules import NegativeSkips
 from modules.errors import OptionError
 from moss_image import options as own
 from moss_image.configs import NOISE
@@ -19,6 +17,8 @@ from moss_image.family import MossImage, NegativeSkipChoice, family_for_training
 from moss_image.files import MossImageFiles
 from moss_image.options import read_blocks
 from moss_image.schedule import snap_levels
+from protocols.requests import Prepared, Request
+from protocols.rules import NegativeSkips
 from tests.moss_image.making import GOLDEN
 from tests.tiny.moss_image import write_tiny_moss_image
 from training.data.timesteps import draw, shares_of_uniform

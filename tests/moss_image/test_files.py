@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.opening import open_checkpoint
-from contract.loading import Placement
 from flux_2.vae import load_vae, read_vae
 from modules.errors import CheckpointError
 from moss_image.files import find_sft, identify, load_dit
+from protocols.loading import Placement
 from tests.faults.messages import succeed_here
 from tests.tiny.hunyuan_encoders import save
 from tests.tiny.moss_image import (

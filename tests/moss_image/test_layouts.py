@@ -12,13 +12,13 @@ import pytest
 from PIL import Image
 from safetensors import safe_open
 
-from contract.requests import Request
 from dataset.caching.text_plans import caption_fitter
 from modules.media.buckets import fit_cover
 from modules.text_files import looks_like_object
 from moss_image.family import MossImage
 from moss_image.files import MossImageFiles
 from moss_image.layouts import find_layout_errors, fit_layout
+from protocols.requests import Request
 from tests.faults.messages import run_here, succeed_here
 from tests.tiny.families import family_called
 from tests.tiny.moss_image import write_tiny_moss_image

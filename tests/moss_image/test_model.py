@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.steps import Overrides, Turn
 from moss_image import model as network
 from moss_image.configs import AXES, DIT
 from moss_image.model import MossImageModel
+from protocols.steps import Overrides, Turn
 from tests.moss_image.making import (
     CONFIG,
     GOLDEN,

@@ -11,7 +11,6 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.opening import open_checkpoint
-from contract.requests import Prompt
 from encoders.language_encoder import LanguageModelEncoder
 from encoders.language_models import (
     QWEN3_VL,
@@ -22,6 +21,7 @@ from encoders.language_models import (
 from encoders.picture_prompts import load_vision_tower
 from modules.errors import CheckpointError
 from moss_image.files import KEY, MOST_TOKENS, TEXT_USE
+from protocols.requests import Prompt
 from tests.faults.messages import succeed_here
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.language_models import layouts, qwen3_vl, qwen35, qwen_tokenizer, write_model

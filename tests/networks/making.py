@@ -10,13 +10,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import training.run
-from contract.loading import Placement
 from modules.installation import import_own
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.lora_layer import LoraLayer
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
+from protocols.loading import Placement
 from tests.golden_cases import make_weights
 from tests.hunyuan_model.making import tiny_inputs, tiny_model
 from tests.tiny.families import OUTPUT, family_called

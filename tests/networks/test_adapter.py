@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from checkpoints.opening import open_checkpoint
-from contract.requests import Prompt
 from encoders.clip_l import ClipTextEncoder
 from modules.errors import CheckpointError, OptionError
 from modules.script_options import parse_options
@@ -26,6 +25,7 @@ from networks.metadata import describe_lora, save_network
 from networks.options import NetworkOptions
 from networks.text_loras import TextLoras
 from networks.use_options import LoraOptions
+from protocols.requests import Prompt
 from tests.flux.making import tiny_model
 from tests.networks.making import inputs, tiny_dit, wan_network
 from tests.tiny.loras import make_lora

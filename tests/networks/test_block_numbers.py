@@ -9,12 +9,12 @@ import torch
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import nn
 
-from contract.family import DitSpec
 from modules.errors import OptionError
 from networks.block_numbers import read_factors
 from networks.lora_settings import read_settings
 from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network, select_modules
+from protocols.family import DitSpec
 from stable_diffusion.training_files import number_blocks, unet_spec
 from tests.tiny.stable_diffusion import KINDS, RELEASED_UNETS
 

@@ -11,9 +11,9 @@ import torch.nn.functional as functional
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from networks.added import AddedLayer, AddedPart, ChangedPlace
 from networks.delta import read_delta
 from networks.deltas import strength
+from networks.gated_loras import AddedLayer, AddedPart, ChangedPlace
 from tests.commands import ROOT, run_python
 from tests.stable_diffusion.loaded import RANK, Factors, low_rank, random
 

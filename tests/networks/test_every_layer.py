@@ -9,7 +9,6 @@ from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from contract.loading import Placement
 from encoders.clip_layers import ClipText
 from minimax_h3.dit_checkpoints import load_dit
 from networks.deltas import group_by_module
@@ -18,6 +17,7 @@ from networks.loading import read_lora, warn_of_other_family
 from networks.module_names import family_named
 from networks.names.layouts import OURS
 from networks.names.texts import published_path
+from protocols.loading import Placement
 from tests.minimax_h3.tiny_dit import released, their_dit
 from tests.stable_diffusion.loaded import make_towers
 from tests.tiny.dits import DITS, TinyDit

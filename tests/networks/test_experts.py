@@ -14,11 +14,11 @@ from torch import Tensor
 
 import convert_lora
 import merge_lora
-from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.loading import LoraFile, LoraUse, read_lora, warn_of_other_expert
 from networks.metadata import STALE, expert_of, save_network
+from protocols.families import HIGH_NOISE, LOW_NOISE
 from tests.networks.making import add_lora, inputs, randomize, tiny_dit, wan_network
 from tests.networks.test_key_formats import TOLERANCE, run_there
 from tests.tiny.wan_dit import tiny_state, write_dit

@@ -11,19 +11,19 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
 from networks.factored import FactoredLayer, Product
+from networks.gated_loras import add_loras
 from networks.kinds import dora_layer, loha_layer, lokr_layer
 from networks.kinds.loha import make_shapes as loha_shapes
 from networks.kinds.lokr import make_shapes as lokr_shapes
 from networks.kinds.lokr import split_size
 from networks.loading import LoraUse, read_lora
 from networks.lora_layer import LoraLayer
+from protocols.loading import Placement
 from tests.networks.making import inputs, tiny_dit
 from tests.networks.test_key_formats import TOLERANCE, load_there, run_there
 from tests.tiny.loras import lora_like, unused

@@ -28,9 +28,9 @@ from networks.apply import LoraPatch
 from networks.delta import read_delta
 from networks.deltas import group_by_module
 from networks.extracting import decompose_change
+from networks.fused_parts import fuse
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import FamilyNames
-from networks.parts import fuse
 from tests.golden_cases import draw, make_weights, read_case
 from tests.tiny import krea2, z_image
 from tests.tiny.flux_2 import tiny_state

@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
-from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
+from networks.gated_loras import add_loras
 from networks.loading import LoraUse, read_lora
 from tests.tiny.dits import dit_called
 from tests.tiny.loras import unused

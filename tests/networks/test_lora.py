@@ -8,10 +8,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from contract.family import DitSpec
 from modules.errors import CheckpointError, OptionError
 from networks.lora_layer import Dropouts, LoraLayer
 from networks.metadata import save_network
+from protocols.family import DitSpec
 from tests.golden_cases import make_input, read_case
 from tests.networks import making
 from tests.tiny.loras import lora_like, make_lora

@@ -9,18 +9,18 @@ import torch
 from diffusers import HunyuanVideoFramepackPipeline
 from torch import Tensor, nn
 
-from contract.loading import Placement
 from frame_pack.files import load_dit
 from frame_pack.names import FRAMEPACK
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
+from networks.fused_parts import cut
 from networks.key_formats import to_native
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.metadata import save_network
 from networks.module_names import module_path
-from networks.parts import cut
+from protocols.loading import Placement
 from tests.frame_pack.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.golden_cases import FLOAT32_POWERS, read_case
 from tests.manifests import tensor_list

@@ -13,17 +13,17 @@ from diffusers.loaders import HunyuanVideoLoraLoaderMixin, lora_pipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from contract.loading import Placement
 from hunyuan_model.checkpoints import load_dit
 from hunyuan_model.names import HUNYUAN_VIDEO
 from modules.errors import CheckpointError
 from networks import convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.convert import convert_file
+from networks.fused_parts import fuse
 from networks.loading import LoraUse, read_lora
 from networks.merging import merge_into_file
 from networks.module_names import module_path, relatives
-from networks.parts import fuse
+from protocols.loading import Placement
 from tests.golden_cases import read_case
 from tests.hunyuan_model.making import golden_model, in_diffusers, run_there, tiny_inputs, tiny_model
 from tests.manifests import tensor_list

@@ -17,7 +17,6 @@ import tests.flux_2.making as flux_2
 import tests.hunyuan_image.making as hunyuan_image
 import tests.lumina.making as lumina
 import tests.z_image.making as z_image
-from contract.family import DitSpec
 from flux.files import load_dit
 from flux.spec import CHROMA_DIT, FLUX_DIT
 from hunyuan_image.configs import DIT as HUNYUAN_IMAGE_DIT
@@ -29,6 +28,7 @@ from networks.convert import convert_file
 from networks.loading import LoraUse, read_lora
 from networks.lora_network import OwnNetwork
 from networks.metadata import save_network
+from protocols.family import DitSpec
 from tests.golden_cases import load_model, make_weights, read_case
 from tests.manifests import tensor_list
 from tests.networks.making import assert_recorded

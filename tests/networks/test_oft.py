@@ -14,17 +14,17 @@ from torch import Tensor, nn
 
 import convert_lora
 from checkpoints.opening import open_checkpoint
-from contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from networks.added import AddedLayer, AddedPart, ChangedPlace, add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
+from networks.gated_loras import AddedLayer, AddedPart, ChangedPlace, add_loras
 from networks.kinds.oft import fit_block_size
 from networks.kinds.oft_layer import OftLayer
 from networks.kinds.oft_rotation import block_size_of, turned_weight, turns
 from networks.loading import LoraUse, read_lora
 from networks.metadata import describe_lora
+from protocols.loading import Placement
 from tests.networks.making import inputs, tiny_dit
 from tests.tiny.loras import lora_like, unused
 from tests.tiny.wan_dit import tiny_state, write_dit

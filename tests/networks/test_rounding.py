@@ -14,7 +14,6 @@ from torch import Tensor
 import merge_lora
 import wan_generate_video
 from checkpoints.writing import LATE_BYTES, stream_tensors
-from contract.loading import Placement, TensorInfo
 from modules.errors import OptionError
 from networks import flux_merge_lora, sdxl_merge_lora
 from networks.apply import LoraPatch, OriginalWeights
@@ -22,6 +21,7 @@ from networks.loading import LoraFile, LoraUse, read_lora
 from networks.rounding import MAX_METADATA, METADATA_KEY, LoraRounding, RandomRounding, narrow_dtype
 from networks.text_loras import TextLoras
 from networks.use_options import AUTO, NEAREST, STOCHASTIC
+from protocols.loading import Placement, TensorInfo
 from tests.tiny.wan import TinyWan, write_tiny_wan
 from tests.training import toy
 from wan.checkpoints import load_dit

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 import convert_lora
 import merge_lora
 from modules.errors import CheckpointError
-from networks.added import add_loras
 from networks.apply import LoraPatch
+from networks.gated_loras import add_loras
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.rounding import LoraRounding
 from networks.use_options import AUTO, STOCHASTIC

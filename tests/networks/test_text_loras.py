@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError
-from networks.added import fitting, places
 from networks.apply import LoraPatch
+from networks.gated_loras import fitting, places
 from networks.loading import LoraUse, read_lora
 from networks.text_loras import FullPatch, for_encoders, uses_for
 

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from modules.errors import CheckpointError, OptionError
-from networks.added import add_loras
 from networks.apply import LoraPatch
 from networks.convert import convert_file
+from networks.gated_loras import add_loras
 from networks.kinds.tlora import TLoraRule
 from networks.loading import LoraUse, read_lora
 from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of, set_level, set_levels
-from networks.unmerged import add_unmerged, masked_changes, split_masked
+from networks.unmerged_loras import add_unmerged, masked_changes, split_masked
 from tests.networks.making import tiny_dit
 from tests.training import toy
 from tests.training.conftest import _fresh_accelerator  # noqa: F401

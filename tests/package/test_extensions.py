@@ -91,7 +91,7 @@ def test_what_is_installed_and_not_named_is_never_imported(tmp_path: Path) -> No
     install(tmp_path, *ANNOUNCED)
     for path in tmp_path.rglob("*.py"):
         path.write_text("raise SystemExit('it ran')", encoding="utf-8")
-    code = "import training.features, networks.kinds, contract.families, sys; print(*sys.modules)"
+    code = "import training.features, networks.kinds, protocols.families, sys; print(*sys.modules)"
 
     loaded = run(tmp_path, tmp_path, "-c", code).stdout.split()
     done = run(tmp_path, tmp_path, ROOT / "wan_train_network.py", "-h")

@@ -9,7 +9,7 @@ import pytest
 
 from modules import installation
 from modules.installation import DISTRIBUTION, NAMESAKE, find_namesake
-from running.doctor import examine
+from runtime.doctor import examine
 from tests.commands import ROOT, run_python
 
 

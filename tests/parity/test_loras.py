@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import convert_lora
-from contract.loading import Placement
 from modules.options import read_options
 from modules.parser import add_options
 from networks.adapter import make_network
+from protocols.loading import Placement
 from tests.faults.messages import succeed_here
 from tests.golden_cases import read_case
 from tests.parity import reference

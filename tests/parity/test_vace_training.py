@@ -17,13 +17,13 @@ from diffusers.loaders import WanLoraLoaderMixin
 from safetensors.torch import load_file
 from torch import Tensor
 
-from contract.data import CONTROL_MASK
 from dataset.batches.finding import find_items, require_items, with_reference_sizes
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
 from dataset.cache.store import Stores
 from dataset.config import load_dataset_config, with_references
 from modules.media.writing import write_png, write_video
+from protocols.data import CONTROL_MASK
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.parity.reference import to_pixels
 from tests.parity.running import TOLERANCE, assert_equal, decoded

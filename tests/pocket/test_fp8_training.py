@@ -18,12 +18,12 @@ from torch import nn
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 from checkpoints.stored.fp8_products import Product
-from contract.loading import Placement
 from modules.options import read_options
 from modules.parser import add_options
 from pocket.clips import write_clips
 from pocket.concepts import CONCEPTS, draw_known
 from pocket.measure import POCKET, model_options
+from protocols.loading import Placement
 from tests.fp8_reference import emulated_product
 from training.loop import train
 from training.options import TrainingOptions, read_arguments, training_parser

@@ -21,9 +21,9 @@ from checkpoints.writing import save_tensors
 from data_tools.controls.run import ControlImageOptions, make_control_images
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
-from project.choosing import ask_family
-from project.fitting import transformers_of
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
+from project.model_choice import ask_family
+from project.model_sizes import transformers_of
 from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
 from tests.commands import ROOT

@@ -14,11 +14,11 @@ from dataset.config import load_dataset_config
 from modules.errors import OutputError
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
-from project import choosing
+from project import model_choice as choosing
 from project.files import write_project
 from project.new_options import NewOptions
 from project.options import find_models
-from running.options import PlanOptions
+from runtime.options import PlanOptions
 from tests.commands import run_script
 from tests.faults.messages import assert_one_message, run_here
 from tests.sound_media import Track, write_media

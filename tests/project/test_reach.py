@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from contract.families import with_scripts
 from dataset import config_keys as forms
 from dataset.forms.composing import KEYS, SOURCES, SOURCES_WITH_ADDRESSES
 from dataset.subset_options import SUBSET_KEYS
@@ -22,6 +21,7 @@ from generation.prompt_lines import (
 from generation.sample_lines import SAMPLE_OPTIONS
 from modules.options import IMPORTS, STARTS
 from modules.parser import METAVARS
+from protocols.families import with_scripts
 from tests.commands import ROOT
 from tests.test_command_line import parser_of
 

@@ -12,15 +12,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import qwen_image_generate_image
-from contract.data import Batch, MadeBy
-from contract.requests import Prepared, Request
-from contract.rules import ConsistencyRules
-from contract.steps import Anchor, Section
 from dataset.cache.records import latent_record, record_metadata
 from dataset.cache_files import read_entry
-from generation.anchors import blur, find_changes, hold_consistent, hold_masked
+from generation.latent_masks import blur, find_changes, hold_consistent, hold_masked
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for
+from protocols.data import Batch, MadeBy
+from protocols.requests import Prepared, Request
+from protocols.rules import ConsistencyRules
+from protocols.steps import Anchor, Section
 from qwen_image.family import QwenImage, family_for_generation
 from qwen_image.files import EDIT_USE, PLUS_USE, QWEN_USE
 from qwen_image.options import (

@@ -12,10 +12,10 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 import qwen_image_generate_image
 import qwen_image_train_network
 from blissful_tuner.guidance_formulas import POSITIVE, keep_norms
-from contract.data import Batch
-from contract.requests import Prepared, Request
 from modules.errors import CacheError, OptionError
 from modules.flow.solvers import solver_for
+from protocols.data import Batch
+from protocols.requests import Prepared, Request
 from qwen_image.family import QwenImage
 from qwen_image.files import QwenImageFiles
 from tests.tiny.qwen_image import write_tiny_qwen_image

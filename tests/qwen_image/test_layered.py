@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from contract.data import CONTROL, Batch, MediaBatch
-from contract.requests import Prepared, Request
-from contract.steps import Overrides
 from generation.progress import show_start
 from generation.run import check_latents
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
+from protocols.data import CONTROL, Batch, MediaBatch
+from protocols.requests import Prepared, Request
+from protocols.steps import Overrides
 from qwen_image.family import QwenImage
 from qwen_image.files import VERSIONS, QwenImageReleaseFiles
 from qwen_image.layered import QwenImageLayered

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from checkpoints.stored.forms import stored_in
-from contract.loading import Placement
 from modules.speed_options import Quantization
+from protocols.loading import Placement
 from qwen_image.family import QwenImage
 from qwen_image.files import QwenImageFiles
 from tests.parity.running import assert_equal

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from contract.data import Batch, CacheEntry, MadeBy, MediaBatch
 from dataset.cache.records import record_metadata, text_records
 from dataset.cache_files import read_entry
 from modules.errors import CacheError
+from protocols.data import Batch, CacheEntry, MadeBy, MediaBatch
 from qwen_image_21.caches import (
     HASHES,
     SEEN_HASHES,

@@ -15,12 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import qwen_image_21_generate_image
-from contract.loading import Placement
-from contract.requests import Prepared, Request
 from generation.prompt_lines import parse_generation_line
 from generation.request import prepare_line
 from modules.errors import CheckpointError, OptionError
 from modules.flow.solvers import solver_for
+from protocols.loading import Placement
+from protocols.requests import Prepared, Request
 from qwen_image_21.family import QwenImage21
 from qwen_image_21.files import TURBO_LEVELS, QwenImage21Files, find_turbo, load_dit
 from tests.faults.messages import assert_one_message, run_here, succeed_here

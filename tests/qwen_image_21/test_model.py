@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.steps import Overrides, Turn
 from modules.compile_options import Compilation
+from protocols.steps import Overrides, Turn
 from qwen_image_21.configs import default_axes
 from qwen_image_21.model import Prefix, QwenImage21Model, order_prefixes
-from running.compile import compile_blocks
+from runtime.compile import compile_blocks
 from tests.parity.running import assert_equal
 from tests.qwen_image_21.making import in_diffusers, predict_with, tiny_inputs, tiny_model
 from tests.tiny.qwen_image_21 import CONFIG, tiny_state

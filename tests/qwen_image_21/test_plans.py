@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import qwen_image_21_generate_image
-from contract.data import MediaEncoders
 from generation.memory import make_phase, memory_plan, rehearsing
+from protocols.data import MediaEncoders
 from qwen_image_21.vae import load_vae
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.project import write_image

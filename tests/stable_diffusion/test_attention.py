@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from contract.data import SIZES
-from contract.loading import Placement
 from modules.speed_options import AttentionChoice
+from protocols.data import SIZES
+from protocols.loading import Placement
 from stable_diffusion.attention import ChosenAttention
 from tests.stable_diffusion.test_training_step import make_family
 

@@ -13,8 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from contract.data import CONTROL_PIXELS
-from contract.loading import Placement
+from protocols.data import CONTROL_PIXELS
+from protocols.loading import Placement
 from stable_diffusion.control_net_files import load_control_net
 from stable_diffusion.control_net_learning import TrainedControlNet, make_control_net
 from stable_diffusion.family import StableDiffusion, with_control_net

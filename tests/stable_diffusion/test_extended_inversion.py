@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import Parameter
 
-from contract.loading import Placement
+from protocols.loading import Placement
 from stable_diffusion.family import with_extended_inversion
 from stable_diffusion.layer_texts import list_cross_attentions
 from stable_diffusion.sd1.options import Sd1ExtendedInversionTrainingOptions

@@ -25,9 +25,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints.shards import IN_ONE_FILE
-from contract.data import LOSS_MASK, MediaEncoders
-from contract.family import Abilities
-from contract.loading import Placement
 from dataset.config import load_dataset_config
 from dataset.listing import find_all_sources
 from dataset.sources.decoding import decode_source
@@ -36,6 +33,9 @@ from encoders.tiles import posterior_generator
 from modules.errors import CheckpointError
 from modules.media.random_masks import draw_cloud, draw_mask, draw_polygons, draw_shape
 from modules.script_options import parse_options
+from protocols.data import LOSS_MASK, MediaEncoders
+from protocols.family import Abilities
+from protocols.loading import Placement
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.files import Marks
 from stable_diffusion.inpainting import INPAINTING, draw_wobbly_ellipse

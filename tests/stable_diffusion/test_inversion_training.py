@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn import Parameter
 from transformers import CLIPTokenizer
 
-from contract.loading import Placement
-from contract.requests import Prompt
 from encoders.inversion import LearntRows, write_rows
 from modules.errors import OptionError
+from protocols.loading import Placement
+from protocols.requests import Prompt
 from stable_diffusion.family import StableDiffusion, with_inversion
 from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES
 from stable_diffusion.inversion_options import InversionOptions

@@ -9,10 +9,10 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from torch import Tensor
 
-from contract import families
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipText
 from modules.errors import CheckpointError, UserError
+from protocols import families
 from tests.manifests import TensorList, write_hollow
 from tests.stable_diffusion.loaded import change_json, load, save
 from tests.tiny import stable_diffusion as tiny

@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.filling import on_meta_device
-from contract.data import CONTROL_PIXELS, CacheEntry, MediaBatch
-from contract.loading import Placement
 from dataset.caching.latents import _add_mirrored, _mirror
 from encoders.control_pictures import add_controls
 from modules.errors import CheckpointError
+from protocols.data import CONTROL_PIXELS, CacheEntry, MediaBatch
+from protocols.loading import Placement
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.lllite_learning import describe_lllite, make_lllite
 from stable_diffusion.lllite_modules import Lllite, plan_lllite

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError
-from networks.added import AddedPart
+from networks.gated_loras import AddedPart
 from networks.kinds.oft_rotation import turned_weight, turns
 from stable_diffusion.contract import SD1, Model
 from stable_diffusion.loras import ChosenLoras, check_kind, read_networks

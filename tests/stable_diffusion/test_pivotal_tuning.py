@@ -15,10 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import Parameter
 
-from contract.loading import Placement
 from networks.options import NetworkOptions
 from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network
+from protocols.loading import Placement
 from stable_diffusion.towers import LearningTexts, TowerEncoder
 from tests.faults.messages import run_here, succeed_here
 from tests.stable_diffusion.test_inversion_training import (

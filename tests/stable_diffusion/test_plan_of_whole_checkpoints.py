@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from contract.data import SIZES
-from contract.loading import Placement
+from protocols.data import SIZES
+from protocols.loading import Placement
 from stable_diffusion import family as sd
 from stable_diffusion.sd1.options import Sd1FineTuningOptions
 from stable_diffusion.sdxl.options import SdxlFullTrainingOptions

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import Parameter, ParameterDict
 from transformers import CLIPTokenizer
 
-from contract.brought_words import find_words
 from modules.errors import CheckpointError
+from protocols.bundled_embeddings import find_words
 from stable_diffusion.assembling import list_cross_attentions
 from stable_diffusion.contract import ImageSettings, RequestedImage
 from stable_diffusion.making import ImageGenerator

@@ -11,13 +11,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from contract.loading import Placement
 from modules.compile_options import Compilation
 from modules.errors import OptionError
 from modules.private_torch import dynamo
-from running.compile import check_compilation, compile_blocks
-from running.dressing import Checkpointing, dress
-from running.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host
+from protocols.loading import Placement
+from runtime.compile import check_compilation, compile_blocks
+from runtime.network_setup import Checkpointing, dress
+from runtime.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host
 from stable_diffusion.family import StableDiffusion
 from tests.stable_diffusion.test_training_step import make_batch, make_family
 

@@ -13,11 +13,11 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from contract.data import SIZES, Batch
-from contract.loading import Placement
-from contract.requests import Prompt
 from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network
+from protocols.data import SIZES, Batch
+from protocols.loading import Placement
+from protocols.requests import Prompt
 from stable_diffusion.contract import SD1, SD2, SDXL
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.noise import VariedNoise, make_noise_spec, read_betas

@@ -18,8 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from contract.requests import Prompt
-from contract.whole import LearningParts
+from protocols.full_model import LearningParts
+from protocols.requests import Prompt
 from stable_diffusion.contract import SD1, SDXL
 from stable_diffusion.files import Marks
 from stable_diffusion.tokenizers import CLIP_L

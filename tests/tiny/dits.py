@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from anima.model import AnimaModel
-from contract.family import DitSpec
 from fibo_2.configs import STATES
 from fibo_2.model import Fibo2Model
 from flux.model import FluxModel
@@ -24,6 +23,7 @@ from ltx_2.model import LtxModel
 from lumina.model import LuminaModel
 from moss_image.model import MossImageModel
 from networks.lora_network import OwnNetwork
+from protocols.family import DitSpec
 from qwen_image.model import QwenImageModel
 from qwen_image_21.model import QwenImage21Model
 from tests.ltx_2.tiny_dit import DIT_CONFIGS, dit_inputs, dit_state

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from post.faces.retinaface import SIZES, RetinaFace, RetinaFaceConfig
-from post.faces.retinaface_bodies import MobileNetConfig, ResNetConfig
+from postprocessing.faces.retinaface import SIZES, RetinaFace, RetinaFaceConfig
+from postprocessing.faces.retinaface_bodies import MobileNetConfig, ResNetConfig
 from tests.tiny.dit_files import write_tensors
 
 MOBILE = RetinaFaceConfig(MobileNetConfig(((4, 4, 6, 6, 8, 8), (8,) * 6, (8, 8))), 8)

@@ -5,12 +5,12 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from post.interpolation.flowformer import FlowDecoderConfig, FlowFormer, FlowFormerConfig
-from post.interpolation.flowformer_memory import MemoryConfig
-from post.interpolation.motion import GimmConfig, GimmVfi, Interpolation, MotionConfig
-from post.interpolation.raft import Raft, RaftConfig
-from post.interpolation.synthesis import RefinementConfig, SynthesisConfig, UpdateConfig
-from post.interpolation.twins import StageConfig
+from postprocessing.interpolation.flowformer import FlowDecoderConfig, FlowFormer, FlowFormerConfig
+from postprocessing.interpolation.flowformer_memory import MemoryConfig
+from postprocessing.interpolation.motion import GimmConfig, GimmVfi, Interpolation, MotionConfig
+from postprocessing.interpolation.raft import Raft, RaftConfig
+from postprocessing.interpolation.synthesis import RefinementConfig, SynthesisConfig, UpdateConfig
+from postprocessing.interpolation.twins import StageConfig
 from tests.tiny.dit_files import write_tensors
 
 RAFT = RaftConfig(

@@ -5,9 +5,17 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from post.faces.codeformer import CONV, NORM, RES, RESIZE, CodeFormer, CodeFormerBlock, CodeFormerConfig
-from post.faces.gfpgan import Gfpgan, GfpganConfig
-from post.faces.restorers import ParseNet, ParseNetConfig
+from postprocessing.faces.codeformer import (
+    CONV,
+    NORM,
+    RES,
+    RESIZE,
+    CodeFormer,
+    CodeFormerBlock,
+    CodeFormerConfig,
+)
+from postprocessing.faces.gfpgan import Gfpgan, GfpganConfig
+from postprocessing.faces.restorers import ParseNet, ParseNetConfig
 from tests.golden_cases import make_weights
 from tests.tiny.dit_files import write_tensors
 

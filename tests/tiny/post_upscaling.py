@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from post.upscaling.rrdb import CompactConfig, CompactNet, RrdbConfig, RRDBNet
-from post.upscaling.swinir import SwinIR, SwinirConfig
+from postprocessing.upscaling.rrdb import CompactConfig, CompactNet, RrdbConfig, RRDBNet
+from postprocessing.upscaling.swinir import SwinIR, SwinirConfig
 from tests.tiny.dit_files import write_tensors
 
 SWINIR = SwinirConfig(

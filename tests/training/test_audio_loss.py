@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.data import HAS_AUDIO, SOUND, Batch, Conditions, Joint
-from contract.family import FLOW, NoiseSpec
-from contract.rules import AUDIO_STREAM, IMAGE_STREAM, AudioLearning, ShiftedLogit
-from contract.steps import NO_OVERRIDES, Overrides
+from protocols.data import HAS_AUDIO, SOUND, Batch, Conditions, Joint
+from protocols.family import FLOW, NoiseSpec
+from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, AudioLearning, ShiftedLogit
+from protocols.steps import NO_OVERRIDES, Overrides
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw

@@ -9,8 +9,6 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from contract.data import Batch
-from contract.rules import CountTokens, NpzFormat, TokenCount
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.items import TrainingItem
 from dataset.batches.order import split_validation
@@ -21,6 +19,8 @@ from dataset.table import DatasetConfig
 from modules.errors import DatasetError, OptionError
 from modules.installation import RUN_CHECKS, RUN_GOES_ON
 from modules.options import NoOptions
+from protocols.data import Batch
+from protocols.rules import CountTokens, NpzFormat, TokenCount
 from tests.dataset.toy_family import options as caching_options
 from tests.training.toy import ToyTextEncoder, same
 from tests.training.toy_images import LATENT, ImageFamily

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from contract.data import LOSS_MASK
-from contract.family import NoiseSpec
 from dataset.cache.records import TextRecord, record_metadata
 from dataset.cache_files import checksum, read_entry, write_tensors
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.config import load_dataset_config
 from modules.errors import OptionError
 from modules.options import read_options
+from protocols.data import LOSS_MASK
+from protocols.family import NoiseSpec
 from tests.dataset.toy_family import options as caching_options
 from tests.faults.messages import run_here, succeed_here
 from tests.tiny.families import FAMILIES, TinyFamily

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from contract.family import TextEncoder
 from modules.errors import MediaError
+from protocols.family import TextEncoder
 from tests.tiny.families import FAMILIES, TinyFamily
 from tests.tiny.runs import TinyProject, make_project
 from tests.training import test_processes

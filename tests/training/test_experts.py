@@ -11,13 +11,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from contract.families import HIGH_NOISE, LOW_NOISE
-from contract.loading import Placement
-from contract.rules import Expert
 from modules.errors import OptionError
 from networks.adapter import make_network
 from networks.options import NetworkOptions
-from running.offload.turns import HostCopy
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.loading import Placement
+from protocols.rules import Expert
+from runtime.offload.turns import HostCopy
 from tests.modules.fake_device import FakeDevice
 from tests.run_pages import read_run_page
 from tests.running.offload.test_turns import taking_turns

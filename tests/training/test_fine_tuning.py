@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from contract.loading import Placement
 from modules.errors import OptionError
+from protocols.loading import Placement
 from tests.training import toy
 from tests.training.optimizers.test_lr_schedule import Descent
 from training.optimizers.stepping import ALONE, ParameterSteps, stochastic_bfloat16

@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.loading import Placement
 from flux import options as flux
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
@@ -26,6 +25,7 @@ from lumina import options as lumina
 from modules.errors import OptionError
 from modules.options import NoOptions, option
 from networks.module_names import read_family
+from protocols.loading import Placement
 from qwen_image.family import QwenImage
 from qwen_image.files import VERSIONS, QwenImageFiles
 from tests.training.toy import metadata_of, same

@@ -16,11 +16,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from contract.data import SIZES, Batch
-from contract.loading import Placement
 from modules.errors import OptionError
 from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network
+from protocols.data import SIZES, Batch
+from protocols.loading import Placement
 from stable_diffusion.noise import make_noise_spec
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_training_step import CPU, make_family

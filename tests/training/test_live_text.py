@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from modules.errors import OptionError
-from running.planning.dry_run import NETWORK, TEXTS, largest, round_up_bytes
+from runtime.planning.dry_run import NETWORK, TEXTS, largest, round_up_bytes
 from tests.training.toy import same, write_prompts
 from tests.training.toy_images import (
     TextFamily,

@@ -10,9 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.data import Batch, Conditions
-from contract.family import NoiseSpec
-from contract.loading import Placement
 from dataset.batches.finding import find_items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
@@ -20,6 +17,9 @@ from dataset.config import load_dataset_config
 from modules.errors import CacheError, MemoryPlanError, OptionError, OutputError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
+from protocols.data import Batch, Conditions
+from protocols.family import NoiseSpec
+from protocols.loading import Placement
 from tests.dataset.making import make_image
 from tests.training import toy
 from training.data.feed import BatchSources, Feed, Packed, Randomness, draw_given_frames

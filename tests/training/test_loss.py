@@ -13,15 +13,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
-from contract.family import FLOW, NoiseSpec
-from contract.steps import NO_OVERRIDES, Overrides
 from dataset.batches.finding import find_items
 from dataset.batches.order import split_validation
 from dataset.config import load_dataset_config
 from modules.errors import DatasetError
 from modules.options import read_options
 from modules.parser import add_options
+from protocols.data import CAPTION, FIRST_FRAME, LOSS_MASK, Batch
+from protocols.family import FLOW, NoiseSpec
+from protocols.steps import NO_OVERRIDES, Overrides
 from tests.golden_cases import read_case
 from tests.training.toy import LATENT, ToyFamily, record_encoders, toy_options, train_toy, write_caches
 from training.features.contract import KEPT

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from contract.family import Abilities
 from modules.errors import CheckpointError, OptionError
 from modules.options import NO_OPTIONS, read_options
-from running.offload.block_swap import swap_of
+from protocols.family import Abilities
+from runtime.offload.block_swap import swap_of
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import CASES, gradients, learner
 from tests.training import toy

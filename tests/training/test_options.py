@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from contract.family import FLOW, NoiseSpec
 from frame_pack.options import FramePackTrainingOptions
 from hunyuan_model.options import HunyuanTrainingOptions
 from modules.errors import OptionError, UserError
@@ -13,6 +12,7 @@ from modules.installation import import_own
 from modules.options import info_of, read_options
 from modules.parser import add_options
 from modules.script_options import parse_options
+from protocols.family import FLOW, NoiseSpec
 from tests.training.toy import toy_options
 from training.checks import list_unused_options
 from training.features.composing import options_by_expert

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
-from contract.family import Abilities
-from contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
+from protocols.family import Abilities
+from protocols.loading import Placement
 from tests.training import toy
 from tests.training.test_speed import KINDS, write_file
 from tests.training.test_targets import Step, write_project
-from training.other_families import OtherFamilies
+from training.other_models import OtherFamilies
 from training.run import prepare_run
 from training.targets.passes import loss_passes
 from training.training_run import TrainingRun

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.data import LOSS_MASK, Batch
-from contract.family import Abilities, DitSpec
 from modules.errors import OptionError
+from protocols.data import LOSS_MASK, Batch
+from protocols.family import Abilities, DitSpec
 from training.features.tread import TreadOptions, check_tread
 from training.features.tread_routes import select_places
 from training.loss import MASK, NoisyBatch

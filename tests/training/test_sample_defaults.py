@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from blissful_tuner.metadata import output_metadata
-from contract.families import FAMILIES as ENTRIES
-from contract.requests import Prepared
 from fibo_2.captions import NULL
 from generation.request import prepare_line
 from krea2.family import family_for_samples
+from protocols.families import FAMILIES as ENTRIES
+from protocols.requests import Prepared
 from tests.tiny.families import FAMILIES, OUTPUT, family_called
 from tests.tiny.flux import write_tiny_flux
 from tests.tiny.krea2 import tiny_state, write_dit
 from tests.tiny.project import write_clips, write_image
-from training.following import say_sample
 from training.image_options import read_image_training
+from training.next_commands import say_sample
 from training.options import TrainedNetworkOptions, read_training
 from training.samples import read_requests, sample_values, warn_of_unused
 

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from blissful_tuner.taehv import TaehvConfig
-from contract.loading import Placement
 from generation.prompt_lines import EMBEDDED_GENERATION_OPTIONS, parse_generation_line
 from generation.request import make_request
 from generation.script_options import RequestOptions
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, read_tags, video_info
+from protocols.loading import Placement
 from tests.sound_family import generate_with_audio, tiny_audio_family
 from tests.tiny.taehv import write_taehv
 from tests.tiny.wan import write_tiny_wan

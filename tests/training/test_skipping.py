@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from checkpoints.writing import save_tensors
-from contract.loading import Placement
 from dataset.batches.finding import find_items
 from dataset.batches.order import BatchOrder
 from dataset.batches.reading import read_batch
@@ -23,6 +22,7 @@ from dataset.config import load_dataset_config
 from modules.errors import OptionError, UserError
 from modules.flow.schedule import add_noise
 from networks.adapter import make_network
+from protocols.loading import Placement
 from tests.commands import run_in_processes
 from tests.run_pages import read_run_page
 from tests.tiny.families import FAMILIES, TinyFamily

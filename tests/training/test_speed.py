@@ -8,12 +8,12 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
 
-from contract.loading import Placement
 from modules.errors import CheckpointError, OptionError
-from networks.added import add_loras
 from networks.apply import LoraPatch
+from networks.gated_loras import add_loras
 from networks.loading import LoraUse, read_lora
 from networks.multipliers import split_multiplier
+from protocols.loading import Placement
 from tests.training import toy
 from tests.training.test_resume import EVERYTHING
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import mse_loss
 
-from contract.data import FIRST_FRAME, HAS_AUDIO, Batch
+from protocols.data import FIRST_FRAME, HAS_AUDIO, Batch
 from tests.training import toy
 from training.features.blank_prior import blank_pass
 from training.features.contract import KEPT

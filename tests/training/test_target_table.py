@@ -13,12 +13,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from contract.data import HAS_AUDIO, SOUND, Batch, Conditions
-from contract.family import Abilities
-from contract.steps import NO_OVERRIDES, Overrides
 from modules.errors import OptionError
 from modules.options import Options
-from running.run_blocks import runner_of
+from protocols.data import HAS_AUDIO, SOUND, Batch, Conditions
+from protocols.family import Abilities
+from protocols.steps import NO_OVERRIDES, Overrides
+from runtime.run_blocks import runner_of
 from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass

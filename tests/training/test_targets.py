@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, mse_loss
 
 from checkpoints.writing import save_tensors
-from contract.data import LOSS_MASK
 from dataset.cache_files import write_tensors
 from modules.errors import CacheError, OptionError
+from protocols.data import LOSS_MASK
 from tests.training import toy
 from training.features.teacher_errors import Split, split_errors
 from training.loss import NoisyBatch

@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.family import FLOW, NoiseSpec
-from contract.rules import Expert
 from modules.errors import OptionError
+from protocols.family import FLOW, NoiseSpec
+from protocols.rules import Expert
 from tests.training import toy
 from tests.training.data.test_timesteps import IMAGE_NOISE, TWO, drawn, options
 from training.data.timesteps import draw, shares_of_uniform

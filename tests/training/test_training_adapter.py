@@ -12,17 +12,17 @@ from torch import Tensor
 
 from checkpoints.file_hashes import name_base
 from checkpoints.writing import save_tensors
-from contract.family import Abilities
-from contract.few_steps import FewSteps
-from contract.loading import Placement
 from flux.family import Flux, FluxFiles
 from flux_2.family import Flux2
 from flux_2.files import Flux2Files
 from modules.errors import OptionError
-from networks.added import add_loras
 from networks.apply import LoraPatch
+from networks.gated_loras import add_loras
 from networks.loading import LoraUse, read_lora
 from networks.names.layouts import MADE_FOR, TRAINED_EXPERT
+from protocols.family import Abilities
+from protocols.few_steps import FewSteps
+from protocols.loading import Placement
 from stable_diffusion.family import StableDiffusion
 from stable_diffusion.training_files import TrainingFiles
 from tests.tiny import flux as tiny_flux

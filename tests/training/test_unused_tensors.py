@@ -12,8 +12,8 @@ from torch import Tensor
 
 from checkpoints.dits import DitFormat, bare_names
 from checkpoints.opening import open_checkpoint
-from contract.families import with_scripts
-from contract.loading import Placement
+from protocols.families import with_scripts
+from protocols.loading import Placement
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily
 from tests.tiny.further_families import FURTHER

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from contract.rules import ModelRelease
 from modules.errors import OptionError
+from protocols.rules import ModelRelease
 from tests.training.toy import metadata_of, toy_options, train_toy, write_caches
 from training.features.uploads_hub import Uploads, download_state, make_uploads, may_replace, write_card
 from training.features.uploads_options import UploadOptions

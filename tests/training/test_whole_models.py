@@ -10,13 +10,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from checkpoints.opening import open_checkpoint
-from contract.families import FAMILIES as FAMILIES_BY_NAME
 from flux.options import TRAINER, FluxFullTrainingOptions, join_swapped
 from krea2.files import find_release
 from minimax_h3.dit_checkpoints import STACKED, read_header
 from minimax_h3.options import LAYOUT_KEY
 from modules.atomic_write import SPARE_BYTES
 from modules.errors import OutputError
+from protocols.families import FAMILIES as FAMILIES_BY_NAME
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import FAMILIES, OUTPUT, TinyFamily, family_called
 from tests.tiny.further_families import FURTHER

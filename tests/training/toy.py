@@ -13,9 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.writing import save_tensors
-from contract.data import CAPTION, Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
-from contract.families import HIGH_NOISE, LOW_NOISE
-from contract.family import (
+from dataset.cache.records import TextRecord, record_metadata
+from dataset.cache_files import checksum, read_entry, write_tensors
+from modules.errors import OptionError
+from modules.options import NO_OPTIONS, read_options
+from modules.parser import add_options
+from protocols.data import CAPTION, Batch, Conditions, LatentSpec, MediaEncoders, SamplingDefaults
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.family import (
     FLOW,
     Abilities,
     DitSpec,
@@ -26,18 +31,13 @@ from contract.family import (
     TextEncoder,
     Trains,
 )
-from contract.loading import Placement
-from contract.requests import Prepared, Prompt, Request, settle, size_of
-from contract.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
-from contract.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from dataset.cache.records import TextRecord, record_metadata
-from dataset.cache_files import checksum, read_entry, write_tensors
-from modules.errors import OptionError
-from modules.options import NO_OPTIONS, read_options
-from modules.parser import add_options
+from protocols.loading import Placement
+from protocols.requests import Prepared, Prompt, Request, settle, size_of
+from protocols.rules import ONE_EXPERT, CountTokens, Expert, ModelRelease, ReferenceRules, TokenCount
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
 from training.features.composing import options_by_expert
-from training.following import TrainingCommand
 from training.learning_options import ExpertTrainingOptions, FullDitOptions
+from training.next_commands import TrainingCommand
 from training.options import (
     TrainedNetworkOptions,
     TrainingOptions,

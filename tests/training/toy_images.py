@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from checkpoints.writing import save_tensors
-from contract.data import (
+from modules.options import NoOptions
+from protocols.data import (
     Batch,
     CacheEntry,
     Conditions,
@@ -21,12 +22,11 @@ from contract.data import (
     MediaTable,
     SamplingDefaults,
 )
-from contract.family import Caches, DitSpec, EncoderAbilities, NoiseSpec, TextEncoder, Trains
-from contract.loading import Placement
-from contract.requests import Prompt
-from contract.rules import CountTokens, TokenCount
-from contract.steps import NO_OVERRIDES, Overrides
-from modules.options import NoOptions
+from protocols.family import Caches, DitSpec, EncoderAbilities, NoiseSpec, TextEncoder, Trains
+from protocols.loading import Placement
+from protocols.requests import Prompt
+from protocols.rules import CountTokens, TokenCount
+from protocols.steps import NO_OVERRIDES, Overrides
 from tests.training.toy import WIDTH, ToyBlock, ToyDit, ToyFamily
 from training.image_options import ImageTrainerDefaults, read_image_training
 from training.options import TrainingOptions

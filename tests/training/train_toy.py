@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path[0] = str(Path(__file__).resolve().parent.parent.parent)
 
-from contract.rules import ONE_EXPERT  # noqa: E402  # found from here on
+from protocols.rules import ONE_EXPERT  # noqa: E402  # found from here on
 from tests.training.toy import TWO_EXPERTS, ToyFamily, toy_options  # noqa: E402
 from training.run import train_network  # noqa: E402
 

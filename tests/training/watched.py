@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from contract.data import MediaEncoders
+from protocols.data import MediaEncoders
 
 
 class Watched:

@@ -13,9 +13,9 @@ from torch import Tensor
 import wan_cache_latents
 import wan_cache_text_encoder_outputs
 import wan_train_network
-from contract.requests import Request
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
 from modules.media.reading import read_image
+from protocols.requests import Request
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.project import write_clips, write_dataset
 from tests.tiny.wan import write_tiny_wan

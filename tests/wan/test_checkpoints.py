@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from checkpoints.model_files import read_once
-from contract.loading import Placement
 from modules.errors import CheckpointError
+from protocols.loading import Placement
 from tests.manifests import TensorList, manifest_names, tensor_list, write_hollow
 from tests.tiny.wan_dit import tiny_state, write_dit
 from wan.checkpoints import check_task, identify, load_dit, note_task, read_dit_header

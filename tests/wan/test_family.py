@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from checkpoints import filling
-from contract.data import Batch, MediaTable
-from contract.families import HIGH_NOISE, LOW_NOISE
-from contract.loading import Placement
-from contract.requests import Request
-from contract.rules import expert_of_file
 from generation.options import read_generation
 from modules.errors import CacheError, CheckpointError, DatasetError, OptionError
+from protocols.data import Batch, MediaTable
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.loading import Placement
+from protocols.requests import Request
+from protocols.rules import expert_of_file
 from tests.tiny.project import write_image
 from tests.tiny.wan import write_tiny_wan
 from tests.tiny.wan_dit import tiny_state, write_dit

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from blissful_tuner.guidance import make_guidance
 from blissful_tuner.guidance_formulas import NormalizedGuidance
 from blissful_tuner.options import PLAIN_GUIDANCE
-from contract.data import Conditions
-from contract.requests import Request
-from contract.steps import Away, Overrides, Section, StepDone
 from generation.denoise import SeededNoise, denoise
 from generation.prompt_lines import SOLVERS
 from modules.flow.solvers import solver_for
 from modules.speed_options import AttentionChoice
-from running.offload.checkpointing import checkpoint_blocks, compute_in_pieces
+from protocols.data import Conditions
+from protocols.requests import Request
+from protocols.steps import Away, Overrides, Section, StepDone
+from runtime.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
 from tests.preparing import prepare

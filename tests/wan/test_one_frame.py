@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.data import PLACES, Batch, MediaTable
 from modules.errors import CacheError, DatasetError
+from protocols.data import PLACES, Batch, MediaTable
 from tests.tiny.wan_dit import CONFIGS
 from wan.configs import TASKS
 from wan.one_frame import batch_conditions, check_table, order_frames

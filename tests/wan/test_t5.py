@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from contract.requests import Prompt
 from encoders.t5_network import T5Network, load_t5, relative_bucket
+from protocols.requests import Prompt
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import T5_FILE, TEXT_DIM, t5_config, t5_tensors, write_tokenizer
 from wan.t5 import TOKENIZER, UMT5, WanTextEncoder, clean_spans, clean_text

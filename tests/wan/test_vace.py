@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from checkpoints.model_files import read_once
-from contract.requests import Request
 from generation.options import read_generation
 from modules.errors import CheckpointError, OptionError
-from running.offload.block_swap import swap_blocks, swap_of
-from running.offload.swap_plan import HostWeights, SwapPlan
+from protocols.requests import Request
+from runtime.offload.block_swap import swap_blocks, swap_of
+from runtime.offload.swap_plan import HostWeights, SwapPlan
 from tests.faults.messages import assert_one_message, run_here
 from tests.tiny.dits import dit_called
 from tests.tiny.wan import write_tiny_wan

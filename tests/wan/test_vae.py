@@ -14,7 +14,7 @@ from torch import Tensor
 
 from encoders.tiles import tiles
 from modules.errors import CheckpointError
-from running.planning.dry_run import dry_run, largest, place
+from runtime.planning.dry_run import dry_run, largest, place
 from tests.golden_cases import make_weights, read_case
 from tests.tiny.wan_encoders import (
     vae22_config,

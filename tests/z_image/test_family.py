@@ -12,12 +12,12 @@ import zimage_generate_image
 from blissful_tuner.guidance import guidance_scales, plan_steps
 from blissful_tuner.guidance_formulas import NEGATIVE
 from blissful_tuner.options import PLAIN_GUIDANCE
-from contract.data import Batch
-from contract.loading import Placement
-from contract.requests import Prepared, Request
 from modules.errors import CacheError, CheckpointError, OptionError
 from modules.flow.solvers import solver_for
 from modules.speed_options import AttentionChoice
+from protocols.data import Batch
+from protocols.loading import Placement
+from protocols.requests import Prepared, Request
 from tests.tiny.z_image import write_tiny_z_image
 from z_image.family import ZImage, ZImageFiles
 

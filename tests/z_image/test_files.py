@@ -7,9 +7,9 @@ import pytest
 import torch
 from diffusers import ZImageControlNetModel, ZImageTransformer2DModel
 
-from contract.loading import Placement
 from modules.errors import CheckpointError
 from modules.speed_options import Quantization
+from protocols.loading import Placement
 from tests.manifests import write_hollow
 from tests.tiny.z_image import CONFIG, comfy_state, tiny_state, write_dit
 from z_image.files import load_dit

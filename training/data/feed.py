@@ -22,9 +22,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from contract.data import HAS_AUDIO, SOUND, Batch, Conditions, LatentSpec
-from contract.family import FLOW, NoiseSpec
-from contract.rules import AUDIO_STREAM, IMAGE_STREAM, ONE_EXPERT, AudioLearning, Expert
 from dataset.batches.checks import SameEncoders
 from dataset.batches.items import LiveTables, TrainingItem
 from dataset.batches.order import (
@@ -41,6 +38,9 @@ from dataset.cache.store import Stores
 from modules.devices import pin
 from modules.errors import UserError
 from modules.seeds import derive_seed
+from protocols.data import HAS_AUDIO, SOUND, Batch, Conditions, LatentSpec
+from protocols.family import FLOW, NoiseSpec
+from protocols.rules import AUDIO_STREAM, IMAGE_STREAM, ONE_EXPERT, AudioLearning, Expert
 from training.data.timesteps import Timesteps, draw, loss_weights, times_of_audio
 from training.loss import NoisyAudio, NoisyBatch
 from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions

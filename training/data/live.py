@@ -12,12 +12,12 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
-from contract.data import Batch, Conditions
-from contract.family import LearningEncoder, TextEncoder, can_divide
-from contract.loading import BlockPlace
-from contract.requests import Prompt, Prompts
-from contract.steps import EncodedPrompts
-from running.offload.joining import take_turns
+from protocols.data import Batch, Conditions
+from protocols.family import LearningEncoder, TextEncoder, can_divide
+from protocols.loading import BlockPlace
+from protocols.requests import Prompt, Prompts
+from protocols.steps import EncodedPrompts
+from runtime.offload.joining import take_turns
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,11 @@ A micro-batch is of one group of tables (one table, or the subsets of a dataset)
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from contract.family import Family, NoiseSpec
-from contract.rules import ONE_EXPERT, Expert
 from dataset.table import DatasetTable
 from dataset.timestep_keys import SHIFT_KEY, TIMESTEP_KEYS
 from modules.errors import DatasetError, OptionError
+from protocols.family import Family, NoiseSpec
+from protocols.rules import ONE_EXPERT, Expert
 from training.data.timesteps import check_reaches, is_reached
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from contract.family import FLOW, NoiseSpec
-from contract.rules import ONE_EXPERT, CutLogit, Expert, ShiftedLogit, expert_at
 from modules.errors import OptionError
 from modules.flow.schedule import shift_sigmas, size_shift
 from modules.seeds import derive_seed
+from protocols.family import FLOW, NoiseSpec
+from protocols.rules import ONE_EXPERT, CutLogit, Expert, ShiftedLogit, expert_at
 from training.noise_options import (
     CUT_LOGIT,
     IDEOGRAM_SCALE,

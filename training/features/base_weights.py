@@ -8,17 +8,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from contract.families import HIGH_NOISE
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, HABIT_OF_NAMES, Options, option
 from networks.use_options import AUTO, lora_rounding_option, multipliers_for, require_loras
+from protocols.families import HIGH_NOISE
 from training.features.contract import AT_NETWORK, Feature, FeatureOptions
 from training.features.hooks import MergedLoras
 from training.learning_options import MERGED_BEFORE
 
 if TYPE_CHECKING:
-    from contract.family import Family
-    from contract.rules import Expert
+    from protocols.family import Family
+    from protocols.rules import Expert
     from training.features.hooks import JoinedRun
 
 

@@ -13,8 +13,8 @@ from training.features.hooks import JoinedRun, RunEnd
 from training.features.step_targets import StepTarget
 
 if TYPE_CHECKING:
-    from contract.family import Described
     from dataset.table import DatasetTable
+    from protocols.family import Described
     from training.features.hooks import OptionsOfRun
 
 logger = logging.getLogger(__name__)

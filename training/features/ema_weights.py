@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from modules.errors import OptionError
 from modules.private_torch import lerp_each
-from running.offload.block_swap import resolve_all
-from running.offload.sharding import as_split
+from runtime.offload.block_swap import resolve_all
+from runtime.offload.sharding import as_split
 from training.optimizers.optimizer import find_averaging
 from training.saving.states import AVERAGE, SavedState
 from training.trainable import Trainable

@@ -1,7 +1,7 @@
 """Learn the vectors of a new word together with a LoRA (pivotal tuning): --train_embedding.
 
 The model gets text encoders with rows for the word; `embedding_rows.py` makes these rows and lets them learn.
-They are saved in the LoRA's file, as `contract/brought_words.py` names them.
+They are saved in the LoRA's file, as `protocols/bundled_embeddings.py` names them.
 """
 
 from collections.abc import Sequence
@@ -9,16 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
-from contract.new_words import MAX_VECTORS, WordFlags, WordToLearn, find_error
 from modules.console import count_of
 from modules.errors import OptionError
 from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
+from protocols.new_tokens import MAX_VECTORS, WordFlags, WordToLearn, find_error
 from training.features.contract import AT_NETWORK, LIVE_TEXTS, Feature, FeatureOptions, given_values
 from training.learning_options import LARGEST_RATE
 
 if TYPE_CHECKING:
-    from contract.family import Family
-    from contract.made_networks import MadeNetwork
+    from protocols.family import Family
+    from protocols.family_networks import MadeNetwork
     from training.features.hooks import JoinedRun
 
 FLAGS = WordFlags(
@@ -127,7 +127,7 @@ class EmbeddingOptions(
 
 def _teach(word: WordToLearn, family: "Family") -> "Family":
     """Return the model with embedding rows for the word. Raises OptionError if it trains no LoRA."""
-    from contract.made_networks import made_network_of  # torch: only with a word
+    from protocols.family_networks import made_network_of  # torch: only with a word
 
     made = made_network_of(family)
     if made is not None:

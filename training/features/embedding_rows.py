@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
-from contract.brought_words import bundle_word, word_of
-from contract.made_networks import MadeNetwork
-from contract.new_words import WordToLearn
 from modules.seeds import derive_seed
+from protocols.bundled_embeddings import bundle_word, word_of
+from protocols.family_networks import MadeNetwork
+from protocols.new_tokens import WordToLearn
 from training.trainable import Trainable, WrittenFile
 
 logger = logging.getLogger(__name__)

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from contract.data import Conditions
-from contract.family import Family, TextEncoder
-from contract.requests import Prompt
 from generation.denoise import conditions_to
 from modules.devices import free_memory
+from protocols.data import Conditions
+from protocols.family import Family, TextEncoder
+from protocols.requests import Prompt
 
 CPU = torch.device("cpu")
 

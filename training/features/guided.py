@@ -13,7 +13,7 @@ from training.features.step_targets import StepPasses, StepTarget
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from contract.family import Family
+    from protocols.family import Family
     from training.features.hooks import JoinedRun
     from training.loss import NoisyBatch
     from training.targets.passes import TargetComparison, TrainingPasses
@@ -112,7 +112,7 @@ def _above(levels: Sequence[float], lowest: float, keeps: Sequence[bool]) -> lis
 
 
 def _check(options: GuidedTargetOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import trains_audio  # loads torch, which --help does not need
+    from protocols.family import trains_audio  # loads torch, which --help does not need
 
     if options.guided_target_sound is not None and not trains_audio(family):
         raise OptionError(

@@ -19,25 +19,25 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
 
-    from contract.data import MediaEncoders
-    from contract.family import Caches, Described, Family
-    from contract.rules import Expert
     from dataset.batches.items import TrainingItem
     from dataset.options import CachingInRunOptions
     from dataset.sources.decoding import DecodedMedia
     from dataset.subset_options import SubsetOptions
     from dataset.table import DatasetConfig, DatasetTable
-    from networks.added import AddedLoras
+    from networks.gated_loras import AddedLoras
     from networks.loading import LoraUse
     from networks.options import NetworkOptions
-    from running.options import TrainingSpeedOptions
-    from running.ways.contract import FurtherModel
+    from protocols.data import MediaEncoders
+    from protocols.family import Caches, Described, Family
+    from protocols.rules import Expert
+    from runtime.options import TrainingSpeedOptions
+    from runtime.ways.contract import FurtherModel
     from training.data.feed import BatchSources, Randomness
     from training.data.live import LiveTexts
     from training.learning_options import FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
-    from training.other_families import OtherFamilies
+    from training.other_models import OtherFamilies
     from training.reports.logs import Recorder
     from training.run_options import LogOptions, LoopOptions, SampleOptions
     from training.saving.files import Publisher

@@ -15,9 +15,9 @@ from training.features.contract import AT_NOISE, LIVE_MEDIA, Feature, FeatureOpt
 if TYPE_CHECKING:
     import torch
 
-    from contract.data import MediaEncoders
-    from contract.family import Caches, Described, Family
     from dataset.sources.decoding import DecodedMedia
+    from protocols.data import MediaEncoders
+    from protocols.family import Caches, Described, Family
     from training.features.hooks import JoinedRun
 
 SWITCH = "--train_inpainting"
@@ -95,10 +95,10 @@ def add_inputs(
 
     import torch  # not needed for --help, as what follows
 
-    from contract.data import LOSS_MASK
     from modules.media.pixels import to_pixels
     from modules.media.random_masks import draw_mask
     from modules.seeds import derive_seed
+    from protocols.data import LOSS_MASK
     from training.data.feed import seed_generator
 
     assert _can_inpaint(family)  # `_prepare` has seen to that
@@ -121,7 +121,7 @@ def add_inputs(
 
 def _prepare(family: "Family") -> "Family":
     """Return the model as one that inpaints. Raises OptionError if this script cannot train it."""
-    from contract.made_networks import made_network_of  # torch: only with this feature
+    from protocols.family_networks import made_network_of  # torch: only with this feature
 
     if not _can_inpaint(family):
         raise OptionError(

@@ -26,8 +26,8 @@ from training.features.leco_options import LecoOptions
 from training.features.step_targets import StepPasses, StepTarget
 
 if TYPE_CHECKING:
-    from contract.family import Family
     from dataset.table import DatasetConfig
+    from protocols.family import Family
     from training.features.hooks import HookedModel, JoinedRun, PlannedRun
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class LecoProgress:
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
     """Return the model. Raises OptionError if it cannot learn from prompts in this way."""
-    from contract.made_networks import made_network_of  # torch: only with this feature
+    from protocols.family_networks import made_network_of  # torch: only with this feature
 
     made = made_network_of(family)
     if made is not None:

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from contract.data import SIZES, Conditions
-from contract.family import Family, NoiseSpec, Trains
 from modules.seeds import derive_seed
 from networks.rank_masks import set_levels
+from protocols.data import SIZES, Conditions
+from protocols.family import Family, NoiseSpec, Trains
 from training.data.feed import Randomness, seed_generator
 from training.data.live import stack_texts
 from training.features.encoded_captions import EncodedCaptions, encode_captions

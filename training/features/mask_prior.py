@@ -61,7 +61,7 @@ def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
     """Return whether any item for training has a loss mask. Reads headers only, up to the first mask."""
     if any(item.table.mask_directory is not None or item.table.alpha_mask for item in items):
         return True
-    from contract.data import LOSS_MASK  # torch: only with this target
+    from protocols.data import LOSS_MASK  # torch: only with this target
 
     for item in items:  # masks of lists are named line by line
         if item.kind.sizes is None and LOSS_MASK in stores.of(item.table).read(item.file_name, False).keys:

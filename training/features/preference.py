@@ -15,7 +15,7 @@ from training.features.step_targets import StepPasses, StepTarget
 from training.reports.shown_numbers import NumberChart, NumberTile
 
 if TYPE_CHECKING:
-    from contract.family import Family
+    from protocols.family import Family
     from training.features.hooks import JoinedRun, PlannedRun
 
 # numbers of each step, by their names in logs
@@ -53,7 +53,7 @@ class PreferenceOptions(FeatureOptions, title="preferences", at=AT_NETWORK, fact
 
 
 def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) -> None:
-    from contract.family import audio_of, trains_audio  # loads torch, which --help does not need
+    from protocols.family import audio_of, trains_audio  # loads torch, which --help does not need
 
     audio = audio_of(family)
     if audio is not None and (audio.is_alone or (trains_audio(family) and family.audio_learning.given)):

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from contract.data import HAS_AUDIO, REJECTED_LATENTS
 from dataset.batches.items import CachingCommands, TrainingItem
 from dataset.batches.reading import explain_no_rejected
 from dataset.cache.store import Stores
 from modules.errors import CacheError, DatasetError
+from protocols.data import HAS_AUDIO, REJECTED_LATENTS
 from training.features.hooks import Tally
 from training.loss import NoisyAudio, NoisyBatch
 from training.targets.passes import Streams, TrainingPasses, measure_plainly, velocity_of

@@ -12,8 +12,8 @@ from training.features.contract import AT_NOISE, Feature, FeatureOptions
 from training.noise_options import NOTHING
 
 if TYPE_CHECKING:
-    from contract.family import Family
     from dataset.table import DatasetTable
+    from protocols.family import Family
     from training.features.hooks import JoinedRun, OptionsOfRun
 
 

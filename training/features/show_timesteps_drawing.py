@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from contract.family import FLOW, NoiseSpec
-from contract.rules import ONE_EXPERT, Expert
 from dataset.table import DatasetTable
 from modules.atomic_write import write_bytes
 from modules.control_codes import escape_control_codes, shorten
 from modules.seeds import derive_seed
+from protocols.family import FLOW, NoiseSpec
+from protocols.rules import ONE_EXPERT, Expert
 from training.data.table_times import group_tables
 from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions

@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from contract.data import Batch, Conditions
-from contract.family import Family
+from protocols.data import Batch, Conditions
+from protocols.family import Family
 from training.data.live import stack_texts
 from training.features.encoded_captions import encode_captions
 from training.features.slider_file import Slider, SliderFile

@@ -8,19 +8,19 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
-from contract.inputs import INPUTS
 from modules.console import count_of
 from modules.errors import OptionError
-from running.ways.contract import FurtherModel
+from protocols.inputs import INPUTS
+from runtime.ways.contract import FurtherModel
 from training.features.contract import DROPPED_CAPTIONS, Feature, given_values
 from training.features.step_targets import StepPasses, StepTarget
 from training.features.teacher_options import BASE, OTHER_DIT, TeacherOptions
 
 if TYPE_CHECKING:
-    from contract.family import Family
+    from protocols.family import Family
     from training.data.live import LiveTexts
     from training.features.hooks import JoinedRun
-    from training.other_families import OtherFamilies
+    from training.other_models import OtherFamilies
 
 
 def _check(options: TeacherOptions, family: "Family", counts: Sequence[int]) -> None:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from contract.family import FLOW, NoiseSpec
-from contract.rules import ONE_EXPERT, Expert
+from protocols.family import FLOW, NoiseSpec
+from protocols.rules import ONE_EXPERT, Expert
 from training.data.timesteps import is_accepted, sample_shares, spread_evenly
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 

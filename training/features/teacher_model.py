@@ -8,18 +8,18 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, nn
 
-from contract.family import Family, Trains
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
+from protocols.family import Family, Trains
 from training.features.hooks import FrozenNetwork, HookedModel
 from training.features.teacher_options import TeacherOptions
 from training.features.teacher_passes import Teaching
 from training.loss import NoisyBatch
-from training.other_families import OtherFamilies, require_equal_shapes
+from training.other_models import OtherFamilies, require_equal_shapes
 from training.targets.passes import TrainingPasses
 
 if TYPE_CHECKING:  # only with LoRA files
-    from networks.added import AddedLoras
+    from networks.gated_loras import AddedLoras
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class OtherTeacher:
         self.teaching.teach = teacher.teach_change if self.options.teacher_delta else teacher.teach
 
     def _add_loras(self, network: FrozenNetwork) -> "AddedLoras":
-        from networks.added import add_loras  # only with such a teacher
+        from networks.gated_loras import add_loras  # only with such a teacher
         from networks.loading import read_use
 
         uses = [read_use(path, network.expert.name, multiplier) for path, multiplier in self.options.loras()]
@@ -158,8 +158,8 @@ def _check_loras(model: Family, options: TeacherOptions) -> None:
     """Raise CheckpointError if a file of --teacher_lora is not a LoRA, or not one for the teacher's model."""
     if not options.loras():
         return
-    from networks.added import reject_magnitudes  # only with LoRA files
     from networks.apply import check_loras_fit
+    from networks.gated_loras import reject_magnitudes  # only with LoRA files
     from networks.loading import read_use
 
     (expert,) = model.experts

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from contract.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from modules.errors import OptionError
 from modules.options import FREE, HABIT, option
 from networks.multipliers import files_with_multipliers
+from protocols.inputs import CLIP, FIRST_LAST, INPUTS, SUBJECT
 from training.features.contract import AT_NETWORK, FeatureOptions
 
 BASE, OTHER_DIT = "base", "dit"

@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from contract.data import FIRST_FRAME
-from contract.family import Trains
-from contract.steps import clean_share
 from modules.devices import numbers_on
+from protocols.data import FIRST_FRAME
+from protocols.family import Trains
+from protocols.steps import clean_share
 from training.data.feed import Randomness
 from training.data.timesteps import find_shift
 from training.features.hooks import JoinedRun

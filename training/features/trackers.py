@@ -10,9 +10,9 @@ from training.features.contract import Feature
 from training.features.trackers_options import NEEDS_FOLDER, TrackerOptions, check_trackers
 
 if TYPE_CHECKING:
-    from contract.family import Family
+    from protocols.family import Family
     from training.features.hooks import JoinedRun
-    from training.other_families import OtherFamilies
+    from training.other_models import OtherFamilies
 
 
 def _start(run: "JoinedRun") -> None:

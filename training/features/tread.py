@@ -16,7 +16,7 @@ from training.features.contract import AT_LOSS, Feature, FeatureOptions, given_v
 if TYPE_CHECKING:
     from torch import nn
 
-    from contract.family import Family
+    from protocols.family import Family
     from training.features.hooks import JoinedRun
     from training.loss import NoisyBatch
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from contract.steps import Overrides
-from running.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+from protocols.steps import Overrides
+from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 # from the sizes of a grid of image tokens to the places in it that take part, B K rising
 SelectPlaces = Callable[[tuple[int, ...]], Tensor]

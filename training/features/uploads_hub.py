@@ -18,10 +18,10 @@ from typing import Any
 
 import yaml
 
-from contract.families import HIGH_NOISE
-from contract.rules import ModelRelease
 from modules.control_codes import escape_control_codes
 from modules.errors import OptionError
+from protocols.families import HIGH_NOISE
+from protocols.rules import ModelRelease
 from training.features.uploads_options import UploadOptions
 from training.reports.history import AVERAGE
 from training.saving.files import PublishedRun

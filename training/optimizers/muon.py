@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from contract.family import DitSpec
+from protocols.family import DitSpec
 from training.trainable import Trainable
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz steps, by Jordan

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from contract.family import DitSpec
 from modules.command import did_you_mean
 from modules.console import quiet
 from modules.errors import CheckpointError, OptionError
 from modules.installation import EXTENSIONS, describe_missing, reject_standard_module
+from protocols.family import DitSpec
 from training.learning_options import OptimizerOptions
 from training.saving.states import plain_state
 from training.trainable import Trainable

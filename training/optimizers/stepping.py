@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from modules.errors import OptionError
 from modules.seeds import derive_seed
 from networks.adapter import TrainableNetwork
-from running.offload.sharding import gather_rows, rows_of
+from runtime.offload.sharding import gather_rows, rows_of
 from training.optimizers.optimizer import find_optimizer
 from training.processes import norm_of_gradients
 from training.steps import Progress

@@ -12,9 +12,6 @@ import torch
 from torch import nn
 
 from checkpoints.stored.forms import rehearsed
-from contract.data import LatentSpec
-from contract.family import Described, Family, Trains
-from contract.rules import AudioLearning
 from dataset.batches.finding import with_reference_sizes
 from dataset.batches.items import TrainingItem
 from dataset.batches.order import repeat_items
@@ -23,10 +20,13 @@ from dataset.table import DatasetTable
 from modules.console import quiet
 from modules.devices import gib
 from modules.options import override_options
-from running.options import SwapOptions
-from running.planning import dry_run as dry
-from running.planning import memory_plan
-from running.planning.device_memory import MemoryWatch, Room, host_room, room_on
+from protocols.data import LatentSpec
+from protocols.family import Described, Family, Trains
+from protocols.rules import AudioLearning
+from runtime.options import SwapOptions
+from runtime.planning import dry_run as dry
+from runtime.planning import memory_plan
+from runtime.planning.device_memory import MemoryWatch, Room, host_room, room_on
 from training.data.feed import BatchSources, Randomness
 from training.data.live import LiveTexts
 from training.experts import placement_of

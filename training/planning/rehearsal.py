@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from contract.family import Trains
 from dataset.table import DatasetTable
 from modules.devices import dtype_of
 from modules.private_torch import disable_modes
-from networks.added import add_loras
-from running.offload.checkpointing import recomputed_parts
-from running.planning import dry_run as dry
+from networks.gated_loras import add_loras
+from protocols.family import Trains
+from runtime.offload.checkpointing import recomputed_parts
+from runtime.planning import dry_run as dry
 from training.data.live import LiveTexts
 from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
 from training.features.composing import begin_run
@@ -194,7 +194,7 @@ def rehearse(
         dit: The network as loaded, on the meta device; do not use it afterwards.
         noisy_batch: Batch on the CPU.
         texts: Text encoders that run in each step, on the meta device too.
-        watch: See `running.planning.division`.
+        watch: See `runtime.planning.division`.
         tables: Tables of the dataset.
     """
     with dry.dry_run() as ledger:

@@ -6,13 +6,13 @@ from functools import partial
 
 import torch
 
-from contract.family import Family
 from dataset.table import DatasetTable
-from running.planning.device_memory import Room
-from running.planning.division import TokenCounter, divide_tokens
-from running.planning.memory_plan import share_blocks
-from running.planning.several_cards import Rehearsed, print_ways, with_division
-from running.ways.contract import Division
+from protocols.family import Family
+from runtime.planning.device_memory import Room
+from runtime.planning.division import TokenCounter, divide_tokens
+from runtime.planning.memory_plan import share_blocks
+from runtime.planning.several_cards import Rehearsed, print_ways, with_division
+from runtime.ways.contract import Division
 from training.checks import uses_of
 from training.data.live import LiveTexts
 from training.loss import NoisyBatch

@@ -10,12 +10,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contract.rules import AUDIO_STREAM, IMAGE_STREAM
 from modules.console import as_size, count_of
 from modules.pages.charts import Chart, Curve, draw_chart
 from modules.pages.language import counted, say, say_duration
 from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
+from protocols.rules import AUDIO_STREAM, IMAGE_STREAM
 from training.reports.history import SHOWN, Points, Start, Story, history_name
 from training.reports.shown_numbers import NumberChart, NumberTile, find_uncharted
 

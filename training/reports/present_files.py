@@ -4,8 +4,8 @@ import shlex
 from dataclasses import replace
 from pathlib import Path
 
-from contract.families import HIGH_NOISE, LOW_NOISE
 from modules.command import quote_for_powershell
+from protocols.families import HIGH_NOISE, LOW_NOISE
 from training.reports.history import PageCommand, Story
 from training.reports.scores import find_best_file
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoints.shard_options import is_model_folder
-from contract.rules import ModelRelease
 from modules.atomic_write import make_folder, recover_folder
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
 from modules.text_files import read_safetensors_texts, real_path
+from protocols.rules import ModelRelease
 from training.reports.history import AVERAGE, history_path
 from training.reports.sections import SAMPLES, page_path
 from training.saving.options import SavingOptions

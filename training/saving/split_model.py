@@ -26,10 +26,10 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from checkpoints.shards import SavedForm
 from checkpoints.unused import OpenedTensors
-from contract.loading import TensorInfo
 from modules.atomic_write import check_space
 from modules.errors import CheckpointError
-from running.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
+from protocols.loading import TensorInfo
+from runtime.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
 from training.trainable import (
     Trainable,

@@ -26,7 +26,7 @@ from modules.errors import CheckpointError, OptionError, UserError
 from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 from networks.names.layouts import OF_LTX_FORK, OURS
-from running.offload.sharding import is_split
+from runtime.offload.sharding import is_split
 from training.saving.files import recover_states, state_pattern
 from training.steps import Progress, check_types
 

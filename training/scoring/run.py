@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 LoadTagger = Callable[[Path, int], RecognizesTags]
 
 SOUND = ".wav"
-NO_FACES = ScoreNote("faces")  # post/faces finds and restores them
+NO_FACES = ScoreNote("faces")  # postprocessing/faces finds and restores them
 MODEL_FOLDER = Path("models/score_clip")  # that tools/download.py fills
 
 

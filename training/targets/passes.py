@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from contract.data import LOSS_MASK, SOUND
-from contract.family import Trains
 from modules.devices import numbers_on
+from protocols.data import LOSS_MASK, SOUND
+from protocols.family import Trains
 from training.loss import (
     MASK,
     PLAIN_LOSS,

@@ -12,7 +12,7 @@ from checkpoints.stored.int8 import Int8, rotate
 from checkpoints.stored.nf4 import LEVELS, Nf4, form_of, rehearsed
 from checkpoints.stored.packed import four_bits
 from modules.speed_options import Quantization
-from running.planning.dry_run import ACCELERATOR, WORKING, dry_run
+from runtime.planning.dry_run import ACCELERATOR, WORKING, dry_run
 
 # the numbers come from comfy-kitchen 0.2.40 and bitsandbytes 0.50.2 on a CPU
 ROWS, COLUMNS = torch.arange(4)[:, None], torch.arange(256)

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from contract.families import caption_formats
 from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
 from dataset.sources.captions import complete_captions
 from fibo_2.captions import FORMAT, find_caption_errors
 from modules.errors import DatasetError, OptionError
+from protocols.families import caption_formats
 from tests.data_tools.captions.making import (
     FakeServer,
     Reply,

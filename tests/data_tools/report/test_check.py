@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 import pytest
 
-from contract.rules import CountTokens
 from data_tools.report.check import check_caching, check_training
 from data_tools.report.findings import repair_captions
 from data_tools.report.views import show_datasets
@@ -19,6 +18,7 @@ from dataset.config import DatasetConfig
 from dataset.options import GUESS, DebugOptions
 from modules.errors import CheckpointError, OptionError
 from modules.media.reading import read_image, video_frames
+from protocols.rules import CountTokens
 from tests.dataset.caching.test_loop import change, make_config
 from tests.dataset.making import frame_numbers, make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options

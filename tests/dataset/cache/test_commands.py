@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from contract.families import FAMILIES
 from dataset.cache.commands import NAME, recall_options, remember_options
 from dataset.config import DatasetConfig, load_dataset_config
 from modules.repeated_options import RepeatedOption
+from protocols.families import FAMILIES
 from wan.options import WanTextCachingOptions, WanTextOptions
 
 WAN = FAMILIES["wan"]

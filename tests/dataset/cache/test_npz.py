@@ -13,8 +13,6 @@ import pytest
 import torch
 from PIL import Image
 
-from contract.data import LOSS_MASK, Batch, CacheEntry, LatentSpec, MediaBatch, MediaEncoders
-from contract.rules import NpzFormat
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache.converting import convert_caches
@@ -27,6 +25,8 @@ from dataset.forms.npz_files import format_array, read_arrays, read_members, wri
 from dataset.options import ConvertCacheOptions
 from dataset.table import Augmentation
 from modules.errors import CacheError, DatasetError, OptionError
+from protocols.data import LOSS_MASK, Batch, CacheEntry, LatentSpec, MediaBatch, MediaEncoders
+from protocols.rules import NpzFormat
 from tests.dataset.cache.killing import needs_fork, run_to_step
 from tests.dataset.making import make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options

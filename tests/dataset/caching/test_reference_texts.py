@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 
-from contract.data import Conditions
-from contract.requests import Prompt
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
 from dataset.cache_files import EMPTY, read_entry
@@ -18,6 +16,8 @@ from dataset.caching.prefetch import CacheReport
 from dataset.config import DatasetConfig, with_references
 from modules.errors import CacheError, DatasetError
 from modules.media.reading import read_image
+from protocols.data import Conditions
+from protocols.requests import Prompt
 from tests.dataset.edit_sets import RULES, SIZE, EditFamily, cache, make_set, read_set
 from tests.dataset.making import make_image
 from tests.dataset.toy_family import ToyText, options

@@ -13,8 +13,6 @@ import pytest
 import torch
 
 import cache_on_ray
-from contract.data import Conditions
-from contract.requests import Prompt
 from data_tools.report.check import check_caching, check_training
 from dataset.batches.finding import find_items, require_items
 from dataset.batches.reading import read_batch
@@ -26,6 +24,8 @@ from dataset.caching.on_ray import CachingActor, conclude_shards
 from dataset.config import DatasetConfig
 from dataset.options import CachingOptions, ShardOptions, caching_scripts, read_ray_options
 from modules.errors import CacheError, DatasetError, OptionError
+from protocols.data import Conditions
+from protocols.requests import Prompt
 from tests.commands import ROOT
 from tests.dataset.cache.killing import needs_fork, run_and_kill
 from tests.dataset.caching.test_loop import change, make_config, write_foreign

@@ -9,8 +9,8 @@ from diffusers import AutoencoderKLFlux2
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from contract.families import FAMILIES
 from flux_2.vae import EPS, load_vae
+from protocols.families import FAMILIES
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.tiny.families import TinyFamily, family_called
 from tests.tiny.project import write_plain_images

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from contract.data import Conditions
-from contract.requests import Prompt
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import run_ahead, write_behind
+from protocols.data import Conditions
+from protocols.requests import Prompt
 from tests.dataset.caching.test_loop import make_config, names
 from tests.dataset.caching.test_shards import contents, entries, into, shard
 from tests.dataset.test_two_passes import KEYS, PARTS, ToyClip, ToyLlm, two

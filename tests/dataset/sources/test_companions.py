@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from contract.rules import ReferenceRules
 from dataset.caching.latents import batch_media
 from dataset.config import DatasetConfig, load_dataset_config, with_references
 from dataset.listing import find_sources
 from dataset.sources.companions import reject_companions
 from dataset.sources.decoding import decode_source
 from modules.errors import DatasetError
+from protocols.rules import ReferenceRules
 from tests.dataset.making import GRAY_STEP, make_clip, make_frames, make_image, make_table
 
 RULES = ReferenceRules(2, clips=True, size_factor=2, control_masks=True)

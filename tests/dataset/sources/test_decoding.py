@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from contract.rules import ReferenceRules
 from dataset.config import load_dataset_config, with_lengths
 from dataset.listing import find_sources
 from dataset.sources.companions import find_moving_references
@@ -19,6 +18,7 @@ from modules.errors import MediaError
 from modules.media.lengths import ClipLengths
 from modules.media.reading import resize_cover, video_frames
 from modules.media.writing import write_video
+from protocols.rules import ReferenceRules
 from tests.dataset.making import frame_numbers, make_animation, make_clip, make_frames, make_image, make_table
 from tests.golden_cases import read_case
 

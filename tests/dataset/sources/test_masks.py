@@ -9,7 +9,6 @@ import pytest
 import torch
 from PIL import Image
 
-from contract.data import LOSS_MASK
 from dataset.batches.finding import find_items
 from dataset.batches.items import CachingCommands
 from dataset.batches.reading import read_batch
@@ -21,6 +20,7 @@ from dataset.sources.decoding import decode_source
 from dataset.sources.folders import ControlFolder
 from dataset.sources.frames import shrink_mask
 from modules.errors import CacheError, DatasetError, MediaError
+from protocols.data import LOSS_MASK
 from tests.dataset.caching.test_loop import make_config
 from tests.dataset.making import make_clip, make_frames, make_image, make_table, subset_table
 from tests.dataset.toy_family import LATENT, ToyFamily, options

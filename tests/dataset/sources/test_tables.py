@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from contract.rules import ReferenceRules
 from dataset.cache.records import identify, is_unchanged
 from dataset.config import DatasetTable
 from dataset.forms import parquet_files as parquet
@@ -27,6 +26,7 @@ from dataset.listing import find_sources
 from dataset.sources.fetching import fetch
 from dataset.sources.media_source import Fault
 from modules.errors import DatasetError, MediaError
+from protocols.rules import ReferenceRules
 from tests.dataset.making import make_image, make_table
 
 

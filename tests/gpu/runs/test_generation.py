@@ -15,9 +15,9 @@ from torch import Tensor
 
 from checkpoints.stored.fp8_products import supports_fp8
 from modules.media.reading import Frame, read_image
-from post.contract import Clip
-from post.interpolation.stage import make_interpolation
-from post.upscaling.stage import make_upscaler
+from postprocessing.contract import Clip
+from postprocessing.interpolation.stage import make_interpolation
+from postprocessing.upscaling.stage import make_upscaler
 from tests.gpu.measuring import equal_bits, relative_error
 from tests.gpu.runs.project import CPU, DEEP, EXPERTS, ON_GPU, OTHERS, Project, latents_in, run
 from tests.post.interpolation import test_stage as interpolating

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.stored.fp8_products import supports_fp8
-from contract.data import SOUND
 from modules.media.reading import read_image
+from protocols.data import SOUND
 from tests.gpu.measuring import equal_bits, relative_error
 from tests.gpu.runs.project import CPU, ON_GPU, OUTPUT, Trained, read_trained, run
 from tests.gpu.runs.test_training import (

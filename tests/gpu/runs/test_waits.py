@@ -20,9 +20,9 @@ import torch
 
 import generation.denoise
 import training.loop
-from contract.steps import StepDone
 from modules.media.reading import Frame, read_image
 from pocket.measure import CLIP, FORMS, POCKET, model_options
+from protocols.steps import StepDone
 from tests.gpu.runs.project import CPU, DEEP, ON_GPU, OTHERS, Project, run
 from tests.pocket.detectors import look
 from tests.pocket.regression import write_in_float32

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.family import NoiseSpec
 from modules.errors import DatasetError, OptionError, UserError
+from protocols.family import NoiseSpec
 from tests.faults.messages import succeed_here
 from tests.tiny.families import FAMILIES
 from tests.training import toy

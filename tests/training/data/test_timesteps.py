@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from contract.families import HIGH_NOISE, LOW_NOISE
-from contract.family import FLOW, NoiseSpec
-from contract.rules import Expert
 from flux_2.configs import count_latents
 from modules.errors import OptionError
 from modules.media.reading import read_image
 from modules.options import read_options
 from modules.parser import add_options
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.family import FLOW, NoiseSpec
+from protocols.rules import Expert
 from tests.golden_cases import read_case
 from training.data.timesteps import (
     Timesteps,

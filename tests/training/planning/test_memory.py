@@ -9,13 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from contract.family import Family
 from dataset.batches.items import ItemKind, TrainingItem
 from dataset.config import load_dataset_config
 from modules.devices import GIB
-from running.planning.device_memory import CONTEXT, Room
-from running.planning.dry_run import largest
-from running.planning.memory_plan import Phase
+from protocols.family import Family
+from runtime.planning.device_memory import CONTEXT, Room
+from runtime.planning.dry_run import largest
+from runtime.planning.memory_plan import Phase
 from tests.tiny import wan_dit
 from tests.tiny.project import write_lora
 from tests.training.planning.test_rehearsal import CHECKPOINTED, LAYERS, counted, read_family, wan, wan_batch

@@ -9,9 +9,6 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from contract.data import Batch
-from contract.family import Family
-from contract.loading import Placement
 from hunyuan_model.family import family_for_training as hunyuan_family
 from hunyuan_model.options import HunyuanTrainingOptions
 from krea2.family import family_for_training as krea2_family
@@ -20,9 +17,12 @@ from modules.devices import GIB
 from modules.options import Options, read_options
 from modules.parser import add_options
 from networks.adapter import make_network
-from running.offload import checkpointing
-from running.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
-from running.planning.kernels import PlannedKernels
+from protocols.data import Batch
+from protocols.family import Family
+from protocols.loading import Placement
+from runtime.offload import checkpointing
+from runtime.planning.dry_run import ADAPTER, BATCH, HOST, NETWORK, WEIGHTS, Ledger, Moment, largest
+from runtime.planning.kernels import PlannedKernels
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny import hunyuan_dit, krea2, wan_dit
 from tests.tiny.project import write_lora

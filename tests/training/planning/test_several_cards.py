@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from running.planning.division import EXCHANGED, TokenCounter, divide_tokens
-from running.planning.dry_run import BATCH, IN_BLOCKS
+from runtime.planning.division import EXCHANGED, TokenCounter, divide_tokens
+from runtime.planning.dry_run import BATCH, IN_BLOCKS
 from tests.training.planning.test_rehearsal import CHECKPOINTED, LAYERS, wan, wan_batch
 from training.planning.memory import predict
 

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints.shard_options import INDEX, MODEL
 from checkpoints.shards import SavedForm
-from contract.loading import TensorInfo
 from modules.errors import OptionError, OutputError, UserError
+from protocols.loading import TensorInfo
 from tests.commands import ROOT
 from tests.run_pages import find_run_page
 from tests.training import toy

@@ -1,0 +1,266 @@
+"""The line below the links of every page: what is running, the graphics cards, and free disk space."""
+
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from browser.command_lines import format_command
+from browser.jobs import WAITING
+from browser.model_files import list_downloads
+from browser.queue_pages import is_started_by
+from browser.responses import answer_template
+from browser.run_start import read_run_state, read_trace_state
+from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_living
+from browser.server_state import Site
+from browser.settings_page import SettingsPages
+from browser.state_names import name_state
+from downloads.listing import gigabytes
+from modules.atomic_write import free_bytes
+from modules.errors import UserError
+from modules.pages.language import counted, join, say
+from training.reports.history import BEFORE_TRAINING
+
+RECENT_SECONDS = 600.0  # since the end of a run that a page may tell
+EVERY_SECONDS = 4.0  # pages ask every five seconds; what one has asked for is for all
+PATIENCE = 1.0  # seconds for the driver's answer
+PAUSE_SECONDS = 60.0  # after a call that has failed
+MAX_OF_LINE = 60  # characters of a command or a name
+QUERY = "--query-gpu=name,memory.used,memory.total,temperature.gpu"
+
+
+@dataclass(frozen=True)
+class GraphicsCard:
+    """A graphics card, as its driver describes it."""
+
+    name: str
+    used_gib: float | None  # None: it shares the machine's memory
+    total_gib: float | None
+    temperature: int | None  # Celsius
+
+    @property
+    def words(self) -> str:
+        """Name, used and total memory, and temperature of the card, as far as known."""
+        words = self.name
+        if self.used_gib is not None and self.total_gib is not None:
+            words += f", {self.used_gib:.1f} of {self.total_gib:.1f} GiB"
+        return words if self.temperature is None else f"{words}, {self.temperature} °C"
+
+
+class CardReader:
+    """Runs nvidia-smi, if it is installed, every few seconds to read the state of the cards."""
+
+    def __init__(self, program: str | None) -> None:
+        """Use nvidia-smi at the path `program`; None if it is not installed."""
+        self.program = program
+        self._cards: list[GraphicsCard] = []
+        self._next = 0.0  # when the driver is asked again
+        self._lock = threading.Lock()
+
+    def read(self) -> list[GraphicsCard]:
+        """Return the cards as the driver last reported them. At most one query runs at a time."""
+        program = self.program
+        if program is None or time.monotonic() < self._next or not self._lock.acquire(blocking=False):
+            return self._cards
+        try:
+            self._cards = ask_driver(program)
+            pause = EVERY_SECONDS
+        except (OSError, subprocess.SubprocessError):
+            pause = PAUSE_SECONDS
+        finally:
+            self._lock.release()
+        self._next = time.monotonic() + pause
+        return self._cards
+
+
+def ask_driver(program: str) -> list[GraphicsCard]:
+    """Return the cards that nvidia-smi lists. Raises OSError or SubprocessError if it fails or times out."""
+    words = [program, QUERY, "--format=csv,noheader,nounits"]
+    done = subprocess.run(
+        words, capture_output=True, text=True, errors="replace", timeout=PATIENCE, check=True
+    )
+    return read_cards(done.stdout)
+
+
+def read_cards(text: str) -> list[GraphicsCard]:
+    """Parse the table of nvidia-smi; lines of another form are left out."""
+    cards = []
+    for line in text.splitlines():
+        name, *cells = [cell.strip() for cell in line.rsplit(",", 3)]
+        if len(cells) != 3:
+            continue
+        used, total, temperature = [int(cell) if cell.isdecimal() else None for cell in cells]
+        cards.append(
+            GraphicsCard(
+                name=name,
+                used_gib=None if used is None else used / 1024,
+                total_gib=None if total is None else total / 1024,
+                temperature=temperature,
+            )
+        )
+    return cards
+
+
+@dataclass(frozen=True)
+class RunningThing:
+    """A running process in words, and the page that shows it."""
+
+    text: str
+    address: str
+
+
+@dataclass(frozen=True)
+class MachineInfo:
+    """State of this machine, for the line on every page."""
+
+    running: Sequence[RunningThing] = ()
+    cards: Sequence[GraphicsCard] = ()
+    free: str = ""  # free space on the disk of the first root
+    ended: Sequence[tuple[str, str]] = ()  # runs of the last minutes: a key of each end, and words on it
+    command: str = ""  # that starts the page again with the same options
+
+
+@dataclass
+class MachineLine:
+    """Collects what the line shows, and answers the pages that request it."""
+
+    site: Site
+    cards: CardReader = field(default_factory=lambda: CardReader(shutil.which("nvidia-smi")))
+    _info: MachineInfo = field(default_factory=MachineInfo)
+    _next: float = 0.0
+    _mark: Sequence[tuple[str, str, str]] = ()  # state of each run in `_info`
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def show(self, _: Request) -> Response:
+        """Answer with the HTML of the line."""
+        values = {"facts": self.read()}
+        return answer_template("machine.html", "", values)
+
+    def read(self) -> MachineInfo:
+        """Return the state of the machine.
+
+        Values of the cards may be a few seconds old; runs are up to date.
+        """
+        with self._lock:
+            mark = [(run.id, run.state, run.doing) for run in self.site.runs.list_all()]
+            if time.monotonic() >= self._next or mark != self._mark:
+                self._mark = mark
+                self._info = self._gather()
+                self._next = time.monotonic() + EVERY_SECONDS
+            return self._info
+
+    def _gather(self) -> MachineInfo:
+        try:
+            free = gigabytes(free_bytes(self.site.runs.tops[0]))
+        except OSError:
+            free = ""
+        settings = SettingsPages(self.site)
+        command = format_command(settings.command_words(settings.find_worker()), Path.cwd())
+        runs = self.site.runs.list_all()
+        return MachineInfo(
+            running=self.list_running(runs),
+            cards=self.cards.read(),
+            free=free,
+            ended=list_ended(runs, time.time()),
+            command=command,
+        )
+
+    def list_running(self, all_runs: Sequence[RunSummary]) -> list[RunningThing]:
+        """Return what runs on this machine: trainings, other jobs of the queue, render jobs, downloads."""
+        runs = [run for run in all_runs if _is_running_here(run)]
+        things = [_describe_run(run) for run in runs]
+        things += self._list_jobs(runs)
+        render_job = self.site.render_worker.current
+        if render_job is not None:
+            parts = [say("making with %(title)s", title=render_job.shown_title)]
+            if render_job.steps:
+                parts.append(say("step %(done)s of %(steps)s", done=render_job.done, steps=render_job.steps))
+            things.append(RunningThing(join(", ", parts), "/generate"))
+        for download in list_downloads(self.site.background_jobs, self.site.models):
+            if download.state == RUNNING:
+                words = say(
+                    "loading %(title)s%(progress_words)s",
+                    title=say(download.files.model.title),
+                    progress_words=download.progress_words,
+                )
+                things.append(RunningThing(words, "/models#loading"))
+        return things
+
+    def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
+        """Return running jobs that have no run of their own, and the number of jobs in a paused queue."""
+        try:
+            now = self.site.queue.now()
+        except UserError:  # the page of the queue tells it
+            return []
+        things = []
+        for job in now.jobs:
+            if job.state == RUNNING and not any(is_started_by(run, job) for run in runs):
+                things.append(
+                    RunningThing(
+                        say("job %(id)s: %(line)s", id=job.id, line=_shorten_line(job.line)),
+                        f"/queue#j{job.id}",
+                    )
+                )
+        num_waiting = sum(job.state == WAITING for job in now.jobs)
+        if now.worker == "" and num_waiting:
+            words = counted(
+                num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused"
+            )
+            things.append(RunningThing(words, "/queue"))
+        return things
+
+
+def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
+    """Return the runs that ended in the last minutes: a key of each end, and name and state in words.
+
+    `now` is the time in seconds since 1970.
+    """
+    return [
+        (
+            f"{run.id} {run.changed:.0f}",
+            join(": ", (run.name.removesuffix(BEFORE_TRAINING), name_state(run.state))),
+        )
+        for run in runs
+        if now - run.changed < RECENT_SECONDS and run.state in (FINISHED, STOPPED, DIED)
+    ]
+
+
+def _is_running_here(run: RunSummary) -> bool:
+    return run.state == RUNNING and run.start is not None and bool(is_living(run.start.process))
+
+
+def _describe_run(run: RunSummary) -> RunningThing:
+    words = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
+    if run.name.endswith(BEFORE_TRAINING):
+        return RunningThing(
+            join(", ", (words, read_trace_state(run).text)),
+            f"/run/{run.id}/",
+        )
+    parts = [words]
+    if run.step or not run.doing:
+        parts.append(
+            say("step %(step)s of %(total_steps)s", step=f"{run.step:,}", total_steps=f"{run.total_steps:,}")
+        )
+    if run.doing:
+        parts.append(read_run_state(run).text)
+    elif run.left:
+        parts.append(say("%(left)s left", left=run.left))
+    return RunningThing(join(", ", parts), f"/run/{run.id}/")
+
+
+def _shorten_line(text: str) -> str:
+    """Return the beginning of a text in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_OF_LINE else f"{line[:MAX_OF_LINE]} …"
+
+
+def machine_routes(site: Site) -> list[Route]:
+    """Return the routes of the line."""
+    return [Route("/machine", MachineLine(site).show)]

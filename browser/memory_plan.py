@@ -1,0 +1,367 @@
+"""The memory of a training on the page New: the training script's plan as a bar, and settings that change it.
+
+A plan is a background job in the folder, `python SCRIPT --config_file run.toml --plan GIB`. It rehearses a
+batch from the caches with the headers of the model's files, and needs no graphics card.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tomlkit
+from starlette.responses import Response
+
+from browser.background_jobs import has_changed_since, name_background_job
+from browser.command_lines import format_command
+from browser.described_folder import (
+    DATASET_FILE,
+    ChangedMeanwhileError,
+    DescribedFolder,
+    DraftFile,
+    edit_toml,
+    read_described,
+)
+from browser.draft_changes import find_training_script, read_draft_file, reject_new_errors
+from browser.durations import describe_duration
+from browser.folder_settings import NUMBER, read_settings
+from browser.jobs import Job
+from browser.responses import answer_template, answer_unknown
+from browser.runs import RUNNING
+from browser.server_state import Site
+from modules.errors import OptionError, UserError
+from modules.pages.language import say
+from modules.speed_options import BASE_FORMS
+from modules.text_files import read_text
+from project.model_sizes import find_memory
+from project.options import RUN_FILE
+
+PLAN = "plan"  # kind of the background job
+SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GiB of cards that are sold
+DEFAULT_SIZE = 24  # GiB, on a machine without a card
+STOP_SECONDS = 5
+TABLE_HEAD = re.compile(r"GiB +device +host")
+PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
+OF_CUDA = re.compile(r"about (\d+\.\d+) of CUDA itself")
+# the forms of the transformer's weights, and the switches of each
+WEIGHTS = {form.name: form.switches for form in BASE_FORMS}
+CHECKPOINTING = {
+    "recomputed": ("gradient_checkpointing",),
+    "offloaded": ("gradient_checkpointing", "gradient_checkpointing_cpu_offload"),
+}
+SWAP = "blocks_to_swap"
+
+
+@dataclass(frozen=True)
+class PlannedPart:
+    """A row of a plan's table."""
+
+    name: str
+    device: float  # GiB
+    host: float  # GiB
+    note: str
+
+
+@dataclass(frozen=True)
+class ReadPlan:
+    """Memory plan of a training script: its largest phase, divided into parts."""
+
+    phase: PlannedPart
+    parts: Sequence[PlannedPart]
+    remarks: Sequence[str]  # the lines below the table, the verdict among them
+
+    @property
+    def of_cuda(self) -> float:
+        """GiB that CUDA itself takes."""
+        match = OF_CUDA.search(" ".join(self.remarks))
+        return float(match[1]) if match else 0.0
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the training fits the card; None if the plan was made without a card."""
+        verdicts = {"Fits": True, "Does not fit": False}
+        for remark in self.remarks:
+            if remark.partition(":")[0] in verdicts:
+                return verdicts[remark.partition(":")[0]]
+        return None
+
+    def segments(self, size: float) -> list[tuple[PlannedPart, float]]:
+        """Return the parts on the card, each with its percentage of the bar.
+
+        `size` is the card's memory in GiB.
+        """
+        of_cuda = PlannedPart(say("CUDA itself"), self.of_cuda, 0.0, "")
+        parts = [part for part in (*self.parts, of_cuda) if part.device]
+        full = max(size, sum(part.device for part in parts))
+        return [(part, 100 * part.device / full) for part in parts]
+
+    def card_share(self, size: float) -> float:
+        """Return the position on the bar at which the card's memory ends, in percent."""
+        needed = sum(part.device for part in self.parts) + self.of_cuda
+        return 100 * size / max(size, needed)
+
+
+def read_plan(text: str) -> ReadPlan | None:
+    """Parse the plan that a training script has printed for one card; None if there is none."""
+    lines = text.splitlines()
+    heads = [index for index, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
+    if not heads:
+        return None
+    titles = lines[heads[-1]]
+    # numbers are aligned with the right ends of the column titles
+    device_end = titles.index("device") + len("device")
+    host_end = titles.index("host") + len("host")
+    phases: list[PlannedPart] = []
+    parts_of_phase: list[list[PlannedPart]] = []
+    after_table = heads[-1] + 1
+    for line in lines[after_table:]:
+        match = PART.fullmatch(line[:device_end])
+        if match is None:
+            break
+        after_table += 1
+        host = line[device_end:host_end].strip()
+        part = PlannedPart(
+            name=match[2].strip(),
+            device=float(match[3]),
+            host=float(host) if host else 0.0,
+            note=line[host_end:].strip(),
+        )
+        if match[1]:  # indented: a part of the phase above
+            parts_of_phase[-1].append(part)
+        else:
+            phases.append(part)
+            parts_of_phase.append([])
+    if not phases:
+        return None
+    largest = max(range(len(phases)), key=lambda index: phases[index].device)
+    remarks = [line.strip() for line in lines[after_table:] if line.strip()]
+    return ReadPlan(phases[largest], parts_of_phase[largest], remarks)
+
+
+@dataclass(frozen=True)
+class MemoryOptions:
+    """The keys of run.toml with the largest effect on memory, as the page shows them."""
+
+    swap: str  # number of swapped blocks
+    weights: str  # name of WEIGHTS; "": 16 bits
+    checkpointing: str  # name of CHECKPOINTING; "": activations stay on the card
+    weight_choices: Sequence[str]
+    checkpointing_choices: Sequence[str]
+    can_swap: bool
+
+
+def _find_used_form(
+    forms: Mapping[str, Sequence[str]], values: Mapping[str, Any], names: Sequence[str]
+) -> str:
+    """Return the last form of which all options in `names` are set; "" if there is none."""
+    used = [form for form, keys in forms.items() if all(values.get(key) for key in keys if key in names)]
+    return used[-1] if used else ""
+
+
+def read_switches(values: Mapping[str, Any], names: Sequence[str]) -> MemoryOptions:
+    """Return the switches of a run.toml. `names` are all options of its training script."""
+    weights = {form: keys for form, keys in WEIGHTS.items() if any(key in names for key in keys)}
+    checkpointing = {form: keys for form, keys in CHECKPOINTING.items() if all(key in names for key in keys)}
+    return MemoryOptions(
+        swap=str(values.get(SWAP, "")),
+        weights=_find_used_form(weights, values, names),
+        checkpointing=_find_used_form(checkpointing, values, names),
+        weight_choices=list(weights),
+        checkpointing_choices=list(checkpointing),
+        can_swap=SWAP in names,
+    )
+
+
+def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str], names: Sequence[str]) -> str:
+    """Return run.toml with the switches that the form has changed. Raises ValueError if it is not TOML."""
+    changes: dict[str, Any] = {}
+    swap = fields.get("swap", "").strip()
+    if switches.can_swap and swap != switches.swap:
+        changes[SWAP] = tomlkit.value(swap) if NUMBER.fullmatch(swap) else swap or None
+    menus = {
+        "weights": (WEIGHTS, switches.weights),
+        "checkpointing": (CHECKPOINTING, switches.checkpointing),
+    }
+    for name, (keys_by_choice, present) in menus.items():
+        chosen = fields.get(name, "")
+        if chosen == present or chosen not in ("", *keys_by_choice):
+            continue
+        for keys in keys_by_choice.values():
+            for key in keys:
+                changes[key] = None  # removed, unless the choice sets it again
+        for key in keys_by_choice.get(chosen, ()):
+            if key in names:
+                changes[key] = True
+    return edit_toml(text, changes)
+
+
+@dataclass(frozen=True)
+class PrintedLine:
+    """A line that a plan has printed; `command` is a command in it that can be added to the queue."""
+
+    text: str
+    command: str = ""
+
+
+class MemoryPages:
+    """Shows the memory of a described folder, plans it, and changes its switches."""
+
+    def __init__(self, site: Site) -> None:
+        self.site = site
+
+    def show(self, folder: Path, _: Mapping[str, str]) -> Response:
+        """Return the part of the page; see `FolderPages`."""
+        return self.answer(folder)
+
+    def answer(self, folder: Path, fault: str = "", done: str = "") -> Response:
+        """Return the part of the page. `fault` is an error message, `done` a message about what was done."""
+        described = read_described(folder)
+        file = read_draft_file(self.site, folder, RUN_FILE)
+        job = self.site.background_jobs.find(name_background_job(PLAN, folder))
+        card = find_memory()
+        size = self.planned_size(job, card)
+        plan = self.read_plan(job)
+        settings = read_settings(find_training_script(file.text))
+        values = {
+            "folder": folder,
+            "have": file.mark,
+            "base": file.text,
+            "switches": read_switches(described.values, [setting.name for setting in settings]),
+            "job": job,
+            "plan": plan,
+            "lines": self.printed_lines(job, folder) if plan is None else [],
+            "is_old": plan is not None and self.is_old(job, folder),
+            "card": card,
+            "size": size,
+            "sizes": sorted({*SIZES, size, *([card] if card else [])}),
+            "missing": self.list_missing(described),
+            "duration": describe_duration(self.site.runs, described, described.steps),
+            "command": format_command(self.plan_words(file, size), folder),
+            "can_write": not self.site.read_only,
+            "fault": fault,
+            "done": done,
+        }
+        return answer_template("memory_bar.html", say("Memory"), values, is_rejected=fault != "")
+
+    def planned_size(self, job: Job | None, card: float) -> float:
+        """Return the card size in GiB of the last plan; without a plan, the size of this machine's card."""
+        try:
+            return float(job.words[-1]) if job is not None else card or DEFAULT_SIZE
+        except (UserError, ValueError, IndexError):
+            return card or DEFAULT_SIZE
+
+    def read_plan(self, job: Job | None) -> ReadPlan | None:
+        """Return the plan of a finished job; None if it failed, still runs, or printed no plan."""
+        if job is None or job.state == RUNNING or job.code != 0:
+            return None
+        try:
+            return read_plan(read_text(job.log))
+        except (OSError, ValueError):
+            return None
+
+    def is_old(self, job: Job | None, folder: Path) -> bool:
+        """Return whether run.toml or dataset.toml has changed since the plan's job was started."""
+        return job is not None and has_changed_since(job, folder, (RUN_FILE, DATASET_FILE))
+
+    def printed_lines(self, job: Job | None, folder: Path) -> list[PrintedLine]:
+        """Return the lines that a job has printed; commands that write caches can be added to the queue."""
+        if job is None:
+            return []
+        lines = []
+        for line in job.last_lines().splitlines():
+            text = line.strip()
+            is_command = line.startswith("  ") and text.startswith(("python ", "reelsmith "))
+            command = f"cd {shlex.quote(str(folder))} && {text}" if is_command else ""
+            if text:
+                lines.append(PrintedLine(text, command))
+        return lines
+
+    def list_missing(self, described: DescribedFolder) -> list[str]:
+        """Return the paths of the model's files that do not exist, as run.toml writes them."""
+        paths = described.model_files.values()
+        return [path for path in paths if not (described.folder / path).exists()]
+
+    def plan_words(self, file: DraftFile, size: float) -> list[str]:
+        """Return the command that plans for a card of `size` GiB. `file` is the run.toml."""
+        script = find_training_script(file.text)
+        return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
+
+    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+        """Plan for a card, or write a switch and plan again."""
+        if what not in (PLAN, "switch", "stop"):
+            return answer_unknown()
+        done = ""
+        try:
+            if what == "stop":
+                self.site.background_jobs.stop(name_background_job(PLAN, folder))
+                return self.answer(folder)
+            if what == "switch":
+                done = self.write_switches(folder, fields)
+            self.plan(folder, read_size(fields.get("size", "")))
+        except ChangedMeanwhileError:
+            fault = say(
+                "%(run_file)s has changed meanwhile, and was not overwritten. This is what it has now.",
+                run_file=RUN_FILE,
+            )
+            return self.answer(folder, fault)
+        except (OSError, ValueError, UserError) as error:
+            return self.answer(folder, str(error), done)
+        return self.answer(folder, done=done)
+
+    def write_switches(self, folder: Path, fields: Mapping[str, str]) -> str:
+        """Write the switches that were changed, and return in words what was written."""
+        present = read_draft_file(self.site, folder, RUN_FILE)
+        if present.mark != fields.get("have", ""):
+            raise ChangedMeanwhileError
+        text = present.text
+        names = [setting.name for setting in read_settings(find_training_script(text))]
+        switches = read_switches(read_described(folder).values, names)
+        after = edit_switches(text, switches, fields, names)
+        if after == text:
+            return ""
+        self.site.tracked_runs.reject_while_it_runs(folder)
+        note = reject_new_errors(present, after, text)
+        present.save(after)
+        lines = {*text.splitlines()} ^ {*after.splitlines()}
+        changed = [f"-{line}" for line in text.splitlines() if line in lines]
+        changed += [f"+{line}" for line in after.splitlines() if line in lines]
+        return say(
+            "Saved into %(run_file)s: %(names)s. %(note)s",
+            run_file=RUN_FILE,
+            names="; ".join(changed),
+            note=note,
+        ).rstrip(". ")
+
+    def plan(self, folder: Path, size: float) -> None:
+        """Start planning a folder's run for a card of `size` GiB, and stop a plan that is still running."""
+        missing = self.list_missing(read_described(folder))
+        if missing:
+            raise OptionError(
+                say(
+                    "%(missing)s is missing. A plan reads the headers of the model's files: load "
+                    "them first (Start does, with --download).",
+                    missing=missing[0],
+                )
+            )
+        words = self.plan_words(read_draft_file(self.site, folder, RUN_FILE), size)
+        name = name_background_job(PLAN, folder)
+        job = self.site.background_jobs.find(name)
+        if job is not None and job.state == RUNNING:
+            self.site.background_jobs.stop(name)
+            self.site.background_jobs.wait(name, STOP_SECONDS)
+        self.site.background_jobs.start(name, words, folder, within=folder)
+
+
+def read_size(text: str) -> float:
+    """Return the GiB of a card from its field. Raises OptionError if it is not a number."""
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,3})?", text) or not float(text):
+        raise OptionError(
+            say(
+                "%(text)s: give the GiB of the card, such as %(usual_size)s",
+                text=text or "nothing",
+                usual_size=DEFAULT_SIZE,
+            )
+        )
+    return float(text)

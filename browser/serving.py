@@ -1,0 +1,218 @@
+"""Start the server and show its address, or write one run as a page."""
+
+import asyncio
+import contextlib
+import errno
+import logging
+import os
+import socket
+import sys
+import threading
+import webbrowser
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from browser.jobs import JobQueue, StrangeJobsError, open_queue
+from browser.options import DEFAULT_PORT, BrowserOptions
+from browser.qr_code import draw_code
+from browser.runs import RUNNING, Runs
+from browser.server_state import ServerSettings
+from browser.tokens import PageToken, Ticket, select_token
+from modules.console import count_of
+from modules.errors import OutputError
+from modules.installation import FROM_QUEUE, ROOT
+from modules.screen import has_screen
+from modules.text_files import real_path
+from project.options import MODELS
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FOLDER = "Reelsmith"  # folder in the home folder
+
+
+class ServedFolders(NamedTuple):
+    """The folders of a server."""
+
+    folders: tuple[Path, ...]
+    models: Path
+
+
+def run_browser(options: BrowserOptions) -> None:
+    """Serve pages until Ctrl-C, or write the page that --export requests. Raises UserError on failure."""
+    places = select_places(options, Path.cwd(), ROOT)
+    runs = Runs(places.folders)
+    if options.export is not None:
+        from browser.run_views import export_run
+
+        export_run(runs, options.export)
+        logger.info("wrote %s", options.export)
+        return
+    token = select_token(options)
+    # starlette loads here
+    import uvicorn
+
+    from browser.server import make_app
+
+    listener = open_socket(options.host, options.port)
+    port = listener.getsockname()[1]
+    queue = open_queue(runs, options.read_only)
+    if options.work:
+        queue.begin_work(stays_open=False)
+    elif not options.read_only and reopen_queue(queue):
+        logger.info("The queue goes on, as it was started and not paused. Its page pauses it.")
+    address = find_address(options, port, token.word)
+    show_address(options, port, token)
+    log_runs(runs)
+    settings = ServerSettings(
+        host=options.host,
+        port=port,
+        token=token,
+        is_token_given=options.token is not None,
+        is_local=options.is_local,
+        address=address,
+        public_origin=options.public_origin,
+    )
+    ticket = Ticket()
+    app: Any = make_app(
+        runs,
+        host=options.host,
+        token=token.word,
+        read_only=options.read_only,
+        queue=queue,
+        models=places.models,
+        settings=settings,
+        ticket=ticket,
+    )
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
+    )
+    if may_open_page(options):
+        # the socket listens already; some browsers keep their caller waiting
+        opened = find_address(options, port, token.word and ticket.word)
+        threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(uvicorn.Server(config).serve(sockets=[listener]))
+    finally:
+        queue.end_work()
+
+
+def reopen_queue(queue: JobQueue) -> bool:
+    """Start a queue that was running when its last server ended; return whether it was.
+
+    If other jobs were added to its files meanwhile, the queue stays paused, with a log message.
+    """
+    try:
+        if queue.is_open:
+            queue.begin_work(only_known=True)
+            return True
+    except StrangeJobsError as error:
+        queue.problem = str(error)
+        logger.warning("%s", error)
+    except OutputError as error:  # another server runs it, or its page says what is damaged
+        logger.debug("the queue is not started: %s", error)
+    return False
+
+
+def select_places(options: BrowserOptions, here: Path, checkout: Path) -> ServedFolders:
+    """Return the folders to serve.
+
+    The working folder, if it is the home folder or the checkout, is replaced by HOME/Reelsmith: the files of
+    these two folders are not runs.
+
+    Args:
+        options: Options of the command.
+        here: The working folder.
+        checkout: Folder of the program.
+    """
+    home = Path.home()
+    is_home = real_path(here) == real_path(home)
+    is_checkout = real_path(here) == real_path(checkout)
+    is_unnamed = options.folders == (Path(),) and options.export is None
+    if not is_unnamed or not (is_home or is_checkout):
+        return ServedFolders(options.folders, options.models)
+    default = home / DEFAULT_FOLDER
+    note = "" if default.is_dir() else ", which is made when something is written"
+    logger.info("The folder is %s%s. Type the path of another one to show that.", default, note)
+    is_own = is_home and options.models == MODELS and not (here / MODELS).is_dir()
+    return ServedFolders((default,), default / MODELS if is_own else options.models)
+
+
+def may_open_page(options: BrowserOptions) -> bool:
+    """Return whether to open a web browser: a person typed the command at a machine with a screen."""
+    is_typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
+    is_by_hand = is_typed and FROM_QUEUE not in os.environ
+    return options.is_local and not options.no_open and is_by_hand and has_screen()
+
+
+def log_runs(runs: Runs) -> None:
+    """Log the number of runs, and how many of them are running."""
+    states = [run.state for run in runs.list_all()]
+    count = count_of(len(states), "run")
+    logger.info("%s, %d running. Ctrl-C ends this page, and no run.", count, states.count(RUNNING))
+
+
+def open_socket(host: str, port: int | None) -> socket.socket:
+    """Return a listening socket. If `port` is None, use the default port, or any free port if it is taken.
+
+    Raises OutputError if the address cannot be used.
+    """
+    if port is None:
+        try:
+            return open_socket(host, DEFAULT_PORT)
+        except OutputError as error:
+            if not _is_taken(error.__context__):
+                raise
+            logger.info(
+                "Port %d is taken, so this is another one: an old bookmark leads elsewhere.", DEFAULT_PORT
+            )
+            port = 0
+    try:
+        addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+        kind, *_, address = addresses[0]
+        return socket.create_server(address[:2], family=kind)
+    except OSError as error:
+        hint = ""
+        if _is_taken(error):
+            with open_socket(host, 0) as free:
+                hint = f". Port {free.getsockname()[1]} is free; --port 0 takes any that is"
+        reason = os.strerror(errno.EADDRINUSE) if _is_taken(error) else error.strerror or error
+        raise OutputError(f"--host {host} --port {port} cannot be used: {reason}{hint}") from None
+
+
+def _is_taken(error: BaseException | None) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EADDRINUSE
+
+
+def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
+    """Return the address, with the token, by which the machines that can reach the page open it."""
+    if options.public_origin is not None:
+        url = f"{options.public_origin}/"
+        return f"{url}?token={token}" if token else url
+    host = options.host
+    if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
+        host = socket.gethostname()
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
+            probe.connect(("192.0.2.1", 9))  # nothing is sent
+            host = str(probe.getsockname()[0])
+    if ":" in host:
+        host = f"[{host}]"
+    url = f"http://{host}:{port}/"
+    return f"{url}?token={token}" if token else url
+
+
+def show_address(options: BrowserOptions, port: int, token: PageToken) -> None:
+    """Print the address, with a QR code for phones if other machines can reach the server.
+
+    In a job of the queue, the output is a log that pages show, so it is printed without the token.
+    """
+    if FROM_QUEUE in os.environ:
+        where = "" if token.place is None else f" followed by ?token= and the word in {token.place}"
+        sys.stdout.write(f"{find_address(options, port, None)}{where}\n")
+        sys.stdout.flush()
+        return
+    address = find_address(options, port, token.word)
+    sys.stdout.write(f"{address}\n")
+    if not options.is_local or options.public_origin is not None:
+        sys.stdout.write(draw_code(address))
+    sys.stdout.flush()

@@ -1,0 +1,240 @@
+"""Take prompts from another program, a JSON object on each line of standard input, and answer in JSON.
+
+The browser drives a process of --interactive this way, so that its model stays loaded. The environment
+variable `modules.installation.DRIVEN` asks for it, and names the folder for previews. A request:
+
+    {"prompt": "a cat", "options": {"video_size_width": "832", "control_image_path": ["a.png", "b.png"]},
+     "strengths": {"": ["0.8"]}}
+
+Options are those of a prompt line, by letter or name, with their texts, so that no prompt is taken for
+options. Strengths are those of the LoRAs, by expert. Each answer is an object with `event`:
+
+ready: the next request can be read. begun: with the number of steps. phase: with what begins now. step: with
+the steps done so far. warned: with a warning of the script. made: with the file. failed: with the reason.
+cancelled: by SIGINT.
+
+Answers go to what was standard output; what else is printed goes to standard error.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from io import TextIOWrapper
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from generation.making import make_outputs
+from generation.prompt_lines import find_option, store
+from generation.request import GenerationRun, make_job
+from modules.devices import Failures
+from modules.errors import OptionError
+from protocols.steps import StepDone
+
+LABEL = "the prompt"
+PREVIEW_EVERY = 2  # steps; one that is late is left out
+ChangeStrengths = Callable[[GenerationRun, Mapping[str, Sequence[float]]], GenerationRun]
+
+
+class Interrupts:
+    """Let SIGINT end the current request, but never the process or an answer that is being written."""
+
+    def __init__(self) -> None:
+        self._may_raise = False
+        self._is_held = False
+        self._has_come = False
+        signal.signal(signal.SIGINT, self._handle)
+
+    def _handle(self, _: int, __: FrameType | None) -> None:
+        if not self._may_raise:
+            return
+        if self._is_held:
+            self._has_come = True
+            return
+        self._may_raise = False  # what an interrupted request still tidies up is not interrupted
+        raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def allowed(self) -> Iterator[None]:
+        """Let SIGINT raise KeyboardInterrupt in the block, once."""
+        self._may_raise = True
+        try:
+            yield
+        finally:
+            self._may_raise = False
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Delay a KeyboardInterrupt until the block has ended."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        if self._has_come:
+            self._has_come = False
+            self._may_raise = False
+            raise KeyboardInterrupt
+
+
+class Answers:
+    """Write answers to what was standard output."""
+
+    def __init__(self, stream: TextIOWrapper, interrupts: Interrupts) -> None:
+        self._stream = stream
+        self._interrupts = interrupts
+
+    def tell(self, event: str, **facts: Any) -> None:
+        """Write an answer.
+
+        Raises:
+            BrokenPipeError: If the reader has closed the pipe.
+        """
+        with self._interrupts.held():
+            self._stream.write(json.dumps({"event": event, **facts}) + "\n")
+            self._stream.flush()
+
+
+class _WarningsTold(logging.Handler):
+    """Send each warning of the log once."""
+
+    def __init__(self, answers: Answers) -> None:
+        super().__init__(logging.WARNING)
+        self._answers = answers
+        self._told: set[str] = set()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if text not in self._told:
+            self._told.add(text)
+            self._answers.tell("warned", text=text)
+
+
+@contextlib.contextmanager
+def warnings_told(answers: Answers) -> Iterator[None]:
+    """Send the warnings that the script logs in the block as answers."""
+    handler = _WarningsTold(answers)
+    logging.root.addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.root.removeHandler(handler)
+
+
+def open_answers() -> TextIOWrapper:
+    """Return standard output as a separate stream; from now on other prints go to standard error."""
+    sys.stdout.flush()
+    stream = TextIOWrapper(os.fdopen(os.dup(1), "wb"), encoding="utf-8", newline="\n")
+    os.dup2(2, 1)
+    return stream
+
+
+def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, preview_folder: Path) -> None:
+    """Serve requests one after the other until the end of standard input.
+
+    Args:
+        run: The run.
+        change_strengths: Returns a run with other LoRA strengths.
+        preview_folder: Folder for previews; it does not have to exist.
+    """
+    interrupts = Interrupts()
+    with contextlib.closing(open_answers()) as stream:
+        answers = Answers(stream, interrupts)
+        answers.tell("ready")
+        for line in sys.stdin:
+            failures = Failures()
+            try:
+                with (
+                    interrupts.allowed(),
+                    failures.note_errors(LABEL, (*run.fatal, BrokenPipeError)),
+                    warnings_told(answers),
+                ):
+                    request = read_request(line, run)
+                    run = change_strengths(run, request.strengths)
+                    _serve(with_previews(run, preview_folder), request.values, answers, failures)
+            except KeyboardInterrupt:
+                answers.tell("cancelled")
+            if failures.reasons:
+                answers.tell("failed", reason=failures.reasons[LABEL])
+            answers.tell("ready")
+
+
+def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
+    """Return the run with previews in a folder, if its latents can be shown and no tool hides anything."""
+    hides = run.post is not None and run.post.hides
+    if run.previews is not None:
+        return replace(run, previews=replace(run.previews, folder=folder))
+    if hides or not run.family.latent.preview_factors:
+        return run
+    from blissful_tuner.latent_preview import LatentPreviews  # only from the browser
+
+    previews = LatentPreviews(
+        every=PREVIEW_EVERY,
+        folder=folder,
+        latent=run.family.latent,
+        device=run.session.device,
+        has_room=run.session.dits.can_stay,
+    )
+    return replace(run, previews=previews)
+
+
+def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, failures: Failures) -> None:
+    """Generate a request. Raises UserError if it fails."""
+    job = make_job(run, LABEL, values)
+    answers.tell("begun", steps=job.prepared.num_steps)
+    counter = itertools.count(1)
+
+    def report_step(step: StepDone) -> bool:
+        # a family's own solver decides the number of steps itself
+        changed_total = {} if step.section.solver is None else {"steps": step.step.num_steps}
+        answers.tell("step", done=next(counter), **changed_total)
+        return False  # denoising continues
+
+    def report_phase(what: str) -> None:
+        answers.tell("phase", what=what)
+
+    watched = replace(run, watchers=[report_step], on_phase=report_phase)
+    for path in make_outputs(watched, [job], failures).values():
+        answers.tell("made", file=str(path.absolute()))
+
+
+class DrivenRequest(NamedTuple):
+    """Request of the browser: the values of a prompt line, and the strengths of the LoRAs by expert."""
+
+    values: Mapping[str, Any]
+    strengths: Mapping[str, Sequence[float]]
+
+
+def read_request(line: str, run: GenerationRun) -> DrivenRequest:
+    """Parse a line into a request.
+
+    Raises:
+        OptionError: If the line cannot be parsed.
+    """
+    try:
+        request = json.loads(line)
+        prompt = str(request["prompt"]).strip()
+        options = dict(request["options"])
+        strengths = {
+            str(expert): [float(number) for number in numbers]
+            for expert, numbers in dict(request.get("strengths", {})).items()
+        }
+    except (ValueError, TypeError, KeyError) as error:
+        raise OptionError(f"a request is a JSON object with prompt and options: {error}") from None
+    values: dict[str, Any] = {"prompt": prompt}
+    for word, texts in options.items():
+        option = find_option(word, run.options.line_options)
+        if option is None:
+            raise OptionError(f"this script has no option --{word} for a prompt")
+        for text in texts if isinstance(texts, list) else [texts]:
+            try:
+                store(values, option, option.read(str(text)))
+            except ValueError as error:
+                raise OptionError(f"--{word}: {error}") from None
+    return DrivenRequest(values, strengths)

@@ -1,0 +1,278 @@
+"""Hold the networks of a family over a run: loaded when first needed, one kind at a time on the device.
+
+The kinds are the text encoders, the media encoders (VAE and image encoder) and the DiT. Between its phases a
+kind is kept on the CPU or freed. If the DiT has several experts, they take turns (`generation.experts`).
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from blissful_tuner.guidance import plan_steps
+from blissful_tuner.options import PLAIN_GUIDANCE, GuidanceOptions
+from checkpoints.finite import is_finite
+from generation.denoise import SOURCE, conditions_to
+from generation.experts import DitTurns
+from modules.bars import track
+from modules.console import quiet
+from modules.devices import free_memory
+from modules.errors import UserError
+from modules.media.tracks import Track
+from protocols.data import Conditions, MediaEncoders
+from protocols.family import Family, HearsAudio, TextEncoder, can_divide
+from protocols.loading import BlockPlace
+from protocols.requests import Prepared, Prompt, Prompts
+from protocols.steps import EncodedPrompts
+
+if TYPE_CHECKING:  # it is loaded only if LoRAs are for texts
+    from networks.text_loras import TextLoras
+
+CPU = torch.device("cpu")
+NO_ENCODERS = MediaEncoders(vae=None)
+
+Texts = dict[Prompt, Conditions]  # every text that was encoded, with all encoders' outputs, on the CPU
+
+
+@torch.no_grad()
+def encode_inputs(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+    """Encode the images and videos of a request, by section.
+
+    Conditions are on the CPU, with a batch dimension. The source of denoising is in section 0, as `SOURCE`.
+
+    Args:
+        family: The model family.
+        encoders: Media encoders on their device; `NO_ENCODERS` if the request needs none (`needs_media`).
+        prepared: The request with all values resolved.
+    """
+    inputs = dict(family.request_conditions(encoders, prepared))
+    if prepared.request.source is not None:
+        from blissful_tuner.video_to_video import encode_source  # only with a source
+
+        inputs[0] = {**inputs.get(0, {}), SOURCE: encode_source(family, encoders, prepared)}
+    return {section: conditions_to(conditions, CPU) for section, conditions in inputs.items()}
+
+
+def needs_media(family: Family, prepared: Prepared) -> bool:
+    """Return whether a request needs the media encoders before denoising, for its images or its source."""
+    source = prepared.request.source
+    return family.needs_media(prepared) or (source is not None and source.needs_vae)
+
+
+@dataclass
+class Session:
+    """The loaded networks of one run of a generation script."""
+
+    family: Family
+    device: torch.device
+    dits: DitTurns  # their `keep`: all networks stay on the CPU between their phases, for the next prompt
+    text_loras: "TextLoras | None" = None
+    blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
+    _encoded: Texts = field(default_factory=dict)
+    _text_encoders: Sequence[TextEncoder] | None = None
+    _media: MediaEncoders | None = None
+    _has_image_encoder: bool = False
+    _logged_media: set[bool] = field(default_factory=set)  # `images` of loads that the log has already
+
+    def texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
+        """Encode the texts of each section, as listed by `wanted_texts`.
+
+        Each text encoder is loaded once and encodes each new text alone, because its conditions must not
+        depend on another text. Before the next encoder is loaded, it is freed or, with `keep`, moved to the
+        CPU.
+
+        Returns:
+            Conditions on the CPU, without a batch dimension.
+        """
+        if self._text_encoders is None:
+            self._text_encoders = self._make_text_encoders()
+        new = [text for text in texts_of(prompts) if text not in self._encoded]
+        outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
+        for encoder in self._text_encoders if new else ():
+            is_loaded = False
+            try:
+                encoder.load(self.device)
+                is_loaded = True
+                with torch.no_grad():
+                    if self.text_loras is not None:
+                        self.text_loras.add_to(encoder)
+                    for text in track(new, "Encoding texts", len(new), unit="text"):
+                        (conditions,) = encoder.encode([text])
+                        outputs.setdefault(text, {}).update(conditions_to(conditions, CPU))
+            finally:
+                if self.dits.keep and is_loaded:  # else Ctrl-C may have come in the middle of a move
+                    encoder.load(CPU)  # a loaded encoder moves
+                else:
+                    encoder.free()
+                free_memory(self.device)
+        self._encoded.update(outputs)  # only now: an interrupted text is not there by half
+        return [gather_encoded(by_section, self._encoded) for by_section in prompts]
+
+    def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
+        """Return the number of texts that `texts` would have to encode."""
+        return sum(text not in self._encoded for text in texts_of(prompts))
+
+    def _make_text_encoders(self) -> Sequence[TextEncoder]:
+        encoders = self.family.text_encoders()
+        if self.blocks is not None:
+            for encoder in encoders:
+                if can_divide(encoder):
+                    encoder.blocks = self.blocks
+        if self.text_loras is not None:
+            self.text_loras.warn_of_unused(encoders)
+        return encoders
+
+    def encode_with_loras(
+        self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
+    ) -> list[Mapping[int, EncodedPrompts]]:
+        """Encode texts as `texts` does, but with these LoRAs in encoders that are not kept between calls."""
+        assert not self.dits.keep, "kept encoders have the LoRAs of before in their weights"
+        before = self._encoded, self.text_loras
+        self._encoded = {}  # results of `texts` are kept by text, and these depend on the LoRAs too
+        self.text_loras = loras
+        try:
+            return self.texts(prompts)
+        finally:
+            self._encoded, self.text_loras = before
+
+    @contextmanager
+    def media(self, images: bool, again: bool) -> Iterator[MediaEncoders]:
+        """Yield the media encoders on the device.
+
+        Args:
+            images: Whether to include the image encoder.
+            again: Whether they are needed again later. They then wait on the CPU; if the CPU is the device,
+                they are freed and loaded again.
+        """
+        try:
+            if self._media is None or (images and not self._has_image_encoder):
+                # the VAE is loaded again with the image encoder, which is rare; two VAEs would not fit
+                self._media = None
+                # a VAE that is loaded repeatedly, as for each sample of a training on the CPU, is logged once
+                with quiet() if images in self._logged_media else nullcontext():
+                    self._media = self.family.media_encoders(self.device, images)
+                self._has_image_encoder = images
+                self._logged_media.add(images)
+            else:
+                _move(self._media, self.device, images)
+            with torch.no_grad():
+                yield self._media
+        finally:  # also where Ctrl-C comes in the middle of a move
+            stays_in_host_memory = self.dits.keep or (again and self.device != CPU)
+            if self._media is not None and stays_in_host_memory:
+                _move(self._media, CPU, images=True)
+            else:
+                self._media = None
+            free_memory(self.device)
+
+    def drop_image_encoder(self) -> None:
+        """Release the image encoder, unless networks are kept."""
+        if self._media is not None and not self.dits.keep:
+            self._media = replace(self._media, image_encoder=None)
+            self._has_image_encoder = False
+
+    def free(self) -> None:
+        """Release all networks, and the device memory that torch caches."""
+        for encoder in self._text_encoders or ():
+            encoder.free()
+        self._media = None
+        self.dits.free()
+        free_memory(self.device)
+
+
+def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> Mapping[int, Prompts]:
+    """Return the texts to encode by section: the prompt, and those that guidance needs."""
+    needed: set[str] = set()
+    for expert_plans in plan_steps(prepared, options):
+        for plan in expert_plans:
+            needed |= {guidance_pass.text for guidance_pass in plan.passes}
+    return {
+        section: replace(
+            texts,
+            negative=texts.negative if "negative" in needed else None,
+            blank=(texts.blank or Prompt("")) if "blank" in needed else None,
+            # without a text of its own, attention is steered away from the negative prompt
+            away=(texts.away or texts.negative or Prompt("")) if options.nag.is_on else None,
+        )
+        for section, texts in prepared.prompts.items()
+    }
+
+
+def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
+    """Return each text of several requests once. `prompts` are results of `wanted_texts`."""
+    texts: dict[Prompt, None] = {}
+    for by_section in prompts:
+        for section in by_section.values():
+            for text in (section.positive, section.negative, section.blank, section.away):
+                if text is not None:
+                    texts[text] = None
+    return list(texts)
+
+
+def gather_encoded(
+    prompts: Mapping[int, Prompts], encoded: Mapping[Prompt, Conditions]
+) -> dict[int, EncodedPrompts]:
+    """Return the encoded texts of each section.
+
+    Args:
+        prompts: Texts of each section.
+        encoded: Conditions of each text.
+    """
+
+    def find(text: Prompt | None) -> Conditions | None:
+        return None if text is None else encoded[text]
+
+    return {
+        section: EncodedPrompts(
+            encoded[texts.positive],
+            negative=find(texts.negative),
+            blank=find(texts.blank),
+            away=find(texts.away),
+        )
+        for section, texts in prompts.items()
+    }
+
+
+def _move(encoders: MediaEncoders, device: torch.device, images: bool) -> None:
+    networks: tuple[Any, ...] = (encoders.vae, encoders.image_encoder if images else None)
+    for network in networks:
+        if network is not None:
+            network.to(device)
+
+
+@torch.no_grad()
+def decode_tracks(
+    family: HearsAudio,
+    latents: Mapping[str, Tensor],
+    device: torch.device,
+    note: Callable[[str], AbstractContextManager[object]],
+) -> dict[str, Track]:
+    """Decode audio latents; return the track of each clip by label, without those that fail.
+
+    Args:
+        family: The model family.
+        latents: Audio latents in model space, 1 C T M, by label.
+        device: Device of the run.
+        note: Returns a context manager for a label that records errors of the clip.
+    """
+    tracks: dict[str, Track] = {}
+    if not latents:
+        return tracks
+    networks = family.audio_networks(device, decodes=True)
+    try:
+        for label in track(latents, "Decoding sound", len(latents), unit="clip"):
+            with note(label):
+                audio = family.decode_audio(networks, latents[label].to(device))
+                if not is_finite(audio.samples):
+                    raise UserError(
+                        "The sound's decoder made values that are NaN or infinite of good latents: nothing "
+                        "would be heard. Give --vae_dtype float32"
+                    )
+                tracks[label] = audio.samples.float().cpu().numpy(), audio.rate
+    finally:
+        del networks
+        free_memory(device)
+    return tracks

@@ -1,0 +1,211 @@
+"""Generate in several processes that share the transformer, the tokens of a clip or the passes of each step.
+
+The ways to do so are in `runtime/ways/`; `--plan 2x24` compares them on several cards.
+
+All processes make every prompt from the same noise: blocks and tokens are gathered from all of them, and the
+velocity of a pass comes from the process that runs it. Only the first process decodes, writes and logs.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cached_property
+
+import torch
+from torch import distributed
+
+from blissful_tuner.options import NO_PREVIEW, PromptRewriteOptions
+from generation.expert_memory import all_requests
+from generation.memory import PhasePrediction, predict, predict_largest
+from generation.options import GenerationOptions
+from generation.script_options import NOTHING
+from modules.command import LAUNCH
+from modules.console import quiet
+from modules.devices import select_device
+from modules.errors import OptionError
+from modules.lost_processes import OtherProcesses, meet_anew
+from modules.options import override_options
+from protocols.family import Family
+from protocols.requests import Prepared
+from runtime.offload.joining import agree, join_processes, launched_processes
+from runtime.planning.device_memory import Room
+from runtime.planning.division import TokenCounter, divide_tokens
+from runtime.planning.several_cards import Rehearsed, print_ways, with_division
+from runtime.ways.composing import check_launch, count_shared_passes
+from runtime.ways.contract import Division, RunUses
+
+
+def plan_ways(
+    family: Family, options: GenerationOptions, device: torch.device, cards: int, room: Room
+) -> None:
+    """Print the ways to use several GPUs, and the cheapest one that fits.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        device: Device of the run.
+        cards: Number of GPUs.
+        room: Memory of each GPU.
+    """
+    alone = replace(options, speed=with_division(options.speed, Division(1)))
+    with quiet():
+        prepared, _ = predict_largest(family, alone, all_requests(family, alone), device=device, room=room)
+
+    def runs() -> Iterator[Rehearsed]:
+        run = _DividedRun(family, alone, prepared, device=device, cards=cards, room=room)
+        yield Rehearsed((), run.counter.heads, can_swap=True, divide=run.divide)
+        if alone.speed.fp8.quantization is None:
+            fp8 = replace(alone, speed=override_options(alone.speed, {"fp8_scaled": True}))
+            run = _DividedRun(family, fp8, prepared, device=device, cards=cards, room=room)
+            yield Rehearsed(("--fp8_scaled",), run.counter.heads, can_swap=True, divide=run.divide)
+
+    print_ways(runs(), cards, room, is_training=False)
+
+
+class _DividedRun:
+    """Predict the memory of a run on several GPUs, from rehearsals of the full and of the split network."""
+
+    def __init__(
+        self,
+        family: Family,
+        options: GenerationOptions,
+        prepared: Prepared,
+        *,
+        device: torch.device,
+        cards: int,
+        room: Room,
+    ) -> None:
+        self.family = family
+        self.options = options
+        self.prepared = prepared
+        self.device = device
+        self.cards = cards
+        self.room = room
+        self.counter = TokenCounter()
+        with quiet():
+            self.full_network = predict(
+                family, options, prepared, device, room=room, watch=self.counter.watch
+            )
+
+    @cached_property
+    def shards(self) -> PhasePrediction:
+        """Rehearse the run with the network split over all GPUs."""
+        options = self._set_division(Division(self.cards, shards=True))
+        with quiet():
+            return predict(self.family, options, self.prepared, self.device, room=self.room)
+
+    def divide(self, division: Division) -> PhasePrediction:
+        """Predict the memory of one GPU.
+
+        Raises:
+            OptionError: If the model does not support this division.
+        """
+        if division != Division(self.cards):
+            check_together(self.family, self._set_division(division))
+        prediction = self.shards if division.shards else self.full_network
+        if division.context == 1:
+            return prediction
+        return replace(prediction, moments=divide_tokens(prediction.moments, division.context, self.counter))
+
+    def _set_division(self, division: Division) -> GenerationOptions:
+        return replace(self.options, speed=with_division(self.options.speed, division))
+
+
+logger = logging.getLogger(__name__)
+
+Generate = Callable[[Family, GenerationOptions, torch.device], None]
+
+
+def generate_together(generate: Generate, family: Family, options: GenerationOptions) -> None:
+    """Run `generate` in all processes of the launcher, or in the first one alone if no transformer runs.
+
+    Raises:
+        UserError: As `generate` does, and if another process was lost.
+    """
+    speed = options.speed
+    launched = launched_processes()
+    runs_no_transformer = bool(options.latent_path or options.save_merged_model or speed.plan.is_planning)
+    if not runs_no_transformer:
+        check_launch(speed, launched, _uses_of(family, options))
+    if launched == 1:
+        flags = " and ".join(speed.joined.typed)
+        logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
+        generate(family, options, select_device(options.device))
+        return
+    check_together(family, options)
+    if runs_no_transformer:
+        if os.environ.get("RANK", "0") == "0":
+            generate(family, options, select_device(options.device))
+        return
+    meet_anew()
+    device = join_processes(options.device, speed.joined.typed[0])
+    rank = distributed.get_rank()
+    if rank > 0:
+        # only the first process logs and writes files
+        logging.getLogger().setLevel(logging.ERROR)
+        options = replace(
+            options,
+            output=replace(options.output, output_type=NOTHING, save_last_frame=False),
+            preview=NO_PREVIEW,
+            rewriting=PromptRewriteOptions(),
+        )
+    try:
+        with OtherProcesses(rank, distributed.get_world_size()) as processes, processes.explain():
+            generate(family, options, device)
+    finally:
+        distributed.destroy_process_group()
+
+
+def read_together(ask: Callable[[], str]) -> Callable[[], str]:
+    """Return a function that asks for a line in the first process and returns it in all processes."""
+
+    def read() -> str:
+        line: str | None = None
+        if distributed.get_rank() == 0:
+            try:
+                line = ask()
+            except EOFError:
+                line = None
+        line = agree(line)
+        if line is None:
+            raise EOFError
+        return line
+
+    return read
+
+
+def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
+    """Return the features of a generation that conflict with some modes of running on several GPUs."""
+    turns = {
+        "--offload_inactive_dit": options.experts.offload_inactive_dit,
+        "--lazy_loading": options.experts.lazy_loading,
+    }
+    cache = options.step_cache
+    return RunUses(
+        takes_turns=tuple(name for name, is_given in turns.items() if is_given and len(family.experts) > 1),
+        has_step_cache=cache.is_on,
+        calibrates=bool(cache.magcache_calibration or cache.teacache_calibration),
+        rewrites_prompts=options.rewriting.prompt_rewrite is not None,
+    )
+
+
+def check_together(family: Family, options: GenerationOptions) -> None:
+    """Raise OptionError if options do not work with several processes that generate a prompt together."""
+    speed = options.speed
+    flags = " and ".join(speed.joined.typed)
+    count_shared_passes(speed, launched_processes())
+    uses = _uses_of(family, options)
+    for check in speed.joined.on.check:
+        check(uses)
+    if options.sheet.sheet is not None:
+        raise OptionError(
+            f"--sheet and {flags} cannot be used together: a sheet is made by one process, which has the "
+            f"whole weights. Use --from_file with a line for each, or leave {flags} out"
+        )
+    # only the first process runs the tools: it alone would leave out a line that they cannot process
+    if options.post.tools:
+        raise OptionError(
+            f"--post and {flags} cannot be used together. Run the tools on the finished files, with the "
+            "scripts in blissful_tuner/"
+        )

@@ -1,0 +1,373 @@
+"""Load the networks of a generation with their LoRAs, and put the options' features around them."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from checkpoints.opening import open_checkpoint
+from checkpoints.stored.forms import prepare
+from generation.experts import Check
+from generation.options import GenerationOptions
+from generation.script_options import as_typed
+from modules.attention.attend import check_backend
+from modules.devices import dtype_of, own_stream, warn_if_emulated
+from modules.errors import OptionError
+from modules.options import override_options
+from modules.speed_options import Quantization
+from networks.names.layouts import FOR_BOTH
+from networks.use_options import multipliers_for
+from protocols.families import HIGH_NOISE
+from protocols.family import Family
+from protocols.loading import Placement
+from protocols.rules import Expert
+from runtime.network_setup import dress, swapped_weights
+from runtime.offload.swap_plan import HostWeights
+from runtime.options import GenerationSpeedOptions
+from runtime.run_blocks import stage_files_of
+from runtime.ways.composing import finish_network, make_block_place
+
+if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turns
+    from networks.apply import LoraPatch, OriginalWeights
+    from networks.loading import LoraUse
+    from runtime.offload.turns import HostCopy
+
+LorasByExpert = Sequence[Sequence["LoraUse"]]  # of each of `Family.experts`, in their order
+
+
+@dataclass(frozen=True)
+class DitLoader:
+    """Load an expert onto the device, with LoRAs merged and its blocks compiled and swapped."""
+
+    family: Family
+    uses: LorasByExpert
+    device: torch.device
+    options: GenerationOptions
+    quantization: Quantization | None
+    # by expert: notes the weights while they are loaded, in place of merging
+    originals: "Sequence[OriginalWeights] | None" = None
+
+    def aside(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
+        """Load an expert into host memory while another one runs.
+
+        LoRAs are merged and weights quantized on the device, as in any load, so that the results are equal.
+
+        Args:
+            expert: Index of the expert.
+            check: Called for each tensor; it may raise to stop loading.
+
+        Returns:
+            The network, and the `HostCopy` that moves it to the device.
+        """
+        from runtime.offload.turns import HostCopy  # only for networks that take turns
+
+        host_weights = None
+        if self.device.type != "cpu":
+            swap = self.options.speed.swap
+            host_weights = swapped_weights(self.family.dit, swap, self.device, all_weights=True)
+        with own_stream(self.device):
+            dit = self(expert, host_weights, check)
+            return dit, HostCopy(dit, self.device, host_weights)
+
+    def __call__(
+        self, expert: int, place: HostWeights | None = None, check: Check | None = None
+    ) -> nn.Module:
+        """Load an expert onto the device, or as `aside` does. Raises OptionError if a LoRA does not fit."""
+        family = self.family
+        speed = self.options.speed
+        uses, masked = self._split(self.uses[expert] if self.uses else ())
+        merged = self._make_patch(uses)
+        # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
+        patch = self.originals[expert] if self.originals else merged
+        host = place or swapped_weights(family.dit, speed.swap, self.device)
+        blocks = make_block_place(speed, self.device) if speed.joined.on.place else None
+        placement = Placement(
+            self.device,
+            attention=speed.attention.choice,
+            patch=patch,
+            leave_unmerged=merged.leave_unmerged if merged else None,
+            quantization=self.quantization,
+            host=host,
+            blocks=blocks,
+            check=check,
+        )
+        dit = family.load_dit(placement, expert)
+        warn_if_emulated(self.device, dtype_of(dit), "the transformer")
+        if patch is not None:
+            patch.check()
+        if merged is not None and merged.unmerged:
+            from networks.unmerged_loras import add_unmerged  # only with LoRAs of quantized layers
+
+            add_unmerged(dit, merged.unmerged, self.device, dtype_of(dit))
+        if masked:
+            from networks.unmerged_loras import add_unmerged, masked_changes  # only with T-LoRAs
+
+            add_unmerged(dit, masked_changes(dit, masked), self.device, dtype_of(dit))
+        dit.eval().requires_grad_(False)
+        if stage_files_of(dit):
+            from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
+
+            add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
+        dress(dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks)
+        if speed.joined.on.finish:
+            finish_network(dit, speed, self.device)
+        return dit
+
+    @staticmethod
+    def _split(uses: "Sequence[LoraUse]") -> "tuple[list[LoraUse], list[LoraUse]]":
+        """Return the LoRAs to merge into a transformer, and the T-LoRAs, which wrap its layers instead."""
+        if not uses:
+            return [], []
+        from networks.loading import on_side  # only with LoRAs
+        from networks.unmerged_loras import split_masked
+
+        return split_masked(on_side(uses, False))
+
+    def _make_patch(self, uses: "Sequence[LoraUse]") -> "LoraPatch | None":
+        """Return the patch that merges LoRAs while weights are loaded; None if the originals are kept."""
+        if not uses or self.originals:
+            return None
+        from networks.apply import LoraPatch  # only with LoRAs
+        from networks.rounding import LoraRounding
+
+        rounding = LoraRounding(self.options.lora_rounding)
+        return LoraPatch(uses, rounding=rounding, family=self.family.name)
+
+
+def dit_loader(
+    family: Family,
+    uses: LorasByExpert,
+    device: torch.device,
+    options: GenerationOptions,
+    originals: "Sequence[OriginalWeights] | None" = None,
+) -> DitLoader:
+    """Make the loader of a family's experts.
+
+    Args:
+        family: The model family.
+        uses: LoRA files by expert; empty if no expert has any.
+        device: Device of the run.
+        options: Options of the run.
+        originals: Original weights by expert, for switching LoRAs.
+
+    Raises:
+        OptionError: If an option is unavailable on the device.
+    """
+    quantization = options.speed.fp8.quantization
+    if quantization is not None:
+        quantization = prepare(quantization, device)
+    return DitLoader(family, uses, device, options=options, quantization=quantization, originals=originals)
+
+
+logger = logging.getLogger(__name__)
+
+# option by the expert whose LoRAs it names; "": the first one's, which may be the only one
+LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
+
+
+def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
+    """Return the LoRA files and their strengths by expert: each option names the files of one expert."""
+    files = options.experts.lora_weight_high_noise or ()
+    high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
+    low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
+    return {"": [*low], HIGH_NOISE: [*zip(files, high, strict=True)]}
+
+
+def key_of(expert: Expert) -> str:
+    """Return the key of an expert's LoRA options; "" for the options that apply to all experts."""
+    return expert.name if expert.name in LORA_OPTIONS else ""
+
+
+def _select_shared(other_uses: "Sequence[LoraUse]", own_uses: "Sequence[LoraUse]") -> "list[LoraUse]":
+    """Return the files of other experts' options that also have a LoRA for this expert."""
+    own_paths = {use.lora.path for use in own_uses}
+    return [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
+
+
+def expert_loras(
+    family: Family, options: GenerationOptions, with_texts: bool = False
+) -> "tuple[tuple[LoraUse, ...], ...]":
+    """Return the LoRAs of each of the family's experts, in order; warn about LoRAs for a different expert.
+
+    A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
+    the files of --lora_weight, then of --lora_weight_high_noise.
+
+    Args:
+        family: The model family.
+        options: Options of the run.
+        with_texts: Whether to read changes of text encoders too, and the words in the files if the family
+            supports them.
+
+    Raises:
+        OptionError: If LoRAs are given for an expert that is not given.
+        CheckpointError: If a LoRA file is not valid or does not fit the model.
+    """
+    experts = family.experts
+    files_by_key = list_loras(options)
+    files = [*chain(*files_by_key.values())]
+    patterns = options.lora_patterns
+    if not (files or patterns.include_patterns or patterns.exclude_patterns):
+        return ((),) * len(experts)
+    from networks.loading import lora_uses  # only with LoRAs
+
+    uses = iter(lora_uses(files, patterns, with_texts, with_words=with_texts))
+    uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
+    keys = [key_of(expert) for expert in experts]
+    _check_experts(uses_by_key, keys)
+    _warn_of_missing_experts(uses_by_key, keys)
+    expert_uses = []
+    for expert, key in zip(experts, keys, strict=True):
+        uses_of_expert = [*uses_by_key[key]]
+        other_uses = [use for other, uses in uses_by_key.items() if other != key for use in uses]
+        if other_uses:
+            uses_of_expert += _select_shared(other_uses, uses_by_key[key])
+        expert_uses.append(tuple(use.for_expert(expert.name) for use in uses_of_expert))
+    from networks.depth_variants import find_grown, fit_to_file
+
+    # decoding latents runs no transformer
+    if options.latent_path or not any(find_grown(use.lora) for use in chain(*expert_uses)):
+        return tuple(expert_uses)
+    return tuple(
+        tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)
+    )
+
+
+def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
+    """Raise OptionError if LoRAs are given for an expert that is not given.
+
+    Args:
+        uses_by_key: LoRA files by key of the expert.
+        keys: Keys of the experts that are given.
+    """
+    for key, uses in uses_by_key.items():
+        if key in keys:
+            continue
+        has_single = any(not use.lora.parts for use in uses)
+        is_of_named_expert = bool(key and uses)
+        if has_single or is_of_named_expert:
+            dit = f"--dit_{key}" if key else "--dit"
+            remedy = "add it, or leave the option out"
+            if keys[0]:
+                remedy = f"use {LORA_OPTIONS[keys[0]]}, or add {dit}"
+            raise OptionError(f"{LORA_OPTIONS[key]} is for {dit}, which is not given: {remedy}")
+
+
+def _warn_of_missing_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
+    """Warn about LoRAs that were trained in all experts and are given to only some of them."""
+    paths = {key: {use.lora.path for use in uses} for key, uses in uses_by_key.items()}
+    for key, uses in uses_by_key.items():
+        for use in uses:
+            missing = [
+                LORA_OPTIONS[expert_key]
+                for expert_key in keys
+                if expert_key != key and use.lora.path not in paths[expert_key]
+            ]
+            if missing and use.lora.expert == FOR_BOTH:
+                logger.warning(
+                    "%s was trained for both experts and is used in one of them: give it to %s too",
+                    use.lora.path,
+                    " and ".join(missing),
+                )
+
+
+# --- what of --optimized is available
+# ------------------------------------------------------------------------------------------------------------
+
+FP8_DTYPES = frozenset({torch.float8_e4m3fn, torch.float8_e5m2})
+
+
+def leave_out_missing(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
+    """Turn off the options of --optimized that are unavailable here, each with a warning, and log the rest.
+
+    Options that the user gave by name are kept: if one is unavailable, it causes an error later.
+    """
+    checks = _make_preset_checks(family, device)
+    speed = options.speed
+    left_out: list[str] = []
+    for name in checks:
+        if name not in options.speed.by_preset:
+            continue
+        try:
+            checks[name](speed)
+        except OptionError as error:
+            logger.warning("--optimized goes without --%s here. %s", name, error)
+            speed = _without(speed, name)
+            left_out.append(name)
+    _log_preset(options, left_out)
+    if not left_out:
+        return options
+    settings: dict[str, Any] = {
+        name: value for name, value in options.settings.items() if name not in left_out
+    }
+    if speed.fp8.fp8 and not options.speed.fp8.fp8:
+        settings["fp8"] = True
+    return replace(options, speed=speed, settings=settings)
+
+
+def _make_preset_checks(
+    family: Family, device: torch.device
+) -> dict[str, Callable[[GenerationSpeedOptions], object]]:
+    """Return a check for each option of --optimized; it raises OptionError if the option is unavailable."""
+    files = family.dit_files  # raises the error for a missing file first
+
+    def check_attention(speed: GenerationSpeedOptions) -> None:
+        placement = Placement(device, attention=speed.attention.choice)
+        check_backend(placement.attention, device, lambda: family.compute_dtype(placement), training=False)
+
+    def check_compile(speed: GenerationSpeedOptions) -> None:
+        from runtime.compile import check_compilation  # only with --compile
+
+        check_compilation(speed.compilation.choice, device)
+
+    return {
+        "attn_mode": check_attention,
+        "compile": check_compile,
+        "fp8_scaled": lambda _: _check_rounding(files, device),
+        "fp8_fast": lambda speed: speed.fp8.quantization and prepare(speed.fp8.quantization, device),
+        "fp16_accumulation": lambda _: _check_fp16_sums(device),
+    }
+
+
+def _log_preset(options: GenerationOptions, left_out: Sequence[str]) -> None:
+    """Log what --optimized sets, what is unavailable here, and which options the user set differently."""
+    speed = options.speed
+    values = dict.fromkeys(speed.by_preset, True) | dict(options.settings)
+    used = [as_typed(values, name) for name in speed.by_preset if name not in left_out]
+    parts = [f"--optimized sets {' '.join(used) or 'nothing'}"]
+    if left_out:
+        names = ", ".join(as_typed(values, name) for name in left_out)
+        parts.append(f"left out, as the warnings above say why: {names}")
+    if speed.not_by_preset:
+        names = ", ".join(f"--{name}" for name in speed.not_by_preset)
+        parts.append(f"left to what you gave: {names}")
+    logger.info("%s", "; ".join(parts))
+
+
+def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions:
+    changes: dict[str, Any] = {name: "torch" if name == "attn_mode" else False}
+    if name == "fp8_scaled":  # a file in fp8 stays in fp8
+        changes["fp8"] = True
+    by_preset = tuple(option for option in speed.by_preset if option != name)
+    return override_options(replace(speed, by_preset=by_preset), changes)
+
+
+def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
+    if device.type == "mps":
+        raise OptionError("Apple's GPUs have no numbers of 8 bits.")
+    for path in files:
+        with contextlib.closing(open_checkpoint(path)) as checkpoint:
+            infos = checkpoint.tensors.values()
+            is_rounded = any(info.packing is not None or info.dtype in FP8_DTYPES for info in infos)
+        if is_rounded:
+            raise OptionError(f"{path} is quantized already, and rounding it again would only lose more.")
+
+
+def _check_fp16_sums(device: torch.device) -> None:
+    if device.type != "cuda":
+        raise OptionError(f"It is for matrix products on a CUDA GPU, and this run computes on {device.type}.")

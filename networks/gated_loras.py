@@ -1,0 +1,661 @@
+"""Put LoRAs round the forward of modules, for LoRAs that act only at times or in parts of a picture.
+
+The model's weights are unchanged, however they are stored. An `AddedPart` is the addition of one LoRA to one
+module; an `AddedLayer` is the forward of a module with all its parts. Switched off, it calls the original
+forward, so that training is unaffected.
+"""
+# Letters: R rank
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from logging import getLogger
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor, nn
+
+from checkpoints.stored.forms import stored_in
+from modules.console import list_some
+from modules.errors import CheckpointError
+from networks import deltas, loading
+from networks.apply import changes_of
+from networks.delta import Delta, read_delta, read_deltas
+from networks.deltas import CPU, OF_BIAS, OF_LOW_RANK, SET
+from networks.depth_variants import fit_depths
+from networks.fused_parts import for_model
+from networks.kinds.composing import OF_MAGNITUDES, list_additive
+from networks.kinds.factors import DOWN, UP
+from networks.loading import LoraFile, LoraUse
+from networks.lora_products import add_product
+from networks.module_names import select_family
+from networks.names.layouts import FIRST_LAYERS, OURS, FamilyNames
+from networks.rank_masks import RankMask, mask_for, parts_of_rank, rule_of
+from networks.unused_tensors import text_side_of
+from runtime.run_blocks import stage_files_of
+
+logger = getLogger(__name__)
+_MID = "lora_mid.weight"
+
+
+@dataclass(frozen=True)
+class ChangedPlace:
+    """A parameter that LoRAs change: a module's weight (together with its bias), or one of another name."""
+
+    path: str  # of the parameter
+    module: nn.Module
+    leaf: str = "weight"
+
+    @property
+    def module_path(self) -> str:
+        """Path of the module whose weight is changed; the full path of a parameter of another name."""
+        return self.path.removesuffix(".weight")
+
+    @property
+    def parameter(self) -> Tensor:
+        """The parameter as the module holds it now."""
+        parameter = getattr(self.module, self.leaf)
+        assert isinstance(parameter, Tensor)
+        return parameter
+
+    @property
+    def shaped(self) -> Tensor:
+        """Return the parameter, or for a weight in 8 or 4 bits a stand-in with the shape of its value."""
+        stored = stored_in(self.module) if self.leaf == "weight" else None
+        return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether the module is a Linear."""
+        return isinstance(self.module, nn.Linear)
+
+    @property
+    def adds_to_output(self) -> bool:
+        """Return whether a change of the weight can be added to the output: a matrix or a convolution."""
+        module = self.module
+        is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+        return (self.is_linear or is_plain) and self.leaf == "weight"
+
+    def has(self, name: str) -> bool:
+        """Whether the module has a parameter of this name."""
+        return isinstance(getattr(self.module, name, None), nn.Parameter)
+
+
+class AddedPart:
+    """The addition of one LoRA to one module, `multiplier` times; empty until `place_on`."""
+
+    def __init__(
+        self, place: ChangedPlace, delta: Delta, multiplier: float = 1.0, by_frozen_norms: bool = False
+    ) -> None:
+        """Hold the change of one module; it has an effect only after `place_on`.
+
+        Args:
+            place: Parameter that is changed.
+            delta: The change, on the CPU.
+            multiplier: Strength.
+            by_frozen_norms: Whether DoRA magnitudes refer to the norms of the frozen weight alone.
+        """
+        self.place = place
+        self.delta = delta
+        self.multiplier = multiplier
+        self._by_frozen_norms = by_frozen_norms
+        # applied to the addition to the module's output before it is added; None: nothing
+        self.region: Callable[[Tensor], Tensor] | None = None
+        self.rank_mask: RankMask | None = None  # T-LoRA
+        self.rotation = delta.rotation
+        self.rows: slice | None = None  # outputs that the rotation is for; None: all
+        self._angles: Tensor | None = None  # the values of the rotation, float32
+        self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
+        self._full: Delta | None = None  # all other factors, on the device
+        self._bias: Tensor | None = None
+
+    def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
+        self.release()
+        factors = self.delta.factors
+        if self.rotation is not None:
+            self._angles = factors[self.rotation.part].to(device, torch.float32)
+            return
+        is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_MID}
+        if self.place.adds_to_output and is_low_rank:
+            up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
+            middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
+            self._chain = [factors[DOWN].to(device, dtype), *middle, up.to(dtype)]
+        elif factors.keys() - OF_BIAS - {"alpha"}:
+            self._full = self.delta.to(device)
+        self._bias = self.delta.bias(device)
+
+    def release(self) -> None:
+        """Release the tensors that `place_on` made."""
+        self._angles = None
+        self._chain = []
+        self._full = None
+        self._bias = None
+
+    @property
+    def is_made_full(self) -> bool:
+        """Whether the addition is stored as a full matrix instead of factors."""
+        return self._full is not None
+
+    @property
+    def sets_weight(self) -> bool:
+        """Return whether this change replaces the weight and all earlier changes."""
+        return self.delta.sets_weight
+
+    @property
+    def turns_input(self) -> bool:
+        """Return whether it rotates the input of all outputs."""
+        return self.rotation is not None and self.region is None and self.rows is None
+
+    def turned(self, x: Tensor) -> Tensor:
+        """Return the change of the input x, ... in, by the rotation."""
+        assert self.rotation is not None
+        assert self._angles is not None
+        with torch.autocast(x.device.type, enabled=False):
+            made = self.rotation.make(self._angles, self.multiplier)
+            return self.rotation.of_input(x, made.to(x.dtype))
+
+    def add_to(self, out: Tensor, x: Tensor, has_weight: bool = True) -> Tensor:
+        """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
+
+        Args:
+            out: Output of the module; it may be changed in place.
+            x: Input of the module.
+            has_weight: Whether the change of the weight is added; False adds that of the bias only.
+        """
+        if has_weight and self._adds_in_place(out):
+            # the last product is added to `out` in place: one pass over it, not three
+            down, *_, up = self._chain
+            hidden = self._hidden(x, down).view(-1, len(down))
+            return add_product(out, hidden, up.flatten(1).t())
+        added = self._compute_weight_addition(out, x) if has_weight else None
+        if self._bias is not None:
+            bias = (self._bias * self.multiplier).to(out.dtype)
+            bias = bias if self.place.is_linear else bias[:, None, None]
+            added = bias.expand_as(out) if added is None else added + bias
+        if added is None:
+            return out
+        return out + (added if self.region is None else self.region(added))
+
+    def _adds_in_place(self, out: Tensor) -> bool:
+        """Return whether the addition is only a product, of which neither gradients nor code are recorded."""
+        is_product = bool(self._chain) and self.place.is_linear and self.region is None and self._bias is None
+        is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
+        return is_product and not is_recorded and out.dtype == self._chain[-1].dtype
+
+    def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
+        """Return the addition to the output by the change of the weight; None if it does not change."""
+        if self._angles is not None:  # a rotation of the input, passed through the module's own weight
+            added = frozen_product(self.place.module, self.turned(x)).to(out.dtype)
+            if self.rows is None:
+                return added
+            outputs = torch.zeros_like(added)
+            outputs[..., self.rows] = added[..., self.rows]
+            return outputs
+        if self._chain:  # factors of low rank
+            return self._low_rank(x).to(out.dtype)
+        if self._full is None:  # only the bias changes
+            return None
+        # recomputed in every pass: stored, all of them would be as large as the model
+        delta = (self._addition(self._full, x.device) * self.multiplier).to(out.dtype)
+        shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
+        return self._apply(x.to(out.dtype), shaped)
+
+    def changes(self) -> dict[str, Tensor]:
+        """Return what is added to the module's parameters, by name, float32; for `sets_weight` the weight."""
+        if self.rotation is not None and self._angles is not None:
+            made = self.rotation.make(self._angles, self.multiplier)
+            return {self.place.leaf: self.rotation.of_weight(self.place.parameter, made)}
+        changes: dict[str, Tensor] = {}
+        if self._full is not None and self.sets_weight:
+            changes[self.place.leaf] = self._full.factors[SET].to(torch.float32)
+        elif self._full is not None:
+            device = self.place.parameter.device
+            changes[self.place.leaf] = self._addition(self._full, device) * self.multiplier
+        return changes if self._bias is None else {**changes, "bias": self._bias * self.multiplier}
+
+    def _addition(self, delta: Delta, device: torch.device) -> Tensor:
+        addition = delta.addition(self.place.parameter, device, self._by_frozen_norms)
+        assert addition is not None
+        return addition
+
+    def _low_rank(self, x: Tensor) -> Tensor:
+        down, *middle, up = self._chain
+        if self.place.is_linear:
+            return functional.linear(self._hidden(x, down), up.flatten(1))
+        x = x.to(down.dtype)
+        rank = len(down)
+        channels = self.place.parameter.shape[1]
+        if middle:  # Tucker: only the core has the size of the kernel
+            x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
+            down = middle[0]
+        else:
+            down = down.reshape(rank, channels, *self.place.parameter.shape[2:])
+        hidden = self._masked(self._apply(x, down) * self.multiplier, 1)
+        return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
+
+    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
+        """Return the input times the multiplier and the down factor (of a matrix or a 1x1 convolution)."""
+        # as one product even if x is strided: torch does so for the factors that are trained, so that both
+        # give the same to the last bit
+        rows = x.to(down.dtype).reshape(-1, x.shape[-1])
+        hidden = functional.linear(rows, down.flatten(1)).view(*x.shape[:-1], len(down))
+        return self._masked(hidden * self.multiplier)
+
+    def _masked(self, hidden: Tensor, axis: int = -1) -> Tensor:
+        """Return the values between the factors with inactive ranks masked out.
+
+        Args:
+            hidden: The values.
+            axis: Axis of the ranks.
+        """
+        return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
+
+    def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
+        """Mask ranks if the LoRA was trained so (T-LoRA).
+
+        Args:
+            network: Network that contains the module.
+            metadata: Metadata of the LoRA file.
+        """
+        rule = rule_of(metadata)
+        rank = deltas.rank_of(self.delta.factors)
+        if rule is not None and rank:
+            self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
+
+    def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Apply the module's operation with another weight and without bias."""
+        module = self.place.module
+        if not isinstance(module, nn.Conv2d):
+            return functional.linear(x, weight)
+        return functional.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
+
+
+def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
+    """Return x W^T for the frozen weight of a Linear, without its bias and without LoRAs around it."""
+    stored = stored_in(module)
+    if stored is not None:
+        return stored.form.multiply(x, stored.tensors, stored.shape, None)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return functional.linear(x.to(weight.dtype), weight)
+
+
+class AddedLayer(nn.Module):
+    """Run a module, and add the outputs of LoRA parts to its output while `is_on`."""
+
+    def __init__(self, place: ChangedPlace, parts: Sequence[AddedPart]) -> None:
+        super().__init__()
+        self.parts = tuple(parts)
+        self.is_on = False  # set it only while the parts are on a device
+        self._place = place
+        self._original = (place.module,)  # in a tuple, so that it is not registered as a submodule
+        self._before: Callable[..., Tensor] = place.module.forward
+
+    def attach(self) -> None:
+        """Replace the module's forward by this one's. Call before compilation."""
+        self._before = self._original[0].forward
+        self._original[0].forward = self.forward
+
+    def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the factors of all parts to a device in a dtype."""
+        for part in self.parts:
+            part.place_on(device, dtype)
+
+    def switch_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move the parts to a device and activate them."""
+        self.place_on(device, dtype)
+        self.is_on = True
+
+    def switch_off(self) -> None:
+        """Deactivate the parts and release their tensors."""
+        self.is_on = False
+        for part in self.parts:
+            part.release()
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Run the module, and add what the active parts contribute; parts with a region act on it only."""
+        active = [part for part in self.parts if part.multiplier != 0] if self.is_on else []
+        if not active:
+            return self._before(*inputs, **named)
+        if not self._place.adds_to_output:
+            # not linear (a norm, a block with its own parameter): run it with changed weights
+            if all(part.region is None for part in active):
+                return self._run_with(active, *inputs, **named)
+            plain = self._before(*inputs, **named)
+            out = plain
+            for part in active:
+                added = self._run_with([part], *inputs, **named) - plain
+                out = out + (added if part.region is None else part.region(added))
+            return out
+        if any(part.sets_weight for part in active):
+            return self._run_set(active, inputs[0])
+        x = inputs[0]
+        rotations = [part for part in active if part.turns_input]
+        if rotations and self._is_innermost:
+            # one product for all: the changes of the input add up, as the changes of a weight do
+            change = functools.reduce(torch.add, [part.turned(x) for part in rotations])
+            out = self._before(x + change)
+            active = [part for part in active if not part.turns_input]
+        else:
+            out = self._before(*inputs, **named)
+        for part in active:
+            out = part.add_to(out, x)
+        return out
+
+    @property
+    def _is_innermost(self) -> bool:
+        """Whether this wraps the frozen module itself; a wrapper in between would get the changed input."""
+        return getattr(self._before, "__self__", None) is self._original[0]
+
+    def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
+        """Run a layer whose weight one part replaces; of the earlier parts only the biases remain."""
+        plain = self._before(x)
+        out = plain.clone()
+        for index, part in enumerate(parts):
+            if not part.sets_weight:
+                out = part.add_to(out, x)
+                continue
+            changed = self._run_with([part], x)
+            if part.region is not None:  # the other weight acts within the region only
+                out = out + part.region(changed - plain)
+                continue
+            out = changed
+            for earlier in parts[:index]:
+                out = earlier.add_to(out, x, has_weight=False)
+        return out
+
+    def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
+        """Run the module with changed weights, then put them back."""
+        parameters = self._original[0]._parameters
+        originals = {name: parameters[name] for name in (self._place.leaf, "bias") if self._place.has(name)}
+        # compute all changes from the original weights
+        changes = [part.changes() for part in parts]
+        try:
+            for part, change in zip(parts, changes, strict=True):
+                for name, delta in change.items():
+                    parameter = parameters[name]
+                    assert parameter is not None
+                    # a new parameter, not new data: the backward pass needs the changed values
+                    weight = parameter.data
+                    changed = delta.reshape(weight.shape)
+                    if name != self._place.leaf or not part.sets_weight:
+                        changed = changed + weight.float()
+                    parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
+            return self._before(*inputs, **named)
+        finally:
+            parameters.update(originals)
+
+
+class AddedLoras:
+    """LoRAs of a model that are switched on for a while."""
+
+    def __init__(self, layers: Sequence[AddedLayer] = ()) -> None:
+        self.layers = layers
+
+    def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Copy the factors of all layers to a device in a dtype."""
+        for layer in self.layers:
+            layer.place_on(device, dtype)
+
+    @contextlib.contextmanager
+    def switched_to(self, is_on: bool) -> Iterator[None]:
+        """Switch the LoRAs on or off while the block runs. Their factors stay on their device."""
+        before = [layer.is_on for layer in self.layers]
+        for layer in self.layers:
+            layer.is_on = is_on
+        try:
+            yield
+        finally:
+            for layer, was_on in zip(self.layers, before, strict=True):
+                layer.is_on = was_on
+
+    @contextlib.contextmanager
+    def switched_on(
+        self, device: torch.device, dtype: torch.dtype, strength: float | None = None
+    ) -> Iterator[None]:
+        """Add the LoRAs while the model computes in `dtype`.
+
+        Args:
+            device: Device of the run.
+            dtype: Dtype in which the model computes.
+            strength: Strength of all LoRAs; None gives each its own.
+        """
+        try:
+            for layer in self.layers:
+                for part in layer.parts:
+                    part.multiplier = part.multiplier if strength is None else strength
+                layer.switch_on(device, dtype)
+            yield
+        finally:
+            for layer in self.layers:
+                layer.switch_off()
+
+
+def add_loras(
+    dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False, option: str = "--sample_lora"
+) -> AddedLoras:
+    """Put LoRAs into a model, switched off.
+
+    Call after a network was attached, before compilation.
+
+    Args:
+        dit: The transformer.
+        uses: LoRA files with their strengths.
+        is_compiled: Whether blocks will be compiled; changes of norms are then left out, because compiled
+            code keeps their weights.
+        option: The option with the files, for messages.
+
+    Raises:
+        CheckpointError: If a file does not fit the model or has magnitudes.
+    """
+    by_name = places(dit)
+    parts: list[dict[str, AddedPart]] = []
+    for use in fit_depths(uses, by_name):
+        reject_magnitudes(use.lora, option)
+        modules = fitting(use.lora, by_name, option)
+        if is_compiled:
+            left_out = [
+                name
+                for name, delta in modules.items()
+                if delta.sets_weight or not by_name[name].adds_to_output
+            ]
+            if left_out:
+                loading.warn_of_unused_parts(
+                    use.lora.path,
+                    left_out,
+                    total=len(modules),
+                    what="modules are not changed because blocks are compiled",
+                    consequence="compiled blocks take no other weights. Leave out --compile.",
+                )
+            modules = {name: delta for name, delta in modules.items() if name not in left_out}
+        added: dict[str, AddedPart] = {}
+        for name, delta in modules.items():
+            added[name] = AddedPart(by_name[name], delta, use.multiplier)
+            added[name].mask_ranks(dit, use.lora.metadata)
+        parts.append(added)
+    return AddedLoras(attach_parts(parts, by_name))
+
+
+_STAGE_LORAS = "_stage_loras"  # attribute of a network
+
+
+def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
+    """Put the LoRAs of a family's generation stages into its network, switched off.
+
+    Raises:
+        CheckpointError: If a file does not fit the model or has magnitudes.
+    """
+    loras = [
+        add_loras(dit, [LoraUse(loading.read_lora(path))], is_compiled, option)
+        for path, option in stage_files_of(dit)
+    ]
+    dit.__dict__[_STAGE_LORAS] = loras
+
+
+def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
+    """Return the LoRAs that `add_stage_loras` put into a network, in the order of its files."""
+    loras: Sequence[AddedLoras] = dit.__dict__[_STAGE_LORAS]
+    return loras
+
+
+def attach_parts(
+    parts: Sequence[Mapping[str, AddedPart]], by_name: Mapping[str, ChangedPlace]
+) -> list[AddedLayer]:
+    """Put the parts of several LoRAs into a model, switched off; return its changed layers.
+
+    Args:
+        parts: Parts of each LoRA, by our names of modules.
+        by_name: The `places` of the model.
+    """
+    by_module: dict[str, list[AddedPart]] = {}
+    for lora_parts in parts:
+        for name, part in lora_parts.items():
+            by_module.setdefault(name, []).append(part)
+    layers = [AddedLayer(by_name[name], module_parts) for name, module_parts in by_module.items()]
+    for layer in layers:
+        layer.attach()
+    return layers
+
+
+def reject_magnitudes(lora: LoraFile, option: str) -> None:
+    """Raise CheckpointError if a file has magnitudes, which other changes of the weights do not go with."""
+    deltas_by_name = read_deltas(deltas.group_by_module(lora.tensors))
+    decomposed = [name for name, delta in deltas_by_name.items() if delta.normalization is not None]
+    if decomposed:
+        raise CheckpointError(
+            f"{option} {lora.path} is a {OF_MAGNITUDES} ({decomposed[0]}), which depends on the weights it "
+            f"was made for.\n  Give a {list_additive()}.",
+            lora.path,
+        )
+
+
+def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedPlace]:
+    """Return the modules that LoRAs may change, by our names: `lora_unet_blocks_0_ffn_0`.
+
+    Args:
+        dit: The transformer.
+        published: Maps the path of a module to its path in files.
+    """
+    by_name: dict[str, ChangedPlace] = {}
+    for path, module in dit.named_modules():
+        for leaf, _ in module.named_parameters(recurse=False):
+            if leaf == "bias":
+                continue
+            name = published(path)
+            if leaf != "weight":
+                name = f"{name}.{leaf}".lstrip(".")
+            by_name[OURS + name.replace(".", "_")] = ChangedPlace(f"{path}.{leaf}", module, leaf)
+    return by_name
+
+
+def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) -> dict[str, Delta]:
+    """Return the changes that a file makes to the modules of a model; warn of modules that the model lacks.
+
+    Args:
+        lora: The LoRA file.
+        by_name: The `places` of the model.
+        option: The option with the file, for messages.
+
+    Raises:
+        CheckpointError: If the file does not fit the model.
+    """
+    num_rows = {name: len(layer.shaped) for name, layer in by_name.items()}
+    stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, num_rows.get)))
+    absent = [name for name in stored if name not in by_name]
+    modules = [name.removeprefix(OURS) for name in by_name]
+    family = select_family(modules)
+    if len(absent) == len(stored) and not lora.may_lack(absent):
+        raise _misfit(lora, absent, family, option)
+    fitted: dict[str, Delta] = {}
+    for name, delta in stored.items():
+        if name in by_name:
+            fitted[name] = _fit_delta(
+                lora,
+                name,
+                delta,
+                layer=by_name[name],
+                option=option,
+            )
+    loading.warn_of_absent(
+        lora.path,
+        absent,
+        total=len(stored),
+        what="modules are not in this model",
+        model=family,
+        modules=modules,
+        encoder=lora.encoder,
+    )
+    loading.warn_of_other_family(lora, family, modules)
+    return fitted
+
+
+def _misfit(
+    lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
+) -> CheckpointError:
+    """Return the error for a LoRA file if the model has none of its modules.
+
+    Args:
+        lora: The LoRA file.
+        absent: Modules of the file.
+        family: Family of the model.
+        option: Option that names the file, for messages.
+    """
+    if not lora.encoder:
+        loading.reject_unknown(lora, option)
+    lora_family = lora.family()
+    advice = ""
+    if lora_family is not None and lora_family is not family:
+        advice = f" It is for {lora_family.name}."
+    words = text_side_of(absent)
+    if lora.encoder:
+        absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
+    if words:
+        advice = f" It changes {words} alone: merge it into the model's file with merge_lora.py."
+    return CheckpointError(
+        f"{option} {lora.path} does not fit this model, which has no {list_some(absent, 2)}.{advice}\n"
+        "  Give a LoRA that was trained for this model.",
+        lora.path,
+    )
+
+
+def _fit_delta(lora: LoraFile, name: str, delta: Delta, layer: ChangedPlace, option: str) -> Delta:
+    """Return the change of a module, without factors for other input channels of a first layer.
+
+    Raises:
+        CheckpointError: If they do not fit the module.
+    """
+    weight = layer.shaped
+    if delta.sets_weight and layer.leaf == "weight" and stored_in(layer.module) is not None:
+        raise CheckpointError(
+            f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
+            "  Leave out the option that keeps it so, or merge the file into the model.",
+            lora.path,
+        )
+    channels = delta.find_other_channels(weight) if layer.path.endswith(FIRST_LAYERS) else None
+    if channels is not None:
+        logger.warning(f"{lora.path}: {channels}; the rest is used without it")
+        bias = delta.bias(CPU)
+        delta = read_delta({} if bias is None else {"diff_b": bias})
+    for change in changes_of(LoraUse(lora), delta):
+        target = weight
+        target_name = name
+        if change.leaf == "bias":
+            if not layer.adds_to_output and not layer.has("bias"):
+                raise CheckpointError(
+                    f"{option} {lora.path} does not fit this model: {name} has no bias there.\n"
+                    "  Give a LoRA that was trained for this model.",
+                    lora.path,
+                )
+            target = weight.new_empty(len(weight))
+            target_name = f"the bias of {name}"
+        change.fit(
+            None,
+            target,
+            name=target_name,
+            model="this model",
+            option=f"{option} ",
+        )
+    return delta

@@ -1,0 +1,81 @@
+"""Add LoRAs around layers that stay in 8 or 4 bits, and around all layers if the noise level masks ranks.
+
+All other LoRAs are merged.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+
+from modules.errors import CheckpointError
+from networks.apply import Change, LoraPatch
+from networks.gated_loras import AddedLayer, AddedPart, ChangedPlace, places
+from networks.kinds.contract import named
+from networks.loading import LoraUse
+from networks.rank_masks import rule_of
+
+
+def add_unmerged(
+    dit: nn.Module, changes: Mapping[str, Sequence[Change]], device: torch.device, dtype: torch.dtype
+) -> None:
+    """Wrap layers with quantized weights so that the changes of LoRAs are added to their outputs.
+
+    Call before a network is attached and before compilation.
+
+    Args:
+        dit: The transformer.
+        changes: Changes by weight, from `LoraPatch.unmerged`.
+        device: Device of the run.
+        dtype: Dtype to compute in.
+    """
+    for name, weight_changes in changes.items():
+        layer_place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
+        num_rows = len(layer_place.shaped)
+        parts = [AddedPart(layer_place, change.delta, change.use.multiplier) for change in weight_changes]
+        for part, change in zip(parts, weight_changes, strict=True):
+            part.mask_ranks(dit, change.use.lora.metadata)
+            if part.rotation is not None:
+                part.rows = change.rows
+            elif change.rows is not None:  # add to some of the outputs only
+                padding = (change.rows.start, num_rows - change.rows.stop)
+                part.region = partial(functional.pad, pad=padding)
+        layer = AddedLayer(layer_place, parts)
+        layer.attach()
+        layer.switch_on(device, dtype)
+
+
+def split_masked(uses: Iterable[LoraUse]) -> tuple[list[LoraUse], list[LoraUse]]:
+    """Return the LoRAs that can be merged, and those that were trained with a mask of ranks (T-LoRA)."""
+    plain: list[LoraUse] = []
+    masked: list[LoraUse] = []
+    for use in uses:
+        side = plain if rule_of(use.lora.metadata) is None else masked
+        side.append(use)
+    return plain, masked
+
+
+def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequence[Change]]:
+    """Return the changes that T-LoRAs make to a loaded network, for `add_unmerged`; warn of missing parts.
+
+    Raises:
+        CheckpointError: If a file does not fit, or if it changes anything besides weights of layers.
+    """
+    patch = LoraPatch(uses, is_masked=True)
+    for place in places(dit).values():
+        name = place.path
+        if not patch.touches(name):
+            continue
+        if not place.adds_to_output or not patch.leave_unmerged(name, tuple(place.shaped.shape)):
+            rule = rule_of(uses[0].lora.metadata)
+            assert rule is not None  # else it is merged
+            raise CheckpointError(
+                f"{uses[0].lora.path} says that it is {named(rule.kind)}, and has more for {name} than two "
+                "factors of a layer, which no mask of ranks is for.\n"
+                "  Give the file as the training wrote it.",
+                uses[0].lora.path,
+            )
+    patch.check()
+    return patch.unmerged

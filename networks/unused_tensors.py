@@ -1,0 +1,198 @@
+"""Describe the tensors of a LoRA file that a reader or a model does not use, sorted by kind."""
+
+import re
+from collections.abc import Callable, Collection, Iterable
+from typing import NamedTuple
+
+from networks import module_names
+from networks.names.layouts import OF_CLIP, OF_LANGUAGE_MODEL, OF_T5, OURS, FamilyNames
+from networks.names.texts import TEXT_PROJECTION
+from networks.tensor_names import strip_starts
+from protocols.bundled_embeddings import BUNDLE, word_of
+
+# if nothing better is known
+NOT_KNOWN = (
+    "it is damaged or for another model, and does not do here what it was trained for. Copy it again, or "
+    "give a LoRA for this model."
+)
+_OF_WORDS = ("emb_params", BUNDLE, "string_to_param")  # embeddings of words, in several programs' files
+# behind a module's path
+_IN_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
+_LEAVES = (".weight", ".bias")
+
+
+class UnusedKind(NamedTuple):
+    """Kind of tensors that are ignored: the predicate of a warning, such as "are of another network"."""
+
+    words: str
+    consequence: str = ""  # sentence to add if many tensors are of this kind
+
+
+def sort_by_kind(names: Iterable[str], kind_of: Callable[[str], UnusedKind]) -> dict[UnusedKind, list[str]]:
+    """Group tensor names by why they are unused."""
+    kinds: dict[UnusedKind, list[str]] = {}
+    for name in names:
+        kinds.setdefault(kind_of(name), []).append(name)
+    return kinds
+
+
+def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
+    """Return the kind of a tensor that is not part of a LoRA; its words follow "tensors" in messages.
+
+    Args:
+        family: Family of the LoRA; None if unknown.
+        key: Name of the tensor in the file.
+    """
+    leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
+    path = strip_starts(_IN_PEFT.sub("", key.removesuffix(leaf))).path
+    name = path.replace(".", "_")
+    our_name = name if family is None else module_names.alias(name, family)
+    text_side = module_names.on_text_side(our_name)
+    if text_side:
+        return UnusedKind(f"are whole weights of {text_side}, no changes of them, and are ignored")
+    if path.startswith(_OF_WORDS):
+        return UnusedKind(f"are embeddings of words and are ignored{_about_word(key)}")
+    if module_names.is_name(name):
+        return _kind_of_weight(name, leaf)
+    module, dot, part = path.rpartition(".")
+    # a known module with an unknown part: a kind of network that is not supported
+    if dot and module_names.is_name(module.replace(".", "_")):
+        return UnusedKind(
+            f"are parts of layers called {part}, which are not known here, and are ignored",
+            f"what {part} does to a layer is not known here. Save the LoRA as a plain one with its program.",
+        )
+    if leaf and dot:  # a weight or bias of an unknown module
+        network_prefix = path.partition(".")[0]
+        network = key[: key.index(network_prefix)] + network_prefix
+        return UnusedKind(f"are of another network, {network}, and are ignored")
+    return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
+
+
+def _about_word(key: str) -> str:
+    """Return the advice for the embedding of a word in a LoRA file; "" if the key names no word."""
+    word = word_of(key)
+    if not word:
+        return ""
+    return (
+        f", so that {word} means nothing in a prompt here. The scripts that generate with Stable Diffusion "
+        "know the word if they are given this file as a LoRA; with strength 0, its words alone"
+    )
+
+
+def _kind_of_weight(name: str, leaf: str) -> UnusedKind:
+    """Return the kind of a whole weight of a model's module."""
+    kind = "weights"
+    if leaf == ".bias":
+        kind = "biases"
+    elif "norm" in name:
+        kind = "norms"
+    return UnusedKind(
+        f"are whole {kind} of the model, no changes of them, and are ignored",
+        f"whole {kind} are no part of a LoRA, and it was trained together with them. Save the change "
+        "alone with its program.",
+    )
+
+
+def kind_of_module(
+    model: FamilyNames | None, has_text_modules: bool, names_without_numbers: Collection[str], name: str
+) -> UnusedKind:
+    """Return the kind of a LoRA's part for which the model has no module.
+
+    Args:
+        model: Family of the model.
+        has_text_modules: Whether the model has modules of the text encoder's side.
+        names_without_numbers: Names of the model's modules, `without_numbers`.
+        name: Name such as `lora_unet_x.weight` or `lora_unet_x`.
+    """
+    module, _, leaf = name.removeprefix(OURS).partition(".")
+    text_modules = "" if has_text_modules else module_names.on_text_side(module)
+    if text_modules:
+        return UnusedKind(
+            f": they change {text_modules}, which read the texts before the transformer, and are not used "
+            "here. To have them, merge it into the model's file with merge_lora.py, and cache texts with "
+            "that file"
+        )
+    # a model with such layers in other blocks is of another size
+    is_other_size = without_numbers(module) in names_without_numbers
+    if model is not None and not is_other_size and module_names.is_optional(module, model):
+        return UnusedKind(f": they are for {model.optional_words}; the rest is used without them")
+    if model is not None and module_names.has_module(module, model):
+        if leaf == "bias":
+            return UnusedKind(
+                ": they are biases, which these layers do not have here", "its biases are left out."
+            )
+        return UnusedKind(
+            f": other models of {model.name} have them",
+            f"it is for another model of {model.name}, with other layers. Give a LoRA for this one.",
+        )
+    families = [family.name for family in module_names.FAMILIES if module_names.has_module(module, family)]
+    if families:
+        names = " or ".join(families)
+        return UnusedKind(f": they are of {names}", f"it is for {names}. Give a LoRA for this model.")
+    return UnusedKind(
+        ": no known model has layers of these names",
+        "the rest of it is of a network that is not known here.",
+    )
+
+
+_ENCODERS = {
+    "lora_te": "the text encoder",
+    "lora_te1": "the first text encoder",
+    "lora_te2": "the second text encoder",
+    "lora_te3": "the T5 text encoder",
+}
+
+
+def kind_of_text_module(name: str) -> UnusedKind:
+    """Return the kind of a LoRA's part for which the text encoder has no module.
+
+    Args:
+        name: Name such as `lora_te2_text_projection.weight`.
+    """
+    prefix, _, path = name.partition(".")[0].partition("_")[2].partition("_")
+    encoder = _ENCODERS.get(f"lora_{prefix}", "a text encoder")
+    if path == TEXT_PROJECTION:
+        return UnusedKind(f": they are the projection of {encoder}, which this model does not use")
+    if path.startswith((OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)):
+        return UnusedKind(f": {encoder} of this model has no such layers")
+    return UnusedKind(f": no text encoder that is known has layers of these names ({encoder})")
+
+
+def is_projection(names: Iterable[str]) -> bool:
+    """Return whether these names of a text encoder's modules or weights all belong to its projection."""
+    return all(module_of(name) == TEXT_PROJECTION for name in names)
+
+
+def without_numbers(module: str) -> str:
+    """Replace each number in a name by 0, so that equal modules of all blocks have one name."""
+    return re.sub(r"\d+", "0", module)
+
+
+def module_of(name: str) -> str:
+    """Return the module of a tensor name, without our prefix."""
+    return name.removeprefix(OURS).partition(".")[0]
+
+
+def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNames | None) -> list[str]:
+    """Return the parts of a LoRA whose modules a model lacks, because not all models of its family have them.
+
+    Args:
+        names: Names of the LoRA's parts.
+        weights: Names of the model's tensors.
+        model: Family of the model.
+    """
+    existing = {name.removesuffix(".weight").replace(".", "_") for name in weights}
+    if model is None or not existing:
+        return []
+    absent: list[str] = []
+    for name in dict.fromkeys(names):
+        module = module_of(name)
+        if module not in existing and module_names.is_optional(module, model):
+            absent.append(name)
+    return absent
+
+
+def text_side_of(names: Iterable[str]) -> str:
+    """Return the model part that all names belong to, if it loads with the text encoder; else ""."""
+    words = {module_names.on_text_side(module_of(name)) for name in names}
+    return words.pop() if len(words) == 1 else ""

@@ -1,0 +1,256 @@
+"""The stage that blurs what a detector finds."""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from modules.devices import select_compute_dtype
+from modules.errors import NothingFoundError, OptionError
+from modules.integers import ceil_div
+from modules.media.encoding import Picture, Pixels, in_eight_bits
+from modules.onnx_models import may_be_onnx
+from postprocessing.blurring.tracks import Box, Tracks, widened
+from postprocessing.contract import Clip, Stage
+from postprocessing.faces.boxes import Area, Detector, FoundFace
+from postprocessing.faces.detectors import check_detector, load_detector
+from postprocessing.faces.retinaface import RetinaFaceDetector
+from postprocessing.options import BlurOptions
+from postprocessing.tiling import compile_parts
+
+logger = logging.getLogger(__name__)
+
+
+MIN_OF_BOX = 0.5  # size of the blur as part of the longer side of what it covers
+MIN_SIGMA = 0.25  # as part of the blur's size: below that a Gaussian uses only the middle of it
+COARSE = 48  # pixels: larger blurs are made on a copy in which they have this size
+
+
+def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
+    """Return a copy of an image (H W 3) with the boxes covered; pixels outside of them are bit-identical.
+
+    `pixels` itself is not changed.
+    """
+    result = pixels.copy()
+    for box in sorted(set(boxes)):
+        _cover_box(result, box, options)
+    return result
+
+
+def _cover_box(pixels: Pixels, box: Box, options: BlurOptions) -> None:
+    """Cover a box and its margin in an image (H W 3)."""
+    height, width = pixels.shape[:2]
+    left, top, right, bottom = widened(box, options.margin)
+    core = Area(math.floor(left), math.floor(top), math.ceil(right), math.ceil(bottom))  # fully covered
+    feather = round(options.feather * min(right - left, bottom - top))
+    area = core.widened(feather, width, height)
+    if area.is_empty:
+        return  # outside of the image
+    slices = area.slices()
+    covered = _make_cover(pixels, core, area, options)
+    if not options.ellipse and not feather:  # opaque up to the edge
+        pixels[slices] = covered
+        return
+    ellipse = (left, top, right, bottom) if options.ellipse else None
+    opacity = _make_opacity(area, core, ellipse, feather)
+    original = pixels[slices].astype(np.float32)
+    blended = original + opacity[..., None] * (covered.astype(np.float32) - original)
+    pixels[slices] = np.rint(blended).astype(pixels.dtype)
+
+
+def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) -> Pixels:
+    """Return an area of an image, blurred or black.
+
+    Args:
+        pixels: The image, H W 3.
+        core: The area without its soft edge.
+        area: The area to return.
+        options: Options of the blur.
+    """
+    if options.method == "fill":
+        return np.zeros_like(pixels[area.slices()])
+    # the size asked for, but at least half of the box: this leaves a few spots of color at any
+    # resolution; more than the whole box would only mix its surroundings in
+    longer = max(core.right - core.left, core.bottom - core.top)
+    strength = options.strength | 1
+    size = min(max(strength, math.ceil(longer * MIN_OF_BOX) | 1), longer | 1)
+    sigma = max(options.sigmax * size / strength, MIN_SIGMA * size)
+    # blurred together with its surroundings: a crop alone would mirror its own edges
+    height, width = pixels.shape[:2]
+    around = area.widened(size // 2, width, height)
+    return blurred(pixels[around.slices()], size, sigma)[area.slices(around)]
+
+
+def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
+    """Blur pixels with a Gaussian of `size` pixels (odd) and standard deviation `sigma`.
+
+    Large blurs are computed on a smaller copy, which is fast and removes fine detail for good.
+    """
+    height, width = pixels.shape[:2]
+    factor = max(1, size // COARSE)
+    kernel = (size // factor) | 1  # odd
+    image: Any = np.ascontiguousarray(pixels)
+    if factor > 1:
+        small_size = (ceil_div(width, factor), ceil_div(height, factor))  # rounded up
+        image = cv2.resize(image, small_size, interpolation=cv2.INTER_AREA)
+    image = cv2.GaussianBlur(image, (kernel, kernel), sigma / factor)
+    if factor > 1:
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    result: Pixels = image
+    return result
+
+
+def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
+    """Return the opacity of the cover for each pixel of an area, 0..1, decreasing along the soft edge.
+
+    It is 1 in `core`, or in `ellipse` if there is one, and decreases over `feather` pixels around.
+    """
+    x = np.arange(area.left, area.right, dtype=np.float32)[None]
+    y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
+    # distance of each pixel from the core in pixels; for an ellipse, approximately
+    if ellipse is None:
+        horizontal = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
+        vertical = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
+        distance = np.hypot(horizontal, vertical)
+    else:
+        left, top, right, bottom = ellipse
+        half_width = max((right - left) / 2, 0.5)
+        half_height = max((bottom - top) / 2, 0.5)
+        horizontal = (x + 0.5 - (left + right) / 2) / half_width
+        vertical = (y + 0.5 - (top + bottom) / 2) / half_height
+        radius = np.hypot(horizontal, vertical)  # 1 on the ellipse
+        distance = np.maximum(radius - 1, 0) * min(half_width, half_height)
+    opacity = 1 - distance / (feather + 1) if feather else distance <= 0
+    return np.clip(opacity, 0, 1).astype(np.float32)
+
+
+def check_blur(options: BlurOptions) -> None:
+    """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
+    if options.network.compile and may_be_onnx(options.network.model):
+        raise OptionError("--compile is for torch, but onnxruntime runs .onnx files: leave it out")
+    check_detector(options.network.model)
+
+
+def make_blur(options: BlurOptions, device: torch.device) -> Stage:
+    """Load the detector. Raises CheckpointError or OptionError if its file does not fit."""
+    dtype = select_compute_dtype(options.network.dtype, "--dtype", torch.float32)
+    detector = load_detector(options.network.model, device, dtype, options.detection_size or None)
+    if isinstance(detector, RetinaFaceDetector):
+        compile_parts(options.network, [detector.network])
+    return BlurStage(detector, options)
+
+
+class _Waiting(NamedTuple):
+    """An image that waits for the boxes of the images after it."""
+
+    number: int
+    picture: Picture
+    has_boxes: bool
+
+
+@dataclass
+class _Count:
+    """Counts for the summary in the log."""
+
+    pictures: int = 0
+    with_findings: int = 0  # images in which something was found
+    covered_without: int = 0  # others in which something is covered all the same
+
+    @property
+    def unchanged(self) -> int:
+        return self.pictures - self.with_findings - self.covered_without
+
+
+@dataclass(frozen=True)
+class BlurStage:
+    """Find, track and cover objects; images without anything to cover pass unchanged."""
+
+    detector: Detector
+    options: BlurOptions
+    name: str = "yolo_blur"
+
+    def result(self, clip: Clip) -> Clip:
+        """Return the clip unchanged: blurring keeps size and frame rate."""
+        return clip
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        """Yield the images with all found objects covered, including those found only in neighboring images.
+
+        The larger of `hold` and `lookback` images wait in memory.
+
+        Raises:
+            NothingFoundError: If nothing was found in any image.
+        """
+        options = self.options
+        tracks = Tracks(options.hold, options.lookback)
+        waiting: deque[_Waiting] = deque()
+        count = _Count()
+        for index, image in enumerate(pictures):
+            height, width = image.pixels.shape[:2]
+            faces = self.detector.find(in_eight_bits(image.pixels), options.conf)
+            boxes = within(faces, height, width)
+            tracks.see(index, boxes)
+            waiting.append(_Waiting(index, image, bool(boxes)))
+            count.pictures += 1
+            count.with_findings += bool(boxes)
+            if len(waiting) > max(options.hold, options.lookback):
+                yield self._cover(waiting.popleft(), tracks, count)
+        if count.pictures and not count.with_findings:
+            self._report_nothing(clip)
+        while waiting:
+            yield self._cover(waiting.popleft(), tracks, count)
+        if count.with_findings and count.pictures == 1:
+            logger.info("%s: %d found and blurred.", clip.path.name, tracks.started)
+        elif count.with_findings:
+            logger.info(
+                "%s: of %d frames, %d with something found, %d blurred only because it was found shortly "
+                "before or after, %d left unchanged. Tracks: %d, the longest gap in one: %d frames.",
+                clip.path.name,
+                count.pictures,
+                count.with_findings,
+                count.covered_without,
+                count.unchanged,
+                tracks.started,
+                tracks.longest_gap,
+            )
+
+    def _report_nothing(self, clip: Clip) -> None:
+        """Raise NothingFoundError, or only log it with --allow_none."""
+        minimum = f"nothing in it scores {self.options.conf} (--conf) or more"
+        if not self.options.allow_none:
+            raise NothingFoundError(
+                f"{clip.path}: nothing was blurred and no file was written: {minimum}.\n  Lower --conf, look "
+                "closer with a larger --detection_size, or write the video as it is with --allow_none."
+            )
+        logger.warning("%s: nothing was blurred: %s.", clip.path, minimum)
+
+    def _cover(self, waiting: _Waiting, tracks: Tracks, count: _Count) -> Picture:
+        image = waiting.picture
+        boxes = tracks.boxes(waiting.number)
+        tracks.forget(waiting.number)
+        if not boxes:
+            return image
+        count.covered_without += not waiting.has_boxes
+        return replace(image, pixels=cover(image.pixels, boxes, self.options))
+
+
+def within(faces: Sequence[FoundFace], height: int, width: int) -> list[Box]:
+    """Clamp found boxes to at most one image size outside of the image.
+
+    A box with NaN becomes the whole image: covering too much is safer than covering nothing.
+    """
+    boxes = []
+    for face in faces:
+        edges = (0, 0, width, height) if np.isnan(face.box).any() else face.box
+        left, right = (float(np.clip(x, -width, 2 * width)) for x in edges[::2])
+        top, bottom = (float(np.clip(y, -height, 2 * height)) for y in edges[1::2])
+        if left < right and top < bottom:
+            boxes.append((left, top, right, bottom))
+    return boxes

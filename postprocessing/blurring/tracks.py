@@ -1,0 +1,238 @@
+"""Follow boxes from picture to picture, and estimate where they are in pictures without a detection.
+
+The estimates rather cover too much: a face that the detector misses in a few frames must not be seen.
+"""
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from postprocessing.faces.boxes import Numbers, overlaps
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+
+MIN_OVERLAP = 0.3  # of a box with where it was, or should be by now: it is the same thing
+REACH = 1.5  # times its longer side: the farthest that a box may be away and still match
+MOTION = 5  # sightings that tell how something moves
+MAX_MOVED = 3.0  # times its longer side: the farthest that a box is extrapolated
+GROWTH, MAX_GROWN = 0.02, 0.3  # of a box on each side, for each image from where it was seen
+
+
+class Sighting(NamedTuple):
+    """Position of an object found in one image."""
+
+    number: int  # of the image
+    box: Box
+
+
+@dataclass(eq=False)
+class Track:
+    """The sightings of one object in consecutive images."""
+
+    sightings: deque[Sighting]  # in order
+    is_new: bool  # False: the first sighting is also the last one of another track
+    is_open: bool = True  # it may be found again
+
+    @property
+    def last(self) -> Sighting:
+        """The latest sighting."""
+        return self.sightings[-1]
+
+    def expected(self, index: int) -> Box:
+        """Return the box where the object is expected in an image, extrapolated from its recent motion."""
+        motion = _measure_motion(list(self.sightings)[-MOTION:])
+        return _move_box(self.last.box, motion, index - self.last.number)
+
+    def covered(self, index: int, hold: int, lookback: int) -> Box | None:
+        """Return the box to cover in an image; None if the image is too far before or after the sightings.
+
+        Args:
+            index: Index of the image.
+            hold: Number of images after the last sighting that are covered too.
+            lookback: Number of images before the first sighting that are covered too.
+        """
+        first = self.sightings[0]
+        last = self.last
+        # the box grows with each image away from a sighting, because the position is less certain
+        if index < first.number:
+            num_images = first.number - index
+            # a track that continues another one needs no box before its start
+            if not self.is_new or num_images > lookback:
+                return None
+            motion = _measure_motion(list(self.sightings)[:MOTION])
+            earlier_box = _move_box(first.box, motion, -num_images)
+            return _grow_box(_join_boxes(first.box, earlier_box), num_images)
+        if index > last.number:
+            num_images = index - last.number
+            if num_images > hold:
+                return None
+            return _grow_box(_join_boxes(last.box, self.expected(index)), num_images)
+        before = [sighting for sighting in self.sightings if sighting.number <= index]
+        if before[-1].number == index:
+            return before[-1].box
+        after = [sighting for sighting in self.sightings if sighting.number > index]
+        return _interpolate(before[-MOTION:], after[:MOTION], index)
+
+
+@dataclass
+class Tracks:
+    """All tracks of a stream of images.
+
+    Add the boxes of each image in order. Ask for an image after adding `hold` and `lookback` further ones.
+    """
+
+    hold: int  # images for which something stays covered after it was last found
+    lookback: int  # images that are covered before something is first found
+    started: int = 0  # things that were found, as far as they could be told apart
+    longest_gap: int = 0  # images in which something was missed between two sightings
+    _tracks: list[Track] = field(default_factory=list)
+
+    def see(self, index: int, boxes: Sequence[Box]) -> None:
+        """Record the boxes found in an image."""
+        waiting = [
+            track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
+        ]
+        unmatched = list(boxes)
+        for track, box in _take_pairs(waiting, unmatched, _measure_closeness, index):
+            self._note_gap(track, index)
+            track.sightings.append(Sighting(index, box))
+        for track, box in _take_pairs(waiting, unmatched, _measure_nearness, index):
+            # it may be another object: the old position stays covered, and so does the way to the new one
+            self._note_gap(track, index)
+            track.is_open = False
+            self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new=False))
+        self._tracks += [Track(deque([Sighting(index, box)]), is_new=True) for box in unmatched]
+        self.started += len(unmatched)
+
+    def boxes(self, index: int) -> list[Box]:
+        """Return the boxes to cover in an image, including objects that were not detected in it."""
+        boxes_of_tracks = (track.covered(index, self.hold, self.lookback) for track in self._tracks)
+        return [box for box in boxes_of_tracks if box is not None]
+
+    def forget(self, index: int) -> None:
+        """Drop what images after `index` do not need: finished tracks, and older sightings of the others."""
+        self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
+        for track in self._tracks:
+            while len(track.sightings) > MOTION and track.sightings[1].number <= index:
+                track.sightings.popleft()
+
+    def _note_gap(self, track: Track, index: int) -> None:
+        self.longest_gap = max(self.longest_gap, index - track.last.number - 1)
+
+
+def _take_pairs(
+    tracks: list[Track], boxes: list[Box], score: Callable[[Track, Numbers, int], Numbers], index: int
+) -> list[tuple[Track, Box]]:
+    """Match tracks with boxes, best pairs first, and remove both from their lists.
+
+    Args:
+        tracks: Tracks to match.
+        boxes: Boxes to match.
+        score: Returns the score of a track and boxes (N 4) in an image; above 0 if they may match.
+        index: Index of the image.
+    """
+    if not tracks or not boxes:
+        return []
+    box_array = np.array(boxes, np.float32)
+    scores = np.stack([score(track, box_array, index) for track in tracks])  # tracks x boxes
+    pairs = []
+    while scores.max() > 0:
+        row, column = np.unravel_index(scores.argmax(), scores.shape)  # of equal scores the first
+        pairs.append((tracks[row], boxes[column]))
+        scores[row] = 0
+        scores[:, column] = 0
+    for track, box in pairs:
+        tracks.remove(track)
+        boxes.remove(box)
+    return pairs
+
+
+def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
+    last, expected = np.array([track.last.box, track.expected(index)], np.float32)
+    best = np.maximum(overlaps(last, boxes), overlaps(expected, boxes))
+    return np.where(best >= MIN_OVERLAP, best, 0)
+
+
+def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
+    """Return how near boxes are to a track's last or expected position, 0..1; 0 if they are too far."""
+    longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
+    reach = REACH * np.maximum(_find_longer_side(track.last.box), longer_sides)
+    centers = (boxes[:, :2] + boxes[:, 2:]) / 2
+    places = np.array([_find_center(track.last.box), _find_center(track.expected(index))], np.float32)
+    from_last, from_expected = (np.hypot(*(centers - place).T) for place in places)
+    away = np.minimum(from_last, from_expected)
+    return np.maximum(0, 1 - away / np.maximum(reach, 1e-6))
+
+
+def _interpolate(before: Sequence[Sighting], after: Sequence[Sighting], index: int) -> Box:
+    """Return a box that covers an object between two sightings.
+
+    It encloses the interpolated and the extrapolated box: an object that changes its speed is near one of
+    them.
+    """
+    first = before[-1]
+    last = after[0]
+    fraction = (index - first.number) / (last.number - first.number)
+    left, top, right, bottom = (
+        (1 - fraction) * a + fraction * b for a, b in zip(first.box, last.box, strict=True)
+    )
+    interpolated = (left, top, right, bottom)
+    # extrapolate from the nearer sighting
+    if index - first.number <= last.number - index:
+        num_images = index - first.number
+        extrapolated = _move_box(first.box, _measure_motion(before), num_images)
+    else:
+        num_images = last.number - index
+        extrapolated = _move_box(last.box, _measure_motion(after), -num_images)
+    return _grow_box(_join_boxes(interpolated, extrapolated), num_images)
+
+
+def _measure_motion(sightings: Sequence[Sighting]) -> tuple[float, float]:
+    """Return the mean motion per image in pixels, to the right and down."""
+    first = sightings[0]
+    last = sightings[-1]
+    images = last.number - first.number
+    if not images:
+        return 0.0, 0.0
+    x0, y0 = _find_center(first.box)
+    x1, y1 = _find_center(last.box)
+    return (x1 - x0) / images, (y1 - y0) / images
+
+
+def _move_box(box: Box, motion: tuple[float, float], pictures: int) -> Box:
+    """Return a box moved by the motion of several images; negative numbers move it back."""
+    maximum = MAX_MOVED * _find_longer_side(box)
+    x, y = (max(-maximum, min(maximum, step * pictures)) for step in motion)
+    return box[0] + x, box[1] + y, box[2] + x, box[3] + y
+
+
+def _grow_box(box: Box, away: int) -> Box:
+    return widened(box, min(GROWTH * away, MAX_GROWN))
+
+
+def widened(box: Box, margin: float) -> Box:
+    """Return a box enlarged on each side by a fraction of its width and height."""
+    left, top, right, bottom = box
+    across = margin * (right - left)
+    down = margin * (bottom - top)
+    return left - across, top - down, right + across, bottom + down
+
+
+def _join_boxes(first: Box, second: Box) -> Box:
+    return (
+        min(first[0], second[0]),
+        min(first[1], second[1]),
+        max(first[2], second[2]),
+        max(first[3], second[3]),
+    )
+
+
+def _find_center(box: Box) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
+
+
+def _find_longer_side(box: Box) -> float:
+    return max(box[2] - box[0], box[3] - box[1])

@@ -1,0 +1,131 @@
+"""Open the file of a detector, whichever kind it is."""
+
+import logging
+import zipfile
+import zlib
+from pathlib import Path
+
+import torch
+
+from checkpoints.containers import PICKLE
+from checkpoints.opening import open_checkpoint
+from modules.devices import half_where_fast
+from modules.errors import CheckpointError
+from modules.limits import MAX_PICKLE_BYTES
+from modules.onnx_models import OnnxModel, load_onnx, may_be_onnx, shapes_text
+from postprocessing.faces.boxes import Detector
+from postprocessing.faces.retinaface import FILES, load_retinaface, read_retinaface
+from postprocessing.faces.yolo import OUTPUTS, YoloLayout, load_yolo, load_yunet, read_layout
+
+logger = logging.getLogger(__name__)
+
+SIDE = 640  # of the copy of a large image that is looked at
+
+
+def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:
+    """Check a detector's file: load an ONNX file, read the header of others.
+
+    Args:
+        path: Path of the file.
+        option: The option that names the file, for messages.
+        needs_landmarks: Whether to reject detectors whose file says that they find no landmarks.
+
+    Raises:
+        CheckpointError: If the file is damaged or not a detector.
+    """
+    if may_be_onnx(path):
+        layout = _read_layout(path, load_onnx(path), None, option)
+        if needs_landmarks and layout is not None and layout.classes is not None and not layout.landmarks:
+            raise no_landmarks(f"{option} {path}")
+        return
+    load_detector(path, torch.device("meta"), option=option)
+
+
+def load_detector(
+    path: Path,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    side: int | None = SIDE,
+    option: str = "--model",
+) -> Detector:
+    """Load a detector, whose type follows from the content of its file.
+
+    Many YOLO files accept only one size; those that accept any size get squares
+    of `side`.
+
+    Args:
+        path: Path of the file.
+        device: Device of the run.
+        dtype: Dtype of the computation; ONNX files run on the CPU in their own dtype.
+        side: Short side (for YuNet, long side) to which larger images are downscaled for detection; None for
+            the full size.
+        option: Option that names the file, for messages.
+
+    Raises:
+        CheckpointError: If the file is damaged or not a detector.
+    """
+    if may_be_onnx(path):
+        model = load_onnx(path)
+        layout = _read_layout(path, model, side, option)
+        if dtype != torch.float32 or device.type != "cpu":
+            logger.info("%s runs on the CPU in float32, by onnxruntime.", path.name)
+        if layout is None:
+            return load_yunet(model, side)
+        return load_yolo(model, layout)
+    _reject_pickled_yolo(path, option)
+    with open_checkpoint(path) as checkpoint:
+        plan = read_retinaface(checkpoint, option)
+        dtype = half_where_fast(device, dtype, "RetinaFace")
+        return load_retinaface(plan, device, dtype, side=side, option=option)
+
+
+def no_landmarks(detector: str) -> CheckpointError:
+    """Return the error for a detector without the required landmarks.
+
+    Args:
+        detector: The detector as the user named it.
+    """
+    return CheckpointError(
+        f"{detector} says where faces are, but not where their eyes are, which restoring needs. Give "
+        "RetinaFace or YuNet."
+    )
+
+
+def _read_layout(path: Path, model: OnnxModel, side: int | None, option: str) -> YoloLayout | None:
+    """Return the layout of a YOLO's result, None for a YuNet. Raises CheckpointError for other files."""
+    if model.outputs.keys() >= OUTPUTS:  # a YuNet of 2023 or later
+        return None
+    layout = read_layout(path, model, side)
+    if layout is None:
+        raise CheckpointError(
+            f"{path} is an ONNX file, but neither a YuNet nor a YOLO for boxes: it gives "
+            f"{shapes_text(model.outputs)}.\n  Give {FILES} to {option}.",
+            path,
+        )
+    return layout
+
+
+def _reject_pickled_yolo(path: Path, option: str) -> None:
+    """Raise CheckpointError for a model that ultralytics has pickled: loading it would execute its code."""
+    try:
+        start = _read_pickle(path)
+    except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
+        return  # said by what opens it next
+    if b"ultralytics" in start or b"models.yolo" in start:
+        raise CheckpointError(
+            f"{path} is a YOLO as ultralytics saves it (AGPL-3.0): only that program can open it.\n  "
+            f"Export it where that is installed, with yolo export model={path.name} format=onnx, and "
+            f"give the .onnx file to {option}.",
+            path,
+        )
+
+
+def _read_pickle(path: Path) -> bytes:
+    """Return the beginning of the pickle in a file; empty if the file has none."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            name = next((name for name in archive.namelist() if name.endswith("data.pkl")), None)
+            return b"" if name is None else archive.open(name).read(MAX_PICKLE_BYTES)
+    with path.open("rb") as file:
+        start = file.read(MAX_PICKLE_BYTES)
+    return start if start[:1] == PICKLE else b""

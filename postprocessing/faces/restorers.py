@@ -1,0 +1,376 @@
+"""Find and load the networks that restore and segment faces, from released files."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, leaky_relu
+
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, shapes_of
+from checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
+from modules.command import as_typed
+from modules.errors import CheckpointError
+from modules.option_values import to_path
+from modules.paths import explain_missing
+from modules.seeds import derive_seed
+from postprocessing.contract import batch_norm
+from postprocessing.faces.codeformer import CHOOSING, CodeFormer, read_codeformer
+from postprocessing.faces.gfpgan import Gfpgan, read_gfpgan
+from postprocessing.options import GFPGAN, RETINAFACES, YUNET, FacefixOptions
+from postprocessing.tiling import Guarded, Run, compile_parts, network_dtype
+
+logger = logging.getLogger(__name__)
+
+
+# ParseNet: say which part of a face each pixel belongs to, so that clothes and background stay.
+#
+# Source: Chen et al. 2021 (PSFRGAN), arXiv 2009.08709, as published with facexlib.
+# Letters: B faces, C channels, h w height and width
+
+CLASSES = 19
+# in the order of CelebAMask-HQ: skin, nose, glasses, eyes, brows, ears, mouth, lips, hair; 15 is ear rings.
+# Background, hat, necklace, neck and clothes stay unchanged.
+OF_THE_FACE = (*range(1, 14), 15)
+FILES = "parsing_parsenet.pth"
+UNUSED = ("out_img_conv.*", "*.num_batches_tracked")  # what the network learned with
+
+
+@dataclass(frozen=True)
+class ParseNetConfig:
+    """Dimensions of a ParseNet."""
+
+    down: tuple[int, ...]  # channels before and after each halving
+    blocks: int  # at the smallest size
+    up: tuple[int, ...]  # channels before and after each doubling
+
+    @property
+    def stride(self) -> int:
+        """Number of pixels per position of the coarsest features."""
+        return 1 << (len(self.down) - 1)
+
+
+class ConvLayer(nn.Module):
+    """A 3 x 3 convolution with reflection padding; with a norm it has no bias."""
+
+    def __init__(self, width_in: int, width: int, has_norm: bool, stride: int = 1) -> None:
+        super().__init__()
+        self.conv2d = nn.Conv2d(
+            width_in, width, 3, stride, padding=1, padding_mode="reflect", bias=not has_norm
+        )
+        self.norm = nn.ModuleDict()  # one deeper, as in the files
+        if has_norm:
+            self.norm["norm"] = batch_norm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve, then normalize if the layer has a norm."""
+        x = self.conv2d(x)
+        for norm in self.norm.values():
+            x = norm(x)
+        return x
+
+
+class ParsingBlock(nn.Module):
+    """Two convolutions with a shortcut; `scale` of 0.5, 1 or 2 resizes height and width."""
+
+    def __init__(self, width_in: int, width: int, scale: float) -> None:
+        super().__init__()
+        stride = 2 if scale < 1 else 1
+        self.conv1 = ConvLayer(width_in, width, has_norm=True)
+        self.conv2 = ConvLayer(width, width, has_norm=True, stride=stride)
+        self.shortcut_func = None if scale == 1 else ConvLayer(width_in, width, has_norm=False, stride=stride)
+        self.doubles = scale > 1
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return features at the scaled size, B C H W."""
+        if self.doubles:
+            x = interpolate(x, scale_factor=2, mode="nearest")
+        straight = x if self.shortcut_func is None else self.shortcut_func(x)
+        return straight + self.conv2(leaky_relu(self.conv1(x), 0.2))
+
+
+class ParseNet(nn.Module):
+    """Segment faces: predict a score for each part of a face at each pixel."""
+
+    def __init__(self, config: ParseNetConfig) -> None:
+        super().__init__()
+        deepest = config.down[-1]
+        self.config = config
+        self.encoder = nn.Sequential(
+            ConvLayer(3, config.down[0], has_norm=False),
+            *(ParsingBlock(a, b, 0.5) for a, b in pairwise(config.down)),
+        )
+        self.body = nn.Sequential(*(ParsingBlock(deepest, deepest, 1) for _ in range(config.blocks)))
+        self.decoder = nn.Sequential(*(ParsingBlock(a, b, 2) for a, b in pairwise(config.up)))
+        self.out_mask_conv = ConvLayer(config.up[-1], CLASSES, has_norm=False)
+
+    def forward(self, faces: Tensor) -> Tensor:
+        """Return the scores, B 19 h w float32.
+
+        Args:
+            faces: Faces, B 3 h w, -1..1, with sides that are multiples of the stride.
+        """
+        x = self.encoder(faces.to(self.out_mask_conv.conv2d.weight.dtype))
+        return self.out_mask_conv(self.decoder(x + self.body(x))).float()
+
+
+def face_parts(scores: Tensor) -> Tensor:
+    """Return the mask of the face, B h w bool, from the scores of ParseNet, B 19 h w."""
+    is_face = torch.zeros(CLASSES, dtype=torch.bool, device=scores.device)
+    is_face[list(OF_THE_FACE)] = True
+    return is_face[scores.argmax(dim=1)]
+
+
+def read_parsenet(checkpoint: Checkpoint) -> LoadPlan[ParseNetConfig]:
+    """Plan how to load a ParseNet file.
+
+    Raises:
+        CheckpointError: If the file is not a ParseNet file.
+    """
+    wrong_kind = other_kind(checkpoint, f"a ParseNet of {CLASSES} parts", "the folder of --model", FILES)
+    if "out_mask_conv.conv2d.weight" not in checkpoint.tensors:
+        raise wrong_kind
+    sources = plain_sources(checkpoint)
+    shape = shapes_of(checkpoint, sources, wrong_kind)
+
+    def out_channels(name: str) -> int:
+        return shape(f"{name}.conv2d.weight")[0]
+
+    num_down = count(sources, r"encoder\.\d+") - 1
+    num_up = count(sources, r"decoder\.\d+")
+    down = (out_channels("encoder.0"), *(out_channels(f"encoder.{n + 1}.conv1") for n in range(num_down)))
+    up = (down[-1], *(out_channels(f"decoder.{n}.conv1") for n in range(num_up)))
+    if num_down != num_up or out_channels("out_mask_conv") != CLASSES:
+        raise wrong_kind
+    config = ParseNetConfig(down, count(sources, r"body\.\d+"), up)
+    return LoadPlan(config, checkpoint, sources, ignore=UNUSED)
+
+
+Config = TypeVar("Config")
+Network = TypeVar("Network", bound=nn.Module)
+LICENSES = {
+    GFPGAN: "GFPGAN is under Apache-2.0, but has parts of StyleGAN2 (NVIDIA) and DFDNet (CC BY-NC-SA) that "
+    "are for non-commercial use only",
+    "codeformer": "CodeFormer is under the S-Lab license 1.0: for non-commercial use only",
+}
+PARSENET_LICENSE = "ParseNet's weights are under CC BY-NC-SA: for non-commercial use only"
+
+
+@dataclass(frozen=True)
+class Restorer:
+    """Two loaded networks and the size of their faces in pixels."""
+
+    restore: Run  # B 3 S S of -1..1 -> B 3 S S of about -1..1, float32
+    parse: Run  # B 3 S S of -1..1 -> scores of parts, B 19 S S
+    size: int
+
+
+def load_both(
+    options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
+) -> tuple[Gfpgan | CodeFormer, ParseNet]:
+    """Load both networks.
+
+    Raises:
+        CheckpointError: If a file is not valid, or if the sizes of the networks do not match.
+    """
+    restorer = _load_model(options, model, device, dtype)
+    parts = _load_parsenet(parsenet, device, dtype)
+    size, stride = restorer.config.size, parts.config.stride
+    # reflection padding needs at least two features on a side
+    if size % stride or size < 2 * stride:
+        raise CheckpointError(
+            f"{parsenet} and {model} do not go together: the first takes faces of a multiple of {stride} "
+            f"pixels, from {2 * stride} on, the second makes faces of {size}. Give the released files.",
+            parsenet,
+        )
+    return restorer, parts
+
+
+def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
+    """Load the network that restores faces and ParseNet, which masks them, in the dtype of --dtype.
+
+    Raises:
+        CheckpointError: If a file is missing or of another kind.
+    """
+    network = options.network
+    name = "GFPGAN" if options.mode == GFPGAN else "CodeFormer"
+    dtype = network_dtype(network, device, name)
+
+    def configure(model: Gfpgan | CodeFormer) -> Run:
+        """Return a function that restores faces with the fidelity or the noise of the options."""
+        if isinstance(model, CodeFormer):
+            return lambda faces: model(faces, options.weight)
+        if network.seed is not None:
+            model.draw_noise(torch.Generator().manual_seed(derive_seed("noise of faces", network.seed)))
+        return model
+
+    # in float32, in case that results in `dtype` are not finite
+    def load_exact_restorer() -> Run:
+        return configure(_load_model(options, model, device, torch.float32))
+
+    def load_exact_parts() -> ParseNet:
+        return _load_parsenet(parsenet, device, torch.float32)
+
+    restorer, parts = load_both(options, model, parsenet, device=device, dtype=dtype)
+    if isinstance(restorer, CodeFormer) and network.seed is not None:
+        logger.warning("--seed is ignored because CodeFormer draws nothing at random.")
+    logger.info("%s; %s.", LICENSES[options.mode], PARSENET_LICENSE)
+    compile_parts(network, (restorer, parts))
+    return Restorer(
+        restore=Guarded(configure(restorer), dtype, load_exact_restorer, name),
+        parse=Guarded(parts, dtype, load_exact_parts, "ParseNet"),
+        size=restorer.config.size,
+    )
+
+
+def _load_model(
+    options: FacefixOptions, path: Path, device: torch.device, dtype: torch.dtype
+) -> Gfpgan | CodeFormer:
+    if options.mode == GFPGAN:
+        return _load(path, read_gfpgan, Gfpgan, device=device, dtype=dtype, what="--model")
+    return _load(
+        path,
+        read_codeformer,
+        CodeFormer,
+        device=device,
+        dtype=dtype,
+        what="--model",
+        in_float32=CHOOSING,
+    )
+
+
+def _load_parsenet(path: Path, device: torch.device, dtype: torch.dtype) -> ParseNet:
+    return _load(path, read_parsenet, ParseNet, device=device, dtype=dtype, what="ParseNet")
+
+
+def _load(
+    path: Path,
+    read: Callable[[Checkpoint], LoadPlan[Config]],
+    build: Callable[[Config], Network],
+    device: torch.device,
+    dtype: torch.dtype,
+    what: str,
+    in_float32: tuple[str, ...] = (),
+) -> Network:
+    """Load one network; weights with a prefix in `in_float32` stay in float32."""
+
+    def dtype_of(name: str, _stored: torch.dtype) -> torch.dtype:
+        return torch.float32 if in_float32 and name.startswith(in_float32) else dtype
+
+    with open_checkpoint(path) as checkpoint:
+        return load_planned(read(checkpoint), build, device=device, dtype=dtype_of, what=what)
+
+
+# Find the files that restoring faces takes: the model, and next to it the detector and ParseNet.
+# without suffix, the first that is there counts
+MODELS = {
+    GFPGAN: ("GFPGANv1.4", "GFPGANv1.3", "GFPGANCleanv1-NoCE-C2"),
+    "codeformer": ("codeformer", "codeformer-v0.1.0"),
+}
+PARSENET = "parsing_parsenet"
+ORIGINS = {
+    GFPGAN: "the releases of github.com/TencentARC/GFPGAN",
+    "codeformer": "the releases of github.com/sczhou/CodeFormer",
+    PARSENET: "the releases of github.com/xinntao/facexlib",
+    YUNET: "github.com/opencv/opencv_zoo, in models/face_detection_yunet",
+    **dict.fromkeys(RETINAFACES.values(), "the releases of github.com/xinntao/facexlib"),
+}
+
+
+class FacefixFiles(NamedTuple):
+    """The files needed to restore faces."""
+
+    model: Path
+    parsenet: Path
+    detector: Path
+
+
+def find_files(options: FacefixOptions) -> FacefixFiles:
+    """Return the paths of the files.
+
+    --model is the model or its folder; the other files are next to it, unless --detection_model is a path.
+
+    Raises:
+        CheckpointError: If a file is missing.
+    """
+    mode = options.mode
+    model = options.network.model
+    if model.is_dir():
+        model = _find_first_file(model, MODELS[mode], "--model", origin=ORIGINS[mode], task=mode)
+    elif not model.exists():
+        raise CheckpointError(
+            f"--model {model}: there is no such file or folder.{explain_missing(model)}", model
+        )
+    detector = _find_detector(options.detection_model, model.parent, mode)
+    what = "ParseNet, which finds the parts of a face"
+    parsenet = _find_first_file(model.parent, (PARSENET,), what, origin=ORIGINS[PARSENET], task=mode)
+    return FacefixFiles(model, parsenet, detector)
+
+
+def _find_detector(name: str, folder: Path, mode: str) -> Path:
+    """Return the path of a detector.
+
+    Args:
+        name: Name of a released detector in the folder, or the path of a detector.
+        folder: Folder of the model.
+        mode: Value of --mode.
+    """
+    what = f"--detection_model {name}"
+    if name in RETINAFACES:
+        stem = RETINAFACES[name]
+        is_default = stem == next(iter(RETINAFACES.values()))
+        task = mode if is_default else None  # tools/download.py offers only the default one
+        return _find_first_file(folder, (stem,), what, origin=ORIGINS[stem], task=task)
+    if name == YUNET:
+        files = [path for path in sorted(folder.glob("*.onnx")) if "yunet" in path.name.lower()]
+        if not files:
+            file = ".onnx file with yunet in its name"
+            raise _make_missing_error(what, file, folder, origin=ORIGINS[YUNET], task=YUNET)
+        return files[-1]  # the newest: their names end with a date
+    path = to_path("--detection_model", name)
+    if not path.exists():
+        raise CheckpointError(
+            f"{what}: there is no such file.{explain_missing(path)} Give the path of one, or one of "
+            f"{', '.join([*RETINAFACES, YUNET])}.",
+            path,
+        )
+    return path
+
+
+def _find_first_file(folder: Path, stems: Sequence[str], what: str, origin: str, task: str | None) -> Path:
+    """Return the first of these files that exists, with any known suffix, ignoring case.
+
+    Args:
+        folder: Folder of the files.
+        stems: Names of the files without suffix, the preferred ones first.
+        what: Option and value that need the file, for the message.
+        origin: Address where it can be found, for the message.
+        task: Its name in tools/download.py; None if it has none.
+
+    Raises:
+        CheckpointError: If no file exists.
+    """
+    files: dict[str, Path] = {}
+    with contextlib.suppress(OSError):  # the folder of a file that is not there
+        files = {path.name.lower(): path for path in sorted(folder.iterdir()) if path.is_file()}
+    for stem in stems:
+        for suffix in SUFFIXES:
+            if f"{stem}{suffix}".lower() in files:
+                return files[f"{stem}{suffix}".lower()]
+    raise _make_missing_error(what, f"{stems[0]}.pth", folder, origin=origin, task=task)
+
+
+def _make_missing_error(what: str, file: str, folder: Path, origin: str, task: str | None) -> CheckpointError:
+    """Return the error for a missing file; `task` is its name in tools/download.py, if it has one."""
+    command = as_typed(["python", "tools/download.py", "--family", "tools", "--task", task or ""])
+    download = "" if task is None else f"download it with {command}, or "
+    return CheckpointError(
+        f"{what}: no {file} is in {folder}.\n  Give another file or folder, or put it there: {download}take "
+        f"it from {origin}.",
+        folder,
+    )

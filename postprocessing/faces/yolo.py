@@ -1,0 +1,351 @@
+"""Detectors in ONNX files: the YOLO family (v8 and later), and YuNet for faces.
+
+None of the makers' code is used or imported: files are understood from their inputs and outputs.
+"""
+
+import ast
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from modules.errors import CheckpointError
+from modules.integers import round_up
+from modules.limits import MAX_NOTE_CHARACTERS
+from modules.onnx_models import OnnxModel, Shape
+from postprocessing.faces.boxes import FoundFace, Numbers, select_best, shrunk
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_SIDE = 640  # side of the square image, if the file does not fix it
+STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
+OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
+PADDING = 114  # gray around images that are not square
+MAX_OVERLAP = 0.7
+MAX_FOUND = 300
+BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
+FINISHED = (6, 6 + 3 * POINTS)  # numbers of each row of a file that has left out overlapping boxes itself
+TASKS = ("detect", "pose", "segment")
+CLASSES_SHOWN = 8
+
+
+@dataclass(frozen=True)
+class YoloLayout:
+    """Layout of the rows in a YOLO's output."""
+
+    side: int  # of the square image that is looked at
+    classes: int | None  # None: the file does not say
+    landmarks: int  # numbers of each landmark; 0: no landmarks of faces
+
+
+class _Faces(NamedTuple):
+    """Detections of a YuNet, in pixels of the searched image."""
+
+    boxes: Numbers  # N 4
+    scores: Numbers  # N
+    points: Numbers  # landmarks in the order of `FoundFace`, N 5 2
+
+
+class _Rows(NamedTuple):
+    """Detections of a YOLO, in pixels of the square input."""
+
+    boxes: Numbers  # N 4
+    scores: Numbers  # N
+    points: Numbers | None  # landmarks, N 5 2
+
+
+@dataclass(frozen=True)
+class YoloDetector:
+    """A loaded YOLO; detections of all classes count."""
+
+    path: Path
+    network: OnnxModel
+    layout: YoloLayout
+
+    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
+        """Return the objects in an image (H W 3, RGB) with at least this score, best first."""
+        image, factor, offset = letterbox(pixels, self.layout.side)
+        outputs = self.network.run(image.transpose(2, 0, 1)[None].astype(np.float32) / np.float32(255))
+        rows = self._read(self._take_boxes(outputs), least_score)
+        shift = np.array(offset, np.float32)
+        boxes = ((rows.boxes.reshape(-1, 2, 2) - shift) / factor).reshape(-1, 4)
+        points = None if rows.points is None else (rows.points - shift) / factor
+        faces = []
+        for index in select_best(boxes, rows.scores, MAX_OVERLAP, MAX_FOUND):
+            box = tuple(boxes[index].tolist())
+            landmarks = None if points is None else points[index]
+            faces.append(FoundFace(box, float(rows.scores[index]), landmarks))
+        return faces
+
+    def _take_boxes(self, outputs: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Return the rows of boxes; skip the mask output (four axes) of segmentation models."""
+        for output in outputs:
+            if output.ndim == 3 and output.shape[0] == 1:
+                if np.isnan(output).any():
+                    raise CheckpointError(
+                        f"The result of {self.path} is NaN: what it missed would be unknown. The file "
+                        "may be damaged: export it again, without half precision.",
+                        self.path,
+                    )
+                return output[0]
+        shapes = ", ".join(str(list(output.shape)) for output in outputs)
+        raise _other_layout(self.path, shapes)
+
+    def _read(self, result: NDArray[np.float32], least_score: float) -> _Rows:
+        """Return the rows with at least this score."""
+        # possible numbers of candidates: one for each cell of the grids, whose steps depend on the version
+        counts = []
+        for steps in (STEPS, *OTHER_STEPS):
+            cells = [(self.layout.side // step) ** 2 for step in steps]
+            counts.append(sum(cells))
+        if result.shape[1] in FINISHED and result.shape[0] not in counts:
+            # the file selects the best boxes itself: corners, score, class, then points
+            rows = result[result[:, BOX] >= least_score]
+            points = _read_points(rows[:, BOX + 2 :], numbers_of_point=3)
+            return _Rows(boxes=rows[:, :BOX], scores=rows[:, BOX], points=points)
+        if result.shape[1] in counts:  # candidates along columns
+            result = result.T
+        if result.shape[0] not in counts or result.shape[1] <= BOX:
+            raise _other_layout(self.path, str(list(result.shape)))
+        num_classes, numbers_of_point = self._split_columns(result.shape[1])
+        # columns: center, width and height of the box, the score of each class, then points
+        scores = result[:, BOX : BOX + num_classes].max(axis=1)
+        is_chosen = scores >= least_score
+        rows = result[is_chosen]
+        centers = rows[:, :2]
+        half_sizes = rows[:, 2:BOX] / 2
+        boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
+        points = _read_points(rows[:, BOX + num_classes :], numbers_of_point)
+        return _Rows(boxes, scores[is_chosen], points)
+
+    def _split_columns(self, width: int) -> tuple[int, int]:
+        """Return the number of classes in a row of `width` numbers, and how many numbers a landmark has."""
+        if self.layout.classes is not None:
+            return self.layout.classes, self.layout.landmarks
+        is_face = width == BOX + 1 + 3 * POINTS
+        return (1, 3) if is_face else (width - BOX, 0)
+
+
+def read_layout(path: Path, model: OnnxModel, side: int | None) -> YoloLayout | None:
+    """Return the layout of the rows in a YOLO's output; None if the file does not look like a YOLO.
+
+    Raises CheckpointError for a YOLO without boxes.
+
+    Args:
+        path: Path of the file.
+        model: The loaded file.
+        side: Side of the square input, for files that accept any size.
+    """
+    input_shape = model.input_shape
+    if len(input_shape) != 4 or input_shape[1] not in (3, None):
+        return None
+    task = model.notes.get("task")
+    if task is not None and task not in TASKS:
+        raise CheckpointError(
+            f"{path} is a YOLO for {task}, which gives no upright boxes. Give one for detect, segment or "
+            "pose.",
+            path,
+        )
+    gives_rows = any(len(shape) == 3 and shape[0] in (1, None) for shape in model.outputs.values())
+    if task is None and not gives_rows:
+        return None
+    height, width = input_shape[2:]
+    if height != width:
+        raise CheckpointError(
+            f"{path} takes pictures of {width or 'any width'} x {height or 'any height'} pixels. Export it "
+            f"for square ones: imgsz={DEFAULT_SIDE}.",
+            path,
+        )
+    return YoloLayout(
+        side=height or round_up(side or DEFAULT_SIDE, max(STEPS)),
+        classes=_count_classes(model),
+        landmarks=_count_landmark_numbers(model),
+    )
+
+
+def _count_classes(model: OnnxModel) -> int | None:
+    names = _parse_literal(model.notes.get("names"))
+    return len(names) if isinstance(names, (dict, list)) and names else None
+
+
+def _count_landmark_numbers(model: OnnxModel) -> Any:
+    points = _parse_literal(model.notes.get("kpt_shape"))
+    is_face = isinstance(points, list) and len(points) == 2 and points[0] == POINTS
+    return points[1] if is_face else 0
+
+
+def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
+    """Return a YOLO that has been run once as a test.
+
+    Raises:
+        CheckpointError: If it cannot be run.
+    """
+    detector = YoloDetector(model.path, model, layout)
+    detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
+    names = _parse_literal(model.notes.get("names"))
+    if isinstance(names, dict) and len(names) > 1:
+        shown = ", ".join(str(name) for name in list(names.values())[:CLASSES_SHOWN])
+        left = f" and {len(names) - CLASSES_SHOWN} more" if len(names) > CLASSES_SHOWN else ""
+        logger.warning(
+            "%s finds not one kind of thing but %s%s: all of them count.", model.path.name, shown, left
+        )
+    return detector
+
+
+def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
+    """Fit an image (H W 3) into a gray square.
+
+    Returns:
+        The square, the scale of the image, and its left and top in the square.
+    """
+    height, width = pixels.shape[:2]
+    factor = min(side / height, side / width)
+    fitted_height, fitted_width = max(1, round(height * factor)), max(1, round(width * factor))
+    interpolation = cv2.INTER_AREA if factor < 1 else cv2.INTER_LINEAR
+    fitted = cv2.resize(pixels, (fitted_width, fitted_height), interpolation=interpolation)
+    left, top = (side - fitted_width) // 2, (side - fitted_height) // 2
+    square = np.full((side, side, 3), PADDING, np.uint8)
+    square[top : top + fitted_height, left : left + fitted_width] = fitted
+    return square, factor, (left, top)
+
+
+def _read_points(numbers: Numbers, numbers_of_point: int) -> Numbers | None:
+    """Return landmarks N 5 2 from rows of (x, y) or (x, y, visibility); None if there are none."""
+    if numbers_of_point not in (2, 3) or numbers.shape[1] < numbers_of_point * POINTS:
+        return None
+    points: Numbers = numbers[:, : numbers_of_point * POINTS].reshape(-1, POINTS, numbers_of_point)[..., :2]
+    return points
+
+
+def _parse_literal(text: str | None) -> Any:
+    """Return the value of a metadata entry, a Python literal; None if it cannot be parsed."""
+    if len(text or "") > MAX_NOTE_CHARACTERS:
+        return None
+    try:
+        return ast.literal_eval(text or "None")
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+
+
+def _other_layout(path: Path, shapes: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} gives {shapes}: this is not how YOLO v8 and later give their boxes. v5 and v7 are not "
+        "supported.",
+        path,
+    )
+
+
+# YuNet: a small detector of faces, free to use (MIT license).
+WIDTHS = {"cls": 1, "obj": 1, "bbox": 4, "kps": 2 * POINTS}  # numbers of a place
+OUTPUTS = {f"{kind}_{step}" for kind in WIDTHS for step in STEPS}
+MAX_LOG_SIDE = 20.0  # of a box: keeps damaged numbers finite
+MAX_OVERLAP_YUNET = 0.3
+MAX_BEFORE = 5000  # best boxes that enter non-maximum suppression
+PADDED = 32  # pixels: sides are multiples of it
+
+
+@dataclass(frozen=True)
+class YuNetDetector:
+    """A loaded YuNet. Images whose long side exceeds `side` are searched in a smaller copy.
+
+    It was trained for faces of about 10 to 300 pixels.
+    """
+
+    path: Path
+    network: OnnxModel
+    side: int | None
+    canvas: tuple[int, int] | None = None  # width and height that the file needs; None: any do
+
+    def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
+        """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
+        height, width = pixels.shape[:2]
+        small = shrunk(pixels, self._select_factor(height, width))
+        small_height, small_width = small.shape[:2]
+        found = self._search(small)
+        scale = np.array([width / small_width, height / small_height], np.float32)
+        # only the most likely candidates are compared with each other
+        likely = np.flatnonzero(found.scores >= least_score)
+        likely = likely[np.argsort(-found.scores[likely], kind="stable")[:MAX_BEFORE]]
+        boxes = found.boxes[likely]
+        scores = found.scores[likely]
+        faces = []
+        for index in select_best(boxes, scores, MAX_OVERLAP_YUNET):
+            left, top = (boxes[index, :2] * scale).tolist()
+            right, bottom = (boxes[index, 2:] * scale).tolist()
+            points = found.points[likely[index]] * scale
+            faces.append(FoundFace((left, top, right, bottom), float(scores[index]), points))
+        return faces
+
+    def _search(self, pixels: NDArray[np.uint8]) -> _Faces:
+        """Return what is found at all places of an image (H W 3, RGB), whatever the score."""
+        height, width = pixels.shape[:2]
+        canvas_width, canvas_height = self.canvas or (round_up(width, PADDED), round_up(height, PADDED))
+        image = np.zeros((1, 3, canvas_height, canvas_width), np.float32)
+        image[0, :, :height, :width] = pixels[..., ::-1].transpose(2, 0, 1)  # blue first
+        outputs = dict(zip(self.network.outputs, self.network.run(image), strict=True))
+        steps = [self._read_step(outputs, step, canvas_width, canvas_height) for step in STEPS]
+        return _Faces(
+            np.concatenate([step.boxes for step in steps]),
+            np.concatenate([step.scores for step in steps]),
+            np.concatenate([step.points for step in steps]),
+        )
+
+    def _read_step(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
+        """Return the faces of one output grid, whose cells are `step` pixels apart, row by row."""
+        rows, columns = height // step, width // step
+        parts = {kind: outputs[f"{kind}_{step}"] for kind in WIDTHS}
+        for kind, count in WIDTHS.items():
+            if parts[kind].size != rows * columns * count or not np.isfinite(parts[kind]).all():
+                raise CheckpointError(
+                    f"{self.path} gives {list(parts[kind].shape)} as {kind}_{step}: it is no YuNet, or a "
+                    "damaged one. Download it again.",
+                    self.path,
+                )
+            parts[kind] = parts[kind].reshape(rows * columns, count)
+        cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
+        centers = (cells + parts["bbox"][:, :2]) * step
+        half_sizes = np.exp(np.minimum(parts["bbox"][:, 2:], MAX_LOG_SIDE)) * step / 2
+        boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1).astype(np.float32)
+        # as in OpenCV's FaceDetectorYN: the geometric mean of the scores for the class and the object
+        scores = np.sqrt(parts["cls"].clip(0, 1) * parts["obj"].clip(0, 1))[:, 0]
+        points = (parts["kps"].reshape(-1, POINTS, 2) + cells[:, None]) * step
+        return _Faces(boxes, scores, points.astype(np.float32))
+
+    def _select_factor(self, height: int, width: int) -> float:
+        """Return the factor by which an image is downscaled for detection."""
+        factor = 1.0 if self.side is None else min(1.0, self.side / max(height, width))
+        if self.canvas is not None:
+            factor = min(factor, self.canvas[0] / width, self.canvas[1] / height)
+        return factor
+
+
+def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
+    """Return a YuNet that has been run once as a test.
+
+    Some files are made for one image size, into which all others are fitted, others for any.
+
+    Raises:
+        CheckpointError: If it cannot be run.
+    """
+    canvas = _read_canvas(model.input_shape)
+    if canvas is not None and (side is None or side > max(canvas)):
+        logger.info(
+            "%s is made for pictures of %d x %d pixels: larger ones are searched in a copy of that size.",
+            *(model.path.name, *canvas),
+        )
+    detector = YuNetDetector(model.path, model, side, canvas)
+    detector.find(np.zeros((64, 96, 3), np.uint8), 0.5)
+    return detector
+
+
+def _read_canvas(shape: Shape) -> tuple[int, int] | None:
+    """Return the width and height that a file requires; None if it takes any."""
+    if len(shape) != 4:
+        return None
+    height, width = shape[-2:]
+    return None if height is None or width is None else (width, height)

@@ -1,0 +1,380 @@
+"""Find the files of GIMM-VFI in the folder of --model, and load the networks in them."""
+
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from checkpoints.dialects import LoadPlan, count, load_planned, other_kind, rename_sources, shapes_of
+from checkpoints.opening import SUFFIXES, Checkpoint, open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from modules.limits import MAX_RAFT_ITERATIONS
+from modules.paths import explain_missing
+from modules.text_files import read_text
+from modules.yaml_files import parse_yaml
+from postprocessing.interpolation.flowformer import FlowFormer, read_flowformer
+from postprocessing.interpolation.layers import CHANNELS
+from postprocessing.interpolation.motion import GimmConfig, GimmVfi, MotionConfig
+from postprocessing.interpolation.raft import (
+    ITERATIONS,
+    FlowHead,
+    MotionEncoder,
+    Raft,
+    RaftEncoder,
+    SeparableGru,
+    read_raft,
+)
+from postprocessing.interpolation.synthesis import PER_BLEND, RefinementConfig, SynthesisConfig, UpdateConfig
+from postprocessing.interpolation.twins import Twins
+from postprocessing.options import WITH_FLOWFORMER, WITH_RAFT
+
+ESTIMATOR = "flow_estimator."  # the optical flow inside the original files
+IGNORED = ("*.num_batches_tracked", "g_filter", f"{ESTIMATOR}*")  # g_filter is a constant
+PROJECTIONS = ("amt_second_last_cproj", "amt_last_cproj", "amt_fproj")
+
+Shape = Callable[..., tuple[int, ...]]  # of `shapes_of`
+WeightShape = Callable[[str], tuple[int, ...]]  # name of a convolution -> shape of its weight
+
+
+def read_gimm(checkpoint: Checkpoint) -> LoadPlan[GimmConfig]:
+    """Plan how to load GIMM-VFI without its optical flow.
+
+    Raises:
+        CheckpointError: If the file is not a GIMM-VFI file.
+    """
+    checkpoint = checkpoint.without_prefix("module.")
+    sources = plain_sources(checkpoint)
+    wrong_kind = other_kind(
+        checkpoint, "GIMM-VFI", "--model", "the folder with gimmvfi_r_arb or gimmvfi_f_arb"
+    )
+    if not {"hyponet.params_dict.linear_wb0", "amt_init_decoder.convblock.4.weight"} <= sources.keys():
+        raise wrong_kind
+    shape = shapes_of(checkpoint, sources, wrong_kind)
+
+    def weight_shape(name: str) -> tuple[int, ...]:
+        return shape(f"{name}.weight")
+
+    motion = _read_motion(sources, shape, weight_shape)
+    synthesis = _read_synthesis(sources, weight_shape)
+    if (
+        synthesis.last.outputs % PER_BLEND
+        or synthesis.feature <= 0
+        or synthesis.first.side > synthesis.first.width
+        or synthesis.last.side > synthesis.last.width
+        or weight_shape("amt_update4_low.convc1")[1] != 2 * CHANNELS
+    ):
+        raise wrong_kind
+    config = GimmConfig(motion, synthesis)
+    return LoadPlan(config, checkpoint, rename_sources(sources, _our_name), IGNORED)
+
+
+def _our_name(name: str) -> str:
+    """Return the name of a tensor in our network, which consists of two parts."""
+    if name == "g_filter" or name.startswith(ESTIMATOR):
+        return name
+    return f"synthesis.{name}" if name.startswith("amt_") else f"motion.{name}"
+
+
+def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) -> MotionConfig:
+    layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
+    widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
+    encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
+    residual_blocks = count(names, r"res_conv\.\d+\.layers")
+    last = f"cnn_encoder.{encoder_blocks + 4}"
+    return MotionConfig(
+        encoder=(weight_shape("cnn_encoder.0")[0], weight_shape("cnn_encoder.1")[0], weight_shape(last)[0]),
+        encoder_blocks=encoder_blocks,
+        residual=(weight_shape("res_conv.0")[0], weight_shape("res_conv.1")[0]),
+        residual_blocks=residual_blocks,
+        layers=widths,
+    )
+
+
+def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> SynthesisConfig:
+    """Return the sizes of the synthesis network, from the shapes of its weights."""
+    first = _read_decoder("amt_init_decoder", 1, weight_shape)
+    last = _read_decoder("amt_final_decoder", 2, weight_shape)
+    projections = []
+    if f"{PROJECTIONS[0]}.weight" in names:
+        for name in PROJECTIONS:
+            outputs, inputs, *_ = weight_shape(name)
+            projections.append((inputs, outputs))
+    return SynthesisConfig(
+        projections=tuple(projections),
+        # channels before pixel shuffles, which divide them by 4 for each doubled size
+        quarter=16 * weight_shape("amt_final_decoder.upsample.2.0")[1],
+        eighth=4 * weight_shape("amt_init_decoder.upsample.1.0")[1],
+        first=first,
+        last=last,
+        low=_update("amt_update4_low", weight_shape),
+        high=_update("amt_update4_high", weight_shape),
+        mixed=weight_shape("amt_comb_block.0")[0],
+    )
+
+
+def _read_decoder(name: str, doublings: int, weight_shape: WeightShape) -> RefinementConfig:
+    entry = weight_shape(f"{name}.convblock.0.0")
+    return RefinementConfig(
+        doublings=doublings,
+        first=entry[2],
+        upsample=(
+            weight_shape(f"{name}.upsample.{doublings}.0")[0],
+            weight_shape(f"{name}.upsample.{doublings + 4}.0")[0],
+        ),
+        width=entry[0],
+        side=weight_shape(f"{name}.convblock.1.conv2.0")[0],
+        outputs=weight_shape(f"{name}.convblock.4")[0],
+    )
+
+
+def _update(name: str, weight_shape: WeightShape) -> UpdateConfig:
+    return UpdateConfig(
+        correlation=(weight_shape(f"{name}.convc1")[0], weight_shape(f"{name}.convc2")[0]),
+        flow=(weight_shape(f"{name}.convf1")[0], weight_shape(f"{name}.convf2")[0]),
+        motion=weight_shape(f"{name}.conv")[0],
+        hidden=weight_shape(f"{name}.gru.0")[0],
+    )
+
+
+OPTION = "--model"
+RAFT_FILES = ("raft-things_fp32.safetensors", "raft-things.pth")
+FLOWFORMER_FILES = ("flowformer_sintel_fp32.safetensors", "flowformer_sintel.pth")
+COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the networks for the flow
+
+
+@dataclass(frozen=True)
+class ModeSettings:
+    """Settings of the YAML file that tensors do not reveal; the defaults are those of the released models."""
+
+    coordinates: tuple[float, float] = (-1.0, 1.0)
+    frequency: float = 1.0
+    output_bias: float = 0.5
+    raft_iterations: int = ITERATIONS
+
+
+DEFAULT = ModeSettings()
+
+
+class ModeFiles(NamedTuple):
+    """The files that a mode needs."""
+
+    main: Path
+    flow: Path  # of the optical flow; may be the main file
+    settings: Path | None  # None: the released settings
+
+
+def find_files(path: Path, kind: str) -> ModeFiles:
+    """Return the paths of a mode's files; `path` is the folder or the main file.
+
+    Raises CheckpointError if a file is missing.
+    """
+    if not path.exists():
+        raise CheckpointError(
+            f"{path}: there is no such file or folder.{explain_missing(path)} Give the folder to {OPTION}.",
+            path,
+        )
+    names_of_kind = tuple(
+        f"{kind}_arb{perceptual}{ending}"
+        for perceptual in ("_lpips", "")
+        for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
+    )
+    folder = path if path.is_dir() else path.parent
+    main = _find(folder, names_of_kind, kind) if path.is_dir() else path
+    if main is None:
+        raise CheckpointError(
+            f"{path}: there is no file of {kind} in this folder. Put {names_of_kind[0]} there, or give "
+            f"another folder to {OPTION} or another --mode.",
+            path,
+        )
+    flow_names = RAFT_FILES if kind == WITH_RAFT else FLOWFORMER_FILES
+    flow = _find(folder, flow_names, flow_names[1].partition(".")[0])
+    if flow is None:
+        if not _holds_flow(main):
+            raise CheckpointError(
+                f"{folder}: the optical flow of {kind} is not next to {main.name}. Put {flow_names[0]} "
+                "there.",
+                folder,
+            )
+        flow = main
+    settings = folder / f"{kind}_arb.yaml"
+    return ModeFiles(main, flow, settings if settings.is_file() else None)
+
+
+def _holds_flow(main: Path) -> bool:
+    with open_checkpoint(main) as checkpoint:
+        names = checkpoint.without_prefix("module.").tensors
+        return any(name.startswith(ESTIMATOR) for name in names)
+
+
+def _find(folder: Path, names: Sequence[str], start: str) -> Path | None:
+    """Return the first file with a known name, else the only model with a name beginning with `start`.
+
+    Returns None if there is neither.
+    """
+    for name in names:
+        if (folder / name).is_file():
+            return folder / name
+    models = sorted(
+        file
+        for file in folder.iterdir()
+        if file.suffix in SUFFIXES and file.name.lower().startswith(start) and file.is_file()
+    )
+    if len(models) > 1:
+        listed = ", ".join(file.name for file in models)
+        raise CheckpointError(f"{folder}: which of {listed}? Keep one, or name it {names[0]}.", folder)
+    return models[0] if models else None
+
+
+def read_settings(path: Path | None) -> ModeSettings:
+    """Read the released YAML file; without the file, use the released settings.
+
+    Raises:
+        CheckpointError: If the file cannot be read or asks for an unsupported computation.
+    """
+    if path is None:
+        return ModeSettings()
+    try:
+        return _parse_settings(path)
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{path} cannot be used: {reason}. Without it the released settings hold.", path
+        ) from error
+
+
+def _parse_settings(path: Path) -> ModeSettings:
+    """Parse the settings in a YAML file.
+
+    Raises:
+        CheckpointError: If they ask for an unsupported computation. Any other error means that the file
+            cannot be read.
+    """
+    arch = _require_mapping(_require_mapping(parse_yaml(read_text(path))).get("arch"))
+    hyponet = _require_mapping(arch.get("hyponet"))
+    activation = hyponet.get("activation", "siren")
+    sine = _require_mapping(activation) or {"type": activation}
+    for name, setting, supported in (
+        ("fwarp_type", arch.get("fwarp_type", "linear"), "linear"),
+        ("activation", sine.get("type", "siren"), "siren"),
+        ("normalize_weight", hyponet.get("normalize_weight", True), True),
+    ):
+        if setting != supported:
+            raise CheckpointError(f"{path}: {name} {setting} is not supported, only {supported}.", path)
+    low, high = arch.get("coord_range", DEFAULT.coordinates)
+    iterations = int(arch.get("raft_iter", DEFAULT.raft_iterations))
+    if not 1 <= iterations <= MAX_RAFT_ITERATIONS:
+        raise ValueError(f"raft_iter {iterations} is not 1 to {MAX_RAFT_ITERATIONS}")
+    return ModeSettings(
+        coordinates=(float(low), float(high)),
+        frequency=float(sine.get("siren_w0", DEFAULT.frequency)),
+        output_bias=float(hyponet.get("output_bias", DEFAULT.output_bias)),
+        raft_iterations=iterations,
+    )
+
+
+def _require_mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+@dataclass(frozen=True)
+class InterpolationNetworks:
+    """The loaded networks of a mode."""
+
+    gimm: GimmVfi
+    estimator: Raft | FlowFormer
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """Return the parts that are worth compiling: sequences of layers without lookups or warps."""
+        motion = self.gimm.motion
+        synthesis = self.gimm.synthesis
+        parts: list[nn.Module] = []
+        parts += [module for module in self.estimator.modules() if isinstance(module, COMPILED)]
+        parts += [motion.cnn_encoder, motion.res_conv, motion.hyponet]
+        for decoder in (synthesis.amt_init_decoder, synthesis.amt_final_decoder):
+            parts += [decoder.upsample, *decoder.convblock]
+        parts += [synthesis.amt_update4_low, synthesis.amt_update4_high, synthesis.amt_comb_block]
+        return parts
+
+
+def load_networks(path: Path, kind: str, device: torch.device, dtype: torch.dtype) -> InterpolationNetworks:
+    """Load both networks; only the synthesis computes in `dtype`, motion is computed in float32.
+
+    On the meta device only headers are read.
+
+    Raises:
+        CheckpointError: If a file is missing or of the wrong kind, or if the two do not match.
+    """
+    files = find_files(path, kind)
+    settings = read_settings(files.settings)
+
+    def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
+        return dtype if name.startswith("synthesis.") else torch.float32
+
+    with open_checkpoint(files.main) as checkpoint:
+        plan = _plan_gimm(checkpoint, kind, settings)
+        gimm = load_planned(plan, GimmVfi, device=device, dtype=dtype_of, what=OPTION)
+    with open_checkpoint(files.flow) as checkpoint:
+        if files.flow == files.main:  # the main file contains the optical flow, with a prefix
+            checkpoint = checkpoint.without_prefix("module.").without_prefix(ESTIMATOR, others=("",))
+        if kind == WITH_RAFT:
+            estimator, maps = _load_raft(checkpoint, settings.raft_iterations, device)
+        else:
+            estimator, maps = _load_flowformer(checkpoint, device)
+    config = plan.config.synthesis
+    expected_maps = tuple(inputs for inputs, _ in config.projections)
+    if not expected_maps:
+        expected_maps = (config.quarter, config.eighth, maps.matching)
+    if maps != expected_maps:
+        raise CheckpointError(
+            f"{files.flow} does not fit {files.main.name}: it makes maps of {maps.quarter} and {maps.eighth} "
+            "channels. Give both files of one release.",
+            files.flow,
+        )
+    return InterpolationNetworks(gimm, estimator)
+
+
+class _Maps(NamedTuple):
+    """Channels of the feature maps in an `EncodedImage`."""
+
+    quarter: int
+    eighth: int
+    matching: int
+
+
+def _load_raft(
+    checkpoint: Checkpoint, iterations: int, device: torch.device
+) -> tuple[Raft | FlowFormer, _Maps]:
+    plan = read_raft(checkpoint)
+    build = partial(Raft, iterations=iterations)
+    raft = load_planned(plan, build, device=device, dtype=torch.float32, what=OPTION)
+    _, quarter, eighth = plan.config.stages
+    return raft, _Maps(quarter, eighth, plan.config.features)
+
+
+def _load_flowformer(checkpoint: Checkpoint, device: torch.device) -> tuple[Raft | FlowFormer, _Maps]:
+    plan = read_flowformer(checkpoint)
+    flowformer = load_planned(plan, FlowFormer, device=device, dtype=torch.float32, what=OPTION)
+    quarter, eighth = plan.config.context
+    return flowformer, _Maps(quarter.width, eighth.width, plan.config.matching)
+
+
+def _plan_gimm(checkpoint: Checkpoint, kind: str, settings: ModeSettings) -> LoadPlan[GimmConfig]:
+    """Plan how to load the main file of a mode. Raises CheckpointError if it belongs to the other mode."""
+    plan = read_gimm(checkpoint)
+    # only files for RAFT have layers that project its features; FlowFormer's are used unchanged
+    if bool(plan.config.synthesis.projections) != (kind == WITH_RAFT):
+        mode = WITH_FLOWFORMER if kind == WITH_RAFT else WITH_RAFT
+        path = checkpoint.path
+        raise CheckpointError(f"{path} is a file of {mode}, not of {kind}. Use --mode {mode}.", path)
+    motion = replace(
+        plan.config.motion,
+        coordinates=settings.coordinates,
+        frequency=settings.frequency,
+        output_bias=settings.output_bias,
+    )
+    return replace(plan, config=replace(plan.config, motion=motion))

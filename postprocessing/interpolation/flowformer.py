@@ -1,0 +1,335 @@
+"""FlowFormer: optical flow from cost maps, each encoded into a few tokens that a decoder attends to.
+
+Source: Huang et al. 2022, arXiv 2203.16194 (Apache license). Attributes are named as in its released files.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import relu, scaled_dot_product_attention
+
+from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
+from checkpoints.opening import Checkpoint, plain_sources
+from postprocessing.interpolation import flowformer_memory
+from postprocessing.interpolation.layers import SIDE, Correlation, EncodedImage, grid_of, rows_of_part
+from postprocessing.interpolation.raft import (
+    FlowHead,
+    MotionEncoder,
+    SeparableGru,
+    upsample_flow,
+    upsampling_mask,
+)
+from postprocessing.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
+
+# FlowFormer's decoder: refine one estimate of the flow repeatedly, attending to the memory of each place.
+#
+# Sources: Huang et al. 2022, arXiv 2203.16194, section 3.3; Jiang et al. 2021, arXiv 2104.02409 (motion of
+# places that look alike, for those that are hidden in the second image).
+COSTS = SIDE**2  # read about each place in every iteration
+
+
+@dataclass(frozen=True)
+class FlowDecoderConfig:
+    """Dimensions of the decoder."""
+
+    memory: int  # D
+    query: int
+    hidden: int  # of the recurrent unit and as much of the context; half of C
+    compared: int  # queries and keys of the attention between places that look alike
+    correlation: tuple[int, int]  # widths of the motion encoder
+    flow: tuple[int, int]
+    motion: int  # with the two channels of the flow
+    head: int
+    mask: int
+
+
+class Alike(nn.Module):
+    """Attention between positions of the first image, weighted by their similarity."""
+
+    def __init__(self, config: FlowDecoderConfig) -> None:
+        super().__init__()
+        self.to_qk = nn.Conv2d(config.hidden, 2 * config.compared, 1, bias=False)
+
+    def forward(self, context: Tensor, keeps_table: bool) -> Callable[[Tensor], Tensor]:
+        """Return a function that averages a feature map over similar positions.
+
+        Args:
+            context: Features of the first image, 1 C H W.
+            keeps_table: Whether to store the weights of all pairs of positions instead of recomputing them in
+                every call.
+        """
+        q, k = (x.contiguous() for x in _flatten_rows(self.to_qk(context)).chunk(2, dim=1))  # N . each
+        if keeps_table:
+            weights = q.new_empty(len(q), len(k))
+            rows = rows_of_part(8 * len(k), q.device)
+            scaled = q * q.shape[1] ** -0.5
+            for part, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
+                part.copy_((queries @ k.T).softmax(dim=1))
+            return partial(_apply_to_places, weights.matmul)
+
+        def attend(v: Tensor) -> Tensor:
+            # four axes: with fewer there is no kernel that leaves out the table
+            return scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
+
+        return partial(_apply_to_places, attend)
+
+
+class Aggregator(nn.Module):
+    """Add the motion of similar positions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_v = nn.Conv2d(width, width, 1, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, motion: Tensor, mean: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the motion with the motion of similar positions added.
+
+        Args:
+            motion: Motion features, 1 C H W.
+            mean: The function that `Alike` returns.
+        """
+        return motion + self.gamma * mean(self.to_v(motion))
+
+
+class FlowFormerUpdate(nn.Module):
+    """One refinement of the flow."""
+
+    def __init__(self, config: FlowDecoderConfig) -> None:
+        super().__init__()
+        inputs = config.query + COSTS
+        self.encoder = MotionEncoder(inputs, config.correlation, config.flow, config.motion)
+        self.aggregator = Aggregator(config.motion)
+        self.gru = SeparableGru(config.hidden, config.hidden + 2 * config.motion)
+        self.flow_head = FlowHead(config.hidden, config.head)
+        self.mask = upsampling_mask(config.hidden, config.mask)
+
+
+class MemoryDecoder(nn.Module):
+    """Decode the flow of the first image from the cost memory."""
+
+    def __init__(self, config: FlowDecoderConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(2 * config.hidden, 2 * config.hidden, 1)
+        self.flow_token_encoder = nn.Sequential(
+            nn.Conv2d(COSTS, config.query, 1), nn.GELU(), nn.Conv2d(config.query, config.query, 1)
+        )
+        # one deeper, as in the files
+        attention = flowformer_memory.TokenAttention(config.query, config.memory, joined=True)
+        self.decoder_layer = nn.ModuleDict({"cross_attend": attention})
+        self.update_block = FlowFormerUpdate(config)
+        self.att = Alike(config)
+
+    def forward(
+        self, costs: Correlation, memory: Tensor, context: Tensor, iterations: int, keeps_table: bool
+    ) -> Tensor:
+        """Return the flow, 1 2 8H 8W.
+
+        Args:
+            costs: Costs of the pair of images.
+            memory: Cost memory, N K D.
+            context: Context features of the first image, 1 C H W.
+            iterations: Number of refinements.
+            keeps_table: See `Alike`.
+        """
+        hidden, context = self.proj(context).chunk(2, dim=1)
+        hidden = torch.tanh(hidden)
+        context = relu(context)
+        # computed once, because it is the same in all iterations
+        layer: Any = self.decoder_layer["cross_attend"]
+        block = self.update_block
+        aggregate = self.att(context, keeps_table)
+        keys_and_values = layer.keep(memory)
+        turns = block.gru.turns(context)
+        start = positions = grid_of(context)
+        for _ in range(iterations):
+            nearby_costs = costs.lookup(positions)
+            memory_features = self._read_memory_features(nearby_costs, positions, keys_and_values)
+            motion = block.encoder(torch.cat([memory_features, nearby_costs], dim=1), positions - start)
+            motion_and_mean = torch.cat([motion, block.aggregator(motion, aggregate)], dim=1)
+            hidden = block.gru(hidden, motion_and_mean, turns)
+            positions = positions + block.flow_head(hidden)
+        return upsample_flow(positions - start, 0.25 * block.mask(hidden))
+
+    def _read_memory_features(self, near: Tensor, places: Tensor, keys_and_values: Any) -> Tensor:
+        """Return the features of each position from memory, 1 . H W, for the costs around it (`near`)."""
+        query = self.flow_token_encoder(near)
+        code = flowformer_memory.position_code(_flatten_rows(places), query.shape[1])
+        attend = self.decoder_layer["cross_attend"]
+        recalled = attend(_flatten_rows(query)[:, None], keys_and_values, code[:, None])
+        return recalled.squeeze(1).T.view(query.shape)
+
+
+def _flatten_rows(x: Tensor) -> Tensor:
+    """Reshape 1 C H W to N C."""
+    return x[0].flatten(1).T
+
+
+def _apply_to_places(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Apply a function of rows (N C) to a map (1 C H W)."""
+    return run(_flatten_rows(x).contiguous()).T.reshape(x.shape)
+
+
+# Letters: H W sides of an image, C width of the features at an eighth of them
+
+ITERATIONS = 32  # as trained
+TABLE_BYTES = 1 << 30  # a table of all pairs of places is kept up to this size: images of 1024 x 1024
+STAGES = 2  # at a quarter and at an eighth of the sides
+UNUSED = ("*.svt.norm.*", "memory_decoder.att.pos_emb.*")
+
+
+@dataclass(frozen=True)
+class FlowFormerConfig:
+    """Dimensions of the network."""
+
+    features: tuple[StageConfig, ...]
+    context: tuple[StageConfig, ...]
+    matching: int  # width of the features that are compared
+    memory: flowformer_memory.MemoryConfig
+    decoder: FlowDecoderConfig
+
+
+class MemoryEncoder(nn.Module):
+    """Encode images into features, and the costs of a pair into a memory."""
+
+    def __init__(self, config: FlowFormerConfig) -> None:
+        super().__init__()
+        self.feat_encoder = nn.ModuleDict({"svt": Twins(config.features)})  # one deeper, as in the files
+        self.channel_convertor = nn.Conv2d(config.features[-1].width, config.matching, 1, bias=False)
+        self.cost_perceiver_encoder = flowformer_memory.CostPerceiver(config.memory)
+
+
+class FlowFormer(nn.Module):
+    """The network: a `FlowEstimator`. It computes in float32, even under autocast.
+
+    In addition to weights and features it needs memory for two tables of all pairs of positions, up to
+    TABLE_BYTES each, and for one or two parts (`rows_of_part`). Larger images have no tables: costs and
+    attention are recomputed in every iteration.
+    """
+
+    def __init__(
+        self, config: FlowFormerConfig, iterations: int = ITERATIONS, table_bytes: int = TABLE_BYTES
+    ) -> None:
+        super().__init__()
+        self.iterations = iterations
+        self.table_bytes = table_bytes
+        self.memory_encoder = MemoryEncoder(config)
+        self.context_encoder = nn.ModuleDict({"svt": Twins(config.context)})
+        self.memory_decoder = MemoryDecoder(config.decoder)
+
+    def encode(self, image: Tensor) -> EncodedImage:
+        """Return the features of a single image.
+
+        Args:
+            image: Image, 1 3 H W, 0..255, with sides that are multiples of 32.
+        """
+        with torch.autocast(image.device.type, enabled=False):
+            image = 2 * (image.float() / 255) - 1
+            quarter, eighth = self.context_encoder["svt"](image)
+            encoder = self.memory_encoder
+            matching = encoder.channel_convertor(encoder.feat_encoder["svt"](image)[-1])
+            return EncodedImage(quarter, eighth, matching, None)
+
+    def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
+        """Return 1 2 H W: the motion in x and y of each pixel from the first image to the second."""
+        with torch.autocast(first.matching.device.type, enabled=False):
+            # by the size alone, so that an image gives the same on every device
+            keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
+            costs = Correlation(first.matching, second.matching, keeps, levels=1, scale=1.0)
+            memory = self.memory_encoder.cost_perceiver_encoder(costs, first.eighth)
+            return self.memory_decoder(costs, memory, first.eighth, self.iterations, keeps)
+
+
+def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
+    """Plan how to load a FlowFormer file.
+
+    Raises:
+        CheckpointError: If the file is not a FlowFormer file.
+    """
+    checkpoint = checkpoint.without_prefix("module.")
+    sources = plain_sources(checkpoint)
+    wrong_kind = other_kind(checkpoint, "a FlowFormer", "--model", "a folder with flowformer_sintel")
+    if not {"memory_encoder.channel_convertor.weight", "memory_decoder.proj.weight"} <= sources.keys():
+        raise wrong_kind
+    shape = shapes_of(checkpoint, sources, wrong_kind)
+    config = FlowFormerConfig(
+        features=_read_trunk("memory_encoder.feat_encoder.svt", shape),
+        context=_read_trunk("context_encoder.svt", shape),
+        matching=shape("memory_encoder.channel_convertor.weight")[0],
+        memory=_read_memory(shape, sources),
+        decoder=_read_decoder(shape),
+    )
+    if not _is_possible(config):
+        raise wrong_kind
+    return LoadPlan(config, checkpoint, sources, UNUSED)
+
+
+def _is_possible(config: FlowFormerConfig) -> bool:
+    """Return whether the widths are divisible as required, and the parts fit each other."""
+    features, context = config.features, config.context
+    memory, decoder = config.memory, config.decoder
+    heads = flowformer_memory.HEADS
+    return (
+        all(stage.width % HEAD_WIDTH == 0 for stage in (*features, *context))
+        and all((trunk[0].patch, trunk[1].patch) == (4, 2) for trunk in (features, context))
+        and memory.width % heads == decoder.query % heads == 0
+        and (memory.width + memory.context_part) % 4 == memory.costs[2] % 4 == 0
+        and context[-1].width == memory.context == 2 * decoder.hidden
+        and decoder.memory == memory.width
+    )
+
+
+Shape = Callable[..., tuple[int, ...]]
+
+
+def _read_memory(shape: Shape, names: Iterable[str]) -> flowformer_memory.MemoryConfig:
+    """Return the sizes of the cost memory, from the shapes of its weights."""
+    start = "memory_encoder.cost_perceiver_encoder"
+    _, tokens, width = shape(f"{start}.latent_tokens", axes=3)
+    context_part, context = shape(
+        f"{start}.vertical_encoder_layers.0.local_block.attn.context_proj.weight", axes=2
+    )
+    first, second, third = (shape(f"{start}.patch_embed.proj.{index}.weight")[0] for index in (0, 2, 4))
+    return flowformer_memory.MemoryConfig(
+        tokens=tokens,
+        width=width,
+        context=context,
+        context_part=context_part,
+        costs=(first, second, third),
+        layers=count(names, r"memory_encoder\.cost_perceiver_encoder\.encoder_layers\.\d+"),
+    )
+
+
+def _read_decoder(shape: Shape) -> FlowDecoderConfig:
+    """Return the sizes of the flow decoder, from the shapes of its weights."""
+
+    def out_channels(name: str) -> int:
+        return shape(f"memory_decoder.{name}.weight")[0]
+
+    query, memory = shape("memory_decoder.decoder_layer.cross_attend.k.weight", axes=2)
+    return FlowDecoderConfig(
+        memory=memory,
+        query=query,
+        hidden=out_channels("proj") // 2,
+        compared=out_channels("att.to_qk") // 2,
+        correlation=(
+            out_channels("update_block.encoder.convc1"),
+            out_channels("update_block.encoder.convc2"),
+        ),
+        flow=(out_channels("update_block.encoder.convf1"), out_channels("update_block.encoder.convf2")),
+        motion=out_channels("update_block.encoder.conv") + 2,  # the flow itself is appended
+        head=out_channels("update_block.flow_head.conv1"),
+        mask=out_channels("update_block.mask.0"),
+    )
+
+
+def _read_trunk(name: str, shape: Shape) -> tuple[StageConfig, ...]:
+    stages = []
+    for stage in range(STAGES):
+        width, _, patch, _ = shape(f"{name}.patch_embeds.{stage}.proj.weight")
+        stages.append(StageConfig(patch, width, shape(f"{name}.blocks.{stage}.1.attn.sr.weight")[2]))
+    return tuple(stages)

@@ -1,0 +1,275 @@
+"""FlowFormer's encoder of cost maps: each place's map of costs becomes a few tokens, its memory.
+
+Source: Huang et al. 2022, arXiv 2203.16194, section 3.2.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear, pad
+
+from postprocessing.interpolation.layers import Correlation, in_parts, in_ranges, places_of, rows_of_part
+from postprocessing.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
+
+# Shared by FlowFormer's encoder and decoder: attention of a few tokens, and sinusoidal position codes.
+HEADS = 8  # as trained, in all attentions but the trunk's; not seen in any tensor
+
+
+class TokenAttention(nn.Module):
+    """Attention of queries to tokens, then two linear layers, both with a residual connection."""
+
+    def __init__(self, width: int, token_width: int, joined: bool = False) -> None:
+        """Create the layers.
+
+        Args:
+            width: Width of the queries.
+            token_width: Width of the tokens.
+            joined: Whether queries and results are concatenated before `proj`.
+        """
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width)
+        self.norm2 = nn.LayerNorm(width)
+        self.q = nn.Linear(width, width)
+        self.k = nn.Linear(token_width, width)
+        self.v = nn.Linear(token_width, width)
+        self.proj = nn.Linear(2 * width if joined else width, width)
+        # numbered as in the files, where one layer has no weights
+        self.ffn = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Identity(), nn.Linear(width, width))
+        self.joined = joined
+
+    def keep(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys and values (B T C each) of tokens (B T token_width)."""
+        return self.k(tokens), self.v(tokens)
+
+    def forward(
+        self, x: Tensor, keys_and_values: tuple[Tensor, Tensor] | None = None, code: Tensor | float = 0.0
+    ) -> Tensor:
+        """Attend and return B Q C.
+
+        Args:
+            x: Queries, B Q C.
+            keys_and_values: Result of `keep` for the tokens; None for self-attention.
+            code: Position code, added before the query projection.
+        """
+        normalized = self.norm1(x)
+        k, v = self.keep(normalized) if keys_and_values is None else keys_and_values
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.q(normalized + code), k, v))
+        # plain products: fused attention is slow for so few tokens, and limits the number of positions
+        weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)  # B heads Q T
+        attended = (weights @ v).transpose(1, 2).flatten(2)
+        x = x + self.proj(torch.cat([attended, x], dim=-1) if self.joined else attended)
+        return x + self.ffn(self.norm2(x))
+
+
+def position_code(places: Tensor, width: int) -> Tensor:
+    """Return position codes, ... width, float32: sines and cosines of x, then of y.
+
+    Args:
+        places: Positions (x, y), ... 2.
+        width: Number of values per position.
+    """
+    step = 3.14 / 200  # as trained: not pi
+    waves = places[..., None] * (torch.arange(width // 4, device=places.device) * step)
+    return torch.cat([waves.sin(), waves.cos()], dim=-1).flatten(-2)
+
+
+PATCH = 8  # costs on a side that become one token: three strides of two
+COARSE = 4  # places on a side that become one key, as trained
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """Dimensions of the encoder."""
+
+    tokens: int  # K
+    width: int  # D
+    context: int  # C
+    context_part: int  # channels of the context next to a token
+    costs: tuple[int, int, int]  # widths of the convolutions over a cost map
+    layers: int
+
+
+class CostEmbed(nn.Module):
+    """Embed patches of cost maps as tokens."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        first, second, third = config.costs
+        self.proj = nn.Sequential(
+            nn.Conv2d(1, first, 6, stride=2, padding=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(first, second, 6, stride=2, padding=2),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(second, third, 6, stride=2, padding=2),
+        )
+        self.ffn_with_coord = nn.Sequential(
+            nn.Conv2d(2 * third, config.width, 1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(config.width, config.width, 1),
+        )
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Return tokens, N patches D.
+
+        Args:
+            maps: Cost maps, N 1 H W.
+        """
+        height, width = maps.shape[2:]
+        x = self.proj(pad(maps, (0, -width % PATCH, 0, -height % PATCH)))
+        centers = places_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
+        code = position_code(centers, x.shape[1]).expand(len(x), -1, -1, -1)
+        x = torch.cat([x.permute(0, 2, 3, 1), code], dim=-1).flatten(1, 2)
+        # as matrix products: 1x1 convolutions are slower, and change the memory layout twice
+        widen, activate, mix = self.ffn_with_coord.children()
+        return self.norm(_multiply_rows(mix, activate(_multiply_rows(widen, x))))
+
+
+def _multiply_rows(layer: nn.Module, x: Tensor) -> Tensor:
+    """Apply a 1x1 convolution to rows, ... C."""
+    weight, bias = layer.parameters()
+    return linear(x, weight.flatten(1), bias)
+
+
+class WindowContextAttention(nn.Module):
+    """Self-attention within windows, for one token of each position."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.joined = config.width + config.context_part
+        self.context_proj = nn.Linear(config.context, config.context_part)
+        self.q = nn.Linear(self.joined, config.width)
+        self.k = nn.Linear(self.joined, config.width)
+        self.v = nn.Linear(config.width, config.width)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return the attention result, K H W D.
+
+        Args:
+            x: Tokens, K H W D.
+            context: Context features, 1 H W C.
+        """
+        projected = self.context_proj(context).expand(len(x), -1, -1, -1)
+        code = position_code(places_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
+        width = x.shape[-1]
+
+        def run(windows: Tensor) -> Tensor:
+            coded = windows + code
+            return attend(self.q(coded), self.k(coded), self.v(windows[..., :width]), HEADS)
+
+        return self.proj(in_windows(run, torch.cat([x, projected], dim=-1)))
+
+
+class CoarseContextAttention(nn.Module):
+    """Attention of one token of each position to the pooled tokens of all COARSE x COARSE squares.
+
+    Both sides of a map are multiples of COARSE, because those of an image are multiples of 32.
+    """
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.joined = config.width + config.context_part
+        self.context_proj = nn.Linear(config.context, config.context_part)
+        self.q = nn.Linear(self.joined, config.width)
+        self.k = nn.Linear(config.width, config.width)
+        self.v = nn.Linear(config.width, config.width)
+        self.proj = nn.Linear(config.width, config.width)
+        self.sr_key = nn.Conv2d(self.joined, config.width, COARSE, COARSE)
+        self.sr_value = nn.Conv2d(config.width, config.width, COARSE, COARSE)
+        self.norm = nn.LayerNorm(config.width)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return the attention result, K H W D.
+
+        Args:
+            x: Tokens, K H W D.
+            context: Context features, 1 H W C.
+        """
+        height, width = x.shape[1:3]
+        projected = self.context_proj(context).expand(len(x), -1, -1, -1)
+        coded = torch.cat([x, projected], dim=-1)
+        places = places_of(height, width, x.device)
+        q = self.q(coded + position_code(places, self.joined))
+        coded = coded.permute(0, 3, 1, 2)
+        keys = self.norm(self.sr_key(coded).permute(0, 2, 3, 1))
+        values = self.norm(self.sr_value(coded[:, : x.shape[3]]).permute(0, 2, 3, 1))
+        rows, columns = keys.shape[1:3]
+        coarse_places = places_of(rows, columns, x.device) * COARSE
+        keys = keys + position_code(coarse_places, x.shape[3])
+        k = self.k(keys).flatten(1, 2)
+        v = self.v(values).flatten(1, 2)
+        return self.proj(attend(q.flatten(1, 2), k, v, HEADS)).view(x.shape)
+
+
+class VerticalLayer(nn.Module):
+    """Attention of each token to the tokens with the same index at other positions."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.local_block = TwinsBlock(WindowContextAttention(config), config.width, eps=1e-5)
+        self.global_block = TwinsBlock(CoarseContextAttention(config), config.width, eps=1e-5)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        """Return the new tokens, K H W D.
+
+        Args:
+            x: Tokens, K H W D.
+            context: Context features, 1 H W C.
+        """
+        return self.global_block(self.local_block(x, context), context)
+
+
+class CostPerceiver(nn.Module):
+    """Encode the cost map of each position into tokens."""
+
+    def __init__(self, config: MemoryConfig) -> None:
+        super().__init__()
+        self.latent_tokens = nn.Parameter(torch.empty(1, config.tokens, config.width))
+        self.patch_embed = CostEmbed(config)
+        self.input_layer = TokenAttention(config.width, config.width)
+        self.encoder_layers = nn.ModuleList(
+            TokenAttention(config.width, config.width) for _ in range(config.layers)
+        )
+        self.vertical_encoder_layers = nn.ModuleList(VerticalLayer(config) for _ in range(config.layers))
+        self.config = config
+
+    def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
+        """Return the tokens, N K D.
+
+        Args:
+            costs: Costs of a pair of images.
+            context: Context features of the first image, 1 C H W.
+            part_bytes: Approximate memory of one part; None for the best size for the device.
+        """
+        height, width = context.shape[2:]
+        context = context.permute(0, 2, 3, 1)
+        # one pair at a time: as trained, the contexts of a batch are in a different order than its tokens
+        x = first = self._start(costs, height, width, part_bytes)
+        for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
+            x = in_parts(across, x, 40 * x[0].numel(), part_bytes)
+            maps = x.transpose(0, 1).unflatten(1, (height, width))  # K H W D
+            maps = in_parts(partial(vertical, context=context), maps, 64 * maps[0].numel(), part_bytes)
+            x = maps.flatten(1, 2).transpose(0, 1)
+        return x + first
+
+    def _start(self, costs: Correlation, height: int, width: int, part_bytes: int | None) -> Tensor:
+        """Return N K D: the learned tokens after attention to the cost map of each position."""
+        layer = self.input_layer
+
+        def run(start: int, end: int) -> Tensor:
+            tokens = self.patch_embed(costs.rows(start, end)[:, None])
+            return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(tokens))
+
+        # the largest number of float32 bytes that one position takes at a time, for the size of a part
+        first, second, _ = self.config.costs
+        cells = (height + -height % PATCH) * (width + -width % PATCH)
+        # convolutions, in sixteenths of a value for each cell: the map, the padded map, and two results
+        convolved = 2 * 16 + 4 * first + second
+        # attention, in 64ths: the map, tokens, keys, values, products before and after the softmax
+        attended = 64 + 3 * (self.config.width + HEADS * self.config.tokens)
+        bytes_of_map = cells * max(convolved // 4, attended // 16)  # 4 bytes / 16, 4 bytes / 64
+        rows = rows_of_part(bytes_of_map, self.latent_tokens.device, part_bytes)
+        return in_ranges(run, height * width, rows)

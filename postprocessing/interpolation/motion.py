@@ -1,0 +1,271 @@
+"""The motion between two pictures at any time between them: GIMM, a function of time and place.
+
+Source: Guo et al. 2024, arXiv 2407.08680. All in float32: half precision has too few steps for a flow.
+Attributes of the modules are named as in the released files.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, normalize, pad
+
+from postprocessing.interpolation.layers import EncodedImage, FlowEstimator, conv, resize, splat, warp
+from postprocessing.interpolation.synthesis import Compared, Maps, Synthesis, SynthesisConfig
+
+# Letters: B batch, C channels, H W height and width, L layers
+
+SLOPE = 0.1  # slope of the leaky ReLUs
+MIN_VARIANCE = 1e-9
+
+
+@dataclass(frozen=True)
+class MotionConfig:
+    """Widths of the layers, and three settings that the tensors do not reveal."""
+
+    encoder: tuple[int, int, int]  # widths of two convolutions, and output channels
+    encoder_blocks: int
+    residual: tuple[int, int]
+    residual_blocks: int
+    layers: tuple[int, ...]  # output widths of the layers of the function
+    coordinates: tuple[float, float] = (-1.0, 1.0)  # coordinates of the first and the last edge
+    frequency: float = 1.0
+    output_bias: float = 0.5
+
+
+class Lateral(nn.Module):
+    """Two convolutions with a residual connection."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(conv(width, width), nn.LeakyReLU(SLOPE), conv(width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input plus the output of the two convolutions."""
+        return x + self.layers(x)
+
+
+def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: int) -> nn.Sequential:
+    """Return the layers of `cnn_encoder` and of `res_conv`."""
+    return nn.Sequential(
+        conv(inputs, first),
+        conv(first, second),
+        nn.LeakyReLU(SLOPE),
+        *(Lateral(second) for _ in range(blocks)),
+        nn.LeakyReLU(SLOPE),
+        nn.Conv2d(second, outputs, 3, padding=1, padding_mode="reflect"),
+    )
+
+
+class HypoNet(nn.Module):
+    """Map features and coordinates (t, y, x) to normalized flow; sine layers with weights of norm 1."""
+
+    def __init__(self, inputs: int, config: MotionConfig) -> None:
+        super().__init__()
+        self.params_dict = nn.ParameterDict()
+        for number, width in enumerate(config.layers):
+            self.params_dict[f"linear_wb{number}"] = nn.Parameter(torch.zeros(inputs + 1, width))
+            inputs = width
+        self._config = config
+
+    def places(self, like: Tensor, time: float) -> Tensor:
+        """Return 1 3 H W: the time, and the center's y and x, of each pixel of `like`."""
+        height, width = like.shape[-2:]
+        low, high = self._config.coordinates
+        y, x = (
+            low + (high - low) * (torch.arange(size, device=like.device) + 0.5) / size
+            for size in (height, width)
+        )
+        row = y[:, None].expand(height, width)
+        return torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
+
+    def forward(self, features: Tensor, places: Tensor) -> Tensor:
+        """Return the normalized flow, 1 2 H W, about 0..1.
+
+        Args:
+            features: Features, 1 C H W.
+            places: Coordinates, 1 3 H W.
+        """
+        values = torch.cat([features, places], dim=1)
+        last = len(self.params_dict) - 1
+        for number in range(last + 1):
+            both = self.params_dict[f"linear_wb{number}"]
+            # as a 1x1 convolution, which needs no other memory layout
+            weight = normalize(both[:-1], dim=0).t()[:, :, None, None]
+            values = conv2d(values, weight, both[-1])
+            if number < last:
+                values = torch.sin(self._config.frequency * values)
+        return values + self._config.output_bias
+
+
+class MotionField(nn.Module):
+    """The motion between two images, encoded once from both flows and then evaluated at any time."""
+
+    def __init__(self, config: MotionConfig) -> None:
+        super().__init__()
+        first, second, outputs = config.encoder
+        self.alpha_v, self.alpha_fe = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+        self.cnn_encoder = lateral_network(2, first, second, outputs, blocks=config.encoder_blocks)
+        self.res_conv = lateral_network(4 * outputs, *config.residual, 2 * outputs, config.residual_blocks)
+        self.hyponet = HypoNet(2 * outputs + 3, config)
+
+    def between(self, forth: Tensor, back: Tensor) -> "Motion":
+        """Return the motion between two images.
+
+        Args:
+            forth: Flow from the first image to the second, 1 2 H W.
+            back: Flow from the second image to the first, 1 2 H W.
+        """
+        normal, scale = normalised(forth, back)
+        first, second = (self.cnn_encoder(normal[:, :, index]) for index in (0, 1))
+        first_weight, second_weight = self.splat_weights(forth, back)
+        return Motion(
+            forth,
+            back,
+            scale=scale,
+            first=first,
+            second=second,
+            first_weight=first_weight,
+            second_weight=second_weight,
+        )
+
+    def splat_weights(self, forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights of splatted pixels, 1 1 H W for each image.
+
+        Weights are larger where both flows agree and where the flow is smooth.
+        """
+        return self._weigh(forth, back), self._weigh(back, forth)
+
+    def _weigh(self, flow: Tensor, opposite: Tensor) -> Tensor:
+        """Return the weights of an image, 1 1 H W, from its flow and the flow back to it, 1 2 H W each."""
+        # the flow back, at the place that the flow points to, should be the opposite
+        disagreement = (-warp(opposite, flow) - flow).abs().mean(dim=1, keepdim=True)
+        # the standard deviation of the flow around each pixel, the mean of x and y
+        mean = _blur(flow)
+        mean_of_squares = _blur(flow**2)
+        deviation = (mean_of_squares - mean**2).clamp(min=MIN_VARIANCE).sqrt().mean(dim=1, keepdim=True)
+        return 1 / (1 + self.alpha_fe * disagreement) + 1 / (1 + self.alpha_v * deviation)
+
+    def at(self, motion: "Motion", time: float) -> Tensor:
+        """Return the motion from the first image to the second at a time, 1 2 H W in pixels."""
+        return (2 * self.normal_at(motion, time) - 1) * motion.scale
+
+    def normal_at(self, motion: "Motion", time: float) -> Tensor:
+        """Return the motion of `at` as a fraction of the largest, shifted to 0..1; 0.5 is no motion."""
+        first = splat(motion.first, time * motion.forth, motion.first_weight)
+        second = splat(motion.second, (1 - time) * motion.back, motion.second_weight)
+        residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
+        features = torch.cat([first, second], dim=1) + residual
+        return self.hyponet(features, self.hyponet.places(features, time))
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Tensors of a pair of images that all times between them share."""
+
+    forth: Tensor
+    back: Tensor
+    scale: Tensor  # the largest movement in pixels
+    first: Tensor  # features of the normalized flows
+    second: Tensor
+    first_weight: Tensor
+    second_weight: Tensor
+
+
+def _blur(values: Tensor) -> Tensor:
+    """Average each channel of values, 1 2 H W, with binomial weights over 3 x 3 pixels."""
+    row = torch.tensor([1.0, 2.0, 1.0], device=values.device)
+    kernel = (row[:, None] * row / 16).expand(2, 1, 3, 3)
+    return conv2d(pad(values, (1, 1, 1, 1), mode="reflect"), kernel, groups=2)
+
+
+def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    """Normalize both flows by the largest movement.
+
+    Returns:
+        1 2 2 H W (x and y, then forth and minus back), 0..1 with 0.5 for no motion; and the scale in pixels.
+    """
+    scale = torch.maximum(forth.abs().amax(), back.abs().amax())
+    both = torch.stack([forth, -back], dim=2) / torch.where(scale == 0, 1.0, scale)
+    return (both + 1) / 2, scale
+
+
+# GIMM-VFI: images at any time between two, from their optical flow.
+#
+# Sources: Guo et al. 2024, arXiv 2407.08680 (motion); Li et al. 2023, arXiv 2304.09790 (synthesis).
+# Written from the formulas.
+# Letters: H W height and width of the images
+
+
+@dataclass(frozen=True)
+class GimmConfig:
+    """Dimensions of the network."""
+
+    motion: MotionConfig
+    synthesis: SynthesisConfig
+
+
+class GimmVfi(nn.Module):
+    """The network without its optical flow."""
+
+    def __init__(self, config: GimmConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.motion = MotionField(config.motion)
+        self.synthesis = Synthesis(config.synthesis)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image and its features."""
+
+    image: Tensor  # 1 3 H W, 0..1
+    small: Tensor  # the same, scaled to the size at which flow is computed
+    encoded: EncodedImage
+    maps: Maps
+
+
+class Interpolation:
+    """The full network: `frame` encodes single images, `between` interpolates pairs of them."""
+
+    def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
+        """Combine the networks.
+
+        Args:
+            network: The interpolation network.
+            estimator: Estimator of the optical flow.
+            ds_factor: Scale at which all but the last step is computed, above 0 and at most 1.
+        """
+        self.network = network
+        self.estimator = estimator
+        self.ds_factor = ds_factor
+
+    @torch.no_grad()
+    def frame(self, image: Tensor) -> Frame:
+        """Compute the features of a single image.
+
+        Args:
+            image: Image, 1 3 H W, 0..1, float32; its sides times the factor are multiples of 32.
+        """
+        small = resize(image, self.ds_factor)
+        encoded = self.estimator.encode(255 * small)
+        return Frame(image, small, encoded, self.network.synthesis.maps(encoded))
+
+    @torch.no_grad()
+    def between(self, first: Frame, second: Frame, times: Sequence[float]) -> Iterator[Tensor]:
+        """Yield the interpolated images, 1 3 H W, 0..1, at times above 0 and below 1."""
+        motion = self.network.motion.between(
+            self.estimator.flow(first.encoded, second.encoded),
+            self.estimator.flow(second.encoded, first.encoded),
+        )
+        synthesis = self.network.synthesis
+        compared = Compared(first.maps, second.maps)
+        images = 2 * torch.cat([first.image, second.image]) - 1
+        small = 2 * torch.cat([first.small, second.small]) - 1
+        for time in times:
+            flow = self.network.motion.at(motion, time)
+            flow = torch.cat([-time * flow, (1 - time) * flow])  # from the new image to the first and second
+            blend = synthesis.blend(small, flow, first.maps, second.maps, compared=compared, time=time)
+            del flow
+            yield synthesis.put_together(images, blend.enlarged(1 / self.ds_factor))

@@ -1,0 +1,305 @@
+"""RAFT, optical flow by repeated refinement of one estimate.
+
+Source: Teed and Deng 2020, arXiv 2003.12039 (BSD-3 license). Attributes are named as in raft-things.pth.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import conv2d, relu, unfold
+
+from checkpoints.dialects import LoadPlan, other_kind, shapes_of
+from checkpoints.opening import Checkpoint, plain_sources
+from postprocessing.contract import batch_norm
+from postprocessing.interpolation.layers import CHANNELS, Correlation, EncodedImage, conv, grid_of
+
+# Letters: H W height and width of an image, h w those of the features: an eighth
+
+ITERATIONS = 20
+SCALE = 8
+IGNORED = (
+    "*.num_batches_tracked",
+    "*.norm3.*",  # the same values as downsample.1, stored twice
+)
+
+
+@dataclass(frozen=True)
+class RaftConfig:
+    """Widths of the layers."""
+
+    stages: tuple[int, int, int]
+    features: int  # channels that are compared
+    hidden: int
+    context: int
+    correlation: tuple[int, int]
+    flow: tuple[int, int]
+    motion: int  # with the two channels of the flow
+    head: int
+    mask: int
+
+
+Norm = Callable[[int], nn.Module]
+
+
+class RaftResidual(nn.Module):
+    """Two convolutions with a shortcut."""
+
+    def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
+        super().__init__()
+        self.conv1 = conv(inputs, width, stride=stride)
+        self.norm1 = norm(width)
+        self.conv2 = conv(width, width)
+        self.norm2 = norm(width)
+        self.downsample = nn.Sequential(conv(inputs, width, 1, stride), norm(width)) if stride > 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the features of the block, B C H W."""
+        inner = relu(self.norm1(self.conv1(x)))
+        inner = relu(self.norm2(self.conv2(inner)))
+        return relu((x if self.downsample is None else self.downsample(x)) + inner)
+
+
+class RaftEncoder(nn.Module):
+    """Encode an image into features of an eighth of its size."""
+
+    def __init__(self, stages: tuple[int, int, int], outputs: int, norm: Norm) -> None:
+        super().__init__()
+        first, second, third = stages
+        self.conv1 = conv(3, first, 7, stride=2)
+        self.norm1 = norm(first)
+        self.layer1 = nn.Sequential(RaftResidual(first, first, 1, norm), RaftResidual(first, first, 1, norm))
+        self.layer2 = nn.Sequential(
+            RaftResidual(first, second, 2, norm), RaftResidual(second, second, 1, norm)
+        )
+        self.layer3 = nn.Sequential(RaftResidual(second, third, 2, norm), RaftResidual(third, third, 1, norm))
+        self.conv2 = conv(third, outputs, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the outputs of stage 2 (1/4 of the size) and stage 3 (1/8), and the features.
+
+        Args:
+            x: Image, 1 3 H W.
+        """
+        x = self.layer1(relu(self.norm1(self.conv1(x))))
+        quarter = self.layer2(x)
+        eighth = self.layer3(quarter)
+        return quarter, eighth, self.conv2(eighth)
+
+
+class MotionEncoder(nn.Module):
+    """Encode correlation and flow into motion features."""
+
+    def __init__(self, inputs: int, correlation: tuple[int, int], flow: tuple[int, int], motion: int) -> None:
+        """Create the layers.
+
+        Args:
+            inputs: Channels of the correlation.
+            correlation: Widths of the layers for the correlation.
+            flow: Widths of the layers for the flow.
+            motion: Output channels, including the flow.
+        """
+        super().__init__()
+        self.convc1 = conv(inputs, correlation[0], 1)
+        self.convc2 = conv(*correlation)
+        self.convf1 = conv(2, flow[0], 7)
+        self.convf2 = conv(*flow)
+        self.conv = conv(correlation[1] + flow[1], motion - 2)
+
+    def forward(self, correlation: Tensor, flow: Tensor) -> Tensor:
+        """Encode correlation and flow into features; the flow itself is the last two channels."""
+        compared = relu(self.convc2(relu(self.convc1(correlation))))
+        moved = relu(self.convf2(relu(self.convf1(flow))))
+        return torch.cat([relu(self.conv(torch.cat([compared, moved], dim=1))), flow], dim=1)
+
+
+class RecurrentTurn(NamedTuple):
+    """Weights of one step of the recurrent unit along rows or columns, with the context's constant part."""
+
+    constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
+    moving: Tensor  # weights of the motion for the three gates
+    recurrent: Tensor  # weights of the hidden state for the first two
+    fresh: Tensor  # weights of the reset hidden state for the third
+
+
+class SeparableGru(nn.Module):
+    """A recurrent unit whose convolutions run along rows first, then along columns."""
+
+    def __init__(self, hidden: int, inputs: int) -> None:
+        """Create the layers.
+
+        Args:
+            hidden: Channels of the hidden state.
+            inputs: Channels of context and motion.
+        """
+        super().__init__()
+        for number, size, padding in ((1, (1, 5), (0, 2)), (2, (5, 1), (2, 0))):
+            for gate in "zrq":
+                layer = nn.Conv2d(hidden + inputs, hidden, size, padding=padding)
+                setattr(self, f"conv{gate}{number}", layer)
+
+    def turns(self, context: Tensor) -> tuple[RecurrentTurn, RecurrentTurn]:
+        """Return the steps along rows and columns for a context, 1 . h w, which all iterations share.
+
+        The three gates read the same feature maps, and convolutions are linear: the context's part is
+        computed once, and the motion's part for all gates together.
+        """
+        return self._turn("1", context), self._turn("2", context)
+
+    def forward(self, hidden: Tensor, motion: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn]) -> Tensor:
+        """Return the new hidden state, 1 C h w."""
+        width = hidden.shape[1]
+        for turn in turns:
+            inputs = turn.constant + _convolve_same_size(motion, turn.moving)
+            gates = _convolve_same_size(hidden, turn.recurrent) + inputs[:, : 2 * width]
+            share, reset = torch.sigmoid(gates).chunk(2, dim=1)
+            fresh = torch.tanh(_convolve_same_size(reset * hidden, turn.fresh) + inputs[:, 2 * width :])
+            hidden = (1 - share) * hidden + share * fresh
+        return hidden
+
+    def _turn(self, number: str, context: Tensor) -> RecurrentTurn:
+        update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
+        weight = torch.cat([update.weight, reset.weight, fresh.weight])
+        bias = torch.cat([update.bias, reset.bias, fresh.bias])
+        width = len(bias) // 3
+        inputs = context.shape[1]
+        motion = weight.shape[1] - width - inputs
+        of_hidden, of_context, moving = weight.split([width, inputs, motion], dim=1)
+        return RecurrentTurn(
+            constant=_convolve_same_size(context, of_context, bias),
+            moving=moving.contiguous(),
+            recurrent=of_hidden[: 2 * width].contiguous(),
+            fresh=of_hidden[2 * width :].contiguous(),
+        )
+
+
+def _convolve_same_size(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return conv2d(x, weight, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+
+class FlowHead(nn.Module):
+    """Predict the change of the flow from the hidden state."""
+
+    def __init__(self, hidden: int, width: int) -> None:
+        super().__init__()
+        self.conv1 = conv(hidden, width)
+        self.conv2 = conv(width, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the change of the flow, B 2 H W."""
+        return self.conv2(relu(self.conv1(x)))
+
+
+class UpdateBlock(nn.Module):
+    """One refinement of the flow."""
+
+    def __init__(self, config: RaftConfig) -> None:
+        super().__init__()
+        self.encoder = MotionEncoder(CHANNELS, config.correlation, config.flow, config.motion)
+        self.gru = SeparableGru(config.hidden, config.context + config.motion)
+        self.flow_head = FlowHead(config.hidden, config.head)
+        self.mask = upsampling_mask(config.hidden, config.mask)
+
+    def forward(
+        self, hidden: Tensor, turns: tuple[RecurrentTurn, RecurrentTurn], correlation: Tensor, flow: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return the new hidden state and the change of the flow; for `turns` see `SeparableGru.turns`."""
+        motion = self.encoder(correlation, flow)
+        hidden = self.gru(hidden, motion, turns)
+        return hidden, self.flow_head(hidden)
+
+
+class Raft(nn.Module):
+    """The network: a `FlowEstimator`."""
+
+    def __init__(self, config: RaftConfig, iterations: int = ITERATIONS) -> None:
+        super().__init__()
+        self.config = config
+        self.iterations = iterations
+        self.fnet = RaftEncoder(config.stages, config.features, nn.InstanceNorm2d)
+        self.cnet = RaftEncoder(config.stages, config.hidden + config.context, batch_norm)
+        self.update_block = UpdateBlock(config)
+
+    def encode(self, image: Tensor) -> EncodedImage:
+        """Return the features of a single image.
+
+        Args:
+            image: Image, 1 3 H W, 0..255.
+        """
+        image = 2 * (image / 255) - 1
+        quarter, eighth, context = self.cnet(image)
+        return EncodedImage(quarter, eighth, self.fnet(image)[2], context)
+
+    def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
+        """Return 1 2 H W: the motion (x, y) of each pixel from the first image to the second."""
+        correlation = Correlation(first.matching, second.matching)
+        hidden, context = first.extra.split([self.config.hidden, self.config.context], dim=1)
+        hidden, context = torch.tanh(hidden), relu(context)
+        turns = self.update_block.gru.turns(context)
+        start = grid_of(hidden)
+        places = start
+        for _ in range(self.iterations):
+            costs = correlation.lookup(places)
+            hidden, change = self.update_block(hidden, turns, costs, places - start)
+            places = places + change
+        return upsample_flow(places - start, 0.25 * self.update_block.mask(hidden))
+
+
+def upsampling_mask(hidden: int, width: int) -> nn.Sequential:
+    """Return the layers that predict the logits for `upsample_flow`, multiplied by four."""
+    return nn.Sequential(conv(hidden, width), nn.ReLU(), conv(width, 9 * SCALE**2, 1))
+
+
+def upsample_flow(flow: Tensor, mask: Tensor) -> Tensor:
+    """Enlarge a flow to 1 2 8h 8w: each pixel is a weighted mean of the nine positions around it.
+
+    Args:
+        flow: Flow, 1 2 h w.
+        mask: Logits of the weights, 1 576 h w.
+    """
+    height, width = flow.shape[-2:]
+    weights = rearrange(mask, "1 (n y x) h w -> n y x h w", n=9, y=SCALE, x=SCALE).softmax(dim=0)
+    around = rearrange(unfold(SCALE * flow, 3, padding=1), "1 (two n) (h w) -> two n h w", n=9, h=height)
+    fine = torch.einsum("nyxhw,tnhw->thywx", weights, around)
+    return fine.reshape(1, 2, SCALE * height, SCALE * width)
+
+
+def read_raft(checkpoint: Checkpoint) -> LoadPlan[RaftConfig]:
+    """Plan how to load a RAFT file.
+
+    Raises:
+        CheckpointError: If the file is not a RAFT file.
+    """
+    checkpoint = checkpoint.without_prefix("module.")
+    sources = plain_sources(checkpoint)
+    wrong_kind = other_kind(checkpoint, "a large RAFT", "--model", "a folder with raft-things")
+    if not {"update_block.gru.convz1.weight", "cnet.norm1.running_var"} <= sources.keys():
+        raise wrong_kind
+    shape = shapes_of(checkpoint, sources, wrong_kind)
+
+    def out_channels(name: str) -> int:
+        return shape(f"{name}.weight")[0]
+
+    hidden = out_channels("update_block.gru.convz1")
+    encoder = "update_block.encoder."
+    config = RaftConfig(
+        stages=(
+            out_channels("cnet.conv1"),
+            out_channels("cnet.layer2.0.conv1"),
+            out_channels("cnet.layer3.0.conv1"),
+        ),
+        features=out_channels("fnet.conv2"),
+        hidden=hidden,
+        context=out_channels("cnet.conv2") - hidden,  # the first channels are the hidden state of the GRU
+        correlation=(out_channels(f"{encoder}convc1"), out_channels(f"{encoder}convc2")),
+        flow=(out_channels(f"{encoder}convf1"), out_channels(f"{encoder}convf2")),
+        motion=out_channels(f"{encoder}conv") + 2,  # the flow itself is appended
+        head=out_channels("update_block.flow_head.conv1"),
+        mask=out_channels("update_block.mask.0"),
+    )
+    if config.context <= 0:
+        raise wrong_kind
+    return LoadPlan(config, checkpoint, sources, IGNORED)

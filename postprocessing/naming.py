@@ -1,0 +1,222 @@
+"""Choose the files that a run works on, and the names of its results."""
+
+import logging
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from modules.console import count_of
+from modules.errors import MediaError, OptionError, OutputError
+from modules.media.decoding import is_animation
+from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
+from modules.output_files import Answer
+from postprocessing.chain_options import Chain
+
+logger = logging.getLogger(__name__)
+
+IMAGE_SUFFIX = ".png"
+# including those of phones, cameras and broadcasts
+VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
+CAPTIONS = (".txt", ".caption")  # besides the images and clips of datasets
+NAMED = 3  # files that a message names
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """One file to process, and the path of its result."""
+
+    source: Path
+    output: Path
+    is_image: bool
+
+
+def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob]:
+    """Return the jobs sorted by name; empty if results exist and must not be overwritten.
+
+    Args:
+        chain: The run with its tools.
+        ask: Asks the user about existing results; returns None if there is nobody to ask.
+
+    Raises:
+        OptionError: If a file is missing, or if a result would replace an input or another result.
+        MediaError: If an input is not a supported file.
+        OutputError: If results exist and there is nobody to ask.
+    """
+    sources = list_sources(chain)
+    if chain.run.output is None:  # results are written next to the sources
+        for path in sources:
+            _check_caption(path, chain)
+    jobs = [FileJob(path, name_output(chain, path), is_image(path)) for path in sources]
+    if chain.needs_video and any(job.is_image for job in jobs):
+        tool = next(tool for tool, _ in chain.tools if tool.needs_video)
+        raise OptionError(
+            f"{tool.name} works between the pictures of a video, and --input {chain.run.input} is a single "
+            "picture. Give a video."
+        )
+    for job in jobs:
+        _check_output(job, jobs)
+    _check_collisions(jobs)
+    return jobs if chain.run.yes else resolve_existing(jobs, ask)
+
+
+def _check_caption(path: Path, chain: Chain) -> None:
+    """Raise OptionError if a source has a caption: it is part of a dataset, whose folder gets no results."""
+    caption = next(filter(Path.is_file, map(path.with_suffix, CAPTIONS)), None)
+    if caption is not None:
+        raise OptionError(
+            f"{path} has a caption, {caption.name}: its folder looks like a data set, and a training "
+            "would take the results too. Give another folder: --output "
+            f"{path.parent.name or 'made'}_{chain.added}/"
+        )
+
+
+def _check_output(job: FileJob, jobs: Sequence[FileJob]) -> None:
+    """Raise OutputError if a result would replace an input or a folder, even under a different name."""
+    if job.output.is_dir():
+        raise OutputError(f"{job.output} is a folder. Choose another --output.")
+    if not job.output.exists():
+        return
+    for input_job in jobs:
+        if job.output.samefile(input_job.source):
+            name = "the input" if input_job is job else f"the input {input_job.source}"
+            raise OutputError(f"{job.output} is {name}, which is never overwritten. Choose another --output.")
+
+
+def _check_collisions(jobs: Sequence[FileJob]) -> None:
+    """Raise OutputError if two results would be the same file."""
+    sources: dict[str, Path] = {}
+    for job in jobs:
+        # file systems of Windows and macOS ignore case
+        earlier = sources.setdefault(str(job.output).casefold(), job.source)
+        if earlier is not job.source:
+            raise OutputError(
+                f"{earlier.name} and {job.source.name} would both be written to {job.output}. "
+                "Rename one of them, or move it to another folder."
+            )
+
+
+def list_sources(chain: Chain) -> list[Path]:
+    """Return the input file, or the files of the input folder except results of the same tools."""
+    path_of_input = chain.run.input
+    if not path_of_input.is_dir():
+        return [path_of_input]
+    suffixes = VIDEOS | {".gif"} | image_suffixes()
+    ending = f"_{chain.added}"
+    files = [
+        path
+        for path in sorted(path_of_input.iterdir())
+        if path.suffix.lower() in suffixes
+        and path.is_file()
+        and not path.name.startswith(".")
+        and not (chain.needs_video and _is_still(path))
+    ]
+    fresh = [path for path in files if not path.stem.rstrip("_").endswith(ending)]
+    if not fresh:
+        kinds = "video" if chain.needs_video else "video and no picture"
+        results = f" but {len(files)} with {ending}, which are results" if files else ""
+        raise MediaError(
+            f"--input {path_of_input} is a folder that holds no {kinds}{results}. Give another folder."
+        )
+    num_results = len(files) - len(fresh)
+    if num_results:
+        logger.info(
+            "%s with names in %s: left out because they are results", count_of(num_results, "file"), ending
+        )
+    return fresh
+
+
+def is_image(path: Path) -> bool:
+    """Return whether a file is a single image, judged by its suffix; animations count as videos."""
+    try:
+        return path.suffix.lower() in image_suffixes() and not is_animation(path)
+    except MediaError:  # reading the file will say what is wrong
+        return True
+
+
+def _is_still(path: Path) -> bool:
+    try:
+        return path.suffix.lower() not in VIDEOS and not is_animation(path)
+    except MediaError:
+        return is_image(path)
+
+
+def name_output(chain: Chain, source: Path) -> Path:
+    """Return the path of a file's result.
+
+    Raises:
+        OptionError: If the result cannot be written to --output.
+    """
+    run = chain.run
+    suffix = IMAGE_SUFFIX if is_image(source) else run.format.suffix
+    default = f"{source.stem}_{chain.added}{suffix}"
+    output = run.output_path
+    if output is None:
+        return source.with_name(default)
+    has_ending = output.suffix.lower() in VIDEOS | image_suffixes()
+    if output.is_dir() or run.means_folder:
+        return output / default
+    if run.input.is_dir():
+        if has_ending or output.exists():
+            raise OptionError(
+                f"--output {output} is a file, and --input {run.input} a folder. Give a folder to --output."
+            )
+        return output / default
+    return output.with_suffix(suffix) if has_ending else output.with_name(f"{output.name}{suffix}")
+
+
+def log_suffix(chain: Chain, jobs: Sequence[FileJob]) -> None:
+    """Log if results get a different suffix than the one that the user gave."""
+    form = chain.run.format
+    output = chain.run.output_path
+    if any(not job.is_image for job in jobs) and form.suffix != f".{form.container}":
+        logger.warning(
+            "--codec %s is written as %s because %s cannot hold it", form.codec, form.suffix, form.container
+        )
+    if output is None or len(jobs) != 1 or jobs[0].output.parent != output.parent:
+        return
+    if jobs[0].output.name != output.name:
+        reason = "pictures are PNG files" if jobs[0].is_image else f"--container is {form.container}"
+        logger.info("The result is written to %s: %s", jobs[0].output, reason)
+
+
+def resolve_existing(jobs: Sequence[FileJob], ask: Callable[[str], Answer | None]) -> list[FileJob]:
+    """Return the jobs to run, after asking the user about existing results.
+
+    Raises:
+        OutputError: If a result exists and there is nobody to ask.
+    """
+    existing = [job for job in jobs if os.path.lexists(job.output)]
+    if not existing:
+        return list(jobs)
+    names = _name_outputs(existing)
+    is_one = len(existing) == 1
+    exist = f"{names} exists already" if is_one else f"{names} exist already"
+    answer = ask(f"{exist}. Overwrite")
+    if answer is None:
+        raise OutputError(f"{exist}. Use --yes to overwrite, or choose another --output.")
+    if answer == "overwrite":
+        return list(jobs)
+    if answer == "leave":
+        logger.info("%s %s as before", names, "stays" if is_one else "stay")
+        return [job for job in jobs if job not in existing]
+    return _rename_outputs(jobs, existing)
+
+
+def _name_outputs(jobs: Sequence[FileJob]) -> str:
+    """Return the paths of the first results, for a message."""
+    names = ", ".join(str(job.output) for job in jobs[:NAMED])
+    return f"{names} and {len(jobs) - NAMED} more" if len(jobs) > NAMED else names
+
+
+def _rename_outputs(jobs: Sequence[FileJob], existing: Sequence[FileJob]) -> list[FileJob]:
+    """Return the jobs with unused names for results that exist."""
+    used_outputs = {job.output for job in jobs if job not in existing}
+    renamed = []
+    for job in jobs:
+        output = job.output
+        while job in existing and (os.path.lexists(output) or output in used_outputs):
+            output = output.with_name(f"{output.stem}_{output.suffix}")
+        used_outputs.add(output)
+        renamed.append(replace(job, output=output))
+    return renamed

@@ -1,0 +1,237 @@
+"""Run tools on videos and pictures: read, stage after stage, write, as one stream."""
+
+import gc
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from fractions import Fraction
+from pathlib import Path
+
+from modules.atomic_write import atomic_folder, claim_name, make_folder, make_storable
+from modules.bars import FRAMES, Bar
+from modules.console import as_size, count_of, in_words
+from modules.devices import Failures, freeze_libraries, select_device
+from modules.errors import MediaError, OutputError
+from modules.media.encoding import Picture, in_eight_bits, resolve_codec
+from modules.media.options import FormatOptions
+from modules.media.reading import (
+    TOOL_TAG,
+    join_alpha,
+    read_image,
+    read_tags,
+    split_alpha,
+    without_images,
+)
+from modules.media.streams import shown_frames, source_info
+from modules.media.writing import write_png, write_shown
+from modules.output_files import Answer, ask_at_console
+from modules.paths import explain_missing
+from postprocessing.chain_options import Chain, tool_in_words
+from postprocessing.contract import Clip
+from postprocessing.naming import FileJob, is_image, log_suffix, plan_jobs
+from postprocessing.stages import NamedStage, check_tools, lead_through, make_stages, results
+from postprocessing.streaming import read_ahead, write_behind
+
+logger = logging.getLogger(__name__)
+
+
+def run_chain(chain: Chain, ask: Callable[[str], Answer | None] = ask_at_console) -> None:
+    """Run the tools of a command line. Raises UserError; wrong file names fail before networks load."""
+    freeze_libraries()
+    jobs = plan_jobs(chain, ask)
+    device = select_device(chain.run.device)
+    check_tools(chain.tools, chain.labels, device)
+    if not jobs:
+        return
+    log_suffix(chain, jobs)
+    for folder in sorted({job.output.parent for job in jobs}):
+        make_folder(folder, "--output")
+    if chain.run.format.keep_pngs:
+        for folder in sorted({job.source.parent for job in jobs if not job.is_image}):
+            make_folder(folder, "--keep_pngs")
+    if len(jobs) == 1 and not jobs[0].is_image:
+        source_info(jobs[0].source)
+    run_jobs(chain, jobs, make_stages(chain.tools, chain.labels, device))
+
+
+def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]) -> None:
+    """Process the files in turn; if one of several fails, report it and continue with the others.
+
+    Raises:
+        UserError: At the end if a file failed, with the exit code of the failures if they all share it.
+    """
+    done = [tool_in_words(tool, options) for tool, options in chain.tools]
+    failures = Failures(strict=len(jobs) == 1)
+    for job in jobs:
+        with failures.note_errors(str(job.source)):
+            if job.is_image:
+                run_image(stages, job, done, chain.hides)
+            else:
+                run_video(stages, job, done, form=chain.run.format, hides=chain.hides)
+        gc.collect()  # errors and their tracebacks hold each other, and with them what a file took
+    if len(jobs) > 1 and not failures.reasons:
+        logger.info("All %d files are done", len(jobs))
+    failures.raise_if_any(len(jobs), f"{chain.run.input}: ")
+
+
+FOLDER = "frames"
+
+
+def write_frames(path: Path, folder: Path, maximum: int | None) -> None:
+    """Write a video's frames, or the first `maximum`, to `folder`/frames as PNG; an image gives one PNG.
+
+    The folder appears only when all frames are written. No more of the video is read than necessary, and few
+    frames are in memory.
+
+    Raises:
+        OutputError: If `folder`/frames exists.
+        MediaError: If the file cannot be read.
+    """
+    if not path.exists():
+        raise MediaError(f"--input {path} does not exist.{explain_missing(path)} Give a video.")
+    if path.is_dir():
+        raise MediaError(f"--input {path} is a folder. Give a video in it.")
+    frames = folder / FOLDER
+    if os.path.lexists(frames):
+        raise OutputError(f"{frames} exists already. Move it away, or choose another --output.")
+    is_single = is_image(path)
+    # with --max_frames, the frames of the whole file are not counted: its end may be damaged
+    total = maximum if is_single or maximum is not None else source_info(path).frames
+    make_folder(folder, "--output")
+    started = time.monotonic()
+    written = 0
+    with atomic_folder(frames) as temporary:
+        if is_single:
+            write_png(temporary / "000000.png", read_image(path, alpha=True))
+            written = 1
+        else:
+            with (
+                Bar(total, path.name, FRAMES) as bar,
+                read_ahead(shown_frames(path, limit=maximum)) as images,
+            ):
+                for _ in keep_pngs(images, temporary):
+                    written += 1
+                    bar.update()
+    seconds = time.monotonic() - started
+    logger.info("%s: %s in %s", frames, count_of(written, "frame"), in_words(seconds))
+
+
+# Run stages on a video: decode, stages and encode at the same time, with few images in memory.
+def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
+    """Return metadata entries `post_N` for the tools of this run, numbered after those of earlier runs."""
+    numbers = [int(match[1]) for name in names if (match := TOOL_TAG.fullmatch(name)) is not None]
+    first = max(numbers, default=0) + 1
+    return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
+
+
+SECONDS = Fraction(1)  # that a single image is shown; no tool for images reads it
+
+
+def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
+    """Run all stages on an image, and write a PNG.
+
+    Tools process the colors of a transparent image. Its alpha channel is resized with it and kept.
+
+    Args:
+        stages: The loaded stages.
+        job: File to read and file to write.
+        done: Descriptions of the tools, for the metadata.
+        hides: Whether to omit metadata that may contain a thumbnail of the image.
+
+    Raises:
+        UserError: If the image cannot be read, processed or written.
+    """
+    pixels, alpha = split_alpha(read_image(job.source, alpha=True))
+    is_opaque = alpha is None or int(alpha.min()) == 255
+    height, width = pixels.shape[:2]
+    clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
+    clips = results(stages, clip)
+    images = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
+    assert len(images) == 1, f"{len(images)} pictures of one"
+    texts = read_tags(job.source)
+    texts = without_images(job.source, texts) if hides else texts
+    result = in_eight_bits(images[0].pixels)
+    result = result if is_opaque else join_alpha(result, alpha)
+    write_png(job.output, result, {**texts, **number_done(texts, done)})
+    logger.info("%s", job.output)
+
+
+def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
+    """Yield the images, and write each into a folder as a PNG with its index as name."""
+    for index, image in enumerate(pictures):
+        write_png(folder / f"{index:06d}.png", in_eight_bits(image.pixels))
+        yield image
+
+
+def run_video(
+    stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], form: FormatOptions, hides: bool = False
+) -> None:
+    """Run all stages on a video.
+
+    Reading and writing run in separate threads. The output appears only when it is complete.
+
+    Args:
+        stages: The loaded stages.
+        job: File to read and file to write.
+        done: Descriptions of the tools, for the metadata.
+        form: Format of the output.
+        hides: See `Chain.hides`.
+
+    Raises:
+        UserError: If the video cannot be read, processed or written.
+    """
+    started = time.monotonic()
+    info = source_info(job.source)
+    first = Clip(
+        job.source, info.width, info.height, rate=info.rate, frames=info.frames, is_deep=form.is_deep
+    )
+    clips = results(stages, first)
+    codec = resolve_codec(form.codec, clips[-1].width, clips[-1].height)
+    tags = number_done(read_tags(job.source), done)
+    rate = clips[-1].rate or info.rate
+
+    def write(pictures: Iterator[Picture]) -> None:
+        """Write the video, and with --keep_pngs each frame, as the frames arrive."""
+        with ExitStack() as opened:
+            if form.keep_pngs:
+                name = job.source.with_name("frames")
+                # until nothing has the name, and no other run has reserved it
+                while not opened.enter_context(claim_name(name)) or os.path.lexists(name):
+                    name = name.with_name(f"{name.name}_")
+                pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))
+            write_shown(
+                job.output,
+                pictures,
+                rate,
+                codec,
+                list_companions=job.source,
+                covers=not hides,
+                tags=tags,
+            )
+        if form.keep_pngs:
+            logger.info("Frames: %s", name)
+
+    frames = 0
+    with (
+        Bar(clips[-1].frames, job.source.name, FRAMES) as bar,
+        read_ahead(shown_frames(job.source, form.is_deep)) as pictures,
+        write_behind(write) as put,
+    ):
+        for image in lead_through(stages, pictures, clips):
+            put(image)
+            del image  # written and forgotten while the next one is made
+            frames += 1
+            bar.update()
+        if not frames:
+            raise MediaError(f"{job.source}: no frame is left to write. Give a longer video.")
+    seconds = time.monotonic() - started
+    logger.info(
+        "%s: %s in %s, %.3g a second, %s",
+        job.output,
+        count_of(frames, "frame"),
+        in_words(seconds),
+        frames / seconds,
+        as_size(job.output.stat().st_size),
+    )

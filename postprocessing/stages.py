@@ -1,0 +1,219 @@
+"""Make the stages of several tools, and run pictures through them."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from modules.devices import is_out_of_memory
+from modules.errors import MemoryPlanError, OptionError
+from modules.media.encoding import Picture, in_eight_bits
+from modules.media.reading import join_alpha, split_alpha
+from postprocessing.blurring.stage import check_blur, make_blur
+from postprocessing.chain_options import NamedTools, ToolOptions, name_tool
+from postprocessing.contract import Clip, Stage
+from postprocessing.faces.stage import check_facefix, make_facefix
+from postprocessing.interpolation.stage import check_interpolation, make_interpolation
+from postprocessing.options import BlurOptions, FacefixOptions, InterpolationOptions, UpscalerOptions
+from postprocessing.tiling import check_network, short_reason
+from postprocessing.upscaling.stage import check_upscaler, make_upscaler
+
+Check = Callable[[Any], None]  # for the options of a tool
+Make = Callable[[Any, torch.device], Stage]
+# type of a tool's options -> (reads the headers of its model files, loads its networks)
+TOOLS: dict[type, tuple[Check, Make]] = {
+    UpscalerOptions: (check_upscaler, make_upscaler),
+    InterpolationOptions: (check_interpolation, make_interpolation),
+    FacefixOptions: (check_facefix, make_facefix),
+    BlurOptions: (check_blur, make_blur),
+}
+
+
+@dataclass(frozen=True)
+class NamedStage:
+    """A stage and its name in messages; with an empty name messages do not mention it."""
+
+    stage: Stage
+    label: str = ""
+
+
+def check_tools(tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device) -> None:
+    """Read the headers of all model files; for `labels` see `NamedStage`.
+
+    Raises UserError if a file does not fit, or if --compile is not possible on the device.
+    """
+    for (_, options), label in zip(tools, labels, strict=True):
+        with name_tool(label):
+            check_network(options.network, device)
+            TOOLS[type(options)][0](options)
+
+
+def make_stages(
+    tools: Sequence[ToolOptions], labels: Sequence[str], device: torch.device
+) -> list[NamedStage]:
+    """Load the networks of all tools.
+
+    Args:
+        tools: Tools with their options.
+        labels: See `NamedStage`.
+        device: Device of the run.
+
+    Raises:
+        UserError: If a model file cannot be used.
+    """
+    stages = []
+    for (_, options), label in zip(tools, labels, strict=True):
+        with name_tool(label), _explain_memory("its network"):
+            stages.append(NamedStage(TOOLS[type(options)][1](options, device), label))
+    return stages
+
+
+def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
+    """Return the clips between the stages, from the input to the final result.
+
+    Raises MediaError or OptionError if a stage cannot process its input.
+    """
+    clips = [clip]
+    for named in stages:
+        with name_tool(named.label):
+            clips.append(named.stage.result(clips[-1]))
+    return clips
+
+
+def lead_through(
+    stages: Sequence[NamedStage], pictures: Iterator[Picture], clips: Sequence[Clip]
+) -> Iterator[Picture]:
+    """Yield the results of the last stage.
+
+    Errors of a stage name its tool. Raises MemoryPlanError if memory runs out.
+
+    Args:
+        stages: The stages in order.
+        pictures: Images of the input.
+        clips: Result of `results`.
+    """
+    foreign: list[BaseException] = []  # errors of earlier stages, which name their own tool
+    pictures = _note_errors(pictures, clips[0], "", foreign)
+    for named, clip in zip(stages, clips, strict=False):  # one clip more: the last result
+        pictures = _note_errors(named.stage.run(pictures, clip), clip, named.label, foreign)
+    return pictures
+
+
+def _note_errors(
+    pictures: Iterator[Picture], clip: Clip, label: str, foreign: list[BaseException]
+) -> Iterator[Picture]:
+    """Pass images on; prefix errors with the tool's name, unless an earlier stage raised them."""
+    try:
+        with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
+            yield from pictures
+    except BaseException as error:
+        with name_tool("" if error in foreign else label):
+            foreign.append(error)
+            raise
+
+
+@contextlib.contextmanager
+def _explain_memory(what: str) -> Iterator[None]:
+    """Raise MemoryPlanError with a remedy if memory runs out in the block.
+
+    Args:
+        what: What needs too much memory, for the message.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise MemoryPlanError(
+            f"there is too little memory for {what} ({short_reason(error)}).\n"
+            "  Use --dtype bf16 or fp16, with GIMMVFI --ds_factor 0.5 or 0.25, smaller images, or close "
+            "other programs."
+        ) from error
+
+
+# The tools of --post: decoded frames of a generation go through them on their way into the file.
+Frame = NDArray[np.uint8]  # H W 3, RGB; a single image may have alpha, H W 4
+LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list[NamedStage]]
+
+
+@dataclass
+class PostTools:
+    """The tools of a run, loaded for the first decoded video and kept until the end."""
+
+    selected: NamedTools
+    device: torch.device
+    load: LoadStages = make_stages
+    _stages: list[NamedStage] | None = field(default=None, init=False)
+
+    @property
+    def hides(self) -> bool:
+        """Whether a tool hides something, so that unprocessed frames must not be shown."""
+        return self.selected.hiding is not None
+
+    def check(self) -> None:
+        """Read the headers of the tools' model files.
+
+        Raises:
+            UserError: If they do not fit.
+        """
+        check_tools(self.selected.tools, self.selected.labels, self.device)
+
+    def check_length(self, frames: int, label: str) -> None:
+        """Raise OptionError if there is a single frame but a tool works on several.
+
+        Args:
+            frames: Number of frames.
+            label: Name of the frames in the message.
+        """
+        for (tool, _), name in zip(self.selected.tools, self.selected.labels, strict=True):
+            if frames == 1 and tool.needs_video:
+                raise OptionError(
+                    f"{name} works between the frames of a video, and {label} gives a single one. Leave "
+                    f"{name} out, or make a video."
+                )
+
+    def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
+        """Return the processed frames and their frame rate; the first call loads the networks.
+
+        Args:
+            frames: The frames.
+            fps: Frames per second.
+            is_single: Whether there is only one frame.
+
+        Raises:
+            UserError: If a tool fails.
+        """
+        first = next(frames)
+        alpha = None
+        if is_single:  # frames of videos have no alpha channel
+            first, alpha = split_alpha(first)
+        self.check_length(1 if is_single else 2, "the video")  # 2 stands for any larger number
+        if self._stages is None:
+            self._stages = self.load(self.selected.tools, self.selected.labels, self.device)
+        rate = Fraction(fps).limit_denominator(1001)
+        clips = results(self._stages, _describe_clip(first, None if is_single else rate))
+        numbered = enumerate(chain([first], frames))
+        images = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
+        processed = lead_through(self._stages, images, clips)
+        made = (join_alpha(in_eight_bits(image.pixels), alpha) for image in processed)
+        return made, float(clips[-1].rate or fps)
+
+
+def _describe_clip(frame: Frame, rate: Fraction | None) -> Clip:
+    """Return the properties of a clip that starts with a frame; `rate` is None for a single frame."""
+    height, width = frame.shape[:2]
+    return Clip(
+        path=Path("the video"),
+        width=width,
+        height=height,
+        rate=rate,
+        frames=1 if rate is None else None,
+        is_deep=False,
+    )

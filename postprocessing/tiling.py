@@ -1,0 +1,313 @@
+"""Run networks on pictures of any size: pad by mirroring, blend tiles, use less memory if it runs out.
+
+A network here is a function from B C H W to B C' fH fW; H and W must be multiples of its step. It may
+compute in half precision, with float32 where that is not enough.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from modules.compile_options import Compilation
+from modules.devices import free_memory, half_where_fast, is_out_of_memory, select_compute_dtype
+from modules.errors import CheckpointError, MemoryPlanError
+from modules.integers import ceil_div, round_up
+from postprocessing.options import ToolNetworkOptions
+from runtime.compile import check_compilation, compile_each
+from runtime.planning.device_memory import host_room, spare_bytes
+
+logger = logging.getLogger(__name__)
+
+Run = Callable[[Tensor], Tensor]
+
+FULL = 0  # size of a tile that means the whole image
+LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
+SHARE = 0.8  # share of the host's free memory to use; the system kills programs that take too much
+
+
+def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
+    """Extend images B C H W to multiples of `step` with their mirror images at the right and bottom.
+
+    It also works for images smaller than `step`.
+
+    Args:
+        images: Images, B C H W.
+        step: Number that the sides become multiples of.
+        repeats_edge: Whether the last row and column are repeated.
+    """
+    for axis in (-2, -1):
+        size = images.shape[axis]
+        places = mirrored(size, round_up(size, step), repeats_edge)
+        if len(places) > size:
+            images = images.index_select(axis, places.to(images.device))
+    return images
+
+
+def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
+    """Return the source index of each of `length` positions in a row of `size` with mirrored ends."""
+    period = 2 * size if repeats_edge else max(2 * size - 2, 1)
+    forth = torch.arange(length) % period
+    back = period - forth - (1 if repeats_edge else 0)
+    return torch.where(forth < size, forth, back)
+
+
+def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:
+    """Return (start, end) of equal tiles that cover 0..length and overlap by at least `overlap`.
+
+    The number of tiles is minimal, then their size, because overlaps are computed twice. All numbers are
+    multiples of `step` if `length` is; `overlap` is rounded up to a multiple.
+
+    Args:
+        length: Length to cover.
+        tile: Largest size of a tile, more than `overlap`.
+        overlap: Smallest overlap.
+        step: Number that all positions are multiples of.
+    """
+    overlap = round_up(overlap, step)
+    tile = max(tile // step * step, overlap + step)
+    if length <= tile:
+        return [(0, length)]
+    num_tiles = ceil_div(length - overlap, tile - overlap)
+    size = round_up(ceil_div(length + (num_tiles - 1) * overlap, num_tiles), step)
+    last = length - size  # start of the last tile, which ends at `length`
+    starts = [index * last // (num_tiles - 1) // step * step for index in range(num_tiles - 1)]
+    return [(start, start + size) for start in [*starts, last]]
+
+
+def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 1, factor: int = 1) -> Tensor:
+    """Return run(images), computed tile by tile and blended linearly where tiles overlap.
+
+    Values on which overlapping tiles agree are bit-identical.
+
+    Args:
+        run: Function to apply.
+        images: Images, B C H W, with H and W multiples of `step`.
+        tile: Largest tile in pixels of `images`; see `cut`.
+        overlap: Overlap in pixels of `images`; see `cut`.
+        step: See `cut`.
+        factor: Scale of the results.
+    """
+    if tile == FULL:
+        return run(images)
+    height, width = images.shape[-2:]
+    rows = cut(height, tile, overlap, step)
+    columns = cut(width, tile, overlap, step)
+    if len(rows) == len(columns) == 1:
+        return run(images)
+    result = None
+    for top, bottom in rows:
+        strip = None
+        for left, right in columns:
+            tile_result = run(images[..., top:bottom, left:right])
+            strip = _join(strip, tile_result, start=left * factor, length=width * factor, axis=-1)
+        assert strip is not None
+        result = _join(result, strip.room, start=top * factor, length=height * factor, axis=-2)
+    assert result is not None
+    return result.room
+
+
+class _Joined(NamedTuple):
+    """Tiles, or strips of tiles, that are being joined along an axis."""
+
+    room: Tensor  # for the whole result
+    filled: int  # place up to which it is
+
+
+def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
+    """Blend a tile, or a strip of tiles, into the result from position `start` of an axis."""
+    end = start + tile.shape[axis]
+    if joined is None:
+        if end == length:
+            return _Joined(tile, length)
+        size = list(tile.shape)
+        size[axis] = length
+        joined = _Joined(tile.new_empty(size), start)
+    shared = joined.filled - start
+    if shared > 0:
+        _fade_in(tile.narrow(axis, 0, shared), joined.room.narrow(axis, start, shared), axis)
+    added = end - joined.filled
+    joined.room.narrow(axis, joined.filled, added).copy_(tile.narrow(axis, shared, added))
+    return _Joined(joined.room, end)
+
+
+def _fade_in(tile: Tensor, overlap: Tensor, axis: int) -> None:
+    """Blend the start of a tile into the part of the result that it overlaps."""
+    length = tile.shape[axis]
+    shape = [1] * tile.dim()
+    shape[axis] = length
+    weight = ((torch.arange(length, dtype=torch.float32) + 0.5) / length).to(tile.device, tile.dtype)
+    # interpolated, not a weighted sum: equal values stay exactly equal
+    overlap.lerp_(tile, weight.view(shape))
+
+
+def room_on(device: torch.device) -> int | None:
+    """Return the free bytes of a device minus a safety margin; None if unknown."""
+    if device.type == "cuda":
+        return spare_bytes(device)
+    room = host_room() if device.type == "cpu" else None
+    return None if room is None else round(SHARE * room)
+
+
+def min_tile(step: int, overlap: int) -> int:
+    """Return the smallest side of a tile: twice the overlap, rounded up to the network's step."""
+    return round_up(max(LEAST, 2 * overlap), step)
+
+
+def short_reason(error: BaseException) -> str:
+    """Return the first sentence of an error's message, or its type if it has no message."""
+    return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
+
+
+@dataclass
+class Fitting:
+    """Run a network on batches of images as large as memory allows, and remember the sizes for a clip.
+
+    If memory runs out, batches are halved; after that, if `is_auto`, images are cut into smaller and smaller
+    tiles.
+    """
+
+    device: torch.device
+    batch: int  # images at once
+    tile: int  # pixels of the network's input; WHOLE: whole images
+    is_auto: bool  # tiles may become smaller
+    overlap: int
+    step: int = 1
+    factor: int = 1
+
+    def __call__(self, run: Run, images: Tensor, finish: Run = lambda result: result) -> Tensor:
+        """Return finish(run(images)), in smaller batches or tiles if necessary.
+
+        Raises MemoryPlanError if nothing fits.
+
+        Args:
+            run: The network.
+            images: Images, B C H W, with H and W multiples of `step`.
+            finish: Applied to untiled results of one or more images.
+        """
+        while True:
+            try:
+                parts = [finish(self._run_tiled(run, part)) for part in images.split(self.batch)]
+                return parts[0] if len(parts) == 1 else torch.cat(parts)
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason = short_reason(error)
+            # here, as the error holds the tensors of the run that failed
+            self._shrink_batch(images, reason)
+            free_memory(self.device)
+
+    def _shrink_batch(self, images: Tensor, reason: str) -> None:
+        """Choose a smaller batch or smaller tiles; `reason` is why `images` failed, for MemoryPlanError."""
+        batch = min(self.batch, len(images))
+        longest = max(images.shape[-2:])
+        side = min(self.tile or longest, longest)
+        minimum = min_tile(self.step, self.overlap)
+        if batch > 1:
+            self.batch = batch // 2
+            logger.info("Memory is full: from now on %d at once.", self.batch)
+        elif self.is_auto and side > minimum:
+            self.tile = max(round_up(side // 2, self.step), minimum)
+            logger.info("Memory is full: from now on pictures are cut into tiles of %d pixels.", self.tile)
+        else:
+            raise MemoryPlanError(
+                f"the device has too little memory even for {side} x {side} pixels at once ({reason}).\n"
+                "  Use a smaller --tile, --dtype fp16 or bf16, or close other programs that use the "
+                "device."
+            )
+
+    def _run_tiled(self, run: Run, images: Tensor) -> Tensor:
+        return run_in_tiles(run, images, self.tile, self.overlap, step=self.step, factor=self.factor)
+
+
+def network_dtype(options: ToolNetworkOptions, device: torch.device, what: str) -> torch.dtype:
+    """Return the dtype in which a network computes on a device.
+
+    float16 becomes float32 on a CPU.
+
+    Args:
+        options: Options of the run.
+        device: Device of the run.
+        what: Name of the network, for the log.
+
+    Raises:
+        OptionError: If the dtype is unknown or fp8.
+    """
+    return half_where_fast(device, select_compute_dtype(options.dtype, "--dtype", torch.float32), what)
+
+
+class Guarded:
+    """A network with float32 inputs and outputs that may compute in half precision.
+
+    Images of a batch whose result in half precision is NaN or infinite are computed again in float32.
+    """
+
+    def __init__(self, run: Run, dtype: torch.dtype, exact: Callable[[], Run], what: str) -> None:
+        """Guard a loaded network.
+
+        Args:
+            run: The network in `dtype`.
+            dtype: Dtype in which it computes.
+            exact: Loads the network in float32; called at the first result that is not finite.
+            what: Name of the network, for messages.
+        """
+        self._run = run
+        self.dtype = dtype
+        self._load_exact = exact
+        self._exact: Run | None = None
+        self.what = what
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Run images, B C H W float32. Raises CheckpointError if a result is not finite in float32 either."""
+        result = self._run(images.to(self.dtype)).float()
+        if self.dtype == torch.float32:
+            return result
+        is_good = result.isfinite().flatten(1).all(dim=1)
+        if bool(is_good.all()):
+            return result
+        if self._exact is None:
+            logger.info(
+                "A result of %s in %s is not finite: such pictures are computed again in float32.",
+                self.what,
+                str(self.dtype).removeprefix("torch."),
+            )
+            self._exact = self._load_exact()
+        bad = (~is_good).nonzero().flatten()
+        again = self._exact(images[bad]).float()
+        if not bool(again.isfinite().all()):
+            raise CheckpointError(
+                f"the result of {self.what} is NaN or infinite, in float32 too: its file may be damaged. "
+                "Download or copy it again."
+            )
+        result[bad] = again
+        return result
+
+
+DEFAULT = Compilation()
+
+
+def check_network(options: ToolNetworkOptions, device: torch.device) -> None:
+    """Raise OptionError if --dtype or --compile is not possible, before anything is loaded."""
+    select_compute_dtype(options.dtype, "--dtype", torch.float32)
+    check_compilation(DEFAULT if options.compile else None, device)
+
+
+def compile_parts(
+    options: ToolNetworkOptions, parts: Iterable[nn.Module], choice: Compilation = DEFAULT
+) -> None:
+    """Compile the `forward` of parts of a network in place, if --compile is given.
+
+    Compilation happens at the first call. Call `check_network` before.
+
+    Args:
+        options: Options of the run.
+        parts: Preferably the blocks of a list, which share one compilation, or else the whole network.
+        choice: How to compile.
+    """
+    if not options.compile:
+        return
+    compile_each(parts, choice)
+    logger.info("The network is compiled with %s at its first use, which takes some time.", choice.backend)

@@ -1,0 +1,283 @@
+"""Read upscalers from files: SwinIR, RRDBNet in three generations of names, Real-ESRGAN's compact nets."""
+
+import re
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from checkpoints.dialects import (
+    LoadPlan,
+    Names,
+    count,
+    load_planned,
+    other_kind,
+    rename_sources,
+    shapes_of,
+    translate_name,
+)
+from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
+from modules.errors import CheckpointError
+from modules.layers.convolution import lay_out
+from postprocessing.upscaling.rrdb import COLOURS, CompactConfig, CompactNet, RrdbConfig, RRDBNet
+from postprocessing.upscaling.swinir import SwinIR, SwinirConfig
+
+OPTION = "--model"
+FILES = "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth or .safetensors)"
+# of whole files, by what saved them
+PREFIXES = ("module.", "params_ema.", "params.", "state_dict.", "module.", "netG_A.", "netG.", "net_g.")
+META = torch.device("meta")
+Config = SwinirConfig | RrdbConfig | CompactConfig
+Network = SwinIR | RRDBNet | CompactNet
+
+_DENSE = r"\.RDB(\d+)\.conv(\w+?)"
+OLD_NAMES: Names = (
+    (r"model\.0\.(\w+)", r"conv_first.\1"),
+    (rf"model\.1\.sub\.(\d+){_DENSE}(?:\.0)?\.(\w+)", r"body.\1.rdb\2.conv\3.\4"),
+    (r"model\.1\.sub\.\d+\.(\w+)", r"conv_body.\1"),
+)
+MIDDLE_NAMES: Names = (
+    (rf"RRDB_trunk\.(\d+){_DENSE}\.(\w+)", r"body.\1.rdb\2.conv\3.\4"),
+    (r"trunk_conv\.(\w+)", r"conv_body.\1"),
+    (r"upconv(\d+)\.(\w+)", r"conv_up\1.\2"),
+    (r"HRconv\.(\w+)", r"conv_hr.\1"),
+)
+SWINIR_NAME = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
+BUFFERS = ("*.attn_mask", "*.relative_position_index")  # of SwinIR; computed here
+
+HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # besides all of SwinIR's
+
+
+@dataclass(frozen=True)
+class UpscalerKind:
+    """A kind of network: how to build and run it."""
+
+    name: str
+    mode: str  # value of --mode
+    build: Callable[[Any], Network]
+    repeats_edge: bool  # how images are padded to its step: as in the original tools
+
+
+SWINIR = UpscalerKind("SwinIR", "swinir", SwinIR, repeats_edge=True)
+COMPACT = UpscalerKind("compact Real-ESRGAN", "esrgan", CompactNet, repeats_edge=False)
+RRDB = UpscalerKind("ESRGAN", "esrgan", RRDBNet, repeats_edge=False)
+
+
+@dataclass(frozen=True)
+class Upscaler:
+    """A loaded network and the info needed to run it."""
+
+    kind: UpscalerKind
+    config: Config
+    network: Network
+
+
+def check_file(path: Path) -> tuple[UpscalerKind, Config]:
+    """Return a file's kind and config from its header.
+
+    Raises:
+        CheckpointError: If the file is not an upscaler.
+    """
+    upscaler = load_upscaler(path, META, torch.float32)
+    return upscaler.kind, upscaler.config
+
+
+def load_upscaler(path: Path, device: torch.device, dtype: torch.dtype) -> Upscaler:
+    """Load the network of a file; its kind and dimensions follow from its tensors.
+
+    Norms and attention biases stay in float32.
+
+    Raises:
+        CheckpointError: If the file is not an upscaler.
+    """
+    with open_checkpoint(path) as checkpoint:
+        checkpoint = checkpoint.without_prefix(*PREFIXES)
+        names = checkpoint.tensors
+        read: Callable[[Checkpoint], LoadPlan[Any]]
+        if SWINIR_NAME in names and HAT_NAME not in names:
+            kind, read = SWINIR, _read_swinir
+        elif "body.0.weight" in names:
+            kind, read = COMPACT, _read_compact
+        else:
+            kind, read = RRDB, _read_rrdb
+        plan = cast("LoadPlan[Any]", read(checkpoint))
+
+        def dtype_of(name: str, _: torch.dtype) -> torch.dtype:
+            """Keep norms and attention biases in float32."""
+            return torch.float32 if "norm" in name or name.endswith("_bias_table") else dtype
+
+        network = load_planned(plan, kind.build, device=device, dtype=dtype_of, what=OPTION)
+    if device != META:
+        lay_out(network, device)
+    return Upscaler(kind, plan.config, network)
+
+
+def _read_rrdb(checkpoint: Checkpoint) -> LoadPlan[RrdbConfig]:
+    """Plan how to load an ESRGAN or Real-ESRGAN, whose names differ between releases.
+
+    Networks for small factors take a pixel-unshuffled image: more channels at a smaller size.
+    """
+    table = _list_rrdb_names(checkpoint)
+    sources = rename_sources(plain_sources(checkpoint), lambda name: translate_name(name, table))
+    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    features, channels, *_ = shape.of("conv_first.weight", 4)
+    shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
+    num_doublings = 0
+    while f"conv_up{num_doublings + 1}.weight" in sources:
+        num_doublings += 1
+    unshuffle = isqrt(channels // COLOURS)
+    factors = [2**power for power in range(num_doublings + 1)]
+    if channels != COLOURS * unshuffle**2 or unshuffle not in factors:
+        raise shape.error(
+            f"its first layer takes {channels} channels of images that it makes {2**num_doublings} times "
+            "larger"
+        )
+    config = RrdbConfig(
+        features=features,
+        growth=shape.of("body.0.rdb1.conv1.weight", 4)[0],
+        blocks=count(sources, r"body\.\d+"),
+        doublings=num_doublings,
+        unshuffle=unshuffle,
+        has_shortcuts="body.0.rdb1.conv1x1.weight" in sources,
+    )
+    return LoadPlan(config, checkpoint, sources)
+
+
+def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
+    """Return patterns that convert a file's names to ours. Raises CheckpointError for other files."""
+    names = checkpoint.tensors
+    if "model.1.sub.0.RDB1.conv1.0.weight" in names:
+        # nn.Sequential: three layers for each doubled size, then two convolutions with an activation between
+        layers = (re.fullmatch(r"model\.(\d{1,3})\.[^.]*", name) for name in names)
+        last = max((int(layer[1]) for layer in layers if layer), default=0)
+        num_doublings = max(last - 4, 0) // 3
+        ends = [(rf"model\.{3 * up}\.(\w+)", rf"conv_up{up}.\1") for up in range(1, num_doublings + 1)]
+        ends.append((rf"model\.{3 * num_doublings + 2}\.(\w+)", r"conv_hr.\1"))
+        ends.append((rf"model\.{3 * num_doublings + 4}\.(\w+)", r"conv_last.\1"))
+        return (*OLD_NAMES, *ends)
+    if "RRDB_trunk.0.RDB1.conv1.weight" in names:
+        return MIDDLE_NAMES
+    if "body.0.rdb1.conv1.weight" not in names:
+        raise other_kind(checkpoint, "an upscaler", OPTION, FILES)
+    return ()
+
+
+def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
+    sources = plain_sources(checkpoint)
+    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    shape.expect("body.0.weight", 4, axis=1, size=COLOURS)
+    layers = count(sources, r"body\.\d+")
+    if layers < 5 or layers % 2 == 0:
+        raise shape.error(f"it has {layers} layers, not convolutions and PReLUs in turns")
+    shape.of("body.1.weight", 1)
+    factor = _read_factor(shape, f"body.{layers - 1}.weight", COLOURS)
+    features = shape.of("body.0.weight", 4)[0]
+    config = CompactConfig(features, (layers - 3) // 2, factor)
+    return LoadPlan(config, checkpoint, sources)
+
+
+def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
+    """Plan how to load a SwinIR; its sizes follow from the shapes of its tensors."""
+    sources = plain_sources(checkpoint)
+    shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
+    dim, channels, *_ = shape.of("conv_first.weight", 4)
+    if channels != COLOURS:
+        raise shape.error(f"it is for pictures of {channels} channels, such as gray ones")
+    layers = range(count(sources, r"layers\.\d+"))
+    heads = tuple(
+        shape.of(f"layers.{layer}.residual_group.blocks.0.attn.relative_position_bias_table", 2)[1]
+        for layer in layers
+    )
+    window = _read_window(shape, dim, heads)
+    end = _read_swinir_end(shape, sources)
+    depths = tuple(count(sources, rf"layers\.{layer}\.residual_group\.blocks\.\d+") for layer in layers)
+    config = SwinirConfig(
+        dim=dim,
+        heads=heads,
+        depths=depths,
+        window=window,
+        hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
+        convolutions=1 if "conv_after_body.weight" in sources else 3,
+        upsampler=end.upsampler,
+        ups=tuple(end.ups),
+        features=end.features,
+        pixel_range=255.0 if window == 7 else 1.0,  # windows of 7 are those of the files for JPEG
+    )
+    return LoadPlan(config, checkpoint, sources, ignore=BUFFERS)
+
+
+def _read_window(shape: "_Shapes", dim: int, heads: Sequence[int]) -> int:
+    """Return the side of a window, from its table with a bias for each distance in y and x."""
+    num_distances = shape.of(SWINIR_NAME, 2)[0]
+    side = isqrt(num_distances)
+    if side**2 != num_distances or side % 2 == 0 or side < 3 or any(dim % number for number in heads):
+        raise shape.error(f"{dim} channels, {heads} heads and {num_distances} distances do not go together")
+    return (side + 1) // 2
+
+
+@dataclass(frozen=True)
+class _SwinirEnd:
+    """The last layers of a SwinIR, which upsample."""
+
+    upsampler: str  # their kind
+    ups: Sequence[int] = ()  # factor of each enlargement
+    features: int = 0  # channels meanwhile
+
+
+def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
+    if "conv_before_upsample.0.weight" in sources:
+        features = shape.of("conv_before_upsample.0.weight", 4)[0]
+        shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
+        if "conv_up1.weight" in sources:
+            return _SwinirEnd("nearest+conv", [2] * count(sources, r"conv_up\d+"), features)
+        names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
+        layers = sorted(int(name.split(".")[1]) for name in names)
+        ups = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
+        return _SwinirEnd("pixelshuffle", ups, features)
+    if "upsample.0.weight" in sources:
+        return _SwinirEnd("pixelshuffledirect", [_read_factor(shape, "upsample.0.weight", COLOURS)])
+    shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
+    return _SwinirEnd("none")
+
+
+def _read_factor(shape: "_Shapes", name: str, channels: int) -> int:
+    """Return the factor of a pixel-shuffle convolution with `channels` channels after the shuffle."""
+    rows = shape.of(name, 4)[0]
+    factor = isqrt(rows // channels)
+    if factor < 1 or rows != channels * factor**2:
+        raise shape.error(f"{name} has {rows} rows, which is not a square number of {channels} channels")
+    return factor
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """The shapes of a file's tensors under our names."""
+
+    checkpoint: Checkpoint
+    shape: Callable[[str], tuple[int, ...]]
+
+    def of(self, name: str, axes: int) -> tuple[int, ...]:
+        """Return a shape.
+
+        Raises:
+            CheckpointError: If the tensor is missing or does not have `axes` axes.
+        """
+        sizes = self.shape(name)
+        if len(sizes) != axes or 0 in sizes:
+            raise self.error(f"{name} has the shape {' x '.join(map(str, sizes)) or 'of a single number'}")
+        return sizes
+
+    def expect(self, name: str, axes: int, axis: int, size: int) -> None:
+        """Raise CheckpointError unless a tensor has this size along an axis."""
+        size_in_file = self.of(name, axes)[axis]
+        if size_in_file != size:
+            raise self.error(f"{name} is for pictures of {size_in_file} channels, not {size}")
+
+    def error(self, reason: str) -> CheckpointError:
+        path = self.checkpoint.path
+        return CheckpointError(
+            f"{path} is an upscaler that cannot be used here: {reason}.\n  Give {FILES} to {OPTION}.", path
+        )

@@ -1,0 +1,204 @@
+"""The stage that enlarges pictures."""
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from modules.integers import round_up
+from modules.layers.convolution import layouts
+from modules.media.encoding import Picture, Pixels
+from postprocessing import tiling
+from postprocessing.contract import Clip, Stage, enlarged_clip, to_pixels, to_tensor
+from postprocessing.options import UpscalerOptions
+from postprocessing.upscaling.files import META, Config, Upscaler, UpscalerKind, check_file, load_upscaler
+from runtime.planning.dry_run import ACCELERATOR, dry_run, largest, place
+
+logger = logging.getLogger(__name__)
+
+
+SIZES = (32, 64)  # side of the test images
+OUTSIDE = 3 + 3 * 2  # float32 numbers per pixel of a result: its colors, and their copies while resizing
+
+
+@lru_cache(maxsize=16)
+def bytes_per_pixel(kind: UpscalerKind, config: Config, dtype: torch.dtype) -> float:
+    """Measure the bytes that upscaling takes per pixel of the input, without the weights.
+
+    All blocks of a network take equal memory, so only one block of each kind is run.
+    """
+    sizes = [round_up(size, config.step) for size in SIZES]
+    peaks = []
+    for size in sizes:
+        with META:
+            network = kind.build(config.short).to(dtype)
+        with dry_run() as ledger, torch.no_grad():
+            place(network, ledger)
+            images = torch.empty(1, 3, size, size, dtype=dtype, device=ACCELERATOR)
+            network(images.contiguous(memory_format=torch.channels_last))
+        _, peak = largest(ledger.peaks)
+        peaks.append(sum(peak.values()))
+    # the difference of two sizes: what does not grow with the image is left out
+    small, large = sizes
+    small_peak, large_peak = peaks
+    return (large_peak - small_peak) / (large**2 - small**2)
+
+
+def result_bytes(config: Config, width: int, height: int) -> int:
+    """Return the bytes of a full result on the device in float32, including its conversion to pixels."""
+    return 4 * OUTSIDE * width * height * config.factor**2
+
+
+GIB = 1 << 30
+PLENTY = 1 << 16  # bytes per pixel of the input, more than any released network takes
+MAX_AT_ONCE = 16  # largest batch that is chosen automatically
+BATCH_PIXELS = 1 << 19  # pixels of the input that keep a GPU busy; more would only take memory
+
+
+def check_upscaler(options: UpscalerOptions) -> None:
+    """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
+    check_file(options.network.model)
+
+
+def make_upscaler(options: UpscalerOptions, device: torch.device) -> Stage:
+    """Load the upscaler, and wrap it as a stage that cuts large images into tiles.
+
+    Raises:
+        CheckpointError: If the file is missing or is not an upscaler.
+    """
+    path = options.network.model
+    dtype = tiling.network_dtype(options.network, device, "the upscaler")
+    upscaler = load_upscaler(path, device, dtype)
+    name = path.name
+    kind = upscaler.kind.name
+    factor = upscaler.config.factor
+    if upscaler.kind.mode != options.mode:
+        logger.info("--mode %s, but %s is of another kind: %s is used.", options.mode, name, kind)
+    resized = "" if options.scale == factor else f", then resized to --scale {options.scale:g}"
+    logger.info("%s: %s, %d times as large%s.", name, kind, factor, resized)
+    tiling.compile_parts(options.network, upscaler.network.repeated)
+
+    # used instead if results in `dtype` are not finite
+    def load_exact() -> tiling.Run:
+        return load_upscaler(path, device, torch.float32).network
+
+    guarded = tiling.Guarded(upscaler.network, dtype, load_exact, kind)
+    return UpscalerStage(upscaler, guarded, options, device)
+
+
+@dataclass(frozen=True)
+class UpscalerStage:
+    """Upscale each image with the network, resize it to the requested size, and round once."""
+
+    upscaler: Upscaler
+    network: tiling.Guarded
+    options: UpscalerOptions
+    device: torch.device
+    room: Callable[[torch.device], int | None] = tiling.room_on
+    name: str = "upscaler"
+
+    def result(self, clip: Clip) -> Clip:
+        """Return the clip with its new size.
+
+        Raises:
+            OptionError: If no file can have this size.
+        """
+        return enlarged_clip(clip, self.options.scale, "--scale")
+
+    def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
+        """Yield the upscaled images; one batch is in memory at a time."""
+        result = self.result(clip)
+        size = (result.height, result.width)
+        fitting = self._make_fitting(clip)
+        while some := list(islice(pictures, fitting.batch)):
+            enlarged = self.enlarge([image.pixels for image in some], size, fitting)
+            for index, image in enumerate(some):
+                # not bound to a name, which would keep it alive while the next one is made
+                yield replace(image, pixels=to_pixels(enlarged[index : index + 1], clip.is_deep))
+            del enlarged, some, image
+
+    @torch.no_grad()
+    def enlarge(self, pixels: list[Pixels], size: tuple[int, int], fitting: tiling.Fitting) -> Tensor:
+        """Upscale images to a size (height, width); returns B 3 H W, about 0..1, on the device."""
+        images = torch.cat([to_tensor(image, self.device) for image in pixels])
+        height, width = images.shape[-2:]
+        factor = self.upscaler.config.factor
+        images = tiling.pad_to_multiple(images, self.upscaler.config.step, self.upscaler.kind.repeats_edge)
+        images = images.contiguous(memory_format=layouts(self.device)[1])
+
+        def finish(enlarged: Tensor) -> Tensor:
+            return resize(enlarged[..., : height * factor, : width * factor], size)
+
+        return fitting(self.network, images, finish)
+
+    def _make_fitting(self, clip: Clip) -> tiling.Fitting:
+        """Choose the initial batch and tile sizes for a clip."""
+        options = self.options
+        config = self.upscaler.config
+        batch = options.batch_size
+        if batch is None:
+            fits = BATCH_PIXELS // (clip.width * clip.height) if self.device.type != "cpu" else 1
+            batch = min(max(fits, 1), MAX_AT_ONCE)
+        tile = options.tile
+        if tile is None:
+            tile = self._predict_tile(clip, batch)
+        elif tile % config.step:
+            multiple = max(tile // config.step, 1) * config.step
+            logger.info("--tile %d: tiles of %d, a multiple of %d, are used.", tile, multiple, config.step)
+            tile = multiple
+        return tiling.Fitting(
+            self.device,
+            batch,
+            tile,
+            is_auto=options.tile is None,
+            overlap=options.tile_overlap,
+            step=config.step,
+            factor=config.factor,
+        )
+
+    def _predict_tile(self, clip: Clip, batch: int) -> int:
+        """Return the size of the largest tiles that fit into memory; `FULL` if whole images do.
+
+        The size is estimated instead of tried: on a CPU the system would kill the program, and some GPU
+        drivers would fall back to host memory, which is slower than tiles.
+        """
+        available = self.room(self.device)
+        config = self.upscaler.config
+        if available is None:
+            return tiling.FULL
+        width = round_up(clip.width, config.step)
+        height = round_up(clip.height, config.step)
+        if batch * width * height * PLENTY <= available:  # PLENTY is more than any network takes for a pixel
+            return tiling.FULL
+        per_pixel = batch * bytes_per_pixel(self.upscaler.kind, config, self.network.dtype)
+        free = available - batch * result_bytes(config, width, height)
+        if height * width * per_pixel <= free:
+            return tiling.FULL
+        side = int((max(free, 0) / per_pixel) ** 0.5) // config.step * config.step
+        tile = max(side, tiling.min_tile(config.step, self.options.tile_overlap))
+        logger.info(
+            "Pictures of %d x %d would take about %.1f GiB at once, and %.1f GiB are free: they are cut into "
+            "tiles of %d pixels.",
+            clip.width,
+            clip.height,
+            width * height * per_pixel / GIB,
+            free / GIB,
+            tile,
+        )
+        return tile
+
+
+def resize(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize images B 3 H W to a size (height, width); they are unchanged if they have it.
+
+    It is bicubic with antialiasing, in float32, by torch's own function, which works on every device.
+    """
+    if tuple(images.shape[-2:]) == size:
+        return images
+    # values beyond white are invisible, but would spread
+    return interpolate(images.clamp(0, 1), size, mode="bicubic", antialias=True)

@@ -1,0 +1,540 @@
+"""Choose the model for a folder: read its name in any spelling, ask on a terminal, get its family's facts."""
+
+import argparse
+import contextlib
+import itertools
+import logging
+import re
+import shlex
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple, TypeVar
+
+from dataset.options import read_latent_caching
+from downloads.catalogue import ModelSet, family_page, model_sets
+from downloads.listing import gigabytes, in_columns, total_bytes
+from downloads.naming import (
+    NamedModel,
+    families_of,
+    has_other_number,
+    is_task_spelling,
+    page_of_control,
+    plain_name,
+    read_family,
+    reject_made_from,
+)
+from modules.command import did_you_mean
+from modules.errors import OptionError, UserError
+from modules.options import info_of, read_options
+from modules.output_files import ask_on_terminal, has_terminal
+from modules.parser import add_options
+from modules.speed_options import take_ae
+from modules.text_files import read_safetensors_texts
+from project.kinds.contract import RunKind
+from project.model_sizes import describe_fit, find_smaller, needs_image, transformer_bytes, transformers_of
+from project.new_options import NewOptions
+from project.options import check_trigger, find_models, script_family
+from protocols.families import with_scripts
+from protocols.family import audio_of, knows_few_steps
+from protocols.few_steps import FewSteps
+from training.image_options import ImageModelOptions
+from training.options import training_parser
+
+T = TypeVar("T")
+DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """Information about a model from the record of its family."""
+
+    references: int  # most images that one is made from; 0: it does not edit
+    needs_reference: bool  # it only edits
+    hears: bool  # it learns the sound of clips
+    pairs_audios: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
+    learns_clips: bool  # False: it learns images alone
+    min_seconds: float  # minimum length of a clip; shorter ones are not used
+    learns_audios: bool  # it also learns sounds without clips
+    regularises: bool  # it also learns regularization images, of the class
+    learns_alpha: bool  # it learns the transparency of images
+    learns_layers: bool  # it learns images with their layers
+    # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
+    dtypes: Mapping[str, Sequence[str]]
+    # what to train instead, or with; None: it was not distilled to few steps, or has its training adapter
+    few_steps: FewSteps | None
+    contradiction: str | None  # how the name of its file contradicts the task
+    family: Any  # the record, of a run that caches latents
+
+
+@dataclass(frozen=True)
+class ModelChoice:
+    """The model to train, as options and answers name it."""
+
+    model: ModelSet
+    trigger: str | None
+    remarks: list[str]  # about what was chosen without being asked for
+
+
+def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
+    """Return the information about a model from its family's record. Imports the family.
+
+    `files` maps each option to the model's file; the files need not exist.
+    """
+    family = _make_family_for_caching(model)
+    rules = family.references
+    references = 0 if rules is None or rules.clips else rules.maximum
+    options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
+    dits = [Path(files[name]) for name in options if name in files]
+    hears, pairs_audios = True, False
+    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one with audio
+        audio = audio_of(family)
+        hears = audio is not None
+        pairs_audios = audio is not None and audio.is_inside
+    return ModelInfo(
+        references=references,
+        needs_reference=needs_image(model) and references > 0,
+        hears=hears,
+        pairs_audios=pairs_audios,
+        learns_clips=model.data["frames"] > 1,
+        min_seconds=model.data.get("least_frames", 0) / model.data.get("fps", 1),
+        learns_audios=learns_audio_alone(model),
+        regularises=bool(model.data.get("regularises")),
+        learns_alpha=_has_latents(family, "has_alpha"),
+        learns_layers=_has_latents(family, "has_layers"),
+        dtypes=_select_dtype_options(model),
+        few_steps=None if model.has_adapter else _few_steps(family, model, dits),
+        contradiction=_find_contradiction(family, model, dits),
+        family=family,
+    )
+
+
+def learns_audio_alone(model: ModelSet) -> bool:
+    """Return whether the model can be trained on sounds without images."""
+    return bool(model.data.get("sound_alone"))
+
+
+def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
+    """Return the options for the dtypes of networks that the scripts of a model take, by kind of script."""
+    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
+    return {
+        kind: [name for name in DTYPE_OPTIONS if name in info_of(entry.options_record(kind))]
+        for kind in ("LatentCaching", "TextCaching", "Training")
+    }
+
+
+def _has_latents(family: Any, fact: str) -> bool:
+    """Return a flag of the latents, such as has_alpha; False if it depends on the file of the VAE."""
+    with contextlib.suppress(UserError):
+        return bool(getattr(family.latent, fact))
+    return False
+
+
+def _make_family_for_caching(model: ModelSet) -> Any:
+    """Return the family's record as the command that caches latents uses it, without loading encoders."""
+    words = shlex.split(model.commands["latents"])
+    entry = with_scripts()[script_family(words)]
+    for _, option, _ in entry.encoders:  # the facts here need no encoder
+        index = words.index(option) if option in words else len(words)
+        del words[index : index + 2]
+    _, _, family_options = read_latent_caching(None, entry.options_record("LatentCaching"), words[2:])
+    with _without_log():
+        return entry.make_family("latent_caching", family_options)
+
+
+@contextlib.contextmanager
+def _without_log() -> Iterator[None]:
+    """Log only warnings during the block, because building a family logs which files are missing."""
+    logging.disable(logging.INFO)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
+    """Check files of a model that were named, by option, as the training script does.
+
+    Raises OptionError or CheckpointError if one is another kind of file than its option takes.
+    """
+    if not files:
+        return
+    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
+    record = entry.options_record("Training")
+    parser = training_parser(None)
+    shared = _names_of(parser)  # how it is trained, which says nothing of its files
+    add_options(parser, record)
+    of_images = {"pretrained_model_name_or_path", "vae"}
+    add_options(parser, ImageModelOptions, without=of_images & _names_of(parser))
+    names = _names_of(parser)
+    words = _select_options(shlex.split(model.commands["train"]), names - shared, files)
+    for name, path in files.items():
+        if name in names:
+            words += [f"--{name}", path]
+    args = parser.parse_args(words)
+    if "ae" in names:
+        take_ae(args)
+    with _without_log():
+        entry.make_family("training", read_options(record, args)).check_given_files()
+
+
+def check_word(model: ModelSet, kind: RunKind, word: str | None) -> None:
+    """Check the trigger word of a run in the same way as the training script.
+
+    Raises OptionError if the script would reject it.
+    """
+    if word is None:
+        raise OptionError(
+            f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
+        )
+    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
+    try:
+        entry.options_record(kind.record).usual(token_string=word)
+    except OptionError as error:
+        raise OptionError(str(error).replace("--token_string", "--trigger_word")) from None
+
+
+def _names_of(parser: argparse.ArgumentParser) -> set[str]:
+    return {flag.lstrip("-") for action in parser._actions for flag in action.option_strings}
+
+
+def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
+    """Return those options of a command that have one of the names, with their values.
+
+    `files` maps placeholders such as {vae} to paths. An option whose placeholder is missing there is left
+    out.
+    """
+    selected: list[str] = []
+    starts = [index for index, word in enumerate(words) if word.startswith("--")]
+    for start, end in itertools.pairwise([*starts, len(words)]):
+        values = [files.get(word.strip("{}"), word) for word in words[start + 1 : end]]
+        is_missing = any(value.startswith("{") for value in values)
+        if words[start].lstrip("-") in names and not is_missing:
+            selected += [words[start], *values]
+    return selected
+
+
+def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps | None:
+    """Return the family's rule for few-step models; None if this model is not one."""
+    if not knows_few_steps(family):
+        return None
+    reason = None
+    with contextlib.suppress(UserError):  # only names are known: files may still have to be downloaded
+        reason = family.why_few_steps()  # a release that an option names
+    for dit, released in zip(dits, _released_names(model), strict=False):
+        kind = _find_kind(family, dit) or _find_kind(family, released)
+        if kind is not None and kind.has_few_steps:
+            reason = kind.reason
+    return None if reason is None else family.few_steps
+
+
+def _released_names(model: ModelSet) -> list[Path]:
+    return [Path(part.path) for part in transformers_of(model) if part.option]
+
+
+class TransformerKind(NamedTuple):
+    """Whether a transformer was distilled to few steps."""
+
+    has_few_steps: bool
+    reason: str  # what of its file says so
+
+
+def _find_kind(family: Any, dit: Path) -> TransformerKind | None:
+    """Return the kind of a transformer from its file name or metadata; None if neither shows it."""
+    metadata: Mapping[str, str] = {}
+    with contextlib.suppress(OSError, ValueError):
+        metadata = read_safetensors_texts(dit)
+    verdict = family.few_steps.judge(dit, metadata)
+    return None if verdict is None else TransformerKind(*verdict)
+
+
+def _is_of_few_steps(family: Any, dit: Path) -> bool:
+    kind = _find_kind(family, dit)
+    return kind is not None and kind.has_few_steps
+
+
+def _find_contradiction(family: Any, model: ModelSet, dits: Sequence[Path]) -> str | None:
+    """Return the contradiction between a file's name and the task it is given for; None if there is none."""
+    if not knows_few_steps(family):
+        return None
+    for dit, released in zip(dits, _released_names(model), strict=False):
+        kind = _find_kind(family, dit)
+        if kind is None or kind.has_few_steps == _is_of_few_steps(family, released):
+            continue
+        subject = "the model before it was distilled to few steps"
+        if kind.has_few_steps:
+            subject = "a model of few steps"
+        task = _find_task_of(family, model, kind)
+        instead = "" if task is None else f"--task {task}, or "
+        return (
+            f"{dit} seems to be {subject} ({kind.reason}), and --task {model.task} is not: give {instead}the "
+            f"file of {model.task}"
+        )
+    return None
+
+
+def _find_task_of(family: Any, model: ModelSet, kind: TransformerKind) -> str | None:
+    """Return another task of a model's family whose transformer is of a kind; None if there is none."""
+    for candidate in find_models():
+        if candidate.family != model.family or candidate.task == model.task or needs_image(candidate):
+            continue
+        if candidate.has_adapter != model.has_adapter:
+            continue
+        if _is_of_few_steps(family, _released_names(candidate)[0]) == kind.has_few_steps:
+            return candidate.task
+    return None
+
+
+def describe_makes(model: ModelSet, facts: ModelInfo) -> str:
+    """Return the kinds of results that a model generates, such as `clips and sound`."""
+    if facts.learns_layers:
+        kinds = ["layers"]
+    elif facts.needs_reference:
+        kinds = ["edits"]
+    else:
+        kinds = ["pictures" if model.data["frames"] == 1 else "clips"]
+        if facts.references:
+            kinds.append("edits")
+    if facts.hears:
+        kinds.append("sound")
+    return " and ".join(kinds)
+
+
+def select_model(options: NewOptions, memory: float, before_asking: Callable[[], None]) -> ModelChoice:
+    """Return the named model and the trigger word; ask for missing ones on a terminal.
+
+    `memory` is the card's memory in GiB. `before_asking` is called before the first question, and raises
+    errors that would make all questions pointless.
+
+    Raises:
+        OptionError: If the model is unknown, or if it is not named and there is no terminal to ask on.
+    """
+    models = find_models()
+    if options.family is None:
+        before_asking()
+        named = _ask_for_family(options, models, memory)
+    else:
+        named = read_family(options.family, models)
+        if not options.model_files:
+            reject_made_from(named, options.family, models)
+    tasks = _list_tasks_left(named, options.task, models)
+    asks_for_task = len(tasks) > 1 and has_terminal()
+    remarks: list[str] = []
+    if asks_for_task:
+        before_asking()
+        model = _ask_for_task(options, tasks, memory)
+    elif len(tasks) > 1:
+        model = _select_task(options.task, tasks)
+        not_taken = ", ".join(candidate.task for candidate in tasks if candidate is not model)
+        remarks.append(f"--task {model.task} is taken: {model.about}. Others: {not_taken}")
+    else:
+        model = tasks[0]
+        if options.task is not None and plain_name(options.task) not in _list_plain_task_names(model):
+            remarks.append(f"--task {options.task}: {model.task} is taken, {model.about}")
+    smaller = find_smaller(model, models, memory)
+    if smaller:
+        listed = ", ".join(f"--task {other.task} ({other.about})" for other in smaller)
+        remarks.append(
+            f"--task {model.task}: the network has {gigabytes(transformer_bytes(model))}, and a card of "
+            f"{memory:.0f} GiB holds a part of it. Smaller: {listed}"
+        )
+    trigger = options.trigger_word
+    if trigger is None and (asks_for_task or options.family is None):
+        question = "--trigger_word (a made-up word for what is learned; empty: none)"
+        trigger = _ask(question, _read_trigger, "")
+    return ModelChoice(model, trigger or None, remarks)
+
+
+def _ask_for_family(options: NewOptions, models: Sequence[ModelSet], memory: float) -> NamedModel:
+    """Ask for the family on a terminal.
+
+    Raises:
+        OptionError: If there is none.
+    """
+    families = families_of(models)
+    if not has_terminal():
+        raise OptionError(f"--family is missing: give one of {', '.join(families)}")
+
+    def read(text: str) -> NamedModel:
+        return read_family(_by_number(text, families), models)
+
+    table = _make_family_table(models, memory, options.memory is not None)
+    return _ask("--family", read, table)
+
+
+def _ask_for_task(options: NewOptions, models: Sequence[ModelSet], memory: float) -> ModelSet:
+    """Ask on a terminal which of a family's models is meant."""
+    tasks = [model.task for model in models]
+
+    def read(text: str) -> str:
+        return _read_tasks(_by_number(text, tasks), models)[0].task
+
+    table = _make_task_table(models, memory, options.memory is not None)
+    task = _ask("--task", read, table)
+    return next(model for model in models if model.task == task)
+
+
+def _list_tasks_left(named: NamedModel, typed_task: str | None, models: Sequence[ModelSet]) -> list[ModelSet]:
+    """Return the models that match the named family and --task, from which the user still has to choose."""
+    of_family = [model for model in models if model.family == named.family]
+    if typed_task is not None:
+        tasks = _read_tasks(typed_task, of_family)
+        if named.task is not None and named.task not in [model.task for model in tasks]:
+            raise OptionError(
+                f"--family names {named.family} {named.task}, and --task {typed_task} is {tasks[0].task}. "
+                "Leave one of them out"
+            )
+        return tasks
+    if named.task is not None:
+        return [model for model in of_family if model.task == named.task]
+    return of_family
+
+
+def _select_task(text: str | None, tasks: Sequence[ModelSet]) -> ModelSet:
+    """Return the default task if there is no terminal to ask on.
+
+    `text` is the value of --task, which matches all of `tasks`; None if it is not set.
+
+    Raises:
+        OptionError: If several tasks match equally well.
+    """
+    if text is not None:
+        return tasks[0]
+    to_train = []
+    for model in tasks:
+        paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
+        if model.has_adapter or needs_image(model):
+            continue
+        if ask_family(model, paths).few_steps is None:
+            to_train.append(model)
+    if len(to_train) != 1:
+        names = ", ".join(f"{model.task} ({model.about})" for model in tasks)
+        raise OptionError(f"--task is missing: give one of {names}")
+    return to_train[0]
+
+
+def _ask(question: str, read: Callable[[str], T], table: str) -> T:
+    """Show a table and ask until the answer can be read. Raises OptionError at the end of the input."""
+    while True:
+        answer = ask_on_terminal(f"{table}{question}? ")
+        if not answer:
+            raise OptionError(f"{question.split()[0]} is missing: no answer was given")
+        try:
+            return read(answer.strip())
+        except OptionError as error:
+            table = f"{error}\n"
+
+
+def _by_number(text: str, names: Sequence[str]) -> str:
+    """Replace the number of a row of the printed table by the name in this row; keep any other text."""
+    if text in names or not re.fullmatch(r"[1-9]\d?", text):
+        return text
+    number = int(text)
+    return names[number - 1] if number <= len(names) else text
+
+
+def _read_trigger(text: str) -> str:
+    if text:
+        check_trigger(text)
+    return text
+
+
+def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
+    """Read the name of a task in any spelling; return several if a training script's name covers several.
+
+    Raises:
+        OptionError: If no task has this name, or if it is ambiguous.
+    """
+    plain = plain_name(text)
+    exact = [model for model in tasks if is_task_spelling(text, model.task)]
+    if not exact and plain:
+        exact = [model for model in tasks if is_task_spelling(text, _training_task(model))]
+    if exact:
+        return exact
+    partial = []
+    for model in tasks:
+        is_part = len(plain) > 1 and plain in plain_name(model.task)
+        if is_part and not has_other_number(text, model.task):
+            partial.append(model)
+    if len(partial) == 1:
+        return partial
+    names = [model.task for model in tasks]
+    script = _training_script(tasks[0])
+    # families that share a training script are easily confused
+    of_script = [model for model in find_models() if _training_script(model) == script]
+    of_other_families = [model for model in of_script if is_task_spelling(text, model.task)]
+    if of_other_families:
+        families = dict.fromkeys(model.family for model in of_other_families)
+        raise OptionError(
+            f"--task {text} is one of --family {' or '.join(families)}; {tasks[0].family} has "
+            f"{', '.join(names)}"
+        )
+    hint = did_you_mean(text, names)
+    if partial:
+        hint = f" Did you mean {' or '.join(model.task for model in partial)}?"
+    page = page_of_control(text) or _find_page_of_undescribed(plain, tasks[0].family)
+    raise OptionError(f"--task {text}: choose from {', '.join(names)}.{page or hint}")
+
+
+def _list_plain_task_names(model: ModelSet) -> set[str]:
+    """Return the normalized spellings of a task: its own name, and the one in its training script."""
+    return {plain_name(model.task), plain_name(_training_task(model))}
+
+
+def _training_script(model: ModelSet) -> str:
+    return next(word for word in shlex.split(model.commands["train"]) if word.endswith(".py"))
+
+
+def _training_task(model: ModelSet) -> str:
+    """Return the --task of the model's training script, "" if it has none. Several sets may share one."""
+    words = shlex.split(model.commands["train"])
+    return words[words.index("--task") + 1] if "--task" in words else ""
+
+
+def _find_page_of_undescribed(plain: str, family: str) -> str:
+    """Return a hint at the page of a task that `new` cannot set up; "" if the text is not such a task."""
+    for model in model_sets():
+        if model.family == family and plain_name(model.task) == plain:
+            return f" {model.task} is not described by `new`: see docs/{family_page(family)}."
+    return ""
+
+
+def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
+    """Return a table of families: what each generates, the size of its download, and what fits the card."""
+    rows = []
+    for family in families_of(models):
+        tasks = [model for model in models if model.family == family]
+        smallest = min(tasks, key=transformer_bytes)
+        sizes = sorted({round(total_bytes(model.components) / 1e9) for model in tasks})
+        size = f"{sizes[0]} GB" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} GB"
+        kinds = dict.fromkeys(describe_makes(model, ask_family(model)) for model in tasks)
+        rows.append((family, ", ".join(kinds), size, describe_fit(smallest, memory)))
+    return _table_of_fits(("family", "makes", "download"), rows, memory, is_given)
+
+
+def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
+    """Return a table of tasks: what each is, the size of its download, and what fits the card."""
+    rows = []
+    for model in tasks:
+        size = gigabytes(total_bytes(model.components))
+        rows.append((model.task, model.about, size, describe_fit(model, memory)))
+    return _table_of_fits(("task", "", "download"), rows, memory, is_given)
+
+
+def _table_of_fits(head: Sequence[str], rows: Sequence[Sequence[str]], memory: float, is_given: bool) -> str:
+    """Return a numbered table of models whose last column shows whether they fit the graphics card."""
+    if memory:
+        where = f"on {memory:.0f} GiB" if is_given else f"on this machine ({memory:.0f} GiB)"
+        return _numbered((*head, where), rows)
+    machine = "A CPU" if is_given else "This machine has no NVIDIA card: its CPU"
+    return (
+        f"{_numbered(head, [row[:-1] for row in rows])}{machine} trains slowly. With --memory 12 the table "
+        "says what fits a card of 12 GiB\n"
+    )
+
+
+def _numbered(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    numbered_rows = [(str(number), *row) for number, row in enumerate(rows, start=1)]
+    lines = in_columns([("", *head), *numbered_rows])
+    return "\n".join([*lines, ""])

@@ -1,0 +1,86 @@
+"""Learned words (embeddings) that LoRA files bring along or that have files of their own.
+
+In a LoRA file their vectors are called `bundle_emb.WORD.KEY`. KEY is the name that the tensor has in a file
+of the word alone: `emb_params`, `clip_l`, `t5xxl`, `string_to_param.*`. So OneTrainer and HCP-Diffusion write
+them, and the Web UI and ComfyUI read them.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Protocol, cast
+
+from torch import Tensor
+
+from protocols.family import Family
+
+# what a file of one word holds: tensors by name, or tables of them
+WordContent = Mapping[str, Tensor | Mapping[str, Tensor]]
+BundledWords = Mapping[str, WordContent]  # of a LoRA file, by word
+WordsByFile = Mapping[Path, BundledWords]
+
+BUNDLE = "bundle_emb"
+# a word may have dots; of a table that is a level deeper (`string_to_param`), names of rows follow
+_NAME = re.compile(rf"{BUNDLE}\.(?P<word>.+?)\.(?P<key>(?P<table>string_to_\w+)(?:\.(?P<row>.+))?|[^.]+)")
+
+
+def is_of_word(name: str) -> bool:
+    """Return whether a tensor of a LoRA file belongs to a learned word (a bundled embedding)."""
+    return _NAME.fullmatch(name) is not None
+
+
+def word_of(name: str) -> str:
+    """Return the word that a tensor of a LoRA file belongs to; "" if it belongs to none."""
+    match = _NAME.fullmatch(name)
+    return "" if match is None else match["word"]
+
+
+def find_words(tensors: Mapping[str, Tensor]) -> BundledWords:
+    """Return the learned words of a LoRA file, each with the content that its own file would have."""
+    words: dict[str, dict[str, Tensor | Mapping[str, Tensor]]] = {}
+    for name, tensor in tensors.items():
+        match = _NAME.fullmatch(name)
+        if match is None:
+            continue
+        content = words.setdefault(match["word"], {})
+        if match["table"] is None:
+            content[match["key"]] = tensor
+        else:  # Web UI: `string_to_param` is a dictionary, whose only key usually is "*"
+            table = content.get(match["table"], {})
+            assert not isinstance(table, Tensor)
+            content[match["table"]] = {**table, match["row"] or "*": tensor}
+    return words
+
+
+def bundle_word(word: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a learned word under their names in a LoRA file."""
+    return {f"{BUNDLE}.{word}.{key}": tensor for key, tensor in tensors.items()}
+
+
+def without_words(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a LoRA file that belong to no learned word."""
+    return {name: tensor for name, tensor in tensors.items() if not is_of_word(name)}
+
+
+class TakesWords(Family, Protocol):
+    """What is asked of a family whose text encoders get vectors of further words."""
+
+    @property
+    def word_names(self) -> Collection[str]:
+        """Names of the words that `with_words` has added."""
+
+    def with_words(self, files: WordsByFile, option: str) -> Family:
+        """Return the family with the words of files in its text encoders.
+
+        Args:
+            files: Words with their vectors, by file.
+            option: Option that names the files, for messages.
+
+        Raises:
+            CheckpointError: If vectors do not fit the text encoders.
+        """
+
+
+def with_words(family: Family, files: WordsByFile, option: str) -> Family:
+    """Return the family with the words of files in its text encoders, as `TakesWords.with_words`."""
+    return cast(TakesWords, family).with_words(files, option)

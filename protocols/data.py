@@ -1,0 +1,536 @@
+"""The frozen records of data: latent spaces, and what caches, datasets and encoders hand to the loops."""
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modules.devices import send
+from modules.errors import CacheError
+from modules.media.lengths import ClipLengths
+from protocols.rules import ONE_EXPERT, Expert, NpzFormat, ShownMedium
+
+# What a network gets in addition to the noisy latents. A list where lengths differ per sample (as T5's). Keys
+# are the tensor names of the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one
+# entry per sample.
+Conditions = Mapping[str, Tensor | list[Tensor]]
+
+
+# key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
+LOSS_MASK = "reelsmith_loss_mask"
+CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; for a clip without one, everything is
+
+# inputs of a model that a sample in training may lack (`Described.fuller`)
+CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
+REFERENCE = "the reference pictures before dropout"
+# latents of a control video or a reference image, in caches and conditions; of several with _0, _1, ...
+CONTROL = "latents_control"
+# control image of a network that sees pixels, 3 H W uint8, in caches; with samples' strength in conditions
+CONTROL_PIXELS, CONTROL_STRENGTH = "control_pixels", "control_strength"
+IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control images
+# latents of references other than control media, with _0, _1, ...
+REFERENCE_LATENTS = "latents_reference"
+
+# latents of the worse one of a pair, in caches only: of the form of `latents`
+REJECTED_LATENTS = "latents_worse"
+
+# latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
+SOUND = "audio_latents"
+# the same in the cache of a clip's latents (`AudioSpec.is_inside`), and whether it is more than silence: 1, 0
+INNER_AUDIO, IS_HEARD = "latents_audio", "audio_present"
+# which samples have sound, in batches and conditions: B bool, on the host; without sound in any sample, this
+# and the latents are absent
+HAS_AUDIO = "has_sound"
+# frames per second of a clip: in caches one number; in batches and conditions B integers, in thousandths,
+# because integers stay on the host
+FPS = "reelsmith_fps"
+
+# numbers that a model gets about each image, in batches B 6 float32: height and width of its file, top and
+# left of `modules.media.buckets.inner_box`, height and width that it is trained at
+SIZES = "reelsmith_sizes"
+# in caches of other programs, if they say so: width and height of the file, left, top, right and bottom of
+# that box
+STATED_SIZES = "reelsmith_said_sizes"
+
+# places in time of latent frames that do not follow each other (an image and its control images, which are
+# then frames of its latents): in caches F, in batches and conditions B F, on the host
+PLACES = "f_indices"
+
+LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `MadeBy.part` of caches of latents, and of those of sound
+
+
+def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
+    """Return the text conditions under the names of the network's arguments, on the network's device.
+
+    Args:
+        conditions: Conditions by the names that caches use.
+        names: Name in caches by name of the argument.
+        device: Device of the network.
+
+    Returns:
+        Padded texts and their masks. Texts of different lengths are padded with zeros. Masks stay on the
+            host: the network reads them there and must not wait for the device.
+    """
+    arguments = {}
+    for argument, name in names.items():
+        value = conditions[name]
+        if not isinstance(value, Tensor):
+            value = nn.utils.rnn.pad_sequence(value, batch_first=True)
+        arguments[argument] = send(value, device)
+    return arguments
+
+
+def send_tensor(conditions: Conditions, name: str, device: torch.device) -> Tensor:
+    """Return a condition that is one tensor, sent to the network's device."""
+    tensor = conditions[name]
+    assert isinstance(tensor, Tensor)
+    return send(tensor, device)
+
+
+def name_text_and_mask(
+    conditions: Conditions, argument: str, name: str, device: torch.device
+) -> dict[str, Tensor]:
+    """Return texts of several lengths as `name_texts` does, with the mask of valid tokens, `{argument}_mask`.
+
+    Args:
+        conditions: Conditions by the names that caches use.
+        argument: Name of the network's argument.
+        name: Name of the texts in caches.
+        device: Device of the network.
+    """
+    lengths = torch.tensor([len(rows) for rows in conditions[name]])
+    arguments = name_texts(conditions, {argument: name}, device)
+    mask = torch.arange(arguments[argument].shape[1]) < lengths[:, None]  # on the host, which reads it
+    return {**arguments, f"{argument}_mask": mask}
+
+
+@dataclass(frozen=True)
+class MadeBy:
+    """The encoder that made a cache file, as the file's record states it."""
+
+    path: Path
+    part: str  # LATENTS_MADE, AUDIO_MADE, or the name of a text encoder
+    encoder: Mapping[str, str]  # `Family.media_identity`, `audio_identity` or `TextEncoder.identity`
+    own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
+    windows: int = 0  # how many items its clip gives; 0: the cache does not say
+    as_shown: int | None = None  # the mark of how an earlier version read clips; None: they are read so today
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One training batch as read from caches: tensors by the names that caches use.
+
+    `latents` is B C F H W, with the values that the cache format stores.
+    """
+
+    tensors: Conditions
+    captions: tuple[str, ...]
+    keys: tuple[str, ...]  # which items, for messages
+    made_by: tuple[MadeBy, ...] = ()  # of all files that say so
+    loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
+    # custom_attributes that are on in the table of each sample; () if no table has some
+    attributes: tuple[frozenset[str], ...] = ()
+    # of the table of each sample: what training may keep clean, top, left, bottom, right in pixels; () if no
+    # table has some
+    crop_regions: tuple[tuple[int, ...] | None, ...] = ()
+    # likewise beginnings and ends of its audio, in seconds of the clip; () if no table names files of them
+    given_times: tuple[tuple[tuple[float, float], ...] | None, ...] = ()
+    # dropped tensors, for a teacher: encoded captions before dropout, latents of reference images
+    undropped: Conditions = field(default_factory=dict)
+    network_multiplier: float = 1.0  # strength of the network while it learns this batch
+    # what a teacher sees with it (--teacher_sees), for `batch_conditions`; "": the network's own conditions
+    view: str = ""
+    empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
+    # latents of the worse one of each pair, if a target asks for them; like `latents`
+    rejected: Tensor | None = None
+    has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
+    # plain metadata of each sample's text cache, which other programs write too; () if texts are encoded live
+    text_metadata: tuple[Mapping[str, str], ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def without_references(self) -> "Batch":
+        """Return the batch with the latents of its references moved from `tensors` to `undropped`."""
+        shown = CONTROL, REFERENCE_LATENTS
+        dropped = {name: value for name, value in self.tensors.items() if name.startswith(shown)}
+        remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
+        return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
+
+    def tell(self, names: Collection[str]) -> "Batch":
+        """Return the batch with dropped tensors restored.
+
+        Args:
+            names: Kinds of tensors to restore: CAPTION and REFERENCE.
+        """
+        parts = {
+            name: value
+            for name, value in self.undropped.items()
+            if (REFERENCE if name.startswith((CONTROL, REFERENCE_LATENTS)) else CAPTION) in names
+        }
+        return replace(self, tensors={**self.tensors, **parts})
+
+    def with_empty_text(self) -> "Batch":
+        """Return the batch with every text replaced by the empty prompt; media conditions do not change."""
+        assert self.empty_text, "the batch was read without the empty prompt"
+        tensors = {**self.tensors, **self.empty_text}
+        count = len(self)
+        return replace(self, tensors=tensors, captions=("",) * count, has_empty_text=(True,) * count)
+
+    def check(self, needed: Mapping[str, str], purpose: str) -> None:
+        """Raise CacheError if a tensor is missing.
+
+        Args:
+            needed: Options to cache again with, by the name of each required tensor.
+            purpose: What needs the tensors, for the message, such as "--task i2v-14B".
+        """
+        for name, remedy in needed.items():
+            if name not in self.tensors:
+                raise CacheError(
+                    f"{self.keys[0]}: the cache has no {name}, which {purpose} needs. Cache again with "
+                    f"{remedy}."
+                )
+
+    def check_widths(self, widths: Mapping[str, int], taker: Path, remedy: str) -> None:
+        """Raise CacheError if cached tensors come from a different encoder than the network was trained with.
+
+        Args:
+            widths: Size of the last axis that the network expects, by tensor name.
+            taker: File of the network, for the message.
+            remedy: Options to cache again with, for the message.
+        """
+        for name, expected in widths.items():
+            value = self.tensors[name]
+            tensors = [value] if isinstance(value, Tensor) else value
+            where = f"{self.keys[0]}: {name} in its cache"
+            for tensor in tensors:
+                width = tensor.shape[-1] if tensor.ndim else 1
+                if not tensor.is_floating_point():  # token ids, as another program may cache them
+                    raise CacheError(
+                        f"{where} has whole numbers ({tensor.dtype}), not states of a text encoder. Cache "
+                        f"again with {remedy}."
+                    )
+                if width != expected:
+                    raise CacheError(
+                        f"{where} is {width} numbers wide, {taker} takes {expected}. Cache again with "
+                        f"{remedy}."
+                    )
+
+    def tensor(self, name: str) -> Tensor:
+        """Return the stacked tensor of that name.
+
+        Raises:
+            KeyError: If the caches have none.
+        """
+        value = self.tensors[name]
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} is a list of tensors of different lengths")
+        return value
+
+
+@dataclass(frozen=True)
+class MediaTable:
+    """Info about the items of a dataset table, for families that need more than the clip or the image."""
+
+    name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
+    kind: str = "video"  # or "image"
+    has_control: bool = False
+    has_references: bool = False  # those of reference_directory
+    # lengths that clips are cut to; () if clips keep their own length, and for images
+    target_frames: tuple[int, ...] = ()
+    max_frames: int | None = None  # of the longest clip, if clips keep their own length
+    window: int = 9  # latent frames that are denoised together, if a clip has several sections
+    clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
+    target_index: int | None = None  # place in time of the target
+    has_post: bool = True  # one black frame behind the control images
+    flips: bool = False  # mirrored latents are cached too
+    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # of each source, `MediaBatch.shown`; () if none has any
+
+
+@dataclass(frozen=True)
+class MediaBatch:
+    """Frames to encode. All items are of one table and have one size and number of frames."""
+
+    frames: Tensor  # B F H W C uint8, RGB; RGBA for a family with `LatentSpec.has_alpha`
+    keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
+    spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
+    # each B F H W C uint8; C = 4 if a control image has alpha. Reference pictures: B 1 H W C, each of its own
+    # size; C = 4 as that of `frames`
+    control: tuple[Tensor, ...] = ()
+    alpha: Tensor | None = None  # B H W uint8: of images that are transparent somewhere
+    table: MediaTable = MediaTable()
+    # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F
+    references: tuple[Tensor, ...] = ()
+    control_mask: Tensor | None = None  # B F H W uint8: 255 is made anew
+    # of clips, for a family with `AudioSpec.is_inside`: B C S float32, zeros where nothing is heard
+    audio: Tensor | None = None
+    heard: tuple[bool, ...] = ()  # which of them have sound
+    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # the references of each item, of its row in a list
+
+    def split_for(self, device: torch.device) -> "list[MediaBatch]":
+        """Split the items into batches for an encoder on `device`: single items on a CPU, else one batch.
+
+        A CPU gains nothing from batches, and an item encoded alone has values that do not depend on which
+        items an interrupted run left to do.
+        """
+        if device.type != "cpu":
+            return [self]
+        return [self.item(number) for number in range(len(self.keys))]
+
+    def item(self, number: int) -> "MediaBatch":
+        """Return a batch that contains only the item with this index."""
+        single = slice(number, number + 1)
+        return replace(
+            self,
+            frames=self.frames[single],
+            keys=self.keys[single],
+            spans=self.spans[single],
+            control=tuple(control[single] for control in self.control),
+            alpha=None if self.alpha is None else self.alpha[single],
+            references=tuple(reference[single] for reference in self.references),
+            control_mask=None if self.control_mask is None else self.control_mask[single],
+            audio=None if self.audio is None else self.audio[single],
+            heard=self.heard[single],
+            shown=self.shown[single],
+        )
+
+
+@dataclass(frozen=True)
+class MomentsBatch:
+    """Posteriors of a VAE that were computed before, instead of frames. All items are of one size."""
+
+    # B 2C F H W, before any normalization: means, then logarithms of variances, on the channel axis
+    moments: Tensor
+    keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
+    image: Tensor | None = None  # B 2C 1 H W: of each clip's first frame alone
+
+
+@dataclass(frozen=True)
+class MomentsRules:
+    """Whether a family's caches can be made from moments instead of frames."""
+
+    rejection: str | None = None  # why they cannot: completes "load_tensors cannot be used: ..."
+    with_image: bool = False  # whether those of the first frame alone are needed too
+
+
+@dataclass(frozen=True)
+class CacheEntry:
+    """Contents of one cache file.
+
+    `tensors` have no batch dimension; their names are those in the file without sizes and dtype (`latents`,
+    `clip`).
+    """
+
+    tensors: Mapping[str, Tensor]
+    section: int | None = None  # which section of the clip, from its start, where each has a file
+    grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
+    start: int = 0  # which latent frame of the clip the first of `latents` is
+    variable: frozenset[str] = frozenset()  # names of tensors whose length differs per item
+    # of the file, in addition to what all caches say
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+def split_items(tensors: Mapping[str, Tensor]) -> list[CacheEntry]:
+    """Return a cache entry for each item of a batch.
+
+    Args:
+        tensors: Tensors of shape B ..., by name.
+    """
+    batch_size = len(next(iter(tensors.values())))
+    entries = []
+    for item in range(batch_size):
+        entries.append(CacheEntry({name: tensor[item] for name, tensor in tensors.items()}))
+    return entries
+
+
+def add_batch_axis(conditions: Conditions) -> Conditions:
+    """Give a single sample's conditions a batch axis; lists stay, as they have one entry per sample."""
+    return {
+        name: value if isinstance(value, list) else value.unsqueeze(0) for name, value in conditions.items()
+    }
+
+
+@dataclass(frozen=True)
+class MediaEncoders:
+    """The networks that turn pixels into conditions and latents into pixels, on their device."""
+
+    vae: Any  # the family's own VAE class
+    image_encoder: Any = None
+    audio: Any = None  # of a family with `AudioSpec.is_inside`, in caching
+
+
+@dataclass(frozen=True)
+class LatentSpec:
+    """The latent space of a family's VAE, and how cached latents become model-space latents.
+
+    The latter are `cached * scale + shift`.
+    """
+
+    channels: int
+    stride: tuple[int, int, int]  # frames, height, width
+    pixel_step: int  # widths and heights are multiples of this
+    frame_step: int  # frames are frame_step * n + 1; with `clip` as `lengths` says
+    scale: float = 1.0
+    shift: float = 0.0
+    preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to color
+    preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
+    in_sections: bool = False
+    npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
+    # cache files hold an image's latents as C H W, without the axis of its one frame
+    flat_in_caches: bool = False
+    # latents of images are 0 where these are transparent; else they are laid on white
+    masks_latents: bool = False
+    # pixels have a fourth channel, alpha, which images and their references keep; 255 if a file has none
+    has_alpha: bool = False
+    has_layers: bool = False  # frames are an image and its layers, from back to front, each encoded alone
+    has_full: bool = True  # with layers: the first frame is the whole image, not the lowest layer
+    names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
+    # in training the latents of an item's references stand in front of its clip's, the last one first
+    references_first: bool = False
+    # frames per second of clips in other programs' caches, if these do not state it; else None
+    unsaid_fps: float | None = None
+    clip: int = 0  # frames of a clip that is encoded separately; 0: a video is encoded whole
+    tail: int = 1  # frames of a video behind its whole clips
+    holds_audio: bool = False  # see `AudioSpec.is_inside`
+    # metadata that other programs give caches of the same name for another use: name, value of this run
+    declared: tuple[tuple[str, str], ...] = ()
+    has_size_conditions: bool = False  # batches have `SIZES`
+    # caches of images hold means: those of another model are these if its autoencoder is the same
+    shares_caches: bool = False
+
+    @property
+    def keeps_alpha(self) -> bool:
+        """Return whether images keep their alpha channel; otherwise they are composited on white."""
+        return self.masks_latents or self.has_alpha
+
+    @property
+    def is_of_images(self) -> bool:
+        """Return whether time is not compressed, as in a model that generates only single images."""
+        return self.stride[0] == 1
+
+    @property
+    def lengths(self) -> ClipLengths:
+        """Numbers of frames that a clip can have."""
+        return ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
+
+    def count_latents(self, frames: int) -> int:
+        """Return the number of latent frames for a number of frames.
+
+        The first latent frame of each clip encodes a single frame.
+        """
+        if not self.clip:
+            return (frames - 1) // self.stride[0] + 1
+        clips, rest = divmod(frames, self.clip)
+        return clips * ((self.clip - 1) // self.stride[0] + 1) + (rest - 1) // self.stride[0] + 1
+
+    def count_frames(self, latents: int) -> int:
+        """Return the number of frames for a number of latent frames: the inverse of `count_latents`."""
+        if not self.clip:
+            return (latents - 1) * self.stride[0] + 1
+        clips, rest = divmod(latents, (self.clip - 1) // self.stride[0] + 1)
+        return clips * self.clip + max((rest - 1) * self.stride[0] + 1, 0)
+
+    def shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int, int]:
+        """Return the latents' shape, 1 C F H W, for a size in pixels."""
+        return (
+            1,
+            self.channels,
+            self.count_latents(frames),
+            height // self.stride[1],
+            width // self.stride[2],
+        )
+
+    def to_model(self, cached: Tensor) -> Tensor:
+        """Return cached latents in model space, float32."""
+        return cached.float() * self.scale + self.shift
+
+
+@dataclass(frozen=True)
+class Joint:
+    """Shapes of the latents of a clip and of its audio. The loops hold both as one tensor, B N.
+
+    Image values come first. Code that treats each value separately, such as a solver, does not need to know
+    that there are two parts.
+    """
+
+    picture: tuple[int, int, int, int]  # C F H W
+    audio: tuple[int, int, int]  # C T M
+
+    def join(self, picture: Tensor, audio: Tensor) -> Tensor:
+        """Flatten image latents B C F H W and audio latents B C T M, and concatenate them to B N."""
+        return torch.cat([picture.flatten(1), audio.flatten(1)], dim=1)
+
+    def split(self, joined: Tensor) -> tuple[Tensor, Tensor]:
+        """Split B N into image latents B C F H W and audio latents B C T M, both as views."""
+        count = math.prod(self.picture)
+        return joined[:, :count].unflatten(1, self.picture), joined[:, count:].unflatten(1, self.audio)
+
+
+@dataclass(frozen=True)
+class AudioSpec:
+    """Properties of a family's audio latents."""
+
+    rate: int  # samples in a second, as the encoder takes them
+    channels: int
+    # frames of the clip, frames in a second -> C T M of the latents. No lambda: workers receive it
+    shape: Callable[[int, float], tuple[int, int, int]]
+    modules: str = "audio"  # in the path of each module that only clips with sound reach
+    without: str = "another model"  # what to give for a run without sound: an option
+    is_alone: bool = False  # nothing is learned of clips but their sound
+    time_axis: int = 1  # of the three axes of a shape: that which grows with the length of the clip
+    # caches of latents hold the sound of their clip too, silence without any: `INNER_AUDIO` and `IS_HEARD`
+    is_inside: bool = False
+
+
+@dataclass(frozen=True)
+class Audio:
+    """A generated track: samples C S, float32, -1..1."""
+
+    samples: Tensor
+    rate: int  # samples in a second
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """Default settings of generation and of training samples."""
+
+    steps: int
+    fps: float
+    guidance_scale: float
+    embedded_guidance: float | None
+    flow_shift: float | None  # None: the family finds it from the size, and training samples cannot change it
+    solver: str
+    width: int
+    height: int
+    frames: int
+    noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
+    one_batch: bool = False  # passes of a step are one batch, as in the script that generates with the model
+    # guidance scales of experts that have one of their own, by name
+    expert_guidance: Mapping[str, float] = field(default_factory=dict)
+    experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
+    sized_by_references: bool = False  # a request without a size takes that of its first reference
+    extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
+    # names of its own solvers, which its sections bring (`Section.solver`); (): it has those of every model
+    solvers: tuple[str, ...] = ()
+
+
+def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
+    """Multiply the first rows of a prompt's embeddings by their weights; the other rows do not change.
+
+    The product is computed in float32 and rounded once, so that rows of weight 1 keep every bit.
+
+    Args:
+        rows: Embeddings of one prompt, L C or L n C.
+        weights: Weights of the prompt's tokens, at most L.
+    """
+    assert isinstance(rows, Tensor)
+    takes_weights = rows.clone()
+    factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)
+    factors = factors.reshape(-1, *[1] * (rows.ndim - 1))
+    takes_weights[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
+    return takes_weights

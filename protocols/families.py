@@ -1,0 +1,388 @@
+"""The list of families by name: where each is, and what its names.py says for all others.
+
+No family is imported before it is asked for: a script that only prints its help reads its own alone.
+"""
+
+import logging
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from modules.command import as_typed, command_line
+from modules.errors import CheckpointError
+from modules.installation import EXTENSIONS, import_own
+from modules.option_values import FillIn, option_words
+from modules.options import Options
+from modules.script_options import parse_options
+
+if TYPE_CHECKING:  # few processes ask for captions
+    from protocols.caption_formats import CaptionFormat
+
+logger = logging.getLogger(__name__)
+
+Marks = Sequence[tuple[str, str]]  # a tensor that only such a file has -> what the file is
+
+LOW_NOISE, HIGH_NOISE = "low_noise", "high_noise"  # names of the two experts that Wan2.2 has
+CLIPS, IMAGES = "it encodes the clips", "it encodes the pictures"
+
+
+@dataclass(frozen=True, eq=False, repr=False)  # compared as objects, never printed
+class FamilyEntry:
+    """The folder, scripts and option records of a family."""
+
+    room: str  # its folder; functions and records of its options.py have the same names in each
+    own_files: bool = True  # there is files.py with `identify`; else its files are another family's
+    script: str = ""  # what the names of its scripts begin with
+    cache: str = ""  # what the names of its caching scripts begin with
+    trained: str = "dit"  # field of its option records that names the file whose weights a training changes
+    trainer: str = ""  # its training script, if that is not `{script}_train_network`
+    makes: str = "image"  # end of its generation script's name
+    record: str = ""  # what the names of its option records begin with
+    # files that encode latents: name of the value, how the option is typed, what for
+    encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
+    # options of the files that encode texts, with a word for the path of each, in a command that is shown;
+    # if they depend on the release, `text_encoder_options` of options.py says them
+    texts: str = ""
+    training: tuple[str, ...] = ()  # likewise, of its training script
+    # shared options of generation that its page spells otherwise: name -> flag; "": it has none
+    spelled: tuple[tuple[str, str], ...] = ()
+    # further models that its scripts run, as outputs and LoRA files name them
+    further_models: tuple[str, ...] = ()
+    own_latents: tuple[str, ...] = ()  # of these, the ones with latents of their own
+    same_latents: str = ""  # the family whose autoencoder it has too
+    notice: str = ""  # what its scripts say before anything else: terms of the license that exclude many
+    captions: str = ""  # file of its folder with the `FORMAT` of its captions, if they are JSON objects
+
+    def say_notice(self) -> None:
+        """Log the family's notice as a warning, if it has one."""
+        if self.notice:
+            logger.warning("%s", self.notice)
+
+    @property
+    def training_script(self) -> str:
+        """Name of the script that trains a LoRA, without `.py`."""
+        return self.trainer or f"{self.script}_train_network"
+
+    @property
+    def generation_script(self) -> str:
+        """Name of the script that generates an image or a video, without `.py`."""
+        return f"{self.script}_generate_{self.makes}"
+
+    @property
+    def main_scripts(self) -> tuple[str, ...]:
+        """Return the main scripts; the catalogue of released files names at least one of them per model."""
+        names = (f"{self.cache}_latents", self.training_script, self.generation_script)
+        return tuple(f"{name}.py" for name in names)
+
+    @property
+    def spellings(self) -> dict[str, str]:
+        """Return the flags of shared generation options that the script spells differently, by name."""
+        of_images = {"video_size": "--image_size"} if self.makes == "image" else {}
+        return {**of_images, **dict(self.spelled)}
+
+    @property
+    def options(self) -> ModuleType:
+        """The family's module of option records; it is imported on first use."""
+        return import_own(f"{self.room}.options")
+
+    @property
+    def caption_format(self) -> "CaptionFormat | None":
+        """Return the JSON format of the model's training captions; None if its captions are sentences."""
+        return import_own(f"{self.room}.{self.captions}").FORMAT if self.captions else None
+
+    def options_record(self, kind: str) -> Any:
+        """Return an option record of the family.
+
+        Args:
+            kind: LatentCaching, TextCaching, Training or Generation.
+        """
+        return getattr(self.options, f"{self.record}{kind}Options")
+
+    def text_encoder_options(self, family_options: Any) -> dict[str, Any]:
+        """Return the options for the text encoders' files, each with a placeholder for the path.
+
+        Args:
+            family_options: Options of the command that caches latents.
+        """
+        by_release = vars(self.options).get("text_encoder_options")
+        if by_release is not None:
+            return dict(by_release(family_options))
+        flags = self.texts.split()[::2]
+        words = self.texts.split()[1::2]
+        return {flag: FillIn(word) for flag, word in zip(flags, words, strict=True)}
+
+    def training_options(self, family_options: Any, family: Any) -> dict[str, Any]:
+        """Return the options that a training needs to use these latent caches, by flag.
+
+        Args:
+            family_options: Options of the command that cached the latents.
+            family: Family that this command built.
+        """
+        by_caches = vars(self.options).get("training_options")
+        return {} if by_caches is None else dict(by_caches(family_options, family))
+
+    def caching_commands(
+        self,
+        family_options: Any,
+        dataset_config: Path | None,
+        switches: Sequence[str],
+        typed: Mapping[str, str] | None = None,
+    ) -> tuple[str, str]:
+        """Return the commands that cache the missing latents and text encoder outputs of a training.
+
+        Args:
+            family_options: Options of the training.
+            dataset_config: Dataset file of the training.
+            switches: Additional options for the command that caches latents.
+            typed: Spelling that the user typed, by public name of the option.
+        """
+        from modules.repeated_options import join_options, repeat_given  # not for --help
+
+        # options that the training and a caching command have in common keep the user's values
+        repeated = repeat_given(family_options, typed)
+        latent_options, text_options = self.options.caching_options(family_options)
+
+        def build_command(script: str, kind: str, needed: Mapping[str, Any]) -> list[str]:
+            options = join_options(self.options_record(kind), needed, repeated)
+            words = option_words({"--dataset_config": str(dataset_config), **options})
+            return ["python", f"{self.cache}_{script}.py", *words]
+
+        cache_latents = build_command("latents", "LatentCaching", latent_options)
+        cache_texts = build_command("text_encoder_outputs", "TextCaching", text_options)
+        return as_typed([*cache_latents, *switches]), as_typed(cache_texts)
+
+    def generation_words(
+        self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
+    ) -> list[str]:
+        """Return the script and the options that generate with the models of a training.
+
+        Options of the training are repeated if the generation script has them too.
+
+        Args:
+            family_options: Options of the training.
+            sample: Settings of a sample, by the field names of `Request`; may be empty.
+            typed: Spelling that the user typed, by public name of the option.
+        """
+        from modules.repeated_options import join_options, repeat_given  # not for --help
+
+        chosen = self.options.generation_options(family_options, sample)
+        joined = join_options(self.options_record("Generation"), chosen, repeat_given(family_options, typed))
+        return [f"{self.generation_script}.py", *option_words(joined)]
+
+    def make_family(self, kind: str, family_options: Any) -> Any:
+        """Build the family for one kind of run from its options; this imports torch.
+
+        Args:
+            kind: `training`, `caching` or `generation`.
+            family_options: The family's options for this kind of run.
+        """
+        return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(family_options)
+
+
+# family -> its folder, where names.py has `ENTRY`, `LORA` and `MARKS`. A family whose layers another has too
+# stands before it: of equal names of LoRA modules, and of `SHARED_MARKS`, the first family's count
+FOLDERS: Mapping[str, str] = {
+    "wan": "wan",
+    "hunyuan_video": "hunyuan_model",
+    "framepack": "frame_pack",
+    "ltx_2": "ltx_2",
+    "flux": "flux",
+    "flux_kontext": "flux.kontext",
+    "flux_2": "flux_2",
+    "flux_3": "flux_3",
+    "hunyuan_image": "hunyuan_image",
+    "lumina": "lumina",
+    "qwen_image": "qwen_image",
+    "z_image": "z_image",
+    "krea2": "krea2",
+    "minimax_h3": "minimax_h3",
+    "qwen_image_21": "qwen_image_21",
+    "moss_image": "moss_image",
+    "fibo_2": "fibo_2",
+    "anima": "anima",
+    "stable_diffusion": "stable_diffusion",
+    "sd1": "stable_diffusion.sd1",
+    "sdxl": "stable_diffusion.sdxl",
+}
+if os.environ.get(EXTENSIONS):
+    from modules.extensions import FAMILIES as GROUP
+    from modules.extensions import find_values
+
+    FOLDERS = {**FOLDERS, **find_values(GROUP)}
+
+
+class Families(Mapping[str, FamilyEntry]):
+    """The entries of all families by name; each is read on first use."""
+
+    def __getitem__(self, name: str) -> FamilyEntry:
+        entry: FamilyEntry = import_own(f"{FOLDERS[name]}.names").ENTRY
+        return entry
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(FOLDERS)
+
+    def __len__(self) -> int:
+        return len(FOLDERS)
+
+
+FAMILIES = Families()
+
+
+@cache
+def with_scripts() -> Mapping[str, FamilyEntry]:
+    """Return the families that have scripts, which all run the shared loops."""
+    return {name: entry for name, entry in FAMILIES.items() if entry.script}
+
+
+@cache
+def caption_formats() -> Mapping[str, "CaptionFormat"]:
+    """Return the JSON formats of captions, by the families that were trained with them."""
+    return {name: entry.caption_format for name, entry in FAMILIES.items() if entry.caption_format}
+
+
+def list_same_latents(name: str) -> frozenset[str]:
+    """Return the names of all models that share a model's latent space, including the model itself.
+
+    Args:
+        name: Name of the model in the metadata of outputs.
+    """
+    spaces: dict[str, str] = {}  # model -> the family whose latent space it has
+    for family, entry in FAMILIES.items():
+        for model in (family, *entry.further_models):
+            is_apart = model in entry.own_latents
+            spaces[model] = model if is_apart else entry.same_latents or family
+    if name not in spaces:
+        return frozenset({name})
+    return frozenset(model for model, space in spaces.items() if space == spaces[name])
+
+
+@cache
+def family_marks() -> Marks:
+    """Return the tensors that identify families: first those that only one family has, then shared ones."""
+    read = [import_own(f"{folder}.names") for folder in FOLDERS.values()]
+    marks = (mark for names in read for mark in names.MARKS)
+    return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
+
+
+def identify(path: Path, family: str | None = None) -> str | None:
+    """Return one line that says what a checkpoint or LoRA file really is, as a hint below an error.
+
+    Args:
+        path: The file.
+        family: Family of the script that was given the file; its models are named first.
+
+    Returns:
+        None if no family recognizes the file. For a missing file, a hint how to download it.
+    """
+    if not path.exists():
+        from downloads.catalogue import download_hint  # only for hints
+
+        return download_hint(path, () if family is None else FAMILIES[family].main_scripts)
+    if path.is_file() and path.suffix != ".json":
+        from checkpoints.opening import open_file  # only for hints
+
+        # checked here once: each family would take a second to reject a malicious file
+        try:
+            open_file(path).close()
+        except CheckpointError:
+            return None
+    # in reverse, so that Wan comes last: its hints also cover files that belong to no family
+    for name in reversed(list(FAMILIES)):
+        entry = FAMILIES[name]
+        if not entry.own_files:
+            continue
+        hint: str | None = import_own(f"{entry.room}.files").identify(path)
+        if hint is not None:
+            is_of_family = entry.script and hint.startswith("it is ")
+            return f"{hint}. {describe_scripts(name)}" if is_of_family else hint
+    return None
+
+
+def describe_scripts(family: str) -> str:
+    """Return a text that names a family's scripts, and the names of its models for the command `new`."""
+    from downloads.catalogue import model_sets  # only for hints
+
+    entry = FAMILIES[family]
+    training_script = f"{entry.training_script}.py"
+    trainable = [
+        model for model in model_sets() if "train" in model.commands and not model.data.get("control")
+    ]
+    # tasks that this family's script trains, by the family's name in the catalogue
+    tasks_by_name: dict[str, list[str]] = {}
+    for model in trainable:
+        if training_script in model.commands["train"].split():
+            tasks_by_name.setdefault(model.family, []).append(model.task)
+    options_of_new = []
+    for name, tasks in tasks_by_name.items():
+        option = f"--family {name}"
+        # --task is needed only if another script trains other tasks of the same name
+        if any(model.family == name and model.task not in tasks for model in trainable):
+            option += f" --task {tasks[0]}"
+        options_of_new.append(option)
+    scripts = f"Its scripts are {training_script} and {entry.generation_script}.py"
+    if not options_of_new:
+        return scripts
+    return f"{scripts}; for `new` {' or '.join(options_of_new)}"
+
+
+class Script(partial[None]):
+    """The main function of a script, made by `plain_script`, `caching_script` and the like.
+
+    Its argument is the list of words after the script's name; None stands for those of the command line.
+    """
+
+    family: str | None = None  # whose models it runs; None: it is of no family
+
+    @classmethod
+    def of_family(cls, family: str, main: Callable[..., None]) -> "Script":
+        """Make a script that runs the models of `family`."""
+        script = cls(main)
+        script.family = family
+        return script
+
+    def run(self) -> None:
+        """Run the script with these command-line arguments; a `UserError` ends it without a traceback."""
+        command_line(self, explain=partial(identify, family=self.family))
+
+
+def plain_script(
+    about: str | None,
+    work: Callable[..., None] | str,
+    *records: type[Options],
+    without: Collection[str] = (),
+    prepare: Callable[[Any], tuple[Any, ...]] = lambda options: (options,),
+    going_on: Callable[[Any], str] = lambda options: "",
+) -> Script:
+    """Return the script that reads options and passes the first record to a function.
+
+    Args:
+        about: Docstring of the script.
+        work: Function to run, or its name, such as `networks.merging.merge_flux`, if importing it loads
+            torch.
+        records: Option records to read.
+        without: Options to leave out, as in `add_options`.
+        prepare: Makes the function's arguments from the first record.
+        going_on: Returns the advice to print after Ctrl-C.
+    """
+
+    def run_tool(argv: Sequence[str] | None = None) -> None:
+        options, *_ = parse_options(about, argv, *records, without=without)  # the first record
+        arguments = prepare(options)
+        try:
+            _find_function(work)(*arguments)
+        except KeyboardInterrupt as stop:
+            raise KeyboardInterrupt(f"{stop} {going_on(options)}".strip()) from None
+
+    return Script(run_tool)
+
+
+def _find_function(work: Callable[..., None] | str) -> Callable[..., None]:
+    if not isinstance(work, str):
+        return work
+    module, _, name = work.rpartition(".")
+    function: Callable[..., None] = getattr(import_own(module), name)
+    return function

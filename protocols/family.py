@@ -1,0 +1,786 @@
+"""The contract between a model family and the shared loops.
+
+Fixed meanings: `noisy` is B C F H W in model space (images: F = 1). `sigmas` is the share of noise (B, 0..1);
+`timesteps` is the model's input (B, float, about 1000 * sigma). `predict` returns the velocity `noise -
+latents`, shaped like `noisy`. A picture and its audio are one tensor, B N (`Joint`), with a timestep each. A
+family is a frozen dataclass made by `family_for_training/caching/generation(options)` in its `family.py`; no
+loop asks for its name.
+"""
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, cast
+
+import torch
+from torch import Tensor, nn
+
+from modules.integers import ceil_div
+from protocols import rules
+from protocols.data import (
+    Audio,
+    AudioSpec,
+    Batch,
+    CacheEntry,
+    Conditions,
+    LatentSpec,
+    MediaBatch,
+    MediaEncoders,
+    MediaTable,
+    MomentsBatch,
+    MomentsRules,
+    SamplingDefaults,
+)
+from protocols.few_steps import FewSteps
+from protocols.loading import BlockPlace, Placement
+from protocols.requests import Prepared, Prompt, Request
+from protocols.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
+
+if TYPE_CHECKING:  # a generation fits no images to buckets
+    from modules.media.buckets import Fit, Size
+
+
+class GivesTokens(Protocol):
+    """Which latents of a micro-batch training keeps clean, beside first frames. Workers get a copy."""
+
+    def draw(self, batch: Batch, generator: torch.Generator) -> GivenTokens | None:
+        """Draw them for each sample; None if there are none.
+
+        Raises:
+            DatasetError: If everything would be given.
+        """
+
+    def always(self) -> "GivesTokens":
+        """Return the same with all probabilities at 1, for measurements of memory."""
+
+
+@dataclass(frozen=True)
+class NoiseSpec:
+    """Noise conventions of a family; the defaults are those of the video families.
+
+    Without a table the model is a rectified flow: noisy = (1 - sigma) latents + sigma noise, sigma from 0 to
+    1. With one it predicts noise, in k-diffusion's form: noisy = latents + sigma noise, sigma from the table.
+    In both, the velocity that `predict` returns is the derivative of `noisy` by sigma: `noise - latents`, or
+    `noise`.
+
+    With `keeps_variance` the mixture is that of DDPM: noisy = sqrt(1 - sigma^2) latents + sigma noise, sigma
+    from the table, up to 1. `predict` returns the noise, or with `predicts_v` v = sqrt(1 - sigma^2) noise -
+    sigma latents.
+    """
+
+    training_offset: float = 1.0  # training feeds 1000 sigma + this, except with --timestep_sampling sigma
+    # sign of the velocity in the network's own output: -1 for latents - noise, which `predict` negates. It
+    # matters only for --model_prediction_type, which mixes the output with other tensors
+    output_sign: float = 1.0
+    integer_timesteps: bool = False  # the timestep fed to the network is cut to a whole number
+    table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
+    # shape of the latents, B C F H W or B C T M of sound -> number of tokens, for shifts that follow the
+    # size. No lambda: workers receive it
+    tokens: Callable[[Sequence[int]], int] | None = None
+    table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
+    keeps_variance: bool = False  # with a table: see above
+    predicts_v: bool = False  # with `keeps_variance`: v in place of the noise
+    # factor on the loss of each of the 1000 timesteps; (): all are 1
+    loss_factors: tuple[float, ...] = ()
+    # what training makes of its noise before it is mixed in, from the noise, the latents in model space (both
+    # B C F H W) and a generator; None: nothing. No lambda: workers receive it
+    vary: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
+    # probability that a batch of clips trains with its first latent frame clean (`Overrides.given_frames`)
+    first_frame_probability: float = 0.0
+    gives: GivesTokens | None = None
+    shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
+    cut_logit: rules.CutLogit | None = None  # of the sampler cut_logit_normal
+    # by which the noise levels of an image are shifted to those of its sound; 1: they are the same
+    audio_shift: float = 1.0
+    # a shift behind all samplers: options and draws count levels before it, which the model's generations
+    # visit evenly
+    base_shift: float = 1.0
+    # what training makes of the further inputs of a batch (its tensors, by name), new at each step: from
+    # them, what a teacher sees (`Batch.view`; "": there is none) and a generator. No lambda: workers get it
+    vary_inputs: Callable[[Conditions, str, torch.Generator], Conditions] | None = None
+
+    def data_shares(self, sigmas: Tensor) -> Tensor:
+        """Return the factor of the latents in the noisy mixture, shaped like `sigmas`, float32."""
+        shares = 1 - sigmas.float()
+        if self.keeps_variance:
+            return (shares * (1 + sigmas.float())).sqrt()  # 1 - sigma^2 would round near 1
+        return torch.ones_like(shares) if self.table else shares
+
+    def velocity(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
+        """Return the target of `predict`, shaped like `latents` and `noise`.
+
+        Args:
+            latents: Clean latents in model space, B C F H W.
+            noise: Gaussian noise of the same shape.
+            sigmas: Noise level of each item, B.
+        """
+        if self.predicts_v:
+            rows = (-1, *([1] * (latents.ndim - 1)))
+            shares = self.data_shares(sigmas).view(rows)
+            return shares * noise - sigmas.float().view(rows) * latents
+        return noise if self.table else noise - latents
+
+
+def count_image_tokens(shape: Sequence[int]) -> int:
+    """Return the number of tokens of one latent frame, with patches of 2 x 2.
+
+    Args:
+        shape: Shape of the latents, B C F H W.
+    """
+    return (shape[-2] // 2) * (shape[-1] // 2)
+
+
+# of the video families; as in other tuners the length of a video does not count towards its shift
+FLOW = NoiseSpec(tokens=count_image_tokens)
+
+
+@dataclass(frozen=True)
+class NumberedBlocks:
+    """Blocks of a network, as --network_args counts them to set ranks and learning rates per block."""
+
+    count: int  # of the numbers in block_dims and the like
+    sides: tuple[tuple[str, int, int], ...]  # argument of rates, its first block, how many it has
+    starts: tuple[tuple[str, int], ...]  # how the path of a module begins -> number of its block
+
+    def number_of(self, path: str) -> int | None:
+        """Return the block number of a module; None if the module is outside of all blocks."""
+        return next((number for start, number in self.starts if path.startswith(f"{start}.")), None)
+
+
+@dataclass(frozen=True)
+class DitSpec:
+    """Names inside a DiT, for code that changes it from outside."""
+
+    block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
+    # the last of two lists, if its blocks are those of a second stream (`Hidden.side`): each runs before the
+    # first of an equal share of the other list's blocks
+    side_list: str = ""
+    has_additions: bool = False  # what a ControlNet next to it adds to all tokens (`Hidden.added`)
+    fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
+    # the same for other forms, by the form's name, if it differs
+    form_exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
+    # parts of module paths in blocks, with a "." in front, on which a LoRA is put only if asked for
+    lora_exclude: tuple[str, ...] = ()
+    # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any
+    lora_choice: tuple[str, ...] = ()
+    lora_lists: tuple[str, ...] = ()  # further parts of the network that a LoRA may be put on
+    # parts of module paths, with a "." in front, that get a LoRA only if convolutions larger than 1 x 1 get
+    # one (conv_dim): of U-Nets, their residual blocks
+    with_convolutions: tuple[str, ...] = ()
+    numbered: NumberedBlocks | None = None  # None: block_dims and the like are not for this model
+    keep_float32: tuple[str, ...] = ()
+    # each size is compiled separately: torch's compiler fails on convolutions of general sizes
+    compiles_each_size: bool = False
+    # endings of paths of layers in blocks whose weights hold several matrices of equal height -> how many
+    fused: Mapping[str, int] = field(default_factory=dict, compare=False)
+    # modules that get the same tensor, in each group the endings of their paths: LoRAs multiply it once
+    shared_inputs: tuple[tuple[str, ...], ...] = ()
+    # list of layers in blocks; where it has several, each of them is recomputed by itself, not the block
+    recomputed_list: str = ""
+    further_blocks: tuple[str, ...] = ()  # lists of further blocks, such as those over the text alone
+    # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
+    input_layers: tuple[str, ...] = ()
+    # --blocks_to_swap -> how many of each list; None: no block of this network can be swapped
+    swap_counts: Callable[[int], tuple[int, ...]] | None = lambda blocks: (blocks,)
+    # blocks of each list that it cannot swap, as in the known tuners; a list of two can swap one all the same
+    unswapped: int = 1
+    # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+    token_wise: tuple[str, ...] = ()
+    # method of the blocks of the first list: their input (x, tokens) -> what their attention gets, B L C;
+    # what TeaCache compares between steps. None: the model has none
+    modulated_input: str | None = None
+    # polynomial from that input's relative change to the output's, highest power first; (): calibrate first
+    teacache_coefficients: tuple[float, ...] = ()
+
+    def count_matrices(self, weight: str) -> int:
+        """Return how many matrices a weight in a block holds.
+
+        Args:
+            weight: Name of the weight.
+        """
+        path = f".{weight.removesuffix('.weight')}"
+        return next((count for ending, count in self.fused.items() if path.endswith(ending)), 1)
+
+    def blocks(self, dit: nn.Module) -> dict[str, list[nn.Module]]:
+        """Return the blocks of a network, by the attribute name of their list."""
+        return {name: list(dit.get_submodule(name).children()) for name in self.block_lists}
+
+    def order(self, counts: Sequence[int]) -> list[int]:
+        """Return the indices of all blocks in the order in which they run.
+
+        Indices count over all lists, in the order of `block_lists`.
+
+        Args:
+            counts: Number of blocks in each list.
+        """
+        places = list(range(sum(counts)))
+        if not self.side_list:
+            return places
+        main, side = counts
+        share = ceil_div(main, max(side, 1))
+        return sorted(places, key=lambda place: place if place < main else (place - main) * share - 0.5)
+
+    def in_order(self, dit: nn.Module) -> list[nn.Module]:
+        """Return all blocks of a network in the order in which they run."""
+        lists = self.blocks(dit).values()
+        blocks = [block for blocks_of_list in lists for block in blocks_of_list]
+        return [blocks[place] for place in self.order([len(blocks_of_list) for blocks_of_list in lists])]
+
+
+class NoiseSource(Protocol):
+    """Source of random numbers for one request."""
+
+    def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
+        """Draw Gaussian noise of a shape, continuing one generator made from seed, device and --cpu_noise."""
+
+
+@dataclass(frozen=True)
+class EncoderAbilities:
+    """Abilities that only some text encoders have."""
+
+    learn: bool = False  # it is a `LearningEncoder`
+    have_side: bool = False  # an `EncoderWithSide`
+    wait: bool = False  # a `LayeredEncoder`
+    divide: bool = False  # a `DividedEncoder`
+    see: bool = False  # a `SeeingEncoder`
+    mark: bool = False  # a `MarkingEncoder`
+    take_words: bool = False  # an `encoders.new_words.WordEncoder`
+    # it sees the frames of the clip that a caption belongs to (`Prompt.clip`), or the media of its row
+    # (`Prompt.media`): a caption is encoded for each clip, and cached for one item of it
+    see_clip: bool = False
+    see_media: bool = False
+
+
+class TextEncoder(Protocol):
+    """One of a family's text encoders; loaded, used and freed one after the other."""
+
+    @property
+    def can(self) -> EncoderAbilities:
+        """Abilities beyond this protocol, known without loading."""
+
+    @property
+    def name(self) -> str:
+        """Name for messages and cache records, such as "t5"."""
+
+    @property
+    def keys(self) -> frozenset[str]:
+        """Names of the tensors that `encode` returns."""
+
+    @property
+    def variable_length(self) -> frozenset[str]:
+        """Names of those tensors whose length differs per prompt; caches store them as `varlen_{key}`."""
+
+    @property
+    def identity(self) -> Mapping[str, str]:
+        """Everything besides the text that an output depends on, determined without loading the weights.
+
+        Caches record it and are made again when it changes.
+        """
+
+    def token_counter(self) -> rules.CountTokens:
+        """Return a function that counts the tokens of a text. It loads no weights and downloads nothing.
+
+        Raises:
+            CheckpointError: If there is no tokenizer.
+        """
+
+    def load(self, device: torch.device) -> None:
+        """Load the network onto `device`; if it is loaded already, move it there."""
+
+    def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
+        """Encode prompts; return one entry per prompt, whose tensors have no batch dimension.
+
+        A condition that is a list of tensors has one entry in its list.
+
+        Raises:
+            MediaError: If an image of a prompt cannot be read.
+        """
+
+    def free(self) -> None:
+        """Release the memory of the network."""
+
+
+class LearningEncoder(TextEncoder, Protocol):
+    """A text encoder that can be trained with a LoRA: `encode` is differentiable if gradients are on."""
+
+    @property
+    def lora_prefix(self) -> str:
+        """Prefix of this encoder's names in LoRA files, such as "lora_te1"."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The loaded network.
+
+        A LoRA is applied to the blocks that the network's `DitSpec` names (`runtime.run_blocks.spec_of`).
+        """
+
+
+def can_learn(encoder: TextEncoder) -> TypeGuard[LearningEncoder]:
+    """Return whether the encoder can be trained with a LoRA."""
+    return encoder.can.learn
+
+
+class EncoderWithSide(TextEncoder, Protocol):
+    """A text encoder followed by layers that are stored in the transformer's file.
+
+    LoRA files name these layers like those of the transformer.
+    """
+
+    @property
+    def text_side(self) -> nn.Module:
+        """The loaded layers that follow the encoder."""
+
+
+def has_text_side(encoder: TextEncoder) -> TypeGuard[EncoderWithSide]:
+    """Return whether the encoder is followed by layers from the transformer's file."""
+    return encoder.can.have_side
+
+
+class LayeredEncoder(TextEncoder, Protocol):
+    """A text encoder that keeps some layers in host memory if they do not all fit on a CUDA device."""
+
+    def waiting_bytes(self, room: int) -> int:
+        """Return how many bytes of layers stay in host memory if the device has `room` bytes free."""
+
+
+def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
+    """Return whether the encoder can keep layers in host memory."""
+    return encoder.can.wait
+
+
+class DividedEncoder(TextEncoder, Protocol):
+    """A text encoder whose blocks can be split over processes, which then have to encode the same texts."""
+
+    blocks: BlockPlace | None  # set before `load`
+
+    @property
+    def network(self) -> nn.Module:
+        """The loaded network. Its `spec` names its blocks."""
+
+
+def can_divide(encoder: TextEncoder) -> TypeGuard[DividedEncoder]:
+    """Return whether the encoder's blocks can be split over processes."""
+    return encoder.can.divide
+
+
+class SeeingEncoder(TextEncoder, Protocol):
+    """A text encoder that loads its vision tower only when the first prompt with images arrives."""
+
+    def load_tower(self, device: torch.device) -> None:
+        """Load the vision tower onto `device`, unless it is loaded already or this run never uses it."""
+
+
+def can_see(encoder: TextEncoder) -> TypeGuard[SeeingEncoder]:
+    """Return whether the encoder has a vision tower that it can load."""
+    return encoder.can.see
+
+
+class MarkingEncoder(TextEncoder, Protocol):
+    """A text encoder that records the purpose of its caches in plain metadata, as other programs do."""
+
+    def cache_metadata(self, caption: str, shown: Sequence[str]) -> Mapping[str, str]:
+        """Return the metadata of a caption's cache.
+
+        Args:
+            caption: Text that was encoded.
+            shown: Content hashes of the images and clips that were encoded with the text.
+        """
+
+    def check_metadata(self, path: Path, metadata: Mapping[str, str]) -> None:
+        """Check that a cache, from any program, was made for this encoder's purpose.
+
+        Raises:
+            CacheError: If the metadata names a different purpose.
+        """
+
+
+def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
+    """Return whether the encoder records the purpose of a cache in its metadata."""
+    return encoder.can.mark
+
+
+@dataclass(frozen=True)
+class Abilities:
+    """Abilities that only some families have."""
+
+    hear: bool = False  # it is a `HearsAudio`: its clips can have sound, in some runs
+    rate: bool = False  # the frame rate is an input of the model, in runs without sound too
+    tell_few_steps: bool = False  # it is a `KnowsFewSteps`
+    keep_time: bool = False  # without source_fps, clips are read by their times, as with source_fps = "auto"
+    show_media: bool = False  # rows of lists have `references` (`MediaBatch.shown`)
+    sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
+    references: str = ""  # which of its variants takes references of clips, and how to ask for it
+    views: tuple[str, ...] = ()  # further conditions that it can have in a training (`Batch.view`)
+    one_sample: str = ""  # why a batch of a training has one sample: completes "batch_size 2: ..."
+    bring_empty: bool = False  # it is a `BringsEmptyText`
+    rate_parts: bool = False  # it is a `RatesParts`
+    bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
+    train_checkpoint: bool = False  # it is a `protocols.whole.TrainsCheckpoint`
+    make_network: bool = False  # it is a `protocols.made_networks.MakesNetwork`
+    inpaint: bool = False  # it is an `Inpaints` of the feature inpainting
+    fit_captions: bool = False  # it is a `FitsCaptions`
+
+
+class Described(Protocol):
+    """What a family is: its names, abilities, latent space, network and defaults."""
+
+    @property
+    def can(self) -> Abilities:
+        """Abilities beyond the four protocols."""
+
+    @property
+    def name(self) -> str:
+        """Name of the architecture in the metadata of caches and LoRA files, such as "wan"."""
+
+    @property
+    def cache_tag(self) -> str:
+        """Suffix of the names of cache files, such as "wan"."""
+
+    @property
+    def latent(self) -> LatentSpec:
+        """The latent space of the VAE."""
+
+    @property
+    def noise(self) -> NoiseSpec:
+        """How training adds noise and numbers its timesteps."""
+
+    @property
+    def dit(self) -> DitSpec:
+        """Names inside the network, for code that changes it from outside."""
+
+    @property
+    def defaults(self) -> SamplingDefaults:
+        """Values of a request that does not set them: size, frames, steps, guidance."""
+
+    @property
+    def caching_switches(self) -> tuple[str, ...]:
+        """Caching options for latents that follow from the checkpoint of a training."""
+
+    @property
+    def fuller(self) -> tuple[str, ...]:
+        """Conditions that only a teacher gets in training: CAPTION, FIRST_FRAME or REFERENCE."""
+
+    @property
+    def options(self) -> Any:
+        """The family's own option record, whose fields declare what resuming compares."""
+
+    @property
+    def release(self) -> rules.ModelRelease:
+        """The released model, for the license and the model card of everything trained from it."""
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """Metadata about the model in saved files, such as modelspec.architecture and ss_sd_model_name."""
+
+    @property
+    def hashed_files(self) -> Mapping[str, Path]:
+        """Files whose hashes a trained file records as `ss_NAME_hash`, by NAME: sd_model or vae."""
+
+
+class Encodes(Protocol):
+    """Encoding of texts and media: for caches, for generation and for training samples."""
+
+    def check_given_files(self) -> None:
+        """Check every file that an option names, whether this run needs it or not, without loading it.
+
+        Raises:
+            CheckpointError: If a file is missing or of the wrong kind.
+        """
+
+    def text_encoders(self) -> Sequence[TextEncoder]:
+        """Return the text encoders, in the order in which they run."""
+
+    @property
+    def text_keys(self) -> frozenset[str]:
+        """Names of the tensors of all text encoders together, which a complete text cache contains."""
+
+    @property
+    def media_identity(self) -> Mapping[str, str]:
+        """Everything that encoded media depend on, determined without loading the weights."""
+
+    def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
+        """Load the VAE and, if `images` is set, the networks that encode images as conditions."""
+
+    @property
+    def references(self) -> rules.ReferenceRules | None:
+        """How the model uses reference images.
+
+        None: control media, if the model uses any, are resized like the frames that they belong to.
+        """
+
+    def check_table(self, table: MediaTable) -> None:
+        """Check that the items of a dataset table can be cached, without loading anything.
+
+        Raises:
+            DatasetError: If the model cannot use the items.
+        """
+
+    def sections_of(self, table: MediaTable, frames: int) -> int | None:
+        """Return the number of cache files, one per section, of an item with this number of frames.
+
+        Returns:
+            None for a model without sections, whose items have one file.
+
+        Raises:
+            MediaError: If the item is too short for a section.
+        """
+
+    def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
+        """Encode a batch of media; return a list of at least one cache entry for each item."""
+
+    @property
+    def moments(self) -> MomentsRules:
+        """Whether caches can be made from precomputed VAE moments, and which moments are needed."""
+
+    def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
+        """Return what `encode_media` returns for clips with these moments, one entry each.
+
+        No network is loaded.
+        """
+
+
+class Caches(Described, Encodes, Protocol):
+    """What caching needs of a family."""
+
+
+class KnowsFewSteps(Protocol):
+    """A family that can tell whether a transformer was distilled to few steps."""
+
+    @property
+    def few_steps(self) -> FewSteps:
+        """How a training preserves the distillation of a transformer, and how many steps its samples take."""
+
+    def why_few_steps(self) -> str | None:
+        """Return the evidence that a file of this run was distilled to few steps; None if there is none."""
+
+
+def knows_few_steps(family: Described) -> TypeGuard[KnowsFewSteps]:
+    """Return whether the family can tell whether its transformer was distilled to few steps."""
+    return family.can.tell_few_steps
+
+
+class BringsEmptyText(Protocol):
+    """A family that can read the empty prompt's conditions from a file instead of from caches."""
+
+    def empty_text(self) -> Mapping[str, Tensor]:
+        """Read the conditions of the empty prompt for one sample, by the names that caches use.
+
+        Returns:
+            An empty mapping if no option names a file.
+
+        Raises:
+            CacheError: If the file is of the wrong kind.
+        """
+
+
+def brings_empty_text(family: Described) -> TypeGuard[BringsEmptyText]:
+    """Return whether the family can read the empty prompt's conditions from a file."""
+    return family.can.bring_empty
+
+
+class RatesParts(Protocol):
+    """A family with separate learning rates for parts of its network in full fine-tuning."""
+
+    @property
+    def part_rates(self) -> Mapping[str, float]:
+        """Learning rates by part of a parameter's name; the first match counts, and a rate of 0 freezes.
+
+        A parameter without a match has the learning rate of the training.
+        """
+
+
+def part_rates_of(family: Described) -> Mapping[str, float]:
+    """Return the learning rates of parts of the network; an empty mapping if the family has none."""
+    return cast("RatesParts", family).part_rates if family.can.rate_parts else {}
+
+
+class FitsCaptions(Protocol):
+    """A family with JSON captions that may contain coordinates in their image."""
+
+    def names_places(self, caption: str) -> bool:
+        """Return whether a caption is a JSON object that may contain coordinates in its image."""
+
+    def find_caption_errors(self, caption: str, size: "Size") -> Sequence[str]:
+        """Return one error per line for each fault of a JSON caption.
+
+        Args:
+            caption: The caption.
+            size: Width and height of its image.
+        """
+
+    def fit_caption(self, caption: str, size: "Size", fit: "Fit") -> str:
+        """Return the caption with its coordinates converted from the original image to the bucket's crop."""
+
+
+def fits_captions(family: Described) -> TypeGuard[FitsCaptions]:
+    """Return whether captions of the family may contain coordinates in their image."""
+    return family.can.fit_captions
+
+
+class HearsAudio(Protocol):
+    """A family whose clips can have audio, which has latents of its own."""
+
+    @property
+    def audio(self) -> AudioSpec | None:
+        """Format of the audio latents; None if this run has no audio."""
+
+    @property
+    def audio_learning(self) -> rules.AudioLearning:
+        """Loss weights and noise levels of audio in training."""
+
+    @property
+    def audio_identity(self) -> Mapping[str, str]:
+        """Everything that encoded audio depends on, determined without loading the weights."""
+
+    def audio_networks(self, device: torch.device, decodes: bool) -> Any:
+        """Load the networks that encode audio or, if `decodes` is set, those that decode its latents."""
+
+    def encode_audio(self, networks: Any, samples: Tensor, frames: int, fps: float) -> Tensor:
+        """Encode the audio of clips as latents in model space, B C T M.
+
+        Args:
+            networks: Result of `audio_networks`.
+            samples: Amplitudes, B channels S, at `audio.rate` samples per second.
+            frames: Number of frames of each clip.
+            fps: Frames per second.
+        """
+
+    def decode_audio(self, networks: Any, latents: Tensor) -> Audio:
+        """Decode the audio latents of one clip, 1 C T M, to its track."""
+
+
+def trains_audio(family: Described) -> TypeGuard[HearsAudio]:
+    """Return whether clips of this run have audio."""
+    return audio_of(family) is not None
+
+
+def audio_of(family: Described) -> AudioSpec | None:
+    """Return the audio format of this run; None if the run has no audio."""
+    return cast("HearsAudio", family).audio if family.can.hear else None
+
+
+class Passes(Protocol):
+    """The network as the denoising loop uses it: one pass per call."""
+
+    def predict(
+        self,
+        dit: nn.Module,
+        noisy: Tensor,
+        timesteps: Tensor,
+        cond: Conditions,
+        overrides: Overrides = NO_OVERRIDES,
+    ) -> Tensor:
+        """Predict the velocity of `noisy` in one pass of the network.
+
+        Args:
+            dit: Network that `load_dit` returned.
+            noisy: Noisy latents in model space, B C F H W.
+            timesteps: Input of the model, B, about 1000 * sigma.
+            cond: Conditions by the names that caches use.
+            overrides: Changes to this single call.
+
+        Returns:
+            `noise - latents`, shaped like `noisy`. A model that predicts noise returns that (see
+                `NoiseSpec`).
+        """
+
+
+class Predicts(Passes, Protocol):
+    """The network, for training and for generation."""
+
+    @property
+    def lora_module(self) -> str:
+        """Module that LoRA files record in `ss_network_module`, such as "networks.lora_wan"."""
+
+    @property
+    def experts(self) -> tuple[rules.Expert, ...]:
+        """The networks that divide the noise levels, lowest first; ONE_EXPERT for a single network."""
+
+    @property
+    def dit_files(self) -> tuple[Path, ...]:
+        """The checkpoint of each expert."""
+
+    def file_beside(self, dit: Path) -> Path | None:
+        """Return a file with additional tensors for one of `dit_files`, such as a second stack of blocks."""
+
+    def block_counts(self) -> tuple[int, ...]:
+        """Return how many blocks each list of `DitSpec.block_lists` has; () if the headers do not tell."""
+
+    def compute_dtype(self, placement: Placement) -> torch.dtype:
+        """Return the dtype in which the loaded network computes without autocast, from headers alone."""
+
+    def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
+        """Load the network of an expert as `placement` specifies."""
+
+    def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
+        """Return the network's conditions for a training batch, whose `latents` are in model space."""
+
+
+class Generates(Protocol):
+    """Generation around the network, from a request to pixels: for generation and for training samples."""
+
+    def check_files(self, media: bool) -> None:
+        """Check the files that a generation needs, without loading them.
+
+        Args:
+            media: Whether VAE and image encoder are needed too.
+
+        Raises:
+            OptionError: If the DiT or a text encoder is not given.
+            CheckpointError: If a file is missing or of the wrong kind.
+        """
+
+    def prepare(self, request: Request) -> Prepared:
+        """Resolve every size and number of a request, without loading anything.
+
+        Raises:
+            OptionError: If the model cannot do what the request asks for.
+            CheckpointError: If a file is missing or of the wrong kind.
+            MediaError: If an image cannot be read.
+        """
+
+    def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
+        """Encode the images of a request as conditions, by the index of the section that they belong to."""
+
+    def needs_media(self, prepared: Prepared) -> bool:
+        """Return whether `request_conditions` needs the encoders."""
+
+    @property
+    def source(self) -> rules.SourceRules:
+        """What denoising can start from instead of noise."""
+
+    def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
+        """Encode the frames of a source as latents 1 C f h w in model space.
+
+        Args:
+            encoders: Result of `media_encoders`.
+            frames: Frames, 1 F H W 3 uint8, with F = 4n + 1.
+            seed: Seed of the request, for a VAE that samples from its posterior.
+        """
+
+    def sections(
+        self,
+        prepared: Prepared,
+        prompts: Mapping[int, EncodedPrompts],
+        inputs: Mapping[int, Conditions],
+        noise: NoiseSource,
+    ) -> Generator[Section, Tensor, Tensor]:
+        """Yield the sections to denoise, and receive the latents of each; return the latents to decode.
+
+        Args:
+            prepared: The request with all values resolved.
+            prompts: Encoded prompts by the index of the first section that uses them.
+            inputs: Result of `request_conditions`.
+            noise: Source of all noise of this request.
+        """
+
+    def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
+        """Decode latents to chunks of pixels, B C F H W in -1..1, in playing order."""
+
+
+class Trains(Described, Predicts, Protocol):
+    """What a training step needs of a family."""
+
+
+class Family(Described, Encodes, Predicts, Generates, Protocol):
+    """Everything that the loops may use of a model family. A loop declares only the parts that it uses."""

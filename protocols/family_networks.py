@@ -1,0 +1,79 @@
+"""What a training asks of a family that trains a network of its own next to the frozen model, not a LoRA."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import torch
+from torch import nn
+
+from protocols.family import Described
+
+
+class WritesNetwork(Protocol):
+    """Function that writes a trained network to a file."""
+
+    def __call__(
+        self, module: nn.Module, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]
+    ) -> None:
+        """Write `module` and `metadata` to `path`; if `dtype` is None, keep the dtypes of the training."""
+
+
+@dataclass(frozen=True)
+class DefaultRate:
+    """The usual learning rates for Adam: the lowest, the highest, and a typical one."""
+
+    low: float
+    usual: str
+    high: float
+
+
+@dataclass(frozen=True)
+class MadeNetwork:
+    """A network that a family creates for a training.
+
+    It runs alongside the model and gets a control image for each image, or it is part of the text encoders
+    (`in_texts`).
+    """
+
+    called: str  # "ControlNet-LLLite"
+    words: str  # with its sizes, for boxes
+    ending: str  # of the architecture in metadata, as "lora" is that of a LoRA
+    # puts the module into the loaded model, or into an nn.ModuleDict of the text encoders in their order;
+    # returns it, with what `networks.adapter.ForeignNetwork` asks for; its state
+    # dict is what states hold. The second argument: whether it begins with its file's values
+    make: Callable[[nn.Module, bool], nn.Module]
+    check: Callable[[], None]  # raises UserError for a file that it cannot begin with; loads nothing
+    # script and options that generate with a saved file, given the file, the values of a sample, and script
+    # and options that make this sample with the model alone
+    generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]]
+    default_rate: DefaultRate
+    write: WritesNetwork | None = None  # None: the state dict is what files hold
+    # logs what there is to say of it before its values are saved
+    report: Callable[[nn.Module], None] = lambda module: None
+    start_option: str = "network_weights"  # of the file that it begins with
+    values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
+    in_texts: bool = False  # it is a part of the text encoders, and sees captions alone
+    # given the captions of all pictures: says which of them it learns nothing from, "" if there are none;
+    # raises DatasetError if all are such
+    check_captions: Callable[[Sequence[str]], str] = lambda captions: ""
+    sentences: Sequence[str] = ()  # in place of captions: one is drawn for each image of a batch
+
+
+def describe_start(called: str, sizes: str, path: Path | None) -> str:
+    """Describe how a new network starts: with its sizes, or with the file whose weights it takes."""
+    return f"{called}{sizes}" if path is None else f"{called} of {path.name}"
+
+
+class MakesNetwork(Described, Protocol):
+    """A family that trains an additional network in some runs."""
+
+    @property
+    def made_network(self) -> MadeNetwork | None:
+        """The additional network that this run trains next to the frozen model; None if it trains a LoRA."""
+
+
+def made_network_of(family: Described) -> MadeNetwork | None:
+    """Return the network that a family trains instead of a LoRA; None if it trains LoRAs."""
+    return cast(MakesNetwork, family).made_network if family.can.make_network else None

@@ -1,0 +1,88 @@
+"""What a training of all weights asks of a family whose checkpoint holds more than the transformer.
+
+Such a file has text encoders and a VAE too. A training may train text encoders with the transformer, and each
+of its files is a whole checkpoint again.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, TypeGuard
+
+import torch
+from torch import nn
+
+from protocols.family import Described, Encodes
+
+
+@dataclass(frozen=True)
+class LearningParts:
+    """Which parts of a checkpoint are trained, and their learning rates. A rate of 0 freezes a part."""
+
+    # of text encoders that learn, by their names; None: that of all
+    texts: Mapping[str, float | None] = field(default_factory=dict)
+    # of the transformer's blocks, by their numbers in `DitSpec.numbered`; (): all have one rate
+    blocks: tuple[float, ...] = ()
+    text_steps: int | None = None  # the text encoders learn during so many steps; None: to the end
+
+    def learns(self, text_encoder: str) -> bool:
+        """Return whether a text encoder is trained: it has a learning rate, and training steps."""
+        return self.texts.get(text_encoder, 0) != 0 and self.text_steps != 0
+
+    @property
+    def have_own_rates(self) -> bool:
+        """Return whether every part has its own learning rate, so that --learning_rate is not used."""
+        return bool(self.blocks) and None not in self.texts.values()
+
+
+class CheckpointWriter(Protocol):
+    """Writer of full checkpoints: trained networks from memory, everything else from the source file."""
+
+    def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
+        """Write the checkpoint to `path`.
+
+        Args:
+            path: File or folder to write.
+            dtype: Dtype of all tensors of networks; None for that of the source.
+            metadata: Texts for the file's header.
+
+        Raises:
+            OutputError: If it cannot be written.
+        """
+
+
+class TrainsCheckpoint(Described, Encodes, Protocol):
+    """A family whose trainings write full checkpoints and can train text encoders."""
+
+    @property
+    def learning_parts(self) -> LearningParts:
+        """The parts of the checkpoint that this run trains, with their learning rates."""
+
+    def reads_weight(self, text_encoder: str, weight: str) -> bool:
+        """Return whether the outputs of a text encoder depend on the weight of this name."""
+
+    def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
+        """Return the size in bytes of a checkpoint from `CheckpointWriter.write`, from headers alone."""
+
+    def checkpoint_writer(
+        self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
+    ) -> CheckpointWriter:
+        """Create the writer of checkpoints.
+
+        Args:
+            networks: Trained networks, by name of the text encoder; the transformer is DIT.
+            as_folder: Write a folder in the layout of diffusers instead of one file.
+            shard_bytes: Largest size of a file in the folder; 0 for one file per network.
+        """
+
+    @property
+    def is_of_one_file(self) -> bool:
+        """Whether the trained checkpoint is a single file instead of a folder."""
+
+
+DIT = "dit"  # the transformer among `networks`
+
+
+def trains_checkpoint(family: Described) -> TypeGuard[TrainsCheckpoint]:
+    """Return whether trainings of the family write full checkpoints."""
+    return family.can.train_checkpoint

@@ -1,0 +1,476 @@
+"""Requests and their prepared form; checks and defaults that all families share."""
+
+import functools
+import itertools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from modules.errors import MediaError, OptionError
+from modules.limits import MAX_SCALE, MAX_SIDE, MAX_STEPS, MOST_FRAMES
+from modules.option_values import check_seed, show_number
+from modules.paths import explain_missing
+from modules.text_files import bad_character
+from protocols.data import Joint, LatentSpec, SamplingDefaults
+from protocols.inputs import VIDEO
+from protocols.rules import AS_PLAIN, ONE_EXPERT, Expert, GuidanceRules, Source, StepCaching
+
+if TYPE_CHECKING:  # caching has no use for positions
+    from torch import Tensor
+
+    from modules.layers.rope import Slow
+
+Spans = tuple[tuple[int, int, float], ...]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to encode, with weights for parts of it as (start, end, weight) in characters.
+
+    Parts are in the order of the text, do not overlap, and neither begin nor end with white space.
+    """
+
+    text: str
+    spans: Spans = ()
+    second: str | None = None  # for the second text encoder of a family that has two; None: the same text
+    is_negative: bool = False  # set by families that read negative prompts in another way
+    # set by families whose prompts have marks that captions do not have (brackets are weights): of this many
+    # chunks of tokens; None: the text is read as a caption
+    marked_chunks: int | None = None
+    # reference images that an encoder sees with the text, in order; it reads and resizes them itself
+    pictures: tuple[Path, ...] = ()
+    # width and height that each of these is to cover; None: as the encoder reads them
+    image_size: tuple[int, int] | None = None
+    # their pixels, H W C uint8 each, if they are settled; (): the encoder reads and resizes the files
+    frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
+    # of a caption that is cached: frames of its clip as they are learned, F H W C uint8, and its references
+    clip: "Tensor | None" = field(default=None, compare=False)
+    media: tuple[Any, ...] = ()
+    further_text: str | None = None  # of such a caption: read with its references, in place of it
+    # images, clips and sounds that the family presents in front of the text, in order: its own records
+    presented: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The texts of one section: what to show, what to avoid, and further texts for guidance methods."""
+
+    positive: Prompt
+    negative: Prompt | None = None
+    blank: Prompt | None = None  # the empty prompt
+    away: Prompt | None = None  # what attention is steered away from
+
+
+@dataclass(frozen=True)
+class Request:
+    """One video or image as requested. `Family.prepare` makes a `Prepared` of it.
+
+    None stands for a value that the user did not set.
+    """
+
+    prompt: str
+    seed: int
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    steps: int | None = None
+    guidance_scale: float | None = None
+    embedded_guidance: float | None = None
+    flow_shift: float | None = None
+    solver: str | None = None  # as `modules.flow.solvers` names it
+    fps: float | None = None
+    negative_prompt: str | None = None
+    second_prompt: str | None = None  # for the second text encoder of a family that has two
+    cfg_schedule: str | None = None
+    away_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
+    image_path: Path | None = None
+    end_image_path: Path | None = None
+    control_path: Path | None = None
+    control_images: tuple[Path, ...] = ()  # reference images, in their order (--control_image_path)
+    source: Source | None = None  # what denoising starts from; None: noise
+    # options of the family as text, which only `prepare` reads
+    extra: Mapping[str, str] = field(default_factory=dict)
+    # texts as they were typed, by their options, if something was drawn in them
+    typed: Mapping[str, str] = field(default_factory=dict)
+    step_cache: StepCaching | None = None  # which passes are skipped; None: none
+    # settings that a prompt line gives in place of the command line's, by name
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    # guidance scales of experts that have one of their own, by name
+    expert_guidance: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def first_image(self) -> Path | None:
+        """Return the image that an image-to-video model starts from, or the video with its first frame."""
+        if self.image_path is None and self.source is not None and self.source.option == VIDEO:
+            return self.source.path
+        return self.image_path
+
+
+class Box(NamedTuple):
+    """A rectangle in an image, in pixels."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+    def of(self, pixels: "Tensor") -> "Tensor":
+        """Crop pixels ... H W to this rectangle."""
+        return pixels[..., self.top : self.top + self.height, self.left : self.left + self.width]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One video or image with all settings resolved and parsed, as `Family.prepare` returns it."""
+
+    request: Request  # without the media that the model does not take
+    seed: int
+    prompts: Mapping[int, Prompts]  # by section; 0 is always there
+    negative_prompt: str
+    width: int  # pixels
+    height: int
+    frames: int
+    steps: int  # of the solver's schedule
+    fps: float
+    solver: str  # as `modules.flow.solvers` names it
+    flow_shift: float
+    guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
+    embedded_guidance: float | None  # None: the model has no input for it
+    slow_frames: "Slow | None" = None  # a frequency of the frames' positions, for a long video
+    first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
+    rules: GuidanceRules = AS_PLAIN  # of the model's guidance
+    joint: Joint | None = None  # the latents are those of an image and its sound
+    audio_shift: float = 1.0  # by which noise levels of an image are shifted to those of its sound
+    levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
+    # what the network is fed at the beginning of each step, if a source is given and the sections bring their
+    # own solver; (): as the solver's name and the other settings say
+    timesteps: tuple[float, ...] = ()
+    # requests that are made one after the other, each from the result of the one before it; guidance and step
+    # caches of the options apply to the first
+    stages: tuple["Prepared", ...] = ()
+    # strengths of the network's LoRAs for stages (`networks.added.add_stage_loras`); (): it needs none
+    added: tuple[float, ...] = ()
+    # functions that load further networks, which make what denoising starts from; the shapes of their inputs
+    begun_by: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
+    family_record: Any = None  # the family's own settings, which only the family reads
+    name_end: str = ""  # behind the names of its files
+    shown: Box | None = None  # the part of the decoded pixels that is the result; None: all of them
+    own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
+
+    @property
+    def is_audio_alone(self) -> bool:
+        """Whether the request generates audio without images."""
+        return self.joint is not None and not self.joint.picture[1]
+
+    @property
+    def is_still(self) -> bool:
+        """Return whether the result is a single image, which is written without audio."""
+        return self.frames == 1 and not self.is_audio_alone
+
+    @property
+    def num_steps(self) -> int:
+        """Number of steps to run; fewer than `steps` if denoising starts from a source."""
+        return self.steps - self.first_step
+
+
+logger = logging.getLogger(__name__)
+
+
+# for `keep_usable_media`: of a model that makes images from texts alone
+NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path", "control_images"), False)
+_OPTIONS = {"control_images": "control_image_path"}  # of media whose option has another name
+
+REMEMBERED = 256  # files that were decoded to check them
+MAX_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
+
+
+# field of a request -> its option, its letter in a prompt line, the most
+COUNTS = {
+    "width": ("--video_size, width", "w", MAX_SIDE),
+    "height": ("--video_size, height", "h", MAX_SIDE),
+    "frames": ("--video_length", "f", MOST_FRAMES),
+    "steps": ("--infer_steps", "s", MAX_STEPS),
+}
+
+VALUES = {
+    "guidance_scale": ("--guidance_scale", "l", MAX_SCALE),
+    "embedded_guidance": ("--embedded_cfg_scale", "g", MAX_SCALE),
+    "flow_shift": ("--flow_shift", "fs", 1000),
+}
+
+
+def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
+    """Return width, height and number of frames of a request; unset values are the family's defaults."""
+    return request.width or usual.width, request.height or usual.height, request.frames or usual.frames
+
+
+def settle(
+    request: Request,
+    usual: SamplingDefaults,
+    size: tuple[int, int, int],
+    flow_shift: float,
+    default_negative: str | None,
+    experts: Sequence[Expert] = ONE_EXPERT,
+) -> Prepared:
+    """Resolve a request for a family that makes its videos in one section.
+
+    The embedded guidance is dropped if the model has no input for it.
+
+    Args:
+        request: The request.
+        usual: Default settings of the family.
+        size: Width, height and number of frames.
+        flow_shift: Time shift of the schedule.
+        default_negative: Negative prompt of requests without one. With None such a request runs without
+            guidance, which is reported as a warning.
+        experts: Networks of the model. Each uses its own guidance scale from the request or the defaults,
+            else the scale of the model.
+    """
+    width, height, frames = size
+    shared_scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    scale_by_expert = {**usual.expert_guidance, **request.expert_guidance}
+    scales = tuple(scale_by_expert.get(expert.name, shared_scale) for expert in experts)
+    for name in request.expert_guidance.keys() - {expert.name for expert in experts}:
+        logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
+    negative = default_negative if request.negative_prompt is None else request.negative_prompt
+    if negative is None and any(scale != 1 for scale in scales):
+        logger.warning(
+            "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
+        )
+        scales = (1.0,) * len(scales)
+    embedded = usual.embedded_guidance
+    if embedded is not None and request.embedded_guidance is not None:
+        embedded = request.embedded_guidance
+    prompts = Prompts(
+        Prompt(request.prompt, second=request.second_prompt),
+        Prompt(negative or ""),
+        away=None if request.away_prompt is None else Prompt(request.away_prompt),
+    )
+    return Prepared(
+        request=request,
+        seed=request.seed,
+        prompts={0: prompts},  # the only section
+        negative_prompt=negative or "",
+        width=width,
+        height=height,
+        frames=frames,
+        steps=request.steps or usual.steps,
+        fps=request.fps or usual.fps,
+        solver=request.solver or usual.solver,
+        flow_shift=flow_shift,
+        guidance_scale=scales,
+        embedded_guidance=embedded,
+    )
+
+
+def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str) -> Request:
+    """Return the request without media that the model cannot use, and warn about each of them.
+
+    Args:
+        request: The request.
+        usable: Whether the model can use the media, by field of the request, such as `image_path`.
+        why_not: Reason for the warning, such as "--task t2v-1.3B does not take it".
+
+    Raises:
+        OptionError: If a usable file or folder does not exist or cannot be read.
+    """
+    for name, is_usable in usable.items():
+        media = getattr(request, name)
+        if not media:
+            continue
+        option = _OPTIONS.get(name, name)
+        has_several = isinstance(media, tuple)
+        paths = media if has_several else (media,)
+        if not is_usable:
+            logger.warning("--%s %s is ignored because %s", option, " ".join(map(str, paths)), why_not)
+            unset: dict[str, Any] = {name: () if has_several else None}
+            request = replace(request, **unset)
+            continue
+        for path in paths:
+            if not path.exists():
+                raise OptionError(
+                    f"--{option} {path}: no such file or folder.{explain_missing(path)} Correct the path"
+                )
+            check_opens(option, path, is_image=name != "control_path")
+    return request
+
+
+def check_opens(name: str, path: Path, is_image: bool) -> None:
+    """Check that an image can be decoded, or that a video or a folder of images can be opened.
+
+    Images are read completely; of a video one frame is read.
+
+    Args:
+        name: Option that names the file, without `--`.
+        path: File or folder to check.
+        is_image: Whether a single image is expected.
+
+    Raises:
+        OptionError: If the file cannot be read.
+    """
+    from modules.media.decoding import is_animation
+    from modules.media.reading import video_info
+
+    try:
+        if is_image:
+            _decode_image(path, *_stat_file(path))
+            if is_animation(path):
+                logger.warning("--%s %s is animated: only its first image is used", name, path)
+        else:
+            video_info(path)
+    except MediaError as error:
+        kind = "an image file" if is_image else "a video, or a folder of images"
+        near = "" if path.exists() else explain_missing(path)
+        raise OptionError(f"--{name}: {str(error).rstrip('.')}.{near} Give {kind}.") from None
+
+
+def check_frames(option: str, path: Path, needed: int) -> None:
+    """Raise MediaError if a video or a folder of images has fewer frames than needed.
+
+    The needed frames are decoded, so that damaged ones are found.
+
+    Args:
+        option: Option as the user typed it, for messages.
+        path: Video or folder.
+        needed: Number of frames that are needed.
+    """
+    from modules.media.pixels import too_short
+
+    available = count_frames_up_to(path, needed)
+    if available < needed:
+        raise too_short(option, path, available, needed)
+
+
+def count_frames_up_to(path: Path, maximum: int) -> int:
+    """Count the frames of a video or a folder of images by decoding them, and stop at `maximum`.
+
+    Raises:
+        MediaError: If the file cannot be decoded.
+    """
+    return _decode_frames(path, maximum, *_stat_file(path))
+
+
+def _stat_file(path: Path) -> tuple[int, int]:
+    """Return modification time and size of a file, the key of cached results; (0, 0) if it is missing."""
+    if not path.exists():
+        return 0, 0
+    status = path.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _decode_image(path: Path, *identity: int) -> None:
+    from modules.media.reading import read_image
+
+    read_image(path)
+
+
+@functools.lru_cache(maxsize=REMEMBERED)
+def _decode_frames(path: Path, maximum: int, *identity: int) -> int:
+    from modules.media.reading import video_frames
+
+    return sum(1 for _ in itertools.islice(video_frames(path), maximum))
+
+
+def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
+    """Raise OptionError if the model cannot generate the size; the message names the nearest possible size.
+
+    Args:
+        size: Width, height, and number of frames that are denoised together.
+        latent: Latent space of the family.
+    """
+    width, height, frames = size
+    step = latent.pixel_step
+    option = "--image_size" if latent.is_of_images else "--video_size"
+    num_pixels = width * height * frames
+    if num_pixels > MAX_PIXELS:
+        raise OptionError(
+            f"{option} {height} {width}: {frames} such frames at once are {num_pixels / 1e9:.0f} thousand "
+            f"million pixels, {MAX_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
+        )
+    if width % step or height % step or min(width, height) < step:
+        near_height, near_width = (max(step, round(side / step) * step) for side in (height, width))
+        raise OptionError(
+            f"{option} {height} {width} (height width): both must be multiples of {step}. Nearest: "
+            f"{near_height} {near_width}"
+        )
+
+
+def full_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]:
+    """Round width and height down to the next size that the model can generate; warn if they change."""
+    step = latent.pixel_step
+    rounded = max(width // step, 1) * step, max(height // step, 1) * step
+    if rounded != (width, height):
+        logger.warning(
+            "the size %d x %d is changed to %d x %d: width and height are multiples of %d",
+            width,
+            height,
+            *rounded,
+            step,
+        )
+    return rounded
+
+
+def full_frames(frames: int, latent: LatentSpec) -> int:
+    """Round a number of frames down to the next one that the model can generate; warn if it changes."""
+    rounded = latent.lengths.fit(frames)
+    if rounded != frames:
+        logger.warning(
+            "--video_length %d is changed to %d: clips of the model have %s frames",
+            frames,
+            rounded,
+            latent.lengths,
+        )
+    return rounded
+
+
+def check_values(request: Request) -> None:
+    """Raise OptionError for invalid Unicode in texts and for numbers outside of the supported ranges."""
+    _check_texts(request)
+    *_, max_scale = VALUES["guidance_scale"]
+    for name, scale in request.expert_guidance.items():
+        if not abs(scale) <= max_scale:
+            raise OptionError(f"--guidance_scale_{name} {scale:g}: give a number of at most {max_scale}")
+    for name, (option, character, maximum) in COUNTS.items():
+        count = getattr(request, name)
+        if count is not None and not 1 <= count <= maximum:
+            raise OptionError(
+                f"{option} {show_number(count)} (--{character} in a prompt line): give a number from 1 to "
+                f"{maximum}"
+            )
+    for name, (option, character, maximum) in VALUES.items():
+        value = getattr(request, name)
+        if value is not None and not abs(value) <= maximum:  # nan too
+            raise OptionError(
+                f"{option} {value:g} (--{character} in a prompt line): give a number of at most {maximum}"
+            )
+    if request.flow_shift is not None and request.flow_shift <= 0:
+        raise OptionError(
+            f"--flow_shift {request.flow_shift:g} (--fs in a prompt line): give a number above 0; 3 to 7 are "
+            "usual"
+        )
+    if request.embedded_guidance is not None and request.embedded_guidance < 0:
+        raise OptionError(
+            f"--embedded_cfg_scale {request.embedded_guidance:g} (--g in a prompt line): give 0 or more"
+        )
+    check_seed("--seed (--d in a prompt line)", request.seed)
+
+
+def _check_texts(request: Request) -> None:
+    """Raise OptionError for texts that are not valid Unicode."""
+    texts = {
+        "the prompt": request.prompt,
+        "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt,
+        "the negative prompt": request.negative_prompt,
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt,
+    }
+    for name, text in texts.items():
+        # bytes that are not UTF-8 reach Python as halves of characters, which no file can hold
+        character = bad_character(text or "")
+        if character is not None:
+            raise OptionError(
+                f"{name} {text!r} is not UTF-8 text, it holds {character}: set the terminal or the file to "
+                "UTF-8"
+            )

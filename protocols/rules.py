@@ -1,0 +1,434 @@
+"""The small rules of a model: experts, release, sources, guidance, tokens. Standard library only."""
+
+import bisect
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from protocols.families import HIGH_NOISE, LOW_NOISE
+from protocols.inputs import IMAGE, LATENTS, VIDEO
+
+
+@dataclass(frozen=True)
+class Expert:
+    """One network of a model, used from its lowest timestep up to where the next network begins."""
+
+    name: str  # "high_noise": in options, file names and messages; "" if it is the only one
+    lowest: float  # timestep, 0..1000, from which on it is used
+    highest: float = math.inf  # this one not included
+
+    @property
+    def words(self) -> str:
+        """Name of the network in messages, such as "low-noise transformer"."""
+        return f"{self.name.replace('_', '-')} transformer".lstrip()
+
+
+ONE_EXPERT = (Expert("", 0.0),)
+
+_WORDS = {"high": HIGH_NOISE, "low": LOW_NOISE}
+
+
+# `high_noise`, `HighNoise`
+_IN_FULL = re.compile(r"(?:^|_)(high|low)_?noise(?=_|$)")
+
+
+# `HIGH` alone: at the end, or before a size, a dtype, a version and the like
+_IN_SHORT = re.compile(
+    r"(?:^|_)(high|low)(?=$|_(?:lora|model|fp\d+|bf16|rank\d*|r\d|v\d|e\d|ep\d|epoch|step\d|\d))"
+)
+
+
+def named_expert(name: str) -> str | None:
+    """Return the expert that the name of a file (without suffix) or folder indicates, or None."""
+    plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
+    experts = set(_IN_FULL.findall(plain))
+    if not experts and not _WORDS.keys() <= set(plain.split("_")):
+        experts = set(_IN_SHORT.findall(plain))
+    return _WORDS[experts.pop()] if len(experts) == 1 else None
+
+
+def expert_of_file(path: Path, folders: Mapping[str, str]) -> str | None:
+    """Return the expert that the name of a file, or of the folder that contains it, indicates; else None.
+
+    Args:
+        path: File or folder.
+        folders: Expert by the name of its folder, for models whose experts are sibling folders. Such a name
+            counts only if the sibling folders exist too.
+    """
+    for part in (path, path.absolute().parent):
+        expert = named_expert(part.name if part.is_dir() else part.stem)
+        if expert is not None:
+            return expert
+        if part.name in folders and all(part.with_name(name).is_dir() for name in folders):
+            return folders[part.name]
+    return None
+
+
+def expert_at(timestep: float, experts: Sequence[Expert]) -> int:
+    """Return the index of the expert for a timestep: the last that begins at or below it, else the first."""
+    start = max(timestep, min(expert.lowest for expert in experts))
+    begun = [(expert.lowest, index) for index, expert in enumerate(experts) if expert.lowest <= start]
+    return max(begun)[1]
+
+
+def noisiest(experts: Sequence[Expert]) -> int:
+    """Return the index of the expert for the highest timesteps, which is the first to denoise noise."""
+    return max(range(len(experts)), key=lambda index: experts[index].lowest)
+
+
+@dataclass(frozen=True)
+class Projection:
+    """Settings of adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), and its first step."""
+
+    after_step: int  # the last step, from 0, that is guided by the plain formula
+    scale: float  # in place of the guidance scale
+    momentum: float  # of the average of differences; negative: the change of direction counts
+    norm_limit: float  # of a difference, over all but the batch
+    eta: float = 0.0  # share of the part along the positive velocity
+    rescale: float = 0.0  # in place of --guidance_rescale
+
+
+@dataclass(frozen=True)
+class StreamGuidance:
+    """Guidance of a clip's images or audio, as a weighted sum of differences between clean predictions.
+
+    With c the prediction for the prompt, u that for the negative prompt, and p and i those of the perturbed
+    and the isolated pass: c + (text - 1)(c - u) + perturbed (c - p) + (modality - 1)(c - i). Source: the
+    released code of LTX-2.
+    """
+
+    text: float | None = None  # None: the guidance scale of the request; 1: none
+    perturbed: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
+    modality: float = 1.0  # i: image and audio do not attend to each other; 1: none
+    rescale: float = 0.0  # 0..1, how far the result gets the standard deviation of c
+
+
+@dataclass(frozen=True)
+class NegativeSkips:
+    """Blocks that the negative pass skips, in the steps from fraction `start` up to fraction `end`."""
+
+    blocks: frozenset[int] = frozenset()
+    start: float = 0.0
+    end: float = 1.0
+    option: str = ""  # that asks for it, for messages; "": none does
+
+    def acts(self, index: int, num_steps: int) -> bool:
+        """Return whether the blocks are skipped in a step.
+
+        Args:
+            index: Index of the step, from 0.
+            num_steps: Number of steps.
+        """
+        return bool(self.blocks) and self.start <= index / num_steps < self.end
+
+
+@dataclass(frozen=True)
+class GuidanceRules:
+    """Rules for the guidance of one request."""
+
+    # the guidance scale that turns guidance off, from which the model counts: 1 of the usual formula
+    off_at: float = 1.0
+    # guidance only while the share of data, 1 - sigma, is below it; later the positive pass alone
+    below_share: float | None = None
+    # largest norm of a guided velocity, in norms of the positive one; None: no limit
+    norm_limit: float | None = None
+    # a guided velocity gets the norm of the positive one, in each square of so many latent pixels a side
+    token_side: int | None = None
+    projection: Projection | None = None
+    # in place of the usual formula: of the image, and of its sound; empty: the usual formula in each
+    streams: tuple[StreamGuidance, ...] = ()
+    perturbed_blocks: frozenset[int] = frozenset()  # of `StreamGuidance.perturbed`
+    negative_skips: NegativeSkips = NegativeSkips()
+
+
+AS_PLAIN = GuidanceRules()
+
+
+@dataclass(frozen=True)
+class ConsistencyRules:
+    """Rules for the parts of an edited image that count as changed at each step.
+
+    All other parts are reset to the original.
+    """
+
+    threshold: float  # mean difference over the channels of latents
+    is_relative: bool = False  # the threshold is a share of the largest difference
+    kernel_size: int = 3  # latent pixels that differences are blurred over, an odd number
+    dilate_size: int = 0  # latent pixels that changed parts grow by
+    saves: bool = False  # write what is changed at each step
+
+
+@dataclass(frozen=True)
+class NpzFormat:
+    """Names of a family's npz caches. Their arrays have the same names as the tensors in our own caches.
+
+    Latents are in `STEM_WWWWxHHHH{latents}.npz`, where W and H are the size of the image, with an array
+    `latents_{h}x{w}` for each resolution. Texts are in `STEM{texts}.npz`.
+    """
+
+    latents: str  # "_flux"
+    texts: str  # "_flux_te"
+    # arrays of a text file that are not tensors of ours: name -> the value that a valid file has
+    constants: Mapping[str, bool | int | float] = field(default_factory=dict)
+    # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
+    # row of so many numbers, without an axis for rows
+    zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
+    # arrays of a text file that hold a setting of the table, for other programs: a training here has its own.
+    # Name of the array -> that of the setting
+    of_table: Mapping[str, str] = field(default_factory=dict)
+    # arrays of a text file whose length differs per caption
+    variable_length: frozenset[str] = frozenset()
+    # names of arrays of latents end in the size, so that a file has those of several resolutions
+    has_resolutions: bool = True
+    # older programs call the latents of an image STEM.npz, without size and model
+    has_nameless: bool = False
+
+
+@dataclass(frozen=True)
+class ModelRelease:
+    """A released model: its repositories on the Hugging Face hub and the license of its weights."""
+
+    repositories: tuple[str, ...]  # "owner/name"; several where they cannot be told apart
+    licence: str
+    license_key: str  # the hub's identifier of it, "other" for those that have none
+    license_url: str
+    # False: other checkpoints of the kind, with licenses of their own, are trained more often
+    covers_all: bool = True
+
+
+@dataclass(frozen=True)
+class Source:
+    """Starting point of a request, and the fraction of it that is denoised anew."""
+
+    option: str  # VIDEO, IMAGE or LATENTS
+    path: Path
+    denoise: float  # 0..1; 1 keeps nothing of it where the schedule begins with pure noise
+    share: str = "strength"  # the option that says so, for messages and metadata
+    # "traditional": `denoise` is a share of the steps; "direct": the noise level of the first step
+    noise_mode: str = "traditional"
+    pad_mode: str | None = None  # how a short video is filled up, "front" or "end"; None: it is refused
+    extra_noise: float = 0.0  # added to the mixture with noise
+
+    @property
+    def extra_option(self) -> str:
+        """Option that adds noise to this source."""
+        return "i2_extra_noise" if self.option == IMAGE else "v2v_extra_noise"
+
+    @property
+    def needs_vae(self) -> bool:
+        """Whether the source has to be encoded first, as everything except latents."""
+        return self.option != LATENTS
+
+    def in_words(self) -> Mapping[str, object]:
+        """Return the metadata of the source for outputs, by option name."""
+        info: dict[str, object] = {self.option: self.path.name, self.share: self.denoise}
+        info["v2v_noise_mode"] = self.noise_mode
+        if self.option == VIDEO and self.pad_mode is not None:
+            info["v2v_pad_mode"] = self.pad_mode
+        if self.extra_noise:
+            info[self.extra_option] = self.extra_noise
+        return info
+
+
+@dataclass(frozen=True)
+class SourceRules:
+    """Rules for how a family uses the starting point of a video."""
+
+    takes: tuple[str, ...]  # of VIDEO, IMAGE, LATENTS
+    who: str  # that takes it, for messages: "--task t2v-14B"
+    stretches: bool  # frames are stretched to the size, bicubic; else scaled to cover it, and cropped
+    latents_of: frozenset[str]  # models, as outputs name them, whose latents are in the same space
+
+
+@dataclass(frozen=True)
+class MagCache:
+    """Skip passes while the size of the blocks' residual is known to change little."""
+
+    # size of what the blocks add, against the step before; resampled to the number of steps
+    ratios: tuple[float, ...]
+    retention: float  # share of the steps at the start of which none is skipped
+    threshold: float  # largest sum of errors over the passes skipped in a row
+    most_skips: int  # in a row
+
+
+@dataclass(frozen=True)
+class TeaCache:
+    """Skip passes while the input of the first block has changed little since the last computed pass."""
+
+    threshold: float  # at which the sum of predicted changes makes the next pass computed
+    # polynomial from change of the input to change of the output, highest power first; None: the family's
+    coefficients: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class MagCalibration:
+    """Skip no passes; measure the ratios of `MagCache`."""
+
+
+@dataclass(frozen=True)
+class TeaCalibration:
+    """Skip no passes; fit the coefficients of `TeaCache`."""
+
+
+StepCaching = MagCache | TeaCache | MagCalibration | TeaCalibration
+
+
+@dataclass(frozen=True)
+class TokenCount:
+    """Token counts of one text.
+
+    `tokens` is the number for the whole text, including the special tokens that the encoder adds. `limit` is
+    the number of tokens that the encoder reads.
+    """
+
+    text: str  # as the encoder reads it, after its own cleaning
+    tokens: int
+    limit: int
+    num_read: int  # characters of `text` that are read
+    size_bytes: int = 0  # of its cache, if the encoder tells
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether the text has more tokens than the encoder reads."""
+        return self.num_read < len(self.text)
+
+    @property
+    def cut_text(self) -> str:
+        """The end of the text, which the encoder does not read."""
+        return self.text[self.num_read :]
+
+
+# where a token stands in a text, as its first character and the one behind its last; None: not in the text
+Place = tuple[int, int] | None
+
+CountTokens = Callable[[str], TokenCount]
+
+
+def kept_characters(ends: Sequence[int], maximum: int, length: int) -> int:
+    """Return the number of characters that the first `maximum` tokens of a text cover.
+
+    Args:
+        ends: Position after the last character of each token.
+        maximum: Number of tokens that are kept.
+        length: Number of characters of the text.
+    """
+    return length if len(ends) <= maximum else max(ends[:maximum], default=0)
+
+
+def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
+    """Return the weight of each token: the weight of the span that contains its first character, else 1.
+
+    Blanks at the start of a token are ignored.
+
+    Args:
+        text: Text that was tokenized.
+        places: Start and end of each token in `text`, in characters; None for special tokens.
+        spans: Start, end and weight in characters, sorted, as in `Prompt`.
+    """
+    span_starts = [start for start, _, _ in spans]
+    weights = []
+    for place in places:
+        weight = 1.0
+        if place is not None:
+            start, end = place
+            visible = (index for index in range(start, end) if not text[index].isspace())
+            first = next(visible, start)
+            # the last span that starts at this character or before it
+            span_index = bisect.bisect_right(span_starts, first) - 1
+            if span_index >= 0:
+                _, span_end, span_weight = spans[span_index]
+                if first < span_end:
+                    weight = span_weight
+        weights.append(weight)
+    return weights
+
+
+@dataclass(frozen=True)
+class ShiftedLogit:
+    """The sampler shifted_logit_normal: sigmoid(n + mu), where n is normally distributed.
+
+    mu grows with the number of tokens of a clip. Source: LTX-2's trainer, timestep_samplers.py.
+    """
+
+    mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that continues beyond
+    is_clamped: bool = False  # mu stays between the two
+    is_stretched: bool = True  # nearly all draws fill 0..1: those of 0.5 % and 99.9 % become 0 and 1
+    minimum: float = 1e-3  # smaller stretched draws are mirrored there
+    uniform_share: float = 0.1  # of stretched draws are uniform
+
+    def shift(self, tokens: int) -> float:
+        """Return e^mu."""
+        few, many = self.mus
+        mu = few + (many - few) * (tokens - 1024) / (4096 - 1024)
+        return math.exp(min(max(mu, min(self.mus)), max(self.mus)) if self.is_clamped else mu)
+
+
+@dataclass(frozen=True)
+class CutLogit:
+    """The sampler cut_logit_normal: sigmoid(n), where n is normal, truncated, stretched and quantized.
+
+    Values above `cut` are drawn again; the others are divided by it and rounded up to whole thousandths.
+    """
+
+    mean: float  # of n; positive: more noise
+    std: float
+    cut: float = 1.0
+    uniform_share: float = 0.0  # of draws are uniform
+
+
+IMAGE_STREAM, AUDIO_STREAM = "video", "audio"  # of a clip with sound: in logs
+
+
+@dataclass(frozen=True)
+class AudioLearning:
+    """Loss weights of a clip's audio and images in training, and their noise levels."""
+
+    image_weight: float = 1.0  # of the loss, of images without sound too
+    audio_weight: float = 1.0
+    has_own_times: bool = False  # the noise level of the sound is drawn separately; else it is the image's
+    given: str = ""  # the stream that stays clean and is not learned, where a clip has sound
+
+
+@dataclass(frozen=True)
+class ReferenceRules:
+    """Rules for how a family uses reference images: the control images of an item or a request.
+
+    Each image has its own size: that of the target, or what the keys of its table or `own_shape` set. If the
+    family uses clips as references, only `maximum`, `clips` and the fields below `clips` count.
+    """
+
+    maximum: int  # of one item or request
+    step: int = 16  # sides are multiples of this, in pixels
+    seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
+    # text encoders see each of an item as it is encoded to latents, in its size, crop and colors
+    as_encoded: bool = False
+    edits: bool = False  # the model was trained to have one: a request without any is warned of
+    # one of an item keeps its shape, whatever the target's, and is reduced to `area`
+    own_shape: bool = False
+    area: int | None = None  # pixels at most; None: as many as the target has
+    # it takes references of reference_directory and reference_path, in addition to control media: a clip has
+    # as many frames as its target, an image is one frame
+    clips: bool = False
+    size_factor: int = 1  # by which their sides are smaller than their target's
+    time_factor: int = 1  # the first of their frames is taken, then one of each so many
+    frames: int = 0  # at most; 0: as many as the target has
+    dropped: float = 0.0  # share of batches that are trained without those of clips
+    on_white: bool = False  # each is one image, whole on white of that size; of a clip its first frame
+    control_masks: bool = False  # control_mask_directory and control_mask_path too: white is made anew
+
+    @property
+    def factors(self) -> tuple[int, int, int]:
+        """Return size factor, time factor and largest number of frames; caches record them."""
+        return self.size_factor, self.time_factor, self.frames
+
+
+@dataclass(frozen=True)
+class ShownMedium:
+    """One reference of an item, from a row of a list (`references`): an image, a clip or separate audio."""
+
+    kind: str  # "image", "video" or "audio"
+    path: Path
+    audio: Path | None = None  # the file with the sound of a clip; None: the clip itself, if any
+    is_silent: bool = False  # the sound of a clip is left out

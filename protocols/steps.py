@@ -1,0 +1,338 @@
+"""The frozen records of denoising: sections, one call of the network, and one step of the loop."""
+
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from modules.devices import send_ahead
+from protocols.data import Conditions, Joint, MediaEncoders, add_batch_axis
+from protocols.rules import ConsistencyRules
+
+if TYPE_CHECKING:  # caching has no use for attention and positions
+    from modules.attention.attend import Steer
+    from modules.flow.schedule import Schedule
+    from modules.layers.rope import Slow
+
+
+@dataclass(frozen=True)
+class EncodedPrompts:
+    """The conditions for one section's texts, without batch dimension, on the CPU."""
+
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    away: Conditions | None = None
+
+    def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
+        """Combine texts, noise and media conditions into a section.
+
+        Equal text objects become the same conditions, so that a pass with them runs once.
+
+        Args:
+            noise: Noise, B C F H W.
+            inputs: Media conditions, with batch dimension.
+        """
+        texts = {id(text): text for text in (self.positive, self.negative, self.blank) if text is not None}
+        conditions = {key: {**add_batch_axis(text), **(inputs or {})} for key, text in texts.items()}
+        positive = conditions[id(self.positive)]
+        negative = conditions.get(id(self.negative))
+        blank = conditions.get(id(self.blank))
+        away = None if self.away is None else add_batch_axis(self.away)
+        return Section(noise, positive, negative, blank, away=away)
+
+
+# as `Family.decode`, but not limited to -1..1
+DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The part that a section added to a growing video, for its preview."""
+
+    latents: Tensor  # B C F H W, to decode by themselves
+    overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
+    in_front: bool  # it is played before the video so far; else after it
+    decode: DecodePart  # makes its pixels, before they fade into what is there
+    so_far: Tensor  # B C F H W, on the CPU: latents of all sections made until now, in playing order
+
+
+@dataclass(frozen=True)
+class Away:
+    """The text to steer away from in normalized attention guidance; a pass attends to it too."""
+
+    text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
+    steer: "Steer"
+
+
+@dataclass(frozen=True)
+class Turn:
+    """The step and the pass of a network call, for code that keeps state between steps."""
+
+    step: int  # from 0, of those that are made
+    num_steps: int
+    timestep: float  # what the network is fed
+    next_timestep: float  # what it is fed in the next step; 0 in the last one
+    which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
+
+
+WHOLE = 1000  # share of a latent that is entirely given
+
+
+@dataclass(frozen=True, eq=False)
+class GivenTokens:
+    """How much of each latent of a clip is given: 0 is noisy, WHOLE is clean.
+
+    At a noise level sigma, a latent with the share s = n / WHOLE has the level (1 - s) sigma. The tensors are
+    int16, which stays on the host.
+
+    Keyframes are images at frames of the clip, `places`, that the network sees besides it. In training they
+    are `keyframes`, clean; in a generation they are the last frames of the noisy latents, and of `image`.
+    """
+
+    image: Tensor | None = None  # B 1 F H W; None: nothing is given
+    audio: Tensor | None = None  # B 1 T 1
+    keyframes: Tensor | None = None  # B C K H W, in the form of latents in caches
+    places: tuple[int, ...] = ()  # of K keyframes
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
+        """Return a copy with `move` applied to every tensor."""
+        tensors = {"image": self.image, "audio": self.audio, "keyframes": self.keyframes}
+        moved: dict[str, Any] = {name: move(one) for name, one in tensors.items() if one is not None}
+        return replace(self, **moved)
+
+
+def clean_share(given: Tensor, like: Tensor) -> Tensor:
+    """Return shares of `GivenTokens` as 0..1, float32, on the device of another tensor."""
+    return send_ahead(given, like.device).float() / WHOLE
+
+
+@dataclass(frozen=True, eq=False)
+class Overrides:
+    """Changes to a single call of the network.
+
+    Equal only to itself, so that it may be a key and hold tensors.
+    """
+
+    skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
+    # in these blocks self-attention is replaced by its values
+    skip_self_attention: frozenset[int] = frozenset()
+    isolated: bool = False  # image and audio do not attend to each other
+    away: Away | None = None
+    slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
+    embedded_guidance: bool = True  # False: the network's input for it is left out
+    # latent frames in front that are clean, not noisy: the network knows this, and their velocity is 0
+    given_frames: int = 0
+    given: GivenTokens | None = None  # likewise single latents; velocities are multiplied by 1 - their share
+    joint: Joint | None = None  # the noisy latents are B N of an image and its sound; timesteps B or B 2
+    # what a network keeps between the passes of a section; None: it may keep nothing
+    section_cache: dict[Any, Any] | None = None
+    turn: Turn | None = None  # set by the denoising loop
+
+    @property
+    def leaves_out(self) -> bool:
+        """Return whether a part of the network is skipped, which makes the pass weaker."""
+        return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
+
+    def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
+        """Return the overrides with the conditions of the negative attention text renamed by `rename`."""
+        if self.away is None:
+            return self
+        return replace(self, away=replace(self.away, text=rename(self.away.text)))
+
+    @property
+    def steer(self) -> "Steer | None":
+        """How the negative attention text acts on attention; None without such a text."""
+        return None if self.away is None else self.away.steer
+
+    def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
+        """Return the network's text arguments for the prompt, then those of the negative attention text.
+
+        A negative attention text of one sample is used for all samples of the batch. Without one, only the
+        prompt's arguments are returned.
+        """
+        if self.away is None:
+            return [text]
+        second = {
+            name: value.expand(batch, *value.shape[1:])
+            for name, value in self.away.text.items()
+            if isinstance(value, Tensor)
+        }
+        return [text, {name: second.get(name) for name in text}]
+
+    def within(self, all_passes: "Overrides") -> "Overrides":
+        """Combine these overrides of a pass with those for all passes of its section."""
+        if all_passes is NO_OVERRIDES:
+            return self
+        return replace(
+            self,
+            skip_blocks=self.skip_blocks | all_passes.skip_blocks,
+            skip_self_attention=self.skip_self_attention | all_passes.skip_self_attention,
+            isolated=self.isolated or all_passes.isolated,
+            away=self.away or all_passes.away,
+            slow_frames=self.slow_frames or all_passes.slow_frames,
+            embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
+            given_frames=self.given_frames or all_passes.given_frames,
+            given=self.given or all_passes.given,
+            joint=self.joint or all_passes.joint,
+            section_cache=all_passes.section_cache if self.section_cache is None else self.section_cache,
+        )
+
+
+NO_OVERRIDES = Overrides()
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A clean image that parts of the denoised image are reset to where nothing changes."""
+
+    latents: Tensor  # B C F H W
+    changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: as `rules` find at each step
+    rules: ConsistencyRules | None = None
+
+    def to(self, device: torch.device) -> "Anchor":
+        """Return the anchor with its tensors on `device`."""
+        changed = None if self.changed is None else self.changed.to(device)
+        return replace(self, latents=self.latents.to(device), changed=changed)
+
+
+@dataclass(frozen=True, eq=False)
+class HeldLatents:
+    """Clean latents, some of which are kept while denoising; tensors have the form of the noisy latents."""
+
+    clean: Tensor
+    shares: Tensor  # float32, 0..1 of each latent; a clean prediction is mixed with as much of `clean`
+
+    def to(self, device: torch.device) -> "HeldLatents":
+        """Return the record with its tensors on `device`."""
+        return HeldLatents(self.clean.to(device), self.shares.to(device))
+
+    def put_whole(self, latents: Tensor) -> Tensor:
+        """Return the latents with those inserted that are kept entirely."""
+        return torch.where(self.shares == 1, self.clean, latents)
+
+    def mix_prediction(self, step: "Step", velocity: Tensor) -> Tensor:
+        """Return the velocity of a step by which the clean prediction has its share of `clean`."""
+        return (1 - self.shares) * velocity + self.shares * (step.noisy - self.clean) / step.sigma
+
+
+@dataclass(frozen=True)
+class Section:
+    """One run of the denoising loop. Conditions have a batch dimension."""
+
+    noise: Tensor  # B C F H W, model space, float32; B N with `overrides.joint`, as all latents of the loop
+    positive: Conditions
+    negative: Conditions | None = None
+    blank: Conditions | None = None
+    place: int = 0  # of its first latent frame in the video
+    source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
+    away: Conditions | None = None  # of a text alone, without media
+    overrides: Overrides = NO_OVERRIDES  # of every pass
+    # clean latents of its first frames, B C f H W, which the loop keeps in their place;
+    # `overrides.given_frames` tells the network
+    given: Tensor | None = None
+    given_audio: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
+    held: HeldLatents | None = None  # single latents that are kept; `overrides.given` tells the network
+    anchor: Anchor | None = None
+    previous: Piece | None = None  # what the section before this one added to the video
+    label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
+    count: int = 1  # how many sections the clip is made in
+    stage: int = 0  # of `Prepared.stages`
+    # a solver of the family's own; None: the one that the request names
+    solver: "OwnSolver | None" = None
+    shown: int | None = None  # latent frames of the image; those behind them are not part of the clip
+
+    @property
+    def clean_streams(self) -> tuple[bool, bool]:
+        """Return whether all images are given instead of denoised, and whether all audio is."""
+        joint, frames = self.overrides.joint, self.given
+        has_image = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
+        return has_image, self.given_audio is not None
+
+
+Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
+Calls = Mapping[Overrides, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
+Made = Mapping[tuple[Overrides, int], Tensor]  # the velocity of each
+RunPasses = Callable[[Calls, Predict, Section], Made]
+
+DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of the denoising loop, before the network is called."""
+
+    index: int  # from 0, of those that are made
+    num_steps: int  # that are made
+    sigma: float  # noise level of `noisy`
+    timestep: float  # what the network is fed
+    noisy: Tensor  # B C F H W, float32; B N of an image and its sound
+    audio_sigma: float | None = None  # noise level of the sound; None: as the image's
+    next_timestep: float = 0.0  # what the network is fed in the next step; 0 in the last one
+
+
+class OwnSolver(Protocol):
+    """A family's own `modules.flow.solvers.Solver`, whose samples have a form of their own."""
+
+    @property
+    def schedule(self) -> "Schedule":
+        """Noise levels of the steps."""
+
+    def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
+        """Run the step `index` from a velocity and a sample, and return the next sample."""
+
+    def begin(self, clean: Tensor) -> tuple[Tensor, int]:
+        """Return the noisy sample to start from, and the index of its step in the schedule.
+
+        Args:
+            clean: Latents of a source.
+        """
+
+    def clean(self, sigma: float, noisy: Tensor, output: Tensor) -> Tensor:
+        """Predict the clean latents from a sample and the network's output at a noise level."""
+
+
+@dataclass(frozen=True)
+class StepDone:
+    """A completed step with its velocity after guidance."""
+
+    step: Step
+    velocity: Tensor  # like `step.noisy`, float32
+    section: Section
+
+    @property
+    def clean(self) -> Tensor:
+        """Predict the clean latents from this step, shaped like `step.noisy`.
+
+        In flow matching, noisy = (1 - sigma) clean + sigma noise, and the velocity is noise - clean. If noise
+        is added without scaling the latents, noisy = clean + sigma noise, and `predict` returns the noise. In
+        both cases clean = noisy - sigma velocity. A family's own solver has its own formula.
+        """
+        if self.section.solver is not None:
+            clean: Tensor = self.section.solver.clean(self.step.sigma, self.step.noisy, self.velocity)
+            return clean
+        joint = self.section.overrides.joint
+        if self.step.audio_sigma is None or joint is None:
+            return self.step.noisy - self.step.sigma * self.velocity
+        image, audio = joint.split(self.step.noisy)
+        image_velocity, audio_velocity = joint.split(self.velocity)
+        clean_audio = audio - self.step.audio_sigma * audio_velocity
+        return joint.join(image - self.step.sigma * image_velocity, clean_audio)
+
+    @property
+    def picture(self) -> Tensor:
+        """Return the clean latents of the images without audio, B C F H W."""
+        joint = self.section.overrides.joint
+        latents = self.clean if joint is None else joint.split(self.clean)[0]
+        return latents[:, :, : self.section.shown]
+
+
+# Makes the velocity of a step, shaped like `Step.noisy`, from the network passes that it requests.
+Guidance = Callable[[Step, Predict, Section], Tensor]
+
+
+# Called with each step. True: enough, take `StepDone.clean` as the result of the section. Raising ends the
+# loop without a result.
+Watcher = Callable[[StepDone], bool]

@@ -1,0 +1,128 @@
+"""torch.compile for the blocks of a transformer, applied to it from outside.
+
+Each block's `forward` is compiled in place, not the whole network: the blocks of a list share their code and
+differ only in their weights, which are inputs of the compiled code, so a list of forty blocks costs one
+compilation. It starts in seconds and is independent of the code around the blocks. A block is recompiled if
+its structure differs (an input that needs no gradient, gradients on or off, a batch of one, LoRA on other
+layers), and for new sizes according to `Compilation.dynamic`.
+"""
+
+import logging
+import os
+import shutil
+import sys
+import sysconfig
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modules.compile_options import INDUCTOR, Compilation
+from modules.errors import OptionError
+from modules.private_torch import dynamo, has_cpp_compiler, has_triton, has_triton_package
+from protocols.family import DitSpec
+
+logger = logging.getLogger(__name__)
+
+# variants of one part before torch runs the rest uncompiled; torch's own 8 are too few for buckets, tiles
+RECOMPILE_LIMIT = 32
+# the same if each size is compiled separately: blocks of all widths of a U-Net share their code
+VARIANTS_OF_EACH_SIZE = 256
+# CUDA graphs need weights at fixed addresses, but all blocks share their code
+NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
+
+
+def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
+    """Compile the current `forward` of every block. Call after LoRA and before checkpointing.
+
+    Compilation runs when a block is first called. Call `check_compilation` before.
+    """
+    if spec.compiles_each_size:
+        choice = replace(choice, dynamic=False, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
+    compile_each(chain.from_iterable(spec.blocks(dit).values()), choice)
+    logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
+
+
+def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
+    """Compile the current `forward` of each part of a network in place."""
+    config = dynamo().config
+    config.recompile_limit = choice.variants or max(config.recompile_limit, RECOMPILE_LIMIT)
+    mode = NO_GRAPHS.get(choice.mode, choice.mode)
+    for part in parts:
+        part.forward = torch.compile(
+            part.forward,
+            backend=choice.backend,
+            mode=mode,
+            dynamic=choice.dynamic,
+            fullgraph=choice.fullgraph,
+        )
+
+
+def check_compilation(choice: Compilation | None, device: torch.device, spec: DitSpec | None = None) -> None:
+    """Raise OptionError if blocks cannot be compiled for this device, before anything large is loaded.
+
+    Args:
+        choice: How to compile.
+        device: Device of the run.
+        spec: Names of the network's blocks; None if it is compiled for general sizes.
+    """
+    if choice is None:
+        return
+    if spec is not None and spec.compiles_each_size and choice.dynamic:
+        raise OptionError(
+            "--compile: torch's compiler fails on the convolutions of a U-Net if sizes are dynamic. "
+            "Give auto or False as DYNAMIC, and leave --dynamo_dynamic out: each size is then compiled "
+            "by itself"
+        )
+    if not dynamo().is_dynamo_supported():
+        raise OptionError(
+            f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "
+            "--compile and --dynamo_backend out"
+        )
+    if choice.backend not in torch.compiler.list_backends(exclude_tags=()):
+        public = ", ".join(sorted({*torch.compiler.list_backends(), "eager", "aot_eager"}))
+        raise OptionError(
+            f"torch.compile has no backend {choice.backend} here: install the package that provides it, or "
+            f"use one of {public}"
+        )
+    if choice.backend == INDUCTOR:
+        missing = missing_for_inductor(device)
+        if missing:
+            raise OptionError(
+                f"compiling with inductor for {device.type} needs {missing}. Or leave --compile and "
+                "--dynamo_backend out"
+            )
+
+
+def missing_for_inductor(device: torch.device) -> str:
+    """Return the parts of torch's compiler that are missing, and how to install them."""
+    if device.type == "mps":
+        return ""  # Metal's compiler is part of the system
+    if device.type == "cpu":
+        if has_cpp_compiler():
+            return _explain_missing_headers()
+        if sys.platform == "win32":
+            return (
+                "Microsoft's C++ compiler: install the Build Tools for Visual Studio and start from "
+                "their command prompt"
+            )
+        return "a C++ compiler: install g++ or clang++"
+    if not has_triton_package():
+        package = "triton-windows" if sys.platform == "win32" else "triton"
+        return f"Triton: pip install {package}, in the version that fits torch {torch.__version__}"
+    if not has_triton():
+        return "a GPU that Triton supports (NVIDIA from compute capability 7.0 on)"
+    if sys.platform == "win32":
+        return ""  # triton-windows includes a compiler
+    if not (os.environ.get("CC") or any(shutil.which(name) for name in ("gcc", "clang", "cc"))):
+        return "a C compiler, which Triton needs to build its launchers: install gcc or clang"
+    return _explain_missing_headers()
+
+
+def _explain_missing_headers() -> str:
+    if Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return ""
+    return "the header files of Python: install python3-dev, or a Python that includes them"

@@ -1,0 +1,144 @@
+"""Examine the environment: installed packages, the device, missing packages and what they are needed for."""
+
+import importlib.util
+import platform
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from modules.errors import InstallationError
+from modules.installation import PREFIX, check_requirements, find_namesake, read_requirements
+from modules.nvidia_driver import explain_unseen_card
+
+_GB = 1 << 30
+FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
+INDEX = "https://pytorch.org/get-started/locally"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One finding about the environment, and whether Reelsmith can run with it."""
+
+    name: str
+    text: str
+    is_fit: bool = True
+
+
+def examine(folder: Path) -> list[Finding]:
+    """Return the findings about this environment, one line each.
+
+    Args:
+        folder: Folder of models and caches, whose disk is checked.
+    """
+    python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
+    free = shutil.disk_usage(folder).free / _GB
+    too_little = ""
+    if free < FEW_GB:
+        too_little = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB"
+    return [
+        Finding("Python", python),
+        *_examine_packages(),
+        *_examine_torch(),
+        Finding("disk", f"{free:.0f} GB free in {folder}{too_little}"),
+    ]
+
+
+def _examine_packages() -> Iterator[Finding]:
+    """Yield the findings about the required packages, then about each optional one."""
+    try:
+        check_requirements()
+    except InstallationError as error:
+        yield Finding("packages", " ".join(str(error).split()), is_fit=False)
+        return
+    from packaging.requirements import Requirement  # accelerate brings it
+
+    wrong = []
+    for requirement in map(Requirement, read_requirements()):
+        if not _is_there(requirement.name):
+            continue
+        installed = version(requirement.name)
+        if not requirement.specifier.contains(installed, prereleases=True):
+            wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
+    verdict = "all of requirements.txt, in the versions that it asks for"
+    if wrong:
+        remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
+        verdict = ", ".join(wrong) + remedy
+    yield Finding("packages", verdict, is_fit=not wrong)
+    namesake = find_namesake()
+    if namesake is not None:
+        yield Finding("name", namesake, is_fit=not PREFIX)
+    yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
+    if importlib.util.find_spec("bitsandbytes") is not None:
+        yield Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")
+    else:
+        lacking = "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
+        remedy = "" if sys.platform == "darwin" else " that learns. python -m pip install bitsandbytes"
+        yield Finding("bitsandbytes", lacking + remedy)
+    yield Finding("browser", "works: `reelsmith browser` opens a page to train, generate and watch by clicks")
+
+
+def _examine_torch() -> Iterator[Finding]:
+    """Yield findings about torch, its device, compiler and attention packages; nothing without torch."""
+    if importlib.util.find_spec("torch") is None:
+        return
+    try:
+        import torch
+
+        from modules.attention.attend import BACKENDS
+        from modules.devices import select_device
+        from runtime.compile import missing_for_inductor
+    except Exception as error:  # a build for another system raises OSError, a damaged one any error
+        verdict = f"cannot be loaded ({type(error).__name__}: {error}). Install it again: {INDEX}"
+        yield Finding("torch", verdict, is_fit=False)
+        return
+    device = select_device(None)
+    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    yield Finding("torch", f"{torch.__version__}, {built}")
+    if device.type == "cuda":
+        for number in range(torch.cuda.device_count()):
+            info = torch.cuda.get_device_properties(number)
+            dtype = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"  # 8: Ampere
+            size = f"{info.total_memory / _GB:.0f} GB, capability {info.major}.{info.minor}"
+            yield Finding(f"GPU {number}", f"{info.name}, {size}: {dtype}")
+    else:
+        yield _without_cuda(device.type, explain_unseen_card(torch.__version__, torch.version.cuda))
+    missing = missing_for_inductor(device)
+    verdict = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
+    yield Finding("compile", verdict)
+    installed = ["torch's own"]
+    lacking: list[str] = []
+    for backend in BACKENDS.values():
+        if backend.module:
+            has_package = importlib.util.find_spec(backend.module) is not None
+            (installed if has_package else lacking).append(backend.name)
+    verdict = ", ".join(installed)
+    if lacking:
+        names = ", ".join(lacking)
+        verdict += f"; not installed: {names}. Their options are refused, torch's own needs none"
+    yield Finding("attention", verdict)
+
+
+def _without_cuda(kind: str, reason: str | None) -> Finding:
+    """Return the finding for a torch that does not see a CUDA device.
+
+    Args:
+        kind: Type of the device that torch uses instead.
+        reason: Why torch does not see the machine's GPU, if it has one.
+    """
+    if reason is not None:
+        return Finding("GPU", reason, is_fit=False)
+    if shutil.which("nvidia-smi") is None:
+        verdict = "no CUDA device: only small models are trained and sampled in useful time"
+        return Finding("GPU", f"{kind}; {verdict}" if kind != "cpu" else verdict)
+    verdict = "an NVIDIA driver is installed, but it lists no card: see what nvidia-smi prints"
+    return Finding("GPU", verdict, is_fit=False)
+
+
+def _is_there(distribution: str) -> bool:
+    try:
+        return bool(version(distribution))
+    except PackageNotFoundError:
+        return False

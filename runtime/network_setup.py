@@ -1,0 +1,86 @@
+"""Put features around a loaded transformer, in the one order that training and generation share.
+
+Before it: weights are quantized and LoRAs merged while loading, and a LoRA that is trained is attached.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from modules.compile_options import Compilation
+from protocols.family import DitSpec
+from protocols.loading import BlockPlace
+from runtime.offload.block_swap import swap_blocks
+from runtime.offload.swap_plan import HostWeights, SwapPlan, host_weights
+from runtime.options import SwapOptions
+
+
+@dataclass(frozen=True)
+class Checkpointing:
+    """Settings of blocks that keep only their inputs until the backward pass."""
+
+    keeps_attention: bool = False
+    inputs_on_host: bool = False
+
+
+def swapped_weights(
+    spec: DitSpec, swap: SwapOptions, device: torch.device, all_weights: bool = False
+) -> HostWeights | None:
+    """Return host memory for swapped weights, or None if no weights are swapped.
+
+    Args:
+        spec: Names of the network's blocks.
+        swap: Options of block swap.
+        device: Device of the run.
+        all_weights: Whether to hold all weights, for a network that shares its device with another by turns.
+    """
+    if not (all_weights or swap.number or swap.img_in_txt_in_offloading):
+        return None
+    plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
+    return host_weights(plan, device, all_weights=all_weights)
+
+
+def dress(
+    dit: nn.Module,
+    spec: DitSpec,
+    device: torch.device,
+    compilation: Compilation | None = None,
+    host: HostWeights | None = None,
+    checkpointing: Checkpointing | None = None,
+    in_pieces: bool = False,
+    blocks: BlockPlace | None = None,
+) -> None:
+    """Prepare a loaded network to run: computation in pieces, compilation, checkpointing, swap, sharding.
+
+    Args:
+        dit: The transformer.
+        spec: Names of the network's blocks.
+        device: Device of the run.
+        compilation: How to compile; None does not compile.
+        host: Host memory that the network was loaded with.
+        checkpointing: How to checkpoint; None keeps all activations.
+        in_pieces: Whether token-wise parts are computed in pieces.
+        blocks: Place that the blocks were loaded into, if they are split over processes.
+
+    Raises:
+        OptionError: If the network has fewer blocks than are to be swapped.
+    """
+    if in_pieces:
+        from runtime.offload.checkpointing import compute_in_pieces
+
+        compute_in_pieces(dit, spec)
+    if compilation is not None:
+        from runtime.compile import compile_blocks
+
+        compile_blocks(dit, spec, compilation)
+        spec = replace(spec, recomputed_list="")  # a compiled block is recomputed as a whole
+    if checkpointing is not None:
+        from runtime.offload.checkpointing import checkpoint_blocks, offload_to_host
+
+        offload = offload_to_host(device) if checkpointing.inputs_on_host else None
+        checkpoint_blocks(dit, spec, checkpointing.keeps_attention, offload)
+    if host is not None:
+        swap_blocks(dit, host, device)
+    if blocks is not None:
+        blocks.finish(dit)

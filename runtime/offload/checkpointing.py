@@ -1,0 +1,400 @@
+"""Gradient checkpointing: trade compute and host memory for activation memory, from outside the network.
+
+`Offload` keeps the inputs of checkpointed blocks in host memory between forward and backward pass. Copies
+overlap with the computation: an input is copied to the host while its block computes, and back while the
+following block runs its backward pass. A running copy holds its source. The source is released when the next
+input is offloaded (the copy is done by then), after the computing stream has been made to wait for the copy.
+So memory is freed in the order of that stream, and however far Python runs ahead, the device holds at most
+two inputs that are leaving or two that are returning.
+
+A block's token-wise layers may run on a few thousand tokens at a time. A feed-forward layer widens every
+token several times. In the backward pass of a checkpointed block that is most of the live memory, although
+it is needed for one piece of the tokens at a time. So each piece is a checkpoint of its own. A nested
+checkpoint usually costs a third computation: the block, then the pieces. Here it does not: the pieces keep
+only their common inputs, which are saved once, before the first piece. At that point torch stops
+recomputing the block (its early stop), and continues piece by piece.
+"""
+
+import functools
+import math
+import types
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    SelectiveCheckpointContext,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
+
+from modules.integers import ceil_div
+from modules.private_torch import function_modes
+from protocols.family import DitSpec
+from protocols.loading import TensorInfo
+from runtime.offload.host_memory import Transfer, allocate, transfer_to
+
+ALIGNMENT = 256  # bytes
+
+
+class HostMemory:
+    """Reusable pieces of host memory. Pinning is slow, so only the first steps allocate."""
+
+    def __init__(self, make: Callable[[int], Tensor]) -> None:
+        """Start without memory.
+
+        Args:
+            make: Allocates a uint8 tensor of a number of bytes.
+        """
+        self._make = make
+        self._free: list[Tensor] = []
+        self.size_bytes = 0  # of all pieces, in use or free
+
+    def take(self, size_bytes: int) -> Tensor:
+        """Return a piece of at least that size, uint8. Give it back with `put`."""
+        fitting = [piece for piece in self._free if piece.numel() >= size_bytes]
+        if fitting:
+            best = min(fitting, key=Tensor.numel)
+            self._free = [piece for piece in self._free if piece is not best]
+            return best
+        # all free pieces are too small: drop one, as the larger new one also serves smaller sizes
+        if self._free:
+            self.size_bytes -= self._free.pop().numel()
+        size_bytes = math.ceil(size_bytes / ALIGNMENT) * ALIGNMENT
+        self.size_bytes += size_bytes
+        return self._make(size_bytes)
+
+    def put(self, piece: Tensor) -> None:
+        """Give a piece back for reuse."""
+        self._free.append(piece)
+
+
+@dataclass(eq=False)
+class _Away:
+    """An input in host memory. Its piece is freed when autograd drops it after its backward pass."""
+
+    host: Tensor  # with the input's shape and dtype
+    device: torch.device
+    # the input before this one in the forward pass, which the backward pass needs next
+    before: "weakref.ref[_Away] | None"
+    # at most one copy on its way to the device, with the moment at which it arrives
+    coming: list[tuple[Tensor, Any]] = field(default_factory=list)
+
+
+class Offload:
+    """Host storage for the inputs of checkpointed blocks. One object serves all blocks of a network."""
+
+    def __init__(self, transfer: Transfer, make: Callable[[int], Tensor]) -> None:
+        """Start without memory.
+
+        Args:
+            transfer: Copies between host and device.
+            make: Allocates a uint8 tensor of a number of bytes in host memory.
+        """
+        self._transfer = transfer
+        self.memory = HostMemory(make)
+        self._last: weakref.ref[_Away] | None = None
+        self._leaving: tuple[Tensor, Any] | None = None  # a source, and the moment at which its copy is done
+
+    def begin(self) -> None:
+        """Start a new forward pass; its inputs are prefetched separately from earlier passes."""
+        self._last = None
+
+    def hooks(self) -> saved_tensors_hooks:
+        """Return hooks for autograd that move saved tensors to the host and back."""
+        return saved_tensors_hooks(self._pack, self._unpack)
+
+    def _pack(self, tensor: Tensor) -> "Tensor | _Away":
+        self._let_go()
+        # the returning copy would have other strides, which compiled code relies on
+        if not tensor.is_contiguous():
+            return tensor
+        piece = self.memory.take(tensor.nbytes)
+        host = piece[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        source = tensor.detach()
+        self._leaving = source, self._transfer.copy([(host, source)], self._transfer.mark())
+        away = _Away(host, tensor.device, self._last)
+        weakref.finalize(away, self._forget, piece, away.coming).atexit = False
+        self._last = weakref.ref(away)
+        return away
+
+    def _unpack(self, packed: "Tensor | _Away") -> Tensor:
+        self._let_go()
+        if isinstance(packed, Tensor):
+            return packed
+        self._send_for(packed)
+        tensor, moment = packed.coming.pop()
+        self._transfer.wait(moment)
+        before = None if packed.before is None else packed.before()
+        if before is not None:
+            self._send_for(before)
+        return tensor
+
+    def _send_for(self, away: _Away) -> None:
+        """Start copying an input back to the device, unless the copy is already running."""
+        if not away.coming:
+            # allocated on the computing stream, which also frees it; record_stream would hold it for longer
+            target = torch.empty(away.host.shape, dtype=away.host.dtype, device=away.device)
+            away.coming.append((target, self._transfer.copy([(target, away.host)], self._transfer.mark())))
+
+    def _let_go(self) -> None:
+        if self._leaving is not None:
+            self._transfer.wait(self._leaving[1])
+            self._leaving = None
+
+    def _forget(self, piece: Tensor, coming: list[tuple[Tensor, Any]]) -> None:
+        # fetched and never used: its memory must not be reused before the copy is done
+        for _, moment in coming:
+            self._transfer.wait(moment)
+        self.memory.put(piece)  # safe: later copies into it run after those out of it
+
+
+def offload_to_host(device: torch.device) -> Offload:
+    """Return an `Offload` for the device. On a CPU inputs are copied too, although that saves nothing."""
+
+    def make(size_bytes: int) -> Tensor:
+        info = TensorInfo(torch.uint8, (size_bytes,))
+        return allocate({"": info}, pinned=device.type == "cuda").tensors[""]
+
+    return Offload(transfer_to(device), make)
+
+
+# prefixes of the names of attention operators, torch's and those of the optional packages
+ATTENTION = (
+    "aten::_scaled_dot_product_flash_attention",  # also _for_cpu
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_flash_attention_forward",
+    "aten::_efficient_attention_forward",
+    "aten::_cudnn_attention_forward",
+    "flash_attn::_flash_attn_forward",
+    "flash_attn::_flash_attn_varlen_forward",
+    "flash_attn_3::fwd",
+    "flash_attn_3::_flash_attn_forward",
+    "xformers_flash::flash_fwd",
+    "xformers_flash3::flash_fwd",
+    "xformers::efficient_attention_forward",
+    "planned::attention",  # in dry runs
+)
+# attention without a kernel: on a CPU, for few tokens
+WRITTEN_OUT = ("aten::bmm", "aten::_softmax", "aten::_safe_softmax")
+# attention to fewer keys than a quarter of the queries is cheap compared with the memory of its result
+SHORT = 4
+
+
+@dataclass(frozen=True)
+class _Block:
+    """The forward of one checkpointed block."""
+
+    module: nn.Module
+    forward: Callable[..., Tensor]
+    keeps_attention: bool
+    offload: Offload | None
+    is_first: bool
+
+    def __call__(self, *inputs: Any, **named: Any) -> Tensor:
+        if not (self.module.training and torch.is_grad_enabled()):
+            return self.forward(*inputs, **named)
+        if self.offload is not None and self.is_first:
+            self.offload.begin()
+        # autograd does not keep results that need no gradient, and compiled code may then overwrite them
+        keeps_attention = self.keeps_attention and any(
+            isinstance(value, Tensor) and value.requires_grad for value in inputs
+        )
+        # a pair of contexts: the second one, for the recomputation, reuses attention's results
+        selective = functools.partial(create_selective_checkpoint_contexts, _policy)
+        contexts = selective if keeps_attention else noop_context_fn
+        hooks: AbstractContextManager[object] = (
+            nullcontext() if self.offload is None else self.offload.hooks()
+        )
+        with hooks:
+            return checkpoint(self.forward, *inputs, use_reentrant=False, context_fn=contexts, **named)
+
+
+def checkpoint_blocks(
+    dit: nn.Module, spec: DitSpec, keep_attention: bool = False, offload: Offload | None = None
+) -> None:
+    """Make every block keep only its inputs, and recompute its activations in the backward pass.
+
+    This affects only train mode with gradients enabled. Call after LoRA and compilation, because it wraps the
+    `forward` that a block has at that time.
+
+    Args:
+        dit: The transformer.
+        spec: Names of the network's blocks.
+        keep_attention: Whether to keep the result of self-attention too, so that its kernel runs only once.
+        offload: Moves the inputs of blocks to the host, except those of the last block, which the backward
+            pass needs first; None keeps all inputs on the device.
+    """
+    blocks = recomputed_parts(dit, spec)
+    for index, block in enumerate(blocks):
+        # the backward pass starts with the last block, so that moving its inputs would only cost time
+        block_offload = None if block is blocks[-1] else offload
+        block.forward = _Block(block, block.forward, keep_attention, block_offload, is_first=index == 0)
+
+
+def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
+    """Return the parts of a network that are recomputed, each by itself, in the order in which they run."""
+    parts: list[nn.Module] = []
+    for block in spec.in_order(dit):
+        layers = getattr(block, spec.recomputed_list, ()) if spec.recomputed_list else ()
+        parts += layers if len(layers) > 1 else [block]
+    return parts
+
+
+def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named: Any) -> CheckpointPolicy:
+    """Keep the result of an expensive attention, by the operator's name and the size of query and key."""
+    name = operator.name()
+    tensors = (*inputs, *named.values())
+    if name.startswith(ATTENTION):
+        keeps = "backward" not in name and tensors[1].numel() * SHORT >= tensors[0].numel()
+    else:
+        keeps = name.startswith(WRITTEN_OUT) and tensors[0].device.type == "cpu"
+    return CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+# Letters: B batch, L tokens, C width
+
+
+# enough to keep a GPU busy, and to make up for reading (and dequantizing) the weights for every piece
+TOKENS = 4096
+# attribute of a layer: if it is true, the layer's block is not computed in pieces
+FULL = "sees_whole_input"
+
+Method = Callable[..., Tensor]
+
+
+def compute_in_pieces(dit: nn.Module, spec: DitSpec, tokens: int = TOKENS) -> None:
+    """Make blocks run their methods `spec.token_wise` on at most `tokens` tokens at a time.
+
+    These methods map (x: B L C, ...) to B L C'. This affects only train mode with gradients enabled. Call
+    after LoRA, and before compilation and `checkpoint_blocks`. Results differ only by the order of summation
+    in matrix products. Blocks with a layer that sets `sees_whole_input` are not changed.
+    """
+    # one function for all blocks of a class: compiled code knows functions by identity
+    changed: dict[Method, Method] = {}
+    for block in chain.from_iterable(spec.blocks(dit).values()):
+        if any(getattr(layer, FULL, False) for layer in block.modules()):
+            continue
+        for name in spec.token_wise:
+            method = getattr(type(block), name, None)
+            if method is not None:
+                changed.setdefault(method, _in_pieces(method, tokens))
+                setattr(block, name, types.MethodType(changed[method], block))
+
+
+def _in_pieces(method: Method, tokens: int) -> Method:
+    """Return a method that runs `method` on pieces of `tokens` tokens, each of them checkpointed."""
+
+    def run(block: nn.Module, x: Tensor, *inputs: Any) -> Tensor:
+        num_pieces = ceil_div(x.shape[1], tokens)
+        if num_pieces == 1 or not (block.training and torch.is_grad_enabled()):
+            return method(block, x, *inputs)
+        # compiled code decides by itself which inputs it saves, so that they need not be shared by hand
+        if torch.compiler.is_compiling():
+
+            def compute(piece: Tensor) -> Tensor:
+                return method(block, piece, *inputs)
+
+            pieces = x.chunk(num_pieces, dim=1)
+            outputs = [checkpoint(compute, piece, use_reentrant=False) for piece in pieces]
+            return torch.cat(outputs, dim=1)
+        common = _CommonInputs(method, block, num_pieces, inputs=(x, *inputs))
+        # `checkpoint` takes the device from the tensors in its arguments. A tensor in a tuple is not saved,
+        # which would happen only after its piece was computed
+        device_tensor = (x.new_empty(0),)
+        outputs = [
+            checkpoint(common.compute, index, device_tensor, use_reentrant=False)
+            for index in range(num_pieces)
+        ]
+        common.forget()
+        return torch.cat(outputs, dim=1)
+
+    return run
+
+
+class _Keep(torch.autograd.Function):
+    """A node of the autograd graph that only saves tensors, so that the backward pass can read them."""
+
+    @staticmethod
+    def forward(ctx: Any, handle: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return torch.empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        raise AssertionError("this node only saves tensors")
+
+
+class _CommonInputs:
+    """The inputs that all pieces of a call share.
+
+    This object holds them during the forward pass, until `forget`. After that, they are only saved in a node
+    of the autograd graph (`_Keep`); the backward pass reads them from there, which makes torch recompute the
+    block.
+    """
+
+    def __init__(self, method: Method, block: nn.Module, count: int, inputs: tuple[Any, ...]) -> None:
+        """Prepare to compute a method in pieces of its first input.
+
+        Args:
+            method: The method.
+            block: The block that it belongs to.
+            count: Number of pieces.
+            inputs: Inputs of the method; the first one, B L C, is cut along L.
+        """
+        self._method = method
+        self._block = block
+        self._count = count
+        # inputs that are no tensors; each tensor's position in the list is free
+        self._fixed = [None if isinstance(value, Tensor) else value for value in inputs]
+        self._tensor_indices = [index for index, value in enumerate(inputs) if isinstance(value, Tensor)]
+        tensors = [inputs[index] for index in self._tensor_indices]
+        self._requires_grad = [tensor.requires_grad for tensor in tensors]
+        # the output, not its node: before torch 2.13 a node frees what it saved when its output is gone
+        self._saver: Any = _Keep.apply(torch.empty(0, requires_grad=True), *tensors)
+        self._tensors: list[Tensor] | None = tensors
+        # split once, so that the pieces' gradients are joined once
+        self._pieces = inputs[0].chunk(count, dim=1)
+        self._num_recomputed = 0  # pieces, in the backward pass
+        # modes of a rehearsal (`PlannedKernels`), which torch turns off during `backward`
+        self._modes = function_modes()
+
+    def forget(self) -> None:
+        """Release the inputs after all pieces have been computed, until the backward pass."""
+        self._tensors = None
+        self._pieces = ()
+        self._num_recomputed = 0
+
+    def compute(self, index: int, device: object) -> Tensor:
+        """Compute one piece; each piece is recomputed once in the backward pass."""
+        # the forward pass ends with `forget`, so that only the backward pass finds no tensors
+        is_recomputing = self._tensors is None or self._num_recomputed > 0
+        if self._tensors is None:
+            saved = self._saver.grad_fn.saved_tensors  # read only once: this makes torch recompute the block
+            self._tensors = [
+                tensor.detach().requires_grad_(requires_grad)
+                for tensor, requires_grad in zip(saved, self._requires_grad, strict=True)
+            ]
+            self._pieces = self._tensors[0].chunk(self._count, dim=1)
+        inputs = list(self._fixed)
+        for input_index, tensor in zip(self._tensor_indices, self._tensors, strict=True):
+            inputs[input_index] = tensor
+        inputs[0] = self._pieces[index]
+        if is_recomputing:
+            self._num_recomputed += 1
+            if self._num_recomputed == self._count:
+                self.forget()
+        with ExitStack() as stack:
+            for mode in self._modes if is_recomputing else ():
+                stack.enter_context(mode)
+            return self._method(self._block, *inputs)

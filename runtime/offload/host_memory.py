@@ -1,0 +1,381 @@
+"""Host memory for fast copies to a device: page-locked ("pinned"), and shared by a machine's processes.
+
+torch's own pinned memory is rounded up to powers of two, which would waste up to half. Here pages are mapped
+in the size needed and registered with the driver, some hundred MB at once: Windows locks about half of a
+machine's memory and refuses large pieces, WSL locks much less. Memory that the driver does not lock serves
+too: its copies are slower, and the host waits for them. Shared memory has no name in the file system: it is
+freed when the last process ends, even if it is killed.
+
+Swapping accesses a device only through this file: the copies here overlap with its computation. Networks that
+take turns are loaded when first needed and freed when others need the memory.
+"""
+
+import contextlib
+import functools
+import logging
+import mmap
+import os
+import sys
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from modules.devices import free_memory
+from modules.integers import round_up
+from protocols.loading import TensorInfo
+
+logger = logging.getLogger(__name__)
+
+ALIGNMENT = 256  # bytes; tensors begin at multiples of it
+PIECE = 256 << 20  # bytes that are locked at once, if a tensor is not larger
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The processes of one run on this machine, if there are several."""
+
+    rank: int  # of this process among them
+    first: int  # number of the first of them among all processes
+
+
+def machine_of(environment: Mapping[str, str]) -> Machine | None:
+    """Read the environment of the launcher (accelerate, torchrun) after the processes have joined.
+
+    Returns:
+        None if this process is the only one on its machine.
+    """
+    has_joined = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not has_joined or int(environment.get("LOCAL_WORLD_SIZE", "1")) == 1:
+        return None
+    rank = torch.distributed.get_rank()
+    local = int(environment.get("LOCAL_RANK", "0"))
+    return Machine(local, rank - local)
+
+
+@dataclass(frozen=True)
+class HostTensors:
+    """Tensors in host memory. If several processes share them, one process fills them."""
+
+    tensors: Mapping[str, Tensor]
+    is_filled_here: bool = True
+    unlocked_bytes: int = 0  # of memory that was to be pinned and is not
+
+
+def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
+    """Allocate uninitialized memory for tensors.
+
+    Args:
+        infos: Dtype and shape of each tensor, by name.
+        pinned: Whether to lock as much of the memory as the driver allows, for copies to a CUDA device.
+        machine: Processes that share the memory; all must call this with the same tensors, and call
+            `wait_for_all` before reading. None allocates memory for this process alone.
+    """
+    starts, pieces = _lay_out([info.size_bytes for info in infos.values()])
+    size = pieces[-1].stop
+    shared = None if machine is None else _share(size, machine)
+    mapping = _private(size) if shared is None else shared
+    memory, unlocked = _as_tensor(mapping, pieces if pinned else ())
+    tensors = {}
+    for start, (name, info) in zip(starts, infos.items(), strict=True):
+        content = memory[start : start + info.size_bytes]
+        tensors[name] = content.view(info.dtype).view(info.shape)
+    if unlocked:
+        _warn_of_unlocked(unlocked, sum(tensor.nbytes for tensor in tensors.values()))
+    is_filled_here = machine is None or shared is None or machine.rank == 0
+    return HostTensors(tensors, is_filled_here, unlocked)
+
+
+@functools.cache  # inputs of blocks come in many pieces of one size
+def _warn_of_unlocked(size: int, total: int) -> None:
+    logger.warning(
+        "The driver refused to lock %.1f of %.1f GB of host memory: copies between these and the device are "
+        "slower, and the host waits for them. Windows locks about half of a machine's memory at most, WSL "
+        "much less.",
+        size / 1e9,
+        total / 1e9,
+    )
+
+
+def _lay_out(sizes: Sequence[int]) -> tuple[list[int], list[range]]:
+    """Return the byte offset of each tensor, and the pieces of memory to lock one by one.
+
+    No tensor and no page is in two pieces, because a copy must not cross the border between pieces.
+    """
+    offsets: list[int] = []
+    pieces: list[range] = []
+    piece_start = 0
+    end = 0
+    for size in sizes:
+        is_piece_full = end + size > piece_start + PIECE
+        # the driver cannot lock an empty piece, and an empty tensor fits into any
+        if size and piece_start < end and is_piece_full:
+            pieces.append(range(piece_start, end))
+            end = round_up(end, mmap.ALLOCATIONGRANULARITY)  # the next piece starts on a new page
+            piece_start = end
+        offsets.append(end)
+        end += round_up(size, ALIGNMENT)
+    # one byte at least, because an empty mapping is an error
+    return offsets, [*pieces, range(piece_start, max(end, 1))]
+
+
+def wait_for_all(machine: Machine | None) -> None:
+    """Wait until every process has arrived here; None means that there is only one process."""
+    if machine is not None:
+        torch.distributed.barrier()
+
+
+def _private(size: int) -> mmap.mmap:
+    mapping = (
+        mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if sys.platform != "win32"
+        else mmap.mmap(-1, size)
+    )
+    _advise(mapping, "MADV_HUGEPAGE")  # allocates the pages in a tenth of the time
+    return mapping
+
+
+def _share(size: int, machine: Machine) -> mmap.mmap | None:
+    """Map memory shared by a machine's processes; None if they cannot share, so that each needs its own.
+
+    The first process creates an anonymous file; the other processes open it through the first process's list
+    of open files.
+    """
+    descriptor = None  # of the file, in the first process only
+    if machine.rank == 0 and hasattr(os, "memfd_create"):
+        descriptor = os.memfd_create("swapped weights")
+        try:
+            # fails here if memory is short, instead of crashing when it is written
+            os.posix_fallocate(descriptor, 0, size)
+        except OSError as error:
+            os.close(descriptor)
+            logger.debug("no shared memory: %s", error)
+            descriptor = None
+    offers = _gather((os.getpid(), descriptor))
+    first_pid, first_descriptor = offers[machine.first]
+    mapping = None
+    if first_descriptor is not None:
+        try:
+            opened = descriptor
+            if opened is None:
+                opened = os.open(f"/proc/{first_pid}/fd/{first_descriptor}", os.O_RDWR)
+            try:
+                mapping = mmap.mmap(opened, size)
+            finally:
+                if descriptor is None:
+                    os.close(opened)
+        except OSError as error:
+            logger.debug("no shared memory: %s", error)
+    all_have = all(_gather(mapping is not None))
+    if descriptor is not None:
+        os.close(descriptor)  # the mapping keeps it alive
+    if all_have:
+        return mapping
+    if machine.rank == 0:
+        logger.warning(
+            "Each process keeps its own copy of the swapped weights: this system does not let them share "
+            "memory."
+        )
+    return None
+
+
+def _gather(value: Any) -> list[Any]:
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def _advise(mapping: mmap.mmap, *advice: str) -> None:
+    """Advise the system how memory will be used, if it accepts advice."""
+    for name in advice:
+        if hasattr(mmap, name):
+            try:
+                mapping.madvise(getattr(mmap, name))
+            except OSError as error:
+                logger.debug("%s: %s", name, error)
+
+
+def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int]:
+    """Return the bytes of a mapping as a tensor that keeps it alive, and the number of bytes not locked.
+
+    Args:
+        mapping: The mapping.
+        pieces: Pieces to lock one by one until the driver refuses; then the last locked one is unlocked
+            again.
+    """
+    array = numpy.frombuffer(mapping, dtype=numpy.uint8)  # holds the mapping, and the tensor holds the array
+    locked: list[int] = []  # addresses of locked pieces
+    if pieces:
+        # a forked process must not take over the pages that are registered with the device
+        _advise(mapping, "MADV_DONTFORK")
+        weakref.finalize(array, _unregister, locked).atexit = False
+    for piece in pieces:
+        address = array.ctypes.data + piece.start
+        if not _register(address, len(piece)):
+            # leave some pinned memory to batches and to small copies of each step
+            if len(locked) > 1:
+                torch.cuda.cudart().cudaHostUnregister(locked.pop())
+            return torch.from_numpy(array), sum(map(len, pieces[len(locked) :]))
+        locked.append(address)
+    return torch.from_numpy(array), 0
+
+
+def _register(address: int, size: int) -> bool:
+    driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
+    if driver.cudaHostRegister(address, size, portable) == driver.cudaError.success:
+        return True
+    # take back the error that the driver keeps for this thread after a refused call: torch would report it
+    # at the next kernel, which has nothing to do with it. torch does not offer cudaGetLastError, but calls it
+    # when it starts a kernel
+    with contextlib.suppress(RuntimeError):
+        torch.ones(1, device="cuda")
+    return False
+
+
+def _unregister(addresses: Sequence[int]) -> None:
+    torch.cuda.synchronize()  # copies from it may still be running
+    for address in addresses:
+        torch.cuda.cudart().cudaHostUnregister(address)
+
+
+Pairs = Sequence[tuple[Tensor, Tensor]]  # (target, source), of one size
+
+
+class Transfer:
+    """Copies to and from a device, in the order in which they are requested. Here each is done at once.
+
+    This is for devices whose copies need no separate stream, such as the CPU. `mark` and `copy` return
+    moments, whose type the subclass chooses.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def memory(self, size_bytes: int) -> Tensor:
+        """Allocate bytes on the device."""
+        return torch.empty(size_bytes, dtype=torch.uint8, device=self._device)
+
+    def mark(self) -> Any:
+        """Return the moment at which all computation queued so far is done."""
+
+    def copy(self, pairs: Pairs, after: Any) -> Any:
+        """Copy pairs of tensors after the moment `after`; return the moment at which the copies are done."""
+        for target, source in pairs:
+            target.copy_(source)
+
+    def wait(self, moment: Any) -> None:
+        """Make computation that is queued from now on start after a moment."""
+
+    def finish(self) -> None:
+        """Wait until all copies are done."""
+
+
+class CudaTransfer(Transfer):
+    """Copies for CUDA in a separate stream. Moments are CUDA events."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._stream = torch.cuda.Stream(device)
+
+    def memory(self, size_bytes: int) -> Tensor:
+        """Allocate bytes that are not reused while a copy into them is still running."""
+        memory = super().memory(size_bytes)
+        # if it is freed during a copy into it, torch does not reuse it before the copy is done
+        memory.record_stream(self._stream)
+        return memory
+
+    def mark(self) -> torch.cuda.Event:
+        """Record an event in the compute stream."""
+        return torch.cuda.current_stream(self._device).record_event()
+
+    def copy(self, pairs: Pairs, after: torch.cuda.Event) -> torch.cuda.Event:
+        """Queue copies in the transfer stream; they start after `after`."""
+        self._stream.wait_event(after)
+        with torch.cuda.stream(self._stream):
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+            return self._stream.record_event()
+
+    def wait(self, moment: torch.cuda.Event) -> None:
+        """Make the compute stream wait for a moment; the host does not wait."""
+        torch.cuda.current_stream(self._device).wait_event(moment)
+
+    def finish(self) -> None:
+        """Block the host until all copies are done."""
+        self._stream.synchronize()
+
+
+def transfer_to(device: torch.device) -> Transfer:
+    """Return the kind of transfer that suits the device."""
+    return CudaTransfer(device) if device.type == "cuda" else Transfer(device)
+
+
+def offload_layer(layer: nn.Module, host: Tensor, device: torch.device) -> None:
+    """Keep the layer's weight in host memory, except while its forward runs.
+
+    This is for frozen layers at the start of a network: if their backward pass needed the weight, autograd
+    would keep it on the device.
+
+    Args:
+        layer: The layer.
+        host: Host memory that already holds the weight.
+        device: Device of the run.
+    """
+    weight = layer.weight
+    assert isinstance(weight, nn.Parameter)
+    weight.data = host
+    layer.forward = functools.partial(_run_moved, layer.forward, weight, host, device)
+
+
+def _run_moved(
+    forward: Callable[..., Any],
+    weight: nn.Parameter,
+    host: Tensor,
+    device: torch.device,
+    *inputs: Any,
+    **named: Any,
+) -> Any:
+    # copied in the computing stream: no waiting is needed
+    weight.data = host.to(device, non_blocking=True, copy=True)
+    try:
+        return forward(*inputs, **named)
+    finally:
+        weight.data = host
+
+
+Network = TypeVar("Network", bound=nn.Module)
+Beside = TypeVar("Beside")
+
+
+class LoadedNetwork(Generic[Network, Beside]):
+    """A network and its companion, such as a tokenizer; both are in memory only between `load` and `free`."""
+
+    _pair: tuple[Network, Beside] | None = None
+
+    def load(
+        self,
+        device: torch.device,
+        make: Callable[[torch.device], tuple[Network, Beside]],
+        move: Callable[[nn.Module, torch.device], object] = nn.Module.to,
+    ) -> None:
+        """Make both, with the network on the device; or move a network that is already loaded."""
+        if self._pair is None:
+            self._pair = make(device)
+        else:
+            move(self._pair[0], device)
+
+    def get(self) -> tuple[Network, Beside]:
+        """Return both. Call `load` first."""
+        assert self._pair is not None, "call load() first"
+        return self._pair
+
+    def free(self) -> None:
+        """Release network and companion, and the device memory that torch caches."""
+        if self._pair is not None:
+            device = next(self._pair[0].parameters()).device
+            self._pair = None
+            free_memory(device)

@@ -1,0 +1,232 @@
+"""Choose which weights of a transformer stay in host memory: numbers of blocks, and names.
+
+With `--blocks_to_swap N` the blocks take as much device memory as all but N of them, as in the known tuners.
+Some blocks stay on the device; the others are streamed through a few slots, which count towards that memory.
+Streamed blocks are spread evenly among resident ones, whose computation hides the copies.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from modules.errors import OptionError
+from modules.speed_options import SLOTS
+from protocols.family import DitSpec
+from protocols.loading import TensorInfo
+from runtime.offload.host_memory import HostTensors, Machine, allocate, machine_of, wait_for_all
+
+
+@dataclass(frozen=True)
+class ListPlan:
+    """How the device's memory is divided among the blocks of one list."""
+
+    name: str  # of the nn.ModuleList
+    num_blocks: int
+    streamed: tuple[int, ...]  # indices of the blocks that are copied from host memory each time
+    slots: int  # on the device, shared by the streamed blocks
+
+
+def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> ListPlan:
+    """Plan the streaming of one list of blocks.
+
+    The device holds num_blocks - swapped blocks, but at least `slots`, so that one can be copied while
+    another computes.
+
+    Args:
+        name: Name of the list.
+        num_blocks: Number of blocks in the list.
+        swapped: Number of blocks as --blocks_to_swap counts, at most num_blocks - 1.
+        slots: Number of slots for streamed blocks.
+    """
+    if swapped == 0:
+        return ListPlan(name, num_blocks, (), 0)
+    # a slot takes as much memory as a block that stays on the device
+    resident = max(num_blocks - swapped - slots, 0)
+    num_streamed = num_blocks - resident
+    # spread the streamed blocks evenly over the list, so that copies overlap with computation
+    streamed = tuple(
+        index
+        for index in range(num_blocks)
+        if (index + 1) * num_streamed // num_blocks > index * num_streamed // num_blocks
+    )
+    return ListPlan(name, num_blocks, streamed, min(slots, num_streamed))
+
+
+def max_blocks(
+    num_blocks: Sequence[int], counts: Callable[[int], Sequence[int]] | None, unswapped: int = 1
+) -> int:
+    """Return the largest possible value of --blocks_to_swap.
+
+    Args:
+        num_blocks: Number of blocks in each list.
+        counts: `DitSpec.swap_counts`.
+        unswapped: `DitSpec.unswapped`.
+    """
+    if counts is None:
+        return 0
+    numbers = range(sum(num_blocks), 0, -1)
+    return next((number for number in numbers if _fits(num_blocks, counts(number), unswapped)), 0)
+
+
+def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:
+    """Return whether this many blocks of each list can be swapped.
+
+    A list with several blocks can always swap one.
+    """
+    maximum = [max(total - unswapped, 1 if total > 1 else 0) for total in num_blocks]
+    return all(count <= limit for count, limit in zip(swapped, maximum, strict=True))
+
+
+@dataclass(frozen=True)
+class SwapPlan:
+    """The swap options for the transformers of one family."""
+
+    spec: DitSpec
+    blocks: int  # --blocks_to_swap
+    input_layers: bool = False  # --img_in_txt_in_offloading
+    slots: int = SLOTS  # --block_swap_ring_size
+
+    def __bool__(self) -> bool:
+        return self.blocks > 0 or self.input_layers
+
+    def lists(self, dit: nn.Module) -> list[ListPlan]:
+        """Return the plan of each list of blocks.
+
+        Raises:
+            OptionError: If the network has too few blocks.
+        """
+        totals = [len(blocks) for blocks in self.spec.blocks(dit).values()]
+        swapped = check_swap(self.spec, self.blocks, totals)
+        rows = zip(self.spec.block_lists, totals, swapped, strict=True)
+        return [plan_list(*row, self.slots) for row in rows]
+
+    def names(self, dit: nn.Module) -> list[str]:
+        """Return the names of all weights in host memory, in order of use. Raises as `lists` does."""
+        names = [name for path in self.input_layer_names(dit) for name in big_weights(dit, path)]
+        for blocks in self.lists(dit):
+            names += [
+                name for index in blocks.streamed for name in big_weights(dit, f"{blocks.name}.{index}")
+            ]
+        return names
+
+    def input_layer_names(self, dit: nn.Module) -> list[str]:
+        """Return the names of the network's input layers to swap; empty if they stay on the device."""
+        return [name for name in self.spec.input_layers if hasattr(dit, name)] if self.input_layers else []
+
+
+def check_swap(spec: DitSpec, blocks: int, totals: Sequence[int]) -> Sequence[int]:
+    """Return the number of blocks of each list that are swapped.
+
+    Args:
+        spec: Names of the network's blocks.
+        blocks: Value of --blocks_to_swap.
+        totals: Number of all blocks in each list.
+
+    Raises:
+        OptionError: If the network has too few, or if none of its blocks can be swapped.
+    """
+    if not blocks:
+        return [0] * len(totals)
+    if spec.swap_counts is None:
+        raise OptionError(
+            f"--blocks_to_swap {blocks}: this model runs its blocks by itself, so none can be swapped. Leave "
+            "it out"
+        )
+    swapped = spec.swap_counts(blocks)
+    if not _fits(totals, swapped, spec.unswapped):
+        maximum = max_blocks(totals, spec.swap_counts, spec.unswapped)
+        has = " + ".join(map(str, totals))
+        raise OptionError(
+            f"--blocks_to_swap {blocks}: the transformer has {has} blocks, at most {maximum} can be "
+            f"swapped. Use {maximum} or less"
+        )
+    return swapped
+
+
+def big_weights(network: nn.Module, path: str) -> Iterator[str]:
+    """Yield the names of a part's weights that are worth moving: of layers, not biases, norms or scales."""
+    for name, _ in big_layers(network, path):
+        yield f"{name}.weight"
+
+
+def big_layers(network: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the linear and convolutional layers below `path`, by full name; they hold nearly all weights."""
+    for name, module in network.get_submodule(path).named_modules(prefix=path):
+        if isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d)):
+            yield name, module
+
+
+class HostWeights:
+    """The weights of one network that are in host memory: a `HostPlace`."""
+
+    def __init__(
+        self, plan: SwapPlan, pinned: bool, machine: Machine | None = None, all_weights: bool = False
+    ) -> None:
+        """Prepare host memory for a network; `hold` allocates it.
+
+        Args:
+            plan: The plan of the swap.
+            pinned: Whether the memory is locked, for a CUDA device.
+            machine: Processes that share the memory; None if there is only one.
+            all_weights: Whether to hold all tensors instead of only the swapped ones, for a network that
+                shares its device with another by turns.
+        """
+        self.plan = plan
+        self._pinned, self._machine, self._all_weights = pinned, machine, all_weights
+        self._held: HostTensors | None = None
+
+    def hold(self, network: nn.Module, tensors: Mapping[str, TensorInfo]) -> Mapping[str, Tensor]:
+        """Allocate the memory.
+
+        Raises:
+            OptionError: If the network has too few blocks.
+        """
+        names = tensors if self._all_weights else self.plan.names(network)
+        self._held = allocate({name: tensors[name] for name in names}, self._pinned, self._machine)
+        return self._held.tensors
+
+    @property
+    def is_filled_here(self) -> bool:
+        """Whether this process reads the weights; otherwise another process reads them into shared memory."""
+        return self._held is None or self._held.is_filled_here
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """Weights in memory that processes share, by name; empty if nothing is shared."""
+        return {} if self._held is None else self._held.tensors
+
+    def finish(self) -> None:
+        """Wait until all processes of the machine have read their weights."""
+        wait_for_all(self._machine)
+
+    def adopt(self, network: nn.Module) -> Mapping[str, Tensor]:
+        """Return the swapped weights by name; move them to host memory if they were not loaded into it."""
+        names = self.plan.names(network)
+        if self._held is None:
+            weights = {name: network.get_parameter(name) for name in names}
+            tensors = self.hold(
+                network,
+                {name: TensorInfo(weight.dtype, tuple(weight.shape)) for name, weight in weights.items()},
+            )
+            for name, weight in weights.items():
+                if self.is_filled_here:
+                    tensors[name].copy_(weight.data)
+                weight.data = tensors[name]  # at once, so that there is never a second copy of all weights
+            self.finish()
+        return {name: self.tensors[name] for name in names}
+
+
+def host_weights(plan: SwapPlan, device: torch.device, all_weights: bool = False) -> HostWeights | None:
+    """Return memory for weights that the plan keeps off the device, or None.
+
+    Args:
+        plan: The plan of the swap.
+        device: Device of the run.
+        all_weights: Whether to hold all weights.
+    """
+    if not (plan or all_weights):
+        return None
+    return HostWeights(plan, device.type == "cuda", machine_of(os.environ), all_weights)

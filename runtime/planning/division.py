@@ -1,0 +1,81 @@
+"""Predict what a card holds that shares a step with others, from what a single card would hold."""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from modules.private_torch import TorchDispatchMode
+from protocols.steps import Overrides
+from runtime.planning.dry_run import (
+    ATTENTION,
+    IN_BLOCKS,
+    KEPT,
+    WORKING,
+    Counts,
+    Extrapolate,
+    Moment,
+    extrapolate,
+)
+from runtime.run_blocks import Hidden, runner_of, set_runner
+
+EXCHANGED = 3  # tensors of an attention: one is in order for the others, one is sent, one arrives
+
+
+class TokenCounter(TorchDispatchMode):
+    """Record the sizes of tensors that GPUs would share, from the operators that run while this is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0  # bytes of the queries of one self-attention
+        self.tokens = 0  # bytes of the tokens of a pass as they leave the blocks
+        self.heads = 0  # the largest number that divides the heads of every self-attention
+
+    def watch(self, dit: nn.Module) -> Extrapolate:
+        """Watch a network from now on; return the function that extrapolates the rehearsal to all blocks."""
+        inner = runner_of(dit)
+
+        def run(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+            inner(dit, hidden, overrides)
+            self.tokens = max(self.tokens, hidden.x.nbytes)
+
+        def watched(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
+            with self:
+                return extrapolate(measure, counts)
+
+        set_runner(dit, run)
+        return watched
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.name() == "planned::attention":
+            query, key = args[:2]
+            if query.shape[1] == key.shape[1]:  # to a text each token looks on its own card
+                self.largest = max(self.largest, query.nbytes)
+                self.heads = math.gcd(self.heads, query.shape[2])
+        return func(*args, **(kwargs or {}))
+
+
+def divide_tokens(moments: Mapping[str, Moment], context: int, undivided: TokenCounter) -> dict[str, Moment]:
+    """Return a rehearsal's moments for a GPU that has 1 / `context` of the tokens inside the blocks.
+
+    Outside of the blocks the GPU works on all tokens, which are gathered after the blocks. Tokens that stay
+    complete inside, such as those of a text that is only attended to, are counted as divided, because they
+    are few.
+
+    Args:
+        moments: Moments of the rehearsal.
+        context: Number of GPUs that share the tokens.
+        undivided: Counter of the rehearsal.
+    """
+    exchange_buffers = EXCHANGED * undivided.largest // context
+    divided: dict[str, Moment] = {}
+    for phase, moment in moments.items():
+        if phase.startswith(IN_BLOCKS):
+            parts = {kind: moment.get(kind, 0) // context for kind in (KEPT, ATTENTION, WORKING)}
+            parts[WORKING] += exchange_buffers
+        else:
+            # what the blocks keep for the backward pass is divided; the gathered tokens are complete
+            parts = {KEPT: moment.get(KEPT, 0) // context + undivided.tokens}
+        divided[phase] = {**moment, **parts}
+    return divided

@@ -1,0 +1,463 @@
+"""Run real code on tensors without data, and count the bytes that a device would hold.
+
+Inside `dry_run` tensors have shapes, dtypes, devices and storages with their usual lifetimes, but no values:
+a step of a 14B model takes seconds and no memory. The device `ACCELERATOR` stands for the GPU, the plain CPU
+for the host. Small integer tensors (text masks, lengths) do have values, so that code may read them.
+"""
+
+import functools
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from modules.integers import round_up
+from modules.layers.convolution import compute_piece
+from modules.private_torch import (
+    READ_NUMBER,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    tree_leaves,
+    tree_map_only,
+    unset_fake_temporarily,
+)
+from runtime.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
+
+# torch treats it as another device than plain `cpu`, and every build can compute on it
+ACCELERATOR = torch.device("cpu:0")
+HOST = torch.device("cpu")
+GRANULE = 512  # CUDA's caching allocator rounds every allocation up to a multiple of this
+SMALL = 1 << 16  # integer tensors of at most so many elements keep their values
+
+WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
+ATTENTION = "attention"  # its workspace
+TEXTS = "texts"  # weights of text encoders
+ADAPTER = "adapter"  # LoRAs that are there while training alone; those of all transformers stay on the device
+# everything else: made before the current place of the run, or in it
+KEPT, WORKING = "kept", "working"
+Moment = Mapping[str, int]  # bytes by kind
+
+
+def round_up_bytes(size: int) -> int:
+    """Round a size up to a multiple of the allocation granularity of CUDA's allocator."""
+    return round_up(size, GRANULE)
+
+
+@dataclass
+class _Allocation:
+    size: int
+    kind: str
+    place: int  # number of the place it was made in
+    on_device: bool
+
+
+class Ledger(TorchDispatchMode):
+    """Tracks the bytes in use by kind, and the peak in each phase of the run.
+
+    `enter` begins a phase, such as the backward pass through a block.
+    """
+
+    def __init__(self, device: torch.device = ACCELERATOR) -> None:
+        """Start empty.
+
+        Args:
+            device: Device whose tensors are counted.
+        """
+        super().__init__()
+        self.device = device
+        self.is_backward = False
+        self.peaks: dict[str, Moment] = {}
+        self._place, self._number = "start", 0  # the current place: its name, and how many came before it
+        self._kind = WORKING  # kind of new tensors
+        self._live: Counter[str] = Counter()  # live bytes by kind; WORKING includes KEPT
+        self._here = 0  # the part of WORKING that was made in the current place
+        self._total = 0
+        self._most = 0  # largest total since `rise` began
+        self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
+        self._guesses = False  # whether unknown numbers are read as 1
+        self.counts: dict[str, int] = {}  # blocks of each list that run
+        self.inputs: dict[str, int] = {}  # bytes of the tokens that a block of each list gets
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self._guesses and func is READ_NUMBER and isinstance(args[0], FakeTensor):
+            return _guess_number(args[0])
+        result = _compute(func, args, kwargs or {}, self.device)
+        kind = ATTENTION if func.name() == ATTENTION_WORKSPACE else None
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.see(leaf, kind)
+        return result
+
+    def enter(self, place: str) -> None:
+        """Enter another part of the run.
+
+        From now on, live tensors without another kind count as kept from an earlier part.
+        """
+        self._place = place
+        self._number += 1
+        self._here = 0
+        self._compare()
+
+    def forget_peaks(self) -> None:
+        """Forget the peaks before another phase is measured."""
+        self.peaks = {}
+
+    def rise(self, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+        """Call `run`; return its result and the largest increase of the device's total, in bytes."""
+        before, self._most = self._total, self._total
+        result = run()
+        return result, self._most - before
+
+    @contextmanager
+    def allocating(self, kind: str) -> Iterator[None]:
+        """Count tensors that are created inside as this kind."""
+        before, self._kind = self._kind, kind
+        try:
+            yield
+        finally:
+            self._kind = before
+
+    @contextmanager
+    def guessing(self) -> Iterator[None]:
+        """Let code inside read unknown numbers as 1; only for code whose memory does not depend on them."""
+        before, self._guesses = self._guesses, True
+        try:
+            yield
+        finally:
+            self._guesses = before
+
+    def see(self, tensor: Tensor, kind: str | None = None) -> None:
+        """Count a tensor's storage; if `kind` is given and the storage is known, change its kind."""
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._known:
+            reference, allocation = self._known[key]
+            if reference() is storage:  # else a new storage has the id of a freed one
+                if kind is not None and allocation.kind != kind:
+                    self._add(allocation, -1)
+                    allocation.kind = kind
+                    self._add(allocation, 1)
+                return
+        allocation = _Allocation(
+            round_up_bytes(storage.nbytes()),
+            kind or self._kind,
+            self._number,
+            tensor.device == self.device,
+        )
+
+        def forget(_: Any) -> None:
+            self._add(self._known.pop(key)[1], -1)
+
+        self._known[key] = (weakref.ref(storage, forget), allocation)
+        self._add(allocation, 1)
+        self._compare()
+
+    @property
+    def moment(self) -> Moment:
+        """Return the device's current bytes by kind."""
+        moment = {kind: size for kind, size in self._live.items() if kind != WORKING}
+        return {**moment, KEPT: self._live[WORKING] - self._here, WORKING: self._here}
+
+    def _add(self, allocation: _Allocation, sign: int) -> None:
+        if not allocation.on_device:
+            return
+        self._live[allocation.kind] += sign * allocation.size
+        self._total += sign * allocation.size
+        if allocation.kind == WORKING and allocation.place == self._number:
+            self._here += sign * allocation.size
+
+    def _compare(self) -> None:
+        self._most = max(self._most, self._total)
+        if self._total > sum(self.peaks.get(self._place, {}).values()):
+            self.peaks[self._place] = self.moment
+
+
+def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
+    """Run an operator.
+
+    Its result has values if all inputs have some, or if it is a new small integer tensor.
+    """
+    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
+    if tensors and not fakes:  # all inputs have values
+        goes_to_device = device != HOST and kwargs.get("device") == device
+        if goes_to_device and any(tensor.is_floating_point() for tensor in tensors):
+            dtype = kwargs.get("dtype") or tensors[0].dtype
+            return torch.empty(tensors[0].shape, dtype=dtype, device=device)
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    if len(fakes) < len(tensors):  # only some inputs have values, which are not needed then
+        fake_device = fakes[0].device
+
+        def without_values(tensor: Tensor) -> Tensor:
+            if isinstance(tensor, FakeTensor):
+                return tensor
+            return torch.empty_like(tensor, device=fake_device if tensor.ndim else HOST)
+
+        args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
+    result = func(*args, **kwargs)
+    if (
+        not tensors
+        and isinstance(result, FakeTensor)
+        and not result.dtype.is_floating_point
+        and result.numel() <= SMALL
+    ):
+        if "device" in kwargs:
+            kwargs = {**kwargs, "device": HOST}
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+    return result
+
+
+def modules_in(thing: object, depth: int = 4) -> Iterator[nn.Module]:
+    """Yield the networks in an object: the object itself, or those among its attributes and their items."""
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif depth:
+        parts = thing if isinstance(thing, tuple | list) else getattr(thing, "__dict__", {}).values()
+        for part in parts:
+            yield from modules_in(part, depth - 1)
+
+
+class _ComputedPiece(NamedTuple):
+    """Shape and memory of the largest computed piece of a kind."""
+
+    shape: torch.Size
+    result_shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+    rise: int  # bytes
+
+
+class OneOfManyPieces(TorchFunctionMode):
+    """While active, compute only one piece of each kind in `compute_piece`; allocate space for the others."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        super().__init__()
+        self._ledger = ledger
+        self._computed: dict[tuple[Any, ...], _ComputedPiece] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not compute_piece:
+            return func(*args, **(kwargs or {}))
+        compute, piece = args
+        kind = (compute, piece.shape[:-2], piece.dtype, piece.device)
+        largest_piece = self._computed.get(kind)
+        if largest_piece is None or piece.shape[-2:].numel() > largest_piece.shape[-2:].numel():
+            result, rise = self._ledger.rise(lambda: compute(piece))
+            self._computed[kind] = _ComputedPiece(
+                shape=piece.shape,
+                result_shape=result.shape,
+                dtype=result.dtype,
+                device=result.device,
+                rise=rise,
+            )
+            return result
+        return self._allocate_share(piece.shape, largest_piece)
+
+    def _allocate_share(self, shape: torch.Size, computed: _ComputedPiece) -> Tensor:
+        """Allocate and free what computing a piece of this shape takes; return an empty result."""
+        rise = computed.rise * shape.numel() // computed.shape.numel()
+        memory = torch.empty(rise, dtype=torch.uint8, device=self._ledger.device)
+        del memory
+        rows, columns = shape[-2:]
+        computed_rows, computed_columns = computed.shape[-2:]
+        result_rows, result_columns = computed.result_shape[-2:]
+        result_shape = (
+            *computed.result_shape[:-2],
+            rows * result_rows // computed_rows,
+            columns * result_columns // computed_columns,
+        )
+        return torch.empty(result_shape, dtype=computed.dtype, device=computed.device)
+
+
+@contextmanager
+def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
+    """Dry-run everything inside: sizes and memory are tracked, and nothing is computed.
+
+    Args:
+        device: Device on which the code inside computes.
+    """
+    ledger = Ledger(device)
+    # the last mode runs first: inside a piece kernels have stand-ins as everywhere
+    with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
+        yield ledger
+
+
+def place(module: nn.Module, ledger: Ledger, kind: str = WEIGHTS) -> None:
+    """Replace the tensors of a module by empty ones on the ledger's device, inside a dry run."""
+    stand_ins: dict[int, Tensor] = {}  # a tensor may have several names
+    with ledger.allocating(kind):
+        for part in module.modules():
+            for tensors in (part._parameters, part._buffers):
+                for name, tensor in tensors.items():
+                    if tensor is None:
+                        continue
+                    if id(tensor) not in stand_ins:
+                        # integers would keep their values (see `_compute`), so that 8-bit codes of stored
+                        # weights are allocated as floats and viewed as integers
+                        dtype = torch.float8_e4m3fn if tensor.dtype.itemsize == 1 else tensor.dtype
+                        empty = torch.empty(tensor.shape, dtype=dtype, device=ledger.device)
+                        empty = empty.view(tensor.dtype)
+                        if isinstance(tensor, nn.Parameter):
+                            empty = nn.Parameter(empty, tensor.requires_grad)
+                        stand_ins[id(tensor)] = empty
+                    tensors[name] = stand_ins[id(tensor)]  # type: ignore[assignment]  # a parameter for a parameter
+
+
+def watch_blocks(blocks: Mapping[str, list[nn.Module]], ledger: Ledger) -> None:
+    """Record the forward and backward pass of the first and last blocks of each list as places in the ledger.
+
+    Call after LoRA and before checkpointing: a block's recomputation counts as its backward pass.
+    """
+    is_first = True
+    for name, all_of_them in blocks.items():
+        for index, block in enumerate(all_of_them):
+            block.forward = _watch(block.forward, name, index, ledger=ledger, is_first=is_first)
+            is_first = False
+
+
+def keep_kernels(parts: Iterable[nn.Module]) -> None:
+    """Use stand-ins for kernels in parts of a network in the backward pass too, which recomputes them.
+
+    torch turns modes off during `backward`.
+
+    Args:
+        parts: Modules that `checkpoint_blocks` is going to wrap.
+    """
+    for part in parts:
+        part.forward = functools.partial(_run_planned, part.forward)
+
+
+def _run_planned(forward: Callable[..., Tensor], *inputs: Any, **named: Any) -> Tensor:
+    with PlannedKernels():
+        return forward(*inputs, **named)
+
+
+def _guess_number(tensor: Tensor) -> bool | int | float:
+    """Return 1 as a Python number of the tensor's kind."""
+    if tensor.dtype == torch.bool:
+        return True
+    return 1.0 if tensor.is_floating_point() else 1
+
+
+def _name_position(index: int, count: int) -> str:
+    """Return the name of a block's position in its list.
+
+    Two positions at each end have names: the outermost block, and its neighbor, which is like all blocks
+    between.
+    """
+    if index == count - 1:
+        return "last"
+    if index == 0:
+        return "first"
+    if index == 1:
+        return SECOND
+    if index == count - 2:
+        return BEFORE_LAST
+    return "between"
+
+
+def _watch(
+    forward: Callable[..., Tensor], name: str, index: int, *, ledger: Ledger, is_first: bool
+) -> Callable[..., Tensor]:
+    """Return a block's `forward` that names the block in the ledger while it and its backward pass run."""
+
+    def enter_hook(phase: str) -> Callable[[Tensor], None]:
+        """Return a gradient hook that begins a phase of the ledger."""
+        return lambda _: ledger.enter(phase)
+
+    def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
+        if ledger.is_backward:
+            return forward(x, *inputs, **named)
+        if is_first and x.requires_grad:
+            x.register_hook(enter_hook("backward before the blocks"))
+        ledger.inputs[name] = round_up_bytes(x.nbytes)
+        position = _name_position(index, ledger.counts[name])
+        ledger.enter(f"forward of {name}, {position}")
+        result = forward(x, *inputs, **named)
+        ledger.enter("forward outside the blocks")
+        # a block of the side stream returns two tensors
+        last_output = result[-1] if isinstance(result, tuple) else result
+        if last_output.requires_grad:
+            last_output.register_hook(enter_hook(f"backward of {name}, {position}"))
+        return result
+
+    return run
+
+
+SECOND, BEFORE_LAST = "second", "last but one"
+IN_BLOCKS = "forward of ", "backward of "  # how the places begin in which a block works
+
+
+Counts = tuple[int, ...]  # blocks in each list
+MIN = 3  # both ends of a list and one block like all those between
+
+
+def keep_blocks(
+    dit: nn.Module, blocks: Mapping[str, list[nn.Module]], counts: Counts, ledger: Ledger
+) -> None:
+    """Keep only the first `counts` blocks of each list in a network.
+
+    Args:
+        dit: The transformer.
+        blocks: All blocks by list.
+        counts: Number of blocks to keep in each list.
+        ledger: Counts the memory.
+    """
+    for (name, all_of_them), count in zip(blocks.items(), counts, strict=True):
+        parent, _, leaf = name.rpartition(".")
+        setattr(dit.get_submodule(parent), leaf, nn.ModuleList(all_of_them[:count]))
+        ledger.counts[name] = count
+
+
+def extrapolate(measure: Callable[[Counts], Mapping[str, Moment]], counts: Counts) -> dict[str, Moment]:
+    """Extrapolate the result of `measure` to `counts` blocks from runs with few: bytes grow per block.
+
+    The bytes in a block's place depend linearly on its index, so the largest value is at an end of a list.
+    """
+    few_counts = tuple(min(count, MIN) for count in counts)
+    with_few = _with_both_ends(measure(few_counts))
+    moments = {name: Counter(moment) for name, moment in with_few.items()}
+    for index, count in enumerate(counts):
+        num_missing = count - few_counts[index]
+        if num_missing > 0:
+            # one more block in this list shows how many bytes each of its blocks adds
+            one_more = (*few_counts[:index], few_counts[index] + 1, *few_counts[index + 1 :])
+            with_one_more = _with_both_ends(measure(one_more))
+            for name, moment in moments.items():
+                for kind in {*with_one_more[name], *with_few[name]}:
+                    growth = with_one_more[name].get(kind, 0) - with_few[name].get(kind, 0)
+                    moment[kind] += num_missing * growth
+    return {name: dict(moment) for name, moment in moments.items()}
+
+
+Extrapolate = Callable[[Callable[[Counts], Mapping[str, Moment]], Counts], dict[str, Moment]]
+
+
+def plainly(_: nn.Module) -> Extrapolate:
+    """Return the function that extrapolates per block, for runs on one device."""
+    return extrapolate
+
+
+def _with_both_ends(moments: Mapping[str, Moment]) -> dict[str, Moment]:
+    """Add the last but one block: of three blocks, the middle one is also the second."""
+    ends = {
+        name.removesuffix(SECOND) + BEFORE_LAST: moment
+        for name, moment in moments.items()
+        if name.endswith(SECOND)
+    }
+    return {**ends, **moments}
+
+
+def largest(moments: Mapping[str, Moment]) -> tuple[str, Moment]:
+    """Return the place at which the device holds the most memory, and its bytes by kind."""
+    name = max(moments, key=lambda place: sum(moments[place].values()))
+    return name, moments[name]

@@ -1,0 +1,159 @@
+"""The one loop over a transformer's blocks, and the place where code from outside stands around it.
+
+Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocities, has its own `forward`).
+`run_blocks`, which it calls for the blocks, calls the DiT's runner: `run_in_order`, or the one that
+`set_runner` put in its place. A runner usually wraps the earlier one, so several stack up:
+
+    inner = runner_of(dit)
+
+    def run(dit: nn.Module, hidden: Hidden, tweaks: Tweaks) -> None:
+        before = hidden.x
+        inner(dit, hidden, tweaks)  # or not at all: a step cache adds the difference of the last pass instead
+        ...
+
+    set_runner(dit, run)
+"""
+# Letters: B batch, L tokens, C width
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from protocols.family import DitSpec
+from protocols.steps import NO_OVERRIDES, Overrides
+
+_RUNNER = "_runner"  # under which a network carries its own
+
+
+@dataclass(eq=False)
+class Hidden:
+    """The hidden state of one forward pass: `x` goes through the blocks, `tokens` are their other inputs.
+
+    Blocks replace `x` here so that nothing else refers to it, and a block's input is freed when the block is
+    done. An `x` passed from function to function would stay on the device until the last of them returns (1.4
+    GiB for Wan 14B at 1280x720, 81 frames).
+    """
+
+    x: Tensor  # B L C
+    tokens: Any  # the model's own record
+    # B L' C for each block, added to the first L' tokens behind it; None: nothing is
+    added: Sequence[Tensor | None] = ()
+    side: Tensor | None = None  # B L C of `DitSpec.side_list`; None: its blocks do not run
+    side_scales: Tensor | None = None  # B blocks: by which what each of them adds is multiplied
+    # called before each block of the first stream with its number, and behind the last; may change `x`
+    between: Callable[[int, "Hidden"], None] | None = None
+
+
+Runner = Callable[[nn.Module, Hidden, Overrides], None]  # has the blocks of the network change `hidden.x`
+
+
+def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+    """Run the blocks of a DiT with its runner; `hidden` is changed in place."""
+    runner_of(dit)(dit, hidden, overrides)
+
+
+def _run_side_block(block: nn.Module, hidden: Hidden, number: int) -> Tensor:
+    """Run a block of the side stream; return the hint to add to `x` after the next block."""
+    hidden.side, hint = block(hidden.side, hidden.x, hidden.tokens)
+    if hidden.side_scales is not None:
+        hint = hint * hidden.side_scales[:, number, None, None]
+    return hint
+
+
+def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+    """Run all blocks in order, except `overrides.skip_blocks`, which pass their input through.
+
+    Blocks of `overrides.skip_self_attention` get a record of tokens without self-attention. Blocks are
+    numbered over all lists, in the order of `DitSpec.block_lists`. A block of the side stream gets that
+    stream and `x`; it returns the stream and a hint, which is added to `x` after the next block.
+    """
+    spec = spec_of(dit)
+    lists = spec.blocks(dit)
+    blocks = [block for blocks_of_list in lists.values() for block in blocks_of_list]
+    in_side_list = [name == spec.side_list for name, blocks_of_list in lists.items() for _ in blocks_of_list]
+    hint = None  # what the last side block adds to `x` after the next block
+    for index in spec.order([len(blocks_of_list) for blocks_of_list in lists.values()]):
+        block = blocks[index]
+        if in_side_list[index]:
+            if hidden.side is not None:  # this call uses the side stream
+                side_index = index - len(lists[spec.block_lists[0]])
+                hint = _run_side_block(block, hidden, side_index)
+            continue
+        if hidden.between is not None:
+            hidden.between(index, hidden)
+        if index not in overrides.skip_blocks:
+            skips = index in overrides.skip_self_attention
+            tokens = hidden.tokens.without_self_attention() if skips else hidden.tokens
+            hidden.x = block(hidden.x, tokens)
+        addition = hidden.added[index] if hidden.added else None
+        if addition is not None:
+            # additions are for the first tokens; the remaining ones get zeros
+            missing = hidden.x.shape[1] - addition.shape[1]
+            hidden.x = hidden.x + pad(addition.to(hidden.x.dtype), (0, 0, 0, missing))
+        if hint is not None:
+            hidden.x = hidden.x + hint
+            hint = None
+    if hidden.between is not None:
+        hidden.between(len(blocks), hidden)
+
+
+class BlockNetwork(nn.Module):
+    """Base of all DiTs. `embed` prepares the inputs of the blocks, `unembed` makes the prediction."""
+
+    spec: DitSpec
+    dtype_of: ClassVar[str]  # a parameter that has the compute dtype in every file; others may be in 8 bits
+    embed: Callable[..., Hidden]
+    unembed: Callable[[Tensor, Any], Tensor]  # of the tokens behind the blocks, and `Hidden.tokens`
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Dtype in which the blocks compute: the dtype of the parameter that `dtype_of` names."""
+        return self.get_parameter(self.dtype_of).dtype
+
+    def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
+        """Predict from the inputs of `embed`.
+
+        Args:
+            inputs: Positional inputs of `embed`.
+            overrides: Changes to this call.
+            named_inputs: Inputs of `embed` by name.
+        """
+        hidden = self.embed(*inputs, overrides=overrides, **named_inputs)
+        run_blocks(self, hidden, overrides)
+        return self.unembed(hidden.x, hidden.tokens)
+
+
+def runner_of(dit: nn.Module) -> Runner:
+    """Return the runner of a DiT; by default it runs all blocks in order."""
+    return dit.__dict__.get(_RUNNER, run_in_order)
+
+
+def set_runner(dit: nn.Module, runner: Runner) -> None:
+    """Replace the runner of the network's blocks. The runner gets the network as an argument."""
+    setattr(dit, _RUNNER, runner)
+
+
+def stage_files_of(dit: nn.Module) -> Sequence[tuple[Path, str]]:
+    """Return the files of LoRAs that apply only to some stages, each with the option that names it.
+
+    They are the network's field `stage_files`, which most networks do not have.
+    """
+    files: Sequence[tuple[Path, str]] = getattr(dit, "stage_files", ())
+    return files
+
+
+def spec_of(dit: nn.Module) -> DitSpec:
+    """Return the `spec` of a network's class.
+
+    Raises:
+        TypeError: If the class has none.
+    """
+    spec = getattr(dit, "spec", None)
+    if not isinstance(spec, DitSpec):
+        raise TypeError(f"{type(dit).__name__} has no DitSpec as its `spec`")
+    return spec

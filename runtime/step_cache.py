@@ -1,0 +1,359 @@
+"""Skip all blocks of a pass and add their residual from the last computed pass.
+
+    cache = StepCache(lambda: MagCacheRule(...))  # of one section of a video
+    with run_around(dit_at, cache.run) as cached_at:
+        denoise(family, cached_at, section, ...)
+
+Each pass of a step (positive, negative, one that skips layers) has its own rule and residual, by
+`Turn.which`. A residual is where the tokens are. It is freed before the blocks of its pass run again, and
+by `forget`.
+
+MagCache: skip a pass while the size of the residual is known to change little from step to step.
+Source: Ma et al. 2025, arXiv 2506.09045. For step c the calibrated ratio is the residual's mean size against
+that of step c - 1. Over skipped steps the ratios are multiplied; the distance of each product from 1 is an
+error, and the errors of a run of skipped steps are summed.
+
+TeaCache: skip a pass while the modulated input of the first block has changed little.
+Source: Liu et al. 2024, arXiv 2411.19108. The relative change of the input from step to step, put into a
+polynomial fitted for the model, predicts the change of the output. The predictions since the last computed
+pass are summed; at the threshold the next one is computed.
+
+Both are calibrated in a video whose passes are all computed. Measurements of all passes of a step
+(positive, negative) and of all sections are averaged: both papers find them nearly equal, and one list then
+serves videos with and without guidance. The first step of each expert has nothing before it: its ratio
+counts as 1, and it is always computed. Passes that leave out layers do not count. Numbers stay on the device
+until the end, so nothing waits for them.
+"""
+
+import functools
+import math
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol, cast
+
+import numpy
+import torch
+from torch import Tensor, nn
+
+from protocols.steps import DitAt, Overrides, Turn
+from runtime.offload.block_swap import swap_of
+from runtime.offload.sharding import agree_among, gather_block, is_sharded
+from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
+
+# Letters: B batch, L tokens, C width
+
+
+Signal = Callable[[], Tensor]  # the input of the first block's attention, B L C
+
+
+class Rule(Protocol):
+    """Rule that decides whether to skip one pass of each step. It keeps its own state between steps."""
+
+    def skips(self, turn: Turn, signal: Signal) -> bool:
+        """Return whether to skip the pass. Called once at every step that has this pass.
+
+        The first answer is no, because there is no residual to add yet.
+        """
+        ...
+
+
+@dataclass(eq=False)
+class Branch:
+    """The rule and the residual of one pass of a step."""
+
+    rule: Rule
+    residual: Tensor | None = None  # B L C
+
+
+@dataclass(eq=False)
+class StepCache:
+    """The step cache of one section of a video."""
+
+    make_rule: Callable[[], Rule]
+    passes: int = 0
+    skipped: int = 0
+
+    def __post_init__(self) -> None:
+        # by network, as each expert has residuals of its own; weak, so that one may be freed between steps
+        self._branches = weakref.WeakKeyDictionary[nn.Module, dict[Hashable, Branch]]()
+
+    def run(self, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
+        """Run the blocks with `inner`, or add the residual of their last run to `hidden.x`."""
+        turn = overrides.turn
+        if turn is None:
+            inner(dit, hidden, overrides)
+            return
+        branches = self._branches.setdefault(dit, {})
+        if turn.which not in branches:
+            branches[turn.which] = Branch(self.make_rule())
+        branch = branches[turn.which]
+        self.passes += 1
+        skips = branch.rule.skips(turn, functools.partial(first_input, dit, hidden, overrides))
+        # processes must decide alike, but their signals may differ in the last digit
+        if agree_among(dit, skips):
+            assert branch.residual is not None
+            self.skipped += 1
+            hidden.x = hidden.x + branch.residual
+            return
+        branch.residual = None  # frees memory for the input, which is kept while the blocks run
+        before = hidden.x
+        inner(dit, hidden, overrides)
+        branch.residual = residual_of(dit, hidden.x, before)
+
+    def forget(self) -> None:
+        """Drop the residuals, so that the next pass is computed."""
+        self._branches.clear()
+
+
+def residual_of(dit: nn.Module, after: Tensor, before: Tensor) -> Tensor:
+    """Return the blocks' residual, B L C.
+
+    It is kept in bfloat16 if the network computes in bfloat16, even if the residual stream is float32 (Wan):
+    this halves the memory, and the rounding of 0.2 % is far below what changes between steps.
+    """
+    computes_in = getattr(dit, "compute_dtype", None)
+    return (after - before).to(torch.bfloat16 if computes_in == torch.bfloat16 else after.dtype)
+
+
+def first_input(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> Tensor:
+    """Return the modulated input of the first block's attention, B L C, without running the block.
+
+    If the block is swapped, its weights are brought to the device. Usually they are there already, because
+    the previous pass prefetched them, and they stay for the next pass. A block that is split over processes
+    is gathered in the same way.
+    """
+    spec = spec_of(dit)
+    assert spec.modulated_input is not None
+    swap = swap_of(dit)
+    if swap is not None:
+        swap.bring(0, overrides.skip_blocks)
+    first_block = next(iter(spec.blocks(dit)[spec.block_lists[0]]))
+    if is_sharded(dit):
+        gather_block(first_block)
+    modulated: Tensor = getattr(first_block, spec.modulated_input)(hidden.x, hidden.tokens)
+    return modulated
+
+
+@contextmanager
+def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Overrides], None]) -> Iterator[DitAt]:
+    """Yield `dit_at` with `run` wrapped around the block runner of each network.
+
+    At the end, also after an exception, every network has its own runner again.
+
+    Args:
+        dit_at: Returns the network to call at a timestep.
+        run: Runs the blocks; its first argument is the network's own runner.
+    """
+    # networks only, not their runners: a runner that fetches swapped weights would keep those of a freed
+    # network alive
+    wrapped = weakref.WeakSet[nn.Module]()
+
+    def wrapped_dit_at(timestep: float) -> nn.Module:
+        dit = dit_at(timestep)
+        if dit not in wrapped:
+            set_runner(dit, functools.partial(run, runner_of(dit)))
+            wrapped.add(dit)
+        return dit
+
+    try:
+        yield wrapped_dit_at
+    finally:
+        for dit in wrapped:
+            wrapper = cast("functools.partial[None]", runner_of(dit))
+            # the network's own runner is the last argument; if `run` is a partial, its arguments come first
+            set_runner(dit, wrapper.args[-1])
+
+
+class MagCacheRule:
+    """The rule of MagCache, for one pass of each step. It reads no tensors."""
+
+    def __init__(self, ratios: Sequence[float], retention: float, threshold: float, most_skips: int) -> None:
+        """Start without skipped passes.
+
+        Args:
+            ratios: One ratio for each step of the video.
+            retention: See `protocols.rules.MagCache`.
+            threshold: See `protocols.rules.MagCache`.
+            most_skips: See `protocols.rules.MagCache`.
+        """
+        self._ratios, self._retention = ratios, retention
+        self._threshold, self._max_skips = threshold, most_skips
+        self._last: int | None = None  # step of the last call
+        self._forget()
+
+    def skips(self, turn: Turn, signal: Signal) -> bool:
+        """Return whether the error accumulated since the last computed pass allows another skip.
+
+        The first steps (the fraction `retention`, at least one) and the last step are never skipped.
+        """
+        last_step = self._last
+        self._last = turn.step
+        first_skippable = max(int(self._retention * turn.num_steps), 1)
+        may_skip = first_skippable <= turn.step < turn.num_steps - 1
+        if last_step is None or not may_skip:
+            self._forget()
+            return False
+        # the product of the ratios is the predicted change in size of the residual; 1 means no error. Several
+        # ratios are due if some steps had no such pass
+        for step in range(last_step + 1, turn.step + 1):
+            self._ratio *= self._ratios[step]
+            self._error += abs(1 - self._ratio)
+            self._skipped += 1
+        if self._error <= self._threshold and self._skipped <= self._max_skips:
+            return True
+        self._forget()
+        return False
+
+    def _forget(self) -> None:
+        self._ratio, self._error, self._skipped = 1.0, 0.0, 0
+
+
+def resample(ratios: Sequence[float], count: int) -> list[float]:
+    """Return `count` ratios sampled at evenly spaced positions, both ends included, without interpolation."""
+    if count == 1:
+        return [ratios[-1]]
+    return [ratios[round(index * (len(ratios) - 1) / (count - 1))] for index in range(count)]
+
+
+class TeaCacheRule:
+    """The rule of TeaCache, for one pass of each step. The host waits for one number per step."""
+
+    def __init__(self, threshold: float, coefficients: tuple[float, ...]) -> None:
+        """Start without skipped passes.
+
+        Args:
+            threshold: Sum of changes at which a pass is computed again.
+            coefficients: Coefficients of the polynomial, highest power first.
+        """
+        self._threshold, self._coefficients = threshold, coefficients
+        self._distance = 0.0
+        self._before: Tensor | None = None
+
+    def skips(self, turn: Turn, signal: Signal) -> bool:
+        """Return whether the change since the last computed pass is below the threshold."""
+        if turn.step == turn.num_steps - 1:  # the last step is computed
+            self._before = None
+            return False
+        before = self._before
+        self._before = signal()
+        if before is None or turn.step == 0:
+            self._distance = 0.0
+            return False
+        change = polynomial(self._coefficients, float(relative_change(before, self._before)))
+        self._distance += max(change, 0.0)  # a fitted polynomial may dip below zero
+        if self._distance < self._threshold:
+            return True
+        self._distance = 0.0
+        return False
+
+
+def relative_change(before: Tensor, now: Tensor) -> Tensor:
+    """Return the mean absolute difference of two tensors, divided by the mean absolute value of the first.
+
+    The result is a float32 scalar on their device, so that no copy to the host is needed.
+    """
+    size = before.abs().mean(dtype=torch.float32)
+    return (now - before).abs_().mean(dtype=torch.float32) / size
+
+
+def polynomial(coefficients: tuple[float, ...], x: float) -> float:
+    """Evaluate a polynomial, whose coefficient of the highest power comes first."""
+    value = 0.0
+    for coefficient in coefficients:
+        value = value * x + coefficient
+    return value
+
+
+# Letters: B batch, L tokens, C width
+
+
+MAX_POWER = 4  # of a fitted polynomial, as the published ones
+POINTS_EACH = 3  # measured for each coefficient
+MIN_STEPS = 1 + 2 * POINTS_EACH  # enough for a straight line with one pass a step
+
+# called for each pass with the input of the first block's attention and what the blocks added
+Measure = Callable[[Turn, Signal, Tensor], None]
+
+
+def measure_pass(
+    measure: Measure, inner: Runner, dit: nn.Module, hidden: Hidden, overrides: Overrides
+) -> None:
+    """Run all blocks, and pass their input and their residual to `measure`.
+
+    Passes outside of the steps of a video, and passes that skip blocks, are not measured.
+    """
+    before = hidden.x
+    inner(dit, hidden, overrides)
+    if overrides.turn is not None and not overrides.leaves_out:
+        signal = functools.partial(first_input, dit, Hidden(before, hidden.tokens), overrides)
+        # each expert is measured against itself; weak, so that one may be freed between steps
+        turn = replace(overrides.turn, which=(weakref.ref(dit), overrides.turn.which))
+        measure(turn, signal, residual_of(dit, hidden.x, before))
+
+
+class Ratios:
+    """Measured ratios of the size of the blocks' residual from step to step."""
+
+    def __init__(self) -> None:
+        self._sizes: dict[Hashable, tuple[int, Tensor]] = {}  # by pass: step, and B L float32
+        self._found: dict[int, list[Tensor]] = {}
+
+    def forget(self) -> None:
+        """Forget the sizes of earlier steps."""
+        self._sizes.clear()
+
+    def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
+        """Record the ratio of sizes to the previous step, averaged over all tokens."""
+        sizes = residual.norm(dim=-1, dtype=torch.float32)
+        step, before = self._sizes.get(turn.which, (None, sizes))
+        if step == turn.step - 1:
+            ratio = (sizes / before.clamp(min=torch.finfo(torch.float32).tiny)).mean()
+            self._found.setdefault(turn.step, []).append(ratio)
+        self._sizes[turn.which] = turn.step, sizes
+
+    def result(self, num_steps: int) -> list[float]:
+        """Return the mean ratio of each step; the first step and steps without a measurement have 1."""
+        by_step = {step: [float(ratio) for ratio in ratios] for step, ratios in self._found.items()}
+        return [
+            math.fsum(by_step[step]) / len(by_step[step]) if step in by_step else 1.0
+            for step in range(num_steps)
+        ]
+
+
+class Changes:
+    """Measured changes of the first block's input and of the blocks' residual from step to step."""
+
+    def __init__(self) -> None:
+        self._before: dict[Hashable, tuple[int, Tensor, Tensor]] = {}
+        self._found: list[tuple[Tensor, Tensor]] = []
+
+    def forget(self) -> None:
+        """Forget the tensors of earlier steps."""
+        self._before.clear()
+
+    def measure(self, turn: Turn, signal: Signal, residual: Tensor) -> None:
+        """Record the relative changes since the previous step of the same pass; the first step has none."""
+        entered = signal()
+        step, before, residual_before = self._before.get(turn.which, (None, entered, residual))
+        if step == turn.step - 1:
+            self._found.append((relative_change(before, entered), relative_change(residual_before, residual)))
+        self._before[turn.which] = turn.step, entered, residual
+
+    @property
+    def points(self) -> list[tuple[float, float]]:
+        """Return all measurements, as (change of the input, change of the blocks' residual)."""
+        return [(float(change), float(residual)) for change, residual in self._found]
+
+    def result(self) -> list[float]:
+        """Return the coefficients of the fitted polynomial, highest power first; () with too few points.
+
+        The highest power is 4, or less if there would be fewer than three points per coefficient.
+        """
+        points = self.points
+        power = min(MAX_POWER, len(points) // POINTS_EACH - 1)
+        if power < 1:
+            return []
+        inputs, outputs = zip(*points, strict=True)
+        return [float(coefficient) for coefficient in numpy.polyfit(inputs, outputs, power)]

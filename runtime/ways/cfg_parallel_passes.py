@@ -1,0 +1,57 @@
+"""Divide the passes of a step over processes.
+
+The velocity of a pass comes from the process that runs it, so that all have the same bits.
+"""
+
+import torch
+from torch import Tensor
+
+from protocols.steps import Calls, Made, Overrides, Predict, Section
+from runtime.offload.context import ProcessGrid, device_mesh
+from runtime.offload.sharding import gather_parts
+
+
+class SharedPasses:
+    """Divide the passes of each step over processes; a `RunPasses`.
+
+    Each pass runs separately. If the transformer is split too, all processes run passes that skip the same
+    blocks at the same time; if there are fewer such passes than processes, some passes run twice.
+    """
+
+    def __init__(self, grid: ProcessGrid, in_lockstep: bool, device: torch.device) -> None:
+        """Prepare to share passes; all processes have joined before.
+
+        Args:
+            grid: Layout of the processes.
+            in_lockstep: Whether the transformer is split too, so that all processes run equal passes.
+            device: Device of this process.
+        """
+        self.processes = grid.passes
+        self._rank = grid.rank // grid.context % grid.passes  # neighbors share the tokens of a clip
+        self._group = device_mesh(grid, device)["passes"].get_group()
+        self._in_lockstep = in_lockstep
+
+    def __call__(self, calls: Calls, predict: Predict, section: Section) -> Made:
+        """Run this process's share of a step's passes, and return the velocities of all passes, float32."""
+        velocities: dict[tuple[Overrides, int], Tensor] = {}
+        for group in self._group_passes(calls):
+            for start in range(0, len(group), self.processes):
+                at_once = group[start : start + self.processes]
+                velocity = section.noise.new_zeros(section.noise.shape, dtype=torch.float32)
+                # in lockstep a process without a pass repeats one, because it has to gather the same blocks
+                if self._in_lockstep or self._rank < len(at_once):
+                    overrides, key = at_once[self._rank % len(at_once)]
+                    (predicted,) = predict(calls[overrides][key], overrides=overrides)
+                    velocity.copy_(predicted)
+                gathered = velocity.new_empty(self.processes * len(velocity), *velocity.shape[1:])
+                gather_parts(gathered, velocity, self._group)
+                velocities.update(zip(at_once, gathered.chunk(self.processes), strict=False))
+        return velocities
+
+    def _group_passes(self, calls: Calls) -> list[list[tuple[Overrides, int]]]:
+        """Return groups of passes that can run at the same time; in lockstep, they skip the same blocks."""
+        groups: dict[object, list[tuple[Overrides, int]]] = {}
+        for overrides, conditions in calls.items():
+            passes = [(overrides, key) for key in conditions]
+            groups.setdefault(overrides.skip_blocks if self._in_lockstep else None, []).extend(passes)
+        return list(groups.values())

@@ -1,0 +1,181 @@
+"""Compose the options of all ways to run a transformer, and act by those that have joined a run.
+
+Standard library only.
+"""
+
+import logging
+import os
+from collections import Counter
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from modules.command import LAUNCH
+from modules.errors import OptionError
+from modules.options import NO_PIXELS, Options, info_of, option
+from runtime.ways import WAYS
+from runtime.ways.contract import Division, JoinedWays, RunUses, SpeedOptions
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from protocols.loading import BlockPlace
+    from protocols.steps import RunPasses
+    from runtime.offload.context import ProcessGrid
+
+logger = logging.getLogger(__name__)
+
+OF_LAUNCHER = ("ACCELERATE_USE_", "PARALLELISM_CONFIG_")  # begin the variables that ask accelerate to split
+
+
+def options_of_ways(is_training: bool) -> type[Options]:
+    """Return a record with the options of a script's modes of running, a field for each mode by its name."""
+    records = {way.name: way.options for way in WAYS if way.options.in_training or not is_training}
+    content: dict[str, Any] = {
+        name: option(facts=NO_PIXELS if record.keeps_pixels and not is_training else None)
+        for name, record in records.items()
+    }
+    content["__annotations__"] = records
+    return type("OptionsOfWays", (Options,), content)
+
+
+def join_ways(speed: SpeedOptions) -> JoinedWays:
+    """Let the active modes of running join a run.
+
+    Raises:
+        OptionError: If other options conflict with them.
+    """
+    run = JoinedWays(speed)
+    for way in WAYS:
+        options = getattr(speed.ways, way.name, None)
+        if options is not None and way.is_on(options):
+            way.join(run, options)
+    return run
+
+
+def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
+    """Raise OptionError if the launched processes would repeat a generation or cannot share it."""
+    times = count_groups(speed, processes)
+    if speed.joined.divides_passes:
+        times = 1
+    for check in speed.joined.on.launch:
+        check(processes, times, uses)
+
+
+def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
+    """Return the number of groups of processes that work on different micro-batches.
+
+    Args:
+        speed: Options of memory and speed.
+        processes: Number of processes.
+        passes: Number of processes that share the passes of a step.
+
+    Raises:
+        OptionError: If the processes cannot be divided into such groups.
+    """
+    group_size = speed.joined.num_peers * passes
+    if processes % group_size:
+        typed = " ".join(speed.joined.peers)
+        raise OptionError(
+            f"{typed}: {processes} processes make no groups of {group_size}. Start a multiple of "
+            f"{group_size}: accelerate launch --multi_gpu --num_processes {group_size}"
+        )
+    return processes // group_size
+
+
+def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
+    """Return the number of processes that divide the passes of a step. Raises as `count_groups` does."""
+    if not speed.joined.divides_passes:
+        return 1
+    passes = max(processes // speed.joined.num_peers, 1)
+    count_groups(speed, processes, passes)
+    return passes
+
+
+def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
+    """Return the grid of all processes, which have joined. Raises as `count_groups` does."""
+    from torch import distributed  # only with several processes
+
+    from runtime.offload.context import ProcessGrid
+
+    processes = distributed.get_world_size()
+    passes = count_shared_passes(speed, processes) if shares_passes else 1
+    groups = count_groups(speed, processes, passes)
+    return ProcessGrid(distributed.get_rank(), groups, passes, speed.joined.num_peers)
+
+
+def make_block_place(speed: SpeedOptions, device: "torch.device") -> "BlockPlace | None":
+    """Return the place to load a network's blocks into; None if this process holds complete blocks."""
+    places = [make_place(device) for make_place in speed.joined.on.place]
+    return next(filter(None, places), None)
+
+
+def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.device") -> None:
+    """Let the active modes prepare a complete network, as its last change before the first step.
+
+    Raises:
+        OptionError: If an active mode does not support this network.
+    """
+    for finish in speed.joined.on.finish:
+        finish(network, lay_out(speed, False), device)
+
+
+def make_passes(speed: SpeedOptions, device: "torch.device") -> "RunPasses | None":
+    """Return the function that divides the passes of a step over processes; None if each runs all passes.
+
+    The processes have joined before.
+    """
+    in_lockstep = bool(speed.joined.splits_weights)
+    made = [make(lay_out(speed, True), in_lockstep, device) for make in speed.joined.on.passes]
+    return next(iter(made), None)
+
+
+def warn_if_alone(speed: SpeedOptions) -> None:
+    """Warn of active options that have no effect in a single process."""
+    for typed, alone in speed.joined.alone.items():
+        logger.warning("%s has no effect with one process, which %s. Use %s", typed, alone, LAUNCH)
+
+
+def _list_info() -> dict[str, Mapping[str, Any]]:
+    """Return the declarations of the options of all modes of running, by name."""
+    return {name: info for way in WAYS for name, info in info_of(way.options).items()}
+
+
+def list_block_options() -> list[str]:
+    """Return the options of modes that act on the blocks of a transformer."""
+    return [name for name, info in _list_info().items() if info.get("of_blocks")]
+
+
+def divided_options(division: Division) -> dict[str, Any]:
+    """Return the options that divide a step over GPUs, by name."""
+    parts = {name: info["division"] for name, info in _list_info().items() if "division" in info}
+    return {name: getattr(division, part) for name, part in parts.items()}
+
+
+def list_shared_things() -> str:
+    """Return what the processes share, with the option for it, such as "weights with --shard_base"."""
+    return " and ".join(f"{way.options.shares} with --{way.name}" for way in WAYS if way.options.shares)
+
+
+def reject_other_splits() -> None:
+    """Raise OptionError if accelerate's launcher is configured to split the model by itself.
+
+    accelerate splits only a model that a script passes to it. The loops here never do, so nothing would be
+    split.
+    """
+    if not any(name.startswith(OF_LAUNCHER) for name in os.environ):
+        return
+    num_ways = Counter(variable for way in WAYS for variable in way.options.replaces)
+    # variables that several ways replace come last: they are set together with a more specific one
+    for variable in sorted(num_ways, key=lambda variable: num_ways[variable]):
+        value = os.environ.get(variable, "0").lower()
+        # a switch is on with 1; a number of processes splits the model only if it is 2 or more
+        min_value = 1 if "_USE_" in variable else 2
+        if value in {"true", "yes", "y", "t", "on"} or (value.isdecimal() and int(value) >= min_value):
+            answering = [way.options for way in WAYS if variable in way.options.replaces]
+            raise OptionError(
+                f"accelerate launch asks for {answering[0].replaces[variable]} "
+                f"({variable}={os.environ[variable]}): the loops here never hand it the model. Choose plain "
+                f"multi-GPU ({LAUNCH}, or run accelerate config again) and give "
+                f"{', or '.join(way.answer for way in answering)} over those processes"
+            )

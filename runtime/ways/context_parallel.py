@@ -1,0 +1,77 @@
+"""Share the tokens of a clip among processes: --context_parallel. Standard library only.
+
+How each process runs its part is in `context_parallel_tokens.py`.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from modules.options import OF_BLOCKS, SETTING, option
+from runtime.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun, by_division
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+    from runtime.offload.context import ProcessGrid
+
+
+class ContextParallelOptions(
+    WayOptions,
+    keeps_pixels=True,
+    shares="tokens",
+    answer="--context_parallel N, which splits the tokens",
+    replaces={
+        "PARALLELISM_CONFIG_CP_SIZE": "accelerate's context parallelism (ring attention)",
+        "PARALLELISM_CONFIG_SP_SIZE": "DeepSpeed's sequence parallelism",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    },
+):
+    """The number of processes that share the tokens of a clip."""
+
+    context_parallel: int = option(
+        "N processes share the tokens of each clip: each holds a part of the tokens outside attention, "
+        "and all tokens of a part of the heads inside attention. 1: none",
+        default=1,
+        minimum=1,
+        metavar="N",
+        facts={**SETTING, **OF_BLOCKS, **by_division("context")},
+    )
+
+
+def _check_launch(options: ContextParallelOptions, processes: int, times: int, uses: RunUses) -> None:
+    if times > 1:
+        number = options.context_parallel
+        raise OptionError(
+            f"--context_parallel {number}: {processes} processes would make each prompt {times} times. Give "
+            f"--context_parallel {processes}, or start {number} processes"
+        )
+    if uses.rewrites_prompts:
+        raise OptionError(
+            "--prompt_rewrite and --context_parallel cannot be used together: one process rewrites, and all "
+            "need the same text. Rewrite first, and give the prompt that the log shows"
+        )
+
+
+def _finish(network: "nn.Module", grid: "ProcessGrid", device: "torch.device") -> None:
+    from runtime.ways.context_parallel_tokens import share_tokens  # torch: only where networks are loaded
+
+    share_tokens(network, grid, device)
+
+
+def _join(run: JoinedWays, options: ContextParallelOptions) -> None:
+    typed = f"--context_parallel {options.context_parallel}"
+    run.typed.append(typed)
+    run.divides_tokens = typed
+    run.peers[typed] = options.context_parallel
+    run.on.launch.append(partial(_check_launch, options))
+    run.on.finish.append(_finish)
+
+
+CONTEXT_PARALLEL = WayToRun(
+    name="context_parallel",
+    options=ContextParallelOptions,
+    is_on=lambda options: options.context_parallel > 1,
+    join=_join,
+)

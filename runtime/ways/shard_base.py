@@ -1,0 +1,107 @@
+"""Split the blocks of a transformer over processes: --shard_base. Standard library only.
+
+How they are split and gathered is in `runtime/offload/sharding.py`; a whole model that learns is saved by
+`training/saving/split_model.py`.
+"""
+
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from modules.options import OF_BLOCKS, option
+from runtime.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun, by_division
+
+if TYPE_CHECKING:
+    import torch
+
+    from protocols.loading import BlockPlace
+
+
+class ShardBaseOptions(
+    WayOptions,
+    keeps_pixels=True,
+    shares="weights",
+    answer="--shard_base, which splits the model",
+    replaces={
+        "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+        "ACCELERATE_USE_FSDP": "accelerate's FSDP",
+        "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM (tensor and pipeline parallelism)",
+        "PARALLELISM_CONFIG_TP_SIZE": "tensor parallelism",
+        "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+    },
+):
+    """The switch for sharing the transformer's weights among processes."""
+
+    shard_base: bool = option(
+        "with several processes (accelerate launch --multi_gpu --num_processes N): each keeps a part of "
+        "every block of the transformer, frozen or trained, and of large text encoders, and gathers a block "
+        "when it runs. Embeddings, LoRAs and the VAE are in every process",
+        facts={**OF_BLOCKS, **by_division("shards")},
+    )
+
+
+def _reject_full(precision: str) -> None:
+    if precision == "fp16":
+        raise OptionError(
+            "--shard_base with --mixed_precision fp16: each process has parts of the gradients, and cannot "
+            "tell whether fp16's scaled ones overflowed in others. Use bf16 or no"
+        )
+
+
+def _check(uses: RunUses) -> None:
+    for model in uses.further_models:
+        raise OptionError(
+            f"{model.option} with --shard_base: {model.name} would not be split over the processes. Leave "
+            "out one of the two"
+        )
+    if uses.takes_turns:
+        raise OptionError(
+            f"{uses.takes_turns[0]} and --shard_base cannot be used together: each process has a part of "
+            "both transformers, and they stay on the devices. Leave one of the two options out"
+        )
+    if uses.samples_apart:
+        raise OptionError(
+            "--shard_base: samples by further transformers need networks that take turns, which are not "
+            f"split over processes. Leave {uses.samples_apart} out"
+        )
+    if uses.foreign_module:
+        raise OptionError(
+            f"--shard_base with --network_module {uses.foreign_module}: modules of other packages may read "
+            "whole weights, and each process has parts of them. Use one of "
+            f"{', '.join(uses.own_modules)}"
+        )
+
+
+def _make_place(device: "torch.device") -> "BlockPlace | None":
+    from runtime.offload.joining import have_joined  # torch: only where networks are loaded
+
+    if not have_joined():
+        return None
+    from runtime.offload.sharding import ShardedBlocks
+
+    return ShardedBlocks(device, "--shard_base")
+
+
+def _join(run: JoinedWays, options: ShardBaseOptions) -> None:
+    swapping = run.speed.swap.typed
+    if swapping:
+        raise OptionError(
+            f"--shard_base and {swapping} both say where the weights wait: in the other processes, "
+            "or in host memory. Give one of them; fp8 and more processes save memory together with "
+            "--shard_base"
+        )
+    run.typed.append("--shard_base")
+    run.splits_weights = "--shard_base"
+    run.alone["--shard_base"] = "holds the whole model"  # in the warning for a single process
+    # a model that needs several GPUs in training needs them in generation too
+    run.for_generation["--shard_base"] = True
+    run.on.whole.append(_reject_full)
+    run.on.check.append(_check)
+    run.on.place.append(_make_place)
+
+
+SHARD_BASE = WayToRun(
+    name="shard_base",
+    options=ShardBaseOptions,
+    is_on=lambda options: options.shard_base,
+    join=_join,
+)

@@ -1,0 +1,419 @@
+"""Make the command lines that can follow a training: continue, generate, convert."""
+
+import shlex
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dataset.batches.example import find_example
+from dataset.batches.items import NO_COMMANDS, CachingCommands
+from dataset.cache.commands import recall_options
+from modules.command import quote_for_powershell
+from modules.console import quiet
+from modules.installation import command_words
+from modules.limits import MAX_EXAMPLE_CHARACTERS
+from modules.option_values import FillIn, missing_words, option_words
+from modules.options import STARTS, option_name, option_values, options_with
+from modules.repeated_options import RepeatedOption, accepted_options, fill_options
+from networks.kinds.contract import NetworkKind
+from networks.module_names import read_family
+from networks.names.layouts import KNOWN, TRAINED_ON
+from networks.options import NetworkOptions
+from protocols.families import HIGH_NOISE, FamilyEntry
+from protocols.family import Family
+from protocols.full_model import trains_checkpoint
+from runtime.options import say_for_generation
+from training.options import ScriptOption
+from training.plan import TrainingPlan
+from training.reports.history import AVERAGE, PageCommand
+from training.saving.files import state_pattern
+from training.saving.options import LATEST_ONLY
+
+if TYPE_CHECKING:  # it is loaded only if there are prompts
+    from training.samples import Sampler
+
+RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
+BAKED_RANK = 64  # of a plain LoRA made of a network of full rank
+EXTRACTED_RANK = 32  # of a LoRA of a whole model
+COMFYUI_TOOL = "ComfyUI"
+STARTING = {"initial_step", "initial_epoch"}
+# options that make a sample; the values keep their names, except two
+SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
+OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
+OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
+
+
+@dataclass(frozen=True)
+class TrainingCommand:
+    """The command line of a training, from which the commands before and after it are derived."""
+
+    script: str = "the training script"
+    script_options: Sequence[ScriptOption] = ()
+    entry: FamilyEntry | None = None  # None: no script caches for this model or generates with it
+    family_options: Any = None  # record of the family's options
+    family: str = ""  # name by which cache folders remember the options of its caching commands
+
+    @property
+    def typed(self) -> dict[str, str]:
+        """Return the flags of the typed options, by public name."""
+        return {option.name: option.flag for option in self.script_options if option.is_changed}
+
+    @property
+    def spellings(self) -> Mapping[str, str]:
+        """Return the flags of shared generation options; see `FamilyEntry.spellings`."""
+        return {} if self.entry is None else self.entry.spellings
+
+    def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
+        """Return the commands that make missing caches.
+
+        They contain the options that follow from the checkpoint, but not the files of existing caches, which
+        may be of another model.
+        """
+        if self.entry is None:
+            return NO_COMMANDS
+        return CachingCommands(
+            partial(
+                self.entry.caching_commands,
+                self.family_options,
+                dataset_config,
+                family.caching_switches,
+                self.typed,
+            )
+        )
+
+    def generation_words(self, sample: Mapping[str, Any], recalled: Sequence[RepeatedOption]) -> list[str]:
+        """Return the script and the options that generate.
+
+        Args:
+            sample: Values of the sample, as `Request` names them.
+            recalled: Options that made the caches, which name files that the training did not need.
+        """
+        assert self.entry is not None
+        if not recalled:
+            return self.entry.generation_words(self.family_options, sample, self.typed)
+        with quiet():  # creating the record again would repeat its warnings
+            filled = fill_options(self.family_options, recalled)
+        typed_before = {option.name: option.typed for option in recalled}
+        return self.entry.generation_words(filled, sample, {**typed_before, **self.typed})
+
+
+NO_COMMAND = TrainingCommand()
+
+
+def _plain_kind(network: NetworkOptions | None) -> NetworkKind | None:
+    """Return the kind of a network that other programs read only as a plain LoRA; None for other networks."""
+    kinds = [] if network is None else network.kinds
+    return next((kind for kind in kinds if kind.plain_title), None)
+
+
+@dataclass(frozen=True)
+class NextSteps:
+    """The command lines that can follow a run."""
+
+    plan: TrainingPlan
+    command: TrainingCommand
+    # of the first sample, as `Request` names its values; in a run without samples caption and files of a
+    # training item
+    sample: Mapping[str, Any]
+    sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
+    # options that made the caches, see `recall_options`; a run with samples has been given these files itself
+    recalled: Sequence[RepeatedOption] = ()
+
+    @cached_property
+    def converted_for(self) -> str:
+        """Tool that reads LoRAs of this family only after a conversion; empty if no conversion is needed."""
+        family_names = read_family({TRAINED_ON: self.plan.family.name})
+        return "" if family_names is None else family_names.converted_for
+
+    def commands(self, saved: Path | None, is_finished: bool) -> list[PageCommand]:
+        """Return the commands that can follow: resume, generate, convert or extract, start again.
+
+        Args:
+            saved: The newest usable file, see `Story.usable_file`. With None, if nothing is saved yet, the
+                commands name the file that the end of the run will save.
+            is_finished: Whether the run has done all its steps.
+        """
+        file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
+        resume = self._resume(is_finished)
+        here = f"Commands here are typed in the folder {Path.cwd()}."
+        values = option_values(self.plan.options)
+        for name in options_with(type(self.plan.options), "reach", STARTS["reach"]):
+            if values[name] is not None:
+                here += f" --{name} is written into no file: add it if you want it again."
+        commands = [replace(resume, note=" ".join(filter(None, (resume.note, here))))]
+        if self.command.entry is not None:
+            generate = self._generate(file)
+            if saved is None and not file.exists():
+                generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
+            commands.append(generate)
+        lora = self.plan.learner.lora
+        if self.plan.learner.make is None and saved is not None and self._can_extract:
+            commands.append(self._extract(file))
+        if lora is not None and (_plain_kind(lora) or self._needs_conversion(lora)):
+            files = self.plan.names.files(self.plan.names.stem_of(file)).values()
+            commands += [self._convert(path) for path in files]
+        return [*commands, _command("This run, as it was started", self._words())]
+
+    def _needs_conversion(self, network: NetworkOptions) -> bool:
+        """Return whether the tool `converted_for` cannot read the run's files directly."""
+        lora_format = self.plan.lora_format
+        has_known_names = lora_format is None or lora_format.name == KNOWN
+        if not self.converted_for or has_known_names:
+            return bool(self.converted_for)
+        # under its names
+        return network.kind.is_for_comfyui_alone and self.converted_for != COMFYUI_TOOL
+
+    def _convert(self, file: Path) -> PageCommand:
+        """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
+        network = self.plan.options.network
+        tool = self.converted_for.lower()
+        ending = tool if tool.isalpha() else "converted"  # of the output's name
+        title = f"Convert the LoRA for {self.converted_for}"
+        note = ""
+        words = ["--target", "other" if self.converted_for else "default"]
+        plain_kind = _plain_kind(network)
+        if plain_kind is not None:
+            title, ending, note = plain_kind.plain_title, "plain", plain_kind.elsewhere
+            words += ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
+        elif network is not None and self.converted_for != COMFYUI_TOOL:
+            words += ["--bake", str(BAKED_RANK)] if network.kind.is_for_comfyui_alone else []
+        output = file.with_name(f"{file.stem}_{ending}.safetensors")
+        files = ["--input", str(file), "--output", str(output)]
+        return _command(title, ["python", "convert_lora.py", *files, *words], note)
+
+    @property
+    def _can_extract(self) -> bool:
+        """Return whether a LoRA can be extracted; with full checkpoints this needs single files."""
+        family = self.plan.family
+        return not trains_checkpoint(family) or (family.is_of_one_file and bool(self.plan.names.ending))
+
+    def _extract(self, file: Path) -> PageCommand:
+        """Return the command that extracts a LoRA from the difference of a trained model and its base."""
+        output = file.with_name(f"{self.plan.names.full_stem(file)}_lora.safetensors")
+        files = ["--model_org", self._find_dit(file), "--model_tuned", str(file), "--save_to", str(output)]
+        words = ["python", "networks/extract_lora_from_models.py", *files, "--dim", str(EXTRACTED_RANK)]
+        note = "The difference to the base at this rank; the command says how much of it the LoRA keeps."
+        return _command("Extract a LoRA from it", words, note)
+
+    def _find_dit(self, file: Path) -> str:
+        """Return the file of the transformer that a LoRA was trained in."""
+        dit_files = self.plan.family.dit_files  # little noise first
+        if not dit_files:
+            return FillIn("DIT_FILE")
+        is_high = bool(self.plan.names.parts) and file.stem.endswith(HIGH_NOISE)
+        return str(dit_files[-1] if is_high else dit_files[0])
+
+    def _resume(self, is_finished: bool) -> PageCommand:
+        """Return the command that resumes or, without a state, a new run that starts from the result."""
+        title = "Continue after a stop"
+        ending = ["--resume", LATEST_ONLY]
+        note = "Ctrl-C saves a state and ends the run; this continues from the newest state."
+        left_out = RESUMING
+        has_state = self._has_state()
+        steps = self.plan.steps.total_steps
+        if is_finished and has_state:
+            title, note = "Train longer", "From the newest state to twice as many steps."
+            steps *= 2
+        elif is_finished:
+            title = "Train longer, as a new run from the trained file"
+            note = (
+                "No state was saved: a new run of as many steps begins with the trained weights. It saves a "
+                "state, so that the next one can continue exactly."
+            )
+            options = self._start_options()
+            left_out = RESUMING | STARTING | {*options}
+            ending = []
+            for option, file in zip(
+                options, self.plan.names.files(self.plan.names.name).values(), strict=False
+            ):
+                ending += [f"--{option}", str(file)]
+            if not self.plan.options.saving.saves_state_at_end:
+                ending.append("--save_state_on_train_end")
+        return _command(title, [*self._words(left_out), "--max_train_steps", str(steps), *ending], note)
+
+    def _start_options(self) -> list[str]:
+        """Return the options that start a run from trained files, one for each file."""
+        is_network = self.plan.options.network is not None
+        option = self.plan.learner.start_option or self._trained_option()
+        parts = self.plan.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
+        return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
+
+    def _trained_option(self) -> str:
+        """Return the name of the training's option for the file whose weights are trained."""
+        entry, options = self.command.entry, self.command.family_options
+        if entry is None or options is None:
+            return "dit"
+        names = (option_name(field) for field in fields(options) if field.name == entry.trained)
+        return next(names, "dit")
+
+    def _words(self, without: Collection[str] = ()) -> list[str]:
+        options = [
+            option
+            for option in self.command.script_options
+            if option.is_changed and option.is_typed and option.name not in without
+        ]
+        words = [word for option in options for word in option.words]
+        return [*self._launcher(), self.command.script, *words]
+
+    def _launcher(self) -> list[str]:
+        processes = self.plan.accelerator.num_processes
+        if processes == 1:
+            return ["python"]
+        return ["accelerate", "launch", "--quiet", "--num_processes", str(processes)]
+
+    def after_loss(self) -> str:
+        """Return the advice after a failed run: the command that resumes from its newest state, if any."""
+        if self._has_state():
+            return f"Continue from the newest state: {self._resume(is_finished=False).bash}"
+        return "No state was saved yet. Start the same command again; --save_state keeps one with each save."
+
+    def _has_state(self) -> bool:
+        entries = [entry.name for entry in self.plan.names.folder.iterdir()]
+        return any(map(state_pattern(self.plan.names.name).fullmatch, entries))
+
+    def _generate(self, file: Path) -> PageCommand:
+        """Return the command that generates with a trained file, with the first sample's settings if any."""
+        shows_sample = self.plan.options.samples.are_made and self.sample
+        note = "The first sample again; change the prompt." if shows_sample else ""
+        launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]
+        words = self._generation_words
+        folder_flag = self.command.spellings.get("save_path", "--save_path")
+        of_sample = [
+            *say_sample(self.sample, self.command.spellings),
+            *(folder_flag, str(file.parent / "generated")),
+        ]
+        generate = self.plan.learner.generate
+        if generate is not None:
+            words = [*generate(file, self.sample, [*words, *of_sample])]
+            return _command("Generate with it", [*launcher, *words], note)
+        high_files, other_files = self._trained_files(file)
+        words = self._with_trained(words, "", other_files)
+        if f"--dit_{HIGH_NOISE}" in words:
+            words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
+        return _command("Generate with it", [*launcher, *words, *of_sample], note)
+
+    @cached_property
+    def _generation_words(self) -> list[str]:
+        """Script and options that generate, except for the trained files and the sample."""
+        of_speed = option_words(say_for_generation(self.plan.options.speed))
+        return [*self.command.generation_words(self.sample, self.recalled), *of_speed]
+
+    def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
+        """Return the files saved together with a file: that of the high-noise expert, and the others."""
+        average = self.plan.joined.average
+        suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
+        files = [*self.plan.names.files(self.plan.names.stem_of(file) + suffix).values()]
+        high_files = []
+        other_files = []
+        for index, expert in enumerate(self.plan.family.experts):
+            of_expert = files[min(index, len(files) - 1)]  # one file may be for both experts
+            if expert.name == HIGH_NOISE:
+                high_files.append(of_expert)
+            else:
+                other_files.append(of_expert)
+        return high_files, other_files
+
+    def _with_trained(self, words: Sequence[str], ending: str, files: Sequence[Path]) -> list[str]:
+        """Add the trained files of one transformer, and the LoRAs of samples, to a command.
+
+        Args:
+            words: Arguments of the command.
+            ending: Suffix of the options for that transformer.
+            files: The trained files.
+        """
+        words = [*words]
+        loras: list[tuple[Path, float]] = []
+        if self.plan.options.network is not None:
+            loras += [(file, 1.0) for file in files]
+        elif files:
+            assert self.command.entry is not None
+            words = self._with_dit(words, f"{self.command.entry.trained}{ending}", files[0])
+        loras += self.sample_loras
+        if loras:
+            flag = self.command.spellings.get("lora_weight", "--lora_weight")
+            words += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
+        if self.sample_loras:
+            flag = self.command.spellings.get("lora_multiplier", "--lora_multiplier")
+            words += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
+        return words
+
+    def _with_dit(self, words: Sequence[str], name: str, file: Path) -> list[str]:
+        """Replace a transformer in a command by a trained file.
+
+        Args:
+            words: Arguments of the command.
+            name: Name of the option for the transformer.
+            file: The trained file.
+        """
+        assert self.command.entry is not None
+        flags = accepted_options(self.command.entry.options_record("Generation"))[name].flags
+        place = next((place for place, word in enumerate(words) if word in flags), len(words))
+        flag = words[place] if place < len(words) else f"--{name}"  # of a release that is one file
+        return [*words[:place], flag, str(file), *words[place + 2 :]]
+
+
+def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
+    """Return the command-line arguments that reproduce a sample, given by the field names of `Request`.
+
+    Args:
+        sample: Values of the sample.
+        spellings: See `FamilyEntry`.
+    """
+    size = [sample[side] for side in ("height", "width") if sample.get(side)]
+    values = {
+        "prompt": sample.get("prompt") or FillIn("what it should show"),
+        "video_size": size if len(size) == 2 else None,
+        **{name: sample.get(OTHER_NAMES.get(name, name)) for name in OF_SAMPLES},
+    }
+    flags = spellings or {}
+    spelled = {flags.get(name, f"--{name}"): value for name, value in values.items()}
+    spelled.pop("", None)  # of options that the script does not have
+    return option_words(spelled)
+
+
+def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
+    words = command_words(words)
+    missing = [shlex.quote(word) for word in missing_words(words)]
+    if missing:
+        note = f"Fill in {' and '.join(missing)} first: the run does not know this. {note}".rstrip()
+    return PageCommand(
+        title,
+        bash=shlex.join(words),
+        powershell=quote_for_powershell(words),
+        note=note,
+        missing=" ".join(missing),
+    )
+
+
+def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: TrainingCommand) -> NextSteps:
+    """Return a maker of the command lines that can follow the run."""
+    if sampler is not None:
+        return NextSteps(plan, command, sampler.first_values, plan.options.samples.loras())
+    if not plan.accelerator.is_main_process:
+        return NextSteps(plan, command, sample={})
+    recalled: Sequence[RepeatedOption] = ()
+    if command.entry is not None and plan.options.loop.dataset_config is not None:
+        folders = (table.cache_directory for table in plan.config.datasets)
+        recalled = recall_options(folders, command.family, command.entry)
+    cached_with = {option.name: option.value for option in recalled}
+    return NextSteps(plan, command, sample=say_example(plan, cached_with), recalled=recalled)
+
+
+def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the caption and the files of the first training item, by the field names of `Request`.
+
+    What only some families use is under `example`, an `ExampleItem`; the options that made the caches are
+    under `cached_with`.
+    """
+    item = plan.training[0]
+    example = find_example(item, plan.sources.stores)
+    takes_references = item.table.references is not None
+    return {
+        # a longer caption would flood the console, and systems limit the length of a command
+        "prompt": example.caption if len(example.caption or "") <= MAX_EXAMPLE_CHARACTERS else None,
+        "control_images": example.controls if takes_references else (),
+        "example": example,
+        "cached_with": cached_with,
+    }

@@ -1,0 +1,63 @@
+"""Models that a run loads besides the one that it trains."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from modules.console import quiet
+from modules.errors import CheckpointError
+from protocols.family import Family
+from protocols.loading import Placement
+
+Shapes = Mapping[str, tuple[int, ...]]
+UNUSED = Placement(torch.device("meta"))  # of networks of which nothing but headers is read
+
+
+def _make_none(dit: Path) -> Family:
+    raise ValueError(f"nothing makes the model of {dit}")
+
+
+@dataclass(frozen=True)
+class OtherFamilies:
+    """The models of a run besides the trained one."""
+
+    sampling: Family | None = None  # that samples are made with, if it has transformers that are not trained
+    # the trained model with another transformer; all other options are equal
+    with_dit: Callable[[Path], Family] = _make_none
+
+
+NO_OTHERS = OtherFamilies()
+
+
+def require_equal_shapes(other: Family, trained: Family, option: str, consequence: str) -> None:
+    """Raise CheckpointError if a transformer's weights have other shapes than those of the trained one.
+
+    Only headers of files are compared. Weights that one of the two lacks are ignored.
+
+    Args:
+        other: Family of the other file.
+        trained: Family of the trained model.
+        option: Option of the other file.
+        consequence: Reason why shapes must be equal, for the message.
+    """
+    with quiet():
+        shapes = shapes_of(trained.load_dit(UNUSED))
+        for index in range(len(other.experts)):
+            for name, shape in shapes_of(other.load_dit(UNUSED, index)).items():
+                if shapes.get(name, shape) != shape:
+                    raise CheckpointError(
+                        f"{option}: its {name} has the shape {list(shape)}, in the trained transformer "
+                        f"{list(shapes[name])}, so that {consequence}. Give the file that belongs to it"
+                    )
+
+
+def shapes_of(network: nn.Module) -> Shapes:
+    """Return the shapes of a network's parameters, by their names; of packed weights, those of the values."""
+    shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear):
+            shapes[f"{name}.weight"] = (module.out_features, module.in_features)
+    return shapes
