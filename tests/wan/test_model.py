@@ -308,3 +308,12 @@ def test_given_frames_stay_and_change_no_guidance_of_the_others(
 def test_a_loop_that_ends_early_returns_given_frames_too() -> None:
     found = run(section_of(4, True), "unipc", lambda done: done.step.index == 2)
     assert torch.equal(found[:, :, :1], GIVEN_LATENTS)
+
+
+def test_cached_texts_in_bfloat16_are_stacked_under_autocast_in_float16() -> None:
+    texts = [torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16)]
+
+    with torch.autocast("cpu", torch.float16):
+        stacked, _ = pad_texts(texts, 8, None)
+
+    assert stacked.sum(dim=(1, 2)).tolist() == [12, 20]
