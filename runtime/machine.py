@@ -57,7 +57,7 @@ class SharedMachine:
 
 
 def describe_machine() -> SharedMachine:
-    """Return the description of this machine. Nothing in it is read from the user's environment or folders."""
+    """Return the description of this machine. Nothing of it is from variables or folders of the user."""
     torch_version, cuda, gpus = _describe_torch()
     commit = _ask_git("rev-parse", "HEAD")
     commit = commit if re.fullmatch(r"[0-9a-f]{40,64}", commit) else ""
