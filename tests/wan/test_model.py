@@ -23,7 +23,7 @@ from runtime.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
 from tests.preparing import prepare
-from tests.running.offload import test_checkpointing as pieces
+from tests.runtime.offload import test_checkpointing as pieces
 from tests.tiny.dits import TI2V, TinyDit, gradients
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model
