@@ -335,7 +335,7 @@ def open_page_in_cells() -> Iterator[Cell]:
     yield Cell("code", GET_TUNNEL)
     yield Cell("code", OPEN_TUNNEL.format(words=json.dumps(shlex.split(tunnel))))
     yield Cell("markdown", "## The page\n\nOpen the printed address. Stop the cell to close the page.")
-    yield Cell("code", f"!reelsmith {page} kept --port {port} --no_open --public_url {{public_url}}")
+    yield Cell("code", f"!reelsmith {page} {{kept}} --port {port} --no_open --public_url {{public_url}}")
     yield Cell("code", "tunnel.terminate()")
 
 
