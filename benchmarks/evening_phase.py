@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def main() -> None:
     """Run the script with its words, and write the peaks however it ends."""
     if len(sys.argv) < 3:
-        print(f"usage: {Path(__file__).name} PEAKS.json SCRIPT WORDS ...")
+        print(f"usage: {Path(__file__).name} [--help] PEAKS.json SCRIPT WORDS ...\n\n{__doc__}")
         raise SystemExit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     peaks, script = Path(sys.argv[1]), ROOT / sys.argv[2]
     sys.argv[:] = [str(script), *sys.argv[3:]]
