@@ -78,7 +78,7 @@ def caption_folder(options: FolderCaptionOptions) -> None:
     Raises:
         UserError: If something is unusable, or captions failed.
     """
-    _run(options, options, options.max_length, options.model, options.api, WordingOptions.usual())
+    _caption_dataset(options, options, options.max_length, options.model, options.api, WordingOptions.usual())
 
 
 def caption_folder_by_git(options: GitCaptionOptions) -> None:
@@ -91,7 +91,7 @@ def caption_folder_by_git(options: GitCaptionOptions) -> None:
         model=options.model_id, batch_size=options.batch_size, device=options.device
     )
     wording = wording_without_writing(options)
-    _run(options, options, options.max_length, model, ApiOptions.usual(), wording)
+    _caption_dataset(options, options, options.max_length, model, ApiOptions.usual(), wording)
 
 
 def wording_without_writing(options: GitCaptionOptions) -> WordingOptions:
@@ -100,7 +100,7 @@ def wording_without_writing(options: GitCaptionOptions) -> WordingOptions:
     return WordingOptions.usual(replace_regex=removed)
 
 
-def _run(
+def _caption_dataset(
     folder: CaptionedFolderOptions,
     writing: WritingOptions,
     max_new_tokens: int,

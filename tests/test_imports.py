@@ -119,7 +119,8 @@ FLOORS = {
         {"folders"},
         {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
         {"folder_dataset"},
-        {"folder_captions", "metadata", "tags"},
+        {"metadata", "tags"},
+        {"bucket_latents", "cleaning", "folder_captions"},
     ),
     "postprocessing": (
         {"contract", "options", "streaming"},
