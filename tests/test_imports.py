@@ -98,7 +98,7 @@ FLOORS = {
         {"offload"},
         {"ways"},
         {"options"},
-        {"doctor", "network_setup", "planning", "step_cache"},
+        {"doctor", "machine", "network_setup", "planning", "step_cache"},
     ),
     "dataset": (
         {"other_trainers"},
