@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from modules.private_torch import copy_each, scale_each
+from networks.joined_weights import join_weights
 from networks.lora_layer import LoraLayer
 from networks.shared_inputs import SharedInput
 
@@ -35,6 +36,17 @@ def cast_before_pass(
     if of_loras:
         groups = group_layers(model, of_loras, shared_inputs)
         model.register_forward_pre_hook(lambda *_: cast_factors(groups))
+
+
+def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
+    """Put the frozen weights of each group together, where they are plain.
+
+    Args:
+        groups: Layers that have a common input, together.
+    """
+    for group in groups:
+        if len(group) > 1:
+            join_weights([layer.original for layer in group], group[0].lora_down.weight.device)
 
 
 def group_layers(
@@ -65,6 +77,8 @@ def group_layers(
 def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     """Set `cast_factors` and `shared_input` of layers, for a pass under the present autocast.
 
+    Before the first pass on a GPU, the frozen weights of each group are put together.
+
     Args:
         groups: Layers that have a common input, together.
     """
@@ -72,71 +86,81 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     parameter = layers[0].lora_down.weight
     kind = parameter.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    is_first = layers[0].cast_factors is None
     for layer in layers:
         layer.cast_factors = None  # frees the copies of the last pass before new ones are made
         layer.shared_input = None
     if dtype == parameter.dtype:
         return
-    scales = [layer.multiplier * layer.scale for layer in layers]
+    # a CPU computes for longer than the host needs, and its weights may be those in the file
+    if is_first and kind != "cpu":
+        join_groups(groups)
+    downs = [layer.lora_down.weight for layer in layers]
+    ups = [layer.lora_up.weight for layer in layers]
+    scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
     counts = [len(group) for group in groups]
-    factors = [layer.lora_down.weight for layer in layers] + [layer.lora_up.weight for layer in layers]
-    copies = _Cast.apply(scales, counts, dtype, *factors)
-    # first one matrix for each group with all its down factors, then the up factors of all layers
-    ups = iter(copies[len(groups) :])
-    for group, joined in zip(groups, copies, strict=False):
+    joins_ups = [len({layer.lora_up.weight.shape[1:] for layer in group}) == 1 for group in groups]
+    for joins, group in zip(joins_ups, groups, strict=True):
+        counts += [len(group)] if joins else [1] * len(group)
+    matrices = iter(_Cast.apply(scales, counts, dtype, *downs, *ups))
+    # first one matrix for each group with all its down factors, then the up factors
+    joined_downs = [next(matrices) for _ in groups]
+    for joins, group, joined_down in zip(joins_ups, groups, joined_downs, strict=True):
         ranks = [layer.rank for layer in group]
-        downs = joined.split(ranks) if len(group) > 1 else (joined,)
-        ups_of_group: list[Tensor] = []
-        for layer, down in zip(group, downs, strict=True):
-            up = next(ups)
-            layer.cast_factors = (down, up)
-            ups_of_group.append(up)
+        downs_of_group = joined_down.split(ranks) if len(group) > 1 else [joined_down]
+        up = next(matrices) if joins else None
+        if up is None:
+            ups_of_group = [next(matrices) for _ in group]
+        elif len(group) > 1:
+            ups_of_group = list(up.split([len(layer.lora_up.weight) for layer in group]))
+        else:
+            ups_of_group = [up]
+        for layer, *factors in zip(group, downs_of_group, ups_of_group, strict=True):
+            layer.cast_factors = factors[0], factors[1]
         if len(group) > 1:
-            shared = SharedInput(group, ranks, joined, ups_of_group)
+            shared = SharedInput(group, ranks, joined_down, ups_of_group, up)
             for layer in group:
                 layer.shared_input = shared
 
 
 class _Cast(torch.autograd.Function):
-    """Cast down factors, and up factors times their scales, in few kernels (the backward pass too)."""
+    """Cast factors, times their scales, in few kernels (the backward pass too); some in a common matrix."""
 
     @staticmethod
     def forward(
         ctx: Any, scales: list[float], counts: list[int], dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
+        """Return matrices, each of the next so many factors as `counts` says."""
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype
         ctx.heights = []  # of the factors in each matrix
-        joined, rows = list[Tensor](), list[Tensor]()
+        matrices, rows = list[Tensor](), list[Tensor]()
         start = 0
         for count in counts:
-            downs = factors[start : start + count]
-            heights = [len(down) for down in downs]
-            matrix = downs[0].new_empty((sum(heights), *downs[0].shape[1:]), dtype=dtype)
+            members = factors[start : start + count]
+            heights = [len(member) for member in members]
+            matrix = members[0].new_empty((sum(heights), *members[0].shape[1:]), dtype=dtype)
             ctx.heights.append(heights)
-            joined.append(matrix)
+            matrices.append(matrix)
             rows += matrix.split(heights)
             start += count
-        ups = [torch.empty_like(factor, dtype=dtype) for factor in factors[len(scales) :]]
-        copy_each([*rows, *ups], factors)
-        # in place: a product in float32 would be half of a LoRA more at the peak
-        scale_each(ups, scales)
-        return *joined, *ups
+        copy_each(rows, factors)
+        # in place: a product in float32 would be half of a LoRA more at the peak. Down factors have no scale
+        half = len(factors) // 2
+        scale_each(rows[half:], scales[half:])
+        return tuple(matrices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return gradients of the factors; None for layers that this pass did not reach."""
-        scales = [1.0] * len(ctx.scales) + ctx.scales
-        num_groups = len(ctx.heights)
         of_factors: list[Tensor | None] = []
-        for gradient, heights in zip(gradients, ctx.heights, strict=False):
+        for gradient, heights in zip(gradients, ctx.heights, strict=True):
             of_factors += [None] * len(heights) if gradient is None else gradient.split(heights)
-        of_factors += gradients[num_groups:]
         reached = {index: gradient for index, gradient in enumerate(of_factors) if gradient is not None}
         wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in reached.values()]
         copy_each(wide, list(reached.values()))
-        scale_each(wide, [scales[index] for index in reached])
+        scale_each(wide, [ctx.scales[index] for index in reached])
         by_index = dict(zip(reached, wide, strict=True))
         return None, None, None, *(by_index.get(index) for index in range(len(of_factors)))

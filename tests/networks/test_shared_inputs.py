@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.cast_factors import cast_before_pass, group_layers
+from networks.cast_factors import cast_before_pass, group_layers, join_groups
+from networks.joined_weights import join_weights, joined
 from networks.lora_layer import Dropouts, LoraLayer
 from tests.networks.test_cast_factors import Kernels
 from tests.tiny.dits import DITS, TinyDit
@@ -138,6 +139,71 @@ def test_outputs_of_plain_layers_are_those_of_layers_apart(checkpoints: bool) ->
     # gradients of the input of q, k and v are added by the products themselves
     assert apart["aten::add.Tensor"] - together["aten::add.Tensor"] == 2
     assert together["aten::cat"] == 0
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("widths", [(WIDTH, WIDTH, WIDTH), (WIDTH, 8, 8)], ids=["equal", "grouped heads"])
+def test_outputs_of_joined_weights_are_those_of_each(checkpoints: bool, widths: tuple[int, ...]) -> None:
+    results, counts = [], []
+    for joins in (False, True):
+        torch.manual_seed(0)
+        model = Model(checkpoints)
+        for name, width in zip("qkv", widths, strict=True):
+            model.block.add_module(name, nn.Linear(WIDTH, width))
+        model.block.attend = lambda x, block=model.block: torch.cat(  # type: ignore[method-assign]
+            [block.q(x), block.k(x).square(), block.v(x)], -1
+        )
+        model.to(torch.bfloat16).requires_grad_(False)
+        layers = [LoraLayer(module, RANK, 2.0) for module in model.block.children()]  # type: ignore[arg-type]
+        for layer in layers:
+            nn.init.normal_(layer.lora_up.weight)
+            layer.attach()
+        if joins:
+            join_groups([layers])
+        cast_before_pass(model, layers, SHARED)
+        with Kernels() as kernels:
+            results.append(step(model, layers, torch.float32))
+        counts.append(kernels.counts)
+
+    for one, other in zip(*results, strict=True):
+        # the gradient of the input is one product, not a sum of three, each rounded to 8 bits
+        torch.testing.assert_close(other, one, rtol=0, atol=2**-6 * one.abs().max().item())
+    assert counts[1].total() < counts[0].total()
+
+
+def test_joined_weights_are_found_until_one_is_replaced() -> None:
+    modules = [nn.Linear(WIDTH, height).bfloat16().requires_grad_(False) for height in (4, 8)]
+    values = [module.weight.clone() for module in modules]
+    weights = [module.weight for module in modules]
+    assert joined(weights) is None
+
+    join_weights(modules, torch.device("cpu"))
+
+    for module, value in zip(modules, values, strict=True):
+        assert torch.equal(module.weight, value)
+    together = joined(weights)
+    assert together is not None
+    assert torch.equal(together, torch.cat(values))
+    modules[1].weight.data = values[1]  # as block swap does
+    assert joined(weights) is None
+
+
+@pytest.mark.parametrize("other", ["trained", "half with bias", "part of a piece of memory", "float32"])
+def test_weights_that_cannot_be_joined_stay(other: str) -> None:
+    modules = [nn.Linear(WIDTH, WIDTH).bfloat16().requires_grad_(False) for _ in range(2)]
+    if other == "trained":
+        modules[0].weight.requires_grad_()
+    elif other == "half with bias":
+        modules[0].bias = None  # type: ignore[assignment]
+    elif other == "part of a piece of memory":
+        modules[0].weight.data = torch.zeros(2 * WIDTH, WIDTH, dtype=torch.bfloat16)[:WIDTH]
+    else:
+        modules[0].float()
+    addresses = [module.weight.data_ptr() for module in modules]
+
+    join_weights(modules, torch.device("cpu"))
+
+    assert [module.weight.data_ptr() for module in modules] == addresses
 
 
 def test_layers_of_which_one_is_not_reached_have_no_gradient_of_it() -> None:
