@@ -52,7 +52,7 @@ def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
 def group_layers(
     model: nn.Module, layers: Sequence[LoraLayer], shared_inputs: Sequence[Sequence[str]]
 ) -> list[list[LoraLayer]]:
-    """Return the layers of a model in groups that get the same tensor; most have one layer.
+    """Return the layers of a model in groups of equal rank that get the same tensor; most have one layer.
 
     Args:
         model: Network that contains the frozen modules.
@@ -61,15 +61,15 @@ def group_layers(
     """
     groups = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
     paths = {id(module): path for path, module in model.named_modules()}
-    found: dict[tuple[str, int] | str, list[LoraLayer]] = {}
+    found: dict[tuple[str, int, int] | str, list[LoraLayer]] = {}
     for layer in layers:
         path = paths[id(layer.original)]
-        key: tuple[str, int] | str = path
+        key: tuple[str, int, int] | str = path
         # layers with a dropout, which may skip only one of them, or with magnitudes compute separately
         if layer.dropouts is None and layer.combine is None:
             for ending, index in groups.items():
                 if path.endswith(f".{ending}"):
-                    key = path.removesuffix(ending), index
+                    key = path.removesuffix(ending), index, layer.lora_up.weight.shape[1]
         found.setdefault(key, []).append(layer)
     return list(found.values())
 
@@ -99,28 +99,18 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     ups = [layer.lora_up.weight for layer in layers]
     scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
     counts = [len(group) for group in groups]
-    joins_ups = [len({layer.lora_up.weight.shape[1:] for layer in group}) == 1 for group in groups]
-    for joins, group in zip(joins_ups, groups, strict=True):
-        counts += [len(group)] if joins else [1] * len(group)
-    matrices = iter(_Cast.apply(scales, counts, dtype, *downs, *ups))
-    # first one matrix for each group with all its down factors, then the up factors
-    joined_downs = [next(matrices) for _ in groups]
-    for joins, group, joined_down in zip(joins_ups, groups, joined_downs, strict=True):
+    # one matrix for each group with all its down factors, then one with the up factors
+    matrices = _Cast.apply(scales, counts + counts, dtype, *downs, *ups)
+    for group, down, up in zip(groups, matrices, matrices[len(groups) :], strict=False):
+        if len(group) == 1:
+            group[0].cast_factors = down, up
+            continue
         ranks = [layer.rank for layer in group]
-        downs_of_group = joined_down.split(ranks) if len(group) > 1 else [joined_down]
-        up = next(matrices) if joins else None
-        if up is None:
-            ups_of_group = [next(matrices) for _ in group]
-        elif len(group) > 1:
-            ups_of_group = list(up.split([len(layer.lora_up.weight) for layer in group]))
-        else:
-            ups_of_group = [up]
-        for layer, *factors in zip(group, downs_of_group, ups_of_group, strict=True):
+        ups_of_group = up.split([len(layer.lora_up.weight) for layer in group])
+        shared = SharedInput(group, ranks, down, ups_of_group, up)
+        for layer, *factors in zip(group, down.split(ranks), ups_of_group, strict=True):
             layer.cast_factors = factors[0], factors[1]
-        if len(group) > 1:
-            shared = SharedInput(group, ranks, joined_down, ups_of_group, up)
-            for layer in group:
-                layer.shared_input = shared
+            layer.shared_input = shared
 
 
 class _Cast(torch.autograd.Function):

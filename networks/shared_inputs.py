@@ -43,7 +43,7 @@ class SharedInput:
         ranks: Sequence[int],
         down: Tensor,
         ups: Sequence[Tensor],
-        up: Tensor | None,
+        up: Tensor,
     ) -> None:
         """Prepare a pass of the model.
 
@@ -52,7 +52,7 @@ class SharedInput:
             ranks: Rank of each layer.
             down: Their down factors, one below another, in the dtype of the pass.
             ups: The up factor of each layer, times its scale, in the dtype of the pass.
-            up: These, one below another; None if ranks differ.
+            up: These, one below another.
         """
         self.layers = tuple(layers)
         self.ranks = list(ranks)
@@ -116,7 +116,7 @@ class SharedInput:
             biases = [module.bias for module in modules if module.bias is not None]
             heights = [len(weight) for weight in weights]
             weight = bias = None
-            if self.up is not None and x.numel() // x.shape[-1] * sum(heights) <= MAX_JOINED:
+            if x.numel() // x.shape[-1] * sum(heights) <= MAX_JOINED:
                 weight = joined(weights)
                 bias = joined(biases) if weight is not None and biases else None
             outputs: Sequence[Tensor]
