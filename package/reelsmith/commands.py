@@ -34,6 +34,8 @@ FIRST = {
 }
 # scripts that set up a checkout, and its door to the commands; the package has none of them
 OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests", "set_up"}
+# names of sd-scripts for a command with a name of its own, here `sdxl-merge`; `merge` is another one
+WITHOUT_COMMAND = {Path("networks", "merge_lora.py")}
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,12 @@ def find_commands(folder: Path) -> list[ScriptCommand]:
 
 def _name_files(folder: Path) -> list[ScriptCommand]:
     """Return a command for each file that `find_commands` considers. The files are not read."""
-    paths = {path.name: path for room in ("", *SCRIPT_ROOMS) for path in (folder / room).glob("*.py")}
+    paths = {
+        path.name: path
+        for room in ("", *SCRIPT_ROOMS)
+        for path in (folder / room).glob("*.py")
+        if path.relative_to(folder) not in WITHOUT_COMMAND
+    }
     commands = [ScriptCommand(tuple(name_words(path.stem).split()), path) for path in paths.values()]
     return sorted(commands, key=lambda command: command.words)
 
