@@ -28,6 +28,32 @@ from modules.text_files import real_path
 
 LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer leaves its file alone for so long
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
+# Windows' numbers for a file that a program has open, or has open at the target: denied, shared, locked
+OPEN_ELSEWHERE = (5, 32, 33)
+WAIT_SECONDS = 3.0  # for a page that reads the file or a virus scanner; a player keeps it much longer
+
+
+def replace_patiently(file: Path, path: Path) -> None:
+    """Rename a file as `os.replace` does, and wait a little while another program has one of the two open.
+
+    Only Windows refuses this then.
+
+    Raises:
+        OSError: If it fails for another reason, or still after WAIT_SECONDS.
+    """
+    end = time.monotonic() + WAIT_SECONDS
+    while True:
+        try:
+            os.replace(file, path)
+            return
+        except PermissionError as error:
+            is_open = getattr(error, "winerror", None) in OPEN_ELSEWHERE
+            if not is_open or time.monotonic() > end:
+                raise
+        time.sleep(0.02)
+
+
+replace_file = replace_patiently if os.name == "nt" else os.replace
 
 
 @contextlib.contextmanager
@@ -52,7 +78,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -84,8 +110,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             flush_folder(temporary)
             aside = path.with_name(f".{path.name}.old")
             if path.exists():
-                os.replace(path, aside)
-            os.replace(temporary, path)
+                replace_file(path, aside)
+            replace_file(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             recover_folder(path)
@@ -139,7 +165,7 @@ def place_new(file: Path, path: Path) -> None:
         # the disk has no hard links (exFAT, some network drives): claim the name with an empty file
         path.open("xb").close()
         try:
-            os.replace(file, path)
+            replace_file(file, path)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -205,7 +231,7 @@ def recover_folder(path: Path) -> None:
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            os.replace(aside, path)
+            replace_file(aside, path)
     if path.parent.is_dir():
         remove_leftovers(path.parent, lambda name: name == path.name, 0)
 
@@ -225,7 +251,8 @@ def remove_leftovers(
             temporary = _TEMPORARY.fullmatch(entry.name)
             if temporary is None or not of(temporary["name"]):
                 continue
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
+            # another process was faster, or, on Windows, has it open; a leftover ends no run
+            with contextlib.suppress(OSError):
                 # a folder's time changes with every file put into it
                 changed = entry.stat(follow_symlinks=False).st_mtime
                 writer = _read_claim(entry) or temporary
@@ -259,7 +286,7 @@ def give_name(file: Path, path: Path) -> None:
         OutputError: If that fails.
     """
     with explain_errors(path):
-        os.replace(file, path)
+        replace_file(file, path)
         flush_folder(path.parent)
 
 
@@ -338,6 +365,8 @@ def explain_errors(path: Path) -> Iterator[None]:
         remedy = "Choose another folder, and run again"
         if is_full:
             remedy = "Free some space or choose another folder, and run again"
+        elif getattr(error, "winerror", None) in OPEN_ELSEWHERE:
+            remedy = "Close what has it open, or choose a folder that you may write in, and run again"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = f"Choose another folder, or make {path.parent} one that you may write in, and run again"
         raise OutputError(
