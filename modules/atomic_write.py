@@ -15,6 +15,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 import time
 import uuid
 import zlib
@@ -28,32 +29,10 @@ from modules.text_files import real_path
 
 LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer leaves its file alone for so long
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
-# Windows' numbers for a file that a program has open, or has open at the target: denied, shared, locked
-OPEN_ELSEWHERE = (5, 32, 33)
-WAIT_SECONDS = 3.0  # for a page that reads the file or a virus scanner; a player keeps it much longer
-
-
-def replace_patiently(file: Path, path: Path) -> None:
-    """Rename a file as `os.replace` does, and wait a little while another program has one of the two open.
-
-    Only Windows refuses this then.
-
-    Raises:
-        OSError: If it fails for another reason, or still after WAIT_SECONDS.
-    """
-    end = time.monotonic() + WAIT_SECONDS
-    while True:
-        try:
-            os.replace(file, path)
-            return
-        except PermissionError as error:
-            is_open = getattr(error, "winerror", None) in OPEN_ELSEWHERE
-            if not is_open or time.monotonic() > end:
-                raise
-        time.sleep(0.02)
-
-
-replace_file = replace_patiently if os.name == "nt" else os.replace
+if sys.platform != "win32":
+    replace_file = os.replace
+else:
+    from modules.open_files import replace_file as replace_file
 
 
 @contextlib.contextmanager
@@ -251,10 +230,8 @@ def remove_leftovers(
             temporary = _TEMPORARY.fullmatch(entry.name)
             if temporary is None or not of(temporary["name"]):
                 continue
-            # another process was faster, or, on Windows, has it open; a leftover ends no run
-            with contextlib.suppress(OSError):
-                # a folder's time changes with every file put into it
-                changed = entry.stat(follow_symlinks=False).st_mtime
+            with contextlib.suppress(OSError):  # another process was faster, or has it open on Windows
+                changed = entry.stat(follow_symlinks=False).st_mtime  # of a folder: of its last file
                 writer = _read_claim(entry) or temporary
                 if changed > now - _select_least_age(writer, older_seconds):
                     continue
@@ -365,8 +342,6 @@ def explain_errors(path: Path) -> Iterator[None]:
         remedy = "Choose another folder, and run again"
         if is_full:
             remedy = "Free some space or choose another folder, and run again"
-        elif getattr(error, "winerror", None) in OPEN_ELSEWHERE:
-            remedy = "Close what has it open, or choose a folder that you may write in, and run again"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             remedy = f"Choose another folder, or make {path.parent} one that you may write in, and run again"
         raise OutputError(

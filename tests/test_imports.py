@@ -74,7 +74,7 @@ FLOORS = {
     "modules": (
         {"errors", "flow", "limits", "memory_limit", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
-        | {"integers", "text_encodings", "varints", "version"},
+        | {"integers", "open_files", "text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from modules import atomic_write
-from modules.atomic_write import remove_leftovers, replace_patiently, write_text
+from modules import atomic_write, open_files
+from modules.atomic_write import remove_leftovers, write_text
 from modules.errors import OutputError
 
 IN_USE = "The process cannot access the file because it is being used by another process"
@@ -39,8 +39,8 @@ def refusing(times: int, winerror: int | None = 32) -> Callable[[Path, Path], No
 @pytest.fixture
 def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that is there, on a system that refuses to replace it while it is open."""
-    monkeypatch.setattr(atomic_write, "replace_file", replace_patiently)
-    monkeypatch.setattr(atomic_write, "WAIT_SECONDS", 30.0)
+    monkeypatch.setattr(atomic_write, "replace_file", open_files.replace_file)
+    monkeypatch.setattr(open_files, "WAIT_SECONDS", 30.0)
     (tmp_path / "a.json").write_text("old", encoding="utf-8")
     return tmp_path / "a.json"
 
@@ -53,9 +53,9 @@ def test_a_file_is_replaced_once_nobody_reads_it(path: Path, monkeypatch: pytest
 
 
 def test_who_keeps_it_open_is_to_close_it(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(atomic_write, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(open_files, "WAIT_SECONDS", 0.0)
     monkeypatch.setattr(os, "replace", refusing(999, winerror=5))
-    with pytest.raises(OutputError, match=f"{IN_USE}.*Close what has it open"):
+    with pytest.raises(OutputError, match=f"{IN_USE}.*Close the programs that have it open"):
         write_text(path, "new")
     assert path.read_text(encoding="utf-8") == "old"
     assert [file.name for file in path.parent.iterdir()] == ["a.json"]
