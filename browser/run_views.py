@@ -29,7 +29,7 @@ from modules.media.reading import image_size, video_info
 from modules.pages.language import join, language, say
 from modules.pages.page import END, PRIVATE, link, render_page, show_unscripted
 from modules.text_files import read_safetensors_texts, require_regular_file
-from training.reports.history import BEFORE_TRAINING, SHOWN, Points, Start, Story
+from training.reports.history import BEFORE_TRAINING, SHOWN, WORKFLOW, Points, Start, Story, find_workflow
 from training.reports.page import (
     TEMPLATE,
     Standing,
@@ -370,7 +370,10 @@ def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
     story = runs.open(run).story
     folder = run.history.parent
     samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
-    is_linked = name in story.saved or name in samples or COMPARED.fullmatch(name)
+    is_workflow = name.endswith(WORKFLOW) and any(
+        name == find_workflow(folder, saved) for saved in story.saved
+    )
+    is_linked = is_workflow or name in story.saved or name in samples or COMPARED.fullmatch(name)
     return folder / name if is_linked and runs.is_inside(folder / name) else None
 
 

@@ -38,6 +38,7 @@ from protocols.rules import (
     ReferenceRules,
 )
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from protocols.workflows import ComfyModel
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, QwenImageReleaseFiles, Version, files_of
@@ -90,6 +91,7 @@ class QwenImage(ModelOfImages):
         """End of the names of cache files, which depends on the release."""
         return self.version.cache_tag
 
+    can: ClassVar = family.Abilities(tell_few_steps=True, tell_nodes=True)
     draws_latents: ClassVar[bool] = False
     vae_of_clips: ClassVar[bool] = True
     to_edit: ClassVar = "for edits, give --model_version edit-2511 or another one of edits; else remove them"
@@ -186,6 +188,14 @@ class QwenImage(ModelOfImages):
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         tokens = family.count_image_tokens(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
+
+    def comfy_model(self) -> ComfyModel:
+        """Return how ComfyUI runs the model. Raises OptionError for a release that edits images."""
+        if self.references is not None:
+            raise OptionError(f"{self.called} starts from images")
+        from qwen_image.workflow import TEXT_TO_IMAGE  # only with --save_workflow
+
+        return TEXT_TO_IMAGE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the images to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""

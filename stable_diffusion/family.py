@@ -46,6 +46,7 @@ from protocols.new_tokens import WordToLearn
 from protocols.requests import Prepared, Prompts, Request
 from protocols.rules import ModelRelease, NpzFormat
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from protocols.workflows import ComfyModel
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks
@@ -192,6 +193,7 @@ class StableDiffusion(ModelOfImages):
         make_network=True,
         inpaint=True,
         tell_few_steps=True,
+        tell_nodes=True,
     )
 
     @property
@@ -608,6 +610,24 @@ class StableDiffusion(ModelOfImages):
             section: self._mark_texts(texts, has_negative) for section, texts in prepared.prompts.items()
         }
         return replace(prepared, prompts=marked)
+
+    def comfy_model(self) -> ComfyModel:
+        """Return how ComfyUI runs the checkpoint. Raises OptionError if it is no single file, or repaints."""
+        if self.inpaints or self.made_network is not None:
+            raise OptionError(
+                "only those of a LoRA of a checkpoint that makes images from texts are known here"
+            )
+        if not self.is_of_one_file:
+            raise OptionError(f"it loads checkpoints that are one file, and {self.files.path} is a folder")
+        from stable_diffusion.workflow import describe_checkpoint  # only with --save_workflow
+
+        marks = self._trained_marks
+        return describe_checkpoint(
+            "" if self.files.vae is None else self.files.vae.name,
+            self.clip_skip,
+            predicts_velocity=marks.predicts_velocity,
+            zero_terminal_snr=marks.zero_terminal_snr,
+        )
 
     def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
         """Return texts with their weights marked, each with the number of chunks of the longest one.

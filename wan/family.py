@@ -38,6 +38,7 @@ from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from protocols.rules import ONE_EXPERT, Expert, ModelRelease, ReferenceRules, SourceRules
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
+from protocols.workflows import ComfyModel
 from wan.caching import (
     NO_MOMENTS,
     NO_VACE_MOMENTS,
@@ -95,6 +96,7 @@ class Wan(OneTransformer):
     can: ClassVar = Abilities(
         tell_few_steps=True,
         sample_apart="--sample_dit_other",
+        tell_nodes=True,
         references="VACE takes it: cache with --vace, and train with --task vace-1.3B, vace-14B or vace-A14B",
     )
     name: str = field(default="wan", init=False)
@@ -376,6 +378,12 @@ class Wan(OneTransformer):
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode frames as normalized means of the posterior; `seed` is unused, as no sample is drawn."""
         return encoders.vae.encode(to_pixels(frames))
+
+    def comfy_model(self) -> ComfyModel:
+        """Return how ComfyUI runs the task. Raises OptionError if it starts from more than text."""
+        from wan.workflow import find_comfy_model  # only with --save_workflow
+
+        return find_comfy_model(self.files.task, takes_images=self.image_kind == ONE_FRAME)
 
     def sections(
         self,

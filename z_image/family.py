@@ -28,12 +28,13 @@ from protocols.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from protocols.family import DitSpec, Family, NoiseSpec
+from protocols.family import Abilities, DitSpec, Family, NoiseSpec
 from protocols.few_steps import GUIDED, FewSteps, make_transfer_target
 from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from protocols.rules import ModelRelease
 from protocols.steps import NO_OVERRIDES, Overrides
+from protocols.workflows import ComfyModel
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
 from z_image.files import FORMAT, OPTION
 from z_image.names import LORA
@@ -114,6 +115,7 @@ class ZImage(ModelOfImages):
         targets=(GUIDED, make_transfer_target("the base", "z_image_bf16.safetensors")),
         words="zit",
     )
+    can: ClassVar = Abilities(tell_few_steps=True, tell_nodes=True)
     cache_tag: str = field(default="zi", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as released
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -219,6 +221,12 @@ class ZImage(ModelOfImages):
                 "renorm_cfg": extra.get("renorm_cfg", str(RENORM_CFG)),
             },
         )
+
+    def comfy_model(self) -> ComfyModel:
+        """Return how ComfyUI runs the model."""
+        from z_image.workflow import Z_IMAGE_NODES  # only with --save_workflow
+
+        return Z_IMAGE_NODES
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode an image in model space, with the caches' missing scale applied."""

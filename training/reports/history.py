@@ -18,6 +18,7 @@ from typing import Any
 from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import require_regular_file
+from protocols.families import HIGH_NOISE, LOW_NOISE
 from training.reports.shown_numbers import MAX_SHOWN, NumberChart, NumberTile
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ MAX_STEPS = 10**15
 LOSS = "validation/loss"
 NUMBERS = "pairs"  # in the line of a step: further numbers of features; so since there were some
 AVERAGE = "-ema"  # in the name of a saved file: it is the average of the weights
+WORKFLOW = ".workflow.json"  # of a workflow for ComfyUI next to the files of a save, kept as long as these
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
 SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of the prompt
@@ -37,6 +39,19 @@ PASSING = {"loss", "doing"}  # lines on disk only
 Row = dict[str, Any]
 Points = dict[int, float | None]  # of a curve: value by step; None: it was NaN or infinite
 SHOWN = 50  # steps whose mean seconds are shown: beside the bar, in the box at the end, on pages
+
+
+def find_workflow(folder: Path, saved: str) -> str:
+    """Return the name of the workflow that loads a saved file; "" if there is none.
+
+    Args:
+        folder: Folder of the saved file.
+        saved: Its name. The files of two transformers share a workflow.
+    """
+    stem = saved.removesuffix(".safetensors")
+    stems = (stem, stem.removesuffix(f"_{LOW_NOISE}"), stem.removesuffix(f"_{HIGH_NOISE}"))
+    names = (f"{shared}{WORKFLOW}" for shared in stems)
+    return next((name for name in names if (folder / name).is_file()), "")
 
 
 @dataclass(frozen=True)
