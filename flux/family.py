@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -58,7 +58,9 @@ from protocols.few_steps import UNDOING, FewSteps
 from protocols.loading import Placement
 from protocols.rules import ModelRelease
 from protocols.steps import NO_OVERRIDES, Overrides
-from protocols.workflows import ComfyModel
+
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
 
 logger = logging.getLogger(__name__)
 
@@ -377,7 +379,7 @@ class Flux(ModelOfImages):
         negative = "" if self.negative_is_empty else None
         return requests.settle(request, default, size, flow_shift, default_negative=negative)
 
-    def comfy_model(self) -> ComfyModel:
+    def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""
         if self.references is not None or self.files.kind == configs.CHROMA:
             raise OptionError(f"of {self.called}, only those of FLUX.1 dev and schnell are known here")

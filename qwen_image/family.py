@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -38,7 +38,6 @@ from protocols.rules import (
     ReferenceRules,
 )
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from protocols.workflows import ComfyModel
 from qwen_image.caches import LATENTS_AGAIN, PIXELS, check_batch
 from qwen_image.configs import DIT, LATENT, NOISE, PATCH
 from qwen_image.files import KEY, QWEN_USE, VERSIONS, QwenImageFiles, QwenImageReleaseFiles, Version, files_of
@@ -54,6 +53,9 @@ from qwen_image.options import (
     QwenImageTrainingOptions,
 )
 from qwen_image.references import AS_TRAINED, add_images, fill_size, find_area, read_anchor, read_reference
+
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
 
 logger = logging.getLogger(__name__)
 
@@ -189,7 +191,7 @@ class QwenImage(ModelOfImages):
         tokens = family.count_image_tokens(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
 
-    def comfy_model(self) -> ComfyModel:
+    def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the model. Raises OptionError for a release that edits images."""
         if self.references is not None:
             raise OptionError(f"{self.called} starts from images")

@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,6 @@ from protocols.new_tokens import WordToLearn
 from protocols.requests import Prepared, Prompts, Request
 from protocols.rules import ModelRelease, NpzFormat
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from protocols.workflows import ComfyModel
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SD1, SD2, SDXL, ModelKind
 from stable_diffusion.files import Marks
@@ -99,6 +98,9 @@ from stable_diffusion.training_options import (
 )
 from stable_diffusion.whole_files import make_writer
 from stable_diffusion.whole_folders import make_folder_writer
+
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
 
 logger = logging.getLogger(__name__)
 
@@ -611,7 +613,7 @@ class StableDiffusion(ModelOfImages):
         }
         return replace(prepared, prompts=marked)
 
-    def comfy_model(self) -> ComfyModel:
+    def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the checkpoint. Raises OptionError if it is no single file, or repaints."""
         if self.inpaints or self.made_network is not None:
             raise OptionError(

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,6 @@ from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from protocols.rules import ONE_EXPERT, Expert, ModelRelease, ReferenceRules, SourceRules
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, Overrides, Section
-from protocols.workflows import ComfyModel
 from wan.caching import (
     NO_MOMENTS,
     NO_VACE_MOMENTS,
@@ -70,6 +69,9 @@ from wan.options import (
 )
 from wan.spec import DIT, LATENT, LATENT_SPECS, TEXT_KEYS, VACE_DIT
 from wan.vae import normalise
+
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
 
 logger = logging.getLogger(__name__)
 
@@ -380,7 +382,7 @@ class Wan(OneTransformer):
         """Encode frames as normalized means of the posterior; `seed` is unused, as no sample is drawn."""
         return encoders.vae.encode(to_pixels(frames))
 
-    def comfy_model(self) -> ComfyModel:
+    def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the task. Raises OptionError if it starts from more than text."""
         from wan.workflow import find_comfy_model  # only with --save_workflow
 

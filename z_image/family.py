@@ -3,7 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,6 @@ from protocols.loading import Placement
 from protocols.requests import Prepared, Request
 from protocols.rules import ModelRelease
 from protocols.steps import NO_OVERRIDES, Overrides
-from protocols.workflows import ComfyModel
 from z_image.configs import DIT, LATENT, NOISE, Z_IMAGE
 from z_image.files import FORMAT, OPTION
 from z_image.names import LORA
@@ -48,6 +47,9 @@ from z_image.options import (
     ZImageTextCachingOptions,
     ZImageTrainingOptions,
 )
+
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
 
 KEY = "llm_embed"
 _BEFORE, _AFTER = qwen3_chat(thinks=True)
@@ -222,7 +224,7 @@ class ZImage(ModelOfImages):
             },
         )
 
-    def comfy_model(self) -> ComfyModel:
+    def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the model."""
         from z_image.workflow import Z_IMAGE_NODES  # only with --save_workflow
 
