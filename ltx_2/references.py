@@ -172,10 +172,13 @@ def split_denoised(
 def with_noisy_references(
     sections: Generator[Section, Tensor, Tensor], strength: float, joint: Joint | None, noise: NoiseSource
 ) -> Generator[Section, Tensor, Tensor]:
-    """Wrap sections so that references are denoised together with the video, in the frames after it.
+    """Wrap sections so that references are denoised together with the video, as frames after its last one.
 
-    References start as `strength` of themselves and the rest noise, which is drawn token by token. `joint`
-    has the shapes for sections without any.
+    Args:
+        sections: The sections; those without references are yielded unchanged.
+        strength: Fraction of each reference at the start; the rest is noise, drawn token by token.
+        joint: Shapes of video and audio, for sections whose overrides have no `joint`; None without audio.
+        noise: Source of the noise.
     """
     section = next(sections)
     try:

@@ -200,7 +200,7 @@ def _rules(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterato
 
 
 def _agrees(rule: _Rule, width: float) -> bool:
-    """Return whether a size satisfies its rule for blocks of this width."""
+    """Return whether the rows and columns of a module's change are those of a model with this block width."""
     rows, columns = rule.size
     fits_rows = not rule.rows or abs(rows - rule.rows * width) < 1
     fits_columns = not rule.columns or abs(columns - rule.columns * width) < 1

@@ -248,13 +248,13 @@ def family_for_generation(options: QwenImageGenerationOptions) -> "QwenImage | Q
     references = options.references
     use = version.use
     if use.pictures is not None and not references.resize_control_to_official_size:
+        # the text encoder is shown the images in their own sizes, as `request_conditions` encodes them
         use = replace(use, pictures=replace(use.pictures, read=read_reference))
     files = files_of(options, version, use)
     if options.vae_enable_tiling and files.vae_tile is None:
         files = replace(files, vae_tile=VAE_TILE)
     if version.has_layers:
         return QwenImageLayered(
-            files,
             files,
             edit=references,
             layers_alone=options.layers.remove_first_image_from_target,

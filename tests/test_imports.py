@@ -98,7 +98,7 @@ FLOORS = {
         {"offload"},
         {"ways"},
         {"options"},
-        {"doctor", "network_setup", "planning", "step_cache"},
+        {"doctor", "machine", "network_setup", "planning", "step_cache"},
     ),
     "dataset": (
         {"other_trainers"},
@@ -119,7 +119,8 @@ FLOORS = {
         {"folders"},
         {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
         {"folder_dataset"},
-        {"folder_captions", "metadata", "tags"},
+        {"metadata", "tags"},
+        {"bucket_latents", "cleaning", "folder_captions"},
     ),
     "postprocessing": (
         {"contract", "options", "streaming"},
@@ -271,8 +272,8 @@ _TOOLS = {
         *("check_lora_weights", "merge_lora", "sdxl_merge_lora", "svd_merge_lora"),
     ),
     "finetune": (
-        *("make_captions", "merge_captions_to_metadata", "merge_dd_tags_to_metadata"),
-        "tag_images_by_wd14_tagger",
+        *("clean_captions_and_tags", "make_captions", "make_captions_by_git", "merge_captions_to_metadata"),
+        *("merge_dd_tags_to_metadata", "prepare_buckets_latents", "tag_images_by_wd14_tagger"),
     ),
 }
 # lines, without docstrings, that a training of caches reads at its start, without the family's; 500 parse and

@@ -13,12 +13,26 @@ if not __package__:  # run as a file: then Python looks for modules in its folde
 
 import modules.interpreter  # noqa: F401
 from modules.command import command_line
+from modules.options import Options, option
 from modules.script_options import parse_options
+
+
+class DoctorOptions(Options):
+    """What to print."""
+
+    share: bool = option(
+        "print five lines on versions and the GPU instead, for a report to others: no names and no paths"
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print what this environment has and lacks. Exits with code 1 if something necessary is missing."""
-    parse_options(__doc__, argv)  # it has none
+    (options,) = parse_options(__doc__, argv, DoctorOptions)
+    if options.share:
+        from runtime.machine import describe_machine, list_shared_lines  # torch is imported, if there is one
+
+        sys.stdout.writelines(f"{line}\n" for line in list_shared_lines(describe_machine()))
+        return
 
     from runtime.doctor import examine  # it imports torch, if there is one
 

@@ -168,18 +168,21 @@ class NextSteps:
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
         network = self.plan.options.network
-        tool = self.converted_for.lower()
-        ending = tool if tool.isalpha() else "converted"  # of the output's name
-        title = f"Convert the LoRA for {self.converted_for}"
-        note = ""
         words = ["--target", "other" if self.converted_for else "default"]
         plain_kind = _plain_kind(network)
-        if plain_kind is not None:
-            title, ending, note = plain_kind.plain_title, "plain", plain_kind.elsewhere
+        if plain_kind is not None:  # the change depends on the model's weights, so --dit is needed
+            title, note = plain_kind.plain_title, plain_kind.elsewhere
+            name_suffix = "plain"
             words += ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
-        elif network is not None and self.converted_for != COMFYUI_TOOL:
-            words += ["--bake", str(BAKED_RANK)] if network.kind.is_for_comfyui_alone else []
-        output = file.with_name(f"{file.stem}_{ending}.safetensors")
+        else:
+            title, note = f"Convert the LoRA for {self.converted_for}", ""
+            tool = self.converted_for.lower()
+            name_suffix = tool if tool.isalpha() else "converted"  # no spaces or signs in a file name
+            # only ComfyUI reads these kinds; other tools need them as the factors of a LoRA
+            is_comfyui_kind = network is not None and network.kind.is_for_comfyui_alone
+            if is_comfyui_kind and self.converted_for != COMFYUI_TOOL:
+                words += ["--bake", str(BAKED_RANK)]
+        output = file.with_name(f"{file.stem}_{name_suffix}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
 

@@ -54,7 +54,7 @@ def training_script(
         script: File of the script, if it is not `..._train.py` with `full_dit`.
         kind: Kind of the family's options, see `FamilyEntry.options_record`.
         images: Differences between image families; None for video.
-        extra_options: Records of options besides the family's.
+        extra_options: Records of options apart from the family's.
         check: Raises OptionError if the family's options do not fit together.
         samplers: Choices of --timestep_sampling for video.
         changes: Changes of shared options, and options of the family that are rejected.

@@ -179,18 +179,21 @@ def names_of(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
 def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
     """Count the cached captions of each source, up to the first number that is not cached.
 
+    A table without `multi_caption` uses only the first caption of a source, number 0.
+
     Raises:
         KeyError: If a source has an additional caption but not the first one.
     """
-    numbers: dict[str, set[int]] = {}
+    numbers_by_source: dict[str, set[int]] = {}
     for line in lines:
         if line["number"] != cache_files.EMPTY:
-            numbers.setdefault(line["source"], set()).add(line["number"])
+            numbers_by_source.setdefault(line["source"], set()).add(line["number"])
     counts = {}
-    for stem, of_source in numbers.items():
-        of_source.remove(0)
+    for stem, numbers in numbers_by_source.items():
+        if 0 not in numbers:
+            raise KeyError(stem)
         count = 1
-        while table.multi_caption and count in of_source:
+        while table.multi_caption and count in numbers:
             count += 1
         counts[stem] = count
     return counts

@@ -45,13 +45,16 @@ class Names:
     beside: tuple[str, ...] = ()  # what ends the names of further files of each save: words
 
     def files(self, stem: str) -> dict[str, Path]:
-        """Return the files that are saved together by the endings of their names: `x-000001_high_noise`."""
+        """Return the files of the model's parts in one save, by part: `high_noise` -> `x-000001_high_noise`.
+
+        A model that is one file has the key "".
+        """
         if not self.parts:
             return {"": self.folder / f"{stem}{self.ending}"}
         return {part: self.folder / f"{stem}_{part}{self.ending}" for part in self.parts}
 
     def files_beside(self, stem: str) -> dict[str, Path]:
-        """Return the further files of a save by the endings of their names: `x-000001_mycat`."""
+        """Return the files of trained words in one save, by word: `mycat` -> `x-000001_mycat`."""
         return {word: self.folder / f"{stem}_{word}{SAFETENSORS}" for word in self.beside}
 
     def full_stem(self, file: Path) -> str:
