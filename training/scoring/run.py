@@ -398,14 +398,14 @@ def _score_step(
         if frames is not None:
             prompt = row.prompts.get(index, "")
             samples.append(comparison.score(index, path, prompt, frames, looks[path]))
-    loss_step, loss = run.story.nearest(row.step) or (None, None)
+    validated = run.story.nearest(row.step)
     return StepScores(
         step=row.step,
         mark=row.mark,
         samples=tuple(samples),
         saved=_find_saved(run, row.step),
-        loss=loss,
-        loss_step=loss_step,
+        loss=None if validated is None else validated.loss,
+        loss_step=None if validated is None else validated.step,
     )
 
 
