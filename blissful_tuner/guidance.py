@@ -235,7 +235,7 @@ class _StepPlanner:
             return self._weakened if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
-        return self._thinned if skips.acts(step, self._prepared.steps) else NEGATIVE
+        return self._thinned if skips.blocks and skips.acts(step, self._prepared.steps) else NEGATIVE
 
     def _make_guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
         """Return the stage of the selected guidance formula; [] if the scale turns guidance off."""
@@ -523,7 +523,6 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
                 typed_scale = standard_scale - 1 + off
                 option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
     for scale, option in option_by_scale.items():
-        # options of experts and streams may replace another one; with a schedule all are checked
         if scale < off and (scale in used or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, off))
 
