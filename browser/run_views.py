@@ -339,7 +339,9 @@ def collect_news(
     if query.get("have") != key:
         charts = list_charts(_narrow(story, low, high), maximum=MAX_POINTS)
         if scored:
-            charts[1:1] = list_score_charts(folder, run.name, story, low, high)  # next to the loss
+            charts[1:1] = list_score_charts(
+                folder, run.name, story=story, low=low, high=high
+            )  # next to the loss
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(now.shown, story)
     return news

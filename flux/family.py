@@ -179,7 +179,9 @@ class Flux(ModelOfImages):
                 f"{table.name}: {CONTROL_NET}, and no control pictures that the ControlNet could see. Give "
                 f"control_directory, or leave out {CONTROL_NET}."
             )
-        super().check_table(replace(table, has_control=False) if sees_controls else table)
+        if sees_controls:  # the rule for every family rejects control images, which are allowed here
+            table = replace(table, has_control=False)
+        super().check_table(table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each image.

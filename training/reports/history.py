@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
 from modules.limits import MAX_LINE_CHARACTERS
@@ -207,16 +207,16 @@ class Story:
         return next((start for start in reversed(self.starts.values()) if start is not None), None)
 
     @property
-    def lowest(self) -> tuple[int, float] | None:
-        """Step and value of the lowest validation loss; None before the first validation."""
+    def lowest(self) -> "ValidationLoss | None":
+        """The lowest validation loss; None before the first validation."""
         by_loss = [(loss, step) for step, loss in self.validations.items()]
         if not by_loss:
             return None
         loss, step = min(by_loss)
-        return step, loss
+        return ValidationLoss(step, loss)
 
-    def nearest(self, step: int) -> tuple[int, float] | None:
-        """Return step and loss of the validation nearest to a step, the earlier of two equally near.
+    def nearest(self, step: int) -> "ValidationLoss | None":
+        """Return the loss of the validation nearest to a step, the earlier of two equally near.
 
         The validation at step 0, before training, is returned for step 0 only.
         """
@@ -224,7 +224,7 @@ class Story:
         if not steps:
             return None
         nearest = min(steps, key=lambda measured: (abs(measured - step), measured))
-        return nearest, self.validations[nearest]
+        return ValidationLoss(nearest, self.validations[nearest])
 
     def measured_files(self, folder: Path) -> list["MeasuredFile"]:
         """Return the saved files that exist, each with the validation loss measured nearest to its step."""
@@ -275,6 +275,13 @@ class Story:
         """Return whether a file contains a word alone, `x_mycat.safetensors`, saved next to its LoRA."""
         stem, dot, ending = name.rpartition(".")
         return any(f"{stem[: mark.start()]}{dot}{ending}" in self.saved for mark in re.finditer("_", stem))
+
+
+class ValidationLoss(NamedTuple):
+    """The validation loss at a step."""
+
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True)

@@ -319,9 +319,9 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
         path = folder / name
         workflow = find_workflow(folder, name)
         validated = story.nearest(step)
-        loss = "" if validated is None else f"{validated[1]:.4g}"
-        if validated is not None and validated[0] != step:
-            loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{validated[0]:,}")
+        loss = "" if validated is None else f"{validated.loss:.4g}"
+        if validated is not None and validated.step != step:
+            loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{validated.step:,}")
         rows.append(
             {
                 "name": name,
