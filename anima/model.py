@@ -2,7 +2,8 @@
 
 Module names follow the published checkpoint. Source: the released model, NVIDIA 2025 (Cosmos-Predict2), and
 diffusers' CosmosTransformer3DModel. The embedding of time, modulation, norms and rotary angles are always
-float32. Everything else, including the residual stream, computes in the dtype of its weights or of autocast.
+float32. Everything else computes in the dtype of its weights or of autocast; if that is float16, the residual
+stream is float32.
 """
 # Letters: B batch, L image tokens, T rows of text, N heads, D head width, C = N * D
 
@@ -288,7 +289,9 @@ class AnimaModel(BlockNetwork):
             attention=self.attention,
             combine=overrides.steer,
         )
-        image = in_own_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(dtype)
+        # the residual stream of the released weights leaves float16's range (ComfyUI, pull request 12249)
+        stream_dtype = torch.float32 if dtype == torch.float16 else dtype
+        image = in_own_dtype(self.x_embedder.get_submodule("proj.1"), patches).to(stream_dtype)
         return Hidden(image, tokens)
 
     def _check_sizes(self, noisy: Tensor) -> None:

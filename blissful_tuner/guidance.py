@@ -235,7 +235,7 @@ class _StepPlanner:
             return self._weakened if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
-        return self._thinned if skips.acts(step, self._prepared.steps) else NEGATIVE
+        return self._thinned if skips.blocks and skips.acts(step, self._prepared.steps) else NEGATIVE
 
     def _make_guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
         """Return the stage of the selected guidance formula; [] if the scale turns guidance off."""
@@ -507,9 +507,9 @@ def _warn_of_unused_options(
 
 
 def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) -> None:
-    """Warn about guidance scales below the one that turns guidance off.
+    """Warn about guidance scales below `off_at`, the scale that turns guidance off.
 
-    Other programs count from 0, so their scales are lower than ours by 1.
+    It is 1 in most models. A few released models count from 0, and users type their scales in that form.
     """
     off = prepared.rules.off_at
     scheduled = guidance_scales(prepared, options) if prepared.request.cfg_schedule else []
@@ -517,11 +517,11 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
     if not scheduled and all(scale is None or scale >= off for scale in used):
         return
     option_by_scale = _name_scales(prepared)
-    for scales in scheduled:
-        for standard_scale in scales:
+    for scales_of_step in scheduled:
+        for standard_scale in scales_of_step:  # these count from 1
             if standard_scale is not None:
-                scale = standard_scale - 1 + off  # as the user typed it
-                option_by_scale.setdefault(scale, f"the scale {scale:g} of --cfg_schedule")
+                typed_scale = standard_scale - 1 + off
+                option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
     for scale, option in option_by_scale.items():
         if scale < off and (scale in used or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, off))

@@ -325,12 +325,12 @@ class NewPages:
     def folder_values(
         self, folder: Path | None, content: MediaFolder | None, is_part: bool
     ) -> dict[str, Any]:
-        """Return the values for the page's part about folders and the selected folder.
+        """Return the template values for the list of folders and for the selected folder.
 
         Args:
-            folder: The selected folder; None if there is none.
-            content: Its media.
-            is_part: As in `answer`.
+            folder: The selected folder; None if no folder is selected.
+            content: Images and clips of the selected folder; None if no folder is selected.
+            is_part: Leave out the list of folders, because the browser uses only other parts of the page.
         """
         tops = self.site.runs.tops
         has_files = folder is not None and (content is not None or is_described(folder))

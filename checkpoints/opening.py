@@ -69,8 +69,8 @@ class Checkpoint(contextlib.ExitStack):
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= file.metadata
-        self.left_out = tuple(name for file in files for name in file.left_out)  # of torch files: optimizer
-        self.parts = {file.path: file.metadata for file in files}  # its files, and what each says
+        self.left_out = tuple(name for file in files for name in file.left_out)  # keys without a tensor
+        self.parts = {file.path: file.metadata for file in files}  # path -> the metadata of that file
 
     def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
         """Read a tensor to the CPU, into new memory or into `tensor`, which must be contiguous.

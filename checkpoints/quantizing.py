@@ -10,7 +10,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +68,7 @@ _ARCHITECTURES = {
     **{"hunyuan_video": "hyvid", "framepack": "hyvid", "flux_2": "flux", "ltx_2": "ltxv"},
     **{"lumina": "lumina2", "z_image": "lumina2"},
 }
+CODES, WEIGHT_SCALE = "", ".weight_scale"  # with MARK, the ends of the names of a quantized layer's tensors
 GGUF = "q8_0"
 FORMS = ("int8", "convrot", "fp8", GGUF, "bf16")
 
@@ -276,48 +276,68 @@ def _write_marked(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write ComfyUI's layout. A layer is read twice, because the scales of all come before the codes."""
-    tensors: dict[str, TensorInfo] = {}
-    makers: dict[str, Callable[[], Tensor]] = {}
+    """Write ComfyUI's layout; return the number of quantized layers.
 
-    # the functions read a layer only when its tensor is written
-    def plain(name: str) -> Tensor:
-        return model.read(checkpoint, name)
+    A layer is read and rounded twice, once for its codes and once for its scale: they are far apart in the
+    file, and only one tensor at a time is in memory.
+    """
+    parts: dict[str, _MarkedPart] = {}
 
-    def codes(name: str, rounding: _Rounding) -> Tensor:
-        return rounding.make(plain(name).to(device))[0]
-
-    def scale(name: str, rounding: _Rounding) -> Tensor:
-        return rounding.make(plain(name).to(device))[1]
-
-    def add(name: str, info: TensorInfo, make: Callable[[], Tensor]) -> None:
-        if name in tensors:
-            raise CheckpointError(
-                f"{checkpoint.path} has a tensor {name}, which belongs to a quantized layer."
-            )
-        tensors[name] = info
-        makers[name] = make
+    def read_part(name: str) -> Tensor:
+        """Return the content of a tensor; it is computed only now, when it is written."""
+        part = parts[name]
+        if part.rounding is None:
+            return model.read(checkpoint, name)
+        if part.what == MARK:
+            return part.rounding.mark_bytes()
+        codes, scale = part.rounding.make(model.read(checkpoint, part.layer).to(device))
+        return scale if part.what == WEIGHT_SCALE else codes
 
     for name, info in checkpoint.tensors.items():
-        if name not in model.layers:
-            add(name, info, partial(plain, name))
-            continue
-        stem = name.removesuffix(".weight")
-        shape = (info.shape[0], info.shape[1])
-        rounding = _Rounding(options.form, shape)
-        mark = torch.tensor(list(json.dumps(rounding.mark).encode()), dtype=torch.uint8)
-        add(name, TensorInfo(rounding.dtype, shape), partial(codes, name, rounding))
-        scale_info = TensorInfo(torch.float32, rounding.scale_shape)
-        add(f"{stem}.weight_scale", scale_info, partial(scale, name, rounding))
-        add(stem + MARK, TensorInfo(torch.uint8, tuple(mark.shape)), mark.clone)
-    stream_tensors(options.output, tensors, lambda name: makers[name](), {"format": "pt", **metadata})
+        if name in model.layers:
+            added = _mark_layer(name, _Rounding(options.form, (info.shape[0], info.shape[1])))
+        else:
+            added = {name: _MarkedPart(info)}
+        for new_name, part in added.items():
+            if new_name in parts:
+                raise CheckpointError(
+                    f"{checkpoint.path} has a tensor {new_name}, which belongs to a quantized layer."
+                )
+            parts[new_name] = part
+    tensors = {name: part.info for name, part in parts.items()}
+    stream_tensors(options.output, tensors, read_part, {"format": "pt", **metadata})
     return len(model.layers)
 
 
+@dataclass(frozen=True)
+class _MarkedPart:
+    """A tensor to write; without a rounding it is copied from the checkpoint."""
+
+    info: TensorInfo
+    rounding: "_Rounding | None" = None
+    layer: str = ""  # name of the layer's weight
+    what: str = ""  # CODES, WEIGHT_SCALE or MARK: which tensor of the quantized layer it is
+
+
+def _mark_layer(name: str, rounding: "_Rounding") -> dict[str, _MarkedPart]:
+    """Return the three tensors of a quantized layer, by their names in the file."""
+    stem = name.removesuffix(".weight")
+    infos = {
+        CODES: TensorInfo(rounding.dtype, rounding.shape),
+        WEIGHT_SCALE: TensorInfo(torch.float32, rounding.scale_shape),
+        MARK: TensorInfo(torch.uint8, tuple(rounding.mark_bytes().shape)),
+    }
+    return {
+        name if what == CODES else stem + what: _MarkedPart(info, rounding, name, what)
+        for what, info in infos.items()
+    }
+
+
 class _Rounding:
-    """Rounding of a layer, and the facts that the file states about it."""
+    """Rounding of a layer, and the settings that the file records about it."""
 
     def __init__(self, form: str, shape: Shape) -> None:
+        self.shape = shape
         self.scale_shape: tuple[int, ...]
         if form == "fp8":
             self.mark: dict[str, Any] = {"format": "float8_e4m3fn"}
@@ -331,7 +351,12 @@ class _Rounding:
         if form == "convrot" and group:
             self.mark |= {"convrot": True, "convrot_groupsize": group}
 
+    def mark_bytes(self) -> Tensor:
+        """Return the settings as ComfyUI stores them: the bytes of a JSON text, uint8."""
+        return torch.tensor(list(json.dumps(self.mark).encode()), dtype=torch.uint8)
+
     def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the codes of a weight and its scale."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
@@ -512,14 +537,14 @@ class _Values:
         Raises:
             CheckpointError: If it is unknown.
         """
-        padding = info.packing if info.packing is not None and info.packing.pad > 1 else None
-        if padding is None:
-            is_sound = math.prod(shapes.get(name, info.shape)) == math.prod(info.shape)
-            shape = info.shape
-        else:
+        packing = info.packing
+        if packing is not None and packing.pad > 1:
             shape = shapes.get(name, ())
-            is_sound = math.prod(padding.padded(shape)) == math.prod(info.shape)
-        if not is_sound:
+            padded_shape = packing.padded(shape)
+        else:  # a stored tensor that is larger than the network's was padded without a note in the file
+            shape = info.shape
+            padded_shape = shapes.get(name, info.shape)
+        if math.prod(padded_shape) != math.prod(info.shape):
             raise CheckpointError(
                 f"{self.path}: {name} may be padded, and the file does not say from which size. Give a "
                 "transformer of a family that is supported, in its released layout.",

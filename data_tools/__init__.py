@@ -1,6 +1,8 @@
 """Tools round a dataset, used before caching: captions, clips cut from footage, reports.
 
+bucket_latents: cache the latents of the images of a metadata file
 captions/: write and edit captions with a vision-language model
+cleaning: clean captions and tags in a metadata file
 cogvideox/: prepare clips in CogVideoX form, encoded
 controls/: control pictures of a folder: edges or depth
 cutting/: find scenes in footage, and write clips of them

@@ -1,4 +1,4 @@
-"""Caption the images of a folder by the options of finetune/make_captions.py."""
+"""Caption the images of a folder by the options of finetune/make_captions.py and make_captions_by_git.py."""
 
 from pathlib import Path
 
@@ -12,14 +12,14 @@ from data_tools.captions.options import (
 )
 from data_tools.captions.run import run_captioning
 from data_tools.folder_dataset import make_folder_dataset
-from modules.options import not_needed, option, unsupported
+from modules.options import Options, not_needed, option, unsupported
 from modules.run_limits import temporary_folder
 
 _BY_TEMPERATURE = "tools/caption_dataset.py draws words with --temperature"
 
 
-class FolderCaptionOptions(WritingOptions, title="what to do"):
-    """Options of finetune/make_captions.py."""
+class CaptionedFolderOptions(Options, title="what to do"):
+    """The images, and their caption files."""
 
     train_data_dir: Path = option("folder of images", positional=True, place="folder")
     caption_extension: str = option(
@@ -28,6 +28,13 @@ class FolderCaptionOptions(WritingOptions, title="what to do"):
         flags=("--caption_extension", "--caption_extention"),
     )
     recursive: bool = option("also caption the folders below")
+    max_data_loader_n_workers = not_needed("files are always read ahead", nargs="?")
+    debug = unsupported("--try_on 3 prints the captions of three files")
+
+
+class FolderCaptionOptions(WritingOptions, CaptionedFolderOptions, title="what to do"):
+    """Options of finetune/make_captions.py."""
+
     max_length: int = option("most tokens of a caption", default=75, minimum=1, maximum=32_768)
     model: CaptionModelOptions
     api: ApiOptions
@@ -41,8 +48,28 @@ class FolderCaptionOptions(WritingOptions, title="what to do"):
     top_p = unsupported(f"words are not drawn here; {_BY_TEMPERATURE}", type=float)
     min_length = unsupported("a model ends its sentences by itself", type=int)
     seed = not_needed("nothing is drawn.", type=int)
-    max_data_loader_n_workers = not_needed("files are always read ahead", nargs="?")
-    debug = unsupported("--try_on 3 prints the captions of three files")
+
+
+class GitCaptionOptions(WritingOptions, CaptionedFolderOptions, title="what to do"):
+    """Options of finetune/make_captions_by_git.py."""
+
+    model_id: str = option(
+        "folder of a GIT model for transformers, or the name of its repository on Hugging Face",
+        default="microsoft/git-large-textcaps",
+    )
+    batch_size: int = option("images described together", default=1, minimum=1, maximum=1024)
+    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
+    max_length: int = option("most tokens of a caption", default=50, minimum=1, maximum=32_768)
+    remove_words: bool = option('leave out of captions what is written in an image: with the words "Hi"')
+    pin_memory = not_needed("it changes only how images get to the GPU")
+
+
+# what GIT says about writing in an image
+_QUOTED = r"(\"[^\"]*\"|'[^']*'|\w+)"
+_WRITTEN = (
+    rf",? ?\b(has|with|and) the (words?|letters?|name|number) {_QUOTED}( (on|in) (the |his |her )?\w+)?",
+    rf",? ?\b(with a sign )?that says {_QUOTED}( on it)?",
+)
 
 
 def caption_folder(options: FolderCaptionOptions) -> None:
@@ -51,20 +78,50 @@ def caption_folder(options: FolderCaptionOptions) -> None:
     Raises:
         UserError: If something is unusable, or captions failed.
     """
+    _caption_dataset(options, options, options.max_length, options.model, options.api, WordingOptions.usual())
+
+
+def caption_folder_by_git(options: GitCaptionOptions) -> None:
+    """Write a caption of a GIT model for each image of a folder that has none.
+
+    Raises:
+        UserError: If something is unusable, or captions failed.
+    """
+    model = CaptionModelOptions.usual(
+        model=options.model_id, batch_size=options.batch_size, device=options.device
+    )
+    wording = wording_without_writing(options)
+    _caption_dataset(options, options, options.max_length, model, ApiOptions.usual(), wording)
+
+
+def wording_without_writing(options: GitCaptionOptions) -> WordingOptions:
+    """Return the changes of captions that --remove_words asks for: `a sign that says "Hi"`: `a sign`."""
+    removed = tuple((pattern, "") for pattern in _WRITTEN) if options.remove_words else ()
+    return WordingOptions.usual(replace_regex=removed)
+
+
+def _caption_dataset(
+    folder: CaptionedFolderOptions,
+    writing: WritingOptions,
+    max_new_tokens: int,
+    model: CaptionModelOptions,
+    api: ApiOptions,
+    wording: WordingOptions,
+) -> None:
     with temporary_folder() as temporary:
         config = make_folder_dataset(
-            options.train_data_dir, options.caption_extension, options.recursive, temporary
+            folder.train_data_dir, folder.caption_extension, folder.recursive, temporary
         )
     captioning = CaptioningOptions.usual(
-        dataset_config=options.train_data_dir,
-        dry_run=options.dry_run,
-        try_on=options.try_on,
-        overwrite=options.overwrite,
-        overwrite_all=options.overwrite_all,
-        fill_empty=options.fill_empty,
-        model=options.model,
-        api=options.api,
-        ask=AskOptions.usual(max_new_tokens=options.max_length),
-        wording=WordingOptions.usual(),
+        dataset_config=folder.train_data_dir,
+        dry_run=writing.dry_run,
+        try_on=writing.try_on,
+        overwrite=writing.overwrite,
+        overwrite_all=writing.overwrite_all,
+        fill_empty=writing.fill_empty,
+        model=model,
+        api=api,
+        ask=AskOptions.usual(max_new_tokens=max_new_tokens),
+        wording=wording,
     )
     run_captioning(config, captioning)

@@ -34,8 +34,7 @@ class TextsToMetadataOptions(Options, title="what to do"):
     debug: bool = option("print each image and its text")
 
     def __post_init__(self) -> None:
-        if self.out_json.suffix.lower() != ".json":
-            raise OptionError(f"{self.out_json}: the file to write ends in .json. Rename it")
+        check_name(self.out_json)
 
 
 class CaptionsToMetadataOptions(TextsToMetadataOptions, title="what to do"):
@@ -75,7 +74,7 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
     source = options.in_json
     if source is None and options.out_json.is_file():
         source = options.out_json
-    content = {} if source is None else _read_metadata(source)
+    content = {} if source is None else read_metadata(source)
     missing = []
     num_texts = 0
     for folder in walk_folders(options.train_data_dir, options.recursive):
@@ -100,24 +99,48 @@ def _merge_texts(options: TextsToMetadataOptions, extension: str, name: str) -> 
     if missing:
         num_missing = count_of(len(missing), "image")
         logger.warning("%s without a %s file: %s", num_missing, extension, list_some(missing))
-    write_text(options.out_json, make_storable(json.dumps(content, ensure_ascii=False, indent=2)) + "\n")
+    write_metadata(options.out_json, content)
     what = f"{name} of {count_of(num_texts, 'image')}"
     added = "" if source is None else f", added to the content of {source}"
     logger.info("wrote %s: %s%s", options.out_json, what, added)
 
 
-def _read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:
-    """Return the entries of a metadata file. Raises DatasetError if it is something else."""
+def check_name(path: Path) -> None:
+    """Raise OptionError if the name of a metadata file to write does not end in .json."""
+    if path.suffix.lower() != ".json":
+        raise OptionError(f"{path}: the file to write ends in .json. Rename it")
+
+
+def write_metadata(path: Path, content: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write a metadata file, replacing an existing one.
+
+    Args:
+        path: Path of the file.
+        content: Entry of each image, by its key.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    write_text(path, make_storable(json.dumps(content, ensure_ascii=False, indent=2)) + "\n")
+
+
+def read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:
+    """Read the entries of a metadata file, by the keys of their images.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        DatasetError: If it is not such a file.
+    """
     try:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
     except (OSError, ValueError) as error:
-        raise DatasetError(
-            f"{path} cannot be read as JSON: {error}. Give another file to --in_json"
-        ) from None
+        raise DatasetError(f"{path} cannot be read as JSON: {error}. Give another file as in_json") from None
     if not isinstance(content, dict) or not all(isinstance(entry, dict) for entry in content.values()):
         raise DatasetError(
             f"{path} is not a metadata file: an object with an object for each image. Give "
-            "another file to --in_json"
+            "another file as in_json"
         )
     return content
 

@@ -48,9 +48,16 @@ def read_folder_name(name: str) -> FolderName | None:
 def read_subsets(
     path: Path, content: Mapping[str, Any], typed: SubsetOptions | None, problems: list[str]
 ) -> tuple[DatasetTable, ...]:
-    """Return the tables of a file's subsets, in order. Errors are added to `problems`.
+    """Return the tables of a file's subsets, in order.
 
-    `typed` is the values of the command line; None means the keys' defaults.
+    A key that a subset lacks has the value of its [[datasets]], then of [general], of the command line, and
+    then the default.
+
+    Args:
+        path: Path of the dataset file.
+        content: Its parsed content.
+        typed: Values of the command line; None means the keys' defaults.
+        problems: Errors are added to this list.
     """
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
     defaults |= read_keys(
@@ -61,9 +68,7 @@ def read_subsets(
         misplaced={},
         names=OTHER_NAMES,
     )
-    # keys that no subset takes from the command line
-    unused = {} if typed is None else dict(typed_options(typed))
-    from_options = {name: defaults[name] for name in unused}
+    defaults_above_file = dict(defaults)
     general = without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     if not isinstance(entries, list):
@@ -74,12 +79,13 @@ def read_subsets(
     defaults |= _read_level(general, "[general]", problems, DATASET)
     is_masked = typed is not None and typed.masked_loss
     tables: list[DatasetTable] = []
+    all_values: list[Table] = []  # of the subsets whose keys can all be read
     for group, entry in enumerate(entries):
         for subset in _subsets_of(entry, group, defaults, problems):
             values = subset.values
-            if any(value is BAD for value in values.values()):
+            if any(value is BAD for value in values.values()):  # the error is already in `problems`
                 continue
-            unused = {name: option for name, option in unused.items() if values[name] != from_options[name]}
+            all_values.append(values)
             contradictions = _find_contradictions(values, is_masked)
             problems += [f"{subset.place}: {line}" for line in contradictions]
             if contradictions:
@@ -91,9 +97,16 @@ def read_subsets(
         from dataset.idle_keys import warn_idle  # only of this form
 
         warn_idle(path, content, tables)
-    for option in unused.values() if tables else ():
-        logger.warning("%s is ignored because %s gives another value everywhere", option, path)
+        if typed is not None:
+            _warn_of_replaced(typed, defaults_above_file, all_values, path)
     return _with_cache_directories(tables)
+
+
+def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequence[Table], path: Path) -> None:
+    """Warn about each option whose value in `defaults` no subset of the file has."""
+    for name, option in typed_options(typed).items():
+        if all(values[name] != defaults[name] for values in all_values):
+            logger.warning("%s is ignored because %s gives another value everywhere", option, path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -165,17 +165,18 @@ def build_vision_tower(config: VisionConfig) -> nn.Module:
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
     config_class, tower_class = kind.classes
-    their_config = getattr(module, config_class)(**config.settings, attn_implementation="sdpa")
-    tower: Any = getattr(module, tower_class)(their_config)
-    angles = type(tower.rotary_pos_emb)
-    with torch.device("cpu"):  # files do not hold the frequencies
+    transformers_config = getattr(module, config_class)(**config.settings, attn_implementation="sdpa")
+    tower: Any = getattr(module, tower_class)(transformers_config)
+    # the rotary frequencies are in no checkpoint, so they are computed now, not left on the meta device
+    rotary_class = type(tower.rotary_pos_emb)
+    with torch.device("cpu"):
         try:
-            tower.rotary_pos_emb = angles(their_config)
-        except TypeError:  # transformers 4
-            tower.rotary_pos_emb = angles(their_config.hidden_size // their_config.num_heads // 2)
-    tower.colors = kind.colors
-    built: nn.Module = tower
-    return built
+            tower.rotary_pos_emb = rotary_class(transformers_config)
+        except TypeError:  # transformers 4 takes half the width of a head
+            head_dim = transformers_config.hidden_size // transformers_config.num_heads
+            tower.rotary_pos_emb = rotary_class(head_dim // 2)
+    tower.colors = kind.colors  # `read_images` normalizes pixels with them
+    return cast(nn.Module, tower)
 
 
 def load_vision_tower(
@@ -220,14 +221,14 @@ def read_images(
             raise MediaError(
                 f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
             )
-    of_tower: Any = tower.colors
+    tower_colors: Any = tower.colors
     cut = processor_class(
         patch_size=patch,
         temporal_patch_size=frames,
         merge_size=merge,
         min_pixels=use.fewest,
         max_pixels=use.maximum,
-        **{**of_tower, **(colors or {})},
+        **{**tower_colors, **(colors or {})},
     )
     inputs = cut(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
     sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in inputs["image_grid_thw"]]

@@ -74,13 +74,15 @@ class Fibo2Tokens(LuminaTokens):
         if self.second is None:
             return attended[0]
         first, other = attended
-        ends = [self.second.before, -self.second.count]
-        if self.part is not None:
-            ends = [self.part.of_first(ends[0]), -self.part.of_last(self.second.count)]
-        before = ends[0]
-        behind = first.shape[1] + ends[1]
-        steered = self.second.steer(first[:, :before], other[:, :before])
-        return torch.cat([steered, first[:, before:behind], other[:, behind:]], dim=1)
+        # in order: the image, clean tokens (references, the first text's gist), the second text's gist
+        num_image = self.second.before
+        num_second_gist = self.second.count
+        if self.part is not None:  # of these, the tokens that this process has
+            num_image = self.part.of_first(num_image)
+            num_second_gist = self.part.of_last(num_second_gist)
+        second_start = first.shape[1] - num_second_gist
+        steered = self.second.steer(first[:, :num_image], other[:, :num_image])
+        return torch.cat([steered, first[:, num_image:second_start], other[:, second_start:]], dim=1)
 
 
 class Fibo2CrossAttention(ZImageAttention):

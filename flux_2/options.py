@@ -80,7 +80,12 @@ def caching_options(options: Flux2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Flux2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options of the generation script that select the models of a training.
+
+    Args:
+        options: Options of the training.
+        sample: Values of a sample to generate, by the names of `Request`.
+    """
     controls = sample.get("control_images") or ()
     return {
         "--dit": options.dit or FillIn("DIT_FILE"),

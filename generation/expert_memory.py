@@ -185,10 +185,13 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
 def load_with_loras(
     family: Family, options: GenerationOptions, placement: Placement
 ) -> tuple[nn.Module, Mapping[str, Sequence[Change]]]:
-    """Load the first expert on the meta device, for a plan; return it and `LoraPatch.unmerged` of its LoRAs.
+    """Load the first expert without memory, on the meta device, to plan the placement of its weights.
 
-    LoRAs are read only if layers are quantized, or if one is a T-LoRA; others are merged, which takes no
-    memory.
+    LoRA files are read only if they stay separate from the weights: in a quantized network, or with a T-LoRA.
+    All other LoRAs are merged into the weights and need no memory of their own.
+
+    Returns:
+        The network, and the changes by LoRAs that stay separate, by name of the weight.
     """
     dit = family.load_dit(placement)
     files = options.lora.lora_weight

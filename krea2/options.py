@@ -236,7 +236,12 @@ def caching_options(options: Krea2TrainingOptions) -> tuple[dict[str, Any], dict
 
 
 def generation_options(options: Krea2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options of the generation script that select the models of a training.
+
+    Args:
+        options: Options of the training.
+        sample: Values of a sample to generate, by the names of `Request`.
+    """
     controls = sample.get("control_images") or ()
     extra = sample.get("extra") or {}
     levels = {f"--{name}": extra[name] for name in EXTRAS if name in extra}

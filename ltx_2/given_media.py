@@ -291,12 +291,15 @@ def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor
 def encode_given_audio(
     media: Ltx2GivenMedia, prepared: Prepared, encode: Callable[[Tensor, int, float], Tensor], spec: AudioSpec
 ) -> dict[str, Tensor]:
-    """Return the latents of the kept parts of the audio, and their shares; {} if no part is kept.
+    """Return the latents of the kept parts of the audio, and how much of each latent is given.
+
+    The shares are 0 or WHOLE in int16, as in `GivenTokens`. Returns {} if no part is kept.
 
     Args:
         media: Options of what is kept.
         prepared: The request.
-        encode: Encodes samples for a number of frames at a rate, as `HearsAudio.encode_audio`.
+        encode: Takes samples, a number of frames and a frame rate, and returns latents, as
+            `HearsAudio.encode_audio`.
         spec: Format of the audio latents.
     """
     joint = prepared.joint

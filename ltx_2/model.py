@@ -394,10 +394,11 @@ class LtxModel(nn.Module):
         return getattr(self, names.prefix + name)
 
     def _embed_times(self, layer: nn.Module, inputs: StreamInputs) -> tuple[Tensor, Tensor]:
-        """Return rows, B S R C, and times, B S C, of the layer.
+        """Return the rows of the modulation, B S R C, and the embedded times, B S C, from the layer.
 
-        If tokens in front have a time of their own, S is 2 and theirs is first: the references' fraction of
-        the timestep, which is 0 if they are clean. If single tokens have one, S is that of `TokenTimes`.
+        S counts the different times in a stream. It is 1 if all tokens have the timestep, and 2 if given
+        tokens stand in front: first their time, the references' fraction of the timestep (0 if they are
+        clean), then the timestep. With `inputs.times` each token has one of S fractions of the timestep.
         """
         timesteps, share = inputs.timesteps, inputs.references.share
         if inputs.times is not None:
@@ -453,18 +454,19 @@ class LtxModel(nn.Module):
 def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tensor:
     """Return the velocity of a stream in the shape of its latents, from tokens B L Z.
 
-    Given tokens have the velocity 0, and partly given ones their fraction of it. Those of references are cut
-    off, unless they are requested; then the result is B Z L.
+    Given tokens get the velocity 0, and partly given tokens a fraction of theirs. Tokens of references are
+    cut off, except for `keeps_references`; the result is then B Z L.
     """
     if names is VIDEO and tokens.keeps_references:
         return out.mT
     stream = tokens.streams[names]
-    split = stream.split
-    if isinstance(split, Tensor):
+    if isinstance(stream.split, Tensor):  # B L: the index of each token's fraction of the timestep
         assert stream.fractions is not None
-        out = out * stream.fractions[split].unsqueeze(2)
-    elif split:
-        out = torch.cat([torch.zeros_like(out[:, :split]), out[:, split:]], dim=1)
+        token_fractions = stream.fractions[stream.split]  # B L
+        out = out * token_fractions.unsqueeze(2)
+    elif stream.split:  # so many tokens in front are given
+        num_given = stream.split
+        out = torch.cat([torch.zeros_like(out[:, :num_given]), out[:, num_given:]], dim=1)
     if names is SOUND:
         return out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
     out = out[:, -math.prod(tokens.grid) :]  # without references

@@ -105,9 +105,17 @@ def _check_tags(key: str, tags: Tensor, rows: int, task: str) -> None:
 
 
 def teacher_texts(batch: Batch, conditions: str) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the text rows that a teacher reads in place of captions: states, n C, and tags, n, of each.
+    """Return the cached texts that a teacher reads in place of the captions of a batch.
 
-    `conditions` is a key of `TEACHER_ROWS`. Raises CacheError if the caches do not have these rows.
+    Args:
+        batch: The batch.
+        conditions: A key of `TEACHER_ROWS`.
+
+    Returns:
+        The states, n C, and the tags, n, of each sample; n is the number of its tokens.
+
+    Raises:
+        CacheError: If the caches do not have these texts, or if they are damaged.
     """
     names = TEACHER_ROWS[conditions]
     missing = [name for name in names if name not in batch.tensors]

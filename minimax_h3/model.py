@@ -12,7 +12,7 @@ so here the learned frames come first, then their audio, then conditions, then t
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import TYPE_CHECKING
 
 import torch
@@ -62,6 +62,9 @@ class H3Condition:
         if self.is_sound:
             return 1.0 if self.clean is None else self.clean
         return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
+
+
+FRAME_TIME = 0  # index of the frames' time among the times of a pass; a text has it too
 
 
 @dataclass(frozen=True)
@@ -449,17 +452,17 @@ class H3Model(nn.Module):
 
 
 def _split_text(shown: Sequence[bool], num_text: int) -> list[TokenSegment]:
-    """Return the segments of a text, which has the time of the frames.
+    """Split the tokens of a text into runs of text and of image tokens.
 
-    `shown` says whether each token stands for a part of an image; see `H3Model.embed`.
+    Args:
+        shown: Whether each token stands for a part of an image that the language model saw; empty if none
+            does.
+        num_text: Number of tokens.
     """
     if not shown:
-        return [TokenSegment(num_text, 0, TEXT)]
+        return [TokenSegment(num_text, time=FRAME_TIME, kind=TEXT)]
     segments: list[TokenSegment] = []
-    for is_image in shown:
+    for is_image, run in groupby(shown):
         kind = IMAGE if is_image else TEXT
-        if segments and segments[-1].kind == kind:
-            segments[-1] = replace(segments[-1], tokens=segments[-1].tokens + 1)
-        else:
-            segments.append(TokenSegment(1, 0, kind))
+        segments.append(TokenSegment(len(list(run)), time=FRAME_TIME, kind=kind))
     return segments

@@ -162,7 +162,12 @@ def caching_options(options: MossImageTrainingOptions) -> tuple[dict[str, Any], 
 
 
 def generation_options(options: MossImageTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options of the generation script that select the models of a training.
+
+    Args:
+        options: Options of the training.
+        sample: Values of a sample to generate, by the names of `Request`.
+    """
     controls = sample.get("control_images") or ()
     extra = sample.get("extra") or {}
     schedule = extra.get("moss_schedule", options.moss_schedule)

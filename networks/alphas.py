@@ -85,7 +85,7 @@ class _Key(NamedTuple):
 
 @dataclass(frozen=True)
 class FoundAlphas:
-    """Alphas for modules that have no alpha among their factors in the file."""
+    """Result of `find_alphas`: alphas for modules that have no alpha tensor next to their factors."""
 
     tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
     words: str  # their source, or that there are none; "" if every module has its own

@@ -252,7 +252,7 @@ def _find_family_for_texts(
 
 
 def _name_texts(places: Mapping[str, TextPlace], family: FamilyNames | None) -> dict[str, str]:
-    """Return our name of each key of a text encoder that has one."""
+    """Map keys of text encoders to our names; keys without a name of ours are left out."""
     names: dict[str, str] = {}
     for key, place in places.items():
         name = name_text(place, family)

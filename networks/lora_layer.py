@@ -174,20 +174,22 @@ class LoraLayer(nn.Module):
         return torch.where(is_dropped, out, total)
 
     def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
-        """Return the addition by the LoRA.
+        """Return the LoRA's own output, which is added to that of the frozen module.
 
         Args:
             x: Input, ... in, or B in H W, in the dtype of the products.
             dropouts: Dropouts; None outside training.
-            shared: What multiplies the input for several layers.
+            shared: Multiplies the input by the down factors of several layers at once; None if it is not
+                shared.
         """
         factors = self._factors_in(x.dtype)
-        if factors is None:
+        if factors is None:  # not cast before the pass: autocast casts them here, and the scale is applied
             return self.lora_up(self._scaled(self.lora_down(x), dropouts))
-        down, up = factors
+        down, up = factors  # `up` has the scale already
         if shared is None:
             hidden = _multiply(self.lora_down, x, down)
         else:
+            # the frozen module has run before with the plain input, so gradients are not joined
             _, hidden = shared.multiply(self, x, joins=False)
         if self.rank_mask is not None or dropouts is not None:
             hidden = self._masked(hidden, dropouts)

@@ -200,7 +200,7 @@ def _rules(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterato
 
 
 def _agrees(rule: _Rule, width: float) -> bool:
-    """Return whether a size satisfies its rule for blocks of this width."""
+    """Return whether the rows and columns of a module's change are those of a model with this block width."""
     rows, columns = rule.size
     fits_rows = not rule.rows or abs(rows - rule.rows * width) < 1
     fits_columns = not rule.columns or abs(columns - rule.columns * width) < 1
@@ -261,13 +261,13 @@ def is_unprefixed(path: str) -> bool:
 
 
 def alias(name: str, family: FamilyNames) -> str:
-    """Return our underscored name for a name of another layout; other names are unchanged."""
+    """Translate the underscored name of a module from another layout to ours; unknown names are unchanged."""
     path = _find(_tables(family).foreign, name)
     return name if path is None else path.replace(".", "_")
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
-    """Return another layout's underscored name for a name of ours; other names are unchanged."""
+    """Translate the underscored name of a module from our layout to another; unknown names are unchanged."""
     path = _find(_tables(family).to_foreign, name)
     return name if path is None else path.replace(".", "_")
 

@@ -276,15 +276,18 @@ class FactorProduct:
 def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
     """Return the two factors of a module as matrices, float64; a core is multiplied into the down factor.
 
-    Raises CheckpointError if they do not fit.
+    The core is the third factor of a convolution, `lora_mid`. Raises CheckpointError if the sizes of the
+    factors contradict each other.
     """
-    down, up = (tensors[name].double() for name in (names.down, names.up))
-    core = None if names.core is None else tensors[names.core].double()
-    ranks = len(down) if core is None else core.shape[0]  # core: out_rank in_rank (kernel)
-    fits = min(down.ndim, up.ndim) >= 2 and math.prod(up.shape[1:]) == ranks
-    if core is not None:
-        fits = fits and core.shape[1] == len(down) and math.prod(down.shape[2:]) == 1
-    if not fits:
+    down = tensors[names.down].double()  # rank in (kernel), or in_rank in with a core
+    up = tensors[names.up].double()  # out rank (1 ...)
+    core = None if names.core is None else tensors[names.core].double()  # out_rank in_rank (kernel)
+    ranks = len(down) if core is None else core.shape[0]
+    has_axes = min(down.ndim, up.ndim) >= 2
+    fits_up = math.prod(up.shape[1:]) == ranks
+    # with a core, the kernel is the core's, so that of the down factor must be 1
+    fits_core = core is None or (core.shape[1] == len(down) and math.prod(down.shape[2:]) == 1)
+    if not (has_axes and fits_up and fits_core):
         raise CheckpointError(
             f"{source}: the factors of {names.module} do not fit: {list(down.shape)} and {list(up.shape)}.\n"
             "  Give a LoRA that is whole.",

@@ -272,7 +272,7 @@ class TextEncoder(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything besides the text that an output depends on, determined without loading the weights.
+        """Everything apart from the text that an output depends on, determined without loading the weights.
 
         Caches record it and are made again when it changes.
         """
@@ -419,6 +419,7 @@ class Abilities:
     make_network: bool = False  # it is a `protocols.made_networks.MakesNetwork`
     inpaint: bool = False  # it is an `Inpaints` of the feature inpainting
     fit_captions: bool = False  # it is a `FitsCaptions`
+    tell_nodes: bool = False  # it is a `protocols.workflows.TellsNodes`
 
 
 class Described(Protocol):

@@ -67,24 +67,26 @@ class Prefix:
     """The order of text and references in the prefix of a sample."""
 
     texts: int  # real tokens of its text
-    slots: tuple[int, ...]  # rising: how many of these stand before each reference
+    slots: tuple[int, ...]  # rising: how many tokens of the text stand before each reference
     grids: tuple[Grid, ...]  # grid of each reference
 
     @property
     def segments(self) -> list[Segment]:
         """Return the consecutive texts and references of the prefix, in order."""
         segments: list[Segment] = []
-        start = 0
-        before = 0  # tokens of the text
+        start = 0  # of the next segment, in the prefix
+        num_placed = 0  # text tokens that are in a segment already
         for slot, (rows, columns) in zip(self.slots, self.grids, strict=True):
-            if slot > before:
-                segments.append(Segment(start, start + slot - before, True))
-                start += slot - before
-                before = slot
-            segments.append(Segment(start, start + rows * columns, False))
+            num_text = slot - num_placed  # between the reference before and this one
+            if num_text > 0:
+                segments.append(Segment(start, start + num_text, is_text=True))
+                start += num_text
+                num_placed = slot
+            segments.append(Segment(start, start + rows * columns, is_text=False))
             start += rows * columns
-        if self.texts > before:
-            segments.append(Segment(start, start + self.texts - before, True))
+        num_text = self.texts - num_placed  # after the last reference
+        if num_text > 0:
+            segments.append(Segment(start, start + num_text, is_text=True))
         return segments
 
     @property
@@ -192,7 +194,7 @@ class QwenImage21Attention(nn.Module):
             key = torch.cat([key, remembered_key], dim=1)
             value = torch.cat([value, remembered_value], dim=1)
         if len(segments) == 1:
-            return attend_segments(query, key, value, tokens, segments[0])
+            return attend_segments(query, key, value=value, tokens=tokens, segments=segments[0])
         samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
         return torch.cat([attend_segments(*sample[:3], tokens, sample[3]) for sample in samples])
 

@@ -119,7 +119,8 @@ FLOORS = {
         {"folders"},
         {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
         {"folder_dataset"},
-        {"folder_captions", "metadata", "tags"},
+        {"metadata", "tags"},
+        {"bucket_latents", "cleaning", "folder_captions"},
     ),
     "postprocessing": (
         {"contract", "options", "streaming"},
@@ -139,9 +140,9 @@ FLOORS = {
         {"bad_steps", "processes", "reports", "run_end", "token_captions"},
         {"loss", "saving"},
         {"data", "optimizers"},
-        {"targets"},
+        {"samples", "targets"},
         {"features"},
-        {"options", "samples", "scoring"},
+        {"options", "scoring"},
         {"adapted"},
         {"caching_inside", "unused_options", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},
@@ -271,8 +272,8 @@ _TOOLS = {
         *("check_lora_weights", "merge_lora", "sdxl_merge_lora", "svd_merge_lora"),
     ),
     "finetune": (
-        *("make_captions", "merge_captions_to_metadata", "merge_dd_tags_to_metadata"),
-        "tag_images_by_wd14_tagger",
+        *("clean_captions_and_tags", "make_captions", "make_captions_by_git", "merge_captions_to_metadata"),
+        *("merge_dd_tags_to_metadata", "prepare_buckets_latents", "tag_images_by_wd14_tagger"),
     ),
 }
 # lines, without docstrings, that a training of caches reads at its start, without the family's; 500 parse and
@@ -282,8 +283,8 @@ MAX_READ = 38_150
 # 510 of them parse and check by tables before anything else is read, 2 ask latents for the model of them, 30
 # name the formats of captions and prompts in JSON files, 90 are comments that say why a branch is there,
 # 20 are declarations that longer names of limits wrap, 55 say how much of a latent is given, 120 are plain
-# statements in place of dense ones
-MAX_READ_TO_GENERATE = 20_900
+# statements in place of dense ones, 10 are conditions before calls for what is off
+MAX_READ_TO_GENERATE = 20_910
 TOOLS = [f"{room}/{name}.py" for room, names in _TOOLS.items() for name in names]
 
 

@@ -347,9 +347,11 @@ def dress(
 
 
 def check_computing(family: Family, options: TrainingOptions, device: torch.device) -> Quantization | None:
-    """Return the quantization with the matrix products to use on the device.
+    """Check, before anything is loaded, that the device supports the options of computing.
 
-    Nothing is loaded.
+    Returns:
+        The quantization of the frozen weights, with the matrix products that the device has; None if they
+        are not quantized.
 
     Raises:
         OptionError: If the quantization, the attention or the precision is not available.
@@ -361,7 +363,7 @@ def check_computing(family: Family, options: TrainingOptions, device: torch.devi
     check_backend(
         placement.attention,
         placement.device,
-        lambda: autocast or family.compute_dtype(placement),
+        lambda: autocast or family.compute_dtype(placement),  # the second reads the header of a file
         training=True,
     )
     if autocast is not None:

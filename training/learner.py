@@ -85,7 +85,7 @@ def find_learner(family: Trains, network: NetworkOptions | None) -> Learner:
     """
     if network is None:
         return FULL_MODEL
-    made = made_network_of(family)
+    made = made_network_of(family) if family.can.make_network else None
     if made is not None:
         return _describe_made(made)
     return Learner(

@@ -166,18 +166,18 @@ def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[n
         networks: Networks that are trained.
     """
     plan = loading.plan
-    by_file = dict(zip(plan.family.dit_files, networks, strict=True))
-    # in place of all that are trained: what learns is in them too
-    in_place = not by_file.keys() & set(plan.sampled.dit_files)
+    network_by_file = dict(zip(plan.family.dit_files, networks, strict=True))
+    # samples that use none of the trained networks show the trained part in the networks loaded here
+    uses_trained = bool(network_by_file.keys() & set(plan.sampled.dit_files))
     sampled = []
     for index, file in enumerate(plan.sampled.dit_files):
-        if file not in by_file:
+        if file not in network_by_file:
             network = loading.load(plan.sampled, index)
-            if in_place:
+            if not uses_trained:
                 learners.add(network.dit, network.expert)
             loading.dress(network)
-            by_file[file] = network.dit
-        sampled.append(by_file[file].eval())
+            network_by_file[file] = network.dit
+        sampled.append(network_by_file[file].eval())
     return sampled
 
 
@@ -226,7 +226,7 @@ def make_run(
 
 
 def _make_rule(model: TrainedModel) -> LossRule:
-    """Return the rule that computes the error of predictions, without targets besides the clip."""
+    """Return the rule that computes the error of predictions, without targets apart from the clip."""
     plan = model.plan
     return LossRule(
         plan.options.loss,
@@ -239,7 +239,7 @@ def _make_rule(model: TrainedModel) -> LossRule:
 
 
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
-    """Return the rule with all targets of predictions besides the clip added."""
+    """Return the rule with all targets of predictions apart from the clip added."""
     plan = model.plan
     joined = plan.joined
     return replace(
@@ -509,7 +509,7 @@ class Learners:
         return trainable
 
     def _list_beside(self) -> dict[str, Tensor]:
-        """Return what a LoRA's file contains besides the LoRA."""
+        """Return what a LoRA's file contains apart from the LoRA."""
         return {name: tensor for beside in self.besides for name, tensor in beside.list_in_lora().items()}
 
     def _train_full(self, dit: nn.Module) -> Trainable:

@@ -23,6 +23,7 @@ DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready t
 
 # in a batch of pictures: how much each place counts, 0..1, B H W in any size; for clips see LOSS_MASK
 MASK = "alpha_mask"
+MASKS = frozenset((MASK, LOSS_MASK))
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,9 @@ def sample_errors(
     errors = element_errors(
         options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    weights = place_weights(noisy_batch.batch, errors)
-    if weights is not None:
-        errors = errors * weights
+    if not MASKS.isdisjoint(noisy_batch.batch.tensors):
+        weights = place_weights(noisy_batch.batch, errors)
+        errors = errors if weights is None else errors * weights
     image_errors = _mean_of_learned(errors, noisy_batch)
     if audio is None:
         return (image_errors,)
@@ -254,33 +255,29 @@ def predict(
         autocast: Opens the autocast context of a pass.
         rule: How the prediction is compared.
     """
-    given_frames, noise, audio = noisy_batch.given_frames, noisy_batch.noise, noisy_batch.audio
+    given = noisy_batch.given
+    num_given_frames = noisy_batch.given_frames
     conditions = family.batch_conditions(latents, noisy_batch.batch)
+    noise = noisy_batch.noise
     if noisy_batch.perturbation is not None:
         noise = noise + noisy_batch.perturbation
     noisy = add_noise(latents, noise, noisy_batch.sigmas, family.noise.data_shares(noisy_batch.sigmas))
-    timesteps = noisy_batch.timesteps
-    overrides = NO_OVERRIDES
-    if given_frames:
-        noisy = torch.cat([latents[:, :, :given_frames], noisy[:, :, given_frames:]], dim=2)
-        overrides = Overrides(given_frames=given_frames)
-    given = noisy_batch.given
+    if num_given_frames:
+        noisy = torch.cat([latents[:, :, :num_given_frames], noisy[:, :, num_given_frames:]], dim=2)
     if given is not None:
         noisy = keep_given(noisy, latents, given.image)
-        overrides = replace(overrides, given=given)
-    if audio is not None:
-        shares = family.noise.data_shares(audio.sigmas)
-        audio_latents = noisy_batch.batch.tensor(SOUND).float()
-        noisy_audio = add_noise(audio_latents, audio.noise, audio.sigmas, shares)
-        if given is not None:
-            noisy_audio = keep_given(noisy_audio, audio_latents, given.audio)
-        noisy = noisy_batch.joint.join(noisy, noisy_audio)
-        timesteps = torch.stack([timesteps, audio.timesteps], dim=1)
+    timesteps = noisy_batch.timesteps
+    overrides = NO_OVERRIDES
+    if num_given_frames or given is not None:
+        overrides = Overrides(given_frames=num_given_frames, given=given)
+    if noisy_batch.audio is not None:  # images and audio go through the network as one tensor, B N
+        noisy = noisy_batch.joint.join(noisy, _noise_audio(family, noisy_batch, noisy_batch.audio))
+        timesteps = torch.stack([timesteps, noisy_batch.audio.timesteps], dim=1)  # B 2
         overrides = replace(overrides, joint=noisy_batch.joint)
     set_levels(dit, noisy_batch.sigmas)
     with autocast():
         velocity = family.predict(dit, noisy, timesteps, conditions, overrides=overrides)
-    if rule.prediction == RAW:
+    if rule.prediction == RAW:  # the loss compares the velocity itself
         return velocity.float()
     return compared(
         velocity.float(),
@@ -289,6 +286,13 @@ def predict(
         prediction=rule.prediction,
         sign=family.noise.output_sign,
     )
+
+
+def _noise_audio(family: Trains, noisy_batch: NoisyBatch, audio: NoisyAudio) -> Tensor:
+    """Return the noisy latents of the audio; given latents stay clean."""
+    clean = noisy_batch.batch.tensor(SOUND).float()
+    noisy = add_noise(clean, audio.noise, audio.sigmas, family.noise.data_shares(audio.sigmas))
+    return noisy if noisy_batch.given is None else keep_given(noisy, clean, noisy_batch.given.audio)
 
 
 def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:

@@ -60,11 +60,6 @@ class TrainingCommand:
         """Return the flags of the typed options, by public name."""
         return {option.name: option.flag for option in self.script_options if option.is_changed}
 
-    @property
-    def spellings(self) -> Mapping[str, str]:
-        """Return the flags of shared generation options; see `FamilyEntry.spellings`."""
-        return {} if self.entry is None else self.entry.spellings
-
     def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
         """Return the commands that make missing caches.
 
@@ -168,18 +163,21 @@ class NextSteps:
     def _convert(self, file: Path) -> PageCommand:
         """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
         network = self.plan.options.network
-        tool = self.converted_for.lower()
-        ending = tool if tool.isalpha() else "converted"  # of the output's name
-        title = f"Convert the LoRA for {self.converted_for}"
-        note = ""
         words = ["--target", "other" if self.converted_for else "default"]
         plain_kind = _plain_kind(network)
-        if plain_kind is not None:
-            title, ending, note = plain_kind.plain_title, "plain", plain_kind.elsewhere
+        if plain_kind is not None:  # the change depends on the model's weights, so --dit is needed
+            title, note = plain_kind.plain_title, plain_kind.elsewhere
+            name_suffix = "plain"
             words += ["--bake", str(BAKED_RANK), "--dit", self._find_dit(file)]
-        elif network is not None and self.converted_for != COMFYUI_TOOL:
-            words += ["--bake", str(BAKED_RANK)] if network.kind.is_for_comfyui_alone else []
-        output = file.with_name(f"{file.stem}_{ending}.safetensors")
+        else:
+            title, note = f"Convert the LoRA for {self.converted_for}", ""
+            tool = self.converted_for.lower()
+            name_suffix = tool if tool.isalpha() else "converted"  # no spaces or signs in a file name
+            # only ComfyUI reads these kinds; other tools need them as the factors of a LoRA
+            is_comfyui_kind = network is not None and network.kind.is_for_comfyui_alone
+            if is_comfyui_kind and self.converted_for != COMFYUI_TOOL:
+                words += ["--bake", str(BAKED_RANK)]
+        output = file.with_name(f"{file.stem}_{name_suffix}.safetensors")
         files = ["--input", str(file), "--output", str(output)]
         return _command(title, ["python", "convert_lora.py", *files, *words], note)
 
@@ -279,9 +277,11 @@ class NextSteps:
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]
         words = self._generation_words
-        folder_flag = self.command.spellings.get("save_path", "--save_path")
+        assert self.command.entry is not None
+        spellings = self.command.entry.spellings
+        folder_flag = spellings.get("save_path", "--save_path")
         of_sample = [
-            *say_sample(self.sample, self.command.spellings),
+            *say_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
         generate = self.plan.learner.generate
@@ -323,19 +323,20 @@ class NextSteps:
             ending: Suffix of the options for that transformer.
             files: The trained files.
         """
+        assert self.command.entry is not None
         words = [*words]
         loras: list[tuple[Path, float]] = []
         if self.plan.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
-            assert self.command.entry is not None
             words = self._with_dit(words, f"{self.command.entry.trained}{ending}", files[0])
         loras += self.sample_loras
+        spellings = self.command.entry.spellings
         if loras:
-            flag = self.command.spellings.get("lora_weight", "--lora_weight")
+            flag = spellings.get("lora_weight", "--lora_weight")
             words += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
         if self.sample_loras:
-            flag = self.command.spellings.get("lora_multiplier", "--lora_multiplier")
+            flag = spellings.get("lora_multiplier", "--lora_multiplier")
             words += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
         return words
 

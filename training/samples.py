@@ -94,6 +94,11 @@ class PromptSource:
 Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
 
 
+def draw_alone() -> int:
+    """Draw a seed without asking other processes."""
+    return secrets.randbelow(1 << 32)
+
+
 @dataclass(frozen=True)
 class Sampler:
     """Generate this process's share of the samples."""
@@ -110,7 +115,7 @@ class Sampler:
     # encodes texts again, with encoders that have learned; None: none does
     renew: Renew | None = None
     # draws the seed of a sample that has none; processes that make it together agree on one
-    draw_seed: Callable[[], int] = lambda: secrets.randbelow(1 << 32)
+    draw_seed: Callable[[], int] = draw_alone
     writes: bool = True  # else another process does, and this one only helps to make them
 
     @property
@@ -327,8 +332,13 @@ def prepare_samples(
         OptionError: If a file that samples need is not given, or if a prompt cannot be used.
         CheckpointError: If a model file cannot be used.
     """
-    source = PromptSource(prompt_file, process=process, processes=processes, together=together)
-    source = replace(source, text=read_sample_file(prompt_file))
+    source = PromptSource(
+        prompt_file,
+        process=process,
+        processes=processes,
+        together=together,
+        text=read_sample_file(prompt_file),
+    )
     entries, all_prepared = parse_requests(family, source.text, prompt_file)
     if process == 0:
         warn_of_unused(entries, family, prompt_file)
@@ -344,7 +354,7 @@ def prepare_samples(
         previews = make_previews(
             preview, family.latent, folder=folder, device=device, has_room=session.dits.can_stay
         )
-    sampler = Sampler(
+    return Sampler(
         samples,
         source,
         session,
@@ -354,10 +364,9 @@ def prepare_samples(
         weights=weights,
         prompts=prompts_of(entries),
         previews=previews,
+        draw_seed=draw_together if together else draw_alone,
+        writes=writes,
     )
-    if together:
-        sampler = replace(sampler, draw_seed=draw_together, writes=writes)
-    return sampler
 
 
 def prompts_of(entries: Sequence[Mapping[str, Any]]) -> list[str]:

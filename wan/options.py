@@ -370,7 +370,12 @@ def caching_options(options: WanTrainingOptions) -> tuple[dict[str, Any], dict[s
 
 
 def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
+    """Return the options of the generation script that select the models of a training.
+
+    Args:
+        options: Options of the training.
+        sample: Values of a sample to generate, by the names of `Request`.
+    """
     task = TASKS[options.task]
     low = options.dit
     high = options.experts.dit_high_noise

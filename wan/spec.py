@@ -159,7 +159,9 @@ def pad_texts(
     if on_cpu and can_repeat:
         size = min(longest + 1, length)
     padded = [functional.pad(rows, (0, 0, 0, size - len(rows))) for rows in text]
-    stacked = torch.stack(padded)
+    # autocast in float16 rejects cached texts in bfloat16 here, and has nothing to add to equal dtypes
+    with torch.autocast(text[0].device.type, enabled=False):
+        stacked = torch.stack(padded)
     if size == length:
         return stacked, None
     repeats = torch.ones(size, device=stacked.device)

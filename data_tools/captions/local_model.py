@@ -1,7 +1,7 @@
 """Describe images and clips with a vision-language model on this machine.
 
-Any model that transformers loads as `AutoModelForImageTextToText` will do. Code and pickles that come with a
-model are never run.
+Any model that transformers loads as `AutoModelForImageTextToText` will do, also GIT, which takes no text.
+Code and pickles that come with a model are never run.
 """
 
 import hashlib
@@ -44,6 +44,7 @@ from modules.errors import (
 # files to fetch from a repository: no code
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+GIT = "git"  # the type of models that describe one image and take no text, arXiv 2205.14100
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class LocalModel:
     processor: Any
     ask: AskOptions
     batch_size: int
+    takes_text: bool = True  # else it describes a single image in its own way
 
     def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
         """Return a caption, or the reason why there is none, for each place, in order.
@@ -100,7 +102,11 @@ class LocalModel:
         for place, frames in batch:
             prompt = prompt_for(place, self.ask)
             texts.append(self.message(prompt, num_images=len(frames)))
-        inputs = self._make_inputs(texts, [frames for _, frames in batch])
+        frames_of = [frames for _, frames in batch]
+        if self.takes_text:
+            inputs = self._make_inputs(texts, frames_of)
+        else:
+            inputs = self._make_image_inputs(batch)
         names = [place.name for place, _ in batch]
         noise = RowNoise(self.ask.temperature, self.ask.seed, names)
         generated = self.model.generate(
@@ -137,6 +143,16 @@ class LocalModel:
         inputs = self.processor(text=texts, images=images, **settings)
         return inputs.to(self.model.device, self.model.dtype)
 
+    def _make_image_inputs(self, batch: Sequence[Shown]) -> Any:
+        """Return the inputs of a model that takes no text: images, and the token that starts each answer."""
+        if any(place.question is not None or len(frames) > 1 for place, frames in batch):
+            raise ValueError("it describes single images and takes no text; give another --model")
+        images = [Image.fromarray(frames[0]) for _, frames in batch]
+        inputs = self.processor(images=images, return_tensors="pt")
+        start = self.model.generation_config.bos_token_id
+        inputs["input_ids"] = torch.full((len(images), 1), start)
+        return inputs.to(self.model.device, self.model.dtype)
+
     def _end_tokens(self) -> frozenset[int]:
         """Return the tokens that end an answer."""
         ends = self.model.generation_config.eos_token_id
@@ -150,6 +166,8 @@ class LocalModel:
         Raises:
             OptionError: If the template does not take the system prompt.
         """
+        if not self.takes_text:
+            return ""
         system = self.ask.system_prompt
         template = getattr(self.processor, "chat_template", None)
         image_mark = getattr(self.processor, "image_token", "<image>")
@@ -242,7 +260,12 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     model.eval().requires_grad_(False)
     if dtype is None and device.type == "cpu":  # few CPUs are fast in 16 bits
         model.float()
-    loaded = LocalModel(model.to(device), processor, ask, options.batch_size or 1)
+    takes_text = config.model_type != GIT
+    if not takes_text and (ask.prompt or ask.system_prompt):
+        raise OptionError(
+            f"--model {folder} takes no text: leave out --prompt and --system_prompt, or give another model"
+        )
+    loaded = LocalModel(model.to(device), processor, ask, options.batch_size or 1, takes_text)
     loaded.message("a", 1)  # a template that fails does so now
     return loaded
 

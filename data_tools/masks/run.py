@@ -93,25 +93,22 @@ def make_masks(options: MaskOptions) -> None:
     if plan.jobs:
         finder = _load_finder(options.finder)
         for place in track(plan.jobs, "Masks", len(plan.jobs), unit="file"):
-            _make_mask(
-                place, _draw(place, finder, shape, options), _texts(place, method, options.mode), outcome
-            )
-    _tell_without(
-        outcome.empty, what="nothing is found in", consequence="without a mask a file is learned whole"
-    )
-    _tell_without(outcome.black, what="nothing would be learned of", consequence="no mask is written")
-    masked = [place for place in places if place.mask is not None]
-    used = dict.fromkeys(place.folder for place in [*masked, *outcome.written])
-    rows: list[Row] = [
-        (
-            "made",
-            f"{count_of(len(outcome.written), 'mask')}, {len(places) - len(plan.jobs)} left as they were",
-        ),
-        ("by", method),
-    ]
-    show_box("Masks", rows, [("In dataset.toml", mask_line(masks)) for masks in used])
+            frames = _draw(place, finder, shape, options)
+            _make_mask(place, frames, _texts(place, method, options.mode), outcome)
+    _show_outcome(outcome, places, num_kept=len(places) - len(plan.jobs), method=method)
     if outcome.failures:
         raise failure_error(outcome.failures, count_of(len(plan.jobs), "file"))
+
+
+def _show_outcome(outcome: MaskOutcome, places: Sequence[MaskPlace], num_kept: int, method: str) -> None:
+    """Log the files without a mask, and show how many masks were made and the lines for dataset.toml."""
+    _warn_of_files("Nothing is found in %s (without a mask a file is learned whole): %s", outcome.empty)
+    _warn_of_files("Nothing would be learned of %s (no mask is written): %s", outcome.black)
+    masked = [place for place in places if place.mask is not None]
+    mask_folders = dict.fromkeys(place.folder for place in [*masked, *outcome.written])
+    made = f"{count_of(len(outcome.written), 'mask')}, {num_kept} left as they were"
+    rows: list[Row] = [("made", made), ("by", method)]
+    show_box("Masks", rows, [("In dataset.toml", mask_line(folder)) for folder in mask_folders])
 
 
 def _make_mask(
@@ -322,7 +319,9 @@ def _tell_kept(plan: MaskPlan) -> None:
         )
 
 
-def _tell_without(places: Sequence[MaskPlace], what: str, consequence: str) -> None:
+def _warn_of_files(text: str, places: Sequence[MaskPlace]) -> None:
+    """Log a warning with the number of files and some of their names; nothing if there are none."""
     if places:
-        names = list_some([place.medium.name for place in places])
-        logger.warning("%s %s (%s): %s", what.capitalize(), count_of(len(places), "file"), consequence, names)
+        logger.warning(
+            text, count_of(len(places), "file"), list_some([place.medium.name for place in places])
+        )

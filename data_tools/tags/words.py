@@ -66,13 +66,14 @@ class TagChoice:
         series = re.fullmatch(r"(.+?)_?\(([^()]+)\)", label.name)
         if self.expands_characters and label.category == CHARACTER and series:
             names = [series[1], series[2]]
-        spelled = [self._without_underscores(name) for name in names]
+        spelled = [remove_underscores(name) for name in names] if self.removes_underscores else names
         return [self.replacements.get(tag, tag) for tag in spelled]
 
-    def _without_underscores(self, tag: str) -> str:
-        if self.removes_underscores and len(tag) > _LONGEST_FACE and tag not in _LONG_FACES:
-            return tag.replace("_", " ")
-        return tag
+
+def remove_underscores(tag: str) -> str:
+    """Return a tag with spaces in place of underscores, except those of faces such as ^_^."""
+    is_face = len(tag) <= _LONGEST_FACE or tag in _LONG_FACES
+    return tag if is_face else tag.replace("_", " ")
 
 
 def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:

@@ -52,9 +52,9 @@ _OF_FAMILY = (
 _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder", "conditioning_directory"})
 
 
-def is_heard_apart(table: DatasetTable, audio: AudioSpec | None) -> bool:
+def is_heard_apart(table: DatasetTable, audio: AudioSpec) -> bool:
     """Return whether the audio of a table's clips is in separate cache files."""
-    return audio is not None and not audio.is_inside and table.kind == "video" and table.audio != IGNORE
+    return not audio.is_inside and table.kind == "video" and table.audio != IGNORE
 
 
 def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
@@ -62,7 +62,8 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
 
     The table must be a folder or a JSONL list, cached in single files, whose texts are captions only.
     """
-    has_other_parts = is_heard_apart(table, audio) or table.texts_see_references
+    has_audio_files = audio is not None and is_heard_apart(table, audio)
+    has_other_parts = has_audio_files or table.texts_see_references
     return table.own is None and table.cache_format == "files" and not has_other_parts
 
 
@@ -179,18 +180,21 @@ def names_of(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
 def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -> dict[str, int]:
     """Count the cached captions of each source, up to the first number that is not cached.
 
+    A table without `multi_caption` uses only the first caption of a source, number 0.
+
     Raises:
         KeyError: If a source has an additional caption but not the first one.
     """
-    numbers: dict[str, set[int]] = {}
+    numbers_by_source: dict[str, set[int]] = {}
     for line in lines:
         if line["number"] != cache_files.EMPTY:
-            numbers.setdefault(line["source"], set()).add(line["number"])
+            numbers_by_source.setdefault(line["source"], set()).add(line["number"])
     counts = {}
-    for stem, of_source in numbers.items():
-        of_source.remove(0)
+    for stem, numbers in numbers_by_source.items():
+        if 0 not in numbers:
+            raise KeyError(stem)
         count = 1
-        while table.multi_caption and count in of_source:
+        while table.multi_caption and count in numbers:
             count += 1
         counts[stem] = count
     return counts

@@ -240,7 +240,10 @@ Names = Mapping[str, LatentName]
 
 
 class LatentNames:
-    """Latent caches of a table, of which there may be millions, by the stem of their source."""
+    """The latent cache files of one table, by the stem of the source that they were made from.
+
+    A table may have millions of files, so the part of a name after the stem is stored only once.
+    """
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
         """List the latent caches without opening any.

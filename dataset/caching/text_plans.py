@@ -16,7 +16,7 @@ from dataset.cache_files import EMPTY, PART, Entry, empty_text_name, text_file_n
 from dataset.caching.prefetch import MANY, map_ahead
 from dataset.config import DatasetTable
 from dataset.config_keys import TEXTS
-from dataset.sources.colors import references_otherwise
+from dataset.sources.colors import find_changed_reading
 from dataset.sources.decoding import fit_of
 from dataset.sources.media_source import MediaSource, Origin, pause_collection
 from modules.bars import Bar
@@ -31,7 +31,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class Sight(NamedTuple):
-    """Parts of a caption's item that text encoders see, besides reference images."""
+    """Parts of a caption's item that text encoders see, apart from reference images."""
 
     clip: bool = False  # its frames
     media: bool = False  # the references of its row
@@ -99,7 +99,7 @@ def list_caption_files(
     files: list[CaptionFile] = []
     with pause_collection():
         for of_table in by_table.values():
-            files += _files_of_table(of_table[0].table, of_table, tag, sight, fit)
+            files += _files_of_table(of_table[0].table, of_table, tag=tag, sight=sight, fit=fit)
     return files
 
 
@@ -230,9 +230,9 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 
 
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
-    """Describe how a record differs from what is encoded now; None if it does not.
+    """Return why a cached text has to be encoded again; None if it is up to date.
 
-    Compared are text, encoder, settings and reference images.
+    The encoder, the caption, the settings and the reference images are compared.
     """
     changed = (
         difference(record.encoder, identity)
@@ -248,9 +248,9 @@ def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionF
         try:
             if not is_unchanged(image, path, origin):
                 return f"{path} changed since"
-        except OSError as error:  # encoding it says what is wrong
+        except OSError as error:  # encoding the image will report the error
             return str(error)
-    return references_otherwise(file.references, record.as_shown)
+    return find_changed_reading(file.references, record.as_shown)
 
 
 def plan_texts(

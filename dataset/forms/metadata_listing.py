@@ -47,7 +47,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
     texts: list[str | None] = []
     for key, entry in content.items():
         try:
-            image = _find_image(key, table.image_folder, listed)
+            image = find_image(key, table.image_folder, listed)
             text = _caption(entry, table)
         except (ValueError, OSError) as error:
             faults.append(Fault(f"entries of {path} cannot be used", f"{key[:200]!r}: {error}."))
@@ -69,7 +69,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
     return sources
 
 
-def _find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
+def find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
     """Return the image that a key of a metadata file names.
 
     `listed` caches the images of folders by name without suffix; missing folders are added to it.
@@ -90,7 +90,8 @@ def _find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         listed[parent] = {entry.stem: entry for entry in entries if entry.suffix.lower() in image_suffixes()}
     if path.name not in listed[parent]:
-        raise ValueError(f"there is no such picture{'' if folder is None else f' in {folder}'}")
+        where = "" if folder is None else f" in {folder}"
+        raise ValueError(f"there is no such picture{where}: correct the key or remove the entry")
     return listed[parent][path.name]
 
 

@@ -47,15 +47,19 @@ def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> st
         parts += [(path, False) for path in (here.mask, here.control_mask) if path is not None]
         parts += [(path, False) for path in here.references]
         parts += [(path, source_keeps) for path in (here.rejected, *here.layers) if path is not None]
-        return _otherwise(parts, as_shown)
+        return _find_changed(parts, as_shown)
 
 
-def references_otherwise(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
-    """Describe the first reference on disk that was read differently when it was cached.
+def find_changed_reading(references: Sequence[tuple[Path, Origin | None]], as_shown: int) -> str | None:
+    """Describe the first reference image that is decoded differently now than when it was cached.
 
-    `as_shown` is the version of reading that the cache records. None if no reference was.
+    Only files on disk are checked. Returns None if there is no such image.
+
+    Args:
+        references: Path of each image, and its origin if it is not a file on disk.
+        as_shown: Version of the decoding that the cache records; 0 in caches without one.
     """
-    return _otherwise([(path, False) for path, origin in references if origin is None], as_shown)
+    return _find_changed([(path, False) for path, origin in references if origin is None], as_shown)
 
 
 def has_codes(path: Path) -> bool:
@@ -72,12 +76,12 @@ def _may_differ(path: Path, as_shown: int) -> bool:
     return as_shown == 0 or (as_shown < AS_SHOWN and has_codes(path))
 
 
-def _otherwise(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
+def _find_changed(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | None:
     """Describe the first file that an earlier version read differently; None if there is none.
 
     Args:
         parts: Path of each file, and whether the colors of its transparent pixels are used.
-        as_shown: Version of reading that the cache records.
+        as_shown: Version of the decoding that the cache records; 0 in caches without one.
     """
     for path, keeps_transparent in parts:
         if not _may_differ(path, as_shown):

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 # queries x keys; up to this size matrix products are faster than PyTorch's kernels on a CPU in 16 bit
-WRITTEN_OUT = 256 * 256
+MAX_SCORES_OF_PRODUCTS = 256 * 256
 CUDNN_GPUS = {(9, 0), (10, 0), (10, 3)}  # compute capabilities of Hopper and of data-centre Blackwell
 # The first cuDNN that is correct for sequence lengths other than multiples of 128. Source:
 # pytorch/pytorch#169849
@@ -26,9 +26,9 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
     length = query.shape[1]
     if not is_on_cuda(query):
         bias = None if repeats is None else key_bias(repeats, length, torch.float32)
-        is_narrow = query.device.type == "cpu" and query.dtype.itemsize < 4
-        if is_narrow and length * key.shape[1] <= WRITTEN_OUT:
-            return _compute_plainly(q, k, v, bias).transpose(1, 2)
+        is_16_bit_on_cpu = query.device.type == "cpu" and query.dtype.itemsize < 4
+        if is_16_bit_on_cpu and length * key.shape[1] <= MAX_SCORES_OF_PRODUCTS:
+            return _multiply_matrices(q, k, v, bias).transpose(1, 2)
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=bias).transpose(1, 2)
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else query.dtype
     # CUDA's kernel for a bias raises for one in another dtype than the queries' ("invalid dtype for bias")
@@ -40,13 +40,15 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
         has_mask=bias is not None,
         cudnn=_cudnn(),
     )
-    if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and _learns(q, k, v):
+    needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
+    # cuDNN's gradients of several samples in one call may be NaN
+    if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and needs_gradients:
         return _attend_to_each(q, k, v, order)
     return attend_in_order(q, k, v, bias, order=order).transpose(1, 2)
 
 
 def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Compute attention in which the queries are the last of the keys, and each sees none behind itself.
+    """Compute causal attention; the L queries are the last L of the S tokens.
 
     `query` is B L N D. `key` and `value` are B S N D, S >= L. Returns B L N D.
     """
@@ -56,13 +58,13 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     length = query.shape[1]
     num_keys = key.shape[1]
     mask = None
-    if length != num_keys:  # torch's own triangle would begin at the first key
-        places = torch.arange(num_keys, device=q.device)
-        mask = places <= places[num_keys - length :, None]
+    if length != num_keys:  # torch's own mask would take the queries for the first L tokens
+        positions = torch.arange(num_keys, device=q.device)
+        mask = positions <= positions[num_keys - length :, None]  # L S
     if not is_on_cuda(query):
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
         return attended.transpose(1, 2)
-    # without cuDNN's kernel, as for `attend_with_bias`
+    # not cuDNN's kernel: with a mask its gradients may be NaN, and it is planned again for every length
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     with sdpa_kernel(order, set_priority=True):
         attended = functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
@@ -72,10 +74,6 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def is_on_cuda(tensor: Tensor) -> bool:
     """Return whether a tensor is on a CUDA device, which has the kernels."""
     return tensor.device.type == "cuda"
-
-
-def _learns(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
@@ -173,8 +171,11 @@ for _fact in (_capability, _cudnn):
     _fact._dynamo_marked_constant = True  # type: ignore[union-attr]
 
 
-def _compute_plainly(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
-    """Compute attention (B N L D) by products: 2 to 5 times as fast for few tokens in 16 bit on a CPU."""
+def _multiply_matrices(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute attention, B N L D, with two matrix products and a softmax.
+
+    For few tokens in 16 bits, this is 2 to 5 times as fast on a CPU as PyTorch's kernels.
+    """
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.float() * q.shape[-1] ** -0.5) @ k.float().transpose(-1, -2)
         weights = (scores if bias is None else scores + bias).softmax(-1)

@@ -259,9 +259,10 @@ def check_pixels(path: Path, width: int, height: int) -> None:
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turn errors of Pillow and FFmpeg into MediaError; raise it also if `path` is not a file or folder."""
+    if path.is_symlink() and not path.exists():
+        raise MediaError(f"{path} is a link to {path.readlink()}, which is not there")
     if not path.exists():
-        leads = f" is a link to {path.readlink()}, which is not there" if path.is_symlink() else ""
-        raise MediaError(f"{path}{leads or ' does not exist'}")
+        raise MediaError(f"{path} does not exist")
     try:
         if not path.is_dir():
             require_regular_file(path)
@@ -269,22 +270,24 @@ def reading(path: Path) -> Iterator[None]:
                 raise MediaError(f"{path} is empty (0 bytes)")
         yield
     except UnidentifiedImageError:
-        what = (
-            "a video, and an image is needed"
-            if _is_video(path)
-            else "no image that can be read, or it is damaged"
-        )
-        raise MediaError(f"{path} is {what}") from None
+        if _is_video(path):
+            raise MediaError(f"{path} is a video, and an image is needed") from None
+        raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
     except Image.DecompressionBombError:  # Pillow looks at the size first, by a bound above ours
         raise MediaError(
             f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
             "smaller."
         ) from None
-    except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:  # FFmpeg's if used
+    except _decoding_errors() as error:
         reason = getattr(error, "strerror", None) or str(error)
         if "truncated" in reason.lower():  # in Pillow's words: Truncated File Read
             reason = "the file is cut short"
         raise MediaError(f"{path} cannot be read: {reason}") from error
+
+
+def _decoding_errors() -> tuple[type[BaseException], ...]:
+    """Return the errors of Pillow, and those of FFmpeg if its package has been imported by now."""
+    return (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError))
 
 
 def _is_video(path: Path) -> bool:

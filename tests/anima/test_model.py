@@ -55,6 +55,19 @@ def test_the_adapter_equals_that_of_diffusers() -> None:
         assert not wanted[len(rows) :].any()
 
 
+@torch.no_grad()
+def test_tokens_beyond_the_range_of_float16_are_kept_in_float32() -> None:
+    """Large gates make the stream as large as in the released weights; half precision rounds the branches."""
+    given = tiny_inputs(1)
+
+    def predict(dtype: torch.dtype) -> Tensor:
+        model = tiny_model()
+        model.t_embedder[1].linear_2.weight[-CONFIG.dim :] *= 4e4  # the gates
+        return model.to(dtype)(**given)
+
+    assert relative_error(predict(torch.float16), predict(torch.float32)) < 0.01
+
+
 def time_times_1000(dit: Any, adapter: Any) -> None:
     dit.time_embed.register_forward_pre_hook(lambda _, given: (given[0], given[1] * 1000))
 

@@ -14,7 +14,7 @@ from protocols.steps import Overrides
 from runtime.run_blocks import spec_of
 from runtime.step_cache import Branch
 from tests.preparing import prepare
-from tests.running.step_cache.test_runner import turn
+from tests.runtime.step_cache.test_runner import turn
 from tests.tiny.dits import ONE_OF_EACH, TinyDit
 
 

@@ -76,6 +76,22 @@ def write_qwen(folder: Path) -> Path:
     return folder
 
 
+def write_git(folder: Path) -> Path:
+    """Write a GIT, which takes an image and no text, and return the folder."""
+    import transformers
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    processor = transformers.GitProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16}), _tokenizer()
+    )
+    processor.save_pretrained(folder)
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {**_text(), "max_position_embeddings": 64}
+    config = transformers.GitConfig(vision_config={**vision, "image_size": 16, "patch_size": 8}, **sizes)
+    _save(transformers.GitForCausalLM(config), folder)
+    return folder
+
+
 def _text() -> dict[str, Any]:
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     tokens = {"vocab_size": len(VOCABULARY), "bos_token_id": 7, "eos_token_id": 1, "pad_token_id": 3}

@@ -20,7 +20,7 @@ from protocols.rules import Expert
 from runtime.offload.turns import HostCopy
 from tests.modules.fake_device import FakeDevice
 from tests.run_pages import read_run_page
-from tests.running.offload.test_turns import taking_turns
+from tests.runtime.offload.test_turns import taking_turns
 from tests.training import toy
 from tests.training.test_resume import train_in_two_processes
 from training.experts import ExpertNetworks

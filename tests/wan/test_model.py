@@ -23,7 +23,7 @@ from runtime.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
 from tests.preparing import prepare
-from tests.running.offload import test_checkpointing as pieces
+from tests.runtime.offload import test_checkpointing as pieces
 from tests.tiny.dits import TI2V, TinyDit, gradients
 from tests.tiny.wan_dit import CONFIGS, tiny_state
 from tests.wan.making import golden_model, in_diffusers, tiny_inputs, tiny_model
@@ -308,3 +308,12 @@ def test_given_frames_stay_and_change_no_guidance_of_the_others(
 def test_a_loop_that_ends_early_returns_given_frames_too() -> None:
     found = run(section_of(4, True), "unipc", lambda done: done.step.index == 2)
     assert torch.equal(found[:, :, :1], GIVEN_LATENTS)
+
+
+def test_cached_texts_in_bfloat16_are_stacked_under_autocast_in_float16() -> None:
+    texts = [torch.ones(3, 4, dtype=torch.bfloat16), torch.ones(5, 4, dtype=torch.bfloat16)]
+
+    with torch.autocast("cpu", torch.float16):
+        stacked, _ = pad_texts(texts, 8, None)
+
+    assert stacked.sum(dim=(1, 2)).tolist() == [12, 20]

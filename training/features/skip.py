@@ -143,9 +143,9 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     if outcome == FATAL:
         from training.bad_steps import explain_bad_step  # only when the run ends
 
-        before = progress.bad_in_a_row
-        remedy = "" if before else REMEDY
-        raise explain_bad_step(number, loss, norm, step.keys, remedy=remedy, before=before)
+        num_skipped = progress.bad_in_a_row
+        remedy = "" if num_skipped else REMEDY  # it names --skip_bad_steps, which is then in use
+        raise explain_bad_step(number, loss, norm, step.keys, remedy=remedy, before=num_skipped)
     is_new_level = skipping.note(outcome, norm, step.kind)
     if outcome == TAKEN:
         return ""
@@ -155,7 +155,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
 
         keys = gather_object([*step.keys])
     if run.is_main:
-        reason = describe_skip(outcome, loss, norm, limit, is_new_level)
+        reason = describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level)
         items = ", ".join(dict.fromkeys(keys))
         logger.warning("Step %d is skipped: %s Its items: %s", number, reason, items)
     return NAMES[outcome]

@@ -280,7 +280,7 @@ class RunReporter:
 def name_best_file(folder: Path, name: str, story: Story) -> str | None:
     """Return the name of the best saved file of a run; None if nothing tells. See `find_best_file`."""
     if not scores_path(folder, name).is_file():
-        return story.best_file(folder)
+        return story.best_file(folder) if story.validations else None
     from training.reports.scores import find_best_file  # it draws, too; few runs are scored
 
     best = find_best_file(folder, name, story)
@@ -294,7 +294,10 @@ def find_usable_file(story: Story, folder: Path, name: str) -> Path | None:
 
 
 class _Messages(logging.Handler):
-    """Pass the first log messages of the main thread, the only one that adds lines, to the history."""
+    """Pass the first MAX_MESSAGES log messages to the history.
+
+    Messages of other threads are left out, because only the main thread may write the history.
+    """
 
     def __init__(self, note: Callable[[str, str], None]) -> None:
         super().__init__(logging.INFO)

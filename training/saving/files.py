@@ -19,7 +19,7 @@ from modules.errors import OutputError
 from modules.file_locks import only_one
 from modules.text_files import read_safetensors_texts, real_path
 from protocols.rules import ModelRelease
-from training.reports.history import AVERAGE, history_path
+from training.reports.history import AVERAGE, WORKFLOW, history_path
 from training.reports.sections import SAMPLES, page_path
 from training.saving.options import SavingOptions
 
@@ -45,13 +45,16 @@ class Names:
     beside: tuple[str, ...] = ()  # what ends the names of further files of each save: words
 
     def files(self, stem: str) -> dict[str, Path]:
-        """Return the files that are saved together by the endings of their names: `x-000001_high_noise`."""
+        """Return the files of the model's parts in one save, by part: `high_noise` -> `x-000001_high_noise`.
+
+        A model that is one file has the key "".
+        """
         if not self.parts:
             return {"": self.folder / f"{stem}{self.ending}"}
         return {part: self.folder / f"{stem}_{part}{self.ending}" for part in self.parts}
 
     def files_beside(self, stem: str) -> dict[str, Path]:
-        """Return the further files of a save by the endings of their names: `x-000001_mycat`."""
+        """Return the files of trained words in one save, by word: `mycat` -> `x-000001_mycat`."""
         return {word: self.folder / f"{stem}_{word}{SAFETENSORS}" for word in self.beside}
 
     def full_stem(self, file: Path) -> str:
@@ -67,11 +70,11 @@ class Names:
 
     @property
     def pattern(self) -> str:
-        """Regular expression for what follows a name: average, part of the model, embedding, suffix."""
+        """Regular expression for what follows a name: average; part, embedding, suffix; or a workflow's."""
         average = f"(?:{re.escape(AVERAGE)})?"
         parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
         words = f"(?:_(?:{'|'.join(map(re.escape, self.beside))}))?" if self.beside else ""
-        return average + parts + words + re.escape(self.ending)
+        return f"{average}(?:{parts}{words}{re.escape(self.ending)}|{re.escape(WORKFLOW)})"
 
 
 @dataclass(frozen=True)
@@ -234,7 +237,9 @@ class Saver:
         if self.write_average is not None:
             kinds = {AVERAGE: self.write_average, **kinds}
         for mark, write in kinds.items():
-            files = self.names.files(f"{stem}{mark}") | self.names.files_beside(f"{stem}{mark}")
+            files = self.names.files(f"{stem}{mark}")
+            if self.names.beside:
+                files |= self.names.files_beside(f"{stem}{mark}")
             for part, path in files.items():
                 write(part, path)
                 logger.info("Saved %s", path)

@@ -1,0 +1,125 @@
+"""Clean the tags and captions of drawings in a metadata file, by the rules of clean_captions_and_tags.py.
+
+Tags lose underscores, ratings and what a more precise tag says too; if several people are seen, also what
+describes them differently, because nothing says whom it describes. Captions lose that the image is a drawing,
+and call all people girls, as tags do.
+Source of the rules: github.com/kohya-ss/sd-scripts, finetune/clean_captions_and_tags.py.
+"""
+
+import logging
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from data_tools.metadata import CAPTION, TAGS, check_name, read_metadata, write_metadata
+from data_tools.tags.words import remove_underscores, split_tags
+from modules.console import count_of
+from modules.control_codes import escape_control_codes
+from modules.errors import DatasetError
+from modules.options import Options, option
+
+logger = logging.getLogger(__name__)
+
+_RATING = "rating:"  # how DeepDanbooru's tags of ratings begin
+_SEVERAL_PEOPLE = re.compile("girls|boys")
+_LENGTHS = "long|short|medium"
+# kinds of tags of which a person has one
+_OF_A_PERSON = (
+    re.compile(rf"({_LENGTHS}) hair"),
+    re.compile(rf"(?!({_LENGTHS}) )[\w-]+ hair"),
+    re.compile("(bob|hime) cut"),
+    re.compile(r"[\w-]+ eyes"),
+    re.compile(r"[\w-]+ sleeves|sleeveless"),
+    re.compile(
+        r"ponytail|twintails|two tails|two side up|ahoge|sidelocks|([\w-]+ )?braid"
+        r"|[\w-]+ bun|single (hair|side) bun"
+    ),
+)
+_GENERAL = re.compile(r"[\w-]+|hair ornament")  # tags that a longer one may make superfluous
+
+_DRAWN = "(anime |cartoon )"
+# replaced in this order, in any case of letters
+_CAPTION_RULES = (
+    (re.compile(r"\byoung ", re.I), ""),
+    (re.compile(rf"\b{_DRAWN}+(characters|girls)\b", re.I), "girls"),
+    (re.compile(rf"\b{_DRAWN}*(females|ladies|women|people|persons)\b", re.I), "girls"),
+    (re.compile(rf"\b{_DRAWN}+(character|girl)\b", re.I), "girl"),
+    (re.compile(rf"\b{_DRAWN}*(female|lady|woman|person)\b", re.I), "girl"),
+    (re.compile(r"\b(anime )?cartoon (anime )?(figure|image|picture|drawing)\b", re.I), r"\3"),
+    (re.compile(r"\b(girl|anime)( \1)+\b", re.I), r"\1"),
+    (re.compile(r"\b(a)n (?=girl\b|figure\b|picture\b|drawing\b)", re.I), r"\1 "),
+    (re.compile(r"\b(a) (?=image\b)", re.I), r"\1n "),
+)
+
+
+class CleaningOptions(Options, title="what to do"):
+    """Options of finetune/clean_captions_and_tags.py."""
+
+    in_json: Path = option("metadata file with captions and tags", positional=True, place="file")
+    out_json: Path = option("file to write; it may be the same one", positional=True)
+    debug: bool = option("print each text that changes, and what it becomes")
+
+    def __post_init__(self) -> None:
+        check_name(self.out_json)
+
+
+def clean_metadata(options: CleaningOptions) -> None:
+    """Clean the texts of all images in a metadata file.
+
+    Raises:
+        DatasetError: If the file cannot be read, or if a text is something else.
+    """
+    content = read_metadata(options.in_json)
+    num_changed = 0
+    cleaned: dict[str, dict[str, Any]] = {}
+    for key, entry in content.items():
+        cleaned[key] = dict(entry)
+        for name, clean in _CLEAN.items():
+            text = entry.get(name)
+            if text is None:
+                continue
+            if not isinstance(text, str):
+                raise DatasetError(f"{options.in_json}: {key[:200]!r}: {name} is not a text. Correct it")
+            cleaned[key][name] = clean(text)
+            if cleaned[key][name] != text:
+                num_changed += 1
+                if options.debug:
+                    line = f"{key}: {name}: {text} -> {cleaned[key][name]}"
+                    sys.stdout.write(escape_control_codes(line) + "\n")
+    write_metadata(options.out_json, cleaned)
+    logger.info("wrote %s: %s changed", options.out_json, count_of(num_changed, "text"))
+
+
+def clean_tags(text: str) -> str:
+    """Return cleaned tags: `1girl, shirt, white_shirt, rating:safe` becomes `1girl, white shirt`.
+
+    Args:
+        text: Tags with commas between them.
+    """
+    tags = [remove_underscores(tag) for tag in split_tags(text, ",")]
+    tags = [tag for tag in tags if not tag.startswith(_RATING)]
+    if any(_SEVERAL_PEOPLE.search(tag) for tag in tags):
+        for kind in _OF_A_PERSON:
+            of_kind = {tag for tag in tags if kind.fullmatch(tag)}
+            if len(of_kind) > 1:
+                tags = [tag for tag in tags if tag not in of_kind]
+    return ", ".join(tag for tag in tags if not _is_superfluous(tag, tags))
+
+
+def _is_superfluous(tag: str, tags: list[str]) -> bool:
+    """Return whether another tag is more precise: `white shirt` for `shirt`."""
+    if not _GENERAL.fullmatch(tag):
+        return False
+    return any(other.endswith(f" {tag}") for other in tags)
+
+
+def clean_caption(text: str) -> str:
+    """Return a cleaned caption: `an anime woman in a cartoon image` becomes `a girl in an image`."""
+    for pattern, replacement in _CAPTION_RULES:
+        text = pattern.sub(replacement, text)
+    return text
+
+
+_CLEAN: dict[str, Callable[[str], str]] = {TAGS: clean_tags, CAPTION: clean_caption}

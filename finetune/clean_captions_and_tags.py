@@ -1,0 +1,18 @@
+"""Clean the tags and captions of drawings in a metadata file, which --in_json of fine_tune.py takes."""
+
+import sys
+from pathlib import Path
+
+if not __package__:  # run as a file: then Python looks for modules in its folder
+    _FOLDER = Path(__file__).resolve().parent
+    sys.path[:] = [str(_FOLDER.parent), *(path for path in sys.path if Path(path).resolve() != _FOLDER)]
+
+import modules.interpreter  # noqa: F401
+from data_tools.cleaning import CleaningOptions, clean_metadata
+from protocols.families import plain_script
+
+main = plain_script(__doc__, clean_metadata, CleaningOptions)
+
+
+if __name__ == "__main__":
+    main.run()
