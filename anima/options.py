@@ -127,7 +127,7 @@ class AnimaTextCachingOptions(Options, title=NAME):
 
 
 class AnimaLearningOptions(Options, title=NAME):
-    """Options of both training scripts besides those of all image trainers."""
+    """Options of both training scripts in addition to those of all image trainers."""
 
     # resume compares its name
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
@@ -148,7 +148,7 @@ class AnimaLearningOptions(Options, title=NAME):
 
 
 class AnimaTrainingOptions(AnimaLearningOptions, title=NAME):
-    """Options of anima_train_network.py besides those of all image trainers."""
+    """Options of anima_train_network.py in addition to those of all image trainers."""
 
     self_attn_lr = unsupported(_OF_FULL, type=float)
     cross_attn_lr = unsupported(_OF_FULL, type=float)
@@ -200,7 +200,7 @@ def _size(help: str, default: int, minimum: int = 1, maximum: int = 4096) -> Any
 
 
 class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
-    """Options of anima_train_control_net_lllite.py besides those of all image trainers."""
+    """Options of anima_train_control_net_lllite.py in addition to those of all image trainers."""
 
     cond_emb_dim: int = _size("number of values for the control image at each token", 32)
     lllite_cond_dim: int = _size(
@@ -261,7 +261,7 @@ class AnimaLlliteTrainingOptions(AnimaLearningOptions, title=NAME):
 
 
 class AnimaFullTrainingOptions(AnimaLearningOptions, title=NAME):
-    """Options of anima_train.py besides those of all image trainers."""
+    """Options of anima_train.py in addition to those of all image trainers."""
 
     self_attn_lr: float | None = _rate_option("self-attention")
     cross_attn_lr: float | None = _rate_option("attention to the text")

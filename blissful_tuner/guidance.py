@@ -235,7 +235,7 @@ class _StepPlanner:
             return self._weakened if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
-        return self._thinned if skips.acts(step, self._prepared.steps) else NEGATIVE
+        return self._thinned if skips.blocks and skips.acts(step, self._prepared.steps) else NEGATIVE
 
     def _make_guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
         """Return the stage of the selected guidance formula; [] if the scale turns guidance off."""

@@ -78,7 +78,8 @@ def output_metadata(
         "fps": f"{prepared.fps:g}",
     }
     values |= _list_optional(prepared, device, created)
-    values |= _describe_experts(prepared, experts)
+    if len(experts) > 1 or prepared.request.expert_guidance:
+        values |= _describe_experts(prepared, experts)
     if prepared.shown is not None:
         values[SHOWN] = " ".join(map(str, prepared.shown))
     for name, text in prepared.own_metadata.items():

@@ -62,7 +62,7 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
-    """Open a file, call `read` with it and the further arguments, and cache the result.
+    """Open a file, call `read` with it and the additional arguments, and cache the result.
 
     The result is cached until the file changes. `read` is a module-level function, such as `read_vae`, and
     the arguments are hashable. Raises CheckpointError if the file holds another kind of network.

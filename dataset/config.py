@@ -308,7 +308,7 @@ def with_references(
     for table in config.datasets:
         if table.reference_directory is not None or table.control_mask_directory is not None:
             errors += _clip_reference_errors(table, rules, instead)
-        if rules is None or rules.clips:
+        if table.kind == "image" and (rules is None or rules.clips):
             errors += _find_image_reference_errors(table)
     if errors:
         raise DatasetError("\n".join(errors))
@@ -482,12 +482,15 @@ def _complete(
     conflict = None
     if not (fields["cache_directory"] or folder):
         conflict = f"cache_directory is required with {source_key}"
-    conflict = conflict or form.find_conflict(fields) or _find_conflict(fields)
+    if form.has_dependent_keys:
+        conflict = conflict or form.find_conflict(fields)
+    conflict = conflict or _find_conflict(fields)
     if conflict is not None:
         place = where.rpartition(", ")[2]
         problems.append(f"{place}: {conflict}")
         return False
-    form.complete(fields, where)
+    if form.has_dependent_keys:
+        form.complete(fields, where)
     fields["cache_directory"] = fields["cache_directory"] or folder
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times

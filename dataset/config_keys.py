@@ -258,7 +258,7 @@ class TableKey:
 def key(form: Form, default: Any = None, *, stale: Stale, **facts: Any) -> Any:
     """Return a field of `DatasetTable` that is also a key, with the same name, in dataset files.
 
-    `facts` are further fields of `TableKey`.
+    `facts` are additional fields of `TableKey`.
     """
     return dataclasses.field(default=default, metadata={"key": TableKey(form, default, stale=stale, **facts)})
 

@@ -115,7 +115,7 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
 
 
 class CompanionCounts(NamedTuple):
-    """Companions of an image or clip besides its caption."""
+    """Companions of an image or clip apart from its caption."""
 
     num_controls: int
     num_references: int

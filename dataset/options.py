@@ -52,8 +52,8 @@ class CheckPageOptions(Options):
             raise OptionError(f"--html {self.html}: name a file that ends in .html")
 
     def require_check(self, check: bool) -> None:
-        """Raise OptionError if the page is asked for without --check."""
-        if self.html is not None and not check:
+        """Raise OptionError for a page without --check."""
+        if not check:
             raise OptionError("--html writes what --check finds: add --check")
 
 
@@ -139,7 +139,8 @@ class CachingOptions(Options, title="caching"):
     typed_names: Mapping[str, str] = option(default={})  # no option: see `name_as_typed`
 
     def __post_init__(self) -> None:
-        self.page.require_check(self.check)
+        if self.page.html is not None:
+            self.page.require_check(self.check)
         if self.check:
             self.shard.reject_beside("--check")
         encoding, is_text = self.repair_captions, True

@@ -109,7 +109,7 @@ class TransformerFiles(ABC):
         """Load the VAE."""
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return everything besides the pixels that latents depend on."""
+        """Return everything apart from the pixels that latents depend on."""
         dtype = dtype_name(self.encoder_dtype(self.vae_dtype, self.vae_default))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 

@@ -347,7 +347,7 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> MadeN
 
     Args:
         word: The word to learn.
-        encoders: All text encoders of a model; those that cannot be given further words read it as text.
+        encoders: All text encoders of a model; those that cannot be given additional words read it as text.
     """
     able = [encoder for encoder in encoders if takes_words(encoder)]
 

@@ -264,7 +264,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything besides the text that states depend on: network, dtype, template and stored form."""
+        """Everything apart from the text that states depend on: network, dtype, template and stored form."""
         config = self._config
         return self.identify(
             self.use.record or self.name,

@@ -88,7 +88,7 @@ class ModelWord:
 
 
 class WordEncoder(TextEncoder, Protocol):
-    """A text encoder that can be given vectors of further words."""
+    """A text encoder that can be given vectors of additional words."""
 
     embedding: str  # name of the weight of the token embeddings in the network
     # names of its vectors in the file of a word: the one that is written, and others that are read
@@ -105,12 +105,12 @@ class WordEncoder(TextEncoder, Protocol):
 
 
 def takes_words(encoder: TextEncoder) -> TypeGuard[WordEncoder]:
-    """Return whether a text encoder can be given vectors of further words."""
+    """Return whether a text encoder can be given vectors of additional words."""
     return encoder.can.take_words
 
 
 def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> None:
-    """Let text encoders read further words; call before they are loaded.
+    """Let text encoders read additional words; call before they are loaded.
 
     Args:
         encoders: All text encoders of a model.

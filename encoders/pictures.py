@@ -292,7 +292,7 @@ class ModelOfImages(OneTransformer):
         return bool(prepared.request.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return no conditions: an image has none besides its texts."""
+        """Return no conditions: an image has none apart from its texts."""
         return {0: {}}
 
     @property
@@ -368,7 +368,7 @@ def image_defaults(
 ) -> SamplingDefaults:
     """Return sampling defaults for square images and Euler's method.
 
-    `changes` are further fields of `SamplingDefaults`.
+    `changes` are additional fields of `SamplingDefaults`.
     """
     defaults = SamplingDefaults(
         steps=steps,

@@ -81,7 +81,7 @@ class TextTokenizer:
 
 
 class _WordReader:
-    """Read texts with further words. The blank before a word is dropped, as most tokens begin with one."""
+    """Read texts with additional words. The blank before a word is dropped, as most tokens begin with one."""
 
     def __init__(self, read: Callable[[str], Tokens], words: Mapping[str, Sequence[int]]) -> None:
         names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike

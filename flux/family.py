@@ -345,7 +345,7 @@ class Flux(ModelOfImages):
 
     @property
     def _control_image(self) -> Path | None:
-        """Control image of a generation; None without one."""
+        """Control image of a generation; None if there is none."""
         return self.options.control_image if isinstance(self.options, FluxGenerationOptions) else None
 
     def prepare(self, request: requests.Request) -> requests.Prepared:

@@ -219,8 +219,9 @@ def expert_loras(
     uses = iter(lora_uses(files, patterns, with_texts, with_words=with_texts))
     uses_by_key = {key: list(islice(uses, len(loras))) for key, loras in files_by_key.items()}
     keys = [key_of(expert) for expert in experts]
-    _check_experts(uses_by_key, keys)
-    _warn_of_missing_experts(uses_by_key, keys)
+    if len(keys) > 1 or any(uses for key, uses in uses_by_key.items() if key not in keys):
+        _check_experts(uses_by_key, keys)
+        _warn_of_missing_experts(uses_by_key, keys)
     expert_uses = []
     for expert, key in zip(experts, keys, strict=True):
         uses_of_expert = [*uses_by_key[key]]

@@ -313,7 +313,7 @@ def _make_run(
     family: Family, options: GenerationOptions, uses: LorasByExpert, device: torch.device
 ) -> GenerationRun:
     """Make the run for these options, without previews. Loads no network of the family."""
-    room = room_on(device)
+    room = room_on(device) if device.type == "cuda" else None
     predicted = None
     if room is not None or options.speed.swap.is_auto:
         from generation.memory import resolve_options  # only where memory is planned

@@ -117,7 +117,7 @@ class HunyuanImageTextCachingOptions(Options, title=NAME):
 
 
 class HunyuanImageTrainingOptions(Options, title=NAME):
-    """Options of hunyuan_image_train_network.py besides those of all image trainers."""
+    """Options of hunyuan_image_train_network.py in addition to those of all image trainers."""
 
     # resume compares its name
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)

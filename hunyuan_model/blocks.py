@@ -152,7 +152,7 @@ def join_tokens(
     Args:
         video: Tokens of the video, in parts.
         texts: The prompt and, if `steer` is given, a second text.
-        steer: How a second text changes the attention; None without one.
+        steer: How a second text changes the attention; None if there is none.
         record: Class of the inputs.
         **inputs: Other fields of the record.
     """

@@ -58,7 +58,7 @@ class LuminaTextCachingOptions(Options, title=NAME):
 
 
 class LuminaTrainingOptions(Options, title=NAME):
-    """Options of lumina_train_network.py besides those of all image trainers."""
+    """Options of lumina_train_network.py in addition to those of all image trainers."""
 
     dit: Path | None = option(name="pretrained_model_name_or_path", facts=FREE)
     dit_dtype: str | None = dit_dtype_option()

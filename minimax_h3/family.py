@@ -237,7 +237,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def audio_identity(self) -> Mapping[str, str]:
-        """What cached audio depends on besides the samples."""
+        """What cached audio depends on apart from the samples."""
         return self.files.audio_identity()
 
     def audio_networks(self, device: torch.device, decodes: bool) -> H3AudioVae:

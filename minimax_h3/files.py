@@ -234,7 +234,7 @@ class H3Files(LanguageModelFiles):
         )
 
     def vae_identity(self) -> dict[str, str]:
-        """Return what latents depend on besides pixels and audio; all is encoded in float32."""
+        """Return what latents depend on apart from pixels and audio; all is encoded in float32."""
         tile = self.vae_tile or TILE
         return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.audio_identity()}
 
@@ -278,7 +278,7 @@ class H3Files(LanguageModelFiles):
         return AudioSpec(RATE, CHANNELS, partial(audio_shape, channels), time_axis=2, is_inside=True)
 
     def audio_identity(self) -> dict[str, str]:
-        """Return what cached audio depends on besides the samples; the VAE is float32."""
+        """Return what cached audio depends on apart from the samples; the VAE is float32."""
         return {"audio_vae": fingerprint(self.audio_vae_path)}
 
     def load_audio(self, device: torch.device) -> H3AudioVae:

@@ -56,11 +56,11 @@ def check_relations(name: str, facts: Info, list_given: ListGiven) -> None:
         OptionError: If an option that it excludes is given too, or if none of the options that it needs is
             given.
     """
-    excluded = list_given(facts.get("excludes", ()))
+    excluded = list_given(facts["excludes"]) if facts.get("excludes") else ()
     if excluded:
         hint = _find_relation_hint(facts)
         raise OptionError(f"--{name} and --{excluded[0]} exclude each other: give one of them{hint}")
-    flags = find_needed(facts, list_given)
+    flags = find_needed(facts, list_given) if facts.get("needs") else ""
     if flags:
         what = "both" if len(facts["needs"]) == 1 else "one of them too"
         hint = "" if facts.get("excludes") else _find_relation_hint(facts)

@@ -388,14 +388,15 @@ def _check_info(record: Any, field: "dataclasses.Field[Any]") -> None:
     check_value(option_name(field), value, info)
     if is_given(record, field):
         check_relations(option_name(field), info, partial(_list_given, record))
-        _warn_of_ignored(record, field)
+        if info.get("ignored_without"):
+            _warn_of_ignored(record, field)
 
 
 def _warn_of_ignored(record: Any, field: "dataclasses.Field[Any]") -> None:
     """Warn if an option is ignored because none of the options in its `ignored_without` is given."""
     option = f"--{option_name(field)}"
-    useful = field.metadata.get("ignored_without", ())
-    if useful and not _list_given(record, useful):
+    useful = field.metadata["ignored_without"]
+    if not _list_given(record, useful):
         value = getattr(record, field.name)
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             option += f" {value}"
@@ -412,7 +413,8 @@ def _tell_idle(record: Any, field: "dataclasses.Field[Any]") -> None:
     flags = find_needed(field.metadata, partial(_list_given, record))
     if flags:
         logger.warning("--%s has no effect without %s", option_name(field), flags)
-    _warn_of_ignored(record, field)
+    if field.metadata.get("ignored_without"):
+        _warn_of_ignored(record, field)
 
 
 def list_idle(record: Any, written: Collection[str]) -> list[str]:

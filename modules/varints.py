@@ -2,9 +2,11 @@
 
 
 def read_varint(content: bytes | memoryview, position: int) -> tuple[int, int]:
-    """Return the number that begins there, seven bits a byte, and where it ends.
+    """Return the varint that begins at `position`, seven bits a byte, and the position after it.
 
-    Raises IndexError at the end of the content, ValueError if it has more than 64 bits.
+    Raises:
+        IndexError: If the content ends inside the number.
+        ValueError: If the number has more than 64 bits.
     """
     number = shift = 0
     while True:

@@ -764,7 +764,7 @@ def check_loras_fit(
     Args:
         model: File of the transformer.
         uses: LoRA files with their strengths.
-        companion: File with further tensors of the model; None if there is none.
+        companion: File with additional tensors of the model; None if there is none.
         family: Family of the model if the caller knows it.
 
     Raises:

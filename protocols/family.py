@@ -272,7 +272,7 @@ class TextEncoder(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything besides the text that an output depends on, determined without loading the weights.
+        """Everything apart from the text that an output depends on, determined without loading the weights.
 
         Caches record it and are made again when it changes.
         """

@@ -55,7 +55,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The texts of one section: what to show, what to avoid, and further texts for guidance methods."""
+    """The texts of one section: what to show, what to avoid, and additional texts for guidance methods."""
 
     positive: Prompt
     negative: Prompt | None = None

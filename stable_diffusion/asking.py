@@ -46,7 +46,7 @@ class Seeds:
         random: Generator that seeds are drawn from.
         single: Value of --seed, if the run generates only one image.
         round_seed: With --iter_same_seed, the seed of each prompt's first image in this round; the seeds of
-            its further images are drawn from this one.
+            its additional images are drawn from this one.
     """
 
     random: Random
@@ -230,7 +230,7 @@ def settle(
         options: Options of the command line.
         values: Options of the line, from `read_line`; they override `options`.
         kind: Kind of the checkpoint.
-        image: The input image; its size is the default. None without one.
+        image: The input image; its size is the default. None if there is none.
 
     Raises:
         OptionError: If a value cannot be used.

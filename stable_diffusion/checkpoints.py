@@ -195,7 +195,7 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
 
 
 def _read_pooled_settings(width: int, pooled: int, broken: Callable[[str], Exception]) -> dict[str, Any]:
-    """Return the settings of SDXL's conditions besides the text: pooled state, and sizes as sinusoids."""
+    """Return the settings of SDXL's conditions apart from the text: pooled state, and sizes as sinusoids."""
     waves, remainder = divmod(width - pooled, SIZE_NUMBERS)
     if remainder or waves < 2 or waves % 2:
         raise broken(f"label_emb takes {width} numbers, no pooled text of {pooled} and {SIZE_NUMBERS} sizes")

@@ -384,7 +384,7 @@ def find_image_tower(checkpoint: Path, tokenizer_cache_dir: Path | None) -> Path
 
     Args:
         checkpoint: File or folder of --ckpt.
-        tokenizer_cache_dir: Folder with downloaded tokenizers; None without one.
+        tokenizer_cache_dir: Folder with downloaded tokenizers; None if there is none.
 
     Raises:
         DownloadError: If the download fails.

@@ -195,7 +195,7 @@ def caching_options(options: StableDiffusionTrainingOptions) -> tuple[dict[str, 
 
 
 def _list_painted(sample: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the image that a sample of an inpainting model repaints; {} without one."""
+    """Return the options of the image that a sample of an inpainting model repaints; {} if there is none."""
     path = sample.get("image_path")
     if path is None:
         return {}

@@ -54,7 +54,7 @@ def check_before_loading(
         family: The model family.
         options: Options of the run.
         learner: What the run trains.
-        others: Models besides the trained one.
+        others: Models apart from the trained one.
 
     Raises:
         UserError: If the run is not possible.

@@ -93,7 +93,7 @@ def find_learner(
         return FULL_MODEL
     if in_place_of_lora is not None:
         return replace(_describe_made(in_place_of_lora(family)), is_word=True)
-    made = made_network_of(family)
+    made = made_network_of(family) if family.can.make_network else None
     if made is not None:
         return _describe_made(made)
     return Learner(

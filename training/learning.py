@@ -226,7 +226,7 @@ def make_run(
 
 
 def _make_rule(model: TrainedModel) -> LossRule:
-    """Return the rule that computes the error of predictions, without targets besides the clip."""
+    """Return the rule that computes the error of predictions, without targets apart from the clip."""
     plan = model.plan
     return LossRule(
         plan.options.loss,
@@ -239,7 +239,7 @@ def _make_rule(model: TrainedModel) -> LossRule:
 
 
 def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
-    """Return the rule with all targets of predictions besides the clip added."""
+    """Return the rule with all targets of predictions apart from the clip added."""
     plan = model.plan
     joined = plan.joined
     return replace(
@@ -509,7 +509,7 @@ class Learners:
         return trainable
 
     def _list_beside(self) -> dict[str, Tensor]:
-        """Return what a LoRA's file contains besides the LoRA."""
+        """Return what a LoRA's file contains apart from the LoRA."""
         return {name: tensor for beside in self.besides for name, tensor in beside.list_in_lora().items()}
 
     def _train_full(self, dit: nn.Module) -> Trainable:

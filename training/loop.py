@@ -410,7 +410,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     del losses[: -run.steps.steps_per_epoch]
     if run.steps.everyone > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
-    means = run.layout.means(step.row)
+    means = run.layout.means(step.row) if run.layout.parts else {}
     report = replace(
         step,
         loss=loss,

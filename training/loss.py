@@ -23,6 +23,7 @@ DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready t
 
 # in a batch of pictures: how much each place counts, 0..1, B H W in any size; for clips see LOSS_MASK
 MASK = "alpha_mask"
+MASKS = frozenset((MASK, LOSS_MASK))
 
 
 @dataclass(frozen=True)
@@ -204,9 +205,9 @@ def sample_errors(
     errors = element_errors(
         options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    weights = place_weights(noisy_batch.batch, errors)
-    if weights is not None:
-        errors = errors * weights
+    if not MASKS.isdisjoint(noisy_batch.batch.tensors):
+        weights = place_weights(noisy_batch.batch, errors)
+        errors = errors if weights is None else errors * weights
     image_errors = _mean_of_learned(errors, noisy_batch)
     if audio is None:
         return (image_errors,)

@@ -60,11 +60,6 @@ class TrainingCommand:
         """Return the flags of the typed options, by public name."""
         return {option.name: option.flag for option in self.script_options if option.is_changed}
 
-    @property
-    def spellings(self) -> Mapping[str, str]:
-        """Return the flags of shared generation options; see `FamilyEntry.spellings`."""
-        return {} if self.entry is None else self.entry.spellings
-
     def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
         """Return the commands that make missing caches.
 
@@ -282,9 +277,11 @@ class NextSteps:
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]
         words = self._generation_words
-        folder_flag = self.command.spellings.get("save_path", "--save_path")
+        assert self.command.entry is not None
+        spellings = self.command.entry.spellings
+        folder_flag = spellings.get("save_path", "--save_path")
         of_sample = [
-            *say_sample(self.sample, self.command.spellings),
+            *say_sample(self.sample, spellings),
             *(folder_flag, str(file.parent / "generated")),
         ]
         generate = self.plan.learner.generate
@@ -326,19 +323,20 @@ class NextSteps:
             ending: Suffix of the options for that transformer.
             files: The trained files.
         """
+        assert self.command.entry is not None
         words = [*words]
         loras: list[tuple[Path, float]] = []
         if self.plan.options.network is not None:
             loras += [(file, 1.0) for file in files]
         elif files:
-            assert self.command.entry is not None
             words = self._with_dit(words, f"{self.command.entry.trained}{ending}", files[0])
         loras += self.sample_loras
+        spellings = self.command.entry.spellings
         if loras:
-            flag = self.command.spellings.get("lora_weight", "--lora_weight")
+            flag = spellings.get("lora_weight", "--lora_weight")
             words += [f"{flag}{ending}", *(str(path) for path, _ in loras)]
         if self.sample_loras:
-            flag = self.command.spellings.get("lora_multiplier", "--lora_multiplier")
+            flag = spellings.get("lora_multiplier", "--lora_multiplier")
             words += [f"{flag}{ending}", *(f"{multiplier:g}" for _, multiplier in loras)]
         return words
 

@@ -22,7 +22,7 @@ def _make_none(dit: Path) -> Family:
 
 @dataclass(frozen=True)
 class OtherFamilies:
-    """The models of a run besides the trained one."""
+    """The models of a run apart from the trained one."""
 
     sampling: Family | None = None  # that samples are made with, if it has transformers that are not trained
     # the trained model with another transformer; all other options are equal

@@ -64,7 +64,7 @@ def show_preview(
         options: Options of the run.
         learner: What the training would train.
         commands: Commands to show if caches are missing.
-        others: Models besides the trained one.
+        others: Models apart from the trained one.
     """
     show = options.joined.show
     if show is not None:

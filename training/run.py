@@ -59,7 +59,7 @@ def train_network(
         options: Options of the run.
         command: Command that was typed; commands for missing caches and for what can follow repeat its
             options.
-        others: Models besides the trained one.
+        others: Models apart from the trained one.
 
     Returns:
         The program's exit code.
@@ -109,7 +109,7 @@ def prepare_run(
         family: The model family.
         options: Options of the run.
         command: Command that was typed.
-        others: Models besides the trained one.
+        others: Models apart from the trained one.
         end: Records how far the run has come.
 
     Raises:

@@ -106,7 +106,8 @@ class LoopOptions(Options, title="training run"):
     page: CheckPageOptions
 
     def __post_init__(self) -> None:
-        self.page.require_check(self.check)
+        if self.page.html is not None:
+            self.page.require_check(self.check)
 
     @property
     def known_steps(self) -> int | None:

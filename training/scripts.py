@@ -54,7 +54,7 @@ def training_script(
         script: File of the script, if it is not `..._train.py` with `full_dit`.
         kind: Kind of the family's options, see `FamilyEntry.options_record`.
         images: Differences between image families; None for video.
-        extra_options: Records of options besides the family's.
+        extra_options: Records of options apart from the family's.
         check: Raises OptionError if the family's options do not fit together.
         samplers: Choices of --timestep_sampling for video.
         changes: Changes of shared options, and options of the family that are rejected.
@@ -101,7 +101,7 @@ def training_script(
                 family_options=family_options,
                 family=family,
             )
-            others = _make_other_families(entry, family_options)
+            others = _make_other_families(entry, model.can.sample_apart, family_options)
             code = train_network(model, options, command, others=others)
         if code:
             raise SystemExit(code)
@@ -109,18 +109,25 @@ def training_script(
     return Script.of_family(family, train)
 
 
-def _make_other_families(entry: FamilyEntry, family_options: Any) -> "OtherFamilies":
-    """Return what makes families for other transformers: that of samples, and a teacher."""
+def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: Any) -> "OtherFamilies":
+    """Return what makes families for other transformers: that of samples, and a teacher.
+
+    Args:
+        entry: Entry of the trained family.
+        sample_apart: See `Abilities`.
+        family_options: The record of the family's options.
+    """
     from training.other_models import OtherFamilies  # it loads torch
 
-    room = import_own(f"{entry.room}.family")
-    make_sampling = getattr(room, "family_for_samples", lambda options: None)
+    sampling: Any = None
+    if option_values(family_options).get(sample_apart.removeprefix("--")) is not None:
+        sampling = import_own(f"{entry.room}.family").family_for_samples(family_options)
 
     @cache  # so that it logs only once
     def make_other(dit: Any) -> Any:
         return entry.make_family("training", replace(family_options, dit=dit))
 
-    return OtherFamilies(make_sampling(family_options), make_other)
+    return OtherFamilies(sampling, make_other)
 
 
 def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:

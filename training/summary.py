@@ -117,13 +117,14 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     sizes = _sizes_of_file(run)
     num_weights = sum(parameter.numel() for parameter in parameters)
     times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
+    targets = plan.joined.describe_targets() if plan.joined.targets or plan.joined.info.targets else ()
     return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, sizes)),
         ("data", _describe_data(plan)),
         ("timesteps", "\n".join(times)),
-        ("targets", "\n".join(plan.joined.describe_targets()) or None),
+        ("targets", "\n".join(targets) or None),
         ("steps", _describe_length(plan)),
         ("learning rate", _describe_rates(options, run.model.trainable, plan.learner)),
         ("optimizer", f"{options.optimizer.optimizer_type or 'AdamW'}, seed {plan.progress.seed}"),

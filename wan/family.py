@@ -338,7 +338,8 @@ class Wan(OneTransformer):
         request = take_inputs(task, request)
         self.files.check(("dit", "clip"))
         prepared = prepare_request(task, request, **settings)
-        check_control(task, prepared)
+        if prepared.request.control_path is not None:
+            check_control(task, prepared, prepared.request.control_path)
         return prepared if control is None else control.add_to(prepared)
 
     def needs_media(self, prepared: Prepared) -> bool:

@@ -157,11 +157,8 @@ def take_inputs(task: WanTask, request: Request) -> Request:
     return keep_usable_media(request, usable, f"--task {task.name} does not take it")
 
 
-def check_control(task: WanTask, prepared: Prepared) -> None:
+def check_control(task: WanTask, prepared: Prepared, path: Path) -> None:
     """Raise MediaError if a control video has too few frames, before a text encoder is loaded."""
-    path = prepared.request.control_path
-    if path is None:
-        return
     option = "--src_video" if task.kind == VACE else "--control_path"
     end_frames = int(task.has_control and appends_end(task, prepared.request))
     check_frames(option, path, prepared.frames + end_frames)

@@ -34,7 +34,9 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the files and the caption of an item; anything that cannot be found is left out."""
     table = item.table
     example = ExampleItem(
-        _read_caption(item, stores), cached=_read_keys(item, stores), places=one_frame_words(table)
+        _read_caption(item, stores),
+        cached=_read_keys(item, stores),
+        places=one_frame_words(table) if table.kind == "image" else "",
     )
     with contextlib.suppress(UserError, OSError), quiet():
         # other files that belong to an item, whose names only a listing of the table gives

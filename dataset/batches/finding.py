@@ -149,8 +149,7 @@ def _add_table(
     text_names = names if texts_store is store else texts_store.names()
     texts = _TextNames(table, text_names, kind.tag, listing) if kind.has_text else None
     audios = None
-    if is_heard_apart(table, audio):
-        assert audio is not None
+    if audio is not None and is_heard_apart(table, audio):
         audios = _AudioNames(table, names=names, tag=kind.tag, spec=audio, listing=listing)
     del names, text_names  # may be a million; what is needed of them is in `texts` and `audios`
     is_empty = True

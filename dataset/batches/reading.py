@@ -124,7 +124,7 @@ def read_batch(
 def _list_makers(
     media: Sequence["_Part"], texts: Sequence["_Part"], further_texts: Sequence["_Part"]
 ) -> tuple[data.MadeBy, ...]:
-    """List which encoders made the parts of a batch: media and text of each item, then further texts."""
+    """List which encoders made the parts of a batch: media and text of each item, then additional texts."""
     makers: list[data.MadeBy] = []
     for of_media, of_text in zip(media, texts, strict=True):
         makers += (*of_media.made_by, *of_text.made_by)

@@ -52,9 +52,9 @@ _OF_FAMILY = (
 _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder", "conditioning_directory"})
 
 
-def is_heard_apart(table: DatasetTable, audio: AudioSpec | None) -> bool:
+def is_heard_apart(table: DatasetTable, audio: AudioSpec) -> bool:
     """Return whether the audio of a table's clips is in separate cache files."""
-    return audio is not None and not audio.is_inside and table.kind == "video" and table.audio != IGNORE
+    return not audio.is_inside and table.kind == "video" and table.audio != IGNORE
 
 
 def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
@@ -62,7 +62,8 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
 
     The table must be a folder or a JSONL list, cached in single files, whose texts are captions only.
     """
-    has_other_parts = is_heard_apart(table, audio) or table.texts_see_references
+    has_audio_files = audio is not None and is_heard_apart(table, audio)
+    has_other_parts = has_audio_files or table.texts_see_references
     return table.own is None and table.cache_format == "files" and not has_other_parts
 
 

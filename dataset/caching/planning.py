@@ -258,7 +258,7 @@ class Planning:
         return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
 
     def _shape(self) -> tuple[object, ...] | None:
-        """Return all that `plan` depends on besides unchanged source files; None if they changed."""
+        """Return all that `plan` depends on apart from unchanged source files; None if they changed."""
         source = self.source
         # the number of control files decides which keys of the table matter
         shape: list[object] = [

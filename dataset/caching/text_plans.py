@@ -31,7 +31,7 @@ Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class Sight(NamedTuple):
-    """Parts of a caption's item that text encoders see, besides reference images."""
+    """Parts of a caption's item that text encoders see, apart from reference images."""
 
     clip: bool = False  # its frames
     media: bool = False  # the references of its row

@@ -120,7 +120,8 @@ class TextWork:
         encoders = list(family.text_encoders())
         abilities = [encoder.can for encoder in encoders]
         self._sight = Sight(any(can.see_clip for can in abilities), any(can.see_media for can in abilities))
-        files = list_caption_files(self._sources, family.cache_tag, self._sight, caption_fitter(family))
+        fit = caption_fitter(family) if family.can.fit_captions else None
+        files = list_caption_files(self._sources, family.cache_tag, self._sight, fit)
         self._files = distinct_texts(files, stores)
         self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]

@@ -25,6 +25,7 @@ class CogVideoX(DataForm):
     source = "cogvideox_root"
     keys = CogVideoXKeys
     shared_keys = ("caption_column",)
+    has_dependent_keys = True
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
         """Return why `alpha_mask` cannot be used with `load_tensors`, if both are set."""

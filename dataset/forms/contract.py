@@ -63,6 +63,7 @@ class DataForm:
     is_listed_in_training: ClassVar[bool] = False  # to compare the companions of items with those of now
     has_caches_of_others: ClassVar[bool] = False  # other programs keep theirs next to the images
     names_images_anywhere: ClassVar[bool] = False  # images of one table may be in many folders
+    has_dependent_keys: ClassVar[bool] = False  # `find_conflict` and `complete` look at the fields of a table
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
         """Return which fields of a table conflict; None if none do."""

@@ -32,6 +32,7 @@ class JsonLists(DataForm):
     )
     has_columns = True
     is_listed_in_training = True
+    has_dependent_keys = True
 
     def find_conflict(self, fields: Mapping[str, Any]) -> str | None:
         """Return why a folder of masks cannot be used: lines of the list name masks themselves."""

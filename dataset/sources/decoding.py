@@ -234,8 +234,12 @@ def _decode_clip(
     companions = ClipCompanions()
     rejected: Clip | None = None
     if found_spans:
-        control = _read_control_clips(here, bucket, count=count, fps=fps, clock=clock, changes=size_changes)
-        companions = _read_companions(here, size, bucket, count=count, fps=fps, clock=clock)
+        if here.control:
+            control = _read_control_clips(
+                here, bucket, count=count, fps=fps, clock=clock, changes=size_changes
+            )
+        if here.references or here.control_mask is not None:
+            companions = _read_companions(here, size, bucket, count=count, fps=fps, clock=clock)
         if here.rejected is not None:
             from dataset.sources.pairs import read_rejected_clip  # few clips have any
 
@@ -315,12 +319,10 @@ def _read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read references and the control mask of a source, if it has any.
+    """Read references and the control mask of a source that has any.
 
     `count`, `fps` and `clock` are those of the source's kept frames; an image has one frame.
     """
-    if not here.references and here.control_mask is None:
-        return ClipCompanions()
     from dataset.sources.companions import read_companions  # few sources have any
 
     return read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
@@ -378,7 +380,9 @@ def _decode_image(
 
         frames = np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
         mask = None if mask is None else np.repeat(mask, len(frames), axis=0)
-    companions = _read_companions(source, size, fit.bucket)
+    companions = ClipCompanions()
+    if source.references or source.control_mask is not None:
+        companions = _read_companions(source, size, fit.bucket)
     rejected: Clip | None = None
     if source.rejected is not None:
         rejected = _read_rejected(source, size, place=fit_to_bucket, has_alpha=has_alpha)

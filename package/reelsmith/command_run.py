@@ -48,7 +48,7 @@ class CommandRun:
 
         Args:
             script: Path of the script in the checkout or the package.
-            words: The words behind it.
+            words: The words after it.
             options: Keyword arguments that they were made of.
             history: Reads the history of a training.
         """

@@ -29,7 +29,7 @@ class _RaisingParser(Parser):
 
 
 def make_words(script: Path, operands: Sequence[object], options: Mapping[str, Any]) -> list[str]:
-    """Return the words behind a script for operands and keyword arguments.
+    """Return the words after a script for operands and keyword arguments.
 
     Values that are None or False are not given. A mapping becomes words KEY=VALUE.
 

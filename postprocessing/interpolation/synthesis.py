@@ -85,7 +85,7 @@ class Decoder(nn.Module):
 
         Args:
             features: Channels of each image's features.
-            further: Channels of the other inputs besides the two upsampled features.
+            further: Channels of the other inputs apart from the two upsampled features.
             config: Widths of the layers.
         """
         super().__init__()

@@ -37,7 +37,7 @@ class Inpaints(Protocol):
         mask: "torch.Tensor",
         generator: "torch.Generator",
     ) -> "dict[str, torch.Tensor]":
-        """Return the further inputs of the network for an image.
+        """Return the additional inputs of the network for an image.
 
         Args:
             encoders: The loaded VAE.

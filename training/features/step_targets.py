@@ -34,7 +34,7 @@ class StepPasses:
 
 @dataclass(frozen=True)
 class StepTarget:
-    """A target of the training besides the clip."""
+    """A target of the training apart from the clip."""
 
     option: str  # that asks for it, as it is typed
     words: str  # its line among the targets in the box at the start of a run

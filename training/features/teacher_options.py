@@ -143,7 +143,7 @@ class TeacherOptions(FeatureOptions, title="teacher", at=AT_NETWORK):
 
     @property
     def view(self) -> str:
-        """Return the conditions that the teacher gets besides the cached ones; "" if there are none."""
+        """Return the conditions that the teacher gets apart from the cached ones; "" if there are none."""
         return "" if self.teacher is None or self.teacher_sees == INPUTS else self.teacher_sees
 
     def loras(self) -> list[tuple[Path, float]]:

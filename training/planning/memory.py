@@ -448,7 +448,7 @@ def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, Train
 
     Args:
         options: Options of the run.
-        further: Number of trained transformers besides the first one.
+        further: Number of trained transformers apart from the first one.
     """
     loop = options.loop
     is_plain = options.full_dit is None and options.speed.fp8.quantization is None

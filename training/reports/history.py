@@ -224,7 +224,7 @@ class Story:
 
     def best_file(self, folder: Path) -> str | None:
         """Return the saved file with the lowest validation loss among those that still exist."""
-        best = select_best(self.measured_files(folder)) if self.validations else None
+        best = select_best(self.measured_files(folder))
         return None if best is None else best.name
 
     def usable_file(self, folder: Path, best: str | None = None) -> str | None:
@@ -236,7 +236,8 @@ class Story:
             folder: Folder of the files.
             best: The best file by scores; None for `best_file`.
         """
-        best = best or self.best_file(folder)
+        if best is None and self.validations:
+            best = self.best_file(folder)
         if best is not None:
             return best
         candidates = [

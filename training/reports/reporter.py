@@ -280,7 +280,7 @@ class RunReporter:
 def name_best_file(folder: Path, name: str, story: Story) -> str | None:
     """Return the name of the best saved file of a run; None if nothing tells. See `find_best_file`."""
     if not scores_path(folder, name).is_file():
-        return story.best_file(folder)
+        return story.best_file(folder) if story.validations else None
     from training.reports.scores import find_best_file  # it draws, too; few runs are scored
 
     best = find_best_file(folder, name, story)

@@ -237,7 +237,9 @@ class Saver:
         if self.write_average is not None:
             kinds = {AVERAGE: self.write_average, **kinds}
         for mark, write in kinds.items():
-            files = self.names.files(f"{stem}{mark}") | self.names.files_beside(f"{stem}{mark}")
+            files = self.names.files(f"{stem}{mark}")
+            if self.names.beside:
+                files |= self.names.files_beside(f"{stem}{mark}")
             for part, path in files.items():
                 write(part, path)
                 logger.info("Saved %s", path)

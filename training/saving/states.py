@@ -93,7 +93,7 @@ def write_state(
     Args:
         folder: Folder to write.
         state: The state to write.
-        add_files: Writes further files, and returns their checksums.
+        add_files: Writes additional files, and returns their checksums.
 
     Raises:
         OutputError: If writing fails.
