@@ -24,6 +24,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from dataset.sources.decoding import DecodedMedia
     from dataset.subset_options import SubsetOptions
     from dataset.table import DatasetConfig, DatasetTable
+    from networks.formats import LoraFormat
     from networks.gated_loras import AddedLoras
     from networks.loading import LoraUse
     from networks.options import NetworkOptions
@@ -41,7 +42,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from training.other_models import OtherFamilies
     from training.reports.logs import Recorder
     from training.run_options import LogOptions, LoopOptions, SampleOptions
-    from training.saving.files import Publisher
+    from training.saving.files import Names, Publisher
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
@@ -160,6 +161,14 @@ class PlannedRun(Protocol):
     @property
     def accelerator(self) -> "Accelerator":
         """The processes of the run, with device and mixed precision."""
+
+    @property
+    def names(self) -> "Names":
+        """Names of the files that the run saves."""
+
+    @property
+    def lora_format(self) -> "LoraFormat | None":
+        """Format of the LoRA files; None if they have the names of another package's network."""
 
 
 class HookedRun(Protocol):
@@ -431,6 +440,8 @@ class Hooks:
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
     after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
+    # given the files of a save that are written; in the main process only
+    save: list[Callable[[Sequence[Path]], None]] = field(default_factory=list)
     # the run is over, however that is; in the main process only
     end: list[Callable[[RunEnd], None]] = field(default_factory=list)
 

@@ -19,7 +19,7 @@ from modules.errors import OutputError
 from modules.file_locks import only_one
 from modules.text_files import read_safetensors_texts, real_path
 from protocols.rules import ModelRelease
-from training.reports.history import AVERAGE, history_path
+from training.reports.history import AVERAGE, WORKFLOW, history_path
 from training.reports.sections import SAMPLES, page_path
 from training.saving.options import SavingOptions
 
@@ -70,11 +70,11 @@ class Names:
 
     @property
     def pattern(self) -> str:
-        """Regular expression for what follows a name: average, part of the model, embedding, suffix."""
+        """Regular expression for what follows a name: average; part, embedding, suffix; or a workflow's."""
         average = f"(?:{re.escape(AVERAGE)})?"
         parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
         words = f"(?:_(?:{'|'.join(map(re.escape, self.beside))}))?" if self.beside else ""
-        return average + parts + words + re.escape(self.ending)
+        return f"{average}(?:{parts}{words}{re.escape(self.ending)}|{re.escape(WORKFLOW)})"
 
 
 @dataclass(frozen=True)
