@@ -474,7 +474,7 @@ class Learners:
             network_options,
             dit,
             self.plan.progress.seed,
-            encoders={} if texts is None else texts.networks,
+            encoders={} if texts is None else texts.networks_for(learner.is_word),
             in_dit=options.parts is None or options.parts.trains_dit,
             resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )

@@ -30,12 +30,13 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from networks.options import NetworkOptions
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family
+    from protocols.family_networks import MadeNetwork
     from protocols.rules import Expert
     from runtime.options import TrainingSpeedOptions
     from runtime.ways.contract import FurtherModel
     from training.data.feed import BatchSources, Randomness
     from training.data.live import LiveTexts
-    from training.learning_options import FullDitOptions, PartsOptions
+    from training.learning_options import ExpertTrainingOptions, FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
     from training.other_models import OtherFamilies
@@ -92,6 +93,10 @@ class OptionsOfRun(Protocol):
     @property
     def parts(self) -> "PartsOptions | None":
         """Which networks of the model get a LoRA; None if its text encoders cannot."""
+
+    @property
+    def by_expert(self) -> "ExpertTrainingOptions":
+        """Options of the two experts; defaults for families of one DiT."""
 
     @property
     def subset(self) -> "SubsetOptions | None":
@@ -469,6 +474,8 @@ class JoinedRun:
     # shows something in place of a training, which then needs no data; its last argument reads the tables of
     # the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
+    # given the model: what the run trains in place of a LoRA, as a part of the encoders that learn a word
+    in_place_of_lora: "Callable[[Described], MadeNetwork] | None" = None
     storage: Storage | None = None
     # makes the data in place of a dataset of the user
     make_data: "Callable[[], DatasetConfig] | None" = None
