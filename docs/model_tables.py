@@ -1,4 +1,4 @@
-"""Renew the tables of models, files, licenses and recipes in these pages.
+"""Renew the tables of models, files, licenses, recipes and evenings in these pages.
 
 python docs/model_tables.py
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.evening_figures import list_figures, make_proven_table  # noqa: E402
 from downloads.catalogue import (  # noqa: E402
     Component,
     families,
@@ -27,6 +28,7 @@ from project.recipes.reading import list_shipped  # noqa: E402
 PAGE = ROOT / "docs" / "models.md"
 FIRST = "## Models and tasks"  # from here on
 FIRST_OF_RECIPES = "| recipe |"  # the last table of docs/recipes.md
+FIRST_OF_PROVEN = "## What has come"  # the end of docs/proven.md
 TOKENIZER = "its tokenizer"
 
 
@@ -44,6 +46,14 @@ def main() -> None:
     page = PAGE.with_name("recipes.md")
     text = page.read_text(encoding="utf-8")
     page.write_text(text[: text.index(FIRST_OF_RECIPES)] + recipe_table(), encoding="utf-8")
+    page = PAGE.with_name("proven.md")
+    text = page.read_text(encoding="utf-8")
+    page.write_text(text[: text.index(FIRST_OF_PROVEN)] + proven_part(), encoding="utf-8")
+
+
+def proven_part() -> str:
+    """Return the end of docs/proven.md: the figures of the files in docs/proven."""
+    return f"{FIRST_OF_PROVEN}\n\n{make_proven_table(list_figures(PAGE.with_name('proven')))}"
 
 
 def recipe_table() -> str:

@@ -104,8 +104,8 @@ def clean_version(text: str) -> str:
 
 
 def clean_name(text: str) -> str:
-    """Return a product's name with letters, digits and a few signs only."""
-    return re.sub(r"[^A-Za-z0-9 ()./_-]", "", text)[:MAX_NAME].strip()
+    """Return a product's name with letters, digits and a few signs only, which make no address."""
+    return re.sub(r"[^A-Za-z0-9 ()_-]", "", text)[:MAX_NAME].strip()
 
 
 def _describe_system() -> str:

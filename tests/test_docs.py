@@ -82,6 +82,7 @@ LORA = f"{TRAINING} --network_dim 2"
 IMAGE = "--image_size 64 64 --infer_steps 2"
 QUICK_VAE = "--vae_dtype float32"  # a CPU takes long in float16
 SMALLER = {
+    "benchmarks/evening.py": "--max_train_steps 1 --items 2 --size 32 --frames 5 --infer_steps 1 --memory 0",
     "tools/compare.py": GENERATION,
     "tools/prepare_dataset.py": "--height_buckets 32 --width_buckets 32 --frame_buckets 5",
     "wan_generate_video.py": GENERATION,
@@ -184,7 +185,7 @@ SAMPLES = {
 # these change what a process computes with; other commands run in this process, which saves their start
 OWN_PROCESS = {
     *("--reproduce", "--compile", "--optimized", "--fp16_accumulation", "--allow_tf32", "--num_processes"),
-    *("--torch_compile", "--dynamo_backend", "benchmarks/gpu.py"),
+    *("--torch_compile", "--dynamo_backend", "benchmarks/gpu.py", "benchmarks/evening.py"),
 }
 
 
