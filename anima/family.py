@@ -151,9 +151,9 @@ class Anima(ModelOfImages):
             load_lllite(
                 self.options.lllite_weights,
                 LLLITE,
-                network,
-                placement.device,
-                cast(torch.dtype, network.compute_dtype),
+                dit=network,
+                device=placement.device,
+                dtype=cast(torch.dtype, network.compute_dtype),
                 multiplier=self.options.lllite_multiplier,
             )
         return network

@@ -94,7 +94,7 @@ def count_step(step: Step) -> Counter[str]:
 
 def prepare_ours(name: str) -> Step:
     """Return the transformer of tests/tiny/dits.py with our LoRA and checkpointing."""
-    from networks.cast_factors import cast_before_pass
+    from networks.cast_factors import cast_before_pass, group_layers, join_groups
     from runtime.offload.checkpointing import checkpoint_blocks
     from tests.tiny.dits import dit_called
 
@@ -106,6 +106,7 @@ def prepare_ours(name: str) -> Step:
     dit.train()
     for layer in network.layers:
         layer.joins_from = 0  # as in layers of released sizes
+    join_groups(group_layers(dit, network.layers_of_dit(), tiny.spec.shared_inputs))  # as on CUDA
     cast_before_pass(dit, network.layers_of_dit(), tiny.spec.shared_inputs)
     checkpoint_blocks(dit, tiny.spec)
     inputs = tiny.inputs(SIZE, 1)
@@ -115,7 +116,7 @@ def prepare_ours(name: str) -> Step:
 def prepare_our_unet(kind: str) -> Step:
     """Return diffusers' U-Net, which we train too, with our LoRA and checkpointing."""
     from modules.speed_options import SDPA
-    from networks.cast_factors import cast_before_pass
+    from networks.cast_factors import cast_before_pass, group_layers, join_groups
     from runtime.offload.checkpointing import checkpoint_blocks
     from stable_diffusion.attention import ChosenAttention
     from stable_diffusion.resnets import use_fewer_kernels
@@ -134,6 +135,7 @@ def prepare_our_unet(kind: str) -> Step:
     unet.to(torch.bfloat16).train()
     for layer in network.layers:
         layer.joins_from = 0
+    join_groups(group_layers(unet, network.layers_of_dit(), unet.spec.shared_inputs))
     cast_before_pass(unet, network.layers_of_dit(), unet.spec.shared_inputs)
     checkpoint_blocks(unet, unet.spec)
     inputs = make_unet_inputs(kind)

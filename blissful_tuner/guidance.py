@@ -523,7 +523,6 @@ def warn_of_low_scales(prepared: Prepared, options: GuidanceOptions = PLAIN_GUID
                 typed_scale = standard_scale - 1 + off
                 option_by_scale.setdefault(typed_scale, f"the scale {typed_scale:g} of --cfg_schedule")
     for scale, option in option_by_scale.items():
-        # options of experts and streams may replace another one; with a schedule all are checked
         if scale < off and (scale in used or scheduled):
             logger.warning("%s: %s", option, _describe_low_scale(scale, off))
 

@@ -132,7 +132,7 @@ class ComparableRun:
                 name=name,
                 paths=paths,
                 step=step,
-                loss=None if validation is None else validation[1],
+                loss=None if validation is None else validation.loss,
                 is_best=best_name in (high_noise_name, *names),
                 twins=names[1:],
             )

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 from browser.upload_stream import DECODING, write_arriving
-from modules.atomic_write import check_space, explain_errors, remove_leftovers, temporary_name
+from modules.atomic_write import check_space, explain_errors, remove_leftovers, replace_file, temporary_name
 from modules.errors import MediaError, OptionError
 from modules.media.opening import open_image, open_video
 from modules.pages.language import say
@@ -72,7 +72,7 @@ class InputFolder:
             digest = hashlib.blake2s(path.read_bytes(), digest_size=6).hexdigest()
             target = self.folder / f"{clean_stem(name)}-{digest}{suffix}"
             with explain_errors(target):
-                os.replace(path, target)
+                replace_file(path, target)
             return target
         except BaseException:
             with contextlib.suppress(OSError):

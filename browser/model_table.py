@@ -217,7 +217,9 @@ def find_misfit(family: str, task: str, option: str, text: str) -> str:
             return ""
         status = path.stat()
         with _ASKING:
-            return _ask_misfit(family, task, option, str(path), status.st_mtime_ns, status.st_size)
+            return _ask_misfit(
+                family, task, option=option, path=str(path), changed=status.st_mtime_ns, size=status.st_size
+            )
     except (OSError, ValueError, subprocess.TimeoutExpired) as error:
         logger.debug("%s", text, exc_info=error)
         return ""

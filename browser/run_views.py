@@ -29,7 +29,7 @@ from modules.media.reading import image_size, video_info
 from modules.pages.language import join, language, say
 from modules.pages.page import END, PRIVATE, link, render_page, show_unscripted
 from modules.text_files import read_safetensors_texts, require_regular_file
-from training.reports.history import BEFORE_TRAINING, SHOWN, Points, Start, Story
+from training.reports.history import BEFORE_TRAINING, SHOWN, WORKFLOW, Points, Start, Story, find_workflow
 from training.reports.page import (
     TEMPLATE,
     Standing,
@@ -339,7 +339,9 @@ def collect_news(
     if query.get("have") != key:
         charts = list_charts(_narrow(story, low, high), maximum=MAX_POINTS)
         if scored:
-            charts[1:1] = list_score_charts(folder, run.name, story, low, high)  # next to the loss
+            charts[1:1] = list_score_charts(
+                folder, run.name, story=story, low=low, high=high
+            )  # next to the loss
         news["charts"] = [asdict(chart) for chart in charts]
         news["tiles"] = list_tiles(now.shown, story)
     return news
@@ -370,7 +372,10 @@ def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
     story = runs.open(run).story
     folder = run.history.parent
     samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
-    is_linked = name in story.saved or name in samples or COMPARED.fullmatch(name)
+    is_workflow = name.endswith(WORKFLOW) and any(
+        name == find_workflow(folder, saved) for saved in story.saved
+    )
+    is_linked = is_workflow or name in story.saved or name in samples or COMPARED.fullmatch(name)
     return folder / name if is_linked and runs.is_inside(folder / name) else None
 
 

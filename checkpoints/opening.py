@@ -69,8 +69,7 @@ class Checkpoint(contextlib.ExitStack):
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= file.metadata
-        # keys of torch files that hold no tensors of the model, such as the state of an optimizer
-        self.left_out = tuple(name for file in files for name in file.left_out)
+        self.left_out = tuple(name for file in files for name in file.left_out)  # keys without a tensor
         self.parts = {file.path: file.metadata for file in files}  # path -> the metadata of that file
 
     def read(self, name: str, tensor: Tensor | None = None) -> Tensor:

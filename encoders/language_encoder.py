@@ -1,7 +1,7 @@
 """Language models as the shared loops use them: the text around a family's prompts, and the states it takes.
 
     USE = LanguageUse(name="vl", states_key="vl_embed", model=QWEN25_VL, source=QWEN_TOKENIZER, ...)
-    encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of contract
+    encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of protocols
     encoder.encode(prompts)                                       # {"vl_embed": [L C]} for each
 
 Source of the chat templates: the released tokenizers of Qwen3.

@@ -220,17 +220,21 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
 
 
 def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
-    """Return the token ids of words and of their single vectors; names of words come before those of vectors.
+    """Return the token ids of words (`cat`) and of their single vectors (`cat1`), by name.
+
+    If a word has the name of another word's vector, the name is the word's.
 
     Args:
         words: The words, in the order of their rows.
         vocabulary: Number of rows of the table without the words.
     """
     ids: dict[str, list[int]] = {}
-    names = {word.text.lower() for word in words}
+    word_names = {word.text.lower() for word in words}
+    first_id = vocabulary  # of the next word
     for word in words:
-        for name, token_ids in word.list_ids(vocabulary).items():
-            if name == word.text or name.lower() not in names:
+        for name, token_ids in word.list_ids(first_id).items():
+            is_word = name == word.text
+            if is_word or name.lower() not in word_names:
                 ids[name] = token_ids
-        vocabulary += word.count
+        first_id += word.count
     return ids

@@ -12,4 +12,5 @@ names: what it is called everywhere, from scripts to tensors
 official_options: the image guides' command line, in our words
 options: own options for caching, training and generation
 spec: latents, noise and names in the transformer
+workflow: the nodes of ComfyUI that make its samples
 """

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -34,7 +34,7 @@ from flux.options import (
     FluxTextCachingOptions,
 )
 from flux.spec import LATENT, NOISE, dit_spec, size_shift, tokens_of
-from modules.errors import CacheError, DatasetError
+from modules.errors import CacheError, DatasetError, OptionError
 from modules.media.pixels import byte_clips
 from modules.options import NO_OPTIONS
 from protocols import requests
@@ -58,6 +58,9 @@ from protocols.few_steps import UNDOING, FewSteps
 from protocols.loading import Placement
 from protocols.rules import ModelRelease
 from protocols.steps import NO_OVERRIDES, Overrides
+
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +94,7 @@ class Flux(ModelOfImages):
     cache_tag: str = field(default="flux", init=False)
     noise: NoiseSpec = field(default=NOISE, init=False)
     called: str = field(default=NAME, init=False)
-    can: ClassVar = Abilities(tell_few_steps=True, make_network=True)
+    can: ClassVar = Abilities(tell_few_steps=True, make_network=True, tell_nodes=True)
     few_steps: ClassVar = FewSteps(
         base="FLUX.1 dev (for Chroma on Chroma1-HD)",
         also="there",
@@ -176,7 +179,9 @@ class Flux(ModelOfImages):
                 f"{table.name}: {CONTROL_NET}, and no control pictures that the ControlNet could see. Give "
                 f"control_directory, or leave out {CONTROL_NET}."
             )
-        super().check_table(replace(table, has_control=False) if sees_controls else table)
+        if sees_controls:  # the rule for every family rejects control images, which are allowed here
+            table = replace(table, has_control=False)
+        super().check_table(table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each image.
@@ -375,6 +380,14 @@ class Flux(ModelOfImages):
             flow_shift = 1.0 if kind == configs.SCHNELL else size_shift(tokens_of(height, width))
         negative = "" if self.negative_is_empty else None
         return requests.settle(request, default, size, flow_shift, default_negative=negative)
+
+    def comfy_model(self) -> "ComfyModel":
+        """Return how ComfyUI runs FLUX.1. Raises OptionError for Chroma and for models that edit images."""
+        if self.references is not None or self.files.kind == configs.CHROMA:
+            raise OptionError(f"of {self.called}, only those of FLUX.1 dev and schnell are known here")
+        from flux.workflow import FLUX as FLUX_NODES  # only with --save_workflow
+
+        return FLUX_NODES
 
     def draw_noise(self, prepared: requests.Prepared, noise: NoiseSource) -> Tensor:
         """Return the noise of an image, 1 C 1 h w float32, drawn in the order of its tokens."""

@@ -239,12 +239,22 @@ class FluxFiles(AutoencoderFiles):
         if self.clip_l is not None or (needed and self.has_pooled):
             path = self._make_clip().path
             check_state_width(
-                clip.option, path, read_once(path, clip.read_width), self.dit, pooled_dim, clip.release
+                clip.option,
+                path,
+                width=read_once(path, clip.read_width),
+                dit_path=self.dit,
+                dit_width=pooled_dim,
+                give=clip.release,
             )
         if self.t5xxl is not None or needed:
             path = T5TextEncoder(self.t5xxl_path).path
             check_state_width(
-                t5.kind.option, path, read_once(path, t5.read_width), self.dit, text_dim, t5.kind.release
+                t5.kind.option,
+                path,
+                width=read_once(path, t5.read_width),
+                dit_path=self.dit,
+                dit_width=text_dim,
+                give=t5.kind.release,
             )
         if self.clip_l_tokenizer is not None:
             clip.tokenizer.check_given(self.clip_l_tokenizer)

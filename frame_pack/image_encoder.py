@@ -80,7 +80,9 @@ def read_siglip(checkpoint: Checkpoint) -> LoadPlan[SiglipConfig]:
             checkpoint.path,
         )
     dim, patch = patches[0], patches[2]
-    settings = read_network_config(checkpoint.path, "vision_config", "siglip", dim, DEFAULTS)
+    settings = read_network_config(
+        checkpoint.path, "vision_config", kind="siglip", dim=dim, defaults=DEFAULTS
+    )
     config = SiglipConfig(
         dim=dim,
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],

@@ -182,7 +182,6 @@ class GenerationOptions(Options, title="run"):
         "files of embeddings (textual inversion): the name of a file is its word in prompts",
         place="there",
         title="LoRA",
-        facts=OF_REQUEST,
     )
     save_merged_model: Path | None = option(
         "write the model with the LoRAs merged in, then stop",

@@ -121,11 +121,20 @@ class HunyuanFiles(TransformerFiles):
         if self.text_encoder1 is not None or needed:
             path = LlavaTextEncoder(self.text_encoder1_path).path
             width = read_once(path, _read_llama_width)
-            check_state_width("--text_encoder1", path, width, self.dit, text_dim, LLAMA.files)
+            check_state_width(
+                "--text_encoder1", path, width=width, dit_path=self.dit, dit_width=text_dim, give=LLAMA.files
+            )
         if self.text_encoder2 is not None or needed:
             path = HunyuanClip(self.text_encoder2_path).path
             width = read_once(path, _read_clip_width)
-            check_state_width("--text_encoder2", path, width, self.dit, pooled_dim, CLIP.release)
+            check_state_width(
+                "--text_encoder2",
+                path,
+                width=width,
+                dit_path=self.dit,
+                dit_width=pooled_dim,
+                give=CLIP.release,
+            )
         if self.text_encoder1_tokenizer is not None:
             LLAMA_TOKENIZER.files.check_given(self.text_encoder1_tokenizer)
         if self.text_encoder2_tokenizer is not None:

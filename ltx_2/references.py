@@ -247,26 +247,32 @@ def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, l
 
 
 def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
-    """Read a mask image or clip as a strength for each token of references, 1 M float32: white is 1.
+    """Read a mask image or clip as a strength for each token of the references, 1 M float32: white is 1.
 
-    `shown` are the pixels of the references, 1 3 f h w. Raises OptionError if a clip is shorter than one of
-    them.
+    Args:
+        mask: Path of the mask.
+        shown: Pixels of each reference as it is encoded, 1 3 f h w.
+        rules: How much smaller and shorter references are than the result.
+        latent: The latent space.
+
+    Raises:
+        OptionError: If a clip is shorter than a reference.
     """
     strengths = []
     steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
     for reference in shown:
         _, _, frames, height, width = reference.shape
-        size = (
+        size = (  # of the result; `read_pixels` reduces the mask to the size of the reference again
             width * rules.size_factor,
             height * rules.size_factor,
             (frames - 1) * rules.time_factor + 1,
         )
         pixels = read_pixels(mask, size, rules, latent)
-        white = (pixels.mean(1, keepdim=True) + 1) / 2
-        if is_still(mask):
+        white = (pixels.mean(1, keepdim=True) + 1) / 2  # 1 1 f h w, 0..1
+        if is_still(mask):  # the same for every frame
             white = white.expand((-1, -1, frames, -1, -1))
         check_mask_length(mask, white.shape[2], frames)
-        # the first latent frame is of one frame
+        # the first latent frame has one pixel frame, the others `frame_step`: repeat the first to pool evenly
         num_repeats = latent.frame_step - 1
         first = white[:, :, :1].expand((-1, -1, num_repeats, -1, -1))
         repeated = torch.cat([first, white], dim=2)

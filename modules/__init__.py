@@ -34,6 +34,7 @@ memory_limit: bound a process that runs a stranger's file
 mistyped: name our option for another program's
 nvidia_driver: cards of NVIDIA, and why torch does not see them
 onnx_models: run ONNX files in bounded memory and time
+open_files: replace files that another program has open, on Windows
 option_checks: check values by limits, relations and places
 option_tables: read the options of every script from compiled tables
 option_values: values of options: converted from what was typed, and checked

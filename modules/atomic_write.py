@@ -15,6 +15,7 @@ import platform
 import re
 import secrets
 import shutil
+import sys
 import time
 import uuid
 import zlib
@@ -28,6 +29,10 @@ from modules.text_files import real_path
 
 LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer leaves its file alone for so long
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
+if sys.platform != "win32":
+    replace_file = os.replace
+else:
+    from modules.open_files import replace_file as replace_file
 
 
 @contextlib.contextmanager
@@ -52,7 +57,7 @@ def atomic_path(path: Path, size_bytes: int = 0) -> Iterator[Path]:
             yield temporary
             with temporary.open("rb+") as file:
                 os.fsync(file.fileno())
-            os.replace(temporary, path)
+            replace_file(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
@@ -84,8 +89,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             flush_folder(temporary)
             aside = path.with_name(f".{path.name}.old")
             if path.exists():
-                os.replace(path, aside)
-            os.replace(temporary, path)
+                replace_file(path, aside)
+            replace_file(temporary, path)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             recover_folder(path)
@@ -139,7 +144,7 @@ def place_new(file: Path, path: Path) -> None:
         # the disk has no hard links (exFAT, some network drives): claim the name with an empty file
         path.open("xb").close()
         try:
-            os.replace(file, path)
+            replace_file(file, path)
         except BaseException:
             path.unlink(missing_ok=True)
             raise
@@ -205,7 +210,7 @@ def recover_folder(path: Path) -> None:
         if path.exists():
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            os.replace(aside, path)
+            replace_file(aside, path)
     if path.parent.is_dir():
         remove_leftovers(path.parent, lambda name: name == path.name, 0)
 
@@ -225,9 +230,8 @@ def remove_leftovers(
             temporary = _TEMPORARY.fullmatch(entry.name)
             if temporary is None or not of(temporary["name"]):
                 continue
-            with contextlib.suppress(FileNotFoundError):  # another process was faster
-                # a folder's time changes with every file put into it
-                changed = entry.stat(follow_symlinks=False).st_mtime
+            with contextlib.suppress(OSError):  # another process was faster, or has it open on Windows
+                changed = entry.stat(follow_symlinks=False).st_mtime  # of a folder: of its last file
                 writer = _read_claim(entry) or temporary
                 if changed > now - _select_least_age(writer, older_seconds):
                     continue
@@ -259,7 +263,7 @@ def give_name(file: Path, path: Path) -> None:
         OutputError: If that fails.
     """
     with explain_errors(path):
-        os.replace(file, path)
+        replace_file(file, path)
         flush_folder(path.parent)
 
 

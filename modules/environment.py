@@ -182,11 +182,11 @@ def _install(
         torch_flags += ["--reinstall-package", "torch"] if uv else ["--force-reinstall"]
     is_shown = build is not None
     if torch_alone:
-        _install_lines(python, torch_alone, torch_flags, uv, is_shown)
+        _install_lines(python, torch_alone, flags=torch_flags, uv=uv, is_shown=is_shown)
     if following:
-        _install_lines(python, following, [], uv, is_shown)
+        _install_lines(python, following, flags=[], uv=uv, is_shown=is_shown)
     if without_dependencies:
-        _install_lines(python, without_dependencies, ["--no-deps"], uv, is_shown)
+        _install_lines(python, without_dependencies, flags=["--no-deps"], uv=uv, is_shown=is_shown)
 
 
 def _install_lines(

@@ -331,12 +331,12 @@ class MossImageModel(BlockNetwork):
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
         num_references = sum(math.prod(sides) for sides in grids)
         num_images = num_references + math.prod(grid)
-        num_isolated = num_references if isolated else 0
+        num_isolated = num_references if isolated else 0  # these do not attend to a text's tokens
         first, *seconds = texts
         tokens = MossImageTokens(
             grid,
             rotary=self._find_rotary(grid, grids, first),
-            lengths=first.lengths(num_images - num_isolated),
+            lengths=first.lengths(num_images - num_isolated),  # of the tokens that attend to all
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
             attention=self.attention,

@@ -24,6 +24,7 @@ flux_extract_lora: command: a LoRA from a fine-tuned FLUX.1 or Chroma
 flux_merge_lora: command: merge LoRAs of FLUX.1 or Chroma
 fused_rows: rows of fused weights, stacked or interleaved by head
 formats: names of the files that a training saves
+joined_weights: frozen weights of q, k and v, together in memory
 key_formats: bring files of any dialect under our names
 kinds/: each kind of network: LoRA, DoRA, LoHa, LoKr, OFT, T-LoRA
 unused_tensors: what a LoRA file holds that is not used

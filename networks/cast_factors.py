@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from modules.private_torch import copy_each, scale_each
+from networks.joined_weights import join_weights
 from networks.lora_layer import LoraLayer
 from networks.shared_inputs import SharedInput
 
@@ -37,10 +38,21 @@ def cast_before_pass(
         model.register_forward_pre_hook(lambda *_: cast_factors(groups))
 
 
+def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
+    """Put the frozen weights of each group together, where they are plain.
+
+    Args:
+        groups: Layers that have a common input, together.
+    """
+    for group in groups:
+        if len(group) > 1:
+            join_weights([layer.original for layer in group], group[0].lora_down.weight.device)
+
+
 def group_layers(
     model: nn.Module, layers: Sequence[LoraLayer], shared_inputs: Sequence[Sequence[str]]
 ) -> list[list[LoraLayer]]:
-    """Return the layers of a model in groups that get the same tensor; most have one layer.
+    """Return the layers of a model in groups of equal rank that get the same tensor; most have one layer.
 
     Args:
         model: Network that contains the frozen modules.
@@ -49,21 +61,23 @@ def group_layers(
     """
     groups = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
     paths = {id(module): path for path, module in model.named_modules()}
-    found: dict[tuple[str, int] | str, list[LoraLayer]] = {}
+    found: dict[tuple[str, int, int] | str, list[LoraLayer]] = {}
     for layer in layers:
         path = paths[id(layer.original)]
-        key: tuple[str, int] | str = path
+        key: tuple[str, int, int] | str = path
         # layers with a dropout, which may skip only one of them, or with magnitudes compute separately
         if layer.dropouts is None and layer.combine is None:
             for ending, index in groups.items():
                 if path.endswith(f".{ending}"):
-                    key = path.removesuffix(ending), index
+                    key = path.removesuffix(ending), index, layer.lora_up.weight.shape[1]
         found.setdefault(key, []).append(layer)
     return list(found.values())
 
 
 def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     """Set `cast_factors` and `shared_input` of layers, for a pass under the present autocast.
+
+    Before the first pass on a GPU, the frozen weights of each group are put together.
 
     Args:
         groups: Layers that have a common input, together.
@@ -72,71 +86,71 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
     parameter = layers[0].lora_down.weight
     kind = parameter.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else parameter.dtype
+    is_first = layers[0].cast_factors is None
     for layer in layers:
         layer.cast_factors = None  # frees the copies of the last pass before new ones are made
         layer.shared_input = None
     if dtype == parameter.dtype:
         return
-    scales = [layer.multiplier * layer.scale for layer in layers]
+    # a CPU computes for longer than the host needs, and its weights may be those in the file
+    if is_first and kind != "cpu":
+        join_groups(groups)
+    downs = [layer.lora_down.weight for layer in layers]
+    ups = [layer.lora_up.weight for layer in layers]
+    scales = [1.0] * len(downs) + [layer.multiplier * layer.scale for layer in layers]
     counts = [len(group) for group in groups]
-    factors = [layer.lora_down.weight for layer in layers] + [layer.lora_up.weight for layer in layers]
-    copies = _Cast.apply(scales, counts, dtype, *factors)
-    # first one matrix for each group with all its down factors, then the up factors of all layers
-    ups = iter(copies[len(groups) :])
-    for group, joined in zip(groups, copies, strict=False):
+    # one matrix for each group with all its down factors, then one with the up factors
+    matrices = _Cast.apply(scales, counts + counts, dtype, *downs, *ups)
+    for group, down, up in zip(groups, matrices, matrices[len(groups) :], strict=False):
+        if len(group) == 1:
+            group[0].cast_factors = down, up
+            continue
         ranks = [layer.rank for layer in group]
-        downs = joined.split(ranks) if len(group) > 1 else (joined,)
-        ups_of_group: list[Tensor] = []
-        for layer, down in zip(group, downs, strict=True):
-            up = next(ups)
-            layer.cast_factors = (down, up)
-            ups_of_group.append(up)
-        if len(group) > 1:
-            shared = SharedInput(group, ranks, joined, ups_of_group)
-            for layer in group:
-                layer.shared_input = shared
+        ups_of_group = up.split([len(layer.lora_up.weight) for layer in group])
+        shared = SharedInput(group, ranks, down, ups_of_group, up)
+        for layer, *factors in zip(group, down.split(ranks), ups_of_group, strict=True):
+            layer.cast_factors = factors[0], factors[1]
+            layer.shared_input = shared
 
 
 class _Cast(torch.autograd.Function):
-    """Cast down factors, and up factors times their scales, in few kernels (the backward pass too)."""
+    """Cast factors, times their scales, in few kernels (the backward pass too); some in a common matrix."""
 
     @staticmethod
     def forward(
         ctx: Any, scales: list[float], counts: list[int], dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
+        """Return matrices, each of the next so many factors as `counts` says."""
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype
         ctx.heights = []  # of the factors in each matrix
-        joined, rows = list[Tensor](), list[Tensor]()
+        matrices, rows = list[Tensor](), list[Tensor]()
         start = 0
         for count in counts:
-            downs = factors[start : start + count]
-            heights = [len(down) for down in downs]
-            matrix = downs[0].new_empty((sum(heights), *downs[0].shape[1:]), dtype=dtype)
+            members = factors[start : start + count]
+            heights = [len(member) for member in members]
+            matrix = members[0].new_empty((sum(heights), *members[0].shape[1:]), dtype=dtype)
             ctx.heights.append(heights)
-            joined.append(matrix)
+            matrices.append(matrix)
             rows += matrix.split(heights)
             start += count
-        ups = [torch.empty_like(factor, dtype=dtype) for factor in factors[len(scales) :]]
-        copy_each([*rows, *ups], factors)
-        # in place: a product in float32 would be half of a LoRA more at the peak
-        scale_each(ups, scales)
-        return *joined, *ups
+        copy_each(rows, factors)
+        # in place: a product in float32 would be half of a LoRA more at the peak. Down factors have no scale
+        half = len(factors) // 2
+        scale_each(rows[half:], scales[half:])
+        return tuple(matrices)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return gradients of the factors; None for layers that this pass did not reach."""
-        scales = [1.0] * len(ctx.scales) + ctx.scales
-        num_groups = len(ctx.heights)
         of_factors: list[Tensor | None] = []
-        for gradient, heights in zip(gradients, ctx.heights, strict=False):
+        for gradient, heights in zip(gradients, ctx.heights, strict=True):
             of_factors += [None] * len(heights) if gradient is None else gradient.split(heights)
-        of_factors += gradients[num_groups:]
         reached = {index: gradient for index, gradient in enumerate(of_factors) if gradient is not None}
         wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in reached.values()]
         copy_each(wide, list(reached.values()))
-        scale_each(wide, [scales[index] for index in reached])
+        scale_each(wide, [ctx.scales[index] for index in reached])
         by_index = dict(zip(reached, wide, strict=True))
         return None, None, None, *(by_index.get(index) for index in range(len(of_factors)))

@@ -330,14 +330,16 @@ def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = Fals
             so files get the parts separately.
     """
     first = pieces[0]
-    if first.part.index is None and len(pieces) == 1:
+    is_full_weight = first.part.index is None and len(pieces) == 1
+    if is_full_weight:
         return first.factors
     if any(read_delta(piece.factors).rotation is not None for piece in pieces):
         return join_rotations(pieces)
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, num_rows, is_for_model)
     all_rows = [part_rows(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
-    if isinstance(all_rows[0], Tensor):  # a weight whose halves are swapped: its rows are given one by one
+    # a weight whose halves are swapped is a single part, with the index of each of its rows
+    if isinstance(all_rows[0], Tensor):
         swapped = read_delta(first.factors).rows(all_rows[0])
         return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped.factors
     slices = [rows for rows in all_rows if isinstance(rows, slice)]

@@ -254,7 +254,7 @@ class AddedPart:
         return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
 
     def mask_ranks(self, network: nn.Module, metadata: Mapping[str, str]) -> None:
-        """Mask ranks if the LoRA was trained so (T-LoRA).
+        """Mask ranks by noise level if the metadata say that the LoRA was trained as a T-LoRA.
 
         Args:
             network: Network that contains the module.

@@ -218,16 +218,24 @@ class LoraLayer(nn.Module):
         out = self._original_forward(original_x)
         return add_up(out.to(x.dtype), hidden, up, heights=heights, saved=saved).to(out.dtype)
 
-    def is_plain(self) -> bool:
-        """Return whether the layer does no more than add the product of its factors to a linear layer.
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Return whether the layer only adds the product of its factors to a frozen linear layer.
 
         Not with what changes single ranks, masks, noise or a LoRA in parts, nor if code that acts on the
-        frozen module replaced its forward.
+        frozen module replaced its forward or has hooks there.
+
+        Args:
+            dtype: Dtype that the frozen weight must have.
         """
+        original = self._original[0]
         before = self._original_forward
         return (
-            getattr(before, "__func__", None) is nn.Linear.forward
-            and getattr(self._original[0].forward, "__self__", None) is self
+            type(original) is nn.Linear
+            and original.weight.dtype == dtype
+            and not original.weight.requires_grad
+            and not (original._forward_pre_hooks or original._forward_hooks)
+            and getattr(before, "__func__", None) is nn.Linear.forward
+            and getattr(original.forward, "__self__", None) is self
             and isinstance(self.lora_up, nn.Linear)
             and self.rank_mask is None
             and self.noise_of is None

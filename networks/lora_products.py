@@ -52,8 +52,8 @@ class _Branch(torch.autograd.Function):
         x, down = ctx.saved_tensors
         if of_hidden is None:
             return of_x, None
-        of_hidden = _flat(of_hidden)
-        of_down = of_hidden.t() @ _flat(x) if ctx.needs_input_grad[1] else None
+        of_hidden = rows_of(of_hidden)
+        of_down = of_hidden.t() @ rows_of(x) if ctx.needs_input_grad[1] else None
         if of_x is None:
             return (of_hidden @ down).view(x.shape), of_down
         return add_product(of_x, of_hidden, down), of_down
@@ -85,8 +85,8 @@ class _Hold(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, up = ctx.saved_tensors
-        rows = _flat(gradient).split(ctx.heights, -1)
-        groups = _flat(hidden).chunk(len(ctx.heights), -1)
+        rows = rows_of(gradient).split(ctx.heights, -1)
+        groups = rows_of(hidden).chunk(len(ctx.heights), -1)
         of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.heights), strict=True)]
         of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
         return _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
@@ -132,9 +132,9 @@ class _AddUp(torch.autograd.Function):
 def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
     """Compute `add_up` without gradients."""
     if len(heights) == 1:
-        return add_product(out, _flat(hidden), up.t())
+        return add_product(out, rows_of(hidden), up.t())
     rows = out.view(-1, out.shape[-1]).split(heights, -1)
-    groups = _flat(hidden).chunk(len(heights), -1)
+    groups = rows_of(hidden).chunk(len(heights), -1)
     for row, group, block in zip(rows, groups, up.split(heights), strict=True):
         row.addmm_(group, block.t())
     return out
@@ -154,7 +154,8 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total
 
 
-def _flat(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """Return the rows of all samples, ... C to M C."""
     return x.reshape(-1, x.shape[-1])
 
 

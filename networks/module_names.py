@@ -261,13 +261,13 @@ def is_unprefixed(path: str) -> bool:
 
 
 def alias(name: str, family: FamilyNames) -> str:
-    """Return our underscored name for a name of another layout; other names are unchanged."""
+    """Translate the underscored name of a module from another layout to ours; unknown names are unchanged."""
     path = _find(_tables(family).foreign, name)
     return name if path is None else path.replace(".", "_")
 
 
 def to_alias(name: str, family: FamilyNames) -> str:
-    """Return another layout's underscored name for a name of ours; other names are unchanged."""
+    """Translate the underscored name of a module from our layout to another; unknown names are unchanged."""
     path = _find(_tables(family).to_foreign, name)
     return name if path is None else path.replace(".", "_")
 

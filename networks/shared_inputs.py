@@ -4,7 +4,8 @@ Each for itself, three layers cast their input three times, multiply it by three
 products to its gradient. Here the first layer that gets the tensor casts it and multiplies it by the down
 factors of all, one below another; the others take their columns. Where a GPU waits for the host, a step is
 shorter by these kernels. Of plain linear modules, the first layer computes the outputs of all: one function
-of autograd instead of two or three for each layer, which costs the host less, and products added in place.
+of autograd instead of two or three for each layer, which costs the host less, and products added in place. If
+their weights lie together (networks/joined_weights.py), one product has the outputs of all.
 """
 # Letters: M rows of all samples, R rank, of all layers together where a matrix is joined
 
@@ -16,7 +17,8 @@ import torch.nn.functional as functional
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from networks.lora_products import add_product, branch
+from networks.joined_weights import MAX_JOINED, add_products, joined, multiply_parts, multiply_transposed
+from networks.lora_products import add_product, branch, rows_of
 
 
 class GroupedLayer(Protocol):
@@ -27,8 +29,8 @@ class GroupedLayer(Protocol):
         """The frozen module."""
         ...
 
-    def is_plain(self) -> bool:
-        """Return whether the layer does no more than add the product of its factors to a linear layer."""
+    def is_plain(self, dtype: torch.dtype) -> bool:
+        """Return whether the layer only adds the product of its factors to a linear layer in a dtype."""
         ...
 
 
@@ -36,7 +38,12 @@ class SharedInput:
     """What layers compute of their common input; it holds tensors until each layer has taken its part."""
 
     def __init__(
-        self, layers: Sequence[GroupedLayer], ranks: Sequence[int], down: Tensor, ups: Sequence[Tensor]
+        self,
+        layers: Sequence[GroupedLayer],
+        ranks: Sequence[int],
+        down: Tensor,
+        ups: Sequence[Tensor],
+        up: Tensor,
     ) -> None:
         """Prepare a pass of the model.
 
@@ -45,13 +52,15 @@ class SharedInput:
             ranks: Rank of each layer.
             down: Their down factors, one below another, in the dtype of the pass.
             ups: The up factor of each layer, times its scale, in the dtype of the pass.
+            up: These, one below another.
         """
         self.layers = tuple(layers)
         self.ranks = list(ranks)
         self.down = down
         self.ups = list(ups)
+        self.up = up
         # else each layer asks for its part of the product, and calls its frozen module itself
-        self.computes_outputs = all(_is_plain(layer, down.dtype) for layer in layers)
+        self.computes_outputs = all(layer.is_plain(down.dtype) for layer in layers)
         self._forget()
 
     def _forget(self) -> None:
@@ -104,8 +113,18 @@ class SharedInput:
             self._source = x
             modules = [each.original for each in self.layers]
             weights = [module.weight for module in modules]
-            biases = [module.bias for module in modules]
-            outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *biases)
+            biases = [module.bias for module in modules if module.bias is not None]
+            heights = [len(weight) for weight in weights]
+            weight = bias = None
+            if x.numel() // x.shape[-1] * sum(heights) <= MAX_JOINED:
+                weight = joined(weights)
+                bias = joined(biases) if weight is not None and biases else None
+            outputs: Sequence[Tensor]
+            if weight is not None and (bias is not None or not biases):
+                outputs = _JoinedOutputs.apply(heights, x, self.down, self.up, weight, bias)
+            else:
+                every_bias = [module.bias for module in modules]
+                outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *every_bias)
             self._products = dict(zip(self.layers, outputs, strict=True))
         return self._take(layer)
 
@@ -115,14 +134,6 @@ class SharedInput:
         if not self._products:
             self._forget()
         return product
-
-
-def _is_plain(layer: GroupedLayer, dtype: torch.dtype) -> bool:
-    """Return whether a layer's frozen module is linear, in a dtype, and nothing else acts on it."""
-    original = layer.original
-    if type(original) is not nn.Linear or original.weight.dtype != dtype or original.weight.requires_grad:
-        return False
-    return layer.is_plain() and not (original._forward_pre_hooks or original._forward_hooks)
 
 
 class _Outputs(torch.autograd.Function):
@@ -137,7 +148,7 @@ class _Outputs(torch.autograd.Function):
         ctx.ranks = ranks
         ctx.save_for_backward(x, product, down, *ups, *weights)
         outputs = []
-        parts = _flat(product).split(ranks, -1)
+        parts = rows_of(product).split(ranks, -1)
         for part, up, weight, bias in zip(parts, ups, weights, biases, strict=True):
             output = functional.linear(x, weight, bias)
             outputs.append(add_product(output, part, up.t()))
@@ -150,7 +161,7 @@ class _Outputs(torch.autograd.Function):
         count = len(ctx.ranks)
         ups, weights = rest[:count], rest[count:]
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
-        product = _flat(product)
+        product = rows_of(product)
         of_product = torch.empty_like(product)
         of_x: Tensor | None = None
         of_ups: list[Tensor | None] = []
@@ -167,16 +178,45 @@ class _Outputs(torch.autograd.Function):
                 of_part.zero_()
                 of_ups.append(None)
                 continue
-            gradient = _flat(gradient)
+            gradient = rows_of(gradient)
             torch.mm(gradient, up, out=of_part)
             of_ups.append(gradient.t() @ part)
             if needs_x:
                 of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
-        of_down = of_product.t() @ _flat(x) if needs_down else None
+        of_down = of_product.t() @ rows_of(x) if needs_down else None
         if of_x is not None:
             of_x = of_x.addmm_(of_product, down).view(x.shape)
         return None, of_x, of_down, *of_ups, *(None,) * (2 * count)
 
 
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
+class _JoinedOutputs(torch.autograd.Function):
+    """As `_Outputs`, of weights that lie together; the gradients of all outputs are joined once."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        heights: Sequence[int],
+        x: Tensor,
+        down: Tensor,
+        up: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        product = rows_of(functional.linear(x, down))
+        ctx.heights = heights
+        ctx.save_for_backward(x, product, down, up, weight)
+        output = functional.linear(x, weight, bias)
+        add_products(rows_of(output), product, up, heights)
+        return output.split(heights, -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        x, product, down, up, weight = ctx.saved_tensors
+        _, needs_x, needs_down, *_ = ctx.needs_input_grad
+        gradient = torch.cat([rows_of(each) for each in gradients], -1)
+        of_product = multiply_parts(gradient, up, ctx.heights)
+        of_up = multiply_transposed(gradient, product, ctx.heights)
+        of_down = of_product.t() @ rows_of(x) if needs_down else None
+        of_x = (gradient @ weight).addmm_(of_product, down).view(x.shape) if needs_x else None
+        return None, of_x, of_down, of_up, None, None

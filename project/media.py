@@ -144,7 +144,7 @@ def collect_content(
     places = _sort_folders(folder, content)
     content.captions = _find_captions(places.learned)
     for subfolder, reason in places.regularising.items():
-        content.lines += _describe_regularising(subfolder, reason, content, facts, kind)
+        content.lines += _describe_regularising(subfolder, reason, content=content, facts=facts, kind=kind)
     content.lines += _describe_names(places.learned, content.names)
     audios = _collect_media(folder, places, content, facts)
     if kind.sees_controls:
@@ -156,7 +156,9 @@ def collect_content(
     elif kind.sees_controls:
         _find_controls(folder, places, content)
     else:
-        pairs = _describe_control_pairs(folder, places, content.media, kind, control_kind)
+        pairs = _describe_control_pairs(
+            folder, places, media=content.media, kind=kind, control_kind=control_kind
+        )
         content.lines += [*pairs.values(), *_describe_unused_sources(places, name, edits, described=pairs)]
     _require_media(
         folder,

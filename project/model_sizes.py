@@ -107,6 +107,6 @@ def find_memory() -> float:
     if program is None:
         return 0.0
     words = [program, "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    output = subprocess.run(words, capture_output=True, text=True).stdout
+    output = subprocess.run(words, capture_output=True, text=True, errors="replace").stdout
     sizes = [int(line) / 1024 for line in output.split() if line.isdecimal()]
     return min(sizes, default=0.0)

@@ -15,4 +15,5 @@ requests: what is asked for, settled, and checked alike
 rules: experts, releases, sources, guidance, token limits of a model
 steps: sections, one call of the network, one step
 full_model: training all weights of a checkpoint of several networks
+workflows: the nodes of ComfyUI that make a family's samples
 """

@@ -9,4 +9,5 @@ model: double blocks over image and text tokens
 names: what it is called everywhere, from scripts to tensors
 options: own options for caching, training and generation
 references: images to edit: sizes, masks, what of them stays
+workflow: the nodes of ComfyUI that make its samples
 """

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -54,6 +54,9 @@ from qwen_image.options import (
 )
 from qwen_image.references import AS_TRAINED, add_images, fill_size, find_area, read_anchor, read_reference
 
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
+
 logger = logging.getLogger(__name__)
 
 NEGATIVE = " "  # default, as released
@@ -90,6 +93,7 @@ class QwenImage(ModelOfImages):
         """End of the names of cache files, which depends on the release."""
         return self.version.cache_tag
 
+    can: ClassVar = family.Abilities(tell_few_steps=True, tell_nodes=True)
     draws_latents: ClassVar[bool] = False
     vae_of_clips: ClassVar[bool] = True
     to_edit: ClassVar = "for edits, give --model_version edit-2511 or another one of edits; else remove them"
@@ -186,6 +190,14 @@ class QwenImage(ModelOfImages):
         solver = SOLVER if prepared.solver == "euler" else prepared.solver
         tokens = family.count_image_tokens(LATENT.shape(1, prepared.height, prepared.width))
         return replace(prepared, flow_shift=size_shift(tokens, FEW, MANY), solver=solver)
+
+    def comfy_model(self) -> "ComfyModel":
+        """Return how ComfyUI runs the model. Raises OptionError for a release that edits images."""
+        if self.references is not None:
+            raise OptionError(f"{self.called} starts from images")
+        from qwen_image.workflow import TEXT_TO_IMAGE  # only with --save_workflow
+
+        return TEXT_TO_IMAGE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Encode the images to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""

@@ -194,7 +194,7 @@ class QwenImage21Attention(nn.Module):
             key = torch.cat([key, remembered_key], dim=1)
             value = torch.cat([value, remembered_value], dim=1)
         if len(segments) == 1:
-            return attend_segments(query, key, value, tokens, segments[0])
+            return attend_segments(query, key, value=value, tokens=tokens, segments=segments[0])
         samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
         return torch.cat([attend_segments(*sample[:3], tokens, sample[3]) for sample in samples])
 

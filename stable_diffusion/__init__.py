@@ -56,4 +56,5 @@ training_options: options of training and of its caches
 whole_files: write a whole checkpoint after a training
 whole_folders: write it as a folder in diffusers' layout
 whole_options: options of training a whole checkpoint
+workflow: the nodes of ComfyUI that make its samples
 """

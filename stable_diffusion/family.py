@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -98,6 +98,9 @@ from stable_diffusion.training_options import (
 )
 from stable_diffusion.whole_files import make_writer
 from stable_diffusion.whole_folders import make_folder_writer
+
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
 
 logger = logging.getLogger(__name__)
 
@@ -192,6 +195,7 @@ class StableDiffusion(ModelOfImages):
         make_network=True,
         inpaint=True,
         tell_few_steps=True,
+        tell_nodes=True,
     )
 
     @property
@@ -608,6 +612,24 @@ class StableDiffusion(ModelOfImages):
             section: self._mark_texts(texts, has_negative) for section, texts in prepared.prompts.items()
         }
         return replace(prepared, prompts=marked)
+
+    def comfy_model(self) -> "ComfyModel":
+        """Return how ComfyUI runs the checkpoint. Raises OptionError if it is no single file, or repaints."""
+        if self.inpaints or self.made_network is not None:
+            raise OptionError(
+                "only those of a LoRA of a checkpoint that makes images from texts are known here"
+            )
+        if not self.is_of_one_file:
+            raise OptionError(f"it loads checkpoints that are one file, and {self.files.path} is a folder")
+        from stable_diffusion.workflow import describe_checkpoint  # only with --save_workflow
+
+        marks = self._trained_marks
+        return describe_checkpoint(
+            "" if self.files.vae is None else self.files.vae.name,
+            self.clip_skip,
+            predicts_velocity=marks.predicts_velocity,
+            zero_terminal_snr=marks.zero_terminal_snr,
+        )
 
     def _mark_texts(self, texts: Prompts, has_negative: bool) -> Prompts:
         """Return texts with their weights marked, each with the number of chunks of the longest one.

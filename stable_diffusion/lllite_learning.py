@@ -67,7 +67,7 @@ class TrainedLllite(Lllite):
         """
         for name, module in self.named_children():
             assert isinstance(module, LlliteModule)
-            layer = find_layer(unet, name, module.part, path, WEIGHTS)
+            layer = find_layer(unet, name, part=module.part, path=path, option=WEIGHTS)
             layer.register_forward_pre_hook(partial(self._change_input, module))
         unet.beside = BesideUnet(self.compute_residuals)  # type: ignore[assignment]
 

@@ -53,7 +53,9 @@ class Lllites:
             layers = []
             for name, module in network.named_children():
                 assert isinstance(module, LlliteModule)
-                layers.append((find_layer(model.unet, name, module.part, use.path, OPTION), module))
+                layers.append(
+                    (find_layer(model.unet, name, part=module.part, path=use.path, option=OPTION), module)
+                )
             self._layers.append(layers)
 
     @contextlib.contextmanager

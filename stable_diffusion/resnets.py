@@ -62,8 +62,9 @@ def _run_block(block: Any, x: Tensor, time: Tensor) -> Tensor:
     """Return the output of a block, B C H W, for x, B C' H W, and SiLU of the embedded time, B E."""
     hidden = block.conv1(block.nonlinearity(block.norm1(x)))
     hidden = hidden + block.time_emb_proj(time)[:, :, None, None]
-    hidden = block.conv2(block.dropout(block.nonlinearity(block.norm2(hidden))))
+    hidden = block.dropout(block.nonlinearity(block.norm2(hidden)))
     if block.conv_shortcut is not None:
         x = block.conv_shortcut(x)
-    output: Tensor = x + hidden
+    # last, because recomputing a block stops before the last layer
+    output: Tensor = x + block.conv2(hidden)
     return output

@@ -442,7 +442,9 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
             ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
             ("attn2.to_k", "attn2.to_v"),
         ),
-        recomputed_list="transformer_blocks",  # up to ten, of which the activations would be there at once
+        # up to ten, of which the activations would be there at once; a norm and two projections around them,
+        # which are kept, are half of the kernels of a transformer of one layer
+        recomputed_list="transformer_blocks",
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
         compiles_each_size=True,

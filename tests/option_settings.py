@@ -162,6 +162,7 @@ SETTINGS: dict[str, Setting] = {
     ),
     "sample_at_first": Setting(also=PROMPTS),
     "sample_lora": Setting((LORA,), also=PROMPTS),
+    "save_workflow": Setting(also=PROMPTS),
     "preview_latent_every": Setting(("1",), also=PROMPTS),
     "sample_ema": Setting(also=(*PROMPTS, "--ema_decay", "0.5")),
     "ema_update_every": Setting(("2",), also=("--ema_decay", "0.5")),

@@ -74,7 +74,7 @@ FLOORS = {
     "modules": (
         {"errors", "flow", "limits", "memory_limit", "screen", "script_words", "seeds"}
         | {"nvidia_driver", "private_torch"}
-        | {"integers", "text_encodings", "varints", "version"},
+        | {"integers", "open_files", "text_encodings", "varints", "version"},
         {"card_builds", "control_codes", "option_tables", "text_files", "zip_files"},
         {"output_files", "paths", "run_limits", "typed_command", "user_files", "yaml_files"},
         {"atomic_write", "devices", "file_locks", "installation", "onnx_models", "option_values"},
@@ -140,9 +140,9 @@ FLOORS = {
         {"bad_steps", "processes", "reports", "run_end", "token_captions"},
         {"loss", "saving"},
         {"data", "optimizers"},
-        {"targets"},
+        {"samples", "targets"},
         {"features"},
-        {"options", "samples", "scoring"},
+        {"options", "scoring"},
         {"adapted"},
         {"caching_inside", "unused_options", "edited_prompts", "experts", "image_options"},
         {"checks", "resuming"},

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tests.faults.messages import assert_one_message, run_here
@@ -62,6 +63,41 @@ def test_vectors_learn_and_are_used(project: TinyProject) -> None:
     without = generate("without", "--lora_weight", "plain.safetensors")
     assert all(same(one, other) for one, other in zip(whole, parts, strict=True))
     assert not any(same(one, other) for one, other in zip(whole, without, strict=True))
+
+
+# one with T5, one with Qwen
+@pytest.mark.parametrize("name", ["wan t2v-1.3B", "qwen_image"])
+def test_a_word_learns_alone(name: str, tmp_path: Path) -> None:
+    made = TinyProject(family_called(name), tmp_path)
+    made.family.prepare(tmp_path)
+    for caption in (tmp_path / "clips").glob("*.txt"):
+        caption.write_text(PROMPT, encoding="utf-8")
+    made.run(*made.family.cache_latents)
+    network = made.family.train.index("--network_module")
+    train = [*made.family.train[:network], *made.family.train[network + 4 :], *RUN, "--output_name", WORD]
+    train += ["--train_embedding", WORD, "--embedding_vectors", "2", "--embedding_only"]
+
+    said = made.run(*train, "--output_dir", "words", "--save_state", "--save_every_n_steps", "2")
+    file = tmp_path / "words" / f"{WORD}.safetensors"
+    rows = load_file(file)
+    first = load_file(tmp_path / "words" / f"{WORD}-step00000002.safetensors")
+    made.run(*train, "--output_dir", "resumed", "--resume", f"words/{WORD}-step00000002-state")
+
+    assert {len(vectors) for vectors in rows.values()} == {2}
+    assert all(len(vectors.shape) == 2 for vectors in rows.values())
+    assert not any(torch.equal(first[key], vectors) for key, vectors in rows.items())
+    assert same(rows, load_file(tmp_path / "resumed" / f"{WORD}.safetensors"))
+    assert "--textual_inversion_embeddings" in said
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["ss_network_module"] == "textual inversion"
+    prompt = ("--prompt", PROMPT, "--seed", "1")
+    whole = made.generate("whole", *prompt, "--textual_inversion_embeddings", file)
+    without = made.generate("without", *prompt)
+    assert not any(same(one, other) for one, other in zip(whole, without, strict=True))
+    wrong = (*train, "--network_dim", "4", "--output_dir", "wrong")
+    assert_one_message(*run_here(*wrong, folder=tmp_path), "--embedding_only trains no LoRA")
+    wrong = (*train, "--embedding_lr", "1", "--output_dir", "wrong")
+    assert_one_message(*run_here(*wrong, folder=tmp_path), "--embedding_lr")
 
 
 @pytest.mark.slow

@@ -501,7 +501,8 @@ def _learns_in_spite_of_caches(
 
 
 def _may_learn(options: TrainingOptions) -> bool:
-    return options.parts is not None and options.parts.trains_texts and options.network is not None
+    trains_lora = options.network is not None and options.joined.in_place_of_lora is None
+    return options.parts is not None and options.parts.trains_texts and trains_lora
 
 
 def _encoders(family: Family, why: str) -> Sequence[TextEncoder]:

@@ -17,7 +17,7 @@ from modules.errors import DatasetError
 from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
-from protocols.family import Trains
+from protocols.family import Described, Trains
 from protocols.family_networks import DefaultRate, MadeNetwork, WritesNetwork, made_network_of
 
 ReadCaptions = Callable[[Sequence[str]], str]
@@ -55,6 +55,7 @@ class Learner:
     has_rate_of: str  # "a LoRA": what `default_rate` is usual for
     default_rate: DefaultRate
     make: MakeNetwork | None  # None: the model itself learns
+    is_word: bool = False  # it is made for the text encoders that learn a word
     lora: NetworkOptions | None = None  # None: what learns has no ranks, arguments and formats of a LoRA
     words: str = ""  # with its sizes, for boxes; "": they follow from the options
     ending: str = "lora"  # of the architecture in metadata
@@ -76,15 +77,22 @@ FULL_MODEL = Learner(
 )
 
 
-def find_learner(family: Trains, network: NetworkOptions | None) -> Learner:
+def find_learner(
+    family: Trains,
+    network: NetworkOptions | None,
+    in_place_of_lora: Callable[[Described], MadeNetwork] | None = None,
+) -> Learner:
     """Return what a run trains.
 
     Args:
         family: The model family.
         network: Options of the network; None if the model itself is trained.
+        in_place_of_lora: See `JoinedRun.in_place_of_lora`.
     """
     if network is None:
         return FULL_MODEL
+    if in_place_of_lora is not None:
+        return replace(_describe_made(in_place_of_lora(family)), is_word=True)
     made = made_network_of(family) if family.can.make_network else None
     if made is not None:
         return _describe_made(made)

@@ -166,18 +166,18 @@ def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[n
         networks: Networks that are trained.
     """
     plan = loading.plan
-    by_file = dict(zip(plan.family.dit_files, networks, strict=True))
-    # in place of all that are trained: what learns is in them too
-    in_place = not by_file.keys() & set(plan.sampled.dit_files)
+    network_by_file = dict(zip(plan.family.dit_files, networks, strict=True))
+    # samples that use none of the trained networks show the trained part in the networks loaded here
+    uses_trained = bool(network_by_file.keys() & set(plan.sampled.dit_files))
     sampled = []
     for index, file in enumerate(plan.sampled.dit_files):
-        if file not in by_file:
+        if file not in network_by_file:
             network = loading.load(plan.sampled, index)
-            if in_place:
+            if not uses_trained:
                 learners.add(network.dit, network.expert)
             loading.dress(network)
-            by_file[file] = network.dit
-        sampled.append(by_file[file].eval())
+            network_by_file[file] = network.dit
+        sampled.append(network_by_file[file].eval())
     return sampled
 
 
@@ -474,7 +474,7 @@ class Learners:
             network_options,
             dit,
             self.plan.progress.seed,
-            encoders={} if texts is None else texts.networks,
+            encoders={} if texts is None else texts.networks_for(learner.is_word),
             in_dit=options.parts is None or options.parts.trains_dit,
             resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )

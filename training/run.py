@@ -69,7 +69,7 @@ def train_network(
     """
     for change in options.joined.on.family:
         family = change(family)
-    learner = find_learner(family, options.network)
+    learner = find_learner(family, options.network, options.joined.in_place_of_lora)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
         read_config(options, family, learner)
         check_before_loading(family, options, learner, others)
@@ -116,7 +116,7 @@ def prepare_run(
         UserError: If the user has to change something.
     """
     end = end or RunEnd(options.joined)
-    learner = find_learner(family, options.network)
+    learner = find_learner(family, options.network, options.joined.in_place_of_lora)
     config = read_config(options, family, learner)  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options, config))

@@ -86,6 +86,13 @@ def make_saver(
         )
         publisher = publisher.about(published)
     writer = _ModelWriter(model, file_dtype(plan.options, model.dits.networks[0]), metadata)
+
+    def note(paths: Sequence[Path]) -> None:
+        """Have features act on the files of a save, then note them."""
+        for act in plan.joined.on.save:
+            act(paths)
+        note_saved(paths, progress.step)
+
     saver = Saver(
         plan.saving,
         plan.names,
@@ -94,7 +101,7 @@ def make_saver(
         publisher=publisher,
         write_average=None if model.average is None else writer.write_average,
         is_main=is_main,
-        note_saved=lambda paths: note_saved(paths, progress.step),
+        note_saved=note,
         note_removed=note_removed,
     )
     saver.remove_leftovers()

@@ -20,4 +20,5 @@ vae: the video VAEs: pixels to latents and back
 vae_blocks: layers of the VAEs, with memory between chunks
 vae_checkpoints: VAE files: dialect, generation, dimensions
 vae_shortcuts: paths without weights around the Wan2.2 VAE's stages
+workflow: the nodes of ComfyUI that make its samples
 """

@@ -4,7 +4,7 @@ import logging
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +70,9 @@ from wan.options import (
 from wan.spec import DIT, LATENT, LATENT_SPECS, TEXT_KEYS, VACE_DIT
 from wan.vae import normalise
 
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
+
 logger = logging.getLogger(__name__)
 
 VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
@@ -95,6 +98,7 @@ class Wan(OneTransformer):
     can: ClassVar = Abilities(
         tell_few_steps=True,
         sample_apart="--sample_dit_other",
+        tell_nodes=True,
         references="VACE takes it: cache with --vace, and train with --task vace-1.3B, vace-14B or vace-A14B",
     )
     name: str = field(default="wan", init=False)
@@ -377,6 +381,12 @@ class Wan(OneTransformer):
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode frames as normalized means of the posterior; `seed` is unused, as no sample is drawn."""
         return encoders.vae.encode(to_pixels(frames))
+
+    def comfy_model(self) -> "ComfyModel":
+        """Return how ComfyUI runs the task. Raises OptionError if it starts from more than text."""
+        from wan.workflow import find_comfy_model  # only with --save_workflow
+
+        return find_comfy_model(self.files.task, takes_images=self.image_kind == ONE_FRAME)
 
     def sections(
         self,

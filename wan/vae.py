@@ -81,7 +81,9 @@ class WanVae(nn.Module):
         latents = torch.zeros(
             (batch, channels, latent_frames, latent_height, latent_width), device=self.device
         )
-        add_in_tiles(lambda tile: [self._encode(tile, as_moments)], pixels, grid, (side, 1), latents)
+        add_in_tiles(
+            lambda tile: [self._encode(tile, as_moments)], pixels, cuts=grid, units=(side, 1), out=latents
+        )
         return latents
 
     @torch.no_grad()

@@ -3,7 +3,7 @@
 import logging
 import re
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from protocols.data import (
     SamplingDefaults,
     name_text_and_mask,
 )
-from protocols.family import DitSpec, Family, NoiseSpec
+from protocols.family import Abilities, DitSpec, Family, NoiseSpec
 from protocols.few_steps import GUIDED, FewSteps, make_transfer_target
 from protocols.loading import Placement
 from protocols.requests import Prepared, Request
@@ -47,6 +47,9 @@ from z_image.options import (
     ZImageTextCachingOptions,
     ZImageTrainingOptions,
 )
+
+if TYPE_CHECKING:
+    from protocols.workflows import ComfyModel
 
 KEY = "llm_embed"
 _BEFORE, _AFTER = qwen3_chat(thinks=True)
@@ -114,6 +117,7 @@ class ZImage(ModelOfImages):
         targets=(GUIDED, make_transfer_target("the base", "z_image_bf16.safetensors")),
         words="zit",
     )
+    can: ClassVar = Abilities(tell_few_steps=True, tell_nodes=True)
     cache_tag: str = field(default="zi", init=False)
     noise_dtype: torch.dtype | None = field(default=torch.float32, init=False)  # as released
     lora_module: str = field(default=LORA[0].network_module, init=False)
@@ -219,6 +223,12 @@ class ZImage(ModelOfImages):
                 "renorm_cfg": extra.get("renorm_cfg", str(RENORM_CFG)),
             },
         )
+
+    def comfy_model(self) -> "ComfyModel":
+        """Return how ComfyUI runs the model."""
+        from z_image.workflow import Z_IMAGE_NODES  # only with --save_workflow
+
+        return Z_IMAGE_NODES
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode an image in model space, with the caches' missing scale applied."""

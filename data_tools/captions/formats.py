@@ -49,7 +49,7 @@ class ObjectAsker:
     unsaid: Counter[str] = field(default_factory=Counter)  # keys that answers left out
 
     def make_question(self, place: CaptionPlace) -> str:
-        """Return the question about an image or clip: what to write, and each key."""
+        """Return the model's prompt for an image or clip: the request, and a line about each JSON key."""
         what = "this image" if place.source.table.kind == "image" else "the video of these frames"
         lines = [self.prompt or _QUESTION.format(what=what)]
         for key in self.format.keys:

@@ -190,9 +190,13 @@ def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
 
 
 def write_media(item: PreparedItem, frames: NDArray[np.uint8], fps: int, moments: "Moments") -> None:
-    """Write the results for a clip: video, first frame, moments, and last the facts that mark it as done.
+    """Write the results for a clip: video, first frame and moments, then the file that marks it as done.
 
-    `frames` is F H W 3. Raises OutputError, or CacheError if a value is NaN.
+    `frames` is F H W 3.
+
+    Raises:
+        OutputError: If a file cannot be written.
+        CacheError: If a value of the moments is NaN or infinite.
     """
     item.facts.unlink(missing_ok=True)  # first: a kill must not leave old facts next to new files
     write_video(item.file(VIDEOS), list(frames), fps)

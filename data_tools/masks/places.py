@@ -10,7 +10,6 @@ it, from where the last change of each mask can be undone. Imports no torch.
 import contextlib
 import itertools
 import json
-import os
 import shutil
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 
 from data_tools.masks.options import FOLDER_NAME
 from dataset.sources.mask_files import is_of_shape, masks_by_stem
-from modules.atomic_write import atomic_folder, explain_errors, temporary_name
+from modules.atomic_write import atomic_folder, explain_errors, replace_file, temporary_name
 from modules.errors import DatasetError, MediaError
 from modules.media.decoding import ANIMATION_SUFFIXES, is_animation
 from modules.media.labels import MASK_LABEL, MASKS_BEFORE, label_of
@@ -268,7 +267,7 @@ def _delete(path: Path) -> None:
     with explain_errors(path):
         if path.is_dir() and not path.is_symlink():
             waste = temporary_name(path)
-            os.replace(path, waste)
+            replace_file(path, waste)
             shutil.rmtree(waste, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
@@ -369,7 +368,7 @@ def undo_change(place: MaskPlace) -> bool:
         _delete(mask)
     with explain_errors(place.folder):
         for copy in place.before.iterdir():
-            os.replace(copy, place.folder / copy.name)
+            replace_file(copy, place.folder / copy.name)
         shutil.rmtree(place.before)
     return True
 

@@ -136,14 +136,18 @@ def _list_makers(
 def _take_inner_audio(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
-    """Rename audio that is stored in caches of latents as if it had its own caches.
+    """Give audio inside of latent caches the names and shapes of audio in caches of its own.
 
-    `path` is one of the caches, for messages.
+    Args:
+        tensors: Tensors of the batch, changed in place.
+        path: Path of one of the caches, for messages.
+        commands: Commands that cache again, for messages.
 
     Raises:
         CacheError: If the caches have no audio.
     """
-    audio, is_heard = tensors.pop(data.INNER_AUDIO, None), tensors.pop(data.IS_HEARD, None)
+    audio = tensors.pop(data.INNER_AUDIO, None)  # B C T M, or B C 1 T M
+    is_heard = tensors.pop(data.IS_HEARD, None)  # 1 or 0 for each sample
     if not isinstance(audio, Tensor) or not isinstance(is_heard, Tensor):
         lacking = data.INNER_AUDIO if audio is None else data.IS_HEARD
         raise CacheError(

@@ -276,7 +276,8 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
     """Write the valid entries of some shards to new ones, then remove the old ones.
 
-    After a kill every entry is in one shard or in two.
+    If the process is killed, every entry is in one shard or in two. A record without bytes says that an entry
+    was removed; it is written again, because a shard elsewhere in the folder may still have the entry.
     """
     sizes = catalog.entry_bytes()
     opened: dict[str, sqlite3.Connection] = {}
@@ -292,7 +293,8 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
                 data = None if row.size is None else _read_row(opened.get(row.shard), folder, row)
             except (CacheError, sqlite3.DatabaseError) as error:
                 path = folder / row.shard
-                if isinstance(error, sqlite3.OperationalError):  # of the volume: the shard may be whole
+                # an error of the volume, not of the content: the shard may be intact
+                if isinstance(error, sqlite3.OperationalError):
                     raise OutputError(f"{path} cannot be read: {error}. Run this again") from error
                 logger.warning("%s: an entry is damaged; cache again to replace it (%s)", path, error)
                 continue
@@ -306,7 +308,7 @@ def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_byte
     except BaseException:
         if writer is not None:
             writer.rows.close()
-            writer.path.unlink(missing_ok=True)  # unless it is finished
+            writer.path.unlink(missing_ok=True)  # a finished shard has another path and stays
         raise
     finally:
         for connection in opened.values():

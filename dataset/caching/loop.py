@@ -236,7 +236,7 @@ def run_caching(
     if report.is_main:
         following.remember()
         if options.shard.num_shards is None:
-            _write_indexes(kind, family, config, report, marks)
+            _write_indexes(kind, family, config=config, report=report, marks=marks)
     memory = peak_in_words(select_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", memory)]
     if options.shard.num_shards is None:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import psutil  # comes with accelerate
+
 from dataset.config import DatasetConfig, DatasetTable
 from dataset.config_keys import AUTO
 from dataset.listing import find_all_sources
@@ -380,10 +382,8 @@ def _estimate_frames(source: MediaSource) -> float:
 def check_memory(source: MediaSource) -> None:
     """Raise MediaError if a clip's frames do not fit into memory, before the system kills the program."""
     needed = estimate_decoded_bytes(source)
-    limit = 0
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # else unknown
-        limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if limit and needed > 0.6 * limit:
+    limit = psutil.virtual_memory().total
+    if needed > 0.6 * limit:
         width, height = source.table.resolution
         raise MediaError(
             f"{source.path}: its frames take about {needed / 1e9:.0f} GB at {width}x{height}, this machine "

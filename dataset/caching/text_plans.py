@@ -99,7 +99,7 @@ def list_caption_files(
     files: list[CaptionFile] = []
     with pause_collection():
         for of_table in by_table.values():
-            files += _files_of_table(of_table[0].table, of_table, tag, sight, fit)
+            files += _files_of_table(of_table[0].table, of_table, tag=tag, sight=sight, fit=fit)
     return files
 
 

@@ -133,7 +133,10 @@ def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> Ta
 
 
 def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
-    """Return the samples and the faults of an opened tar, up to its end or its first damage."""
+    """Return the samples and the errors of an opened tar, up to its end or its first damage.
+
+    Files with the same name up to the first dot of the base name are one sample, as in WebDataset.
+    """
     _reject_compressed(file, tar)
     index = TarIndex()
     groups: dict[str, _Group] = {}  # by key
@@ -142,7 +145,7 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
         for member in read_members(file, size_bytes):
             folder, slash, base = member.name.removeprefix("./").rpartition("/")
             start, _, ending = base.partition(".")
-            if not ending or not start:  # also what begins with a dot
+            if not ending or not start:  # without a suffix, or a hidden file
                 continue
             ending = ending.lower()
             key = f"{folder}{slash}{start}"
@@ -168,9 +171,10 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
             continue
         if sample is not None:
             index.samples.append(sample)
-        else:
+        else:  # a group without an image or clip: one is named in messages
             index.num_others += 1
-            index.others = index.others or [key]
+            if not index.others:
+                index.others.append(key)
     return index
 
 

@@ -216,7 +216,7 @@ class MaskLook:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether the frames so far are a mask drawn by transparency."""
+        """Whether the mask, by its frames so far, is the alpha channel instead of the brightness."""
         return self._is_transparent and int((self._highs - self._lows).max()) <= ONE_COLOR
 
 

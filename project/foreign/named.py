@@ -33,7 +33,7 @@ def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collect
             if key in SUBSET_KEYS and key not in _OF_RUN:
                 _take_key(project, key, value)
             elif key in script.known:
-                _take_option(project, script.known[key], key, value, key in chosen)
+                _take_option(project, script.known[key], key=key, value=value, is_chosen=key in chosen)
             elif key in script.refused:
                 _leave_rejected(project, key, value, script.refused[key])
             else:

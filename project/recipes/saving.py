@@ -87,7 +87,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         task=task,
         train=train,
         tried_on=options.tried_on or _name_model_file(typed, family, task),
-        training=_select_values(typed, family, task, train, start),
+        training=_select_values(typed, family, task=task, train=train, start=start),
         figures=_list_figures(story, start),
     )
     path = options.to / f"{name}.toml"

@@ -247,7 +247,7 @@ def recomputed_parts(dit: nn.Module, spec: DitSpec) -> list[nn.Module]:
     parts: list[nn.Module] = []
     for block in spec.in_order(dit):
         layers = getattr(block, spec.recomputed_list, ()) if spec.recomputed_list else ()
-        parts += layers if len(layers) > 1 else [block]
+        parts += layers or [block]
     return parts
 
 

@@ -40,6 +40,7 @@ OWN = {
     "modules/media/companions.py": "a clip that it writes",
     "modules/media/encoding.py": "a clip that it writes",
     "modules/media/writing.py": "a clip that it writes",
+    "package/release.py": "files of a release that it has just made",
     "project/packing.py": "an archive that it writes",
     "stable_diffusion/textual_inversion.py": "from_pretrained of torch.nn takes a tensor",
 }

@@ -66,6 +66,15 @@ def test_a_download_goes_on_where_it_broke_off(served: Served) -> None:
     assert answer.headers["content-range"] == "bytes 4-9/10"
 
 
+def test_only_workflows_of_saved_files_are_given(served: Served, tmp_path: Path) -> None:
+    for name in ("x", "y"):
+        (tmp_path / "runs" / f"{name}.workflow.json").write_text("{}", encoding="utf-8")
+
+    assert "x.workflow.json" in served.ask(served.of("x")).text
+    assert served.ask(served.of("x", "x.workflow.json")).body == b"{}"
+    assert served.ask(served.of("x", "y.workflow.json")).status == 404
+
+
 @pytest.mark.parametrize("kind", ["sample", "save", "stop"])
 def test_a_button_writes_the_file_that_the_run_looks_for(served: Served, kind: str, tmp_path: Path) -> None:
     answer = served.ask(served.of("y", "ask"), "POST", f"what={kind}", Origin=served.url)

@@ -20,6 +20,7 @@ from checkpoints.changing import existing_shards, gather, write_shards
 from checkpoints.opening import open_checkpoint
 from checkpoints.tokenizers import TokenizerFiles, check_sentencepiece
 from checkpoints.writing import stream_tensors
+from modules import atomic_write
 from modules.errors import CheckpointError
 from modules.limits import MAX_TOKENIZER_BYTES
 from protocols.data import weigh_rows
@@ -91,7 +92,7 @@ def killed_after(monkeypatch: pytest.MonkeyPatch, folder: Path, changes: int) ->
         return run
 
     with monkeypatch.context() as patches:
-        patches.setattr(os, "replace", counted(os.replace, 1))
+        patches.setattr(atomic_write, "replace_file", counted(os.replace, 1))
         patches.setattr(os, "link", counted(os.link, 1))  # a new name for a finished file, on Linux
         patches.setattr(os, "rename", counted(os.rename, 1))  # the same, on Windows
         patches.setattr(Path, "unlink", counted(Path.unlink, 0))

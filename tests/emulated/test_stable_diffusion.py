@@ -13,7 +13,7 @@ from PIL import Image
 from tests.emulated.test_families import _can_be_emulated  # noqa: F401
 from tests.emulated_cuda.pairs import differences, run_on_device
 from tests.faults.messages import succeed_here
-from tests.tiny.stable_diffusion import tokenizer_folder, write_sdxl
+from tests.tiny.stable_diffusion import tokenizer_folder, write_sd1, write_sdxl
 
 pytestmark = pytest.mark.slow
 STEPS = 4
@@ -98,6 +98,22 @@ def test_the_lora_is_that_of_the_cpu(folder: Path, case: str) -> None:
     if case != LEARNING:  # which hand their states to the host
         waits = done.places("take_step")
         assert waits.keys() <= {READ}, waits
+
+
+def test_no_step_of_sd1_waits(folder: Path) -> None:
+    write_sd1(folder)
+    train = [
+        *("train_network.py", "--pretrained_model_name_or_path", "sd1.safetensors", "--cache_latents"),
+        *("--tokenizer_cache_dir", "tokenizers", "--output_name", "lora", "--output_dir", "out"),
+        *("--network_dim", "2", "--max_train_steps", str(STEPS), "--mixed_precision", "bf16"),
+        *("--gradient_checkpointing", *CACHED),
+    ]
+
+    (done,) = run_on_device(train, folder=folder)
+
+    waits = done.places("take_step")
+    assert waits.keys() == {READ}, waits
+    assert waits.total() < STEPS
 
 
 @pytest.mark.parametrize("words", FULL_CASES, ids=["AdamW", "Adafactor in bf16, fused"])

@@ -121,6 +121,7 @@ VALUES = {  # where any value of the right type does not do
         ["drive_video", "spatial_upsampler_path", "temporal_upsampler_path", "distilled_lora_path"], [LORA]
     ),
     "post": ["upscaler model=x.pth"],
+    "textual_inversion_embeddings": [LORA],
 }
 WITH = {  # what has to be given too
     "cfg_skip_mode": ["--cfg_apply_ratio", "0.25"],

@@ -1,5 +1,6 @@
 """LoRAs of modules with a common input: which modules those are, and that results are those of each alone."""
 
+import re
 from collections import defaultdict
 from typing import Any
 
@@ -8,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from networks.cast_factors import cast_before_pass, group_layers
+from networks.cast_factors import cast_before_pass, group_layers, join_groups
+from networks.joined_weights import join_weights, joined
 from networks.lora_layer import Dropouts, LoraLayer
 from tests.networks.test_cast_factors import Kernels
 from tests.tiny.dits import DITS, TinyDit
@@ -31,12 +33,20 @@ def test_a_family_names_the_modules_that_get_the_same_tensor(tiny: TinyDit) -> N
     with torch.no_grad():
         dit.eval()(**tiny.inputs((2, 4, 4, 5), 1))
 
-    by_tensor: dict[int, set[str]] = defaultdict(set)
+    # modulations of several blocks may get one tensor too, but a LoRA's group lies within a block, which is
+    # recomputed by itself
+    by_tensor: dict[tuple[int, str], set[str]] = defaultdict(set)
     for tensor, path in inputs:
-        by_tensor[id(tensor)].add(path)
+        by_tensor[id(tensor), _block_of(path)].add(path)
     found = {frozenset(each) for each in by_tensor.values()}
     used = {path for each in found for path in each}
     assert found == {each for each in expected if each <= used}
+
+
+def _block_of(path: str) -> str:
+    """Return the path of a module's block, up to its number in the list; '' outside of blocks."""
+    found = re.match(r".*?\.\d+(?=\.)", path)
+    return found.group() if found else ""
 
 
 def _noting(layer: LoraLayer, path: str, inputs: list[tuple[Tensor, str]]) -> Any:
@@ -74,13 +84,13 @@ class Model(nn.Module):
 
 
 def build(shares: bool, checkpoints: bool = False, joins: bool = False) -> tuple[Model, list[LoraLayer]]:
-    """Return a model with LoRAs of unequal ranks."""
+    """Return a model with LoRAs."""
     torch.manual_seed(0)
     model = Model(checkpoints).requires_grad_(False)
     layers = []
-    for index, module in enumerate(model.block.children()):
+    for module in model.block.children():
         assert isinstance(module, nn.Linear)
-        layer = LoraLayer(module, RANK + index, 2.0)
+        layer = LoraLayer(module, RANK, 2.0)
         nn.init.normal_(layer.lora_up.weight)
         layer.joins_from = 0 if joins else 1 << 60
         layer.attach()
@@ -128,10 +138,75 @@ def test_outputs_of_plain_layers_are_those_of_layers_apart(checkpoints: bool) ->
         torch.testing.assert_close(other, one, rtol=0, atol=2**-6 * one.abs().max().item())
     # gradients of the input of q, k and v are added by the products themselves
     assert apart["aten::add.Tensor"] - together["aten::add.Tensor"] == 2
-    assert together["aten::cat"] == 0
+    assert together["aten::cat"] == 1  # the gradients of the up factors, whose copies are one matrix
 
 
-def test_layers_of_which_one_is_not_reached_have_no_gradient_of_it() -> None:
+@pytest.mark.parametrize("checkpoints", [False, True])
+@pytest.mark.parametrize("widths", [(WIDTH, WIDTH, WIDTH), (WIDTH, 8, 8)], ids=["equal", "grouped heads"])
+def test_outputs_of_joined_weights_are_those_of_each(checkpoints: bool, widths: tuple[int, ...]) -> None:
+    results, counts = [], []
+    for joins in (False, True):
+        torch.manual_seed(0)
+        model = Model(checkpoints)
+        for name, width in zip("qkv", widths, strict=True):
+            model.block.add_module(name, nn.Linear(WIDTH, width))
+        model.block.attend = lambda x, block=model.block: torch.cat(  # type: ignore[method-assign]
+            [block.q(x), block.k(x).square(), block.v(x)], -1
+        )
+        model.to(torch.bfloat16).requires_grad_(False)
+        layers = [LoraLayer(module, RANK, 2.0) for module in model.block.children()]  # type: ignore[arg-type]
+        for layer in layers:
+            nn.init.normal_(layer.lora_up.weight)
+            layer.attach()
+        if joins:
+            join_groups([layers])
+        cast_before_pass(model, layers, SHARED)
+        with Kernels() as kernels:
+            results.append(step(model, layers, torch.float32))
+        counts.append(kernels.counts)
+
+    for one, other in zip(*results, strict=True):
+        # the gradient of the input is one product, not a sum of three, each rounded to 8 bits
+        torch.testing.assert_close(other, one, rtol=0, atol=2**-6 * one.abs().max().item())
+    assert counts[1].total() < counts[0].total()
+
+
+def test_joined_weights_are_found_until_one_is_replaced() -> None:
+    modules = [nn.Linear(WIDTH, height).bfloat16().requires_grad_(False) for height in (4, 8)]
+    values = [module.weight.clone() for module in modules]
+    weights = [module.weight for module in modules]
+    assert joined(weights) is None
+
+    join_weights(modules, torch.device("cpu"))
+
+    for module, value in zip(modules, values, strict=True):
+        assert torch.equal(module.weight, value)
+    together = joined(weights)
+    assert together is not None
+    assert torch.equal(together, torch.cat(values))
+    modules[1].weight.data = values[1]  # as block swap does
+    assert joined(weights) is None
+
+
+@pytest.mark.parametrize("other", ["trained", "half with bias", "part of a piece of memory", "float32"])
+def test_weights_that_cannot_be_joined_stay(other: str) -> None:
+    modules = [nn.Linear(WIDTH, WIDTH).bfloat16().requires_grad_(False) for _ in range(2)]
+    if other == "trained":
+        modules[0].weight.requires_grad_()
+    elif other == "half with bias":
+        modules[0].bias = None  # type: ignore[assignment]
+    elif other == "part of a piece of memory":
+        modules[0].weight.data = torch.zeros(2 * WIDTH, WIDTH, dtype=torch.bfloat16)[:WIDTH]
+    else:
+        modules[0].float()
+    addresses = [module.weight.data_ptr() for module in modules]
+
+    join_weights(modules, torch.device("cpu"))
+
+    assert [module.weight.data_ptr() for module in modules] == addresses
+
+
+def test_layers_of_which_one_is_not_reached_have_a_gradient_of_zero_of_it() -> None:
     model, layers = build(True)
     model.to(torch.bfloat16)
     model.block.attend = lambda x: model.block.q(x) + model.block.k(x)  # type: ignore[method-assign]
@@ -139,9 +214,9 @@ def test_layers_of_which_one_is_not_reached_have_no_gradient_of_it() -> None:
     step(model, layers, torch.float32)
 
     assert layers[0].lora_up.weight.grad is not None
-    assert layers[2].lora_up.weight.grad is None
-    assert layers[2].lora_down.weight.grad is not None
-    assert not layers[2].lora_down.weight.grad.any()
+    for factor in layers[2].parameters():
+        assert factor.grad is not None
+        assert not factor.grad.any()
 
 
 def test_nothing_is_held_after_a_pass() -> None:
@@ -155,7 +230,7 @@ def test_nothing_is_held_after_a_pass() -> None:
     assert [
         value
         for name, value in vars(shared).items()
-        if name not in ("layers", "ranks", "down", "ups", "computes_outputs") and value
+        if name not in ("layers", "ranks", "down", "ups", "up", "computes_outputs") and value
     ] == []
 
 

@@ -1,9 +1,5 @@
 """Updates of a checkout change its files only, are refused whole, and can be undone."""
 
-import builtins
-import contextlib
-import functools
-import io
 import os
 import shutil
 import subprocess
@@ -20,6 +16,7 @@ from modules.installation import DISTRIBUTION
 from package import updating
 from package.updating import go_back, note_version, repair, update
 from tests.commands import ROOT
+from tests.folding_disk import FoldingDisk
 
 PROJECT = f'[project]\nname = "{DISTRIBUTION}"\n'
 OLD = {
@@ -292,41 +289,6 @@ def test_back_keeps_files_that_the_user_changed_after_the_update(tmp_path: Path)
     (root / "wan/model.py").unlink()
     go_back(root)
     assert read(root) == OLD
-
-
-class FoldingDisk:
-    """Patches by which a folder on Linux takes names that differ in case for one, as Windows and macOS do."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def patch(module: Any, name: str) -> None:
-            full = getattr(module, name)
-
-            def act(*words: Any, **named: Any) -> Any:
-                return full(*map(self.find_named, words), **named)
-
-            monkeypatch.setattr(module, name, act)
-
-        names = ("stat", "unlink", "mkdir", "replace", "chmod", "utime", "listxattr", "scandir")
-        for name in filter(functools.partial(hasattr, os), names):
-            patch(os, name)
-        for module in (io, builtins):
-            patch(module, "open")
-
-    def find_named(self, word: Any) -> Any:
-        is_path = isinstance(word, (Path, str)) and Path(word).is_absolute()
-        return self.find(word) if is_path else word
-
-    def find(self, path: str | Path) -> str:
-        """Return the path in the spelling of what is there."""
-        found = Path(Path(path).anchor)
-        for part in Path(path).parts[1:]:
-            names = []
-            # Path.is_dir would ask os.stat, which asks here again: twice the work with each folder on the way
-            with contextlib.suppress(OSError):
-                names = os.listdir(found)
-            same = [name for name in names if name.casefold() == part.casefold()]
-            found = found / (part if part in names else same[0] if same else part)
-        return str(found)
 
 
 @pytest.mark.parametrize("is_folding", [False, True])

@@ -18,7 +18,7 @@ ALWAYS = {"family.py", "files.py", "model.py", "options.py", "names.py"}
 HOMES = {folder.partition(".")[0] for folder in FOLDERS.values()}
 BESIDE = {"tests", "benchmarks", "docs", "pocket", *HOMES}
 # shared files may speak of these in messages and have tools for them; a family of today is named in at most 4
-OLD = {"wan", "hunyuan_video", "framepack", "flux"}
+OLD = {"wan", "hunyuan_video", "framepack", "flux", "sd1"}
 
 
 @pytest.mark.parametrize("name", FOLDERS)

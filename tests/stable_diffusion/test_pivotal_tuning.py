@@ -20,7 +20,7 @@ from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network
 from protocols.loading import Placement
 from stable_diffusion.towers import LearningTexts, TowerEncoder
-from tests.faults.messages import run_here, succeed_here
+from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.stable_diffusion.test_inversion_training import (
     LINE,
     WORD,
@@ -113,6 +113,21 @@ def words_of(model: Path, *words: str) -> list[str]:
 def without_word(words: list[str]) -> list[str]:
     place = words.index("--train_embedding")
     return [*words[:place], *words[place + 4 :]]
+
+
+@pytest.mark.slow
+def test_a_word_learns_alone_by_the_script_of_loras(folder: Path) -> None:
+    model = write_sdxl(folder)
+    words = words_of(model)
+    words = [*words[: words.index("--embedding_lr")], "--embedding_only", "--output_name", WORD]
+    said = succeed_here("sdxl_train_network.py", *words, folder=folder)
+
+    rows = load_file(folder / "output" / f"{WORD}.safetensors")
+    assert sorted(rows) == ["clip_g", "clip_l"]
+    assert "--textual_inversion_embeddings" in said
+    wrong = [*words, "--unet_lr", "1", "--network_args", "conv_dim=2"]
+    code, said = run_here("sdxl_train_network.py", *wrong, folder=folder)
+    assert_one_message(code, said, "--network_args, --unet_lr. Leave out")
 
 
 def test_a_lora_and_a_word_learn_together_and_a_resumed_run_is_the_same(folder: Path) -> None:

@@ -81,6 +81,10 @@ class LiveTexts:
         """Return the networks that learn a new word, by the names of their encoders."""
         return {encoder.name: encoder.network for encoder in self.taught}
 
+    def networks_for(self, is_word: bool) -> dict[str, nn.Module]:
+        """Return the networks that learn a new word, or those that are trained."""
+        return self.taught_networks if is_word else self.networks
+
     def add_to(self, batch: Batch) -> Batch:
         """Return the batch with the outputs of these encoders for its captions, B first, on the CPU.
 

@@ -49,6 +49,8 @@ trackers_sending: what sends them through the trackers of accelerate
 uploads: send what is saved to the Hugging Face hub
 uploads_hub: the client of the hub, and the model card
 uploads_options: what is uploaded, and whether a state is there
+workflow: write a workflow for ComfyUI next to each LoRA
+workflow_nodes: the nodes of such a workflow
 """
 
 import os
@@ -77,6 +79,7 @@ from training.features.teacher import TEACHER
 from training.features.trackers import TRACKERS
 from training.features.tread import TREAD
 from training.features.uploads import UPLOADS
+from training.features.workflow import WORKFLOW
 
 # in the order in which they act, one a line
 # fmt: off
@@ -103,6 +106,7 @@ FEATURES: tuple[Feature, ...] = (
     TRACKERS,
     ON_END,
     UPLOADS,
+    WORKFLOW,
 )
 # fmt: on
 if os.environ.get(EXTENSIONS):

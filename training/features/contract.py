@@ -29,6 +29,7 @@ functions of `on`, at the points that a run comes to:
     numbers of each step                  `tallies`, which say how the page shows them
     what states remember                  `remembers`
     entries of saved files, lines, boxes  `info`
+    next to each saved file               `on.save`
     when the run is over                  `on.end`
 """
 

@@ -1,26 +1,32 @@
-"""Learn the vectors of a new word together with a LoRA (pivotal tuning): --train_embedding.
+"""Learn the vectors of a new word together with a LoRA (pivotal tuning), or alone: --train_embedding.
 
 The model gets text encoders with rows for the word; `embedding_rows.py` makes these rows and lets them learn.
-They are saved in the LoRA's file, as `protocols/bundled_embeddings.py` names them.
+They are saved in the LoRA's file, as `protocols/bundled_embeddings.py` names them. With --embedding_only they
+are what the run trains, and its files hold nothing else.
 """
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from modules.console import count_of
 from modules.errors import OptionError
-from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, option
+from modules.options import CHANGEABLE, FREE, HABIT, IDENTITY, Options, is_given, option, option_name
 from protocols.new_tokens import MAX_VECTORS, WordFlags, WordToLearn, find_error
 from training.features.contract import AT_NETWORK, LIVE_TEXTS, Feature, FeatureOptions, given_values
 from training.learning_options import LARGEST_RATE
 
 if TYPE_CHECKING:
-    from protocols.family import Family
+    from protocols.family import Described, Family
     from protocols.family_networks import MadeNetwork
     from training.features.hooks import JoinedRun
 
+logger = logging.getLogger(__name__)
+
+ALONE = "textual inversion"  # there is no network module: files say so
 FLAGS = WordFlags(
     word="--train_embedding",
     count="--embedding_vectors",
@@ -105,6 +111,13 @@ class EmbeddingOptions(
         needs="train_embedding",
         facts=FREE,
     )
+    embedding_only: bool = option(
+        "train the word alone, without a LoRA: OUTPUT_NAME.safetensors holds its vectors",
+        needs="train_embedding",
+        excludes=("embedding_lr", "embedding_until", "embedding_file"),
+        hint="the vectors are all that is trained and saved, with --learning_rate",
+        facts=IDENTITY,
+    )
 
     def word(self, lora: Path | None = None) -> WordToLearn:
         """Return the word; call only with `train_embedding`.
@@ -160,6 +173,52 @@ def _describe(options: EmbeddingOptions) -> str:
     return f"{options.train_embedding}, {count_of(options.embedding_vectors, 'vector')}{length}"
 
 
+def _describe_alone(word: WordToLearn, family: "Described") -> "MadeNetwork":
+    """Return the word as what a run trains in place of a LoRA."""
+    network = cast(LearnsWords, family).word_network(word)
+    return replace(
+        network,
+        generate=_say_generation,
+        start_option="embedding_weights",
+        values={**network.values, "ss_network_module": ALONE},
+    )
+
+
+def _say_generation(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
+    """Return the command that generates with a file of the word."""
+    return [*base, "--textual_inversion_embeddings", str(file)]
+
+
+def _list_given(record: Options | None) -> list[str]:
+    """Return the names of the options of a record that are given, without those of records in it."""
+    if record is None:
+        return []
+    own = [field for field in fields(record) if not isinstance(getattr(record, field.name), Options)]
+    return [option_name(field) for field in own if is_given(record, field)]
+
+
+def _join_alone(run: "JoinedRun", options: EmbeddingOptions) -> None:
+    """Let a run learn the word in place of a LoRA."""
+    name = run.options.saving.output_name
+    given = [*_list_given(run.options.network), *_list_given(run.options.parts)]
+    if run.options.by_expert.lora_per_expert:
+        given.append("lora_per_expert")
+    if given:
+        raise OptionError(
+            f"--embedding_only trains no LoRA, whose options these are: --{', --'.join(given)}. Leave out "
+            "one or the other"
+        )
+    if name not in (None, options.train_embedding):
+        logger.warning(
+            "--output_name %s is not the word %s: programs take the name of a file as its word. Rename the "
+            "file to %s.safetensors before it is used.",
+            name,
+            options.train_embedding,
+            options.train_embedding,
+        )
+    run.in_place_of_lora = partial(_describe_alone, options.word())
+
+
 def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
     """Let a run learn the vectors of a new word, for which text encoders have to stay loaded."""
     text = options.train_embedding
@@ -178,6 +237,9 @@ def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
     run.info.in_files |= given_values(options)
     word = options.word(None if run.options.network is None else run.options.network.network_weights)
     run.on.family.append(partial(_teach, word))
+    if options.embedding_only:
+        _join_alone(run, options)
+        return
     run.on.check.append(partial(_check, word))
     run.on.start.append(partial(_start, word, options.embedding_file))
 

@@ -24,23 +24,25 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from dataset.sources.decoding import DecodedMedia
     from dataset.subset_options import SubsetOptions
     from dataset.table import DatasetConfig, DatasetTable
+    from networks.formats import LoraFormat
     from networks.gated_loras import AddedLoras
     from networks.loading import LoraUse
     from networks.options import NetworkOptions
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family
+    from protocols.family_networks import MadeNetwork
     from protocols.rules import Expert
     from runtime.options import TrainingSpeedOptions
     from runtime.ways.contract import FurtherModel
     from training.data.feed import BatchSources, Randomness
     from training.data.live import LiveTexts
-    from training.learning_options import FullDitOptions, PartsOptions
+    from training.learning_options import ExpertTrainingOptions, FullDitOptions, PartsOptions
     from training.loss import NoisyBatch
     from training.noise_options import LossOptions, TimestepOptions
     from training.other_models import OtherFamilies
     from training.reports.logs import Recorder
     from training.run_options import LogOptions, LoopOptions, SampleOptions
-    from training.saving.files import Publisher
+    from training.saving.files import Names, Publisher
     from training.saving.options import SavingOptions
     from training.saving.states import SavedState
     from training.steps import Progress, StepPlan
@@ -91,6 +93,10 @@ class OptionsOfRun(Protocol):
     @property
     def parts(self) -> "PartsOptions | None":
         """Which networks of the model get a LoRA; None if its text encoders cannot."""
+
+    @property
+    def by_expert(self) -> "ExpertTrainingOptions":
+        """Options of the two experts; defaults for families of one DiT."""
 
     @property
     def subset(self) -> "SubsetOptions | None":
@@ -155,6 +161,14 @@ class PlannedRun(Protocol):
     @property
     def accelerator(self) -> "Accelerator":
         """The processes of the run, with device and mixed precision."""
+
+    @property
+    def names(self) -> "Names":
+        """Names of the files that the run saves."""
+
+    @property
+    def lora_format(self) -> "LoraFormat | None":
+        """Format of the LoRA files; None if they have the names of another package's network."""
 
 
 class HookedRun(Protocol):
@@ -426,6 +440,8 @@ class Hooks:
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
     after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
+    # given the files of a save that are written; in the main process only
+    save: list[Callable[[Sequence[Path]], None]] = field(default_factory=list)
     # the run is over, however that is; in the main process only
     end: list[Callable[[RunEnd], None]] = field(default_factory=list)
 
@@ -458,6 +474,8 @@ class JoinedRun:
     # shows something in place of a training, which then needs no data; its last argument reads the tables of
     # the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
+    # given the model: what the run trains in place of a LoRA, as a part of the encoders that learn a word
+    in_place_of_lora: "Callable[[Described], MadeNetwork] | None" = None
     storage: Storage | None = None
     # makes the data in place of a dataset of the user
     make_data: "Callable[[], DatasetConfig] | None" = None

@@ -75,14 +75,14 @@ def compare_outside_masks(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return the comparisons with the base model added where masks exclude parts of the image, if any do."""
+    """Add the comparison with the base model outside of masks; without masks the list is unchanged."""
     from training.targets.passes import TargetComparison, has_mask  # torch: only with --mask_prior_weight
 
-    if not (has_mask(noisy_batch) or passes.rule.in_lockstep):
+    if not has_mask(noisy_batch):
+        if passes.rule.in_lockstep:  # processes that share the model have to run the same passes
+            passes.base(noisy_batch)
         return comparisons
     target = passes.base(noisy_batch)
-    if not has_mask(noisy_batch):
-        return comparisons
     outside = TargetComparison(target, partial(_measure_outside, passes), noisy_batch, weight)
     return [*comparisons, outside]
 

@@ -155,7 +155,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
 
         keys = gather_object([*step.keys])
     if run.is_main:
-        reason = describe_skip(outcome, loss, norm, limit, is_new_level)
+        reason = describe_skip(outcome, loss, norm=norm, limit=limit, is_new_level=is_new_level)
         items = ", ".join(dict.fromkeys(keys))
         logger.warning("Step %d is skipped: %s Its items: %s", number, reason, items)
     return NAMES[outcome]

@@ -220,7 +220,7 @@ def predict(
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
-        network=find_learner(family, options.network).called,
+        network=find_learner(family, options.network, options.joined.in_place_of_lora).called,
     )
 
 

@@ -315,19 +315,19 @@ def _make_learning_groups(
     texts: LiveTexts | None,
 ) -> list[dict[str, Any]]:
     """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
-    make_network = find_learner(family, options.network).make
-    if options.network is None or make_network is None:
+    learner = find_learner(family, options.network, options.joined.in_place_of_lora)
+    if options.network is None or learner.make is None:
         trainable = train_full(family, options, dit, texts, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
         return [dict(group) for group in trainable.groups]
     network_options = options.network
     if not network_options.dim_from_weights:
         network_options = replace(network_options, network_weights=None)  # the file is not read
-    network = make_network(
+    network = learner.make(
         network_options,
         dit,
         0,
-        encoders={} if texts is None else texts.networks,
+        encoders={} if texts is None else texts.networks_for(learner.is_word),
         in_dit=options.parts is None or options.parts.trains_dit,
         with_values=False,
     )

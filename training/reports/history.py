@@ -13,11 +13,12 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from modules.atomic_write import append_text, atomic_path, identify_machine, make_storable
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import require_regular_file
+from protocols.families import HIGH_NOISE, LOW_NOISE
 from training.reports.shown_numbers import MAX_SHOWN, NumberChart, NumberTile
 
 logger = logging.getLogger(__name__)
@@ -30,6 +31,7 @@ MAX_STEPS = 10**15
 LOSS = "validation/loss"
 NUMBERS = "pairs"  # in the line of a step: further numbers of features; so since there were some
 AVERAGE = "-ema"  # in the name of a saved file: it is the average of the weights
+WORKFLOW = ".workflow.json"  # of a workflow for ComfyUI next to the files of a save, kept as long as these
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
 SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of the prompt
@@ -37,6 +39,19 @@ PASSING = {"loss", "doing"}  # lines on disk only
 Row = dict[str, Any]
 Points = dict[int, float | None]  # of a curve: value by step; None: it was NaN or infinite
 SHOWN = 50  # steps whose mean seconds are shown: beside the bar, in the box at the end, on pages
+
+
+def find_workflow(folder: Path, saved: str) -> str:
+    """Return the name of the workflow that loads a saved file; "" if there is none.
+
+    Args:
+        folder: Folder of the saved file.
+        saved: Its name. The files of two transformers share a workflow.
+    """
+    stem = saved.removesuffix(".safetensors")
+    stems = (stem, stem.removesuffix(f"_{LOW_NOISE}"), stem.removesuffix(f"_{HIGH_NOISE}"))
+    names = (f"{shared}{WORKFLOW}" for shared in stems)
+    return next((name for name in names if (folder / name).is_file()), "")
 
 
 @dataclass(frozen=True)
@@ -192,16 +207,16 @@ class Story:
         return next((start for start in reversed(self.starts.values()) if start is not None), None)
 
     @property
-    def lowest(self) -> tuple[int, float] | None:
-        """Step and value of the lowest validation loss; None before the first validation."""
+    def lowest(self) -> "ValidationLoss | None":
+        """The lowest validation loss; None before the first validation."""
         by_loss = [(loss, step) for step, loss in self.validations.items()]
         if not by_loss:
             return None
         loss, step = min(by_loss)
-        return step, loss
+        return ValidationLoss(step, loss)
 
-    def nearest(self, step: int) -> tuple[int, float] | None:
-        """Return step and loss of the validation nearest to a step, the earlier of two equally near.
+    def nearest(self, step: int) -> "ValidationLoss | None":
+        """Return the loss of the validation nearest to a step, the earlier of two equally near.
 
         The validation at step 0, before training, is returned for step 0 only.
         """
@@ -209,7 +224,7 @@ class Story:
         if not steps:
             return None
         nearest = min(steps, key=lambda measured: (abs(measured - step), measured))
-        return nearest, self.validations[nearest]
+        return ValidationLoss(nearest, self.validations[nearest])
 
     def measured_files(self, folder: Path) -> list["MeasuredFile"]:
         """Return the saved files that exist, each with the validation loss measured nearest to its step."""
@@ -260,6 +275,13 @@ class Story:
         """Return whether a file contains a word alone, `x_mycat.safetensors`, saved next to its LoRA."""
         stem, dot, ending = name.rpartition(".")
         return any(f"{stem[: mark.start()]}{dot}{ending}" in self.saved for mark in re.finditer("_", stem))
+
+
+class ValidationLoss(NamedTuple):
+    """The validation loss at a step."""
+
+    step: int
+    loss: float
 
 
 @dataclass(frozen=True)

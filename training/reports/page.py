@@ -16,7 +16,7 @@ from modules.pages.language import counted, say, say_duration
 from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM
-from training.reports.history import SHOWN, Points, Start, Story, history_name
+from training.reports.history import SHOWN, Points, Start, Story, find_workflow, history_name
 from training.reports.shown_numbers import NumberChart, NumberTile, find_uncharted
 
 if TYPE_CHECKING:
@@ -317,14 +317,16 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
     rows: list[Mapping[str, Any]] = []
     for step, (name, *twins) in list_files(story, folder):
         path = folder / name
+        workflow = find_workflow(folder, name)
         validated = story.nearest(step)
-        loss = "" if validated is None else f"{validated[1]:.4g}"
-        if validated is not None and validated[0] != step:
-            loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{validated[0]:,}")
+        loss = "" if validated is None else f"{validated.loss:.4g}"
+        if validated is not None and validated.step != step:
+            loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{validated.step:,}")
         rows.append(
             {
                 "name": name,
                 "href": link(name),
+                "workflow": workflow and link(workflow),
                 "step": f"{step:,}",
                 "loss": say("not measured (average)") if story.is_average(name) else loss,
                 "size": as_size(path.stat().st_size),

@@ -294,7 +294,10 @@ def find_usable_file(story: Story, folder: Path, name: str) -> Path | None:
 
 
 class _Messages(logging.Handler):
-    """Pass the first log messages of the main thread, the only one that adds lines, to the history."""
+    """Pass the first MAX_MESSAGES log messages to the history.
+
+    Messages of other threads are left out, because only the main thread may write the history.
+    """
 
     def __init__(self, note: Callable[[str, str], None]) -> None:
         super().__init__(logging.INFO)

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Protocol
 
 from checkpoints.shard_options import is_model_folder
-from modules.atomic_write import make_folder, recover_folder
+from modules.atomic_write import make_folder, recover_folder, replace_file
 from modules.console import count_of
 from modules.errors import OutputError
 from modules.file_locks import only_one
 from modules.text_files import read_safetensors_texts, real_path
 from protocols.rules import ModelRelease
-from training.reports.history import AVERAGE, history_path
+from training.reports.history import AVERAGE, WORKFLOW, history_path
 from training.reports.sections import SAMPLES, page_path
 from training.saving.options import SavingOptions
 
@@ -70,11 +70,11 @@ class Names:
 
     @property
     def pattern(self) -> str:
-        """Regular expression for what follows a name: average, part of the model, embedding, suffix."""
+        """Regular expression for what follows a name: average; part, embedding, suffix; or a workflow's."""
         average = f"(?:{re.escape(AVERAGE)})?"
         parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
         words = f"(?:_(?:{'|'.join(map(re.escape, self.beside))}))?" if self.beside else ""
-        return average + parts + words + re.escape(self.ending)
+        return f"{average}(?:{parts}{words}{re.escape(self.ending)}|{re.escape(WORKFLOW)})"
 
 
 @dataclass(frozen=True)
@@ -261,7 +261,7 @@ def _remove_aside(entry: Path) -> None:
     """Remove a file or a state. It is moved away first, because half a folder must not look like a state."""
     aside = entry.with_name(f".{entry.name}.removed.tmp")
     try:
-        os.replace(entry, aside)
+        replace_file(entry, aside)
         _remove(aside)
     except OSError as error:  # open in another program; that must not end a run
         logger.warning("%s is kept for now because it cannot be removed: %s", entry, error)
@@ -337,7 +337,7 @@ def set_aside(
             elif entry in in_use:
                 _copy(entry, target)
             else:
-                os.replace(entry, target)
+                replace_file(entry, target)
         except OSError as error:
             raise OutputError(
                 f"{entry} cannot be moved to {folder}: {error.strerror or error}. Close the programs that "
@@ -372,18 +372,35 @@ def find_results(names: Names) -> list[Path]:
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     results = []
     for entry in _entries(names.folder):
+        name = entry.name
+        if name.casefold().startswith(names.name.casefold()):
+            name = _spell_as(entry, names.name)
         if entry.is_dir():
-            is_model = folders.fullmatch(entry.name) is not None and is_saved_folder(entry)
-            is_result = is_model or states.fullmatch(entry.name) is not None
+            is_model = folders.fullmatch(name) is not None and is_saved_folder(entry)
+            is_result = is_model or states.fullmatch(name) is not None
         else:
-            is_result = files.fullmatch(entry.name) is not None or entry in pages
-            is_result = is_result or is_section_file(entry.name, names.name)
-            word = words.fullmatch(entry.name)
-            is_result = is_result or (word is not None and _is_of_word(entry, names.name, word[1]))
+            is_result = files.fullmatch(name) is not None or entry.with_name(name) in pages
+            is_result = is_result or is_section_file(name, names.name)
+            word = words.fullmatch(name)
+            written_as = entry.name[: len(names.name)]
+            is_result = is_result or (word is not None and _is_of_word(entry, written_as, word[1]))
         if is_result:
             results.append(entry)
-    results += [entry for entry in _entries(names.folder / SAMPLES) if samples.fullmatch(entry.name)]
+    in_samples = _entries(names.folder / SAMPLES)
+    results += [entry for entry in in_samples if samples.fullmatch(_spell_as(entry, names.name))]
     return results
+
+
+def _spell_as(entry: Path, start: str) -> str:
+    """Return an entry's name as it would be with this start, if the disk takes both names for one.
+
+    Disks of Windows and macOS do so for capitals: a run called `Cat` would replace the results of `cat`.
+    """
+    spelled = start + entry.name[len(start) :]
+    if spelled == entry.name or spelled.casefold() != entry.name.casefold():
+        return entry.name
+    other = entry.with_name(spelled)
+    return spelled if other.exists() and other.samefile(entry) else entry.name
 
 
 def is_saved_folder(folder: Path) -> bool:

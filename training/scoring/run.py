@@ -382,7 +382,16 @@ def _score_step(
     looks: Mapping[Path, Tensor | None],
     comparison: SampleComparison,
 ) -> StepScores:
-    """Score the samples of a step; `vectors` and `looks` are those of each file's frames."""
+    """Score the samples of a step.
+
+    Args:
+        run: The run.
+        row: The samples of the step.
+        files: Path of each sample, by index of its prompt.
+        vectors: Vectors of each file's frames, to compare with prompts; None if the file cannot be read.
+        looks: Vectors of each file's frames, to compare with training images; None if they are not known.
+        comparison: Prompts and training images to compare with.
+    """
     samples = []
     for index, path in files.items():
         frames = vectors[path]
@@ -395,8 +404,8 @@ def _score_step(
         mark=row.mark,
         samples=tuple(samples),
         saved=_find_saved(run, row.step),
-        loss=None if validated is None else validated[1],
-        loss_step=None if validated is None else validated[0],
+        loss=None if validated is None else validated.loss,
+        loss_step=None if validated is None else validated.step,
     )
 
 

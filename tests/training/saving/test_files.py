@@ -16,6 +16,7 @@ from checkpoints.shards import SavedForm
 from modules.errors import OptionError, OutputError, UserError
 from protocols.loading import TensorInfo
 from tests.commands import ROOT
+from tests.folding_disk import FoldingDisk
 from tests.run_pages import find_run_page
 from tests.training import toy
 from training.run import prepare_run
@@ -303,6 +304,32 @@ def test_words_next_to_loras_are_results_of_their_run(tmp_path: Path) -> None:
     found = find_results(Names(tmp_path, "x"))
 
     assert sorted(path.name for path in found) == sorted(of_run)
+
+
+@pytest.mark.parametrize("is_folding", [False, True])
+def test_a_name_in_other_capitals_is_the_same_run_where_the_disk_says_so(
+    is_folding: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its files would be replaced: those of Windows and macOS are moved aside, elsewhere both are kept."""
+    (tmp_path / "sample").mkdir()
+    moved = {"cat.safetensors", "cat-000001.safetensors", "sample/cat_000001_00_20260101000000.png"}
+    for name in moved:
+        (tmp_path / name).touch()
+    save_word(tmp_path / "cat_zorb.safetensors", "cat", "zorb")
+    (tmp_path / "category.safetensors").touch()
+    if is_folding:
+        FoldingDisk(monkeypatch)
+
+    aside = set_aside(Names(tmp_path, "Cat"), (), datetime(2026, 1, 1))
+
+    monkeypatch.undo()
+    left = {path.name for path in tmp_path.glob("*.safetensors")}
+    if not is_folding:
+        assert (aside, len(left)) == (None, 4)
+        return
+    assert aside is not None
+    assert left == {"category.safetensors"}
+    assert results(aside) == {*moved, "cat_zorb.safetensors"}
 
 
 @pytest.mark.parametrize(

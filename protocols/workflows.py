@@ -1,0 +1,102 @@
+"""What a family says of the nodes with which ComfyUI makes its images and videos.
+
+Names of nodes, their inputs, samplers and schedulers are those of ComfyUI itself, without packages of others.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+
+from protocols.requests import Prepared
+
+if TYPE_CHECKING:  # `family.py` names nothing of this file
+    from protocols.family import Described
+
+# our solvers -> samplers of ComfyUI
+SAMPLERS: Mapping[str, str] = MappingProxyType(
+    {
+        "euler": "euler",
+        "euler-trained": "euler",
+        "euler-terminal": "euler",
+        "euler-tenth": "euler",
+        "euler-thousandth": "euler",
+        "unipc": "uni_pc_bh2",
+        "unipc-bh1": "uni_pc",
+        "dpm++": "dpmpp_2m",
+        "dpm++sde": "dpmpp_2m_sde",
+        "lcm": "lcm",
+    }
+)
+STILL_LATENT, CLIP_LATENT = "EmptySD3LatentImage", "EmptyHunyuanLatentVideo"
+
+
+@dataclass(frozen=True)
+class ComfyNode:
+    """A node that changes a model or its text encoders, and its inputs besides these."""
+
+    name: str  # of its class
+    inputs: Mapping[str, Any]
+
+
+def find_no_patches(prepared: Prepared) -> Sequence[ComfyNode]:
+    """Return no nodes: the noise levels are those that ComfyUI gives the model."""
+    return ()
+
+
+def shift_continuous(prepared: Prepared) -> Sequence[ComfyNode]:
+    """Return the node that shifts noise levels of models that take timesteps from 0 to 1."""
+    return (ComfyNode("ModelSamplingAuraFlow", {"shift": prepared.flow_shift}),)
+
+
+def shift_thousand(prepared: Prepared) -> Sequence[ComfyNode]:
+    """Return the node that shifts noise levels of models that take timesteps from 0 to 1000."""
+    return (ComfyNode("ModelSamplingSD3", {"shift": prepared.flow_shift}),)
+
+
+def shift_flux(prepared: Prepared) -> Sequence[ComfyNode]:
+    """Return FLUX's node, which takes logarithms of the shift for small and for large images.
+
+    Both are that of the request, so that its size changes nothing.
+    """
+    shift = math.log(prepared.flow_shift)
+    sides = {"width": prepared.width, "height": prepared.height}
+    return (ComfyNode("ModelSamplingFlux", {"max_shift": shift, "base_shift": shift, **sides}),)
+
+
+@dataclass(frozen=True)
+class ComfyModel:
+    """How ComfyUI loads and runs a model. Files are named as released for ComfyUI."""
+
+    vae: str = ""  # "": the checkpoint has it
+    text_encoders: tuple[str, ...] = ()  # (): the checkpoint has them
+    text_type: str = ""  # what their loader is told that they are for
+    latent: str = "EmptyLatentImage"  # node of what denoising starts from
+    has_length: bool = False  # whether this node takes a number of frames
+    patches: Callable[[Prepared], Sequence[ComfyNode]] = find_no_patches  # of the model, in order
+    text_patches: tuple[ComfyNode, ...] = ()
+    guidance: str = ""  # node of the embedded guidance; "": the model has none
+    samplers: Mapping[str, str] = field(default_factory=lambda: SAMPLERS)
+    scheduler: str = "simple"
+    schedulers: Mapping[str, str] = field(default_factory=dict)  # of samplers that have another
+    # whether round brackets in prompts weigh words there; `is_weighted`: samples read them so too
+    weighs_words: bool = True
+    is_weighted: bool = False
+
+
+class TellsNodes(Protocol):
+    """A family that knows the nodes of ComfyUI that make its samples."""
+
+    def comfy_model(self) -> ComfyModel:
+        """Return how ComfyUI runs this model.
+
+        Raises:
+            OptionError: If this variant of the model needs nodes that are not known here; the message is the
+                reason alone.
+        """
+
+
+def tells_nodes(family: "Described") -> TypeGuard[TellsNodes]:
+    """Return whether the family knows the nodes of ComfyUI that make its samples."""
+    return family.can.tell_nodes

@@ -1,0 +1,79 @@
+"""Write a workflow for ComfyUI next to each saved LoRA: --save_workflow.
+
+The nodes are made in `workflow_nodes.py`; a family says in its `workflow.py` what they are.
+"""
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+from modules.errors import OptionError
+from modules.options import FREE, option
+from training.features.contract import AT_NETWORK, Feature, FeatureOptions
+
+if TYPE_CHECKING:
+    from protocols.family import Family
+    from training.features.hooks import JoinedRun, PlannedRun
+    from training.other_models import OtherFamilies
+
+
+class WorkflowOptions(
+    FeatureOptions,
+    title="ComfyUI",
+    at=AT_NETWORK,
+    facts=FREE,
+    why_not_full="the workflow shows what a LoRA does to its model, and none is trained",
+):
+    """Whether workflows are written."""
+
+    save_workflow: bool = option(
+        "write a workflow for ComfyUI next to each saved LoRA, NAME.workflow.json: dropped on ComfyUI, it "
+        "makes the samples of --sample_prompts with the LoRA",
+        often=True,
+    )
+
+
+def _join(run: "JoinedRun", options: WorkflowOptions) -> None:
+    if not run.options.samples.are_made:
+        raise OptionError(
+            "--save_workflow writes what makes the samples, and there are none: give "
+            "--sample_prompts, or leave it out"
+        )
+    if run.merge is not None:
+        raise OptionError(
+            "--save_workflow with --base_weights: samples show the model with these LoRAs merged in, which "
+            "the workflow would load without them. Leave out one of the two"
+        )
+    run.on.start.append(_start)
+    run.on.check_files.append(_check)
+    run.on.plan.append(partial(_plan, run))
+
+
+def _start(run: "JoinedRun") -> None:
+    if run.files_beside:
+        raise OptionError(
+            "--save_workflow with --train_embedding: ComfyUI takes a learned word by another name than the "
+            "samples' prompts have. Leave out one of the two"
+        )
+
+
+def _check(family: "Family", others: "OtherFamilies") -> None:
+    from training.features.workflow_nodes import find_model  # only with --save_workflow
+
+    find_model(family, others)
+
+
+def _plan(run: "JoinedRun", plan: "PlannedRun") -> None:
+    from training.features.workflow_nodes import plan_workflows  # only with --save_workflow
+
+    workflows = plan_workflows(plan)
+    if plan.accelerator.is_main_process:
+        workflows.say_limits()
+    run.on.save.append(workflows.write)
+
+
+WORKFLOW = Feature(
+    name="workflow",
+    options=WorkflowOptions,
+    is_on=lambda options: options.save_workflow,
+    join=_join,
+)

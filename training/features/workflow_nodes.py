@@ -1,0 +1,365 @@
+"""The nodes of a workflow for ComfyUI that makes a run's samples: the heavy half of `workflow.py`.
+
+A file is in ComfyUI's API form: nodes by number, each with `class_type` and `inputs`; a link is the number of
+a node and that of its output. ComfyUI opens this form too, and places the nodes itself. Source: ComfyUI's
+documentation, "Workflow API format", and the `INPUT_TYPES` of its nodes.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from generation.experts import experts_by_step
+from generation.sample_lines import read_sample_file
+from modules.atomic_write import atomic_path
+from modules.console import quiet
+from modules.errors import OptionError
+from networks.names.layouts import COMFYUI, KNOWN
+from protocols.family import Family
+from protocols.requests import Prepared, Request
+from protocols.workflows import ComfyModel, ComfyNode, tells_nodes
+from training.features.hooks import PlannedRun
+from training.other_models import OtherFamilies
+from training.reports.history import WORKFLOW
+from training.samples import parse_requests
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--save_workflow"
+Link = list[str | int]
+# what of a request is in the nodes; `typed` and `settings` are of command lines
+_HELD = {
+    *("prompt", "seed", "width", "height", "frames", "steps", "guidance_scale", "embedded_guidance"),
+    *("flow_shift", "solver", "fps", "negative_prompt", "expert_guidance", "typed", "settings"),
+}
+_READ = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}  # endings of files that ComfyUI lists
+CONVERTED = "_comfyui"  # what ends the name of a LoRA that `convert_lora.py` has made
+
+
+@dataclass(frozen=True)
+class ComfyLora:
+    """A LoRA as a node loads it."""
+
+    name: str  # of its file
+    strength: float = 1.0
+
+
+def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
+    """Return how ComfyUI runs the model of a run.
+
+    Raises:
+        OptionError: If that is not known, or if samples are not made with the trained transformers alone.
+    """
+    if others.sampling is not None:
+        raise OptionError(
+            f"{FLAG} with {family.can.sample_apart}: its workflow has the transformers that learn, and "
+            "samples are made with another one. Leave out one of the two"
+        )
+    if not tells_nodes(family):
+        raise OptionError(
+            f"{FLAG}: which nodes of ComfyUI make the samples of {family.name} is not certain. Leave it out"
+        )
+    try:
+        return family.comfy_model()
+    except OptionError as error:
+        raise OptionError(f"{FLAG}: of the nodes of ComfyUI, {error}. Leave it out") from None
+
+
+def plan_workflows(plan: PlannedRun) -> "Workflows":
+    """Return what writes the workflows of a run.
+
+    Raises:
+        OptionError: If ComfyUI reads no LoRA of the kind, or if no sample can be made there.
+    """
+    options = plan.options
+    assert options.network is not None  # a full model has no such option
+    for kind in options.network.kinds:
+        if kind.not_in_comfyui:
+            raise OptionError(f"{FLAG}: {kind.not_in_comfyui}. Leave it out")
+    written = plan.lora_format
+    if written is None:
+        raise OptionError(
+            f"{FLAG} with --network_module {options.network.network_module}: whether ComfyUI reads that "
+            "package's files is not known here. Leave it out"
+        )
+    names = written.family
+    reads_known = names is None or COMFYUI.lower() not in names.converted_for.lower()
+    prompts = options.samples.sample_prompts
+    assert prompts is not None  # else the feature is not on
+    needs_weights = any(kind.needs_weight for kind in options.network.kinds)
+    workflows = Workflows(
+        plan,
+        find_model(plan.family, OtherFamilies()),
+        prompts,
+        is_read=written.name == COMFYUI or (written.name == KNOWN and reads_known and not needs_weights),
+        needs_weights=needs_weights,
+        more_loras=tuple(ComfyLora(path.name, strength) for path, strength in options.samples.loras()),
+    )
+    workflows.read_samples()
+    if not workflows.samples:
+        reasons = "; ".join(workflows.left_out.values())
+        raise OptionError(f"{FLAG}: no sample of {prompts} can be in it: {reasons}. Leave it out")
+    return workflows
+
+
+@dataclass
+class Workflows:
+    """Write a workflow next to the files of each save."""
+
+    plan: PlannedRun
+    model: ComfyModel
+    prompts: Path
+    is_read: bool  # ComfyUI reads the LoRA files as they are saved
+    needs_weights: bool = False  # converting them takes the model
+    more_loras: Sequence[ComfyLora] = ()  # of --sample_lora
+    samples: dict[int, Prepared] = field(default_factory=dict)  # by their place in the prompt file
+    left_out: dict[int, str] = field(default_factory=dict)  # likewise, and why
+    _text: str = ""  # of the prompt file
+
+    def read_samples(self) -> None:
+        """Read the prompt file, which may change while the run trains; a faulty one keeps the last samples.
+
+        Raises:
+            OptionError: If it cannot be used, and never could.
+        """
+        try:
+            text = read_sample_file(self.prompts)
+            if text == self._text:
+                return
+            with quiet():  # the samples themselves say the same
+                _, requests = parse_requests(self.plan.family, text, self.prompts)
+        except OptionError:
+            if not self.samples:
+                raise
+            return
+        self._text, self.samples, self.left_out = text, {}, {}
+        for index, prepared in enumerate(requests):
+            reason = find_obstacle(self.model, prepared)
+            if reason:
+                self.left_out[index] = reason
+            else:
+                self.samples[index] = prepared
+
+    def say_limits(self) -> None:
+        """Log what the workflows lack, and what has to be done before they can be used."""
+        for index, reason in self.left_out.items():
+            logger.warning("%s: prompt %d is not in the workflow: %s", FLAG, index + 1, reason)
+        if not self.is_read:
+            logger.info(
+                "%s: ComfyUI reads this run's LoRAs once they are converted, and the workflow names the "
+                "converted file: python convert_lora.py --input NAME.safetensors --output "
+                "NAME%s.safetensors --target %s%s",
+                FLAG,
+                CONVERTED,
+                COMFYUI,
+                " --dit MODEL" if self.needs_weights else "",
+            )
+        for path in self.plan.family.dit_files:
+            if path.suffix not in _READ:
+                logger.warning(
+                    "%s: ComfyUI's own nodes do not load %s: choose the released model there",
+                    FLAG,
+                    path,
+                )
+
+    def write(self, paths: Sequence[Path]) -> None:
+        """Write a workflow for each LoRA, or for the LoRAs of both transformers.
+
+        Args:
+            paths: Files of a save.
+        """
+        self.read_samples()
+        names = self.plan.names
+        for stem, files in groupby(sorted(paths), names.stem_of):
+            by_part = {names.full_stem(path)[len(stem) + 1 :]: path for path in files}
+            path = names.folder / f"{stem}{WORKFLOW}"
+            nodes = self.make_nodes(by_part)
+            with atomic_path(path) as temporary:
+                temporary.write_text(json.dumps(nodes, ensure_ascii=False, indent=2), encoding="utf-8")
+            logger.info("Saved %s", path)
+
+    def make_nodes(self, by_part: Mapping[str, Path]) -> dict[str, Any]:
+        """Return the nodes of a workflow.
+
+        Args:
+            by_part: LoRA files by the transformer that each is for; "" is for all.
+        """
+        family = self.plan.family
+        loras = []
+        for expert in family.experts:
+            path = by_part.get(expert.name) or by_part.get("")
+            trained = [] if path is None else [ComfyLora(self._name_of(path))]
+            loras.append([*trained, *self.more_loras])
+        files = [path.name for path in family.dit_files]
+        graph = ComfyGraph(self.model, files, loras)
+        for index, prepared in self.samples.items():
+            with quiet():
+                turns = experts_by_step(family, prepared) if len(files) > 1 else [0] * prepared.steps
+            graph.add_sample(prepared, turns, f"{self.plan.names.name}_{index:02d}")
+        return graph.nodes
+
+    def _name_of(self, path: Path) -> str:
+        return path.name if self.is_read else f"{path.stem}{CONVERTED}{path.suffix}"
+
+
+def find_obstacle(model: ComfyModel, prepared: Prepared) -> str:
+    """Return why a sample cannot be made by the nodes; "" if it can."""
+    request = prepared.request
+    plain = Request(request.prompt, request.seed)
+    others = [one.name for one in fields(Request) if one.name not in _HELD]
+    used = [name for name in others if getattr(request, name) != getattr(plain, name)]
+    if used:
+        return f"its nodes have no {', '.join(used)}"
+    if prepared.solver not in model.samplers:
+        return f"ComfyUI has no sampler like {prepared.solver}"
+    return ""
+
+
+@dataclass
+class ComfyGraph:
+    """Nodes by number; a node that is added again is the same one, so that samples share loaders."""
+
+    model: ComfyModel
+    files: Sequence[str]  # of the transformers, or the checkpoint
+    loras: Sequence[Sequence[ComfyLora]]  # of each of them
+    nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(self, name: str, **inputs: Any) -> str:
+        """Add a node and return its number; of a node with the same inputs, return the number of that one."""
+        node = {"class_type": name, "inputs": inputs}
+        for number, other in self.nodes.items():
+            if node == other:
+                return number
+        number = str(len(self.nodes) + 1)
+        self.nodes[number] = node
+        return number
+
+    def add_sample(self, prepared: Prepared, turns: Sequence[int], prefix: str) -> None:
+        """Add the nodes of a sample.
+
+        Args:
+            prepared: Its settings.
+            turns: Index of the transformer of each step.
+            prefix: Beginning of the name of its file.
+        """
+        models, text_encoders, vae = self._load(prepared)
+        inputs: dict[str, Any] = {
+            "positive": self._encode(prepared, text_encoders, prepared.prompts[0].positive.text),
+            "negative": self._encode(prepared, text_encoders, prepared.negative_prompt),
+        }
+        size = {"width": prepared.width, "height": prepared.height}
+        if self.model.has_length:
+            size["length"] = prepared.frames
+        latents: Link = [self.add(self.model.latent, **size, batch_size=1), 0]
+        for part in _parts_of(turns):
+            inputs |= {"model": models[part.expert], "latent_image": latents}
+            latents = self._sample(prepared, part, inputs)
+        pixels: Link = [self.add("VAEDecode", samples=latents, vae=vae), 0]
+        if prepared.frames == 1:
+            self.add("SaveImage", images=pixels, filename_prefix=prefix)
+            return
+        video: Link = [self.add("CreateVideo", images=pixels, fps=float(prepared.fps)), 0]
+        # older releases take the codec by itself, newer ones as a part of the format
+        codec = {"codec": "auto", "format": "auto", "format.codec": "auto"}
+        self.add("SaveVideo", video=video, filename_prefix=prefix, **codec)
+
+    def _load(self, prepared: Prepared) -> tuple[list[Link], Link, Link]:
+        """Return the links to the models, the text encoders and the VAE."""
+        model = self.model
+        if model.text_encoders:
+            text_encoders: Link = [self._load_texts(), 0]
+            models: list[Link] = [
+                [self.add("UNETLoader", unet_name=name, weight_dtype="default"), 0] for name in self.files
+            ]
+        else:
+            checkpoint = self.add("CheckpointLoaderSimple", ckpt_name=self.files[0])
+            models, text_encoders = [[checkpoint, 0]], [checkpoint, 1]
+        vae: Link = [self.add("VAELoader", vae_name=model.vae), 0] if model.vae else [checkpoint, 2]
+        for index, loras in enumerate(self.loras):
+            for lora in loras:
+                strength = {"lora_name": lora.name, "strength_model": lora.strength}
+                if len(models) > 1:  # no LoRA for one of two transformers has text encoders
+                    node = self.add("LoraLoaderModelOnly", model=models[index], **strength)
+                    models[index] = [node, 0]
+                    continue
+                strength["strength_clip"] = lora.strength
+                node = self.add("LoraLoader", model=models[index], clip=text_encoders, **strength)
+                models[index], text_encoders = [node, 0], [node, 1]
+        models = [self._patch("model", link, model.patches(prepared)) for link in models]
+        return models, self._patch("clip", text_encoders, model.text_patches), vae
+
+    def _load_texts(self) -> str:
+        """Add the loader of the text encoders; each number of them has a node of its own."""
+        names, text_type = self.model.text_encoders, self.model.text_type
+        if len(names) == 1:
+            return self.add("CLIPLoader", clip_name=names[0], type=text_type, device="default")
+        first, second = names
+        files = {"clip_name1": first, "clip_name2": second}
+        return self.add("DualCLIPLoader", **files, type=text_type, device="default")
+
+    def _patch(self, name: str, link: Link, patches: Sequence[ComfyNode]) -> Link:
+        """Return the link behind nodes that change what it leads to, whose input has this name."""
+        for patch in patches:
+            link = [self.add(patch.name, **{name: link}, **patch.inputs), 0]
+        return link
+
+    def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
+        """Return the link to an encoded text, with the embedded guidance if the model has one."""
+        if self.model.weighs_words and not self.model.is_weighted:  # brackets that are no weights
+            text = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")
+        encoded: Link = [self.add("CLIPTextEncode", text=text, clip=text_encoders), 0]
+        guidance = prepared.embedded_guidance
+        if not self.model.guidance or guidance is None:
+            return encoded
+        return [self.add(self.model.guidance, conditioning=encoded, guidance=guidance), 0]
+
+    def _sample(self, prepared: Prepared, part: "ComfySteps", inputs: Mapping[str, Any]) -> Link:
+        """Return the link to the latents after some of a sample's steps."""
+        sampler = self.model.samplers[prepared.solver]
+        own = {
+            "steps": prepared.steps,
+            "cfg": usual_scale(prepared, part.expert),
+            "sampler_name": sampler,
+            "scheduler": self.model.schedulers.get(sampler, self.model.scheduler),
+            **inputs,
+        }
+        if part.is_whole:
+            return [self.add("KSampler", seed=prepared.seed, denoise=1.0, **own), 0]
+        node = self.add(
+            "KSamplerAdvanced",
+            add_noise="enable" if part.first == 0 else "disable",
+            noise_seed=prepared.seed,
+            start_at_step=part.first,
+            end_at_step=part.end,
+            return_with_leftover_noise="disable" if part.end == prepared.steps else "enable",
+            **own,
+        )
+        return [node, 0]
+
+
+def usual_scale(prepared: Prepared, expert: int) -> float:
+    """Return the guidance scale of a transformer as the usual formula counts it, where 1 is none."""
+    scale = prepared.guidance_scale[expert]
+    return scale + 1 - prepared.rules.off_at
+
+
+@dataclass(frozen=True)
+class ComfySteps:
+    """Consecutive steps of one transformer."""
+
+    expert: int
+    first: int
+    end: int  # this one not included
+    is_whole: bool  # these are all steps
+
+
+def _parts_of(turns: Sequence[int]) -> Iterator[ComfySteps]:
+    first = 0
+    for expert, steps in groupby(turns):
+        end = first + len(list(steps))
+        yield ComfySteps(expert, first, end, is_whole=end - first == len(turns))
+        first = end
