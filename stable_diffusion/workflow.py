@@ -37,7 +37,7 @@ def describe_checkpoint(
         vae=vae,
         patches=partial(_patch_sampling, sampling) if predicts_velocity else find_no_patches,
         text_patches=skip,
-        samplers=SAMPLERS | {f"k_{name}": sampler for name, sampler in SAMPLERS.items()},
+        samplers={**SAMPLERS, **{f"k_{name}": sampler for name, sampler in SAMPLERS.items()}},
         scheduler="normal",
         schedulers={"ddim": "ddim_uniform"},
         is_weighted=True,

@@ -131,6 +131,9 @@ class CommandRun:
             with contextlib.suppress(OSError):  # it has just ended
                 if sys.platform == "win32":
                     self._process.send_signal(signal.CTRL_BREAK_EVENT)
+                elif signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+                    # started behind `&` of a shell's script, and the command inherits that
+                    os.kill(self._process.pid, signal.SIGTERM)
                 else:
                     os.killpg(self._process.pid, signal.SIGINT)
             self._process.wait()

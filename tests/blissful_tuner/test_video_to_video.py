@@ -11,7 +11,7 @@ from modules.flow.schedule import make_schedule
 from modules.media.reading import read_image, video_frames
 from protocols.rules import Source
 from tests.faults.messages import succeed_here
-from tests.post.stages_here import files_in, write_clip
+from tests.postprocessing.stages_here import files_in, write_clip
 
 
 def source(denoise: float, mode: str = "traditional") -> Source:

@@ -169,7 +169,7 @@ def test_the_page_is_opened_only_for_a_person_who_sees_it(monkeypatch: pytest.Mo
 
 
 def test_the_browser_never_loads_torch() -> None:
-    code = "import browser.server, browser.start, browser.run_views, sys; print('torch' in sys.modules)"
+    code = "import browser.server, browser.serving, browser.run_views, sys; print('torch' in sys.modules)"
 
     assert run_python("-c", code, folder=ROOT).stdout == "False\n"
 

@@ -31,7 +31,7 @@ from protocols.steps import Overrides, Section, StepDone
 from tests.commands import run_in_processes, run_script
 from tests.generation.test_outputs import output_options
 from tests.generation.test_post import chunks, post_of
-from tests.post.stages_here import Larger, Smoother
+from tests.postprocessing.stages_here import Larger, Smoother
 from tests.preparing import prepare
 from tests.sound_family import RATE, STREAMS, audio_shape, generate_with_audio, main, tone, with_audio
 from tests.tiny.project import write_lora

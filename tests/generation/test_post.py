@@ -19,7 +19,7 @@ from postprocessing.stages import NamedStage, PostTools
 from tests.generation.test_outputs import output_options
 from tests.generation.test_run import only, options
 from tests.generation.toy_family import ToyFamily
-from tests.post.stages_here import Black, Larger, Refusing, Smoother, files_in, frames_of, tool_for
+from tests.postprocessing.stages_here import Black, Larger, Refusing, Smoother, files_in, frames_of, tool_for
 from tests.tiny.post_faces import write_red_detector
 
 CPU = torch.device("cpu")

@@ -263,7 +263,12 @@ WAITS = "import time, sys; print('begun', flush=True); time.sleep(600)"
 
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal of POSIX")
-def test_ctrl_c_stops_the_command_too_and_goes_on_to_the_caller(folder: Path) -> None:
+def test_ctrl_c_stops_the_command_too_and_goes_on_to_the_caller(
+    folder: Path, request: pytest.FixtureRequest
+) -> None:
+    # who starts the tests behind `&` lets them ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     (folder / "x.py").write_text(WAITS, encoding="utf-8")
     with patch("package.reelsmith.command_run.program_words", lambda script: [str(script)]):
         run = reelsmith.CommandRun(Path("x.py"), [], {}, None)
@@ -289,6 +294,7 @@ def test_a_run_ends_with_its_block(folder: Path) -> None:
     assert not run.is_running
 
 
+IGNORED = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
 ENDS = """
 from pathlib import Path
 import reelsmith
@@ -298,10 +304,13 @@ print(reelsmith.CommandRun(Path("x.py"), [], {}, None)._process.pid)
 """
 
 
-def test_a_program_that_ends_stops_what_it_has_started(folder: Path) -> None:
+@pytest.mark.parametrize("first", ["", f"{IGNORED}\n"], ids=["as typed", "behind &"])
+def test_a_program_that_ends_stops_what_it_has_started(folder: Path, first: str) -> None:
     (folder / "x.py").write_text(WAITS, encoding="utf-8")
 
-    done = run_program(sys.executable, "-c", ENDS, folder=folder, environment={"PYTHONPATH": str(ROOT)})
+    done = run_program(
+        sys.executable, "-c", first + ENDS, folder=folder, environment={"PYTHONPATH": str(ROOT)}
+    )
 
     assert not psutil.pid_exists(int(done.stdout))
 

@@ -23,7 +23,7 @@ from postprocessing.options import (
     InterpolationOptions,
 )
 from postprocessing.run import run_chain
-from tests.post.stages_here import H264, PRORES, Asked, Same, chain_of, files_in, write_clip
+from tests.postprocessing.stages_here import H264, PRORES, Asked, Same, chain_of, files_in, write_clip
 from tests.tiny.project import moving_square
 
 BASE = ("--model", "x.pth", "--input", str(Path(__file__)))

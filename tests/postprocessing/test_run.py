@@ -27,7 +27,7 @@ from postprocessing.run import run_jobs
 from postprocessing.stages import NamedStage
 from tests.commands import QUIET, ROOT
 from tests.faults.test_full_disk import hidden
-from tests.post.stages_here import (
+from tests.postprocessing.stages_here import (
     H264,
     PRORES,
     Asked,
@@ -254,7 +254,7 @@ def test_ctrl_c_and_kill_leave_no_file_under_a_final_name(
     end: signal.Signals, code: int, tmp_path: Path
 ) -> None:
     clip = write_clip(tmp_path / "in" / "a.mp4", frames=200)
-    command = [sys.executable, "-m", "tests.post.stages_here", str(clip), f"{tmp_path / 'out'}/"]
+    command = [sys.executable, "-m", "tests.postprocessing.stages_here", str(clip), f"{tmp_path / 'out'}/"]
     environment = {**os.environ, **QUIET}
     with subprocess.Popen(
         command,

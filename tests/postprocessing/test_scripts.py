@@ -21,8 +21,8 @@ from postprocessing.run import run_chain
 from postprocessing.tiling import compile_parts
 from postprocessing.upscaling.files import load_upscaler
 from tests.faults.messages import assert_one_message, run_here, succeed_here
-from tests.post.interpolation.test_stage import moving, plain
-from tests.post.stages_here import files_in, frames_of, kept_frames, write_clip
+from tests.postprocessing.interpolation.test_stage import moving, plain
+from tests.postprocessing.stages_here import files_in, frames_of, kept_frames, write_clip
 from tests.tiny.post_interpolation import write_flowformer, write_gimm_f, write_gimm_r
 from tests.tiny.post_upscaling import write_rrdb, write_swinir
 from tests.tiny.project import moving_square, write_image

@@ -20,8 +20,8 @@ from postprocessing.interpolation.stage import make_interpolation
 from postprocessing.upscaling.stage import make_upscaler
 from tests.gpu.measuring import equal_bits, relative_error
 from tests.gpu.runs.project import CPU, DEEP, EXPERTS, ON_GPU, OTHERS, Project, latents_in, run
-from tests.post.interpolation import test_stage as interpolating
-from tests.post.upscaling import plain_clips
+from tests.postprocessing.interpolation import test_stage as interpolating
+from tests.postprocessing.upscaling import plain_clips
 from tests.tiny.post_interpolation import write_gimm_r
 from tests.tiny.taehv import write_taehv
 

@@ -19,7 +19,7 @@ from postprocessing.chain_options import read_tool
 from postprocessing.contract import Clip
 from postprocessing.faces.stage import Facefix, check_facefix, make_facefix
 from tests.faults.messages import succeed_here
-from tests.post.stages_here import kept_frames
+from tests.postprocessing.stages_here import kept_frames
 from tests.tiny import post_restorers as tiny
 from tests.tiny.onnx_files import write_yolo, write_yunet
 from tests.tiny.post_faces import write_red_detector

@@ -28,7 +28,7 @@ from postprocessing.faces.retinaface import (
 )
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import fit, tensor_list, write_hollow
-from tests.post.faces.test_detectors import dotted, surrounds
+from tests.postprocessing.faces.test_detectors import dotted, surrounds
 from tests.tiny import post_restorers as tiny
 from tests.tiny.post_faces import (
     MOBILE,

@@ -13,7 +13,7 @@ import torch
 from modules.errors import OptionError
 from modules.media.encoding import Picture
 from postprocessing.upscaling.stage import UpscalerStage, bytes_per_pixel, make_upscaler, result_bytes
-from tests.post.upscaling.plain_clips import (
+from tests.postprocessing.upscaling.plain_clips import (
     ALL_WRITERS,
     CPU,
     HEIGHT,
