@@ -55,10 +55,10 @@ def write_generating(
     script: str = "wan_generate_video.py",
     task: str = "--task t2v-1.3B ",
 ) -> None:
-    """Write a run of the pocket model with two LoRA files, the lowest loss at step 2."""
+    """Write a run of the pocket model with two LoRA files, the lowest loss at step 4."""
     write_run(folder, name)
     history = History(history_path(folder, name), 1, 6)
-    for step, loss in ((2, 0.2), (4, 0.3)):
+    for step, loss in ((2, 0.3), (4, 0.2)):
         file = folder / f"{name}-step{step}.safetensors"
         save_file({"x": torch.full((1,), float(step))}, file, {"ss_base_model_version": trained_on})
         history.add(step, saved=file.name)
@@ -158,7 +158,7 @@ def test_a_run_fills_the_form_with_its_own_command(served: Served) -> None:
         assert not page.get_by_label("use x-step2.safetensors").is_checked()
         assert page.get_by_label("strength of x-step4.safetensors").input_value() == "0.8"
         rows = page.locator(".loras li").all_text_contents()
-        assert ["best loss" in row for row in rows] == ["x-step2" in row for row in rows]
+        assert ["best loss" in row for row in rows] == ["x-step4" in row for row in rows]
         command = page.locator("#command").text_content()
         assert "--lora_multiplier 0.8" in command
         assert "--video_size 48 64" in command
@@ -213,7 +213,7 @@ def test_a_last_file_and_its_step_file_are_one_row(served: Served, root: Path) -
         names = [text.split()[1] for text in page.locator(".loras li").all_text_contents()]
         assert names == ["x-step4.safetensors", "x-step2.safetensors"]
         assert page.get_by_label("use x-step4.safetensors").is_checked()
-        assert "step 4 · loss 0.3" in page.locator(".loras li").first.inner_text()
+        assert "step 4 · loss 0.2" in page.locator(".loras li").first.inner_text()
         assert f"--lora_weight {root}/out/x-step4.safetensors" in page.locator("#command").text_content()
 
 
