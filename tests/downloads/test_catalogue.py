@@ -195,6 +195,7 @@ def test_the_pages_have_the_tables_of_the_files() -> None:
 ELSEWHERE = {
     # any ControlNet; any chat model; any vision-language model
     *("FLUX.1-dev-Controlnet-Canny", "chat", "chat/config.json", "vision"),
+    "loras",  # of ComfyUI
     *("wan_pipeline", "wan_pipeline/vae", "wan_pipeline/text_encoder"),  # a diffusers folder
 }
 

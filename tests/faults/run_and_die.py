@@ -93,7 +93,9 @@ class DyingContainer:
 def place(point: str, is_time: IsTime) -> None:
     """Hook the library call that `point` stands for."""
     if point == "before_rename":
-        os.replace = dying(os.replace, is_time, before=True)
+        from modules import atomic_write
+
+        atomic_write.replace_file = dying(atomic_write.replace_file, is_time, before=True)
     elif point == "mid_write":
         opened_file = Path.open
 

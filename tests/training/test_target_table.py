@@ -456,7 +456,7 @@ OF_NO_TARGET = {
     *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
     *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
-    *("TrackerOptions", "BaseWeightsOptions", "ShowTimestepsOptions"),
+    *("TrackerOptions", "BaseWeightsOptions", "ShowTimestepsOptions", "WorkflowOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *(
         "OptionsOfWays",

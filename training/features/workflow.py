@@ -28,7 +28,6 @@ class WorkflowOptions(
     save_workflow: bool = option(
         "write a workflow for ComfyUI next to each saved LoRA, NAME.workflow.json: dropped on ComfyUI, it "
         "makes the samples of --sample_prompts with the LoRA",
-        often=True,
     )
 
 

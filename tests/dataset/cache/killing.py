@@ -12,6 +12,8 @@ from unittest.mock import patch
 
 import pytest
 
+from modules import atomic_write
+
 KILLED = 9
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork a process")
 
@@ -49,6 +51,9 @@ def run_and_kill(work: Callable[[Callable[[], None]], None], seconds: float) -> 
     return len(said), os.WIFEXITED(status)
 
 
+RENAMES = ((os, "replace"), (atomic_write, "replace_file"), (Path, "rename"), (Path, "unlink"))
+
+
 def run_to_step(work: Callable[[], None], step: int) -> bool:
     """Fork a process that works, and end it before it gives or takes away a file's name for the nth time.
 
@@ -59,7 +64,7 @@ def run_to_step(work: Callable[[], None], step: int) -> bool:
         code, left = 1, [step]
         try:
             with contextlib.ExitStack() as patches:
-                for owner, name in ((os, "replace"), (Path, "rename"), (Path, "unlink")):
+                for owner, name in RENAMES:
                     patches.enter_context(patch.object(owner, name, _counted(getattr(owner, name), left)))
                 work()
             code = 0

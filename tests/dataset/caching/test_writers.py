@@ -17,6 +17,7 @@ import pytest
 
 from dataset.caching.loop import cache_media, cache_texts
 from dataset.caching.prefetch import run_ahead, write_behind
+from modules import atomic_write
 from protocols.data import Conditions
 from protocols.requests import Prompt
 from tests.dataset.caching.test_loop import make_config, names
@@ -81,13 +82,13 @@ def texts_stopping_in(encoder: str, folder: Path, form: str, stop: Stop) -> None
 
 
 def latents_stopping_before_a_rename(folder: Path, stop: Stop) -> None:
-    rename = os.replace
+    rename = atomic_write.replace_file
 
     def stopping(source: Any, target: Any) -> None:
         stop.here()
         rename(source, target)
 
-    os.replace = stopping
+    atomic_write.replace_file = stopping
     cache_media(ToyFamily(), make_config(folder), options())
 
 

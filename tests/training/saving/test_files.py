@@ -174,7 +174,7 @@ from modules import atomic_write
 from tests.training.saving.test_files import write_shards
 
 path, moment = Path(sys.argv[1]), sys.argv[2]
-replace, write, calls = os.replace, shards.stream_tensors, []
+replace, write, calls = atomic_write.replace_file, shards.stream_tensors, []
 
 def write_or_die(*arguments):
     calls.append(1)
@@ -192,7 +192,7 @@ if moment == "a file":
 elif moment == "the index":
     shards.write_text = lambda *_: os._exit(9)
 else:
-    os.replace = replace_or_die
+    atomic_write.replace_file = replace_or_die
 write_shards(path, 3.0)
 """
 
