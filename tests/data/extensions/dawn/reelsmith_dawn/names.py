@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from reelsmith.contract.families import FamilyEntry
+from reelsmith.protocols.families import FamilyEntry
 from reelsmith.wan.names import WAN
 
 ENTRY = FamilyEntry(
