@@ -180,6 +180,9 @@ def test_commands_have_the_options_and_help_of_the_scripts(installed: Installed)
         for other in NAMES:
             shown = " ".join(console_words(other))
             expected = expected.replace(f"python {other}.py", shown).replace(f" {other}.py", f" {shown}")
+            expected = expected.replace(f"usage: {other} ", f"usage: {shown} ").replace(
+                f"({other}.py", f"({shown}"
+            )
         assert "--" in expected
         assert ours[name] == expected
 
