@@ -101,8 +101,9 @@ def rename_scripts(source: str, scripts: Collection[str]) -> str:
     names = "|".join(sorted(scripts))
     rooms = "|".join(SCRIPT_ROOMS)
     launched = rf'(accelerate launch [^"\n]*?)\b({names})\.py\b'
+    begin = r"(?:\b|(?<=\\n))"  # of a word, also at the start of a line, which tables write as \\n
     # quote, python, script, quote
-    typed = rf"([\"'])?(\bpython )?\b(?:(?:{rooms})/)?({names})\.py\b([\"'])?"
+    typed = rf"([\"'])?({begin}python )?{begin}(?:(?:{rooms})/)?({names})\.py\b([\"'])?"
 
     def rename(match: re.Match[str]) -> str:
         before, python, script, after = match.groups(default="")

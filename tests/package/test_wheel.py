@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -179,10 +180,9 @@ def test_commands_have_the_options_and_help_of_the_scripts(installed: Installed)
             expected = expected.replace(f"python {tool}", shown).replace(tool, shown)
         for other in NAMES:
             shown = " ".join(console_words(other))
-            expected = expected.replace(f"python {other}.py", shown).replace(f" {other}.py", f" {shown}")
-            expected = expected.replace(f"usage: {other} ", f"usage: {shown} ").replace(
-                f"({other}.py", f"({shown}"
-            )
+            expected = expected.replace(f"python {other}.py", shown)
+            expected = expected.replace(f"usage: {other} ", f"usage: {shown} ")
+            expected = re.sub(rf"(?<![\w/]){other}\.py\b", shown, expected)
         assert "--" in expected
         assert ours[name] == expected
 
