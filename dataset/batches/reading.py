@@ -116,7 +116,7 @@ def read_batch(
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
     )
-    if any(item.table.spatial_crop_region or item.table.audio_cond_mask_directory for item in items):
+    if any(item.table.gives_parts for item in items):
         batch = add_given_parts(batch, items)
     return batch
 
