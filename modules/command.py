@@ -357,6 +357,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     """
     names = list(names)
     similar = difflib.get_close_matches(word[:MAX_OF_WORD], names, n=1, cutoff=min_similar)
+    similar = similar or [name for name in names if sorted(name) == sorted(word)]  # of a short one: vea
     if similar:
         return f" Did you mean {similar[0]}?"
     beginnings = [name for name in names if name and word.startswith(f"{name}_")]

@@ -113,6 +113,7 @@ def run_program(
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
     check: bool = True,
+    max_seconds: float = MAX_SECONDS,
 ) -> subprocess.CompletedProcess[str]:
     """Run any program with arguments."""
     done = subprocess.run(
@@ -123,7 +124,7 @@ def run_program(
         text=True,
         encoding="utf-8",
         errors="replace",
-        timeout=MAX_SECONDS,
+        timeout=max_seconds,
     )
     return _checked(done, check)
 
