@@ -286,7 +286,7 @@ class Ltx2(Ltx2Media):
             audio=audio,
             audio_timesteps=audio_times,
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
-            overrides=overrides.rename_away(arguments_of),
+            overrides=overrides.rename_nag(arguments_of),
             references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
             keyframes=given.places,
             **arguments_of(cond),

@@ -152,7 +152,7 @@ class QwenImageLayered(ModelOfImages):
             noisy[:, :, given:],
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
         )
         return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2) if given else velocity

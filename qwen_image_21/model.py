@@ -375,7 +375,7 @@ class QwenImage21Model(BlockNetwork):
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
         """Predict as `embed` describes; with `overrides.section_cache`, compute each pass's prefix once."""
         memory = overrides.section_cache
-        if memory is None or overrides.turn is None or overrides.away is not None or overrides.leaves_out:
+        if memory is None or overrides.turn is None or overrides.nag is not None or overrides.leaves_out:
             return super().forward(*inputs, overrides=overrides, **named_inputs)
         which = overrides.turn.which
         if which not in memory:
