@@ -191,6 +191,7 @@ def _find_default_history(folder: Path) -> Path:
 
 
 def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> FolderPlan:
+    """Read what a described folder will train from its run.toml; any wrong value raises an error."""
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)

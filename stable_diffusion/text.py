@@ -101,6 +101,7 @@ class Texts:
 
     @torch.no_grad()
     def _encode(self, text: str, count: int, networks: Hashable) -> TextState:
+        """Encode a text in `count` chunks with all towers; their states are concatenated."""
         del networks  # a key of what is remembered
         contexts: list[Tensor] = []
         pooled = None

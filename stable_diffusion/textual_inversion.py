@@ -292,13 +292,13 @@ def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors for each text encoder, in order, and the word in the file; None if it has none."""
+    """Return the vectors for each text encoder, in order, and the word in the file (None: it has none)."""
     inner = content.get(TABLE)
     if isinstance(inner, Mapping):
-        words = list_tensors(inner)
-        if len(words) == 1:
-            return words, None
-        raise reject_embedding(path, option, f"{TABLE} has {len(words)} words")
+        embeddings = list_tensors(inner)  # placeholder -> vectors; usually the placeholder is "*", no word
+        if len(embeddings) == 1:
+            return embeddings, None
+        raise reject_embedding(path, option, f"{TABLE} has {len(embeddings)} words")
     tensors = list_tensors(content)
     for names in (*_NAMES_OF_SEVERAL, (SINGLE,)):
         if tensors.keys() >= set(names):

@@ -203,6 +203,7 @@ class TowerEncoder:
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
+        """Load a text encoder and its tokenizer, with rows for the words that are trained or bundled."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             layer = self._select_layer(plan)
@@ -262,6 +263,7 @@ class TowerEncoder:
 
     @cached_property
     def _counting_words(self) -> ClipWords:
+        """Tokenizer that counts tokens of captions; loads no network."""
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
             vocabulary = release.texts[self._number].network.config.vocabulary
