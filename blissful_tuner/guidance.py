@@ -454,6 +454,7 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
 def _warn_of_unused_prompts(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
+    """Warn if a negative prompt or --nag_prompt acts on no pass."""
     text = prepared.request.negative_prompt
     nag = prepared.request.nag_prompt
     if nag is not None and not options.nag.is_on:

@@ -101,6 +101,7 @@ def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
 
 
 def _path(value: str) -> Path:
+    """Return the path in a value. Raises Unfit if it does not exist."""
     try:
         path = paths.expand_path(value)
     except ValueError as error:
@@ -470,6 +471,7 @@ def read_keys(
 
 
 def _explain(name: str, value: Any, allowed: str, why: str) -> str:
+    """Describe a wrong value: its type, what is allowed, and how to mend it."""
     hint = f"; but {why}" if why else ""
     if not why and name == "frame_extraction" and isinstance(value, str):
         similar = difflib.get_close_matches(value, MODES, 1)

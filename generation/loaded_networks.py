@@ -116,6 +116,7 @@ class Session:
         return sum(text not in self._encoded for text in texts_of(prompts))
 
     def _make_text_encoders(self) -> Sequence[TextEncoder]:
+        """Return the text encoders, split over processes if `blocks` is set."""
         encoders = self.family.text_encoders()
         if self.blocks is not None:
             for encoder in encoders:

@@ -468,6 +468,7 @@ class Ltx2(Ltx2Media):
             )
 
     def _reject_images(self, request: Request) -> None:
+        """Raise OptionError if media of images are given, although only audio is generated."""
         images = {
             "image_path": request.image_path,
             "drive_video": self.drive_video,

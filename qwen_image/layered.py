@@ -186,6 +186,7 @@ class QwenImageLayered(ModelOfImages):
         return replace(prepared, rules=rules, name_end=end, family_record=taken)
 
     def _keep_image(self, request: Request) -> Request:
+        """Return the request with its one image to split; other media are dropped with a warning."""
         takes = {**NO_MEDIA, "control_images": True}
         request = keep_usable_media(request, takes, f"{self.called} does not take it")
         if len(request.control_images) != 1:

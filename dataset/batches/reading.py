@@ -257,6 +257,7 @@ class _Reader:
         return part
 
     def _read_cached_media(self, item: TrainingItem) -> _Part:
+        """Read the latents of an item, and its audio if that is cached separately."""
         part = self._read_entry(
             item,
             path=item.latent_path,

@@ -192,7 +192,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
         companions.append(table.mask_directory)
     if CONTROL_MASK in record.options:
         companions.append(table.control_mask_directory)
-    num_references = record.options.get(CLIP_REFERENCES, [0])[0]
+    num_references = record.options.get(CLIP_REFERENCES, [0])[0]  # followed by factors of their sizes
     companions += [table.reference_directory] * num_references
     if NUM_GUIDES in record.options:
         companions += [guide.directory for guide in table.guides]
@@ -201,7 +201,7 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
     if record.options.get(AUDIO_FILE) and record.options.get("audio") != IGNORE:
         companions.append(table.audio_directory or table.directory)
     layers = [table.directory] * record.options.get(LAYERS, 0)
-    num_controls = len(record.files) - 1 - len(companions) - len(layers)
+    num_controls = len(record.files) - 1 - len(companions) - len(layers)  # 1: the item itself
     return [table.directory, *[table.control_directory] * num_controls, *companions, *layers]
 
 
