@@ -17,7 +17,7 @@ from typing import Any
 from dataset.sources.captions import add_trigger, find_text
 from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
-from modules.devices import emulates_bfloat16, lacks_bfloat16
+from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
 from modules.integers import round_up
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
@@ -40,6 +40,7 @@ from project.options import RUN_FILE
 from project.own_samples import find_origin
 from project.tags import TagLists, as_words
 from protocols.requests import COUNTS, VALUES
+from runtime.machine import lacks_bfloat16
 from training.config_options import OTHERS_TABLE, toml_value
 
 DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of images, and what sides are multiples of, in subsets
