@@ -1,6 +1,7 @@
 """Tags on the pages: a tagger is tried, writes into the queue, and tags are renamed in all captions."""
 
 import html
+import itertools
 import os
 import re
 import sys
@@ -25,6 +26,7 @@ from tests.browser.test_safe_clicks import save_image
 from tests.chromium import open_page, wait_until
 from tests.commands import MAX_SECONDS
 from tests.data_tools.tags.making import first_pixel_weights, write_tagger
+from tests.waiting import PATIENCE
 
 
 def press(served: Served, what: str, folder: str = "pictures", **fields: str) -> Answer:
@@ -303,23 +305,20 @@ def test_many_captions_are_flushed_together(tmp_path: Path, monkeypatch: pytest.
         (folder / f"{number}.png").touch()
         (folder / f"{number}.txt").write_text(f"cat, tag {number}", encoding="utf-8")
     (folder / "7.txt").chmod(0o600)
-    at_once = []
-    now = 0
-    lock = threading.Lock()
+    counter = itertools.count(1)
+    flushed: list[int] = []
+    together = threading.Barrier(5)
 
     def flush(_: int) -> None:
-        nonlocal now
-        with lock:
-            now += 1
-            at_once.append(now)
-        time.sleep(0.002)
-        with lock:
-            now -= 1
+        number = next(counter)
+        flushed.append(number)
+        if number <= 5:
+            together.wait(PATIENCE)  # for the others: a flush after a flush would wait in vain
 
     monkeypatch.setattr(os, "fsync", flush)
     editor = TagEditor(Runs([tmp_path / "root"]))
     editor.rename(folder, "cat", "dog")
-    assert (len(at_once), max(at_once) > 4) == (122, True)  # two of the folder
+    assert len(flushed) == 122  # two of the folder
     assert (folder / "7.txt").read_text(encoding="utf-8") == "dog, tag 7"
     assert (folder / "7.txt.bak").read_text(encoding="utf-8") == "cat, tag 7"
     if os.name != "nt":
