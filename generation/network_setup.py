@@ -125,9 +125,14 @@ class DitLoader:
         if not uses:
             return [], []
         from networks.loading import on_side  # only with LoRAs
-        from networks.unmerged_loras import split_masked
+        from networks.rank_masks import rule_of
 
-        return split_masked(on_side(uses, False))
+        of_dit = on_side(uses, False)
+        if not any(rule_of(use.lora.metadata) for use in of_dit):
+            return of_dit, []
+        from networks.unmerged_loras import split_masked  # only with T-LoRAs
+
+        return split_masked(of_dit)
 
     def _make_patch(self, uses: "Sequence[LoraUse]") -> "LoraPatch | None":
         """Return the patch that merges LoRAs while weights are loaded; None if the originals are kept."""
@@ -228,7 +233,9 @@ def expert_loras(
         other_uses = [use for other, uses in uses_by_key.items() if other != key for use in uses]
         if other_uses:
             uses_of_expert += _select_shared(other_uses, uses_by_key[key])
-        expert_uses.append(tuple(use.for_expert(expert.name) for use in uses_of_expert))
+        if expert.name or any(use.lora.parts for use in uses_of_expert):
+            uses_of_expert = [use.for_expert(expert.name) for use in uses_of_expert]
+        expert_uses.append(tuple(uses_of_expert))
     from networks.depth_variants import find_grown, fit_to_file
 
     # decoding latents runs no transformer

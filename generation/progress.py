@@ -78,7 +78,12 @@ def show_start(
     source = first.request.source
     is_single = len(requests) == 1
     has_names = any(expert.name for expert in family.experts)
-    num_values = sum(_count_latents(family, request) for request in requests)
+    num_values = 0  # of the latents, including audio
+    for request in requests:
+        if request.joint is None:
+            num_values += prod(family.latent.shape(request.frames, request.height, request.width))
+        else:
+            num_values += prod(request.joint.picture) + prod(request.joint.audio)
     latents_size = as_size(FLOAT_BYTES * num_values)
     free = as_size(shutil.disk_usage(folder).free)
     model_names = filter(None, map(family.metadata.get, NAMING))
@@ -95,13 +100,6 @@ def show_start(
         ("folder", str(folder)),
     ]
     show_box("Generating", box)
-
-
-def _count_latents(family: Family, request: Prepared) -> int:
-    """Return the number of elements of a request's latents, including audio."""
-    if request.joint is not None:
-        return prod(request.joint.picture) + prod(request.joint.audio)
-    return prod(family.latent.shape(request.frames, request.height, request.width))
 
 
 def _describe_loras(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
