@@ -82,7 +82,13 @@ class DitLoader:
         family = self.family
         speed = self.options.speed
         uses, masked = self._split(self.uses[expert] if self.uses else ())
-        merged = self._make_patch(uses)
+        merged: "LoraPatch | None" = None
+        if uses and not self.originals:
+            from networks.apply import LoraPatch  # only with LoRAs
+            from networks.rounding import LoraRounding
+
+            rounding = LoraRounding(self.options.lora_rounding)
+            merged = LoraPatch(uses, rounding=rounding, family=family.name)
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
@@ -133,16 +139,6 @@ class DitLoader:
         from networks.unmerged_loras import split_masked  # only with T-LoRAs
 
         return split_masked(of_dit)
-
-    def _make_patch(self, uses: "Sequence[LoraUse]") -> "LoraPatch | None":
-        """Return the patch that merges LoRAs while weights are loaded; None if the originals are kept."""
-        if not uses or self.originals:
-            return None
-        from networks.apply import LoraPatch  # only with LoRAs
-        from networks.rounding import LoraRounding
-
-        rounding = LoraRounding(self.options.lora_rounding)
-        return LoraPatch(uses, rounding=rounding, family=self.family.name)
 
 
 def dit_loader(

@@ -483,10 +483,12 @@ class LoraPatch:
         Raises:
             CheckpointError: If a LoRA has another size.
         """
-        changes = [change.to(weight.device) for change in self._fitting(name, weight)]
+        changes = self._fitting(name, weight)
         blocks = [] if weight.is_meta else _blocks(weight, changes)
         if not blocks:
             return weight
+        if weight.device != CPU or any(change.delta.rotation is not None for change in changes):
+            changes = [change.to(weight.device) for change in changes]
         dtype = narrow_dtype(weight.dtype, target)
         sample = None  # some rows, which show how much rounding to 16 bits would lose
         base = weight

@@ -59,6 +59,8 @@ def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
 
 def find_grown(lora: LoraFile) -> GrownBlocks | None:
     """Return how deeper variants of a LoRA's model repeat blocks; None if there are none or it is unknown."""
+    if lora.written_for is not None:
+        return lora.written_for.grown
     families: Collection[FamilyNames] = () if lora.parts else lora.families()
     return next((family.grown for family in families if family.grown is not None), None)
 

@@ -133,7 +133,18 @@ class RandomRounding:
             position = (start + first).to_bytes(8, "little")
             place = hashlib.blake2b(position, key=self.seed, digest_size=8).digest()
             offset = int.from_bytes(place, "little") % (_NOISE - _CHUNK)
-            self._round_with(chunk, self.noise[offset : offset + len(chunk)])
+            shift = None
+            if self.dtype == torch.float16:
+                # moves small values to where the distances are equal, and those of all dropped bits
+                is_small = chunk.abs() < _SMALLEST_FP16
+                shift = torch.copysign(is_small * _SMALLEST_FP16, chunk)
+                chunk.add_(shift)
+            # adds up to almost one step to the magnitude, then cuts off what is no whole step
+            bits = chunk.view(torch.int32)
+            bits.add_(self.noise[offset : offset + len(chunk)])
+            bits.bitwise_and_(-(1 << _DROPPED_BITS[self.dtype]))
+            if shift is not None:
+                chunk.sub_(shift)
 
     def round_small(self, values: Tensor, change: Tensor) -> None:
         """Round all values of a small weight several times at random, and keep the draw that loses least.
@@ -154,19 +165,6 @@ class RandomRounding:
                 minimum = lost
                 best = rounded
         values.copy_(best)
-
-    def _round_with(self, values: Tensor, noise: Tensor) -> None:
-        shift = None
-        if self.dtype == torch.float16:
-            # moves small values to where the distances are equal, and those of all dropped bits
-            is_small = values.abs() < _SMALLEST_FP16
-            shift = torch.copysign(is_small * _SMALLEST_FP16, values)
-            values.add_(shift)
-        # adds up to almost one step to the magnitude, then cuts off what is no whole step
-        bits = values.view(torch.int32)
-        bits.add_(noise).bitwise_and_(-(1 << _DROPPED_BITS[self.dtype]))
-        if shift is not None:
-            values.sub_(shift)
 
 
 def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:

@@ -311,7 +311,9 @@ def write_shown(
             covers=covers,
         ) as (writer, companions),
     ):
-        all_tags = _replace_tags({} if companions is None else companions.tags, tags or {})
+        all_tags = dict(tags or {})
+        if companions is not None:
+            all_tags = _replace_tags(companions.tags, all_tags)
         with encoding.create_container(
             temporary, suffix, all_tags, _select_muxing(suffix, rate, all_tags)
         ) as container:
