@@ -82,7 +82,7 @@ class DitLoader:
         family = self.family
         speed = self.options.speed
         uses, masked = self._split(self.uses[expert] if self.uses else ())
-        merged: "LoraPatch | None" = None
+        merged: LoraPatch | None = None
         if uses and not self.originals:
             from networks.apply import LoraPatch  # only with LoRAs
             from networks.rounding import LoraRounding
