@@ -195,6 +195,11 @@ class PromptOptions(Options, title="prompts"):
         "\\( a parenthesis"
     )
 
+    @property
+    def draws(self) -> bool:
+        """Whether parts of prompts are drawn at random."""
+        return self.prompt_wildcards is not None or self.prompt_alternatives
+
 
 PLAIN_PROMPTS = PromptOptions()
 

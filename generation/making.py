@@ -318,7 +318,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
-    section_preview = _SectionPreview(run, job, preview)
+    section_preview: _SectionPreview | None = None
     with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
         watchers: list[Watcher] = []
         preview_section: OnSection | None = None
@@ -343,11 +343,12 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
 
         def on_section(section: Section) -> None:
             """Show the result so far, and start the bar of the next section."""
-            nonlocal bar
+            nonlocal bar, section_preview
             bars.close()
             if preview_section is not None:
                 preview_section(section)
             if section.count > 1 or section.previous is not None:
+                section_preview = section_preview or _SectionPreview(run, job, preview)
                 section_preview.add_previous(section)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             bar = bars.enter_context(Bar(stage.num_steps, section.label or "Denoising"))

@@ -84,11 +84,10 @@ class DitLoader:
         uses, masked = self._split(self.uses[expert] if self.uses else ())
         merged: LoraPatch | None = None
         if uses and not self.originals:
-            from networks.apply import LoraPatch  # only with LoRAs
-            from networks.rounding import LoraRounding
+            from networks import apply, rounding  # only with LoRAs
 
-            rounding = LoraRounding(self.options.lora_rounding)
-            merged = LoraPatch(uses, rounding=rounding, family=family.name)
+            rule = rounding.LoraRounding(self.options.lora_rounding)
+            merged = apply.LoraPatch(uses, rounding=rule, family=family.name)
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
@@ -232,11 +231,11 @@ def expert_loras(
         if expert.name or any(use.lora.parts for use in uses_of_expert):
             uses_of_expert = [use.for_expert(expert.name) for use in uses_of_expert]
         expert_uses.append(tuple(uses_of_expert))
-    from networks.depth_variants import find_grown, fit_to_file
-
     # decoding latents runs no transformer
-    if options.latent_path or not any(find_grown(use.lora) for use in chain(*expert_uses)):
+    if options.latent_path or not any(use.lora.grown for use in chain(*expert_uses)):
         return tuple(expert_uses)
+    from networks.depth_variants import fit_to_file  # only for models with deeper variants
+
     return tuple(
         tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)
     )

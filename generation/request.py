@@ -153,7 +153,7 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
         from generation.named_prompts import read_named_object  # only with such a text
 
         texts = {name: text and read_named_object(text) for name, text in texts.items()}
-    if prompts.prompt_wildcards is None and not prompts.prompt_alternatives:
+    if not prompts.draws:
         return texts
     from blissful_tuner.prompt_syntax import expand_texts  # only with wildcards
 

@@ -679,7 +679,9 @@ class LoraPatch:
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)
             relations: list[tuple[str, Relative | None]] = [(module, None)]
-            relations += [(relative.name, relative) for relative in relatives(module, self._layouts)]
+            layouts = self._layouts
+            if layouts is None or layouts.parts or layouts.joined:
+                relations += [(relative.name, relative) for relative in relatives(module, layouts)]
             self._seen.update(f"{OURS}{relative_name}.{leaf}" for relative_name, _ in relations)
             changes: list[FoundChange] = []
             for relative_name, relative in relations:
@@ -783,7 +785,8 @@ def check_loras_fit(
         checkpoint = opened.enter_context(open_checkpoint(model))
         if companion is not None:
             checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
-        uses = fit_depths(uses, checkpoint.tensors, model)
+        if any(use.lora.grown for use in uses):
+            uses = fit_depths(uses, checkpoint.tensors, model)
         patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
             if info.packing is None or info.packing.pad == 1:

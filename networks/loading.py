@@ -31,7 +31,7 @@ from networks.metadata import (
     metadata_of,
 )
 from networks.module_names import have_same_names, module_path, on_text_side, read_family, relatives
-from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
+from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames, GrownBlocks
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
 from networks.tensor_names import dialect_in_words
@@ -44,7 +44,7 @@ from networks.unused_tensors import (
     without_numbers,
 )
 from networks.use_options import UNTYPED, LoraPatternOptions
-from protocols.bundled_embeddings import BundledWords, find_words, without_words
+from protocols.bundled_embeddings import BUNDLE, BundledWords, find_words, without_words
 
 logger = getLogger(__name__)
 # metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them
@@ -155,6 +155,14 @@ class LoraFile:
             return [trained_family]
         return families
 
+    @property
+    def grown(self) -> GrownBlocks | None:
+        """Return how deeper variants of its model repeat blocks; None if there are none or it is unknown."""
+        if self.written_for is not None:
+            return self.written_for.grown
+        families = [] if self.parts else self.families()
+        return next((family.grown for family in families if family.grown is not None), None)
+
     def family(self) -> FamilyNames | None:
         """Return the family it was trained for; None if unknown or if several are possible."""
         families = self.families()
@@ -211,9 +219,8 @@ def read_lora(
         )
     rule_of(metadata, path)  # raises for an unreadable rule of ranks, before a model is loaded
     words: BundledWords = {}
-    if with_words:
+    if with_words and any(name.startswith(BUNDLE) for name in stored):
         words = find_words(stored)
-    if words:
         stored = without_words(stored)
     trained_family = read_family(metadata) if is_own else None
     if trained_family is not None and family in (None, trained_family.name):
