@@ -222,7 +222,9 @@ def gather_encoded(
         prompts: Texts of each section.
         encoded: Conditions of each text.
     """
-    found: dict[Prompt | None, Conditions | None] = {None: None, **encoded}
+    found: dict[Prompt | None, Conditions | None] = {None: None}
+    for text, conditions in encoded.items():
+        found[text] = conditions
     return {
         section: EncodedPrompts(
             encoded[texts.positive],

@@ -90,7 +90,8 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     """
     options = run.options
     output = options.output
-    if any(needs_media(run.family, job.prepared) for job in jobs):
+    has_media = any(needs_media(run.family, job.prepared) for job in jobs)
+    if has_media:
         run.family.check_files(media=True)  # a missing file is reported before gigabytes are loaded
     if options.speed.attention.split_attn or run.processes > 1:
         _warn_of_passes(run, jobs)
@@ -111,7 +112,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         )
     run.on_phase("reading the prompt")
     texts = run.session.texts([wanted_texts(job.prepared, options.guidance) for job in jobs])
-    if any(needs_media(run.family, job.prepared) for job in jobs):
+    if has_media:
         run.on_phase("reading the pictures")
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
