@@ -89,8 +89,9 @@ class Session:
         """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
-            if self.blocks is not None:
-                self._divide(self._text_encoders, self.blocks)
+            for encoder in self._text_encoders if self.blocks is not None else ():
+                if can_divide(encoder):
+                    encoder.blocks = self.blocks
             if self.text_loras is not None:
                 self.text_loras.warn_of_unused(self._text_encoders)
         new = [text for text in texts_of(prompts) if text not in self._encoded]
@@ -118,13 +119,6 @@ class Session:
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
         """Return the number of texts that `texts` would have to encode."""
         return sum(text not in self._encoded for text in texts_of(prompts))
-
-    @staticmethod
-    def _divide(encoders: Sequence[TextEncoder], blocks: BlockPlace) -> None:
-        """Split the encoders that can be split over processes."""
-        for encoder in encoders:
-            if can_divide(encoder):
-                encoder.blocks = blocks
 
     def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
