@@ -60,6 +60,7 @@ def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
+    """Read config and dialect of an Anima file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:

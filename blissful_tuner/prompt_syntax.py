@@ -466,6 +466,6 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
             weigh(texts.positive),
             weigh_optional(texts.negative),
             weigh_optional(texts.blank),
-            weigh_optional(texts.away),
+            weigh_optional(texts.nag),
         )
     return weighted

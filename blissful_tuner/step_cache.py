@@ -72,7 +72,8 @@ def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
         return TeaCalibration()
     if options.teacache_threshold:
         return TeaCache(options.teacache_threshold, options.teacache_coefficients)
-    if options.magcache_mag_ratios is not None and options.magcache_threshold and options.magcache_k:
+    skips_passes = options.magcache_threshold and options.magcache_k  # 0 for either skips nothing
+    if options.magcache_mag_ratios is not None and skips_passes:
         return MagCache(
             options.magcache_mag_ratios,
             options.magcache_retention_ratio,

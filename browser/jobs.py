@@ -431,6 +431,7 @@ class JobQueue:
                 remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
 
     def _work(self, lock: contextlib.ExitStack) -> None:
+        """Start the next job whenever one may start, until the queue is closed; `lock` is held meanwhile."""
         with lock:
             while not self._ended.wait(EVERY_SECONDS):
                 try:

@@ -463,7 +463,7 @@ def select_number_fields(
     if model is None:
         return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
     if has_layers(recipe):
-        fields.add("frames")
+        fields.add("frames")  # here the number of layers
     elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
         fields.discard("frames")
     elif model.data["frames"] > 1:

@@ -409,7 +409,7 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
     Conditions that are the same object stay the same object.
     """
     texts = {id(section.positive): section.positive}
-    for text in (section.negative, section.blank, section.away):
+    for text in (section.negative, section.blank, section.nag):
         if text is not None:
             texts[id(text)] = text
     moved = {key: conditions_to(text, device) for key, text in texts.items()}
@@ -424,7 +424,7 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
         given_audio=None if section.given_audio is None else section.given_audio.to(device),
         held=None if section.held is None else section.held.to(device),
         anchor=None if section.anchor is None else section.anchor.to(device),
-        away=moved.get(id(section.away)),
+        nag=moved.get(id(section.nag)),
     )
 
 

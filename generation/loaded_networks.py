@@ -190,7 +190,7 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
             negative=texts.negative if "negative" in needed else None,
             blank=(texts.blank or Prompt("")) if "blank" in needed else None,
             # without a text of its own, attention is steered away from the negative prompt
-            away=(texts.away or texts.negative or Prompt("")) if options.nag.is_on else None,
+            nag=(texts.nag or texts.negative or Prompt("")) if options.nag.is_on else None,
         )
         for section, texts in prepared.prompts.items()
     }
@@ -201,7 +201,7 @@ def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
         for section in by_section.values():
-            for text in (section.positive, section.negative, section.blank, section.away):
+            for text in (section.positive, section.negative, section.blank, section.nag):
                 if text is not None:
                     texts[text] = None
     return list(texts)
@@ -224,7 +224,7 @@ def gather_encoded(
             encoded[texts.positive],
             negative=found[texts.negative],
             blank=found[texts.blank],
-            away=found[texts.away],
+            nag=found[texts.nag],
         )
         for section, texts in prompts.items()
     }

@@ -317,6 +317,7 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
 
 
 def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, fps: float) -> ClipGrid:
+    """Arrange clips in a grid: the first axis gives its columns, the second one its rows."""
     horizontal = axes[0]
     vertical = axes[1] if len(axes) > 1 else None
     num_rows = 1 if vertical is None else len(vertical.texts)

@@ -42,6 +42,7 @@ UNUSED = "norm_final.weight"  # in the published files; the model does not use i
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
+    """Read config and dialect of a Lumina-Image 2.0 file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     known_dialects = (name for name, (mark, _) in DIALECTS.items() if mark in names)
     dialect = next(known_dialects, "official")

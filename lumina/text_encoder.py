@@ -171,7 +171,10 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     def compute(
         self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt."""
+        """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt.
+
+        `dropped` is not used: the states of the system prompt are inputs of the model too.
+        """
         device = network.get_parameter(self.embedding).device
         results: list[Conditions] = []
         for first in range(0, len(rows), PROMPTS_AT_ONCE):

@@ -132,6 +132,7 @@ class H3TextEncoder(LanguageModelEncoder):
         return encoded
 
     def _encode_presented(self, prompt: Prompt) -> Conditions:
+        """Encode a prompt after its images and clips, each as tokens of the vision tower."""
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
         shown = present(prompt.presented, network.get_submodule("visual"), self.preprocessing())

@@ -276,6 +276,7 @@ def _require(where: str, path: Path, is_image: bool) -> None:
 
 
 def _require_audio(where: str, path: Path) -> None:
+    """Raise OptionError if a file does not exist or has no audio."""
     if not path.is_file():
         raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
     try:

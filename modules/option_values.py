@@ -285,7 +285,10 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 
 
 def _walk(text: str) -> int:
-    """Hash the characters in order: add, subtract, divide by or multiply with their codes, by position."""
+    """Hash the characters in order: add, subtract, divide by or multiply with their codes, by position.
+
+    All constants are those of the known tools.
+    """
     total: float = 0
     try:
         for position, code in enumerate(map(ord, text)):

@@ -66,6 +66,7 @@ TEXT_USE = LanguageUse(
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
+    """Read config and dialect of a MOSS-Image file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     if MARK not in names:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)

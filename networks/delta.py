@@ -280,6 +280,7 @@ class Delta:
         return self._find_wrong_value() or self._find_mismatch()
 
     def _find_absent(self) -> str | None:
+        """Return why the factors are incomplete or exclude each other; None if they are complete."""
         factors = self.factors
         for first, second in composing.PAIRS:
             if first in factors and second not in factors:
@@ -296,6 +297,7 @@ class Delta:
         return None
 
     def _find_wrong_value(self) -> str | None:
+        """Return what is wrong with the values of the factors; None if all are finite numbers."""
         if "alpha" in self.factors and not is_number(self.factors["alpha"]):
             return "its alpha is NaN or infinite, or more than one number"
         for part, tensor in self.factors.items():

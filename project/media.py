@@ -813,7 +813,7 @@ def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
             missing = _without_reference(source, images)
             is_outside = training_folder == folder and source.parent == parent
             if is_outside and (missing or has_word or _list_other_media(folder, source)):
-                continue
+                continue  # it may belong to another folder
             if len(missing) < len(images):
                 return True
     return False

@@ -154,7 +154,7 @@ class QwenImage21(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **named(cond),
-            overrides=overrides.rename_away(named),
+            overrides=overrides.rename_nag(named),
             references=pictures.references_in(cond, noisy.device),
         )
         return velocity

@@ -200,7 +200,7 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
             lines.append("".join(map(_half_blocks, upper, lower)))
     else:
         small = cv2.resize(frame, (columns, rows), interpolation=cv2.INTER_AREA)
-        background_code = 40 + COLOURS.index(background.lower())
+        background_code = 40 + COLOURS.index(background.lower())  # ANSI: 40 is black, 47 is white
         for row in small:
             lines.append("".join(_shade_pixel(pixel, background_code) for pixel in row))
     return "".join(f"{line}\033[0m\n" for line in lines)

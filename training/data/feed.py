@@ -384,6 +384,7 @@ class Feed:
                     yield noisy_batch
 
     def _from_workers(self, keys: Iterable[Key], workers: int) -> Generator[NoisyBatch]:
+        """Yield batches that worker processes read, in the order of the keys; raise their errors here."""
         ending = multiprocessing.Event()
         loader: DataLoader[Packed | UserError] = DataLoader(
             self,  # type: ignore[arg-type]  # anything with __getitem__ serves
