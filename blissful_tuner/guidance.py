@@ -199,9 +199,8 @@ class _StepPlanner:
         rules = self._rules
         projection = rules.projection
         weakens = index in self._weakened_steps
-        negative = NEGATIVE
-        if weakens or rules.negative_skips.blocks:
-            negative = self._select_negative(index, weakens)
+        may_skip = weakens or bool(rules.negative_skips.blocks)
+        negative = self._select_negative(index, weakens) if may_skip else NEGATIVE
         stages = self._make_guiding_stages(scale, negative)
         rescale_fraction = options.guidance_rescale
         if stages and projection is not None and momentum is not None:

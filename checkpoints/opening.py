@@ -397,9 +397,8 @@ def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return the form of quantized weights without marks, and a tensor that shows it."""
-    unmarked = tensors
-    if any(info.packing is not None for info in tensors.values()):
-        unmarked = _without_marked(tensors)
+    is_packed = any(info.packing is not None for info in tensors.values())
+    unmarked = _without_marked(tensors) if is_packed else tensors
     for ending, form in _FOREIGN.items():
         for name in unmarked:
             if name.endswith(ending):

@@ -312,8 +312,7 @@ def make_latents(
             )
             stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options  # only the first stage
             guidance = make_guidance(stage, stage_guidance, family.experts, run)
-            start = section.noise
-            first_step = 0
+            start, first_step = section.noise, 0
             if section.source is not None and prepared.request.source is not None:
                 start, first_step = _find_start(section, prepared, solver.schedule, extra_noise)
             with ExitStack() as stack:
