@@ -89,18 +89,20 @@ class GivenTokens:
     int16, which stays on the host.
 
     Keyframes are images at frames of the clip, `places`, that the network sees besides it. In training they
-    are `keyframes`, clean; in a generation they are the last frames of the noisy latents, and of `image`.
+    are `keyframes`, clean, of which `keyframe_shares` are given; in a generation they are the last frames of
+    the noisy latents, and of `image`.
     """
 
     image: Tensor | None = None  # B 1 F H W; None: nothing is given
     audio: Tensor | None = None  # B 1 T 1
     keyframes: Tensor | None = None  # B C K H W, in the form of latents in caches
     places: tuple[int, ...] = ()  # of K keyframes
+    keyframe_shares: tuple[int, ...] = ()  # of `keyframes`, as above
+    keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all are given entirely
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
         """Return a copy with `move` applied to every tensor."""
-        tensors = {"image": self.image, "audio": self.audio, "keyframes": self.keyframes}
-        moved: dict[str, Any] = {name: move(one) for name, one in tensors.items() if one is not None}
+        moved: dict[str, Any] = {key: move(one) for key, one in vars(self).items() if isinstance(one, Tensor)}
         return replace(self, **moved)
 
 

@@ -241,7 +241,7 @@ class TowerEncoder:
         """
         if self._word is not None:
             return self._word.list_ids(vocabulary)
-        return list_ids(self._bundled, self._number, vocabulary) if self._bundled else {}
+        return list_ids(self._bundled, vocabulary) if self._bundled else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
         """Return the layer to use, counted from the end. Raises OptionError if it does not exist."""

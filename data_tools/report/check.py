@@ -333,7 +333,7 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
     shown = tuple(source.shown for source in sources) if table.shows_media else ()
-    family.check_table(media_table(table, has_control, has_references, shown))
+    family.check_table(media_table(table, has_control, has_references, table.has_guides, shown))
     reject_companions(table, sources)
     findings.sources = use_moments(family, sources)
 

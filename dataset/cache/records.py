@@ -31,6 +31,7 @@ from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
     LAYERS,
+    NUM_GUIDES,
     REJECTED,
     ClipInfo,
     FileIdentity,
@@ -183,7 +184,8 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
     """Return the folder of each file in a record of latents.
 
     Records list the files of an item in this order: the item itself, control media, mask, control mask,
-    references, rejected item, audio, layers. Their number follows from the options, except for control media.
+    references, guides, rejected item, audio, layers. Their number follows from the options, except for
+    control media.
     """
     companions: list[Path | None] = []
     if record.options.get("mask") == FROM_FILE:
@@ -192,6 +194,8 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
         companions.append(table.control_mask_directory)
     num_references = record.options.get(CLIP_REFERENCES, [0])[0]  # followed by factors of their sizes
     companions += [table.reference_directory] * num_references
+    if NUM_GUIDES in record.options:
+        companions += [guide.directory for guide in table.guides]
     if REJECTED in record.options:
         companions.append(table.worse_directory)
     if record.options.get(AUDIO_FILE) and record.options.get("audio") != IGNORE:

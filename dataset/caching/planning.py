@@ -24,6 +24,7 @@ from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
     LAYERS,
+    NUM_GUIDES,
     REJECTED,
     SHOWN,
     ClipInfo,
@@ -104,6 +105,8 @@ class Recipe:
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
             options[CONTROL_MASK] = True
+        if source.guides:
+            options[NUM_GUIDES] = len(source.guides)
         if source.rejected is not None:
             options[REJECTED] = True
         if self.keeps_audio and table.kind == "video":

@@ -99,7 +99,7 @@ class DecodedMedia:
     control: tuple[Clip, ...] = ()
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
     mask: Mask | None = None  # of the loss, for each frame: 255 is learned; None: everything is
-    # each f h w 3, where f is the number of frames for a clip, and 1 for an image
+    # each f h w 3, where f is the number of frames for a clip, and 1 for an image; then guides, 1 H W 3
     references: tuple[Clip, ...] = ()
     control_mask: Mask | None = None  # for each frame: 255 is generated
     rejected: Clip | None = None  # of the worse one, like `frames`
@@ -238,7 +238,7 @@ def _decode_clip(
             control = _read_control_clips(
                 here, bucket, count=count, fps=fps, clock=clock, changes=size_changes
             )
-        if here.references or here.control_mask is not None:
+        if here.references or here.guides or here.control_mask is not None:
             companions = _read_companions(here, size, bucket, count=count, fps=fps, clock=clock)
         if here.rejected is not None:
             from dataset.sources.pairs import read_rejected_clip  # few clips have any
