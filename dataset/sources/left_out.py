@@ -283,6 +283,7 @@ def _other_folders(config: DatasetConfig) -> set[str]:
     keys += ["reference_directory", "control_mask_directory", "worse_directory"]
     folders = set()
     for table in config.datasets:
+        folders.update(folder_id(guide.directory) for guide in table.guides)
         for key in keys:
             folder = getattr(table, key)
             if folder:
