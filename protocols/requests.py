@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modules.errors import MediaError, OptionError
-from modules.limits import MAX_SCALE, MAX_SIDE, MAX_STEPS, MOST_FRAMES
+from modules.limits import MAX_MADE_FRAMES, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from modules.option_values import check_seed, show_number
 from modules.paths import explain_missing
 from modules.text_files import bad_character
@@ -190,7 +190,7 @@ MAX_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone tak
 COUNTS = {
     "width": ("--video_size, width", "w", MAX_SIDE),
     "height": ("--video_size, height", "h", MAX_SIDE),
-    "frames": ("--video_length", "f", MOST_FRAMES),
+    "frames": ("--video_length", "f", MAX_MADE_FRAMES),
     "steps": ("--infer_steps", "s", MAX_STEPS),
 }
 
