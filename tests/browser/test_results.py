@@ -40,6 +40,7 @@ from pocket.measure import POCKET
 from protocols.families import with_scripts
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.commands import run_script
+from tests.waiting import wait_for
 from training.reports.history import History, history_path
 
 TAGS = {
@@ -579,12 +580,9 @@ def test_an_upscaler_that_cannot_be_loaded_says_why(
     monkeypatch.setenv("GITHUB_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     id = id_of(served, "a.png")
     assert "Choose a file to load" in send(served, id, "load", task="gfpgan").text
-    sheet = send(served, id, "load", task="realesrgan_x2").text
-    for _ in range(600):
-        if "being loaded" not in sheet:
-            break
-        time.sleep(0.1)
-        sheet = served.ask(f"/results/{id}/larger").text
+    send(served, id, "load", task="realesrgan_x2")
+    wait_for(lambda: "being loaded" not in served.ask(f"/results/{id}/larger").text)
+    sheet = served.ask(f"/results/{id}/larger").text
     assert "It could not be loaded" in sheet
     assert "127.0.0.1" in sheet
     assert sheet.count('name="task"') == 3
