@@ -462,7 +462,7 @@ class JobQueue:
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
-                job.process = {}
+                job.process = {}  # not None: it counts as started, and has ended with that code
                 return
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
             self._child = launch.prepare_process(job.log, **limits)

@@ -415,6 +415,7 @@ def _read_table(
     if len(problems) > before or any(value is forms.BAD for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
+    # a form with keys of its own finds its source among them; for others it is a field, such as `directory`
     fields["own"] = None if form.keys is None else read_own_keys(form, media_key, values)
     fields |= {"directory": None, "is_of_audio": is_of_audio}
     if form.keys is None:

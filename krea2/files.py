@@ -50,7 +50,7 @@ SHOWN = ImageUse(
 EDIT_USE = replace(KREA_2_USE, pictures=SHOWN)
 # of a generation, most of which show none
 MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, always=False))
-MOST = 10  # references
+MAX_REFERENCES = 10  # references
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"
 FILES = (

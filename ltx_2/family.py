@@ -42,7 +42,7 @@ from ltx_2.options import (
     log_ignored,
     with_recipe,
 )
-from ltx_2.reference_options import MOST
+from ltx_2.reference_options import MAX_REFERENCES
 from ltx_2.references import (
     STRENGTHS,
     DenoisedReferences,
@@ -130,7 +130,7 @@ class Ltx2(Ltx2Media):
     makes_audio: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # set for trainings only
-    references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
+    references: rules.ReferenceRules | None = rules.ReferenceRules(MAX_REFERENCES, clips=True)
     reference_strength: float = 1.0  # for generations; below 1, references are denoised too
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
 
@@ -493,8 +493,10 @@ class Ltx2(Ltx2Media):
             return ()
         if self.references is None:
             raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
-        if len(paths) > MOST:
-            raise OptionError(f"--reference_videos: {len(paths)} references, at most {MOST} are taken")
+        if len(paths) > MAX_REFERENCES:
+            raise OptionError(
+                f"--reference_videos: {len(paths)} references, at most {MAX_REFERENCES} are taken"
+            )
         for path in paths:
             check_opens("reference_video", path, is_image=is_still(path))
         mask, _ = self.reference_attention

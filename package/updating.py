@@ -55,7 +55,7 @@ MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadrat
 MAX_OF_NAME = 1000  # bytes of a file's path
 MAX_OF_NOTE = 1 << 26  # bytes of a note about an update
 MAX_OF_FILE = 1 << 23  # bytes of a file that a version may have; models and clips of the user's are larger
-MOST_TOLD = 20  # lines about files of the user's
+MAX_LISTED = 20  # lines about files of the user's
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # how git names a commit
 SHORT_NAME = re.compile(r"~\d")  # Windows' second name of a file: GIT~1 is .git
 OFFLINE = re.compile(
@@ -432,10 +432,10 @@ def _find_name_beside(root: Path, name: str) -> str:
 
 
 def _tell_beside(beside: Mapping[str, str]) -> None:
-    for name, own in sorted(beside.items())[:MOST_TOLD]:
+    for name, own in sorted(beside.items())[:MAX_LISTED]:
         _say(f"You had changed {name}: your version is now {own}.")
-    if len(beside) > MOST_TOLD:
-        _say(f"You had changed {len(beside) - MOST_TOLD} more: your versions end in .yours.")
+    if len(beside) > MAX_LISTED:
+        _say(f"You had changed {len(beside) - MAX_LISTED} more: your versions end in .yours.")
 
 
 def _list_gone(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:

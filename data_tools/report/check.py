@@ -313,8 +313,9 @@ def _check_media(
         if with_latents:
             _check_family(findings, family)
         plans = _check_sources(findings, recipe, workers)
-        is_apart = trains_audio(family) and not recipe.keeps_audio
-        if recipe.encoder and is_apart and is_heard(findings.table):
+        # otherwise the caches of latents contain the audio too
+        has_audio_caches = trains_audio(family) and not recipe.keeps_audio
+        if recipe.encoder and has_audio_caches and is_heard(findings.table):
             _check_table_audio(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
     except DatasetError as error:
         findings.unusable(error)

@@ -53,7 +53,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
             fps,
             latent.pixel_step,
             latent.lengths,
-            numbers=_numbers(source),
+            rng=_make_rng(source),
             keeps_alpha=latent.keeps_alpha,
             has_alpha=latent.has_alpha,
         )
@@ -157,11 +157,11 @@ def _caption(source: MediaSource) -> str:
     """Return a source's caption as training may use it; random changes are drawn once."""
     table = source.table
     return changed_caption(
-        source.caption or "", table.changes, table, step=1, total_steps=1, generator=_numbers(source)
+        source.caption or "", table.changes, table, step=1, total_steps=1, generator=_make_rng(source)
     )
 
 
-def _numbers(source: MediaSource) -> random.Random:
+def _make_rng(source: MediaSource) -> random.Random:
     return random.Random(derive_seed(0, source.stem))
 
 

@@ -497,6 +497,16 @@ def test_captions_of_lists_are_written_into_caption_files(
     assert "without a caption" not in said
 
 
+def test_captions_of_sounds_in_another_encoding_are_read_with_a_remark(tmp_path: Path) -> None:
+    folder = tmp_path / "bells"
+    write_audios(folder)
+    (folder / "bell 0.txt").write_text(GERMAN, encoding="cp1252")
+
+    said = new(folder, model="ltx_2 av")
+
+    assert f"captions that are not UTF-8: {folder / 'bell 0.txt'}" in said
+
+
 def test_a_spreadsheet_in_another_encoding_is_read_with_a_remark(tmp_path: Path) -> None:
     write_csv(tmp_path)
     said = new(tmp_path)

@@ -263,9 +263,9 @@ class Randomness:
         if not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
             return None
         noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
-        if learning.given == AUDIO_STREAM:
+        if learning.given == AUDIO_STREAM:  # clean, and not learned
             zeros = torch.zeros(len(batch))
-            return NoisyAudio(noise, zeros, zeros, zeros)
+            return NoisyAudio(noise, sigmas=zeros, timesteps=zeros, weights=zeros)
         if learning.has_own_times:
             times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
         else:
