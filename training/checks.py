@@ -70,9 +70,10 @@ def check_before_loading(
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
     check_experts(family, options)
-    uses = uses_of(family, options, others)
-    for check_way in options.speed.joined.on.check:
-        check_way(uses)
+    if options.speed.joined.on.check:
+        uses = uses_of(family, options, others)
+        for check_way in options.speed.joined.on.check:
+            check_way(uses)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and swap.blocks_to_swap and not swap.is_auto:

@@ -30,7 +30,7 @@ from runtime.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
-from training.features.hooks import LearnerBeside
+from training.features.hooks import LearnerBeside, MergedLoras
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -332,8 +332,12 @@ class Loading:
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
-        if family is plan.family or family is plan.sampled:
-            patch, masked = self._read_merged(network_options, family, index)
+        merge = plan.joined.merge
+        is_of_plan = family is plan.family or family is plan.sampled
+        if merge is not None and network_options is not None and is_of_plan:
+            loras = merge(expert)
+            if loras.uses:
+                patch, masked = self._read_merged(loras, network_options, family, index)
         placement = experts.placement_of(options, device, plan.quantization)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
@@ -359,15 +363,9 @@ class Loading:
         return UndressedNetwork(dit, family, index, expert, host=host, blocks=blocks)
 
     def _read_merged(
-        self, network: NetworkOptions | None, family: Family, index: int
+        self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
         """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers."""
-        merge = self.plan.joined.merge
-        if network is None or merge is None:
-            return None, ()
-        loras = merge(family.experts[index])
-        if not loras.uses:
-            return None, ()
         from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.depth_variants import fit_to_file
         from networks.rounding import LoraRounding

@@ -134,7 +134,10 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     if run.joined.on.before_step:
         gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
     norms = _step_weights(run, gate)
-    report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
+    batches = run.feed.order.epoch(run.progress.epoch)
+    # steps with equal sizes take equally long
+    sizes = tuple(sorted(item.bucket for index in group for item in batches[index]))
+    report = StepReport(run.progress.step + 1, rates, keys, sizes)
     if gate is not None:
         report = replace(report, skipped=gate.reason)
     previous = run.readings.push(report, torch.cat([row, *norms]))
@@ -255,12 +258,6 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
         for hook in run.joined.on.after_step:
             hook()
     return [*norms, gradient_norm.view(1)]
-
-
-def _sizes_of(run: TrainingRun, group: range) -> tuple[tuple[int, ...], ...]:
-    """Return the sorted sizes of all items of a step; steps with equal sizes take equally long."""
-    batches = run.feed.order.epoch(run.progress.epoch)
-    return tuple(sorted(item.bucket for index in group for item in batches[index]))
 
 
 class _Losses(NamedTuple):

@@ -273,11 +273,6 @@ class ScriptOption(NamedTuple):
     is_changed: bool  # it differs from its default
     is_typed: bool = True  # False: its value follows from other options
 
-    @property
-    def flag(self) -> str:
-        """The option as typed, without its value; `--name` if it was not typed."""
-        return self.words[0].partition("=")[0] if self.words else f"--{self.name}"
-
 
 def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> list[ScriptOption]:
     """Return the options that a parser read, in order. Keys and tokens are left out."""

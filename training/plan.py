@@ -159,7 +159,12 @@ def make_plan(
         _check_tables(config)
     if family.can.one_sample:
         _check_batch_sizes(family.can.one_sample, config)
-    texts = _find_texts(family, options, config)
+    texts: LiveTexts | None = None
+    may_encode = _may_encode(options, config)
+    if may_encode:
+        from training.caching_inside import find_live_texts  # most runs read caches alone
+
+        texts = find_live_texts(family, options, config)
     for check_texts in joined.on.texts:
         check_texts(texts)
     lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning)
@@ -171,6 +176,7 @@ def make_plan(
         texts=texts,
         commands=commands,
         joined=joined,
+        may_encode=may_encode,
     )
     items = _find_items(
         family,
@@ -253,7 +259,14 @@ def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[Trainin
 
         check_captions(read, training)
     if REJECTED_ONES not in joined.needs:
-        _note_rejected(training)
+        tables = {item.table.index: item.table for item in training}.values()
+        names = [table.name for table in tables if table.worse_directory is not None]
+        if names:
+            logger.warning(
+                "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
+                "learned as ever",
+                ", ".join(names),
+            )
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
@@ -264,15 +277,6 @@ def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     return is_changing or is_live or options.is_for_images or options.caching is not None
 
 
-def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the text encoders that run during training."""
-    if not _may_encode(options, config):
-        return None
-    from training.caching_inside import find_live_texts  # most runs read caches alone
-
-    return find_live_texts(family, options, config)
-
-
 def _find_sources(
     family: Family,
     options: TrainingOptions,
@@ -281,9 +285,10 @@ def _find_sources(
     texts: LiveTexts | None,
     commands: CachingCommands,
     joined: JoinedRun,
+    may_encode: bool,
 ) -> BatchSources:
     """Return the sources of the parts of batches that `texts` does not encode."""
-    if _may_encode(options, config):
+    if may_encode:
         from training.caching_inside import prepare_sources  # most runs read caches alone
 
         sources = prepare_sources(
@@ -331,10 +336,11 @@ def join_processes(
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
-    if options.full_dit is not None and options.full_dit.offloads_states:
-        check_offload(options.optimizer.optimizer_type)
-    if splits_full_model(options):
-        check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
+    if options.full_dit is not None:
+        if options.full_dit.offloads_states:
+            check_offload(options.optimizer.optimizer_type)
+        if splits_full_model(options):
+            check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from runtime.compile import check_compilation  # only with --compile
@@ -509,18 +515,6 @@ def _warn_of_missing(
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
         logger.warning(
             "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
-        )
-
-
-def _note_rejected(items: Sequence[TrainingItem]) -> None:
-    """Log the tables with rejected items in a run that does not use them."""
-    tables = {item.table.index: item.table for item in items}.values()
-    names = [table.name for table in tables if table.worse_directory is not None]
-    if names:
-        logger.warning(
-            "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
-            "learned as ever",
-            ", ".join(names),
         )
 
 

@@ -213,19 +213,12 @@ def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
         return
     is_new = not isinstance(saved, SavedState)
     if is_new or read_session(history) not in (None, plan.progress.session_id):
-        inputs = _find_inputs(plan)
+        values = (option_values(plan.options) | option_values(plan.family.options)).values()
+        several = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
+        inputs = [value for group in several for value in group if isinstance(value, Path)]
         if saved:
             inputs.append(saved.folder)
         set_aside(plan.names, inputs, datetime.now(), saving.resume is not None)
-
-
-def _find_inputs(plan: TrainingPlan) -> list[Path]:
-    """Return all paths that options give."""
-    paths = []
-    for value in (option_values(plan.options) | option_values(plan.family.options)).values():
-        items = value if isinstance(value, (list, tuple)) else (value,)
-        paths += [item for item in items if isinstance(item, Path)]
-    return paths
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":

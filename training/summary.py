@@ -116,13 +116,17 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     lora = plan.learner.lora
     sizes = _sizes_of_file(run)
     num_weights = sum(parameter.numel() for parameter in parameters)
+    data = f"{count_of(plan.order.num_items, 'item')} with repeats"
+    if plan.validation:
+        data += f", {count_of(len(plan.validation), 'item')} for validation"
+    data += f", {count_of(plan.steps.num_batches, 'batch')}"
     times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
     targets = plan.joined.describe_targets() if plan.joined.targets or plan.joined.info.targets else ()
     return [
         ("model", _describe_model(plan)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, sizes)),
-        ("data", _describe_data(plan)),
+        ("data", data),
         ("timesteps", "\n".join(times)),
         ("targets", "\n".join(targets) or None),
         ("steps", _describe_length(plan)),
@@ -188,14 +192,6 @@ def _sizes_of_file(run: TrainingRun) -> tuple[list[int], list[float]] | None:
         return None
     is_continued = any(continued_sizes(run.model, part) for part in trainable.writes)
     return trainable.sizes() if is_continued else None
-
-
-def _describe_data(plan: TrainingPlan) -> str:
-    """Return the numbers of items and batches of an epoch, and of items for validation."""
-    text = f"{count_of(plan.order.num_items, 'item')} with repeats"
-    if plan.validation:
-        text += f", {count_of(len(plan.validation), 'item')} for validation"
-    return f"{text}, {count_of(plan.steps.num_batches, 'batch')}"
 
 
 def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> str:

@@ -6,7 +6,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -81,7 +81,11 @@ def check_caches(
     earlier: list[tuple[TrainingItem, MadeBy]] = []  # caches of versions that read clips in another way
     # number of windows that each clip was cut into, as its caches record it; by table index and stem
     windows: dict[tuple[int, str], int] = {}
-    for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, count):
+    sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
+    first = ((item, 0) for item in sample)
+    further = ((item, number) for item in sample for number in range(1, item.captions))
+    captions = itertools.islice(itertools.chain(first, further), MAX_READ)  # additional ones come last
+    for item, caption_index in itertools.islice(captions, rank, None, count):
         batch = read_batch(
             [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
         )
@@ -122,14 +126,6 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
                 f"{shorten_fingerprint(own[key])}. Cache texts again:\n  {commands.text}\n  or add "
                 "--skip_cache_check if both checkpoints have the same text encoders."
             )
-
-
-def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
-    """Yield at most MAX_READ random items with the index of a caption; additional captions come last."""
-    sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
-    first = ((item, 0) for item in sample)
-    further = ((item, number) for item in sample for number in range(1, item.captions))
-    return itertools.islice(itertools.chain(first, further), MAX_READ)
 
 
 def _count_batch_bytes(batch: Batch) -> int:
