@@ -202,7 +202,14 @@ class Parser(argparse.ArgumentParser):
         so on; an option that takes several values gets all remaining words.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
-        parsed, unused = self._parse_without_required(typed)
+        required = [action for action in self._actions if action.required]
+        for action in required:  # what is missing is reported later
+            action.required = False
+        try:
+            parsed, unused = super().parse_known_args(typed)
+        finally:
+            for action in required:
+                action.required = True
         waiting = [action for action in takers if getattr(parsed, action.dest) is action.default]
         free = [word for word in unused if word != "--"]
         if not free or not waiting:
@@ -219,17 +226,6 @@ class Parser(argparse.ArgumentParser):
             )
         joined = [f"{flag}={word}" for flag, word in zip(flags, free, strict=False)]
         return [*used, *joined]
-
-    def _parse_without_required(self, words: list[_Word]) -> tuple[argparse.Namespace, list[str]]:
-        """Parse even if required options are missing; return the result and the remaining words."""
-        required = [action for action in self._actions if action.required]
-        for action in required:
-            action.required = False
-        try:
-            return super().parse_known_args(words)
-        finally:
-            for action in required:
-                action.required = True
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""

@@ -91,20 +91,16 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
         section = read_entry("section", name)
         group = group_of(parser, section["title"])
         for option in section["options"]:
-            _add_action(parser, group, read_entry("option", option))
+            # without the checks of `add_argument`, which its compiling has passed
+            action = _build_action(read_entry("option", option))
+            action.container = group
+            group._group_actions.append(action)
+            parser._actions.append(action)
+            for flag in action.option_strings:
+                parser._option_string_actions[flag] = action
+                if parser._negative_number_matcher.match(flag):
+                    parser._has_negative_number_optionals.append(True)
     return parser
-
-
-def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str, Any]) -> None:
-    """Put an option into a parser, without the checks of `add_argument`, which its compiling has passed."""
-    action = _build_action(row)
-    action.container = group
-    group._group_actions.append(action)
-    parser._actions.append(action)
-    for flag in action.option_strings:
-        parser._option_string_actions[flag] = action
-        if parser._negative_number_matcher.match(flag):
-            parser._has_negative_number_optionals.append(True)
 
 
 def _build_action(row: Mapping[str, Any]) -> Any:

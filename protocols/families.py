@@ -58,9 +58,8 @@ class FamilyEntry:
     captions: str = ""  # file of its folder with the `FORMAT` of its captions, if they are JSON objects
 
     def say_notice(self) -> None:
-        """Log the family's notice as a warning, if it has one."""
-        if self.notice:
-            logger.warning("%s", self.notice)
+        """Log the family's notice as a warning."""
+        logger.warning("%s", self.notice)
 
     @property
     def training_script(self) -> str:

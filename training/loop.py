@@ -33,7 +33,7 @@ from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.targets.passes import loss_passes
-from training.trainable import Trainable, seed_networks
+from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
 
@@ -113,7 +113,11 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     """
     model = run.model
     trainable = model.trainable
-    _announce_step(trainable, run.progress.step)
+    if trainable.until:
+        trainable.start_step(run.progress.step)
+    for network in trainable.all_networks:
+        if isinstance(network, ForeignNetwork):
+            network.on_step_start()
     # read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
@@ -146,15 +150,6 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         run.requests.agreed = run.requests.ends
         return wishes
     return _common_wishes(previous)
-
-
-def _announce_step(trainable: Trainable, step: int) -> None:
-    """Tell parts whose training ends early, and other packages' networks, that a step begins."""
-    if trainable.until:
-        trainable.start_step(step)
-    for network in trainable.all_networks:
-        if isinstance(network, ForeignNetwork):
-            network.on_step_start()
 
 
 def _common_wishes(previous: StepReport | None) -> Wishes:

@@ -20,7 +20,6 @@ from modules.repeated_options import RepeatedOption, accepted_options, fill_opti
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
-from networks.options import NetworkOptions
 from protocols.families import HIGH_NOISE, FamilyEntry
 from protocols.family import Family
 from protocols.full_model import trains_checkpoint
@@ -132,19 +131,15 @@ class NextSteps:
         if lora is not None:
             # other programs read some kinds only as a plain LoRA
             plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
-            if plain_kind is not None or self._needs_conversion(lora):
+            lora_format = self.plan.lora_format
+            needs_conversion = bool(self.converted_for)
+            if lora_format is not None and lora_format.name != KNOWN:  # under its names
+                is_for_comfyui = lora.kind.is_for_comfyui_alone
+                needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
+            if plain_kind is not None or needs_conversion:
                 files = self.plan.names.files(self.plan.names.stem_of(file)).values()
                 commands += [self._convert(path, plain_kind) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
-
-    def _needs_conversion(self, network: NetworkOptions) -> bool:
-        """Return whether the tool `converted_for` cannot read the run's files directly."""
-        lora_format = self.plan.lora_format
-        has_known_names = lora_format is None or lora_format.name == KNOWN
-        if not self.converted_for or has_known_names:
-            return bool(self.converted_for)
-        # under its names
-        return network.kind.is_for_comfyui_alone and self.converted_for != COMFYUI_TOOL
 
     def _convert(self, file: Path, plain_kind: NetworkKind | None) -> PageCommand:
         """Return the command that converts a file for other tools; of a `plain_kind` into a plain LoRA."""
@@ -257,7 +252,7 @@ class NextSteps:
 
     def _generate(self, file: Path) -> PageCommand:
         """Return the command that generates with a trained file, with the first sample's settings if any."""
-        shows_sample = self.plan.options.samples.are_made and self.sample
+        shows_sample = self.plan.options.samples.sample_prompts is not None and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]
         words = self._generation_words

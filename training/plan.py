@@ -55,7 +55,7 @@ from training.resuming import (
     settings_of,
     take_over,
 )
-from training.run_options import StartOptions, ValidationOptions
+from training.run_options import StartOptions
 from training.saving.files import SAFETENSORS, Names, hold_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
@@ -160,7 +160,11 @@ def make_plan(
     if family.can.one_sample:
         _check_batch_sizes(family.can.one_sample, config)
     texts: LiveTexts | None = None
-    may_encode = _may_encode(options, config)
+    # whether the training may encode images or captions itself
+    subsets = [table for table in config.datasets if table.group is not None]
+    is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
+    is_live = LIVE_TEXTS in options.joined.needs
+    may_encode = is_changing or is_live or options.is_for_images or options.caching is not None
     if may_encode:
         from training.caching_inside import find_live_texts  # most runs read caches alone
 
@@ -267,14 +271,6 @@ def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[Trainin
                 "learned as ever",
                 ", ".join(names),
             )
-
-
-def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
-    """Return whether the training may encode images or captions itself."""
-    subsets = [table for table in config.datasets if table.group is not None]
-    is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    is_live = LIVE_TEXTS in options.joined.needs
-    return is_changing or is_live or options.is_for_images or options.caching is not None
 
 
 def _find_sources(
@@ -469,19 +465,15 @@ def _split_items(
             f"{config.path}: all {len(items)} items are for validation. Leave at least one table without "
             "`validation = true`."
         )
-    if not validation:
-        _check_validating(validating)
-    return training, validation
-
-
-def _check_validating(options: ValidationOptions) -> None:
-    """Raise OptionError if a run without validation items is to validate; warn about unused options."""
+    if validation:
+        return training, validation
     remedy = "give --validation_split, or `validation = true` in a table"
-    if options.validate_every_n_steps is not None:
+    if validating.validate_every_n_steps is not None:
         raise OptionError(f"--validate_every_n_steps has nothing to validate on: {remedy}")
     for name in ("validate_every_n_epochs", "max_validation_steps", "validation_seed"):
-        if getattr(options, name) is not None:
+        if getattr(validating, name) is not None:
             logger.warning("--%s is ignored because there is nothing to validate on: %s", name, remedy)
+    return training, validation
 
 
 def _check_tables(config: DatasetConfig) -> None:

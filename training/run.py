@@ -142,7 +142,12 @@ def prepare_run(
         following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss
-        swap, memory = _plan_memory(plan)
+        swap: SwapOptions = plan.options.speed.swap
+        memory: MemoryWatch | None = None
+        if accelerator.device.type == "cuda" or swap.is_auto:
+            from training.planning.memory import prepare_memory  # others need no planner
+
+            swap, memory = prepare_memory(plan)
         if plan.texts is not None:
             blocks = make_block_place(options.speed, accelerator.device)
             plan.texts.load(accelerator.device, blocks)
@@ -170,16 +175,6 @@ def prepare_run(
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
             show_end(run, reporter.history.story, following)
-
-
-def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
-    """Return the swap with auto resolved, and what watches the device's memory; None for other devices."""
-    swap = plan.options.speed.swap
-    if plan.accelerator.device.type != "cuda" and not swap.is_auto:
-        return swap, None
-    from training.planning.memory import prepare_memory  # others need no planner
-
-    return prepare_memory(plan)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:

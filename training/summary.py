@@ -114,7 +114,13 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     plan = run.plan
     options = run.options
     lora = plan.learner.lora
-    sizes = _sizes_of_file(run)
+    # ranks and alphas of a network that continues from a file; None if they are the options'
+    sizes: tuple[list[int], list[float]] | None = None
+    trainable = run.model.trainable
+    if options.network is not None and any(continued_sizes(run.model, part) for part in trainable.writes):
+        sizes = trainable.sizes()
+    starts = ("architecture", "task", "sd_model_name")
+    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(starts)]
     num_weights = sum(parameter.numel() for parameter in parameters)
     data = f"{count_of(plan.order.num_items, 'item')} with repeats"
     if plan.validation:
@@ -123,7 +129,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
     targets = plan.joined.describe_targets() if plan.joined.targets or plan.joined.info.targets else ()
     return [
-        ("model", _describe_model(plan)),
+        ("model", ", ".join(model)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, sizes)),
         ("data", data),
@@ -172,7 +178,7 @@ def _make_writing_rows(
     options = run.options
     samples = options.samples
     sampling = None
-    if samples.are_made:
+    if samples.sample_prompts is not None:
         sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
     page = page_path(plan.names.folder, plan.names.name)
     return [
@@ -183,15 +189,6 @@ def _make_writing_rows(
         ("page", None if options.logs.no_page else str(page)),
         *plan.joined.info.at_start.items(),
     ]
-
-
-def _sizes_of_file(run: TrainingRun) -> tuple[list[int], list[float]] | None:
-    """Return ranks and alphas of a network that continues from a file; None if they are the options'."""
-    trainable = run.model.trainable
-    if run.options.network is None:
-        return None
-    is_continued = any(continued_sizes(run.model, part) for part in trainable.writes)
-    return trainable.sizes() if is_continued else None
 
 
 def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> str:
@@ -209,12 +206,6 @@ def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torc
     if plan.options.network is None and trains_checkpoint(family):  # with what is frozen
         model = family.checkpoint_bytes(dtype) * (1 + has_average)
     return disk_needed(plan.names.folder, counts, (model, state))
-
-
-def _describe_model(plan: TrainingPlan) -> str:
-    """Describe the model by the family's metadata."""
-    starts = ("architecture", "task", "sd_model_name")
-    return ", ".join(text for name, text in plan.family.metadata.items() if text and name.startswith(starts))
 
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:

@@ -38,7 +38,7 @@ def list_without_effect(
         reasons.setdefault("learning_rate", replacing if given else "no part learns at it")
     reasons |= _without_samples(options, options)
     lines = [*_list_idle(options, reasons, options.typed_options)]
-    sampler, weighting = options.timesteps.drawn_by
+    sampler, weighting = options.timesteps.timestep_sampling, options.timesteps.weighting_scheme
     beginning = f"--weighting_scheme {weighting} has no effect: it"
     if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
         lines.insert(0, f"{beginning} weights the loss only with --model_prediction_type sigma_scaled.")
@@ -53,7 +53,7 @@ def list_without_effect(
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
     """Return why options of a record that affect only samples have no effect in a run without samples."""
-    if options.samples.are_made:
+    if options.samples.sample_prompts is not None:
         return {}
     reason = "no samples are made, as --sample_prompts is not given"
     return dict.fromkeys(options_with(type(record), "acts_on", "samples"), reason)

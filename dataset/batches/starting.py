@@ -28,7 +28,7 @@ from dataset.sources.colors import shown_otherwise
 from dataset.sources.media_source import MediaSource
 from modules.console import count_of
 from modules.errors import CacheError, DatasetError, MediaError
-from protocols.data import Batch, MadeBy
+from protocols.data import MadeBy
 from protocols.family import Family
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,9 @@ def check_caches(
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
             if view:
                 family.batch_conditions(latents, replace(batch, view=view))
-        size_bytes += _count_batch_bytes(batch)
+        for tensors in batch.tensors.values():
+            parts = tensors if isinstance(tensors, list) else [tensors]
+            size_bytes += sum(tensor.nbytes for tensor in parts)
         if size_bytes > MAX_READ_BYTES:
             break
     if earlier:
@@ -126,14 +128,6 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
                 f"{shorten_fingerprint(own[key])}. Cache texts again:\n  {commands.text}\n  or add "
                 "--skip_cache_check if both checkpoints have the same text encoders."
             )
-
-
-def _count_batch_bytes(batch: Batch) -> int:
-    size_bytes = 0
-    for tensors in batch.tensors.values():
-        for tensor in tensors if isinstance(tensors, list) else [tensors]:
-            size_bytes += tensor.nbytes
-    return size_bytes
 
 
 def _warn_of_earlier(

@@ -34,7 +34,8 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         DatasetError: If the folder cannot be listed.
     """
     paths = _leave_out_results(table, _media_in(table, faults))
-    paths = _leave_out_bad_names(table, paths, faults)
+    if not all(path.name.isascii() for path in paths):
+        paths = _leave_out_bad_names(table, paths, faults)
     layers: Mapping[Path, tuple[Path, ...]] = {}
     if table.multiple_target:
         from dataset.sources.layers import group_layers  # few tables have any
