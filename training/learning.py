@@ -89,13 +89,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         networks.append(network.dit)
     sampled = _load_sampled(loading, learners, networks) if loading.samples_with_others else networks
     trainable = learners.join()
-    rates = {
-        f"the learning rate of {name}": group["lr"]
-        for name, group in zip(trainable.group_names, trainable.groups, strict=True)
-    }
-    if len(rates) > 1:
-        check_rates(plan.options.optimizer, rates)
-    optimizer, optimizer_name = make_optimizer(plan.options.optimizer, trainable.groups)
+    optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging(optimizer)
     if averaging is not None:
@@ -164,6 +158,18 @@ def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[n
             network_by_file[file] = network.dit
         sampled.append(network_by_file[file].eval())
     return sampled
+
+
+def _make_optimizer(plan: TrainingPlan, trainable: Trainable) -> tuple[Optimizer, str]:
+    """Return the optimizer and its name. Raises OptionError if a learning rate is not allowed."""
+    options = plan.options.optimizer
+    rates = {
+        f"the learning rate of {name}": group["lr"]
+        for name, group in zip(trainable.group_names, trainable.groups, strict=True)
+    }
+    if len(rates) > 1:
+        check_rates(options, rates)
+    return make_optimizer(options, trainable.groups)
 
 
 def make_run(

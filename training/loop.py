@@ -130,10 +130,8 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     wishes = _read_wishes(run)
     is_single_process = run.steps.everyone == 1
     if not is_single_process:
-        numbers = [run.requests.ends, wishes.saves, wishes.samples]
-        row[WISHES] = numbers_on(run.device, numbers, torch.float32)
-        unsplit = [parameter for parameter in reached if parameter not in trainable.split]
-        row = sum_over_processes(unsplit, row)
+        row[WISHES] = numbers_on(run.device, [run.requests.ends, wishes.saves, wishes.samples], torch.float32)
+        row = sum_over_processes([each for each in reached if each not in trainable.split], row)
     gate = None
     if run.joined.on.before_step:
         gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))

@@ -149,7 +149,8 @@ def make_plan(
         accelerator: The processes of the run.
         others: See `train_network`.
     """
-    is_main, saving = accelerator.is_main_process, options.saving
+    is_main = accelerator.is_main_process
+    saving = options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
@@ -160,11 +161,7 @@ def make_plan(
     if family.can.one_sample:
         _check_batch_sizes(family.can.one_sample, config)
     texts: LiveTexts | None = None
-    # whether the training may encode images or captions itself
-    subsets = [table for table in config.datasets if table.group is not None]
-    is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    is_live = LIVE_TEXTS in options.joined.needs
-    may_encode = is_changing or is_live or options.is_for_images or options.caching is not None
+    may_encode = _may_encode(options, config)
     if may_encode:
         from training.caching_inside import find_live_texts  # most runs read caches alone
 
@@ -200,13 +197,18 @@ def make_plan(
     if options.loop.known_steps is None:
         check_schedule(options, steps.total_steps)
     if is_main:
-        times = list_times(options.timesteps, config.datasets)
-        note_experts(family, options, times, samples_with_others=others.sampling is not None)
+        note_experts(
+            family,
+            options,
+            list_times(options.timesteps, config.datasets),
+            samples_with_others=others.sampling is not None,
+        )
     frozen = options.frozen
     adapter = None
     if frozen.training_adapter is not None:
-        strength = frozen.training_adapter_multiplier
-        adapter = describe_adapter(frozen.training_adapter, strength, with_content=True)
+        adapter = describe_adapter(
+            frozen.training_adapter, frozen.training_adapter_multiplier, with_content=True
+        )
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
     plan = TrainingPlan(
@@ -271,6 +273,14 @@ def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[Trainin
                 "learned as ever",
                 ", ".join(names),
             )
+
+
+def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
+    """Return whether the training may encode images or captions itself."""
+    subsets = [table for table in config.datasets if table.group is not None]
+    is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
+    is_live = LIVE_TEXTS in options.joined.needs
+    return is_changing or is_live or options.is_for_images or options.caching is not None
 
 
 def _find_sources(

@@ -142,7 +142,7 @@ def prepare_run(
         following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss
-        swap: SwapOptions = plan.options.speed.swap
+        swap = options.speed.swap
         memory: MemoryWatch | None = None
         if accelerator.device.type == "cuda" or swap.is_auto:
             from training.planning.memory import prepare_memory  # others need no planner

@@ -180,32 +180,21 @@ def _make_writing_rows(
     sampling = None
     if samples.sample_prompts is not None:
         sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
+    counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
+    has_average = plan.joined.average is not None
+    model_bytes, state_bytes = saved_bytes(parameters, dtype, has_average)
+    family = plan.family
+    if options.network is None and trains_checkpoint(family):  # with what is frozen
+        model_bytes = family.checkpoint_bytes(dtype) * (1 + has_average)
     page = page_path(plan.names.folder, plan.names.name)
     return [
         ("saves", _saving_times(plan.saving)),
         ("samples", sampling),
-        ("disk", _describe_disk(plan, parameters, dtype)),
+        ("disk", disk_needed(plan.names.folder, counts, (model_bytes, state_bytes))),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),
         *plan.joined.info.at_start.items(),
     ]
-
-
-def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> str:
-    """Return the room that the run's files need.
-
-    Args:
-        plan: The plan of the run.
-        parameters: The trained parameters.
-        dtype: See `show_start`.
-    """
-    counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
-    has_average = plan.joined.average is not None
-    model, state = saved_bytes(parameters, dtype, has_average)
-    family = plan.family
-    if plan.options.network is None and trains_checkpoint(family):  # with what is frozen
-        model = family.checkpoint_bytes(dtype) * (1 + has_average)
-    return disk_needed(plan.names.folder, counts, (model, state))
 
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:

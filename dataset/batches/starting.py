@@ -6,7 +6,7 @@ import logging
 import os
 import random
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -81,11 +81,7 @@ def check_caches(
     earlier: list[tuple[TrainingItem, MadeBy]] = []  # caches of versions that read clips in another way
     # number of windows that each clip was cut into, as its caches record it; by table index and stem
     windows: dict[tuple[int, str], int] = {}
-    sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
-    first = ((item, 0) for item in sample)
-    further = ((item, number) for item in sample for number in range(1, item.captions))
-    captions = itertools.islice(itertools.chain(first, further), MAX_READ)  # additional ones come last
-    for item, caption_index in itertools.islice(captions, rank, None, count):
+    for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, count):
         batch = read_batch(
             [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
         )
@@ -128,6 +124,14 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
                 f"{shorten_fingerprint(own[key])}. Cache texts again:\n  {commands.text}\n  or add "
                 "--skip_cache_check if both checkpoints have the same text encoders."
             )
+
+
+def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
+    """Yield at most MAX_READ random items with the index of a caption; additional captions come last."""
+    sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
+    first = ((item, 0) for item in sample)
+    further = ((item, number) for item in sample for number in range(1, item.captions))
+    return itertools.islice(itertools.chain(first, further), MAX_READ)
 
 
 def _warn_of_earlier(
@@ -262,24 +266,26 @@ def compare_sources(
             if hears and table.kind == "video" and table.audio != IGNORE:
                 silent = {item.source_stem for item in items if not item.has_sound}
                 unheard = [*map(str, list_silent(sources.values(), silent))]
-        differences = [
-            _Difference(new, "no latents", consequence="not cached, too short or unreadable: left out"),
-            _Difference(
-                gone, "caches but no file any more", consequence="trained on until the caches are made again"
-            ),
-            _Difference(unheard, "sound that is not cached", consequence="only their pictures are learned"),
-        ]
+        differences: list[_Difference] = []
+        if new:
+            consequence = "not cached, too short or unreadable: left out"
+            differences.append(_Difference(new, "no latents", consequence))
+        if gone:
+            consequence = "trained on until the caches are made again"
+            differences.append(_Difference(gone, "caches but no file any more", consequence))
+        if unheard:
+            consequence = "only their pictures are learned"
+            differences.append(_Difference(unheard, "sound that is not cached", consequence))
         for difference in differences:
-            if difference.names:
-                logger.warning(
-                    "%s: %s with %s, such as %s: %s. Cache again: %s",
-                    table.name,
-                    count_of(len(difference.names), table.kind if table.kind == "image" else "clip"),
-                    difference.error,
-                    difference.names[0],
-                    difference.consequence,
-                    commands.latents,
-                )
+            logger.warning(
+                "%s: %s with %s, such as %s: %s. Cache again: %s",
+                table.name,
+                count_of(len(difference.names), table.kind if table.kind == "image" else "clip"),
+                difference.error,
+                difference.names[0],
+                difference.consequence,
+                commands.latents,
+            )
 
 
 def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:

@@ -123,11 +123,7 @@ class TextWork:
         fit = caption_fitter(family) if family.can.fit_captions else None
         files = list_caption_files(self._sources, family.cache_tag, self._sight, fit)
         self._files = distinct_texts(files, stores)
-        self.pieces: list[TextBatch] = []  # consecutive texts of one table and kind
-        for _, group in itertools.groupby(self._files, lambda file: (file.table.index, file.pass_over)):
-            texts = tuple(group)
-            size = options.batch_size or texts[0].table.batch_size
-            self.pieces += [texts[start : start + size] for start in range(0, len(texts), size)]
+        self.pieces: Sequence[TextBatch] = _make_batches(self._files, options.batch_size)
         self._encoders = [(encoder, dict(encoder.identity)) for encoder in encoders]
         self._find = partial(find_outputs, encoders=self._encoders, stores=stores)
         self._family, self._config, self._device = family, config, device
@@ -458,6 +454,19 @@ class TextWork:
             )
         store.write(file.file_name, new.named, new.metadata)
         store.remove(file.file_name + PART)  # last: another process may need it until then
+
+
+def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
+    """Group consecutive texts of one table and kind into batches.
+
+    `size` is the batch size; None takes that of the table.
+    """
+    batches: list[TextBatch] = []
+    for _, group in itertools.groupby(files, lambda file: (file.table.index, file.pass_over)):
+        texts = tuple(group)
+        batch_size = size or texts[0].table.batch_size
+        batches += [texts[start : start + batch_size] for start in range(0, len(texts), batch_size)]
+    return batches
 
 
 def _join(old: Entry, new: Entry) -> Entry:
