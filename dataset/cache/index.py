@@ -76,7 +76,7 @@ def mark_table(table: DatasetTable) -> str | None:
     try:
         for field in dataclasses.fields(table):
             value = getattr(table, field.name)
-            if field.name in _NOT_COMPARED or field.name in _OF_FAMILY:
+            if field.name in _NOT_COMPARED or field.name in _OF_FAMILY or not field.init:
                 continue
             lines.append(f"{field.name} {value!r}")
             if isinstance(value, Path) and field.name not in _NOT_LISTED:
