@@ -286,25 +286,21 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
-    show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
+    # the last command starts this run again
+    file = find_usable_file(story, names.folder, names.name)
+    *commands, _ = following.commands(file, is_finished=True)
+    is_windows = sys.platform == "win32"
+    following_rows: list[Row] = [
+        (command.heading, command.powershell if is_windows else command.bash) for command in commands
+    ]
+    following_rows += [(heading, as_typed(words)) for heading, words in run.joined.info.commands.items()]
+    show_box(f"{names.name} is trained", rows, following_rows)
 
 
 def _size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:
-    """Return the commands that can follow a finished run, each with its heading."""
-    # the last one starts this run again
-    file = find_usable_file(story, run.plan.names.folder, run.plan.names.name)
-    *commands, _ = following.commands(file, is_finished=True)
-    is_windows = sys.platform == "win32"
-    rows: list[Row] = [
-        (command.heading, command.powershell if is_windows else command.bash) for command in commands
-    ]
-    return rows + [(heading, as_typed(words)) for heading, words in run.joined.info.commands.items()]
 
 
 def describe_best(story: history.Story, folder: Path, name: str) -> str:

@@ -459,7 +459,8 @@ def _stack(
         if name in first.variable:
             stacked[name] = tensors
         else:
-            _check_shapes(parts, name, commands, is_text=is_text)
+            if len(parts) > 1:
+                _check_shapes(parts, name, commands, is_text=is_text)
             stacked[name] = torch.stack(tensors)
     return stacked
 

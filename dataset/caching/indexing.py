@@ -82,7 +82,7 @@ def write_index(
                 store=store,
                 reads_references=depends_on_references(table),
             )
-            lines = [
+            lines: list[dict[str, Any]] = [
                 {
                     "file": file.file,
                     "source": file.stem,
