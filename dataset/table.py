@@ -253,7 +253,7 @@ class DatasetTable:
         if self.group is not None and self.subset is not None:
             place = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
         limits = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
-        drops_captions = self.caption_dropout_rate > 0 or self.changes.dropout_every_n_epochs > 0
+        drops_captions = self.caption_dropout_rate != 0 or self.changes.dropout_every_n_epochs > 0
         derived = {
             "place": place,
             "batch_group": self.index if self.group is None else self.group,
