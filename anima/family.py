@@ -194,7 +194,7 @@ class Anima(ModelOfImages):
             noisy,
             timesteps.float() / UNIT,
             **_name_texts(cond, noisy.device),
-            overrides=overrides.rename_away(lambda text: _name_texts(text, noisy.device)),
+            overrides=overrides.rename_nag(lambda text: _name_texts(text, noisy.device)),
         )
         return velocity
 

@@ -60,6 +60,7 @@ def join_adapter(transformer: Checkpoint, adapter: Checkpoint) -> Checkpoint:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
+    """Read config and dialect of an Anima file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:
@@ -189,7 +190,7 @@ class AnimaFiles(QwenImageFiles):
     dit_option: str = OPTION
     adapter: Path | None = None
     t5_tokenizer: Path | None = None
-    t5_most: int = MAX_TOKENS
+    t5_max_tokens: int = MAX_TOKENS
     text_use: LanguageUse = make_use(MAX_TOKENS)
 
     format: ClassVar[DitFormat[Any, Any]] = FORMAT
@@ -202,7 +203,7 @@ class AnimaFiles(QwenImageFiles):
             text_encoder=path,
             text_encoder_tokenizer=options.text_encoder_tokenizer,
             t5_tokenizer=options.t5_tokenizer_path,
-            t5_most=options.t5_max_token_length,
+            t5_max_tokens=options.t5_max_token_length,
             text_use=make_use(options.qwen3_max_token_length),
             text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
             text_form=text_form(options),
@@ -234,7 +235,7 @@ class AnimaFiles(QwenImageFiles):
             form=self.text_form,
             on_cpu=self.text_on_cpu,
             t5_tokenizer=self.t5_tokenizer,
-            t5_most=self.t5_most,
+            t5_max_tokens=self.t5_max_tokens,
         )
 
     def check_texts(self, config: AnimaConfig | None, needed: bool) -> None:

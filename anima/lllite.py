@@ -360,9 +360,9 @@ def draw_masks(inputs: Conditions, _: str, generator: torch.Generator) -> Condit
     """
     controls = inputs[CONTROL_PIXELS]
     assert isinstance(controls, Tensor)
-    numbers = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
+    rng = random.Random(int(torch.randint(2**62, (1,), generator=generator)))
     height, width = controls.shape[-2:]
-    masks = [torch.from_numpy(draw_mask(height, width, numbers)) for _ in controls]
+    masks = [torch.from_numpy(draw_mask(height, width, rng)) for _ in controls]
     return {**inputs, CONTROL_MASK: torch.stack(masks).unsqueeze(1).to(torch.uint8)}
 
 

@@ -68,14 +68,16 @@ class AnimaTextEncoder(LanguageModelEncoder):
     can = EncoderAbilities(learn=True, wait=True, divide=True, take_words=True)
     lora_prefix = "lora_te"
 
-    def __init__(self, *args: Any, t5_tokenizer: Path | None = None, t5_most: int, **settings: Any) -> None:
-        """Set up the encoder; `t5_most` tokens of T5 are kept, including the end token.
+    def __init__(
+        self, *args: Any, t5_tokenizer: Path | None = None, t5_max_tokens: int, **settings: Any
+    ) -> None:
+        """Set up the encoder; `t5_max_tokens` tokens of T5 are kept, including the end token.
 
         `t5_tokenizer` is the path of its option; other arguments as in `LanguageModelEncoder`.
         """
         super().__init__(*args, **settings)
         self.t5_tokenizer = t5_tokenizer
-        self.t5_most = t5_most
+        self.t5_max_tokens = t5_max_tokens
         self.keys = frozenset({STATES, MASK, IDS, WEIGHTS})
         self.variable_length = frozenset()
         self.takes_weights = ""  # weights of words multiply the adapter's rows
@@ -84,7 +86,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
     @property
     def identity(self) -> Mapping[str, str]:
         """What the states depend on in addition to the text, found without loading weights."""
-        lengths = {"tokens": str(self.maximum), "t5_tokens": str(self.t5_most)}
+        lengths = {"tokens": str(self.maximum), "t5_tokens": str(self.t5_max_tokens)}
         return {**super().identity, "t5": T5_SOURCE.identity(self.t5_tokenizer, self.path), **lengths}
 
     def load(self, device: torch.device) -> None:
@@ -123,12 +125,12 @@ class AnimaTextEncoder(LanguageModelEncoder):
         for prompt, conditions in zip(prompts, super().encode(prompts), strict=True):
             written = self.write(prompt)
             tokens = tokenizer.read(written.text)
-            kept = tokens.cut(self.t5_most)
+            kept = tokens.cut(self.t5_max_tokens)
             if len(kept.ids) < len(tokens.ids):
                 left_out = len(tokens.ids) - len(kept.ids)
                 text = "%d of T5's tokens of the prompt are cut off, %d are used: %.60s"
-                logger.info(text, left_out, self.t5_most, prompt.text)
-            ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([kept.ids], self.t5_most, PAD))
+                logger.info(text, left_out, self.t5_max_tokens, prompt.text)
+            ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([kept.ids], self.t5_max_tokens, PAD))
             if prompt.spans:
                 mask = mask.float()
                 mask[: len(kept.ids)] *= torch.tensor(weights_of(written, kept.places))

@@ -21,7 +21,7 @@ from benchmarks.process_memory import STATUS, is_known, peak, start_of_peak
 from runtime.network_setup import swapped_weights
 from training.experts import placement_of
 
-LEAST, MOST = 2, 5  # timed calls
+MIN_CALLS, MAX_CALLS = 2, 5  # timed calls
 LONG = 10.0  # seconds of a call that is timed once
 CONTEXT = 0.6  # GiB that CUDA takes of a card for itself
 ENOUGH = 25.0  # seconds of timed calls, after which there is no other
@@ -96,7 +96,7 @@ def measure(bench: Bench, path: Path, device: torch.device, enough: float) -> Fi
     """Time a bench. The peak of the device's memory counts from the second call on."""
     (warm_up,) = time_call(bench.warm_up, device, 1, 1, 0)
     first = reset_peak(device)
-    times = time_call(bench.call, device, LEAST, MOST, enough)
+    times = time_call(bench.call, device, MIN_CALLS, MAX_CALLS, enough)
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else 0
     return {
         "seconds": statistics.median(times),
@@ -176,7 +176,7 @@ def _measure_loading(row: Row, path: Path, device: torch.device) -> Figures:
 
     (warm_up,) = time_call(load, device, 1, 1, 0)
     reset_peak(device)
-    times = time_call(load, device, LEAST, LEAST + 1, ENOUGH)
+    times = time_call(load, device, MIN_CALLS, MIN_CALLS + 1, ENOUGH)
     found = {
         "seconds": statistics.median(times),
         "spread": (max(times) - min(times)) / statistics.median(times),

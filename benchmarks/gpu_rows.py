@@ -15,7 +15,7 @@ NF4 = ("--nf4_base",)
 OFFLOADED = ("--gradient_checkpointing_cpu_offload",)
 COMPILED = ("--compile",)
 KEPT = ("--gradient_checkpointing_keep", "attention")
-MOST = ("--blocks_to_swap", "38")  # 95 % of 40 blocks
+SWAP_MOST = ("--blocks_to_swap", "38")  # 95 % of 40 blocks
 THREE_QUARTERS = ("--blocks_to_swap", "30")
 H3_SWAP = ("--blocks_to_swap", "48")  # of 50
 FLUX_3_TOKENS = 320  # a multiple of 80, as its texts have
@@ -235,7 +235,7 @@ ROWS = (
         *("--attn_mode", "sageattn"),
         steps=6,
     ),
-    _wan("fp8-swap38-offload", "fp8 weights, swap 38, offload", *FP8, *MOST, *OFFLOADED),
+    _wan("fp8-swap38-offload", "fp8 weights, swap 38, offload", *FP8, *SWAP_MOST, *OFFLOADED),
     _wan(
         *("fp8-products-swap30-compiled", "fp8 products, swap 30, compiled", *COMPILED, *FP8_PRODUCTS),
         *THREE_QUARTERS,

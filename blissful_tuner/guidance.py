@@ -39,7 +39,7 @@ from modules.errors import OptionError
 from protocols.data import Conditions
 from protocols.requests import Prepared
 from protocols.rules import ONE_EXPERT, Expert, GuidanceRules, StreamGuidance, expert_at
-from protocols.steps import NO_OVERRIDES, Away, Guidance, Overrides, Predict, RunPasses, Section, Step
+from protocols.steps import NO_OVERRIDES, Guidance, NagText, Overrides, Predict, RunPasses, Section, Step
 
 logger = logging.getLogger(__name__)
 
@@ -115,10 +115,10 @@ class _Steering:
 
     def _steer_away(self, section: Section) -> Overrides:
         nag = self._options
-        assert section.away is not None, "`needs` asks for the text"
+        assert section.nag is not None, "`needs` asks for the text"
         assert nag.nag_scale is not None
         steer = NormalizedGuidance(nag.nag_scale, nag.nag_tau, nag.nag_alpha)
-        return Overrides(away=Away(section.away, steer))
+        return Overrides(nag=NagText(section.nag, steer))
 
 
 def plan_steps(prepared: Prepared, options: GuidanceOptions) -> list[tuple[PassPlan, ...]]:
@@ -454,12 +454,13 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
 def _warn_of_unused_prompts(
     prepared: Prepared, options: GuidanceOptions, passes: Sequence[Pass], is_guided: bool
 ) -> None:
+    """Warn if a negative prompt or --nag_prompt acts on no pass."""
     text = prepared.request.negative_prompt
-    away = prepared.request.away_prompt
-    if away is not None and not options.nag.is_on:
-        logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", away)
+    nag = prepared.request.nag_prompt
+    if nag is not None and not options.nag.is_on:
+        logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", nag)
     # without --nag_prompt attention is steered away from the negative one
-    is_used_by_nag = options.nag.is_on and away is None
+    is_used_by_nag = options.nag.is_on and nag is None
     if text and not is_used_by_nag and not any(pass_.text == "negative" for pass_ in passes):
         if not is_guided:
             reason = f"{NO_STEP} (--guidance_scale)"

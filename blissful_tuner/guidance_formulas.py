@@ -319,26 +319,26 @@ def _measure_norms(velocity: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class NormalizedGuidance:
-    """The formula for `Away.steer`. Equal settings make equal objects, so that compiled code is reused."""
+    """The formula for `NagText.steer`. Equal settings make equal objects, so that compiled code is reused."""
 
     scale: float
     tau: float
     alpha: float
 
-    def __call__(self, toward: Tensor, away: Tensor) -> Tensor:
+    def __call__(self, positive: Tensor, negative: Tensor) -> Tensor:
         """Combine the attention to the prompt and to the negative attention text, both B L N D.
 
-        guided = scale * toward - (scale - 1) * away, limited to `tau` times the size of `toward`, and then
-        blended: alpha * guided + (1 - alpha) * toward. A size is the sum of absolute values over all heads of
-        a token. The result has the dtype of the inputs.
+        guided = scale * positive - (scale - 1) * negative, limited to `tau` times the size of `positive`, and
+        then blended: alpha * guided + (1 - alpha) * positive. A size is the sum of absolute values over all
+        heads of a token. The result has the dtype of the inputs.
         """
-        guided = torch.lerp(away, toward, self.scale)  # rounded once: large terms almost cancel in it
+        guided = torch.lerp(negative, positive, self.scale)  # rounded once: large terms almost cancel in it
         allowed = (
             self.tau
-            * _measure_size(toward)
+            * _measure_size(positive)
             / _measure_size(guided).clamp(min=torch.finfo(torch.float32).tiny)
         )
-        return torch.lerp(toward, guided * allowed.clamp(max=1).to(guided.dtype), self.alpha)
+        return torch.lerp(positive, guided * allowed.clamp(max=1).to(guided.dtype), self.alpha)
 
 
 def _measure_size(attended: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ class LatestWriter(Generic[Item]):
             self._thread.join()
 
     def _run(self) -> None:
+        """Write the newest waiting preview, then pause in proportion to the time that it took."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._ending.is_set() or self._waiting is not None)

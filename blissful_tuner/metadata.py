@@ -113,7 +113,7 @@ def _list_optional(prepared: Prepared, device: str | None, created: datetime | N
     request = prepared.request
     values: dict[str, object] = {
         "embedded_cfg_scale": prepared.embedded_guidance,
-        "nag_prompt": request.away_prompt,
+        "nag_prompt": request.nag_prompt,
         "prompt_2": request.second_prompt,
         "device": device,
         CREATED: None if created is None else created.isoformat(timespec="seconds"),

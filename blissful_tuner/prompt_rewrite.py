@@ -126,6 +126,7 @@ class PromptRewriter:
 
     @torch.no_grad()
     def _ask(self, message: str) -> str:
+        """Return the model's answer to a message, with its thought in <think>."""
         model, tokenizer = self._loaded.get()
         inputs = _render(tokenizer, message).to(model.device)
         generated = model.generate(**inputs, max_new_tokens=MAX_NEW_TOKENS, do_sample=False)

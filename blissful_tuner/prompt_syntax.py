@@ -380,7 +380,7 @@ def unescape(text: str) -> str:
 
 
 DEFAULT = 1.1  # of (text)
-MOST = 100.0  # larger weights are typing mistakes, and would overflow float16
+MAX_WEIGHT = 100.0  # larger weights are typing mistakes, and would overflow float16
 _PARENTHESES = re.compile(r"\\[()]|[()]")
 
 
@@ -398,7 +398,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
     length of the text.
 
     Raises:
-        OptionError: If a weight is beyond MOST.
+        OptionError: If a weight is beyond MAX_WEIGHT.
     """
     pieces: list[str] = []
     spans: list[tuple[int, int, float]] = []
@@ -437,10 +437,10 @@ def _read_weight(inside: str) -> tuple[str, float] | None:
     if not text.strip() or not NUMBER.fullmatch(number):
         return None
     weight = float(number) if len(number) < 40 else float("inf")
-    if abs(weight) > MOST:
+    if abs(weight) > MAX_WEIGHT:
         raise OptionError(
-            f"--prompt_weighting: ({shorten(inside, 60)}) gives a weight of more than {MOST:g}; 0.5 to 1.5 "
-            "are usual. For a text with parentheses write \\( and \\)"
+            f"--prompt_weighting: ({shorten(inside, 60)}) gives a weight of more than {MAX_WEIGHT:g}; 0.5 "
+            "to 1.5 are usual. For a text with parentheses write \\( and \\)"
         )
     return text, weight
 
@@ -466,6 +466,6 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
             weigh(texts.positive),
             weigh_optional(texts.negative),
             weigh_optional(texts.blank),
-            weigh_optional(texts.away),
+            weigh_optional(texts.nag),
         )
     return weighted

@@ -9,7 +9,7 @@ from typing import Any
 
 from blissful_tuner.options import StepCacheOptions
 from modules.errors import OptionError
-from modules.option_values import MOST, show_number
+from modules.option_values import MAX_NUMBER, show_number
 from protocols.family import DitSpec
 from protocols.requests import Prepared
 from protocols.rules import MagCache, MagCalibration, StepCaching, TeaCache, TeaCalibration
@@ -49,7 +49,7 @@ def select_step_cache(
         value = line.get(name)
         if value is None:
             continue
-        max_value = 1 if name in SHARES else MOST
+        max_value = 1 if name in SHARES else MAX_NUMBER
         if not 0 <= value <= max_value:
             raise OptionError(
                 f"--{characters} {show_number(value)}: give 0 to {max_value:,}, as --{name} takes it"
@@ -72,7 +72,8 @@ def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
         return TeaCalibration()
     if options.teacache_threshold:
         return TeaCache(options.teacache_threshold, options.teacache_coefficients)
-    if options.magcache_mag_ratios is not None and options.magcache_threshold and options.magcache_k:
+    skips_passes = options.magcache_threshold and options.magcache_k  # 0 for either skips nothing
+    if options.magcache_mag_ratios is not None and skips_passes:
         return MagCache(
             options.magcache_mag_ratios,
             options.magcache_retention_ratio,
@@ -122,11 +123,11 @@ class StepCaches:
         self._measured: step_cache.Ratios | step_cache.Changes | None = None
         self._passes = self._skipped = 0
         match self._choice:
-            case MagCache(ratios, retention, threshold, most_skips):
+            case MagCache(ratios, retention, threshold, max_skips):
                 # calibrated on all steps, of which a video that starts from a source runs only the last ones
                 step_ratios = step_cache.resample(ratios, prepared.steps)[prepared.first_step :]
                 self._make_rule = lambda: step_cache.MagCacheRule(
-                    step_ratios, retention, threshold, most_skips
+                    step_ratios, retention, threshold, max_skips
                 )
             case TeaCache(threshold, coefficients):
                 polynomial = coefficients or spec.teacache_coefficients

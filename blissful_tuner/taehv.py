@@ -230,6 +230,7 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
     Args:
         sides: Returns output and input channels of a convolution by name.
     """
+    # numbers of the layers: see `TinyDecoder.decode`
     later_widths = [sides(str(first + 5))[0] for first in STAGES]
     first_width, channels = sides("1")
     widths = (first_width, later_widths[0], later_widths[1], later_widths[2])

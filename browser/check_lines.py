@@ -52,8 +52,8 @@ FAULTS = (
     say("%(n)s folders of caches are in the other form"),
     say("%(n)s masks are all black: nothing of what they mask is learned"),
     say(
-        "%(n)s masks are so thin that none of their latents lies above %(share)s: --expand_pixels of "
-        "tools/mask.py"
+        "%(n)s masks are so thin that none of their latents lies above %(share)s: --expand_pixels "
+        "of tools/mask.py"
     ),
     say("%(n)s masks belong to nothing by their names, and are not read"),
     say("%(n)s captions have a brace that belongs to no {a|b}, and learn it as text"),

@@ -147,6 +147,7 @@ def select_folder(config: Path, working_folder: Path) -> Path:
 
 
 def _list_texts(content: Any, has_beside: bool) -> Iterator[str]:
+    """Yield all texts in nested JSON, with `has_beside` also those of keys that match BESIDE."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):

@@ -46,6 +46,7 @@ def describe_duration(
 
 
 def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Words:
+    """Describe how long steps take, in seconds, minutes or hours."""
     hours = steps * seconds / 3600
     if hours >= 1:
         full = say("%(hours)s hours", hours=f"{hours:.1f}")

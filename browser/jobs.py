@@ -431,6 +431,7 @@ class JobQueue:
                 remember_queue(self.folder, is_open=False, jobs=known.jobs.elements())
 
     def _work(self, lock: contextlib.ExitStack) -> None:
+        """Start the next job whenever one may start, until the queue is closed; `lock` is held meanwhile."""
         with lock:
             while not self._ended.wait(EVERY_SECONDS):
                 try:
@@ -461,7 +462,7 @@ class JobQueue:
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
-                job.process = {}
+                job.process = {}  # not None: it counts as started, and has ended with that code
                 return
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
             self._child = launch.prepare_process(job.log, **limits)

@@ -27,6 +27,7 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.errors import OptionError, OutputError
 from modules.installation import (
     FROM_QUEUE,
+    FRONT_SCRIPT,
     LONGEST_NAME,
     ONLY_OPTIONS,
     PREFIX,
@@ -434,7 +435,7 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
             script = path.relative_to(ROOT)
     commands = _find_commands(ROOT)
     # `reelsmith train wan`, or the same with `python reelsmith.py`
-    if word == "reelsmith" or script == Path("reelsmith.py"):
+    if word in ("reelsmith", FRONT_SCRIPT) or script == Path(FRONT_SCRIPT):
         word = " ".join((word, *words[1:3]))
         for command in commands:
             if tuple(words[1 : 1 + len(command.words)]) == command.words:

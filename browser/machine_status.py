@@ -237,6 +237,7 @@ def _is_running_here(run: RunSummary) -> bool:
 
 
 def _describe_run(run: RunSummary) -> RunningThing:
+    """Describe a running training, or what `run` does before one, with a link to its page."""
     words = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
         return RunningThing(

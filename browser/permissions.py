@@ -83,6 +83,7 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def _describe_place(folder: Path, option: str, text: str) -> Permission:
+    """Describe where an option writes, as unusual if that is outside the folder."""
     try:
         reject_share(text, folder)
         real = real_path(expand_path(text, folder))

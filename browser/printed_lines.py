@@ -148,6 +148,10 @@ LINES = (
         "This processor computes bfloat16 many times slower than float32, so all is in float32, which "
         "needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
     ),
+    say(
+        "This machine's GPU has no bfloat16, so the training is in float16 (mixed_precision in run.toml). "
+        'If its loss becomes NaN, the model leaves the range of float16: write "no" there, for float32'
+    ),
     say("Files recognized:"),
     say("Nothing is wrong."),
     say("In the folder %(folder)s:"),

@@ -21,7 +21,7 @@ from generation.prompt_lines import LineOption, find_option
 from generation.script_options import ScriptDefaults
 from modules.errors import OptionError
 from modules.installation import import_own
-from modules.limits import MAX_SCALE, MAX_SIDE, MAX_STEPS, MOST_FRAMES
+from modules.limits import MAX_MADE_FRAMES, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.option_values import option_words
 from modules.pages.language import say
@@ -202,12 +202,12 @@ class ModelRecipe:
     def find_limits(self, name: str) -> tuple[float, float]:
         """Return the minimum and maximum of a field that holds a number."""
         minimum = 0 if name == "guidance" and self.embeds_guidance else -MAX_SCALE
-        seconds = MOST_FRAMES / self.defaults.fps
+        seconds = MAX_MADE_FRAMES / self.defaults.fps
         limits: dict[str, tuple[float, float]] = {
             **dict.fromkeys(SIDES, (1, MAX_SIDE)),
             "steps": (1, MAX_STEPS),
-            "frames": (0, seconds) if self.counts_seconds else (1, MOST_FRAMES),
-            "layers": (1, MOST_FRAMES),
+            "frames": (0, seconds) if self.counts_seconds else (1, MAX_MADE_FRAMES),
+            "layers": (1, MAX_MADE_FRAMES),
             "guidance": (minimum, MAX_SCALE),
             "cfg": (-MAX_SCALE, MAX_SCALE),
             "high_cfg": (-MAX_SCALE, MAX_SCALE),

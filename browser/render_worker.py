@@ -364,6 +364,7 @@ class RenderWorker:
         return None
 
     def _free_if_unneeded(self, is_blocked: bool) -> None:
+        """End the process of the loaded model if it has been idle for long, or is in the way."""
         with self._lock:
             session = self.session
             if session is None:
@@ -466,6 +467,7 @@ class RenderWorker:
         self._end_process(self._take_session())
 
     def _end_render_job(self, render_job: RenderJob, state: str, reason: str = "") -> None:
+        """Set the final state of a render job and save it; a full disk is tried again later."""
         with self._lock:
             if render_job.state != RUNNING:
                 return

@@ -529,13 +529,14 @@ class RunButtons:
         """
         results = self.list_trained(shown.summary)
         if not shown.summary.history.exists() and shown.plan is not None:
-            results = []
+            results = []  # a draft has trained nothing: files of its name belong to another run
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
-        trace = history_path(shown.summary.history.parent, f"{name}{BEFORE_TRAINING}")
-        if trace.exists():
-            results.append(trace)
+        # the history of what `run` did before the training: downloads and caching
+        early_history = history_path(shown.summary.history.parent, f"{name}{BEFORE_TRAINING}")
+        if early_history.exists():
+            results.append(early_history)
         if not results and shown.plan is not None:
-            has_runs = any(trace.parent.glob(f"*{END}"))
+            has_runs = any(early_history.parent.glob(f"*{END}"))
             # other runs of this folder were trained with the other files
             names = [RUN_FILE] if has_runs else FILES
             results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]

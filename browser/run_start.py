@@ -25,7 +25,7 @@ from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
 from browser.short_names import short_digest
 from browser.state_names import name_state
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
-from modules.command import message_of
+from modules.command import ENDS, message_of
 from modules.control_codes import shorten_lines
 from modules.errors import OptionError, UserError
 from modules.file_locks import only_one
@@ -191,6 +191,7 @@ def _find_default_history(folder: Path) -> Path:
 
 
 def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> FolderPlan:
+    """Read what a described folder will train from its run.toml; any wrong value raises an error."""
     values = tables[TRAINING_TABLE]
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
@@ -696,7 +697,7 @@ def _explain(job: Job, otherwise: str) -> str:
     lines = job.last_lines(READ_LINES)
     if job.code in KILLED:
         return say("It was killed: memory ran out, or somebody ended it.")
-    if re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", lines, re.MULTILINE):
+    if ENDS.search(lines):
         return translate_reason(shorten_lines(message_of(lines), MAX_OF_REASON))
     if job.state == RUNNING:  # it is about to end
         return otherwise

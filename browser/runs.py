@@ -185,7 +185,7 @@ class RunSummary:
     def loss(self) -> float:
         """Average of the newest losses; infinite if there are none."""
         if self.average is None and self.losses:
-            return compute_mean(self.losses[-5:])
+            return compute_mean(self.losses[-5:])  # a single loss says little
         return self.average or math.inf
 
     @property
@@ -205,7 +205,7 @@ class RunSummary:
         lowest = min(self.losses)
         span = max(self.losses) - lowest
         width = 100 / (len(self.losses) - 1)
-        height = 22 / (span or 1)
+        height = 22 / (span or 1)  # a margin of 1 remains above and below
         points = [(index * width, 23 - (loss - lowest) * height) for index, loss in enumerate(self.losses)]
         return " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
 
@@ -525,6 +525,7 @@ MAX_OPEN = 8  # histories in memory
 
 
 def _list_folder(folder: Path, changed: int) -> ListedFolder:
+    """List runs, dataset files and folders in a folder; links are not followed."""
     content = ListedFolder(changed, folders=[], histories=[], configs=[])
     with os.scandir(folder) as entries:
         for entry in entries:

@@ -52,6 +52,7 @@ def is_number(text: str) -> bool:
 
 
 def _describe_fields(values: Mapping[str, int], recipe: ModelRecipe) -> Iterable[str]:
+    """Yield a line for each size that samples cannot have, with the one that they get."""
     for name in SIDES:
         pixels = values.get(name)
         made = None if pixels is None else fit_side(pixels, recipe.side_step)

@@ -362,6 +362,7 @@ class SamplePages:
         try:
             require_full(fields)
             prompts, run = self.read_drafts(folder)
+            # the form sends the marks of both files as they were when it was shown
             if prompts.mark != fields.get("have", "") or run.mark != fields.get("have run", ""):
                 raise ChangedMeanwhileError
             prompts_after = edit_prompts(
@@ -380,6 +381,7 @@ class SamplePages:
             change = DraftChange(part="samples", fault=str(error))
         is_rejected = what == "save" and change.fault != ""
         is_open = is_rejected or what == "look"
+        # a field `row N` for each prompt of the form
         num_rows = sum(name.startswith("row ") for name in fields) if is_open else 0
         return self.answer(folder, change, num_rows, is_rejected, fields if is_open else None)
 
@@ -463,7 +465,7 @@ def select_number_fields(
     if model is None:
         return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
     if has_layers(recipe):
-        fields.add("frames")
+        fields.add("frames")  # here the number of layers
     elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
         fields.discard("frames")
     elif model.data["frames"] > 1:

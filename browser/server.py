@@ -288,6 +288,7 @@ class Gate:
         return hmac.compare_digest(word.encode(), (self.token or "").encode())
 
     def _is_ours(self, host: str) -> bool:
+        """Return whether a Host header names this server or an address; other names may be DNS rebinding."""
         match = HOST.fullmatch(host)
         if match is None:
             return False

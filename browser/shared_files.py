@@ -81,6 +81,7 @@ def _read_range(header: str, size: int) -> range | None:
 
 
 def _read_pieces(path: Path, blanks: list[Blank], begin: int, end: int) -> Iterator[bytes]:
+    """Yield bytes `begin` to `end` of a file with the blanks overwritten."""
     with path.open("rb") as file:
         file.seek(begin)
         while begin < end and (piece := file.read(min(PIECE_BYTES, end - begin))):
@@ -136,7 +137,7 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
     """Turn chunks with texts into unknown chunks of zeros; a chunk is length, kind, content and checksum."""
     if file.read(8) != PNG_START:
         return
-    at = 8
+    at = len(PNG_START)
     for _ in range(MAX_CHUNKS):
         file.seek(at)
         head = file.read(8)
@@ -144,7 +145,7 @@ def _find_in_png(file: BinaryIO, size: int) -> Iterator[Blank]:
             return
         length = int.from_bytes(head[:4], "big")
         kind = head[4:]
-        next_chunk = at + 8 + length + 4
+        next_chunk = at + 8 + length + 4  # 4: the checksum
         if next_chunk > size:
             return
         if kind in PNG_TEXTS:
@@ -187,7 +188,7 @@ def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
     """Turn chunks with texts into `JUNK` chunks of zeros; a chunk is kind, length and content."""
     if file.read(4) not in (b"RIFF", b"RF64"):
         return
-    at = 12
+    at = 12  # after RIFF, the length and WAVE
     for _ in range(MAX_CHUNKS):
         file.seek(at)
         head = file.read(8)
@@ -197,7 +198,7 @@ def _find_in_wav(file: BinaryIO, size: int) -> Iterator[Blank]:
         if head[:4] in WAV_TEXTS:
             yield Blank(at, 4, b"JUNK")
             yield Blank(at + 8, length)
-        at += 8 + length + length % 2
+        at += 8 + length + length % 2  # chunks begin at even positions
 
 
 _FINDERS = {

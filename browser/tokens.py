@@ -143,10 +143,10 @@ def _look_up_owner(connection: Connection) -> int | None:
         except OSError:
             continue
         for line in lines:
-            words = line.split()  # number, local address, remote address, state, ..., user
+            _, local, remote, state, _, _, _, user, *_ = line.split()
             # both ends: another account may use the same port for a connection to elsewhere
-            if (words[1], words[2]) in wanted:
-                return int(words[7]) if words[3] == _ESTABLISHED else ENDED
+            if (local, remote) in wanted:
+                return int(user) if state == _ESTABLISHED else ENDED
     return None
 
 

@@ -26,7 +26,7 @@ from browser.uploads import (
     claim_file,
     remove_empty,
 )
-from modules.atomic_write import atomic_files
+from modules.atomic_write import atomic_files, replace_file
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
@@ -147,7 +147,7 @@ class PieceUploads:
         target = arriving.folder / arriving.name
         with claim_file(arriving.folder, arriving.name), atomic_files(target) as temporary:
             path = temporary / arriving.name
-            arriving.part.replace(path)
+            replace_file(arriving.part, path)
             self._seen.pop(arriving.part, None)
             self.uploads.judge(path, arriving.folder)
 

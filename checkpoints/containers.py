@@ -154,6 +154,7 @@ class SafetensorsFile(HeaderFile):
         return info
 
     def _find_dtype(self, name: str, kind: str) -> torch.dtype:
+        """Return the dtype that a header names. Raises CheckpointError for quantized types."""
         if kind in OTHER_DTYPES:
             raise CheckpointError(
                 f"{self.path} is quantized: {name} is of type {kind}, which is not supported. "

@@ -413,6 +413,7 @@ def _keep_four_bits(
     largest: Tensor,
     *nested_tensors: Tensor,
 ) -> Stored:
+    """Return a weight of bitsandbytes as stored; with nested scales, first compute those of the blocks."""
     if nested_tensors:  # the largest magnitudes are in 8 bits themselves
         scales, levels = nested_tensors
         coded = levels.float()[largest.int()] * scales.float().repeat_interleave(nested)[: len(largest)]

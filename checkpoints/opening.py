@@ -290,6 +290,7 @@ def _read_index(path: Path) -> list[Path]:
 
 
 def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
+    """Return the paths of the shards next to an index. Raises CheckpointError if some are missing."""
     missing = []
     for name in names:
         with contextlib.suppress(OSError):  # a name that is too long

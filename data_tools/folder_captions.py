@@ -108,6 +108,7 @@ def _caption_dataset(
     api: ApiOptions,
     wording: WordingOptions,
 ) -> None:
+    """Caption a folder as if it were the table of a dataset file, which is temporary."""
     with temporary_folder() as temporary:
         config = make_folder_dataset(
             folder.train_data_dir, folder.caption_extension, folder.recursive, temporary

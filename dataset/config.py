@@ -242,6 +242,12 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
         from dataset.sources.layers import check_layers  # few models learn any
 
         check_layers(config, latent.has_layers, family.name)
+    guided = [table.name for table in config.datasets if table.has_guides]
+    if guided and not family.can.guide:
+        raise DatasetError(
+            f"{guided[0]}: this model is not trained with guides (keyframe_guide_directory, "
+            "latent_idx_guide_directory). Leave these keys out"
+        )
     return with_references(config, family.references, family.can.references)
 
 
@@ -406,6 +412,7 @@ def _read_table(
     if len(problems) > before or any(value is forms.BAD for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
+    # a form with keys of its own finds its source among them; for others it is a field, such as `directory`
     fields["own"] = None if form.keys is None else read_own_keys(form, media_key, values)
     fields |= {"directory": None, "is_of_audio": is_of_audio}
     if form.keys is None:
@@ -492,6 +499,11 @@ def _complete(
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
     fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
+    guides = fields["keyframe_guide_directory"] or fields["latent_idx_guide_directory"]
+    fields["has_guides"] = bool(guides)
+    fields["gives_parts"] = bool(
+        guides or fields["spatial_crop_region"] or fields["audio_cond_mask_directory"]
+    )
     fields["target_frames"] = tuple(sorted(set(fields["target_frames"])))
     if fields["frame_extraction"] == "uniform" and fields["frame_sample"] == 1:
         logger.warning('%s: frame_extraction = "uniform" with frame_sample = 1 is the same as "head"', where)
@@ -510,6 +522,22 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
         return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
     if fields["is_of_audio"] and fields["audio"] == forms.IGNORE:
         return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
-    if fields["min_timestep"] is not None and fields["max_timestep"] is not None:
+    conflict = _find_guide_conflict(fields)
+    if conflict is None and fields["min_timestep"] is not None and fields["max_timestep"] is not None:
         return find_window_error(fields)
+    return conflict
+
+
+def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
+    """Describe a conflict between the keys of a table about guides; None if there is none."""
+    for start in ("keyframe_guide", "latent_idx_guide"):
+        others = [name for name in fields if name.startswith(start) and name != f"{start}_directory"]
+        given = [name for name in others if fields[name] != KEYS[name].default]
+        if given and not fields[f"{start}_directory"]:
+            return f"{given[0]} needs {start}_directory"
+    extra = "keyframe_guide_extra"
+    lists = {name: fields[f"{extra}_{name}"] or () for name in ("directories", "frame_idxs", "strengths")}
+    if len({*map(len, lists.values())}) > 1:
+        counts = ", ".join(f"{len(values)} in {extra}_{name}" for name, values in lists.items())
+        return f"each guide needs a folder, a frame and a strength: {counts}"
     return None

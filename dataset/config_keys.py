@@ -101,6 +101,7 @@ def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
 
 
 def _path(value: str) -> Path:
+    """Return the path in a value. Raises Unfit if it does not exist."""
     try:
         path = paths.expand_path(value)
     except ValueError as error:
@@ -153,6 +154,10 @@ SIDE = whole(1, LONGEST_SIDE, "a whole number of pixels, 1 or more")
 PLACE = whole(1 - FAR, FAR - 1, f"a whole number below {FAR}")
 PLACES = _list_of(PLACE, f"a list of whole numbers below {FAR}, such as [0, 10]")
 COUNTS = _list_of(COUNT, "a list of whole numbers, each 1 or more, such as [1, 25, 49]")
+FRAME = whole(-1, FAR - 1, "a frame of the clip from 0, or -1, right before the first")
+FRAMES_OF_CLIP = _list_of(FRAME, "a list of frames from 0, or -1, such as [-1, 48]")
+STRENGTH = number(lambda value: 0 < value <= 1, "a number above 0, at most 1, such as 0.7")
+STRENGTHS = _list_of(STRENGTH, "a list of numbers above 0, at most 1, such as [1, 0.7]")
 SHARE = number(lambda value: 0 <= value <= 1, "a number from 0 to 1, such as 0.1")
 WEIGHT = number(lambda value: 0 < value <= MAX_WEIGHT, f"a number above 0, at most {MAX_WEIGHT}, such as 0.5")
 MULTIPLIER = number(
@@ -192,6 +197,7 @@ LIST_PATH = form_of(
     "a path in quotes, not an address: download the list or table itself first",
     _path,
 )
+PATHS = _list_of(PATH, 'a list of paths in quotes, such as ["styles"]')
 COLUMN = form_of(str, _is_text, "the name of a column in quotes")
 TARS = _list_of(
     form_of(str, _is_text, ""), 'a path in quotes, such as "clips-*.tar", or a list of them', or_one=True
@@ -287,14 +293,6 @@ NO_KEYS: Mapping[str, str] = {
         ("reference_audio_directory", "reference_audio_cache_directory"),
         "sounds as references are not built. reference_directory has clips and pictures",
     ),
-    **dict.fromkeys(
-        (
-            *("keyframe_guide_directory", "keyframe_guide_cache_directory"),
-            *("latent_idx_guide_directory", "latent_idx_guide_cache_directory"),
-        ),
-        "images of files are not trained as keyframes. --keyframe_endpoint_training and "
-        "--video_anchor_training take latent frames of the clips themselves",
-    ),
     "separate_audio_buckets": "clips without sound do not affect the sound of other clips in their batch",
     "bucket_batch_sizes": "batch_size is that of all sizes; make a [[datasets]] table for each",
     **dict.fromkeys(
@@ -306,8 +304,11 @@ NO_KEYS: Mapping[str, str] = {
 
 # keys of that fork that are taken and need nothing, and why
 UNNEEDED: Mapping[str, str] = dict.fromkeys(
-    ("reference_cache_directory", "reference_cache_directories"),
-    "caches of references are with those of their clips, in cache_directory",
+    (
+        *("reference_cache_directory", "reference_cache_directories", "latent_idx_guide_cache_directory"),
+        *("keyframe_guide_cache_directory", "keyframe_guide_extra_cache_directories"),
+    ),
+    "caches of references and guides are with those of their clips, in cache_directory",
 )
 
 
@@ -472,6 +473,7 @@ def read_keys(
 
 
 def _explain(name: str, value: Any, allowed: str, why: str) -> str:
+    """Describe a wrong value: its type, what is allowed, and how to mend it."""
     hint = f"; but {why}" if why else ""
     if not why and name == "frame_extraction" and isinstance(value, str):
         similar = difflib.get_close_matches(value, MODES, 1)

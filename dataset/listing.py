@@ -87,6 +87,10 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
         from dataset.sources.pairs import add_rejected  # few tables have any
 
         sources = add_rejected(table, sources, faults)
+    if table.has_guides:
+        from dataset.sources.guides import add_guides  # few tables have any
+
+        sources = add_guides(table, sources, faults)
     if table.reference_directory is None and table.control_mask_directory is None:
         return sources
     from dataset.sources.companions import add_companions  # few tables have any

@@ -95,6 +95,15 @@ PLAIN_CAPTIONS = CaptionChanges()
 NO_AUGMENTATION = Augmentation()
 
 
+class Guide(NamedTuple):
+    """Images of a folder that guide the clips of a table, one for each clip."""
+
+    directory: Path
+    index: int  # of a frame, -1 right before the first; or of the latent frame that they replace
+    strength: float  # above 0, up to 1: the rest is noise
+    is_keyframe: bool = True  # shown besides the clip; False: in place of a latent frame
+
+
 class OwnKeys(Protocol):
     """The keys that the tables of one form of data have, a frozen dataclass: see `dataset/forms`."""
 
@@ -176,6 +185,22 @@ class DatasetTable:
     # files named like the clips
     spatial_crop_region: tuple[int, ...] | None = key(forms.REGION, in_general=True, stale=LEARNING, rank=9)
     audio_cond_mask_directory: Path | None = key(forms.PATH, kinds=VIDEO, stale=LEARNING, rank=9)
+    # images that guide clips: shown besides them at frames, or in place of a latent frame; see `guides`
+    keyframe_guide_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=NOTHING)
+    keyframe_guide_frame_idx: int = key(forms.FRAME, -1, kinds=VIDEO, stale=LEARNING, rank=9)
+    keyframe_guide_strength: float = key(forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9)
+    keyframe_guide_extra_directories: tuple[Path, ...] | None = key(
+        forms.PATHS, kinds=VIDEO, of_some_forms=True, stale=NOTHING
+    )
+    keyframe_guide_extra_frame_idxs: tuple[int, ...] | None = key(
+        forms.FRAMES_OF_CLIP, kinds=VIDEO, stale=LEARNING, rank=9
+    )
+    keyframe_guide_extra_strengths: tuple[float, ...] | None = key(
+        forms.STRENGTHS, kinds=VIDEO, stale=LEARNING, rank=9
+    )
+    latent_idx_guide_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=NOTHING)
+    latent_idx_guide_frame_idx: int = key(forms.FROM_ZERO, 0, kinds=VIDEO, stale=LEARNING, rank=9)
+    latent_idx_guide_strength: float = key(forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9)
     # noise levels in training, as the options of these names say; None: the option's value
     min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7)
     max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7)
@@ -216,6 +241,8 @@ class DatasetTable:
     leaves_animations: bool = False  # a table of clips has the same folder, and takes those in it
     finds_audio: bool = False  # sound may be in files named like the clips, next to them
     shows_media: bool = False  # rows of lists may have `references`
+    has_guides: bool = False  # see `guides`
+    gives_parts: bool = False  # it has guides, or keys of other parts that training may give
     lists_controls: bool = True  # False: control media are of no interest, whatever lists name
     # --- of a subset of the image guides' form; our own tables have the defaults
     group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none
@@ -270,6 +297,34 @@ class DatasetTable:
     def name(self) -> str:
         """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
         return f"{self.config_path}, {self.place} ({self.source})"
+
+    @property
+    def guides(self) -> tuple[Guide, ...]:
+        """Return the images that guide clips, one of each folder: keyframes, then one in place of a frame."""
+        guides = []
+        if self.keyframe_guide_directory is not None:
+            guides.append(
+                Guide(
+                    self.keyframe_guide_directory, self.keyframe_guide_frame_idx, self.keyframe_guide_strength
+                )
+            )
+            extra = zip(
+                self.keyframe_guide_extra_directories or (),
+                self.keyframe_guide_extra_frame_idxs or (),
+                self.keyframe_guide_extra_strengths or (),
+                strict=True,
+            )
+            guides += [Guide(*values) for values in extra]
+        if self.latent_idx_guide_directory is not None:
+            guides.append(
+                Guide(
+                    self.latent_idx_guide_directory,
+                    self.latent_idx_guide_frame_idx,
+                    self.latent_idx_guide_strength,
+                    is_keyframe=False,
+                )
+            )
+        return tuple(guides)
 
     @property
     def source(self) -> Path:

@@ -635,6 +635,7 @@ class LanguageModelFiles(TransformerFiles):
 
 
 def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse) -> list[ReadImages]:
+    """Return what the vision tower makes of each prompt's images or frames."""
     images = []
     for prompt in prompts:
         if prompt.frames:

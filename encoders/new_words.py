@@ -54,6 +54,8 @@ class NewWord:
 
     text: str
     count: int = 1  # number of the word's vectors
+    copies: int = 1  # of its vectors in the table, one after the other
+    alias: str | None = None  # another name of the word
 
     def list_ids(self, vocabulary: int) -> dict[str, list[int]]:
         """Return the token ids of the word and of its single vectors.
@@ -222,7 +224,7 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
 def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
     """Return the token ids of words (`cat`) and of their single vectors (`cat1`), by name.
 
-    If a word has the name of another word's vector, the name is the word's.
+    A name that several have is the word's before it is a vector's, and an alias of a word last.
 
     Args:
         words: The words, in the order of their rows.
@@ -236,5 +238,8 @@ def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
             is_word = name == word.text
             if is_word or name.lower() not in word_names:
                 ids[name] = token_ids
-        first_id += word.count
+        first_id += word.count * word.copies
+    for word in words:
+        if word.alias is not None and word.alias.lower() not in word_names:
+            ids.setdefault(word.alias, ids[word.text])
     return ids

@@ -174,7 +174,7 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
         with_images(texts.positive),
         negative=with_images(texts.negative),
         blank=with_images(texts.blank),
-        away=None if texts.away is None else with_images(texts.away),
+        nag=None if texts.nag is None else with_images(texts.nag),
     )
     return replace(prepared, prompts={0: prompts})
 

@@ -47,6 +47,7 @@ def _are_sizes(*values: Any) -> bool:
 
 
 def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
+    """Read the sizes of windowed attention (default: Qwen2.5-VL's); None if they do not fit."""
     dim = sizes["hidden_size"]
     patch = sizes["patch_size"]
     heads = config_json.get("num_heads", dim // HEAD_WIDTH or 1)

@@ -24,7 +24,7 @@ STATES_OF_BUNDLE = len(BUNDLES[0])
 PLACES = tuple(tuple(STATES.index(layer) for layer in bundle) for bundle in BUNDLES)
 MAX_INJECTIONS = len(BUNDLES) - 1
 # limits of a text's length, between which the number of gist tokens grows
-MIN_TOKENS, MOST_TOKENS = 256, 2048
+MIN_TOKENS, MAX_TOKENS = 256, 2048
 GIST_STEPS = 8  # the number of gist tokens is a multiple of an eighth of the most
 
 
@@ -50,7 +50,7 @@ class Fibo2Config(LuminaConfig):
 
     def count_gist(self, tokens: int) -> int:
         """Return the number of gist tokens that the Perceiver makes of a text with this many tokens."""
-        share = min(max((tokens - MIN_TOKENS) / (MOST_TOKENS - MIN_TOKENS), 0.0), 1.0)
+        share = min(max((tokens - MIN_TOKENS) / (MAX_TOKENS - MIN_TOKENS), 0.0), 1.0)
         step = self.max_gist // GIST_STEPS
         fewest = self.max_gist // 2
         return -int(-(fewest + share * (self.max_gist - fewest)) // step) * step

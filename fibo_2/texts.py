@@ -35,7 +35,7 @@ from protocols.requests import Prompt, Spans
 logger = logging.getLogger(__name__)
 
 KEY = "fibo_states"
-MOST_TOKENS = 4096  # maximum length of a prompt with its template; the rest is cut off, as in the release
+MAX_TOKENS = 4096  # maximum length of a prompt with its template; the rest is cut off, as in the release
 EPS = 1e-6  # epsilon of the normalization of states
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "Qwen/Qwen3-VL-4B-Instruct")
 _SEEN = '"image{name}":"<|vision_start|>{{tokens}}<|vision_end|>",'
@@ -48,7 +48,7 @@ TEXT_USE = LanguageUse(
     source=replace(
         _SOURCE, files=replace(_SOURCE.files, folder="", folders=(*BESIDE, "processor", "../processor"))
     ),
-    maximum=MOST_TOKENS,
+    maximum=MAX_TOKENS,
     before="<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
     stacked=STATES,

@@ -312,7 +312,7 @@ class Flux(ModelOfImages):
             timesteps.float(),
             **name_texts(cond, self._text_inputs, device),
             guidance=guidance_in(cond, device),
-            overrides=overrides.rename_away(lambda text: name_texts(text, self._text_inputs, device)),
+            overrides=overrides.rename_nag(lambda text: name_texts(text, self._text_inputs, device)),
             references=() if is_control else images,
             control=images[0] if is_control else None,
             control_strength=control_pictures.strength_in(cond),

@@ -63,6 +63,7 @@ HEAD_MULTIPLE = 16  # a head's width divides into whole pairs for frames, rows a
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
+    """Read config and dialect of a FLUX.1 or Chroma file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     dialect = "official"
     for name, (mark, _) in DIALECTS.items():

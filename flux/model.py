@@ -44,6 +44,7 @@ class Approximator(nn.Module):
             return self._make_rows(timesteps, guidance)
 
     def _make_rows(self, timesteps: Tensor, guidance: Tensor) -> Tensor:
+        """Return all rows of modulation, B M D, from timestep, guidance and the number of each row."""
         in_dim = self.config.in_dim
         batch = len(timesteps)
         number = torch.arange(self.rows, dtype=torch.float32, device=timesteps.device)

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 FLUX, CHROMA = "flux", "chroma"  # values of --model_type
 DEFAULT_GUIDANCE = 3.5  # default of the embedded guidance, in training and in generation
-MOST_TOKENS = 512  # that T5 was trained to read
+MAX_TOKENS = 512  # that T5 was trained to read
 
 
 NAME = "FLUX.1 and Chroma"
@@ -60,7 +60,7 @@ class FluxTextOptions(Options):
     t5xxl_max_token_length: int | None = option(
         "tokens that T5 reads; default: 512, for schnell 256",
         minimum=2,
-        maximum=MOST_TOKENS,
+        maximum=MAX_TOKENS,
         hint="tokens of T5 with the end token; 512 for dev and Chroma, 256 for schnell",
     )
     apply_t5_attn_mask: bool = option(

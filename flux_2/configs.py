@@ -42,7 +42,8 @@ def count_swapped(blocks: int) -> tuple[int, int]:
     A single block is half as large as a double block. klein 4B has five double blocks and swaps 13 blocks at
     most; the others have eight. One block of each list stays.
     """
-    double = min(blocks // 2, 4 if blocks <= 13 else 7)
+    max_double = 4 if blocks <= 13 else 7  # all but one of klein 4B's five, or of the others' eight
+    double = min(blocks // 2, max_double)
     return double, 2 * (blocks - double)
 
 

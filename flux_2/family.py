@@ -153,7 +153,7 @@ class Flux2(pictures.ModelOfImages):
             timesteps.float(),
             **name_texts(cond, {"text": KEY}, device),
             guidance=pictures.guidance_in(cond, device),
-            overrides=overrides.rename_away(lambda text: name_texts(text, {"text": KEY}, device)),
+            overrides=overrides.rename_nag(lambda text: name_texts(text, {"text": KEY}, device)),
             references=pictures.references_in(cond, device),
         )
         return velocity

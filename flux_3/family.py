@@ -144,7 +144,7 @@ class Flux3(pictures.ModelOfImages):
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
             next_timesteps=next_timesteps,
-            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
         )
         return velocity

@@ -245,7 +245,7 @@ class FramePack(OneTransformer):
             latent_indices=data.send_tensor(cond, "latent_indices", device),
             **history,
             position_scale=scale,
-            overrides=overrides.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
+            overrides=overrides.rename_nag(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
     # generation

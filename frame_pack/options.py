@@ -44,6 +44,7 @@ def parse_entries(text: str, option: str) -> dict[int, str]:
 
 
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
+    """Yield (section, text) for a piece such as `1-2: a cat`; without numbers, section 0."""
     head, colon, text = piece.partition(":")
     places = _PLACES.fullmatch(head.strip())
     if not colon or places is None:

@@ -421,7 +421,7 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
         given_audio=None if section.given_audio is None else section.given_audio.to(device),
         held=None if section.held is None else section.held.to(device),
         anchor=None if section.anchor is None else section.anchor.to(device),
-        away=move(section.away),
+        nag=move(section.nag),
     )
 
 

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -45,18 +45,27 @@ def with_embeddings(family: Family, paths: Sequence[Path]) -> Family:
 def warn_of_embeddings(family: Family, request: Request) -> None:
     """Warn about names that a request marks as embeddings and that no loaded file brings."""
     text = " ".join(filter(None, (request.prompt, request.negative_prompt)))
-    found = dict.fromkeys(find_embeddings(text))
-    if not found:
-        return
-    known = {word.lower() for word in cast(TakesWords, family).word_names}
-    for name in found:
+    if find_embeddings(text):
+        remedy = f"{OPTION} FILE loads one, or --lora_weight a LoRA that brings it"
+        warn_of_unknown(text, cast(TakesWords, family).word_names, remedy)
+
+
+def warn_of_unknown(text: str, known: Collection[str], remedy: str) -> None:
+    """Warn about names that a prompt marks as embeddings and that are not loaded.
+
+    Args:
+        text: The prompt.
+        known: All words that are loaded.
+        remedy: What loads a word, for the message.
+    """
+    words = {word.lower() for word in known}
+    for name in dict.fromkeys(find_embeddings(text)):
         file = re.split(r"[/\\]", name.lower())[-1]
         # a digit behind a word means one of its vectors
         meant = {file, file.rpartition(".")[0], file.rstrip("0123456789")}
-        if not meant & known:
+        if not meant & words:
             logger.warning(
-                "embedding:%s in a prompt is read as words: no embedding of this name is loaded. "
-                "%s FILE loads one, or --lora_weight a LoRA that brings it",
+                "embedding:%s in a prompt is read as words: no embedding of this name is loaded. %s",
                 shorten(name, MAX_LINE_SHOWN),
-                OPTION,
+                remedy,
             )

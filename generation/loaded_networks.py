@@ -116,6 +116,7 @@ class Session:
         return sum(text not in self._encoded for text in texts_of(prompts))
 
     def _make_text_encoders(self) -> Sequence[TextEncoder]:
+        """Return the text encoders, split over processes if `blocks` is set."""
         encoders = self.family.text_encoders()
         if self.blocks is not None:
             for encoder in encoders:
@@ -195,7 +196,7 @@ def wanted_texts(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE) 
             negative=texts.negative if "negative" in needed else None,
             blank=(texts.blank or Prompt("")) if "blank" in needed else None,
             # without a text of its own, attention is steered away from the negative prompt
-            away=(texts.away or texts.negative or Prompt("")) if options.nag.is_on else None,
+            nag=(texts.nag or texts.negative or Prompt("")) if options.nag.is_on else None,
         )
         for section, texts in prepared.prompts.items()
     }
@@ -206,7 +207,7 @@ def texts_of(prompts: Iterable[Mapping[int, Prompts]]) -> list[Prompt]:
     texts: dict[Prompt, None] = {}
     for by_section in prompts:
         for section in by_section.values():
-            for text in (section.positive, section.negative, section.blank, section.away):
+            for text in (section.positive, section.negative, section.blank, section.nag):
                 if text is not None:
                     texts[text] = None
     return list(texts)
@@ -230,7 +231,7 @@ def gather_encoded(
             encoded[texts.positive],
             negative=find(texts.negative),
             blank=find(texts.blank),
-            away=find(texts.away),
+            nag=find(texts.nag),
         )
         for section, texts in prompts.items()
     }

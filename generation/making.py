@@ -167,6 +167,7 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
 def _rewrite_prompts(
     run: GenerationRun, rewriter: "PromptRewriter", jobs: Sequence[GenerationJob]
 ) -> list[GenerationJob]:
+    """Rewrite all prompts with the language model, and free its memory afterwards."""
     from blissful_tuner.prompt_rewrite import rewrite_prompts  # only with --prompt_rewrite
 
     device = run.session.device
@@ -418,6 +419,8 @@ def decode_all(
 def _decode_audio(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], failures: Failures
 ) -> Mapping[str, Track]:
+    """Return the generated audio of each video by its label; an error fails that video alone."""
+
     @contextmanager
     def note(label: str) -> Iterator[None]:
         with failures.note_errors(label), keep_on_failure(jobs[label]):

@@ -124,7 +124,7 @@ def make_request(
         solver=options.solvers[solver],
         fps=line.get("fps", options.fps),
         negative_prompt=texts["negative_prompt"] or None,
-        away_prompt=texts["nag_prompt"] or None,
+        nag_prompt=texts["nag_prompt"] or None,
         second_prompt=texts["prompt_2"],
         cfg_schedule=line.get("cfg_schedule", options.cfg_schedule) or None,
         image_path=_select_media_path(options, line, "image_path"),

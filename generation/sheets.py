@@ -38,7 +38,7 @@ BACKGROUND, EMPTY = "white", (225, 225, 225)
 HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: above columns, above rows, letters
 SQUARE, SQUARE_SHADES = 10, (187, 238)  # pixels, and grays: of the checkerboard below transparent images
 NARROWEST_COLUMN = 128  # pixels: for its label
-MOST_FRAMES = 2000  # of a clip that are shown
+MAX_FRAMES = 2000  # of a clip that are shown
 MAX_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
 
 
@@ -115,7 +115,7 @@ def frames_of(path: Path) -> Iterator[Frame]:
     """Yield the frames, H W 3, of a clip or the one of an image; transparent parts show a checkerboard."""
     if is_image(path):
         return iter([_put_on_squares(read_image(path, alpha=True))])
-    return islice(video_frames(path), MOST_FRAMES)
+    return islice(video_frames(path), MAX_FRAMES)
 
 
 def _put_on_squares(frame: Frame) -> Frame:
@@ -317,6 +317,7 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
 
 
 def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, fps: float) -> ClipGrid:
+    """Arrange clips in a grid: the first axis gives its columns, the second one its rows."""
     horizontal = axes[0]
     vertical = axes[1] if len(axes) > 1 else None
     num_rows = 1 if vertical is None else len(vertical.texts)

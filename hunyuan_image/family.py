@@ -112,7 +112,7 @@ class HunyuanImage(ModelOfImages):
             noisy.squeeze(2),
             timesteps.float().trunc(),
             **name_texts(cond, TEXT_INPUTS, noisy.device),
-            overrides=overrides.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            overrides=overrides.rename_nag(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
         return velocity.unsqueeze(2)
 

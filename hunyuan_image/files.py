@@ -70,6 +70,7 @@ def _is_distilled(checkpoint: Checkpoint) -> bool:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanImageConfig]:
+    """Read config and dialect of a HunyuanImage-2.1 file; raise CheckpointError for another model."""
     path = checkpoint.path
     names = checkpoint.tensors
     dialect = next((name for name, (mark, _) in DIALECTS.items() if mark in names), None)

@@ -88,6 +88,7 @@ def _name_model(config: HunyuanVideoConfig) -> str:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
+    """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported."""
     path = checkpoint.path
     names = checkpoint.tensors
     relative = _name_relative(checkpoint)
@@ -250,6 +251,8 @@ def _read_scales(path: Path) -> dict[str, float]:
 
 
 def _scale_source(name: str, scale: float) -> TensorSource:
+    """Return the source of an fp8 weight whose file has one scale for all weights."""
+
     def factor(weight: Tensor) -> Tensor:
         return torch.tensor([scale], device=weight.device)
 

@@ -204,7 +204,7 @@ class HunyuanVideo(OneTransformer):
             timesteps.to(guidance.dtype).float(),
             **data.name_texts(cond, TEXT_INPUTS, device),
             guidance=guidance.float(),
-            overrides=overrides.rename_away(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
+            overrides=overrides.rename_nag(lambda text: data.name_texts(text, TEXT_INPUTS, device)),
         )
 
     # generation

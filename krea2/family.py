@@ -17,9 +17,9 @@ from krea2.files import (
     EDIT_USE,
     KEY,
     KREA_2_USE,
+    MAX_REFERENCES,
     MEGAPIXEL,
     MIXED_USE,
-    MOST,
     Krea2Files,
     Krea2Release,
     find_release,
@@ -203,7 +203,7 @@ class Krea2(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=pictures.references_in(cond, noisy.device),
             isolated=self.isolated,
         )
@@ -325,7 +325,7 @@ def _make_rules(options: Any, is_edit: bool | None) -> ReferenceRules | None:
     if is_edit is False:
         return None
     area = None if getattr(options, "match_target_res", False) else MEGAPIXEL
-    return ReferenceRules(MOST, seen_by_text=True, edits=bool(is_edit), own_shape=True, area=area)
+    return ReferenceRules(MAX_REFERENCES, seen_by_text=True, edits=bool(is_edit), own_shape=True, area=area)
 
 
 def _make_files(options: own.Krea2ModelOptions, use: LanguageUse, dit: Path | None = None) -> Krea2Files:

@@ -50,7 +50,7 @@ SHOWN = ImageUse(
 EDIT_USE = replace(KREA_2_USE, pictures=SHOWN)
 # of a generation, most of which show none
 MIXED_USE = replace(KREA_2_USE, pictures=replace(SHOWN, always=False))
-MOST = 10  # references
+MAX_REFERENCES = 10  # references
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"
 FILES = (
@@ -95,6 +95,7 @@ def _count_blocks(shapes: DitShapes, name: str, released: Iterable[tuple[str, in
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
+    """Read config and dialect of a Krea 2 file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     dialect = next((name for name, mark in DIALECTS.items() if mark in names), None)
     if dialect is None:

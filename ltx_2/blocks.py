@@ -315,6 +315,7 @@ class LtxBlock(nn.Module):
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+        """Return the self-attention of a stream, over the tokens of all processes."""
         layer = getattr(self, f"{names.prefix}attn1")
         stream = tokens.streams[names]
         value = layer.values(x)
@@ -328,6 +329,7 @@ class LtxBlock(nn.Module):
         return layer.project(x, stream.part.gather_heads(attend_all(query, key, value, tokens)))
 
     def _see_text(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
+        """Return the attention of a stream to its text, combined with that to a second text."""
         layer = getattr(self, f"{names.prefix}attn2")
         stream = tokens.streams[names]
         texts = stream.texts

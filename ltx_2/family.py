@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
-from ltx_2.given import make_given_rules, take_masks
+from ltx_2.given import make_given_rules, put_guides_in, take_masks
 from ltx_2.given_media import (
     check_media,
     encode_given_audio,
@@ -24,8 +24,8 @@ from ltx_2.given_media import (
 from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.guidance import guidance_rules
 from ltx_2.keyframes import (
-    append_clean,
     append_keyframes,
+    append_learned,
     cut_to_shown,
     encode_keyframes,
     take_keyframes,
@@ -42,7 +42,7 @@ from ltx_2.options import (
     log_ignored,
     with_recipe,
 )
-from ltx_2.reference_options import MOST
+from ltx_2.reference_options import MAX_REFERENCES
 from ltx_2.references import (
     STRENGTHS,
     DenoisedReferences,
@@ -130,11 +130,11 @@ class Ltx2(Ltx2Media):
     makes_audio: bool = True  # False: samples of a training with sound are silent
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # set for trainings only
-    references: rules.ReferenceRules | None = rules.ReferenceRules(MOST, clips=True)
+    references: rules.ReferenceRules | None = rules.ReferenceRules(MAX_REFERENCES, clips=True)
     reference_strength: float = 1.0  # for generations; below 1, references are denoised too
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
 
-    can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True)
+    can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True, guide=True)
     name: str = field(default="ltx2_v1", init=False)
     few_steps: ClassVar = FewSteps(
         base="the transformer called dev",
@@ -212,6 +212,8 @@ class Ltx2(Ltx2Media):
                 f"{table.name}: LTX-2 follows no control clips. What a clip is made from is a reference: "
                 "name its folder reference_directory, not control_directory, and in lists reference_path."
             )
+        if table.guides and not self.files.has_images:
+            raise DatasetError(f"{table.name}: --ltx2_mode audio has no images that guides could be for")
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Encode clips and their references; without video, empty latents of the clip's shape."""
@@ -225,11 +227,14 @@ class Ltx2(Ltx2Media):
         return entries
 
     def _encode_clips(self, vae: Any, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the latents of clips and of their references, by name in caches, B C F H W each."""
+        """Return the latents of clips, their references and guides, by name in caches, B C F H W each."""
         frames = {"latents": media.frames}
-        for index, reference in enumerate(media.references):
+        guides = media.table.guides
+        references = media.references[: len(media.references) - len(guides)]
+        for index, reference in enumerate(references):
             assert self.references is not None
             frames[reference_key(index)] = thin_out(reference, self.references, self.latent.frame_step)
+        frames |= dict(zip(guides, media.references[len(references) :], strict=True))
         latents = {}
         for name, clips in frames.items():
             latents[name] = vae.encode(to_pixels(clips.to(vae.device))).to(self.vae_dtype)
@@ -272,7 +277,8 @@ class Ltx2(Ltx2Media):
         given = overrides.given or GivenTokens()
         if given.keyframes is not None:  # in training; a generation denoises them behind its video
             keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
-            image, overrides = append_clean(image, keyframes, overrides)
+            image, shares = append_learned(image, given, keyframes, sigmas=image_times / 1000)
+            overrides = replace(overrides, given=shares)
         references = [self.latent.to_model(latents.to(noisy.device)) for latents in references_of(cond)]
         denoised = None
         if references and self.reference_strength != 1:
@@ -286,7 +292,7 @@ class Ltx2(Ltx2Media):
             audio=audio,
             audio_timesteps=audio_times,
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
-            overrides=overrides.rename_away(arguments_of),
+            overrides=overrides.rename_nag(arguments_of),
             references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
             keyframes=given.places,
             **arguments_of(cond),
@@ -462,6 +468,7 @@ class Ltx2(Ltx2Media):
             )
 
     def _reject_images(self, request: Request) -> None:
+        """Raise OptionError if media of images are given, although only audio is generated."""
         images = {
             "image_path": request.image_path,
             "drive_video": self.drive_video,
@@ -486,8 +493,10 @@ class Ltx2(Ltx2Media):
             return ()
         if self.references is None:
             raise OptionError("--ic_lora_strategy none: references are given. Leave them or the option out")
-        if len(paths) > MOST:
-            raise OptionError(f"--reference_videos: {len(paths)} references, at most {MOST} are taken")
+        if len(paths) > MAX_REFERENCES:
+            raise OptionError(
+                f"--reference_videos: {len(paths)} references, at most {MAX_REFERENCES} are taken"
+            )
         for path in paths:
             check_opens("reference_video", path, is_image=is_still(path))
         mask, _ = self.reference_attention
@@ -700,7 +709,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         first_frame_probability=options.first_frame_probability,
         shifted_logit=shifted_logit(options.sigmas, files),
         gives=make_given_rules(options.given),
-        vary_inputs=take_masks if options.given.ltx2_inpaint_mask else None,
+        vary_inputs=take_masks if options.given.ltx2_inpaint_mask else put_guides_in,
     )
     takes_references = options.ic_lora_strategy != "none" and not is_alone
     return Ltx2(

@@ -18,7 +18,7 @@ from ltx_2.configs import LATENT, MEL_RATE, MEL_STRIDE
 from ltx_2.given_options import Ltx2GivenParts
 from ltx_2.rope import place_latents
 from modules.errors import DatasetError
-from protocols.data import LOSS_MASK, SOUND, Batch, Conditions
+from protocols.data import GUIDES, KEYFRAME_LATENTS, LATENT_GUIDE, LOSS_MASK, SOUND, Batch, Conditions
 from protocols.steps import WHOLE, GivenTokens
 
 logger = logging.getLogger(__name__)
@@ -211,8 +211,14 @@ class GivenRules:
         Raises:
             DatasetError: If a condition leaves nothing to learn, or its mask, region or times are missing.
         """
+        guides = read_guides(batch)
+        if self == GivenRules() and not guides:
+            return None
         draws = torch.rand((8, len(batch)), generator=generator)  # the same for each set of rules
         image = self._mark_images(batch, generator, draws)
+        for guide in guides:
+            if not guide.is_keyframe:
+                image = _mark_guide(image, guide, batch)
         audio = None
         sound = batch.tensors.get(SOUND)
         if isinstance(sound, Tensor):
@@ -220,18 +226,36 @@ class GivenRules:
         _warn_of_whole(batch.keys, image)
         image_shares = image if image is not None and image.any() else None
         audio_shares = audio if audio is not None and audio.any() else None
-        latents = batch.tensor("latents")
-        chosen = []
-        if self.keyframes is not None and latents.shape[2] > 1:
-            chosen = self.keyframes.choose(latents.shape[2], generator)
-        if image_shares is None and audio_shares is None and not chosen:
+        keyframes = [guide for guide in guides if guide.is_keyframe]
+        keyframes += self._choose_keyframes(batch.tensor("latents"), generator)
+        if image_shares is None and audio_shares is None and not keyframes:
             return None
-        return GivenTokens(
-            image_shares,
-            audio_shares,
-            keyframes=latents[:, :, chosen] if chosen else None,
-            places=tuple(LATENT.frame_step * index for index in chosen),
+        given = GivenTokens(image_shares, audio_shares)
+        if not keyframes:
+            return given
+        latents = torch.cat([keyframe.latents for keyframe in keyframes], dim=2)
+        shares = tuple(keyframe.share for keyframe in keyframes)
+        noise = None
+        if min(shares) < WHOLE:
+            noise = torch.randn(latents.shape, generator=generator)
+        return replace(
+            given,
+            keyframes=latents,
+            places=tuple(keyframe.index for keyframe in keyframes),
+            keyframe_shares=shares,
+            keyframe_noise=noise,
         )
+
+    def _choose_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["BatchGuide"]:
+        """Return latent frames of the clips themselves that are shown as keyframes. `latents`: B C F H W."""
+        frames = latents.shape[2]
+        if self.keyframes is None or frames == 1:
+            return []
+        indices = self.keyframes.choose(frames, generator)
+        return [
+            BatchGuide(latents[:, :, index : index + 1], LATENT.frame_step * index, WHOLE)
+            for index in indices
+        ]
 
     def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
         """Return the shares of images, B 1 F H W int16; None if no rule is about them."""
@@ -292,6 +316,65 @@ class GivenRules:
         return (is_given * WHOLE).short()[:, None, :, None]
 
 
+@dataclass(frozen=True)
+class BatchGuide:
+    """An image that guides each clip of a batch."""
+
+    latents: Tensor  # B C 1 H W, in the form of latents in caches
+    index: int  # of a frame; or of the latent frame that it replaces
+    share: int  # how much of it is given, as in `GivenTokens`
+    is_keyframe: bool = True  # shown besides the clip; False: in place of a latent frame
+
+
+def read_guides(batch: Batch) -> list[BatchGuide]:
+    """Return the guides of a batch, from its tensors; [] if there are none, or the clips are single frames.
+
+    Raises:
+        DatasetError: If one replaces a latent frame behind the last.
+    """
+    tensors = batch.tensors
+    frames = batch.tensor("latents").shape[2]
+    if GUIDES not in tensors or frames == 1:
+        return []
+    guides = []
+    for number, (index, share) in enumerate(batch.tensor(GUIDES)[0].tolist()):
+        name = f"{KEYFRAME_LATENTS}_{number}"
+        is_keyframe = name in tensors
+        latents = batch.tensor(name if is_keyframe else LATENT_GUIDE)
+        if not is_keyframe and index >= frames:
+            raise DatasetError(
+                f"{batch.keys[0]}: latent_idx_guide_frame_idx = {index}, and it has the latent frames 0 to "
+                f"{frames - 1}. Give one of these"
+            )
+        guides.append(BatchGuide(latents, index, share, is_keyframe))
+    return guides
+
+
+def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tensor:
+    """Return the shares of images, B 1 F H W, with that of a guide at its latent frame."""
+    if shares is None:
+        count, _, frames, rows, columns = batch.tensor("latents").shape
+        shares = torch.zeros(count, 1, frames, rows, columns, dtype=torch.int16)
+    shares[:, :, guide.index] = guide.share
+    return shares
+
+
+def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
+    """Return the tensors of a batch, with a guide in place of the latent frame that it replaces."""
+    if LATENT_GUIDE not in tensors or GUIDES not in tensors:
+        return tensors
+    latents, guide, guides = (tensors[name] for name in ("latents", LATENT_GUIDE, GUIDES))
+    assert isinstance(latents, Tensor)
+    assert isinstance(guide, Tensor)
+    assert isinstance(guides, Tensor)
+    index = int(guides[0, -1, 0])  # the last guide
+    if latents.shape[2] == 1 or index >= latents.shape[2]:  # none, or an error that `read_guides` raises
+        return tensors
+    latents = latents.clone()
+    latents[:, :, index : index + 1] = guide
+    return {**tensors, "latents": latents}
+
+
 def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
     """Return what the masks of a batch give, B F H W bool.
 
@@ -322,17 +405,18 @@ def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
             logger.warning("%s: all of it is given in this step, from which nothing is learned", key)
 
 
-def take_masks(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
+def take_masks(tensors: Conditions, name: str, generator: torch.Generator) -> Conditions:
     """Return the tensors of a batch whose masks do not weight the loss, but say what is given."""
-    return {MASK if name == LOSS_MASK else name: value for name, value in tensors.items()}
+    renamed = {MASK if key == LOSS_MASK else key: value for key, value in tensors.items()}
+    return put_guides_in(renamed, name, generator)
 
 
-def make_given_rules(options: Ltx2GivenParts) -> GivenRules | None:
-    """Return the rules that the options set; None if nothing is given. Warns of probabilities of 0."""
+def make_given_rules(options: Ltx2GivenParts) -> GivenRules:
+    """Return the rules that the options set; tables may give more. Warns of probabilities of 0."""
     for name in ("ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"):
         if getattr(options, name) and not getattr(options, f"{name}_p"):
             logger.warning("--%s has no effect with --%s_p 0, the default. Give 1, for all clips", name, name)
-    rules = GivenRules(
+    return GivenRules(
         ends=_make_extension(options, ""),
         region=_make_mask(
             options.ltx2_spatial_crop, options.ltx2_spatial_crop_p, options.ltx2_spatial_crop_invert
@@ -353,7 +437,6 @@ def make_given_rules(options: Ltx2GivenParts) -> GivenRules | None:
         ),
         keyframes=_make_keyframes(options),
     )
-    return None if rules == GivenRules() else rules
 
 
 def _make_extension(options: Ltx2GivenParts, kind: str) -> Extension | None:

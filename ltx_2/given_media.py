@@ -134,6 +134,7 @@ def count_end(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
 
 
 def _check_region(region: Rectangle, prepared: Prepared, latent: LatentSpec) -> None:
+    """Raise OptionError unless the region lies in the frame and contains a full latent."""
     step = latent.pixel_step
     right, bottom = region.left + region.width, region.top + region.height
     words = ",".join(map(str, region))

@@ -30,7 +30,7 @@ def guidance_rules(
     perturbed_scale = _select_weight(options.stg_scale, 1.0)
     text_scales = {VIDEO: options.video_cfg_scale, AUDIO: options.audio_cfg_scale}
     if text_scales[AUDIO] is None and scale is None:
-        text_scales[AUDIO] = 7.0
+        text_scales[AUDIO] = 7.0  # as in the release, like the other defaults here
     modality_scales = {VIDEO: options.video_modality_scale, AUDIO: options.audio_modality_scale}
     skipped = options.stg_blocks or (min(perturbed, num_blocks - 1),)
     if max(skipped) >= num_blocks:

@@ -19,7 +19,7 @@ from modules.media.pixels import image_pixels
 from protocols.data import Conditions, Joint
 from protocols.family import NoiseSource
 from protocols.requests import Prepared, check_opens
-from protocols.steps import WHOLE, GivenTokens, HeldLatents, Overrides, Section, clean_share
+from protocols.steps import GivenTokens, HeldLatents, Section, clean_share
 
 # conditions: clean latents 1 C K H W, where they stand in frames of the video 1 K int64, and how much of
 # each is kept, as in `GivenTokens`, 1 K int16
@@ -125,12 +125,25 @@ def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> G
     return replace(given, image=torch.cat([of_image, shares.expand(len(of_image), -1, -1, -1, -1)], dim=2))
 
 
-def append_clean(image: Tensor, keyframes: Tensor, overrides: Overrides) -> tuple[Tensor, Overrides]:
-    """Append clean keyframes to noisy latents, B C F+K H W; also return overrides for the network."""
+def append_learned(
+    image: Tensor, given: GivenTokens, keyframes: Tensor, sigmas: Tensor
+) -> tuple[Tensor, GivenTokens]:
+    """Append the keyframes of a training batch to its noisy latents; also return all shares.
+
+    Args:
+        image: Noisy latents of the clips, B C F H W.
+        given: What is given of the clips, with shares and noise of their keyframes.
+        keyframes: Clean latents in model space, B C K H W.
+        sigmas: Noise level of each sample, B.
+    """
     _, _, count, rows, columns = keyframes.shape
-    shares = torch.full((1, 1, count, rows, columns), WHOLE, dtype=torch.int16)
-    given = append_shares(overrides.given, image, shares)
-    return torch.cat([image, keyframes], dim=2), replace(overrides, given=given)
+    shares = torch.tensor(given.keyframe_shares, dtype=torch.int16).view(1, 1, count, 1, 1)
+    if given.keyframe_noise is not None:
+        levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - clean_share(shares, keyframes))
+        noise = given.keyframe_noise.to(keyframes.device)
+        keyframes = ((1 - levels) * keyframes + levels * noise).to(image.dtype)
+    shares = shares.expand(-1, -1, -1, rows, columns)
+    return torch.cat([image, keyframes], dim=2), append_shares(given, image, shares)
 
 
 def cut_to_shown(sections: Generator[Section, Tensor, Tensor]) -> Generator[Section, Tensor, Tensor]:

@@ -6,7 +6,7 @@ from modules.errors import OptionError
 from modules.option_values import to_path
 from modules.options import HABIT, OF_REQUEST, Options, option
 
-MOST = 8  # references of a clip
+MAX_REFERENCES = 8  # references of a clip
 # in the metadata of a LoRA, the newer name last. Source: the trainer of LTX-2
 FRAMES = "reference_frames"  # in options, and in the metadata of our LoRAs
 SIZE_FACTOR = ("reference_downscale_factor", "reference_spatial_scale_factor")
@@ -133,5 +133,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
 
     def __post_init__(self) -> None:
         _ = self.strength, self.attention
-        if len(self.paths) > MOST:
-            raise OptionError(f"--reference_videos: {len(self.paths)} references, at most {MOST} are taken")
+        if len(self.paths) > MAX_REFERENCES:
+            raise OptionError(
+                f"--reference_videos: {len(self.paths)} references, at most {MAX_REFERENCES} are taken"
+            )

@@ -20,7 +20,7 @@ from torch import Tensor
 from ltx_2.configs import LATENT
 from ltx_2.reference_options import (
     FRAMES,
-    MOST,
+    MAX_REFERENCES,
     SIZE_FACTOR,
     TIME_FACTOR,
     Ltx2GivenReferences,
@@ -344,7 +344,7 @@ def resolve_factors(options: Ltx2GivenReferences, loras: Sequence[Path]) -> Ltx2
 def make_rules(options: Ltx2ReferenceOptions | Ltx2GivenReferences) -> ReferenceRules:
     """Return the rules for references that the options set."""
     return ReferenceRules(
-        MOST,
+        MAX_REFERENCES,
         LATENT.pixel_step,
         clips=True,
         size_factor=options.reference_downscale or 1,

@@ -324,7 +324,11 @@ def declare_all(record: R, table: Table) -> R:
 
 
 def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
-    """Return the names of an option and its settings for `add_argument`."""
+    """Return the names of an option and its settings for `add_argument`.
+
+    A word is `name,alias:type=default`, each part but the first optional. `?` behind the names means --name
+    and --no-name, `*` and `+` several values; without type and default it is a switch.
+    """
     word, has_default, text = word.partition("=")
     word, _, kind = word.partition(":")
     mark = word[-1] if word[-1] in "?*+" else ""

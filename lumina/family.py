@@ -104,7 +104,7 @@ class Lumina(ModelOfImages):
             noisy.squeeze(2),
             1 - timesteps.float() / UNIT,
             **name_texts(cond, TEXT_INPUTS, noisy.device),
-            overrides=overrides.rename_away(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
+            overrides=overrides.rename_nag(lambda text: name_texts(text, TEXT_INPUTS, noisy.device)),
         )
         return -direction.unsqueeze(2)
 
@@ -119,8 +119,8 @@ class Lumina(ModelOfImages):
         texts = prepared.prompts[0]
         # the system prompt does not stand before these
         negative = Prompt(prepared.negative_prompt, is_negative=True)
-        away = None if texts.away is None else replace(texts.away, is_negative=True)
-        texts = replace(texts, negative=negative, blank=Prompt("", is_negative=True), away=away)
+        nag = None if texts.nag is None else replace(texts.nag, is_negative=True)
+        texts = replace(texts, negative=negative, blank=Prompt("", is_negative=True), nag=nag)
         return replace(
             prepared,
             prompts={0: texts},

@@ -17,7 +17,7 @@ from encoders.pictures import AutoencoderFiles
 from lumina.configs import LuminaConfig
 from lumina.model import LuminaModel
 from lumina.names import LUMINA
-from lumina.options import MAX_TOKENS, LuminaTextOptions
+from lumina.options import DEFAULT_TOKENS, LuminaTextOptions
 from lumina.text_encoder import GEMMA_FILES, GEMMA_NAMES, GEMMA_OPTION, GemmaTextEncoder, read_gemma
 from modules.devices import select_compute_dtype
 from modules.errors import CheckpointError
@@ -42,6 +42,7 @@ UNUSED = "norm_final.weight"  # in the published files; the model does not use i
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[LuminaConfig]:
+    """Read config and dialect of a Lumina-Image 2.0 file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     known_dialects = (name for name, (mark, _) in DIALECTS.items() if mark in names)
     dialect = next(known_dialects, "official")
@@ -111,7 +112,7 @@ class LuminaFiles(AutoencoderFiles):
 
     gemma2: Path | None = None
     gemma2_tokenizer: Path | None = None
-    max_tokens: int = MAX_TOKENS
+    max_tokens: int = DEFAULT_TOKENS
     system_prompt: str = ""
     system_prompt_in_negative: bool = False
 
@@ -124,7 +125,7 @@ class LuminaFiles(AutoencoderFiles):
             gemma2=options.gemma2,
             gemma2_tokenizer=options.gemma2_tokenizer,
             text_dtype=select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", None),
-            max_tokens=options.gemma2_max_token_length or MAX_TOKENS,
+            max_tokens=options.gemma2_max_token_length or DEFAULT_TOKENS,
             system_prompt=options.system_prompt.strip(),
         )
 

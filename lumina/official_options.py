@@ -6,7 +6,7 @@ Standard library only.
 from collections.abc import Sequence
 from pathlib import Path
 
-from lumina.options import CFG_TRUNC_RATIO, MAX_TOKENS, RENORM_CFG, check_renorm, check_trunc_ratio
+from lumina.options import CFG_TRUNC_RATIO, DEFAULT_TOKENS, RENORM_CFG, check_renorm, check_trunc_ratio
 from modules.minimal_options import MAX_SIDE, MinimalLoraOptions
 from modules.option_values import option_words
 from modules.options import Options, option
@@ -46,7 +46,7 @@ class LuminaImageOptions(Options, title="what to make"):
     )
     system_prompt: str = option("instruction before every prompt", default="")
     add_system_prompt_to_negative_prompt: bool = option("before negative prompts too")
-    gemma2_max_token_length: int = option("tokens of a prompt that are read", default=MAX_TOKENS)
+    gemma2_max_token_length: int = option("tokens of a prompt that are read", default=DEFAULT_TOKENS)
     discrete_flow_shift: float = option("time shift of the schedule", default=6.0)
     cfg_trunc_ratio: float = option(
         "leave guidance out once the noisy image holds this share of data", default=CFG_TRUNC_RATIO

@@ -11,8 +11,8 @@ from modules.options import FREE, OF_DECODING, Options, not_needed, of_request, 
 from modules.parser import typed_names
 from modules.speed_options import AE, AE_HELP, VaeOptions, dit_dtype_option, take_ae
 
-MAX_TOKENS = 256  # default maximum length of a caption with the system prompt
-MOST_TOKENS = 8192  # that Gemma 2 was trained with
+DEFAULT_TOKENS = 256  # default maximum length of a caption with the system prompt
+MAX_TOKENS = 8192  # that Gemma 2 was trained with
 CFG_TRUNC_RATIO = 0.25  # default
 RENORM_CFG = 1.0  # default
 # options of a generation -> their names in Request.extra, which training samples use too
@@ -30,9 +30,9 @@ class LuminaTextOptions(Options):
         "tokenizer: folder or file; default: next to or inside the encoder's file, else from the hub"
     )
     gemma2_max_token_length: int | None = option(
-        f"tokens of a prompt that are read, with those of the system prompt; default {MAX_TOKENS}",
+        f"tokens of a prompt that are read, with those of the system prompt; default {DEFAULT_TOKENS}",
         minimum=1,
-        maximum=MOST_TOKENS,
+        maximum=MAX_TOKENS,
     )
     text_encoder_dtype: str | None = option(
         "dtype that the text encoder computes in; default: bfloat16, but float32 with a float32 model, or "

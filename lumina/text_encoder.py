@@ -20,7 +20,7 @@ from encoders import language_models
 from encoders.language_states import language_states
 from encoders.text_encoder import FileTextEncoder, TextTokenizer, TokenizerSource, Written, fill_rows
 from lumina.configs import PROMPT_START
-from lumina.options import MAX_TOKENS
+from lumina.options import DEFAULT_TOKENS
 from modules.devices import dtype_name
 from modules.integers import round_up
 from protocols.data import Conditions
@@ -119,7 +119,7 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
         tokenizer: Path | None = None,
         system_prompt: str = "",
         in_negative: bool = False,
-        max_tokens: int = MAX_TOKENS,
+        max_tokens: int = DEFAULT_TOKENS,
     ) -> None:
         """Set up the encoder; `load` reads the files.
 
@@ -171,7 +171,10 @@ class GemmaTextEncoder(FileTextEncoder[nn.Module]):
     def compute(
         self, network: nn.Module, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt."""
+        """Return {"hidden_state": L C, "attention_mask": L, "input_ids": L int64} for each prompt.
+
+        `dropped` is not used: the states of the system prompt are inputs of the model too.
+        """
         device = network.get_parameter(self.embedding).device
         results: list[Conditions] = []
         for first in range(0, len(rows), PROMPTS_AT_ONCE):

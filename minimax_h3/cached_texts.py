@@ -167,6 +167,7 @@ class H3CachingEncoder(H3TextEncoder):
         return H3Sources(references=sources).shown(references)
 
     def _as_teacher_reads(self, prompt: Prompt, clip: Tensor) -> Prompt:
+        """Return the prompt as --teacher_conditions shows it to the teacher, which sees more of the clip."""
         if self.teacher == FIRST_LAST:
             return replace(prompt, presented=present_keyframes(_list_keyframes(prompt)))
         if self.teacher == CLIP:

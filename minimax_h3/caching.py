@@ -29,8 +29,8 @@ from minimax_h3.conditions import (
 from minimax_h3.files import H3Files
 from minimax_h3.options import (
     FPS,
+    MAX_FRAMES,
     MIN_FRAMES,
-    MOST_FRAMES,
     NAME,
     H3LatentCachingOptions,
 )
@@ -127,9 +127,9 @@ class H3Caching:
 
     def _check_length(self, frames: int, name: str, error: type[DatasetError] | type[MediaError]) -> None:
         """Raise `error` for a clip of a length that the model was not trained for."""
-        if not self.any_length and not MIN_FRAMES <= frames <= MOST_FRAMES:
+        if not self.any_length and not MIN_FRAMES <= frames <= MAX_FRAMES:
             raise error(
-                f"{name}: clips of {frames} frames: {NAME} was trained with {MIN_FRAMES} to {MOST_FRAMES} "
+                f"{name}: clips of {frames} frames: {NAME} was trained with {MIN_FRAMES} to {MAX_FRAMES} "
                 "frames, 5 to 15 seconds. Give --allow_experimental_duration to take other lengths"
             )
 

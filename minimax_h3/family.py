@@ -36,8 +36,8 @@ from minimax_h3.options import (
     FRAMES,
     FREQUENCIES_KEY,
     LAYOUT_KEY,
+    MAX_FRAMES,
     MIN_FRAMES,
-    MOST_FRAMES,
     NAME,
     SIZE,
     STEPS,
@@ -413,16 +413,16 @@ class MiniMaxH3(OneTransformer):
             lower = max(lengths.fit(frames), lengths.first)
             nearest = {lower, lower + lengths.step}
             if not self.any_length:  # others are refused below
-                nearest = {min(max(count, MIN_FRAMES), MOST_FRAMES) for count in nearest}
+                nearest = {min(max(count, MIN_FRAMES), MAX_FRAMES) for count in nearest}
             remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(
                 f"--video_length {frames}: {NAME} makes {lengths} frames, or one. Give {remedy}"
             )
-        if not self.any_length and not MIN_FRAMES <= frames <= MOST_FRAMES:
+        if not self.any_length and not MIN_FRAMES <= frames <= MAX_FRAMES:
             is_sample = isinstance(self.options, H3TrainingOptions)
             option = "h3_allow_experimental_sample_duration" if is_sample else "allow_experimental_duration"
             raise OptionError(
-                f"--video_length {frames}: {NAME} was trained with {MIN_FRAMES} to {MOST_FRAMES} frames, 5 "
+                f"--video_length {frames}: {NAME} was trained with {MIN_FRAMES} to {MAX_FRAMES} frames, 5 "
                 f"to 15 seconds. Give --{option} to make other lengths"
             )
 

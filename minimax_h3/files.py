@@ -58,7 +58,7 @@ from protocols.requests import Prompt
 UNDECIDED = ""  # task of a run whose prompts decide it
 LAYERS = 50  # layers of Qwen3-VL up to the state that is used
 BLANK = " "  # what an empty prompt is written as; no text at all has no states
-MOST_TOKENS = 32768  # maximum length of a prompt, as in musubi-tuner
+MAX_TOKENS = 32768  # maximum length of a prompt, as in musubi-tuner
 # tokens that only H3's tokenizer has, among those of Qwen
 OWN_TOKENS = (
     "<d>",
@@ -84,7 +84,7 @@ H3_USE = LanguageUse(
     states_key=KEY,
     model=replace(QWEN3_VL, files=TEXT_FILES, word_key="qwen3vl_32b"),
     source=TokenizerSource(TOKENIZER, adds_own=False, read_file=read_qwen_tokenizer),
-    maximum=MOST_TOKENS,
+    maximum=MAX_TOKENS,
     states=(LAYERS,),
     mask_key=TAGS,  # 1, the tag of texts, for each token
     blank=BLANK,
@@ -132,6 +132,7 @@ class H3TextEncoder(LanguageModelEncoder):
         return encoded
 
     def _encode_presented(self, prompt: Prompt) -> Conditions:
+        """Encode a prompt after its images and clips, each as tokens of the vision tower."""
         network, tokenizer = self._loaded.get()
         self.load_tower(network.get_parameter(self.embedding).device)
         shown = present(prompt.presented, network.get_submodule("visual"), self.preprocessing())

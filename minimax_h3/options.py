@@ -55,7 +55,7 @@ logger = logging.getLogger(__name__)
 NAME = "MiniMax-H3"
 FPS = 24.0  # frame rate of all clips
 SIZE = (1344, 768)  # default height and width, as in musubi-tuner
-FRAMES, MIN_FRAMES, MOST_FRAMES = 124, 124, 345  # 5 to 15 seconds
+FRAMES, MIN_FRAMES, MAX_FRAMES = 124, 124, 345  # 5 to 15 seconds
 TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30
 # number of frames that are encoded together, and of the frames after the last of these
@@ -212,7 +212,7 @@ class H3LatentCachingOptions(Options, title=NAME):
     vae: H3VaeOptions
     cache_seed: int | None = option("seed of the samples of posteriors; default: 42", often=True)
     allow_experimental_duration: bool = option(
-        f"also cache clips of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        f"also cache clips of less than {MIN_FRAMES} or more than {MAX_FRAMES} frames, for which the "
         "model was not trained"
     )
     one_frame: bool = option(
@@ -261,7 +261,7 @@ class H3TrainingOptions(H3ModelOptions, title=NAME):
     targets: H3TargetOptions = option(facts=HABIT)
     refused: H3RejectedOptions = option(facts=FREE)
     h3_allow_experimental_sample_duration: bool = option(
-        f"also generate samples of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the "
+        f"also generate samples of less than {MIN_FRAMES} or more than {MAX_FRAMES} frames, for which the "
         "model was not trained",
         facts={**FREE, **OF_SAMPLES},
     )
@@ -315,7 +315,7 @@ class H3GenerationOptions(H3ModelOptions, title=NAME):
     )
     media: H3MediaOptions
     allow_experimental_duration: bool = option(
-        f"also make clips of less than {MIN_FRAMES} or more than {MOST_FRAMES} frames, for which the model "
+        f"also make clips of less than {MIN_FRAMES} or more than {MAX_FRAMES} frames, for which the model "
         "was not trained",
         facts=OF_REQUEST,
     )

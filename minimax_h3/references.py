@@ -52,7 +52,7 @@ logger = logging.getLogger(__name__)
 
 KINDS = (IMAGE, VIDEO, AUDIO)
 MAX_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # sound of videos counts too
-MOST = 12
+MAX_REFERENCES = 12
 MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # limits of the length of reference videos
 MIN_FRAMES = CLIP + LAST_FRAMES  # minimum length of a reference video, for the VAE
 
@@ -276,6 +276,7 @@ def _require(where: str, path: Path, is_image: bool) -> None:
 
 
 def _require_audio(where: str, path: Path) -> None:
+    """Raise OptionError if a file does not exist or has no audio."""
     if not path.is_file():
         raise OptionError(f"{where}: {path}: no such file.{explain_missing(path)} Correct the path")
     try:
@@ -301,8 +302,10 @@ def check_references(references: Sequence[H3Reference]) -> None:
             raise OptionError(
                 f"{count} {names[kind]}: the model takes at most {MAX_OF[kind]}. Leave some out"
             )
-    if len(references) > MOST:
-        raise OptionError(f"{len(references)} references: the model takes at most {MOST}. Leave some out")
+    if len(references) > MAX_REFERENCES:
+        raise OptionError(
+            f"{len(references)} references: the model takes at most {MAX_REFERENCES}. Leave some out"
+        )
     if not counts[IMAGE] and not counts[VIDEO]:
         raise OptionError(
             "references of sound alone: the model needs a picture or a video with them. Give one"

@@ -378,6 +378,7 @@ Shared = dict[str, tuple[str, Any]]
 
 
 def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
+    """Translate the trainer's options of the guidance loss to those of --guided_target in `shared`."""
     scale = args.h3_guidance_loss_scale
     if scale:
         shared["guided_target"] = "--h3_guidance_loss_scale", scale
@@ -397,6 +398,7 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
 
 
 def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
+    """Translate the options of the model's own trainer for teacher matching to those in `shared`."""
     own = H3TargetOptions.usual()
     own_names = {
         "h3_teacher_loss_dc_weight": "teacher_colour_weight",

@@ -31,6 +31,11 @@ MAX_LINES = 3  # of a message; a hint below it is one of them
 MAX_OF_LINE = 2000  # characters of a line of a message
 MAX_SAID = 2000  # characters of what another program of ours says
 LISTS_OPTIONS = " --help lists all options"  # end of a line below an error, for who reads it in a terminal
+# begin of the line that says why a program of ours has ended: a kind of error, or its name in a checkout
+# (x.py) or the package (a_name, reelsmith x y)
+ENDS = re.compile(
+    r"^(?:[\w.]+Error|\w+\.py: error|[^\W_]+_\w+: error|reelsmith(?: [\w-]+)+: error): ", re.MULTILINE
+)
 MAX_OF_WORD = 240  # characters of a typed word in a message
 # numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -121,7 +126,7 @@ class _RepeatedWarnings(logging.Filter):
 
 
 # a script and its options within a message, which are typed as that script has them
-_COMMAND = re.compile(r"(?:\.py|(?<![\w-])[a-z][^\W_]*+_\w++) --\w")
+_COMMAND = re.compile(r"(?:\.py|(?<![\w-])(?:reelsmith [\w -]*?\w|[a-z][^\W_]*+_\w++)) --\w")
 
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
@@ -327,7 +332,7 @@ def message_of(errors: str) -> str:
         errors: Its stderr.
     """
     last = errors.rpartition("Traceback (most recent call last):")[2]
-    match = re.search(r"^(?:[\w.]+Error|\w+\.py: error): ", last, re.MULTILINE)
+    match = ENDS.search(last)
     if match is None:
         return errors.strip()[-MAX_SAID:]
     message = last[match.end() :].partition("\n\n")[0].strip()
@@ -352,6 +357,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     """
     names = list(names)
     similar = difflib.get_close_matches(word[:MAX_OF_WORD], names, n=1, cutoff=min_similar)
+    similar = similar or [name for name in names if sorted(name) == sorted(word)]  # of a short one: vea
     if similar:
         return f" Did you mean {similar[0]}?"
     beginnings = [name for name in names if name and word.startswith(f"{name}_")]

@@ -246,9 +246,9 @@ def _find_first_byte(answer: "requests.Response", have: int) -> int:
     """Return the offset of an answer's data in the file: `have`, the bytes that exist already, or 0.
 
     Raises:
-        RefusedBySite: If the answer begins elsewhere.
+        RejectedBySite: If the answer begins elsewhere.
     """
-    if answer.status_code != 206:
+    if answer.status_code != 206:  # partial content; another answer is the whole file
         return 0
     sent = answer.headers.get("content-range", "")
     if sent.startswith(f"bytes {have}-"):

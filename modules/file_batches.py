@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from modules.atomic_write import explain_errors, flush_folder, temporary_name
+from modules.atomic_write import explain_errors, flush_folder, replace_file, temporary_name
 from modules.run_limits import reject_writing
 
 MAX_FLUSHES = 16  # at once
@@ -33,7 +33,7 @@ def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = l
                 pass
         for path, temporary in temporaries.items():
             with explain_errors(path):
-                os.replace(temporary, path)
+                replace_file(temporary, path)
             note(path)
     finally:
         for temporary in temporaries.values():

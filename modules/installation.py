@@ -225,6 +225,7 @@ def check_requirements() -> None:
 
 
 def _describe_remedy(missing: Sequence[str]) -> str:
+    """Return how to get missing packages: install them, or activate the environment that has them."""
     python = f'"{sys.executable}"' if " " in sys.executable else sys.executable
     if PREFIX:
         return f"Install what is missing: {python} -m pip install {' '.join(missing)}"

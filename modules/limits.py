@@ -6,7 +6,7 @@ format. Limits of options and of keys stand in their declarations.
 
 # numbers of a generation: what is larger is a slip of the finger; the models know 1000 timesteps
 MAX_SIDE = 16384  # pixels
-MOST_FRAMES = 100_000
+MAX_MADE_FRAMES = 100_000
 MAX_STEPS = 10_000
 MAX_SCALE = 1000  # of guidance
 

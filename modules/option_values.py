@@ -25,7 +25,7 @@ from modules.text_files import bad_character
 
 T = TypeVar("T")
 
-MOST = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
+MAX_NUMBER = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
 UNBOUNDED = {"seed"}
 JOINED = re.compile(r"([0-9]+)( *[x*×] *|[,: ]+)([0-9]+)", re.IGNORECASE)  # 832x480: two numbers in one word
 UNIT = r"(?:GB|GiB|G)"
@@ -113,8 +113,8 @@ def check_numbers(option: str, value: Any) -> None:
             continue
         if isinstance(number, float) and not math.isfinite(number):
             raise OptionError(f"--{option} {number}: give a finite number")
-        if abs(number) > MOST:
-            raise OptionError(f"--{option} {show_number(number)}: give a number of at most {MOST:,}")
+        if abs(number) > MAX_NUMBER:
+            raise OptionError(f"--{option} {show_number(number)}: give a number of at most {MAX_NUMBER:,}")
 
 
 def show_number(number: float) -> str:
@@ -285,7 +285,10 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
 
 
 def _walk(text: str) -> int:
-    """Hash the characters in order: add, subtract, divide by or multiply with their codes, by position."""
+    """Hash the characters in order: add, subtract, divide by or multiply with their codes, by position.
+
+    All constants are those of the known tools.
+    """
     total: float = 0
     try:
         for position, code in enumerate(map(ord, text)):

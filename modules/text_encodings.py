@@ -194,6 +194,7 @@ def _rate_text(text: str, encoding: str) -> float:
 @functools.lru_cache(1 << 16)
 def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
     """Rate how plausible a decoded character is between its neighbors; above 0 means plausible."""
+    # Only the order of the rates counts: punctuation, letters and kana are likely, control codes never are.
     if char in _PUNCTUATION:
         return 0.8
     category = unicodedata.category(char)

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from modules.open_files import replace_file
 from modules.text_files import read_text
 
 FOLDER = "reelsmith"
@@ -51,7 +52,7 @@ def write_user_file(name: str, text: str) -> Path:
     try:
         with open(handle, "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write(text)
-        Path(temporary).replace(path)
+        replace_file(Path(temporary), path)
     except BaseException:
         with contextlib.suppress(OSError):
             Path(temporary).unlink()

@@ -37,7 +37,7 @@ MARK = "shared_block_modulation.weight"
 CUTS = joined_tensors(MOSS_IMAGE)
 STACKED = "layers.0.proj.qkv.weight"
 RESCALED = "kohakumoss_fp16_fix"  # in metadata of files whose weights were divided for float16
-MOST_TOKENS = 4096  # maximum length of a prompt with its template; the rest is cut off, as in the release
+MAX_TOKENS = 4096  # maximum length of a prompt with its template; the rest is cut off, as in the release
 RELEASE = re.compile(r"(?<![a-z])(sft|base)(?![a-z])")  # in the name of a file or folder
 _BEFORE, _AFTER = qwen3_chat(thinks=True)
 _SOURCE = qwen_tokenizer("--text_encoder_tokenizer", "OpenMOSS-Team/MOSS-Image-Base")
@@ -49,7 +49,7 @@ TEXT_USE = LanguageUse(
     source=replace(
         _SOURCE, files=replace(_SOURCE.files, folders=(".", "qwen_3_5", "tokenizer", "../tokenizer"))
     ),
-    maximum=MOST_TOKENS,
+    maximum=MAX_TOKENS,
     before=_BEFORE,
     after=f"{_AFTER}<think>\n",
     strips=True,
@@ -66,6 +66,7 @@ TEXT_USE = LanguageUse(
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[MossImageConfig]:
+    """Read config and dialect of a MOSS-Image file; raise CheckpointError for another model."""
     names = checkpoint.tensors
     if MARK not in names:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)

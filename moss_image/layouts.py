@@ -44,6 +44,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _find_item_errors(item: Any, size: Size) -> list[str]:
+    """Return what is wrong with an element of a layout."""
     if not isinstance(item, dict):
         return ["it is no JSON object"]
     errors = []
@@ -62,6 +63,7 @@ def _is_box(box: Any) -> bool:
 
 
 def _find_box_errors(box: Any, size: Size) -> list[str]:
+    """Return what is wrong with a box: order, or outside of the image (a box is relative to its center)."""
     if not _is_box(box):
         return ["its bbox is not four numbers"]
     top, left, bottom, right = box

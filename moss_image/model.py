@@ -252,7 +252,7 @@ class MossImageModel(BlockNetwork):
         depend on its text's length, and their keys on its skipped blocks.
         """
         memory = overrides.section_cache if isolated and references else None
-        if memory is None or overrides.turn is None or overrides.away is not None:
+        if memory is None or overrides.turn is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )

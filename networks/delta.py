@@ -275,6 +275,7 @@ class Delta:
         return next(filter(None, (check() for check in checks)), None)
 
     def _find_absent(self) -> str | None:
+        """Return why the factors are incomplete or exclude each other; None if they are complete."""
         factors = self.factors
         for first, second in composing.PAIRS:
             if first in factors and second not in factors:
@@ -297,6 +298,7 @@ class Delta:
         return next(filter(None, (algebra.find_wrong_shape(self.factors) for algebra in self.algebras)), None)
 
     def _find_wrong_value(self) -> str | None:
+        """Return what is wrong with the values of the factors; None if all are finite numbers."""
         if "alpha" in self.factors and not is_number(self.factors["alpha"]):
             return "its alpha is NaN or infinite, or more than one number"
         for part, tensor in self.factors.items():

@@ -522,6 +522,7 @@ def _metadata(
     is_v2: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
+    """Return the metadata of an extracted LoRA; without --no_metadata, its title too."""
     metadata = {
         "ss_v2": str(is_v2),
         "ss_network_module": names.module,

@@ -222,6 +222,7 @@ class AddedPart:
         return addition
 
     def _low_rank(self, x: Tensor) -> Tensor:
+        """Return what the LoRA adds to the output of its layer for x, in the layer's dtype."""
         down, *middle, up = self._chain
         if self.place.is_linear:
             return functional.linear(self._hidden(x, down), up.flatten(1))

@@ -338,6 +338,7 @@ def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, .
 def _read_number(
     kind: type[int] | type[float], argument: str, text: Any, minimum: float = 0, below: float = math.inf
 ) -> float | None:
+    """Return the number of an argument from `minimum` to below `below`; None for the text "None"."""
     if text == "None":
         return None
     value = _as_number(kind, text)

@@ -379,7 +379,7 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
     """
     found = _tables(family).parts.all(name)
     parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in found]
-    from_end = {REST: 101, BEFORE_REST: 100}
+    from_end = {REST: 101, BEFORE_REST: 100}  # after all counted parts, of which no module has so many
     return sorted(parts, key=lambda placed: from_end.get(placed.part.index or 0, placed.part.index or 0))
 
 

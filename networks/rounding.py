@@ -167,6 +167,7 @@ class RandomRounding:
         values.copy_(best)
 
     def _round_with(self, values: Tensor, noise: Tensor) -> None:
+        """Round float32 values in place, up or down as the random `noise` decides; they stay float32."""
         shift = None
         if self.dtype == torch.float16:
             # moves small values to where the distances are equal, and those of all dropped bits

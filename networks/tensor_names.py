@@ -117,6 +117,7 @@ def find_expert_starts() -> Mapping[str, str]:
 
 @cache
 def _find_starts() -> _Starts:
+    """Return the first parts of names in LoRA files, with the program or the expert that each stands for."""
     expert_starts = find_expert_starts()
     # of networks in pipelines of diffusers with the same modules
     more_starts = tuple(start for family in FAMILIES for start in family.more_starts)

@@ -120,6 +120,7 @@ class TextLoras:
             self._add(self._on_side, encoder.text_side, encoder.name)
 
     def _add(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
+        """Add the LoRAs to a network once. Raises CheckpointError if weights in 8 bits would change."""
         if not uses or network in self._done:
             return
         patch = LoraPatch(uses, rounding=self._rounding)

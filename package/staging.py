@@ -191,9 +191,9 @@ def _rewrite_modules(root: Path, package: Path) -> None:
         except (ValueError, AssertionError) as error:
             raise ValueError(f"{path.name}: {error}") from error
         path.write_text(text, encoding="utf-8")
-    tables = package / "modules" / TABLES.name
-    texts = rename_scripts(tables.read_text(encoding="utf-8"), scripts)
-    tables.write_text(texts, encoding="utf-8")
+    # texts of modules are the keys of translations
+    for path in (package / "modules" / TABLES.name, *(package / "browser" / "languages").glob("*.json")):
+        path.write_text(rename_scripts(path.read_text(encoding="utf-8"), scripts), encoding="utf-8")
 
 
 def _copy_texts(root: Path, folder: Path) -> None:

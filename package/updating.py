@@ -29,6 +29,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import UserError
 from modules.file_locks import only_one
 from modules.installation import DISTRIBUTION
+from modules.open_files import replace_file
 from modules.output_files import find_error_on_windows, fold_name
 from modules.text_files import parse_json, parse_toml, read_text
 from modules.zip_files import BoundedFile
@@ -54,7 +55,7 @@ MAX_OF_PROJECT = 1 << 17  # bytes of pyproject.toml; a TOML reader takes quadrat
 MAX_OF_NAME = 1000  # bytes of a file's path
 MAX_OF_NOTE = 1 << 26  # bytes of a note about an update
 MAX_OF_FILE = 1 << 23  # bytes of a file that a version may have; models and clips of the user's are larger
-MOST_TOLD = 20  # lines about files of the user's
+MAX_LISTED = 20  # lines about files of the user's
 OBJECT = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")  # how git names a commit
 SHORT_NAME = re.compile(r"~\d")  # Windows' second name of a file: GIT~1 is .git
 OFFLINE = re.compile(
@@ -188,7 +189,7 @@ def _repair(root: Path) -> None:
     """Undo an update that was interrupted, or finish it in a clone; remove the files that it left."""
     kept, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
     if part.exists() and old.exists() and not kept.exists():  # ended between two renamings
-        os.replace(old, kept)
+        replace_file(old, kept)
     for left in (part, old, root / NOTES / NEW):
         shutil.rmtree(left, ignore_errors=True)
     unfinished = kept / UNFINISHED
@@ -208,7 +209,7 @@ def _keep_program(root: Path) -> None:
         archive.write(source / "set_up.py", "__main__.py")
         for path in (*source.glob("modules/*.py"), *source.glob("package/*.py")):
             archive.write(path, path.relative_to(source))
-    os.replace(part, root / NOTES / PROGRAM)
+    replace_file(part, root / NOTES / PROGRAM)
 
 
 def _update_clone(root: Path) -> None:
@@ -389,7 +390,7 @@ def _update_from_zip(root: Path, file: Path) -> None:
         for name in files:
             target = root / name
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(new / name, target)
+            replace_file(new / name, target)
         for name in _list_gone(root, set(change.replaced) - set(files), files):
             (root / name).unlink(missing_ok=True)
         (root / NOTES / FILES).write_text("\n".join(files), encoding="utf-8")
@@ -421,7 +422,7 @@ def _put(root: Path, source: Path, name: str) -> None:
     part.parent.mkdir(parents=True, exist_ok=True)
     (root / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(source, part)
-    os.replace(part, root / name)
+    replace_file(part, root / name)
 
 
 def _find_name_beside(root: Path, name: str) -> str:
@@ -431,10 +432,10 @@ def _find_name_beside(root: Path, name: str) -> str:
 
 
 def _tell_beside(beside: Mapping[str, str]) -> None:
-    for name, own in sorted(beside.items())[:MOST_TOLD]:
+    for name, own in sorted(beside.items())[:MAX_LISTED]:
         _say(f"You had changed {name}: your version is now {own}.")
-    if len(beside) > MOST_TOLD:
-        _say(f"You had changed {len(beside) - MOST_TOLD} more: your versions end in .yours.")
+    if len(beside) > MAX_LISTED:
+        _say(f"You had changed {len(beside) - MAX_LISTED} more: your versions end in .yours.")
 
 
 def _list_gone(root: Path, gone: Iterable[str], files: Iterable[str]) -> Iterator[str]:
@@ -610,7 +611,7 @@ def _write_digests(root: Path, digests: Mapping[str, str]) -> None:
     note.parent.mkdir(exist_ok=True)
     part = note.with_suffix(".part")
     part.write_text("\n".join(f"{digest}  {name}" for name, digest in digests.items()), encoding="utf-8")
-    os.replace(part, note)
+    replace_file(part, note)
 
 
 def _digest(path: Path) -> str:
@@ -632,8 +633,8 @@ def _keep_for_return(root: Path, change: FileChange) -> None:
     plan = {key: value for key, value in asdict(change).items() if value or key != "beside"}  # older code
     (part / PLAN).write_text(json.dumps(plan), encoding="utf-8")
     if full.exists():
-        os.replace(full, old)
-    os.replace(part, full)
+        replace_file(full, old)
+    replace_file(part, full)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -669,7 +670,7 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
             if (kept / note).is_file():
                 _put(root, kept / note, f"{NOTES}/{note}")
         old = kept.with_name(f"{BACK}.old")
-        os.replace(kept, old)
+        replace_file(kept, old)
         shutil.rmtree(old)
         shutil.rmtree(root / NOTES / NEW, ignore_errors=True)
     except OSError as error:

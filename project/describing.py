@@ -17,7 +17,7 @@ from typing import Any
 from dataset.sources.captions import add_trigger, find_text
 from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
-from modules.devices import emulates_bfloat16
+from modules.devices import emulates_bfloat16, lacks_bfloat16
 from modules.errors import OptionError
 from modules.integers import round_up
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
@@ -133,6 +133,11 @@ class Choice:
     def needs_float32(self) -> bool:
         """Return whether the run is on a CPU, where bfloat16 is many times slower than float32."""
         return not self.memory and emulates_bfloat16()
+
+    @property
+    def needs_float16(self) -> bool:
+        """Return whether the run is on a GPU of this machine that has no bfloat16."""
+        return bool(self.memory) and not self.kind.needs_bfloat16 and lacks_bfloat16()
 
     def inside(self, path: Path) -> str:
         """Return a path relative to the folder, with forward slashes."""
@@ -639,6 +644,8 @@ def _model_values(choice: Choice) -> dict[str, Any]:
     if choice.needs_float32:
         values["mixed_precision"] = "no"
         values |= dict.fromkeys(choice.facts.dtypes["Training"], FLOAT32)
+    elif choice.needs_float16:
+        values["mixed_precision"] = "fp16"
     trained = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}
     return values | {name: path for name, path in choice.files.items() if name not in trained}
 

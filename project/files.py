@@ -436,6 +436,11 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
             "This processor computes bfloat16 many times slower than float32, so all is in float32, "
             "which needs twice the memory. On a card, describe the folder again with --memory GIB --overwrite"
         )
+    if choice.needs_float16:
+        lines.append(
+            "This machine's GPU has no bfloat16, so the training is in float16 (mixed_precision in run.toml)."
+            ' If its loss becomes NaN, the model leaves the range of float16: write "no" there, for float32'
+        )
     if choice.facts.contradiction:
         lines.append(warning(choice.facts.contradiction))
     few_steps = choice.facts.few_steps

@@ -583,15 +583,20 @@ def _is_material(path: Path) -> bool:
 
 def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelInfo") -> None:
     """Add clips and images, and lines about files that cannot be read and captions that are not UTF-8."""
-    remarks: list[str] = []
+    encodings: list[str] = []
     for path in paths:
         try:
-            content.media.append(_measure(path, content, facts, remarks))
+            content.media.append(_measure(path, content, facts, encodings))
         except MediaError as error:
             _leave_out(path, error, content)
-    if remarks:
-        further = f" and {len(remarks) - 1} more" if len(remarks) > 1 else ""
-        content.lines.append(warning(f"captions that are not UTF-8: {remarks[0]}{further}"))
+    _warn_of_encodings(encodings, content)
+
+
+def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None:
+    """Add a line about captions that are not UTF-8, if there are any."""
+    if encodings:
+        more = f" and {len(encodings) - 1} more" if len(encodings) > 1 else ""
+        content.lines.append(warning(f"captions that are not UTF-8: {encodings[0]}{more}"))
 
 
 def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
@@ -671,24 +676,25 @@ def _add_audios(content: FolderContent, audios: Sequence[Path], facts: "ModelInf
         text = f"{name_some(audios)}: left out, this kind is not read; {AUDIO_HELP}"
         content.lines.append(warning(text))
         return
-    remarks: list[str] = []
+    encodings: list[str] = []
     for path in audios:
         try:
             if track_info(path) is None:
                 raise MediaError(f"{path} has no sound")
-            caption = _find_caption(path, content, remarks)
+            caption = _find_caption(path, content, encodings)
             content.media.append(Media(path, "audio", (0, 0), seconds=None, caption=caption))
         except MediaError as error:
             _leave_out(path, error, content)
+    _warn_of_encodings(encodings, content)
 
 
-def _measure(path: Path, content: FolderContent, facts: "ModelInfo", remarks: list[str]) -> Media:
+def _measure(path: Path, content: FolderContent, facts: "ModelInfo", encodings: list[str]) -> Media:
     """Return a clip or an image with its size and caption.
 
     Raises:
         MediaError: If the file cannot be read.
     """
-    caption = _find_caption(path, content, remarks)
+    caption = _find_caption(path, content, encodings)
     is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
     if not is_moving:
         return Media(path, "image", image_size(path), seconds=None, caption=caption)
@@ -697,10 +703,10 @@ def _measure(path: Path, content: FolderContent, facts: "ModelInfo", remarks: li
     return Media(path, "video", (info.width, info.height), seconds=seconds, caption=caption)
 
 
-def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str | None:
+def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> str | None:
     """Return a file's caption on one line, from its caption file or a list; None if there is none.
 
-    If the caption file is not UTF-8, a line about it is appended to `remarks`.
+    If the caption file is not UTF-8, a line about it is appended to `encodings`.
     """
     caption_file = caption_path(path, content.captions)
     try:
@@ -715,7 +721,7 @@ def _find_caption(path: Path, content: FolderContent, remarks: list[str]) -> str
         content.new_captions[caption_file] = listed_text
         return " ".join(listed_text.split())
     if file.encoding is not None:
-        remarks.append(describe_encoding(caption_file, file.text, file.encoding))
+        encodings.append(describe_encoding(caption_file, file.text, file.encoding))
     if listed_text is not None and listed_text != file.text:
         content.other_captions.append(path)
     return " ".join(file.text.split())
@@ -813,7 +819,7 @@ def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
             missing = _without_reference(source, images)
             is_outside = training_folder == folder and source.parent == parent
             if is_outside and (missing or has_word or _list_other_media(folder, source)):
-                continue
+                continue  # it may belong to another folder
             if len(missing) < len(images):
                 return True
     return False

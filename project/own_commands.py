@@ -59,6 +59,7 @@ def describe_own(choice: Choice) -> list[str]:
 
 
 def _without_single(words: Sequence[str]) -> list[str]:
+    """Return a command without the options in OF_ONE and their values."""
     remaining: list[str] = []
     is_dropped = False
     for word in words:

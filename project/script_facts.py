@@ -108,6 +108,7 @@ def check_options(name: str, words: Sequence[str], folder: Path) -> str | None:
 def _run_script(
     name: str, words: Sequence[str], folder: Path, variables: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
+    """Run a script of this program and return its output. Raises OptionError if it cannot be started."""
     script = installation.find_script(name)
     if script is None:
         raise OptionError(f"{name}: there is no such script")

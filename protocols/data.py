@@ -35,6 +35,10 @@ IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control image
 # latents of references other than control media, with _0, _1, ...
 REFERENCE_LATENTS = "latents_reference"
 
+# latents of images that guide a clip, C 1 H W in caches: keyframes, with _0, _1, ..., and one that replaces a
+# latent frame; what batches say of them in this order, B G 2 int64: index of the frame or of the latent
+# frame, and how much is given, as in `steps.GivenTokens`
+KEYFRAME_LATENTS, LATENT_GUIDE, GUIDES = "latents_keyframe", "latents_guide", "guides"
 # latents of the worse one of a pair, in caches only: of the form of `latents`
 REJECTED_LATENTS = "latents_worse"
 
@@ -248,6 +252,7 @@ class MediaTable:
     target_index: int | None = None  # place in time of the target
     has_post: bool = True  # one black frame behind the control images
     flips: bool = False  # mirrored latents are cached too
+    guides: tuple[str, ...] = ()  # names of the latents of the last `MediaBatch.references`, which are guides
     shown: tuple[tuple[ShownMedium, ...], ...] = ()  # of each source, `MediaBatch.shown`; () if none has any
 
 
@@ -263,7 +268,7 @@ class MediaBatch:
     control: tuple[Tensor, ...] = ()
     alpha: Tensor | None = None  # B H W uint8: of images that are transparent somewhere
     table: MediaTable = MediaTable()
-    # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F
+    # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F; then guides
     references: tuple[Tensor, ...] = ()
     control_mask: Tensor | None = None  # B F H W uint8: 255 is made anew
     # of clips, for a family with `AudioSpec.is_inside`: B C S float32, zeros where nothing is heard

@@ -409,6 +409,7 @@ class Abilities:
     keep_time: bool = False  # without source_fps, clips are read by their times, as with source_fps = "auto"
     show_media: bool = False  # rows of lists have `references` (`MediaBatch.shown`)
     sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
+    guide: bool = False  # clips are trained with images that guide them (`data.GUIDES`)
     references: str = ""  # which of its variants takes references of clips, and how to ask for it
     views: tuple[str, ...] = ()  # further conditions that it can have in a training (`Batch.view`)
     one_sample: str = ""  # why a batch of a training has one sample: completes "batch_size 2: ..."

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from modules.errors import MediaError, OptionError
-from modules.limits import MAX_SCALE, MAX_SIDE, MAX_STEPS, MOST_FRAMES
+from modules.limits import MAX_MADE_FRAMES, MAX_SCALE, MAX_SIDE, MAX_STEPS
 from modules.option_values import check_seed, show_number
 from modules.paths import explain_missing
 from modules.text_files import bad_character
@@ -60,7 +60,7 @@ class Prompts:
     positive: Prompt
     negative: Prompt | None = None
     blank: Prompt | None = None  # the empty prompt
-    away: Prompt | None = None  # what attention is steered away from
+    nag: Prompt | None = None  # what attention is steered away from
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class Request:
     negative_prompt: str | None = None
     second_prompt: str | None = None  # for the second text encoder of a family that has two
     cfg_schedule: str | None = None
-    away_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
+    nag_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
     image_path: Path | None = None
     end_image_path: Path | None = None
     control_path: Path | None = None
@@ -190,7 +190,7 @@ MAX_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone tak
 COUNTS = {
     "width": ("--video_size, width", "w", MAX_SIDE),
     "height": ("--video_size, height", "h", MAX_SIDE),
-    "frames": ("--video_length", "f", MOST_FRAMES),
+    "frames": ("--video_length", "f", MAX_MADE_FRAMES),
     "steps": ("--infer_steps", "s", MAX_STEPS),
 }
 
@@ -246,7 +246,7 @@ def settle(
     prompts = Prompts(
         Prompt(request.prompt, second=request.second_prompt),
         Prompt(negative or ""),
-        away=None if request.away_prompt is None else Prompt(request.away_prompt),
+        nag=None if request.nag_prompt is None else Prompt(request.nag_prompt),
     )
     return Prepared(
         request=request,
@@ -464,7 +464,7 @@ def _check_texts(request: Request) -> None:
         "the prompt": request.prompt,
         "the prompt of --prompt_2 (--p2 in a prompt line)": request.second_prompt,
         "the negative prompt": request.negative_prompt,
-        "the prompt of --nag_prompt (--nag in a prompt line)": request.away_prompt,
+        "the prompt of --nag_prompt (--nag in a prompt line)": request.nag_prompt,
     }
     for name, text in texts.items():
         # bytes that are not UTF-8 reach Python as halves of characters, which no file can hold

@@ -250,7 +250,7 @@ class MagCache:
     ratios: tuple[float, ...]
     retention: float  # share of the steps at the start of which none is skipped
     threshold: float  # largest sum of errors over the passes skipped in a row
-    most_skips: int  # in a row
+    max_skips: int  # in a row
 
 
 @dataclass(frozen=True)

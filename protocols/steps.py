@@ -24,7 +24,7 @@ class EncodedPrompts:
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
-    away: Conditions | None = None
+    nag: Conditions | None = None
 
     def section(self, noise: Tensor, inputs: Conditions | None = None) -> "Section":
         """Combine texts, noise and media conditions into a section.
@@ -40,8 +40,8 @@ class EncodedPrompts:
         positive = conditions[id(self.positive)]
         negative = conditions.get(id(self.negative))
         blank = conditions.get(id(self.blank))
-        away = None if self.away is None else add_batch_axis(self.away)
-        return Section(noise, positive, negative, blank, away=away)
+        nag = None if self.nag is None else add_batch_axis(self.nag)
+        return Section(noise, positive, negative, blank, nag=nag)
 
 
 # as `Family.decode`, but not limited to -1..1
@@ -60,8 +60,8 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Away:
-    """The text to steer away from in normalized attention guidance; a pass attends to it too."""
+class NagText:
+    """The negative text of normalized attention guidance (NAG); a pass attends to it too."""
 
     text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
     steer: "Steer"
@@ -89,18 +89,20 @@ class GivenTokens:
     int16, which stays on the host.
 
     Keyframes are images at frames of the clip, `places`, that the network sees besides it. In training they
-    are `keyframes`, clean; in a generation they are the last frames of the noisy latents, and of `image`.
+    are `keyframes`, clean, of which `keyframe_shares` are given; in a generation they are the last frames of
+    the noisy latents, and of `image`.
     """
 
     image: Tensor | None = None  # B 1 F H W; None: nothing is given
     audio: Tensor | None = None  # B 1 T 1
     keyframes: Tensor | None = None  # B C K H W, in the form of latents in caches
     places: tuple[int, ...] = ()  # of K keyframes
+    keyframe_shares: tuple[int, ...] = ()  # of `keyframes`, as above
+    keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all are given entirely
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
         """Return a copy with `move` applied to every tensor."""
-        tensors = {"image": self.image, "audio": self.audio, "keyframes": self.keyframes}
-        moved: dict[str, Any] = {name: move(one) for name, one in tensors.items() if one is not None}
+        moved: dict[str, Any] = {key: move(one) for key, one in vars(self).items() if isinstance(one, Tensor)}
         return replace(self, **moved)
 
 
@@ -120,7 +122,7 @@ class Overrides:
     # in these blocks self-attention is replaced by its values
     skip_self_attention: frozenset[int] = frozenset()
     isolated: bool = False  # image and audio do not attend to each other
-    away: Away | None = None
+    nag: NagText | None = None
     slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network's input for it is left out
     # latent frames in front that are clean, not noisy: the network knows this, and their velocity is 0
@@ -136,16 +138,16 @@ class Overrides:
         """Return whether a part of the network is skipped, which makes the pass weaker."""
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
-    def rename_away(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
+    def rename_nag(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
         """Return the overrides with the conditions of the negative attention text renamed by `rename`."""
-        if self.away is None:
+        if self.nag is None:
             return self
-        return replace(self, away=replace(self.away, text=rename(self.away.text)))
+        return replace(self, nag=replace(self.nag, text=rename(self.nag.text)))
 
     @property
     def steer(self) -> "Steer | None":
         """How the negative attention text acts on attention; None without such a text."""
-        return None if self.away is None else self.away.steer
+        return None if self.nag is None else self.nag.steer
 
     def texts(self, batch: int, **text: Any) -> list[dict[str, Any]]:
         """Return the network's text arguments for the prompt, then those of the negative attention text.
@@ -153,11 +155,11 @@ class Overrides:
         A negative attention text of one sample is used for all samples of the batch. Without one, only the
         prompt's arguments are returned.
         """
-        if self.away is None:
+        if self.nag is None:
             return [text]
         second = {
             name: value.expand(batch, *value.shape[1:])
-            for name, value in self.away.text.items()
+            for name, value in self.nag.text.items()
             if isinstance(value, Tensor)
         }
         return [text, {name: second.get(name) for name in text}]
@@ -171,7 +173,7 @@ class Overrides:
             skip_blocks=self.skip_blocks | all_passes.skip_blocks,
             skip_self_attention=self.skip_self_attention | all_passes.skip_self_attention,
             isolated=self.isolated or all_passes.isolated,
-            away=self.away or all_passes.away,
+            nag=self.nag or all_passes.nag,
             slow_frames=self.slow_frames or all_passes.slow_frames,
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,
             given_frames=self.given_frames or all_passes.given_frames,
@@ -228,7 +230,7 @@ class Section:
     blank: Conditions | None = None
     place: int = 0  # of its first latent frame in the video
     source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
-    away: Conditions | None = None  # of a text alone, without media
+    nag: Conditions | None = None  # of a text alone, without media
     overrides: Overrides = NO_OVERRIDES  # of every pass
     # clean latents of its first frames, B C f H W, which the loop keeps in their place;
     # `overrides.given_frames` tells the network

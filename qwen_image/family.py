@@ -165,7 +165,7 @@ class QwenImage(ModelOfImages):
             noisy,
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
             clean_references=self.version.clean_references,
         )

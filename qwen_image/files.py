@@ -119,7 +119,7 @@ read_dit_header, identify, load_dit = FORMAT.read_header, FORMAT.identify, FORMA
 
 # the VAE of Wan2.1 is the same
 VAE_FILES = "qwen_image_vae.safetensors, the vae folder of the pipeline, or Wan2.1's VAE"
-MOST = 10  # images to edit; trained with up to three
+MAX_REFERENCES = 10  # images to edit; trained with up to three
 
 
 @dataclass(frozen=True)
@@ -159,8 +159,8 @@ def _make_edit_version(
 VERSIONS = {
     ORIGINAL: Version("qwen_image", "qi", called=NAME, architecture=NAME, release=QWEN_IMAGE, use=QWEN_USE),
     EDIT: _make_edit_version(EDIT, EDIT_USE, 1),
-    EDIT_2509: _make_edit_version(EDIT_2509, PLUS_USE, MOST),
-    EDIT_2511: _make_edit_version(EDIT_2511, PLUS_USE, MOST, clean_references=True),
+    EDIT_2509: _make_edit_version(EDIT_2509, PLUS_USE, MAX_REFERENCES),
+    EDIT_2511: _make_edit_version(EDIT_2511, PLUS_USE, MAX_REFERENCES, clean_references=True),
     LAYERED: Version(
         "qwen_image_layered",
         "qil",

@@ -152,7 +152,7 @@ class QwenImageLayered(ModelOfImages):
             noisy[:, :, given:],
             timesteps.float(),
             **name_text_and_mask(cond, "text", KEY, noisy.device),
-            overrides=overrides.rename_away(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
+            overrides=overrides.rename_nag(lambda text: name_text_and_mask(text, "text", KEY, noisy.device)),
             references=references_in(cond, noisy.device),
         )
         return torch.cat([torch.zeros_like(velocity[:, :, :1]), velocity], dim=2) if given else velocity
@@ -186,6 +186,7 @@ class QwenImageLayered(ModelOfImages):
         return replace(prepared, rules=rules, name_end=end, family_record=taken)
 
     def _keep_image(self, request: Request) -> Request:
+        """Return the request with its one image to split; other media are dropped with a warning."""
         takes = {**NO_MEDIA, "control_images": True}
         request = keep_usable_media(request, takes, f"{self.called} does not take it")
         if len(request.control_images) != 1:

@@ -39,7 +39,7 @@ from qwen_image_21.caches import (
     check_states,
 )
 from qwen_image_21.configs import DIT, FEW_STEPS, LATENT, NOISE, QWEN_IMAGE_21, count_tokens
-from qwen_image_21.files import KEY, MOST, TEXT_USE, QwenImage21Files, find_turbo
+from qwen_image_21.files import KEY, MAX_REFERENCES, TEXT_USE, QwenImage21Files, find_turbo
 from qwen_image_21.names import LORA
 from qwen_image_21.options import NAME, SIDE, STEPS
 from qwen_image_21.references import add_images, read_anchor, read_reference
@@ -52,7 +52,7 @@ DEFAULTS = pictures.image_defaults(STEPS, 1.0, SIDE)
 # how far the schedule is shifted, by the number of tokens of an image: exp(mu), mu on a line through these.
 # Source: the release's scheduler
 FEW, MANY = (256, 0.5), (8192, 0.9)
-REFERENCES = ReferenceRules(MOST, step=LATENT.pixel_step, seen_by_text=True, as_encoded=True)
+REFERENCES = ReferenceRules(MAX_REFERENCES, step=LATENT.pixel_step, seen_by_text=True, as_encoded=True)
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ class QwenImage21(pictures.ModelOfImages):
             noisy,
             timesteps.float(),
             **named(cond),
-            overrides=overrides.rename_away(named),
+            overrides=overrides.rename_nag(named),
             references=pictures.references_in(cond, noisy.device),
         )
         return velocity

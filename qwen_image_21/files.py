@@ -36,7 +36,7 @@ from qwen_image_21.references import lay_on_white, read_shown
 from qwen_image_21.vae import QwenImage21Vae, load_vae, read_vae_config
 
 KEY = "vl_embed"  # key in musubi-tuner's caches
-MOST_TOKENS = 8192  # maximum length of a prompt, up to which positions are trained
+MAX_TOKENS = 8192  # maximum length of a prompt, up to which positions are trained
 _SYSTEM = "<|im_start|>system\nComprehend and analyze the provided prompt.<|im_end|>\n"
 TEXT_USE = LanguageUse(
     name="vl",
@@ -54,7 +54,7 @@ TEXT_USE = LanguageUse(
             folders=(".", "qwen_3_vl", "tokenizer", "processor", "../tokenizer", "../processor"),
         ),
     ),
-    maximum=MOST_TOKENS,
+    maximum=MAX_TOKENS,
     before=f"{_SYSTEM}<|im_start|>user\n",
     after="<|im_end|>\n<|im_start|>assistant\n",
     dropped=None,
@@ -77,7 +77,7 @@ TEXT_USE = LanguageUse(
     sizes_key=SIZES,
     hashes_key=SEEN_HASHES,
 )
-MOST = 10  # references
+MAX_REFERENCES = 10  # references
 WHAT = f"a {NAME} transformer"
 OPTION = "--dit"
 FILES = (

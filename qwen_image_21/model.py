@@ -100,7 +100,7 @@ class QwenImage21Tokens:
     """Inputs of the blocks; x is B L+P C, with a second text B L+P+P' C."""
 
     grid: Grid  # rows and columns of the image's tokens
-    picture: int  # how many of them there are, L; 0 while a prefix alone is computed
+    num_image: int  # number of tokens of the image, L; 0 while a prefix alone is computed
     split: int  # where the prefix begins, among the tokens that this process has
     # one list for each sample, or a single one if all are alike; numbers, so that compiled code accepts any
     segments: tuple[tuple[Segment, ...], ...]
@@ -122,15 +122,16 @@ class QwenImage21Tokens:
 
     def cut(self, part: "TokenPart") -> Self:
         """Return the inputs for the tokens of one process; `rotary` stays that of all tokens."""
-        return replace(self, part=part, split=part.of_first(self.picture))
+        return replace(self, part=part, split=part.of_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
 
         `kept` are the ascending positions of the kept tokens, B K.
         """
-        image = self.picture - num_left_out
-        return replace(self, picture=image, split=image, rotary=take_rows(self.rotary, kept, num_left_out))
+        num_image = self.num_image - num_left_out
+        rotary = take_rows(self.rotary, kept, num_left_out)
+        return replace(self, num_image=num_image, split=num_image, rotary=rotary)
 
 
 class QwenImage21Attention(nn.Module):
@@ -208,12 +209,12 @@ def attend_segments(
     are B L+P N D.
     """
     choice = tokens.attention
-    start = tokens.picture
+    start = tokens.num_image  # the prefix follows the image
     end = start + segments[-1].end
     outputs = []
-    if start:
+    if start:  # tokens of the image attend to all tokens
         outputs.append(attend(query[:, :start], key[:, :end], value[:, :end], choice))
-    if query.shape[1] > start:
+    if query.shape[1] > start:  # the queries of the prefix are computed too, not remembered
         for segment in segments:
             queries = query[:, start + segment.start : start + segment.end]
             keys = key[:, start : start + segment.end]
@@ -375,7 +376,7 @@ class QwenImage21Model(BlockNetwork):
     def forward(self, *inputs: Any, overrides: Overrides = NO_OVERRIDES, **named_inputs: Any) -> Any:
         """Predict as `embed` describes; with `overrides.section_cache`, compute each pass's prefix once."""
         memory = overrides.section_cache
-        if memory is None or overrides.turn is None or overrides.away is not None or overrides.leaves_out:
+        if memory is None or overrides.turn is None or overrides.nag is not None or overrides.leaves_out:
             return super().forward(*inputs, overrides=overrides, **named_inputs)
         which = overrides.turn.which
         if which not in memory:
@@ -393,7 +394,7 @@ class QwenImage21Model(BlockNetwork):
         layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
         tokens = QwenImage21Tokens(
             grid=(0, 0),
-            picture=0,
+            num_image=0,
             split=0,
             segments=list_segments(embedded.prefixes),
             rotary=self._rotary.get_table(layout, noisy.device),
@@ -440,7 +441,7 @@ class QwenImage21Model(BlockNetwork):
         x = self.embed_image(noisy).to(dtype)
         num_image = x.shape[1]
         time = self.time_text_embed(timesteps)[:, None]
-        times = time
+        times = time  # B 1 C for the image; then B 2 C: the prefix is clean, at timestep 0
         prompts = overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
         if is_remembered:
             prefixes = order_prefixes(text_mask, slots, references)
@@ -456,7 +457,7 @@ class QwenImage21Model(BlockNetwork):
         layout = QwenImage21Layout(grid, prefixes, has_prefix=not is_remembered)
         tokens = QwenImage21Tokens(
             grid=grid,
-            picture=num_image,
+            num_image=num_image,
             split=num_image,
             segments=list_segments(prefixes),
             rotary=self._rotary.get_table(layout, noisy.device),
@@ -492,13 +493,13 @@ class QwenImage21Model(BlockNetwork):
         images = [self.embed_image(latents).to(dtype) for latents in references]
         samples = []
         for number, prefix in enumerate(prefixes):
-            words = texts[number, : prefix.texts]
+            tokens = texts[number, : prefix.texts]
             pieces = []
             start = 0
             for slot, image in zip(prefix.slots, images, strict=True):
-                pieces += [words[start:slot], image[number]]
+                pieces += [tokens[start:slot], image[number]]
                 start = slot
-            pieces.append(words[start:])
+            pieces.append(tokens[start:])
             samples.append(torch.cat(pieces))
         return PrefixTokens(nn.utils.rnn.pad_sequence(samples, batch_first=True), prefixes)
 
@@ -524,7 +525,7 @@ class QwenImage21Model(BlockNetwork):
     def unembed(self, x: Tensor, tokens: QwenImage21Tokens) -> Tensor:
         """Turn tokens B L+P C into the velocity, B Z 1 H W in float32."""
         rows, columns = tokens.grid
-        numbers = in_own_dtype(self.proj_out, self.norm_out(x[:, : tokens.picture], tokens)).float()
+        numbers = in_own_dtype(self.proj_out, self.norm_out(x[:, : tokens.num_image], tokens)).float()
         return rearrange(numbers, "b (h w) z -> b z 1 h w", h=rows, w=columns)
 
     def _make_table(self, layout: QwenImage21Layout, /, *, device: torch.device) -> Tensor:

@@ -12,8 +12,8 @@ from pathlib import Path
 from modules.errors import InstallationError
 from modules.installation import PREFIX, check_requirements, find_namesake, read_requirements
 from modules.nvidia_driver import explain_unseen_card
+from runtime.machine import GIB
 
-_GB = 1 << 30
 FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
 INDEX = "https://pytorch.org/get-started/locally"
 
@@ -34,7 +34,7 @@ def examine(folder: Path) -> list[Finding]:
         folder: Folder of models and caches, whose disk is checked.
     """
     python = f"{platform.python_version()} ({sys.executable}) on {platform.system()} {platform.machine()}"
-    free = shutil.disk_usage(folder).free / _GB
+    free = shutil.disk_usage(folder).free / GIB
     too_little = ""
     if free < FEW_GB:
         too_little = f"; a model of 14 billion weights and its caches need about {FEW_GB} GB"
@@ -101,7 +101,7 @@ def _examine_torch() -> Iterator[Finding]:
         for number in range(torch.cuda.device_count()):
             info = torch.cuda.get_device_properties(number)
             dtype = "bf16" if info.major >= 8 else "fp16 (it computes bf16 slowly)"  # 8: Ampere
-            size = f"{info.total_memory / _GB:.0f} GB, capability {info.major}.{info.minor}"
+            size = f"{info.total_memory / GIB:.0f} GB, capability {info.major}.{info.minor}"
             yield Finding(f"GPU {number}", f"{info.name}, {size}: {dtype}")
     else:
         yield _without_cuda(device.type, explain_unseen_card(torch.__version__, torch.version.cuda))

@@ -169,17 +169,17 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
 class MagCacheRule:
     """The rule of MagCache, for one pass of each step. It reads no tensors."""
 
-    def __init__(self, ratios: Sequence[float], retention: float, threshold: float, most_skips: int) -> None:
+    def __init__(self, ratios: Sequence[float], retention: float, threshold: float, max_skips: int) -> None:
         """Start without skipped passes.
 
         Args:
             ratios: One ratio for each step of the video.
             retention: See `protocols.rules.MagCache`.
             threshold: See `protocols.rules.MagCache`.
-            most_skips: See `protocols.rules.MagCache`.
+            max_skips: See `protocols.rules.MagCache`.
         """
         self._ratios, self._retention = ratios, retention
-        self._threshold, self._max_skips = threshold, most_skips
+        self._threshold, self._max_skips = threshold, max_skips
         self._last: int | None = None  # step of the last call
         self._forget()
 

@@ -343,6 +343,7 @@ def batches(pictures: Iterable[RequestedImage], size: int) -> Iterator[list[Requ
 
 
 def _group_key(picture: RequestedImage) -> tuple[Any, ...]:
+    """Return what images of one batch must have in common."""
     return (
         picture.settings,
         picture.image is None,

@@ -154,6 +154,7 @@ def _find_kind(names: Iterable[str]) -> ModelKind | None:
 
 
 def _describe_other(names: Collection[str], kind: ModelKind | None) -> str | None:
+    """Return what a file is if it is a model that is not supported; None if it may be supported."""
     for mark, what in _OTHERS:
         if _has(names, mark):
             return what

@@ -193,6 +193,7 @@ def open_part(folder: Path, stems: Collection[str]) -> Checkpoint:
 
 
 def _read_kind(folder: Path) -> ModelKind:
+    """Return the kind of Stable Diffusion in a folder of diffusers, by its text encoders."""
     if not (folder / "unet").is_dir():
         raise CheckpointError(
             f"--ckpt {folder} has no folder unet{_name_parts(folder)}.\n  Give {GIVE}.",

@@ -106,8 +106,8 @@ def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
     pixels = to_pixels(read_picture(path), width, height)
     if mask is not None:
         return pixels, mask_pixels(Image.fromarray(read_mask(Path(mask))), width, height)[0, 0]
-    numbers = random.Random(derive_seed("mask of a sample", prepared.seed))
-    return pixels, torch.from_numpy(draw_wobbly_ellipse(height, width, numbers)).float()
+    rng = random.Random(derive_seed("mask of a sample", prepared.seed))
+    return pixels, torch.from_numpy(draw_wobbly_ellipse(height, width, rng)).float()
 
 
 def _sum_waves(waves: Sequence[tuple[float, float]], angle: float) -> float:
@@ -116,17 +116,17 @@ def _sum_waves(waves: Sequence[tuple[float, float]], angle: float) -> float:
     return sum(values)
 
 
-def draw_wobbly_ellipse(height: int, width: int, numbers: random.Random) -> Any:
+def draw_wobbly_ellipse(height: int, width: int, rng: random.Random) -> Any:
     """Draw an ellipse with a wavy edge in the middle of an image, H W bool."""
     # an ellipse with the fraction AREA of the image: pi * horizontal_radius * vertical_radius
-    aspect_ratio = numbers.uniform(0.6, 1.4)
+    aspect_ratio = rng.uniform(0.6, 1.4)
     horizontal_radius = math.sqrt(AREA * height * width / math.pi * aspect_ratio)
     vertical_radius = horizontal_radius / aspect_ratio
-    center_x = width * numbers.uniform(0.25, 0.75)
-    center_y = height * numbers.uniform(0.25, 0.75)
-    rotation = numbers.uniform(0, 2 * math.pi)
+    center_x = width * rng.uniform(0.25, 0.75)
+    center_y = height * rng.uniform(0.25, 0.75)
+    rotation = rng.uniform(0, 2 * math.pi)
     # amplitude and phase of each wave of the edge; wave k has k periods around the ellipse
-    waves = [(numbers.uniform(-1, 1), numbers.uniform(0, 2 * math.pi)) for _ in range(HARMONICS)]
+    waves = [(rng.uniform(-1, 1), rng.uniform(0, 2 * math.pi)) for _ in range(HARMONICS)]
     corners = []
     for corner in range(CORNERS):
         angle = 2 * math.pi * corner / CORNERS

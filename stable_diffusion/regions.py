@@ -249,6 +249,7 @@ class _Batch:
         return limited
 
     def _limit_features(self, part: int, added: Tensor) -> Tensor:
+        """Multiply what the LoRA of a prompt part adds by the mask of its region."""
         # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of what has no places
         repeats = len(added) // len(self._regions)
         if added.ndim == 2:

@@ -206,6 +206,7 @@ class Run:
         return paths
 
     def _make(self, batch: Sequence[RequestedImage]) -> list[Path]:
+        """Generate a batch and save its images, those of each highres stage too; return their paths."""
         paths = []
         try:
             for stage in make_images(self.maker, self.highres, batch):

@@ -19,6 +19,7 @@ from torch import Tensor
 from checkpoints.model_files import find_model_folder
 from encoders.clip_checkpoints import ClipTextConfig
 from encoders.clip_layers import ClipVision, load_clip_vision
+from generation.embedding_marks import warn_of_unknown
 from modules.control_codes import shorten
 from modules.errors import CheckpointError, DownloadError, OptionError
 from modules.media.reading import first_frame
@@ -31,12 +32,12 @@ from stable_diffusion.textual_inversion import (
     check_words,
     list_ids,
     read_words,
-    warn_of_unknown,
     with_bundled,
 )
 
 logger = logging.getLogger(__name__)
 
+_LOADER = "gen_img.py loads one by --textual_inversion_embeddings FILE"
 REMEMBERED = 64  # texts; one of SDXL with one chunk takes 0.6 MB in float32
 SHOWN = 200  # characters of a text in a warning
 
@@ -68,7 +69,7 @@ class Texts:
         """
         words = with_bundled(_read_words(options, layers), bundled)
         self._towers = add_words(towers, kind, words)
-        self._known = [*list_ids(words, 0, 0)]  # all words that embeddings and LoRAs have brought
+        self._known = [*list_ids(words, 0)]  # all words that embeddings and LoRAs have brought
         self._copies = max(len(layers), 1)  # number of copies of a text's states
         self._kind = kind
         self._mode = options.emb_normalize_mode
@@ -100,6 +101,7 @@ class Texts:
 
     @torch.no_grad()
     def _encode(self, text: str, count: int, networks: Hashable) -> TextState:
+        """Encode a text in `count` chunks with all towers; their states are concatenated."""
         del networks  # a key of what is remembered
         contexts: list[Tensor] = []
         pooled = None
@@ -152,7 +154,7 @@ class Texts:
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
         """Return a text's chunks in each encoder, at most --max_embeddings_multiples; warn if it has more."""
-        warn_of_unknown(text, self._known)
+        warn_of_unknown(text, self._known, _LOADER)
         parts = tokenizers.parse_weights(text)
         by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
         longest = max(range(len(by_tower)), key=lambda index: len(by_tower[index]))

@@ -85,6 +85,7 @@ def _read_clip_l(checkpoint: Checkpoint, prefix: str) -> TextPlan:
 
 
 def _read_open_clip(checkpoint: Checkpoint, prefix: str, is_projected: bool = False) -> TextPlan:
+    """Plan how to load a text encoder of OpenCLIP; its fused projections become three."""
     tower = _select_part(checkpoint, prefix, "OpenCLIP")
     sources: dict[str, TensorSource] = {}
     for name, source in plain_sources(tower).items():

@@ -9,8 +9,7 @@ Sources: Gal et al. 2022, arXiv 2208.01618; Voynov et al. 2023, arXiv 2303.09522
 # Letters: V vectors of a word, C width of a text encoder, A cross-attentions of the U-Net
 
 import logging
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from checkpoints.embedding_files import (
     reject_embedding,
     to_rows,
 )
-from encoders.new_words import compile_words
-from generation.embedding_marks import find_embeddings
+from encoders.new_words import NewWord, compile_words, name_ids
+from generation.embedding_marks import OPTION
 from modules.console import count_of, list_some
 from modules.control_codes import shorten
 from modules.errors import CheckpointError
@@ -37,7 +36,6 @@ from stable_diffusion.tokenizers import SIZE
 
 logger = logging.getLogger(__name__)
 
-OPTION = "--textual_inversion_embeddings"
 XTI_OPTION = "--XTI_embeddings"
 # names of the vectors for each of several text encoders, in the order of the encoders, and for the only one
 SEVERAL, SINGLE = ("clip_l", "clip_g"), "emb_params"
@@ -158,7 +156,7 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
         index: Index of the encoder in the checkpoint, which selects the vectors of each word.
     """
     embeddings = tower.network.embeddings
-    ids = list_ids(words, index, embeddings.token_embedding.num_embeddings)
+    ids = list_ids(words, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = add_rows(embeddings.token_embedding, words, index)
     # a word of --XTI_embeddings has as many vectors for each cross-attention, one layer after the other:
     # the stride leads from a vector's row to that for the next cross-attention
@@ -182,37 +180,16 @@ def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> n
     return nn.Embedding.from_pretrained(torch.cat([old, *vectors]), freeze=True)
 
 
-def list_ids(words: Sequence[LearnedWord], index: int, vocabulary: int) -> dict[str, list[int]]:
+def list_ids(words: Sequence[LearnedWord], vocabulary: int) -> dict[str, list[int]]:
     """Return the token ids of all names of words.
 
     Args:
         words: The words with their vectors.
-        index: Index of the text encoder.
-        vocabulary: Number of rows of its table without the words.
+        vocabulary: Number of rows of an encoder's table without the words.
     """
-    ids: dict[str, list[int]] = {}
-    first = vocabulary  # row of the word's first vector
-    for word in words:
-        ids[word.word] = list(range(first, first + _count(word)))
-        first += len(word.vectors[index])
-    # names of files take precedence over names derived from other files
-    file_names = {name.lower() for name in ids}
-    for name, numbers in _derive_names(words, ids).items():
-        if name.lower() not in file_names:
-            ids[name] = numbers
-    return ids
-
-
-def _derive_names(words: Sequence[LearnedWord], ids: Mapping[str, list[int]]) -> dict[str, list[int]]:
-    """Return additional names and their ids: names of a word's single vectors, and names in the files."""
-    derived: dict[str, list[int]] = {}
-    for word in words:
-        word_ids = ids[word.word]
-        for index, number in enumerate(word_ids[1:], 1):
-            derived[f"{word.word}{index}"] = [number]
-        if word.token is not None:
-            derived.setdefault(word.token, word_ids)
-    return derived
+    return name_ids(
+        [NewWord(word.word, _count(word), copies=word.layers, alias=word.token) for word in words], vocabulary
+    )
 
 
 def with_words(
@@ -234,25 +211,6 @@ def with_words(
         return tokens + tokenize(text[position:])
 
     return tokenize_all
-
-
-def warn_of_unknown(text: str, known: Iterable[str]) -> None:
-    """Warn of words that a prompt marks as embeddings, in ComfyUI's way, but that are not loaded.
-
-    Args:
-        text: The text.
-        known: Names of all words.
-    """
-    names = {name.lower() for name in known}
-    for marked in find_embeddings(text):
-        file = re.split(r"[/\\]", marked.lower())[-1]
-        if not {file, file.rpartition(".")[0]} & names:
-            logger.warning(
-                "embedding:%s in a prompt is read as words: no embedding of this name is loaded. gen_img.py "
-                "loads one by %s FILE",
-                shorten(marked, 60),
-                OPTION,
-            )
 
 
 def _count(word: LearnedWord) -> int:
@@ -334,13 +292,13 @@ def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors for each text encoder, in order, and the word in the file; None if it has none."""
+    """Return the vectors for each text encoder, in order, and the word in the file (None: it has none)."""
     inner = content.get(TABLE)
     if isinstance(inner, Mapping):
-        words = list_tensors(inner)
-        if len(words) == 1:
-            return words, None
-        raise reject_embedding(path, option, f"{TABLE} has {len(words)} words")
+        embeddings = list_tensors(inner)  # placeholder -> vectors; usually the placeholder is "*", no word
+        if len(embeddings) == 1:
+            return embeddings, None
+        raise reject_embedding(path, option, f"{TABLE} has {len(embeddings)} words")
     tensors = list_tensors(content)
     for names in (*_NAMES_OF_SEVERAL, (SINGLE,)):
         if tensors.keys() >= set(names):

@@ -164,7 +164,7 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
 # characters themselves. Brackets that are open at the end are closed there; those that close nothing are
 # plain text. Round and square brackets are paired apart from each other.
 DEFAULT = {"(": 1.1, "[": 1 / 1.1}  # weights of (x) and [x]
-MOST = 1000.0  # larger products would overflow float16
+MAX_WEIGHT = 1000.0  # larger products would overflow float16
 _MARKS = re.compile(
     r"\\(?P<escaped>[()\[\]\\])"
     r"|(?P<bracket>[()\[\]])"
@@ -252,7 +252,7 @@ def _split_at_marks(text: str) -> list[_Event]:
 
 
 def _bounded(weight: float) -> float:
-    return max(-MOST, min(MOST, weight))
+    return max(-MAX_WEIGHT, min(MAX_WEIGHT, weight))
 
 
 SIZE = 75  # tokens of a chunk

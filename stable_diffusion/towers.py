@@ -203,6 +203,7 @@ class TowerEncoder:
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[ClipText, LoadedWords]:
+        """Load a text encoder and its tokenizer, with rows for the words that are trained or bundled."""
         with self.files.opened() as release:
             plan = release.texts[self._number]
             layer = self._select_layer(plan)
@@ -240,7 +241,7 @@ class TowerEncoder:
         """
         if self._word is not None:
             return self._word.list_ids(vocabulary)
-        return list_ids(self._bundled, self._number, vocabulary) if self._bundled else {}
+        return list_ids(self._bundled, vocabulary) if self._bundled else {}
 
     def _select_layer(self, plan: TextPlan) -> int:
         """Return the layer to use, counted from the end. Raises OptionError if it does not exist."""
@@ -262,6 +263,7 @@ class TowerEncoder:
 
     @cached_property
     def _counting_words(self) -> ClipWords:
+        """Tokenizer that counts tokens of captions; loads no network."""
         with self.files.opened() as release:
             are_open_clip = [text.is_open_clip for text in release.texts]
             vocabulary = release.texts[self._number].network.config.vocabulary

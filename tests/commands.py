@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
+from modules.installation import FRONT_SCRIPT, PREFIX, program_words
 from tests.warm_processes import CAN_BE_WARM, WarmProcess
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,7 +39,8 @@ def run_script(
     check: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """Run a root script in a process of its own; with `check` a failure shows its output."""
-    return run_python(ROOT / script, *arguments, folder=folder, environment=environment, check=check)
+    words = ["-m", "reelsmith"] if PREFIX and script == FRONT_SCRIPT else program_words(Path(script))
+    return run_python(*words, *arguments, folder=folder, environment=environment, check=check)
 
 
 def run_python(
@@ -111,6 +113,7 @@ def run_program(
     folder: Path | None = None,
     environment: Mapping[str, str] | None = None,
     check: bool = True,
+    max_seconds: float = MAX_SECONDS,
 ) -> subprocess.CompletedProcess[str]:
     """Run any program with arguments."""
     done = subprocess.run(
@@ -121,7 +124,7 @@ def run_program(
         text=True,
         encoding="utf-8",
         errors="replace",
-        timeout=MAX_SECONDS,
+        timeout=max_seconds,
     )
     return _checked(done, check)
 

@@ -5,6 +5,7 @@ import gc
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -70,11 +71,29 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         is_last = nextitem is None or nextitem.path != item.path
         if is_last and not chromium.is_used_by(getattr(nextitem, "module", None)):
             chromium.end_browser()
+        room = _room_of(item)
+        if nextitem is None or _room_of(nextitem) != room:
+            _forget_networks(room)
         if is_last and stash.get(objects_kept, 0) > MAX_KEPT:
             gc.unfreeze()
             gc.collect()
             gc.freeze()
             stash[objects_kept] = 0
+
+
+def _room_of(item: pytest.Item) -> str:
+    """Return the folder below tests of a test, or its file."""
+    return item.path.relative_to(ROOT / "tests").parts[0]
+
+
+def _forget_networks(room: str) -> None:
+    """Empty the caches of tiny networks that a room has used: hundreds of megabytes in some rooms."""
+    packages = ("tests.tiny.", "tests.parity.", f"tests.{room}.")
+    for name, module in list(sys.modules.items()):
+        if name.startswith(packages):
+            for function in vars(module).values():
+                if getattr(function, "__module__", "") == name and hasattr(function, "cache_clear"):
+                    function.cache_clear()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -21,7 +21,7 @@ from modules.layers.rope import Slow
 from modules.speed_options import AttentionChoice
 from protocols.data import Conditions
 from protocols.requests import Request
-from protocols.steps import Away, Overrides, Section
+from protocols.steps import NagText, Overrides, Section
 from tests.modules.attention_packages import PACKAGES, put_in
 from tests.preparing import prepare
 from tests.tiny.dits import DITS, TI2V, Size, TinyDit
@@ -176,7 +176,7 @@ def toward(first: Tensor, second: Tensor) -> Tensor:
     return first
 
 
-def away(first: Tensor, second: Tensor) -> Tensor:
+def nag(first: Tensor, second: Tensor) -> Tensor:
     return second
 
 
@@ -204,7 +204,7 @@ def velocity(
     **given: Any,
 ) -> Tensor:
     """What the transformer makes of the usual inputs with a second text, if one is given."""
-    overrides = Overrides(away=None if second is None else Away(second, steer))
+    overrides = Overrides(nag=None if second is None else NagText(second, steer))
     return tiny.make(2)(**{**tiny.inputs(LONGER, batch), **given}, overrides=overrides)
 
 
@@ -217,7 +217,7 @@ def assert_same(steered: Tensor, plain: Tensor) -> None:
 def test_what_sees_the_second_text_alone_is_the_pass_of_that_text(tiny: TinyDit, batch: int) -> None:
     other = other_text(tiny, batch)
 
-    seen = velocity(tiny, other, away, batch)
+    seen = velocity(tiny, other, nag, batch)
 
     torch.testing.assert_close(seen, velocity(tiny, batch=batch, **other), atol=2e-6, rtol=1e-5)
     assert not torch.allclose(seen, velocity(tiny, batch=batch), atol=1e-4)
@@ -279,7 +279,7 @@ def test_the_pooled_vector_of_the_second_text_reaches_only_that_text(tiny: TinyD
 @pytest.mark.parametrize("tiny", ONE_OF_EACH_BLOCK, ids=lambda each: each.name)
 def test_compiled_blocks_see_a_second_text_too(tiny: TinyDit) -> None:
     torch._dynamo.reset()  # the families share a forward, and a process compiles it 8 times
-    inputs = {**tiny.inputs(LONGER, 1), "overrides": Overrides(away=Away(other_text(tiny), NAG))}
+    inputs = {**tiny.inputs(LONGER, 1), "overrides": Overrides(nag=NagText(other_text(tiny), NAG))}
     dit = tiny.make(1)
     with torch.no_grad():
         expected = dit(**inputs)
@@ -300,7 +300,7 @@ def test_the_image_is_seen_as_without_a_second_text() -> None:
     block = dit.get_submodule("blocks.0.cross_attn")
     embedded = dit.embed(  # type: ignore[operator]
         *tiny.inputs(LONGER, 1).values(),
-        Overrides(away=Away(other_text(tiny), lambda first, second: 0 * first)),
+        Overrides(nag=NagText(other_text(tiny), lambda first, second: 0 * first)),
     )
 
     with torch.no_grad():
@@ -383,7 +383,7 @@ def test_a_pass_waits_for_nothing(tiny: TinyDit, tweaked: bool) -> None:
     inputs = {name: sent(value) for name, value in tiny.inputs(LONGER, 2).items()}
     if tweaked:
         slow = None if tiny.name == "framepack" else Slow(3, 90.0)
-        inputs["overrides"] = Overrides(away=Away(texts_of(inputs), NAG), slow_frames=slow)
+        inputs["overrides"] = Overrides(nag=NagText(texts_of(inputs), NAG), slow_frames=slow)
 
     assert waits(dit, inputs) == []
 

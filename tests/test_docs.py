@@ -28,7 +28,7 @@ from tests.run_pages import wait_for_run_pages
 from tests.test_command_line import parser_of
 from tests.test_imports import SCRIPTS, TOOLS
 from tests.tiny import picture_project
-from tests.tiny.picture_project import SIDE, lay_out_flux, lay_out_images, lay_out_sdxl
+from tests.tiny.picture_project import H3_FRAMES, SIDE, lay_out_flux, lay_out_images, lay_out_sdxl
 from tests.tiny.project import (
     lay_out_models,
     write_clips,
@@ -81,6 +81,10 @@ TRAINING = "--max_train_epochs 1 --max_data_loader_n_workers 0 --overwrite"
 LORA = f"{TRAINING} --network_dim 2"
 IMAGE = "--image_size 64 64 --infer_steps 2"
 QUICK_VAE = "--vae_dtype float32"  # a CPU takes long in float16
+# training reads them too: a latent of the tiny video VAE has 8 pixels, of the released one 16
+H3_VAES = "--video_vae models/minimax_h3_video_vae_fp16.safetensors"
+H3_VAES += " --audio_vae models/minimax_h3_audio_vae_fp32.safetensors"
+SHORT_H3 = "--allow_experimental_duration"  # clips of a second
 SMALLER = {
     "benchmarks/evening.py": "--max_train_steps 1 --items 2 --size 32 --frames 5 --infer_steps 1 --memory 0",
     "tools/compare.py": GENERATION,
@@ -91,6 +95,9 @@ SMALLER = {
     "fpack_cache_latents.py": QUICK_VAE,
     "fpack_generate_video.py": f"--video_size 32 32 --infer_steps 2 --video_sections 2 {QUICK_VAE}",
     "ltx2_generate_video.py": "--video_size 32 32 --video_length 9 --infer_steps 2",
+    "minimax_h3_cache_latents.py": SHORT_H3,
+    "minimax_h3_generate_video.py": f"{SHORT_H3} --video_size 32 32 --video_length {H3_FRAMES} "
+    "--infer_steps 2",
     # a reference at a trained size has a million pixels
     "flux_kontext_train_network.py": f"{LORA} --no_resize_control",
     "flux_kontext_generate_image.py": f"{IMAGE} --no_resize_control",
@@ -113,15 +120,18 @@ SMALLER = {
     ),
     "flux_kontext_train.py": f"{TRAINING} --no_resize_control",
     "flux_train_control_net.py": f"{TRAINING} --num_double_layers 1",  # the tiny one has two such blocks
-    **{f"{name}_train_network.py": LORA for name in ("hv", "ltx2", "sdxl", "wan", *OF_IMAGES)},
+    **{f"{name}_train_network.py": LORA for name in ("sdxl", *FULL_MODELS)},
     "train_network.py": LORA,
+    "minimax_h3_train_network.py": f"{LORA} {H3_VAES}",
+    "minimax_h3_train.py": f"{TRAINING} {H3_VAES}",
     **{f"{name}_generate_image.py": IMAGE for name in OF_IMAGES if name != "hunyuan_image"},
     "krea2_generate_image.py": f"{IMAGE} --width 64 --height 64",
 }
 # left out: a CPU takes long in float16
 NOT_ON_CPU = {name: {"--fp16"} for name in ("gen_img.py", "sd_generate_image.py", "sdxl_generate_image.py")}
 LIGHTER = {  # what a page gives an option -> what runs on tiny models; appended too
-    "--blocks_to_swap 20": "--blocks_to_swap 1",  # they have few blocks
+    # they have few blocks
+    **{f"--blocks_to_swap {count}": "--blocks_to_swap 1" for count in (20, 30, 40)},
     "--blocks_to_swap=18": "--blocks_to_swap 0",
     "--optimizer_type=AdamW8bit": "--optimizer_type adamw",  # needs a GPU
     "--resolution 1024,1024": "--resolution 64 --min_bucket_reso 32 --bucket_reso_steps 32",
@@ -221,12 +231,14 @@ IMAGE_MODELS = {
     "control": lay_out_control,
     "image_datasets": lay_out_flux,
     "ltx2": picture_project.lay_out_ltx_2,
+    "minimax_h3": picture_project.lay_out_minimax_h3,
 }
 SMALL = {  # what their dataset files say -> what fits tiny pictures
     r"^resolution = 1024": f"resolution = {SIDE}\nmin_bucket_reso = 32\nbucket_reso_steps = 32",
     r"^resolution = \[.*": f"resolution = [{SIDE}, {SIDE}]",
     r"^target_frames = \[1, 49\]": "target_frames = [1, 9]",
     r"^target_frames = \[49\]": "target_frames = [9]",
+    r"^target_frames = \[124\]": f"target_frames = [{H3_FRAMES}]",
     r"^num_repeats = 4": "num_repeats = 1",
     r"--w 832 --h 1216": "--w 64 --h 96",
 }
@@ -363,6 +375,10 @@ def test_commands_of_the_page_run(page: Path, tmp_path: Path) -> None:
         write_chat_model(tmp_path / "models" / "chat")
     makes_caches = any("cache_latents.py" in command for command in commands)
     for command in commands:
+        if "recipe.py save" in command:  # of a training that is over
+            run_in(tmp_path, "python reelsmith.py run clips", makes_caches, apart=False)
+        if "reelsmith.py unpack" in command:  # on another machine, where its folder is not yet
+            (tmp_path / "clips").rename(tmp_path / "packed clips")
         is_about_images = "flux_" in command or "sdxl_generate" in command  # their own pages run them too
         # those of the first page are all programs of their own, as a reader starts them
         run_in(tmp_path, command, makes_caches, apart=page.stem == "README" and not is_about_images)
@@ -403,6 +419,7 @@ def test_commands_of_the_page_about_pictures_run(page: Path, tmp_path: Path) -> 
 
     made = {
         "gen_img": "pictures_made/*.png",
+        "minimax_h3": "output/my_lora.safetensors",
         **dict.fromkeys(("control", "textual_inversion"), "generated/*.png"),
     }.get(page.stem, "output/my_*_lora*.safetensors")
     assert [*tmp_path.glob(made)] or page.stem == "image_datasets"

@@ -97,8 +97,8 @@ FLOORS = {
         {"kv_cache"},
         {"offload"},
         {"ways"},
-        {"options"},
-        {"doctor", "machine", "network_setup", "planning", "step_cache"},
+        {"machine", "options"},
+        {"doctor", "network_setup", "planning", "step_cache"},
     ),
     "dataset": (
         {"other_trainers"},

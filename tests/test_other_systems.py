@@ -141,6 +141,19 @@ def test_what_other_programs_say_is_decoded_whatever_it_is() -> None:
     assert strict == []
 
 
+def test_a_file_is_replaced_by_what_waits_for_programs_that_have_it_open() -> None:
+    direct = []
+    for path in product_files():
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text if ".replace(" in text else "")):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                is_of_path = len(node.args) == 1 and not node.keywords  # a text's method takes two
+                owner = ast.unparse(node.func.value)
+                if node.func.attr == "replace" and (owner == "os" or is_of_path):
+                    direct.append(f"{path.relative_to(ROOT).as_posix()}: {ast.unparse(node)}")
+    assert direct == ["modules/open_files.py: os.replace(file, path)"]
+
+
 def test_every_module_is_imported_without_what_windows_lacks() -> None:
     names = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in product_files()]
     modules = [name.removesuffix(".__init__") for name in names if not name.startswith("package.reelsmith")]

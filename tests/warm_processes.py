@@ -13,8 +13,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from modules.installation import PREFIX
+
 SERVER = Path(__file__).resolve().parent / "warm_server.py"
-CAN_BE_WARM = sys.platform == "linux"  # other systems cannot copy a process safely, or not at all
+# other systems cannot copy a process safely, or not at all; the server loads modules of a checkout
+CAN_BE_WARM = sys.platform == "linux" and not PREFIX
 PAUSE = 0.02  # seconds between two looks
 
 

@@ -601,7 +601,7 @@ class LiveMedia:
             fps,
             spec.pixel_step,
             lengths=spec.lengths,
-            numbers=augmentation_generator,
+            rng=augmentation_generator,
             keeps_alpha=spec.keeps_alpha,
             has_alpha=spec.has_alpha,
         )

@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import logging
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -153,18 +152,16 @@ def write_config_file(path: Path, values: Mapping[str, Any]) -> None:
     """Write options as TOML that `read_config_file` can read.
 
     Raises:
-        OptionError: If the file already exists or cannot be written.
+        OptionError: If the file already exists.
+        OutputError: If it cannot be written.
     """
+    from modules.atomic_write import write_text  # only for the file
+
     reject_outside("output_config", path)
     if path.exists():
         raise OptionError(f"--output_config: {path} exists already. Remove it, or name another file")
     lines = [f"{key} = {toml_value(value)}" for key, value in values.items()]
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise OptionError(f"--config_file {path}: cannot be written ({error.strerror})") from None
+    write_text(path, "\n".join([*lines, ""]))
 
 
 def toml_value(value: Any) -> str:

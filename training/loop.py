@@ -502,6 +502,7 @@ def _after_epoch(run: TrainingRun) -> None:
 
 
 def _save_to_go_on(run: TrainingRun) -> None:
+    """Save a state after Ctrl-C or a request to end."""
     if run.saver is not None:
         run.reporter.note_pause(SAVING)
         run.saver.save_step(run.progress.step, with_state=True)

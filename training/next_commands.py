@@ -114,19 +114,21 @@ class NextSteps:
         """
         file = saved or [*self.plan.names.files(self.plan.names.name).values()][0]
         resume = self._resume(is_finished)
-        here = f"Commands here are typed in the folder {Path.cwd()}."
+        folder_note = f"Commands here are typed in the folder {Path.cwd()}."
         values = option_values(self.plan.options)
+        # options that start programs are accepted only as typed, so they are in no file that resumes the run
         for name in options_with(type(self.plan.options), "reach", STARTS["reach"]):
             if values[name] is not None:
-                here += f" --{name} is written into no file: add it if you want it again."
-        commands = [replace(resume, note=" ".join(filter(None, (resume.note, here))))]
+                folder_note += f" --{name} is written into no file: add it if you want it again."
+        commands = [replace(resume, note=" ".join(filter(None, (resume.note, folder_note))))]
         if self.command.entry is not None:
             generate = self._generate(file)
             if saved is None and not file.exists():
                 generate = replace(generate, note=f"{generate.note} {file.name} is not saved yet.".lstrip())
             commands.append(generate)
         lora = self.plan.learner.lora
-        if self.plan.learner.make is None and saved is not None and self._can_extract:
+        trains_model = self.plan.learner.make is None  # the model itself, not a network added to it
+        if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
         if lora is not None:
             # other programs read some kinds only as a plain LoRA
@@ -226,6 +228,7 @@ class NextSteps:
         return next(names, "dit")
 
     def _words(self, without: Collection[str] = ()) -> list[str]:
+        """Return the command line of this run, without some options."""
         options = [
             option
             for option in self.command.script_options
@@ -269,7 +272,7 @@ class NextSteps:
             return _command("Generate with it", [*launcher, *words], note)
         high_files, other_files = self._trained_files(file)
         words = self._with_trained(words, "", other_files)
-        if f"--dit_{HIGH_NOISE}" in words:
+        if f"--dit_{HIGH_NOISE}" in words:  # the command generates with both experts
             words = self._with_trained(words, f"_{HIGH_NOISE}", high_files)
         return _command("Generate with it", [*launcher, *words, *of_sample], note)
 
@@ -361,6 +364,7 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
 
 
 def _command(title: str, words: Sequence[str], note: str = "") -> PageCommand:
+    """Return a command for both shells, with a note that names what has to be filled in."""
     words = command_words(words)
     missing = [shlex.quote(word) for word in missing_words(words)]
     if missing:

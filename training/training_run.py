@@ -119,6 +119,7 @@ class Requests:
         return any(self.paths[path] == kind for path in self._found)
 
     def _take(self, path: Path, kind: str, status: os.stat_result) -> None:
+        """Note a request that a file in the folder makes; a file is used once, until it changes."""
         changed = status.st_mtime_ns
         if self._passed.get(path) == changed:
             return

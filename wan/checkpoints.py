@@ -139,6 +139,7 @@ def _is_wan(shapes: Mapping[str, tuple[int, ...]]) -> bool:
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
+    """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported."""
     names = checkpoint.tensors
     shapes = _list_shapes(checkpoint)
     dialect = "diffusers" if "condition_embedder.time_proj.weight" in names else "official"
@@ -229,6 +230,7 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
+    """Read the sizes of a Wan from its shapes; raise CheckpointError if they do not fit each other."""
     _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers = _count_blocks(shapes, "blocks")

@@ -309,8 +309,8 @@ class Wan(OneTransformer):
             arguments["places"] = tuple(places[0].tolist())
         clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
-        if overrides.away is not None:
-            overrides = overrides.rename_away(lambda texts: {"text": texts["t5"]})
+        if overrides.nag is not None:
+            overrides = overrides.rename_nag(lambda texts: {"text": texts["t5"]})
         return dit(noisy, timesteps, cond["t5"], features, overrides=overrides, **arguments)
 
     # generation

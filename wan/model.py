@@ -286,7 +286,7 @@ class WanModel(BlockNetwork):
         text_is_image = self.config.has_image and image_embeds is None
         # equal padding rows are merged, unless the first rows of the text stand for the image
         merges = None if text_is_image else self.attention
-        texts = [text] if overrides.away is None else [text, overrides.away.text["text"]]
+        texts = [text] if overrides.nag is None else [text, overrides.nag.text["text"]]
         embedded = [self._embed_text(prompt, noisy, merges, dtype) for prompt in texts]
         image_tokens = None
         if image_embeds is not None:

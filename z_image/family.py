@@ -191,7 +191,7 @@ class ZImage(ModelOfImages):
             noisy.squeeze(2),
             1 - timesteps.float() / UNIT,
             **name_text_and_mask(cond, "caption", KEY, noisy.device),
-            overrides=overrides.rename_away(
+            overrides=overrides.rename_nag(
                 lambda text: name_text_and_mask(text, "caption", KEY, noisy.device)
             ),
         )

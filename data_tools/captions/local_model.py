@@ -202,6 +202,7 @@ class RowNoise:
     def __init__(self, temperature: float, seed: int, names: Sequence[str]) -> None:
         self._temperature = temperature
         texts = [f"{seed}\n{name}".encode("utf-8", "surrogateescape") for name in names]
+        # 64 bits, signed as torch takes them
         seeds = [int.from_bytes(hashlib.sha256(text).digest()[:8], "little") - 2**63 for text in texts]
         self._generators = [torch.Generator().manual_seed(row_seed) for row_seed in seeds]
 
@@ -214,6 +215,7 @@ class RowNoise:
                 for generator in self._generators
             ]
         )
+        # the limits keep both logarithms finite
         noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
         return scores.float() / self._temperature + noise.to(scores.device, torch.float32)
 

@@ -11,8 +11,8 @@ from modules.options import SENDS, Options, option
 from modules.text_files import bad_character
 from protocols.families import caption_formats
 
-MOST_FRAMES = 1024
-MOST_TOKENS = 32_768
+MAX_FRAMES = 1024
+MAX_TOKENS = 32_768
 TOKENS, TOKENS_OF_OBJECTS = 256, 2048  # of an answer, where nothing is said
 Pairs = tuple[tuple[str, str], ...]
 KEY = "the key of this name in the dataset's TOML does the same without touching files"
@@ -77,7 +77,7 @@ class AskOptions(Options, title="what is asked"):
     )
     system_prompt: str | None = option("system message before the prompt")
     num_frames: int = option(
-        "frames of a clip to show, evenly spaced over all of it", default=8, minimum=1, maximum=MOST_FRAMES
+        "frames of a clip to show, evenly spaced over all of it", default=8, minimum=1, maximum=MAX_FRAMES
     )
     max_pixels: int = option(
         "most pixels of a frame; larger ones are scaled down; default: 262144, as 512 x 512",
@@ -87,7 +87,7 @@ class AskOptions(Options, title="what is asked"):
     max_new_tokens: int | None = option(
         f"most tokens of a caption; default: {TOKENS}, with --caption_format {TOKENS_OF_OBJECTS}",
         minimum=1,
-        maximum=MOST_TOKENS,
+        maximum=MAX_TOKENS,
     )
     temperature: float = option(
         "0 takes the most probable word every time; above 0 words are drawn",

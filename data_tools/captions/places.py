@@ -153,6 +153,7 @@ class CaptionList:
                 raise _ListChanged
 
     def _read(self) -> None:
+        """Read the lines of the list and the number of each item's line."""
         self._stamp = _stamp_of(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
             self._lines = file.readlines()
@@ -332,6 +333,7 @@ class MadeCaptions:
             ) from None
 
     def _take(self, entry: Any) -> None:
+        """Apply a line of the journal: a pass begins or ends, or a caption was written."""
         if "begin" in entry:
             self._pass = entry["begin"]
             self._of_pass = set()

@@ -12,7 +12,7 @@ MAX_TOKENS = 226  # of CogVideoX's text encoder
 DTYPES = ("fp32", "fp16", "bf16")
 MAX_THREADS = 1024
 LONGEST_SIDE = 16_384  # pixels
-MOST_FRAMES = 100_000
+MAX_FRAMES = 100_000
 
 
 class ClipSourceOptions(Options, title="clips and captions"):
@@ -58,9 +58,9 @@ class ShapeOptions(Options, title="frames and sizes"):
         default=(FRAMES,),
         nargs="+",
         minimum=1,
-        maximum=MOST_FRAMES,
+        maximum=MAX_FRAMES,
     )
-    max_num_frames: int = option("most frames of a clip", default=FRAMES, minimum=1, maximum=MOST_FRAMES)
+    max_num_frames: int = option("most frames of a clip", default=FRAMES, minimum=1, maximum=MAX_FRAMES)
     target_fps: int = option(
         "frames a second of the clips that are written", default=8, minimum=1, maximum=1000
     )

@@ -313,8 +313,9 @@ def _check_media(
         if with_latents:
             _check_family(findings, family)
         plans = _check_sources(findings, recipe, workers)
-        is_apart = trains_audio(family) and not recipe.keeps_audio
-        if recipe.encoder and is_apart and is_heard(findings.table):
+        # otherwise the caches of latents contain the audio too
+        has_audio_caches = trains_audio(family) and not recipe.keeps_audio
+        if recipe.encoder and has_audio_caches and is_heard(findings.table):
             _check_table_audio(findings, cast(HearingFamily, family), plans, recipe=recipe, workers=workers)
     except DatasetError as error:
         findings.unusable(error)
@@ -332,7 +333,7 @@ def _check_family(findings: TableFindings, family: Caches) -> None:
     has_control = any(source.control for source in sources)
     has_references = any(source.references for source in sources)
     shown = tuple(source.shown for source in sources) if table.shows_media else ()
-    family.check_table(media_table(table, has_control, has_references, shown))
+    family.check_table(media_table(table, has_control, has_references, table.has_guides, shown))
     reject_companions(table, sources)
     findings.sources = use_moments(family, sources)
 

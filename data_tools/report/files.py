@@ -29,7 +29,7 @@ from protocols.family import TextEncoder
 
 VALID, STALE, MISSING, UNKNOWN = "valid", "stale", "missing", "unknown"
 MEDIA, TEXT = "media", "text"
-FIRST = 64  # how many caches are searched for a record
+MAX_SEARCHED = 64  # how many caches are searched for a record
 _TAG = re.compile(r"_(?:\d+x\d+_([a-z0-9]+)|([a-z0-9]+)_te(?:\.caption\d+)?)\.safetensors$")
 State = tuple[str, str]  # (one of the words above, reason)
 States = dict[str, dict[str, State]]  # by the tag of a model, then MEDIA and TEXT
@@ -173,7 +173,7 @@ def _compare_media(
     caches = list(latent_names(names, tag, table.kind))
     if not caches:
         return {}
-    record = _first_record(store, [name for name, *_ in caches[:FIRST]])
+    record = _first_record(store, [name for name, *_ in caches[:MAX_SEARCHED]])
     sections = _count_sections(caches)
     options = {} if record is None else record.options
     recipe = Recipe(
@@ -251,7 +251,7 @@ def _compare_texts(
 ) -> dict[str, State]:
     """Return the state of a model's text caches, by the stem of their source."""
     files = list_caption_files(sources, tag)
-    records = _first_text_records(store, [file.file_name for file in files[:FIRST]])
+    records = _first_text_records(store, [file.file_name for file in files[:MAX_SEARCHED]])
     if any(record.references for record in records.values()):
         by_stem = {source.stem: source for source in sources}
         files = [_with_references(file, by_stem.get(file.name)) for file in files]
@@ -259,6 +259,7 @@ def _compare_texts(
     plans = plan_texts(files, _list_recorded_encoders(records), stores, workers)
     state_of_file = {plan.file_name: _text_state(plan, store, records) for plan in plans}
     states: dict[str, State] = {}
+    # a caption without a plan, such as an empty one, needs no cache
     for source in sources:
         for caption_index in range(1 + len(source.more_captions)):
             state, _ = states.get(source.stem, (VALID, ""))

@@ -42,7 +42,7 @@ from protocols.data import LatentSpec
 
 T = TypeVar("T")
 
-MOST_FRAMES = 12  # frames of a clip that are measured or shown
+MAX_FRAMES = 12  # frames of a clip that are measured or shown
 GAP = 4  # pixels between frames
 EDGE = np.array((255, 140, 0), np.uint8)  # of the part that is kept
 SHADE = 0.3  # brightness of the part that is cut off
@@ -151,7 +151,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
             look = replace(look, problem=str(error), lengths=(), none=None)
     measures: Measures | None = None
     if look.problem is None and sample.frames:
-        frames = select_evenly(sample.frames, MOST_FRAMES)
+        frames = select_evenly(sample.frames, MAX_FRAMES)
         measures = measure_frames(frames, source.table.kind == "video")
     # spans are left out, because there may be a million of these records
     return replace(look, measures=measures, spans=(), audio=_listen(source))
@@ -211,7 +211,7 @@ def _with_audio(look: Look, source: MediaSource, fps: float) -> Look:
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
     """Draw as many frames of equal height side by side as fit in `width`; `fit` None draws no crop."""
     widest = max(frame.shape[1] for frame in frames)
-    maximum = min(MOST_FRAMES, (width + GAP) // (widest + GAP))
+    maximum = min(MAX_FRAMES, (width + GAP) // (widest + GAP))
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
     parts: list[Frame] = []
     for frame in select_evenly(frames, maximum):
@@ -323,7 +323,7 @@ def _size_bytes(source: MediaSource) -> int | None:
 
 
 class EvenFrames:
-    """Collect at most 2 * MOST_FRAMES evenly spaced frames of a stream of unknown length."""
+    """Collect at most 2 * MAX_FRAMES evenly spaced frames of a stream of unknown length."""
 
     def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
         """Prepare to collect; `reduce` makes the small version of a frame, only for frames that are kept."""
@@ -339,7 +339,7 @@ class EvenFrames:
         """
         if self._count % self._step == 0:
             self.frames.append(self._reduce(frame))
-            if len(self.frames) > 2 * MOST_FRAMES:
+            if len(self.frames) > 2 * MAX_FRAMES:
                 self.frames = self.frames[::2]
                 self._step *= 2
         self._count += 1

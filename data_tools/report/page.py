@@ -34,7 +34,7 @@ MAX_BUCKETS = 60  # sizes of a table
 MAX_OUTLINES = 40  # different sizes that are drawn in a bucket
 MARGIN = 3  # percent of the drawing
 # lines of a list, rows of sizes and rates, groups of near copies, files in one
-MOST = {"most_lines": 200, "most_rows": 7, "most_groups": 60, "most_in_group": 12}
+LIMITS = {"max_lines": 200, "max_rows": 7, "max_groups": 60, "max_in_group": 12}
 FILTERS = (
     ("faulty", "with faults"),
     ("told", "with remarks"),
@@ -148,7 +148,7 @@ def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequen
         "fps": fps,
         "cards": len(cards),
         "filters": filters,
-        **MOST,
+        **LIMITS,
         "name_of": lambda path: Path(path).name,
         "source_name": name_source,
         "references_in_words": references_in_words,

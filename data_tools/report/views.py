@@ -53,7 +53,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
             fps,
             latent.pixel_step,
             latent.lengths,
-            numbers=_numbers(source),
+            rng=_make_rng(source),
             keeps_alpha=latent.keeps_alpha,
             has_alpha=latent.has_alpha,
         )
@@ -157,11 +157,11 @@ def _caption(source: MediaSource) -> str:
     """Return a source's caption as training may use it; random changes are drawn once."""
     table = source.table
     return changed_caption(
-        source.caption or "", table.changes, table, step=1, total_steps=1, generator=_numbers(source)
+        source.caption or "", table.changes, table, step=1, total_steps=1, generator=_make_rng(source)
     )
 
 
-def _numbers(source: MediaSource) -> random.Random:
+def _make_rng(source: MediaSource) -> random.Random:
     return random.Random(derive_seed(0, source.stem))
 
 
@@ -200,7 +200,7 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
             lines.append("".join(map(_half_blocks, upper, lower)))
     else:
         small = cv2.resize(frame, (columns, rows), interpolation=cv2.INTER_AREA)
-        background_code = 40 + COLOURS.index(background.lower())
+        background_code = 40 + COLOURS.index(background.lower())  # ANSI: 40 is black, 47 is white
         for row in small:
             lines.append("".join(_shade_pixel(pixel, background_code) for pixel in row))
     return "".join(f"{line}\033[0m\n" for line in lines)

@@ -124,6 +124,7 @@ class Tagger:
         return numbers.transpose(2, 0, 1) if self.is_channels_first else numbers
 
     def _run(self, pictures: Numbers) -> Numbers:
+        """Return the probability of each tag for each image."""
         output = self.model.run(pictures)[0]
         if output.shape != (len(pictures), len(self.labels)):
             raise CheckpointError(

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from dataset.batches.items import TrainingItem
@@ -10,6 +11,7 @@ from dataset.cache_files import parse_latent_name
 from modules.errors import DatasetError
 from modules.text_files import parse_json, read_text
 from protocols import data
+from protocols.steps import WHOLE
 
 Times = tuple[tuple[float, float], ...]
 KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # that a JSON file may have
@@ -18,10 +20,11 @@ KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # that
 def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Batch:
     """Add the parts of clips that training may keep clean, as conditions, to a batch.
 
-    These are a region of the frame, and spans of time of the audio; the items' tables name them.
+    These are a region of the frame, spans of time of the audio, and images that guide the clip; the items'
+    tables name them.
 
     Raises:
-        DatasetError: If a file of spans cannot be used; see `read_times`.
+        DatasetError: If a file of spans cannot be used (see `read_times`), or caches lack guides.
     """
     regions = tuple(item.table.spatial_crop_region for item in items)
     rates = batch.tensors.get(data.FPS)
@@ -29,8 +32,20 @@ def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Ba
     for index, item in enumerate(items):
         fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None  # batches have thousandths
         times.append(read_times(item, fps))
+    tensors = dict(batch.tensors)
+    guides = items[0].table.guides  # all items of a batch have the same table
+    if guides:
+        num_cached = sum(name.startswith((data.KEYFRAME_LATENTS, data.LATENT_GUIDE)) for name in tensors)
+        if num_cached != len(guides):
+            raise DatasetError(
+                f"{batch.keys[0]}: its cache has {num_cached} guides, {items[0].table.name} {len(guides)}. "
+                "Cache again"
+            )
+        numbers = [[guide.index, round(WHOLE * guide.strength)] for guide in guides]
+        tensors[data.GUIDES] = torch.tensor(numbers).expand(len(items), -1, -1)
     return replace(
         batch,
+        tensors=tensors,
         crop_regions=regions if any(regions) else (),
         given_times=tuple(times) if any(part is not None for part in times) else (),
     )

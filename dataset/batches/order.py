@@ -55,6 +55,7 @@ class BatchOrder:
         self._group_starts = array("q")
 
     def _warn_of_unused(self) -> None:
+        """Warn of regularization images that no epoch contains."""
         used = {id(item) for pool in self._pools.values() for item in pool}
         unused = len(self._items) - len(used)
         if unused:

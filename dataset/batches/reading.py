@@ -12,7 +12,6 @@ import torch.nn.functional as functional
 from torch import Tensor
 
 from dataset.batches.checks import audio_errors, latent_errors, text_errors
-from dataset.batches.given_parts import add_given_parts
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem
 from dataset.cache.records import (
     CHECK_KEY,
@@ -116,7 +115,9 @@ def read_batch(
         has_empty_text=are_empty if any(are_empty) else (),
         text_metadata=tuple(text.metadata for text in texts),
     )
-    if any(item.table.spatial_crop_region or item.table.audio_cond_mask_directory for item in items):
+    if any(item.table.gives_parts for item in items):
+        from dataset.batches.given_parts import add_given_parts  # few tables give any
+
         batch = add_given_parts(batch, items)
     return batch
 
@@ -256,6 +257,7 @@ class _Reader:
         return part
 
     def _read_cached_media(self, item: TrainingItem) -> _Part:
+        """Read the latents of an item, and its audio if that is cached separately."""
         part = self._read_entry(
             item,
             path=item.latent_path,

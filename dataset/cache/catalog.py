@@ -155,6 +155,7 @@ class Catalog:
         return sizes
 
     def _add(self, shard: str, rows: Sequence[OldRow]) -> None:
+        """Add the rows of a shard; of several rows for a name, the latest counts."""
         self.bytes[shard] = sum(size or 0 for _, _, _, size, _ in rows)
         for encoded, place, generation, size, crc32 in rows:
             row = CatalogRow(shard, place, generation, size=size, crc32=crc32)
@@ -165,6 +166,7 @@ class Catalog:
                 self.rows[name] = row
 
     def _read_shard(self, path: Path) -> None:
+        """Add the rows of a shard. Raises CacheError if the disk, not the file, is at fault."""
         try:
             with contextlib.closing(open_shard(path)) as rows:
                 _bound(rows, path.stat().st_size)

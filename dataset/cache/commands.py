@@ -148,6 +148,7 @@ def _is_word(value: Any, kind: Any) -> bool:
 
 
 def _is_plain(value: Any) -> bool:
+    """Return whether a value may be shown in a command: short, on one line, without control codes."""
     values = value if isinstance(value, list) else [value]
     words = value_words(value)
     if not all(isinstance(item, (str, int, float)) for item in values):

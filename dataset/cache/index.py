@@ -40,7 +40,9 @@ _NOT_COMPARED = frozenset(
         *("config_path", "index", "attributes", "num_repeats", "validation", "validation_split"),
         *("validation_seed", "is_reg", "caption_dropout_rate", "uses_empty_prompt", "prior_loss_weight"),
         *("network_multiplier", "min_timestep", "max_timestep", "discrete_flow_shift"),
-        *("spatial_crop_region", "audio_cond_mask_directory"),
+        *("spatial_crop_region", "audio_cond_mask_directory", "gives_parts"),
+        *("keyframe_guide_frame_idx", "keyframe_guide_extra_frame_idxs", "latent_idx_guide_frame_idx"),
+        *("keyframe_guide_strength", "keyframe_guide_extra_strengths", "latent_idx_guide_strength"),
     }
 )
 # what `for_family` makes of keys: it differs between the scripts of a family, and texts depend on none of it

@@ -12,7 +12,14 @@ from dataset.cache_files import CacheStore, LatentName
 from dataset.sources.frames import bucket_of
 from dataset.table import DatasetTable
 from modules.errors import CacheError
-from protocols.data import CONTROL, IMAGE_LATENTS, REFERENCE_LATENTS, LatentSpec
+from protocols.data import (
+    CONTROL,
+    IMAGE_LATENTS,
+    KEYFRAME_LATENTS,
+    LATENT_GUIDE,
+    REFERENCE_LATENTS,
+    LatentSpec,
+)
 
 
 class LatentFile(NamedTuple):
@@ -86,10 +93,10 @@ def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Pat
 
 
 def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return width and height of each control and reference latent of an entry, in order.
+    """Return width and height of each control, reference and guide latent of an entry, in order.
 
-    Items whose references have different sizes cannot share a batch. Mirrored references are left out,
-    because they have the sizes of the originals.
+    Items whose references have different sizes, or of which one has guides, cannot share a batch. Mirrored
+    references are left out, because they have the sizes of the originals.
 
     Returns:
         Width and height in turn; () if the entry is damaged, which is an error when it is read for a batch.
@@ -101,7 +108,7 @@ def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
     sizes: list[int] = []
     for tensor, shape in sorted(shapes.items()):
         key = cache_files.tensor_key(tensor)
-        if not key.startswith((CONTROL, REFERENCE_LATENTS, IMAGE_LATENTS)):
+        if not key.startswith((CONTROL, REFERENCE_LATENTS, IMAGE_LATENTS, KEYFRAME_LATENTS, LATENT_GUIDE)):
             continue
         if key.endswith(cache_files.FLIPPED):
             continue

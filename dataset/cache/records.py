@@ -31,6 +31,7 @@ from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
     LAYERS,
+    NUM_GUIDES,
     REJECTED,
     ClipInfo,
     FileIdentity,
@@ -183,21 +184,24 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
     """Return the folder of each file in a record of latents.
 
     Records list the files of an item in this order: the item itself, control media, mask, control mask,
-    references, rejected item, audio, layers. Their number follows from the options, except for control media.
+    references, guides, rejected item, audio, layers. Their number follows from the options, except for
+    control media.
     """
     companions: list[Path | None] = []
     if record.options.get("mask") == FROM_FILE:
         companions.append(table.mask_directory)
     if CONTROL_MASK in record.options:
         companions.append(table.control_mask_directory)
-    num_references = record.options.get(CLIP_REFERENCES, [0])[0]
+    num_references = record.options.get(CLIP_REFERENCES, [0])[0]  # followed by factors of their sizes
     companions += [table.reference_directory] * num_references
+    if NUM_GUIDES in record.options:
+        companions += [guide.directory for guide in table.guides]
     if REJECTED in record.options:
         companions.append(table.worse_directory)
     if record.options.get(AUDIO_FILE) and record.options.get("audio") != IGNORE:
         companions.append(table.audio_directory or table.directory)
     layers = [table.directory] * record.options.get(LAYERS, 0)
-    num_controls = len(record.files) - 1 - len(companions) - len(layers)
+    num_controls = len(record.files) - 1 - len(companions) - len(layers)  # 1: the item itself
     return [table.directory, *[table.control_directory] * num_controls, *companions, *layers]
 
 

@@ -159,6 +159,7 @@ class ShardStore:
     # --- reading ---
 
     def _read_catalog(self, is_new: bool = False) -> Catalog:
+        """Return the catalog of all shards; with `is_new`, look for shards of other processes first."""
         if self._process != os.getpid():  # a forked process must not close its parent's connections
             self._inherited = self._writer, self._opened, self._catalog
             self._process = os.getpid()

@@ -116,6 +116,7 @@ def write_index(
 
 
 def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
+    """Yield a record for each text cache of a model: its file, its source, and the number of its caption."""
     for file in files:
         stem = cache_files.parse_text_name(file, tag)
         if stem is not None:

@@ -143,7 +143,9 @@ def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.Medi
         alpha=_stack_batch(alphas) if alphas else None,
         references=tuple(_stack_batch(arrays) for arrays in references),
         control_mask=_stack_batch(control_masks) if control_masks else None,
-        table=media_table(first.source.table, has_control=bool(first.control)),
+        table=media_table(
+            first.source.table, has_control=bool(first.control), has_guides=bool(first.source.guides)
+        ),
         audio=torch.stack(audios) if audios else None,
         heard=tuple(item.is_heard for item in items),
         shown=tuple(item.source.shown for item in items),

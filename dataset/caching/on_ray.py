@@ -196,6 +196,7 @@ def _reject_looks(family: Caches, config: DatasetConfig, options: CachingOptions
 
 
 def _join_cluster(ray: Any, options: RayOptions) -> None:
+    """Connect to the cluster of --address, or start Ray on this machine with enough processors."""
     # actors import our modules as this process does; the package is found without
     paths = [] if PREFIX else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings: dict[str, Any] = {"address": options.address or "local"}

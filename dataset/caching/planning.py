@@ -24,6 +24,7 @@ from dataset.sources.media_source import (
     CLIP_REFERENCES,
     CONTROL_MASK,
     LAYERS,
+    NUM_GUIDES,
     REJECTED,
     SHOWN,
     ClipInfo,
@@ -104,6 +105,8 @@ class Recipe:
             options[CLIP_REFERENCES] = [len(source.references), *table.clip_references.factors]
         if source.control_mask is not None:
             options[CONTROL_MASK] = True
+        if source.guides:
+            options[NUM_GUIDES] = len(source.guides)
         if source.rejected is not None:
             options[REJECTED] = True
         if self.keeps_audio and table.kind == "video":
@@ -233,7 +236,7 @@ class Planning:
         self._unchanged: dict[
             int, FileIdentity
         ] = {}  # parts of the source that were found unchanged, by number
-        self._otherwise: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
+        self._reading_changes: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
         self._by_header = False  # the wanted items are known from the source's header, not from its caches
 
     def plan_by_shape(self) -> SourcePlan:
@@ -336,10 +339,12 @@ class Planning:
             record = self._record_of(file)
             if record is None or record.clip is None:
                 continue
+            # with other frame rates other frames of the source were counted
             if any(record.options.get(key) != options.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
-            if self._read_otherwise(record) is not None:
+            if self._find_reading_change(record) is not None:
                 continue  # its size may be another one
+            # the first file of a record is the source itself
             if record.files and self._is_unchanged(0, record.files[0]):
                 recorded.append(record.clip)
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
@@ -459,7 +464,7 @@ class Planning:
         changed = self.recipe.difference(record, self.source, size=size, bucket=bucket, span=span)
         if changed is not None:
             raise OtherKind(f"{path}: {changed}")
-        changed = self._read_otherwise(record) or self._find_change(record.files)
+        changed = self._find_reading_change(record) or self._find_change(record.files)
         if changed is not None:
             raise CacheError(f"{path}: {changed}")
         if entry is not None:
@@ -491,7 +496,7 @@ class Planning:
             raise OtherKind(f"{path}: it does not say how many frames make a second")
         references = self.source.control if self.table.references is not None else ()
         if sum(key.startswith(CONTROL) for key in header.keys) < len(references):
-            raise OtherKind(f"{path}: it has no latents of its {len(references)} reference pictures")
+            raise OtherKind(f"{path}: it has no latents of its {len(references)} reference images")
         sees_control = self.source.control and not references
         has_control = any(key.startswith((CONTROL, CONTROL_PIXELS)) for key in header.keys)
         if is_shared and sees_control and not has_control:
@@ -521,13 +526,14 @@ class Planning:
             self._records[file] = records.latent_record(self._read_header(file))
         return self._records[file]
 
-    def _read_otherwise(self, record: records.LatentRecord) -> str | None:
+    def _find_reading_change(self, record: records.LatentRecord) -> str | None:
         mark = record.as_shown
-        if mark not in self._otherwise:
-            self._otherwise[mark] = shown_otherwise(self.source, self.recipe.latent.keeps_alpha, mark)
-        return self._otherwise[mark]
+        if mark not in self._reading_changes:
+            self._reading_changes[mark] = shown_otherwise(self.source, self.recipe.latent.keeps_alpha, mark)
+        return self._reading_changes[mark]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
+        """Return which source files have changed since a cache was made; None if none has."""
         parts = self.recipe.parts_of(self.source)
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, now there are {len(parts)}"

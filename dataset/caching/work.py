@@ -98,7 +98,7 @@ def _check_table(
 
         reject_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
-    family.check_table(media_table(table, has_control, bool(companions), shown))
+    family.check_table(media_table(table, has_control, bool(companions), table.has_guides, shown))
     if companions:
         from dataset.sources.companions import reject_companions  # few tables have any
 

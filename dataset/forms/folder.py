@@ -19,6 +19,9 @@ class Folders(DataForm):
         "worse_directory",
         "mask_directory",
         "audio_directory",
+        "keyframe_guide_directory",
+        "keyframe_guide_extra_directories",
+        "latent_idx_guide_directory",
         "multiple_target",
     )
     is_listed_in_training = True

@@ -134,6 +134,7 @@ class NpzStore:
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
+        """Return the .npz file of a cache, which may lie next to its image."""
         finished = name.removesuffix(cache_files.PART)
         part = name[len(finished) :]
         stem = _replace_end(finished.removesuffix(cache_files.SUFFIX), self._ends())

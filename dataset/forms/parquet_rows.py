@@ -108,6 +108,7 @@ def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
 
 
 def _values(array: Any, limit: parquet_files.Unpacking) -> list[Any]:
+    """Return the values of a column; `limit` counts the memory that they take when unpacked."""
     from pyarrow import compute, types
 
     if types.is_list(array.type) or types.is_large_list(array.type):

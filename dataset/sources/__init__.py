@@ -9,6 +9,7 @@ downloads: download files at addresses, each of them once
 fetching: make the bytes of a source a file
 folders: list a folder, its control media, what is unused
 frames: drop frames to a rate, cut spans; masks
+guides: images that guide clips, found by name
 layers: pictures with layers: whose they are, read together
 left_out: files and folders that nothing reads
 mask_files: which files are masks, and of what

@@ -51,16 +51,16 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         if folder is None:
             continue
         try:
-            paired, alone = _pair(table, folder, key, stems)
+            paired, alone = pair_by_name(table, folder, key, stems)
             if not paired:
-                raise DatasetError(_explain_unpaired(table, folder, key, stems))
+                raise DatasetError(explain_unpaired(table, folder, key, stems))
         except DatasetError as error:
             faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
             continue
         lacking = [source.path for source in sources if source.stem not in paired]
-        _warn_of_paths(table, f"of {len(sources)} {table.kind}s {NONE[key]}", lacking)
+        warn_of_paths(table, f"of {len(sources)} {table.kind}s {NONE[key]}", lacking)
         unread = f"in {key} belong to no {table.kind} by their name, and are not read"
-        _warn_of_paths(table, unread, alone)
+        warn_of_paths(table, unread, alone)
         completed = []
         for source in sources:
             paths = paired.get(source.stem, ())
@@ -72,7 +72,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
     return sources
 
 
-def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
+def explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
     """Describe the names that files need in a folder in which nothing fits."""
     example = next(iter(sorted(stems)), "clip")
     text = (
@@ -82,12 +82,13 @@ def _explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collec
     return f"{text} or {example}_0.mp4, {example}_1.mp4" if key == REFERENCE else text
 
 
-def _warn_of_paths(table: DatasetTable, remark: str, paths: Sequence[Path]) -> None:
+def warn_of_paths(table: DatasetTable, remark: str, paths: Sequence[Path]) -> None:
+    """Log how many paths of a table a remark is about, and the first of them."""
     if paths:
         logger.warning("%s: %d %s, such as %s", table.name, len(paths), remark, paths[0])
 
 
-def _pair(
+def pair_by_name(
     table: DatasetTable, folder: Path, key: str, stems: Collection[str]
 ) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
     """Return the paths for each stem, in order, and the paths without a stem.
@@ -126,7 +127,7 @@ def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | 
     if name in stems:
         return name, -1
     stem, _, number = name.rpartition("_")
-    if key == MASK or stem not in stems or not (number.isdecimal() and number.isascii()):
+    if key != REFERENCE or stem not in stems or not (number.isdecimal() and number.isascii()):
         return None
     return stem, int(number)
 
@@ -205,7 +206,7 @@ def read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read references and the control mask of a fetched source.
+    """Read references, guides (behind the references) and the control mask of a fetched source.
 
     References are cropped to the bucket divided by the family's factor, or padded with white. A reference
     clip gives `count` frames, those shown at the times of `clock`, with the last one repeated if it ends
@@ -225,7 +226,7 @@ def read_companions(
     rules = here.table.clip_references
     factor = 1 if rules is None else rules.size_factor
     step = 1 if rules is None else rules.step * factor
-    if bucket[0] % step or bucket[1] % step:
+    if here.references and (bucket[0] % step or bucket[1] % step):
         raise MediaError(
             f"{here.path}: it has {bucket[0]}x{bucket[1]} pixels; with references {factor} times smaller "
             f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
@@ -250,6 +251,7 @@ def read_companions(
     control_mask = None
     if here.control_mask is not None:
         control_mask = read_mask(here.control_mask, here, (size, bucket), count=count, fps=fps, clock=clock)
+    references += [resize_cover(first_frame(path), bucket)[None] for path in here.guides]
     return ClipCompanions(tuple(references), control_mask, tuple(size_changes))
 
 

@@ -99,7 +99,7 @@ class DecodedMedia:
     control: tuple[Clip, ...] = ()
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
     mask: Mask | None = None  # of the loss, for each frame: 255 is learned; None: everything is
-    # each f h w 3, where f is the number of frames for a clip, and 1 for an image
+    # each f h w 3, where f is the number of frames for a clip, and 1 for an image; then guides, 1 H W 3
     references: tuple[Clip, ...] = ()
     control_mask: Mask | None = None  # for each frame: 255 is generated
     rejected: Clip | None = None  # of the worse one, like `frames`
@@ -167,7 +167,7 @@ def decode_source(
     fps: float,
     step: int = 16,
     lengths: ClipLengths = DEFAULT_LENGTHS,
-    numbers: random.Random | None = None,
+    rng: random.Random | None = None,
     keeps_alpha: bool = False,
     has_alpha: bool = False,
 ) -> DecodedMedia:
@@ -175,7 +175,7 @@ def decode_source(
 
     Memory holds all frames at bucket size, but only one frame at a time at its original size. `fps` is the
     family's frame rate, reached by dropping frames if the table has source_fps. `step`, `lengths`,
-    `keeps_alpha` and `has_alpha` are fields of the family's LatentSpec. `numbers` is the random generator for
+    `keeps_alpha` and `has_alpha` are fields of the family's LatentSpec. `rng` is the random generator for
     the table's `augmentation` of images; None means no augmentation.
 
     Raises:
@@ -189,7 +189,7 @@ def decode_source(
         if source.table.kind == "image":
             with IMAGES.hold(planned_bytes(here)):
                 media = _decode_image(
-                    here, step, numbers, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
+                    here, step, rng, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
                 )
                 return dataclasses.replace(media, source=source)
         return _decode_clip(source, here, fps=fps, step=step, lengths=lengths)
@@ -238,7 +238,7 @@ def _decode_clip(
             control = _read_control_clips(
                 here, bucket, count=count, fps=fps, clock=clock, changes=size_changes
             )
-        if here.references or here.control_mask is not None:
+        if here.references or here.guides or here.control_mask is not None:
             companions = _read_companions(here, size, bucket, count=count, fps=fps, clock=clock)
         if here.rejected is not None:
             from dataset.sources.pairs import read_rejected_clip  # few clips have any
@@ -443,7 +443,7 @@ def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Fra
     return (add_alpha(placed) if has_alpha else placed)[None]
 
 
-def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random) -> Fit:
+def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) -> Fit:
     """Draw a random crop of an image, if its table asks for one.
 
     `fit` is the crop without augmentation.
@@ -457,10 +457,10 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, numbers: random.Random
                 fit.bucket,
                 face=face,
                 sides=changes.face_crop_range,
-                numbers=numbers,
+                rng=rng,
                 anywhere=changes.random_crop,
             )
-    return crop_anywhere(fit, numbers) if changes.random_crop else fit
+    return crop_anywhere(fit, rng) if changes.random_crop else fit
 
 
 def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:

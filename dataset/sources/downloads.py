@@ -168,6 +168,7 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _explain_filesystem() -> Iterator[None]:
+    """Translate errors of fsspec: those of the site are final, all others are tried again."""
     try:
         yield
     except RejectedBySite:

@@ -60,6 +60,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
                 mask=None if source.mask is None else next(remaining),
                 control_mask=None if source.control_mask is None else next(remaining),
                 references=tuple(islice(remaining, len(source.references))),
+                guides=tuple(islice(remaining, len(source.guides))),
                 rejected=None if source.rejected is None else next(remaining),
                 layers=tuple(remaining),
                 origins=(),

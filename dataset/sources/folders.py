@@ -384,6 +384,7 @@ class ControlFolder:
         return [path for path in self._images_of(stem)[count:] if path.stem not in self._stems]
 
     def _images_of(self, stem: str) -> list[Path]:
+        """Return the control images of an item: NAME.png, then NAME_0.png, NAME_1.png, ..."""
         ranked = []
         for path in self._images.get(stem, ()):
             number = path.stem.rsplit("_", 1)[-1]

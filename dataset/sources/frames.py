@@ -21,7 +21,7 @@ from torch import Tensor
 from dataset.config_keys import AUTO
 from dataset.sources.mask_files import is_of_shape
 from dataset.sources.media_source import Fault, MediaSource
-from dataset.table import DatasetTable
+from dataset.table import DatasetTable, Guide
 from modules.console import count_of
 from modules.errors import DatasetError, MediaError
 from modules.integers import ceil_div, round_up
@@ -30,7 +30,7 @@ from modules.media.decoding import is_animation
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
 from modules.media.opening import open_video
 from modules.media.reading import Frame, MaskLook, read_mask
-from protocols.data import MediaTable
+from protocols.data import KEYFRAME_LATENTS, LATENT_GUIDE, MediaTable
 from protocols.rules import ShownMedium
 
 Span = tuple[int, int]
@@ -98,6 +98,7 @@ def media_table(
     table: DatasetTable,
     has_control: bool = False,
     has_references: bool = False,
+    has_guides: bool = False,
     shown: tuple[tuple[ShownMedium, ...], ...] = (),
 ) -> MediaTable:
     """Return the properties of a table that families check."""
@@ -115,7 +116,16 @@ def media_table(
         target_index=table.fp_1f_target_index,
         has_post=not table.fp_1f_no_post,
         flips=table.augmentation.flip,
+        guides=name_guides(table.guides) if has_guides else (),
         shown=shown if any(shown) else (),
+    )
+
+
+def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
+    """Return the names of the latents of a table's guides in caches."""
+    return tuple(
+        f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE
+        for number, guide in enumerate(guides)
     )
 
 

@@ -44,6 +44,9 @@ class TableFolders:
         keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
         keys += ["reference_directory", "control_mask_directory", "worse_directory"]
         folders = [getattr(table, key) for table in config.datasets for key in keys]
+        folders += [
+            guide.directory for table in config.datasets if table.has_guides for guide in table.guides
+        ]
         self._others = {folder_id(folder) for folder in folders if folder}
 
     def left_out_files(self, table: DatasetTable) -> str | None:

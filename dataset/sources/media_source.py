@@ -23,6 +23,7 @@ from protocols.rules import ShownMedium
 # in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
 # there is a worse one
 CLIP_REFERENCES, CONTROL_MASK, REJECTED, LAYERS = "references", "control_mask", "worse", "layers"
+NUM_GUIDES = "guides"
 # more keys in these options: that the audio is from a file of its own; what is shown, in order
 AUDIO_FILE, SHOWN = "sound_file", "shown"
 # warning for a model that takes reference images and gets none
@@ -114,6 +115,7 @@ class MediaSource:
     audio: tuple[Path, Remote | None] | None = None
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is made anew
+    guides: tuple[Path, ...] = ()  # an image for each of `DatasetTable.guides`, or none at all
     caption_encoding: str | None = None  # of its caption file, if that is not UTF-8
     rejected: Path | None = (
         None  # an image, clip or folder of images of the same size, which is to be less likely
@@ -126,8 +128,8 @@ class MediaSource:
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
         """Return the files or folders that latents are made from, and where each is if not on disk.
 
-        The media, its control media, mask, control mask, references, the worse one and its layers; or what
-        was computed before.
+        The media, its control media, mask, control mask, references, guides, the worse one and its layers; or
+        what was computed before.
         """
         if self.tensors is not None:
             moments = (self.tensors.moments, self.tensors.image)
@@ -138,6 +140,7 @@ class MediaSource:
             *self.control,
             *masks,
             *self.references,
+            *self.guides,
             *filter(None, (self.rejected,)),
             *self.layers,
         )

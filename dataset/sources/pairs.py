@@ -51,6 +51,7 @@ def add_rejected(
 
 
 def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
+    """Return the files of worse_directory by stem; a folder counts as a clip of frames."""
     suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
     by_stem: dict[str, list[Path]] = {}
     for entry in list_entries(folder, "worse_directory", table.config_path):

@@ -41,10 +41,10 @@ def empty_clip(x: Tensor, *size: int) -> Tensor:
 
 # values of a result: beyond, CUDA's kernel for channels last leaves zeros, without an error
 # (pytorch/pytorch#141831)
-MOST = 2**31 - 1
+MAX_ELEMENTS = 2**31 - 1
 
 
-def repeat_pixels(x: Tensor, factor: int, maximum: int = MOST) -> Tensor:
+def repeat_pixels(x: Tensor, factor: int, maximum: int = MAX_ELEMENTS) -> Tensor:
     """Repeat each pixel `factor` times in height and width: B C H W to B C fH fW, in the memory layout of x.
 
     Torch's own kernel is used for results of up to `maximum` values.

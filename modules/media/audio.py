@@ -113,11 +113,10 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
     if context is None or context.name not in _CODECS or context.delay:
         return None
     doc_type = _encode_element(0x4282, b"matroska")
-    versions = _encode_number(0x4287, 4) + _encode_number(
-        0x4285, 2
-    )  # of the format, and the least to read it
+    # of the format, and the least to read it
+    versions = _encode_number(0x4287, 4) + _encode_number(0x4285, 2)
     head = _encode_element(0x1A45DFA3, doc_type + versions)
-    clock = _encode_element(0x1549A966, _encode_number(0x2AD7B1, 1_000_000))
+    clock = _encode_element(0x1549A966, _encode_number(0x2AD7B1, 1_000_000))  # times are in milliseconds
     track = _encode_element(0xAE, _track_info(context, samples))
     tracks = _encode_element(0x1654AE6B, track)
     packet = _encode_element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without any cannot be opened
@@ -132,7 +131,7 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
 def _track_info(context: Any, samples: int) -> bytes:
     """Return the Matroska elements that describe a track: number, codec, delay and audio format."""
     numbers = _encode_number(0xD7, 1) + _encode_number(0x73C5, 1)  # of the track, and its identity
-    audio_type = _encode_number(0x83, 2)
+    audio_type = _encode_number(0x83, 2)  # 1 is video, 2 is audio
     codec = _encode_element(0x86, _CODECS[context.name])
     private = _encode_element(0x63A2, bytes(context.extradata)) if context.extradata else b""
     delay = _encode_number(0x56AA, round(samples * _NANOSECONDS / context.sample_rate))
@@ -142,6 +141,7 @@ def _track_info(context: Any, samples: int) -> bytes:
 
 
 def _encode_element(name: int, data: bytes) -> bytes:
+    """Return an element of Matroska: its ID, the length of its data in 4 bytes, and the data."""
     return (
         name.to_bytes((name.bit_length() + 7) // 8, "big")
         + (0x10000000 | len(data)).to_bytes(4, "big")

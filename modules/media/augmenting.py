@@ -30,26 +30,26 @@ class Face:
     height: int
 
 
-def change_colors(frame: Frame, numbers: random.Random) -> Frame:
+def change_colors(frame: Frame, rng: random.Random) -> Frame:
     """Return the image; with probability COLOR_RATE, with its hue turned or its gamma changed a little."""
-    if numbers.random() >= COLOR_RATE:
+    if rng.random() >= COLOR_RATE:
         return frame
-    if numbers.random() < 0.5:
-        turn = numbers.uniform(-MAX_HUE, MAX_HUE)
+    if rng.random() < 0.5:
+        turn = rng.uniform(-MAX_HUE, MAX_HUE)
         hsv = cv2.cvtColor(frame, cv2.COLOR_RGB2HSV).astype(np.float32)
         hsv[..., 0] = (hsv[..., 0] + turn) % 180
         changed = np.minimum(np.rint(hsv), 255).astype(np.uint8)
         changed[..., 0] %= 180
         return np.asarray(cv2.cvtColor(changed, cv2.COLOR_HSV2RGB), dtype=np.uint8)
-    gamma = numbers.uniform(*GAMMAS)
+    gamma = rng.uniform(*GAMMAS)
     table = np.rint((np.arange(256) / 255) ** gamma * 255).astype(np.uint8)
     return table[frame]
 
 
-def crop_anywhere(fit: Fit, numbers: random.Random) -> Fit:
+def crop_anywhere(fit: Fit, rng: random.Random) -> Fit:
     """Return the fit with the crop at a random position; all positions are equally likely."""
     left, top = (
-        numbers.randint(0, max(0, side - part)) for side, part in zip(fit.resized, fit.bucket, strict=True)
+        rng.randint(0, max(0, side - part)) for side, part in zip(fit.resized, fit.bucket, strict=True)
     )
     return replace(fit, crop=(left, top))
 
@@ -65,7 +65,7 @@ def fit_face(
     bucket: Size,
     face: Face,
     sides: tuple[float, float],
-    numbers: random.Random,
+    rng: random.Random,
     anywhere: bool = False,
 ) -> Fit:
     """Return the scale and crop of an image around a face.
@@ -76,7 +76,7 @@ def fit_face(
     """
     face_length = max(face.width, face.height, 1)
     covering_scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    drawn_scale = min(bucket) / (face_length * numbers.uniform(*sides))
+    drawn_scale = min(bucket) / (face_length * rng.uniform(*sides))
     scale = max(covering_scale, min(drawn_scale, 1.0))
     resized = (max(bucket[0], round(size[0] * scale)), max(bucket[1], round(size[1] * scale)))
 
@@ -88,7 +88,7 @@ def fit_face(
         side = bucket[axis]
         first = middle - side / 2
         if anywhere and length < side:  # from the face at the end of the crop to the face at its start
-            first = numbers.uniform(middle + length / 2 - side, middle - length / 2)
+            first = rng.uniform(middle + length / 2 - side, middle - length / 2)
         return min(max(0, round(first)), resized[axis] - side)
 
     left = start(face.x * scale, face.width * scale, axis=0)

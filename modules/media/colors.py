@@ -302,6 +302,7 @@ def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, st
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
+    """Return whether a color transform changes sampled colors by rounding alone."""
     if mode == "CMYK":
         return False
     if mode == "RGB":
@@ -383,6 +384,7 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
     colorants = _make_colorants(places)
     if colorants is None:
         return None
+    # parametric curves of ISO 15076-1: type 3 with the constants of sRGB, or type 0, a gamma alone
     if gamma is None:
         curve = b"para" + bytes(5) + b"\3" + bytes(2)
         curve += _encode_fixed([2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045])
@@ -396,7 +398,7 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
 
 
 def _with_header(tags: dict[bytes, bytes]) -> bytes:
-    """Return a profile of a display with these tags."""
+    """Return a profile of a display with these tags. Source of the layout: ISO 15076-1 (ICC.1), version 4."""
     start = 132 + 12 * len(tags)  # of the tags' contents: behind the header and the table of tags
     table, body = b"", b""
     for name, content in tags.items():

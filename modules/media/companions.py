@@ -136,6 +136,7 @@ class Companions:
             )
 
     def _write(self, target: Any, packet: Any) -> None:
+        """Write a packet to `target`, converted and relative to the new time 0; damaged ones are counted."""
         track = self._tracks[packet.stream.index]
         try:
             converted = list(track.convert(packet))
@@ -215,6 +216,7 @@ class Companions:
             self._leave_out(name)
 
     def _add_copy(self, target: Any, stream: Any, name: str) -> None:
+        """Add a track whose packets are copied; in .mkv, encode sound again that begins before time 0."""
         delayed = None
         if self._suffix == ".mkv" and stream.type == "audio":
             with open_container(self._path) as again:

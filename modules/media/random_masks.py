@@ -24,64 +24,64 @@ CORNERS = 6
 MIN_RADIUS = 0.6  # of a corner, as a fraction of the polygon's
 
 
-def draw_mask(height: int, width: int, numbers: random.Random) -> BoolMask:
+def draw_mask(height: int, width: int, rng: random.Random) -> BoolMask:
     """Draw a random mask, neither empty nor full, H W."""
-    kind = numbers.random()
+    kind = rng.random()
     if kind < CLOUD:
-        mask = draw_cloud(height, width, numbers)
-        if numbers.random() < UNITED:
-            add = draw_polygons if numbers.random() < 0.5 else draw_shape
-            mask |= add(height, width, numbers)
+        mask = draw_cloud(height, width, rng)
+        if rng.random() < UNITED:
+            add = draw_polygons if rng.random() < 0.5 else draw_shape
+            mask |= add(height, width, rng)
         return mask
     if kind < CLOUD + POLYGON:
-        return draw_polygons(height, width, numbers)
-    return draw_shape(height, width, numbers)
+        return draw_polygons(height, width, rng)
+    return draw_shape(height, width, rng)
 
 
-def draw_cloud(height: int, width: int, numbers: random.Random) -> BoolMask:
+def draw_cloud(height: int, width: int, rng: random.Random) -> BoolMask:
     """Draw the highest parts of fractal noise, H W."""
-    generator = np.random.default_rng(numbers.getrandbits(64))
+    cloud_rng = np.random.default_rng(rng.getrandbits(64))
     noise = np.zeros((height, width), np.float32)
     for octave in range(OCTAVES):
         cells = CELLS * 2**octave
-        grid = generator.random((cells, cells), np.float32)
+        grid = cloud_rng.random((cells, cells), np.float32)
         noise += 0.5**octave * cv2.resize(grid, (width, height), interpolation=cv2.INTER_CUBIC)
-    highest = np.quantile(noise, 1 - numbers.uniform(*CLOUD_AREA))
+    highest = np.quantile(noise, 1 - rng.uniform(*CLOUD_AREA))
     mask: BoolMask = noise > highest
     return mask
 
 
-def draw_polygons(height: int, width: int, generator: random.Random) -> BoolMask:
+def draw_polygons(height: int, width: int, rng: random.Random) -> BoolMask:
     """Draw one or two polygons with corners at even angles and random distances, H W.
 
     The area of a circle of the mean radius is a random fraction of the image, within AREA.
     """
     mask = np.zeros((height, width), np.uint8)
     area = height * width
-    for _ in range(generator.randint(1, 2)):
-        radius = generator.uniform(*(math.sqrt(fraction * area / math.pi) for fraction in AREA))
+    for _ in range(rng.randint(1, 2)):
+        radius = rng.uniform(*(math.sqrt(fraction * area / math.pi) for fraction in AREA))
         edge = 0.2 * radius
-        x = generator.uniform(edge, width - edge)
-        y = generator.uniform(edge, height - edge)
+        x = rng.uniform(edge, width - edge)
+        y = rng.uniform(edge, height - edge)
         corners = []
         for corner in range(CORNERS):
             angle = 2 * math.pi * corner / CORNERS
-            distance = radius * generator.uniform(MIN_RADIUS, 1)
+            distance = radius * rng.uniform(MIN_RADIUS, 1)
             corners.append((x + distance * math.cos(angle), y + distance * math.sin(angle)))
         _fill(mask, corners)
     return mask.astype(bool)
 
 
-def draw_shape(height: int, width: int, generator: random.Random) -> BoolMask:
+def draw_shape(height: int, width: int, rng: random.Random) -> BoolMask:
     """Draw a rectangle or an ellipse, H W."""
     low, high = (math.sqrt(fraction) for fraction in AREA)
-    rows = max(1, round(height * generator.uniform(low, high)))
-    columns = max(1, round(width * generator.uniform(low, high)))
-    top = generator.randint(0, height - rows)
-    left = generator.randint(0, width - columns)
+    rows = max(1, round(height * rng.uniform(low, high)))
+    columns = max(1, round(width * rng.uniform(low, high)))
+    top = rng.randint(0, height - rows)
+    left = rng.randint(0, width - columns)
     mask = np.zeros((height, width), bool)
     box = mask[top : top + rows, left : left + columns]
-    if generator.random() < 0.5:
+    if rng.random() < 0.5:
         box[:] = True
         return mask
     y, x = np.ogrid[:rows, :columns]

@@ -182,8 +182,7 @@ def read_mask(path: Path) -> Frame:
     Raises MediaError if it cannot be read.
     """
     look = MaskLook()
-    frame = read_image(path, alpha=True)
-    on_white, opacity = look.add(frame)
+    on_white, opacity = look.add(read_image(path, alpha=True))  # which alone holds the frame: it is large
     return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
 
 

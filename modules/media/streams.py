@@ -124,6 +124,7 @@ def _turn_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray
 
 
 def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
+    """Yield the frames of a video with the time at which each is shown, and for how long."""
     with open_video(path) as (container, stream):
         rate = _find_rate(stream)
         origin = decoding.time_origin(container)

@@ -77,6 +77,7 @@ class SectionAudio:
             self._waiting = None
 
     def _encode_track(self, index: int, stream: Any) -> Iterator[Any]:
+        """Yield encoded packets of a track, cut to the section; missing sound becomes silence."""
         from modules.media.samples import filled
 
         layout, rate = stream.layout.name, stream.rate

@@ -5,7 +5,8 @@ memory is free when it has ended.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from package.reelsmith.events import (
     StepEvent,
     ValidationEvent,
 )
-from package.reelsmith.typed_words import check_words, list_known, make_words
+from package.reelsmith.typed_words import ScriptArguments
 from protocols.families import FamilyEntry, with_scripts
 from training.saving.options import LATEST_ONLY
 
@@ -58,7 +59,7 @@ def train(model: str, **options: Any) -> CommandRun:
     Raises:
         UserError: For a wrong option, with the message of the command.
     """
-    return _start(Path(f"{_find_entry(model).training_script}.py"), (), options)
+    return _prepare(Path(f"{_find_entry(model).training_script}.py"), options).start()
 
 
 def resume(run: CommandRun, **changes: Any) -> CommandRun:
@@ -71,10 +72,15 @@ def resume(run: CommandRun, **changes: Any) -> CommandRun:
     Raises:
         UserError: If the training still runs, or for a wrong option.
     """
+    if not isinstance(run, CommandRun):
+        raise UserError(
+            f"resume takes the run that train has returned, not {run!r}. To continue one of an "
+            f'earlier session, call train with its options and resume="{LATEST_ONLY}"'
+        )
     if run.is_running:
         raise UserError("the training still runs: call its stop() or wait() before it is continued")
     options = {**run.options, "resume": LATEST_ONLY, "resume_changed": True, **changes}
-    return _start(run.script, (), options)
+    return _prepare(run.script, options).start()
 
 
 def plan(model: str, **options: Any) -> str:
@@ -103,19 +109,18 @@ def cache(model: str, *, callback: Callback | None = None, **options: Any) -> No
         UserError: For what the user has to change; both commands are checked before the first one starts.
     """
     entry = _find_entry(model)
-    scripts = [Path(f"{entry.cache}_{part}.py") for part in ("latents", "text_encoder_outputs")]
-    known = {script: list_known(script) for script in scripts}
-    for name in options.keys() - set().union(*known.values()):  # mistyped: the nearest script says so
-        nearest = [script for script in scripts if difflib.get_close_matches(name, known[script], 1)]
-        known[(nearest or scripts)[0]].add(name)
-    of_script = {
-        script: {name: value for name, value in options.items() if name in known[script]}
-        for script in scripts
-    }
+    parts = ("latents", "text_encoder_outputs")
+    scripts = [ScriptArguments(Path(f"{entry.cache}_{part}.py")) for part in parts]
+    for name in options.keys() - set().union(*(script.known for script in scripts)):
+        # mistyped: the nearest script says so
+        nearest = [script for script in scripts if difflib.get_close_matches(name, script.known, 1)]
+        (nearest or scripts)[0].known.add(name)
+    commands = []
     for script in scripts:
-        check_words(script, make_words(script, (), of_script[script]))
-    for script in scripts:
-        _start(script, (), of_script[script]).wait(callback)
+        of_script = {name: value for name, value in options.items() if name in script.known}
+        commands.append(_check(script, of_script))
+    for checked in commands:
+        checked.start().wait(callback)
 
 
 def generate(model: str, *, callback: Callback | None = None, **options: Any) -> list[Path]:
@@ -129,10 +134,10 @@ def generate(model: str, *, callback: Callback | None = None, **options: Any) ->
     Raises:
         UserError: For what the user has to change.
     """
-    script = Path(f"{_find_entry(model).generation_script}.py")
-    folder = Path(check_words(script, make_words(script, (), options))["save_path"])
+    checked = _prepare(Path(f"{_find_entry(model).generation_script}.py"), options)
+    folder = Path(checked.values["save_path"])
     before = _list_files(folder)
-    _start(script, (), options).wait(callback)
+    checked.start().wait(callback)
     return [path for path, changed in _list_files(folder).items() if before.get(path) != changed]
 
 
@@ -146,7 +151,7 @@ def merge(*, callback: Callback | None = None, **options: Any) -> Path:
     Raises:
         UserError: For what the user has to change.
     """
-    _start(Path("merge_lora.py"), (), options).wait(callback)
+    _prepare(Path("merge_lora.py"), options).start().wait(callback)
     return Path(options["save_merged_model"])
 
 
@@ -164,15 +169,34 @@ def command(words: str, *operands: object, **options: Any) -> CommandRun:
     scripts = {each.name: each.path.relative_to(ROOT) for each in find_commands(ROOT)}
     if words not in scripts:
         raise UserError(f"{words!r} is no command.{did_you_mean(words, scripts)}")
-    return _start(scripts[words], operands, options)
+    return _prepare(scripts[words], options, operands).start()
 
 
-def _start(script: Path, operands: tuple[object, ...], options: Mapping[str, Any]) -> CommandRun:
-    words = make_words(script, operands, options)
-    values = check_words(script, words)
-    folder, name = values.get("output_dir"), values.get("output_name")
-    history = None if folder is None or name is None else HistoryEvents(Path(folder), str(name))
-    return CommandRun(script, words, options, history)
+@dataclass(frozen=True)
+class CheckedCommand:
+    """A command whose options were checked."""
+
+    script: Path
+    words: Sequence[str]  # that follow the script
+    options: Mapping[str, Any]  # keyword arguments that became the words
+    values: Mapping[str, Any]  # of all options of the script
+
+    def start(self) -> CommandRun:
+        """Start the command."""
+        folder, name = self.values.get("output_dir"), self.values.get("output_name")
+        history = None if folder is None or name is None else HistoryEvents(Path(folder), str(name))
+        return CommandRun(self.script, self.words, self.options, history)
+
+
+def _prepare(script: Path, options: Mapping[str, Any], operands: Sequence[object] = ()) -> CheckedCommand:
+    return _check(ScriptArguments(script), options, operands)
+
+
+def _check(
+    arguments: ScriptArguments, options: Mapping[str, Any], operands: Sequence[object] = ()
+) -> CheckedCommand:
+    words = arguments.make_words(operands, options)
+    return CheckedCommand(arguments.script, words, options, arguments.check(words))
 
 
 def _find_entry(model: str) -> FamilyEntry:
@@ -180,10 +204,10 @@ def _find_entry(model: str) -> FamilyEntry:
     entries = {}
     for name, entry in with_scripts().items():
         entries[name] = entries[entry.script] = entry
-    found = entries.get(model.replace("-", "_"))
+    found = entries.get(str(model).replace("-", "_"))
     if found is None:
         raise UserError(
-            f"{model!r} is no model.{did_you_mean(model, entries)} There are {', '.join(entries)}"
+            f"{model!r} is no model.{did_you_mean(str(model), entries)} There are {', '.join(entries)}"
         )
     return found
 

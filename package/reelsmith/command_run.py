@@ -2,11 +2,13 @@
 
 import atexit
 import contextlib
+import logging
 import os
 import signal
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -25,7 +27,10 @@ from package.reelsmith.events import (
     StepEvent,
 )
 
+logger = logging.getLogger(__name__)
+
 PAUSE = 0.1  # seconds between two looks for events
+WARNING = "WARNING: "  # begin of a line with a warning of the command
 MAX_OF_OUTPUT = 2000  # characters of the output in the message of an error that is none of the user's
 
 
@@ -59,6 +64,8 @@ class CommandRun:
         self.lines: list[str] = []
         self._history = history
         self._is_stopped = False
+        self._unseen: deque[Event] = deque()  # read, but not yielded
+        self._num_noted = 0  # of the first of them, which the attributes have
         self._folder = tempfile.TemporaryDirectory(prefix="reelsmith-", ignore_cleanup_errors=True)
         output = Path(self._folder.name) / "output.txt"
         # a process group of its own: Ctrl-C reaches it through `stop` alone, once
@@ -90,8 +97,13 @@ class CommandRun:
         try:
             while True:
                 is_over = not self.is_running
-                for event in self._read_events(is_over):
-                    self._note(event)
+                self._unseen.extend(self._read_events(is_over))
+                while self._unseen:
+                    event = self._unseen.popleft()
+                    if self._num_noted:
+                        self._num_noted -= 1
+                    else:
+                        self._note(event)
                     yield event
                 if is_over:
                     break
@@ -104,7 +116,7 @@ class CommandRun:
         self._raise_error()
 
     def wait(self, callback: Callable[[Event], None] | None = None) -> "CommandRun":
-        """Wait for the end of the command, and return it.
+        """Wait for the end of the command, and return it. An error of the callback stops it.
 
         Args:
             callback: Called with each event.
@@ -117,16 +129,25 @@ class CommandRun:
             for event in self:
                 if callback is not None:
                     callback(event)
-        except KeyboardInterrupt:  # Ctrl-C may come while the callback works
+        except BaseException:  # of the callback, or Ctrl-C while it works
             self.stop()
             raise
         return self
 
     def stop(self) -> None:
-        """Stop the command as Ctrl-C does, and wait for its end. A training saves its state before."""
-        if not self.is_running:
-            return
-        self._is_stopped = True
+        """Stop the command as Ctrl-C does, and wait for its end. A training saves its state before.
+
+        Then the attributes have what was not iterated over, too.
+        """
+        if self.is_running:
+            self._is_stopped = True
+            self._end_process()
+        self._unseen.extend(self._read_events(is_over=True))
+        for event in [*self._unseen][self._num_noted :]:
+            self._note(event)
+        self._num_noted = len(self._unseen)
+
+    def _end_process(self) -> None:
         try:
             with contextlib.suppress(OSError):  # it has just ended
                 if sys.platform == "win32":
@@ -158,6 +179,8 @@ class CommandRun:
         match event:
             case LineEvent():
                 self.lines.append(event.text)
+                if event.text.startswith(WARNING):
+                    logger.warning("%s: %s", self.script.stem, event.text.removeprefix(WARNING))
             case StepEvent():
                 self.losses[event.step] = event.loss
             case SampleEvent():

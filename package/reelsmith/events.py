@@ -97,6 +97,7 @@ class HistoryEvents:
         self._file = 0  # identifies the file that was read last: the training replaces it once
         self._position = 0  # up to which it was read
         self._earlier = {line for line in self._read_lines() if _started(line) is not None}
+        # `read` starts at the beginning: the training replaces the file
         self._file = self._position = 0
         self._has_started = False
         self._total_steps = 0
@@ -128,6 +129,7 @@ class HistoryEvents:
         return content[:end].splitlines(keepends=True)
 
     def _read_row(self, row: Mapping[str, Any]) -> Iterator[Event]:
+        """Yield the event in a row of the history, or one for each sample in it; other rows have none."""
         step = row["step"]
         if "loss" in row:
             yield StepEvent(

@@ -28,70 +28,78 @@ class _RaisingParser(Parser):
         raise OptionError(message_of(message or "the options ask for the help alone"))
 
 
-def make_words(script: Path, operands: Sequence[object], options: Mapping[str, Any]) -> list[str]:
-    """Return the words after a script for operands and keyword arguments.
+class ScriptArguments:
+    """The options of one script as keyword arguments.
 
-    Values that are None or False are not given. A mapping becomes words KEY=VALUE.
-
-    Args:
+    Attributes:
         script: Path of the script in the checkout or the package.
-        operands: Values without an option, such as the folder of `new`.
-        options: Values by name of the option.
-
-    Raises:
-        OptionError: If a switch is given a value that is not a bool.
+        known: Names of the keyword arguments that it takes.
     """
-    actions = _find_actions(script)
-    words = [str(operand) for operand in operands]
-    for name, value in options.items():
-        name = name if name in actions else SHORT_NAMES.get(name, name)
-        words += _type_option(name, value, actions.get(name))
-    return words
 
+    def __init__(self, script: Path) -> None:
+        """Build the parser of a script from its table.
 
-def list_known(script: Path) -> set[str]:
-    """Return the keyword arguments that a script takes."""
-    known = set(_find_actions(script))
-    return known | {short for short, name in SHORT_NAMES.items() if name in known}
+        Raises:
+            UserError: If the script has no table.
+        """
+        table = find_table(script)
+        if table is None:
+            raise UserError(f"{script}: this script has no table of options")
+        self.script = script
+        self._reads_others = bool(table.get("cuts_words"))  # options of another script too
+        self._parser = build_parser(table, script.name, _RaisingParser)
+        self._actions = {
+            flag.lstrip("-").replace("-", "_"): action
+            for action in self._parser._actions
+            for flag in action.option_strings
+        }
+        self.known = {
+            *self._actions,
+            *(short for short, name in SHORT_NAMES.items() if name in self._actions),
+        }
 
+    def make_words(self, operands: Sequence[object], options: Mapping[str, Any]) -> list[str]:
+        """Return the words after the script for operands and keyword arguments.
 
-def check_words(script: Path, words: Sequence[str]) -> dict[str, Any]:
-    """Return the values of a command's options, checked as the command does before it loads anything.
+        Values that are None or False are not given. A mapping becomes words KEY=VALUE.
 
-    Options that --config_file names have its values, unless they are typed too.
+        Args:
+            operands: Values without an option, such as the folder of `new`.
+            options: Values by name of the option.
 
-    Raises:
-        UserError: For what the command itself would reject, with its message.
-    """
-    table = find_table(script)
-    if table is None or table.get("cuts_words"):  # the script reads them with another one's options
-        return {}
-    parser = build_parser(table, script.name, _RaisingParser)
-    if os.environ.get(EXTENSIONS):  # they may bring options, which the command itself checks
-        return vars(parser.parse_known_args(words)[0])
-    arguments: argparse.Namespace = parser.parse_args(words)
-    with name_as_typed(typed_names(arguments)):
-        reject_unsupported(parser, arguments, tells_unneeded=False)
-        check_arguments(parser, arguments)
-    values = vars(arguments)
-    if values.get("config_file") is None:
-        return values
-    with quiet():  # the command logs the same warnings
-        in_file = read_config_file(values["config_file"], parser)
-    typed = getattr(arguments, TYPED)
-    return {**values, **{name: value for name, value in in_file.items() if name not in typed}}
+        Raises:
+            OptionError: If a switch is given a value that is not a bool, or if another option is True.
+        """
+        words = [str(operand) for operand in operands]
+        for name, value in options.items():
+            name = name if name in self._actions else SHORT_NAMES.get(name, name)
+            words += _type_option(name, value, self._actions.get(name))
+        return words
 
+    def check(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return the values of the options, checked as the command does before it loads anything.
 
-def _find_actions(script: Path) -> dict[str, argparse.Action]:
-    """Return the options of a script by the names of their flags, with _ for -."""
-    table = find_table(script)
-    if table is None:
-        raise UserError(f"{script}: this script has no table of options")
-    actions = {}
-    for action in build_parser(table, script.name, _RaisingParser)._actions:
-        for flag in action.option_strings:
-            actions[flag.lstrip("-").replace("-", "_")] = action
-    return actions
+        Options that --config_file names have its values, unless they are typed too. Call it once.
+
+        Raises:
+            UserError: For what the command itself would reject, with its message.
+        """
+        if self._reads_others:
+            return {}
+        parser = self._parser
+        if os.environ.get(EXTENSIONS):  # they may bring options, which the command itself checks
+            return vars(parser.parse_known_args(words)[0])
+        arguments: argparse.Namespace = parser.parse_args(words)
+        with name_as_typed(typed_names(arguments)):
+            reject_unsupported(parser, arguments, tells_unneeded=False)
+            check_arguments(parser, arguments)
+        values = vars(arguments)
+        if values.get("config_file") is None:
+            return values
+        with quiet():  # the command logs the same warnings
+            in_file = read_config_file(values["config_file"], parser)
+        typed = getattr(arguments, TYPED)
+        return {**values, **{name: value for name, value in in_file.items() if name not in typed}}
 
 
 def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[str]:
@@ -102,6 +110,8 @@ def _type_option(name: str, value: Any, action: argparse.Action | None) -> list[
         flag = spellings[name]
         if action.nargs == 0 and not isinstance(value, bool | None):
             raise OptionError(f"{flag} is a switch: give True or False, not {value!r}")
+        if value is True and action.nargs not in (0, "?", "*"):
+            raise OptionError(f"{flag} is no switch: give its value in place of True")
     if isinstance(action, argparse.BooleanOptionalAction) and value is False:
         return [f"--no-{flag[2:]}"]
     if value is None or value is False:

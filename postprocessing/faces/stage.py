@@ -266,6 +266,7 @@ class Facefix:
         return [matrix for matrix in matrices if matrix is not None]
 
     def _restore(self, pixels: Pixels, matrices: Sequence[Matrix], is_deep: bool) -> Pixels:
+        """Restore the faces that `matrices` align, in batches, and paste them into the enlarged frame."""
         if not matrices and self.options.upscale == 1:
             return pixels
         pixels = in_sixteen_bits(pixels) if is_deep else pixels

@@ -161,6 +161,7 @@ class SeparableGru(nn.Module):
         return hidden
 
     def _turn(self, number: str, context: Tensor) -> RecurrentTurn:
+        """Split the weights of a GRU step, so that the part of `context` is computed only once."""
         update, reset, fresh = (getattr(self, f"conv{gate}{number}") for gate in "zrq")
         weight = torch.cat([update.weight, reset.weight, fresh.weight])
         bias = torch.cat([update.bias, reset.bias, fresh.bias])

@@ -166,6 +166,7 @@ def _list_rrdb_names(checkpoint: Checkpoint) -> Names:
 
 
 def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
+    """Plan how to load a compact upscaler: convolutions and PReLUs in turns."""
     sources = plain_sources(checkpoint)
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     shape.expect("body.0.weight", 4, axis=1, size=COLOURS)
@@ -228,6 +229,7 @@ class _SwinirEnd:
 
 
 def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
+    """Read how a SwinIR enlarges, by the names of the layers behind its last block."""
     if "conv_before_upsample.0.weight" in sources:
         features = shape.of("conv_before_upsample.0.weight", 4)[0]
         shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)

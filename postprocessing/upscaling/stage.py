@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from modules.devices import GIB
 from modules.integers import round_up
 from modules.layers.convolution import layouts
 from modules.media.encoding import Picture, Pixels
@@ -54,7 +55,6 @@ def result_bytes(config: Config, width: int, height: int) -> int:
     return 4 * OUTSIDE * width * height * config.factor**2
 
 
-GIB = 1 << 30
 PLENTY = 1 << 16  # bytes per pixel of the input, more than any released network takes
 MAX_AT_ONCE = 16  # largest batch that is chosen automatically
 BATCH_PIXELS = 1 << 19  # pixels of the input that keep a GPU busy; more would only take memory

@@ -30,6 +30,7 @@ _SLIDER = "--slider of a training script learns from two texts, without files: d
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
+    """Return what kind of training a job is, with the key that shows it; raise NoRun for any other."""
     job = str(values.get("job"))
     kind = str(values.get(f"{_FIRST}.type", ""))
     if job in {"extract", "generate", "mod"}:

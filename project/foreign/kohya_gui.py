@@ -57,6 +57,7 @@ def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
 
 
 def _find_run(values: Mapping[str, Any]) -> ForeignRun:
+    """Return what kind of training the settings describe, with the setting that shows it."""
     kind = values.get("LoRA_type")
     slider = next((key for key in _OF_SLIDER if key in values), None)
     if slider is not None:

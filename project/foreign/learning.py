@@ -97,6 +97,7 @@ def _select_text_rates(project: ForeignProject) -> Sequence[float | None]:
 
 
 def _teach_texts_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
+    """Let the LoRA change the text encoders too, at `rates` (None: the shared rate)."""
     training = project.training
     training["network_train_unet_only"] = False
     if not project.parts.trains_dit:

@@ -141,6 +141,7 @@ def _join_units(project: ForeignProject, program: Program, values: dict[str, Any
 
 
 def _recognize(path: Path, values: Mapping[str, Any]) -> Program:
+    """Return the program whose project a file is, by suffix and keys."""
     generic = {without_numbers(key).removeprefix("--") for key in values}
     for program in PROGRAMS:
         if path.suffix.lower() in program.suffixes and not generic.isdisjoint(program.marks):

@@ -128,6 +128,7 @@ def _leave_of_lora_alone(project: ForeignProject) -> None:
 
 
 def _write_network_arguments(project: ForeignProject) -> None:
+    """Put the arguments of the network into `network_args`; empty ones are listed as without effect."""
     arguments: dict[str, Any] = {}
     for name, value in project.network_arguments.items():
         if value:

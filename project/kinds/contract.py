@@ -64,6 +64,7 @@ class RunKind:
     record: str = "Training"  # kind of options record that its script has, see `FamilyEntry.options_record`
     sees_controls: bool = False  # whether it is trained on pairs of an image and a control image
     learns_word: bool = False  # the trigger word is what is trained, and all captions have it
+    needs_bfloat16: bool = False  # its weights are trained in bfloat16
     saves_models: bool = False  # each save has gigabytes: few are made and kept
     has_targets: bool = False  # targets that keep few steps are for it
     makes_adapter: bool = False  # it unlearns what a model was distilled for, so that other LoRAs need not

@@ -120,5 +120,6 @@ FULL = RunKind(
     why_not=why_not_full,
     change=change_to_full,
     describe=describe_full,
+    needs_bfloat16=True,
     saves_models=True,
 )

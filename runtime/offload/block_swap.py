@@ -373,6 +373,7 @@ def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], host_weights: Mapping
 def _report(
     lists: Sequence[ListPlan], swap: BlockSwap, host_weights: Mapping[str, Tensor], device: torch.device
 ) -> None:
+    """Log how many blocks wait in host memory, and how much memory they take here and there."""
     total = sum(tensor.nbytes for tensor in host_weights.values()) / 1e9
     if swap.rings:
         streamed = sum(len(blocks.streamed) for blocks in lists)

@@ -127,6 +127,7 @@ class Offload:
         return away
 
     def _unpack(self, packed: "Tensor | _Away") -> Tensor:
+        """Return a saved input on the device, and begin to copy the one that the backward pass needs next."""
         self._let_go()
         if isinstance(packed, Tensor):
             return packed

@@ -41,6 +41,7 @@ class ContextParallelOptions(
 
 
 def _check_launch(options: ContextParallelOptions, processes: int, times: int, uses: RunUses) -> None:
+    """Raise OptionError if the launched processes or another option do not fit --context_parallel."""
     if times > 1:
         number = options.context_parallel
         raise OptionError(

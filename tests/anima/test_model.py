@@ -11,7 +11,7 @@ from torch import Tensor
 
 from anima.adapter import read_texts
 from anima.model import AnimaModel, count_real
-from protocols.steps import Away, Overrides
+from protocols.steps import NagText, Overrides
 from tests.anima.making import (
     conditioner_in_diffusers,
     predict_in_diffusers,
@@ -145,7 +145,7 @@ def test_a_second_text_is_steered_away_from() -> None:
     second = {name: other[name].flip(0) for name in names}
     model = tiny_model()
 
-    steered = model(**given, overrides=Overrides(away=Away(second, lambda first, away: away)))
+    steered = model(**given, overrides=Overrides(nag=NagText(second, lambda first, nag: nag)))
 
     torch.testing.assert_close(steered, model(**given | second))
     assert relative_error(steered, model(**given)) > 1e-3

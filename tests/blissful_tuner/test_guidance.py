@@ -71,7 +71,7 @@ def test_a_negative_text_is_needed_if_any_step_has_guidance(
         PLAIN_GUIDANCE, cfg_skip_mode="none" if ratio is None else "late", cfg_apply_ratio=ratio
     )
     (texts,) = wanted_texts(request, options).values()
-    assert (texts.negative is not None, texts.blank, texts.away) == (negative, None, None)
+    assert (texts.negative is not None, texts.blank, texts.nag) == (negative, None, None)
 
 
 def skipping(mode: str, layers: str) -> GuidanceOptions:

@@ -60,11 +60,11 @@ class Network:
     """Answers each pass with its own velocity, less a tenth for each skipped block; notes the calls."""
 
     def __init__(
-        self, positive: Tensor, negative: Tensor, blank: Tensor | None = None, away: Tensor | None = None
+        self, positive: Tensor, negative: Tensor, blank: Tensor | None = None, nag: Tensor | None = None
     ) -> None:
-        others = [None if one is None else {"v": one} for one in (blank, away)]
+        others = [None if one is None else {"v": one} for one in (blank, nag)]
         self.section = Section(positive, {"v": positive}, {"v": negative})
-        self.section = replace(self.section, blank=others[0], away=others[1])
+        self.section = replace(self.section, blank=others[0], nag=others[1])
         self.calls: list[tuple[str, ...]] = []
         self.overrides: list[Overrides] = []
 
@@ -123,12 +123,12 @@ def seen(seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def by_hand(toward: Tensor, away: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
+def by_hand(toward: Tensor, nag: Tensor, scale: float, tau: float, alpha: float) -> Tensor:
     """Equations 7 to 10 of the paper, token by token, with the names of the project's page."""
     result = torch.empty_like(toward)
     for sample in range(len(toward)):
         for token in range(toward.shape[1]):
-            plus, minus = toward[sample, token].flatten(), away[sample, token].flatten()
+            plus, minus = toward[sample, token].flatten(), nag[sample, token].flatten()
             guided = scale * plus - (scale - 1) * minus
             ratio = sum(map(abs, guided.tolist())) / sum(map(abs, plus.tolist()))
             guided = guided * min(ratio, tau) / ratio
@@ -140,11 +140,11 @@ def by_hand(toward: Tensor, away: Tensor, scale: float, tau: float, alpha: float
     ("scale", "tau", "alpha"), [(5, 2.5, 0.25), (11, 3.5, 0.5), (1.5, 100, 1), (4, 0.5, 1)]
 )
 def test_the_formula_is_that_of_the_paper(scale: float, tau: float, alpha: float) -> None:
-    toward, away = seen(1), seen(2)
+    toward, nag = seen(1), seen(2)
 
-    steered = NormalizedGuidance(scale, tau, alpha)(toward, away)
+    steered = NormalizedGuidance(scale, tau, alpha)(toward, nag)
 
-    torch.testing.assert_close(steered, by_hand(toward, away, scale, tau, alpha), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(steered, by_hand(toward, nag, scale, tau, alpha), rtol=1e-5, atol=1e-5)
 
 
 def test_without_guidance_each_step_is_one_pass_with_the_same_tweaks() -> None:
@@ -156,9 +156,9 @@ def test_without_guidance_each_step_is_one_pass_with_the_same_tweaks() -> None:
 
     assert network.calls == [("+",)] * 3
     (overrides,) = set(network.overrides)
-    assert overrides.away is not None
-    assert overrides.away.text is network.section.away
-    assert overrides.away.steer == NormalizedGuidance(5.0, 3.5, 0.5)
+    assert overrides.nag is not None
+    assert overrides.nag.text is network.section.nag
+    assert overrides.nag.steer == NormalizedGuidance(5.0, 3.5, 0.5)
 
 
 RULE = Projection(after_step=-1, scale=10.0, momentum=-0.5, norm_limit=10.0)
@@ -244,7 +244,7 @@ class Hears:
         self.numbers = {name: torch.randn(*shape, generator=generator) for name in names}
         overrides = NO_OVERRIDES if joint is None else Overrides(joint=joint)
         noise = torch.zeros(shape)
-        self.section = Section(noise, {}, {}, {}, away={}, overrides=overrides)
+        self.section = Section(noise, {}, {}, {}, nag={}, overrides=overrides)
         self.passes: list[str] = []
         self.steered: list[str] = []
 
@@ -256,7 +256,7 @@ class Hears:
             for one in conditions
         ]
         self.passes += names
-        self.steered += names if overrides.away is not None else []
+        self.steered += names if overrides.nag is not None else []
         return tuple(self.numbers[name] for name in names)
 
     def streams(self, joint: Joint | None) -> list[dict[str, Tensor]]:

@@ -10,15 +10,14 @@ from typing import Any
 import jinja2
 from jinja2 import nodes
 
-from browser import launch
 from browser.caption_keys import name_key
 from browser.draft_changes import trains
 from browser.folder_settings import Setting, read_settings
 from downloads.catalogue import model_sets
 from downloads.listing import UNVERIFIED
 from modules.installation import ROOT
+from package.reelsmith.commands import find_commands
 from protocols.families import caption_formats
-from tests.test_imports import SCRIPTS as ROOT_SCRIPTS
 
 TEMPLATES = [
     *sorted((ROOT / "browser").glob("*.html")),
@@ -131,9 +130,9 @@ def list_key_labels() -> Iterator[str]:
 def list_settings() -> dict[str, list[Setting]]:
     """Return the settings that the page shows of each script that trains a described folder."""
     found = {}
-    for script in ROOT_SCRIPTS:
-        command, _ = launch.find_program(["python", script], ROOT)
-        if trains(command):
+    for command in find_commands(ROOT):
+        script = command.path.name
+        if command.path.parent == ROOT and trains(command):
             found[script] = [*read_settings(script)]
     return found
 

@@ -2,8 +2,10 @@
 
 import asyncio
 import contextlib
+import html
 import http.client
 import json
+import re
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -18,6 +20,8 @@ from browser.runs import Runs
 from browser.server import make_app
 from browser.serving import open_socket
 from modules.command import quote_for_shell
+from modules.installation import FRONT_SCRIPT, PREFIX
+from modules.script_words import console_words
 from tests.commands import ROOT
 from tests.waiting import PATIENCE
 from training.reports.history import History, describe_process, history_path
@@ -27,8 +31,16 @@ PNG = b"\x89PNG not really"
 
 
 def python_of(script: str) -> str:
-    """How the page begins the command of a script in a checkout, which may lie in a folder with blanks."""
-    return quote_for_shell(["python", str(ROOT / script)])
+    """How the page begins the command of a script: by the path, which may have blanks, or in the package."""
+    if not PREFIX:
+        return quote_for_shell(["python", str(ROOT / script)])
+    name = Path(script).stem
+    return "reelsmith" if script == FRONT_SCRIPT else " ".join(console_words(name))
+
+
+def plain_text(page: str) -> str:
+    """The text of a page as a browser shows it, with its tags."""
+    return html.unescape(re.sub("<!--.*?-->", "", page))
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from urllib.parse import urlencode
 import pytest
 
 from browser.command_lines import format_cd, format_command
+from modules.installation import program_words
 from tests.browser.serving import python_of, serve_runs
 from tests.browser.test_new_page import describe, write_images
 from tests.chromium import open_page, wait_until
-from tests.commands import QUIET, ROOT
+from tests.commands import QUIET
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ from tests.commands import QUIET, ROOT
         (["python", "tools/compare.py", "x"], f"{python_of('tools/compare.py')} x"),
         (
             ["accelerate", "launch", "--num_processes", "2", "wan_train_network.py"],
-            f"accelerate launch --num_processes 2 {shlex.quote(str(ROOT / 'wan_train_network.py'))}",
+            f"accelerate launch --num_processes 2 {shlex.join(program_words(Path('wan_train_network.py')))}",
         ),
         (["python", "/own/script.py"], "python /own/script.py"),
     ],

@@ -459,7 +459,7 @@ def test_a_run_of_stable_diffusion_fills_the_form_like_others(root: Path) -> Non
     with serve(root) as served, open_page(f"{served.url}/generate?run={run_id(served, 'xl')}") as page:
         assert page.get_by_label("Model").input_value() == f"run {run_id(served, 'xl')}"
         assert page.get_by_label("use xl-step4.safetensors").is_checked()
-        assert "sdxl_generate_image.py" in page.locator("#command").text_content()
+        assert python_of("sdxl_generate_image.py") in page.locator("#command").text_content()
         assert page.get_by_role("button", name="Make", exact=True).is_visible()
 
 

@@ -22,6 +22,7 @@ from browser.printed_lines import (
 )
 from browser.render_queue import PHASES
 from checkpoints.kinds import OF_OTHERS, OF_PARTS, OF_TOOLS
+from modules import installation
 from modules.errors import UserError
 from modules.pages.language import Language, Words, show, speaking
 from project.files import write_project
@@ -175,7 +176,7 @@ def test_no_english_word_is_left_of_a_check(
 def test_no_english_word_is_left_of_what_a_model_file_is(code: str) -> None:
     kinds = {what for mark, what in (*OF_OTHERS, *family_marks(), *OF_PARTS, *OF_TOOLS)}
     names = re.compile(
-        r"--\w+|\S+\.py|[\w.-]*[A-Z0-9][\w.-]*"
+        r"--\w+|\S+\.py|reelsmith [\w-]+|[a-z]+_train_\w+|[\w.-]*[A-Z0-9][\w.-]*"
         r"|\b(?:transformer|layered|diffusers|gimmvfi_r|codeformer)\b"
     )
     with speaking(Language(code, read_texts(code))):
@@ -233,7 +234,9 @@ def test_names_cannot_make_a_line_slow_and_other_lines_stay() -> None:
 
 
 def test_each_phase_that_a_generation_names_is_a_text_of_the_page() -> None:
-    named = re.findall(r'on_phase\("([^"]+)"', (ROOT / "generation/making.py").read_text(encoding="utf-8"))
+    named = re.findall(
+        r'on_phase\("([^"]+)"', (installation.ROOT / "generation/making.py").read_text(encoding="utf-8")
+    )
     assert len(named) >= 4
     assert {*named} <= {*map(str, PHASES)}
 

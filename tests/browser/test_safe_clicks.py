@@ -204,7 +204,7 @@ def test_no_get_writes_or_starts_anything(root: Path) -> None:
                 served.ask(f"{address}{text}", Sec_Fetch_Site="cross-site", Sec_Fetch_Mode="navigate")
         after = list_files(root)
         assert {path for path in after if path not in before or after[path] != before[path]} == set()
-        assert list_children() == children
+        assert list_children() <= children  # those of earlier tests may end meanwhile
 
 
 # --- only looking

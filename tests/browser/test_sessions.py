@@ -9,7 +9,7 @@ import pytest
 
 from browser.sessions import find_session, limit_session
 from modules.errors import OptionError
-from modules.installation import DRIVEN, ROOT, program_environment
+from modules.installation import DRIVEN, ROOT, program_environment, program_words
 from modules.run_limits import FOLDERS
 
 POCKET = ROOT / "pocket"
@@ -23,7 +23,7 @@ def test_the_command_that_the_page_writes_is_started(tmp_path: Path) -> None:
     command, program = find_session(words, tmp_path)
 
     assert command.script == "wan_generate_video"
-    assert program == [sys.executable, str(ROOT / "wan_generate_video.py"), *words[2:]]
+    assert program == [sys.executable, *program_words(Path("wan_generate_video.py")), *words[2:]]
 
 
 OTHERS = (

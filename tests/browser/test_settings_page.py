@@ -19,7 +19,7 @@ from browser.server_state import ServerSettings
 from browser.tokens import PageToken
 from modules.errors import OptionError, OutputError
 from modules.script_options import parse_options
-from tests.browser.serving import Answer, Served, serve_runs
+from tests.browser.serving import Answer, Served, python_of, serve_runs
 from tests.chromium import open_page
 
 ADDRESS = "http://192.168.178.23:8765/?token=Zk3vQ9xL_1a-B7cD2eF4gH5jK6mN8pR0"
@@ -45,8 +45,8 @@ def test_the_command_starts_the_page_with_the_same_settings(tmp_path: Path) -> N
     with serve_runs(tmp_path / "my runs", models=tmp_path / "m", settings=settings) as served:
         text = served.ask("/settings").text
 
-    words = shown_command(text)
-    options, *_ = parse_options("", words[words.index("python") + 2 :], BrowserOptions)
+    words, begin = shown_command(text), shlex.split(python_of("tools/run_browser.py"))[-1]
+    options, *_ = parse_options("", words[words.index(begin) + 1 :], BrowserOptions)
     assert options.folders == (tmp_path / "my runs",)
     assert (options.host, options.port, options.token) == ("0.0.0.0", 9000, tmp_path / "token.txt")
     assert (options.models, options.work, options.read_only) == (tmp_path / "m", False, False)

@@ -18,7 +18,11 @@ from tests.tiny.runs import TinyProject
 
 TOOL = "tools/quantise.py"
 SAY = ("--prompt", "a cat", "--seed", "1", "--dit_dtype", "float32")
-MOST = {"int8": 0.02, "convrot": 0.01, "fp8": 0.04}  # of |difference| in |weight|; rows of 96 normal values
+MAX_ERROR = {
+    "int8": 0.02,
+    "convrot": 0.01,
+    "fp8": 0.04,
+}  # of |difference| in |weight|; rows of 96 normal values
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +56,7 @@ def kitchen_value(tensors: dict[str, Tensor], stem: str) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("form", MOST)
+@pytest.mark.parametrize("form", MAX_ERROR)
 def test_comfy_kitchen_reads_the_same_values(project: TinyProject, tmp_path: Path, form: str) -> None:
     """From the layout with joined queries, keys and values; names stay those of the file."""
     source, output = tmp_path / "dit.safetensors", tmp_path / f"{form}.safetensors"
@@ -68,7 +72,7 @@ def test_comfy_kitchen_reads_the_same_values(project: TinyProject, tmp_path: Pat
     for name, tensor in plain.items():
         if name.removesuffix(".weight") in stems:
             torch.testing.assert_close(ours[name], kitchen_value(stored, name.removesuffix(".weight")))
-            assert 1e-4 < float((ours[name] - tensor).abs().sum() / tensor.abs().sum()) < MOST[form]
+            assert 1e-4 < float((ours[name] - tensor).abs().sum() / tensor.abs().sum()) < MAX_ERROR[form]
         else:
             assert torch.equal(ours[name], tensor)
     with safe_open(output, "pt") as file:

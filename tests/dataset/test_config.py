@@ -62,6 +62,9 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
         "frame_sample": 1,
         "max_frames": 129,
         "fp_latent_window_size": 9,
+        "keyframe_guide_frame_idx": -1,
+        "keyframe_guide_strength": 1.0,
+        "latent_idx_guide_strength": 1.0,
         "lists_controls": True,
         "changes": CaptionChanges(),
         "augmentation": Augmentation(),
@@ -226,7 +229,7 @@ def test_a_cache_folder_of_references_is_taken_with_a_line(
         (table,) = load_dataset_config(path).datasets
 
     assert table.reference_directory == Path("r")
-    said = "reference_cache_directory is not needed: caches of references are with those of their clips"
+    said = "reference_cache_directory is not needed: caches of references and guides are with those of their"
     assert caplog.text.count(said) == 1
 
 

@@ -63,6 +63,21 @@ def kill_after(process: Running, seconds: float) -> int:
         return process.wait()
 
 
+def kill_once_begun(begin: Callable[[int], Running], has_begun: Callable[[int], bool], log: Path) -> int:
+    """Start a run, and kill it from outside at any time after it has begun; return at which attempt.
+
+    A fast machine may end a short run before it is killed: then the next attempt waits a quarter as long.
+    """
+    for attempt in range(6):
+        process = begin(attempt)
+        wait_until(lambda attempt=attempt: has_begun(attempt), process)  # type: ignore[misc]
+        code = kill_after(process, random.uniform(0, 0.3 / 4**attempt))
+        if code == KILLED:
+            return attempt
+        assert code == 0, log.read_text(encoding="utf-8")
+    pytest.fail("no run was killed in time")
+
+
 # --- training
 
 
@@ -85,15 +100,17 @@ def test_training_killed_at_a_chosen_point_ends_as_if_it_had_not_been(
 def test_training_killed_from_outside_ends_as_if_it_had_not_been(
     scripts: Scripts, project: Path, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
-    output = tmp_path / "out"
-    command = [*scripts.train, "--output_dir", str(output)]
-    process = start(project, command, tmp_path / "log")
-    wait_until((output / "x-step00000003.safetensors").exists, process)
-    assert kill_after(process, random.uniform(0, 0.3)) == KILLED, (tmp_path / "log").read_text(
-        encoding="utf-8"
+    def command(attempt: int) -> list[str]:
+        return [*scripts.train, "--output_dir", str(tmp_path / str(attempt))]
+
+    attempt = kill_once_begun(
+        lambda attempt: start(project, command(attempt), tmp_path / "log"),
+        lambda attempt: (tmp_path / str(attempt) / "x-step00000003.safetensors").exists(),
+        tmp_path / "log",
     )
+    output = tmp_path / str(attempt)
     assert_whole(output)
-    run_script(*command, folder=project)
+    run_script(*command(attempt), folder=project)
     assert_same_training(output, undisturbed.output)
 
 
@@ -143,15 +160,17 @@ def _killed(
 def test_latent_caching_killed_from_outside_goes_on_where_it_was(
     scripts: Scripts, project: Path, tmp_path: Path
 ) -> None:
-    for attempt in range(5):  # the run is short: it may be over before it is killed
+    def begin(attempt: int) -> Running:
+        config = copy_data(project, tmp_path / str(attempt), cached=False)
+        command = [*scripts.cache_latents, "--dataset_config", str(config)]
+        return start(project, command, tmp_path / "log")
+
+    def has_begun(attempt: int) -> bool:
         cache = tmp_path / str(attempt) / "cache"
-        data = ["--dataset_config", str(copy_data(project, cache.parent, cached=False))]
-        process = start(project, [*scripts.cache_latents, *data], tmp_path / "log")
-        wait_until(lambda cache=cache: cache.is_dir() and any(cache.iterdir()), process)  # type: ignore[misc]
-        if kill_after(process, random.uniform(0, 0.05)) == KILLED:
-            break
-    else:
-        pytest.fail("the run was never killed in time")
+        return cache.is_dir() and any(cache.iterdir())
+
+    folder = tmp_path / str(kill_once_begun(begin, has_begun, tmp_path / "log"))
+    cache, data = folder / "cache", ["--dataset_config", str(folder / "dataset.toml")]
     assert_whole(cache)
     run_script(*scripts.cache_latents, *data, folder=project)
     run_script(*scripts.cache_texts, *data, folder=project)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fibo_2 import model as network
 from fibo_2.configs import PLACES, STATES, Fibo2Config
 from fibo_2.model import Fibo2Model
-from protocols.steps import Away, Overrides
+from protocols.steps import NagText, Overrides
 from tests.fibo_2.making import (
     CONFIG,
     LENGTHS,
@@ -103,12 +103,12 @@ def test_a_second_text_that_equals_the_first_changes_nothing() -> None:
     """The picture reads both, gist tokens the text that they were made of."""
     inputs = tiny_inputs(1)
     second = {"text": inputs["text"], "text_mask": inputs["text_mask"]}
-    overrides = Overrides(away=Away(second, lambda first, other: 2 * first - other))
+    overrides = Overrides(nag=NagText(second, lambda first, other: 2 * first - other))
     torch.testing.assert_close(
         tiny_model()(**inputs, overrides=overrides), tiny_model()(**inputs), rtol=1e-4, atol=1e-5
     )
     other = {**second, "text": -second["text"]}
-    steered = tiny_model()(**inputs, overrides=replace(overrides, away=Away(other, overrides.away.steer)))
+    steered = tiny_model()(**inputs, overrides=replace(overrides, nag=NagText(other, overrides.nag.steer)))
     assert error_of(steered, tiny_model()(**inputs)) > 1e-3
 
 

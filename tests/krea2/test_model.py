@@ -11,7 +11,7 @@ from krea2.configs import STATES
 from modules.attention.attend import Steer
 from modules.compile_options import Compilation
 from modules.layers.norms import CenteredNorm, rms_norm
-from protocols.steps import Away, Overrides
+from protocols.steps import NagText, Overrides
 from runtime.compile import compile_blocks
 from tests.krea2.making import in_diffusers, predict_with, tiny_inputs, tiny_model
 from tests.parity.running import assert_equal
@@ -86,7 +86,7 @@ def test_references_that_see_each_other_alone_are_computed_once(
         {},
         {"timesteps": given["timesteps"] / 3, "text": -given["text"]},
         {"noisy": -given["noisy"][:1], **first},
-        {"overrides": {"away": Away(second, STEER)}},
+        {"overrides": {"nag": NagText(second, STEER)}},
         {"overrides": {"skip_blocks": frozenset({1})}},
     ]
     kept: dict[Any, Any] = {}

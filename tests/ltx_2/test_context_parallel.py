@@ -11,7 +11,7 @@ from torch import Tensor, distributed
 
 from ltx_2.blocks import LtxReferences
 from ltx_2.model import NO_REFERENCES
-from protocols.steps import Away, GivenTokens, Overrides
+from protocols.steps import GivenTokens, NagText, Overrides
 from runtime.offload.context import ProcessGrid
 from runtime.ways.context_parallel_tokens import share_tokens
 from tests.ltx_2.tiny_dit import dit_inputs, tiny_dit
@@ -28,10 +28,10 @@ def toward_middle(first: Tensor, second: Tensor) -> Tensor:
 def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
     """Return by case the velocities of both streams, and the gradients of all weights, each in one tensor."""
     given = dit_inputs("2.3", SIZE) | {"has_sound": torch.tensor([True, False])}
-    away = Away({"text": given["text"].flip(-1), "audio_text": given["audio_text"].flip(-1)}, toward_middle)
+    nag = NagText({"text": given["text"].flip(-1), "audio_text": given["audio_text"].flip(-1)}, toward_middle)
     cases: dict[str, Overrides] = {
         "both": Overrides(given_frames=1),
-        "away": Overrides(away=away),
+        "nag": Overrides(nag=nag),
         "values": Overrides(skip_self_attention=frozenset({0}), isolated=True),
     }
     cases |= dict.fromkeys(("references", "noisy references", "dimmed references"), Overrides())

@@ -53,6 +53,17 @@ class Shares:
     image: Tensor  # F H W
     audio: Tensor  # T
     keyframes: tuple[int, ...] = ()  # latent frames that are shown besides
+    guides: tuple["Guided", ...] = ()  # images that are shown before these
+
+
+@dataclass(frozen=True)
+class Guided:
+    """An image that is shown besides a clip."""
+
+    latents: Tensor  # C 1 H W
+    frame: int  # where it stands
+    share: float  # how much of it is given
+    noise: Tensor
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +83,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
 
 
 def coordinates(dit: Any, item: Heard, keyframes: Sequence[int]) -> Tensor:
-    """Where tokens of the video and of keyframes begin and end, in seconds and pixels."""
+    """Where tokens of the video and of keyframes at these frames begin and end, in seconds and pixels."""
     sizes = {
         "batch_size": 1,
         "height": ROWS,
@@ -82,9 +93,9 @@ def coordinates(dit: Any, item: Heard, keyframes: Sequence[int]) -> Tensor:
     }
     found: Tensor = dit.rope.prepare_video_coords(num_frames=FRAMES, **sizes)
     parts = [found]
-    for index in keyframes:
+    for frame in keyframes:
         one = dit.rope.prepare_video_coords(num_frames=1, **sizes)
-        one[:, 0] = torch.tensor([8 * index, 8 * index + 1]) / item.fps
+        one[:, 0] = torch.tensor([frame, frame + 1]) / item.fps
         parts.append(one)
     return torch.cat(parts, dim=2)
 
@@ -104,9 +115,14 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: Sequence[Shares])
             level = (1 - share) * sigma
             mixed.append((1 - level) * one + level * other)
             times.append(1000 * level.flatten()[None])
+        for guide in shares.guides:
+            level = (1 - guide.share) * sigma
+            mixed[0] = torch.cat([mixed[0], (1 - level) * guide.latents + level * guide.noise], dim=1)
+            times[0] = functional.pad(times[0], (0, guide.latents[0].numel()), value=float(1000 * level))
         shown = item.latents[:, list(shares.keyframes)]
         mixed[0] = torch.cat([mixed[0], shown], dim=1)
         times[0] = functional.pad(times[0], (0, shown[0].numel()))
+        frames = [guide.frame for guide in shares.guides] + [8 * index for index in shares.keyframes]
         time = 1000 * sigma.view(1)
         inputs = {
             **{"noisy": mixed[0][None], "audio": mixed[1][None], "timesteps": time, "audio_timesteps": time},
@@ -120,7 +136,7 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: Sequence[Shares])
             timestep=times[0],
             audio_timestep=times[1],
             isolate_modalities=item.audio is None,
-            video_coords=coordinates(dit, item, shares.keyframes),
+            video_coords=coordinates(dit, item, frames),
         )
         made = made[0][:, :, :FRAMES], made[1]
         for hook in hooks:
@@ -137,12 +153,17 @@ def losses(dit: Any, batch: Sequence[Heard], step: int, given: Sequence[Shares])
 Draw = Callable[[int, Sequence[Heard], int], list[Shares]]  # step, batch, latents of audio
 
 
-def check_steps(project: Project, draw: Draw, *words: object) -> list[Shares]:
-    """Compare a training with steps computed with diffusers. Returns what was given of each clip."""
+def check_steps(
+    project: Project, draw: Draw, *words: object, items: Sequence[Heard] | None = None
+) -> list[Shares]:
+    """Compare a training with steps computed with diffusers. Returns what was given of each clip.
+
+    items: clips that are learned; None: those of the caches.
+    """
     project.train(*descent(RATE), *words)
 
     there = project.release.networks
-    items, state = read_items(project.folder / "cache"), there["state"]
+    items, state = items or read_items(project.folder / "cache"), there["state"]
     length = next(one.audio.shape[1] for one in items if one.audio is not None)
     paths = [name.removesuffix(".weight") for name in state if ATTENTION.search(name)]
     parts = {  # its name there

@@ -110,8 +110,8 @@ class Heard(Item):
 def read_items(folder: Path) -> list[Heard]:
     """What the caches hold, in the order of their names."""
 
-    def tensor(path: Path, start: str) -> Tensor:
-        (found,) = (value for name, value in load_file(path).items() if name.startswith(start))
+    def tensor(path: Path, pattern: str) -> Tensor:
+        (found,) = (value for name, value in load_file(path).items() if re.match(pattern, name))
         return found.float()
 
     items = []
@@ -122,7 +122,7 @@ def read_items(folder: Path) -> list[Heard]:
             fps = float(file.metadata()["reelsmith_fps"])
         items.append(
             Heard(
-                tensor(path, "latents_"),
+                tensor(path, r"latents_\d"),
                 tensor(text, "video_prompt_embeds"),
                 audio_text=tensor(text, "audio_prompt_embeds"),
                 fps=fps,

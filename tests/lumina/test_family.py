@@ -102,11 +102,11 @@ def test_what_the_release_does_is_the_default() -> None:
 
 
 def test_only_the_prompt_is_read_behind_the_system_prompt() -> None:
-    texts = prepare(negative_prompt="a cat", away_prompt="dull").prompts[0]
+    texts = prepare(negative_prompt="a cat", nag_prompt="dull").prompts[0]
     assert texts.positive == Prompt("a cat")
     assert texts.negative == Prompt("a cat", is_negative=True)
     assert texts.blank == Prompt("", is_negative=True)
-    assert texts.away == Prompt("dull", is_negative=True)
+    assert texts.nag == Prompt("dull", is_negative=True)
 
 
 @pytest.mark.parametrize(

@@ -385,7 +385,9 @@ def test_a_terminal_is_told_that_torch_loads(
 def test_the_message_of_a_program_is_told_from_its_head(before: str) -> None:
     said = "data.toml cannot be used:\nKeyError: b\n" + "c" * 3000
     assert command.message_of(f"{before}DatasetError: {said}\n\nx") == said[:2000]
-    assert command.message_of("make.py: error: no\nmake.py --help lists all options\n") == "no"
+    for program in ("make.py", "make_it", "reelsmith make", "reelsmith cache text wan"):  # and of the package
+        errors = f"gcc: error: x\n{program}: error: no\n{program} --help lists all options\n"
+        assert command.message_of(errors) == "no"
     assert command.message_of("Killed\n") == "Killed"
 
 

@@ -20,7 +20,7 @@ from encoders.language_models import (
 )
 from encoders.picture_prompts import load_vision_tower
 from modules.errors import CheckpointError
-from moss_image.files import KEY, MOST_TOKENS, TEXT_USE
+from moss_image.files import KEY, MAX_TOKENS, TEXT_USE
 from protocols.requests import Prompt
 from tests.faults.messages import succeed_here
 from tests.manifests import tensor_list, write_hollow
@@ -163,12 +163,12 @@ def test_a_prompt_that_is_too_long_loses_its_end(encoder: LanguageModelEncoder) 
         rows.extend(inputs[2])  # type: ignore[arg-type]
         return [{KEY: [torch.zeros(1, 1)]}]
 
-    written = encoder.write(Prompt("cat " * MOST_TOKENS))
+    written = encoder.write(Prompt("cat " * MAX_TOKENS))
     encoder.encode_written([written], compute)
 
     (row,) = rows
     full = qwen_tokenizer().encode(written.text, add_special_tokens=False).ids
-    assert row == full[:MOST_TOKENS]
+    assert row == full[:MAX_TOKENS]
 
 
 def test_spans_follow_a_prompt_whose_white_space_is_left_out(encoder: LanguageModelEncoder) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from docs import notebooks
-from package.reelsmith.typed_words import check_words, list_known, make_words
+from package.reelsmith.typed_words import ScriptArguments
 from tests.commands import QUIET, ROOT, run_program
 from tests.package.test_wheel import build
 from tests.tiny.picture_project import SIDE, lay_out_anima, lay_out_images, lay_out_sdxl
@@ -64,9 +64,9 @@ class OptionCheck:
     def cache(self, model: str, **options: object) -> None:
         scripts = [Path(f"{model}_cache_{part}.py") for part in ("latents", "text_encoder_outputs")]
         for script in scripts:
-            known = list_known(script)
+            known = ScriptArguments(script).known
             self._check(script, {name: value for name, value in options.items() if name in known})
-        assert options.keys() <= set().union(*map(list_known, scripts))
+        assert options.keys() <= set().union(*(ScriptArguments(script).known for script in scripts))
 
     def train(self, model: str, **options: object) -> "OptionCheck":
         self._check(Path(f"{model}_train_network.py"), options)
@@ -83,7 +83,8 @@ class OptionCheck:
         return []
 
     def _check(self, script: Path, options: Mapping[str, object]) -> None:
-        check_words(script, make_words(script, (), options))
+        arguments = ScriptArguments(script)
+        arguments.check(arguments.make_words((), options))
         self.called.append(script.stem)
 
 

@@ -18,12 +18,13 @@ import reelsmith
 from modules.installation import EXTENSIONS
 from package.reelsmith import api
 from package.reelsmith.events import HistoryEvents, PrintedLines
-from package.reelsmith.typed_words import check_words, make_words
+from package.reelsmith.typed_words import ScriptArguments
 from tests.commands import QUIET, ROOT, run_program, run_script
 from tests.pages import FENCE
 from tests.tiny.families import FAMILIES
 from tests.tiny.project import write_clips, write_dataset
 from tests.tiny.wan import write_tiny_wan
+from tests.waiting import wait_for
 
 WAN = FAMILIES[0]
 PAGE = ROOT / "docs" / "python.md"
@@ -152,6 +153,7 @@ def test_the_examples_of_the_page_run_in_their_order(folder: Path, capfd: pytest
         ({"netwrk_dim": 16}, "Unknown option --netwrk_dim. Did you mean --network_dim?"),
         ({"network_dim": "x"}, "argument --network_dim: x is not a whole number. Give one, such as 1."),
         ({"network_dim": 0}, "--network_dim 0: give a number of at least 1 (the rank)"),
+        ({"dit": True}, "--dit is no switch: give its value in place of True"),
         ({"sdpa": 1}, "--sdpa is a switch: give True or False, not 1"),
         ({"config": "missing.toml"}, "--config_file missing.toml: cannot be read"),
         ({"help": True}, "the options ask for the help alone"),
@@ -175,6 +177,13 @@ def test_names_that_do_not_exist_are_told_with_the_nearest(folder: Path) -> None
     # an option of one of the two caching commands
     with pytest.raises(reelsmith.UserError, match="--t55. Did you mean --t5?"):
         reelsmith.cache("wan", dataset="dataset.toml", vae="vae.safetensors", t55="t5.safetensors")
+    with pytest.raises(reelsmith.UserError, match="--vea. Did you mean --vae?"):
+        reelsmith.cache("wan", dataset="dataset.toml", vea="vae.safetensors", t5="t5.safetensors")
+    for wrong in (None, 3):
+        with pytest.raises(reelsmith.UserError, match=f"{wrong} is no model. There are wan"):
+            reelsmith.train(wrong)  # type: ignore[arg-type]
+    with pytest.raises(reelsmith.UserError, match=r"not 'output/fox'. To continue one .* resume="):
+        reelsmith.resume("output/fox")  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         reelsmith.trian  # noqa: B018
 
@@ -211,7 +220,7 @@ def test_keyword_arguments_become_the_words_that_a_user_types() -> None:
         "blocks_to_swap": "auto",
     }
 
-    assert make_words(SCRIPT, (), options) == [
+    assert ScriptArguments(SCRIPT).make_words((), options) == [
         "--dataset_config=dataset.toml",
         "--sdpa",
         *("--optimizer_args", "weight_decay=0.01", "eps=1e-08"),
@@ -259,6 +268,13 @@ def test_a_line_is_told_when_it_is_complete(tmp_path: Path) -> None:
     assert [event.text for event in lines.read(is_over=True)] == ["thr"]
 
 
+def make_run(folder: Path, code: str, history: HistoryEvents | None = None) -> reelsmith.CommandRun:
+    """Start a program that is none of ours."""
+    (folder / "x.py").write_text(code, encoding="utf-8")
+    with patch("package.reelsmith.command_run.program_words", lambda script: [str(script)]):
+        return reelsmith.CommandRun(Path("x.py"), [], {}, history)
+
+
 WAITS = "import time, sys; print('begun', flush=True); time.sleep(600)"
 
 
@@ -269,9 +285,7 @@ def test_ctrl_c_stops_the_command_too_and_goes_on_to_the_caller(
     # who starts the tests behind `&` lets them ignore it
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
-    (folder / "x.py").write_text(WAITS, encoding="utf-8")
-    with patch("package.reelsmith.command_run.program_words", lambda script: [str(script)]):
-        run = reelsmith.CommandRun(Path("x.py"), [], {}, None)
+    run = make_run(folder, WAITS)
 
     def interrupt(event: reelsmith.Event) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -284,14 +298,50 @@ def test_ctrl_c_stops_the_command_too_and_goes_on_to_the_caller(
 
 @pytest.mark.skipif(os.name == "nt", reason="sends a signal of POSIX")
 def test_a_run_ends_with_its_block(folder: Path) -> None:
-    (folder / "x.py").write_text(WAITS, encoding="utf-8")
-    with patch("package.reelsmith.command_run.program_words", lambda script: [str(script)]):
-        run = reelsmith.CommandRun(Path("x.py"), [], {}, None)
-
-    with run:
+    with make_run(folder, WAITS) as run:
         assert run.is_running
 
     assert not run.is_running
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal of POSIX")
+def test_an_error_of_a_callback_stops_the_command_and_is_raised(folder: Path) -> None:
+    """Nobody else could stop what `generate` or `cache` has started."""
+    run = make_run(folder, WAITS)
+
+    with pytest.raises(ZeroDivisionError):
+        run.wait(lambda event: 1 / 0)  # type: ignore[arg-type, return-value]
+
+    assert not run.is_running
+
+
+@pytest.mark.skipif(os.name == "nt", reason="sends a signal of POSIX")
+def test_a_stopped_run_knows_what_nobody_has_iterated_over(folder: Path) -> None:
+    """Each event is still yielded once."""
+    history = HistoryEvents(folder, "x")
+    run = make_run(folder, "for number in range(3): print(number, flush=True)\n" + WAITS, history)
+    events = iter(run)
+    assert next(events) == reelsmith.LineEvent("0")
+    wait_for(lambda: b"begun" in (Path(run._folder.name) / "output.txt").read_bytes())
+    history.path.write_bytes(
+        SESSION + STARTED % (3, 8) + STEP % 1 + b'{"step": 1, "saved": "x.safetensors"}\n'
+    )
+
+    run.stop()
+    run.stop()
+
+    assert run.lines[:4] == ["0", "1", "2", "begun"]
+    assert run.losses == {1: 0.5}
+    assert run.saved == [folder / "x.safetensors"]
+    rest = [event.text for event in events if isinstance(event, reelsmith.LineEvent)]
+    assert rest[:3] == ["1", "2", "begun"]
+    assert [len(run.losses), len(run.saved), len(run.lines)] == [1, 1, 1 + len(rest)]
+
+
+def test_warnings_of_a_command_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make_run(folder, "print('WARNING: no LoRA is given'); print('done')").wait()
+
+    assert caplog.messages == ["x: no LoRA is given"]
 
 
 IGNORED = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"
@@ -326,11 +376,12 @@ def test_the_names_of_the_module_are_those_of_the_api() -> None:
 def test_options_of_named_extensions_are_left_to_the_command(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = make_words(SCRIPT, (), {"glow": 0.5, "output_dir": "output", "output_name": "x"})
+    options = {"glow": 0.5, "output_dir": "output", "output_name": "x"}
+    words = ScriptArguments(SCRIPT).make_words((), options)
     with pytest.raises(reelsmith.UserError, match="Unknown option --glow"):
-        check_words(SCRIPT, words)
+        ScriptArguments(SCRIPT).check(words)
 
     monkeypatch.setenv(EXTENSIONS, "glow")
 
-    values = check_words(SCRIPT, words)
+    values = ScriptArguments(SCRIPT).check(words)
     assert (values["output_dir"], values["output_name"]) == ("output", "x")

@@ -275,6 +275,8 @@ def test_a_distilled_model_has_the_lines_of_targets_that_keep_its_steps(model: s
     assert not {"guided_target", "teacher"} & values["training"].keys()
     texts = values["reelsmith"]["commands"][4]
     assert "--empty_prompt" in texts
+    # schnell was trained with half the tokens of dev, which the encoders' files do not show
+    assert ("--t5xxl_max_token_length 256" in " ".join(texts)) == (model == "flux schnell")
     taken = parse_toml(uncomment(written, "guided_target", 2))["training"]
     assert (taken["guided_target"], taken["guided_target_min_timestep"]) == (3, 150)
     has_base = model != "flux schnell"  # dev has an input for guidance, so it cannot be its teacher
@@ -493,6 +495,16 @@ def test_captions_of_lists_are_written_into_caption_files(
     assert "p1.jpg: the .txt file says something else than the list, and counts" in said
     assert ("1 row for files that are not here: gone.jpg" in said) is (write is write_rows_of_others)
     assert "without a caption" not in said
+
+
+def test_captions_of_sounds_in_another_encoding_are_read_with_a_remark(tmp_path: Path) -> None:
+    folder = tmp_path / "bells"
+    write_audios(folder)
+    (folder / "bell 0.txt").write_text(GERMAN, encoding="cp1252")
+
+    said = new(folder, model="ltx_2 av")
+
+    assert f"captions that are not UTF-8: {folder / 'bell 0.txt'}" in said
 
 
 def test_a_spreadsheet_in_another_encoding_is_read_with_a_remark(tmp_path: Path) -> None:

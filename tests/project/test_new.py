@@ -444,6 +444,37 @@ def test_a_cpu_that_is_slow_in_bfloat16_gets_float32_in_all_commands(
 
 
 @pytest.mark.parametrize(
+    ("capability", "memory", "train", "precision"),
+    [
+        ((7, 5), "16", "lora", "fp16"),
+        ((7, 5), "0", "lora", "bf16"),
+        ((8, 0), "16", "lora", "bf16"),
+        ((7, 5), "48", "whole", "bf16"),  # its weights are bfloat16
+    ],
+)
+def test_a_gpu_without_bfloat16_trains_in_float16(
+    capability: tuple[int, int],
+    memory: str,
+    train: str,
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    write_photos(tmp_path / "p")
+    words = [str(tmp_path / "p"), "--family", "sdxl", "--task", "xl", "--memory", memory, "--train", train]
+
+    write_project(parse_options("", words, NewOptions)[0])
+
+    run = parse_toml((tmp_path / "p" / "run.toml").read_text("utf-8"))
+    assert run["training"]["mixed_precision"] == precision
+    assert ("has no bfloat16" in capsys.readouterr().out) == (precision == "fp16")
+
+
+@pytest.mark.parametrize(
     ("family", "task", "right"), [("wan", "ti2v-5B", "wan22"), ("wan22", "t2v-1.3B", "wan")]
 )
 def test_a_task_of_a_sister_family_names_it(family: str, task: str, right: str, tmp_path: Path) -> None:

@@ -98,11 +98,11 @@ def test_every_text_of_a_request_sees_the_pictures(files: TinyModel, tmp_path: P
     write_image(tmp_path / "b.png", 48, 96)
     paths = (tmp_path / "a.png", tmp_path / "b.png")
 
-    prepared = prepare(family_of(files), *paths, away_prompt="red")
+    prepared = prepare(family_of(files), *paths, nag_prompt="red")
     fitted = prepare(family_of(files, resize_control_to_image_size=True), *paths, width=96, height=64)
 
     texts = prepared.prompts[0]
-    found = [texts.positive, texts.negative, texts.blank, texts.away]
+    found = [texts.positive, texts.negative, texts.blank, texts.nag]
     assert [one.pictures for one in found if one is not None] == [paths] * 4
     assert fitted.prompts[0].positive.image_size == (96, 64)
     assert texts.positive.image_size is None

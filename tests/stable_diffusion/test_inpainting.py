@@ -405,7 +405,7 @@ def masks_of(folder: Path, key: str, **settings: Any) -> list[tuple[Tensor, Tens
     asked = InpaintingOptions.usual(train_inpainting=True, **settings)
     found = []
     for number in range(12):
-        image = decode_source(source, 1.0, 8, numbers=random.Random(number))
+        image = decode_source(source, 1.0, 8, rng=random.Random(number))
         tensors = {} if image.mask is None else {LOSS_MASK: torch.ones(1)}
         weighs = "cond" in key
         made = add_inputs(asked, weighs, ShownMasks(), None, image, str(number), tensors)  # type: ignore[arg-type]

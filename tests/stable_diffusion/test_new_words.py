@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from encoders.new_words import NewWord
+from encoders.new_words import NewWord, name_ids
 from modules.errors import OptionError
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.textual_inversion import with_words
@@ -19,6 +19,24 @@ def test_single_vectors_are_counted_from_1_behind_the_first() -> None:
         WORD: [100, 101, 102],
         f"{WORD}1": [101],
         f"{WORD}2": [102],
+    }
+
+
+def test_a_name_is_that_of_a_word_before_a_vector_before_an_alias() -> None:
+    words = [
+        NewWord("cat", 3, copies=2, alias="<cat>"),
+        NewWord("cat1", alias="CAT"),
+        NewWord("x", 2, alias="<cat>"),
+    ]
+
+    assert name_ids([*words, NewWord("y", alias="cat2")], 10) == {
+        "cat": [10, 11, 12],
+        "cat2": [12],
+        "cat1": [16],  # the first one has its vectors twice
+        "x": [17, 18],
+        "x1": [18],
+        "y": [19],
+        "<cat>": [10, 11, 12],
     }
 
 

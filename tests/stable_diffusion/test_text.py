@@ -22,7 +22,7 @@ from stable_diffusion.sdxl.family import family_for_text_caching
 from stable_diffusion.sdxl.options import SdxlTextCachingOptions
 from stable_diffusion.text import Texts
 from stable_diffusion.text_checkpoints import read_folder_text
-from stable_diffusion.tokenizers import MOST, Part, cut_into_chunks, cut_text, parse_weights
+from stable_diffusion.tokenizers import MAX_WEIGHT, Part, cut_into_chunks, cut_text, parse_weights
 from tests.stable_diffusion.loaded import load, make_towers, options
 from tests.tiny import stable_diffusion as tiny
 from tests.tiny.hunyuan_encoders import save
@@ -218,7 +218,7 @@ UP, DOWN = 1.1, 1 / 1.1
         ("[a:1.3]", [("a:1.3", DOWN)]),
         ("(a [b) c]", [("a ", UP), ("b", UP * DOWN), (" c", DOWN)]),
         ("() [] (:1.3)", [("  ", 1)]),
-        (f"(a:{'9' * 400})", [("a", MOST)]),
+        (f"(a:{'9' * 400})", [("a", MAX_WEIGHT)]),
     ],
 )
 def test_weights_are_read(text: str, parts: list[tuple[str, float]]) -> None:
@@ -245,10 +245,10 @@ def test_no_text_is_an_error_and_one_without_marks_is_itself() -> None:
     source = random.Random(4)
     for _ in range(1000):
         text = "".join(source.choices([*r"()[]:\1.9-+a é", "BREAK", " BREAK "], k=source.randint(0, 30)))
-        assert all(part.text and abs(part.weight) <= MOST for part in parse_weights(text))
+        assert all(part.text and abs(part.weight) <= MAX_WEIGHT for part in parse_weights(text))
         plain = "".join(source.choices(r":1.9-+a éß,;{}|$", k=source.randint(1, 30)))
         assert parse_weights(plain) == (Part(plain),)
-    assert parse_weights("(a" * 200)[-1].weight == MOST
+    assert parse_weights("(a" * 200)[-1].weight == MAX_WEIGHT
 
 
 def tokenize(text: str) -> list[int]:

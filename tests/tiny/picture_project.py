@@ -24,6 +24,7 @@ from tests.tiny import (
     hunyuan_image,
     krea2,
     lumina,
+    minimax_h3,
     moss_image,
     qwen_image,
     qwen_image_21,
@@ -41,6 +42,7 @@ from tests.tiny.qwen_image_21_vae import write_vae
 from tests.tiny.wan_encoders import vae_tensors
 
 SIDE = 64  # pixels of the pictures
+H3_FRAMES = 22  # of clips of MiniMax-H3, which have 17n + 5
 # captions with parts, for pictures whose captions are shuffled
 TAGS = "ohwx cat ||| sitting, {red|blue} chair, window"
 
@@ -177,6 +179,20 @@ def lay_out_ltx_2(folder: Path) -> None:
     write_image(folder.parent / "start.png", SIDE, SIDE)
     write_upscaler(folder / "ltx-2.3-spatial-upscaler-x2-1.1.safetensors", "rational")
     write_lora(folder / "ltx-2.3-22b-distilled-lora-384-1.1.safetensors")
+
+
+def lay_out_minimax_h3(folder: Path) -> None:
+    """MiniMax-H3 and what it needs; beside the folder clips with audio."""
+    files = minimax_h3.write_tiny_h3(folder)
+    files.video_vae.rename(folder / "minimax_h3_video_vae_fp16.safetensors")
+    files.audio_vae.rename(folder / "minimax_h3_audio_vae_fp32.safetensors")
+    files.text_encoder.rename(folder / "qwen3vl_32b_minimax_h3_bf16.safetensors")
+    files.tokenizer.rename(folder / "minimax_h3_tokenizer")
+    for index, caption in enumerate(CAPTIONS[:2]):
+        clip = folder.parent / "clips" / f"clip {index}.mp4"
+        clip.parent.mkdir(exist_ok=True)
+        write_media(clip, Track(at=(0.2,)), frames=H3_FRAMES + 2, fps=24)
+        clip.with_suffix(".txt").write_text(caption, encoding="utf-8")
 
 
 def lay_out_z_image(folder: Path) -> None:

@@ -3,7 +3,6 @@
 import json
 import logging
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from modules.errors import OptionError
 from tests.data_tools.tags.making import first_pixel_weights, write_tagger
 from tests.training import toy
 from tests.training.scoring.making import CIRCLE, draw, write_clip, write_dino
+from tests.waiting import wait_for
 from training.features.score_samples_starting import SampleScorer
 from training.reports.history import read_history, read_session
 from training.reports.scores import read_present_scores
@@ -40,13 +40,12 @@ def make_scorer(folder: Path, device: str = "cpu") -> SampleScorer:
 
 def calls(folder: Path, count: int) -> Sequence[str]:
     """What the processes were started with, once there are so many."""
-    end = time.monotonic() + 20
-    while time.monotonic() < end:
-        lines = (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
-        if len(lines) >= count:
-            return lines
-        time.sleep(0.01)
-    raise AssertionError("no process was started")
+
+    def lines() -> list[str]:
+        return (folder / "calls").read_text().splitlines() if (folder / "calls").exists() else []
+
+    wait_for(lambda: len(lines()) >= count, told=lambda: "no process was started")
+    return lines()
 
 
 def test_samples_that_come_meanwhile_are_scored_by_the_next_process(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import itertools
 import os
 import sys
 import threading
-import time
 from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +20,7 @@ from modules.errors import OptionError, UserError
 from networks.adapter import NormReport
 from tests.training.reports.test_logs import PLAIN
 from tests.training.reports.test_logs import options as run_options
+from tests.waiting import wait_for
 from training.features.trackers_options import (
     NO_GIT,
     TrackerOptions,
@@ -72,16 +72,20 @@ def test_a_tracker_whose_disk_is_full_ends_no_training(
     given = options(logging_dir=tmp_path)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
 
+    def texts() -> list[str]:
+        return [text for text in caplog.messages if "gets no more numbers" in text]
+
     with make_logs(given, 4, 1) as logs:
         resource.setrlimit(resource.RLIMIT_FSIZE, (600, before[1]))
         try:
-            for step in range(40):  # its writer is a thread
-                logs.values({"loss/epoch": 0.4}, step)
-                time.sleep(0.01)
+            steps = itertools.count()
+            wait_for(lambda: texts() or logs.values({"loss/epoch": 0.4}, next(steps)))
+            for _ in range(20):  # it is not told again
+                logs.values({"loss/epoch": 0.4}, next(steps))
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    (said,) = [text for text in caplog.messages if "gets no more numbers" in text]
+    (said,) = texts()
     assert said.startswith("--log_with tensorboard gets no more numbers, the training continues: [Errno 27]")
     assert "Traceback" not in capfd.readouterr().err
 

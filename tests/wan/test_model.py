@@ -18,7 +18,7 @@ from modules.flow.solvers import solver_for
 from modules.speed_options import AttentionChoice
 from protocols.data import Conditions
 from protocols.requests import Request
-from protocols.steps import Away, Overrides, Section, StepDone
+from protocols.steps import NagText, Overrides, Section, StepDone
 from runtime.offload.checkpointing import checkpoint_blocks, compute_in_pieces
 from tests.modules.fake_device import FakeDevice
 from tests.modules.swap_cases import swapped
@@ -223,8 +223,8 @@ def test_split_attention_and_a_second_text_keep_given_frames() -> None:
     model.attention = AttentionChoice("sdpa", True)
     torch.testing.assert_close(model(**inputs, overrides=overrides), plain, atol=1e-5, rtol=1e-5)
 
-    away = Away({"text": inputs["text"][::-1]}, NormalizedGuidance(5.0, 3.5, 0.5))
-    steered = model(**inputs, overrides=replace(overrides, away=away))
+    nag = NagText({"text": inputs["text"][::-1]}, NormalizedGuidance(5.0, 3.5, 0.5))
+    steered = model(**inputs, overrides=replace(overrides, nag=nag))
 
     assert not steered[:, :, :1].any()
     assert not torch.allclose(steered, plain)

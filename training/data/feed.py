@@ -263,9 +263,9 @@ class Randomness:
         if not isinstance(latents, Tensor) or not isinstance(has_sound, Tensor):
             return None
         noise = torch.randn(latents.shape, generator=seed_generator(self.seed, "sound", number))
-        if learning.given == AUDIO_STREAM:
+        if learning.given == AUDIO_STREAM:  # clean, and not learned
             zeros = torch.zeros(len(batch))
-            return NoisyAudio(noise, zeros, zeros, zeros)
+            return NoisyAudio(noise, sigmas=zeros, timesteps=zeros, weights=zeros)
         if learning.has_own_times:
             times = self.draw(len(batch), number, first_sample, shape=latents.shape, stream="sound timesteps")
         else:
@@ -384,6 +384,7 @@ class Feed:
                     yield noisy_batch
 
     def _from_workers(self, keys: Iterable[Key], workers: int) -> Generator[NoisyBatch]:
+        """Yield batches that worker processes read, in the order of the keys; raise their errors here."""
         ending = multiprocessing.Event()
         loader: DataLoader[Packed | UserError] = DataLoader(
             self,  # type: ignore[arg-type]  # anything with __getitem__ serves

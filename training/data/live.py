@@ -128,7 +128,7 @@ class LiveTexts:
 
     def _renew(self, texts: Prompts, encoded: EncodedPrompts) -> EncodedPrompts:
         renewed: dict[str, dict[str, Tensor | list[Tensor]]] = {}
-        for name in ("positive", "negative", "blank", "away"):
+        for name in ("positive", "negative", "blank", "nag"):
             text, conditions = getattr(texts, name), getattr(encoded, name)
             if text is not None and conditions is not None:
                 renewed[name] = dict(conditions)

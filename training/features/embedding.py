@@ -157,6 +157,7 @@ def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
 
 
 def _start(word: WordToLearn, has_file: bool, run: "JoinedRun") -> None:
+    """Prepare a run that trains vectors of a word."""
     from training.features.embedding_rows import make_word_rows  # torch: only with a word
 
     network = cast(LearnsWords, run.family).word_network(word)

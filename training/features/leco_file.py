@@ -11,7 +11,7 @@ from modules.text_files import parse_toml, read_text
 
 ERASE, ENHANCE = "erase", "enhance"
 SIDE_STEP = 8  # pixels of a latent
-MAX_NUMBER = 1000.0
+MAX_FACTOR = 1000.0
 MAX_SIDE = 8192
 YAML = {".yaml", ".yml"}
 
@@ -254,9 +254,9 @@ def _read_text(place: str, values: Mapping[str, Any], key: str) -> str | None:
 def _read_number(place: str, values: Mapping[str, Any], key: str, signed: bool = False) -> float:
     value = values.get(key, 1.0)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not (0 < (abs(value) if signed else value) <= MAX_NUMBER):
+    if not is_number or not (0 < (abs(value) if signed else value) <= MAX_FACTOR):
         low = "other than 0" if signed else "above 0"
-        raise OptionError(f"{place}: {key} = {value!r}: give a number {low}, of at most {MAX_NUMBER:g}")
+        raise OptionError(f"{place}: {key} = {value!r}: give a number {low}, of at most {MAX_FACTOR:g}")
     return float(value)
 
 

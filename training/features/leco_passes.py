@@ -189,22 +189,22 @@ class PairStep:
         return tuple(self.pair.weight * factor * error for error in errors)
 
 
-def _draw_resolution(pair: LecoPair, numbers: random.Random) -> tuple[int, int]:
+def _draw_resolution(pair: LecoPair, rng: random.Random) -> tuple[int, int]:
     """Return height and width of a step; with dynamic_resolution a square from half the side on."""
     if not pair.dynamic_resolution:
         return pair.height, pair.width
     sides = range(pair.height // 2 // RESOLUTION_STEP * RESOLUTION_STEP, pair.height + 1, RESOLUTION_STEP)
-    side = numbers.choice([side for side in sides if side] or [pair.height])
+    side = rng.choice([side for side in sides if side] or [pair.height])
     return side, side
 
 
-def _draw_sizes(pair: LecoPair, height: int, width: int, numbers: random.Random) -> Tensor:
+def _draw_sizes(pair: LecoPair, height: int, width: int, rng: random.Random) -> Tensor:
     """Return original size, crop and size of B images, B 6 float32, each as height and width."""
     original, crop = (height, width), (0, 0)
     if pair.dynamic_crops:
-        scale = numbers.uniform(1, MAX_SCALE)
+        scale = rng.uniform(1, MAX_SCALE)
         original = (int(scale * height), int(scale * width))
-        crop = (numbers.randint(0, original[0] - height), numbers.randint(0, original[1] - width))
+        crop = (rng.randint(0, original[0] - height), rng.randint(0, original[1] - width))
     row = [*original, *crop, height, width]
     return torch.tensor([row] * pair.batch_size, dtype=torch.float32)
 

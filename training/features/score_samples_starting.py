@@ -76,6 +76,7 @@ class SampleScorer:
             self._begin()
 
     def _begin(self) -> None:
+        """Start the process that scores the samples so far; a failure ends scoring, not the training."""
         self._is_due = False
         if self._has_failed:
             return

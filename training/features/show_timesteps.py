@@ -28,6 +28,7 @@ class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", a
 def _show(
     options: "OptionsOfRun", family: "Family", read_tables: "Callable[[], Sequence[DatasetTable]]"
 ) -> None:
+    """Draw the distribution of timesteps, then end: nothing is trained."""
     from training.features.show_timesteps_drawing import show_timesteps  # torch: only in place of a training
 
     kind = options.of(ShowTimestepsOptions).show_timesteps

@@ -12,7 +12,7 @@ TEXTS = ("positive", "negative", "neutral")
 NUMBERS = {"weight": 1.0, "anchor_weight": 1.0}
 KEYS = (*TEXTS, "anchor", *NUMBERS)
 FILE_KEYS = ("guidance", "sliders")
-MOST = 100.0
+MAX_FACTOR = 100.0
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,6 @@ def _read_slider(place: str, table: Mapping[str, Any]) -> Slider:
 def _read_number(place: str, table: Mapping[str, Any], key: str, usual: float) -> float:
     value = table.get(key, usual)
     is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not is_number or not 0 < value <= MOST:
-        raise OptionError(f"{place}: {key} = {value!r}: give a number above 0 and of at most {MOST:g}")
+    if not is_number or not 0 < value <= MAX_FACTOR:
+        raise OptionError(f"{place}: {key} = {value!r}: give a number above 0 and of at most {MAX_FACTOR:g}")
     return float(value)

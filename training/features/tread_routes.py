@@ -30,6 +30,7 @@ def select_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, 
 
 
 def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
+    """Return the ascending indices of the tokens to keep, B K: needed ones and random ones."""
     sizes = (*(1,) * (3 - len(grid)), *grid)
     needed = _find_needed(noisy_batch, sizes)  # B L
     length = needed.shape[1]

@@ -86,6 +86,7 @@ class MuonWithAdam(Optimizer):
             rows.add_(direction, alpha=-rate)
 
     def _step_numbers(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
+        """Step a vector or another weight that is no hidden matrix, with AdamW."""
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())

@@ -355,6 +355,7 @@ def check_split(option: str, optimizer_type: str) -> None:
 
 
 def _reject(option: str, optimizer_type: str) -> None:
+    """Raise OptionError: this optimizer cannot step each weight alone."""
     name = find_optimizer(optimizer_type).__name__.lower()
     reasons = (reason for ending, reason in TOGETHER.items() if name.endswith(ending))
     reason = next(reasons, "it is not known to step each weight by itself")

@@ -223,6 +223,7 @@ class Logs:
         return fitting
 
     def _numbers(self, report: StepReport) -> dict[str, str]:
+        """Return the numbers behind the progress bar."""
         shown = {}
         seconds = self.clock.seconds_per_step
         left = self.clock.left(report.step, self.total_steps)

@@ -238,6 +238,7 @@ def _skip_tile(story: Story) -> Tile | None:
 
 
 def _step_tile(standing: Standing, story: Story) -> Tile:
+    """Return title, value and note of the tile with the current step."""
     resumed = [f"{step:,}" for step in story.starts if step > 0]
     note = say("resumed at step %(steps)s", steps=", ".join(resumed[-3:])) if resumed else ""
     shown = say(

@@ -23,7 +23,7 @@ from modules.pages.page import embed_clip, link, reduce_frame
 from training.reports.history import SampleRow, Story
 
 SIDE = 256  # pixels of the longer side
-MOST_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
+MAX_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
 AUDIO_RATE = 8000  # at which a sound is read to be drawn
 LIGHT, DARK = np.array([250, 250, 250]), np.array([24, 24, 27])
 STRIP_GAP = 4  # pixels between the frames of a strip
@@ -77,7 +77,7 @@ def read_reduced(path: Path) -> ReducedClip:
         if index % stride:
             continue
         frames.append(reduce_frame(frame, SIDE))
-        if len(frames) > MOST_FRAMES:
+        if len(frames) > MAX_FRAMES:
             frames = frames[::2]
             stride = 2 * stride
     return ReducedClip(frames, (video_info(path).fps or 16.0) / stride)

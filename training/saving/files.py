@@ -368,11 +368,13 @@ def find_results(names: Names) -> list[Path]:
     files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
     folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models that are folders
     words = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
+    # behind the name: epoch or step, then `sheet.png`, or the index of the prompt and the time
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     results = []
     for entry in _entries(names.folder):
         name = entry.name
+        # a disk that ignores capitals takes `Cat` and `cat` for the same run
         if name.casefold().startswith(names.name.casefold()):
             name = _spell_as(entry, names.name)
         if entry.is_dir():

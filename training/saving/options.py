@@ -20,6 +20,7 @@ KEEP_ALL = "leave it out to keep all"
 
 
 def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:
+    """Return the condition without which an option of saving by `kind` has no effect."""
     needed = f"--save_every_n_{kind}"
     if with_states:
         return {

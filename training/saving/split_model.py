@@ -134,7 +134,7 @@ def write_split_state(folder: Path, state: SavedState) -> None:
 
 def _tensors(state: SavedState) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (name, tensors) of a state's parts, and of the optimizer's states as `optimizer/NAME`."""
-    yield from _parts(state).items()
+    yield from _writable_parts(state).items()
     for name, values in state.optimizer["states"].items():
         yield f"{OPTIMIZER}/{name}", values
 
@@ -143,12 +143,13 @@ def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, i
     """Write the rows of all processes to the first one's `folder`; return the checksums of the files."""
     (folder,) = broadcast_object_list([folder])  # from the first process
     assert folder is not None
-    numbers = {}  # of the file that a tensor is written to
+    file_numbers = {}  # from 1, of the file that a tensor is written to
     total_bytes = 0
     for name, tensor in tensors.items():
         total_bytes += tensor.to_local().nbytes
-        numbers[name] = 1 + total_bytes // FILE_BYTES
-    save(dict(tensors), storage_writer=HuggingFaceStorageWriter(str(folder), numbers, save_distributed=True))
+        file_numbers[name] = 1 + total_bytes // FILE_BYTES
+    writer = HuggingFaceStorageWriter(str(folder), file_numbers, save_distributed=True)
+    save(dict(tensors), storage_writer=writer)
     return dict(gather_object([(path.name, file_checksum(path)) for path in share_of_files(folder)]))
 
 
@@ -181,12 +182,13 @@ def fill_state(
             saved_tensor: Any = saved.parts.get(part, {}).get(name)
             if saved_tensor is None or not is_split(tensor) or saved_tensor.shape != tensor.shape:
                 continue
-            if not is_split(saved_tensor):  # the state is whole
+            if not is_split(saved_tensor):  # an unsplit state has all rows: take those of this process
                 rows_here(tensor).copy_(rows_of(tensor, saved_tensor))
-                _parts(saved)[part][name] = tensor
+                _writable_parts(saved)[part][name] = tensor
     for name, weight in split.items():
         values = saved.optimizer["states"].get(name, {})
         for item, value in values.items():
+            # a moment of an unsplit state has all rows; a number such as `step` has no rows
             if isinstance(value, Tensor) and value.ndim and value.shape != rows_here(weight).shape:
                 values[item] = rows_of(weight, value)
 
@@ -221,7 +223,7 @@ def _load_targets(
                 tensor = torch.empty(record.size, device="meta")
             else:
                 targets[key] = tensor
-            _parts(saved)[part][name] = tensor
+            _writable_parts(saved)[part][name] = tensor
     return targets
 
 
@@ -233,5 +235,6 @@ def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape:
         raise CheckpointError(f"its optimizer has {name} of {[*shape]}, and this run has not.\n  {REMEDY}")
 
 
-def _parts(saved: SavedState) -> dict[str, dict[str, Tensor]]:
+def _writable_parts(saved: SavedState) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of a state by part and name; the record declares them read-only."""
     return cast(dict[str, dict[str, Tensor]], saved.parts)

@@ -37,7 +37,7 @@ RECORD = "state.json"  # of a state of before version 2
 VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `read_old_state` reads
 SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
 AVERAGE = "ema"  # of the weights, among the parts of a state
-MOST = 10**9  # of steps and epochs
+MAX_COUNT = 10**9  # of steps and epochs
 MAX_OF_CHECKSUM = 100  # bytes of that file
 _LONGER = 20  # times the list of a model: an optimizer has several tensors of each, an epoch its losses
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
@@ -163,8 +163,8 @@ def read_state(folder: Path) -> SavedState | ForeignState:
         check_types(state)
         check_types(state.progress)
         progress = state.progress
-        has_epochs = 0 <= progress.plan_epoch <= progress.epoch <= MOST
-        has_steps = 0 <= progress.plan_step <= progress.step <= MOST
+        has_epochs = 0 <= progress.plan_epoch <= progress.epoch <= MAX_COUNT
+        has_steps = 0 <= progress.plan_step <= progress.step <= MAX_COUNT
         if not (has_epochs and has_steps):
             raise ValueError("its counts of steps and epochs do not go together")
         return state

@@ -119,6 +119,7 @@ class Embedder:
         return key
 
     def _embed_waiting(self) -> None:
+        """Embed the frames of all waiting files in batches, and store the vectors of each file."""
         frames = [frame for _, frames_of_one in self._waiting for frame in frames_of_one]
         batches = [
             self.model.embed_images(frames[start : start + self.batch_size])

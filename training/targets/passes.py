@@ -160,6 +160,7 @@ def measure_streams(
 
 
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
+    """Return the weighted errors of one forward pass compared with all targets."""
     # with the velocity from the clip to its noise
     target = velocity_of(passes, noisy_batch)
     if not passes.rule.targets:

@@ -1,6 +1,7 @@
 """Work in a process that is killed, as `kill -9` does it."""
 
 import contextlib
+import math
 import os
 import signal
 import time
@@ -18,13 +19,23 @@ KILLED = 9
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows cannot fork a process")
 
 
-def run_and_kill(work: Callable[[Callable[[], None]], None], seconds: float) -> tuple[int, bool]:
+def run_and_kill(
+    work: Callable[[Callable[[], None]], None], seconds: float, after: int = 0
+) -> tuple[int, bool]:
     """Fork a process that works, and kill it after some seconds unless it is done.
 
-    work: is given what it calls after each thing that it may rely on. Returns how often it did, and whether
-    the work was done before the kill.
+    The seconds count from when the process has done the first things, so that a slow machine does them too.
+
+    Args:
+        work: Is given what it calls after each thing that it may rely on.
+        seconds: How long it works on.
+        after: How many of those things come first.
+
+    Returns:
+        How many of those things it did, and whether the work was done before the kill.
     """
     reading, writing = os.pipe()
+    os.set_blocking(reading, False)
     child = os.fork()
     if child == 0:
         code = 1
@@ -36,19 +47,29 @@ def run_and_kill(work: Callable[[Callable[[], None]], None], seconds: float) -> 
         finally:
             os._exit(code)
     os.close(writing)
-    deadline, ended, status = time.monotonic() + seconds, 0, 0
+    count, deadline, ended, status = 0, math.inf, 0, 0
     while not ended and time.monotonic() < deadline:
         time.sleep(0.002)
+        count += _count_said(reading)
+        if count >= after:
+            deadline = min(deadline, time.monotonic() + seconds)
         ended, status = os.waitpid(child, os.WNOHANG)
     if not ended:
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
     assert not os.WIFEXITED(status) or os.WEXITSTATUS(status) == 0, "the work failed by itself"
-    said = b""
-    while chunk := os.read(reading, 1 << 16):
-        said += chunk
+    count += _count_said(reading)
     os.close(reading)
-    return len(said), os.WIFEXITED(status)
+    return count, os.WIFEXITED(status)
+
+
+def _count_said(reading: int) -> int:
+    """Return how many bytes lie in a pipe, and take them."""
+    count = 0
+    with contextlib.suppress(BlockingIOError):
+        while chunk := os.read(reading, 1 << 16):
+            count += len(chunk)
+    return count
 
 
 RENAMES = ((os, "replace"), (atomic_write, "replace_file"), (Path, "rename"), (Path, "unlink"))

@@ -83,7 +83,7 @@ def test_what_is_mirrored_and_recoloured_keeps_its_alpha_in_place(tmp_path: Path
 
     sides = set()
     for seed in range(8):
-        alpha = decode(table, numbers=random.Random(seed)).frames[0, ..., 3]
+        alpha = decode(table, rng=random.Random(seed)).frames[0, ..., 3]
         assert {int(alpha[0, 0]), int(alpha[0, -1])} == {10, 90}
         sides.add(int(alpha[0, 0]))
     assert sides == {10, 90}

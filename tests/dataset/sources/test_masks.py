@@ -218,14 +218,14 @@ def test_a_mask_is_cropped_and_mirrored_as_its_picture(tmp_path: Path) -> None:
     table = subset_table(tmp_path, random_crop=True, flip_aug=True, mask_directory=masks)
     (source,) = find_sources(table, captions=False)
 
-    drawn = [decode_source(source, 1.0, numbers=random.Random(seed)) for seed in range(40)]
+    drawn = [decode_source(source, 1.0, rng=random.Random(seed)) for seed in range(40)]
     plain = decode_source(source, 1.0)
 
     for one in (plain, *drawn):
         np.testing.assert_array_equal(one.frames[0, ..., 0], one.mask[0])
     np.testing.assert_array_equal(plain.frames[0, ..., 0], gray[:, 16:80])
     assert len({one.frames.tobytes() for one in drawn}) > 20
-    again = decode_source(source, 1.0, numbers=random.Random(7))
+    again = decode_source(source, 1.0, rng=random.Random(7))
     np.testing.assert_array_equal(again.frames, drawn[7].frames)
     crops = {gray[:, left : left + 64].tobytes() for left in range(33)}
     sides = [one.frames[0, ..., 0].tobytes() in crops for one in drawn]

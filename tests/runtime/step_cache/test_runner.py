@@ -188,7 +188,7 @@ GROWING = [1.0, 1.25, 0.8, 1.25, 1.0]  # 0.25, then 0 more, then 0.25 more: both
 
 
 @pytest.mark.parametrize(
-    ("ratios", "threshold", "most_skips", "retention", "expected"),
+    ("ratios", "threshold", "max_skips", "retention", "expected"),
     [
         # from step 2 on (20 % of 10), R, and the sum of |1 - R| that it gives:
         # step 2: 0.99, 0.01; 3: 0.9702, 0.0398; 4: 0.941094, 0.098706; 5: 0.90345, 0.195256 -> computed
@@ -207,9 +207,9 @@ GROWING = [1.0, 1.25, 0.8, 1.25, 1.0]  # 0.25, then 0 more, then 0.25 more: both
     ],
 )
 def test_magcaches_rule_step_by_step(
-    ratios: list[float], threshold: float, most_skips: int, retention: float, expected: str
+    ratios: list[float], threshold: float, max_skips: int, retention: float, expected: str
 ) -> None:
-    assert answers(MagCacheRule(ratios, retention, threshold, most_skips), len(ratios)) == expected
+    assert answers(MagCacheRule(ratios, retention, threshold, max_skips), len(ratios)) == expected
 
 
 def test_steps_that_lack_the_pass_age_it_too() -> None:

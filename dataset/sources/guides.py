@@ -1,0 +1,44 @@
+"""Find by name the images that guide clips (`DatasetTable.guides`)."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from dataset.sources.companions import explain_unpaired, pair_by_name, warn_of_paths
+from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
+from modules.errors import DatasetError
+
+KEYFRAMES, REPLACED = "keyframe_guide_directory", "latent_idx_guide_directory"
+LACKING = "clips without a guide, while their table has guides. Add these images, or use another table"
+
+
+def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
+    """Add the guides of a table, found by name in their folders, to its sources.
+
+    `door.png` belongs to `door.mp4`, and to all items that are cut from it. A clip without one of its guides,
+    two files of one name, and a folder in which nothing fits, are errors. Of a clip as guide, the first frame
+    counts.
+    """
+    stems = frozenset(source.stem for source in sources)
+    by_guide: list[Mapping[str, tuple[Path, ...]]] = []
+    for guide in table.guides:
+        key = KEYFRAMES if guide.is_keyframe else REPLACED
+        try:
+            paired, alone = pair_by_name(table, guide.directory, key, stems)
+            if not paired:
+                raise DatasetError(explain_unpaired(table, guide.directory, key, stems))
+        except DatasetError as error:
+            faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
+            return sources
+        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", alone)
+        lacking = [source for source in sources if source.stem not in paired]
+        faults += [Fault(LACKING, f"{source.path} in {guide.directory}", source.stem) for source in lacking]
+        if lacking:
+            return sources
+        by_guide.append(paired)
+    completed = []
+    for source in sources:
+        guides = tuple(paired[source.stem][0] for paired in by_guide)
+        completed.append(replace(source, guides=guides))
+    return completed
