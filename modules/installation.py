@@ -164,7 +164,7 @@ def _find_typed_folder() -> Path:
 
 def find_front_words() -> list[str]:
     """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
-    if FRONT_SCRIPT not in (Path(word).name for word in sys.orig_argv):
+    if not any(Path(word).name == FRONT_SCRIPT for word in sys.orig_argv):
         return []
     index = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
     words = name_words(Path(sys.argv[0]).stem).split()
