@@ -44,9 +44,8 @@ class Compilation:
             )
         if self.mode == "reduce-overhead" or self.backend == "cudagraphs":
             raise OptionError(
-                f"{self.backend} {self.mode} records CUDA graphs, which need weights and results at fixed "
-                "addresses, but here all blocks share their code. A video's kernels are long, so CUDA graphs "
-                "would gain nothing. Use inductor default"
+                f"{self.backend} {self.mode} records CUDA graphs, which need weights at fixed addresses, but "
+                "here all blocks share their code: no card has shown right results. Use inductor default"
             )
 
 

@@ -34,6 +34,7 @@ __all__ = [
     "release_host_cache",
     "scale_each",
     "scaled_product",
+    "shape_config",
     "tree_leaves",
     "tree_map_only",
     "unset_fake_temporarily",
@@ -112,6 +113,13 @@ def dynamo() -> Any:
     import torch._dynamo
 
     return torch._dynamo
+
+
+def shape_config() -> Any:
+    """Return torch's settings of sizes that vary in compiled code."""
+    from torch.fx.experimental import _config
+
+    return _config
 
 
 def has_cpp_compiler() -> bool:

@@ -169,8 +169,8 @@ class DitSpec:
     with_convolutions: tuple[str, ...] = ()
     numbered: NumberedBlocks | None = None  # None: block_dims and the like are not for this model
     keep_float32: tuple[str, ...] = ()
-    # each size is compiled separately: torch's compiler fails on convolutions of general sizes
-    compiles_each_size: bool = False
+    # list of layers in blocks: if sizes may change, these are compiled, and what is around them is not
+    compiled_list: str = ""
     # endings of paths of layers in blocks whose weights hold several matrices of equal height -> how many
     fused: Mapping[str, int] = field(default_factory=dict, compare=False)
     # modules that get the same tensor, in each group the endings of their paths: LoRAs multiply it once

@@ -4,7 +4,8 @@ Each block's `forward` is compiled in place, not the whole network: the blocks o
 differ only in their weights, which are inputs of the compiled code, so a list of forty blocks costs one
 compilation. It starts in seconds and is independent of the code around the blocks. A block is recompiled if
 its structure differs (an input that needs no gradient, gradients on or off, a batch of one, LoRA on other
-layers), and for new sizes according to `Compilation.dynamic`.
+layers), and for new sizes according to `Compilation.dynamic`. Of a U-Net, the layers of transformers are
+compiled, for all sizes at once.
 """
 
 import logging
@@ -12,7 +13,8 @@ import os
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterable
+import time
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
@@ -22,7 +24,13 @@ from torch import nn
 
 from modules.compile_options import INDUCTOR, Compilation
 from modules.errors import OptionError
-from modules.private_torch import dynamo, has_cpp_compiler, has_triton, has_triton_package
+from modules.private_torch import (
+    dynamo,
+    has_cpp_compiler,
+    has_triton,
+    has_triton_package,
+    shape_config,
+)
 from protocols.family import DitSpec
 
 logger = logging.getLogger(__name__)
@@ -35,21 +43,72 @@ VARIANTS_OF_EACH_SIZE = 256
 NO_GRAPHS = {"max-autotune": "max-autotune-no-cudagraphs"}
 
 
-def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> None:
+def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpec:
     """Compile the current `forward` of every block. Call after LoRA and before checkpointing.
 
-    Compilation runs when a block is first called. Call `check_compilation` before.
+    Compilation runs when a block is first called, and its seconds are logged before the next pass. Call
+    `check_compilation` before.
+
+    Returns:
+        Names for what is put around the network afterwards: a compiled block is recomputed as a whole.
     """
-    if spec.compiles_each_size:
-        choice = replace(choice, dynamic=False, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
-    compile_each(chain.from_iterable(spec.blocks(dit).values()), choice)
+    parts: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
+    rest = replace(spec, recomputed_list="")
+    if spec.compiled_list and choice.dynamic is not False:
+        rest = spec
+        parts = [layer for part in parts for layer in getattr(part, spec.compiled_list, ())]
+        choice = replace(choice, dynamic=True)
+    elif spec.compiled_list:
+        choice = replace(choice, variants=choice.variants or VARIANTS_OF_EACH_SIZE)
+    compile_each(parts, choice)
+    dit.register_forward_pre_hook(_find_clock().report)
     logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
+    return rest
+
+
+class CompileClock:
+    """Adds up the seconds of torch's compiler, which runs when a part is called, and logs them."""
+
+    def __init__(self) -> None:
+        """Start without seconds."""
+        self._begun = 0.0
+        self._seconds = 0.0
+
+    def start(self, _: object) -> None:
+        """Note that compilation starts; a callback of torch."""
+        self._begun = time.perf_counter()
+
+    def stop(self, _: object) -> None:
+        """Note that compilation has ended; a callback of torch."""
+        self._seconds += time.perf_counter() - self._begun
+
+    def report(self, *_: object) -> None:
+        """Log the seconds since the last report, if there are any; a hook before each pass of a network."""
+        if self._seconds:
+            logger.info("Compiling took %.1f s.", self._seconds)
+            self._seconds = 0.0
+
+
+def _find_clock() -> CompileClock:
+    """Return the clock that torch calls; the first network of a process gives it one."""
+    callbacks = dynamo().callback_handler
+    for callback in callbacks.start_callbacks:
+        owner = getattr(callback, "__self__", None)
+        if isinstance(owner, CompileClock):
+            return owner
+    clock = CompileClock()
+    callbacks.register_start_callback(clock.start)
+    callbacks.register_end_callback(clock.stop)
+    return clock
 
 
 def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
     """Compile the current `forward` of each part of a network in place."""
     config = dynamo().config
     config.recompile_limit = choice.variants or max(config.recompile_limit, RECOMPILE_LIMIT)
+    if choice.dynamic:
+        # else torch takes a length that equals a width for the width, which is a constant of the code
+        shape_config().use_duck_shape = False
     mode = NO_GRAPHS.get(choice.mode, choice.mode)
     for part in parts:
         part.forward = torch.compile(
@@ -61,22 +120,10 @@ def compile_each(parts: Iterable[nn.Module], choice: Compilation) -> None:
         )
 
 
-def check_compilation(choice: Compilation | None, device: torch.device, spec: DitSpec | None = None) -> None:
-    """Raise OptionError if blocks cannot be compiled for this device, before anything large is loaded.
-
-    Args:
-        choice: How to compile.
-        device: Device of the run.
-        spec: Names of the network's blocks; None if it is compiled for general sizes.
-    """
+def check_compilation(choice: Compilation | None, device: torch.device) -> None:
+    """Raise OptionError if blocks cannot be compiled for this device, before anything large is loaded."""
     if choice is None:
         return
-    if spec is not None and spec.compiles_each_size and choice.dynamic:
-        raise OptionError(
-            "--compile: torch's compiler fails on the convolutions of a U-Net if sizes are dynamic. "
-            "Give auto or False as DYNAMIC, and leave --dynamo_dynamic out: each size is then compiled "
-            "by itself"
-        )
     if not dynamo().is_dynamo_supported():
         raise OptionError(
             f"torch {torch.__version__} does not compile with Python {sysconfig.get_python_version()}: leave "

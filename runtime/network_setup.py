@@ -3,7 +3,7 @@
 Before it: weights are quantized and LoRAs merged while loading, and a LoRA that is trained is attached.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -73,8 +73,7 @@ def dress(
     if compilation is not None:
         from runtime.compile import compile_blocks
 
-        compile_blocks(dit, spec, compilation)
-        spec = replace(spec, recomputed_list="")  # a compiled block is recomputed as a whole
+        spec = compile_blocks(dit, spec, compilation)
     if checkpointing is not None:
         from runtime.offload.checkpointing import checkpoint_blocks, offload_to_host
 

@@ -339,7 +339,7 @@ def join_processes(
     if compilation is not None:
         from runtime.compile import check_compilation  # only with --compile
 
-        check_compilation(compilation, accelerator.device, family.dit)
+        check_compilation(compilation, accelerator.device)
     with ExitStack() as stack:
         processes: OtherProcesses | None = None
         if accelerator.num_processes > 1:

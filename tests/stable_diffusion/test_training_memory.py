@@ -1,5 +1,6 @@
 """What the options for less memory do to a U-Net, which runs its own loop over its blocks; by counting."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modules.compile_options import Compilation
-from modules.errors import OptionError
-from modules.private_torch import dynamo
+from networks.own_kinds import NetworkArguments
+from networks.own_modules import build_network
 from protocols.loading import Placement
-from runtime.compile import check_compilation, compile_blocks
 from runtime.network_setup import Checkpointing, dress
 from runtime.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host
 from stable_diffusion.family import StableDiffusion
@@ -100,9 +100,13 @@ def test_checkpointing_keeps_less_and_computes_the_same_gradients(kind: str, tmp
             assert offload.memory.size_bytes > 0
 
 
-@pytest.mark.parametrize("compilation", [None, Compilation(backend="eager")], ids=["eager", "compiled"])
-def test_layers_of_a_block_are_recomputed_one_by_one_unless_it_is_compiled(
-    tmp_path: Path, compilation: Compilation | None
+@pytest.mark.parametrize(
+    ("compilation", "by_layers"),
+    [(None, True), (Compilation("eager"), True), (Compilation("eager", dynamic=False), False)],
+    ids=["eager", "compiled", "each size compiled"],
+)
+def test_layers_of_a_block_are_recomputed_one_by_one_unless_it_is_compiled_as_a_whole(
+    tmp_path: Path, compilation: Compilation | None, by_layers: bool
 ) -> None:
     family = make_family("sdxl", tmp_path)
     unet = family.load_dit(Placement(CPU))
@@ -113,23 +117,26 @@ def test_layers_of_a_block_are_recomputed_one_by_one_unless_it_is_compiled(
         layers: Any = getattr(block, "transformer_blocks", [])
         if len(layers):
             changed = ["forward" in vars(layer) for layer in layers]
-            assert changed == [compilation is None] * len(layers)
-            assert ("forward" in vars(block)) == (compilation is not None)
+            assert changed == [by_layers] * len(layers)
+            assert ("forward" in vars(block)) == (not by_layers)
 
 
-@pytest.mark.slow
-def test_compiled_blocks_are_compiled_for_each_size_and_compute_the_same(tmp_path: Path) -> None:
-    """With eager in place of inductor, which takes minutes, and fails on general sizes."""
+@pytest.mark.parametrize("dynamic", [None, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("nothing_compiled")
+def test_another_bucket_compiles_nothing_unless_each_size_is_asked_for(
+    tmp_path: Path, dynamic: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """With eager in place of inductor, which takes minutes on a CPU. Gradients are those of plain blocks."""
+    caplog.set_level(logging.INFO)
     family = make_family("sd1", tmp_path)
     unet, compiled = load_learning(family), load_learning(family)
-    compile_blocks(compiled, family.dit, Compilation(backend="eager"))
+    choice = Compilation("eager", dynamic=dynamic)
+    dress(compiled, family.dit, CPU, compilation=choice, checkpointing=Checkpointing())
     generator = torch.Generator().manual_seed(0)
     conditions = {"hidden_state": torch.randn(2, 77, 64, generator=generator)}
-    dynamo().reset()
-    counters.clear()
 
-    graphs = []
-    for height, width in ((8, 8), (4, 12), (8, 8)):
+    graphs, told = [], []
+    for height, width in ((8, 8), (4, 12), (12, 4), (8, 8)):
         noisy = torch.randn(2, 4, 1, height, width, generator=generator)
         outputs = []
         for network in (unet, compiled):
@@ -139,17 +146,40 @@ def test_compiled_blocks_are_compiled_for_each_size_and_compute_the_same(tmp_pat
         # the same operations, in float32
         torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-4, atol=1e-5)
         graphs.append(counters["stats"]["unique_graphs"])
+        told.append(caplog.text.count("Compiling took"))
 
-    first, second, third = graphs
+    first, *others = graphs
     assert first > 0
-    assert second == third == 2 * first
+    if dynamic is None:
+        assert others == [first] * 3  # of each width of layers, and once more if its input needs no gradient
+        assert told == [0, 1, 1, 1]
+    else:
+        assert others == [2 * first, 3 * first, 3 * first]
+        assert told == [0, 1, 2, 3]
     for plain, other in zip(unet.parameters(), compiled.parameters(), strict=True):
         if plain.grad is not None:
             torch.testing.assert_close(other.grad, plain.grad, rtol=1e-3, atol=1e-5)
 
 
-def test_general_sizes_of_a_compiled_u_net_are_refused(tmp_path: Path) -> None:
-    family = make_family("sd1", tmp_path)
+@pytest.mark.slow
+@pytest.mark.usefixtures("nothing_compiled")
+def test_steps_of_a_lora_in_bf16_are_compiled_once(tmp_path: Path) -> None:
+    """Their factors are cast anew in each pass."""
+    family = make_family("sdxl", tmp_path)
+    unet = family.load_dit(Placement(CPU)).train()
+    network = build_network("networks.lora", NetworkArguments(2, 1.0), unet, {})
+    network.attach()
+    dress(unet, family.dit, CPU, compilation=Compilation("eager"), checkpointing=Checkpointing())
+    batch = make_batch(family, TIMESTEPS).batch
 
-    with pytest.raises(OptionError, match="convolutions of a U-Net"):
-        check_compilation(Compilation(backend="eager", dynamic=True), CPU, family.dit)
+    graphs = []
+    for height, width in ((8, 8), (4, 12), (12, 4)):
+        noisy = torch.randn(2, 4, 1, height, width)
+        conditions = family.batch_conditions(noisy, batch)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = family.predict(unet, noisy, torch.tensor(TIMESTEPS), conditions)
+        output.float().square().mean().backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+
+    assert graphs[0] > 0
+    assert graphs == graphs[:1] * 3
