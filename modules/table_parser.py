@@ -138,7 +138,8 @@ def _build_action(row: Mapping[str, Any]) -> Any:
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     """Check typed values by the facts of their options, as their records do.
 
-    An option whose need a file or another option may meet (`changes_values`) is left to its record.
+    An option whose need a file or another option may meet (`changes_values`) is left to its record. So are
+    warnings, which would be logged twice.
 
     Args:
         parser: Of a table.
@@ -179,7 +180,11 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         info = getattr(action, "facts", {})
         if info.get("are_paths"):
             name = _find_public_name(action)
-            check_paths(f"--{name}" if action.option_strings else name, value_of(name), info, value_of)
+            flag = f"--{name}" if action.option_strings else name
+            from modules.console import quiet  # only with a path
+
+            with quiet():
+                check_paths(flag, value_of(name), info, value_of)
 
 
 def _find_public_name(action: argparse.Action) -> str:

@@ -277,11 +277,11 @@ def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[
     """Return the factors of a file by module, with other layouts converted to the network's modules."""
     from networks.fused_parts import for_model  # only for --network_weights
 
-    heights = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
+    num_rows = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
     # any height: a rotation is that of all rows
-    heights |= {name: 1 for name, delta in read_deltas(here).items() if delta.rotation is not None}
+    num_rows |= {name: 1 for name, delta in read_deltas(here).items() if delta.rotation is not None}
     texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
-    tensors = for_model({**lora.tensors, **texts}, heights.get)
+    tensors = for_model({**lora.tensors, **texts}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
 

@@ -19,7 +19,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES, VARIANTS
 from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
-from networks.lora_products import fused_heights
+from networks.lora_products import fused_sizes
 from networks.names.layouts import LoraRules
 from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
@@ -134,7 +134,7 @@ class LoraSettings:
         """Ranks that patterns of --network_args give to modules."""
         return [int(rank) for _, rank in self.reg_ranks]
 
-    def heights_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    def split_sizes_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
         """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
         if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
             return ()
@@ -144,7 +144,7 @@ class LoraSettings:
             if name.endswith(ending.replace(".", "_")):
                 num_parts = count
                 break
-        return fused_heights(num_parts, module.out_features, module.in_features)
+        return fused_sizes(num_parts, module.out_features, module.in_features)
 
 
 def read_settings(

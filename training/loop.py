@@ -128,7 +128,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(reached)
     wishes = _read_wishes(run)
-    is_single_process = run.steps.everyone == 1
+    is_single_process = run.steps.num_processes == 1
     if not is_single_process:
         row[WISHES] = numbers_on(run.device, [run.requests.ends, wishes.saves, wishes.samples], torch.float32)
         row = sum_over_processes([each for each in reached if each not in trainable.split], row)
@@ -398,7 +398,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     if math.isfinite(loss):  # while a gradient scaler searches its scale, infinite losses are normal
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
-    if run.steps.everyone > 1:
+    if run.steps.num_processes > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
     means = run.layout.means(step.row) if run.layout.parts else {}
     report = replace(
@@ -526,7 +526,7 @@ def _sample(run: TrainingRun) -> None:
     progress = run.progress
     if run.sampler is not None:
         was_stopped = not _make_samples(run, run.sampler)
-        if largest_of_processes(was_stopped, run.steps.everyone, run.device):
+        if largest_of_processes(was_stopped, run.steps.num_processes, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.requests.agreed = True
             return
@@ -549,7 +549,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     from training.edited_prompts import take_edited_prompts  # only with prompts
 
     model = run.model
-    together = run.steps.everyone if run.steps.works_together else 1
+    together = run.steps.num_processes if run.steps.works_together else 1
 
     def check() -> None:
         if largest_of_processes(run.requests.ends, together, run.device):
@@ -559,7 +559,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     in_evaluation = evaluation(model.modules, model.optimizer, run.parameters)
     try:
         with pause:
-            sampler = take_edited_prompts(sampler, run.steps.everyone, run.reporter.note_pause)
+            sampler = take_edited_prompts(sampler, run.steps.num_processes, run.reporter.note_pause)
             run.sampler = sampler
             if sampler.samples:
                 run.reporter.note_pause(f"sample 1 of {len(sampler.samples)}")

@@ -70,7 +70,7 @@ def train_network(
     for change in options.joined.on.family:
         family = change(family)
     learner = find_learner(family, options.network, options.joined.in_place_of_lora)
-    if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
+    if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
         read_config(options, family, learner)
         check_before_loading(family, options, learner, others)
         return 0
