@@ -33,7 +33,7 @@ from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.targets.passes import loss_passes
-from training.trainable import Trainable, seed_networks
+from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
 
@@ -113,7 +113,11 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     """
     model = run.model
     trainable = model.trainable
-    _announce_step(trainable, run.progress.step)
+    if trainable.until:
+        trainable.start_step(run.progress.step)
+    for network in trainable.all_networks:
+        if isinstance(network, ForeignNetwork):
+            network.on_step_start()
     # read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
@@ -126,15 +130,16 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     wishes = _read_wishes(run)
     is_single_process = run.steps.num_processes == 1
     if not is_single_process:
-        numbers = [run.requests.ends, wishes.saves, wishes.samples]
-        row[WISHES] = numbers_on(run.device, numbers, torch.float32)
-        unsplit = [parameter for parameter in reached if parameter not in trainable.split]
-        row = sum_over_processes(unsplit, row)
+        row[WISHES] = numbers_on(run.device, [run.requests.ends, wishes.saves, wishes.samples], torch.float32)
+        row = sum_over_processes([each for each in reached if each not in trainable.split], row)
     gate = None
     if run.joined.on.before_step:
         gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
     norms = _step_weights(run, gate)
-    report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
+    batches = run.feed.order.epoch(run.progress.epoch)
+    # steps with equal sizes take equally long
+    sizes = tuple(sorted(item.bucket for index in group for item in batches[index]))
+    report = StepReport(run.progress.step + 1, rates, keys, sizes)
     if gate is not None:
         report = replace(report, skipped=gate.reason)
     previous = run.readings.push(report, torch.cat([row, *norms]))
@@ -143,15 +148,6 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         run.requests.agreed = run.requests.ends
         return wishes
     return _common_wishes(previous)
-
-
-def _announce_step(trainable: Trainable, step: int) -> None:
-    """Tell parts whose training ends early, and other packages' networks, that a step begins."""
-    if trainable.until:
-        trainable.start_step(step)
-    for network in trainable.all_networks:
-        if isinstance(network, ForeignNetwork):
-            network.on_step_start()
 
 
 def _common_wishes(previous: StepReport | None) -> Wishes:
@@ -255,12 +251,6 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
         for hook in run.joined.on.after_step:
             hook()
     return [*norms, gradient_norm.view(1)]
-
-
-def _sizes_of(run: TrainingRun, group: range) -> tuple[tuple[int, ...], ...]:
-    """Return the sorted sizes of all items of a step; steps with equal sizes take equally long."""
-    batches = run.feed.order.epoch(run.progress.epoch)
-    return tuple(sorted(item.bucket for index in group for item in batches[index]))
 
 
 class _Losses(NamedTuple):
