@@ -195,7 +195,7 @@ class Trial:
             )
 
     def measure_adapter(self) -> None:
-        """Generate clips with the training adapter alone, in few steps and in many, and without it in many."""
+        """Generate clips with the training adapter alone in few and many steps, and without it in many."""
         use = ("--lora_weight", str(self.train_adapter()))
         self.make("adapter_few", self.turbo, (*FEW_STEPS, *use), words=False)
         self.make("adapter_many", self.turbo, (*MANY_STEPS, *use), words=False)
