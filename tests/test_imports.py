@@ -84,7 +84,7 @@ FLOORS = {
         {"speed_options"},
         {"console", "environment", "progress"},
         {"command"},
-        {"chat_templates", "lost_processes", "mistyped", "template_process"},
+        {"chat_templates", "error_output", "lost_processes", "mistyped", "template_process"},
         {"downloading", "parser"},
         {"console_options", "table_parser"},
         {"table_answers"},
