@@ -96,19 +96,10 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
 
 
 def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str, Any]) -> None:
-    """Put an option into a parser, without the checks of `add_argument`, which its compiling has passed."""
-    action = _build_action(row)
-    action.container = group
-    group._group_actions.append(action)
-    parser._actions.append(action)
-    for flag in action.option_strings:
-        parser._option_string_actions[flag] = action
-        if parser._negative_number_matcher.match(flag):
-            parser._has_negative_number_optionals.append(True)
+    """Put the option that a row of a table describes into a parser.
 
-
-def _build_action(row: Mapping[str, Any]) -> Any:
-    """Build the argparse action that a row of a table describes, without calling the constructor."""
+    Neither the constructor of its action nor `add_argument` is called: compiling has passed their checks.
+    """
     flags = row["flags"]
     dest = row.get("dest") or _name_after(flags)
     action_name = row.get("action", "store")
@@ -136,7 +127,13 @@ def _build_action(row: Mapping[str, Any]) -> Any:
         action.help = row.get("help") or _help_of(action.rejection)  # type: ignore[attr-defined]
     if "not_given" in row:
         action.not_given = row["not_given"]  # type: ignore[attr-defined]
-    return action
+    action.container = group  # type: ignore[attr-defined]
+    group._group_actions.append(action)
+    parser._actions.append(action)
+    for flag in flags:
+        parser._option_string_actions[flag] = action
+        if parser._negative_number_matcher.match(flag):
+            parser._has_negative_number_optionals.append(True)
 
 
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
