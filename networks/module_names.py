@@ -40,11 +40,13 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
     """
     names = list(names)
     families = _families_knowing(names, hint)
+    if len(families) < 2:
+        return families[0] if families else None
     counts: list[int] = []  # of the names that are modules, not only aliases
     for family in families:
         modules = _tables(family).ours
         counts.append(sum(modules.first(name) is not None for name in names))
-    return families[counts.index(max(counts))] if families else None
+    return families[counts.index(max(counts))]
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
