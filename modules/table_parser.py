@@ -91,15 +91,20 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
         section = read_entry("section", name)
         group = group_of(parser, section["title"])
         for option in section["options"]:
-            _add_action(parser, group, read_entry("option", option))
+            # without the checks of `add_argument`, which its compiling has passed
+            action = _build_action(read_entry("option", option))
+            action.container = group
+            group._group_actions.append(action)
+            parser._actions.append(action)
+            for flag in action.option_strings:
+                parser._option_string_actions[flag] = action
+                if parser._negative_number_matcher.match(flag):
+                    parser._has_negative_number_optionals.append(True)
     return parser
 
 
-def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str, Any]) -> None:
-    """Put the option that a row of a table describes into a parser.
-
-    Neither the constructor of its action nor `add_argument` is called: compiling has passed their checks.
-    """
+def _build_action(row: Mapping[str, Any]) -> Any:
+    """Build the argparse action that a row of a table describes, without calling the constructor."""
     flags = row["flags"]
     dest = row.get("dest") or _name_after(flags)
     action_name = row.get("action", "store")
@@ -127,19 +132,14 @@ def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str
         action.help = row.get("help") or _help_of(action.rejection)  # type: ignore[attr-defined]
     if "not_given" in row:
         action.not_given = row["not_given"]  # type: ignore[attr-defined]
-    action.container = group  # type: ignore[attr-defined]
-    group._group_actions.append(action)
-    parser._actions.append(action)
-    for flag in flags:
-        parser._option_string_actions[flag] = action
-        if parser._negative_number_matcher.match(flag):
-            parser._has_negative_number_optionals.append(True)
+    return action
 
 
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     """Check typed values by the facts of their options, as their records do.
 
-    An option whose need a file or another option may meet (`changes_values`) is left to its record.
+    An option whose need a file or another option may meet (`changes_values`) is left to its record. So are
+    warnings, which would be logged twice.
 
     Args:
         parser: Of a table.
@@ -187,7 +187,11 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         info = getattr(action, "facts", {})
         if info.get("are_paths"):
             name = _find_public_name(action)
-            check_paths(f"--{name}" if action.option_strings else name, value_of(name), info, value_of)
+            flag = f"--{name}" if action.option_strings else name
+            from modules.console import quiet  # only with a path
+
+            with quiet():
+                check_paths(flag, value_of(name), info, value_of)
 
 
 def _find_public_name(action: argparse.Action) -> str:

@@ -34,7 +34,7 @@ class Target(NamedTuple):
     module: LoraModule
     rank: int
     alpha: float
-    heights: tuple[int, ...]  # of parts that get factors of their own
+    split_sizes: tuple[int, ...]  # of parts that get factors of their own
     rate_factor: float = 1.0  # on its learning rate
 
 
@@ -72,7 +72,7 @@ class Settings(Protocol):
     def ranks_by_pattern(self) -> Sequence[int]:
         """Ranks that patterns of --network_args give to modules."""
 
-    def heights_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
+    def split_sizes_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
         """Return the rows of each part if a fused layer gets separate factors for its parts; () otherwise."""
 
 
