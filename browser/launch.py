@@ -22,8 +22,9 @@ import psutil  # comes with accelerate
 from browser.earlier_jobs import EarlierJob, may_be_made
 from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
-from modules.command import did_you_mean, message_of
+from modules.command import did_you_mean
 from modules.control_codes import escape_control_codes, shorten
+from modules.error_output import message_of
 from modules.errors import OptionError, OutputError
 from modules.installation import (
     FROM_QUEUE,

@@ -147,23 +147,23 @@ class SafetensorsFile(HeaderFile):
             raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
         shape = entry["shape"]
         begin, end = entry["data_offsets"]
-        dtype = self._find_dtype(name, entry["dtype"])
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise self._make_dtype_error(name, entry["dtype"])
         info = TensorInfo(dtype, _check_shape(name, shape, begin, end))
         if end - begin != info.size_bytes:
             raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
         return info
 
-    def _find_dtype(self, name: str, kind: str) -> torch.dtype:
-        """Return the dtype that a header names. Raises CheckpointError for quantized types."""
+    def _make_dtype_error(self, name: str, kind: str) -> Exception:
+        """Return the error for a tensor of a type that is not read."""
         if kind in OTHER_DTYPES:
-            raise CheckpointError(
+            return CheckpointError(
                 f"{self.path} is quantized: {name} is of type {kind}, which is not supported. "
                 "Give the bf16, fp16 or fp8 file of the model.",
                 self.path,
             )
-        if kind not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{name} has the unknown type {kind}")
-        return SAFETENSORS_DTYPES[kind]
+        return ValueError(f"{name} has the unknown type {kind}")
 
 
 def _check_places(places: Iterable[tuple[int, int, str]]) -> int:

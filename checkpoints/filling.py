@@ -278,7 +278,10 @@ class _Filling:
         self.rounded_forms: dict[str, str] = {}  # description for the log of the form, by our name
         self.kept_forms: list[str] = []  # names of the forms of weights that stay as in the file
         # one buffer for all reads, because temporary tensors would leave holes in the heap
-        size_bytes = 0 if device.type == "meta" else max(map(self._count_buffer_bytes, dtypes), default=0)
+        size_bytes = 0
+        for name in dtypes if device.type != "meta" else ():
+            parts = [checkpoint.tensors[part] for part in sources[name].names]
+            size_bytes = max(size_bytes, sum(part.size_bytes + _ALIGNMENT for part in parts))
         if device.type == "cuda":
             self.scratch = empty_pinned([size_bytes], torch.uint8)
         else:
@@ -290,11 +293,6 @@ class _Filling:
             weight = self._make_empty(name).weight
             return TensorInfo(weight.dtype, tuple(weight.shape))
         return TensorInfo(self._dtypes[name], self._shapes[name])
-
-    def _count_buffer_bytes(self, name: str) -> int:
-        """Return the bytes of the buffer that reading the parts of a tensor takes."""
-        parts = self._sources[name].names
-        return sum(self._checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in parts)
 
     def fill(self, name: str) -> None:
         """Read, make and place one tensor of the network."""
@@ -399,7 +397,8 @@ class _Filling:
         """Make a tensor on the device, not yet rounded to `target`; it may be a view of the buffer."""
         source = self._sources[name]
         tensor = source.make(self._read_parts(source))
-        tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
+        if tensor.ndim != len(self._shapes[name]):
+            tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
         if self._checkpoint.tensors[source.names[0]].packing is not None:  # it may be padded
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
@@ -417,7 +416,8 @@ class _Filling:
             tensor = self._checkpoint.borrow(part, self.scratch[start:]).to(self._device)
             parts.append(tensor)
             self._check_finite(part, tensor)
-            start += round_up(self._checkpoint.tensors[part].size_bytes, _ALIGNMENT)
+            if len(source.names) > 1:  # the next part begins behind this one
+                start += round_up(self._checkpoint.tensors[part].size_bytes, _ALIGNMENT)
         return parts
 
     def _check_finite(self, part: str, tensor: Tensor) -> None:
@@ -466,7 +466,11 @@ def _check_fit(
             continue
         infos = [checkpoint.tensors[part] for part in sources[name].names]
         needed = tuple(tensor.shape)
-        shape = _infer_shape(sources[name], infos, len(needed))
+        shape: tuple[int, ...] | None = infos[0].shape
+        if sources[name].build is not None:
+            shape = _infer_shape(sources[name], infos)
+        if shape is not None and len(shape) < len(needed):
+            shape = add_leading_sides(shape, len(needed))
         packing = infos[0].packing
         if shape != needed and (packing is None or shape != packing.padded(needed)):
             lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
@@ -501,15 +505,12 @@ def _find_unexpected(
     return unexpected
 
 
-def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
+def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int, ...] | None:
     """Return the shape of a tensor built from tensors of the file; None if their shapes do not match."""
-    shape = infos[0].shape
-    if source.build is not None:
-        try:
-            shape = tuple(source.make([info.hollow() for info in infos]).shape)
-        except (RuntimeError, IndexError):
-            return None
-    return add_leading_sides(shape, axes)
+    try:
+        return tuple(source.make([info.hollow() for info in infos]).shape)
+    except (RuntimeError, IndexError):
+        return None
 
 
 def add_leading_sides(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:

@@ -91,20 +91,16 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
         section = read_entry("section", name)
         group = group_of(parser, section["title"])
         for option in section["options"]:
-            _add_action(parser, group, read_entry("option", option))
+            # without the checks of `add_argument`, which its compiling has passed
+            action = _build_action(read_entry("option", option))
+            action.container = group
+            group._group_actions.append(action)
+            parser._actions.append(action)
+            for flag in action.option_strings:
+                parser._option_string_actions[flag] = action
+                if parser._negative_number_matcher.match(flag):
+                    parser._has_negative_number_optionals.append(True)
     return parser
-
-
-def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str, Any]) -> None:
-    """Put an option into a parser, without the checks of `add_argument`, which its compiling has passed."""
-    action = _build_action(row)
-    action.container = group
-    group._group_actions.append(action)
-    parser._actions.append(action)
-    for flag in action.option_strings:
-        parser._option_string_actions[flag] = action
-        if parser._negative_number_matcher.match(flag):
-            parser._has_negative_number_optionals.append(True)
 
 
 def _build_action(row: Mapping[str, Any]) -> Any:
@@ -142,7 +138,8 @@ def _build_action(row: Mapping[str, Any]) -> Any:
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     """Check typed values by the facts of their options, as their records do.
 
-    An option whose need a file or another option may meet (`changes_values`) is left to its record.
+    An option whose need a file or another option may meet (`changes_values`) is left to its record. So are
+    warnings, which would be logged twice.
 
     Args:
         parser: Of a table.
@@ -183,7 +180,11 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         info = getattr(action, "facts", {})
         if info.get("are_paths"):
             name = _find_public_name(action)
-            check_paths(f"--{name}" if action.option_strings else name, value_of(name), info, value_of)
+            flag = f"--{name}" if action.option_strings else name
+            from modules.console import quiet  # only with a path
+
+            with quiet():
+                check_paths(flag, value_of(name), info, value_of)
 
 
 def _find_public_name(action: argparse.Action) -> str:

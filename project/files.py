@@ -309,7 +309,7 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked:
             f"has --train {', '.join(possible)}"
         )
     if kind.learns_word:
-        check_word(model, kind, chosen.trigger)
+        check_word(kind, chosen.trigger)
     return kind
 
 

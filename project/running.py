@@ -19,8 +19,9 @@ from dataset.sources.media_source import Fault
 from downloads.listing import gigabytes, print_lines, total_bytes
 from downloads.options import leave_out
 from modules import installation
-from modules.command import INTERRUPTED, as_typed, message_of
+from modules.command import INTERRUPTED, as_typed
 from modules.control_codes import shorten
+from modules.error_output import message_of
 from modules.errors import OptionError
 from modules.option_values import option_words
 from modules.options import in_one_spelling

@@ -40,7 +40,14 @@ class TableFolders:
                 place = folder_id(table.directory)
                 self._ids[table.index] = place
                 self._sharing.setdefault(place, []).append(table)
-        self._others = _other_folders(config)
+        # folders that belong to the media of all tables
+        keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
+        keys += ["reference_directory", "control_mask_directory", "worse_directory"]
+        folders = [getattr(table, key) for table in config.datasets for key in keys]
+        folders += [
+            guide.directory for table in config.datasets if table.has_guides for guide in table.guides
+        ]
+        self._others = {folder_id(folder) for folder in folders if folder}
 
     def left_out_files(self, table: DatasetTable) -> str | None:
         """Return a line with the number of unread files in a table's folder, by suffix.
@@ -275,20 +282,6 @@ def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
     for kind in kinds:
         suffixes = suffixes.union(*media_suffixes(kind))
     return suffixes
-
-
-def _other_folders(config: DatasetConfig) -> set[str]:
-    """Return the folders that belong to the media of all tables: controls, masks, sound, caches."""
-    keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
-    keys += ["reference_directory", "control_mask_directory", "worse_directory"]
-    folders = set()
-    for table in config.datasets:
-        folders.update(folder_id(guide.directory) for guide in table.guides)
-        for key in keys:
-            folder = getattr(table, key)
-            if folder:
-                folders.add(folder_id(folder))
-    return folders
 
 
 def _is_still(path: Path) -> bool:

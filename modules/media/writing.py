@@ -312,7 +312,7 @@ def write_shown(
             covers=covers,
         ) as (writer, companions),
     ):
-        all_tags = _replace_tags({} if companions is None else companions.tags, tags or {})
+        all_tags = dict(tags or {}) if companions is None else _replace_tags(companions.tags, tags or {})
         with encoding.create_container(
             temporary, suffix, all_tags, _select_muxing(suffix, rate, all_tags)
         ) as container:

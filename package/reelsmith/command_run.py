@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from modules.command import message_of
+from modules.error_output import message_of
 from modules.errors import UserError
 from modules.installation import program_environment, program_words
 from package.reelsmith.events import (

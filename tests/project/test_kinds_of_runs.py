@@ -22,8 +22,8 @@ from data_tools.controls.run import ControlImageOptions, make_control_images
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
-from project.model_choice import ask_family
-from project.model_sizes import transformers_of
+from project.model_choice import _make_family_for_caching, ask_family
+from project.model_sizes import needs_image, transformers_of
 from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
 from tests.commands import ROOT
@@ -36,7 +36,7 @@ from training.config_options import OTHERS_TABLE
 CASES: dict[Path, tuple[str, str]] = {}
 for _model in find_models():
     for _kind in list_kinds(_model):
-        if _kind.sees_controls or _kind.learns_word:
+        if _kind.sees_controls or (_kind.learns_word and _kind.switch not in _kind.find_words(_model)):
             _script = _kind.find_script(_model)
             assert _script is not None
             CASES.setdefault(_script, (f"{_model.family} {_model.task}", _kind.name))
@@ -67,11 +67,12 @@ def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
         f"{model.family} {model.task}": [kind.name for kind in list_kinds(model)] for model in find_models()
     }
     assert kinds["stable_diffusion xl"] == [kind.name for kind in KINDS if not kind.makes_adapter]
-    assert kinds["z_image turbo"] == ["lora", "adapter", "whole"]
+    assert kinds["z_image turbo"] == ["lora", "adapter", "embedding", "whole"]
     assert kinds["z_image turbo-adapter"] == ["lora"]
     assert kinds["stable_diffusion 1.5"] == ["lora", "controlnet", "embedding", "whole"]
-    assert kinds["anima base"] == ["lora", "lllite", "whole"]
-    assert kinds["z_image base"] == ["lora", "whole"]
+    assert kinds["anima base"] == ["lora", "lllite", "embedding", "whole"]
+    assert kinds["z_image base"] == ["lora", "embedding", "whole"]
+    assert kinds["qwen_image edit"] == ["lora", "whole"]
     default = {name: find_control_kind(model) for model in find_models() for name in [model.task]}
     assert (default["xl"], default["1.5"]) == (BY_NAME["lllite"], BY_NAME["controlnet"])
     assert tuple(BY_NAME) == KIND_NAMES
@@ -185,14 +186,23 @@ SD_XL = ("--family", "sd", "--task", "xl")
             "new does not set up a ControlNet for",
         ),
         (
-            ["--family", "anima", "--train", "embedding", "--word", "zorb"],
-            "This one has --train lora, lllite",
+            ["--family", "qwen", "--task", "edit", "--train", "embedding", "--word", "zorb"],
+            "reads captions together with images, from which no word is learned",
         ),
     ],
 )
 def test_a_mistake_gets_a_sentence(words: list[str], told: str, tmp_path: Path) -> None:
     write_photos(tmp_path / "p")
     assert_rejected(tmp_path / "p", *words, told=told)
+
+
+def test_models_whose_captions_are_read_with_images_learn_no_word() -> None:
+    """The list of models says it, as the page asks for each model."""
+    for model in find_models():
+        rules = _make_family_for_caching(model).references
+        sees_images = rules is not None and rules.seen_by_text and needs_image(model)
+        learns_none = model.has_adapter or sees_images
+        assert (BY_NAME["embedding"] not in list_kinds(model)) == learns_none, f"{model.family} {model.task}"
 
 
 @pytest.mark.parametrize("word", ["MrsFluff", "two words"])
@@ -298,6 +308,7 @@ def train_as_described(folder: Path, *words: str) -> list[str]:
     [
         ("anima base", "lllite"),
         ("stable_diffusion 1.5", "embedding"),
+        ("anima base", "embedding"),
         pytest.param("stable_diffusion 1.5", "controlnet", marks=pytest.mark.slow),
         pytest.param("stable_diffusion xl", "lllite", marks=pytest.mark.slow),
     ],

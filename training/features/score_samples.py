@@ -57,7 +57,7 @@ def _start(run: "JoinedRun") -> None:
 
 
 def _join(run: "JoinedRun", options: SampleScoringOptions) -> None:
-    if not run.options.samples.are_made:
+    if run.options.samples.sample_prompts is None:
         raise OptionError("--score_samples needs samples: give --sample_prompts, or leave it out")
     if run.options.logs.no_page:
         raise OptionError(
