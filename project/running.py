@@ -503,6 +503,7 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
     errors: list[Fault] = []
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
+        """Print what the check of the media finds, in place of caching, and collect the errors."""
         # imported here, because they load torch, which most commands of a project do without
         from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
         from dataset.caching.prefetch import workers_of

@@ -159,7 +159,7 @@ class CaptionOwners:
     """The images or clips of a folder, by which a caption under another name finds the one that it is of."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """names: of the files, with their suffixes."""
+        """Remember the names of the media files, with their suffixes."""
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
         for name in names:
