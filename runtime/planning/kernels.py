@@ -13,6 +13,8 @@ import torch.nn.functional as functional
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from modules.attention.sdpa import attends_to_each, kernels_here
+
 Operator = Callable[..., Any]
 
 
@@ -121,10 +123,15 @@ def rms_norm_backward(
     return torch.empty_like(x) if needs_x else x.new_empty(0), needed
 
 
-def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def _scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+) -> Tensor:
     """Stand in for torch's function, which takes B N L D; the kernels' results have the layout B L N D."""
     by_tokens = [_autocast(tensor).transpose(1, 2) for tensor in (query, key, value)]
     result: Tensor = _Attention.apply(*by_tokens)
+    order = kernels_here(by_tokens[0].dtype, query.shape[-1], attn_mask is not None)
+    if result.requires_grad and attends_to_each(order, len(query)):
+        result = torch.cat([result])  # the backward pass keeps each sample's, the next layer all of them
     return result.transpose(1, 2)
 
 
