@@ -41,7 +41,8 @@ def sdpa(query: Tensor, key: Tensor, value: Tensor, repeats: Tensor | None = Non
         cudnn=_cudnn(),
     )
     needs_gradients = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (q, k, v))
-    if needs_gradients and attends_to_each(order, len(q)):
+    # cuDNN's gradients of several samples in one call may be NaN
+    if order[0] == SDPBackend.CUDNN_ATTENTION and len(q) > 1 and needs_gradients:
         return _attend_to_each(q, k, v, order)
     return attend_in_order(q, k, v, bias, order=order).transpose(1, 2)
 
@@ -73,23 +74,6 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 def is_on_cuda(tensor: Tensor) -> bool:
     """Return whether a tensor is on a CUDA device, which has the kernels."""
     return tensor.device.type == "cuda"
-
-
-def attends_to_each(order: list[SDPBackend], batch: int) -> bool:
-    """Return whether samples with gradients are computed one by one: cuDNN's gradients of several may be NaN.
-
-    Args:
-        order: Kernels that are tried, from `kernels`.
-        batch: Number of samples.
-    """
-    return order[0] == SDPBackend.CUDNN_ATTENTION and batch > 1
-
-
-def kernels_here(dtype: torch.dtype, width: int, has_mask: bool) -> list[SDPBackend]:
-    """Return the kernels that this process's GPU tries, best first; without a GPU all except cuDNN's."""
-    if not torch.cuda.is_available():
-        return kernels((0, 0), dtype, width, has_mask, cudnn=None)
-    return kernels(_capability(torch.device("cuda")), dtype, width, has_mask, _cudnn())
 
 
 def _attend_to_each(q: Tensor, k: Tensor, v: Tensor, order: list[SDPBackend]) -> Tensor:
