@@ -69,15 +69,11 @@ def make_guidance(
     guided_below = prepared.rules.below_share
     steering = _Steering(options.nag) if options.nag.is_on else None
 
-    def plan_at(step: Step) -> PassPlan:
+    def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
         # some models have no guidance in the late steps, where little noise is left
         if guided_below is not None and 1 - step.sigma >= guided_below:
-            return PassPlan(plan.passes[:1], factor=plan.factor)
-        return plan
-
-    def guide(step: Step, predict: Predict, section: Section) -> Tensor:
-        plan = plan_at(step)
+            plan = PassPlan(plan.passes[:1], factor=plan.factor)
         if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
         calls: dict[Overrides, dict[int, Conditions]] = {}
@@ -203,7 +199,8 @@ class _StepPlanner:
         rules = self._rules
         projection = rules.projection
         weakens = index in self._weakened_steps
-        negative = self._select_negative(index, weakens)
+        may_skip = weakens or bool(rules.negative_skips.blocks)
+        negative = self._select_negative(index, weakens) if may_skip else NEGATIVE
         stages = self._make_guiding_stages(scale, negative)
         rescale_fraction = options.guidance_rescale
         if stages and projection is not None and momentum is not None:

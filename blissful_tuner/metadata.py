@@ -164,7 +164,7 @@ def _record(settings: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(value, Path):
             texts[name] = value.name
         elif isinstance(value, tuple):
-            texts[name] = shlex.join(map(str, value))
+            texts[name] = shlex.join(item.name if isinstance(item, Path) else str(item) for item in value)
         elif value is not None:
             texts[name] = str(value)
     return texts

@@ -22,8 +22,9 @@ import psutil  # comes with accelerate
 from browser.earlier_jobs import EarlierJob, may_be_made
 from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
-from modules.command import did_you_mean, message_of
+from modules.command import did_you_mean
 from modules.control_codes import escape_control_codes, shorten
+from modules.error_output import message_of
 from modules.errors import OptionError, OutputError
 from modules.installation import (
     FROM_QUEUE,
@@ -379,7 +380,7 @@ def _file_options() -> frozenset[str]:
 def _check_files(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
     option = BY_PLACE
-    written = "--config_file" if "--output_config" in words else None
+    written = "--config_file" if "--output_config" in words else None  # an option whose file is written
     for word in words:
         if word.startswith("-"):
             option, _, word = word.partition("=")

@@ -27,8 +27,8 @@ from browser.render_queue import CANCELLING, LOADING, MAKING, RenderJob, RenderQ
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, is_living
 from browser.sessions import find_session, limit_session
 from modules.atomic_write import explain_errors, write_text
-from modules.command import message_of
 from modules.control_codes import escape_control_codes, shorten_lines
+from modules.error_output import message_of
 from modules.errors import OptionError, OutputError, UserError
 from modules.file_locks import only_one
 from modules.installation import DRIVEN, FROM_QUEUE, program_environment

@@ -39,7 +39,14 @@ from browser.responses import (
     answer_text,
     answer_unknown,
 )
-from browser.result_settings import PREFIX, ResultSettings, format_sample_line, read_settings, remake
+from browser.result_settings import (
+    EMBEDDINGS,
+    PREFIX,
+    ResultSettings,
+    format_sample_line,
+    read_settings,
+    remake,
+)
 from browser.results import LARGER, LAST_FRAME, Result, ResultFolders
 from browser.run_views import label_runs
 from browser.runs import DIED, FINISHED, RUNNING, RunSummary
@@ -273,7 +280,7 @@ class Remaker:
                     candidate.recipe,
                     seed=seed,
                     save_path=save_path,
-                    find_lora=lambda name, recipe: self.find_lora(name, recipe, result),
+                    find_weights=lambda name, recipe: self.find_weights(name, recipe, result),
                     find_media=lambda name: self.find_media(name, result),
                 )
             except OptionError as error:
@@ -284,12 +291,12 @@ class Remaker:
 
     def list_candidates(self, result: Result, settings: ResultSettings) -> Iterator[Candidate]:
         """Yield recipes of the family: of the result's own run, of other runs, of released models."""
-        names = {lora.name for lora in settings.loras}
+        names = {*(lora.name for lora in settings.loras), *settings.embeddings}
 
         def rank(run: RunSummary) -> tuple[bool, bool, float]:
             folder = run.history.parent
-            has_lora = any((folder / name).is_file() for name in names)
-            return not result.path.is_relative_to(folder), not has_lora, -run.changed
+            has_file = any((folder / name).is_file() for name in names)
+            return not result.path.is_relative_to(folder), not has_file, -run.changed
 
         with self.site.runs.lock:
             runs = sorted(self.site.runs.list_all(), key=rank)
@@ -307,11 +314,12 @@ class Remaker:
                 if recipe.family == settings.family:
                     yield Candidate(recipe, None)
 
-    def find_lora(self, name: str, recipe: ModelRecipe, result: Result) -> str:
-        """Return the path of a LoRA by its name. Raises OptionError if no run here has it."""
-        for lora in recipe.loras:
-            if Path(lora.path).name == name and (recipe.folder / lora.path).is_file():
-                return lora.path
+    def find_weights(self, name: str, recipe: ModelRecipe, result: Result) -> str:
+        """Return the path of a LoRA or an embedding by its name. Raises OptionError if no run here has it."""
+        embeddings = recipe.fixed.get(f"--{EMBEDDINGS}", ())
+        for path in (*(lora.path for lora in recipe.loras), *embeddings):
+            if Path(path).name == name and (recipe.folder / path).is_file():
+                return path
         render_job = self.find_render_job(result)
         if render_job is not None:
             for word in render_job.session:
@@ -320,10 +328,10 @@ class Remaker:
         with self.site.runs.lock:
             runs = self.site.runs.list_all()
         for run in sorted(runs, key=lambda run: not result.path.is_relative_to(run.history.parent)):
-            path = run.history.parent / name
-            if Path(name).name == name and self.site.runs.is_inside(path):
-                return str(path)
-        raise OptionError(say("%(name)s: no run here has this LoRA (any more).", name=name))
+            file = run.history.parent / name
+            if Path(name).name == name and self.site.runs.is_inside(file):
+                return str(file)
+        raise OptionError(say("%(name)s: no run here has this file (any more).", name=name))
 
     def find_media(self, name: str, result: Result) -> str:
         """Return the path of the image or clip that a result started from.

@@ -1,7 +1,7 @@
 """Read the settings of a result from its file, and turn them back into the render job that generates it.
 
-A file contains names of files without their folders. The model and the LoRAs of these names are looked up
-among the runs and the released models; if none fits, no other file is used in its place.
+A file contains names of files without their folders. The model, the LoRAs and the embeddings of these names
+are looked up among the runs and the released models; if none fits, no other file is used in its place.
 """
 
 import functools
@@ -41,6 +41,7 @@ NOT_SET = "N/A"
 MAX_KEPT = 4000  # characters of a text that a list keeps
 MAX_TAGS = 400  # maximum number of metadata entries that are read in a file
 MAX_TYPED = 1 << 16  # characters of all texts of a render job
+EMBEDDINGS = "textual_inversion_embeddings"
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
 # tags that say nothing of how pixels are made, or that are read elsewhere
@@ -75,6 +76,12 @@ class ResultSettings:
     def get(self, name: str) -> str:
         """Return a value by its name in the metadata; "" if there is none."""
         return self.values.get(name, "")
+
+    @property
+    def embeddings(self) -> list[str]:
+        """File names of the embeddings. Raises OptionError if they cannot be told apart."""
+        flag, text = f"--{EMBEDDINGS}", self.get(EMBEDDINGS)
+        return [re.split(r"[\\/]", word)[-1] for word in _split_words(flag, text)]  # older files hold paths
 
     @property
     def model(self) -> str:
@@ -258,7 +265,7 @@ def remake(
     recipe: ModelRecipe,
     seed: str,
     save_path: str,
-    find_lora: Callable[[str, ModelRecipe], str],
+    find_weights: Callable[[str, ModelRecipe], str],
     find_media: FindFile,
 ) -> RenderJob:
     """Return the render job that repeats the result of some settings with the model of a recipe.
@@ -268,7 +275,7 @@ def remake(
         recipe: Recipe with the same model.
         seed: Seed to use.
         save_path: File or folder of the new result.
-        find_lora: Returns the path of a LoRA by its name.
+        find_weights: Returns the path of a LoRA or an embedding by its name.
         find_media: Returns the path of an image or clip by its name.
 
     Raises:
@@ -281,12 +288,14 @@ def remake(
     loras = []
     for lora in settings.loras:
         _reject_options(STRENGTHS, [lora.strength])
-        path = find_lora(lora.name, recipe)
+        path = find_weights(lora.name, recipe)
         if not lora.expert:
             loras.append(UsedLora(path, lora.strength))
             continue
         for flag, word in ((LORA, path), (STRENGTHS, lora.strength)):
             fixed.setdefault(f"{flag}_{lora.expert}", []).append(word)
+    if settings.embeddings:
+        fixed[f"--{EMBEDDINGS}"] = [find_weights(name, recipe) for name in settings.embeddings]
     prompt = settings.get("prompt")
     render_request = RenderRequest(
         replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
@@ -313,7 +322,8 @@ def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any
     flags = {names[flag]: flag for flag in fixed if flag in names}
     for name, text in settings.values.items():
         option = options.get(name)
-        is_apart = name in APART or name in KEYS or name.startswith("original_")
+        # these are read elsewhere, or say nothing of how pixels are made
+        is_apart = name in APART or name in KEYS or name.startswith("original_") or name == EMBEDDINGS
         if option is None or is_apart or not option.is_recorded or _is_line_option(name, recipe):
             continue
         flag = flags.get(name, option.flags[0])
@@ -355,9 +365,16 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
     if option.num_words == 0:
         fixed[flag] = True
         return
+    typed = [text] if option.num_words is None else _split_words(flag, text)
+    _reject_options(flag, typed)
+    fixed[flag] = typed
+
+
+def _split_words(flag: str, text: str) -> list[str]:
+    """Return the words of an option in metadata. Raises OptionError for an open quote."""
     try:
-        typed = [text] if option.num_words is None else shlex.split(text)
-    except ValueError as error:  # an open quote
+        return shlex.split(text)
+    except ValueError as error:
         raise OptionError(
             say(
                 "It was made with %(text)s (%(flag)s): %(error)s.",
@@ -366,8 +383,6 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
                 error=error,
             )
         ) from None
-    _reject_options(flag, typed)
-    fixed[flag] = typed
 
 
 def _reject_options(flag: str, words: Sequence[str]) -> None:

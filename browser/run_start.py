@@ -25,8 +25,8 @@ from browser.runs import DIED, FINISHED, RUNNING, STOPPED, Runs, RunSummary
 from browser.short_names import short_digest
 from browser.state_names import name_state
 from modules.atomic_write import SPARE_BYTES, explain_errors, free_bytes
-from modules.command import ENDS, message_of
 from modules.control_codes import shorten_lines
+from modules.error_output import ERROR_LINE, message_of
 from modules.errors import OptionError, UserError
 from modules.file_locks import only_one
 from modules.output_files import check_output_name
@@ -697,7 +697,7 @@ def _explain(job: Job, otherwise: str) -> str:
     lines = job.last_lines(READ_LINES)
     if job.code in KILLED:
         return say("It was killed: memory ran out, or somebody ended it.")
-    if ENDS.search(lines):
+    if ERROR_LINE.search(lines):
         return translate_reason(shorten_lines(message_of(lines), MAX_OF_REASON))
     if job.state == RUNNING:  # it is about to end
         return otherwise

@@ -147,23 +147,27 @@ class SafetensorsFile(HeaderFile):
             raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
         shape = entry["shape"]
         begin, end = entry["data_offsets"]
-        dtype = self._find_dtype(name, entry["dtype"])
-        info = TensorInfo(dtype, _check_shape(name, shape, begin, end))
+        dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
+        if dtype is None:
+            raise self._make_dtype_error(name, entry["dtype"])
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
+        if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
+            raise ValueError(f"{name} has the impossible shape {shape}")
+        info = TensorInfo(dtype, tuple(shape))
         if end - begin != info.size_bytes:
             raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
         return info
 
-    def _find_dtype(self, name: str, kind: str) -> torch.dtype:
-        """Return the dtype that a header names. Raises CheckpointError for quantized types."""
+    def _make_dtype_error(self, name: str, kind: str) -> Exception:
+        """Return the error for a tensor of a type that is not read."""
         if kind in OTHER_DTYPES:
-            raise CheckpointError(
+            return CheckpointError(
                 f"{self.path} is quantized: {name} is of type {kind}, which is not supported. "
                 "Give the bf16, fp16 or fp8 file of the model.",
                 self.path,
             )
-        if kind not in SAFETENSORS_DTYPES:
-            raise ValueError(f"{name} has the unknown type {kind}")
-        return SAFETENSORS_DTYPES[kind]
+        return ValueError(f"{name} has the unknown type {kind}")
 
 
 def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
@@ -181,19 +185,6 @@ def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
             raise ValueError(f"the data of {name} begin at byte {begin}, not {last}")
         last = end
     return last
-
-
-def _check_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor as a tuple.
-
-    Raises:
-        ValueError: If the shape or the position in the file is not possible for any tensor.
-    """
-    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
-    if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
-        raise ValueError(f"{name} has the impossible shape {shape}")
-    return tuple(shape)
 
 
 class TorchFile:

@@ -79,8 +79,10 @@ def load_planned(
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
     stored = None
-    linear = linear_weights(network)
-    already_stored = find_stored_weights(
+    linear: frozenset[str] = frozenset()  # weights that may be stored in a form
+    if form is not None or any(source.as_stored is not None for source in plan.sources.values()):
+        linear = linear_weights(network)
+    already_stored = linear and find_stored_weights(
         linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
     )
     if form is not None:  # only linear layers are rounded; weights that the file stores in a form keep it
@@ -205,7 +207,8 @@ def shapes_of(
         stored_shape = checkpoint.tensors[sources[name].names[0]].shape
         if wrong is None:
             return stored_shape
-        stored_shape = add_leading_sides(stored_shape, axes)
+        if len(stored_shape) < axes:
+            stored_shape = add_leading_sides(stored_shape, axes)
         if len(stored_shape) != axes or 0 in stored_shape:
             raise wrong
         return stored_shape

@@ -274,6 +274,8 @@ def stored_layers(
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
     """
     quantization = placement.quantization
+    if quantization is None and all(source.as_stored is None for source in sources.values()):
+        return None
     if quantization is None:
         already_stored = find_stored_weights(
             linear_weights(dit), sources, checkpoint.tensors, form_is_given=False

@@ -278,7 +278,10 @@ class _Filling:
         self.rounded_forms: dict[str, str] = {}  # description for the log of the form, by our name
         self.kept_forms: list[str] = []  # names of the forms of weights that stay as in the file
         # one buffer for all reads, because temporary tensors would leave holes in the heap
-        size_bytes = 0 if device.type == "meta" else max(map(self._count_buffer_bytes, dtypes), default=0)
+        size_bytes = 0
+        for name in dtypes if device.type != "meta" else ():
+            parts = [checkpoint.tensors[part] for part in sources[name].names]
+            size_bytes = max(size_bytes, sum(part.size_bytes + _ALIGNMENT for part in parts))
         if device.type == "cuda":
             self.scratch = empty_pinned([size_bytes], torch.uint8)
         else:
@@ -291,11 +294,6 @@ class _Filling:
             return TensorInfo(weight.dtype, tuple(weight.shape))
         return TensorInfo(self._dtypes[name], self._shapes[name])
 
-    def _count_buffer_bytes(self, name: str) -> int:
-        """Return the bytes of the buffer that reading the parts of a tensor takes."""
-        parts = self._sources[name].names
-        return sum(self._checkpoint.tensors[part].size_bytes + _ALIGNMENT for part in parts)
-
     def fill(self, name: str) -> None:
         """Read, make and place one tensor of the network."""
         parent_name, _, leaf = name.rpartition(".")
@@ -304,25 +302,20 @@ class _Filling:
             assert isinstance(parent, nn.Linear)
             attach(parent, self._make_stored(name, parent, self._stored))
             return
-        tensor = self._make_plain(name)
+        tensor = self.on_host.get(name)
+        if tensor is None:
+            tensor = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
+            self._write(name, tensor)
+        elif self._is_filled_here:
+            self._write(name, tensor)
+        elif self._patch is not None:
+            # another process writes the values; the patch only notes here that its delta has a weight
+            dtype = self._dtypes[name]
+            self._patch(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), dtype)
         if leaf in parent._parameters:
             parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             parent._buffers[leaf] = tensor
-
-    def _make_plain(self, name: str) -> Tensor:
-        """Return a plain tensor of the network, with its values written."""
-        place = self.on_host.get(name)
-        if place is None:
-            place = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
-            self._write(name, place)
-        elif self._is_filled_here:
-            self._write(name, place)
-        elif self._patch is not None:
-            # another process writes the values; the patch only notes here that its delta has a weight
-            dtype = self._dtypes[name]
-            self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"), dtype)
-        return place
 
     def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
         """Return a quantized weight: as in the file, or rounded from the file's values after the patch.
@@ -399,7 +392,8 @@ class _Filling:
         """Make a tensor on the device, not yet rounded to `target`; it may be a view of the buffer."""
         source = self._sources[name]
         tensor = source.make(self._read_parts(source))
-        tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
+        if tensor.ndim != len(self._shapes[name]):
+            tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
         if self._checkpoint.tensors[source.names[0]].packing is not None:  # it may be padded
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
@@ -417,7 +411,8 @@ class _Filling:
             tensor = self._checkpoint.borrow(part, self.scratch[start:]).to(self._device)
             parts.append(tensor)
             self._check_finite(part, tensor)
-            start += round_up(self._checkpoint.tensors[part].size_bytes, _ALIGNMENT)
+            if len(source.names) > 1:  # the next part begins behind this one
+                start += round_up(self._checkpoint.tensors[part].size_bytes, _ALIGNMENT)
         return parts
 
     def _check_finite(self, part: str, tensor: Tensor) -> None:
@@ -466,7 +461,11 @@ def _check_fit(
             continue
         infos = [checkpoint.tensors[part] for part in sources[name].names]
         needed = tuple(tensor.shape)
-        shape = _infer_shape(sources[name], infos, len(needed))
+        shape: tuple[int, ...] | None = infos[0].shape
+        if sources[name].build is not None:
+            shape = _infer_shape(sources[name], infos)
+        if shape is not None and len(shape) < len(needed):
+            shape = add_leading_sides(shape, len(needed))
         packing = infos[0].packing
         if shape != needed and (packing is None or shape != packing.padded(needed)):
             lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
@@ -501,15 +500,12 @@ def _find_unexpected(
     return unexpected
 
 
-def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo], axes: int) -> tuple[int, ...] | None:
+def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int, ...] | None:
     """Return the shape of a tensor built from tensors of the file; None if their shapes do not match."""
-    shape = infos[0].shape
-    if source.build is not None:
-        try:
-            shape = tuple(source.make([info.hollow() for info in infos]).shape)
-        except (RuntimeError, IndexError):
-            return None
-    return add_leading_sides(shape, axes)
+    try:
+        return tuple(source.make([info.hollow() for info in infos]).shape)
+    except (RuntimeError, IndexError):
+        return None
 
 
 def add_leading_sides(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:

@@ -15,8 +15,8 @@ from checkpoints.finite import is_finite
 from checkpoints.opening import open_checkpoint
 from modules.command import as_typed
 from modules.control_codes import shorten
-from modules.errors import CheckpointError, DownloadError
-from modules.option_values import require, to_path
+from modules.errors import CheckpointError, DownloadError, OptionError
+from modules.option_values import to_path
 from modules.paths import explain_missing
 from protocols.data import SOUND
 
@@ -36,24 +36,24 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
         OptionError: If no path is given.
         CheckpointError: If the file or folder does not exist.
     """
-    existing = require(
-        path, option, f"{why}. {as_typed(['python', 'tools/download.py', '--list'])} shows where it is from"
-    )
-    if not existing.exists():
-        named = f"{option} is not given, and its default" if existing == default else option
+    if path is None:
+        command = as_typed(["python", "tools/download.py", "--list"])
+        raise OptionError(f"{option} is missing: {why}. {command} shows where it is from")
+    if not path.exists():
+        named = f"{option} is not given, and its default" if path == default else option
         # `owner/name`, whose first part is no folder, and which does not end like a file
         looks_like_repository = (
-            bool(re.fullmatch(r"[\w-]+/[\w.-]+", existing.as_posix()))
-            and not existing.parent.exists()
-            and not re.search(r"\.[a-z]\w*$", existing.name)
+            bool(re.fullmatch(r"[\w-]+/[\w.-]+", path.as_posix()))
+            and not path.parent.exists()
+            and not re.search(r"\.[a-z]\w*$", path.name)
         )
         hub = " A name on the hub is not downloaded here." if looks_like_repository else ""
         raise CheckpointError(
-            f"{named} {existing}: no such file or folder.{explain_missing(existing) or hub} Give the path of "
-            "the model",
-            existing,
+            f"{named} {path}: no such file or folder.{explain_missing(path) or hub} Give the path of the "
+            "model",
+            path,
         )
-    return existing
+    return path
 
 
 def inside(path: Path, folder: str) -> Path:

@@ -397,7 +397,8 @@ def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     """Return the form of quantized weights without marks, and a tensor that shows it."""
-    unmarked = _without_marked(tensors)
+    is_packed = any(info.packing is not None for info in tensors.values())
+    unmarked = _without_marked(tensors) if is_packed else tensors
     for ending, form in _FOREIGN.items():
         for name in unmarked:
             if name.endswith(ending):
@@ -410,7 +411,8 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
         if name.endswith(".weight") and len(info.shape) > 1 and not info.dtype.is_floating_point:
             return f"{dtype_name(info.dtype)}: {name} is of that type"
     for name, info in unmarked.items():
-        if _is_packed_weight(name, tensors):
+        is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
+        if is_narrow and info.dtype is not torch.bool and _is_packed_weight(name, tensors):
             kind = dtype_name(info.dtype)
             return f"quantized, form unknown: it has {name} in {kind} in place of a weight"
     return None
@@ -430,13 +432,12 @@ _TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that 
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether a tensor of unknown name is the packed weight of a layer."""
+    """Return whether a tensor of unknown name, in 8 bits or integers, is the packed weight of a layer."""
     info = tensors[name]
     layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
     if not inside:
         layer = name.rpartition(".")[0]
-    is_narrow = info.dtype.itemsize == 1 or not info.dtype.is_floating_point
-    if not layer or not is_narrow or info.dtype is torch.bool:
+    if not layer:
         return False
     is_table = len(info.shape) > 1 and min(info.shape) > 1
     if not is_table and not name.removeprefix(f"{layer}.").startswith(("weight", "qweight")):

@@ -241,12 +241,6 @@ def grid_in_name(name: str) -> Grid | None:
     return None if latents is None else (int(latents[2] or 1), int(latents[3]), int(latents[4]))
 
 
-def _is_flat(name: str, tensor: Tensor) -> bool:
-    """Return whether latents lack the axis of frames, C H W, as those of images do in some caches."""
-    is_sound = tensor_key(name).endswith("_audio")  # C 2 T
-    return tensor.ndim == 3 and grid_in_name(name) is not None and not is_sound
-
-
 @dataclass(frozen=True)
 class Entry:
     """The contents of a cache file, or only the information in its header."""
@@ -279,10 +273,13 @@ class Entry:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by key in batches; latents get the axis of frames that some files lack."""
-        return {
-            tensor_key(name): tensor.unsqueeze(1) if _is_flat(name, tensor) else tensor
-            for name, tensor in self.named.items()
-        }
+        tensors = {}
+        for name, tensor in self.named.items():
+            key = tensor_key(name)
+            # C H W, as latents of images are in some caches; sound is C 2 T
+            is_flat = tensor.ndim == 3 and not key.endswith("_audio") and grid_in_name(name) is not None
+            tensors[key] = tensor.unsqueeze(1) if is_flat else tensor
+        return tensors
 
     @property
     def variable(self) -> frozenset[str]:

@@ -76,7 +76,12 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
     for name, value in content.items():
         if name not in TOP_LEVEL:
             errors.append(forms.unknown(name, value, TOP_LEVEL))
-    if _has_subsets(content):  # the image guides' form
+    datasets = content.get("datasets")
+    entries = datasets if isinstance(datasets, list) else [datasets]
+    has_subsets = any(
+        key.startswith("subset") for entry in entries if isinstance(entry, dict) for key in entry
+    )
+    if has_subsets:  # the image guides' form
         tables = read_subsets(path, content, typed, errors)
     else:
         if typed is not None:
@@ -98,14 +103,6 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
             lines.append(hint)
         raise DatasetError("\n  ".join(lines))
     return DatasetConfig(path, tables)
-
-
-def _has_subsets(content: Table) -> bool:
-    datasets = content.get("datasets")
-    for entry in datasets if isinstance(datasets, list) else [datasets]:
-        if isinstance(entry, dict) and any(key.startswith("subset") for key in entry):
-            return True
-    return False
 
 
 def _read_tables(path: Path, content: Table, problems: list[str]) -> tuple[DatasetTable, ...]:
@@ -368,6 +365,7 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
 
 
 def _entries(content: Table, problems: list[str]) -> list[Any]:
+    """Return the entries of [[datasets]]; a line is added to `problems` if there are none."""
     entries = content.get("datasets")
     if isinstance(entries, dict):
         problems.append(
@@ -525,7 +523,10 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
         return "worse_directory is for pictures and clips, not for sounds alone; leave it out"
     if fields["is_of_audio"] and fields["audio"] == forms.IGNORE:
         return 'audio = "ignore" leaves nothing of sounds to learn; leave it out'
-    return _find_guide_conflict(fields) or find_window_error(fields)
+    conflict = _find_guide_conflict(fields)
+    if conflict is None and fields["min_timestep"] is not None and fields["max_timestep"] is not None:
+        return find_window_error(fields)
+    return conflict
 
 
 def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:

@@ -314,22 +314,24 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
 
 def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a configuration without the keys of UNNEEDED; a line in the log names them."""
-    unneeded: dict[str, None] = {}
+    datasets = content.get("datasets")
+    tables = [content.get("general"), *(datasets if isinstance(datasets, list) else ())]
+    given = {name for table in tables if isinstance(table, dict) for name in table if name in UNNEEDED}
+    if not given:
+        return content
+    for name in given:
+        logger.info("%s: %s is not needed: %s", path, name, UNNEEDED[name])
 
     def clean(table: Any) -> Any:
         if not isinstance(table, dict):
             return table
-        unneeded.update(dict.fromkeys(name for name in table if name in UNNEEDED))
-        return {name: value for name, value in table.items() if name not in UNNEEDED}
+        return {name: value for name, value in table.items() if name not in given}
 
-    datasets = content.get("datasets")
     changed = {}
     if "general" in content:
         changed["general"] = clean(content["general"])
     if isinstance(datasets, list):
         changed["datasets"] = [clean(table) for table in datasets]
-    for name in unneeded:
-        logger.info("%s: %s is not needed: %s", path, name, UNNEEDED[name])
     return {**content, **changed}
 
 

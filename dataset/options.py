@@ -9,7 +9,7 @@ from modules.command import did_you_mean
 from modules.errors import OptionError
 from modules.options import CONNECTS, WRITES, KeyFile, Options, option, read_options
 from modules.parser import Parser, add_options
-from modules.script_options import parse_spelled
+from modules.script_options import parse_options
 from protocols.families import FAMILIES
 
 R = TypeVar("R", bound=Options)
@@ -255,19 +255,8 @@ def read_latent_caching(
 
     `record` is the family's own.
     """
-    caching, debug, family_options, _ = read_spelled_caching(description, record, argv)
+    caching, family_options, debug = parse_options(description, argv, CachingOptions, record, DebugOptions)
     return caching, debug, family_options
-
-
-def read_spelled_caching(
-    description: str | None, record: type[R], argv: Sequence[str] | None
-) -> tuple[CachingOptions, DebugOptions, R, Mapping[str, str]]:
-    """Return the records of `read_latent_caching`, and the spelling of each given option by public name."""
-    records, typed = parse_spelled(description, argv, CachingOptions, record, DebugOptions)
-    caching, family_options, debug = records
-    if debug.debug_mode is not None:
-        caching.shard.reject_beside("--debug_mode")
-    return caching, debug, family_options, typed
 
 
 def caching_scripts() -> tuple[str, ...]:

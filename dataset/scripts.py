@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset.options import CachingOptions, EmptyPromptOptions, read_spelled_caching
+from dataset.options import CachingOptions, DebugOptions, EmptyPromptOptions
 from modules.command import name_as_typed, print_loading
 from modules.option_values import option_words, require
 from modules.options import option_values
@@ -42,7 +42,10 @@ def cache_family_latents(
     """Encode the images and clips of a dataset."""
     entry = FAMILIES[family]
     record = entry.options_record("LatentCaching")
-    options, debug, family_options, typed = read_spelled_caching(about, record, argv)
+    records, typed = parse_spelled(about, argv, CachingOptions, record, DebugOptions)
+    options, family_options, debug = records
+    if debug.debug_mode is not None:
+        options.shard.reject_beside("--debug_mode")
     # not for --help
     from dataset.config import (
         for_family,
@@ -64,7 +67,8 @@ def cache_family_latents(
         if audio_files is not None:
             config = with_audio_files(config, *audio_files)
 
-        entry.say_notice()
+        if entry.notice:
+            entry.say_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read
@@ -113,7 +117,8 @@ def cache_family_texts(
         if options.download_directory is not None:
             config = with_downloads(config, options.download_directory)
 
-        entry.say_notice()
+        if entry.notice:
+            entry.say_notice()
         print_loading()
         from dataset.cache.commands import remember_options
         from dataset.caching import loop  # torch loads here, after every option has been read

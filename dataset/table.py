@@ -6,7 +6,7 @@ Standard library only.
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -95,7 +95,8 @@ PLAIN_CAPTIONS = CaptionChanges()
 NO_AUGMENTATION = Augmentation()
 
 
-class Guide(NamedTuple):
+@dataclass(frozen=True)
+class Guide:
     """Images of a folder that guide the clips of a table, one for each clip."""
 
     directory: Path
@@ -259,18 +260,44 @@ class DatasetTable:
     validation_split: float | None = None  # share that is not trained on; None: the command line says it
     validation_seed: int | None = None  # chooses the items; None: the command line says it
     attributes: frozenset[str] = frozenset()  # names of custom_attributes that are on: targets read them
+    # --- what follows from these
+    # where the table is in the dataset file, for messages
+    place: str = field(init=False, repr=False, compare=False)
+    # index that items have in common that may share a batch: subsets of one entry may
+    batch_group: int = field(init=False, repr=False, compare=False)
+    # it limits or shifts the timesteps of its items
+    has_own_timesteps: bool = field(init=False, repr=False, compare=False)
+    # the empty prompt is cached with its texts, and read from these caches
+    caches_empty_prompt: bool = field(init=False, repr=False, compare=False)
+    # kind of media that the items are
+    holds: Literal["image", "video", "sound"] = field(init=False, repr=False, compare=False)
+    # text encoders see the reference images of a caption's image
+    texts_see_references: bool = field(init=False, repr=False, compare=False)
+    # frame rate that is stated as a number, not as "auto"
+    declared_fps: float | None = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        place = f"[[datasets]] {self.index + 1}"
+        if self.group is not None and self.subset is not None:
+            place = f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
+        limits = (self.min_timestep, self.max_timestep, self.discrete_flow_shift)
+        drops_captions = self.caption_dropout_rate != 0 or self.changes.dropout_every_n_epochs > 0
+        derived = {
+            "place": place,
+            "batch_group": self.index if self.group is None else self.group,
+            "has_own_timesteps": limits != (None, None, None),
+            "caches_empty_prompt": drops_captions or self.uses_empty_prompt,
+            "holds": "sound" if self.is_of_audio else self.kind,
+            "texts_see_references": self.references is not None and self.references.seen_by_text,
+            "declared_fps": None if isinstance(self.source_fps, str) else self.source_fps,
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     @property
     def name(self) -> str:
         """Return the table's name for messages: `data.toml, [[datasets]] 2 (clips)`."""
         return f"{self.config_path}, {self.place} ({self.source})"
-
-    @property
-    def place(self) -> str:
-        """Where the table is in the dataset file, for messages."""
-        if self.group is None or self.subset is None:
-            return f"[[datasets]] {self.index + 1}"
-        return f"[[datasets]] {self.group + 1}, subset {self.subset + 1}"
 
     @property
     def guides(self) -> tuple[Guide, ...]:
@@ -301,17 +328,6 @@ class DatasetTable:
         return tuple(guides)
 
     @property
-    def batch_group(self) -> int:
-        """Index that items have in common that may share a batch: subsets of one entry may."""
-        return self.index if self.group is None else self.group
-
-    @property
-    def has_own_timesteps(self) -> bool:
-        """Whether the table limits or shifts the timesteps of its items."""
-        window = (self.min_timestep, self.max_timestep)
-        return window != (None, None) or self.discrete_flow_shift is not None
-
-    @property
     def source(self) -> Path:
         """Return the folder or list that the items come from; of several, the first."""
         source = self.directory or self.jsonl_file
@@ -324,12 +340,6 @@ class DatasetTable:
         """Return the keys that tables of this form alone have."""
         assert isinstance(self.own, kind)
         return self.own
-
-    @property
-    def caches_empty_prompt(self) -> bool:
-        """Return whether the empty prompt is cached with the texts, and read from these caches."""
-        drops_captions = self.caption_dropout_rate > 0 or self.changes.dropout_every_n_epochs > 0
-        return drops_captions or self.uses_empty_prompt
 
     @property
     def picture_folder(self) -> Path:
@@ -350,11 +360,6 @@ class DatasetTable:
         return "audio_path" if self.is_of_audio else f"{self.kind}_path"
 
     @property
-    def holds(self) -> Literal["image", "video", "sound"]:
-        """Kind of media that the items are."""
-        return "sound" if self.is_of_audio else self.kind
-
-    @property
     def control_count(self) -> int | None:
         """Return the number of control images of an image, if it has any; None: the number differs."""
         if not self.lists_controls:
@@ -367,11 +372,6 @@ class DatasetTable:
     def learns_edits(self) -> bool:
         """Return whether these are images for a model that was trained to edit reference images."""
         return self.kind == "image" and self.references is not None and self.references.edits
-
-    @property
-    def texts_see_references(self) -> bool:
-        """Whether text encoders see the reference images of a caption's image."""
-        return self.references is not None and self.references.seen_by_text
 
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
         """Return the settings that decide how text encoders see reference images, if they see encoded ones.
@@ -400,11 +400,6 @@ class DatasetTable:
             if further_text is not None:
                 settings[FURTHER_TEXT.key] = further_text
         return settings
-
-    @property
-    def declared_fps(self) -> float | None:
-        """Frame rate that the table states as a number; None for "auto" or without one."""
-        return None if isinstance(self.source_fps, str) else self.source_fps
 
     def changed(self, stale: Stale) -> dict[str, Any]:
         """Return the values that differ from their defaults, for the keys with these `stale` flags.
@@ -494,7 +489,7 @@ FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
 
 def declared_keys(record: Any) -> dict[str, forms.TableKey]:
     """Return the keys that a record declares: `DatasetTable`, or one of `OwnKeys`."""
-    return {field.name: field.metadata["key"] for field in fields(record) if "key" in field.metadata}
+    return {each.name: each.metadata["key"] for each in fields(record) if "key" in each.metadata}
 
 
 @functools.cache

@@ -44,7 +44,7 @@ class ReleasedFile:
 
 @dataclass(frozen=True)
 class Inside:
-    """Where another file of a model may contain this component."""
+    """A file of another option that may contain a component too, such as a checkpoint with its VAE."""
 
     option: str  # option of that file
     tensors: str  # what their names begin with, in a single file

@@ -125,7 +125,7 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
     for word in words:
         vectors = {} if word.content is None else select_vectors(word, able)
         for encoder in able:
-            rows = vectors.get(encoder.word_keys[0])
+            rows = vectors.get(encoder.word_keys[0])  # the first key names the encoder, others are aliases
             if word.content is None:
                 encoder.words = (*encoder.words, EncoderWord(NewWord(word.text, word.count)))
                 encoder.learns_word = True

@@ -343,6 +343,10 @@ class FileTextEncoder(ABC, Generic[Network]):
     word_keys: tuple[str, ...] = ()
     words: Sequence[EncoderWord] = ()  # that it reads in addition to the tokenizer's
     learns_word: bool = False  # one of them learns: gradients flow through the network
+    # returns the number of tokens before the prompt, whose states are cut off; None: there are none
+    count_dropped: Callable[[TextTokenizer], int] | None = None
+    # raises CheckpointError, or warns, if the tokenizer belongs to another model
+    check_tokenizer: Callable[[TextTokenizer], None] | None = None
 
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
         """Set up the encoder; files are read by `load`.
@@ -391,10 +395,6 @@ class FileTextEncoder(ABC, Generic[Network]):
         """Return the prompt's text with nothing around it."""
         return Written(prompt.text, prompt.text, prompt.spans)
 
-    def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        """Return the number of tokens before the prompt; their states are cut off."""
-        return 0
-
     def token_counter(self) -> CountTokens:
         """Return a function that counts a text's tokens, including those of the template; loads no weights.
 
@@ -405,7 +405,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         if self.words:
             # no row is read, so that any ids will do
             tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
-        dropped = self.count_dropped(tokenizer)
+        dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
         token_bytes = 0
         with contextlib.suppress(CheckpointError):  # caching reports a file that is missing or damaged
             token_bytes = self.token_bytes
@@ -442,7 +442,8 @@ class FileTextEncoder(ABC, Generic[Network]):
     def _read(self, device: torch.device) -> tuple[Network, TextTokenizer]:
         # first, so that a bad tokenizer is reported before gigabytes are read
         tokenizer = self.source.load(self.tokenizer, self.path, self.what)
-        self.check_tokenizer(tokenizer)
+        if self.check_tokenizer is not None:
+            self.check_tokenizer(tokenizer)
         network = self.load_network(device)
         if self.words:
             ids = grow_table(network, self.embedding, self.words)
@@ -460,10 +461,6 @@ class FileTextEncoder(ABC, Generic[Network]):
         # a blank in front: most tokens of words begin with one
         tokens = tokenizer.read(f" {text.strip()}")
         return [number for number, place in zip(tokens.ids, tokens.places, strict=True) if place is not None]
-
-    def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Raise CheckpointError, or warn, if the tokenizer belongs to another model."""
-        _ = tokenizer
 
     @abstractmethod
     def load_network(self, device: torch.device) -> Network:
@@ -498,7 +495,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         if not written:
             return []
         network, tokenizer = self._loaded.get()
-        dropped = self.count_dropped(tokenizer)
+        dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
         all_tokens = [tokenizer.read(prompt.text) for prompt in written]
         cut_tokens = []
         for tokens, prompt in zip(all_tokens, written, strict=True):

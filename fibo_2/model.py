@@ -133,8 +133,15 @@ class PerceiverLayer(nn.Module):
         lengths: Lengths | None,
         choice: AttentionChoice,
     ) -> Tensor:
-        """Apply the layer to gist tokens x, B G C."""
-        # x: B G C
+        """Apply the layer to gist tokens x, B G C.
+
+        Args:
+            x: Gist tokens.
+            bundle: States of the text, B T 3W.
+            counts: Number of real tokens of each text.
+            lengths: Number of gist tokens of each sample; None if no sample is padded.
+            choice: Attention to use.
+        """
         read = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, counts, choice)
         x = x + self.cross_attention.project(read.flatten(2))
         heads = self.self_attention.heads(self.self_attn_norm(x))

@@ -53,11 +53,16 @@ def denoise(
     schedule = solver.schedule
     is_anchored = section.anchor is not None
     assert not (is_anchored and section.overrides.joint), "an anchor holds a picture alone"
-    latents = hold_given(section, latents.float())
+    is_joint = section.overrides.joint is not None
+    has_given = is_joint or section.given is not None or section.held is not None
+    latents = latents.float()
+    if has_given:
+        latents = hold_given(section, latents)
     if is_anchored:
         from generation.latent_masks import hold_consistent, hold_masked  # few sections have an anchor
 
         latents = hold_masked(section, latents, schedule, first_step)
+    clean_streams = section.clean_streams if is_joint else (False, False)
     num_steps = schedule.num_steps - first_step
     audio_sigmas = schedule.audio_sigmas
     for num_done in range(num_steps):
@@ -75,7 +80,7 @@ def denoise(
         # the predictor is not stored in a variable, because it would keep this step's network alive while
         # the next step's network is loaded
         velocity = guidance(
-            step, predictor(family, dit_at, step, split, section.overrides, section.clean_streams), section
+            step, predictor(family, dit_at, step, split, section.overrides, clean_streams), section
         ).float()
         if section.held is not None:
             velocity = section.held.mix_prediction(step, velocity)
@@ -85,8 +90,11 @@ def denoise(
             return done.clean
         if is_anchored:
             latents = hold_consistent(section, latents, schedule, index)
-        denoised = solver.step(index, keep_time(section, schedule, index, velocity), latents)
-        latents = hold_given(section, denoised)
+        if audio_sigmas is not None:
+            velocity = keep_time(section, schedule, index, velocity)
+        latents = solver.step(index, velocity, latents)
+        if has_given:
+            latents = hold_given(section, latents)
         if is_anchored:
             latents = hold_masked(section, latents, schedule, index + 1)
     return latents
@@ -304,7 +312,9 @@ def make_latents(
             )
             stage_guidance = PLAIN_GUIDANCE if section.stage else guidance_options  # only the first stage
             guidance = make_guidance(stage, stage_guidance, family.experts, run)
-            start, first_step = _find_start(section, prepared, solver.schedule, extra_noise)
+            start, first_step = section.noise, 0
+            if section.source is not None and prepared.request.source is not None:
+                start, first_step = _find_start(section, prepared, solver.schedule, extra_noise)
             with ExitStack() as stack:
                 if stage.added:
                     dit = dit_at(float(solver.schedule.timesteps[0]))
@@ -364,13 +374,10 @@ def sections_of(
 def _find_start(
     section: steps.Section, prepared: Prepared, schedule: Schedule, extra_noise: SeededNoise | None
 ) -> tuple[Tensor, int]:
-    """Return the latents from which denoising of a section starts, and the index of the first step.
-
-    The latents are pure noise, or the source's latents of this section with noise added.
-    """
+    """Return the source's latents of a section with noise added, and the index of the first step."""
     source = prepared.request.source
-    if section.source is None or source is None:
-        return section.noise, 0
+    assert section.source is not None
+    assert source is not None
     if section.solver is not None:
         start_and_step: tuple[Tensor, int] = section.solver.begin(section.source)
         return start_and_step
@@ -400,28 +407,23 @@ def on_device(section: steps.Section, device: torch.device) -> steps.Section:
 
     Conditions that are the same object stay the same object.
     """
-    positive = conditions_to(section.positive, device)
-    moved_by_id = {id(section.positive): positive}
-
-    def move(conditions: Conditions | None) -> Conditions | None:
-        if conditions is None:
-            return None
-        if id(conditions) not in moved_by_id:
-            moved_by_id[id(conditions)] = conditions_to(conditions, device)
-        return moved_by_id[id(conditions)]
-
+    texts = {id(section.positive): section.positive}
+    for text in (section.negative, section.blank, section.nag):
+        if text is not None:
+            texts[id(text)] = text
+    moved = {key: conditions_to(text, device) for key, text in texts.items()}
     return replace(
         section,
         noise=section.noise.to(device),
-        positive=positive,
-        negative=move(section.negative),
-        blank=move(section.blank),
+        positive=moved[id(section.positive)],
+        negative=moved.get(id(section.negative)),
+        blank=moved.get(id(section.blank)),
         source=None if section.source is None else section.source.to(device),
         given=None if section.given is None else section.given.to(device),
         given_audio=None if section.given_audio is None else section.given_audio.to(device),
         held=None if section.held is None else section.held.to(device),
         anchor=None if section.anchor is None else section.anchor.to(device),
-        nag=move(section.nag),
+        nag=moved.get(id(section.nag)),
     )
 
 

@@ -88,7 +88,12 @@ class Session:
             Conditions on the CPU, without a batch dimension.
         """
         if self._text_encoders is None:
-            self._text_encoders = self._make_text_encoders()
+            self._text_encoders = self.family.text_encoders()
+            for encoder in self._text_encoders if self.blocks is not None else ():
+                if can_divide(encoder):
+                    encoder.blocks = self.blocks
+            if self.text_loras is not None:
+                self.text_loras.warn_of_unused(self._text_encoders)
         new = [text for text in texts_of(prompts) if text not in self._encoded]
         outputs: dict[Prompt, dict[str, Tensor | list[Tensor]]] = {}
         for encoder in self._text_encoders if new else ():
@@ -114,17 +119,6 @@ class Session:
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
         """Return the number of texts that `texts` would have to encode."""
         return sum(text not in self._encoded for text in texts_of(prompts))
-
-    def _make_text_encoders(self) -> Sequence[TextEncoder]:
-        """Return the text encoders, split over processes if `blocks` is set."""
-        encoders = self.family.text_encoders()
-        if self.blocks is not None:
-            for encoder in encoders:
-                if can_divide(encoder):
-                    encoder.blocks = self.blocks
-        if self.text_loras is not None:
-            self.text_loras.warn_of_unused(encoders)
-        return encoders
 
     def encode_with_loras(
         self, loras: "TextLoras", prompts: Sequence[Mapping[int, Prompts]]
@@ -222,16 +216,15 @@ def gather_encoded(
         prompts: Texts of each section.
         encoded: Conditions of each text.
     """
-
-    def find(text: Prompt | None) -> Conditions | None:
-        return None if text is None else encoded[text]
-
+    found: dict[Prompt | None, Conditions | None] = {None: None}
+    for text, conditions in encoded.items():
+        found[text] = conditions
     return {
         section: EncodedPrompts(
             encoded[texts.positive],
-            negative=find(texts.negative),
-            blank=find(texts.blank),
-            nag=find(texts.nag),
+            negative=found[texts.negative],
+            blank=found[texts.blank],
+            nag=found[texts.nag],
         )
         for section, texts in prompts.items()
     }

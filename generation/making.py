@@ -90,9 +90,11 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     """
     options = run.options
     output = options.output
-    if any(needs_media(run.family, job.prepared) for job in jobs):
+    has_media = any(needs_media(run.family, job.prepared) for job in jobs)
+    if has_media:
         run.family.check_files(media=True)  # a missing file is reported before gigabytes are loaded
-    _warn_of_passes(run, jobs)
+    if options.speed.attention.split_attn or run.processes > 1:
+        _warn_of_passes(run, jobs)
     start = time.monotonic()
     if run.rewriter is not None:  # its chat model is freed before other networks are loaded
         jobs = _rewrite_prompts(run, run.rewriter, jobs)
@@ -110,7 +112,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         )
     run.on_phase("reading the prompt")
     texts = run.session.texts([wanted_texts(job.prepared, options.guidance) for job in jobs])
-    if any(needs_media(run.family, job.prepared) for job in jobs):
+    if has_media:
         run.on_phase("reading the pictures")
     inputs = encode_all_inputs(run, jobs, failures)
     ready = [
@@ -143,8 +145,6 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     options = run.options
     # --split_attn processes one sample at a time, which also splits the guidance passes
     forces_split = options.speed.attention.split_attn and not options.split_uncond
-    if not forces_split and run.processes <= 1:
-        return
     plans = [
         plan
         for job in jobs
@@ -320,7 +320,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
-    section_preview = _SectionPreview(run, job, preview)
+    section_preview: _SectionPreview | None = None
     with name_preview_on_failure(preview), ExitStack() as previews, ExitStack() as bars:
         watchers: list[Watcher] = []
         preview_section: OnSection | None = None
@@ -345,11 +345,13 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
 
         def on_section(section: Section) -> None:
             """Show the result so far, and start the bar of the next section."""
-            nonlocal bar
+            nonlocal bar, section_preview
             bars.close()
             if preview_section is not None:
                 preview_section(section)
-            section_preview.add_previous(section)
+            if section.count > 1 or section.previous is not None:
+                section_preview = section_preview or _SectionPreview(run, job, preview)
+                section_preview.add_previous(section)
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             bar = bars.enter_context(Bar(stage.num_steps, section.label or "Denoising"))
 
@@ -398,21 +400,36 @@ def decode_all(
         failures: Collects the errors of single files or lines.
         are_named: Whether to log each path.
     """
+    output = run.options.output
     paths: dict[str, Path] = {}
     tracks: Mapping[str, Track] = {}
     # with --save_audio also for families without audio, to warn that there is none
-    if trains_audio(run.family) or run.options.output.save_audio is not None:
+    has_audio = run.family.can.hear and trains_audio(run.family)
+    if has_audio or output.save_audio is not None:
         jobs = {job.label: job for job in denoised}
         tracks = _decode_audio(run, jobs, failures)
         denoised = [job for job in jobs.values() if job.label not in failures.reasons]
     with run.session.media(images=False, again=False) as encoders:
         for job in denoised:
             with failures.note_errors(job.label), keep_on_failure(job):
-                path = _decode_job(run, encoders, job, tracks.get(job.label))
+                assert job.latents is not None, "it is denoised"
+                path = outputs.save_pixels(
+                    output,
+                    str(job.stem),
+                    decode(run.family, encoders, job.latents, job.prepared.shown),
+                    fps=job.prepared.fps,
+                    metadata=job.metadata,
+                    post=run.post,
+                    track=tracks.get(job.label),
+                    latent=run.family.latent,
+                )
                 paths[job.label] = path
                 if are_named:  # else the last box lists it
                     logger.info("%s: %s", job.label, path)
-                _remove_unneeded(run.options.output, job)
+                if job.preview is not None and job.preview.exists():
+                    remove_preview(job.preview)
+                if job.latent_path is not None and output.output_type not in LATENT_OUTPUTS:
+                    job.latent_path.unlink(missing_ok=True)
     return paths
 
 
@@ -429,28 +446,6 @@ def _decode_audio(
     return make_tracks(
         run, {label: job.audio for label, job in jobs.items() if not job.prepared.is_still}, note
     )
-
-
-def _decode_job(run: GenerationRun, encoders: MediaEncoders, job: GenerationJob, audio: Track | None) -> Path:
-    assert job.latents is not None, "it is denoised"
-    return outputs.save_pixels(
-        run.options.output,
-        str(job.stem),
-        decode(run.family, encoders, job.latents, job.prepared.shown),
-        fps=job.prepared.fps,
-        metadata=job.metadata,
-        post=run.post,
-        track=audio,
-        latent=run.family.latent,
-    )
-
-
-def _remove_unneeded(output: OutputOptions, job: GenerationJob) -> None:
-    """Remove the preview of a finished clip, and its latents unless the options ask for them."""
-    if job.preview is not None and job.preview.exists():
-        remove_preview(job.preview)
-    if job.latent_path is not None and output.output_type not in LATENT_OUTPUTS:
-        job.latent_path.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -82,7 +82,12 @@ class DitLoader:
         family = self.family
         speed = self.options.speed
         uses, masked = self._split(self.uses[expert] if self.uses else ())
-        merged = self._make_patch(uses)
+        merged: LoraPatch | None = None
+        if uses and not self.originals:
+            from networks import apply, rounding  # only with LoRAs
+
+            rule = rounding.LoraRounding(self.options.lora_rounding)
+            merged = apply.LoraPatch(uses, rounding=rule, family=family.name)
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
         host = place or swapped_weights(family.dit, speed.swap, self.device)
@@ -125,19 +130,14 @@ class DitLoader:
         if not uses:
             return [], []
         from networks.loading import on_side  # only with LoRAs
-        from networks.unmerged_loras import split_masked
+        from networks.rank_masks import rule_of
 
-        return split_masked(on_side(uses, False))
+        of_dit = on_side(uses, False)
+        if not any(rule_of(use.lora.metadata) for use in of_dit):
+            return of_dit, []
+        from networks.unmerged_loras import split_masked  # only with T-LoRAs
 
-    def _make_patch(self, uses: "Sequence[LoraUse]") -> "LoraPatch | None":
-        """Return the patch that merges LoRAs while weights are loaded; None if the originals are kept."""
-        if not uses or self.originals:
-            return None
-        from networks.apply import LoraPatch  # only with LoRAs
-        from networks.rounding import LoraRounding
-
-        rounding = LoraRounding(self.options.lora_rounding)
-        return LoraPatch(uses, rounding=rounding, family=self.family.name)
+        return split_masked(of_dit)
 
 
 def dit_loader(
@@ -228,12 +228,14 @@ def expert_loras(
         other_uses = [use for other, uses in uses_by_key.items() if other != key for use in uses]
         if other_uses:
             uses_of_expert += _select_shared(other_uses, uses_by_key[key])
-        expert_uses.append(tuple(use.for_expert(expert.name) for use in uses_of_expert))
-    from networks.depth_variants import find_grown, fit_to_file
-
+        if expert.name or any(use.lora.parts for use in uses_of_expert):
+            uses_of_expert = [use.for_expert(expert.name) for use in uses_of_expert]
+        expert_uses.append(tuple(uses_of_expert))
     # decoding latents runs no transformer
-    if options.latent_path or not any(find_grown(use.lora) for use in chain(*expert_uses)):
+    if options.latent_path or not any(use.lora.grown for use in chain(*expert_uses)):
         return tuple(expert_uses)
+    from networks.depth_variants import fit_to_file  # only for models with deeper variants
+
     return tuple(
         tuple(fit_to_file(uses, file)) for uses, file in zip(expert_uses, family.dit_files, strict=True)
     )

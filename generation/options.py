@@ -218,7 +218,7 @@ class GenerationOptions(Options, title="run"):
 
     def __post_init__(self) -> None:
         self._check_work()
-        if self.post.tools:
+        if self.post.post:
             self._check_post()
         loras = (self.lora.lora_weight, self.experts.lora_weight_high_noise)
         require_loras(self.lora_rounding, loras, "--lora_weight")
@@ -364,10 +364,12 @@ def read_generation(
         options = read_options(GenerationOptions, args)
         family_options = read_options(record, args)
     values = option_values(options) | option_values(family_options)
-    values["post"] = options.post.tools and options.post.tools.in_words  # no folders
+    if options.post.post:
+        values["post"] = options.post.tools.in_words  # no folders
     decoding_options = frozenset(
         name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
     )
+    has_reference_options = any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values())
     recorded = _select_recorded(parser, args, info)
     settings = {name: value for name, value in values.items() if name in recorded}
     output = options.output.in_folder() if options.output.names_file else options.output
@@ -375,7 +377,7 @@ def read_generation(
         options,
         settings=settings,
         decoding_options=decoding_options,
-        of_references=list_given_with(family_options, OF_REFERENCES),
+        of_references=list_given_with(family_options, OF_REFERENCES) if has_reference_options else (),
         output=output,
     )
     return options, family_options

@@ -27,7 +27,6 @@ from modules.media.pixels import cross_fade, frames_of
 from modules.media.writing import encode_segment, join_segments
 from protocols.family import Family
 from protocols.requests import Prepared
-from protocols.rules import Source
 from protocols.steps import Piece
 
 logger = logging.getLogger(__name__)
@@ -78,42 +77,35 @@ def show_start(
     source = first.request.source
     is_single = len(requests) == 1
     has_names = any(expert.name for expert in family.experts)
-    num_values = sum(_count_latents(family, request) for request in requests)
+    num_values = 0  # of the latents, including audio
+    for request in requests:
+        if request.joint is None:
+            num_values += prod(family.latent.shape(request.frames, request.height, request.width))
+        else:
+            num_values += prod(request.joint.picture) + prod(request.joint.audio)
     latents_size = as_size(FLOAT_BYTES * num_values)
     free = as_size(shutil.disk_usage(folder).free)
+    lora_lines = []
+    for expert, files in loras.items():
+        purpose = f", for {expert.replace('_', ' ')}" if expert else ""
+        lora_lines += [f"{name}, strength {strength:g}{purpose}" for name, strength in files]
+    origin = None
+    if is_single and source is not None:
+        origin = f"{source.path}, the last {first.num_steps} of {count_of(first.steps, 'step')}"
     model_names = filter(None, map(family.metadata.get, NAMING))
     box: list[Row] = [
         ("model", ", ".join(model_names)),
         ("experts", "\n".join(experts_in_words(family)) if has_names else None),
-        ("LoRAs", "\n".join(_describe_loras(loras))),
+        ("LoRAs", "\n".join(lora_lines)),
         _describe_results(requests, family.latent.has_layers),
         ("turns", turns_in_words(family, first) if has_names else None),
         ("prompt", in_short(first.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
-        ("from", _describe_source(source, first) if is_single and source is not None else None),
+        ("from", origin),
         ("device", str(device)),
         ("disk", f"latents {latents_size}; {free} free"),
         ("folder", str(folder)),
     ]
     show_box("Generating", box)
-
-
-def _count_latents(family: Family, request: Prepared) -> int:
-    """Return the number of elements of a request's latents, including audio."""
-    if request.joint is not None:
-        return prod(request.joint.picture) + prod(request.joint.audio)
-    return prod(family.latent.shape(request.frames, request.height, request.width))
-
-
-def _describe_loras(loras: Mapping[str, Sequence[tuple[str, float]]]) -> list[str]:
-    lines = []
-    for expert, files in loras.items():
-        purpose = f", for {expert.replace('_', ' ')}" if expert else ""
-        lines += [f"{name}, strength {strength:g}{purpose}" for name, strength in files]
-    return lines
-
-
-def _describe_source(source: Source, prepared: Prepared) -> str:
-    return f"{source.path}, the last {prepared.num_steps} of {count_of(prepared.steps, 'step')}"
 
 
 def _describe_results(requests: Sequence[Prepared], has_layers: bool) -> Row:

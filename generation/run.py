@@ -320,7 +320,7 @@ def _make_run(
 
         options, predicted = resolve_options(family, options, device, room)
     session = make_session(family, options, dit_loader(family, uses, device, options), options.interactive)
-    post = make_post(options, device) if options.post.tools else None
+    post = make_post(options, device) if options.post.post else None
     rewriter = None
     rewriting = options.rewriting
     if rewriting.prompt_rewrite is not None and rewriting.prompt_rewrite_model is not None:

@@ -47,7 +47,8 @@ def generation_script(
                 options, family_options = settle(options, family_options)
                 stack.enter_context(name_as_typed(options.typed_names))
             options.warn_of_ignored()
-            entry.say_notice()
+            if entry.notice:
+                entry.say_notice()
             if options.interactive:  # each prompt has its own
                 warnings.close()
             print_loading()

@@ -426,6 +426,7 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
 
 
 def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
+    """Translate the trainer's options that draw some noise levels more often to --timestep_focus."""
     low, high = args.h3_timestep_focus_min, args.h3_timestep_focus_max
     if not args.h3_timestep_focus_prob:
         return
@@ -452,7 +453,7 @@ def _read_bounds(args: argparse.Namespace) -> None:
 
 def _select_rank(args: argparse.Namespace) -> None:
     """Give a LoRA the model's default rank and alpha, if neither is given."""
-    if not hasattr(args, "network_module"):  # the transformer itself is trained
+    if not hasattr(args, "network_module") or args.embedding_only:  # there is no LoRA
         return
     is_lora = args.network_module is None or args.network_module.startswith("networks.lora")
     has_alpha = args.network_alpha != 1 or "network_alpha" in args.typed_options

@@ -14,6 +14,7 @@ control_codes: text for a console
 devices: choose devices, name dtypes, send tensors, free and measure memory
 downloading: receive a file from a site, continued and bounded
 environment: the virtual environment of the scripts that set up
+error_output: the message in what a program of ours has printed
 errors: errors that a user can correct
 extensions: load what installed packages bring, if it is named
 file_batches: write many small files in the time of few

@@ -53,7 +53,12 @@ class Bar(ExitStack):
         self.is_terminal = is_terminal
         self.done: float = 0
         self._bar: Any = None
-        self._note = _note_elsewhere()
+        # reports the progress to the program that started this one
+        self._note: Callable[[float, float | None, str], None] | None = None
+        if os.environ.get(PROGRESS):
+            from modules.progress import ProgressFile  # only from `run` or a page
+
+            self._note = ProgressFile().note
         self._start = self._told = now()
         if at_once and self.shown and is_terminal():
             self._open_bar()
@@ -107,15 +112,6 @@ class Bar(ExitStack):
             parts.append(f"about {in_words(seconds_left)} left")
         separator = ", step " if self.unit == STEPS else ": "
         return f"{self.what}{separator}{', '.join(parts)}"
-
-
-def _note_elsewhere() -> Callable[[float, float | None, str], None] | None:
-    """Return a function that reports progress to the parent program; None if the parent does not want it."""
-    if not os.environ.get(PROGRESS):
-        return None
-    from modules.progress import ProgressFile  # only from `run` or a page
-
-    return ProgressFile().note
 
 
 def track(

@@ -29,13 +29,7 @@ PATIENCE = 2.0  # seconds within which a launcher ends the others
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
 MAX_LINES = 3  # of a message; a hint below it is one of them
 MAX_OF_LINE = 2000  # characters of a line of a message
-MAX_SAID = 2000  # characters of what another program of ours says
 LISTS_OPTIONS = " --help lists all options"  # end of a line below an error, for who reads it in a terminal
-# begin of the line that says why a program of ours has ended: a kind of error, or its name in a checkout
-# (x.py) or the package (a_name, reelsmith x y)
-ENDS = re.compile(
-    r"^(?:[\w.]+Error|\w+\.py: error|[^\W_]+_\w+: error|reelsmith(?: [\w-]+)+: error): ", re.MULTILINE
-)
 MAX_OF_WORD = 240  # characters of a typed word in a message
 # numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -91,6 +85,7 @@ def wants_color(stream: Any) -> bool:
         handle = kernel32.GetStdHandle(number)
         mode = ctypes.c_ulong()
         if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is not a console
+            # 4: ENABLE_VIRTUAL_TERMINAL_PROCESSING
             is_done = bool(kernel32.SetConsoleMode(handle, mode.value | 4)) and is_done
     return is_done
 
@@ -323,20 +318,6 @@ def plain_message(text: str, typed: Sequence[str] = ()) -> str:
             if len(part) > MAX_OF_WORD or "\n" in part:
                 text = text.replace(part, one_line(part))
     return shorten_lines(escape_control_codes(text), MAX_OF_LINE)
-
-
-def message_of(errors: str) -> str:
-    """Return the message, without its kind, of the error that ended a program of ours.
-
-    Args:
-        errors: Its stderr.
-    """
-    last = errors.rpartition("Traceback (most recent call last):")[2]
-    match = ENDS.search(last)
-    if match is None:
-        return errors.strip()[-MAX_SAID:]
-    message = last[match.end() :].partition("\n\n")[0].strip()
-    return re.sub(rf"\n[^\n]*{LISTS_OPTIONS}$", "", message)[:MAX_SAID]
 
 
 def one_line(word: str) -> str:

@@ -232,13 +232,6 @@ def emulates_bfloat16() -> bool:
     return torch.backends.cpu.get_cpu_capability() == "AVX2"
 
 
-def lacks_bfloat16() -> bool:
-    """Return whether there is an NVIDIA GPU older than Ampere, on which torch emulates bfloat16, slowly."""
-    if not torch.cuda.is_available() or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability() < (8, 0)
-
-
 def warn_if_emulated(device: torch.device, dtype: torch.dtype, what: str) -> None:
     """Log a warning if a network computes in bfloat16 on a CPU without instructions for it.
 

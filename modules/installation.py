@@ -164,6 +164,8 @@ def _find_typed_folder() -> Path:
 
 def find_front_words() -> list[str]:
     """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
+    if not any(Path(word).name == FRONT_SCRIPT for word in sys.orig_argv):
+        return []
     index = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
     words = name_words(Path(sys.argv[0]).stem).split()
     index -= len(words)

@@ -124,14 +124,13 @@ class Parser(argparse.ArgumentParser):
         self._reject_joined(words)
         takers = [action for action in self._actions if getattr(action, "by_place", False)]
         words = self._give_flags(words, takers) if takers else words
-        self._note_flags(words)
+        names = self._note_flags(words)
         parsed, unused = super().parse_known_args(words, namespace)
         if unused:
             from modules.mistyped import explain_rest  # only mistakes need it
 
             positionals = self._get_positional_actions()
             self.error(explain_rest(self._option_string_actions, words, unused, positionals))
-        names = self._find_typed_names()
         if names:
             parsed.typed_names = names  # for records with a field of this name
         typed = frozenset(self._option_string_actions[flag].dest for flag in self._all_typed)
@@ -152,20 +151,12 @@ class Parser(argparse.ArgumentParser):
                 "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
             )
 
-    def _find_typed_names(self) -> dict[str, str]:
-        """Map each flag that was not typed to the typed flag of the same option."""
-        names: dict[str, str] = {}
-        for action in self._actions:
-            shown = self.typed_flags.get(action.dest)
-            if shown is not None:
-                flags = [flag for flag in action.option_strings if flag[:2] == "--" and flag[:5] != "--no-"]
-                names |= {flag: shown for flag in flags if flag not in self._all_typed}
-            elif action.dest in self.shown_flags:
-                names[f"--{action.dest}"] = self.shown_flags[action.dest]
-        return {flag: shown for flag, shown in names.items() if flag != shown}
+    def _note_flags(self, words: Sequence[str]) -> dict[str, str]:
+        """Record the spelling of each typed option; an abbreviation is recorded in full.
 
-    def _note_flags(self, words: Sequence[str]) -> None:
-        """Record the spelling of each typed option; an abbreviation is recorded in full."""
+        Returns:
+            For each flag that was not typed, the typed flag of the same option.
+        """
         flags = self._option_string_actions
         self._all_typed.clear()
         for word in words[: words.index("--") if "--" in words else None]:
@@ -178,6 +169,17 @@ class Parser(argparse.ArgumentParser):
                 flag = begun[0]
             self.typed_flags.setdefault(flags[flag].dest, flag)
             self._all_typed.add(flag)
+        names: dict[str, str] = {}
+        for action in self._actions:
+            shown = self.typed_flags.get(action.dest)
+            if shown is not None:
+                spellings = [
+                    name for name in action.option_strings if name[:2] == "--" and name[:5] != "--no-"
+                ]
+                names |= {name: shown for name in spellings if name not in self._all_typed}
+            elif action.dest in self.shown_flags:
+                names[f"--{action.dest}"] = self.shown_flags[action.dest]
+        return {name: shown for name, shown in names.items() if name != shown}
 
     def _reject_joined(self, words: Sequence[str]) -> None:
         """Reject two numbers typed as one word, as people write sizes: 832x480."""
@@ -202,7 +204,14 @@ class Parser(argparse.ArgumentParser):
         so on; an option that takes several values gets all remaining words.
         """
         typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
-        parsed, unused = self._parse_without_required(typed)
+        required = [action for action in self._actions if action.required]
+        for action in required:  # what is missing is reported later
+            action.required = False
+        try:
+            parsed, unused = super().parse_known_args(typed)
+        finally:
+            for action in required:
+                action.required = True
         waiting = [action for action in takers if getattr(parsed, action.dest) is action.default]
         free = [word for word in unused if word != "--"]
         if not free or not waiting:
@@ -219,17 +228,6 @@ class Parser(argparse.ArgumentParser):
             )
         joined = [f"{flag}={word}" for flag, word in zip(flags, free, strict=False)]
         return [*used, *joined]
-
-    def _parse_without_required(self, words: list[_Word]) -> tuple[argparse.Namespace, list[str]]:
-        """Parse even if required options are missing; return the result and the remaining words."""
-        required = [action for action in self._actions if action.required]
-        for action in required:
-            action.required = False
-        try:
-            return super().parse_known_args(words)
-        finally:
-            for action in required:
-                action.required = True
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""

@@ -91,20 +91,16 @@ def build_parser(table: Mapping[str, Any], prog: str | None = None, kind: type[P
         section = read_entry("section", name)
         group = group_of(parser, section["title"])
         for option in section["options"]:
-            _add_action(parser, group, read_entry("option", option))
+            # without the checks of `add_argument`, which its compiling has passed
+            action = _build_action(read_entry("option", option))
+            action.container = group
+            group._group_actions.append(action)
+            parser._actions.append(action)
+            for flag in action.option_strings:
+                parser._option_string_actions[flag] = action
+                if parser._negative_number_matcher.match(flag):
+                    parser._has_negative_number_optionals.append(True)
     return parser
-
-
-def _add_action(parser: Parser, group: argparse._ArgumentGroup, row: Mapping[str, Any]) -> None:
-    """Put an option into a parser, without the checks of `add_argument`, which its compiling has passed."""
-    action = _build_action(row)
-    action.container = group
-    group._group_actions.append(action)
-    parser._actions.append(action)
-    for flag in action.option_strings:
-        parser._option_string_actions[flag] = action
-        if parser._negative_number_matcher.match(flag):
-            parser._has_negative_number_optionals.append(True)
 
 
 def _build_action(row: Mapping[str, Any]) -> Any:
@@ -142,7 +138,8 @@ def _build_action(row: Mapping[str, Any]) -> Any:
 def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     """Check typed values by the facts of their options, as their records do.
 
-    An option whose need a file or another option may meet (`changes_values`) is left to its record.
+    An option whose need a file or another option may meet (`changes_values`) is left to its record. So are
+    warnings, which would be logged twice.
 
     Args:
         parser: Of a table.
@@ -155,7 +152,14 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     typed: Collection[str] = getattr(arguments, TYPED)
 
     def value_of(name: str) -> Any:
-        return _convert(actions.get(name.replace("-", "_")), name, arguments)
+        """Return the value of an option as its record has it, if it is one path or several."""
+        action = actions.get(name.replace("-", "_"))
+        value = getattr(arguments, name.replace("-", "_"), None)
+        if action is None or value is None:
+            return None
+        check_characters(name, value)
+        flag = f"--{name}" if action.option_strings else name
+        return convert_value(value, tuple[Path, ...] if isinstance(value, list) else Path, flag)
 
     def list_given(names: Collection[str]) -> list[str]:
         return [name for name in names if _is_given(actions.get(name.replace("-", "_")), name, arguments)]
@@ -183,7 +187,14 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         info = getattr(action, "facts", {})
         if info.get("are_paths"):
             name = _find_public_name(action)
-            check_paths(f"--{name}" if action.option_strings else name, value_of(name), info, value_of)
+            flag = f"--{name}" if action.option_strings else name
+            if info.get("place") != "safetensors":
+                check_paths(flag, value_of(name), info, value_of)
+                continue
+            from modules.console import quiet  # only for a file that may be replaced
+
+            with quiet():
+                check_paths(flag, value_of(name), info, value_of)
 
 
 def _find_public_name(action: argparse.Action) -> str:
@@ -202,16 +213,6 @@ def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Nam
     if isinstance(value, str) and isinstance(default, str) and info.get("are_paths"):
         value, default = Path(value), Path(default)
     return bool(value != default) and value not in info.get("off", ())
-
-
-def _convert(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> Any:
-    """Return the value of an option as its record has it, if it is one path or several."""
-    value = getattr(arguments, name.replace("-", "_"), None)
-    if action is None or value is None:
-        return None
-    flag = f"--{name}" if action.option_strings else name
-    check_characters(name, value)
-    return convert_value(value, tuple[Path, ...] if isinstance(value, list) else Path, flag)
 
 
 def _name_after(flags: Sequence[str]) -> str:

@@ -104,6 +104,8 @@ class Change:
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
+        if shape == expected and change.delta.normalization is None:
+            return change
         fault = change._describe_error(shape, expected)
         if fault:
             raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {fault}", path)
@@ -177,7 +179,8 @@ class Change:
             raise MismatchError(BY_INPUT)
         start = rows.start - first
         factors = {part: tensor for part, tensor in self.delta.factors.items() if part != ROWS}
-        return replace(self, delta=self.delta.with_factors(factors), rows=slice(start, start + size[0]))
+        whole = replace(self.delta, factors=factors)
+        return replace(self, delta=whole, rows=slice(start, start + size[0]))
 
     def _place_factors(self, relative: Relative, weight: Tensor) -> "Change":
         """Return the change for a related weight: a part of the LoRA's module, or one that contains it.
@@ -248,6 +251,8 @@ class Change:
                 weight.copy_(delta.factors[SET].reshape(weight.shape))
                 total.zero_()
             return
+        elif delta.normalization is None:
+            addition = delta.dense(total.device)
         else:
             addition = delta.addition(weight, total.device, self.use.lora.has_frozen_norms)
         assert addition is not None
@@ -478,10 +483,12 @@ class LoraPatch:
         Raises:
             CheckpointError: If a LoRA has another size.
         """
-        changes = [change.to(weight.device) for change in self._fitting(name, weight)]
+        changes = self._fitting(name, weight)
         blocks = [] if weight.is_meta else _blocks(weight, changes)
         if not blocks:
             return weight
+        if weight.device != CPU or any(change.delta.rotation is not None for change in changes):
+            changes = [change.to(weight.device) for change in changes]
         dtype = narrow_dtype(weight.dtype, target)
         sample = None  # some rows, which show how much rounding to 16 bits would lose
         base = weight
@@ -548,11 +555,11 @@ class LoraPatch:
         """Return the changes of a parameter, fitted to it; raise CheckpointError if a size differs."""
         changes = []
         found = self._find(name)
+        rotating = [each for each in found if each.change.delta.rotation is not None]
         # rotations count as used before `_as_full` joins those of several parts
-        for key, change, _ in found:
-            if change.delta.rotation is not None:
-                self._used[id(change.use)].add(key)
-        for key, change, relative in _as_full(found):
+        for key, change, _ in rotating:
+            self._used[id(change.use)].add(key)
+        for key, change, relative in _as_full(found) if rotating else found:
             channels = change.delta.find_other_channels(weight) if name.endswith(FIRST_LAYERS) else None
             if channels is not None:
                 self._narrower[id(change.use)] = channels
@@ -672,7 +679,9 @@ class LoraPatch:
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)
             relations: list[tuple[str, Relative | None]] = [(module, None)]
-            relations += [(relative.name, relative) for relative in relatives(module, self._layouts)]
+            layouts = self._layouts
+            if layouts is None or layouts.parts or layouts.joined:
+                relations += [(relative.name, relative) for relative in relatives(module, layouts)]
             self._seen.update(f"{OURS}{relative_name}.{leaf}" for relative_name, _ in relations)
             changes: list[FoundChange] = []
             for relative_name, relative in relations:
@@ -776,7 +785,8 @@ def check_loras_fit(
         checkpoint = opened.enter_context(open_checkpoint(model))
         if companion is not None:
             checkpoint = checkpoint.join(opened.enter_context(open_checkpoint(companion)))
-        uses = fit_depths(uses, checkpoint.tensors, model)
+        if any(use.lora.grown for use in uses):
+            uses = fit_depths(uses, checkpoint.tensors, model)
         patch = LoraPatch(uses, checkpoint.tensors, model, family=family)
         for name, info in checkpoint.tensors.items():
             if info.packing is None or info.packing.pad == 1:

@@ -124,16 +124,16 @@ class _Cast(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype
-        ctx.heights = []  # of the factors in each matrix
+        ctx.split_sizes = []  # of the factors in each matrix
         matrices, rows = list[Tensor](), list[Tensor]()
         start = 0
         for count in counts:
             members = factors[start : start + count]
-            heights = [len(member) for member in members]
-            matrix = members[0].new_empty((sum(heights), *members[0].shape[1:]), dtype=dtype)
-            ctx.heights.append(heights)
+            split_sizes = [len(member) for member in members]
+            matrix = members[0].new_empty((sum(split_sizes), *members[0].shape[1:]), dtype=dtype)
+            ctx.split_sizes.append(split_sizes)
             matrices.append(matrix)
-            rows += matrix.split(heights)
+            rows += matrix.split(split_sizes)
             start += count
         copy_each(rows, factors)
         # in place: a product in float32 would be half of a LoRA more at the peak. Down factors have no scale
@@ -146,8 +146,8 @@ class _Cast(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return gradients of the factors; None for layers that this pass did not reach."""
         of_factors: list[Tensor | None] = []
-        for gradient, heights in zip(gradients, ctx.heights, strict=True):
-            of_factors += [None] * len(heights) if gradient is None else gradient.split(heights)
+        for gradient, split_sizes in zip(gradients, ctx.split_sizes, strict=True):
+            of_factors += [None] * len(split_sizes) if gradient is None else gradient.split(split_sizes)
         reached = {index: gradient for index, gradient in enumerate(of_factors) if gradient is not None}
         wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in reached.values()]
         copy_each(wide, list(reached.values()))

@@ -75,17 +75,13 @@ class Delta:
         """Whether the change can only be computed from the frozen weight."""
         return self.rotation is not None or self.normalization is not None
 
-    def with_factors(self, factors: Factors) -> "Delta":
-        """Return a copy with other factors for the same parts, or for some of them."""
-        return replace(self, factors=factors)
-
     def to(self, device: torch.device) -> "Delta":
         """Return the delta with its factors on a device, except alphas and rows, which the host reads."""
         moved = dict(self.factors)
-        for part, tensor in without_alpha(self.factors).items():
-            if part != ROWS:
+        for part, tensor in self.factors.items():
+            if part not in ("alpha", ROWS):
                 moved[part] = tensor.to(device)
-        return self.with_factors(moved)
+        return replace(self, factors=moved)
 
     # --- the change
 
@@ -184,9 +180,9 @@ class Delta:
             return (full.shape[0], full.shape[1]) if full.ndim == 2 else None
         if not composing.CORES.isdisjoint(self.factors):  # of a convolution
             return None
-        whole = self.with_factors({part: tensor for part, tensor in self.factors.items() if part != ROWS})
+        full_factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
         try:
-            shape = whole.shape()
+            shape = replace(self, factors=full_factors).shape()
         except MismatchError:
             return None
         return None if shape is None else (shape[0], math.prod(shape[1:]))
@@ -220,7 +216,7 @@ class Delta:
             if of_kind is None:
                 return None
             cut.update(of_kind)
-        return self.with_factors(cut)
+        return replace(self, factors=cut)
 
     def part(self, first: int, last: int) -> "Delta":
         """Return the delta of one part of a joined layer: of the rows `first` to `last` of its change.
@@ -238,7 +234,7 @@ class Delta:
                     of_rows[part] = self.factors[part][first:last]
             factors = {**self.factors, **of_rows}
         # copies: files cannot hold tensors that share memory
-        return self.with_factors({part: tensor.clone() for part, tensor in factors.items()})
+        return replace(self, factors={part: tensor.clone() for part, tensor in factors.items()})
 
     def row_parts(self) -> set[str] | None:
         """Return the factors whose first axis are the rows of the weight; None if one has another axis."""
@@ -271,8 +267,17 @@ class Delta:
 
     def find_error(self) -> str | None:
         """Return the reason why the factors define no change of a weight; None if they define one."""
-        checks = (self._find_absent, self._find_wrong_shape, self._find_wrong_value, self._find_mismatch)
-        return next(filter(None, (check() for check in checks)), None)
+        absent = self._find_absent()
+        if absent is not None:
+            return absent
+        for part, tensor in self.factors.items():
+            if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
+                return f"its {part} has the shape {list(tensor.shape)}"
+        for algebra in self.algebras:
+            error = None if algebra.find_error is None else algebra.find_error(self.factors)
+            if error is not None:
+                return error
+        return self._find_wrong_value() or self._find_mismatch()
 
     def _find_absent(self) -> str | None:
         """Return why the factors are incomplete or exclude each other; None if they are complete."""
@@ -289,13 +294,7 @@ class Delta:
                 return f"it has {', '.join(others)} next to a rotation ({part}), which is not supported"
         if not factors.keys() & {*composing.MARKS, *_FULL}:
             return f"it has only {', '.join(factors)}"
-        return next(filter(None, (algebra.find_absent(factors) for algebra in self.algebras)), None)
-
-    def _find_wrong_shape(self) -> str | None:
-        for part, tensor in self.factors.items():
-            if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
-                return f"its {part} has the shape {list(tensor.shape)}"
-        return next(filter(None, (algebra.find_wrong_shape(self.factors) for algebra in self.algebras)), None)
+        return None
 
     def _find_wrong_value(self) -> str | None:
         """Return what is wrong with the values of the factors; None if all are finite numbers."""
@@ -313,19 +312,23 @@ class Delta:
 
     def _find_mismatch(self) -> str | None:
         """Return the reason why the factors cannot be multiplied at all; None if they can."""
-        sized = without_alpha(self.factors)
-        shown = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
         try:
             shape = self.shape()
         except MismatchError:
-            return f"its factors do not go together: {shown}"
-        bias = self.bias(CPU)
-        if shape is None or bias is None:
+            return f"its factors do not go together: {self._show_shapes()}"
+        if shape is None or OF_BIAS.isdisjoint(self.factors):
             return None
+        bias = self.bias(CPU)
+        assert bias is not None
         rows = shape[0] if shape else 0
         if bias.numel() != rows:
-            return f"its bias has {bias.numel()} values, its weight {rows} rows: {shown}"
+            return f"its bias has {bias.numel()} values, its weight {rows} rows: {self._show_shapes()}"
         return None
+
+    def _show_shapes(self) -> str:
+        """Return the shapes of the factors for messages."""
+        sized = without_alpha(self.factors)
+        return ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
 
     def find_other_channels(self, weight: Tensor) -> str | None:
         """Describe a change of a first layer that differs from this weight only in its input channels.

@@ -7,7 +7,7 @@ many it is.
 
 import logging
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from modules.errors import CheckpointError
 from networks.key_formats import module_of_tensor
 from networks.loading import LoraFile, LoraUse
 from networks.module_names import select_family
-from networks.names.layouts import OURS, FamilyNames, GrownBlocks
+from networks.names.layouts import OURS, GrownBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ def fit_depths(
     Raises:
         CheckpointError: For a LoRA whose blocks cannot be mapped to those of the model.
     """
-    grown_of_uses = [find_grown(use.lora) for use in uses]
+    grown_of_uses = [use.lora.grown for use in uses]
     if not any(grown_of_uses):
         return [*uses]
     depths: dict[str, int] = {}
@@ -51,16 +51,10 @@ def fit_depths(
 
 def fit_to_file(uses: Sequence[LoraUse], model: Path) -> list[LoraUse]:
     """Map the blocks of LoRAs to those of a transformer's file, as `fit_depths` does for names."""
-    if not any(find_grown(use.lora) for use in uses):
+    if not any(use.lora.grown for use in uses):
         return [*uses]
     with open_checkpoint(model) as checkpoint:
         return fit_depths(uses, checkpoint.tensors, model)
-
-
-def find_grown(lora: LoraFile) -> GrownBlocks | None:
-    """Return how deeper variants of a LoRA's model repeat blocks; None if there are none or it is unknown."""
-    families: Collection[FamilyNames] = () if lora.parts else lora.families()
-    return next((family.grown for family in families if family.grown is not None), None)
 
 
 def _count_blocks(names: Iterable[str], grown: GrownBlocks) -> int:

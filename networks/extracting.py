@@ -125,7 +125,8 @@ def extract_model(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original:
         if is_full(original.tensors):
             return extract_full(options)
-        matrices = BlockWeights("", ("",), "").of(bare_names(original))
+        all_weights = BlockWeights(model="", lists=("",), example="")  # every name begins with ""
+        matrices = all_weights.of(bare_names(original))
     modules = {module_of_tensor(name)[0]: name for name in matrices}
     family = select_family(modules)
     weights: list[str] = []
@@ -315,7 +316,7 @@ def _extract(
         ("original", str(options.model_org)),
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
-        ("modules", f"{len(factors) // 3}{of_family}"),
+        ("modules", f"{len(factors) // 3}{of_family}"),  # down, up and alpha of each
         ("kept", f"{retained.share:.1%} of the change of these modules, by its norm"),
         ("time", in_words(time.monotonic() - start)),
     ]

@@ -17,7 +17,7 @@ from networks.delta import Delta, read_delta
 from networks.deltas import LORA, ROWS, strength
 from networks.kinds.composing import MAGNITUDES, MARKS, OF_MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.lora_products import diagonal_blocks, fused_heights
+from networks.lora_products import diagonal_blocks, fused_sizes
 from networks.module_names import FAMILIES, Relative, relatives
 from networks.names.layouts import BEFORE_REST, OURS, REST, SWAPPED, FamilyNames, RowsByHead, WeightPart
 
@@ -95,8 +95,8 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
     modules = deltas.group_by_module(tensors)
     apart: dict[str, Factors] = {}
     for name, factors in modules.items():
-        heights = _heights_of_parts(name, modules, height) if height(name) is None else {}
-        pieces = _cut(factors, heights) if any(heights.values()) else {name: factors}
+        rows_by_part = _rows_of_parts(name, modules, height) if height(name) is None else {}
+        pieces = _cut(factors, rows_by_part) if any(rows_by_part.values()) else {name: factors}
         if isinstance(pieces, str):
             logger.warning(f"{name}: {pieces}; it stays whole")
             pieces = {name: factors}
@@ -104,7 +104,7 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
     return deltas.ungroup(apart)
 
 
-def _heights_of_parts(
+def _rows_of_parts(
     name: str, modules: Collection[str], height: Callable[[str], int | None]
 ) -> dict[Relative, int | None]:
     """Return the rows of those parts of a module that have no separate LoRA; None for parts the model lacks.
@@ -114,7 +114,7 @@ def _heights_of_parts(
         modules: Modules with LoRAs.
         height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
-    heights: dict[Relative, int | None] = {}
+    rows_by_part: dict[Relative, int | None] = {}
     for relative in relatives(name.removeprefix(OURS)):
         part_name = OURS + relative.name
         if not relative.is_part or part_name in modules:
@@ -122,8 +122,8 @@ def _heights_of_parts(
         rows = height(part_name)
         # families split modules in different ways: a name for all rows that the model lacks is no part
         if rows is not None or is_cut(relative.part):
-            heights[relative] = rows
-    return heights
+            rows_by_part[relative] = rows
+    return rows_by_part
 
 
 def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
@@ -160,17 +160,17 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
     return pieces
 
 
-def joined_blocks(factors: Factors, heights: Sequence[int]) -> list[Factors]:
+def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
     """Return the LoRAs that one of several parts was joined from; [] of one that was trained as a whole.
 
     Args:
         factors: Factors of the module, by name of the part.
-        heights: Rows of the parts.
+        split_sizes: Rows of the parts.
     """
     is_plain = UP in factors and factors.keys() <= {"alpha", *LORA}
-    if not is_plain or len(heights) < 2:
+    if not is_plain or len(split_sizes) < 2:
         return []
-    blocks = diagonal_blocks(factors[UP], heights)
+    blocks = diagonal_blocks(factors[UP], split_sizes)
     return [] if blocks is None else cut_blocks(factors, blocks)
 
 
@@ -192,10 +192,12 @@ def _height_to_cut(delta: Delta) -> int | None:
     return len(delta.factors[UP]) if UP in delta.factors else None
 
 
-def _places_of_parts(heights: Mapping[Relative, int], full_height: int) -> dict[Relative, slice | Tensor]:
+def _places_of_parts(
+    rows_by_part: Mapping[Relative, int], full_height: int
+) -> dict[Relative, slice | Tensor]:
     """Return the rows of each part in the full weight; parts whose rows do not fit are left out."""
     places: dict[Relative, slice | Tensor] = {}
-    for relative, height in heights.items():
+    for relative, height in rows_by_part.items():
         rows = part_rows(relative.part, height, full_height)
         if rows is not None:
             places[relative] = rows
@@ -242,7 +244,7 @@ def fuse(
             continue
         piece = FusedPiece(name, module.part, factors)
         pieces_by_name.setdefault(OURS + module.name, []).append(piece)
-    likely = _guess_heights(pieces_by_name.values()) if height is None else {}
+    likely = _guess_rows(pieces_by_name.values()) if height is None else {}
     for into, pieces in pieces_by_name.items():
         rows = likely[pieces[0].part.ours] if height is None else height(into)
         joined = _join(pieces, rows or 0, is_for_model=height is not None)
@@ -264,17 +266,17 @@ def _find_full(
     return None
 
 
-def _guess_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
+def _guess_rows(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
     """Estimate the rows of each fused weight, equal in all blocks, from its parts."""
-    heights: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
+    rows_by_path: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
     paths: set[str] = set()  # of the parts, in their layout
     for piece in itertools.chain.from_iterable(fused):
         paths.add(piece.part.theirs)
-        rows = heights.setdefault(piece.part.ours, {})
+        rows = rows_by_path.setdefault(piece.part.ours, {})
         height = read_delta(piece.factors).height()
         if height is not None:
             rows[piece.part.index] = height
-    return {ours: _guess_height(_find_siblings(ours, paths), rows) for ours, rows in heights.items()}
+    return {ours: _guess_height(_find_siblings(ours, paths), rows) for ours, rows in rows_by_path.items()}
 
 
 def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
@@ -646,7 +648,7 @@ def mend_split_alphas(
         parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
         # an index of None or SWAPPED stands for the full weight, not for some of its rows
         num_parts = len({part.index for part in parts} - {None, SWAPPED})
-        row_counts = fused_heights(num_parts, len(up), down.shape[1])
+        row_counts = fused_sizes(num_parts, len(up), down.shape[1])
         if row_counts and diagonal_blocks(up, row_counts) is not None:
             mended[f"{name}.alpha"] = alpha * len(row_counts)  # as the rank: k times that of one part
             changed += 1

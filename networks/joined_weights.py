@@ -71,55 +71,55 @@ def joined(tensors: Sequence[Tensor]) -> Tensor | None:
     return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
 
 
-def add_products(total: Tensor, left: Tensor, right: Tensor, heights: Sequence[int]) -> None:
+def add_products(total: Tensor, left: Tensor, right: Tensor, sizes: Sequence[int]) -> None:
     """Add to the columns of each part the product of its columns of `left` and its rows of `right`, in place.
 
     Args:
         total: Tensor to add to, M x (C of all parts), contiguous.
         left: Left matrices side by side, M x P R.
         right: Right matrices, transposed, one below another, (C of all parts) x R.
-        heights: Widths C of the parts.
+        sizes: Sizes C of the parts.
     """
-    if len(set(heights)) == 1:
-        _parts(total, len(heights)).baddbmm_(_parts(left, len(heights)), _stack(right, len(heights)).mT)
+    if len(set(sizes)) == 1:
+        _parts(total, len(sizes)).baddbmm_(_parts(left, len(sizes)), _stack(right, len(sizes)).mT)
         return
-    columns = zip(total.split(heights, -1), left.chunk(len(heights), -1), right.split(heights), strict=True)
+    columns = zip(total.split(sizes, -1), left.chunk(len(sizes), -1), right.split(sizes), strict=True)
     for part, factor, rows in columns:
         part.addmm_(factor, rows.t())
 
 
-def multiply_parts(left: Tensor, right: Tensor, heights: Sequence[int]) -> Tensor:
+def multiply_parts(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return the product of each part, side by side, M x P R.
 
     Args:
         left: Left matrices side by side, M x (C of all parts).
         right: Right matrices one below another, (C of all parts) x R.
-        heights: Widths C of the parts.
+        sizes: Sizes C of the parts.
     """
     rank = right.shape[1]
-    product = left.new_empty((len(left), len(heights) * rank))
-    if len(set(heights)) == 1:
-        torch.bmm(_parts(left, len(heights)), _stack(right, len(heights)), out=_parts(product, len(heights)))
+    product = left.new_empty((len(left), len(sizes) * rank))
+    if len(set(sizes)) == 1:
+        torch.bmm(_parts(left, len(sizes)), _stack(right, len(sizes)), out=_parts(product, len(sizes)))
         return product
-    columns = zip(left.split(heights, -1), right.split(heights), product.split(rank, -1), strict=True)
+    columns = zip(left.split(sizes, -1), right.split(sizes), product.split(rank, -1), strict=True)
     for part, rows, target in columns:
         torch.mm(part, rows, out=target)
     return product
 
 
-def multiply_transposed(left: Tensor, right: Tensor, heights: Sequence[int]) -> Tensor:
+def multiply_transposed(left: Tensor, right: Tensor, sizes: Sequence[int]) -> Tensor:
     """Return left^T times right of each part, one below another, (C of all parts) x R.
 
     Args:
         left: Left matrices side by side, M x (C of all parts).
         right: Right matrices side by side, M x P R.
-        heights: Widths C of the parts.
+        sizes: Sizes C of the parts.
     """
-    count = len(heights)
-    if len(set(heights)) == 1:
+    count = len(sizes)
+    if len(set(sizes)) == 1:
         return torch.bmm(_parts(left, count).mT, _parts(right, count)).flatten(0, 1)
     product = left.new_empty((left.shape[1], right.shape[1] // count))
-    columns = zip(left.split(heights, -1), right.chunk(count, -1), product.split(heights), strict=True)
+    columns = zip(left.split(sizes, -1), right.chunk(count, -1), product.split(sizes), strict=True)
     for part, factor, target in columns:
         torch.mm(part.t(), factor, out=target)
     return product

@@ -13,7 +13,7 @@ from checkpoints.opening import open_checkpoint, reject_quantized
 from modules.console import count_of, count_words, list_some
 from modules.errors import CheckpointError, OptionError
 from networks import key_formats
-from networks.alphas import FoundAlphas, read_alphas, unfold
+from networks.alphas import read_alphas, unfold
 from networks.delta import read_deltas
 from networks.deltas import SET, drop_replaced, drop_unused_alphas, group_by_module, rank_of, ungroup
 from networks.fused_parts import mend_split_alphas, stack_rows
@@ -31,7 +31,7 @@ from networks.metadata import (
     metadata_of,
 )
 from networks.module_names import have_same_names, module_path, on_text_side, read_family, relatives
-from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames
+from networks.names.layouts import FOLDED, FOR_BOTH, OURS, TRAINED_FOR, TRAINED_ON, FamilyNames, GrownBlocks
 from networks.patterns import describe_unfit, in_any_spelling
 from networks.rank_masks import rule_of
 from networks.tensor_names import dialect_in_words
@@ -44,7 +44,7 @@ from networks.unused_tensors import (
     without_numbers,
 )
 from networks.use_options import UNTYPED, LoraPatternOptions
-from protocols.bundled_embeddings import BundledWords, find_words, without_words
+from protocols.bundled_embeddings import BUNDLE, BundledWords, find_words, without_words
 
 logger = getLogger(__name__)
 # metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them
@@ -155,6 +155,14 @@ class LoraFile:
             return [trained_family]
         return families
 
+    @property
+    def grown(self) -> GrownBlocks | None:
+        """Return how deeper variants of its model repeat blocks; None if there are none or it is unknown."""
+        if self.written_for is not None:
+            return self.written_for.grown
+        families = [] if self.parts else self.families()
+        return next((family.grown for family in families if family.grown is not None), None)
+
     def family(self) -> FamilyNames | None:
         """Return the family it was trained for; None if unknown or if several are possible."""
         families = self.families()
@@ -190,14 +198,14 @@ def read_lora(
         CheckpointError: If the file is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
-        kind = key_formats.other_kind(checkpoint.tensors)
+        is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
+        kind = None if is_own else key_formats.other_kind(checkpoint.tensors)
         # whole models are recognized by names, before gigabytes are read
         if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
             reject_quantized(checkpoint)
             raise _no_lora(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
-    is_own = metadata.get(LAYOUT_KEY) == layout_hash(stored)
     if is_own and path.is_file() and is_damaged(path, metadata):
         raise CheckpointError(
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
@@ -211,7 +219,7 @@ def read_lora(
         )
     rule_of(metadata, path)  # raises for an unreadable rule of ranks, before a model is loaded
     words: BundledWords = {}
-    if with_words:
+    if with_words and any(name.startswith(BUNDLE) for name in stored):
         words = find_words(stored)
         stored = without_words(stored)
     trained_family = read_family(metadata) if is_own else None
@@ -302,7 +310,7 @@ def _read_part(
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)
     _reject_faulty(path, modules, native.unknown)
-    alphas = FoundAlphas({}, "")
+    alphas_in_words = ""
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
             path,
@@ -311,12 +319,12 @@ def _read_part(
             expert=expert,
             is_written_here=is_own,
         )
-    logger.info(f"{path}: {_part_in_words(native, metadata, alphas, expert)}")
-    tensors = dict(tensors)
-    texts = dict(texts)
-    for name, alpha in alphas.tensors.items():
-        side = tensors if name.startswith(OURS) else texts
-        side[name] = alpha
+        alphas_in_words = alphas.words
+        in_dit = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
+        in_texts = {name: alpha for name, alpha in alphas.tensors.items() if name not in in_dit}
+        tensors = {**tensors, **in_dit}
+        texts = {**texts, **in_texts}
+    logger.info(f"{path}: {_part_in_words(native, metadata, alphas_in_words, expert)}")
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = mend_split_alphas(path, tensors, metadata)
     return LoraFile(
@@ -408,7 +416,7 @@ def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) ->
 
 
 def _part_in_words(
-    native: NativeTensors, metadata: Mapping[str, str], alphas: FoundAlphas, expert: str | None
+    native: NativeTensors, metadata: Mapping[str, str], alphas: str, expert: str | None
 ) -> str:
     """Describe what was read from a file, or from one expert's part: modules, names, alphas, experts."""
     num_texts = len(group_by_module(native.texts))
@@ -417,8 +425,8 @@ def _part_in_words(
         f"{count_of(len(group_by_module(native.tensors)), 'module')}{of_texts}",
         dialect_in_words(native.dialect),
     ]
-    if alphas.words:
-        words.append(alphas.words)
+    if alphas:
+        words.append(alphas)
     if TRAINED_FOR in metadata:
         words.append(f"trained for {metadata[TRAINED_FOR]}")
     if expert is not None:
@@ -449,8 +457,9 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
             path,
         )
     for kind in KINDS:
-        has_kind = any(not factors.keys().isdisjoint(kind.marks) for factors in modules.values())
-        if has_kind:
+        if kind.check_file is None:
+            continue
+        if any(not factors.keys().isdisjoint(kind.marks) for factors in modules.values()):
             kind.check_file(path)
 
 
@@ -602,10 +611,21 @@ def lora_uses(
         with_texts: Whether to read changes of text encoders.
         with_words: Whether to read the trained words in the files.
     """
-    included = _group_patterns_by_file(patterns, "include_patterns", len(files))
-    excluded = _group_patterns_by_file(patterns, "exclude_patterns", len(files))
+    included: Sequence[str] = ()
+    excluded: Sequence[str] = ()
+    if patterns is not None:
+        included = patterns.include_patterns or ()
+        excluded = patterns.exclude_patterns or ()
+    for option, typed in (("include_patterns", included), ("exclude_patterns", excluded)):
+        if len(typed) > len(files):
+            raise OptionError(
+                f"--{option} has {len(typed)} patterns for {len(files)} LoRA files: give one per file, in "
+                "the same order"
+            )
     uses = []
-    for (path, multiplier), include, exclude in zip(files, included, excluded, strict=True):
+    without: list[None] = [None] * len(files)  # the last files may have no pattern
+    rows = zip(files, [*included, *without], [*excluded, *without], strict=False)
+    for (path, multiplier), include, exclude in rows:
         lora = read_lora(path, by_expert=True, with_texts=with_texts, with_words=with_words)
         if include or exclude:
             names = _names_for_patterns(lora)
@@ -613,19 +633,6 @@ def lora_uses(
             exclude = fit_pattern(exclude, names, str(path))
         uses.append(LoraUse(lora, multiplier, include, exclude))
     return uses
-
-
-def _group_patterns_by_file(
-    patterns: LoraPatternOptions | None, option: str, num_files: int
-) -> list[str | None]:
-    """Return the pattern of each file, None for the last files without one."""
-    typed = list(getattr(patterns, option, None) or ())
-    if len(typed) > num_files:
-        raise OptionError(
-            f"--{option} has {len(typed)} patterns for {num_files} LoRA files: give one per file, in "
-            "the same order"
-        )
-    return [*typed, *[None] * (num_files - len(typed))]
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
@@ -705,10 +712,15 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
     """
     parts = []
     for use in uses:
+        family = use.lora.written_for
+        if family is not None and not family.text_side:  # all modules load with the transformer
+            if use.lora.tensors and not is_text:
+                parts.append(use)
+            continue
         text_modules: dict[str, Factors] = {}
         dit_modules: dict[str, Factors] = {}
         for name, factors in use.lora.modules().items():
-            if on_text_side(name.removeprefix(OURS), use.lora.written_for):
+            if on_text_side(name.removeprefix(OURS), family):
                 text_modules[name] = factors
             else:
                 dit_modules[name] = factors

@@ -74,7 +74,7 @@ class LoraLayer(nn.Module):
         original: nn.Linear | nn.Conv2d,
         rank: int,
         alpha: float,
-        heights: Sequence[int] = (),
+        split_sizes: Sequence[int] = (),
     ) -> None:
         """Create the factors for a frozen module; initially their product is 0.
 
@@ -84,16 +84,16 @@ class LoraLayer(nn.Module):
             original: The frozen module.
             rank: Rank; of a fused weight the rank of each part.
             alpha: Numerator of the scale alpha / rank; 0 means the rank.
-            heights: Rows of the parts of a fused weight; each part gets its own factors of this rank and
+            split_sizes: Rows of the parts of a fused weight; each part gets its own factors of this rank and
                 alpha. `rank` and `alpha` of the layer are those of all parts together, so their quotient is
                 unchanged.
         """
         super().__init__()
-        num_parts = max(len(heights), 1)
+        num_parts = max(len(split_sizes), 1)
         alpha = (alpha or rank) * num_parts
         rank = rank * num_parts
         self.register_buffer("alpha", torch.tensor(float(alpha)))
-        self.lora_down, self.lora_up = _factors(original, rank, heights)
+        self.lora_down, self.lora_up = _factors(original, rank, split_sizes)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
@@ -213,10 +213,10 @@ class LoraLayer(nn.Module):
             original_x, hidden = shared.multiply(self, x, joins=True)
         # factors that were cast before have the scale
         hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
-        heights = self.lora_up.heights if isinstance(self.lora_up, BlockUp) else ()
-        saved = hold(hidden, up, heights)
+        split_sizes = self.lora_up.split_sizes if isinstance(self.lora_up, BlockUp) else ()
+        saved = hold(hidden, up, split_sizes)
         out = self._original_forward(original_x)
-        return add_up(out.to(x.dtype), hidden, up, heights=heights, saved=saved).to(out.dtype)
+        return add_up(out.to(x.dtype), hidden, up, split_sizes=split_sizes, saved=saved).to(out.dtype)
 
     def is_plain(self, dtype: torch.dtype) -> bool:
         """Return whether the layer only adds the product of its factors to a frozen linear layer.
@@ -256,7 +256,7 @@ class LoraLayer(nn.Module):
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
         """Return (down R x in, up out x R) of each part of the weight, which may be the only one."""
         if isinstance(self.lora_up, BlockUp):
-            ups = self.lora_up.weight.split(self.lora_up.heights)
+            ups = self.lora_up.weight.split(self.lora_up.split_sizes)
             return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
         return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
 
@@ -341,16 +341,16 @@ def _multiply(factor: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tenso
 
 
 def _factors(
-    original: nn.Linear | nn.Conv2d, rank: int, heights: Sequence[int]
+    original: nn.Linear | nn.Conv2d, rank: int, split_sizes: Sequence[int]
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
     """Return uninitialized down and up modules, float32 on the CPU."""
     common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
         down = _make_empty(nn.Linear(original.in_features, rank, **common))
-        if heights:
-            return down, BlockUp(rank, heights)
+        if split_sizes:
+            return down, BlockUp(rank, split_sizes)
         return down, _make_empty(nn.Linear(rank, original.out_features, **common))
-    assert not heights
+    assert not split_sizes
     geometry: Any = {
         "kernel_size": original.kernel_size,
         "stride": original.stride,

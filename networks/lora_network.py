@@ -200,7 +200,10 @@ class OwnNetwork(nn.Module):
                 None for `learning_rate`.
         """
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
-        rates = self._select_rates_of_text_encoders(text_rates)
+        rates: dict[str, float] = {}
+        encoders = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
+        for index, prefix in enumerate(encoders):
+            rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
         rates[UNET] = learning_rate if unet_lr is None else unet_lr
         matches: list[tuple[int, ...]] = [()] * len(self.names)
         if self.settings.reg_rates:
@@ -231,14 +234,6 @@ class OwnNetwork(nn.Module):
                 group["params"].append(parameter)
         order = _order_of_groups(groups) if any(label.endswith(" plus") for label in groups) else [*groups]
         return [groups[label] for label in order], order
-
-    def _select_rates_of_text_encoders(self, text_rates: Sequence[float]) -> dict[str, float]:
-        """Return the learning rate of each text encoder by the prefix of its modules."""
-        prefixes = [prefix for prefix in dict.fromkeys(map(prefix_of, self.names)) if prefix != UNET]
-        rates: dict[str, float] = {}
-        for index, prefix in enumerate(prefixes):
-            rates[prefix] = text_rates[min(index, len(text_rates) - 1)]
-        return rates
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return, for each layer, the indices of the patterns in network_reg_lrs that its name matches."""
@@ -282,11 +277,11 @@ def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[
     """Return the factors of a file by module, with other layouts converted to the network's modules."""
     from networks.fused_parts import for_model  # only for --network_weights
 
-    heights = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
+    num_rows = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
     # any height: a rotation is that of all rows
-    heights |= {name: 1 for name, delta in read_deltas(here).items() if delta.rotation is not None}
+    num_rows |= {name: 1 for name, delta in read_deltas(here).items() if delta.rotation is not None}
     texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
-    tensors = for_model({**lora.tensors, **texts}, heights.get)
+    tensors = for_model({**lora.tensors, **texts}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
 

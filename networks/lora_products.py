@@ -59,7 +59,7 @@ class _Branch(torch.autograd.Function):
         return add_product(of_x, of_hidden, down), of_down
 
 
-def hold(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | None:
+def hold(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ()) -> Tensor | None:
     """Save the tensors for the backward pass of `add_up`. Call before the frozen layer, with equal arguments.
 
     Activation checkpointing recomputes up to the last saved tensor. As a LoRA's tensors are saved before its
@@ -68,7 +68,7 @@ def hold(hidden: Tensor, up: Tensor, heights: Sequence[int] = ()) -> Tensor | No
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
         return None
-    saved: Tensor = _Hold.apply(hidden, up, tuple(heights or up.shape[:1]))
+    saved: Tensor = _Hold.apply(hidden, up, tuple(split_sizes or up.shape[:1]))
     return saved
 
 
@@ -76,37 +76,39 @@ class _Hold(torch.autograd.Function):
     """Computes the backward pass of `add_up`, with the output's gradient from `_AddUp`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
         ctx.save_for_backward(hidden, up)
-        ctx.heights = heights
+        ctx.split_sizes = split_sizes
         return hidden.new_empty(()).expand(*hidden.shape[:-1], up.shape[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, up = ctx.saved_tensors
-        rows = rows_of(gradient).split(ctx.heights, -1)
-        groups = rows_of(hidden).chunk(len(ctx.heights), -1)
-        of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.heights), strict=True)]
+        rows = rows_of(gradient).split(ctx.split_sizes, -1)
+        groups = rows_of(hidden).chunk(len(ctx.split_sizes), -1)
+        of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.split_sizes), strict=True)]
         of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
         return _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
 
 
-def add_up(out: Tensor, hidden: Tensor, up: Tensor, heights: Sequence[int], saved: Tensor | None) -> Tensor:
+def add_up(
+    out: Tensor, hidden: Tensor, up: Tensor, split_sizes: Sequence[int], saved: Tensor | None
+) -> Tensor:
     """Return out + hidden @ up^T, in the memory of `out`.
 
     Args:
         out: Output of a frozen layer, ... out; nothing else may use it.
         hidden: Values between the factors, ... R.
         up: Up factor, out x R, in the dtype of `hidden`.
-        heights: Rows of the parts of `up`; each part multiplies its own group of values of `hidden`, as wide
-            as `up`.
+        split_sizes: Rows of the parts of `up`; each part multiplies its own group of values of `hidden`, as
+            wide as `up`.
         saved: Result of `hold` for the same arguments.
     """
-    heights = tuple(heights or up.shape[:1])
+    split_sizes = tuple(split_sizes or up.shape[:1])
     if saved is None and not (torch.is_grad_enabled() and out.requires_grad):
-        return _add_parts(out, hidden, up, heights)
-    total: Tensor = _AddUp.apply(out, saved, hidden.detach(), up.detach(), heights)
+        return _add_parts(out, hidden, up, split_sizes)
+    total: Tensor = _AddUp.apply(out, saved, hidden.detach(), up.detach(), split_sizes)
     return total
 
 
@@ -119,9 +121,9 @@ class _AddUp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, out: Tensor, saved: Tensor | None, hidden: Tensor, up: Tensor, heights: tuple[int, ...]
+        ctx: Any, out: Tensor, saved: Tensor | None, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]
     ) -> Tensor:
-        return _add_parts(out.detach(), hidden, up, heights)
+        return _add_parts(out.detach(), hidden, up, split_sizes)
 
     @staticmethod
     @once_differentiable
@@ -129,13 +131,13 @@ class _AddUp(torch.autograd.Function):
         return gradient, gradient, None, None, None
 
 
-def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, heights: tuple[int, ...]) -> Tensor:
+def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
     """Compute `add_up` without gradients."""
-    if len(heights) == 1:
+    if len(split_sizes) == 1:
         return add_product(out, rows_of(hidden), up.t())
-    rows = out.view(-1, out.shape[-1]).split(heights, -1)
-    groups = rows_of(hidden).chunk(len(heights), -1)
-    for row, group, block in zip(rows, groups, up.split(heights), strict=True):
+    rows = out.view(-1, out.shape[-1]).split(split_sizes, -1)
+    groups = rows_of(hidden).chunk(len(split_sizes), -1)
+    for row, group, block in zip(rows, groups, up.split(split_sizes), strict=True):
         row.addmm_(group, block.t())
     return out
 
@@ -169,16 +171,16 @@ class BlockUp(nn.Module):
     The rows of part p multiply the pth group of R values.
     """
 
-    def __init__(self, rank: int, heights: Sequence[int]) -> None:
+    def __init__(self, rank: int, split_sizes: Sequence[int]) -> None:
         """Make uninitialized blocks, float32 on the CPU.
 
         Args:
             rank: Rank of all parts together.
-            heights: Rows of each part.
+            split_sizes: Rows of each part.
         """
         super().__init__()
-        self.heights = tuple(heights)
-        self.weight = nn.Parameter(torch.empty(sum(heights), rank // len(heights)))
+        self.split_sizes = tuple(split_sizes)
+        self.weight = nn.Parameter(torch.empty(sum(split_sizes), rank // len(split_sizes)))
         self.register_state_dict_post_hook(_spread)
         self.register_load_state_dict_pre_hook(_gather)
 
@@ -189,15 +191,15 @@ class BlockUp(nn.Module):
 
     def multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
         """Return hidden, ... P R, times the blocks of `weight`, out x R, in place of this module's own."""
-        groups = hidden.chunk(len(self.heights), -1)
-        blocks = weight.split(self.heights)
+        groups = hidden.chunk(len(self.split_sizes), -1)
+        blocks = weight.split(self.split_sizes)
         return torch.cat([functional.linear(x, w) for x, w in zip(groups, blocks, strict=True)], -1)
 
 
 def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
     """Replace the diagonal blocks of an up factor in a state dict by the full matrix, as files have it."""
     assert isinstance(module, BlockUp)
-    state[f"{prefix}weight"] = torch.block_diag(*state[f"{prefix}weight"].split(module.heights))
+    state[f"{prefix}weight"] = torch.block_diag(*state[f"{prefix}weight"].split(module.split_sizes))
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -206,13 +208,13 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
     weight = state.get(f"{prefix}weight")
     if weight is None:
         return
-    blocks = diagonal_blocks(weight, module.heights)
+    blocks = diagonal_blocks(weight, module.split_sizes)
     if blocks is None:
         raise ValueError(f"{prefix}weight has values outside the blocks of its parts")
     state[f"{prefix}weight"] = torch.cat(blocks)
 
 
-def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
+def fused_sizes(parts: int, rows: int, columns: int) -> tuple[int, ...]:
     """Return the rows of each part of a fused layer: q, k, v, or q, k, v and the first layer of the MLP.
 
     The queries have as many rows as the weight has columns, or a third of the rows if the heads together are
@@ -227,14 +229,14 @@ def fused_heights(parts: int, rows: int, columns: int) -> tuple[int, ...]:
     Returns:
         The rows, or () if they do not fit.
     """
-    heights: tuple[int, ...] = ()
+    split_sizes: tuple[int, ...] = ()
     if parts == 3:
         queries = max(columns, rows // 3)
         remaining = rows - queries
-        heights = (queries, remaining // 2, remaining - remaining // 2)
+        split_sizes = (queries, remaining // 2, remaining - remaining // 2)
     elif parts == 4:
-        heights = (columns, columns, columns, rows - 3 * columns)
-    return heights if heights and min(heights) > 0 else ()
+        split_sizes = (columns, columns, columns, rows - 3 * columns)
+    return split_sizes if split_sizes and min(split_sizes) > 0 else ()
 
 
 def diagonal_blocks(up: Tensor, num_rows: Sequence[int]) -> list[Tensor] | None:

@@ -19,7 +19,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import SWITCHES, VARIANTS
 from networks.kinds.contract import NetworkKind, RankRule
 from networks.lora_layer import Dropouts
-from networks.lora_products import fused_heights
+from networks.lora_products import fused_sizes
 from networks.names.layouts import LoraRules
 from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
@@ -134,7 +134,7 @@ class LoraSettings:
         """Ranks that patterns of --network_args give to modules."""
         return [int(rank) for _, rank in self.reg_ranks]
 
-    def heights_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
+    def split_sizes_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
         """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
         if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
             return ()
@@ -144,7 +144,7 @@ class LoraSettings:
             if name.endswith(ending.replace(".", "_")):
                 num_parts = count
                 break
-        return fused_heights(num_parts, module.out_features, module.in_features)
+        return fused_sizes(num_parts, module.out_features, module.in_features)
 
 
 def read_settings(
@@ -178,12 +178,17 @@ def read_settings(
         perturbation = (values["ggpo_sigma"], values["ggpo_beta"])
     family_rules = rules or LoraRules(())  # without arguments of a family
     types = [argument for argument, _ in family_rules.types]
+    dropouts: Dropouts | None = None
+    rank_dropout = values.get("rank_dropout") or 0.0
+    module_dropout = values.get("module_dropout") or 0.0
+    if neuron_dropout or rank_dropout or module_dropout:
+        dropouts = Dropouts(neuron=neuron_dropout or 0.0, rank=rank_dropout, module=module_dropout)
     return LoraSettings(
         rank=DEFAULT_RANK if rank is None else int(rank),
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
         conv_rank=values.get("conv_dim"),
         conv_alpha=values.get("conv_alpha", DEFAULT_ALPHA),
-        dropouts=_dropouts(neuron_dropout, values),
+        dropouts=dropouts,
         include=values.get("include_patterns", ()),
         exclude=values.get("exclude_patterns", ()),
         loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", ratio),
@@ -256,16 +261,6 @@ def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
     asked = [kind for kind in VARIANTS if not values.keys().isdisjoint((kind.switch, *kind.numbers))]
     rules = (kind.read_rule_of_arguments(values, rank) for kind in asked)
     return next((rule for rule in rules if rule is not None), None)
-
-
-def _dropouts(neuron_dropout: float | None, values: Mapping[str, Any]) -> Dropouts | None:
-    """Return the dropout rates; None if all are 0."""
-    rates = Dropouts(
-        neuron=neuron_dropout or 0.0,
-        rank=values.get("rank_dropout") or 0.0,
-        module=values.get("module_dropout") or 0.0,
-    )
-    return rates if rates.neuron or rates.rank or rates.module else None
 
 
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:

@@ -117,7 +117,7 @@ def _choose(
                 module=module,
                 rank=size.rank,
                 alpha=size.alpha,
-                heights=settings.heights_of(path, module) if settings.splits else (),
+                split_sizes=settings.split_sizes_of(path, module) if settings.splits else (),
                 rate_factor=1.0 if settings.blocks is None else settings.blocks.factor_of(path),
             )
     if settings.reg_ranks:
@@ -408,8 +408,8 @@ def _factors_for(
     """Return the factors of each module, with other layouts converted to the model's modules."""
     from networks.fused_parts import for_model  # only for a file or a state
 
-    heights = {name: len(placed.module.weight) for name, placed in by_name.items()}
-    return group_by_module(add_missing_alphas(for_model(tensors, heights.get)))
+    split_sizes = {name: len(placed.module.weight) for name, placed in by_name.items()}
+    return group_by_module(add_missing_alphas(for_model(tensors, split_sizes.get)))
 
 
 def _in_encoder(encoder: nn.Module) -> Iterator[PlacedModule]:

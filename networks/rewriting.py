@@ -108,14 +108,14 @@ def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         factors = {part: tensors[key] for part, key in keys.items()}
         if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
             factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
-        heights = _heights_of_parts(layer.name, factors)
-        if not heights:
+        split_sizes = _rows_of_parts(layer.name, factors)
+        if not split_sizes:
             continue
         prefix = f"{layer.start}to_{layer.name}."
         ends = {part: key.removeprefix(prefix) for part, key in keys.items()}
         first = 0
-        blocks = joined_blocks(factors, heights)
-        for index, (part, height) in enumerate(zip(_FUSED_PARTS[layer.name], heights, strict=True)):
+        blocks = joined_blocks(factors, split_sizes)
+        for index, (part, height) in enumerate(zip(_FUSED_PARTS[layer.name], split_sizes, strict=True)):
             piece = blocks[index] if blocks else read_delta(factors).part(first, first + height).factors
             for name, tensor in piece.items():
                 end = ends.get(name, name)
@@ -145,7 +145,7 @@ def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]
     return layers
 
 
-def _heights_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
+def _rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
     """Return the rows of each part of a fused layer; () if its factors cannot be split.
 
     Queries have as many rows as the layer has inputs, and keys and values, which may have fewer heads, share

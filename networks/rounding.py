@@ -60,24 +60,23 @@ class RoundingLoss:
     size: float = 0.0  # of c^2
     spread: float = 0.0  # of (e c)^2
 
-    @property
-    def kept_share(self) -> float:
-        """Fraction of the change that rounding keeps; 1 for a change of 0."""
-        return 1 + self.lost / self.size if self.size > 0 else 1.0
-
-    @property
     def is_notable(self) -> bool:
-        """Return whether the share differs from 1 by more than the tolerance and twice its standard error."""
+        """Return whether the fraction differs from 1 by more than the tolerance and two standard errors."""
         if self.size <= 0:
             return False
-        return abs(self.kept_share - 1) > _TOLERANCE + 2 * math.sqrt(self.spread) / self.size
+        return abs(self.lost) / self.size > _TOLERANCE + 2 * math.sqrt(self.spread) / self.size
 
 
 class SampledRows:
     """Evenly spaced rows of a weight, and what each LoRA file adds to them."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.rows = _spaced_rows(weight)
+        self.rows = slice(None)  # every n-th row, about `_SAMPLE_ELEMENTS` in all
+        if weight.ndim:
+            height = len(weight)
+            number = max(_SAMPLE_ROWS, _SAMPLE_ELEMENTS * height // weight.numel())
+            step = max(1, height // number)
+            self.rows = slice(step // 2, None, step)
         self.weight = self.of(weight).float()
         self.share = self.weight.numel() / weight.numel()  # of the weight
         self.additions: dict[Path, Tensor] = {}
@@ -110,16 +109,6 @@ class SampledRows:
         return {path: RoundingLoss(*row) for path, row in zip(self.additions, numbers, strict=True)}
 
 
-def _spaced_rows(weight: Tensor) -> slice:
-    """Return every n-th row, about `_SAMPLE_ELEMENTS` in all."""
-    if not weight.ndim:
-        return slice(None)
-    height = len(weight)
-    number = max(_SAMPLE_ROWS, _SAMPLE_ELEMENTS * height // weight.numel())
-    step = max(1, height // number)
-    return slice(step // 2, None, step)
-
-
 @dataclass(frozen=True)
 class RandomRounding:
     """How one weight is rounded at random: equal in every run and on all devices."""
@@ -144,7 +133,18 @@ class RandomRounding:
             position = (start + first).to_bytes(8, "little")
             place = hashlib.blake2b(position, key=self.seed, digest_size=8).digest()
             offset = int.from_bytes(place, "little") % (_NOISE - _CHUNK)
-            self._round_with(chunk, self.noise[offset : offset + len(chunk)])
+            shift = None
+            if self.dtype == torch.float16:
+                # moves small values to where the distances are equal, and those of all dropped bits
+                is_small = chunk.abs() < _SMALLEST_FP16
+                shift = torch.copysign(is_small * _SMALLEST_FP16, chunk)
+                chunk.add_(shift)
+            # adds up to almost one step to the magnitude, then cuts off what is no whole step
+            bits = chunk.view(torch.int32)
+            bits.add_(self.noise[offset : offset + len(chunk)])
+            bits.bitwise_and_(-(1 << _DROPPED_BITS[self.dtype]))
+            if shift is not None:
+                chunk.sub_(shift)
 
     def round_small(self, values: Tensor, change: Tensor) -> None:
         """Round all values of a small weight several times at random, and keep the draw that loses least.
@@ -165,20 +165,6 @@ class RandomRounding:
                 minimum = lost
                 best = rounded
         values.copy_(best)
-
-    def _round_with(self, values: Tensor, noise: Tensor) -> None:
-        """Round float32 values in place, up or down as the random `noise` decides; they stay float32."""
-        shift = None
-        if self.dtype == torch.float16:
-            # moves small values to where the distances are equal, and those of all dropped bits
-            is_small = values.abs() < _SMALLEST_FP16
-            shift = torch.copysign(is_small * _SMALLEST_FP16, values)
-            values.add_(shift)
-        # adds up to almost one step to the magnitude, then cuts off what is no whole step
-        bits = values.view(torch.int32)
-        bits.add_(noise).bitwise_and_(-(1 << _DROPPED_BITS[self.dtype]))
-        if shift is not None:
-            values.sub_(shift)
 
 
 def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
@@ -225,7 +211,7 @@ class LoraRounding:
         is_random = self._rule == STOCHASTIC
         if sample is not None:
             losses = sample.losses(dtype)
-            is_random = self._rule == AUTO and any(loss.is_notable for loss in losses.values())
+            is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
                 total = self._losses.setdefault(path, RoundingLoss())
                 total.lost += loss.lost / sample.share
@@ -262,7 +248,11 @@ class LoraRounding:
             return f"{self._num_narrow} weights are rounded at random, as {typed} says"
         if self._rule == NEAREST and not self._losses:
             return f"weights are rounded to the nearest, as {typed} says"
-        shares = [_share_in_words(path, loss) for path, loss in self._losses.items()]
+        shares = []
+        for path, loss in self._losses.items():
+            kept = 1 + loss.lost / loss.size if loss.size > 0 else 1.0  # of the change; 1 for a change of 0
+            percent = 100 * min(max(kept, 0), 1)
+            shares.append(f"{percent:.{1 if percent > 95 else 0}f} % of {path.name}")
         keeps = list_some(shares, _NAMED_FILES)
         if self._rule == NEAREST:
             return f"weights are rounded to the nearest, as {typed} says: that keeps {keeps}"
@@ -292,8 +282,3 @@ class LoraRounding:
         if words:
             logger.info(words)
         self._forget()
-
-
-def _share_in_words(path: Path, loss: RoundingLoss) -> str:
-    percent = 100 * min(max(loss.kept_share, 0), 1)
-    return f"{percent:.{1 if percent > 95 else 0}f} % of {path.name}"

@@ -114,14 +114,14 @@ class SharedInput:
             modules = [each.original for each in self.layers]
             weights = [module.weight for module in modules]
             biases = [module.bias for module in modules if module.bias is not None]
-            heights = [len(weight) for weight in weights]
+            split_sizes = [len(weight) for weight in weights]
             weight = bias = None
-            if x.numel() // x.shape[-1] * sum(heights) <= MAX_JOINED:
+            if x.numel() // x.shape[-1] * sum(split_sizes) <= MAX_JOINED:
                 weight = joined(weights)
                 bias = joined(biases) if weight is not None and biases else None
             outputs: Sequence[Tensor]
             if weight is not None and (bias is not None or not biases):
-                outputs = _JoinedOutputs.apply(heights, x, self.down, self.up, weight, bias)
+                outputs = _JoinedOutputs.apply(split_sizes, x, self.down, self.up, weight, bias)
             else:
                 every_bias = [module.bias for module in modules]
                 outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *every_bias)
@@ -195,7 +195,7 @@ class _JoinedOutputs(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        heights: Sequence[int],
+        split_sizes: Sequence[int],
         x: Tensor,
         down: Tensor,
         up: Tensor,
@@ -203,11 +203,11 @@ class _JoinedOutputs(torch.autograd.Function):
         bias: Tensor | None,
     ) -> tuple[Tensor, ...]:
         product = rows_of(functional.linear(x, down))
-        ctx.heights = heights
+        ctx.split_sizes = split_sizes
         ctx.save_for_backward(x, product, down, up, weight)
         output = functional.linear(x, weight, bias)
-        add_products(rows_of(output), product, up, heights)
-        return output.split(heights, -1)
+        add_products(rows_of(output), product, up, split_sizes)
+        return output.split(split_sizes, -1)
 
     @staticmethod
     @once_differentiable
@@ -215,8 +215,8 @@ class _JoinedOutputs(torch.autograd.Function):
         x, product, down, up, weight = ctx.saved_tensors
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
         gradient = torch.cat([rows_of(each) for each in gradients], -1)
-        of_product = multiply_parts(gradient, up, ctx.heights)
-        of_up = multiply_transposed(gradient, product, ctx.heights)
+        of_product = multiply_parts(gradient, up, ctx.split_sizes)
+        of_up = multiply_transposed(gradient, product, ctx.split_sizes)
         of_down = of_product.t() @ rows_of(x) if needs_down else None
         of_x = (gradient @ weight).addmm_(of_product, down).view(x.shape) if needs_x else None
         return None, of_x, of_down, of_up, None, None

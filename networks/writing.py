@@ -16,7 +16,7 @@ from networks.kinds import KINDS
 from networks.kinds.composing import MAGNITUDES, OF_MAGNITUDES, kinds_of_parts
 from networks.kinds.contract import TranslatedModules
 from networks.kinds.factors import DOWN, UP, Factors
-from networks.lora_products import diagonal_blocks, fused_heights
+from networks.lora_products import diagonal_blocks, fused_sizes
 from networks.module_names import alias, is_stacked, module_path, parts_of, stacked_path, to_alias
 from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, SWAPPED, UNET_IN_DIFFUSERS, FamilyNames
 from networks.names.texts import comfyui_path_of_text, diffusers_path_of_text
@@ -290,7 +290,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     if size is None:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
-    row_counts = fused_heights(len(paths), rows, columns)
+    row_counts = fused_sizes(len(paths), rows, columns)
     if len(paths) == 2 and rows % 2 == 0:  # keys and values, or the two layers of a gated feed-forward
         row_counts = (rows // 2, rows // 2)
     if not row_counts:
@@ -317,11 +317,11 @@ def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
     return None
 
 
-def _cut_rows(factors: Factors, heights: Sequence[int]) -> list[Factors | None]:
+def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | None]:
     """Return the factors of each group of rows; None where rows cannot be cut."""
-    starts = itertools.accumulate(heights, initial=0)
+    starts = itertools.accumulate(split_sizes, initial=0)
     delta = read_delta(factors)
-    cut = [delta.rows(slice(start, start + height)) for start, height in zip(starts, heights, strict=False)]
+    cut = [delta.rows(slice(start, start + size)) for start, size in zip(starts, split_sizes, strict=False)]
     return [None if part is None else part.factors for part in cut]
 
 

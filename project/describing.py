@@ -17,7 +17,7 @@ from typing import Any
 from dataset.sources.captions import add_trigger, find_text
 from downloads.catalogue import ModelSet
 from modules.control_codes import drop_control_codes
-from modules.devices import emulates_bfloat16, lacks_bfloat16
+from modules.devices import emulates_bfloat16
 from modules.errors import OptionError
 from modules.integers import round_up
 from modules.media.lengths import DEFAULT_LENGTHS, ClipLengths
@@ -40,11 +40,13 @@ from project.options import RUN_FILE
 from project.own_samples import find_origin
 from project.tags import TagLists, as_words
 from protocols.requests import COUNTS, VALUES
+from runtime.machine import lacks_bfloat16
 from training.config_options import OTHERS_TABLE, toml_value
 
 DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of images, and what sides are multiples of, in subsets
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
+PATIENCE = 5  # validations after the lowest, of a training that ends by itself
 SMALL = 16  # GiB: below, text encoders have 8 bits
 LARGE = 40  # GiB: from here on, clips are twice as long
 MAX_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
@@ -357,6 +359,8 @@ def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]
     name = content.names.get(folder)
     if name is not None and name.repeats > 1:
         keys["num_repeats"] = name.repeats
+    if folder in content.repeats:
+        keys["num_repeats"] = content.repeats[folder]
     class_tokens = choice.trigger if name is None else name.words
     if class_tokens and _lacks_captions(choice, folder, kind):
         keys["class_tokens"] = class_tokens
@@ -580,7 +584,9 @@ def list_commands(choice: Choice) -> list[list[str]]:
         download += ["--without", *choice.kept]
     download += ["--to", str(real_path(choice.options.models))]
     check = [*latents, "--check", "--html", CHECK_PAGE]
-    train = ["python", choice.kind.find_words(model)[0], "--config_file", RUN_FILE]
+    script, *own_words = choice.kind.find_words(model)
+    train = ["python", script, "--config_file", RUN_FILE]
+    train += [word for word in own_words if word == choice.kind.switch]
     if choice.varies_texts:
         return [download, check, latents, train]
     return [download, check, [*texts, "--check"], latents, texts, train]
@@ -601,7 +607,8 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, in the form of its --config_file, and the commands."""
     values = choice.kind.change(_model_values(choice), choice.memory)
-    values |= _read_options(choice.kind.find_words(choice.model)[1:], {})
+    own_words = [word for word in choice.kind.find_words(choice.model)[1:] if word != choice.kind.switch]
+    values |= _read_options(own_words, {"word": choice.trigger or ""})
     values |= _run_values(choice)
     values |= choice.training
     values = {name: value for name, value in values.items() if value is not None}
@@ -711,11 +718,12 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
     if choice.kind.makes_adapter:
+        if "validation_split" in values:
+            values["early_stopping_patience"] = PATIENCE
         values["make_adapter"] = find_origin(choice.content)
         if choice.options.output_name is None:
             values["output_name"] += NAMED
     if choice.kind.learns_word:
-        values["token_string"] = choice.trigger
         values["output_name"] = choice.options.output_name or choice.trigger  # programs take it as the word
     return values
 

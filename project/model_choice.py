@@ -39,6 +39,7 @@ from project.options import check_trigger, find_models, script_family
 from protocols.families import with_scripts
 from protocols.family import audio_of, knows_few_steps
 from protocols.few_steps import FewSteps
+from protocols.new_tokens import find_error
 from training.image_options import ImageModelOptions
 from training.options import training_parser
 
@@ -179,20 +180,15 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
         entry.make_family("training", read_options(record, args)).check_given_files()
 
 
-def check_word(model: ModelSet, kind: RunKind, word: str | None) -> None:
-    """Check the trigger word of a run in the same way as the training script.
-
-    Raises OptionError if the script would reject it.
-    """
+def check_word(kind: RunKind, word: str | None) -> None:
+    """Raise OptionError if the training would reject the trigger word of a run that learns it."""
     if word is None:
         raise OptionError(
             f"--train {kind.name}: {kind.title} is a new word: give it as --trigger_word, such as mrsfluff"
         )
-    entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
-    try:
-        entry.options_record(kind.record).usual(token_string=word)
-    except OptionError as error:
-        raise OptionError(str(error).replace("--token_string", "--trigger_word")) from None
+    error = find_error(word)
+    if error:
+        raise OptionError(f"--trigger_word {word!r} {error}")
 
 
 def _names_of(parser: argparse.ArgumentParser) -> set[str]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from modules import installation
-from modules.command import message_of
+from modules.error_output import message_of
 from modules.errors import OptionError
 from modules.help_text import DescribedOption, describe_options
 from modules.option_tables import find_table

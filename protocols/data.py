@@ -407,21 +407,18 @@ class LatentSpec:
     has_size_conditions: bool = False  # batches have `SIZES`
     # caches of images hold means: those of another model are these if its autoencoder is the same
     shares_caches: bool = False
+    # what follows from these
+    # images keep their alpha channel; otherwise they are composited on white
+    keeps_alpha: bool = field(init=False, repr=False, compare=False)
+    # time is not compressed, as in a model that generates only single images
+    is_of_images: bool = field(init=False, repr=False, compare=False)
+    lengths: ClipLengths = field(init=False, repr=False, compare=False)  # frames that a clip can have
 
-    @property
-    def keeps_alpha(self) -> bool:
-        """Return whether images keep their alpha channel; otherwise they are composited on white."""
-        return self.masks_latents or self.has_alpha
-
-    @property
-    def is_of_images(self) -> bool:
-        """Return whether time is not compressed, as in a model that generates only single images."""
-        return self.stride[0] == 1
-
-    @property
-    def lengths(self) -> ClipLengths:
-        """Numbers of frames that a clip can have."""
-        return ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
+    def __post_init__(self) -> None:
+        lengths = ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
+        object.__setattr__(self, "keeps_alpha", self.masks_latents or self.has_alpha)
+        object.__setattr__(self, "is_of_images", self.stride[0] == 1)
+        object.__setattr__(self, "lengths", lengths)
 
     def count_latents(self, frames: int) -> int:
         """Return the number of latent frames for a number of frames.

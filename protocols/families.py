@@ -6,7 +6,7 @@ No family is imported before it is asked for: a script that only prints its help
 import logging
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
@@ -56,33 +56,31 @@ class FamilyEntry:
     same_latents: str = ""  # the family whose autoencoder it has too
     notice: str = ""  # what its scripts say before anything else: terms of the license that exclude many
     captions: str = ""  # file of its folder with the `FORMAT` of its captions, if they are JSON objects
+    # what follows from these
+    training_script: str = field(init=False)  # that trains a LoRA, without `.py`
+    generation_script: str = field(init=False)  # that generates an image or a video, without `.py`
+    # flags of shared generation options that the generation script spells differently, by name
+    spellings: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        of_images = {"video_size": "--image_size"} if self.makes == "image" else {}
+        derived = {
+            "training_script": self.trainer or f"{self.script}_train_network",
+            "generation_script": f"{self.script}_generate_{self.makes}",
+            "spellings": {**of_images, **dict(self.spelled)},
+        }
+        for name, value in derived.items():
+            object.__setattr__(self, name, value)
 
     def say_notice(self) -> None:
-        """Log the family's notice as a warning, if it has one."""
-        if self.notice:
-            logger.warning("%s", self.notice)
-
-    @property
-    def training_script(self) -> str:
-        """Name of the script that trains a LoRA, without `.py`."""
-        return self.trainer or f"{self.script}_train_network"
-
-    @property
-    def generation_script(self) -> str:
-        """Name of the script that generates an image or a video, without `.py`."""
-        return f"{self.script}_generate_{self.makes}"
+        """Log the family's notice as a warning."""
+        logger.warning("%s", self.notice)
 
     @property
     def main_scripts(self) -> tuple[str, ...]:
         """Return the main scripts; the catalogue of released files names at least one of them per model."""
         names = (f"{self.cache}_latents", self.training_script, self.generation_script)
         return tuple(f"{name}.py" for name in names)
-
-    @property
-    def spellings(self) -> dict[str, str]:
-        """Return the flags of shared generation options that the script spells differently, by name."""
-        of_images = {"video_size": "--image_size"} if self.makes == "image" else {}
-        return {**of_images, **dict(self.spelled)}
 
     @property
     def options(self) -> ModuleType:

@@ -420,7 +420,7 @@ class Abilities:
     make_network: bool = False  # it is a `protocols.made_networks.MakesNetwork`
     inpaint: bool = False  # it is an `Inpaints` of the feature inpainting
     fit_captions: bool = False  # it is a `FitsCaptions`
-    tell_nodes: bool = False  # it is a `protocols.workflows.TellsNodes`
+    tell_nodes: bool = False  # it has `comfy_model`, see `TellsNodes` in training/features/workflow_nodes.py
 
 
 class Described(Protocol):

@@ -110,7 +110,17 @@ class FewSteps:
         """
         words = "|".join(filter(None, (_WORDS, self.words)))
         distilled = re.compile(rf"{_ANYWHERE}|(?<![a-z0-9])(?:{words})(?![a-z0-9])")
-        for name, where in _list_telling_names(path.absolute(), metadata):
+        # names that may reveal distillation, nearest first, each with a phrase about its origin
+        path = path.absolute()
+        name = _FILE_ENDING.sub("", path.name)
+        names = [(name, f"its name is {name}")]
+        if _PLAIN.fullmatch(name.lower()):
+            for folder in path.parents[:_FOLDERS]:
+                names.append((folder.name, f"its folder is {folder}"))
+        for key in _TITLES:
+            if key in metadata:
+                names.append((metadata[key], f"its {key} is {metadata[key]}"))
+        for name, where in names:
             split_name = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))  # CamelCase too
             if self.unless and re.search(self.unless, split_name):
                 return Verdict(False, where)
@@ -121,19 +131,6 @@ class FewSteps:
             if _UNDONE.search(plain):
                 return Verdict(False, where)
         return None
-
-
-def _list_telling_names(path: Path, metadata: Mapping[str, str]) -> list[tuple[str, str]]:
-    """Return the names that may reveal distillation, nearest first, each with a phrase about its origin."""
-    name = _FILE_ENDING.sub("", path.name)
-    names = [(name, f"its name is {name}")]
-    if _PLAIN.fullmatch(name.lower()):
-        for folder in path.parents[:_FOLDERS]:
-            names.append((folder.name, f"its folder is {folder}"))
-    for key in _TITLES:
-        if key in metadata:
-            names.append((metadata[key], f"its {key} is {metadata[key]}"))
-    return names
 
 
 def _with_underscores(name: str) -> str:

@@ -383,19 +383,21 @@ def check_size(size: tuple[int, int, int], latent: LatentSpec) -> None:
     """
     width, height, frames = size
     step = latent.pixel_step
-    option = "--image_size" if latent.is_of_images else "--video_size"
     num_pixels = width * height * frames
+    has_patches = not width % step and not height % step and min(width, height) >= step
+    if has_patches and num_pixels <= MAX_PIXELS:
+        return
+    option = "--image_size" if latent.is_of_images else "--video_size"
     if num_pixels > MAX_PIXELS:
         raise OptionError(
             f"{option} {height} {width}: {frames} such frames at once are {num_pixels / 1e9:.0f} thousand "
             f"million pixels, {MAX_PIXELS / 1e9:.0f} are the most. Lower it, or the length of the video."
         )
-    if width % step or height % step or min(width, height) < step:
-        near_height, near_width = (max(step, round(side / step) * step) for side in (height, width))
-        raise OptionError(
-            f"{option} {height} {width} (height width): both must be multiples of {step}. Nearest: "
-            f"{near_height} {near_width}"
-        )
+    near_height, near_width = (max(step, round(side / step) * step) for side in (height, width))
+    raise OptionError(
+        f"{option} {height} {width} (height width): both must be multiples of {step}. Nearest: "
+        f"{near_height} {near_width}"
+    )
 
 
 def full_patches(width: int, height: int, latent: LatentSpec) -> tuple[int, int]:

@@ -7,12 +7,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeGuard
+from typing import Any
 
 from protocols.requests import Prepared
-
-if TYPE_CHECKING:  # `family.py` names nothing of this file
-    from protocols.family import Described
 
 # our solvers -> samplers of ComfyUI
 SAMPLERS: Mapping[str, str] = MappingProxyType(
@@ -83,20 +80,3 @@ class ComfyModel:
     # whether round brackets in prompts weigh words there; `is_weighted`: samples read them so too
     weighs_words: bool = True
     is_weighted: bool = False
-
-
-class TellsNodes(Protocol):
-    """A family that knows the nodes of ComfyUI that make its samples."""
-
-    def comfy_model(self) -> ComfyModel:
-        """Return how ComfyUI runs this model.
-
-        Raises:
-            OptionError: If this variant of the model needs nodes that are not known here; the message is the
-                reason alone.
-        """
-
-
-def tells_nodes(family: "Described") -> TypeGuard[TellsNodes]:
-    """Return whether the family knows the nodes of ComfyUI that make its samples."""
-    return family.can.tell_nodes

@@ -97,6 +97,15 @@ def list_shared_lines(info: SharedMachine) -> list[str]:
     ]
 
 
+def lacks_bfloat16() -> bool:
+    """Return whether there is an NVIDIA GPU older than Ampere, on which torch emulates bfloat16, slowly."""
+    import torch
+
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return False
+    return torch.cuda.get_device_capability() < (8, 0)
+
+
 def clean_version(text: str) -> str:
     """Return the numbers at the start of a version, without what a private build adds; "" if none."""
     found = _VERSION.match(text)

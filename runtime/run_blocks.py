@@ -77,7 +77,8 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
     blocks = [block for blocks_of_list in lists.values() for block in blocks_of_list]
     in_side_list = [name == spec.side_list for name, blocks_of_list in lists.items() for _ in blocks_of_list]
     hint = None  # what the last side block adds to `x` after the next block
-    for index in spec.order([len(blocks_of_list) for blocks_of_list in lists.values()]):
+    counts = [len(blocks_of_list) for blocks_of_list in lists.values()]
+    for index in spec.order(counts) if spec.side_list else range(len(blocks)):
         block = blocks[index]
         if in_side_list[index]:
             if hidden.side is not None:  # this call uses the side stream

@@ -70,9 +70,10 @@ def check_before_loading(
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
     check_experts(family, options)
-    uses = uses_of(family, options, others)
-    for check_way in options.speed.joined.on.check:
-        check_way(uses)
+    if options.speed.joined.on.check:
+        uses = uses_of(family, options, others)
+        for check_way in options.speed.joined.on.check:
+            check_way(uses)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and swap.blocks_to_swap and not swap.is_auto:
@@ -85,10 +86,14 @@ def check_before_loading(
     learner.check()
     if learner.lora is not None:
         check_networks(family, options)
-    rates = _list_rates(options)
-    if len(rates) > 1:
-        check_rates(options.optimizer, rates)
-    _check_samples(sampling or family, options)
+    if options.parts is not None or (options.network is not None and options.network.network_args):
+        rates = _list_rates(options)
+        if len(rates) > 1:
+            check_rates(options.optimizer, rates)
+    samples = options.samples
+    has_prompts = samples.sample_prompts is not None
+    if has_prompts or samples.sample_lora or samples.preview.preview_latent_every is not None:
+        _check_samples(sampling or family, options)
     folder, name = options.saving.output_dir, options.saving.output_name
     if folder is not None and name is not None:
         check_space(folder / f"{name}.safetensors", _find_smallest_file(family, options))
@@ -144,7 +149,7 @@ def _check_samples(family: Family, options: TrainingOptions) -> None:
 
         check_preview(samples.preview, family.latent)
     with quiet():
-        if samples.are_made and samples.sample_prompts is not None:
+        if samples.sample_prompts is not None:
             from training.samples import read_requests  # only with prompts
 
             read_requests(family, samples.sample_prompts)  # only for its errors: prompts are read again later
@@ -368,10 +373,10 @@ def list_unused_options(
         family_options: The model's own options.
         parts: Parts of a full checkpoint that are trained.
     """
-    shifts_table = shifts_table and options.timesteps.drawn_by[0] == "sigma"
+    shifts_table = shifts_table and options.timesteps.timestep_sampling == "sigma"
     reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
     if not options.is_for_images:  # their defaults have a shift and a guidance
-        if options.timesteps.drawn_by[0] != "shift" and not shifts_table:
+        if options.timesteps.timestep_sampling != "shift" and not shifts_table:
             reasons["discrete_flow_shift"] = "only --timestep_sampling shift uses it"
         if not takes_guidance:
             reasons["guidance_scale"] = "this model has no input for embedded guidance"

@@ -30,7 +30,7 @@ from runtime.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
-from training.features.hooks import LearnerBeside
+from training.features.hooks import LearnerBeside, MergedLoras
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -73,8 +73,22 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         swap: Block swap of the plan, with auto resolved.
     """
     accelerator = plan.accelerator
-    networks = load_networks(plan, swap)
-    trainable = networks.trainable
+    loading = Loading(plan, swap)
+    encoders = {} if plan.texts is None else plan.texts.taught_networks
+    # networks that features train in addition to the LoRA, such as the vectors of a new word
+    besides = [make(encoders, plan.progress.seed, True) for make in plan.joined.on.beside]
+    continued = None if plan.options.network is None else plan.options.network.network_weights
+    if continued is not None:
+        _check_continued(plan, continued, besides)
+    learners = Learners(plan, besides)
+    networks: list[nn.Module] = []
+    for index in range(len(plan.family.experts)):
+        network = loading.load(plan.family, index)
+        learners.add(network.dit, network.expert)
+        loading.dress(network)
+        networks.append(network.dit)
+    sampled = _load_sampled(loading, learners, networks) if loading.samples_with_others else networks
+    trainable = learners.join()
     optimizer, optimizer_name = _make_optimizer(plan, trainable)
     schedule = make_lr_schedule(plan.options.lr_schedule, optimizer, plan.steps.total_steps)
     averaging = find_averaging(optimizer)
@@ -83,9 +97,9 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     scaler = accelerator.scaler or torch.amp.GradScaler(accelerator.device.type, enabled=False)
     model = TrainedModel(
         plan=plan,
-        dits=networks.dits,
-        sample_dits=networks.sample_dits,
-        loading=networks.loading,
+        dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
+        sample_dits=experts.ExpertNetworks(sampled, loading.copies, loading.sample_loras),
+        loading=loading,
         trainable=trainable,
         optimizer=optimizer,
         optimizer_name=optimizer_name,
@@ -102,50 +116,11 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     return model
 
 
-@dataclass(frozen=True)
-class LoadedNetworks:
-    """The networks of a run, ready to run, with the trained part of them."""
-
-    dits: experts.ExpertNetworks
-    sample_dits: experts.ExpertNetworks  # see `TrainedModel`
-    loading: "Loading"
-    trainable: Trainable
-
-
-def load_networks(plan: TrainingPlan, swap: SwapOptions) -> LoadedNetworks:
-    """Load the networks in turn, add the trained part to each, and prepare it to run."""
-    loading = Loading(plan, swap)
-    encoders = {} if plan.texts is None else plan.texts.taught_networks
-    # networks that features train in addition to the LoRA, such as the vectors of a new word
-    besides = [make(encoders, plan.progress.seed, True) for make in plan.joined.on.beside]
-    continued = None if plan.options.network is None else plan.options.network.network_weights
-    if continued is not None:
-        _warn_of_lost_words(continued, besides)
-    if continued is not None and plan.family.noise.keeps_variance:
-        from networks.predictions import compare_predictions  # of models that may predict noise or v
-
-        with open_checkpoint(continued) as checkpoint:
-            compare_predictions({continued: checkpoint.metadata}, plan.family.noise.predicts_v)
-    learners = Learners(plan, besides)
-    networks: list[nn.Module] = []
-    for index in range(len(plan.family.experts)):
-        network = loading.load(plan.family, index)
-        learners.add(network.dit, network.expert)
-        loading.dress(network)
-        networks.append(network.dit)
-    sampled = _load_sampled(loading, learners, networks) if loading.samples_with_others else networks
-    return LoadedNetworks(
-        dits=experts.ExpertNetworks(networks, loading.copies, loading.adapters),
-        sample_dits=experts.ExpertNetworks(sampled, loading.copies, loading.sample_loras),
-        loading=loading,
-        trainable=learners.join(),
-    )
-
-
-def _warn_of_lost_words(lora: Path, besides: Sequence[LearnerBeside]) -> None:
-    """Warn about words in a LoRA that training continues from, if none of its files will contain them."""
+def _check_continued(plan: TrainingPlan, lora: Path, besides: Sequence[LearnerBeside]) -> None:
+    """Compare the LoRA that training continues from with the model; warn about its words that get lost."""
     with open_checkpoint(lora) as checkpoint:
         words = {word_of(name) for name in checkpoint.tensors} - {""}
+        metadata = checkpoint.metadata
     learned = {word_of(name) for beside in besides for name in beside.tensors()}
     for word in sorted(words - learned):
         logger.warning(
@@ -155,6 +130,10 @@ def _warn_of_lost_words(lora: Path, besides: Sequence[LearnerBeside]) -> None:
             word,
             word,
         )
+    if plan.family.noise.keeps_variance:
+        from networks.predictions import compare_predictions  # of models that may predict noise or v
+
+        compare_predictions({lora: metadata}, plan.family.noise.predicts_v)
 
 
 def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[nn.Module]) -> list[nn.Module]:
@@ -207,7 +186,20 @@ def make_run(
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    rule = _add_targets(rule, model)  # after `Validation` was made, which compares with the clips alone
+    # after `Validation` was made, which compares with the clips alone
+    joined = plan.joined
+    rule = replace(
+        rule,
+        targets=joined.on.target,
+        passes=joined.on.passes,
+        has_own_pass=joined.has_own_pass,
+        learning_pass=joined.on.learning_pass,
+        in_lockstep=plan.steps.in_lockstep,
+        seed=plan.progress.seed,
+        seed_networks=functools.partial(
+            seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
+        ),
+    )
     minutes = plan.saving.save_every_n_minutes
     watched = trigger_paths(plan.names, options.samples.sample_now) if is_main else {}
     clock = MinuteClock(minutes) if is_main and minutes is not None else None
@@ -235,24 +227,6 @@ def _make_rule(model: TrainedModel) -> LossRule:
         always_as_base=plan.steps.in_lockstep and BASE_MODEL in plan.joined.needs,
         kept_attributes=frozenset(plan.joined.kept_attributes),
         targets=plan.joined.on.validation,
-    )
-
-
-def _add_targets(rule: LossRule, model: TrainedModel) -> LossRule:
-    """Return the rule with all targets of predictions apart from the clip added."""
-    plan = model.plan
-    joined = plan.joined
-    return replace(
-        rule,
-        targets=joined.on.target,
-        passes=joined.on.passes,
-        has_own_pass=joined.has_own_pass,
-        learning_pass=joined.on.learning_pass,
-        in_lockstep=plan.steps.in_lockstep,
-        seed=plan.progress.seed,
-        seed_networks=functools.partial(
-            seed_networks, model.trainable, plan.progress.seed, device=plan.accelerator.device
-        ),
     )
 
 
@@ -316,7 +290,8 @@ class Loading:
 
     def __post_init__(self) -> None:
         plan = self.plan
-        self.samples_with_others = plan.options.samples.are_made and plan.sampled is not plan.family
+        has_samples = plan.options.samples.sample_prompts is not None
+        self.samples_with_others = has_samples and plan.sampled is not plan.family
         alternates = len(plan.family.experts) > 1 and plan.options.by_expert.offload_inactive_dit
         self.takes_turns = alternates or self.samples_with_others
 
@@ -332,8 +307,12 @@ class Loading:
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
-        if family is plan.family or family is plan.sampled:
-            patch, masked = self._read_merged(network_options, family, index)
+        merge = plan.joined.merge
+        is_of_plan = family is plan.family or family is plan.sampled
+        if merge is not None and network_options is not None and is_of_plan:
+            loras = merge(expert)
+            if loras.uses:
+                patch, masked = self._read_merged(loras, network_options, family, index)
         placement = experts.placement_of(options, device, plan.quantization)
         # a DoRA learns the norms of the weights, which include merged LoRAs
         must_merge = network_options is not None and network_options.decomposes
@@ -359,15 +338,9 @@ class Loading:
         return UndressedNetwork(dit, family, index, expert, host=host, blocks=blocks)
 
     def _read_merged(
-        self, network: NetworkOptions | None, family: Family, index: int
+        self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
         """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers."""
-        merge = self.plan.joined.merge
-        if network is None or merge is None:
-            return None, ()
-        loras = merge(family.experts[index])
-        if not loras.uses:
-            return None, ()
         from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.depth_variants import fit_to_file
         from networks.rounding import LoraRounding
@@ -425,7 +398,9 @@ class Loading:
                 adapter = experts.read_adapter(options, expert, family.experts)
             for add in self.plan.joined.on.before_dress:
                 add(network)
-        has_samples = options.samples.are_made  # without samples, LoRAs of --sample_lora are not loaded
+        has_samples = (
+            options.samples.sample_prompts is not None
+        )  # without samples, LoRAs of --sample_lora are not loaded
         sample_files = options.samples.loras() if has_samples else []
         has_stages = has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:

@@ -33,7 +33,7 @@ from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
 from training.targets.passes import loss_passes
-from training.trainable import Trainable, seed_networks
+from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
 
@@ -77,10 +77,16 @@ def train(run: TrainingRun) -> bool:
                 for group in plan.groups(epoch, progress.position):
                     if advance(run, group, micro_batches):
                         return False
+                    if run.is_done:
+                        break
+                if run.is_done:
+                    break
                 if progress.step > first_step or progress.position >= plan.num_batches:
                     _after_epoch(run)
                 if is_ending(run):
                     return False
+                if run.is_done:
+                    break
         _note(run, run.readings.flush())
         if run.saver is not None:
             run.reporter.note_pause(SAVING)
@@ -113,7 +119,11 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     """
     model = run.model
     trainable = model.trainable
-    _announce_step(trainable, run.progress.step)
+    if trainable.until:
+        trainable.start_step(run.progress.step)
+    for network in trainable.all_networks:
+        if isinstance(network, ForeignNetwork):
+            network.on_step_start()
     # read before the step, because the schedule advances with it
     rates = name_rates(model.schedule.get_last_lr(), trainable.group_names, model.optimizer)
     reached = _find_reached(run, group)
@@ -124,17 +134,18 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     if not run.options.is_fused:  # otherwise weights were stepped, and gradients freed, in the backward pass
         fill_missing_gradients(reached)
     wishes = _read_wishes(run)
-    is_single_process = run.steps.everyone == 1
+    is_single_process = run.steps.num_processes == 1
     if not is_single_process:
-        numbers = [run.requests.ends, wishes.saves, wishes.samples]
-        row[WISHES] = numbers_on(run.device, numbers, torch.float32)
-        unsplit = [parameter for parameter in reached if parameter not in trainable.split]
-        row = sum_over_processes(unsplit, row)
+        row[WISHES] = numbers_on(run.device, [run.requests.ends, wishes.saves, wishes.samples], torch.float32)
+        row = sum_over_processes([each for each in reached if each not in trainable.split], row)
     gate = None
     if run.joined.on.before_step:
         gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
     norms = _step_weights(run, gate)
-    report = StepReport(run.progress.step + 1, rates, keys, _sizes_of(run, group))
+    batches = run.feed.order.epoch(run.progress.epoch)
+    # steps with equal sizes take equally long
+    sizes = tuple(sorted(item.bucket for index in group for item in batches[index]))
+    report = StepReport(run.progress.step + 1, rates, keys, sizes)
     if gate is not None:
         report = replace(report, skipped=gate.reason)
     previous = run.readings.push(report, torch.cat([row, *norms]))
@@ -143,15 +154,6 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         run.requests.agreed = run.requests.ends
         return wishes
     return _common_wishes(previous)
-
-
-def _announce_step(trainable: Trainable, step: int) -> None:
-    """Tell parts whose training ends early, and other packages' networks, that a step begins."""
-    if trainable.until:
-        trainable.start_step(step)
-    for network in trainable.all_networks:
-        if isinstance(network, ForeignNetwork):
-            network.on_step_start()
 
 
 def _common_wishes(previous: StepReport | None) -> Wishes:
@@ -255,12 +257,6 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
         for hook in run.joined.on.after_step:
             hook()
     return [*norms, gradient_norm.view(1)]
-
-
-def _sizes_of(run: TrainingRun, group: range) -> tuple[tuple[int, ...], ...]:
-    """Return the sorted sizes of all items of a step; steps with equal sizes take equally long."""
-    batches = run.feed.order.epoch(run.progress.epoch)
-    return tuple(sorted(item.bucket for index in group for item in batches[index]))
 
 
 class _Losses(NamedTuple):
@@ -408,7 +404,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     if math.isfinite(loss):  # while a gradient scaler searches its scale, infinite losses are normal
         losses.append(loss)
     del losses[: -run.steps.steps_per_epoch]
-    if run.steps.everyone > 1:
+    if run.steps.num_processes > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
     means = run.layout.means(step.row) if run.layout.parts else {}
     report = replace(
@@ -536,7 +532,7 @@ def _sample(run: TrainingRun) -> None:
     progress = run.progress
     if run.sampler is not None:
         was_stopped = not _make_samples(run, run.sampler)
-        if largest_of_processes(was_stopped, run.steps.everyone, run.device):
+        if largest_of_processes(was_stopped, run.steps.num_processes, run.device):
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.requests.agreed = True
             return
@@ -559,7 +555,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     from training.edited_prompts import take_edited_prompts  # only with prompts
 
     model = run.model
-    together = run.steps.everyone if run.steps.works_together else 1
+    together = run.steps.num_processes if run.steps.works_together else 1
 
     def check() -> None:
         if largest_of_processes(run.requests.ends, together, run.device):
@@ -569,7 +565,7 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     in_evaluation = evaluation(model.modules, model.optimizer, run.parameters)
     try:
         with pause:
-            sampler = take_edited_prompts(sampler, run.steps.everyone, run.reporter.note_pause)
+            sampler = take_edited_prompts(sampler, run.steps.num_processes, run.reporter.note_pause)
             run.sampler = sampler
             if sampler.samples:
                 run.reporter.note_pause(f"sample 1 of {len(sampler.samples)}")
@@ -615,3 +611,8 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
     logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, lowest)
     run.reporter.note_validation(step, losses)
+    for judge in run.joined.on.after_validation:
+        reason = judge(run, loss)
+        if reason and step < run.steps.total_steps:
+            logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)
+            run.is_done = True

@@ -212,6 +212,17 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
     stored = options.speed.fp8.quantization
     # `ss_ss_` is not a mistake here: other trainers of video models write the key with this misspelling
     twice = {} if options.is_for_images else {"ss_ss_session_id": progress.session_id}
+    of_flow: dict[str, Any] = {}
+    if not plan.family.noise.keeps_variance:  # noise levels of flow models
+        of_flow = {
+            "ss_weighting_scheme": times.weighting_scheme,
+            "ss_logit_mean": times.logit_mean,
+            "ss_logit_std": times.logit_std,
+            "ss_mode_scale": times.mode_scale,
+            "ss_guidance_scale": loop.embedded_guidance,
+            "ss_sigmoid_scale": times.sigmoid_scale,
+            "ss_discrete_flow_shift": times.flow_shift,
+        }
     return dropout | {
         "ss_session_id": progress.session_id,
         **twice,
@@ -236,20 +247,6 @@ def _training_values(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> d
         "ss_full_fp16": False,
         "ss_full_bf16": options.full_dit is not None and options.full_dit.full_bf16,
         "ss_timestep_sampling": times.timestep_sampling,
-        **({} if plan.family.noise.keeps_variance else _list_flow_values(options)),
+        **of_flow,
         "ss_datasets": json.dumps([table.describe() for table in plan.config.datasets], ensure_ascii=False),
-    }
-
-
-def _list_flow_values(options: TrainingOptions) -> dict[str, Any]:
-    """Return the metadata entries about noise levels that flow models have."""
-    times = options.timesteps
-    return {
-        "ss_weighting_scheme": times.weighting_scheme,
-        "ss_logit_mean": times.logit_mean,
-        "ss_logit_std": times.logit_std,
-        "ss_mode_scale": times.mode_scale,
-        "ss_guidance_scale": options.loop.embedded_guidance,
-        "ss_sigmoid_scale": times.sigmoid_scale,
-        "ss_discrete_flow_shift": times.flow_shift,
     }

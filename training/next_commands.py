@@ -20,7 +20,6 @@ from modules.repeated_options import RepeatedOption, accepted_options, fill_opti
 from networks.kinds.contract import NetworkKind
 from networks.module_names import read_family
 from networks.names.layouts import KNOWN, TRAINED_ON
-from networks.options import NetworkOptions
 from protocols.families import HIGH_NOISE, FamilyEntry
 from protocols.family import Family
 from protocols.full_model import trains_checkpoint
@@ -58,7 +57,11 @@ class TrainingCommand:
     @property
     def typed(self) -> dict[str, str]:
         """Return the flags of the typed options, by public name."""
-        return {option.name: option.flag for option in self.script_options if option.is_changed}
+        flags = {}
+        for option in self.script_options:
+            if option.is_changed:
+                flags[option.name] = option.words[0].partition("=")[0] if option.words else f"--{option.name}"
+        return flags
 
     def caching_commands(self, dataset_config: Path | None, family: Family) -> CachingCommands:
         """Return the commands that make missing caches.
@@ -78,29 +81,8 @@ class TrainingCommand:
             )
         )
 
-    def generation_words(self, sample: Mapping[str, Any], recalled: Sequence[RepeatedOption]) -> list[str]:
-        """Return the script and the options that generate.
-
-        Args:
-            sample: Values of the sample, as `Request` names them.
-            recalled: Options that made the caches, which name files that the training did not need.
-        """
-        assert self.entry is not None
-        if not recalled:
-            return self.entry.generation_words(self.family_options, sample, self.typed)
-        with quiet():  # creating the record again would repeat its warnings
-            filled = fill_options(self.family_options, recalled)
-        typed_before = {option.name: option.typed for option in recalled}
-        return self.entry.generation_words(filled, sample, {**typed_before, **self.typed})
-
 
 NO_COMMAND = TrainingCommand()
-
-
-def _plain_kind(network: NetworkOptions | None) -> NetworkKind | None:
-    """Return the kind of a network that other programs read only as a plain LoRA; None for other networks."""
-    kinds = [] if network is None else network.kinds
-    return next((kind for kind in kinds if kind.plain_title), None)
 
 
 @dataclass(frozen=True)
@@ -148,25 +130,23 @@ class NextSteps:
         trains_model = self.plan.learner.make is None  # the model itself, not a network added to it
         if trains_model and saved is not None and self._can_extract:
             commands.append(self._extract(file))
-        if lora is not None and (_plain_kind(lora) or self._needs_conversion(lora)):
-            files = self.plan.names.files(self.plan.names.stem_of(file)).values()
-            commands += [self._convert(path) for path in files]
+        if lora is not None:
+            # other programs read some kinds only as a plain LoRA
+            plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
+            lora_format = self.plan.lora_format
+            needs_conversion = bool(self.converted_for)
+            if lora_format is not None and lora_format.name != KNOWN:  # under its names
+                is_for_comfyui = lora.kind.is_for_comfyui_alone
+                needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
+            if plain_kind is not None or needs_conversion:
+                files = self.plan.names.files(self.plan.names.stem_of(file)).values()
+                commands += [self._convert(path, plain_kind) for path in files]
         return [*commands, _command("This run, as it was started", self._words())]
 
-    def _needs_conversion(self, network: NetworkOptions) -> bool:
-        """Return whether the tool `converted_for` cannot read the run's files directly."""
-        lora_format = self.plan.lora_format
-        has_known_names = lora_format is None or lora_format.name == KNOWN
-        if not self.converted_for or has_known_names:
-            return bool(self.converted_for)
-        # under its names
-        return network.kind.is_for_comfyui_alone and self.converted_for != COMFYUI_TOOL
-
-    def _convert(self, file: Path) -> PageCommand:
-        """Return the command that converts a file for other tools; some kinds become plain LoRAs."""
+    def _convert(self, file: Path, plain_kind: NetworkKind | None) -> PageCommand:
+        """Return the command that converts a file for other tools; of a `plain_kind` into a plain LoRA."""
         network = self.plan.options.network
         words = ["--target", "other" if self.converted_for else "default"]
-        plain_kind = _plain_kind(network)
         if plain_kind is not None:  # the change depends on the model's weights, so --dit is needed
             title, note = plain_kind.plain_title, plain_kind.elsewhere
             name_suffix = "plain"
@@ -222,7 +202,13 @@ class NextSteps:
                 "No state was saved: a new run of as many steps begins with the trained weights. It saves a "
                 "state, so that the next one can continue exactly."
             )
-            options = self._start_options()
+            option = self.plan.learner.start_option or self._trained_option()
+            parts: Sequence[str] = self.plan.names.parts
+            if self.plan.options.network is None:
+                parts = [expert.name for expert in self.plan.family.experts]
+            # that start a run from trained files, one for each file
+            options = [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts]
+            options = options or [option]
             left_out = RESUMING | STARTING | {*options}
             ending = []
             for option, file in zip(
@@ -232,13 +218,6 @@ class NextSteps:
             if not self.plan.options.saving.saves_state_at_end:
                 ending.append("--save_state_on_train_end")
         return _command(title, [*self._words(left_out), "--max_train_steps", str(steps), *ending], note)
-
-    def _start_options(self) -> list[str]:
-        """Return the options that start a run from trained files, one for each file."""
-        is_network = self.plan.options.network is not None
-        option = self.plan.learner.start_option or self._trained_option()
-        parts = self.plan.names.parts if is_network else [expert.name for expert in self.plan.family.experts]
-        return [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts] or [option]
 
     def _trained_option(self) -> str:
         """Return the name of the training's option for the file whose weights are trained."""
@@ -276,7 +255,7 @@ class NextSteps:
 
     def _generate(self, file: Path) -> PageCommand:
         """Return the command that generates with a trained file, with the first sample's settings if any."""
-        shows_sample = self.plan.options.samples.are_made and self.sample
+        shows_sample = self.plan.options.samples.sample_prompts is not None and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
         launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]
         words = self._generation_words
@@ -300,8 +279,15 @@ class NextSteps:
     @cached_property
     def _generation_words(self) -> list[str]:
         """Script and options that generate, except for the trained files and the sample."""
-        of_speed = option_words(say_for_generation(self.plan.options.speed))
-        return [*self.command.generation_words(self.sample, self.recalled), *of_speed]
+        command = self.command
+        assert command.entry is not None
+        family_options, typed = command.family_options, command.typed
+        if self.recalled:
+            with quiet():  # creating the record again would repeat its warnings
+                family_options = fill_options(family_options, self.recalled)
+            typed = {**{option.name: option.typed for option in self.recalled}, **typed}
+        words = command.entry.generation_words(family_options, self.sample, typed)
+        return [*words, *option_words(say_for_generation(self.plan.options.speed))]
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved together with a file: that of the high-noise expert, and the others."""

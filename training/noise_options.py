@@ -35,7 +35,7 @@ MAX_LOGIT = 16  # a sigmoid of it is 1 to seven digits
 _OF_LOGIT = {
     "only --weighting_scheme logit_normal and --timestep_sampling logsnr use it": lambda options: (
         options.timestep_sampling in {"logsnr", "qinglong_flux"}
-        or options.drawn_by == ("sigma", "logit_normal")
+        or (options.timestep_sampling == "sigma" and options.weighting_scheme == "logit_normal")
     )
 }
 
@@ -100,7 +100,9 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
         maximum=MAX_LOGIT,
         hint="1.29 is usual",
         acts_if={
-            "only --weighting_scheme mode uses it": lambda options: options.drawn_by == ("sigma", "mode"),
+            "only --weighting_scheme mode uses it": lambda options: (
+                options.timestep_sampling == "sigma" and options.weighting_scheme == "mode"
+            ),
         },
     )
     min_timestep: int | None = option(
@@ -158,11 +160,6 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
     def has_window(self) -> bool:
         """Whether a minimum or maximum timestep is given."""
         return self.min_timestep is not None or self.max_timestep is not None
-
-    @property
-    def drawn_by(self) -> tuple[str, str]:
-        """Sampler of timesteps and weighting scheme, which determine the distribution together."""
-        return self.timestep_sampling, self.weighting_scheme
 
     @property
     def follows_size(self) -> bool:

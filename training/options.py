@@ -144,12 +144,6 @@ class TrainingOptions(Options, must_give=True):
 
     def of(self, kind: type[T]) -> T:
         """Return the options of a feature."""
-        options: T = self._of_features[kind]
-        return options
-
-    @functools.cached_property
-    def _of_features(self) -> dict[type, Any]:
-        """Return the options of all features, by their kind."""
         at_network = NOT_AT_NETWORK if self.network is None else self.network.at_network
         places: tuple[Options, ...] = (
             at_network,
@@ -160,8 +154,8 @@ class TrainingOptions(Options, must_give=True):
             self.at_ending,
             self.at_metadata,
         )
-        records = [getattr(place, field.name) for place in places for field in fields(place)]
-        return {type(record): record for record in records}
+        records = (getattr(place, field.name) for place in places for field in fields(place))
+        return next(record for record in records if type(record) is kind)
 
     @functools.cached_property
     def joined(self) -> JoinedRun:
@@ -241,6 +235,7 @@ class TrainingOptions(Options, must_give=True):
         self.speed.swap.reject_trained(options.fused_backward_pass)
 
     def _check_fused(self) -> None:
+        """Raise OptionError for options that need gradients after the backward pass."""
         accumulation = self.loop.gradient_accumulation_steps
         if accumulation != 1:
             raise OptionError(
@@ -272,11 +267,6 @@ class ScriptOption(NamedTuple):
     words: Sequence[str]  # with the spelling that was typed
     is_changed: bool  # it differs from its default
     is_typed: bool = True  # False: its value follows from other options
-
-    @property
-    def flag(self) -> str:
-        """The option as typed, without its value; `--name` if it was not typed."""
-        return self.words[0].partition("=")[0] if self.words else f"--{self.name}"
 
 
 def list_script_options(parser: argparse.ArgumentParser, *records: Options) -> list[ScriptOption]:

@@ -55,7 +55,7 @@ from training.resuming import (
     settings_of,
     take_over,
 )
-from training.run_options import StartOptions, ValidationOptions
+from training.run_options import StartOptions
 from training.saving.files import SAFETENSORS, Names, hold_name
 from training.saving.options import SavingOptions
 from training.saving.states import ForeignState, SavedState
@@ -149,7 +149,8 @@ def make_plan(
         accelerator: The processes of the run.
         others: See `train_network`.
     """
-    is_main, saving = accelerator.is_main_process, options.saving
+    is_main = accelerator.is_main_process
+    saving = options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
     progress = first_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
@@ -159,7 +160,12 @@ def make_plan(
         _check_tables(config)
     if family.can.one_sample:
         _check_batch_sizes(family.can.one_sample, config)
-    texts = _find_texts(family, options, config)
+    texts: LiveTexts | None = None
+    may_encode = _may_encode(options, config)
+    if may_encode:
+        from training.caching_inside import find_live_texts  # most runs read caches alone
+
+        texts = find_live_texts(family, options, config)
     for check_texts in joined.on.texts:
         check_texts(texts)
     lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning)
@@ -171,6 +177,7 @@ def make_plan(
         texts=texts,
         commands=commands,
         joined=joined,
+        may_encode=may_encode,
     )
     items = _find_items(
         family,
@@ -190,13 +197,18 @@ def make_plan(
     if options.loop.known_steps is None:
         check_schedule(options, steps.total_steps)
     if is_main:
-        times = list_times(options.timesteps, config.datasets)
-        note_experts(family, options, times, samples_with_others=others.sampling is not None)
+        note_experts(
+            family,
+            options,
+            list_times(options.timesteps, config.datasets),
+            samples_with_others=others.sampling is not None,
+        )
     frozen = options.frozen
     adapter = None
     if frozen.training_adapter is not None:
-        strength = frozen.training_adapter_multiplier
-        adapter = describe_adapter(frozen.training_adapter, strength, with_content=True)
+        adapter = describe_adapter(
+            frozen.training_adapter, frozen.training_adapter_multiplier, with_content=True
+        )
     if saving.save_n_epoch_ratio is not None:
         saving = saving.spread(steps.num_epochs, saving.save_n_epoch_ratio)
     plan = TrainingPlan(
@@ -253,7 +265,14 @@ def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[Trainin
 
         check_captions(read, training)
     if REJECTED_ONES not in joined.needs:
-        _note_rejected(training)
+        tables = {item.table.index: item.table for item in training}.values()
+        names = [table.name for table in tables if table.worse_directory is not None]
+        if names:
+            logger.warning(
+                "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
+                "learned as ever",
+                ", ".join(names),
+            )
 
 
 def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
@@ -264,15 +283,6 @@ def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     return is_changing or is_live or options.is_for_images or options.caching is not None
 
 
-def _find_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the text encoders that run during training."""
-    if not _may_encode(options, config):
-        return None
-    from training.caching_inside import find_live_texts  # most runs read caches alone
-
-    return find_live_texts(family, options, config)
-
-
 def _find_sources(
     family: Family,
     options: TrainingOptions,
@@ -281,9 +291,10 @@ def _find_sources(
     texts: LiveTexts | None,
     commands: CachingCommands,
     joined: JoinedRun,
+    may_encode: bool,
 ) -> BatchSources:
     """Return the sources of the parts of batches that `texts` does not encode."""
-    if _may_encode(options, config):
+    if may_encode:
         from training.caching_inside import prepare_sources  # most runs read caches alone
 
         sources = prepare_sources(
@@ -331,10 +342,11 @@ def join_processes(
             logger.warning(line)
     if options.is_fused:
         check_fused_backward(options.optimizer.optimizer_type, accelerator.num_processes)
-    if options.full_dit is not None and options.full_dit.offloads_states:
-        check_offload(options.optimizer.optimizer_type)
-    if splits_full_model(options):
-        check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
+    if options.full_dit is not None:
+        if options.full_dit.offloads_states:
+            check_offload(options.optimizer.optimizer_type)
+        if splits_full_model(options):
+            check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from runtime.compile import check_compilation  # only with --compile
@@ -463,19 +475,15 @@ def _split_items(
             f"{config.path}: all {len(items)} items are for validation. Leave at least one table without "
             "`validation = true`."
         )
-    if not validation:
-        _check_validating(validating)
-    return training, validation
-
-
-def _check_validating(options: ValidationOptions) -> None:
-    """Raise OptionError if a run without validation items is to validate; warn about unused options."""
+    if validation:
+        return training, validation
     remedy = "give --validation_split, or `validation = true` in a table"
-    if options.validate_every_n_steps is not None:
+    if validating.validate_every_n_steps is not None:
         raise OptionError(f"--validate_every_n_steps has nothing to validate on: {remedy}")
     for name in ("validate_every_n_epochs", "max_validation_steps", "validation_seed"):
-        if getattr(options, name) is not None:
+        if getattr(validating, name) is not None:
             logger.warning("--%s is ignored because there is nothing to validate on: %s", name, remedy)
+    return training, validation
 
 
 def _check_tables(config: DatasetConfig) -> None:
@@ -509,18 +517,6 @@ def _warn_of_missing(
     if takes_masks and not any(table.mask_directory or table.alpha_mask for table in config.datasets):
         logger.warning(
             "--masked_loss has no effect: no subset has masks (conditioning_data_dir, or alpha_mask = true)"
-        )
-
-
-def _note_rejected(items: Sequence[TrainingItem]) -> None:
-    """Log the tables with rejected items in a run that does not use them."""
-    tables = {item.table.index: item.table for item in items}.values()
-    names = [table.name for table in tables if table.worse_directory is not None]
-    if names:
-        logger.warning(
-            "%s: worse_directory has no effect in this run: it is for --preference. The better ones are "
-            "learned as ever",
-            ", ".join(names),
         )
 
 

@@ -141,7 +141,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
     for read in (*joined.read_captions, *learner.read_captions):
         _add_words(read, result.tables)
-    if options.samples.are_made or _encode_texts(plans):
+    if options.samples.sample_prompts is not None or _encode_texts(plans):
         result.tables[0].faults += counters.find_unreachable(counters.unreachable)
     lines = describe_run(options, learner=learner, num_validation=result.num_held)
     few_steps = describe_few_steps(family, options)
@@ -228,7 +228,7 @@ def _plan(
         check_model(family, family.block_counts())
     noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()
-    if others.sampling is not None and options.samples.are_made:
+    if others.sampling is not None and options.samples.sample_prompts is not None:
         sample_files = others.sampling.dit_files
     device = select_device(None)
     sampled = len({*sample_files} - {*family.dit_files})

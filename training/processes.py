@@ -64,7 +64,15 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     if accelerator.is_main_process:
         where = f"{count} processes on {device.type}" if count > 1 else f"Training on {device}"
         logger.info(f"{where}, mixed precision {options.mixed_precision}, torch {torch.__version__}")
-        _warn_of_idle(options, device, count)
+        if options.cuda_allow_tf32:
+            acts_on_cuda("--cuda_allow_tf32", "float32 products", device)
+        if options.cuda_cudnn_benchmark:
+            acts_on_cuda("--cuda_cudnn_benchmark", "convolutions", device)
+        if options.ddp_timeout is not None and count == 1:
+            logger.warning(
+                "--ddp_timeout %d has no effect with one process, which waits for no other.",
+                options.ddp_timeout,
+            )
     if (
         options.fp16_accumulation
         and allow_fp16_accumulation(accelerator.device)
@@ -72,18 +80,6 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
     ):
         logger.warning("--fp16_accumulation: gradients are less exact too; compare with a run without it.")
     return accelerator
-
-
-def _warn_of_idle(options: AcceleratorOptions, device: torch.device, processes: int) -> None:
-    """Warn of given options that do nothing on this device, or with this number of processes."""
-    if options.cuda_allow_tf32:
-        acts_on_cuda("--cuda_allow_tf32", "float32 products", device)
-    if options.cuda_cudnn_benchmark:
-        acts_on_cuda("--cuda_cudnn_benchmark", "convolutions", device)
-    if options.ddp_timeout is not None and processes == 1:
-        logger.warning(
-            "--ddp_timeout %d has no effect with one process, which waits for no other.", options.ddp_timeout
-        )
 
 
 def _check_environment() -> None:

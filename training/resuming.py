@@ -112,7 +112,8 @@ def first_progress(
     """
     if isinstance(saved, states.SavedState):
         with states.one_error(saved.folder):
-            _claim(options, saved.progress)
+            for kind in options.joined.remembers:  # states of inactive features are kept unchanged
+                saved.progress.of(kind)  # raises TypeError if values have a wrong type
         return saved.progress
     seed, session_id, started_at = broadcast_object_list(
         [secrets.randbelow(1 << 32), secrets.randbelow(1 << 32), time.time()]
@@ -122,20 +123,9 @@ def first_progress(
     else:
         logger.info("Using a random seed: --seed %d.", seed)
     progress = Progress(seed=seed, session_id=session_id, started_at=started_at)
-    _claim(options, progress)
-    return progress
-
-
-def _claim(options: TrainingOptions, progress: Progress) -> None:
-    """Give each active feature its remembered state.
-
-    States of inactive features are kept unchanged.
-
-    Raises:
-        TypeError: If values have a wrong type.
-    """
     for kind in options.joined.remembers:
         progress.of(kind)
+    return progress
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
@@ -351,7 +341,8 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
     if not changes.keys() & {GROUP_SIZE, BATCHES}:
         return
     with states.one_error(saved.folder):
-        batches = int(str(saved.identity[BATCHES]).partition(",")[0])  # of an epoch
+        # it begins with the number of batches of an epoch
+        batches = int(str(saved.identity[BATCHES]).partition(",")[0])
     if progress.position >= batches:
         progress.epoch += 1
         progress.position = 0

@@ -70,7 +70,7 @@ def train_network(
     for change in options.joined.on.family:
         family = change(family)
     learner = find_learner(family, options.network, options.joined.in_place_of_lora)
-    if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:
+    if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
         read_config(options, family, learner)
         check_before_loading(family, options, learner, others)
         return 0
@@ -142,7 +142,12 @@ def prepare_run(
         following = plan_next_steps(plan, sampler, command)
         if processes is not None:
             processes.advice = following.after_loss
-        swap, memory = _plan_memory(plan)
+        swap = options.speed.swap
+        memory: MemoryWatch | None = None
+        if accelerator.device.type == "cuda" or swap.is_auto:
+            from training.planning.memory import prepare_memory  # others need no planner
+
+            swap, memory = prepare_memory(plan)
         if plan.texts is not None:
             blocks = make_block_place(options.speed, accelerator.device)
             plan.texts.load(accelerator.device, blocks)
@@ -170,16 +175,6 @@ def prepare_run(
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
             show_end(run, reporter.history.story, following)
-
-
-def _plan_memory(plan: TrainingPlan) -> tuple[SwapOptions, MemoryWatch | None]:
-    """Return the swap with auto resolved, and what watches the device's memory; None for other devices."""
-    swap = plan.options.speed.swap
-    if plan.accelerator.device.type != "cuda" and not swap.is_auto:
-        return swap, None
-    from training.planning.memory import prepare_memory  # others need no planner
-
-    return prepare_memory(plan)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
@@ -213,19 +208,12 @@ def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
         return
     is_new = not isinstance(saved, SavedState)
     if is_new or read_session(history) not in (None, plan.progress.session_id):
-        inputs = _find_inputs(plan)
+        values = (option_values(plan.options) | option_values(plan.family.options)).values()
+        several = (value if isinstance(value, (list, tuple)) else (value,) for value in values)
+        inputs = [value for group in several for value in group if isinstance(value, Path)]
         if saved:
             inputs.append(saved.folder)
         set_aside(plan.names, inputs, datetime.now(), saving.resume is not None)
-
-
-def _find_inputs(plan: TrainingPlan) -> list[Path]:
-    """Return all paths that options give."""
-    paths = []
-    for value in (option_values(plan.options) | option_values(plan.family.options)).values():
-        items = value if isinstance(value, (list, tuple)) else (value,)
-        paths += [item for item in items if isinstance(item, Path)]
-    return paths
 
 
 def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":

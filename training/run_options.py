@@ -216,11 +216,6 @@ class SampleOptions(Options, title="samples while training"):
         return files_with_multipliers("--sample_lora", self.sample_lora or ())
 
     @property
-    def are_made(self) -> bool:
-        """Return whether samples can be generated: a run with prompts can be asked for them at any time."""
-        return self.sample_prompts is not None
-
-    @property
     def is_timed(self) -> bool:
         """Whether some option says when samples are generated."""
         return (

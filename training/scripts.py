@@ -88,7 +88,8 @@ def training_script(
             if os.environ.get(ONLY_OPTIONS):  # a caller only wants to know whether the options are valid
                 return
 
-            entry.say_notice()
+            if entry.notice:
+                entry.say_notice()
             print_loading()
             from training.next_commands import TrainingCommand
             from training.run import train_network  # torch loads here, after every option has been read

@@ -98,14 +98,14 @@ class StepPlan:
     peers: int = 1  # processes that work on the same micro-batch; together they count as one of `processes`
 
     # what follows from these
-    everyone: int = field(init=False)  # processes, peers among them
+    num_processes: int = field(init=False)  # processes, peers among them
     works_together: bool = field(init=False)
     group_size: int = field(init=False)  # micro-batches of an optimizer step
     steps_per_epoch: int = field(init=False)
     num_epochs: int = field(init=False)
 
     def __post_init__(self) -> None:
-        self.everyone = self.processes * self.peers
+        self.num_processes = self.processes * self.peers
         self.works_together = self.in_lockstep or self.peers > 1
         self.group_size = self.processes * self.accumulation
         self.steps_per_epoch = ceil_div(self.num_batches, self.group_size)

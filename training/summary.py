@@ -114,15 +114,25 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
     plan = run.plan
     options = run.options
     lora = plan.learner.lora
-    sizes = _sizes_of_file(run)
+    # ranks and alphas of a network that continues from a file; None if they are the options'
+    sizes: tuple[list[int], list[float]] | None = None
+    trainable = run.model.trainable
+    if options.network is not None and any(continued_sizes(run.model, part) for part in trainable.writes):
+        sizes = trainable.sizes()
+    starts = ("architecture", "task", "sd_model_name")
+    model = [text for name, text in plan.family.metadata.items() if text and name.startswith(starts)]
     num_weights = sum(parameter.numel() for parameter in parameters)
+    data = f"{count_of(plan.order.num_items, 'item')} with repeats"
+    if plan.validation:
+        data += f", {count_of(len(plan.validation), 'item')} for validation"
+    data += f", {count_of(plan.steps.num_batches, 'batch')}"
     times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
     targets = plan.joined.describe_targets() if plan.joined.targets or plan.joined.info.targets else ()
     return [
-        ("model", _describe_model(plan)),
+        ("model", ", ".join(model)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
         ("alpha", None if lora is None else judge_alpha(lora, sizes)),
-        ("data", _describe_data(plan)),
+        ("data", data),
         ("timesteps", "\n".join(times)),
         ("targets", "\n".join(targets) or None),
         ("steps", _describe_length(plan)),
@@ -168,57 +178,23 @@ def _make_writing_rows(
     options = run.options
     samples = options.samples
     sampling = None
-    if samples.are_made:
+    if samples.sample_prompts is not None:
         sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
+    counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
+    has_average = plan.joined.average is not None
+    model_bytes, state_bytes = saved_bytes(parameters, dtype, has_average)
+    family = plan.family
+    if options.network is None and trains_checkpoint(family):  # with what is frozen
+        model_bytes = family.checkpoint_bytes(dtype) * (1 + has_average)
     page = page_path(plan.names.folder, plan.names.name)
     return [
         ("saves", _saving_times(plan.saving)),
         ("samples", sampling),
-        ("disk", _describe_disk(plan, parameters, dtype)),
+        ("disk", disk_needed(plan.names.folder, counts, (model_bytes, state_bytes))),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),
         *plan.joined.info.at_start.items(),
     ]
-
-
-def _sizes_of_file(run: TrainingRun) -> tuple[list[int], list[float]] | None:
-    """Return ranks and alphas of a network that continues from a file; None if they are the options'."""
-    trainable = run.model.trainable
-    if run.options.network is None:
-        return None
-    is_continued = any(continued_sizes(run.model, part) for part in trainable.writes)
-    return trainable.sizes() if is_continued else None
-
-
-def _describe_data(plan: TrainingPlan) -> str:
-    """Return the numbers of items and batches of an epoch, and of items for validation."""
-    text = f"{count_of(plan.order.num_items, 'item')} with repeats"
-    if plan.validation:
-        text += f", {count_of(len(plan.validation), 'item')} for validation"
-    return f"{text}, {count_of(plan.steps.num_batches, 'batch')}"
-
-
-def _describe_disk(plan: TrainingPlan, parameters: Sequence[Tensor], dtype: torch.dtype | None) -> str:
-    """Return the room that the run's files need.
-
-    Args:
-        plan: The plan of the run.
-        parameters: The trained parameters.
-        dtype: See `show_start`.
-    """
-    counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
-    has_average = plan.joined.average is not None
-    model, state = saved_bytes(parameters, dtype, has_average)
-    family = plan.family
-    if plan.options.network is None and trains_checkpoint(family):  # with what is frozen
-        model = family.checkpoint_bytes(dtype) * (1 + has_average)
-    return disk_needed(plan.names.folder, counts, (model, state))
-
-
-def _describe_model(plan: TrainingPlan) -> str:
-    """Describe the model by the family's metadata."""
-    starts = ("architecture", "task", "sd_model_name")
-    return ", ".join(text for name, text in plan.family.metadata.items() if text and name.startswith(starts))
 
 
 def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[float]] | None) -> str:
@@ -310,25 +286,21 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     rows += [("other tools", kind.elsewhere) for kind in kinds if kind.elsewhere][:1]
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
-    show_box(f"{names.name} is trained", rows, _list_commands(run, story, following))
+    # the last command starts this run again
+    file = find_usable_file(story, names.folder, names.name)
+    *commands, _ = following.commands(file, is_finished=True)
+    is_windows = sys.platform == "win32"
+    following_rows: list[Row] = [
+        (command.heading, command.powershell if is_windows else command.bash) for command in commands
+    ]
+    following_rows += [(heading, as_typed(words)) for heading, words in run.joined.info.commands.items()]
+    show_box(f"{names.name} is trained", rows, following_rows)
 
 
 def _size_of(path: Path) -> int:
     """Return the bytes of a file, or of all files in a folder."""
     files = path.rglob("*") if path.is_dir() else [path]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-def _list_commands(run: TrainingRun, story: history.Story, following: NextSteps) -> list[Row]:
-    """Return the commands that can follow a finished run, each with its heading."""
-    # the last one starts this run again
-    file = find_usable_file(story, run.plan.names.folder, run.plan.names.name)
-    *commands, _ = following.commands(file, is_finished=True)
-    is_windows = sys.platform == "win32"
-    rows: list[Row] = [
-        (command.heading, command.powershell if is_windows else command.bash) for command in commands
-    ]
-    return rows + [(heading, as_typed(words)) for heading, words in run.joined.info.commands.items()]
 
 
 def describe_best(story: history.Story, folder: Path, name: str) -> str:

@@ -66,16 +66,19 @@ class Trainable:
     strength: Strength = field(default_factory=Strength)
     # how many steps a part of `modules` learns; those without an entry learn to the end
     until: Mapping[str, int] = field(default_factory=dict)
+    # what follows from these
+    parameters: list[Parameter] = field(init=False)  # in the order of the optimizer's groups
+    all_networks: tuple[TrainableNetwork, ...] = field(init=False)  # tied ones included
+
+    def __post_init__(self) -> None:
+        parameters = [parameter for group in self.groups for parameter in group["params"]]
+        object.__setattr__(self, "parameters", parameters)
+        object.__setattr__(self, "all_networks", (*self.networks, *self.tied))
 
     @property
     def all_modules(self) -> tuple[nn.Module, ...]:
         """Modules with trained parameters, those of tied networks included."""
         return (*self.modules.values(), *(network.module for network in self.tied))
-
-    @property
-    def parameters(self) -> list[Parameter]:
-        """Trained parameters, in the order of the optimizer's groups."""
-        return [parameter for group in self.groups for parameter in group["params"]]
 
     @property
     def names(self) -> dict[Tensor, str]:
@@ -86,11 +89,6 @@ class Trainable:
             for part, module in self.modules.items()
             for name, parameter in module.named_parameters()
         }
-
-    @property
-    def all_networks(self) -> tuple[TrainableNetwork, ...]:
-        """Trained networks, tied ones included."""
-        return (*self.networks, *self.tied)
 
     def sizes(self, part: str | None = None) -> tuple[list[int], list[float]]:
         """Return all ranks and alphas of the networks, or only those in one file.

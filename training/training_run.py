@@ -1,7 +1,6 @@
 """The record that the training loop works with, and requests to it from outside: signals and files."""
 
 import contextlib
-import functools
 import logging
 import os
 import signal
@@ -97,6 +96,7 @@ class Requests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        """Request the end after this step; at the second signal, end the process as by default."""
         if self.ends:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -219,6 +219,7 @@ class TrainingRun:
     requests: Requests  # its files and its clock are watched by the main process only
     saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
+    is_done: bool = False  # before its last step, as a feature says
     # of the model's plan, which was made before networks were loaded
     plan: TrainingPlan = field(init=False)
     options: TrainingOptions = field(init=False)
@@ -229,6 +230,8 @@ class TrainingRun:
     device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
     autocast: Autocast = field(init=False)  # opens the autocast context of a pass
     parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
+    of_audio: frozenset[Tensor] = field(init=False)  # parameters that only clips with audio train
+    parts: tuple[str, ...] = field(init=False)  # that have separate losses: experts, or images and audio
     layout: RowLayout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -238,28 +241,20 @@ class TrainingRun:
         self.device = plan.accelerator.device
         self.autocast = plan.accelerator.autocast
         self.parameters = self.model.trainable.parameters
+        experts, audio = plan.family.experts, audio_of(plan.family)
+        self.of_audio = frozenset()
+        if audio is not None and not audio.is_inside:
+            names = self.model.trainable.names
+            self.of_audio = frozenset(parameter for parameter, name in names.items() if audio.modules in name)
+        self.parts = ()
+        if len(experts) > 1:
+            self.parts = tuple(expert.name for expert in experts)
+        elif audio is not None and not plan.joined.joins_streams:
+            self.parts = (IMAGE_STREAM, AUDIO_STREAM)
         # of rows of steps, which hold sum and count of loss parts, then of the numbers of features
         self.layout = RowLayout(
             [*self.parts, *(name for tally in self.joined.tallies for name in tally.names)]
         )
-
-    @functools.cached_property
-    def of_audio(self) -> frozenset[Tensor]:
-        """Return the parameters that only clips with audio train."""
-        audio = audio_of(self.family)
-        if audio is None or audio.is_inside:
-            return frozenset()
-        names = self.model.trainable.names
-        return frozenset(parameter for parameter, name in names.items() if audio.modules in name)
-
-    @functools.cached_property
-    def parts(self) -> tuple[str, ...]:
-        """Return the parts that have separate losses: experts, or images and audio."""
-        experts = self.family.experts
-        if len(experts) > 1:
-            return tuple(expert.name for expert in experts)
-        is_split = audio_of(self.family) is not None and not self.joined.joins_streams
-        return (IMAGE_STREAM, AUDIO_STREAM) if is_split else ()
 
     @property
     def is_main(self) -> bool:

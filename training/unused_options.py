@@ -37,7 +37,13 @@ def list_without_effect(
         replacing = f"{' and '.join(given)} replace{'s' * (len(given) == 1)} it"
         reasons.setdefault("learning_rate", replacing if given else "no part learns at it")
     reasons |= _without_samples(options, options)
-    lines = [*_list_idle_weighting(options), *_list_idle(options, reasons, options.typed_options)]
+    lines = [*_list_idle(options, reasons, options.typed_options)]
+    sampler, weighting = options.timesteps.timestep_sampling, options.timesteps.weighting_scheme
+    beginning = f"--weighting_scheme {weighting} has no effect: it"
+    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
+        lines.insert(0, f"{beginning} weights the loss only with --model_prediction_type sigma_scaled.")
+    elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
+        lines.insert(0, f"{beginning} shapes the draws of --timestep_sampling sigma only.")
     if is_dataclass(family_options):
         lines += _list_idle(family_options, _without_samples(options, family_options), options.typed_options)
     values = option_values(options.speed.attention)
@@ -47,7 +53,7 @@ def list_without_effect(
 
 def _without_samples(options: TrainingOptions, record: Any) -> dict[str, str]:
     """Return why options of a record that affect only samples have no effect in a run without samples."""
-    if options.samples.are_made:
+    if options.samples.sample_prompts is not None:
         return {}
     reason = "no samples are made, as --sample_prompts is not given"
     return dict.fromkeys(options_with(type(record), "acts_on", "samples"), reason)
@@ -58,16 +64,6 @@ def _replaces_rate(parts: PartsOptions) -> bool:
     dit_is_replaced = parts.unet_lr is not None or not parts.trains_dit
     texts_are_replaced = parts.text_encoder_lr is not None or not parts.trains_texts
     return dit_is_replaced and texts_are_replaced
-
-
-def _list_idle_weighting(options: TrainingOptions) -> Iterator[str]:
-    """Yield a line if --weighting_scheme has no effect."""
-    sampler, weighting = options.timesteps.drawn_by
-    beginning = f"--weighting_scheme {weighting} has no effect: it"
-    if weighting in WEIGHTS_OF_LOSS and options.weighted_by == NOTHING:
-        yield f"{beginning} weights the loss only with --model_prediction_type sigma_scaled."
-    elif weighting in {"logit_normal", "mode"} and sampler != "sigma":
-        yield f"{beginning} shapes the draws of --timestep_sampling sigma only."
 
 
 def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -104,15 +104,6 @@ def note_task(
             "rounds it while it is read",
             path.name,
         )
-    alike = [name for name in _list_fitting_tasks(header) if TASKS[name].version != task.version]
-    if alike and config.dim == task.dim:
-        logger.info(
-            "%s is used as Wan%s %s, as --task says: a file of %s has the same tensors",
-            path.name,
-            task.version,
-            task.name,
-            " or ".join(alike),
-        )
     if config.dim != task.dim:
         logger.info(
             "%s has %d blocks of width %d, the released %s has width %d: the file is used as it is",
@@ -121,6 +112,16 @@ def note_task(
             config.dim,
             task.name,
             task.dim,
+        )
+        return
+    alike = [name for name in _list_fitting_tasks(header) if TASKS[name].version != task.version]
+    if alike:
+        logger.info(
+            "%s is used as Wan%s %s, as --task says: a file of %s has the same tensors",
+            path.name,
+            task.version,
+            task.name,
+            " or ".join(alike),
         )
 
 
@@ -147,7 +148,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
         raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")
     path = checkpoint.path
     has_image = "blocks.0.cross_attn.k_img.weight" in shapes
-    _reject_variants(path, shapes, has_image)
+    for start, variant, remedy in OTHER_VARIANTS:  # which share Wan's names but need other inputs
+        if any(name.startswith(start) for name in shapes):
+            variant = variant.format("2.1" if has_image else "2.2")
+            raise CheckpointError(f"{path} is {variant}, which is not supported.\n  {remedy}", path)
     in_dim = shapes["patch_embedding.weight"][1]
     if in_dim not in INPUT_CHANNELS[has_image].values():
         raise CheckpointError(
@@ -157,14 +161,6 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
         )
     block_weight = "blocks.0.attn1.to_q.weight" if dialect == "diffusers" else "blocks.0.self_attn.q.weight"
     return DitHeader(_read_config(path, shapes), dialect, names[block_weight].dtype)
-
-
-def _reject_variants(path: Path, names: Iterable[str], has_image: bool) -> None:
-    """Raise CheckpointError for variants that share Wan's names but need other inputs."""
-    for start, variant, remedy in OTHER_VARIANTS:
-        if any(name.startswith(start) for name in names):
-            variant = variant.format("2.1" if has_image else "2.2")
-            raise CheckpointError(f"{path} is {variant}, which is not supported.\n  {remedy}", path)
 
 
 def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: Path) -> DitHeader[WanConfig]:

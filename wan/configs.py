@@ -1,6 +1,6 @@
 """Wan2.1 and Wan2.2 as data: dimensions, the meaning of each `--task`, and the released VAEs."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 
@@ -146,28 +146,24 @@ class WanTask:
     keeps_image: bool = False  # an image, if one is given, becomes the first latent frame, which stays clean
     # probability that a training batch of clips keeps its first latent frame clean; None: the model cannot
     first_frame_probability: float | None = None
+    # what follows from these
+    takes_image: bool = field(init=False)  # condition channels hold an image, which the task requires
+    has_features: bool = field(init=False)  # the network takes CLIP features of the image: in Wan2.1 only
+    model_kind: str = field(init=False)  # of the model, with its version where that changes input channels
+
+    def __post_init__(self) -> None:
+        takes_image = self.kind in {"i2v", "flf2v"}
+        model_kind = "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
+        if self.has_control:
+            model_kind = FUN_CONTROL if self.version == "2.1" else "fun-control-2.2"
+        object.__setattr__(self, "takes_image", takes_image)
+        object.__setattr__(self, "has_features", takes_image and self.version == "2.1")
+        object.__setattr__(self, "model_kind", model_kind)
 
     @property
     def side_step(self) -> int:
         """Number of pixels that widths and heights are multiples of."""
         return 32 if self.kind == "ti2v" else 16
-
-    @property
-    def takes_image(self) -> bool:
-        """Whether the network's condition channels hold an image; such a task requires one."""
-        return self.kind in {"i2v", "flf2v"}
-
-    @property
-    def has_features(self) -> bool:
-        """Whether the network takes CLIP features of the image: in Wan2.1 only."""
-        return self.takes_image and self.version == "2.1"
-
-    @property
-    def model_kind(self) -> str:
-        """Kind of the model with its version where that changes the input channels."""
-        if self.has_control:
-            return FUN_CONTROL if self.version == "2.1" else "fun-control-2.2"
-        return "i2v-2.2" if self.kind == "i2v" and self.version == "2.2" else self.kind
 
     @property
     def in_dim(self) -> int:

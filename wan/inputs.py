@@ -175,8 +175,8 @@ def encode_inputs(
     vae = encoders.vae
     conditions: dict[str, Tensor | list[Tensor]] = {}
     image: Tensor | None = None
-    first = request.first_image
-    if task.takes_image and first is not None:
+    first = request.first_image if task.takes_image else None
+    if first is not None:
         if task.has_features:
             paths = [first]
             if task.kind == "flf2v" and request.end_image_path is not None:

@@ -412,18 +412,14 @@ def _list_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict
     else:
         inputs = _list_sample_inputs(options, sample)
     present = {flag: value for flag, value in inputs.items() if value}
-    return _list_needed_inputs(task, one_frame) | present
-
-
-def _list_needed_inputs(task: WanTask, one_frame: bool) -> dict[str, Any]:
-    """Return the images and clips that a task requires, each with a placeholder for its path."""
-    if one_frame:
-        return {"--one_frame_inference": "default", "--control_image_path": FillIn("CONTROL_IMAGE_FILE")}
-    return {
+    needed: dict[str, Any] = {
         "--image_path": FillIn("IMAGE_FILE") if task.takes_image else None,
         "--end_image_path": FillIn("END_IMAGE_FILE") if task.kind == "flf2v" else None,
         "--control_path": FillIn("CONTROL_FILE") if task.has_control else None,
     }
+    if one_frame:
+        needed = {"--one_frame_inference": "default", "--control_image_path": FillIn("CONTROL_IMAGE_FILE")}
+    return needed | present
 
 
 def _list_sample_inputs(options: WanTrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:

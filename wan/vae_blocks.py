@@ -321,14 +321,15 @@ def _make_middle(width: int) -> nn.ModuleList:
 
 
 def _make_layers(layers: Sequence[VaeLayer], is_down: bool) -> nn.ModuleList:
-    return nn.ModuleList(_make_layer(layer, is_down) for layer in layers)
-
-
-def _make_layer(layer: VaeLayer, is_down: bool) -> nn.Module:
-    if layer.layers:
-        return DownStage(layer) if is_down else UpStage(layer)
-    if layer.kind == "residual":
-        return WanResidualBlock(layer.width_in, layer.width_out)
-    if is_down:
-        return Downsample(layer.width_in, layer.kind == "temporal")
-    return Upsample(layer.width_in, layer.width_out, layer.kind == "temporal")
+    """Build the layers of a half of the VAE; nested ones are a stage."""
+    made = nn.ModuleList()
+    for layer in layers:
+        if layer.layers:
+            made.append(DownStage(layer) if is_down else UpStage(layer))
+        elif layer.kind == "residual":
+            made.append(WanResidualBlock(layer.width_in, layer.width_out))
+        elif is_down:
+            made.append(Downsample(layer.width_in, layer.kind == "temporal"))
+        else:
+            made.append(Upsample(layer.width_in, layer.width_out, layer.kind == "temporal"))
+    return made

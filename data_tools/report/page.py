@@ -112,7 +112,7 @@ def write_report_page(
     copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
     drawing = _CardDrawing(REPORT_STRIP, latent, options.fps, copies=copies, hears=True)
     cards = _make_cards(tables, options.items, workers, drawing)
-    sections = []
+    sections = []  # of the template: numbers, drawings, number of drawings left out, and cards of a table
     for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
         drawings, num_not_drawn = _draw_table(table_numbers, findings)
         cards_of_table = _cards_of(cards, findings.table)

@@ -33,9 +33,13 @@ class ExampleItem:
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the files and the caption of an item; anything that cannot be found is left out."""
     table = item.table
+    cached: frozenset[str] = frozenset()
+    if item.kind.sizes is None:  # else its image is encoded while training
+        with contextlib.suppress(UserError, OSError):
+            cached = stores.of(table).read(item.file_name, is_full=False).keys
     example = ExampleItem(
         _read_caption(item, stores),
-        cached=_read_keys(item, stores),
+        cached=cached,
         places=one_frame_words(table) if table.kind == "image" else "",
     )
     with contextlib.suppress(UserError, OSError), quiet():
@@ -73,13 +77,6 @@ def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
     return None if record is None or not record.files else item.table.directory / record.files[0].name
 
 
-def _read_keys(item: TrainingItem, stores: Stores) -> frozenset[str]:
-    with contextlib.suppress(UserError, OSError):
-        if item.kind.sizes is None:  # else its image is encoded while training
-            return stores.of(item.table).read(item.file_name, is_full=False).keys
-    return frozenset()
-
-
 def _is_large(folder: Path | None) -> bool:
     if folder is None:
         return False
@@ -88,6 +85,7 @@ def _is_large(folder: Path | None) -> bool:
 
 
 def _read_caption(item: TrainingItem, stores: Stores) -> str:
+    """Return the first caption of an item on one line; "" if it cannot be read."""
     caption = ""
     with contextlib.suppress(UserError, OSError, LookupError):
         if item.kind.has_text:

@@ -13,9 +13,9 @@ import math
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from dataset.batches.items import OfSource, TrainingItem, tables_of
 from dataset.cache_files import EMPTY
@@ -47,7 +47,7 @@ class BatchOrder:
         if any(item.table.is_reg for item in self._items):
             self._warn_of_unused()
         self.num_items = sum(map(len, self._pools.values()))  # of an epoch, repeats included
-        self.num_batches = _count_batches(self._pools)
+        self.num_batches = sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in self._pools.values())
         self._last = -1  # the epoch whose batches are cached; -1: none
         self._batches: list[tuple[TrainingItem, ...]] = []
         self._starts = array("q")  # number of items of the epoch before each batch
@@ -149,11 +149,8 @@ G = TypeVar("G", bound=Grouped)
 
 def count_batches(items: Sequence[Grouped]) -> int:
     """Return the number of batches in an epoch: each group fills batches with its repeated items."""
-    return _count_batches(repeat_items(items))
-
-
-def _count_batches(pools: Mapping[tuple[int, ...], Sequence[Grouped]]) -> int:
-    return sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in pools.values())
+    pools = repeat_items(items).values()
+    return sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in pools)
 
 
 def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
@@ -161,34 +158,30 @@ def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
 
     If all items of a group occur equally often, the whole list is repeated: this keeps the batches of a seed.
     """
-    groups: dict[tuple[int, ...], _Pool[G]] = {}
-    for item, count in zip(items, _count_repeats(items), strict=True):
-        group = groups.setdefault(item.group, _Pool([], []))
-        group.items.append(item)
-        group.counts.append(count)
+    counts = [item.table.num_repeats for item in items]
+    if any(item.table.is_reg for item in items):
+        counts = _count_repeats(items)
+    groups: dict[tuple[int, ...], list[G]] = {}
+    counts_of_groups: dict[tuple[int, ...], list[int]] = {}
+    for item, count in zip(items, counts, strict=True):
+        groups.setdefault(item.group, []).append(item)
+        counts_of_groups.setdefault(item.group, []).append(count)
     pools: dict[tuple[int, ...], list[G]] = {}
     for key, group in groups.items():
-        if min(group.counts) == max(group.counts):
-            pool = group.items * group.counts[0]
+        group_counts = counts_of_groups[key]
+        if min(group_counts) == max(group_counts):
+            pool = group * group_counts[0]
         else:
             pool = []
-            for item, count in zip(group.items, group.counts, strict=True):
+            for item, count in zip(group, group_counts, strict=True):
                 pool += [item] * count
         if pool:
             pools[key] = pool
     return pools
 
 
-@dataclass
-class _Pool(Generic[G]):
-    """Items that can share a batch, and how often each is trained in an epoch."""
-
-    items: list[G]
-    counts: list[int]
-
-
 def _count_repeats(items: Sequence[Grouped]) -> list[int]:
-    """Return the number of times that each item is trained in an epoch."""
+    """Return the number of times that each item is trained in an epoch with regularization images."""
     counts = [item.table.num_repeats for item in items]
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
         reg_indices: list[int] = []  # places of the images

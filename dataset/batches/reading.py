@@ -295,7 +295,13 @@ class _Reader:
         with _remedy(self.commands, store, is_text=True):
             entry = store.read(path.name)
             tensors = entry.tensors
-            _check_complete(path, entry, item.kind.text_keys)
+            absent = sorted(item.kind.text_keys - tensors.keys())
+            if absent:
+                maker = entry.metadata.get("architecture", "")
+                made_for = f" (made for {maker})" if maker else ""
+                raise CacheError(
+                    f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}"
+                )
             records = text_records(entry)
             for record in records.values():
                 verify_tensors(entry, record.crc32)
@@ -455,21 +461,10 @@ def _stack(
         if name in first.variable:
             stacked[name] = tensors
         else:
-            _check_shapes(parts, name, commands, is_text=is_text)
+            if len(parts) > 1:
+                _check_shapes(parts, name, commands, is_text=is_text)
             stacked[name] = torch.stack(tensors)
     return stacked
-
-
-def _check_complete(path: Path, entry: Entry, keys: frozenset[str]) -> None:
-    """Raise CacheError if a text cache lacks tensors.
-
-    `keys` are the keys of the tensors of all encoders of the model.
-    """
-    absent = sorted(keys - entry.tensors.keys())
-    if absent:
-        maker = entry.metadata.get("architecture", "")
-        made_for = f" (made for {maker})" if maker else ""
-        raise CacheError(f"{path}: the text cache is incomplete, it has no {', '.join(absent)}{made_for}")
 
 
 def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, is_text: bool) -> None:

@@ -28,7 +28,7 @@ from dataset.sources.colors import shown_otherwise
 from dataset.sources.media_source import MediaSource
 from modules.console import count_of
 from modules.errors import CacheError, DatasetError, MediaError
-from protocols.data import Batch, MadeBy
+from protocols.data import MadeBy
 from protocols.family import Family
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,9 @@ def check_caches(
             family.batch_conditions(latents, batch)  # raises CacheError if the texts do not fit the model
             if view:
                 family.batch_conditions(latents, replace(batch, view=view))
-        size_bytes += _count_batch_bytes(batch)
+        for tensors in batch.tensors.values():
+            parts = tensors if isinstance(tensors, list) else [tensors]
+            size_bytes += sum(tensor.nbytes for tensor in parts)
         if size_bytes > MAX_READ_BYTES:
             break
     if earlier:
@@ -130,14 +132,6 @@ def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingI
     first = ((item, 0) for item in sample)
     further = ((item, number) for item in sample for number in range(1, item.captions))
     return itertools.islice(itertools.chain(first, further), MAX_READ)
-
-
-def _count_batch_bytes(batch: Batch) -> int:
-    size_bytes = 0
-    for tensors in batch.tensors.values():
-        for tensor in tensors if isinstance(tensors, list) else [tensors]:
-            size_bytes += tensor.nbytes
-    return size_bytes
 
 
 def _warn_of_earlier(
@@ -272,24 +266,26 @@ def compare_sources(
             if hears and table.kind == "video" and table.audio != IGNORE:
                 silent = {item.source_stem for item in items if not item.has_sound}
                 unheard = [*map(str, list_silent(sources.values(), silent))]
-        differences = [
-            _Difference(new, "no latents", consequence="not cached, too short or unreadable: left out"),
-            _Difference(
-                gone, "caches but no file any more", consequence="trained on until the caches are made again"
-            ),
-            _Difference(unheard, "sound that is not cached", consequence="only their pictures are learned"),
-        ]
+        differences: list[_Difference] = []
+        if new:
+            consequence = "not cached, too short or unreadable: left out"
+            differences.append(_Difference(new, "no latents", consequence))
+        if gone:
+            consequence = "trained on until the caches are made again"
+            differences.append(_Difference(gone, "caches but no file any more", consequence))
+        if unheard:
+            consequence = "only their pictures are learned"
+            differences.append(_Difference(unheard, "sound that is not cached", consequence))
         for difference in differences:
-            if difference.names:
-                logger.warning(
-                    "%s: %s with %s, such as %s: %s. Cache again: %s",
-                    table.name,
-                    count_of(len(difference.names), table.kind if table.kind == "image" else "clip"),
-                    difference.error,
-                    difference.names[0],
-                    difference.consequence,
-                    commands.latents,
-                )
+            logger.warning(
+                "%s: %s with %s, such as %s: %s. Cache again: %s",
+                table.name,
+                count_of(len(difference.names), table.kind if table.kind == "image" else "clip"),
+                difference.error,
+                difference.names[0],
+                difference.consequence,
+                commands.latents,
+            )
 
 
 def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:

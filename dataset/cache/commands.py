@@ -18,7 +18,6 @@ from modules.option_values import value_words
 from modules.options import Options
 from modules.paths import path_exists
 from modules.repeated_options import (
-    AcceptedOption,
     RepeatedOption,
     accepted_options,
     repeat_given,
@@ -116,30 +115,19 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
             continue
         option = accepted[name]
         value = info.get("value")
-        if not _is_valid(value, option):
+        if not _is_plain(value) or not any(_has_type(value, kind) for kind in option.types):
+            continue
+        if option.choices and isinstance(value, str) and value not in option.choices:
             continue
         if Path in option.types:
-            value = _find_path(str(value), Path(folder))
-            if value is None:
+            value = Path(str(value))
+            if not value.is_absolute() and Path(folder) != real_path(Path.cwd()):
+                value = folder / value
+            if not path_exists(value):
                 continue
         flag = info.get("flag")
         typed = flag if flag in option.flags else option.flags[-1]
         yield RepeatedOption(name, option.flags, typed, value)
-
-
-def _is_valid(value: Any, option: AcceptedOption) -> bool:
-    """Return whether a current option accepts a recorded value; existence of files is not checked."""
-    if not _is_plain(value) or not any(_has_type(value, kind) for kind in option.types):
-        return False
-    return not option.choices or not isinstance(value, str) or value in option.choices
-
-
-def _find_path(text: str, folder: Path) -> Path | None:
-    """Return the path of an existing file that was named relative to `folder`; None if there is none."""
-    path = Path(text)
-    if not path.is_absolute() and folder != real_path(Path.cwd()):
-        path = folder / path
-    return path if path_exists(path) else None
 
 
 def _has_type(value: Any, kind: Any) -> bool:

@@ -78,7 +78,7 @@ def mark_table(table: DatasetTable) -> str | None:
     try:
         for field in dataclasses.fields(table):
             value = getattr(table, field.name)
-            if field.name in _NOT_COMPARED or field.name in _OF_FAMILY:
+            if field.name in _NOT_COMPARED or field.name in _OF_FAMILY or not field.init:
                 continue
             lines.append(f"{field.name} {value!r}")
             if isinstance(value, Path) and field.name not in _NOT_LISTED:
@@ -111,12 +111,12 @@ def _list_path(path: Path, only_files: bool) -> list[str]:
         names = [entry.name for entry in entries if not only_files or entry.is_file()]
     if len(names) > MAX_FILES:
         raise ValueError(f"{len(names)} entries")
-    return sorted(name for name in names if not _is_of_caching(name))
-
-
-def _is_of_caching(name: str) -> bool:
-    """Return whether a file belongs to caching, as sources and caches may be in the same folder."""
-    return name[0] == "." or name == NAME or cache_files.is_cache_name(name.removesuffix(cache_files.PART))
+    listed = []
+    for name in names:  # sources and caches may be in the same folder
+        is_hidden = name[0] == "."
+        if not (is_hidden or name == NAME or cache_files.is_cache_name(name.removesuffix(cache_files.PART))):
+            listed.append(name)
+    return sorted(listed)
 
 
 class Index(NamedTuple):

@@ -18,7 +18,7 @@ from dataset.cache.index import (
     names_of,
     read_parts,
 )
-from dataset.cache.latent_files import LatentFile, depends_on_references, list_latent_files
+from dataset.cache.latent_files import depends_on_references, list_latent_files
 from dataset.cache.records import CHECK_KEY, latent_record, source_folders, stamp_of, text_records
 from dataset.cache.store import SingleFiles
 from dataset.sources.media_source import FileIdentity
@@ -82,7 +82,16 @@ def write_index(
                 store=store,
                 reads_references=depends_on_references(table),
             )
-            lines = [_describe_file(file) for file in files]
+            lines: list[dict[str, Any]] = [
+                {
+                    "file": file.file,
+                    "source": file.stem,
+                    "bucket": file.bucket,
+                    "parts": file.parts,
+                    "references": file.references,
+                }
+                for file in files
+            ]
             space = mark_space(table, latent)
         else:
             lines = [*_list_texts(text_files, tag)]
@@ -119,16 +128,6 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
             yield {"file": file, "source": source, "number": number}
         elif cache_files.is_empty_text_name(file, tag):
             yield {"file": file, "source": "", "number": cache_files.EMPTY}
-
-
-def _describe_file(file: LatentFile) -> dict[str, Any]:
-    return {
-        "file": file.file,
-        "source": file.stem,
-        "bucket": file.bucket,
-        "parts": file.parts,
-        "references": file.references,
-    }
 
 
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:

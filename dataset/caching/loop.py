@@ -48,19 +48,6 @@ class NextCommand:
     words: Sequence[str]
     remember: Callable[[], None]  # keeps the options of this command, once all is cached
 
-    @property
-    def line(self) -> str:
-        """The command as the user types it."""
-        return as_typed(self.words)
-
-    @property
-    def advice(self) -> str:
-        """Return a note on the words to fill in before the command is typed; "" if it is complete."""
-        missing = missing_words(self.words)
-        names = " and ".join(missing)
-        paths = "that path" if len(missing) == 1 else "those paths"
-        return f" (fill in {names}: this command does not know {paths})" if missing else ""
-
 
 @dataclass(frozen=True)
 class Share:
@@ -240,7 +227,12 @@ def run_caching(
     memory = peak_in_words(select_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", memory)]
     if options.shard.num_shards is None:
-        conclude(report, costs, [(f"Next, {then}{following.advice}", following.line)])
+        heading = f"Next, {then}"
+        missing = missing_words(following.words)
+        if missing:
+            paths = "that path" if len(missing) == 1 else "those paths"
+            heading += f" (fill in {' and '.join(missing)}: this command does not know {paths})"
+        conclude(report, costs, [(heading, as_typed(following.words))])
         return
     rows: list[Row] = [
         ("this shard", f"{report.share} of {report.whole} {what}"),

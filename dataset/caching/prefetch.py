@@ -129,9 +129,12 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
         lines = "\n".join(first_lines(report.dropped, LISTED))
         count = count_words(len(report.dropped), "sources give no item to train on")
         logger.warning("%s:\n%s", count, lines)
-    _log_clips(report.shortened, "clips give no item of some lengths", level=logging.WARNING)
-    _log_clips(report.resized, f"clips {SIZE_CHANGES}", level=logging.WARNING)
-    _log_clips(report.silent, "clips have no sound: only their pictures are learned", level=logging.INFO)
+    if report.shortened:
+        _log_clips(report.shortened, "clips give no item of some lengths", level=logging.WARNING)
+    if report.resized:
+        _log_clips(report.resized, f"clips {SIZE_CHANGES}", level=logging.WARNING)
+    if report.silent:
+        _log_clips(report.silent, "clips have no sound: only their pictures are learned", level=logging.INFO)
     if report.foreign:
         logger.warning(
             "%s by another program: only the size could be compared (--skip_existing)",
@@ -187,10 +190,9 @@ def workers_of(options: CachingOptions) -> int:
 
 
 def _log_clips(clips: Sequence[Failure], text: str, level: int) -> None:
-    """Log how many clips a text applies to, with the first ones; nothing if there are none."""
-    if clips:
-        first = "; ".join(map(str, clips[:NAMED]))
-        logger.log(level, "%s. The first: %s", count_words(len(clips), text), first)
+    """Log how many clips a text applies to, with the first ones."""
+    first = "; ".join(map(str, clips[:NAMED]))
+    logger.log(level, "%s. The first: %s", count_words(len(clips), text), first)
 
 
 def run_ahead(

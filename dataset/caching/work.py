@@ -333,7 +333,11 @@ class MediaWork:
         if self._encoders is None and not batch[0].moments:
             self.free()  # the networks of images and of sound take turns
             self._encoders = latents.load_encoders(self._family, self._device)
-        names = [_latent_name(item) for item in batch]
+        names = []
+        for item in batch:
+            is_image = item.source.table.kind == "image"
+            size, span = (item.size, None) if is_image else (item.bucket, item.spans[0])
+            names.append(LatentName(item.source.stem, size, span))
         keys = [name.file_name(self._recipe.tag).removesuffix(SUFFIX) for name in names]
         encoded = latents.encode(batch, keys, self._family, self._encoders)
         written: set[tuple[int, str]] = set()
@@ -448,12 +452,6 @@ def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path
     for identity, (path, _) in zip(files, parts, strict=True):
         stamps[str(path.absolute())] = f"{identity.size_bytes}-{identity.mtime_ns}"
     return json.dumps(stamps, sort_keys=True)
-
-
-def _latent_name(item: DecodedMedia) -> LatentName:
-    if item.source.table.kind == "image":
-        return LatentName(item.source.stem, item.size)
-    return LatentName(item.source.stem, item.bucket, item.spans[0])
 
 
 def _report_of(

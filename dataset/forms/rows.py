@@ -278,7 +278,7 @@ class RowReader:
         captions += self._further_captions(values, where)
         for text in captions:
             check_text(text, f"{where}: {name or 'captions'}")
-        if self.is_list:
+        if self.is_list:  # the texts of a list are captions as they stand
             return captions
         stripped = [text.strip() for text in captions]
         if caption is None or not self.table.multi_caption:

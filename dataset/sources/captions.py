@@ -141,6 +141,8 @@ def first_and_more(
 def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str, ...]:
     """Add trigger word, prefix and suffix of a table to captions; return each distinct caption once."""
     prefix, suffix = table.caption_prefix, table.caption_suffix
+    if not (table.trigger_word or prefix or suffix):
+        return tuple(dict.fromkeys(captions))
     completed = [complete_caption(caption, table.trigger_word, prefix, suffix) for caption in captions]
     return tuple(dict.fromkeys(completed))
 

@@ -581,13 +581,20 @@ def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) ->
         clip[count] = resize_cover(colors, bucket)
         count += 1
     clip.resize((count, height, width, 3), refcheck=False)
-    return clip, _stack_alphas(alphas)
-
-
-def _stack_alphas(alphas: Sequence[NDArray[np.uint8] | None]) -> Mask | None:
-    """Return the transparency of all frames; None if all are opaque."""
     present = [alpha for alpha in alphas if alpha is not None]
-    if not present or all(alpha.min() == 255 for alpha in present):
+    return clip, _stack_alphas(alphas, present) if present else None
+
+
+def _stack_alphas(
+    alphas: Sequence[NDArray[np.uint8] | None], present: Sequence[NDArray[np.uint8]]
+) -> Mask | None:
+    """Return the transparency of all frames; None if all are opaque.
+
+    Args:
+        alphas: Transparency of each frame, H W; None for frames without.
+        present: The ones that are there, at least one.
+    """
+    if all(alpha.min() == 255 for alpha in present):
         return None
     opaque = np.full_like(present[0], 255)
     return np.stack([opaque if alpha is None else alpha for alpha in alphas])

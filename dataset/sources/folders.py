@@ -34,7 +34,8 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         DatasetError: If the folder cannot be listed.
     """
     paths = _leave_out_results(table, _media_in(table, faults))
-    paths = _leave_out_bad_names(table, paths, faults)
+    if not all(path.name.isascii() for path in paths):
+        paths = _leave_out_bad_names(table, paths, faults)
     layers: Mapping[Path, tuple[Path, ...]] = {}
     if table.multiple_target:
         from dataset.sources.layers import group_layers  # few tables have any
@@ -53,14 +54,18 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         audios = _find_companions(table, "sound", table.audio_directory, media=paths, faults=faults)
     assert table.directory is not None
     extension = table.caption_extension
-    reader = _CaptionReader(table)
+    errors: dict[Path, str] = {}  # by caption file
+    stems: list[str] = []  # of the items of these
     sources = []
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
         caption_path = table.directory / (stem + extension) if extension else None
         content = _NO_CAPTION
         if captions and caption_path is not None:
-            content = reader.read(stem, caption_path)
+            content = _read_captions(caption_path, table)
+            if content.error:
+                errors[caption_path] = content.error
+                stems.append(stem)
         source = MediaSource(
             path=path,
             stem=stem,
@@ -75,7 +80,10 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             layers=layers.get(path, ()),
         )
         sources.append(source)
-    faults += reader.faults()
+    if errors:
+        kind = "have a caption that cannot be used"
+        messages = explain_captions(list(errors), list(errors.values()))
+        faults += [Fault(kind, message, stem) for message, stem in zip(messages, stems, strict=True)]
     return sources
 
 
@@ -127,42 +135,25 @@ class _Captions(NamedTuple):
     first: str | None = None
     further: tuple[str, ...] = ()
     encoding: str | None = None  # of the caption file, if that is not UTF-8
+    error: str = ""  # why the file cannot be used
 
 
 _NO_CAPTION = _Captions()
 
 
-class _CaptionReader:
-    """Read the caption files of a table's folder, and collect those that cannot be used."""
-
-    def __init__(self, table: DatasetTable) -> None:
-        self._table = table
-        self._errors: dict[Path, tuple[str, str]] = {}  # caption file -> stem and message
-
-    def read(self, stem: str, path: Path) -> _Captions:
-        """Return the captions in a file; none if the file is missing or unusable."""
-        encoding = None
-        try:
-            file = read_caption_file(path)
-            text = self._table.class_tokens
-            if file is not None:
-                text, encoding = file.text, file.encoding
-            captions = None if text is None else captions_in(text, self._table)
-            first, further = first_and_more(captions, path)
-        except DatasetError as error:
-            self._errors[path] = stem, str(error)
-            return _Captions(encoding=encoding)
-        return _Captions(first, further, encoding)
-
-    def faults(self) -> list[Fault]:
-        """Return a fault for each file that could not be used."""
-        if not self._errors:
-            return []
-        texts = [text for _, text in self._errors.values()]
-        messages = explain_captions(list(self._errors), texts)
-        stems = [stem for stem, _ in self._errors.values()]
-        kind = "have a caption that cannot be used"
-        return [Fault(kind, message, stem) for message, stem in zip(messages, stems, strict=True)]
+def _read_captions(path: Path, table: DatasetTable) -> _Captions:
+    """Return the captions in a file; none if the file is missing or unusable."""
+    encoding = None
+    try:
+        file = read_caption_file(path)
+        text = table.class_tokens
+        if file is not None:
+            text, encoding = file.text, file.encoding
+        captions = None if text is None else captions_in(text, table)
+        first, further = first_and_more(captions, path)
+    except DatasetError as error:
+        return _Captions(encoding=encoding, error=str(error))
+    return _Captions(first, further, encoding)
 
 
 def _find_companions(

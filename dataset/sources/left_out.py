@@ -40,7 +40,14 @@ class TableFolders:
                 place = folder_id(table.directory)
                 self._ids[table.index] = place
                 self._sharing.setdefault(place, []).append(table)
-        self._others = _other_folders(config)
+        # folders that belong to the media of all tables
+        keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
+        keys += ["reference_directory", "control_mask_directory", "worse_directory"]
+        folders = [getattr(table, key) for table in config.datasets for key in keys]
+        folders += [
+            guide.directory for table in config.datasets if table.has_guides for guide in table.guides
+        ]
+        self._others = {folder_id(folder) for folder in folders if folder}
 
     def left_out_files(self, table: DatasetTable) -> str | None:
         """Return a line with the number of unread files in a table's folder, by suffix.
@@ -127,28 +134,32 @@ def _count_unused(table: DatasetTable, folder: Path, rules: "_UnusedRules") -> d
             continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
             continue
-        ending = suffix.lower()
-        if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
-            is_unused = rules.may_be_still(ending) and _is_still(folder / entry.name)
-            if not is_unused:
-                continue
-        if not is_file(entry) or OF_SHARDS.fullmatch(entry.name):
+        if _is_used(entry, suffix.lower(), folder, rules):
             continue
-        if ending in rules.caption_endings:
+        if suffix.lower() in rules.caption_endings:
             why = f"captions of no {table.holds}"
             shown = suffix
         else:
-            why = _explain(ending, rules.kinds)
-            shown = ending
+            shown = suffix.lower()
+            why = _explain(shown, rules.kinds)
         counts.setdefault(why, Counter())[shown or "no suffix"] += 1
     return counts
+
+
+def _is_used(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_UnusedRules") -> bool:
+    """Return whether an entry is read as media, or is nothing that could be: a folder, or a shard's part."""
+    if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
+        is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
+        if not is_unread:
+            return True
+    return not is_file(entry) or OF_SHARDS.fullmatch(entry.name) is not None
 
 
 class CaptionOwners:
     """The images or clips of a folder, by which a caption under another name finds the one that it is of."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """names: of the files, with their suffixes."""
+        """Remember the names of the media files, with their suffixes."""
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
         for name in names:
@@ -275,20 +286,6 @@ def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
     for kind in kinds:
         suffixes = suffixes.union(*media_suffixes(kind))
     return suffixes
-
-
-def _other_folders(config: DatasetConfig) -> set[str]:
-    """Return the folders that belong to the media of all tables: controls, masks, sound, caches."""
-    keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
-    keys += ["reference_directory", "control_mask_directory", "worse_directory"]
-    folders = set()
-    for table in config.datasets:
-        folders.update(folder_id(guide.directory) for guide in table.guides)
-        for key in keys:
-            folder = getattr(table, key)
-            if folder:
-                folders.add(folder_id(folder))
-    return folders
 
 
 def _is_still(path: Path) -> bool:

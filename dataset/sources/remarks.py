@@ -102,25 +102,20 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
         if source.table.changes.moves_parts and read_if_object(source.caption or "") is not None:
             kinds[TORN] = None
         for caption in (source.caption or "", *source.more_captions):
-            kinds |= dict.fromkeys(_find_marks(caption, draws=source.table.changes.wildcards))
+            if source.table.changes.wildcards:  # {a|b} is a random choice
+                lines = lines_of(caption)
+                if any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines):
+                    kinds[LONE_BRACE] = None
+            elif "{" in caption and has_choice(caption):
+                kinds[NOT_DRAWN] = None
+            if _BACKSLASH.search(caption):
+                kinds[BACKSLASH] = None
         if kinds:
             words = " ".join((source.caption or "").split())
             shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
             text = f"{source.caption_path or source.path}: {shown}"
             warnings += [Fault(kind, text, source.stem) for kind in kinds]
     return warnings
-
-
-def _find_marks(caption: str, draws: bool) -> Iterator[str]:
-    """Yield the kinds of warnings about a caption. `draws` says that {a|b} in captions is a random choice."""
-    if draws:
-        lines = lines_of(caption)
-        if any(fill_wildcards(line, random.Random(0)).has_lone_brace for line in lines):
-            yield LONE_BRACE
-    elif has_choice(caption):
-        yield NOT_DRAWN
-    if _BACKSLASH.search(caption):
-        yield BACKSLASH
 
 
 def find_cut_captions(

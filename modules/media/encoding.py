@@ -201,7 +201,7 @@ def add_video_stream(
         context.codec_tag = "hvc1"  # common players open no other
     context.thread_type, context.thread_count = "FRAME", kind.threads
     if kind.encoder == "libx265" and stream.width <= LONE_COLUMN:
-        stream.options["x265-params"] += ":ctu=32"
+        stream.options["x265-params"] += ":ctu=32"  # smaller blocks, so that there are two columns
     if bit_rate is not None:
         stream.bit_rate = bit_rate
     elif kind.has_crf:

@@ -106,7 +106,13 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
     Raises:
         MediaError: If it cannot be read, also for errors inside the block.
     """
-    with reading(path), _open_full(path) as container:
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(reading(path))
+        try:
+            container = stack.enter_context(open_container(path))
+        except av.FFmpegError:
+            reject_cut(path)
+            raise
         stream = container.streams.best("video")
         if stream is None or stream.codec_context is None:
             reject_cut(path)
@@ -118,26 +124,19 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream.codec_context is None:
             raise MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
         check_pixels(path, stream.width, stream.height)
-        _limit_frames(path, stream.codec_context)
+        # a decoder holds many frames, so the bytes of one are limited
+        codec = stream.codec_context
+        stands_alone = codec.codec.intra_only or codec.name in _LONE_CODECS
+        maximum = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
+        num_bytes = codec.width * codec.height * _pixel_bits(codec) // 8
+        if num_bytes > maximum:
+            raise MediaError(
+                f"{path} has frames of {codec.width} x {codec.height} pixels, {num_bytes / 1e6:.0f} MB each "
+                f"when they are decoded; at most {maximum / 1e6:.0f} MB are read. Make the clip smaller."
+            )
+        # the size may change within a stream
+        codec.options = {"max_pixels": str(min(MAX_PIXELS, 8 * maximum // _pixel_bits(codec)))}
         yield container, stream
-
-
-def _limit_frames(path: Path, codec: Any) -> None:
-    """Bound the memory of a decoder, which holds many frames.
-
-    Raises:
-        MediaError: If one is too large.
-    """
-    stands_alone = codec.codec.intra_only or codec.name in _LONE_CODECS
-    maximum = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
-    num_bytes = codec.width * codec.height * _pixel_bits(codec) // 8
-    if num_bytes > maximum:
-        raise MediaError(
-            f"{path} has frames of {codec.width} x {codec.height} pixels, {num_bytes / 1e6:.0f} MB each when "
-            f"they are decoded; at most {maximum / 1e6:.0f} MB are read. Make the clip smaller."
-        )
-    # the size may change within a stream
-    codec.options = {"max_pixels": str(min(MAX_PIXELS, 8 * maximum // _pixel_bits(codec)))}
 
 
 def _pixel_bits(codec: Any) -> int:
@@ -149,19 +148,6 @@ def select_thread_type(codec: Any) -> str:
     """Select how decoder threads share work: with large frames, a frame per thread takes too much memory."""
     is_large = codec.width * codec.height * _pixel_bits(codec) > 8 * LARGE_FRAME_BYTES
     return "SLICE" if is_large else "AUTO"
-
-
-def _open_full(path: Path) -> Any:
-    """Open a container of images.
-
-    Raises:
-        MediaError: For an MP4 that is cut short, else FFmpegError.
-    """
-    try:
-        return open_container(path)
-    except av.FFmpegError:
-        reject_cut(path)
-        raise
 
 
 # kinds of boxes that MP4 and MOV files begin with
@@ -278,16 +264,12 @@ def reading(path: Path) -> Iterator[None]:
             f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
             "smaller."
         ) from None
-    except _decoding_errors() as error:
+    # FFmpeg's errors are known if its package has been imported by now
+    except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:
         reason = getattr(error, "strerror", None) or str(error)
         if "truncated" in reason.lower():  # in Pillow's words: Truncated File Read
             reason = "the file is cut short"
         raise MediaError(f"{path} cannot be read: {reason}") from error
-
-
-def _decoding_errors() -> tuple[type[BaseException], ...]:
-    """Return the errors of Pillow, and those of FFmpeg if its package has been imported by now."""
-    return (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError))
 
 
 def _is_video(path: Path) -> bool:

@@ -345,7 +345,9 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
             width = decoding.square_width(frame, stream)
             if width != frame.width:
                 pixels = resize_frame(pixels, (width, frame.height), "lanczos")
-            yield decoding.turn_upright(pixels, timed.orientation), start, start + shown
+            if timed.orientation != decoding.AS_STORED:
+                pixels = decoding.turn_upright(pixels, timed.orientation)
+            yield pixels, start, start + shown
 
 
 class FrameSizes:

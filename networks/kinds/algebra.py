@@ -4,6 +4,7 @@ A kind's own algebra stands in its heavy half, such as `loha_layer.py`. Most add
 weight; one normalizes the sum (`Magnitudes`), and one rotates inputs (`InputRotation`).
 """
 
+from collections.abc import Callable
 from typing import Protocol
 
 from torch import Tensor
@@ -66,14 +67,9 @@ class Algebra:
     magnitudes: Magnitudes | None = None
     rotation: InputRotation | None = None
     indivisible: str = ""  # title of a kind whose factors have no rows of the change: "a LoKr"
-
-    def find_absent(self, factors: Factors) -> str | None:
-        """Return which part is absent that these factors need, beyond `NetworkKind.pairs`; None: none is."""
-        return None
-
-    def find_wrong_shape(self, factors: Factors) -> str | None:
-        """Return the name of a factor whose shape is impossible for this kind; None if there is none."""
-        return None
+    # returns which part is absent that these factors need, beyond `NetworkKind.pairs`, or which has a shape
+    # that is impossible for this kind; None if there is none. A kind with such rules overrides it.
+    find_error: Callable[[Factors], str | None] | None = None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
         """Return the shape of the change, out in (kernel); None if nothing is added to the weight.

@@ -5,7 +5,7 @@ Without these, every script does everything else as before. No tool names a kind
 kinds are in `composing.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
@@ -34,7 +34,7 @@ class Target(NamedTuple):
     module: LoraModule
     rank: int
     alpha: float
-    heights: tuple[int, ...]  # of parts that get factors of their own
+    split_sizes: tuple[int, ...]  # of parts that get factors of their own
     rate_factor: float = 1.0  # on its learning rate
 
 
@@ -72,7 +72,7 @@ class Settings(Protocol):
     def ranks_by_pattern(self) -> Sequence[int]:
         """Ranks that patterns of --network_args give to modules."""
 
-    def heights_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
+    def split_sizes_of(self, path: str, module: LoraModule) -> tuple[int, ...]:
         """Return the rows of each part if a fused layer gets separate factors for its parts; () otherwise."""
 
 
@@ -108,6 +108,8 @@ class NetworkKind:
     rank_parts: tuple[str, ...] = ()  # parts with the rank as first axis; the first that there is counts
     magnitudes = ""  # its part that `Algebra.magnitudes` is about. One kind has such a part
     cores: tuple[str, ...] = ()  # parts of its tensor form, which no training here has
+    # raises CheckpointError if a file with its modules was written for a variant that cannot be read
+    check_file: Callable[["Path"], None] | None = None
     needs_weight = False  # its change depends on the weight
 
     # --- names in files
@@ -162,13 +164,6 @@ class NetworkKind:
     ) -> Any:
         """Return a LoRA file whose magnitudes refer to the norms that the target dialect uses."""
         return lora
-
-    def check_file(self, path: "Path") -> None:
-        """Check that a file with modules of this kind uses the variant that can be read.
-
-        Raises:
-            CheckpointError: If the file was written for another variant.
-        """
 
     def size_of(self, factors: Factors) -> int | None:
         """Return what --network_dim was for these factors, if it is no rank."""

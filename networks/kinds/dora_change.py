@@ -20,7 +20,7 @@ class DoraAlgebra(Algebra):
         self.part = part
         self.magnitudes = self
 
-    def find_wrong_shape(self, factors: Factors) -> str | None:
+    def find_error(self, factors: Factors) -> str | None:
         """Return the error if the number of magnitudes fits neither rows nor columns; None if it fits one."""
         shape = factors[self.part].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:

@@ -19,7 +19,7 @@ MATRICES = (("hada_w1_a", "hada_w1_b", "hada_t1"), ("hada_w2_a", "hada_w2_b", "h
 class LohaAlgebra(Algebra):
     """(w1_a w1_b) * (w2_a w2_b), element by element; left factors with a core are stored r x out."""
 
-    def find_absent(self, factors: Factors) -> str | None:
+    def find_error(self, factors: Factors) -> str | None:
         """Return that the second product is absent, if it is."""
         return "it has hada_w1_a but no hada_w2_a" if "hada_w2_a" not in factors else None
 

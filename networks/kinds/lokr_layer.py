@@ -20,7 +20,7 @@ class LokrAlgebra(Algebra):
 
     indivisible = "a LoKr"
 
-    def find_absent(self, factors: Factors) -> str | None:
+    def find_error(self, factors: Factors) -> str | None:
         """Return that the large matrix is absent, if it is."""
         return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
 

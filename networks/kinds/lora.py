@@ -44,7 +44,7 @@ class LoraKind(NetworkKind):
 
         layers: dict[str, nn.Module] = {}
         for name, target in targets.items():
-            layer = LoraLayer(target.module, target.rank, target.alpha, heights=target.heights)
+            layer = LoraLayer(target.module, target.rank, target.alpha, split_sizes=target.split_sizes)
             for variant in settings.variants:
                 variant.extend_layer(layer)
             layers[name] = layer
@@ -64,10 +64,10 @@ class LoraKind(NetworkKind):
         rank = rank_of(factors)
         assert rank is not None
         alpha = float(factors["alpha"])
-        heights = settings.heights_of(path, module)
-        if heights and diagonal_blocks(factors[UP], heights) is not None:
-            num_parts = len(heights)
-            return LoraLayer(module, rank // num_parts, alpha / num_parts, heights=heights)
+        split_sizes = settings.split_sizes_of(path, module)
+        if split_sizes and diagonal_blocks(factors[UP], split_sizes) is not None:
+            num_parts = len(split_sizes)
+            return LoraLayer(module, rank // num_parts, alpha / num_parts, split_sizes=split_sizes)
         layer = LoraLayer(module, rank, alpha)
         for kind in kinds_of_parts(factors):
             kind.extend_layer(layer)

@@ -77,7 +77,7 @@ class OftAlgebra(Algebra):
         self.part = part
         self.rotation = self
 
-    def find_wrong_shape(self, factors: Factors) -> str | None:
+    def find_error(self, factors: Factors) -> str | None:
         """Return the error if the number of values per block fits no block size; None if it fits one."""
         shape = factors[self.part].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:

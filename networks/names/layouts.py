@@ -87,7 +87,7 @@ class LoraRules:
     indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
     outside: str = ""  # argument: the ranks of modules that are in no block, for `outside_paths` in order
     outside_paths: tuple[str, ...] = ()
-    # endings of paths of fused layers -> how many parts, see `networks.lora_products.fused_heights`
+    # endings of paths of fused layers -> how many parts, see `networks.lora_products.fused_sizes`
     fused: Mapping[str, int] = field(default_factory=dict)
     encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
     # argument -> the part of `DitSpec.lora_exclude` that it switches on

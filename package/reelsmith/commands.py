@@ -34,7 +34,8 @@ FIRST = {
 }
 # scripts that set up a checkout, and its door to the commands; the package has none of them
 OF_A_CHECKOUT = {"quickstart", "reelsmith", "run_tests", "set_up"}
-# names of sd-scripts for a command with a name of its own, here `sdxl-merge`; `merge` is another one
+# It is the program of networks/sdxl_merge_lora.py under its second name in sd-scripts, with the same options:
+# `sdxl-merge` runs it, and `merge` is merge_lora.py, which merges into a DiT.
 WITHOUT_COMMAND = {Path("networks", "merge_lora.py")}
 
 

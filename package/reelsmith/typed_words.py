@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from modules.command import message_of, name_as_typed
+from modules.command import name_as_typed
 from modules.console import quiet
+from modules.error_output import message_of
 from modules.errors import OptionError, UserError
 from modules.installation import EXTENSIONS
 from modules.option_tables import find_table

@@ -50,6 +50,9 @@ def find_control_kind(model: ModelSet) -> RunKind | None:
 def find_kind_of(commands: Sequence[Sequence[str]]) -> RunKind:
     """Return the kind of a run from its training command, which is the last one; LORA if unknown."""
     words = commands[-1] if commands else ()
+    switched = [kind for kind in KINDS if kind.switch in words]
+    if switched:
+        return switched[0]
     return kinds_by_script().get(words[1], LORA) if len(words) > 1 else LORA
 
 

@@ -61,7 +61,7 @@ class RunKind:
     # lines about memory, disk and data, for such a card
     describe: Callable[[ModelSet, float], list[str]] = _describe_nothing
     ending: str = ""  # suffix of `modelspec.architecture` in its files
-    record: str = "Training"  # kind of options record that its script has, see `FamilyEntry.options_record`
+    switch: str = ""  # by which its command differs from that of a LoRA, if they have one script
     sees_controls: bool = False  # whether it is trained on pairs of an image and a control image
     learns_word: bool = False  # the trigger word is what is trained, and all captions have it
     needs_bfloat16: bool = False  # its weights are trained in bfloat16

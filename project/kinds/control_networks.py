@@ -29,7 +29,6 @@ LLLITE = RunKind(
     why_not=partial(find_reason, "lllite", "a ControlNet-LLLite"),
     change=_change_to_lllite,
     ending="control-net-lllite",
-    record="LlliteTraining",
     sees_controls=True,
 )
 CONTROL_NET = RunKind(
@@ -39,7 +38,6 @@ CONTROL_NET = RunKind(
     why_not=partial(find_reason, "controlnet", "a ControlNet"),
     change=_change_to_control_net,
     ending="controlnet",
-    record="ControlNetTraining",
     sees_controls=True,
     saves_models=True,
 )

@@ -1,16 +1,40 @@
-"""`new --train embedding`: train a word, its vectors in the text encoders (textual inversion)."""
+"""`new --train embedding`: train a word, its vectors in the text encoders (textual inversion).
 
-from functools import partial
+Stable Diffusion has scripts for it, which the catalogue names; other models have their script of LoRAs.
+"""
 
-from project.kinds.contract import RunKind, drop_lora_options, find_reason, read_words
+import shlex
+
+from downloads.catalogue import ModelSet
+from project.kinds.contract import RunKind, drop_lora_options, find_lora_script
+
+ALONE = "--embedding_only"
+OF_LORA_SCRIPT = f"{ALONE} --train_embedding {{word}} --embedding_vectors 4 --learning_rate 1e-3"
+
+
+def _find_words(model: ModelSet) -> list[str]:
+    """Return the script and its options; [] if the catalogue has "" for a model that cannot learn a word."""
+    named = model.data.get("embedding")
+    if named is not None:
+        return shlex.split(named)
+    return [*find_lora_script(model), *shlex.split(OF_LORA_SCRIPT)]
+
+
+def _why_not(model: ModelSet, memory: float) -> str | None:
+    if _find_words(model):
+        return None
+    if model.has_adapter:
+        return "a word takes no training adapter: give the task without it"
+    return f"{model.title} reads captions together with images, from which no word is learned"
+
 
 EMBEDDING = RunKind(
     name="embedding",
     title="an embedding",
-    find_words=partial(read_words, "embedding"),
-    why_not=partial(find_reason, "embedding", "an embedding"),
+    find_words=_find_words,
+    why_not=_why_not,
     change=drop_lora_options,
     ending="textual-inversion",
-    record="InversionTraining",
+    switch=ALONE,
     learns_word=True,
 )

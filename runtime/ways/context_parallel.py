@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import OF_BLOCKS, SETTING, option
-from runtime.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun, by_division
+from runtime.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +36,7 @@ class ContextParallelOptions(
         default=1,
         minimum=1,
         metavar="N",
-        facts={**SETTING, **OF_BLOCKS, **by_division("context")},
+        facts={**SETTING, **OF_BLOCKS, "division": "context"},
     )
 
 

@@ -70,16 +70,14 @@ class RunUses:
 
 @dataclass(frozen=True)
 class Division:
-    """How a step is divided over processes, each with a GPU."""
+    """How a step is divided over processes, each with a GPU.
+
+    The fact `division` of an option names the field that holds its value.
+    """
 
     processes: int
     shards: bool = False  # the weights of the blocks
     context: int = 1  # cards that share the tokens of a clip
-
-
-def by_division(part: str) -> dict[str, str]:
-    """Return the declaration of an option whose value is this field of a `Division`."""
-    return {"division": part}
 
 
 class WayOptions(Options):

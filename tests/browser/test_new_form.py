@@ -57,7 +57,7 @@ def test_where_pairs_could_be_learned_a_lora_is_named() -> None:
 
 def test_what_another_model_cannot_have_is_not_kept() -> None:
     fields = {"family": ["wan"], "task": ["t2v-1.3B"]}
-    for train in ("embedding", "lllite", "nonsense", "lora"):
+    for train in ("controlnet", "lllite", "nonsense", "lora"):
         assert not NewForm.of_fields({**fields, "train": [train]}).train
     assert NewForm.of_fields({**fields, "train": ["whole"]}).train == "whole"
 

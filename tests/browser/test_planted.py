@@ -29,6 +29,7 @@ from tests.browser.test_safe_clicks import (
     save_image,
     wait_for_children,
 )
+from tests.waiting import wait_for
 
 WAIT_SECONDS = 2.0  # in which a server that starts what it finds would have done so
 MAX_SECONDS = 20.0  # of the processor, for an answer
@@ -143,10 +144,10 @@ def test_planted_render_jobs_start_nothing_that_the_page_would_not(root: Path, t
             for what in ("again", "cancel", "again"):
                 form = urlencode({"id": str(number)})
                 served.ask(f"/generate/{what}", "POST", form, Origin=served.url)
-        end = time.monotonic() + 60
-        while any(making["state"] in ("waiting", "running") for making in read_render_jobs(folder)):
-            assert time.monotonic() < end, read_render_jobs(folder)
-            time.sleep(0.1)
+        wait_for(
+            lambda: not {"waiting", "running"} & {making["state"] for making in read_render_jobs(folder)},
+            lambda: str(read_render_jobs(folder)),
+        )
         visit_all(served)
         assert list_children() <= before
     assert not (tmp_path / "ran").exists()

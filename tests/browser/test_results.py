@@ -40,6 +40,7 @@ from pocket.measure import POCKET
 from protocols.families import with_scripts
 from tests.browser.serving import Answer, Served, python_of, serve_runs, write_run
 from tests.commands import run_script
+from tests.waiting import wait_for
 from training.reports.history import History, history_path
 
 TAGS = {
@@ -190,7 +191,7 @@ def remade_of(tags: Mapping[str, str], recipe: ModelRecipe, seed: str = "7") -> 
         recipe,
         seed=seed,
         save_path="made",
-        find_lora=lambda name, _: f"output/{name}",
+        find_weights=lambda name, _: f"output/{name}",
         find_media=lambda name: f"pictures/{name}",
     )
 
@@ -454,7 +455,26 @@ def test_again_waits_with_the_settings_of_the_file(served: Served, root: Path) -
     (root / "set" / "output" / "own-step00000002.safetensors").unlink()
     answer = send(served, id, "again")
     assert answer.status == 422
-    assert "own-step00000002.safetensors: no run here has this LoRA" in answer.text
+    assert "own-step00000002.safetensors: no run here has this file" in answer.text
+
+
+def test_again_finds_embeddings_by_their_names(served: Served, root: Path) -> None:
+    files = [root / "set" / "output" / name for name in ("zork.safetensors", "a b.pt")]
+    for file in files:
+        file.write_bytes(b"vectors")
+    names = shlex.join(file.name for file in files)
+    write_result(root / "generated" / "b.png", {**TAGS, "bt_textual_inversion_embeddings": names})
+    id = id_of(served, "b.png")
+
+    again = shlex.split(served.ask(f"/results/{id}/commands").json()["again"])
+    place = again.index("--textual_inversion_embeddings")
+    assert again[place + 1 : place + 3] == [str(file) for file in files]
+    files[1].unlink()
+    answer = send(served, id, "again")
+    assert answer.status == 422
+    assert "a b.pt: no run here has this file" in answer.text
+    write_result(root / "generated" / "b.png", {**TAGS, "bt_textual_inversion_embeddings": "'a b.pt"}, 5.0)
+    assert "No closing quotation" in send(served, id_of(served, "b.png"), "again").text
 
 
 def test_a_file_without_settings_is_made_again_by_nothing(served: Served, root: Path) -> None:
@@ -560,12 +580,9 @@ def test_an_upscaler_that_cannot_be_loaded_says_why(
     monkeypatch.setenv("GITHUB_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     id = id_of(served, "a.png")
     assert "Choose a file to load" in send(served, id, "load", task="gfpgan").text
-    sheet = send(served, id, "load", task="realesrgan_x2").text
-    for _ in range(600):
-        if "being loaded" not in sheet:
-            break
-        time.sleep(0.1)
-        sheet = served.ask(f"/results/{id}/larger").text
+    send(served, id, "load", task="realesrgan_x2")
+    wait_for(lambda: "being loaded" not in served.ask(f"/results/{id}/larger").text)
+    sheet = served.ask(f"/results/{id}/larger").text
     assert "It could not be loaded" in sheet
     assert "127.0.0.1" in sheet
     assert sheet.count('name="task"') == 3
@@ -652,10 +669,13 @@ def test_no_other_file_is_served(served: Served, root: Path) -> None:
 def test_again_gives_equal_bits_and_another_seed_does_not(tmp_path: Path) -> None:
     root = tmp_path / "roots"
     lora = write_maker(root / "set" / "output")
+    vectors = np.random.default_rng(4).normal(size=(2, 64)).astype(np.float32)
+    save_file({"umt5xxl": vectors}, lora.with_name("square.safetensors"))  # a word of the prompt
     made = root / "generated"
     run_script(
         "wan_generate_video.py", *MODEL, *MADE, "--lora_weight", lora, "--lora_multiplier", "0.75",
-        "--guidance_scale", "3", "--save_path", made,
+        "--textual_inversion_embeddings", lora.with_name("square.safetensors"), "--guidance_scale", "3",
+        "--save_path", made,
     )  # fmt: skip
     [original] = made.glob("*.mp4")
     with serve_runs(root) as served:

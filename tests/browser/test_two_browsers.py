@@ -20,6 +20,7 @@ from tests.browser.serving import Served, serve_runs
 from tests.browser.test_run_buttons import address_of, write_resumable
 from tests.browser.test_safe_clicks import describe, list_children, save_image, wait_for_children
 from tests.chromium import open_page, wait_until
+from tests.waiting import PATIENCE
 
 PRESSES = 12  # of each page
 
@@ -48,7 +49,7 @@ def run_together(*calls: Callable[[], object]) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(PATIENCE)
 
 
 def test_jobs_that_two_servers_add_at_once_are_all_there(root: Path, servers: tuple[Served, Served]) -> None:

@@ -44,7 +44,9 @@ def test_an_image_table_has_the_documented_defaults(tmp_path: Path) -> None:
     found = {name: value for name, value in vars(table).items() if value not in nothing}
     assert found == {
         "config_path": tmp_path / "data.toml",
+        "place": "[[datasets]] 1",
         "kind": "image",
+        "holds": "image",
         "directory": Path("pics"),
         "cache_directory": Path("pics"),
         "cache_format": "files",

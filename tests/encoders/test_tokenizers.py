@@ -43,7 +43,8 @@ class Kind:
         """As the encoder loads it."""
         encoder = self.encoder(model, tokenizer=path)
         tokenizer = encoder.source.load(path, model, "the encoder")
-        encoder.check_tokenizer(tokenizer)
+        if encoder.check_tokenizer is not None:
+            encoder.check_tokenizer(tokenizer)
         return tokenizer
 
 

@@ -187,6 +187,7 @@ def test_every_option_that_changes_pixels_is_recorded(name: str, option: str) ->
     said = [metadata[f"bt_{key}"] for key in keys]
     for value in values or ["True"]:
         assert any(Path(value).name in text for text in said), f"{option} {value} is not in {said}"
+    assert not any(str(Path(LORA).parent) in text for text in metadata.values())  # files without folders
     assert said != [recorded(script.read(*prompt)).get(f"bt_{key}") for key in keys]
 
 

@@ -16,6 +16,7 @@ from modules.bars import BYTES, FRAMES, LINE_EVERY, Bar
 from modules.command import LAUNCHED, command_line, name_as_typed
 from modules.console import as_size, count_of, count_words, draw_box, in_words, show_box
 from modules.control_codes import escape_control_codes, fold
+from modules.error_output import message_of
 from modules.errors import CheckpointError, OptionError
 from modules.parser import Parser, typed_names
 from tests.commands import ROOT, run_program
@@ -384,11 +385,11 @@ def test_a_terminal_is_told_that_torch_loads(
 )
 def test_the_message_of_a_program_is_told_from_its_head(before: str) -> None:
     said = "data.toml cannot be used:\nKeyError: b\n" + "c" * 3000
-    assert command.message_of(f"{before}DatasetError: {said}\n\nx") == said[:2000]
+    assert message_of(f"{before}DatasetError: {said}\n\nx") == said[:2000]
     for program in ("make.py", "make_it", "reelsmith make", "reelsmith cache text wan"):  # and of the package
         errors = f"gcc: error: x\n{program}: error: no\n{program} --help lists all options\n"
-        assert command.message_of(errors) == "no"
-    assert command.message_of("Killed\n") == "Killed"
+        assert message_of(errors) == "no"
+    assert message_of("Killed\n") == "Killed"
 
 
 def test_ctrl_c_tells_what_stays(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from networks.cast_factors import cast_before_pass
 from networks.lora_layer import Dropouts, LoraLayer
 
 WIDTH, RANK = 16, 4
-HEIGHTS = (8, 4, 4)  # of the parts of a fused layer
+SPLIT_SIZES = (8, 4, 4)  # of the parts of a fused layer
 
 
 class Chain(nn.Module):
@@ -41,7 +41,7 @@ def build(
     chain = Chain(checkpoints).requires_grad_(False)
     layers = [
         LoraLayer(chain.first, RANK, alpha),
-        LoraLayer(chain.second, RANK, alpha, heights=HEIGHTS),
+        LoraLayer(chain.second, RANK, alpha, split_sizes=SPLIT_SIZES),
     ]
     for layer in layers:
         nn.init.normal_(layer.lora_up.weight)

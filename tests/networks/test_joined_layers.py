@@ -128,8 +128,8 @@ def write(
         module = joined.layer.format(n=block)
         module = f"transformer.{module}" if dots else f"lycoris_{module.replace('.', '_')}"
         tensors |= {f"{module}.{name}": one.contiguous() for name, one in factors.items()}
-        heights = [len(state[name]) for name in names]
-        expected |= dict(zip(names, changed.split(heights), strict=True))
+        split_sizes = [len(state[name]) for name in names]
+        expected |= dict(zip(names, changed.split(split_sizes), strict=True))
     save_file(tensors, path)
     return expected
 

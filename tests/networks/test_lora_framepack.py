@@ -200,9 +200,9 @@ def test_training_can_start_from_a_lora_of_hunyuan_video(tmp_path: Path) -> None
 def test_a_hunyuan_lora_of_another_width_stays_whole(caplog: pytest.LogCaptureFixture) -> None:
     name, part = "lora_unet_single_blocks_0_linear1", "lora_unet_single_transformer_blocks_0"
     tensors = {f"{name}.lora_down.weight": torch.ones(2, 8), f"{name}.lora_up.weight": torch.ones(56, 2)}
-    heights = {f"{part}_attn_to_{character}": 8 for character in "qkv"} | {f"{part}_proj_mlp": 16}
+    split_sizes = {f"{part}_attn_to_{character}": 8 for character in "qkv"} | {f"{part}_proj_mlp": 16}
 
-    assert cut(tensors, heights.get).keys() == tensors.keys()
+    assert cut(tensors, split_sizes.get).keys() == tensors.keys()
     assert "its 56 rows are not those of its parts, which have 8 + 8 + 8 + 16; it stays whole" in caplog.text
 
 

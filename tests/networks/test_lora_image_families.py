@@ -71,10 +71,10 @@ def gradients(network: OwnNetwork) -> dict[str, Tensor]:
         down, up = layer.lora_down.weight.grad, layer.lora_up.weight.grad
         assert down is not None
         assert up is not None
-        heights = [len(one) for _, one in layer.factor_pairs()]
-        for factor, full in (("lora_down", down.chunk(len(heights))), ("lora_up", up.split(heights))):
+        split_sizes = [len(one) for _, one in layer.factor_pairs()]
+        for factor, full in (("lora_down", down.chunk(len(split_sizes))), ("lora_up", up.split(split_sizes))):
             for index, part in enumerate(full):
-                number = f".{index}" if len(heights) > 1 else ""
+                number = f".{index}" if len(split_sizes) > 1 else ""
                 found[f"{name}.{factor}{number}.weight"] = part
     return found
 

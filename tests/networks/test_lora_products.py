@@ -134,9 +134,9 @@ KINDS = [
 def test_whatever_else_a_layer_does_is_done_in_place_too(kind: str, recomputes: bool) -> None:
     torch.manual_seed(2)
     original = nn.Linear(16, 24).requires_grad_(False)
-    heights = (8, 10, 6) if kind == "parts" else ()
+    split_sizes = (8, 10, 6) if kind == "parts" else ()
     count = 2 if kind.startswith("two") else 1
-    loras = nn.ModuleList(LoraLayer(original, 4, 2.0, heights) for _ in range(count))
+    loras = nn.ModuleList(LoraLayer(original, 4, 2.0, split_sizes) for _ in range(count))
     if kind == "dora":
         for layer in loras:
             assert isinstance(layer, LoraLayer)

@@ -280,7 +280,7 @@ def test_keys_and_values_with_fewer_heads_are_parts_too() -> None:
 
     made = make_lora("lora_lumina", 2, 1.0, dit, split_qkv="True")
 
-    assert made.layers[0].lora_up.heights == (6, 2, 2)
+    assert made.layers[0].lora_up.split_sizes == (6, 2, 2)
 
 
 def test_norms_of_split_layers_are_limited_by_their_whole_change() -> None:

@@ -154,9 +154,9 @@ def flux_parts(state: Mapping[str, Tensor]) -> Places:
     dim, found = len(state["img_in.weight"]), Places()
     for name, weight in state.items():
         theirs = flux.diffusers_parts(name)
-        heights = [dim] * (len(theirs) - 1)
+        split_sizes = [dim] * (len(theirs) - 1)
         start = 0
-        for part, rows in zip(theirs, [*heights, len(weight) - sum(heights)], strict=True):
+        for part, rows in zip(theirs, [*split_sizes, len(weight) - sum(split_sizes)], strict=True):
             found[f"transformer.{part.removesuffix('.weight')}"] = name, slice(start, start + rows)
             start += rows
     return found

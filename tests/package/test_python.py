@@ -338,6 +338,15 @@ def test_a_stopped_run_knows_what_nobody_has_iterated_over(folder: Path) -> None
     assert [len(run.losses), len(run.saved), len(run.lines)] == [1, 1, 1 + len(rest)]
 
 
+@pytest.mark.parametrize("words", [["merge_lora.py"], ["reelsmith.py", "merge"]])
+def test_a_file_that_is_replaced_is_warned_of_once(folder: Path, words: list[str]) -> None:
+    for name in ("dit", "merged"):
+        (folder / f"{name}.safetensors").touch()
+    files = ["--dit", "dit.safetensors", "--save_merged_model", "merged.safetensors"]
+    done = run_script(*words, *files, folder=folder, check=False)
+    assert done.stderr.count("merged.safetensors is there already: it will be replaced") == 1
+
+
 def test_warnings_of_a_command_are_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     make_run(folder, "print('WARNING: no LoRA is given'); print('done')").wait()
 

@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,11 @@ from data_tools.controls.run import ControlImageOptions, make_control_images
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
 from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
-from project.model_choice import ask_family
-from project.model_sizes import transformers_of
+from project.model_choice import _make_family_for_caching, ask_family
+from project.model_sizes import needs_image, transformers_of
 from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
+from project.varied_captions import STYLES, make_captions
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_kinds_of_folders import write_photos
@@ -36,7 +38,7 @@ from training.config_options import OTHERS_TABLE
 CASES: dict[Path, tuple[str, str]] = {}
 for _model in find_models():
     for _kind in list_kinds(_model):
-        if _kind.sees_controls or _kind.learns_word:
+        if _kind.sees_controls or (_kind.learns_word and _kind.switch not in _kind.find_words(_model)):
             _script = _kind.find_script(_model)
             assert _script is not None
             CASES.setdefault(_script, (f"{_model.family} {_model.task}", _kind.name))
@@ -67,11 +69,12 @@ def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
         f"{model.family} {model.task}": [kind.name for kind in list_kinds(model)] for model in find_models()
     }
     assert kinds["stable_diffusion xl"] == [kind.name for kind in KINDS if not kind.makes_adapter]
-    assert kinds["z_image turbo"] == ["lora", "adapter", "whole"]
+    assert kinds["z_image turbo"] == ["lora", "adapter", "embedding", "whole"]
     assert kinds["z_image turbo-adapter"] == ["lora"]
     assert kinds["stable_diffusion 1.5"] == ["lora", "controlnet", "embedding", "whole"]
-    assert kinds["anima base"] == ["lora", "lllite", "whole"]
-    assert kinds["z_image base"] == ["lora", "whole"]
+    assert kinds["anima base"] == ["lora", "lllite", "embedding", "whole"]
+    assert kinds["z_image base"] == ["lora", "embedding", "whole"]
+    assert kinds["qwen_image edit"] == ["lora", "whole"]
     default = {name: find_control_kind(model) for model in find_models() for name in [model.task]}
     assert (default["xl"], default["1.5"]) == (BY_NAME["lllite"], BY_NAME["controlnet"])
     assert tuple(BY_NAME) == KIND_NAMES
@@ -185,14 +188,23 @@ SD_XL = ("--family", "sd", "--task", "xl")
             "new does not set up a ControlNet for",
         ),
         (
-            ["--family", "anima", "--train", "embedding", "--word", "zorb"],
-            "This one has --train lora, lllite",
+            ["--family", "qwen", "--task", "edit", "--train", "embedding", "--word", "zorb"],
+            "reads captions together with images, from which no word is learned",
         ),
     ],
 )
 def test_a_mistake_gets_a_sentence(words: list[str], told: str, tmp_path: Path) -> None:
     write_photos(tmp_path / "p")
     assert_rejected(tmp_path / "p", *words, told=told)
+
+
+def test_models_whose_captions_are_read_with_images_learn_no_word() -> None:
+    """The list of models says it, as the page asks for each model."""
+    for model in find_models():
+        rules = _make_family_for_caching(model).references
+        sees_images = rules is not None and rules.seen_by_text and needs_image(model)
+        learns_none = model.has_adapter or sees_images
+        assert (BY_NAME["embedding"] not in list_kinds(model)) == learns_none, f"{model.family} {model.task}"
 
 
 @pytest.mark.parametrize("word", ["MrsFluff", "two words"])
@@ -298,6 +310,7 @@ def train_as_described(folder: Path, *words: str) -> list[str]:
     [
         ("anima base", "lllite"),
         ("stable_diffusion 1.5", "embedding"),
+        ("anima base", "embedding"),
         pytest.param("stable_diffusion 1.5", "controlnet", marks=pytest.mark.slow),
         pytest.param("stable_diffusion xl", "lllite", marks=pytest.mark.slow),
     ],
@@ -327,6 +340,24 @@ def test_the_models_that_an_adapter_can_be_made_for_are_those_that_were_distille
         paths = {(part.option or "").lstrip("-"): str(part.path) for part in transformers_of(model)}
         is_distilled = model.has_adapter or ask_family(model, paths).few_steps is not None
         assert bool(model.data.get("distilled")) == is_distilled, f"{model.family} {model.task}"
+
+
+def test_an_adapter_of_an_empty_folder_begins_with_varied_captions(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    said = describe(folder, "z_image turbo", "--train", "adapter")
+
+    lines = (folder / "own_prompts.txt").read_text(encoding="utf-8").splitlines()
+    captions = [line.rpartition(" --d ")[0] for line in lines]
+    assert len(set(captions)) == len(lines) == 500
+    counts = Counter(word for caption in captions for word in STYLES if caption.endswith(word))
+    assert max(counts[word] for word in STYLES) - min(counts[word] for word in STYLES) <= 1
+    assert captions == make_captions()
+    assert [path.name for path in folder.iterdir()] == ["own_prompts.txt"]
+    assert "download --family z_image --task turbo" in said
+    assert "--from_file own_prompts.txt --save_path own" in said
+    assert describe(folder, "z_image turbo", "--train", "adapter") == said  # again, as nothing is there
 
 
 def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp_path: Path) -> None:
@@ -360,9 +391,16 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
 
     assert read_run(own)["training"]["validation_split"] == 0.1
     assert "done when the validation loss falls no more" in " ".join(said.split())
+    assert read_run(own)["training"]["early_stopping_patience"] == 5
     assert "published adapters took" not in said
     assert read_run(own)["training"]["make_adapter"] == "own"
     assert "12 generated files: their prompts are written into .txt files, as captions" in said
     assert (own / "1.txt").read_text(encoding="utf-8") == "a cat\nnumber 1\n"
     describe(folder, "z_image turbo", "--train", "adapter", "--overwrite")
     assert read_run(folder)["training"]["make_adapter"] == "mixed"
+    tables = parse_toml((folder / "dataset.toml").read_text(encoding="utf-8"))["datasets"]
+    num_real = len([*folder.glob("*.jpg")])
+    assert {table["image_directory"]: table.get("num_repeats", 1) for table in tables} == {
+        ".": round(12 / num_real),
+        "own": 1,
+    }

@@ -139,7 +139,7 @@ def test_a_recipe_of_somebody_else_sets_values_and_nothing_else(values: str, tmp
         ('"two clips"', "3", "tried_on is missing, or no text"),
         ('family = "wan"', 'family = "wam"', "is no model. Did you mean wan t2v-1.3B"),
         ('train = "lora"', 'train = "script"', "train = 'script': use lora"),
-        ('train = "lora"', 'train = "embedding"', "has no script for it"),
+        ('train = "lora"', 'train = "lllite"', "has no script for it"),
         ("[training]", 'run = "x.py"\n[training]', "run is no key of a recipe"),
         ("[figures]", '[commands]\na = "rm"\n[figures]', "commands is no key of a recipe"),
         ("[training]\n{values}", "training = 3", "training is no table"),

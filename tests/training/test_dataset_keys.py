@@ -154,7 +154,8 @@ def test_a_lora_from_shards_is_that_from_files(family: TinyFamily, tmp_path: Pat
     succeed_here(
         "tools/convert_cache.py", "--dataset_config", "dataset.toml", "--to", "files", folder=tmp_path
     )
-    (tmp_path / "single" / "index.jsonl").unlink()  # which only the caching scripts write
+    # only the caching scripts write it, and not of tables that it cannot describe
+    (tmp_path / "single" / "index.jsonl").unlink(missing_ok=True)
     for path in (tmp_path / "single").iterdir():
         assert (tmp_path / "cache" / path.name).read_bytes() == path.read_bytes(), path.name
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+# options of LoRAs that hold for a word alone too: text encoders get none
+TRUE_ALONE = {"network_train_unet_only"}
 ALONE = "textual inversion"  # there is no network module: files say so
 FLAGS = WordFlags(
     word="--train_embedding",
@@ -202,6 +204,7 @@ def _join_alone(run: "JoinedRun", options: EmbeddingOptions) -> None:
     """Let a run learn the word in place of a LoRA."""
     name = run.options.saving.output_name
     given = [*_list_given(run.options.network), *_list_given(run.options.parts)]
+    given = [option for option in given if option not in TRUE_ALONE]
     if run.options.by_expert.lora_per_expert:
         given.append("lora_per_expert")
     if given:

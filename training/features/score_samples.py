@@ -42,6 +42,7 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
 
 
 def _start(run: "JoinedRun") -> None:
+    """Have samples scored by another process each time that some are saved."""
     from training.features.score_samples_starting import SampleScorer  # starts processes: only in a training
 
     folder, name = run.options.saving.place
@@ -57,7 +58,7 @@ def _start(run: "JoinedRun") -> None:
 
 
 def _join(run: "JoinedRun", options: SampleScoringOptions) -> None:
-    if not run.options.samples.are_made:
+    if run.options.samples.sample_prompts is None:
         raise OptionError("--score_samples needs samples: give --sample_prompts, or leave it out")
     if run.options.logs.no_page:
         raise OptionError(

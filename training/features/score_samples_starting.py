@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
-from modules.command import message_of
+from modules.error_output import message_of
 from modules.installation import program_environment, program_words
 from modules.option_values import option_words
 from training.reports.history import history_path

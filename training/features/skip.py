@@ -138,7 +138,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     norm = float(gradient_norm)
     limit = skipping.limit(step.kind)
     # GPUs of different kinds may differ in the last digits, but all processes have to decide alike
-    outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.everyone, run.device)
+    outcome = largest_of_processes(skipping.judge(loss, norm, step.kind), run.steps.num_processes, run.device)
     number = run.progress.step + 1
     if outcome == FATAL:
         from training.bad_steps import explain_bad_step  # only when the run ends
@@ -150,7 +150,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
     if outcome == TAKEN:
         return ""
     keys = step.keys
-    if run.steps.everyone > 1:
+    if run.steps.num_processes > 1:
         from accelerate.utils import gather_object  # only of several processes
 
         keys = gather_object([*step.keys])

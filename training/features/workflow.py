@@ -32,7 +32,7 @@ class WorkflowOptions(
 
 
 def _join(run: "JoinedRun", options: WorkflowOptions) -> None:
-    if not run.options.samples.are_made:
+    if run.options.samples.sample_prompts is None:
         raise OptionError(
             "--save_workflow writes what makes the samples, and there are none: give "
             "--sample_prompts, or leave it out"

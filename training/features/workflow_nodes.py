@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 from generation.experts import experts_by_step
 from generation.sample_lines import read_sample_file
@@ -21,7 +21,7 @@ from modules.errors import OptionError
 from networks.names.layouts import COMFYUI, KNOWN
 from protocols.family import Family
 from protocols.requests import Prepared, Request
-from protocols.workflows import ComfyModel, ComfyNode, tells_nodes
+from protocols.workflows import ComfyModel, ComfyNode
 from training.features.hooks import PlannedRun
 from training.other_models import OtherFamilies
 from training.reports.history import WORKFLOW
@@ -48,6 +48,18 @@ class ComfyLora:
     strength: float = 1.0
 
 
+class TellsNodes(Protocol):
+    """A family that knows the nodes of ComfyUI that make its samples."""
+
+    def comfy_model(self) -> ComfyModel:
+        """Return how ComfyUI runs this model.
+
+        Raises:
+            OptionError: If this variant of the model needs nodes that are not known here; the message is the
+                reason alone.
+        """
+
+
 def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
     """Return how ComfyUI runs the model of a run.
 
@@ -59,12 +71,12 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
             f"{FLAG} with {family.can.sample_apart}: its workflow has the transformers that learn, and "
             "samples are made with another one. Leave out one of the two"
         )
-    if not tells_nodes(family):
+    if not family.can.tell_nodes:
         raise OptionError(
             f"{FLAG}: which nodes of ComfyUI make the samples of {family.name} is not certain. Leave it out"
         )
     try:
-        return family.comfy_model()
+        return cast("TellsNodes", family).comfy_model()
     except OptionError as error:
         raise OptionError(f"{FLAG}: of the nodes of ComfyUI, {error}. Leave it out") from None
 

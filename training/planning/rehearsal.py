@@ -83,7 +83,10 @@ class Rehearsal:
         return sum(inputs[:-1])
 
     def measure(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.Moment]:
-        """Return the largest moment at each place of a step with this many blocks, except the optimizer's."""
+        """Rehearse a step with `counts` blocks of each list; return the peak memory of each of its phases.
+
+        The optimizer's step is left out: `measure_step` rehearses it. Afterwards all blocks are back.
+        """
         dry.keep_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
             self.fill_gradients()  # of the previous micro-batches

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from modules.atomic_write import give_name, temporary_name
 from modules.errors import OutputError
 from modules.installation import PREFIX, ROOT, program_environment
 from training.reports.history import Start, Story, history_name, read_history, read_session
@@ -112,12 +113,15 @@ def is_page_current(history: Path) -> bool:
     return False
 
 
-def draw_page(history: Path, draw: Callable[[Story], None], *, is_over: bool) -> None:
+def draw_page(history: Path, draw: Callable[[Path, Story], None], *, is_over: bool) -> None:
     """Draw the page of a run from its history, if there is one.
+
+    A page of a later history stays: the process of a killed run may still draw when the run that continues it
+    has drawn its page already.
 
     Args:
         history: The history of the run.
-        draw: Writes the page of what it is given.
+        draw: Writes the page of a story to a path.
         is_over: Whether the training has ended, even if the history does not say so: it was killed.
     """
     session = read_session(history)
@@ -128,10 +132,15 @@ def draw_page(history: Path, draw: Callable[[Story], None], *, is_over: bool) ->
     if is_over and story.ending is None:
         step = max(story.loss, default=0)
         story.ending = f"died after step {step:,}, without a word", "bad"
-    draw(story)
-    # lines that came while it was drawn are newer than the page
     page = page_path(history.parent, history_name(history))
-    os.utime(page, ns=(read_at, read_at))
+    drawn = temporary_name(page)
+    draw(drawn, story)
+    # lines that came while it was drawn are newer than the page
+    os.utime(drawn, ns=(read_at, read_at))
+    if page.is_file() and page.stat().st_mtime_ns > read_at:
+        drawn.unlink()
+    else:
+        give_name(drawn, page)
 
 
 def main(words: Sequence[str]) -> None:
@@ -151,13 +160,12 @@ def main(words: Sequence[str]) -> None:
 
     clips = ClipStore(history.parent / SAMPLES)
 
-    def draw(story: Story) -> None:
+    def draw(path: Path, story: Story) -> None:
         start = story.start or Start("", 0)
         text, kind = story.ending or ("running", "")
         step = max((*story.loss, *story.starts), default=0)
         load = clips.for_page() if story.samples else None
-        page = page_path(history.parent, history_name(history))
-        write_training_page(page, history, story, Standing(start, step, text, kind), load=load)
+        write_training_page(path, history, story, Standing(start, step, text, kind), load=load)
 
     try:
         is_over = False

@@ -339,7 +339,7 @@ class History:
             OutputError: If many lines wait and cannot be written; they are dropped then.
         """
         row: Row = _finite({"step": step, **what})
-        if not row.keys() & PASSING:
+        if not row.keys() & {*PASSING, "started"}:  # the run that starts knows its own start
             self.story.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"

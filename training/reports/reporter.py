@@ -27,28 +27,6 @@ MAX_MESSAGES, MAX_CHARACTERS = 1000, 2000
 
 
 @dataclass
-class RepeatedWork:
-    """Limit work that is repeated during the training to SHARE of the time."""
-
-    ended: float = 0.0  # when it was last done
-    cost: float = 0.0  # seconds that it took then
-
-    def is_due(self, now: float, minimum: float) -> bool:
-        """Return whether the work may be repeated.
-
-        Args:
-            now: Current time in seconds.
-            minimum: Smallest number of seconds between two times.
-        """
-        return now - self.ended >= max(minimum, self.cost / SHARE)
-
-    def note(self, started: float, ended: float) -> None:
-        """Record when the work began and ended, in seconds of the same clock."""
-        self.ended = ended
-        self.cost = ended - started
-
-
-@dataclass
 class RunReporter:
     """Report one run. Use it as a context manager: leaving it has the last page drawn.
 
@@ -68,7 +46,8 @@ class RunReporter:
     path: Path = field(init=False)  # of the page
     _messages: "_Messages" = field(init=False)
     _drawn: float = field(init=False)  # when the page was last asked for
-    _flush_pace: RepeatedWork = field(default_factory=RepeatedWork)  # of writing the history to disk
+    _flushed: float = 0.0  # when the history was last written to disk after a step
+    _flush_seconds: float = 0.0  # that this took
     _noted: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
     _has_warned: bool = False
     _doing: float = -math.inf  # when work between steps was last recorded
@@ -156,10 +135,11 @@ class RunReporter:
                 **numbers,
             )
             started = self.now()
-            if self._flush_pace.is_due(started, FLUSH_SECONDS):
+            if started - self._flushed >= max(FLUSH_SECONDS, self._flush_seconds / SHARE):
                 with self._guarded():
                     self.history.flush()
-                self._flush_pace.note(started, self.now())
+                self._flushed = self.now()
+                self._flush_seconds = self._flushed - started
 
     @property
     def validations(self) -> Mapping[int, float]:

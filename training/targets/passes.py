@@ -163,6 +163,9 @@ def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
     """Return the weighted errors of one forward pass compared with all targets."""
     # with the velocity from the clip to its noise
     target = velocity_of(passes, noisy_batch)
+    if not passes.rule.targets:
+        output = passes.learning(noisy_batch)
+        return sample_errors(passes.family.noise, output - target, noisy_batch, passes.rule)
     with_clip = TargetComparison(target, functools.partial(measure_plainly, passes), noisy_batch, weight=1.0)
     comparisons = [with_clip]
     for compare in passes.rule.targets:

@@ -3,13 +3,16 @@
 import json
 import logging
 import math
+import os
 from pathlib import Path
 
 import pytest
 
 from modules.errors import OutputError
-from training.reports.history import LOSS, History, Story, read_history
+from training.reports.drawing import draw_page, is_page_current
+from training.reports.history import LOSS, History, Story, history_path, read_history
 from training.reports.page import MAX_BINS, join_bins
+from training.reports.sections import page_path
 
 SESSION = 7
 
@@ -219,3 +222,27 @@ def test_the_file_to_use_is_one_that_exists(
     file = Story.of(rows).usable_file(tmp_path)
 
     assert file == (None if expected is None else f"{expected}.safetensors")
+
+
+def test_a_page_that_is_drawn_of_an_earlier_history_replaces_no_later_one(tmp_path: Path) -> None:
+    """The process of a killed run may draw longer than the run takes that goes on with it."""
+    history = History(history_path(tmp_path, "x"), 7)
+    history.add(1, started={"total_steps": 8}, loss=0.5)
+    history.flush()
+
+    def draw(path: Path, story: Story) -> None:
+        path.write_text(f"until step {max(story.loss)}", encoding="utf-8")
+
+    def draw_slowly(path: Path, story: Story) -> None:
+        history.add(2, loss=0.4)
+        history.flush()
+        later = history.path.stat().st_mtime_ns + 10**9  # clocks of files may tick rarely
+        os.utime(history.path, ns=(later, later))
+        draw_page(history.path, draw, is_over=True)
+        draw(path, story)
+
+    draw_page(history.path, draw_slowly, is_over=True)
+
+    assert page_path(tmp_path, "x").read_text(encoding="utf-8") == "until step 2"
+    assert is_page_current(history.path)
+    assert {path.name for path in tmp_path.iterdir()} == {history.path.name, "x.html"}

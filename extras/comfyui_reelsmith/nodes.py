@@ -1,0 +1,308 @@
+"""Two nodes: queue the training of a described folder, and load its newest samples.
+
+ComfyUI's Python needs no Reelsmith, because the nodes start its command. Which one is not a setting of a
+node: a workflow may be a stranger's. The environment variable REELSMITH names the command, or the folder of a
+checkout; without it, the command `reelsmith` is looked for on the PATH.
+"""
+# Letters: B images, H height, W width, C = 3 channels
+
+import atexit
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+PROGRAM = "REELSMITH"
+DESCRIPTION = "run.toml"  # that `reelsmith new` writes
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+CLIP_SUFFIXES = (".mp4", ".mkv", ".webm")
+MAX_SAMPLES = 64
+MAX_OF_LOG = 1500  # characters of a failed command's output in its state
+
+
+def find_command() -> list[str]:
+    """Return the words that start Reelsmith.
+
+    Raises:
+        RuntimeError: If it is not found.
+    """
+    chosen = os.environ.get(PROGRAM)
+    if not chosen:
+        found = shutil.which("reelsmith")
+        if found is None:
+            raise RuntimeError(
+                f"the command reelsmith is not on the PATH. Install Reelsmith, or set {PROGRAM} to its "
+                "command or to the folder of a checkout, and start ComfyUI again"
+            )
+        return [found]
+    path = Path(chosen).expanduser()
+    script = path / "reelsmith.py"
+    if script.is_file():
+        python = path / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        return [str(python if python.is_file() else sys.executable), str(script)]
+    if not path.is_file():
+        raise RuntimeError(f"{PROGRAM}={chosen}: this is neither a command nor the folder of a checkout")
+    return [str(path)]
+
+
+@dataclass(eq=False)
+class QueuedTraining:
+    """The training of a folder, from its place in the queue to its end."""
+
+    folder: Path
+    log: Path
+    process: "subprocess.Popen[bytes] | None" = None
+    is_stopped: bool = False
+    ended: threading.Event = field(default_factory=threading.Event)
+
+    def run(self) -> None:
+        """Run `reelsmith run` to its end; it continues a training that was stopped."""
+        with self.log.open("wb") as log:
+            try:
+                self.process = subprocess.Popen(
+                    [*find_command(), "run", str(self.folder)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    env={**os.environ, "PYTHONUNBUFFERED": "1"},
+                    start_new_session=True,
+                    creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),
+                )
+                if self.is_stopped:  # meanwhile
+                    self.stop()
+                self.process.wait()
+            except (OSError, RuntimeError) as error:
+                log.write(str(error).encode())
+
+    def stop(self) -> None:
+        """Stop it as Ctrl-C does: it saves its state first. One that waits does not begin."""
+        self.is_stopped = True
+        if self.process is None or self.process.poll() is not None:
+            return
+        with contextlib.suppress(OSError):  # it has just ended
+            if sys.platform == "win32":
+                self.process.send_signal(signal.CTRL_BREAK_EVENT)
+            elif signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # ComfyUI was started behind `&`
+                os.kill(self.process.pid, signal.SIGTERM)
+            else:
+                os.killpg(self.process.pid, signal.SIGINT)
+
+    def describe(self) -> str:
+        """Return how far it is, with the last line that the command has printed."""
+        lines = (
+            self.log.read_text(encoding="utf-8", errors="replace").split("\n") if self.log.exists() else []
+        )
+        last = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        last = last.rpartition("\r")[2]  # of a bar, which is drawn over itself
+        if not self.ended.is_set():
+            if self.process is None:
+                return "waiting"
+            return f"{'stopping' if self.is_stopped else 'running'}: {last}"
+        if self.is_stopped:
+            return "stopped"
+        if self.process is not None and self.process.returncode == 0:
+            return f"finished: {last}"
+        return "failed:\n" + "\n".join(lines).strip()[-MAX_OF_LOG:]
+
+
+class TrainingQueue:
+    """Run trainings one after the other, because they share the GPU."""
+
+    def __init__(self) -> None:
+        self._trainings: dict[Path, QueuedTraining] = {}
+        self._waiting: list[QueuedTraining] = []
+        self._lock = threading.Lock()
+        self._is_working = False
+        self._logs = tempfile.TemporaryDirectory(prefix="reelsmith-", ignore_cleanup_errors=True)
+        atexit.register(self.end)
+
+    def find(self, folder: Path) -> QueuedTraining | None:
+        """Return the last training of a folder; None if none was queued."""
+        return self._trainings.get(folder)
+
+    def add(self, folder: Path) -> QueuedTraining:
+        """Queue the training of a folder, unless it waits or runs already."""
+        with self._lock:
+            known = self._trainings.get(folder)
+            if known is not None and not known.ended.is_set():
+                return known
+            log = Path(self._logs.name) / f"{len(self._trainings)}.txt"
+            training = self._trainings[folder] = QueuedTraining(folder, log if known is None else known.log)
+            self._waiting.append(training)
+            if not self._is_working:
+                self._is_working = True
+                threading.Thread(target=self._work, daemon=True).start()
+            return training
+
+    def end(self) -> None:
+        """Stop all trainings, and wait until they have saved."""
+        for training in [*self._trainings.values()]:
+            training.stop()
+        for training in [*self._trainings.values()]:
+            training.ended.wait()
+
+    def _work(self) -> None:
+        """Run what waits until nothing is left."""
+        while True:
+            with self._lock:
+                if not self._waiting:
+                    self._is_working = False
+                    return
+                training = self._waiting.pop(0)
+            if not training.is_stopped:
+                training.run()
+            training.ended.set()
+
+
+QUEUE = TrainingQueue()
+
+
+def find_folder(text: str) -> Path:
+    """Return the folder that a node names.
+
+    Raises:
+        ValueError: If `reelsmith new` has not described it.
+    """
+    folder = Path(text.strip().strip('"')).expanduser()
+    if not folder.is_absolute() or not (folder / DESCRIPTION).is_file():
+        raise ValueError(
+            f"{text!r} is no folder that Reelsmith can train: give the whole path of one with {DESCRIPTION}, "
+            "which `reelsmith new FOLDER` writes"
+        )
+    return folder.resolve()
+
+
+def find_samples(folder: Path) -> list[Path]:
+    """Return the samples of a described folder, the newest first."""
+    description = tomllib.loads((folder / DESCRIPTION).read_text(encoding="utf-8"))
+    settings = {**description, **description.get("training", {})}
+    samples = (folder / str(settings.get("output_dir", "output")) / "sample").glob("*")
+    known = [path for path in samples if path.suffix.lower() in (*IMAGE_SUFFIXES, *CLIP_SUFFIXES)]
+    return sorted(known, key=lambda path: (path.stat().st_mtime_ns, path.name), reverse=True)
+
+
+def read_frames(path: Path) -> Tensor:
+    """Return an image, or the frames of a clip, as B H W C in 0..1."""
+    if path.suffix.lower() in CLIP_SUFFIXES:
+        import av  # ComfyUI brings it
+
+        with av.open(str(path)) as container:
+            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    else:
+        from PIL import Image
+
+        with Image.open(path) as image:
+            frames = [np.asarray(image.convert("RGB"))]
+    return torch.from_numpy(np.stack(frames)).float() / 255
+
+
+def free_models() -> None:
+    """Unload what ComfyUI keeps on the GPU, which the training needs."""
+    management = sys.modules.get("comfy.model_management")
+    if management is not None:
+        management.unload_all_models()
+        management.soft_empty_cache()
+
+
+class ReelsmithRun:
+    """Queue `reelsmith run FOLDER`, or stop it."""
+
+    CATEGORY = "Reelsmith"
+    FUNCTION = "queue"
+    OUTPUT_NODE = True  # it runs although nothing shows its results
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("folder", "state")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802  # ComfyUI's names
+        """Return the inputs, as ComfyUI asks for them."""
+        return {"required": {"folder": ("STRING", {"default": ""}), "action": (["start", "stop"],)}}
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:  # noqa: N802
+        """Return a number that equals no other, so that the node runs each time."""
+        return float("nan")
+
+    def queue(self, folder: str, action: str) -> tuple[str, str]:
+        """Queue or stop the training of a folder. Returns the folder, and how far it is.
+
+        Raises:
+            ValueError: If the folder is not described.
+            RuntimeError: If the command is not found.
+        """
+        path = find_folder(folder)
+        if action == "start":
+            find_command()  # reported by the node, not by its queue
+            free_models()
+            QUEUE.add(path)
+        training = QUEUE.find(path)
+        if training is None:
+            return str(path), "not queued"
+        if action == "stop":
+            training.stop()
+        return str(path), training.describe()
+
+
+class ReelsmithSamples:
+    """Load the newest samples of a training: images of one size, or the frames of the newest clip."""
+
+    CATEGORY = "Reelsmith"
+    FUNCTION = "load"
+    RETURN_TYPES = ("IMAGE", "STRING")
+    RETURN_NAMES = ("samples", "state")
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """Return the inputs, as ComfyUI asks for them."""
+        count = ("INT", {"default": 4, "min": 1, "max": MAX_SAMPLES})
+        return {"required": {"folder": ("STRING", {"default": ""}), "count": count}}
+
+    @classmethod
+    def IS_CHANGED(cls, **inputs: Any) -> float:  # noqa: N802
+        """Return a number that equals no other, so that the node looks each time."""
+        return float("nan")
+
+    def load(self, folder: str, count: int) -> tuple[Tensor, str]:
+        """Return the samples, B H W C in 0..1, the newest first, and how far the training is.
+
+        Args:
+            folder: Path of a described folder.
+            count: Maximum number of images. A clip has all of its frames.
+
+        Raises:
+            ValueError: If the folder is not described.
+            RuntimeError: If there are no samples yet.
+        """
+        path = find_folder(folder)
+        training = QUEUE.find(path)
+        state = "not queued" if training is None else training.describe()
+        samples = find_samples(path)
+        if not samples:
+            raise RuntimeError(f"{path} has no samples yet. Its training: {state}")
+        newest = read_frames(samples[0])
+        images = [newest]
+        if samples[0].suffix.lower() in IMAGE_SUFFIXES:
+            for sample in samples[1:count]:
+                image = read_frames(sample)
+                if image.shape[1:] == newest.shape[1:]:  # a batch has one size
+                    images.append(image)
+        return torch.cat(images), state
+
+
+NODE_CLASS_MAPPINGS = {"ReelsmithRun": ReelsmithRun, "ReelsmithSamples": ReelsmithSamples}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "ReelsmithRun": "Reelsmith: run a training",
+    "ReelsmithSamples": "Reelsmith: samples",
+}

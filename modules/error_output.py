@@ -1,0 +1,26 @@
+"""Find the message in what another program of ours has printed before it ended with an error."""
+
+import re
+
+from modules.command import LISTS_OPTIONS
+
+MAX_SAID = 2000  # characters of a message
+# begin of the line that says why a program of ours has ended: a kind of error, or its name in a checkout
+# (x.py) or the package (a_name, reelsmith x y)
+ERROR_LINE = re.compile(
+    r"^(?:[\w.]+Error|\w+\.py: error|[^\W_]+_\w+: error|reelsmith(?: [\w-]+)+: error): ", re.MULTILINE
+)
+
+
+def message_of(errors: str) -> str:
+    """Return the message, without its kind, of the error that ended a program of ours.
+
+    Args:
+        errors: Its stderr.
+    """
+    last = errors.rpartition("Traceback (most recent call last):")[2]
+    match = ERROR_LINE.search(last)
+    if match is None:
+        return errors.strip()[-MAX_SAID:]
+    message = last[match.end() :].partition("\n\n")[0].strip()
+    return re.sub(rf"\n[^\n]*{LISTS_OPTIONS}$", "", message)[:MAX_SAID]
