@@ -54,7 +54,7 @@ class LllitePlan:
     widths: dict[str, int]  # input width of each layer of a block
 
 
-class HungLllite(AnimaLllite):
+class AttachedLllite(AnimaLllite):
     """A ControlNet-LLLite attached to a transformer: it changes layers in every call of the transformer."""
 
     def __init__(self, plan: LllitePlan, scale: float, dropout: float = 0.0) -> None:
@@ -94,7 +94,7 @@ class HungLllite(AnimaLllite):
             seen = torch.cat([seen, mask * 2 - 1], dim=1)
         self.condition = trunk(seen.to(trunk.conv1.weight.dtype))
 
-    def hang_into(self, dit: nn.Module, path: Path | None) -> None:
+    def attach_to(self, dit: nn.Module, path: Path | None) -> None:
         """Attach the modules to the inputs of their layers. `path` is their file, for messages.
 
         Raises CheckpointError if they do not fit the transformer.
@@ -130,7 +130,7 @@ class HungLllite(AnimaLllite):
 class Beside:
     """Holds a network next to a transformer, without registering it among the transformer's modules."""
 
-    lllite: HungLllite
+    lllite: AttachedLllite
 
 
 def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
@@ -204,15 +204,15 @@ def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 def load_lllite(
     path: Path, option: str, dit: nn.Module, device: torch.device, dtype: torch.dtype, multiplier: float
-) -> HungLllite:
+) -> AttachedLllite:
     """Load a file and attach it to a transformer. Raises CheckpointError if it does not fit."""
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
         _check_blocks(plan.config, path, dit)
-        build = partial(HungLllite, scale=multiplier)
-        hung = load_planned(plan, build, device=device, dtype=dtype, what=WHAT)
-    hung.hang_into(dit, path)
-    return hung
+        build = partial(AttachedLllite, scale=multiplier)
+        attached = load_planned(plan, build, device=device, dtype=dtype, what=WHAT)
+    attached.attach_to(dit, path)
+    return attached
 
 
 def check_file(path: Path, option: str) -> LllitePlan:
@@ -222,7 +222,7 @@ def check_file(path: Path, option: str) -> LllitePlan:
     """
     with open_checkpoint(require_file(path, option, "")) as checkpoint:
         plan = read_lllite(checkpoint, option)
-        build = partial(HungLllite, scale=1.0)
+        build = partial(AttachedLllite, scale=1.0)
         load_planned(plan, build, device=torch.device("meta"), dtype=torch.float32, what=WHAT)
     return plan.config
 
@@ -304,7 +304,7 @@ def _start_config(options: AnimaLlliteTrainingOptions) -> LlliteConfig:
         return _config_of(options)
 
 
-def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> HungLllite:
+def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values: bool) -> AttachedLllite:
     """Make the modules for a transformer and attach them to it.
 
     With `with_values`, they get the weights of --network_weights. Raises CheckpointError if the file does not
@@ -312,12 +312,12 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
     """
     dropout = options.lllite_dropout or 0.0
     path = options.network_weights
-    build = partial(HungLllite, scale=options.lllite_multiplier, dropout=dropout)
+    build = partial(AttachedLllite, scale=options.lllite_multiplier, dropout=dropout)
     if path is not None and with_values:
         with open_checkpoint(path) as checkpoint:
             plan = read_lllite(checkpoint, WEIGHTS)
             _check_blocks(plan.config, path, dit)
-            hung = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
+            attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
     else:
         config = _start_config(options)
         depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
@@ -325,9 +325,9 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
         for _, layer_path in list_layers(config.layers, 1):
             layer: Any = dit.get_submodule(layer_path)
             widths[layer_path.split(".", 2)[2]] = layer.in_features
-        hung = build(LllitePlan(config, depth, widths))
-    hung.hang_into(dit, path)
-    return hung
+        attached = build(LllitePlan(config, depth, widths))
+    attached.attach_to(dit, path)
+    return attached
 
 
 def _check_start(options: AnimaLlliteTrainingOptions) -> None:

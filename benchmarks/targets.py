@@ -84,6 +84,7 @@ PLAIN_DATA, DROPPED_DATA = "dataset.toml", "dropped.toml"
 TEXTS = ("--vae", str(POCKET / "vae.safetensors"), "--t5", str(POCKET / "t5.safetensors"))
 FEW_STEPS = ("--infer_steps", "4", "--guidance_scale", "1")
 MANY_STEPS = ("--infer_steps", "20", "--guidance_scale", "3")
+UNGUIDED = ("--infer_steps", "20", "--guidance_scale", "1")
 BASE_LORA = (
     "{base_lora}"  # stands for the file of the LoRA that the base model has learned with the same seed
 )
@@ -194,10 +195,12 @@ class Trial:
             )
 
     def measure_adapter(self) -> None:
-        """Generate clips with the training adapter alone, in few steps and in many with guidance."""
+        """Generate clips with the training adapter alone in few and many steps, and without it in many."""
         use = ("--lora_weight", str(self.train_adapter()))
         self.make("adapter_few", self.turbo, (*FEW_STEPS, *use), words=False)
         self.make("adapter_many", self.turbo, (*MANY_STEPS, *use), words=False)
+        self.make("adapter_unguided", self.turbo, (*UNGUIDED, *use), words=False)
+        self.make("turbo_unguided", self.turbo, UNGUIDED, words=False)
 
     def train(self, way: Way, seed: int) -> Path:
         """Train a LoRA unless its file exists, and return the file."""
@@ -333,7 +336,9 @@ def report(trial: Trial, seeds: Sequence[int]) -> None:
         "pocket model in 4 steps": [trial.figures_known("base_few")],
     }
     for name, title in (
+        ("turbo_unguided", "distilled model, 20 steps"),
         ("adapter_few", "training adapter alone, 4 steps"),
+        ("adapter_unguided", "training adapter alone, 20 steps"),
         ("adapter_many", "training adapter alone, 20 steps with guidance"),
     ):
         if (trial.folder / "made" / name).exists():

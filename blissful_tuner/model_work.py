@@ -430,6 +430,7 @@ def _list_tensors(options: ModelUtilityOptions, tensors: Mapping[str, TensorInfo
 def _format_hashes(
     hashes: Sequence[Mapping[str, str]], lora_hashes: Mapping[str, str], metadata: Mapping[str, str]
 ) -> list[str]:
+    """Return lines with the hashes of files, and whether those in the metadata still match."""
     lines = []
     for record in hashes:
         lines.append(

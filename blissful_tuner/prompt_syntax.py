@@ -74,6 +74,7 @@ class Drawing:
         return self._expand(text, where, ())
 
     def _expand(self, text: str, where: str, keys: tuple[str, ...]) -> str:
+        """Draw the alternatives and wildcards of a text; `keys` are the wildcards that it is already in."""
         if self.options.prompt_alternatives:
             text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, where)))
         if self.options.prompt_wildcards is None:

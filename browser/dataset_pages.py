@@ -162,6 +162,7 @@ class Thumbnails:
         return jpeg.getvalue()
 
     def _read_frame(self, part: Mapping[str, Any]) -> Any:
+        """Return the first frame of an item, which may lie in a tar."""
         path = Path(part["path"])
         if "in" not in part:
             return first_frame(path)

@@ -494,7 +494,7 @@ def _describe_measured(measured: Measured | None) -> str:
     """Return in words what is known about a dataset's files. The caller holds the lock of `Datasets`."""
     if measured is None:
         return say("not measured yet")
-    if not measured.version:
+    if not measured.version:  # the first measurement is running
         return say("being measured")
     if measured.error:
         return say("cannot be measured")

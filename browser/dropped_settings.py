@@ -65,6 +65,7 @@ def read_dropped_settings(tags: Mapping[str, str]) -> DroppedSettings:
 
 
 def _read_ours(settings: ResultSettings) -> DroppedSettings:
+    """Return the settings of a file that this program made."""
     texts = {KEYS.get(name, name): text for name, text in settings.values.items()}
     if texts.get("video_length") == "1":
         del texts["video_length"]

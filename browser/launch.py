@@ -380,7 +380,7 @@ def _file_options() -> frozenset[str]:
 def _check_files(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
     option = BY_PLACE
-    written = "--config_file" if "--output_config" in words else None
+    written = "--config_file" if "--output_config" in words else None  # an option whose file is written
     for word in words:
         if word.startswith("-"):
             option, _, word = word.partition("=")

@@ -559,6 +559,7 @@ class RenderRequest:
         return self.texts.get(name, "").strip()
 
     def _check_lora(self, lora: UsedLora) -> None:
+        """Raise OptionError if the strength is no number or the file no longer exists."""
         name = Path(lora.path).name
         try:
             is_number = abs(float(lora.strength)) <= MAX_STRENGTH

@@ -322,6 +322,7 @@ def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any
     flags = {names[flag]: flag for flag in fixed if flag in names}
     for name, text in settings.values.items():
         option = options.get(name)
+        # these are read elsewhere, or say nothing of how pixels are made
         is_apart = name in APART or name in KEYS or name.startswith("original_") or name == EMBEDDINGS
         if option is None or is_apart or not option.is_recorded or _is_line_option(name, recipe):
             continue

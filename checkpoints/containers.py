@@ -150,7 +150,11 @@ class SafetensorsFile(HeaderFile):
         dtype = SAFETENSORS_DTYPES.get(entry["dtype"])
         if dtype is None:
             raise self._make_dtype_error(name, entry["dtype"])
-        info = TensorInfo(dtype, _check_shape(name, shape, begin, end))
+        if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
+            raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
+        if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
+            raise ValueError(f"{name} has the impossible shape {shape}")
+        info = TensorInfo(dtype, tuple(shape))
         if end - begin != info.size_bytes:
             raise ValueError(f"{name} has {end - begin} bytes for shape {list(shape)}")
         return info
@@ -181,19 +185,6 @@ def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
             raise ValueError(f"the data of {name} begin at byte {begin}, not {last}")
         last = end
     return last
-
-
-def _check_shape(name: str, shape: Sequence[Any], begin: Any, end: Any) -> tuple[int, ...]:
-    """Return the shape of a tensor as a tuple.
-
-    Raises:
-        ValueError: If the shape or the position in the file is not possible for any tensor.
-    """
-    if any(type(number) is not int or number < 0 for number in (*shape, begin, end)):
-        raise ValueError(f"{name} has the shape {shape} at bytes {begin} to {end}")
-    if math.prod(max(number, 1) for number in shape) > MAX_ELEMENTS:
-        raise ValueError(f"{name} has the impossible shape {shape}")
-    return tuple(shape)
 
 
 class TorchFile:

@@ -302,25 +302,20 @@ class _Filling:
             assert isinstance(parent, nn.Linear)
             attach(parent, self._make_stored(name, parent, self._stored))
             return
-        tensor = self._make_plain(name)
+        tensor = self.on_host.get(name)
+        if tensor is None:
+            tensor = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
+            self._write(name, tensor)
+        elif self._is_filled_here:
+            self._write(name, tensor)
+        elif self._patch is not None:
+            # another process writes the values; the patch only notes here that its delta has a weight
+            dtype = self._dtypes[name]
+            self._patch(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), dtype)
         if leaf in parent._parameters:
             parent._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
         else:
             parent._buffers[leaf] = tensor
-
-    def _make_plain(self, name: str) -> Tensor:
-        """Return a plain tensor of the network, with its values written."""
-        place = self.on_host.get(name)
-        if place is None:
-            place = torch.empty(self._shapes[name], dtype=self._dtypes[name], device=self._device)
-            self._write(name, place)
-        elif self._is_filled_here:
-            self._write(name, place)
-        elif self._patch is not None:
-            # another process writes the values; the patch only notes here that its delta has a weight
-            dtype = self._dtypes[name]
-            self._patch(name, torch.empty(place.shape, dtype=dtype, device="meta"), dtype)
-        return place
 
     def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
         """Return a quantized weight: as in the file, or rounded from the file's values after the patch.

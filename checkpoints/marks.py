@@ -222,6 +222,7 @@ def _expand_scale(scale: Tensor, rows: int) -> Tensor:
 
 
 def _set_int8(layer: _Layer) -> None:
+    """Mark a layer as int8, rotated or not. Raises ValueError if its tensors do not have that form."""
     shape = layer.weight.shape
     if layer.weight.dtype != torch.int8 or len(shape) < 2 or 0 in shape:
         raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which its form does not have")
@@ -263,6 +264,7 @@ def _keep_mxfp8(weight: Tensor, scales: Tensor) -> Stored:
 
 
 def _set_nvfp4(layer: _Layer) -> None:
+    """Mark a layer as NVFP4. Raises ValueError if its tensors do not have that form."""
     rows, half = layer.pair(torch.uint8)
     if rows % 16 or half % 8:
         raise ValueError(f"has {rows} x {2 * half} weights, which its form pads to multiples of 16")
@@ -327,6 +329,7 @@ def _keep_w4a8(
     scale: Tensor,
     codes: Tensor | None = None,
 ) -> Stored:
+    """Return a weight of 4 or 6 bits with its tensors in the order that `RowForm` reads."""
     rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
     form = RowForm("asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), rows, rotation)
     codes = None if codes is None else codes.float().reshape(1, 16)

@@ -365,6 +365,7 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
 
 
 def _entries(content: Table, problems: list[str]) -> list[Any]:
+    """Return the entries of [[datasets]]; a line is added to `problems` if there are none."""
     entries = content.get("datasets")
     if isinstance(entries, dict):
         problems.append(

@@ -80,6 +80,7 @@ def find_sources(
 
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
+    """Return the items of a table with the companions that its keys name."""
     if table.directory is None:
         return form_of(table).list_sources(table, faults)
     sources = list_table_folder(table, captions, faults)

@@ -95,7 +95,8 @@ PLAIN_CAPTIONS = CaptionChanges()
 NO_AUGMENTATION = Augmentation()
 
 
-class Guide(NamedTuple):
+@dataclass(frozen=True)
+class Guide:
     """Images of a folder that guide the clips of a table, one for each clip."""
 
     directory: Path

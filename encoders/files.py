@@ -85,7 +85,7 @@ class TransformerFiles(ABC):
     def vae_path(self) -> Path:
         """Path of the VAE, which exists; of a released folder the subfolder with the VAE."""
         path = require_file(self.vae, self.vae_option, "it turns pixels into latents and back")
-        return inside(path, self.vae_folder)
+        return inside(path, self.vae_folder) if self.vae_folder else path
 
     def dit_header(self) -> DitHeader[Any]:
         """Return the transformer's header, which is read once per file and process."""

@@ -288,6 +288,7 @@ class Inversion:
         return vectors
 
     def _check_widths(self, vectors: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError if vectors of a file do not have the width of the text encoder."""
         for tower in self.towers:
             width, expected = vectors[tower.keys[0]].shape[1], tables[tower.key].shape[1]
             if width != expected:

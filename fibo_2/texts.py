@@ -101,6 +101,7 @@ class Fibo2TextEncoder(LanguageModelEncoder):
         return super().encode(prompts)
 
     def _tell_reading(self, prompt: Prompt) -> None:
+        """Log once how a text is read: as the JSON of the model's training, or with which differences."""
         text, is_edit = prompt.text, bool(prompt.pictures)
         if looks_like_object(text):
             new = [error for error in _list_oddities(text, is_edit) if error not in self._told_errors]

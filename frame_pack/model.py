@@ -368,6 +368,7 @@ class FramePackModel(BlockNetwork):
         )
 
     def _check(self, kinds: Sequence[Given], llama: Tensor, llama_mask: Tensor) -> None:
+        """Raise ValueError if shapes do not match the model or each other; the last kind is noisy."""
         noisy = kinds[-1].latents
         check_sizes(noisy, self.config.patch_size, llama, llama_mask)
         for kind in kinds:
@@ -395,6 +396,7 @@ def _describe_given(name: str, latents: Tensor | None, indices: Tensor | None, t
 
 
 def _make_layout(kinds: Sequence[Given], grid: tuple[int, int, int], scale: float) -> WindowLayout:
+    """Return the frame indices of all kinds on the host, as a key for the table of rotations."""
     # indices on the device would make the host wait for it; this waits once for all kinds
     rows: list[list[int]] = torch.cat([kind.indices for kind in kinds], dim=1).tolist()
     stretches = []

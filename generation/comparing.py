@@ -308,6 +308,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
 
 
 def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
+    """Return the files that a cell has after generation: the clip or image, and its latents."""
     options = run.options
     if run.family.latent.has_layers:
         suffix = f"{COMPOSITE}.png"

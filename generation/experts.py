@@ -141,7 +141,7 @@ class DitTurns:
             elif self.device.type != "cpu" or self.lazy:
                 self._plan = ()
                 for expert in [*self._working]:
-                    self._put_away(expert)
+                    self._offload(expert)
             free_memory(self.device)
 
     @contextmanager
@@ -203,7 +203,7 @@ class DitTurns:
                 self._take_ahead(expert, self._ahead)
             for working in [*self._working]:
                 if not self._may_stay(working, expert):
-                    self._put_away(working)
+                    self._offload(working)
             if expert not in self._dits:
                 self._dits[expert] = self.load(expert).eval().requires_grad_(False)
                 self._working.add(expert)
@@ -213,7 +213,7 @@ class DitTurns:
                     _move_to_device(self._dits[expert], self._copies.get(expert), self.device)
                 except Exception:
                     # most likely too little memory: move it back, so that a smaller video can still use it
-                    self._put_away(expert)
+                    self._offload(expert)
                     raise
             if len(self._working) > 1 and not self.keep:
                 self._copies.pop(expert, None)  # it stays on the device until it is freed
@@ -241,7 +241,7 @@ class DitTurns:
         step_bytes = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
         return self.can_stay(weights + step_bytes)
 
-    def _put_away(self, expert: int) -> None:
+    def _offload(self, expert: int) -> None:
         """Move an expert to host memory, or free it if it is not needed again or does not fit."""
         comes_again = self.keep or not self._plan or expert in self._plan[self._place :]
         if self.lazy or not comes_again:

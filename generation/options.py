@@ -369,6 +369,7 @@ def read_generation(
     decoding_options = frozenset(
         name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
     )
+    has_reference_options = any(option_info.items() >= OF_REFERENCES.items() for option_info in info.values())
     recorded = _select_recorded(parser, args, info)
     settings = {name: value for name, value in values.items() if name in recorded}
     output = options.output.in_folder() if options.output.names_file else options.output
@@ -376,7 +377,7 @@ def read_generation(
         options,
         settings=settings,
         decoding_options=decoding_options,
-        of_references=list_given_with(family_options, OF_REFERENCES),
+        of_references=list_given_with(family_options, OF_REFERENCES) if has_reference_options else (),
         output=output,
     )
     return options, family_options

@@ -35,6 +35,7 @@ def _read_leading_number(text: str) -> float:
 
 
 def _match_leading(pattern: str, text: str) -> str:
+    """Return the number that a text begins with; the rest is ignored with a warning."""
     match = re.match(pattern, text, re.IGNORECASE)
     if match is None:
         raise ValueError(f"{text!r} does not begin with a number")

@@ -150,6 +150,7 @@ def _read_switch(settings: Mapping[str, Any], key: str, default: bool) -> bool:
 def _read_stream(
     shapes: DitShapes, names: StreamNames, projects: bool, settings: Mapping[str, Any]
 ) -> StreamConfig:
+    """Read the sizes of one stream; without a projection, its text enters the blocks as it is."""
     block = f"{BLOCK}.{names.prefix}"
     text = f"{names.prefix}caption_projection.linear_1" if projects else f"{block}attn2.to_k"
     dim, channels = shapes.of(f"{names.prefix}patchify_proj.weight")

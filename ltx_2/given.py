@@ -440,6 +440,8 @@ def make_given_rules(options: Ltx2GivenParts) -> GivenRules:
 
 
 def _make_extension(options: Ltx2GivenParts, kind: str) -> Extension | None:
+    """Return how clips are extended in training: given frames at both ends; None if no end is drawn."""
+
     def read(name: str) -> Any:
         return getattr(options, f"ltx2_{kind}extend_{name}")
 

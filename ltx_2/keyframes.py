@@ -128,13 +128,16 @@ def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> G
 def append_learned(
     image: Tensor, given: GivenTokens, keyframes: Tensor, sigmas: Tensor
 ) -> tuple[Tensor, GivenTokens]:
-    """Append the keyframes of a training batch to its noisy latents; also return all shares.
+    """Append the keyframes of a training batch to its noisy latents.
 
     Args:
         image: Noisy latents of the clips, B C F H W.
         given: What is given of the clips, with shares and noise of their keyframes.
         keyframes: Clean latents in model space, B C K H W.
         sigmas: Noise level of each sample, B.
+
+    Returns:
+        The latents, and how much is given of each of them, keyframes included.
     """
     _, _, count, rows, columns = keyframes.shape
     shares = torch.tensor(given.keyframe_shares, dtype=torch.int16).view(1, 1, count, 1, 1)

@@ -36,7 +36,7 @@ Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one fo
 
 
 class TimeModulation(nn.Module):
-    """Embeds timesteps, given as waves, and computes shifts, scales and gates of them, float32."""
+    """Embeds the sinusoids of timesteps, and computes shifts, scales and gates from them, float32."""
 
     def __init__(self, config: LtxConfig, dim: int, rows: int) -> None:
         super().__init__()

@@ -426,6 +426,7 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
 
 
 def _translate_focus(args: argparse.Namespace, shared: Shared) -> None:
+    """Translate the trainer's options that draw some noise levels more often to --timestep_focus."""
     low, high = args.h3_timestep_focus_min, args.h3_timestep_focus_max
     if not args.h3_timestep_focus_prob:
         return

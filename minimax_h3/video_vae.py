@@ -115,6 +115,7 @@ class H3VideoVae(nn.Module):
         return torch.cat([clip, clip[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
 
     def _encode_clip(self, pixels: Tensor) -> Tensor:
+        """Return the moments of a clip, in tiles if it is large."""
         values = pixels.to(self.device, torch.float32)
         shares = values / 255 if pixels.dtype == torch.uint8 else (values + 1) / 2  # 0..1
         mean, std = self._of_channels(PIXEL_MEAN), self._of_channels(PIXEL_STD)

@@ -85,6 +85,7 @@ def wants_color(stream: Any) -> bool:
         handle = kernel32.GetStdHandle(number)
         mode = ctypes.c_ulong()
         if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is not a console
+            # 4: ENABLE_VIRTUAL_TERMINAL_PROCESSING
             is_done = bool(kernel32.SetConsoleMode(handle, mode.value | 4)) and is_done
     return is_done
 

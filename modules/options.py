@@ -291,10 +291,16 @@ class Options:
                 _check_reach(self, field)
         # as the last, for a message of what is wrong without any file
         for field in self.path_fields:
-            _check_paths(self, field)
+            prefix = "" if field.metadata["declared"].positional else "--"
+            value = getattr(self, field.name)
+            check_paths(f"{prefix}{option_name(field)}", value, field.metadata, self.value_of)
         # rules beyond the facts, as dataclasses have them
         if hasattr(self, "__post_init__") and (self.must_give or _has_given(self)):
             self.__post_init__()
+
+    def value_of(self, name: str) -> Any:
+        """Return the value of an option by its public name."""
+        return getattr(self, self.fields_by_name[name].name)
 
     @classmethod
     def usual(cls, **values: Any) -> Self:
@@ -474,17 +480,6 @@ def _check_reach(record: Any, field: "dataclasses.Field[Any]") -> None:
         reject_starting(name)
     elif reach == "connects" and is_given(record, field):
         reject_starting(name, "joins other programs, which may run code here")
-
-
-def _check_paths(record: Any, field: "dataclasses.Field[Any]") -> None:
-    """Raise OptionError if a path is not what its `place` declares, or would replace a spared file."""
-    fields = record.fields_by_name
-    check_paths(
-        f"{'' if field.metadata['declared'].positional else '--'}{option_name(field)}",
-        getattr(record, field.name),
-        field.metadata,
-        lambda name: getattr(record, fields[name].name),
-    )
 
 
 def read_options(cls: type[R], args: argparse.Namespace) -> R:

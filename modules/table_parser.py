@@ -152,7 +152,14 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
     typed: Collection[str] = getattr(arguments, TYPED)
 
     def value_of(name: str) -> Any:
-        return _convert(actions.get(name.replace("-", "_")), name, arguments)
+        """Return the value of an option as its record has it, if it is one path or several."""
+        action = actions.get(name.replace("-", "_"))
+        value = getattr(arguments, name.replace("-", "_"), None)
+        if action is None or value is None:
+            return None
+        check_characters(name, value)
+        flag = f"--{name}" if action.option_strings else name
+        return convert_value(value, tuple[Path, ...] if isinstance(value, list) else Path, flag)
 
     def list_given(names: Collection[str]) -> list[str]:
         return [name for name in names if _is_given(actions.get(name.replace("-", "_")), name, arguments)]
@@ -181,7 +188,10 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         if info.get("are_paths"):
             name = _find_public_name(action)
             flag = f"--{name}" if action.option_strings else name
-            from modules.console import quiet  # only with a path
+            if info.get("place") != "safetensors":
+                check_paths(flag, value_of(name), info, value_of)
+                continue
+            from modules.console import quiet  # only for a file that may be replaced
 
             with quiet():
                 check_paths(flag, value_of(name), info, value_of)
@@ -203,16 +213,6 @@ def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Nam
     if isinstance(value, str) and isinstance(default, str) and info.get("are_paths"):
         value, default = Path(value), Path(default)
     return bool(value != default) and value not in info.get("off", ())
-
-
-def _convert(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> Any:
-    """Return the value of an option as its record has it, if it is one path or several."""
-    value = getattr(arguments, name.replace("-", "_"), None)
-    if action is None or value is None:
-        return None
-    flag = f"--{name}" if action.option_strings else name
-    check_characters(name, value)
-    return convert_value(value, tuple[Path, ...] if isinstance(value, list) else Path, flag)
 
 
 def _name_after(flags: Sequence[str]) -> str:

@@ -125,7 +125,8 @@ def extract_model(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original:
         if is_full(original.tensors):
             return extract_full(options)
-        matrices = BlockWeights("", ("",), "").of(bare_names(original))
+        all_weights = BlockWeights(model="", lists=("",), example="")  # every name begins with ""
+        matrices = all_weights.of(bare_names(original))
     modules = {module_of_tensor(name)[0]: name for name in matrices}
     family = select_family(modules)
     weights: list[str] = []

@@ -206,6 +206,7 @@ def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[
     num_encoders = max((place.number for place in places.in_texts.values()), default=1)
     by_texts: list[FamilyNames] = []
     for family in families:
+        # the numbers of prefixes may have a gap: FLUX.1 has lora_te1 and lora_te3
         has_prefix = any(start.endswith(str(num_encoders)) for start, _ in family.encoders)
         if has_prefix or len(family.encoders) >= num_encoders:
             by_texts.append(family)

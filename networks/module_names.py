@@ -40,11 +40,13 @@ def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames 
     """
     names = list(names)
     families = _families_knowing(names, hint)
+    if len(families) < 2:
+        return families[0] if families else None
     counts: list[int] = []  # of the names that are modules, not only aliases
     for family in families:
         modules = _tables(family).ours
         counts.append(sum(modules.first(name) is not None for name in names))
-    return families[counts.index(max(counts))] if families else None
+    return families[counts.index(max(counts))]
 
 
 def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyNames]:
@@ -291,7 +293,7 @@ def has_module(name: str, family: FamilyNames) -> bool:
 def is_name(name: str, dotted: bool = False) -> bool:
     """Return whether any family has a module of this underscored name, or dotted path, in any layout."""
     paths = _all_paths() if dotted else _all_names()
-    return not paths.isdisjoint(template.text for template in _templates(name))
+    return not paths.isdisjoint(_templates(name))
 
 
 @cache
@@ -413,9 +415,9 @@ class _Table(Generic[Entry]):
     def all(self, name: str) -> list[_Found[Entry]]:
         """Return all entries for a name, in the table's order."""
         placed: list[tuple[int, _Found[Entry]]] = []
-        for template in _templates(name):
-            for place, entry in self._entries.get(template.text, ()):
-                placed.append((place, _Found(entry, template.number)))
+        for template, number in _templates(name).items():
+            for place, entry in self._entries.get(template, ()):
+                placed.append((place, _Found(entry, number)))
         placed.sort(key=lambda pair: pair[0])
         return [found for _, found in placed]
 
@@ -429,20 +431,16 @@ def _find(table: _Table[str], name: str) -> str | None:
     return None if found is None else found.entry.replace("{n}", found.number)
 
 
-class _Template(NamedTuple):
-    """A name with one of its numbers replaced by `{n}`, and that number; "" if none was replaced."""
-
-    text: str
-    number: str
-
-
 @lru_cache(1 << 14)
-def _templates(name: str) -> tuple[_Template, ...]:
-    """Return the templates that fit a name: itself, and with each of its numbers replaced by `{n}`."""
-    templates = [_Template(name, "")]
+def _templates(name: str) -> Mapping[str, str]:
+    """Return the templates that fit a name: itself, and with each of its numbers replaced by `{n}`.
+
+    Each is mapped to the number that it replaces, the name itself to "".
+    """
+    templates = {name: ""}
     for match in _DIGITS.finditer(name):
-        templates.append(_Template(f"{name[: match.start()]}{{n}}{name[match.end() :]}", match[0]))
-    return tuple(templates)
+        templates[f"{name[: match.start()]}{{n}}{name[match.end() :]}"] = match[0]
+    return templates
 
 
 class _Tables(NamedTuple):

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from checkpoints.writing import save_tensors
 from modules.command import command_line
-from modules.options import read_options
 from modules.seeds import derive_seed
 from pocket import drawing
 from pocket.captions import PLAIN, caption, plain
@@ -79,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rate", type=float, default=2e-3, help="learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1, help="number of PyTorch's threads")
-    settings = read_options(Settings, parser.parse_args(argv))
+    settings = Settings(**vars(parser.parse_args(argv)))
     torch.set_num_threads(settings.threads)
     distil(settings)
 

@@ -85,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--precision", choices=("no", "bf16"), default="bf16", help="precision of the transformer's training"
     )
-    settings = read_options(Settings, parser.parse_args(argv))
+    settings = Settings(**vars(parser.parse_args(argv)))
     torch.set_num_threads(settings.threads)
     make(settings)
 

@@ -7,6 +7,7 @@ listed_captions: reads captions from lists beside the files
 tags: tells captions that are lists of tags
 model_choice: spellings of models, the question asked, facts of families
 own_samples: pictures that a model made itself, with their prompts
+varied_captions: captions for such pictures, made by a grammar
 own_commands: how to make such pictures
 model_files: files of a model, released or named
 describing: the text of the three files

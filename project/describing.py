@@ -46,6 +46,7 @@ from training.config_options import OTHERS_TABLE, toml_value
 DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of images, and what sides are multiples of, in subsets
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
+PATIENCE = 5  # validations after the lowest, of a training that ends by itself
 SMALL = 16  # GiB: below, text encoders have 8 bits
 LARGE = 40  # GiB: from here on, clips are twice as long
 MAX_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
@@ -358,6 +359,8 @@ def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]
     name = content.names.get(folder)
     if name is not None and name.repeats > 1:
         keys["num_repeats"] = name.repeats
+    if folder in content.repeats:
+        keys["num_repeats"] = content.repeats[folder]
     class_tokens = choice.trigger if name is None else name.words
     if class_tokens and _lacks_captions(choice, folder, kind):
         keys["class_tokens"] = class_tokens
@@ -715,6 +718,8 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
     if choice.kind.makes_adapter:
+        if "validation_split" in values:
+            values["early_stopping_patience"] = PATIENCE
         values["make_adapter"] = find_origin(choice.content)
         if choice.options.output_name is None:
             values["output_name"] += NAMED

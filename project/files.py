@@ -63,11 +63,12 @@ from project.options import (
     own_command,
     typed_in,
 )
-from project.own_commands import describe_length, describe_own, write_prompts
-from project.own_samples import OWN_PROMPTS, REAL, find_origin, take_prompts
+from project.own_commands import captions_of, describe_length, describe_own, lacks_media, write_prompts
+from project.own_samples import OWN_PROMPTS, REAL, balance_origins, find_origin, take_prompts
 from project.recipes.reading import describe_recipe, fill_in_recipe, find_recipe
 from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
+from project.varied_captions import make_captions
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
@@ -102,6 +103,9 @@ def write_project(options: NewOptions) -> None:
         raise (error if foreign is None else explain_model(foreign, error)) from None
     # first, because building the family takes seconds
     kind = _select_kind(options, model_choice, memory, asked)
+    if kind.makes_adapter and lacks_media(options.folder):
+        _begin_with_prompts(options, model_choice.model)
+        return
     choice = _gather_choice(options, model_choice, kind=kind, memory=memory, foreign=foreign)
     if recipe is not None:
         values = {name: value for name, value in recipe.training.items() if name != "max_train_steps"}
@@ -118,7 +122,7 @@ def write_project(options: NewOptions) -> None:
     if not options.dry_run:
         _write_content(choice.content)
     if choice.kind.makes_adapter and find_origin(choice.content) == REAL:
-        described[OWN_PROMPTS] = write_prompts(choice)
+        described[OWN_PROMPTS] = write_prompts(captions_of(choice))
     texts = {options.folder / name: text for name, text in described.items()}
     if not options.dry_run:
         for path, text in texts.items():
@@ -167,6 +171,28 @@ def _reject_existing(options: NewOptions, paths: Sequence[Path]) -> None:
         raise OutputError(
             f"{existing[0]} is there already. Edit it, or give --overwrite to replace all three."
         )
+
+
+def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
+    """Write prompts for a model's own images into an empty folder; print the commands that come next."""
+    text = write_prompts(make_captions())
+    if not options.dry_run:
+        write_text(options.folder / OWN_PROMPTS, text)
+    download = [
+        "download",
+        "--family",
+        model.family,
+        "--task",
+        model.task,
+        "--to",
+        as_operand(options.models),
+    ]
+    lines = [
+        f"{options.folder} is empty: {len(text.splitlines())} varied captions are in {OWN_PROMPTS}. First:",
+        f"  {own_command(*download)}",
+        *describe_own(options, model, name_files(options, model)),
+    ]
+    print_lines(lines)
 
 
 def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str, str]:
@@ -221,6 +247,7 @@ def _gather_choice(
     content = _collect_content(options, model, info, kind)
     if kind.makes_adapter:
         take_prompts(content)
+        balance_origins(content)
     tags = find_tags(_texts_of(content)) if "tags" in model.data else None
     if foreign is not None:
         script = ask_script(kind.find_words(model)[0])
@@ -464,7 +491,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     if choice.kind.makes_adapter:
         lines += describe_length(choice)
         if find_origin(choice.content) == REAL:
-            lines += describe_own(choice)
+            lines += describe_own(choice.options, choice.model, choice.files)
     for folder, reference_folder in choice.content.references.items():
         lines.append(f"{folder}: made from {reference_folder}")
     return lines + _describe_lengths(choice)

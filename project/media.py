@@ -90,6 +90,7 @@ class FolderContent:
     bad_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
     unreadable: list[Path] = field(default_factory=list)  # clips and images
     first_frames: dict[Path, Path] = field(default_factory=dict)  # image -> clip
+    repeats: dict[Path, int] = field(default_factory=dict)  # of folders whose files are learned more often
     regularising: list[Path] = field(default_factory=list)  # folders of regularization images to train on
     masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> that of their masks
     # folder of images -> folder of their references

@@ -1,10 +1,14 @@
 """How to make a training adapter: its length, and a model's own images from the captions of a folder."""
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
+from downloads.catalogue import ModelSet
 from project import describing
 from project.describing import Choice
+from project.kinds.adapter import ADAPTER
+from project.new_options import NewOptions
 from project.options import as_operand, own_command, typed_in
 from project.own_samples import OWN_FOLDER, OWN_PROMPTS
 
@@ -13,9 +17,18 @@ USUAL_STEPS = 4000
 OF_ONE = {"--prompt", "--seed", "--save_path"}  # what a command says of a single result
 
 
-def write_prompts(choice: Choice) -> str:
-    """Return a prompt line for each distinct caption, with a seed of its own."""
-    captions = dict.fromkeys(describing.plain(item.caption) for item in choice.media if item.caption)
+def lacks_media(folder: Path) -> bool:
+    """Return whether a folder has nothing, except prompts that an earlier `new` has written."""
+    return all(path.name == OWN_PROMPTS for path in folder.iterdir())
+
+
+def captions_of(choice: Choice) -> list[str]:
+    """Return the distinct captions of the media."""
+    return list(dict.fromkeys(describing.plain(item.caption) for item in choice.media if item.caption))
+
+
+def write_prompts(captions: Sequence[str]) -> str:
+    """Return a prompt line for each caption, with a seed of its own."""
     return "".join(f"{caption} --d {seed}\n" for seed, caption in enumerate(captions, start=1))
 
 
@@ -35,24 +48,28 @@ def describe_length(choice: Choice) -> list[str]:
         )
     else:
         lines.append(
-            "It is done when the validation loss falls no more: the page of the run names the file with the "
-            "lowest. Few-step samples blur by then; that is what it is for"
+            "It is done when the validation loss falls no more: then the run ends by itself "
+            "(early_stopping_patience), and its page names the file with the lowest. Few-step samples blur "
+            "by then; that is what it is for"
         )
     return lines
 
 
-def describe_own(choice: Choice) -> list[str]:
-    """Return lines with the two commands that make the model's own images and describe their folder."""
-    paths = {f"{{{name}}}": path for name, path in choice.files.items()}
-    words = _without_single(shlex.split(choice.model.commands["generate"]))
+def describe_own(options: NewOptions, model: ModelSet, files: Mapping[str, str]) -> list[str]:
+    """Return lines with the two commands that make the model's own images and describe their folder.
+
+    `files` are the model's, by their options.
+    """
+    paths = {f"{{{name}}}": path for name, path in files.items()}
+    words = _without_single(shlex.split(model.commands["generate"]))
     words = [paths.get(word, word) for word in words]
     words += ["--from_file", OWN_PROMPTS, "--save_path", OWN_FOLDER]
-    again = ["new", as_operand(choice.options.folder / OWN_FOLDER), "--family", choice.model.family]
-    again += ["--task", choice.model.task, "--train", choice.kind.name]
+    again = ["new", as_operand(options.folder / OWN_FOLDER), "--family", model.family]
+    again += ["--task", model.task, "--train", ADAPTER.name]
     return [
         f"An adapter from the model's own pictures keeps its look. {OWN_PROMPTS} has these captions; in the "
-        f"folder {choice.folder} this makes the pictures, once the model is there:",
-        f"  {typed_in(words, choice.folder)}",
+        f"folder {options.folder} this makes the pictures, once the model is there:",
+        f"  {typed_in(words, options.folder)}",
         "and this describes them, with the prompts as captions:",
         f"  {own_command(*again)}",
     ]

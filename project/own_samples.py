@@ -1,6 +1,7 @@
 """Images that a model generated itself, as data for a training adapter: `new --train adapter`."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from dataset.sources.captions import caption_path
 from modules.media.reading import read_tags
@@ -26,6 +27,28 @@ def take_prompts(content: FolderContent) -> None:
     if count:
         content.lines.append(
             f"{count} generated files: their prompts are written into {content.captions} files, as captions"
+        )
+
+
+def balance_origins(content: FolderContent) -> None:
+    """Repeat real files, or those of the model itself, so that half of the steps see each kind.
+
+    A folder that holds both kinds stays as it is.
+    """
+    by_folder: dict[Path, list[bool]] = {}
+    for item in content.media:
+        by_folder.setdefault(item.path.parent, []).append(bool(_read_prompt(content, item)))
+    own = {folder: len(files) for folder, files in by_folder.items() if all(files)}
+    real = {folder: len(files) for folder, files in by_folder.items() if not any(files)}
+    if not own or not real or len(own) + len(real) < len(by_folder):
+        return
+    fewer, more = sorted((own, real), key=lambda counts: sum(counts.values()))
+    repeats = round(sum(more.values()) / sum(fewer.values()))
+    if repeats > 1:
+        content.repeats = dict.fromkeys(fewer, repeats)
+        kind = "the model's own" if fewer is own else "the real ones"
+        content.lines.append(
+            f"{kind} are fewer: num_repeats = {repeats} of their tables gives both kinds half of the steps"
         )
 
 

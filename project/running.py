@@ -409,7 +409,8 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
             f"{file} is of another model ({shorten(difference, 80)}). Set another output_name in "
             f"{project.folder / RUN_FILE}, or move that file and its states away"
         )
-    if project.steps is None or trained_steps < project.steps or options.dry_run:
+    is_whole = project.steps is not None and trained_steps >= project.steps
+    if options.dry_run or not (is_whole or "ss_ended_early" in metadata):
         return False
     print_lines(
         [
@@ -502,6 +503,7 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
     errors: list[Fault] = []
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
+        """Print what the check of the media finds, in place of caching, and collect the errors."""
         # imported here, because they load torch, which most commands of a project do without
         from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
         from dataset.caching.prefetch import workers_of

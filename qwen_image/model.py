@@ -251,6 +251,7 @@ class QwenImageModel(BlockNetwork):
             attention=self.attention,
             rotary=rotary,
             rotary_of_image=rotary[:num_images],
+            # of the references, which follow the target; empty if they are modulated like it
             rotary_of_clean=rotary[num_target if has_clean else num_images : num_images],
         )
 

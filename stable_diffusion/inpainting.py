@@ -116,6 +116,11 @@ def _sum_waves(waves: Sequence[tuple[float, float]], angle: float) -> float:
     return sum(values)
 
 
+def _rotate(x: float, y: float, angle: float) -> tuple[float, float]:
+    cosine, sine = math.cos(angle), math.sin(angle)
+    return x * cosine - y * sine, x * sine + y * cosine
+
+
 def draw_wobbly_ellipse(height: int, width: int, rng: random.Random) -> Any:
     """Draw an ellipse with a wavy edge in the middle of an image, H W bool."""
     # an ellipse with the fraction AREA of the image: pi * horizontal_radius * vertical_radius
@@ -133,8 +138,7 @@ def draw_wobbly_ellipse(height: int, width: int, rng: random.Random) -> Any:
         radius = 1 + WOBBLE * _sum_waves(waves, angle) / HARMONICS
         x = radius * horizontal_radius * math.cos(angle)
         y = radius * vertical_radius * math.sin(angle)
-        rotated_x = x * math.cos(rotation) - y * math.sin(rotation)
-        rotated_y = x * math.sin(rotation) + y * math.cos(rotation)
+        rotated_x, rotated_y = _rotate(x, y, rotation)
         corners.append((center_x + rotated_x, center_y + rotated_y))
     mask = np.zeros((height, width), np.uint8)
     points: Any = np.rint(np.array([corners])).astype(np.int32)

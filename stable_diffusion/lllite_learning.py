@@ -1,4 +1,4 @@
-"""ControlNet-LLLite in training: made for a U-Net, hung into it, and started from a file."""
+"""ControlNet-LLLite in training: made for a U-Net, attached to it, and started from a file."""
 
 import contextlib
 from collections.abc import Mapping
@@ -55,7 +55,7 @@ class TrainedLllite(Lllite):
         self.controls = None if controls is None else controls * 2 - 1
         self.strength = strength
 
-    def hang_into(self, unet: nn.Module, path: Path) -> None:
+    def attach_to(self, unet: nn.Module, path: Path) -> None:
         """Attach the modules to the inputs of their layers.
 
         Args:
@@ -124,7 +124,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values
                 network = load_planned(plan, build, device=CPU, dtype=torch.float32, what=WHAT)
             else:
                 network = build(plan.config)
-    network.hang_into(unet, path)
+    network.attach_to(unet, path)
     return network
 
 

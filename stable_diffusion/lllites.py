@@ -1,4 +1,4 @@
-"""ControlNet-LLLites at work: hung into the U-Net while a batch is made."""
+"""ControlNet-LLLites in use: attached to the U-Net while a batch is generated."""
 
 import contextlib
 import logging

@@ -389,6 +389,7 @@ SETTINGS: dict[str, Setting] = {
     "ltx_mode": Setting(("av",)),
     "generation.stg_mode": Setting(("audio",)),
     "ltx2_first_frame_conditioning_p": Setting(("1",)),
+    "early_stopping_patience": Setting(("1",), shows="needs a validation loss"),
     "ltx2_extend_prefix_frames": Setting(("1",)),
     "ltx2_extend_suffix_frames": Setting(("1",)),
     **dict.fromkeys(("ltx2_extend_p", "ltx2_extend_prefix_p"), Setting(("0",), also=ENDS)),

@@ -77,10 +77,16 @@ def train(run: TrainingRun) -> bool:
                 for group in plan.groups(epoch, progress.position):
                     if advance(run, group, micro_batches):
                         return False
+                    if run.is_done:
+                        break
+                if run.is_done:
+                    break
                 if progress.step > first_step or progress.position >= plan.num_batches:
                     _after_epoch(run)
                 if is_ending(run):
                     return False
+                if run.is_done:
+                    break
         _note(run, run.readings.flush())
         if run.saver is not None:
             run.reporter.note_pause(SAVING)
@@ -602,3 +608,8 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
     logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, lowest)
     run.reporter.note_validation(step, losses)
+    for judge in run.joined.on.after_validation:
+        reason = judge(run, loss)
+        if reason and step < run.steps.total_steps:
+            logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)
+            run.is_done = True

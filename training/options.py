@@ -235,6 +235,7 @@ class TrainingOptions(Options, must_give=True):
         self.speed.swap.reject_trained(options.fused_backward_pass)
 
     def _check_fused(self) -> None:
+        """Raise OptionError for options that need gradients after the backward pass."""
         accumulation = self.loop.gradient_accumulation_steps
         if accumulation != 1:
             raise OptionError(

@@ -341,7 +341,8 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
     if not changes.keys() & {GROUP_SIZE, BATCHES}:
         return
     with states.one_error(saved.folder):
-        batches = int(str(saved.identity[BATCHES]).partition(",")[0])  # of an epoch
+        # it begins with the number of batches of an epoch
+        batches = int(str(saved.identity[BATCHES]).partition(",")[0])
     if progress.position >= batches:
         progress.epoch += 1
         progress.position = 0

@@ -96,6 +96,7 @@ class Requests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
+        """Request the end after this step; at the second signal, end the process as by default."""
         if self.ends:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -218,6 +219,7 @@ class TrainingRun:
     requests: Requests  # its files and its clock are watched by the main process only
     saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
+    is_done: bool = False  # before its last step, as a feature says
     # of the model's plan, which was made before networks were loaded
     plan: TrainingPlan = field(init=False)
     options: TrainingOptions = field(init=False)

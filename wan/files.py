@@ -258,15 +258,6 @@ def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
     return replace(files, **added)
 
 
-class _NamedDit(NamedTuple):
-    """A transformer file, the expert of its option, and the expert that its name suggests."""
-
-    option: str
-    path: Path
-    name: str | None  # the expert that its file's name says; None: it says nothing
-    use: str  # expert for which the file is given
-
-
 def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     """Compare the names of the transformer files with their options.
 
@@ -275,27 +266,27 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     Raises:
         OptionError: If both names say that the files were swapped.
     """
+    given = {LOW_NOISE: dit, HIGH_NOISE: dit_high_noise}
     experts = dict(WAN.experts)
-    dits = []
-    if dit is not None:
-        dits.append(_NamedDit("--dit", dit, expert_of_file(dit, experts), LOW_NOISE))
-    if dit_high_noise is not None:
-        name = expert_of_file(dit_high_noise, experts)
-        dits.append(_NamedDit("--dit_high_noise", dit_high_noise, name, HIGH_NOISE))
-    misnamed = [named for named in dits if named.name not in (None, named.use)]
+    # expert for which a file is given -> the one that its name suggests, if that is another
+    misnamed: dict[str, str] = {}
+    for use, path in given.items():
+        name = None if path is None else expert_of_file(path, experts)
+        if name not in (None, use):
+            misnamed[use] = name
     if len(misnamed) > 1:
         raise OptionError(
             f"--dit {dit} is named as the transformer for much noise, and --dit_high_noise {dit_high_noise} "
             "as the one for little noise: swap the two"
         )
-    for named in misnamed:
-        is_alone = len(dits) == 1 and named.use == LOW_NOISE
+    for use, name in misnamed.items():
+        is_alone = use == LOW_NOISE and dit_high_noise is None
         logger.warning(
-            "%s %s is used for %s, but its name says that it is for %s noise",
-            named.option,
-            named.path,
-            "all noise levels" if is_alone else f"{_name_noise(named.use)} noise",
-            _name_noise(named.name),
+            "--%s %s is used for %s, but its name says that it is for %s noise",
+            _OPTIONS[use],
+            given[use],
+            "all noise levels" if is_alone else f"{_name_noise(use)} noise",
+            _name_noise(name),
         )
     if dit is not None and dit == dit_high_noise:
         logger.warning("--dit and --dit_high_noise are the same file: %s does all steps", dit)

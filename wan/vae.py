@@ -127,6 +127,7 @@ class WanVae(nn.Module):
         return latents if as_moments else normalise(latents)
 
     def _decode(self, latents: Tensor) -> Iterator[Tensor]:
+        """Yield the pixels of one latent frame after another."""
         frames = latents.shape[2]
         memory = TimeMemory(self.cache_on_cpu) if frames > 1 else None
         mean, std = _statistics(latents.shape[1], self.device)

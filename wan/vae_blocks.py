@@ -321,6 +321,7 @@ def _make_middle(width: int) -> nn.ModuleList:
 
 
 def _make_layers(layers: Sequence[VaeLayer], is_down: bool) -> nn.ModuleList:
+    """Build the layers of a half of the VAE; nested ones are a stage."""
     made = nn.ModuleList()
     for layer in layers:
         if layer.layers:

@@ -346,6 +346,7 @@ def _reject_quantized(folder: Path, config: Any) -> None:
 
 
 def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
+    """Load a model with sdpa, or with its plain attention if it has no other."""
     from transformers import AutoModelForImageTextToText
 
     settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}

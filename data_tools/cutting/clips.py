@@ -211,6 +211,7 @@ def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -
 
 
 def _measured(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
+    """Describe the frames `first` to `end` as a clip; `dropped` is the reason why it is not cut."""
     samples = look.samples_between(first, end)
     return PlannedClip(
         scene,

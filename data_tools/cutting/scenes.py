@@ -40,7 +40,7 @@ class SceneDetector:
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
-        """rate: frames per second."""
+        """Start with no frame seen; `rate` is the number of frames per second."""
         self._threshold = threshold
         self._flash = max(1, round(rate * FLASH_SECONDS))
         self._plain = max(2, round(rate * PLAIN_SECONDS))

@@ -145,6 +145,7 @@ def _kind_of(path: Path) -> Kind:
 
 
 def _list_places(media: Sequence[tuple[Path, Kind]], folder: Path) -> list[MaskPlace]:
+    """Return each image or clip with the masks in a folder, and the name that a new mask gets."""
     entries: list[Path] = []
     with contextlib.suppress(FileNotFoundError):
         entries = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]

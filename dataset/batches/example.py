@@ -85,6 +85,7 @@ def _is_large(folder: Path | None) -> bool:
 
 
 def _read_caption(item: TrainingItem, stores: Stores) -> str:
+    """Return the first caption of an item on one line; "" if it cannot be read."""
     caption = ""
     with contextlib.suppress(UserError, OSError, LookupError):
         if item.kind.has_text:

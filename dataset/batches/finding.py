@@ -235,7 +235,7 @@ class _AudioNames:
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
     ) -> None:
-        """listing: missing sound caches are added to it, if the table needs them."""
+        """Find the audio caches in `names`; caches that the table needs and lacks are added to `listing`."""
         self.spec = spec
         self._tag, self._folder, self._listing = tag, table.cache_directory, listing
         self._is_needed = table.audio == REQUIRED or spec.is_alone
@@ -314,7 +314,7 @@ class _TextNames:
     """The text caches of a table among the names of its entries."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
-        """listing: unfinished and missing text caches are added to it."""
+        """Find the text caches; unfinished and missing ones are added to `listing`."""
         self._table, self._tag, self._listing = table, tag, listing
         self._end = cache_files.text_file_name("", tag)
         self._first = {name for name in names if name.endswith(self._end)}

@@ -259,7 +259,7 @@ class ShardWriter:
         check_space(self.path, size or 0)
         with explain_sqlite(self.path), self.rows:
             self.rows.execute("BEGIN")
-            if generation:
+            if generation:  # 0 is a new entry
                 self.rows.execute("DELETE FROM entries WHERE name = ?", (name,))
             values = (name, generation, size, crc32, data)
             done = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
@@ -280,6 +280,7 @@ class ShardWriter:
 
 
 def _begin(uri: str) -> sqlite3.Connection:
+    """Create the database of a new shard, locked for this process."""
     rows = connect(uri)
     try:
         for setting in (f"page_size = {PAGE_BYTES}", "locking_mode = EXCLUSIVE", "cache_size = -65536"):

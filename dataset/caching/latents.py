@@ -212,6 +212,7 @@ def _add_rejected(entry: data.CacheEntry, rejected: data.CacheEntry) -> data.Cac
 
 
 def _mirror(media: data.MediaBatch) -> data.MediaBatch:
+    """Return the batch mirrored from left to right, for flip_aug; its keys get a suffix."""
     return dataclasses.replace(
         media,
         frames=media.frames.flip(3),

@@ -245,7 +245,7 @@ class Planning:
         Of sources whose caches have the same settings and shapes, only one is compared fully; for the others
         only the source files are checked.
         """
-        shape = self._shape()
+        shape = self._make_shape_key()
         valid = self.recipe.valid
         if shape in valid:
             return self._find_valid_plan(valid[shape])
@@ -260,7 +260,7 @@ class Planning:
         names = frozenset(self.existing)
         return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
 
-    def _shape(self) -> tuple[object, ...] | None:
+    def _make_shape_key(self) -> tuple[object, ...] | None:
         """Return all that `plan` depends on apart from unchanged source files; None if they changed."""
         source = self.source
         # the number of control files decides which keys of the table matter
@@ -284,7 +284,7 @@ class Planning:
             if self._find_change(files) is not None:
                 return None
             if has_companions(source) and not any(records.CLOCK in text for text in texts if text):
-                return None  # headers have to be compared
+                return None  # an early record, without the clock: `plan` compares the companions' headers
             if not self._is_as_shown(texts):
                 return None  # from an earlier version: the result depends on the images
             shape += (file[len(source.stem) :], *texts)

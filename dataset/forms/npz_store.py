@@ -399,18 +399,22 @@ class NpzStore:
             arrays[key] = as_array(tensors[tensor_name], keep_half=True)
         members = {key: format_array(array) for key, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
-        arrays |= {constant: np.array(value) for constant, value in self.form.constants.items()}
-        for setting, key in self.form.of_table.items():
-            arrays[setting] = np.array(getattr(self.table, key), np.float32)
-        for zeros, (like, columns) in self.form.zeros.items():
-            if like in arrays:
-                arrays[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
-            elif not like:
-                arrays[zeros] = np.zeros(columns, np.float32)
-        for key, array in arrays.items():
+        for key, array in self._make_constants(arrays).items():
             if key not in members:
                 members[key] = format_array(array)
         write_members(self._path(name), members)
+
+    def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
+        """Return what the other program's form has besides the outputs: constants, settings and zeros."""
+        added: dict[str, Array] = {name: np.array(value) for name, value in self.form.constants.items()}
+        for setting, key in self.form.of_table.items():
+            added[setting] = np.array(getattr(self.table, key), np.float32)
+        for zeros, (like, columns) in self.form.zeros.items():
+            if like in arrays:  # as many rows as that output has
+                added[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
+            elif not like:
+                added[zeros] = np.zeros(columns, np.float32)
+        return added
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:

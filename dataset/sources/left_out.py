@@ -147,28 +147,32 @@ def _count_unused(
             continue
         if rules.is_expected(entry.name, suffix, has_media=stem in stems):
             continue
-        ending = suffix.lower()
-        if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
-            is_unused = rules.may_be_still(ending) and _is_still(folder / entry.name)
-            if not is_unused:
-                continue
-        if not is_file(entry) or OF_SHARDS.fullmatch(entry.name):
+        if _is_used(entry, suffix.lower(), folder, rules):
             continue
-        if ending in rules.caption_endings:
+        if suffix.lower() in rules.caption_endings:
             why = f"captions of no {table.holds}"
             shown = suffix
         else:
-            why = _explain(ending, rules.kinds)
-            shown = ending
+            shown = suffix.lower()
+            why = _explain(shown, rules.kinds)
         counts.setdefault(why, Counter())[shown or "no suffix"] += 1
     return counts
+
+
+def _is_used(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_UnusedRules") -> bool:
+    """Return whether an entry is read as media, or is nothing that could be: a folder, or a shard's part."""
+    if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
+        is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
+        if not is_unread:
+            return True
+    return not is_file(entry) or OF_SHARDS.fullmatch(entry.name) is not None
 
 
 class CaptionOwners:
     """The images or clips of a folder, by which a caption under another name finds the one that it is of."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """names: of the files, with their suffixes."""
+        """Remember the names of the media files, with their suffixes."""
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
         for name in names:

@@ -37,6 +37,7 @@ def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
 
 
 def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ShownMedium:
+    """Read an entry of `references`. Raises DatasetError for an unknown key, type or file."""
     kind = entry.get("type")
     if kind not in KINDS:
         raise DatasetError(f"{where}: type = {_show(kind)}: write one of {', '.join(KINDS)}")
@@ -52,6 +53,7 @@ def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ShownMediu
 
 
 def _locate(text: Any, file: Path, where: str) -> Path:
+    """Return the path of a reference: as written, or in the folder of its list."""
     if not isinstance(text, str) or not text.strip():
         raise DatasetError(f"{where} = {_show(text)} is not a path in quotes")
     if is_address(text):

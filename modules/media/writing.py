@@ -190,21 +190,14 @@ class Timing:
         if waiting is None:
             return
         assert first is not None
-        self._set_last_times(waiting, first)
-        yield waiting
-
-    def _set_last_times(self, packet: Any, first: int) -> None:
-        """Set the times of the last packet.
-
-        `first` is the time at which the first packet is stored, in ticks.
-        """
         # stored so late that all together last as long as the images are shown: MP4 counts from one packet
         # to the next one stored, and would lose what the encoder is ahead of an image held near the end
         end = first + round(self.seconds * self._ticks)
-        packet.dts = max(packet.dts, min(packet.pts, end - packet.duration))
+        waiting.dts = max(waiting.dts, min(waiting.pts, end - waiting.duration))
         # and, if another image is shown after it, as long as is missing, but not beyond the end of all
         last = round(self._end * self._ticks)
-        packet.duration = max(packet.duration, min(end - packet.dts, last - packet.pts))
+        waiting.duration = max(waiting.duration, min(end - waiting.dts, last - waiting.pts))
+        yield waiting
 
 
 def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -> None:
@@ -295,7 +288,10 @@ def write_shown(
     """
     kind = encoding.select_codec(path, codec)
     remaining = iter(frames)
-    first = _take_first(path, codec, remaining)
+    first = next(remaining, None)
+    if first is None:
+        raise MediaError(f"{path}: there is no frame to write")
+    encoding.check_image(path, codec, first.pixels)
     rate = rate.limit_denominator(MAX_TICKS)
     suffix = path.suffix.lower()
     timing = Timing(rate)
@@ -334,19 +330,6 @@ def write_shown(
             if writer is not None:
                 writer.write(container, None)
     return WrittenVideo(stream.width, stream.height, timing.count, timing.seconds)
-
-
-def _take_first(path: Path, codec: str, frames: Iterator[encoding.Picture]) -> encoding.Picture:
-    """Return the first frame.
-
-    Raises:
-        MediaError: If there is no frame, or if the codec cannot encode its size.
-    """
-    first = next(frames, None)
-    if first is None:
-        raise MediaError(f"{path}: there is no frame to write")
-    encoding.check_image(path, codec, first.pixels)
-    return first
 
 
 def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:

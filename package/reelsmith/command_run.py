@@ -148,6 +148,7 @@ class CommandRun:
         self._num_noted = len(self._unseen)
 
     def _end_process(self) -> None:
+        """Interrupt the command, so that it saves its state, and wait; a second Ctrl-C kills it."""
         try:
             with contextlib.suppress(OSError):  # it has just ended
                 if sys.platform == "win32":
@@ -176,6 +177,7 @@ class CommandRun:
             yield from self._history.read()
 
     def _note(self, event: Event) -> None:
+        """Collect what the result of the command will contain."""
         match event:
             case LineEvent():
                 self.lines.append(event.text)

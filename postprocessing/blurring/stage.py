@@ -107,6 +107,21 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     return result
 
 
+def _measure_from_ellipse(
+    x: NDArray[np.float32], y: NDArray[np.float32], ellipse: Box
+) -> NDArray[np.floating[Any]]:
+    """Return the distance of pixels from an ellipse, approximately; 0 inside of it."""
+    left, top, right, bottom = ellipse
+    half_width = max((right - left) / 2, 0.5)
+    half_height = max((bottom - top) / 2, 0.5)
+    # pixels have their center at + 0.5
+    horizontal = (x + 0.5 - (left + right) / 2) / half_width
+    vertical = (y + 0.5 - (top + bottom) / 2) / half_height
+    radius = np.hypot(horizontal, vertical)  # 1 on the ellipse
+    distance: NDArray[np.floating[Any]] = np.maximum(radius - 1, 0) * min(half_width, half_height)
+    return distance
+
+
 def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> NDArray[np.float32]:
     """Return the opacity of the cover for each pixel of an area, 0..1, decreasing along the soft edge.
 
@@ -114,19 +129,12 @@ def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> 
     """
     x = np.arange(area.left, area.right, dtype=np.float32)[None]
     y = np.arange(area.top, area.bottom, dtype=np.float32)[:, None]
-    # distance of each pixel from the core in pixels; for an ellipse, approximately
     if ellipse is None:
         horizontal = np.maximum(np.maximum(core.left - x, x - core.right + 1), 0)
         vertical = np.maximum(np.maximum(core.top - y, y - core.bottom + 1), 0)
         distance = np.hypot(horizontal, vertical)
     else:
-        left, top, right, bottom = ellipse
-        half_width = max((right - left) / 2, 0.5)
-        half_height = max((bottom - top) / 2, 0.5)
-        horizontal = (x + 0.5 - (left + right) / 2) / half_width
-        vertical = (y + 0.5 - (top + bottom) / 2) / half_height
-        radius = np.hypot(horizontal, vertical)  # 1 on the ellipse
-        distance = np.maximum(radius - 1, 0) * min(half_width, half_height)
+        distance = _measure_from_ellipse(x, y, ellipse)
     opacity = 1 - distance / (feather + 1) if feather else distance <= 0
     return np.clip(opacity, 0, 1).astype(np.float32)
 

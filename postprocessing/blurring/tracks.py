@@ -96,6 +96,7 @@ class Tracks:
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
         ]
         unmatched = list(boxes)
+        # first boxes that clearly continue a track, then those that may; both calls shorten the lists
         for track, box in _take_pairs(waiting, unmatched, _measure_closeness, index):
             self._note_gap(track, index)
             track.sightings.append(Sighting(index, box))

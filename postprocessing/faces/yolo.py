@@ -298,23 +298,32 @@ class YuNetDetector:
     def _read_step(self, outputs: Mapping[str, Numbers], step: int, width: int, height: int) -> _Faces:
         """Return the faces of one output grid, whose cells are `step` pixels apart, row by row."""
         rows, columns = height // step, width // step
-        parts = {kind: outputs[f"{kind}_{step}"] for kind in WIDTHS}
-        for kind, count in WIDTHS.items():
-            if parts[kind].size != rows * columns * count or not np.isfinite(parts[kind]).all():
-                raise CheckpointError(
-                    f"{self.path} gives {list(parts[kind].shape)} as {kind}_{step}: it is no YuNet, or a "
-                    "damaged one. Download it again.",
-                    self.path,
-                )
-            parts[kind] = parts[kind].reshape(rows * columns, count)
+        class_score = self._read_output(outputs, "cls", step, rows * columns).clip(0, 1)
+        object_score = self._read_output(outputs, "obj", step, rows * columns).clip(0, 1)
+        box = self._read_output(outputs, "bbox", step, rows * columns)
+        offsets = self._read_output(outputs, "kps", step, rows * columns).reshape(-1, POINTS, 2)
+
+        # positions are relative to the cell, in cells; sizes are logarithms
         cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
-        centers = (cells + parts["bbox"][:, :2]) * step
-        half_sizes = np.exp(np.minimum(parts["bbox"][:, 2:], MAX_LOG_SIDE)) * step / 2
-        boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1).astype(np.float32)
+        centers = (cells + box[:, :2]) * step
+        half_sizes = np.exp(np.minimum(box[:, 2:], MAX_LOG_SIDE)) * step / 2
+        boxes = np.concatenate([centers - half_sizes, centers + half_sizes], axis=1)
+        points = (offsets + cells[:, None]) * step
         # as in OpenCV's FaceDetectorYN: the geometric mean of the scores for the class and the object
-        scores = np.sqrt(parts["cls"].clip(0, 1) * parts["obj"].clip(0, 1))[:, 0]
-        points = (parts["kps"].reshape(-1, POINTS, 2) + cells[:, None]) * step
-        return _Faces(boxes, scores, points.astype(np.float32))
+        scores = np.sqrt(class_score * object_score)[:, 0]
+        return _Faces(boxes.astype(np.float32), scores, points.astype(np.float32))
+
+    def _read_output(self, outputs: Mapping[str, Numbers], kind: str, step: int, cells: int) -> Numbers:
+        """Return an output with a row for each cell. Raises CheckpointError if it has another form."""
+        output = outputs[f"{kind}_{step}"]
+        columns = WIDTHS[kind]
+        if output.size != cells * columns or not np.isfinite(output).all():
+            raise CheckpointError(
+                f"{self.path} gives {list(output.shape)} as {kind}_{step}: it is no YuNet, or a "
+                "damaged one. Download it again.",
+                self.path,
+            )
+        return output.reshape(cells, columns)
 
     def _select_factor(self, height: int, width: int) -> float:
         """Return the factor by which an image is downscaled for detection."""

@@ -80,6 +80,7 @@ def _our_name(name: str) -> str:
 
 
 def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) -> MotionConfig:
+    """Read the sizes of the implicit network of motion and of its encoder."""
     layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
     widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
     encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
@@ -117,6 +118,7 @@ def _read_synthesis(names: Container[str], weight_shape: WeightShape) -> Synthes
 
 
 def _read_decoder(name: str, doublings: int, weight_shape: WeightShape) -> RefinementConfig:
+    """Read the sizes of a decoder that refines flows, `doublings` steps up."""
     entry = weight_shape(f"{name}.convblock.0.0")
     return RefinementConfig(
         doublings=doublings,

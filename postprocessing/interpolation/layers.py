@@ -310,7 +310,7 @@ class Correlation:
         Used if the full cost volume would take too much memory: only the products of the window are made.
         """
         height, width = self._sizes[level]
-        features = self._levels[level]
+        features = self._levels[level]  # with REACH zeros around the image
         stride = width + 2 * REACH
         x = start[:, 0].clamp(-REACH, width) + REACH
         y = start[:, 1].clamp(-REACH, height) + REACH

@@ -155,6 +155,7 @@ class Interpolator:
         return self._network.frame(pad(image, self._measure_margins(*pixels.shape[:2]), mode="replicate"))
 
     def _make_pixels(self, image: Tensor, like: Picture, is_deep: bool) -> Pixels:
+        """Return an image of the network without its margins, as pixels; raise an error if it has NaN."""
         height, width = like.pixels.shape[:2]
         left, _, top, _ = self._measure_margins(height, width)
         image = image[..., top : top + height, left : left + width]

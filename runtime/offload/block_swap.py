@@ -275,6 +275,7 @@ class BlockSwap:
         slot.unit = None
 
     def _resolve_in(self, ring: Ring, unit: Unit, backward: bool) -> None:
+        """Wait until a block has arrived, and let its weights use the slot's memory."""
         slot = ring.slot_of(unit)
         assert slot is not None
         if not slot.is_entered:
@@ -286,6 +287,7 @@ class BlockSwap:
             slot.is_changed = True  # they are stepped as soon as their gradients are complete
 
     def _pack(self, tensor: Tensor) -> Tensor | Kept:
+        """Save a weight of a swapped block by its place in the block's slot, any other tensor itself."""
         slot, index = self._owners.get(tensor.untyped_storage().data_ptr(), (None, 0))
         if slot is None:
             return tensor.detach()
@@ -300,6 +302,7 @@ class BlockSwap:
         )
 
     def _unpack(self, packed: Tensor | Kept) -> Tensor:
+        """Return a saved tensor; a swapped block is on the device again before its backward pass."""
         if isinstance(packed, Tensor):
             return packed
         self.enter(packed.unit.position, backward=True)

@@ -113,6 +113,7 @@ class Offload:
         return saved_tensors_hooks(self._pack, self._unpack)
 
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":
+        """Begin to move a saved input to the host, and return what stands for it in autograd's graph."""
         self._let_go()
         # the returning copy would have other strides, which compiled code relies on
         if not tensor.is_contiguous():

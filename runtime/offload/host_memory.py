@@ -225,6 +225,7 @@ def _as_tensor(mapping: mmap.mmap, pieces: Sequence[range]) -> tuple[Tensor, int
 
 
 def _register(address: int, size: int) -> bool:
+    """Lock host memory, so that copies to the device are asynchronous; return whether the driver did."""
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) == driver.cudaError.success:
         return True
@@ -339,6 +340,7 @@ def _run_moved(
     *inputs: Any,
     **named: Any,
 ) -> Any:
+    """Run a layer with its weight on the device during the call only."""
     # copied in the computing stream: no waiting is needed
     weight.data = host.to(device, non_blocking=True, copy=True)
     try:

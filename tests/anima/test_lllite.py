@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from anima.configs import DIT, AnimaConfig
-from anima.lllite import HungLllite, check_file, check_mask, describe_lllite, draw_masks
+from anima.lllite import AttachedLllite, check_file, check_mask, describe_lllite, draw_masks
 from anima.lllite_modules import AnimaLllite, LlliteConfig
 from anima.model import AnimaModel
 from anima.options import AnimaLlliteTrainingOptions
@@ -42,10 +42,10 @@ def options_of(**values: Any) -> AnimaLlliteTrainingOptions:
     return options
 
 
-def hang(options: AnimaLlliteTrainingOptions, dit: AnimaModel, seed: int | None = None) -> HungLllite:
+def hang(options: AnimaLlliteTrainingOptions, dit: AnimaModel, seed: int | None = None) -> AttachedLllite:
     """Make one in a transformer. seed: of random weights; None: those of a new one."""
     network = describe_lllite(options).make(dit, True)
-    assert isinstance(network, HungLllite)
+    assert isinstance(network, AttachedLllite)
     if seed is not None:
         generator = torch.Generator().manual_seed(seed)
         for weight in network.parameters():

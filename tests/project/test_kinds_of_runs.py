@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from project.model_choice import _make_family_for_caching, ask_family
 from project.model_sizes import needs_image, transformers_of
 from project.options import KIND_NAMES, RUN_FILE, find_models
 from project.running import _scripts_of_runs
+from project.varied_captions import STYLES, make_captions
 from tests.commands import ROOT
 from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.project.test_kinds_of_folders import write_photos
@@ -340,6 +342,24 @@ def test_the_models_that_an_adapter_can_be_made_for_are_those_that_were_distille
         assert bool(model.data.get("distilled")) == is_distilled, f"{model.family} {model.task}"
 
 
+def test_an_adapter_of_an_empty_folder_begins_with_varied_captions(tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+
+    said = describe(folder, "z_image turbo", "--train", "adapter")
+
+    lines = (folder / "own_prompts.txt").read_text(encoding="utf-8").splitlines()
+    captions = [line.rpartition(" --d ")[0] for line in lines]
+    assert len(set(captions)) == len(lines) == 500
+    counts = Counter(word for caption in captions for word in STYLES if caption.endswith(word))
+    assert max(counts[word] for word in STYLES) - min(counts[word] for word in STYLES) <= 1
+    assert captions == make_captions()
+    assert [path.name for path in folder.iterdir()] == ["own_prompts.txt"]
+    assert "download --family z_image --task turbo" in said
+    assert "--from_file own_prompts.txt --save_path own" in said
+    assert describe(folder, "z_image turbo", "--train", "adapter") == said  # again, as nothing is there
+
+
 def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp_path: Path) -> None:
     folder = tmp_path / "photos"
     write_photos(folder)
@@ -371,9 +391,16 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
 
     assert read_run(own)["training"]["validation_split"] == 0.1
     assert "done when the validation loss falls no more" in " ".join(said.split())
+    assert read_run(own)["training"]["early_stopping_patience"] == 5
     assert "published adapters took" not in said
     assert read_run(own)["training"]["make_adapter"] == "own"
     assert "12 generated files: their prompts are written into .txt files, as captions" in said
     assert (own / "1.txt").read_text(encoding="utf-8") == "a cat\nnumber 1\n"
     describe(folder, "z_image turbo", "--train", "adapter", "--overwrite")
     assert read_run(folder)["training"]["make_adapter"] == "mixed"
+    tables = parse_toml((folder / "dataset.toml").read_text(encoding="utf-8"))["datasets"]
+    num_real = len([*folder.glob("*.jpg")])
+    assert {table["image_directory"]: table.get("num_repeats", 1) for table in tables} == {
+        ".": round(12 / num_real),
+        "own": 1,
+    }

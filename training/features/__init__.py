@@ -5,6 +5,7 @@ base_weights: merge LoRAs into the transformers before
 blank_prior: hold the network to the model for the empty prompt
 composing: options of all features; those that are on join
 contract: what a feature is, and how one is written
+early_stopping: end when the validation loss no longer falls
 ema: keep an average of the trained weights
 ema_weights: how this average is computed
 embedding: learn the vectors of a new word too
@@ -60,6 +61,7 @@ from training.features.adapter import ADAPTER
 from training.features.base_weights import BASE_WEIGHTS
 from training.features.blank_prior import BLANK_PRIOR
 from training.features.contract import Feature
+from training.features.early_stopping import EARLY_STOPPING
 from training.features.ema import EMA
 from training.features.embedding import EMBEDDING
 from training.features.guided import GUIDED
@@ -101,6 +103,7 @@ FEATURES: tuple[Feature, ...] = (
     TREAD,
     EMA,
     SKIP,
+    EARLY_STOPPING,
     ITEM_LOSSES,
     SCORE_SAMPLES,
     TRACKERS,

@@ -131,6 +131,10 @@ class PlannedRun(Protocol):
         """Items for training, without those for validation."""
 
     @property
+    def validation(self) -> "Sequence[TrainingItem]":
+        """Items for validation."""
+
+    @property
     def sources(self) -> "BatchSources":
         """Where the tensors of the items are read from."""
 
@@ -440,6 +444,8 @@ class Hooks:
     # takes it. All processes answer alike. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
     after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
+    # given the validation loss, the same in all processes: why the run ends now; "" continues it
+    after_validation: "list[Callable[[HookedRun, float], str]]" = field(default_factory=list)
     # given the files of a save that are written; in the main process only
     save: list[Callable[[Sequence[Path]], None]] = field(default_factory=list)
     # the run is over, however that is; in the main process only

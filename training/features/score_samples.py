@@ -42,6 +42,7 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
 
 
 def _start(run: "JoinedRun") -> None:
+    """Have samples scored by another process each time that some are saved."""
     from training.features.score_samples_starting import SampleScorer  # starts processes: only in a training
 
     folder, name = run.options.saving.place

@@ -71,6 +71,7 @@ def _describe(options: TeacherOptions) -> str:
 
 
 def _start(options: TeacherOptions, run: "JoinedRun") -> None:
+    """Install the teacher; another transformer as the teacher is loaded next to the trained one."""
     from training.features.teacher_passes import install_teacher  # torch: only with --teacher
 
     teaching = install_teacher(run, options)

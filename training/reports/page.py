@@ -27,6 +27,8 @@ TEMPLATE = Path(__file__).resolve().parent / "page.html"
 MAX_COLUMNS = 10  # of the grid of samples
 MAX_PROMPTS = 20
 SMOOTHING = 0.9
+MIN_SMOOTHED = 20  # points of a curve: fewer are shown as they are
+MAX_DOTS = 60  # points of a curve that has a dot for each
 MAX_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
 
 
@@ -121,6 +123,18 @@ def page_values(
     }
 
 
+def _draw_losses(story: Story, maximum: int) -> Chart:
+    """Return the diagram of the training's loss and the validation loss."""
+    losses = make_curves({say("loss"): story.loss}, maximum, SMOOTHING)
+    if story.validations:
+        steps = sorted(story.validations)
+        values = [story.validations[step] for step in steps]
+        lowest = values.index(min(values))
+        has_dots = len(steps) < MAX_DOTS
+        losses.append(Curve(say("validation"), steps, values, has_dots=has_dots, best=lowest))
+    return Chart(losses, "step", "loss", say("Loss"))
+
+
 def list_charts(story: Story, maximum: int = MAX_BINS) -> list[Chart]:
     """Return the diagrams of a run.
 
@@ -128,14 +142,7 @@ def list_charts(story: Story, maximum: int = MAX_BINS) -> list[Chart]:
         story: Content of the run's history.
         maximum: Approximate number of points of a curve.
     """
-    charts: list[Chart] = []
-    losses = make_curves({say("loss"): story.loss}, maximum, SMOOTHING)
-    if story.validations:
-        steps = sorted(story.validations)
-        values = [story.validations[step] for step in steps]
-        lowest = values.index(min(values))
-        losses.append(Curve(say("validation"), steps, values, has_dots=len(steps) < 60, best=lowest))
-    charts.append(Chart(losses, "step", "loss", say("Loss")))
+    charts = [_draw_losses(story, maximum)]
 
     by_expert = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
     # families with audio record losses by stream in place of losses by expert
@@ -182,10 +189,10 @@ def make_curves(
                 name,
                 [*bins],
                 [sum(values) / len(values) for values in bins.values()],
-                smoothing=smoothing if len(bins) > 20 else 0.0,
+                smoothing=smoothing if len(bins) > MIN_SMOOTHED else 0.0,
                 low=[*map(min, bins.values())] if is_binned else None,
                 high=[*map(max, bins.values())] if is_binned else None,
-                has_dots=has_dots and len(bins) < 60,
+                has_dots=has_dots and len(bins) < MAX_DOTS,
             )
         )
     return [curve for curve in curves if curve.x]
