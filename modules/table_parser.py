@@ -188,7 +188,10 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
         if info.get("are_paths"):
             name = _find_public_name(action)
             flag = f"--{name}" if action.option_strings else name
-            from modules.console import quiet  # only with a path
+            if info.get("place") != "safetensors":
+                check_paths(flag, value_of(name), info, value_of)
+                continue
+            from modules.console import quiet  # only for a file that may be replaced
 
             with quiet():
                 check_paths(flag, value_of(name), info, value_of)

@@ -317,7 +317,7 @@ def _extract(
         ("original", str(options.model_org)),
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
-        ("modules", f"{len(factors) // 3}{of_family}"),
+        ("modules", f"{len(factors) // 3}{of_family}"),  # down, up and alpha of each
         ("kept", f"{retained.share:.1%} of the change of these modules, by its norm"),
         ("time", in_words(time.monotonic() - start)),
     ]

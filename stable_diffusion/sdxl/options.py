@@ -33,6 +33,10 @@ _IN_GUIDES = (
 
 _ONE_RATE = "both text encoders have one rate. Give it to --learning_rate"
 _NO_TEXTS = "the text encoders are not trained. Leave it out"
+_NO_MASKS = (
+    "control images of Stable Diffusion XL have 3 channels, and no program reads a mask as a fourth. To "
+    "repaint, train with --train_inpainting (sdxl_train_network.py), or a ControlNet-LLLite of Anima"
+)
 MAX_WIDTH = 1024  # maximum width of the embedding of a control image; released files have 16 to 64
 
 
@@ -70,6 +74,7 @@ class SdxlLlliteTrainingOptions(SdxlLearningOptions, title=NAME):
     network_weights: Path | None = option(name="network_weights", facts=FREE)
     text_encoder_lr1 = unsupported(_NO_TEXTS, type=float)
     text_encoder_lr2 = unsupported(_NO_TEXTS, type=float)
+    lllite_cond_in_channels = unsupported(_NO_MASKS, type=int, default=3)
 
     def __post_init__(self) -> None:
         if self.cond_emb_dim is not None and self.cond_emb_dim % 2:

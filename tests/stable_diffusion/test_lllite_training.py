@@ -289,6 +289,7 @@ def test_mistakes_are_named_before_anything_is_loaded(folder: Path) -> None:
     anima = write_lllite(folder / "anima.safetensors", layers={"lllite_dit_blocks_0_self_attn_q_proj": 8})
 
     assert "is odd" in rejection(folder, *words, "--cond_emb_dim", "7")
+    assert "no program reads a mask" in rejection(folder, *words, "--lllite_cond_in_channels", "4")
     assert "has 8, with which it is trained on" in rejection(
         folder, *words, "--network_weights", wide.name, "--network_dim", "4"
     )
