@@ -279,7 +279,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
     if isinstance(options, AnimaLlliteTrainingOptions):
         from anima.lllite import MODULE, describe_lllite, draw_masks  # only to train one
 
-        if options.lllite_cond_in_channels > 3:
+        if options.lllite_cond_in_channels > 3:  # a mask follows the image's channels, drawn in each step
             model = replace(model, noise=replace(NOISE, vary_inputs=draw_masks))
         return replace(model, made_network=describe_lllite(options), lora_module=MODULE)
     return model

@@ -4,9 +4,13 @@
     python benchmarks/gpu_session.py --dry --output session         what it would do, and how long it may take
     python benchmarks/gpu_session.py --output session --seconds 540
     python benchmarks/gpu_session.py --output session --seconds 300 --again
+    python benchmarks/gpu_session.py --output session --parts waiting further checks long \\
+        --seconds 840 --check_seconds 200
 
-It runs the probes (gpu_probes.py), the tests marked `gpu` (gpu_checks.py), the rows of the goals, then the
-other rows (gpu_rows.py): first those that share least with what is measured. Everything is written to the
+Parts run in the order of --parts. By default these are the probes (gpu_probes.py), the tests marked `gpu`
+(gpu_checks.py), the rows of the goals, then the other rows (gpu_rows.py): first those that share least with
+what is measured. The last command above measures steps that waited for the host first; each part leaves the
+seconds of the parts behind it. Everything is written to the
 folder of --output at once, also the messages of tests that fail, so that a kill loses only what is under way:
 plans.json, probes.json, checks.json, failures.txt, rows.json and tables.md. A second command goes on with the
 folder; --again repeats what failed, too. Rows run in this process, which saves their start; after an error of
@@ -42,7 +46,20 @@ from benchmarks.gpu_rows import BY_NAME, CACHING, LOADING, ROWS, TRAINING, Row  
 from benchmarks.gpu_tables import tables  # noqa: E402
 from modules.atomic_write import write_text  # noqa: E402
 
-PARTS = ("probes", "checks", "goals", "rows")
+# rows of a part, in their order
+LISTS: Mapping[str, Sequence[str]] = {
+    # steps that waited for the host, each first without and then with what removes kernels
+    "waiting": (
+        *("sdxl-bf16-kept", "sdxl-bf16", "sdxl-bf16-compiled", "sd1.5-bf16-kept", "sd1.5-bf16"),
+        *("lumina-512-bf16", "z-image-512-bf16", "flux-bf16", "flux-bf16-compiled"),
+        *("krea2-bf16", "krea2-bf16-compiled"),
+    ),
+    "further": ("moss-image-bf16", "qwen-image-bf16-compiled", "z-image-bf16-compiled"),
+    # a clip's attention in 16 and in 8 bits
+    "long": ("gen-wan1.3b-eager", "gen-wan1.3b-sage"),
+}
+DEFAULT_PARTS = ("probes", "checks", "goals", "rows")
+PARTS = (*DEFAULT_PARTS, *LISTS)
 SECONDS = 540.0
 CHECK_SHARE = 0.45  # of the seconds, at most, for the tests
 PROBE_SECONDS = 30.0  # a guess
@@ -247,11 +264,12 @@ class Session:
     again: bool
     rows: Sequence[Row]
     run_row: RunRow
+    reserved: float = 0.0  # seconds for later parts
 
     @property
     def left(self) -> float:
-        """Seconds that are left."""
-        return self.end - time.monotonic()
+        """Seconds that are left for this part."""
+        return self.end - time.monotonic() - self.reserved
 
     def probe(self) -> None:
         """Run the probes that have no result yet."""
@@ -287,25 +305,27 @@ class Session:
             print(gpu_checks.report(group), flush=True)
             gpu_checks.write_results(self.files.checks, gpu_checks.describe_machine(), kept)
 
-    def measure(self, head: Mapping[str, Any], only_goals: bool) -> None:
-        """Measure rows while there is time: those of the goals, or all in the order of `next_row`."""
+    def measure(self, head: Mapping[str, Any], part: str) -> None:
+        """Measure rows while there is time: those of the goals, of a list, or all as `next_row` orders."""
         results = continue_results(self.files.rows, dict(head))
         left_out: set[str] = set()
-        while (row := self._next(results, left_out, only_goals)) is not None:
+        while (row := self._next(results, left_out, part)) is not None:
             gpu.measure_all([row], results, self.left, self._run, expected=self.plans.seconds)
             if row.name not in results.rows:
                 left_out.add(row.name)
             self.write_tables(results)
 
-    def _next(self, results: Results, left_out: set[str], only_goals: bool) -> Row | None:
+    def _next(self, results: Results, left_out: set[str], part: str) -> Row | None:
         waiting = [row for row in gpu.missing(self.rows, results, self.again) if row.name not in left_out]
         if self.again:  # one that fails again is not tried a third time
             left_out |= {row.name for row in waiting if row.name in results.rows}
-        if only_goals:
+        if part == "goals":
             return next((row for row in waiting if row.is_goal), None)
         measured = [name for name, figures in results.rows.items() if "failed" not in figures]
         guess = correction(results)
         fitting = [row for row in waiting if self.plans.seconds(row) * guess <= self.left]
+        if part in LISTS:
+            return next(iter(of_list(part, fitting)), None)
         return next_row(fitting, (*MEASURED, *measured), self.plans.seconds)
 
     def _run(self, row: Row, limit: float) -> dict[str, Any]:
@@ -322,6 +342,20 @@ class Session:
             lines += ["", "## Checks", ""]
             lines += [f"- {gpu_checks.report(gpu_checks.Group(**group)).splitlines()[0]}" for group in checks]
         write_text(self.files.tables, "\n".join(lines) + "\n")
+
+
+def of_list(part: str, rows: Iterable[Row]) -> list[Row]:
+    """Return the rows that a part lists, in its order."""
+    by_name = {row.name: row for row in rows}
+    return [by_name[name] for name in LISTS[part] if name in by_name]
+
+
+def reserve(session: Session, later: Sequence[str], checking: float) -> float:
+    """Return the seconds that parts leave to the tests and to the last list of rows behind them."""
+    seconds = checking if "checks" in later else 0.0
+    if later and later[-1] in LISTS:
+        seconds += sum(session.plans.seconds(BY_NAME[name]) for name in LISTS[later[-1]])
+    return seconds
 
 
 def is_unfinished(group: gpu_checks.Group) -> bool:
@@ -373,7 +407,9 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FOLDER", help="what is found, so far")
     parser.add_argument("--seconds", type=float, default=SECONDS, help=f"for all; {SECONDS:.0f}")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="of the session; all")
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, default=list(DEFAULT_PARTS), help="of the session"
+    )
     parser.add_argument("--rows", nargs="+", default=[], metavar="ROW", help="only these; default: all")
     parser.add_argument("--check_seconds", type=float, help=f"for tests; {CHECK_SHARE} of --seconds")
     parser.add_argument("--again", action="store_true", help="repeat what failed before, too")
@@ -405,16 +441,16 @@ def main(
     print_intentions(session, args.parts, seconds, checking)
     if args.dry:
         return
-    if "probes" in args.parts:
-        session.probe()
-    if "checks" in args.parts:
-        session.check(checking, gpu_checks.find_files(ROOT / "tests"))
-    if {"goals", "rows"} & set(args.parts):
-        head = head_on(args.device)
-        if "goals" in args.parts:
-            session.measure(head, only_goals=True)
-        if "rows" in args.parts:
-            session.measure(head, only_goals=False)
+    head: dict[str, Any] = {}
+    for index, part in enumerate(args.parts):
+        session.reserved = reserve(session, args.parts[index + 1 :], checking)
+        if part == "probes":
+            session.probe()
+        elif part == "checks":
+            session.check(checking, gpu_checks.find_files(ROOT / "tests"))
+        else:
+            head = head or head_on(args.device)
+            session.measure(head, part)
     print(f"{session.left:.0f} seconds are left. {args.output}: {', '.join(sorted(names_in(args.output)))}")
 
 
@@ -425,39 +461,54 @@ def names_in(folder: Path) -> list[str]:
 
 def print_intentions(session: Session, parts: Sequence[str], seconds: float, checking: float) -> None:
     """Print what will be done in which order, and how long it may take."""
-    left, files = seconds, session.files
+    left, files = seconds - HEADS, session.files
     print(f"{seconds:.0f} seconds in all; results go to {files.folder}.")
-    if "probes" in parts:
-        left -= PROBE_SECONDS
-        print(f"1. Probes: about {PROBE_SECONDS:.0f} s.")
-    if "checks" in parts:
-        left -= checking
-        print(f"2. Tests marked gpu: at most {checking:.0f} s.")
-    left -= HEADS
     results = read_results(files.rows) if files.rows.exists() else Results({})
     waiting = gpu.missing(session.rows, results, session.again)
+    for number, part in enumerate(parts, start=1):
+        if part == "probes":
+            left -= PROBE_SECONDS
+            print(f"{number}. Probes: about {PROBE_SECONDS:.0f} s.")
+        elif part == "checks":
+            left -= min(checking, left)
+            print(f"{number}. Tests marked gpu: at most {checking:.0f} s.")
+        else:
+            room = left - reserve(session, parts[number:], checking)
+            chosen = choose_rows(session, part, waiting, [*MEASURED, *results.rows], room)
+            waiting = [row for row in waiting if row not in chosen]
+            left -= sum(map(session.plans.seconds, chosen))
+            print(f"{number}. Rows of {part} that fit, by a guess:")
+            for row in chosen:
+                is_planned = row.name in session.plans.rows or row.kind in (*CACHING, LOADING)
+                ahead = "" if is_planned else ", not planned ahead"
+                print(f"   {row.name}: about {session.plans.seconds(row):.0f} s{ahead}")
+            if part in LISTS:
+                for row in of_list(part, waiting):
+                    print(f"   {row.name}: waits for another command")
+    print(f"{len(waiting)} others wait for another command; {left:.0f} s are left over.")
+
+
+def choose_rows(
+    session: Session, part: str, waiting: Sequence[Row], known: Sequence[str], left: float
+) -> list[Row]:
+    """Return the rows of a part that fit into the seconds that are left, by a guess, in their order."""
+    candidates = [row for row in waiting if row.is_goal] if part == "goals" else of_list_or_all(part, waiting)
     chosen: list[Row] = []
-    known = [*MEASURED, *results.rows]
-    candidates = [row for row in waiting if row.is_goal] if "goals" in parts else []
-    candidates = [row for row in candidates if "rows" in parts or row.is_goal]
-    for row in candidates:
-        if session.plans.seconds(row) <= left:
-            chosen.append(row)
-            left -= session.plans.seconds(row)
-    while "rows" in parts:
-        names = {row.name for row in chosen}
-        fitting = [row for row in waiting if row.name not in names and session.plans.seconds(row) <= left]
-        row_after = next_row(fitting, [*known, *names], session.plans.seconds)
-        if row_after is None:
-            break
-        chosen.append(row_after)
-        left -= session.plans.seconds(row_after)
-    print(f"3. Rows that fit, by a guess; {len(waiting) - len(chosen)} others wait for another command:")
-    for row in chosen:
-        ahead = (
-            "" if row.name in session.plans.rows or row.kind in (*CACHING, LOADING) else ", not planned ahead"
-        )
-        print(f"   {row.name}: about {session.plans.seconds(row):.0f} s{ahead}")
+    while True:
+        fitting = [row for row in candidates if row not in chosen and session.plans.seconds(row) <= left]
+        if part == "rows":
+            row = next_row(fitting, [*known, *(row.name for row in chosen)], session.plans.seconds)
+        else:
+            row = next(iter(fitting), None)
+        if row is None:
+            return chosen
+        chosen.append(row)
+        left -= session.plans.seconds(row)
+
+
+def of_list_or_all(part: str, rows: Sequence[Row]) -> list[Row]:
+    """Return the rows that a part lists, or all of a part without a list."""
+    return of_list(part, rows) if part in LISTS else list(rows)
 
 
 if __name__ == "__main__":

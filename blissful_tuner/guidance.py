@@ -201,7 +201,15 @@ class _StepPlanner:
         weakens = index in self._weakened_steps
         may_skip = weakens or bool(rules.negative_skips.blocks)
         negative = self._select_negative(index, weakens) if may_skip else NEGATIVE
-        stages = self._make_guiding_stages(scale, negative)
+        stages: list[GuidanceStage]
+        if options.perp_neg is not None:
+            stages = [perp_neg(scale, options.perp_neg, negative)]
+        elif scale == 1:  # the formula would give the positive velocity back
+            stages = []
+        elif options.cfgzerostar_scaling:
+            stages = [cfg_zero(scale, negative)]
+        else:
+            stages = [plain_cfg(scale, negative)]
         rescale_fraction = options.guidance_rescale
         if stages and projection is not None and momentum is not None:
             if self._prepared.first_step + index > projection.after_step:
@@ -233,17 +241,6 @@ class _StepPlanner:
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
         return self._thinned if skips.blocks and skips.acts(step, self._prepared.steps) else NEGATIVE
-
-    def _make_guiding_stages(self, scale: float, negative: Pass) -> list[GuidanceStage]:
-        """Return the stage of the selected guidance formula; [] if the scale turns guidance off."""
-        options = self._options
-        if options.perp_neg is not None:
-            return [perp_neg(scale, options.perp_neg, negative)]
-        if scale == 1:  # the formula would give the positive velocity back
-            return []
-        if options.cfgzerostar_scaling:
-            return [cfg_zero(scale, negative)]
-        return [plain_cfg(scale, negative)]
 
 
 def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:

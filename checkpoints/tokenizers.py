@@ -186,10 +186,9 @@ class TokenizerFiles:
             except OSError as error:
                 raise self.unreadable(path, OSError(error.strerror)) from error
             return path
-        for candidate in (
-            path,
-            *(path / candidate for candidate in self.folders if not candidate.startswith("..")),
-        ):
+        # folders that begin with .. are places next to a model's file, not in a given folder
+        inner_folders = [path / folder for folder in self.folders if not folder.startswith("..")]
+        for candidate in (path, *inner_folders):
             file = self._find_file(candidate)
             if file is not None:
                 return file

@@ -142,7 +142,7 @@ def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str
     found = {
         encoder.word_keys[0]: tensors[key]
         for encoder in encoders
-        for key in reversed(encoder.word_keys)
+        for key in reversed(encoder.word_keys)  # so that the key that is written counts before aliases
         if key in tensors
     }
     if not found and len(tensors) == len(encoders) == 1:  # then its name says nothing

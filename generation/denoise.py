@@ -285,7 +285,11 @@ def make_latents(
     if prepared.request.source is not None and prepared.request.source.extra_noise:
         # a separate generator, so that extra noise does not change the other noise of a seed
         extra_noise = SeededNoise(derive_seed("extra noise", prepared.seed), device, on_cpu)
-    sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
+    has_source = SOURCE in inputs.get(0, {})
+    if has_source or prepared.slow_frames is not None or prepared.joint is not None:
+        sections = sections_of(family, prepared, prompts=prompts, inputs=inputs, noise=noise)
+    else:
+        sections = family.sections(prepared, prompts, inputs, noise)
     caches = None
     if prepared.request.step_cache is not None:
         from blissful_tuner.step_cache import StepCaches  # only with a step cache

@@ -69,10 +69,10 @@ from minimax_h3.training_inputs import (
     CLEAN,
     Clean,
     clean_shares,
+    media_conditions,
     noise_inputs,
     teacher_key,
     teacher_rows,
-    told_media,
 )
 from modules.devices import send
 from modules.errors import CacheError, OptionError
@@ -286,7 +286,7 @@ class MiniMaxH3(OneTransformer):
         if batch.view:
             texts = dict(zip((KEY, TAGS), teacher_rows(batch), strict=True))
             batch.check_widths({teacher_key(batch.view): config.text_dim}, self.files.dit_path, remedy)
-        return {**texts, **told_media(batch, self.files.task, latents), **self._make_shares()}
+        return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_shares()}
 
     def _make_shares(self) -> Conditions:
         """Return the condition with the fractions of clean signal in a training; empty otherwise."""

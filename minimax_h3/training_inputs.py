@@ -97,7 +97,7 @@ def _name_conditions(view: str) -> str:
     return next(name for name, known in VIEWS.items() if known == view)
 
 
-def told_media(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
+def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tensor]:
     """Return the network's conditions, keyframes, references and positions, by their names in caches.
 
     Args:

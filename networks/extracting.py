@@ -30,6 +30,7 @@ from networks.merging import DTYPES, in_known_names
 from networks.metadata import add_hashes
 from networks.module_names import alias, family_named, has_module, select_family
 from networks.names.layouts import OURS, FamilyNames
+from networks.names.texts import TEXT_PROJECTION
 from networks.text_loras import TensorPiece, is_full, pieces_of
 from networks.tool_options import MIN_DIFF, ExtractOptions
 
@@ -43,7 +44,7 @@ _ATTENTION = re.compile(
 # with a rank for convolutions: those of residual blocks and between levels, and the matrix of the time
 _RESIDUAL = re.compile(r"_(resnets_\d+_(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers_0_conv)$")
 _WEIGHTS = ("weight", "bias")
-_IN_TEXT = re.compile(r"_encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])$")
+_IN_TEXT = re.compile(rf"_(encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])|{TEXT_PROJECTION})$")
 
 
 class ExtractedModule(NamedTuple):
@@ -316,7 +317,7 @@ def _extract(
         ("original", str(options.model_org)),
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
-        ("modules", f"{len(factors) // 3}{of_family}"),
+        ("modules", f"{len(factors) // 3}{of_family}"),  # down, up and alpha of each
         ("kept", f"{retained.share:.1%} of the change of these modules, by its norm"),
         ("time", in_words(time.monotonic() - start)),
     ]

@@ -167,18 +167,18 @@ class QwenImageLayered(ModelOfImages):
         self.files.check()
         request = self._keep_image(request)
         (path,) = request.control_images
-        own = image_size(path)
+        own_size = image_size(path)
         area = None
         if request.width is None and request.height is None:
             area = SIDE**2  # the image and its layers are of this size, as released
-            width, height = official_size(own, area)
+            width, height = official_size(own_size, area)
             request = replace(request, width=width, height=height)
         width, height = full_patches(request.width or SIDE, request.height or SIDE, self.latent)
         size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
         taken = TakenImage(area, (width, height) if self.edit.resize_control_to_image_size else None)
-        source = taken_size(own, taken.area, taken.target)
-        tokens = count_image_tokens(self.latent.shape(1, source[1], source[0]))
+        source_width, source_height = taken_size(own_size, taken.area, taken.target)
+        tokens = count_image_tokens(self.latent.shape(1, source_height, source_width))
         shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
         prepared = settle(request, self.defaults, size=size, flow_shift=shift, default_negative=NEGATIVE)
         rules = GuidanceRules(token_side=PATCH) if self.keeps_norms else AS_PLAIN

@@ -422,3 +422,21 @@ def test_the_steps_of_a_solver_wait_for_nothing(name: str) -> None:
         "guidance": make_guidance(request, PLAIN_GUIDANCE),
     }
     assert waits(denoise, inputs) == []
+
+
+def test_conditions_in_bf16_meet_a_transformer_in_fp16() -> None:
+    """As Wan's caches do in --mixed_precision fp16; all families by command: tests/emulated/test_fp16.py."""
+    tiny = DITS[0]
+    dit, network = tiny.with_lora(blocks=2)
+    inputs = tiny.inputs(SIZE, 2)
+    for name, value in inputs.items():
+        if name != "noisy" and isinstance(value, Tensor) and value.is_floating_point():
+            inputs[name] = value.bfloat16()
+
+    with torch.autocast("cpu", torch.float16):
+        velocity = dit.half().train()(**inputs)
+    velocity.float().square().mean().backward()
+
+    grown = [one.grad for one in network.parameters() if one.grad is not None]
+    assert grown
+    assert all(bool(one.isfinite().all()) for one in (velocity, *grown))

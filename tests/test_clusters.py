@@ -28,6 +28,7 @@ from protocols.families import FAMILIES
 from tests.commands import QUIET, ROOT
 from tests.faults.messages import succeed_here
 from tests.tiny.project import lay_out_models, write_clips
+from tests.waiting import PATIENCE
 from training.options import TrainedNetworkOptions, read_training
 
 FOLDER = ROOT / "docs" / "clusters"
@@ -70,7 +71,7 @@ def run_recipe(name: str, folder: Path) -> list[list[str]]:
     path = f"{programs}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, **GIVEN[name], "PATH": path, "NOTED": str(folder / "noted")}
     done = subprocess.run(
-        ["bash", "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
+        ["bash", "-c", text], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in (folder / "noted").read_text(encoding="utf-8").splitlines()]
@@ -105,7 +106,7 @@ def run_rented(checkout: Path, *words: str, **environment: str) -> list[list[str
         env={**os.environ, "PATH": path, "NOTED": str(notes), **environment},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in notes.read_text(encoding="utf-8").splitlines()]
@@ -155,7 +156,7 @@ def test_a_rented_card_installs_nothing_for_a_file_that_is_no_packed_folder(
     checkout.mkdir()
     command = ["bash", str(FOLDER / "rented.sh"), *words]
 
-    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=checkout, capture_output=True, text=True, timeout=PATIENCE)
 
     assert (done.returncode, [*checkout.iterdir()]) == (2, [])
     assert f"rented.sh: '{''.join(words)}' is no packed folder" in done.stderr

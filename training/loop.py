@@ -12,7 +12,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ from training.processes import fill_missing_gradients, largest_of_processes, sum
 from training.reports.history import LOSS
 from training.reports.logs import WISHES, StepReport, name_rates
 from training.reports.pauses import SAMPLES, SAVING, VALIDATION
-from training.targets.passes import loss_passes
+from training.targets.passes import Streams, loss_passes
 from training.trainable import seed_networks
 from training.training_run import SAMPLE, SAVE, STOP, TrainingRun
 from training.validation import EPOCH, STEP, Validation
@@ -259,13 +259,6 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
     return [*norms, gradient_norm.view(1)]
 
 
-class _Losses(NamedTuple):
-    """Losses of a micro-batch, on the device and detached."""
-
-    total: Tensor  # its share of the loss of the step
-    streams: tuple[Tensor, ...]  # of image and sound, or of the image alone
-
-
 def _accumulate(
     run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]
 ) -> tuple[Tensor, tuple[str, ...]]:
@@ -291,16 +284,16 @@ def _accumulate(
         for expert in experts:
             # a void pass adds no gradients: it runs because others need this process's part of the blocks
             is_void = is_repeat or expert != noisy_batch.expert
-            losses = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
+            loss, streams = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
             for tally in run.joined.tallies:
                 numbers = tally.take()
                 if numbers is not None and not is_void:
                     _add_numbers(run, row, tally.names, numbers)
             if is_void:
                 continue
-            row[0] += losses.total
+            row[0] += loss
             if run.parts:
-                _add_parts(run, row, expert, loss=losses.total * divisor, losses=losses.streams)
+                _add_parts(run, row, expert, loss=loss * divisor, losses=streams)
             keys += noisy_batch.batch.keys
     return row, keys
 
@@ -318,7 +311,7 @@ def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
 
 def _propagate(
     run: TrainingRun, expert: int, noisy_batch: NoisyBatch, *, divisor: int, is_void: bool
-) -> _Losses:
+) -> tuple[Tensor, Streams]:
     """Run a micro-batch forward and backward through an expert to accumulate its gradients.
 
     Args:
@@ -327,13 +320,17 @@ def _propagate(
         noisy_batch: Batch with noise and timesteps.
         divisor: Number by which the loss is divided.
         is_void: Whether to add zeros, for processes that need the passes of this one.
+
+    Returns:
+        The micro-batch's share of the loss of the step, and its losses of image and sound, or of the image
+            alone; detached.
     """
     dit = run.model.dits.at(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if noisy_batch.batch.network_multiplier != 1:
         strength = run.model.trainable.at_strength(noisy_batch.batch.network_multiplier)
     total: Tensor | None = None
-    streams: tuple[Tensor, ...] = ()
+    streams: Streams = ()
     with strength:
         for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
             loss = functools.reduce(torch.add, losses) / divisor
@@ -342,7 +339,7 @@ def _propagate(
             detached = tuple(stream.detach() for stream in losses)
             streams = tuple(map(torch.add, streams, detached)) if streams else detached
     assert total is not None  # there is a pass with gradients
-    return _Losses(total, streams)
+    return total, streams
 
 
 def _experts_of_pass(run: TrainingRun, group: range, place: int, expert: int) -> list[int]:

@@ -117,7 +117,7 @@ class WanTextEncoder(FileTextEncoder[T5Network]):
     def compute(
         self, network: T5Network, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return {"t5": [n C]} for each prompt of n tokens."""
+        """Return {"t5": [n C]} for each prompt of n tokens. `dropped` is not used: umT5 has no template."""
         results: list[Conditions] = []
         for group in in_groups(rows):
             embeds = network([torch.tensor(prompt) for prompt in group])

@@ -22,7 +22,7 @@ from checkpoints.kinds import OF_OTHERS
 from checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 from protocols.data import LatentSpec
-from wan.configs import RELEASES, WAN_2_1, WAN_2_2, VaeRelease
+from wan.configs import RELEASES, WAN_2_1, WAN_2_2
 from wan.vae_blocks import FACTORS, VaeLayer, WanVaeConfig
 from wan.vae_shortcuts import fits_shortcut
 
@@ -192,6 +192,12 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
             layer_frames, layer_rows, _ = FACTORS[layer.kind]
             frames *= layer_frames
             side *= layer_rows
+            if layer.layers and not _has_shortcut(layer, half == "encoder"):
+                raise CheckpointError(
+                    f"{path}: a stage from {layer.width_in} to {layer.width_out} channels can have no "
+                    f"shortcut. It holds another model.\n  Give {release.files} to --vae.",
+                    path,
+                )
         if (frames, side) != (frame_stride, side_stride):
             raise CheckpointError(
                 f"{path}: its {half} scales time by {frames} and space by {side}, that of "
@@ -199,7 +205,6 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
-    _check_shortcuts(config, release, path)
 
 
 def _make_vae_error(path: Path, difference: str) -> CheckpointError:
@@ -208,18 +213,6 @@ def _make_vae_error(path: Path, difference: str) -> CheckpointError:
         f"  Give {WAN_2_1.file} or {WAN_2_2.file} to --vae.",
         path,
     )
-
-
-def _check_shortcuts(config: WanVaeConfig, release: VaeRelease, path: Path) -> None:
-    """Raise CheckpointError if a stage's sizes do not allow the shortcut around its layers."""
-    for layers, is_down in ((config.encoder, True), (config.decoder, False)):
-        for stage in layers:
-            if stage.layers and not _has_shortcut(stage, is_down):
-                raise CheckpointError(
-                    f"{path}: a stage from {stage.width_in} to {stage.width_out} channels can have no "
-                    f"shortcut. It holds another model.\n  Give {release.files} to --vae.",
-                    path,
-                )
 
 
 def _has_shortcut(stage: VaeLayer, is_down: bool) -> bool:

@@ -67,11 +67,6 @@ class Share:
         return values
 
 
-def _first_number(names: Sequence[str]) -> int | None:
-    """Return the value of the first of some variables of the environment that is set."""
-    return next((int(os.environ[name]) for name in names if name in os.environ), None)
-
-
 @contextlib.contextmanager
 def join_processes(device: str | None) -> Iterator[Share]:
     """Connect the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
@@ -83,7 +78,10 @@ def join_processes(device: str | None) -> Iterator[Share]:
     Raises:
         OptionError: If the launcher's variables are incomplete.
     """
-    rank, count, local_rank = map(_first_number, (RANK, COUNT, LOCAL_RANK))
+    rank, count, local_rank = (  # each from the first of its variables that is set
+        next((int(os.environ[name]) for name in names if name in os.environ), None)
+        for names in (RANK, COUNT, LOCAL_RANK)
+    )
     if count is None or count <= 1:
         yield Share(0, 1, select_device(device))
         return

@@ -66,17 +66,29 @@ class TableFolders:
         sharing = self._sharing[folder_key]
         if sharing[0].index != table.index:
             return None
-        with_masks = any(
-            other.mask_directory is not None and folder_id(other.mask_directory) == folder_key
-            for other in sharing
+        kinds = {str(each.holds) for each in sharing}
+        captions = {each.caption_extension for each in sharing if each.caption_extension}
+        read = _all_suffixes(kinds)
+        if folder_key in self._others:  # it also has masks, control media or sound
+            read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
+        # plain strings, because making a million Path objects is slow
+        entries = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
+        stems = {stem for _, stem, suffix in entries if suffix.lower() in read}
+        with_caption = {stem for _, stem, suffix in entries if suffix in captions}
+        if stems == with_caption and len(entries) == 2 * len(stems):
+            others = (suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries)
+            if not any(others):
+                return None  # each image or clip has a caption, and there is nothing else
+        masks = [other.mask_directory for other in sharing if other.mask_directory is not None]
+        rules = _UnusedRules(
+            kinds,
+            read,
+            caption_suffixes=captions,
+            caption_endings={suffix.lower() for suffix in captions},
+            read_labels=frozenset({MASK_LABEL} if folder_key in map(folder_id, masks) else ()),
         )
-        rules = _UnusedRules.of(sharing, has_companions=folder_key in self._others, with_masks=with_masks)
-        counts = _count_unused(table, table.directory, rules)
-        if not counts:
-            return None
-        num_files = sum(of_endings.total() for of_endings in counts.values())
-        verb = "file is" if num_files == 1 else "files are"
-        return f"{table.directory}: {num_files} {verb} not read: {_describe(counts)}"
+        counts = _count_unused(table, table.directory, rules, entries=entries, stems=stems)
+        return f"{table.directory}: {_describe(counts)}" if counts else None
 
     def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
         """Yield a line for each folder inside a table's folder that holds its kind of media and is unread."""
@@ -105,22 +117,23 @@ class TableFolders:
 
 def _describe(counts: Mapping[str, Counter[str]]) -> str:
     """Return the counts of `_count_unused` as a text, the largest first."""
+    num_files = sum(of_endings.total() for of_endings in counts.values())
+    verb = "file is" if num_files == 1 else "files are"
     parts = []
     for why, of_endings in sorted(counts.items(), key=lambda pair: -pair[1].total()):
         files = ", ".join(f"{ending} ({count})" for ending, count in sorted(of_endings.items()))
         parts.append(f"{files}: {why}" if why else files)
-    return "; ".join(parts)
+    return f"{num_files} {verb} not read: {'; '.join(parts)}"
 
 
-def _count_unused(table: DatasetTable, folder: Path, rules: "_UnusedRules") -> dict[str, Counter[str]]:
-    """Count the files of a folder that nothing reads, by what to do and by suffix."""
-    # plain strings, because making a million Path objects is slow
-    entries = [(entry, *split_name(entry.name)) for entry in list_entries(folder, table.name)]
-    stems = {stem for _, stem, suffix in entries if suffix.lower() in rules.read}
-    with_caption = {stem for _, stem, suffix in entries if suffix in rules.caption_suffixes}
-    may_be_unread = any(suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries)
-    if stems == with_caption and len(entries) == 2 * len(stems) and not may_be_unread:
-        return {}  # each image or clip has a caption, and there is nothing else
+def _count_unused(
+    table: DatasetTable, folder: Path, rules: "_UnusedRules", *, entries: Sequence[_Named], stems: set[str]
+) -> dict[str, Counter[str]]:
+    """Count the files of a folder that nothing reads, by what to do and by suffix.
+
+    `entries` are the files and folders in it, `stems` those of media.
+    """
+    pictures = _all_suffixes(["image"])
     captions = _find_captions(table, entries, rules)
     handled = {name for names in captions.values() for name in names}
     # by what to do with the files, then by suffix
@@ -128,7 +141,7 @@ def _count_unused(table: DatasetTable, folder: Path, rules: "_UnusedRules") -> d
     for entry, stem, suffix in entries:
         if entry.name in handled:
             continue
-        label = label_of(stem) if suffix.lower() in rules.pictures else None
+        label = label_of(stem) if suffix.lower() in pictures else None
         if label is not None and label not in rules.read_labels:
             counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
             continue
@@ -240,31 +253,7 @@ class _UnusedRules:
     read: frozenset[str]  # endings, in lower case
     caption_suffixes: set[str]  # as tables have them
     caption_endings: set[str]  # in lower case
-    pictures: frozenset[str]  # endings, in lower case
     read_labels: frozenset[str]  # of files next to media
-
-    @staticmethod
-    def of(tables: Sequence[DatasetTable], has_companions: bool, with_masks: bool) -> "_UnusedRules":
-        """Return the rules of the tables that share a folder.
-
-        Args:
-            tables: These tables.
-            has_companions: Whether the folder also has masks, control media or sound.
-            with_masks: Whether it has masks of OneTrainer, which the tables read.
-        """
-        kinds = {str(table.holds) for table in tables}
-        captions = {table.caption_extension for table in tables if table.caption_extension}
-        read = _all_suffixes(kinds)
-        if has_companions:
-            read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
-        return _UnusedRules(
-            kinds,
-            read,
-            caption_suffixes=captions,
-            caption_endings={suffix.lower() for suffix in captions},
-            pictures=_all_suffixes(["image"]),
-            read_labels=frozenset({MASK_LABEL} if with_masks else ()),
-        )
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
         """Return whether a file that is not media is no surprise next to media: its caption, for example.

@@ -18,13 +18,13 @@ def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:
     As in diffusers' WanVACEPipeline, sides are first reduced to multiples of 8 (Lanczos), then scaled and
     rounded down (bilinear, without antialiasing).
     """
-    even_height = max(frame.shape[0] // STEP, 1) * STEP
-    even_width = max(frame.shape[1] // STEP, 1) * STEP
-    if (even_height, even_width) != frame.shape[:2]:
-        frame = resize_frame(frame, (even_width, even_height), "lanczos")
-    scale = min(height / even_height, width / even_width)
-    scaled_height = max(int(even_height * scale), 1)
-    scaled_width = max(int(even_width * scale), 1)
+    reduced_height = max(frame.shape[0] // STEP, 1) * STEP
+    reduced_width = max(frame.shape[1] // STEP, 1) * STEP
+    if (reduced_height, reduced_width) != frame.shape[:2]:
+        frame = resize_frame(frame, (reduced_width, reduced_height), "lanczos")
+    scale = min(height / reduced_height, width / reduced_width)
+    scaled_height = max(int(reduced_height * scale), 1)
+    scaled_width = max(int(reduced_width * scale), 1)
     clip = torch.from_numpy(frame[None, None])  # 1 1 H W 3, bytes
     image = to_pixels(clip)[:, :, 0]  # 1 3 H W, -1..1
     scaled = functional.interpolate(

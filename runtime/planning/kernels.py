@@ -11,7 +11,10 @@ from typing import Any
 import torch
 import torch.nn.functional as functional
 from torch import Tensor
+from torch.nn.attention import SDPBackend
 from torch.overrides import TorchFunctionMode
+
+from modules.attention.sdpa import kernels
 
 Operator = Callable[..., Any]
 
@@ -121,11 +124,30 @@ def rms_norm_backward(
     return torch.empty_like(x) if needs_x else x.new_empty(0), needed
 
 
-def _scaled_dot_product(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Tensor:
+def _scaled_dot_product(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, **_: Any
+) -> Tensor:
     """Stand in for torch's function, which takes B N L D; the kernels' results have the layout B L N D."""
     by_tokens = [_autocast(tensor).transpose(1, 2) for tensor in (query, key, value)]
     result: Tensor = _Attention.apply(*by_tokens)
+    if result.requires_grad and len(query) > 1 and _prefers_cudnn(by_tokens[0], attn_mask is not None):
+        # as `sdpa` does: the backward pass keeps each sample's, the next layer all of them
+        result = torch.cat([result])
     return result.transpose(1, 2)
+
+
+def _prefers_cudnn(query: Tensor, has_mask: bool) -> bool:
+    """Return whether this machine's GPU, if it has one, computes attention with cuDNN's kernel."""
+    if not torch.cuda.is_available() or torch.are_deterministic_algorithms_enabled():
+        return False
+    order = kernels(
+        torch.cuda.get_device_capability(),
+        query.dtype,
+        width=query.shape[-1],
+        has_mask=has_mask,
+        cudnn=torch.backends.cudnn.version(),
+    )
+    return order[0] == SDPBackend.CUDNN_ATTENTION
 
 
 def _in_float32(function: Operator) -> Operator:

@@ -14,6 +14,7 @@ from benchmarks.gpu_measuring import measure_row
 from benchmarks.gpu_probes import PROBES, run_probe
 from benchmarks.gpu_rows import BY_NAME, ROWS, Row, Size
 from benchmarks.gpu_session import (
+    LISTS,
     MEASURED,
     Plans,
     RowRunner,
@@ -106,6 +107,32 @@ def test_rows_that_would_end_too_late_are_left_out(
     assert "1 others wait for another command" in capsys.readouterr().out
 
 
+def test_lists_of_rows_run_in_their_order_and_leave_time_for_the_parts_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A guess for a row without a plan is 90 s; the tests get 200, and 10 are for the device's peaks."""
+    ran: list[str] = []
+    monkeypatch.setattr(Session, "check", lambda session, seconds, paths: ran.append(f"{seconds:.0f} s"))
+
+    def run(row: Row, limit: float) -> dict[str, Any]:
+        ran.append(row.name)
+        return FIGURES
+
+    words = ["--output", str(tmp_path), "--device", "cpu", "--check_seconds", "200", "--seconds", "580"]
+    words += ["--parts", "waiting", "further", "checks", "long"]
+    main([*words, "--dry"], run_row=run)
+
+    said = capsys.readouterr().out
+    assert not ran
+    assert said.index("1. Rows of waiting") < said.index("2. Rows of further") < said.index("3. Tests marked")
+    assert said.count("about 90 s") == 4
+    assert f"{LISTS['waiting'][2]}: waits for another command" in said
+
+    main(words, run_row=run)  # rows take no time here, so more of them fit
+
+    assert ran == [*LISTS["waiting"], *LISTS["further"], "200 s", *LISTS["long"]]
+
+
 def test_the_next_row_is_the_one_that_is_least_like_those_that_are_known() -> None:
     rows = [BY_NAME[name] for name in ("wan14b-bf16-swap30-compiled", "flux-nf4", "h3-int8-swap48-16gib")]
 
@@ -118,8 +145,8 @@ def test_the_next_row_is_the_one_that_is_least_like_those_that_are_known() -> No
     assert {"minimax_h3 training", "int8 training", "--blocks_to_swap training"} <= traits_of(rows[2])
 
 
-def test_rows_that_count_as_measured_are_there() -> None:
-    assert set(MEASURED) <= set(BY_NAME)
+def test_rows_that_count_as_measured_or_are_listed_are_there() -> None:
+    assert set(MEASURED) | {name for names in LISTS.values() for name in names} <= set(BY_NAME)
     assert len(BY_NAME) == len(ROWS)
 
 

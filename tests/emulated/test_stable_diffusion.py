@@ -146,14 +146,22 @@ def test_states_that_wait_in_host_memory_change_no_bit_of_a_whole_checkpoint(
         assert any("_return_state" in place for place in places), places
 
 
+@pytest.mark.parametrize("kind", ["sdxl", "sd1"])
 @pytest.mark.parametrize("words", [[], ["--gradient_checkpointing"]], ids=["kept", "recomputed"])
-def test_the_plan_of_memory_grows_with_the_picture_as_the_step_does(tmp_path: Path, words: list[str]) -> None:
-    """Autocast computes norms and enlargements in float32 on CUDA: kept for the backward pass, a fifth more.
+def test_the_plan_of_memory_grows_with_the_image_as_the_step_does(
+    tmp_path: Path, kind: str, words: list[str]
+) -> None:
+    """Autocast's copies in float32, and those of a batch whose samples cuDNN attends to one by one.
 
     Between two sizes, because a plan counts the workspaces of a card's libraries too, which are not emulated.
     """
+    script, write, sides = {
+        "sdxl": ("sdxl_train_network.py", write_sdxl, (256, 768)),
+        # its first level has attention, which takes a CPU long
+        "sd1": ("train_network.py", write_sd1, (128, 512)),
+    }[kind]
     grown = {}
-    for side in (256, 768):
+    for side in sides:
         folder = tmp_path / str(side)
         (folder / "pictures").mkdir(parents=True)
         for index in range(2):
@@ -162,9 +170,9 @@ def test_the_plan_of_memory_grows_with_the_picture_as_the_step_does(tmp_path: Pa
         text = DATASET.replace("shuffle_caption = true\n", "").replace("= 64", f"= {side}")
         (folder / "plain.toml").write_text(text, encoding="utf-8")
         tokenizer_folder(folder / "tokenizers")
-        write_sdxl(folder)
+        write(folder)
         train = [
-            *("sdxl_train_network.py", "--pretrained_model_name_or_path", "sdxl.safetensors"),
+            *(script, "--pretrained_model_name_or_path", f"{kind}.safetensors"),
             *("--cache_latents", "--tokenizer_cache_dir", "tokenizers", "--network_dim", "2"),
             *("--max_train_steps", "2", "--mixed_precision", "bf16", "--output_dir", "out", *CACHED, *words),
         ]
@@ -173,6 +181,7 @@ def test_the_plan_of_memory_grows_with_the_picture_as_the_step_does(tmp_path: Pa
         assert found is not None, done.said
         grown[side] = [float(number) for number in found.groups()]
 
-    predicted, measured = (large - small for large, small in zip(grown[768], grown[256], strict=True))
-    # both are rounded to 0.01 GiB; kernels of a CPU have temporary results of their own
-    assert predicted == pytest.approx(measured, rel=0.08, abs=0.02)
+    small, large = (grown[side] for side in sides)
+    predicted, measured = (more - less for more, less in zip(large, small, strict=True))
+    # both are rounded to 0.01 GiB
+    assert predicted == pytest.approx(measured, rel=0.03, abs=0.011)

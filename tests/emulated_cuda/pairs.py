@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ class Done:
     code: int
     said: str
     waits: tuple[Mapping[str, Any], ...]
+    calls: Mapping[str, int]  # of the functions that were counted
 
     def places(self, *inside: str) -> Counter[str]:
         """Return how often the host waited, by place: file and function.
@@ -40,9 +41,12 @@ class Done:
         return found
 
 
-def run_on_device(*commands: Command, folder: Path) -> list[Done]:
-    """Run scripts one after the other on the device, in a process of its own. All of them have to succeed."""
-    requests = [{"folder": str(folder), "command": command} for command in commands]
+def run_on_device(*commands: Command, folder: Path, counted: Sequence[str] = ()) -> list[Done]:
+    """Run scripts one after the other on the device, in a process of its own. All of them have to succeed.
+
+    counted: functions, MODULE:NAME, whose calls are counted.
+    """
+    requests = [{"folder": str(folder), "command": command, "counted": [*counted]} for command in commands]
     environment = {name: value for name, value in QUIET.items() if name != "ACCELERATE_USE_CPU"}
     with tempfile.TemporaryDirectory() as results:
         file = Path(results) / "results.json"
@@ -56,7 +60,7 @@ def run_on_device(*commands: Command, folder: Path) -> list[Done]:
         )
         assert file.exists(), ended.stderr[-4000:]
         read = json.loads(file.read_text(encoding="utf-8"))
-    done = [Done(each["code"], each["said"], tuple(each["waits"])) for each in read]
+    done = [Done(each["code"], each["said"], tuple(each["waits"]), each["calls"]) for each in read]
     for command, each in zip(commands, done, strict=True):
         assert each.code == 0, f"{' '.join(command)}\n{each.said[-4000:]}"
     return done

@@ -134,7 +134,7 @@ def test_200_random_kills_of_training_change_nothing(
                 assert_whole(output)
         run_script(*command, folder=project)
         assert_same_training(output, undisturbed.output)
-        shutil.rmtree(output)
+        shutil.rmtree(output, ignore_errors=True)  # the processes that draw its page may still write there
         runs += 1
 
 

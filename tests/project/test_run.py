@@ -43,6 +43,7 @@ from tests.faults.messages import assert_one_message, run_here, succeed_here
 from tests.run_pages import read_run_page
 from tests.tiny.new_models import MODELS as TINY
 from tests.tiny.project import moving_square
+from tests.waiting import PATIENCE
 from training.config_options import toml_value
 from training.reports.history import history_path
 
@@ -415,7 +416,7 @@ def test_ctrl_c_ends_the_command_and_the_run(collected: Path, tmp_path: Path) ->
         assert process.stdout is not None
         next(line for line in process.stdout if line.startswith(("tokenizer", "Files")))
         os.killpg(process.pid, signal.SIGINT)
-        said, errors = process.communicate(timeout=120)
+        said, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 130
     assert "Traceback" not in errors
     assert "The same command continues: python " in errors

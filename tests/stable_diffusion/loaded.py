@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from encoders.clip_layers import ClipText
 from modules.script_options import parse_options
 from networks.module_names import to_alias
+from networks.names.texts import TEXT_PROJECTION
 from stable_diffusion.contract import (
     SD1,
     SD2,
@@ -246,9 +247,12 @@ def unet_modules(model: Model, only: Callable[[str], bool] = lambda path: True) 
 
 
 def text_modules(model: Model) -> dict[str, nn.Module]:
-    """Matrices of the text encoders by sd-scripts' names: `lora_te1_text_model_encoder_layers_0_mlp_fc1`."""
+    """Matrices of the text encoders by sd-scripts' names: `lora_te1_text_model_encoder_layers_0_mlp_fc1`.
+
+    The projection of the pooled state is next to `text_model`, as ComfyUI names it.
+    """
     return {
-        f"{tower.lora_prefix}_text_model_{path.replace('.', '_')}": one
+        f"{tower.lora_prefix}_{'' if path == TEXT_PROJECTION else 'text_model_'}{path.replace('.', '_')}": one
         for tower in model.texts
         for path, one in tower.network.named_modules()
         if isinstance(one, nn.Linear)

@@ -39,7 +39,10 @@ def results_of(pipeline: Any) -> list[Tensor]:
     context = loaded.random(1, 7, width, seed="context", scale=1)
     (output,) = pipeline.unet(sample, 500.0, context, added_cond_kwargs=added, return_dict=False)
     ids = torch.arange(6)[None]
-    return [output, *(encoder(ids).last_hidden_state[:, 5] for encoder in encoders)]
+    pooled = [encoder(ids).last_hidden_state[:, 5] for encoder in encoders]
+    if len(encoders) == 2:
+        pooled[1] = pipeline.text_encoder_2.text_projection(pooled[1])
+    return [output, *pooled]
 
 
 @pytest.mark.parametrize("kind", ["sd1", "sdxl"])

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from training.data.feed import BatchSources, Feed, Packed, Randomness, draw_give
 from training.loop import take_step
 from training.loss import NoisyBatch
 from training.optimizers.stepping import StepAfterBackward
+from training.reports.logs import Readings, StepReport
 from training.run import prepare_run, train_network
 from training.steps import StepPlan
 
@@ -235,6 +237,48 @@ def feed(
     drawn = Randomness(toy.toy_options(folder, *arguments).timesteps, 3)
     plan = plan or StepPlan(order.num_batches, 1, 1, 2)
     return Feed(order, BatchSources(toy.LATENT), drawn, plan, process, workers)
+
+
+def test_the_next_batch_is_sent_before_the_host_waits_for_the_step_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a device has the next step to compute, and its inputs, while the host reads numbers."""
+    toy.write_caches(tmp_path)
+    events: list[str] = []
+    send, flush = NoisyBatch.to, Readings.flush
+
+    def note_sending(batch: NoisyBatch, *arguments: Any) -> NoisyBatch:
+        events.append("sent")
+        return send(batch, *arguments)
+
+    def note_reading(readings: Readings) -> StepReport | None:
+        events.extend(["read"] * (readings._waiting is not None))
+        return flush(readings)
+
+    monkeypatch.setattr(NoisyBatch, "to", note_sending)
+    monkeypatch.setattr(Readings, "flush", note_reading)
+    toy.train_toy(tmp_path, "--max_train_steps", 3)
+
+    assert events == ["sent", "sent", "read", "sent", "read", "read"]
+
+
+def test_every_tensor_of_a_batch_is_pinned_for_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a stand-in: only CUDA can lock memory. Without workers, which let torch's loader pin."""
+    toy.write_caches(tmp_path)
+    pinned: list[int] = []
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(id(tensor))
+        return tensor
+
+    monkeypatch.setattr("training.data.feed.pin", note)
+    with contextlib.closing(replace(feed(tmp_path), pin_memory=True).start(0, 0)) as micro_batches:
+        batch = next(micro_batches)
+
+    found: list[int] = []
+    batch.moved(lambda tensor: found.append(id(tensor)) or tensor)
+    assert found == pinned
+    assert {id(batch.noise), id(batch.batch.tensor("latents"))} < set(found)
 
 
 def test_a_micro_batch_is_the_same_whatever_was_read_before(tmp_path: Path) -> None:

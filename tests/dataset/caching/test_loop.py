@@ -22,6 +22,7 @@ from dataset.config import DatasetConfig
 from modules.errors import CacheError, DatasetError
 from tests.dataset.making import make_clip, make_image, make_table
 from tests.dataset.toy_family import LATENT, ToyFamily, ToyText, options
+from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -308,7 +309,7 @@ def test_processes_share_the_work_and_one_cleans_up_when_all_are_done(tmp_path: 
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0].split() for process in running]
+    outputs = [process.communicate(timeout=PATIENCE)[0].split() for process in running]
     assert [output[:2] for output in outputs] == [["3", "3"], ["2", "2"]]  # of 5 each
     assert all(output[2:] == ["5", "1", "5"] for output in outputs)
     assert len(names(tmp_path)) == 10
