@@ -89,9 +89,10 @@ class Session:
         """
         if self._text_encoders is None:
             self._text_encoders = self.family.text_encoders()
-            for encoder in self._text_encoders if self.blocks is not None else ():
-                if can_divide(encoder):
-                    encoder.blocks = self.blocks
+            if self.blocks is not None:
+                for encoder in self._text_encoders:
+                    if can_divide(encoder):
+                        encoder.blocks = self.blocks
             if self.text_loras is not None:
                 self.text_loras.warn_of_unused(self._text_encoders)
         new = [text for text in texts_of(prompts) if text not in self._encoded]

@@ -265,6 +265,7 @@ NAMES = {
     "torch._subclasses.fake_tensor.FakeTensor",
     "torch._subclasses.fake_tensor.FakeTensorMode",
     "torch._subclasses.fake_tensor.unset_fake_temporarily",
+    "torch.fx.experimental._config",
     "torch.ops._c10d_functional",
     "torch.ops.aten._local_scalar_dense",
     "torch.ops.aten._local_scalar_dense.default",
