@@ -351,7 +351,7 @@ class AddedLayer(nn.Module):
 
     @property
     def _is_innermost(self) -> bool:
-        """Return whether this wraps the frozen module directly: other wrappers must get the original input."""
+        """Return whether this wraps the frozen module directly; other wrappers need the original input."""
         return getattr(self._before, "__self__", None) is self._original[0]
 
     def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
