@@ -1,7 +1,7 @@
 """The records that the parts of Stable Diffusion exchange.
 
 Data flow of a batch: prompts -> `RequestedImage`s with equal `ImageSettings` -> `TextState`s and a start ->
-the denoising loop, whose network calls pass through `UnetHook`s -> `Made`. Networks and samplers are diffusers'.
+the denoising loop, with `UnetHook`s around U-Net calls -> `Made`. Networks and samplers are diffusers'.
 """
 # Letters: B images, R rows of one call of the U-Net, L tokens, C width, h w latent size
 

@@ -442,8 +442,8 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
             ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
             ("attn2.to_k", "attn2.to_v"),
         ),
-        # recompute the blocks of a transformer, up to ten of them; its norm and projections, which launch half of
-        # the kernels of a transformer with one block, keep their activations
+        # recompute the blocks of a transformer, up to ten of them; its norm and projections, which launch
+        # half of the kernels of a transformer with one block, keep their activations
         recomputed_list="transformer_blocks",
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),
