@@ -131,7 +131,7 @@ class Ltx2(Ltx2Media):
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # set for trainings only
     references: rules.ReferenceRules | None = rules.ReferenceRules(MAX_REFERENCES, clips=True)
-    reference_strength: float = 1.0  # for generations; references below 1 are denoised together with the video
+    reference_strength: float = 1.0  # for generations; below 1, references are denoised too
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True, guide=True)
