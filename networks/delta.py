@@ -131,7 +131,7 @@ class Delta:
         return len(range(rows)[slice(*rows_in(self.factors))]), *columns
 
     def addition(self, weight: Tensor, device: torch.device, by_frozen_norms: bool) -> Tensor | None:
-        """Return the change of a weight at multiplier 1, float32, with magnitudes applied; None as in `dense`.
+        """Return the change of a weight at multiplier 1, float32, after magnitudes; None as in `dense`.
 
         Args:
             weight: Weight before any change, out in (kernel); used only if there are magnitudes.

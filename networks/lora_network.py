@@ -192,8 +192,8 @@ class OwnNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and the name of each group for logs.
 
-        Modules with a rate of 0 are left out. With LoRA+, the up factors have their own groups. If patterns of
-        network_reg_lrs match a module, the last one gives its rate.
+        Modules with a rate of 0 are left out. With LoRA+, the up factors have their own groups. If patterns
+        of network_reg_lrs match a module, the last one gives its rate.
 
         Args:
             learning_rate: Default learning rate.
