@@ -239,7 +239,7 @@ class SeededNoise:
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw Gaussian noise of a shape, on the device of the run."""
         drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
-        return send_ahead(drawn, self._device)  # asynchronous: a solver that draws must not wait for the device
+        return send_ahead(drawn, self._device)  # asynchronous: solvers must not wait for the device
 
 
 OnSection = Callable[[steps.Section], None]

@@ -1,4 +1,4 @@
-"""Generate the outputs of jobs in phases: texts, input media, denoising, decoding; each phase for all jobs."""
+"""Generate the outputs of jobs in phases (texts, input media, denoising, decoding), each for all jobs."""
 
 import logging
 import time
