@@ -181,7 +181,7 @@ class Captions:
             contents: dict[Path, bytes] = {}
             for edit in edits:
                 present = _read_content(edit.path)
-                # files that have changed since are left as they are
+                # files changed since then are left unchanged
                 if present is not None and mark_bytes(present) == edit.have:
                     contents[edit.path] = _encode(edit.text, present)
                     before[edit.path] = present
@@ -196,7 +196,7 @@ class Captions:
             write_files(contents, note)
 
     def undo_all(self, marks: Mapping[Path, str]) -> int:
-        """Undo the last save of many captions, and return how many files have changed since and stay.
+        """Undo the last save of many captions; return the number of files skipped because they have changed.
 
         Args:
             marks: Checksum of each file, as `save_all` filled them in.

@@ -5,7 +5,7 @@ A placeholder %(name)s stands for what differs. Of forms that fit one text, the 
 
 from modules.pages.language import say
 
-# kinds of faults with their count; the plural, of which the singular is made
+# kinds of errors with their count, in the plural; the singular is derived from it
 FAULTS = (
     say("%(n)s have no caption"),
     say("%(n)s cannot be read"),
@@ -93,7 +93,7 @@ FAULTS = (
     say("%(n)s rows of %(name)s repeat another one and would share a cache file; take them out"),
     say("%(n)s pairs of %(name)s would share a cache file; rename one of each, or use two tables"),
 )
-# before the lines of `new`, one of which has their beginning
+# these come before the patterns of `new`, one of which would match them too
 UNREAD_LINES = (
     say("%(folder)s: %(n)s files are not read: %(kinds)s"),
     say("%(folder)s: 1 file is not read: %(kinds)s"),
@@ -174,7 +174,7 @@ PARTS_OF_CHECKS = (
     say("1 video"),
     say("1 step"),
 )
-# what a model file is (checkpoints/kinds.py, and `MARKS` of the families)
+# names of kinds of model files (from checkpoints/kinds.py, and `MARKS` of the families)
 FILE_KINDS = (
     say("%(what)s, which is not supported yet, in diffusers layout"),
     say("%(what)s, which is not supported yet"),

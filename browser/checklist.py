@@ -14,8 +14,8 @@ from modules.pages.language import counted, join, say
 
 GOOD, WARN, BAD = "good", "warn", "bad"  # grades of a row
 LISTED = 3  # files that a row names
-# kinds of lines of `new` that are no rows: the folder says by itself how many files lack a caption, and the
-# button at the bottom says what comes next
+# kinds of lines of `new` without a row: the page counts missing captions itself, and the
+# button at the bottom shows the next step
 NO_ROWS = (CAPTIONS, NEXT, MEND)
 
 
@@ -70,7 +70,7 @@ def make_checklist(
     """
     rows = [] if content is None else _list_counted(content, unreadable, word)
     details: list[OutputLine] = []
-    # names of files that a line offers to leave out with a button
+    # names of files for which a line offers a button that leaves them out
     with_button = {name for line in lines if line.remedy == OUT for name in line.left_out}
     for group in _group(lines):
         items = [item for item in group.items if item.remedy or item.text not in with_button]

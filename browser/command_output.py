@@ -25,7 +25,7 @@ RUN = "run"
 UNREADABLE = ("left out: ", "cannot be read", "no image that can be read", "is damaged")
 _SUFFIXES = "|".join(sorted(suffix.lstrip(".") for suffix in (*IMAGE_SUFFIXES, *VIDEO_SUFFIXES)))
 FILE_NAME = re.compile(rf"[^\s/\\]+\.(?:{_SUFFIXES})\b", re.IGNORECASE)
-# a line that is the name of a file of the folder itself
+# a line that equals the name of a file in the folder
 LISTED_FILE = re.compile(rf"  (?!python |reelsmith )[^/\\\\:]+\.(?:{_SUFFIXES})", re.IGNORECASE)
 COPIES = ": equal copies"
 CONVERTED = ("to UTF-8", "now UTF-8", ": left as it is")  # parts of the lines of --repair_captions

@@ -1,6 +1,6 @@
 """Compare saved LoRA files: show samples and clips of each.
 
-Tools/compare.py generates those that are missing.
+The script tools/compare.py generates the missing clips.
 
 A row is a prompt with all its settings, a column is a file at strength 1. A clip is found by its metadata
 (prompt, seed, SHA-256 of its LoRA), so that two files of the same name are never confused.
@@ -41,7 +41,7 @@ MAX_ROWS = 40
 DEFAULT_ROWS = 8
 SCRIPT = ["python", "tools/compare.py"]
 LORA = "--lora_weight"
-# options of a generation that a comparison sets itself, or that would write elsewhere
+# generation options that the comparison sets itself, or that would write into other folders
 # fmt: off
 REPLACED = {
     LORA, f"{LORA}_{HIGH_NOISE}", "--lora_multiplier", f"--lora_multiplier_{HIGH_NOISE}", "--prompt",
@@ -50,7 +50,7 @@ REPLACED = {
 # fmt: on
 PLACEHOLDER = re.compile(r"[A-Z0-9_.]+_FILE")
 SEED = "0"  # if neither a prompt nor the run tells one: all columns need the same
-# options of a prompt line that a clip tells
+# prompt-line options that the metadata of a clip contain
 # fmt: off
 SETTINGS = (
     "infer_steps", "guidance_scale", f"guidance_scale_{HIGH_NOISE}", "embedded_cfg_scale", "flow_shift",
@@ -61,7 +61,7 @@ SETTINGS = (
 
 @dataclass(frozen=True)
 class ComparableRun:
-    """A run whose saved files can be compared, with the options that generate with its models."""
+    """A run whose saved files can be compared, and the generation options that load its model."""
 
     run: RunSummary
     story: Story
@@ -240,7 +240,7 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
             missing = shlex.split(command.missing)
         except ValueError:  # an edited history
             continue
-        # behind python, or behind a launcher with its options
+        # the script's name follows `python`, or a launcher and its options
         for index, word in enumerate(words[:MAX_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
             if script in scripts:
@@ -260,7 +260,7 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
     output_words = options.get("--output_dir")
     typed = Path(*output_words) if output_words else Path(*options.get("--save_path", ())).parent
     parents = run.history.parent.parts
-    # the history lies in the output folder: cut the typed path off its end, and the working folder is left
+    # the history lies in the output folder; without the typed relative path, the working folder remains
     count = len(parents) - len(typed.parts)
     if typed.is_absolute() or parents[count:] != typed.parts:
         return Path.cwd()

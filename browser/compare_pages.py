@@ -43,7 +43,7 @@ class ComparePages:
                 raise OptionError(say("Tick a prompt, or type one, to see what each file makes of it."))
             for job in compare.plan_jobs(comparison, self.fill_cells(comparison)):
                 write_text(job.prompt_file, job.prompts)
-                # the options come from a history, which may be somebody else's
+                # the options come from a history, which another person may have written
                 source = comparison.sources[0]
                 self.queue.add(job.words, source.working_folder, within=source.run.history.parent)
         except (OSError, UserError) as error:

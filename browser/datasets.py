@@ -34,11 +34,11 @@ from protocols.families import caption_formats, with_scripts
 
 SETTLED_SECONDS = 2.0  # files are measured again once unchanged for so long: caching writes many
 MAX_ENTRIES = 100_000  # maximum number of counted entries of a folder
-# keys of folders with what belongs to the media of a dataset, such as mask_directory
+# dataset keys that name folders of accompanying files, such as mask_directory
 BESIDE = re.compile(r"(?!image_|video_|audio_)\w+_(directory|dir)")
 MAX_ERROR = 4000  # characters
 TABLES = re.compile(r"(?m)^[ \t]*(\[\[\s*datasets\s*\]\]|datasets\s*=)")
-# frames per second, steps of sides and of frames of models, for files of which no run tells the model
+# frame rate, and step of sides and frame counts, by model; used if no run tells the dataset's model
 MODELS = {
     "Wan": ("16", "16", "4"),
     "Wan2.2 TI2V-5B": ("24", "32", "4"),
@@ -49,7 +49,7 @@ MODELS = {
     "models of pictures": ("24", "16", "1"),
 }
 IMAGES = "models of pictures"
-# by what a run calls its model
+# keyed by the model's name in the history of a run
 OF_RUNS = {
     "hunyuan_video": "HunyuanVideo",
     "framepack": "FramePack",
@@ -358,7 +358,7 @@ class Datasets:
                 measured.newer_mark = mark
                 measured.newer_since = time.monotonic()
             settled_seconds = time.monotonic() - measured.newer_since
-            # files that are still being copied change the mark again and again: wait until it stays
+            # files that are still being copied keep changing the mark: wait until it is stable
             is_settled = settled_seconds >= SETTLED_SECONDS or measured.mark is None
             if mark != measured.mark and is_settled:
                 self.start(dataset)
@@ -391,7 +391,7 @@ class Datasets:
         return marks
 
     def forgive(self, dataset: FoundDataset, before: object) -> None:
-        """Keep a dataset's measurements after a caption was saved by this server.
+        """Keep a dataset's measurements although this server has saved a caption.
 
         `before` is the dataset's mark before the save: if other files changed as well, it is measured again.
         """

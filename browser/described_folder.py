@@ -71,14 +71,14 @@ class DescribedFolder:
 
 @dataclass(frozen=True)
 class KeyChanges:
-    """Keys of a run.toml to set (or to remove: None), and keys that stay although `new` derives them."""
+    """Keys of a run.toml to set (None removes a key), and keys whose values differ from the derived ones."""
 
     changes: Mapping[str, Any]
     kept: Mapping[str, Any] = field(default_factory=dict)  # somebody has changed these values
 
     @property
     def text(self) -> str:
-        """The changed lines in words, `run.toml: max_train_steps = 100`, and the lines that stay."""
+        """The changed lines in words, `run.toml: max_train_steps = 100`, and the lines that are kept."""
         lines = [
             say("%(name)s is removed", name=name) if value is None else f"{name} = {toml_value(value)}"
             for name, value in self.changes.items()
@@ -268,7 +268,7 @@ def keep_copies(folder: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class TextForm:
-    """The text of a file as a page edits it, and the form of its bytes: byte order mark and line ends."""
+    """The text of a file as a page edits it, with the byte order mark and line ends to write it with."""
 
     text: str
     start: bytes = b""
@@ -282,7 +282,7 @@ class TextForm:
         return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
 
     def with_text(self, text: str) -> bytes:
-        """Return the bytes of the file with another text in the same form."""
+        """Return the bytes of the file with another text, the same byte order mark and the same line ends."""
         return self.start + tidy_lines(text).replace("\n", self.newline).encode()
 
 
@@ -310,7 +310,7 @@ class DraftFile:
 
     @property
     def form(self) -> TextForm:
-        """The text of the file, with the form of its bytes. Raises UnicodeDecodeError if it is not UTF-8."""
+        """The text of the file with its byte order mark and line ends. Raises UnicodeDecodeError."""
         return TextForm.of(self.content or b"")
 
     @property

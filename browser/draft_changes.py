@@ -311,7 +311,7 @@ def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -
         path.write_text(text, encoding="utf-8")
         try:
             typed = [str(path) if word == name else word for word in words]
-            # the model may still have to be loaded, which Start does
+            # the model may not be downloaded yet; Start downloads it
             warnings = launch.check_options(typed, folder, checks_files=False)
         except OptionError as error:
             raise OptionError(str(error).replace(str(path), name)) from None

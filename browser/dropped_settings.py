@@ -147,7 +147,7 @@ def _follow(graph: Mapping[str, Any], link: Any) -> str:
     return ""
 
 
-# inputs of nodes that lead to a text
+# inputs of workflow nodes that may contain or lead to a text
 FOLLOWED = ("text", "clip_l", "t5xxl", "conditioning", "positive", "value", "string", "prompt")
 
 

@@ -86,7 +86,7 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
 
     Raises OSError if the folder cannot be listed.
 
-    The folder is listed once instead of asking for each file: this runs at each scrolling, for thousands of
+    The folder is listed once instead of checking each file, because this runs at each scroll for thousands of
     files.
     """
     sizes: dict[str, int] = {}
@@ -112,7 +112,7 @@ class LeftOut:
         self.runs = runs
 
     def place(self, folder: Path) -> Path:
-        """Return the folder that takes a folder's left-out files. Raises OutputError if it is a link."""
+        """Return where a folder's left-out files are stored. Raises OutputError if that path is a link."""
         top = real_path(self.runs.find_top(folder))
         left_out_folder = top / BIN / LEFT_OUT / f"{folder.name} {short_digest(folder, 4)}"
         if os.path.normcase(real_path(left_out_folder)) != os.path.normcase(left_out_folder):

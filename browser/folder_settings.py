@@ -54,9 +54,9 @@ from project.run_options import STARTING
 from training.config_options import OTHERS_TABLE
 
 NUMBER = re.compile(r"[+-]?(0|[1-9]\d*)(\.\d+)?([eE][+-]?\d+)?")
-# options that end a run before it trains
+# options with which a run ends before training
 ENDING = ("check", "html", "show_timesteps", "plan", "debug_dataset", "debug_mode", "output_config")
-# the first two name the file itself; others are only typed
+# the first two name the file itself; the others are only used on the command line
 NOT_IN_FILE = {"config_file", "help", *ENDING, "repair_captions", *STARTING}
 CHOSEN = "chosen"  # kind of the background job that makes run.toml again
 TABLE = "table"  # the part of the page for the keys of run.toml; the others are files
@@ -188,7 +188,7 @@ def list_rows(
         {by_name[key].name: value for key, value in values.items() if key in by_name},
         defaults={setting.name: setting.convert(setting.default) for setting in settings if setting.default},
     )
-    # what `new` chose and the file lacks comes first
+    # options that `new` chose and the file lacks come first
     lacking = [setting for setting in settings if setting.name not in in_file]
     lacking.sort(key=lambda setting: setting.name not in (chosen_values or {}))
     for setting in lacking:
@@ -443,7 +443,7 @@ class FolderSettingsPages:
         present = read_draft_file(self.site, folder, DATASET_FILE)
         if present.mark != fields.get("have_dataset", ""):
             raise ChangedMeanwhileError
-        # what the file says counts: the option of the training would only be ignored
+        # dataset.toml takes precedence: the training would ignore its own option
         runs = {run: edit_toml(text, {BATCH_OPTION: None}) for run, text in texts.items()}
         return {**runs, present: write_batch(present.text, size)}
 

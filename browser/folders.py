@@ -25,12 +25,12 @@ DEEPEST = 6  # folders below a root
 MAX_FOLDERS = 500
 MAX_ENTRIES = 20_000  # maximum number of entries that are read in a folder
 CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
-# by their names how often image trainers repeat their images, and the caption: 10_ohwx man
+# folder names of image trainers, with the number of repeats and the caption: 10_ohwx man
 OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
 INSIDE = "img"  # folder of such folders, in that of a project
-# folders that are parts of a project
+# names of subfolders that belong to a project
 PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)
-# folders that programs of ours write, as `fold_name` returns their names
+# names of folders that our programs write, normalized by `fold_name`
 NOT_MEDIA = re.compile(
     rf"\..*|{SAMPLES}|output|cache|generated|compare|{QUEUE_FOLDER}|{BIN}|.*-state", re.DOTALL
 )
@@ -222,7 +222,7 @@ def find_typed(runs: Runs, text: str) -> Path | None:
     if not text.strip():
         return None
     path = expand_path(text.strip(), runs.tops[0])
-    # looking at a share of another machine would log in there
+    # opening a network share would send the user's login to that machine
     is_of_here = path.anchor in {top.anchor for top in runs.tops}
     return path if is_of_here and path.is_dir() else None
 

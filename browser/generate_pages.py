@@ -424,7 +424,7 @@ class GeneratePages:
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button requests."""
         what = request.path_params["what"]
-        # a form's field is a list of texts; these two are not part of the form that is generated from
+        # each field of a form is a list of texts; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
         number = "".join(fields.pop("id", ()))
         by_number = {

@@ -95,7 +95,7 @@ class Job:
         is_alive = is_living(process)
         if is_alive is not None:
             return is_alive
-        # another machine's, or of before this one was started
+        # the process belongs to another machine, or was started before the last boot
         with contextlib.suppress(OSError):
             return time.time() - self.log.stat().st_mtime < ELSEWHERE_SECONDS
         return False
@@ -214,7 +214,7 @@ class _Book:
         )
 
     def wait_again(self, job: Job, line: str) -> None:
-        """Set a job that is not running back to waiting, with this line."""
+        """Make a job that is not running wait again, with this command line."""
         if job.place < 0:
             self.entries.append("")  # which is at -1
         self.entries[job.place] = f"{line}\n"
@@ -249,7 +249,7 @@ class JobQueue:
         self.folder = folder
         self.read_only = read_only
         self.problem = ""  # why the last try to begin a job has failed
-        # frees the card before a job starts; returns why it has to wait, else an empty text
+        # frees the graphics card before a job starts; returns the reason if the job has to wait, else ""
         self.before_start: Callable[[], str] = lambda: ""
         self._keeps_open = False  # it works, and the next server is to continue with what it has seen
         self._ended = threading.Event()
@@ -467,7 +467,7 @@ class JobQueue:
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
             self._child = launch.prepare_process(job.log, **limits)
             job.process = describe_process(self._child.pid)
-        # only now, as its number is on disk: if this process is killed before, the job does not begin
+        # only now that the process id is stored: if the server is killed earlier, the job does not start
         launch.send_job(self._child, program, job.folder, job.code_path)
 
     def _read_book(self) -> _Book:

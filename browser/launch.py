@@ -69,9 +69,9 @@ _SHAPES = {  # in words
     "--gpu_ids": "all, or numbers with commas between them",
     "--mixed_precision": "no, fp16, bf16 or fp8",
 }
-# -P: none of its modules is taken from the folder in which it works, which may be somebody else's
+# -P: import no modules from the working folder, which may come from somebody else
 ACCELERATE = ["-P", "-m", "accelerate.commands.launch"]
-# what scripts say of a path that is not there, behind it
+# how scripts' messages continue after the path of a missing file
 NOT_THERE = re.compile(r"(there is )?no such (file|folder)")
 logger = logging.getLogger(__name__)
 _find_commands = functools.cache(find_commands)
@@ -214,8 +214,8 @@ def _count_launcher_words(words: Sequence[str]) -> int:
     return position
 
 
-# Runs a script until it has read its options: torch would load, or ONLY_OPTIONS ends it; or
-# until it would write, start or ask anything: the options may be from a file of somebody else.
+# Runs a script until it has read its options: it ends before torch loads, or by ONLY_OPTIONS, or
+# before it writes, starts or asks anything, because the options may come from somebody else's file.
 READ_OPTIONS = f"""
 import builtins, os, runpy, sys
 sys.dont_write_bytecode = True
@@ -243,17 +243,17 @@ else:
     sys.path.insert(0, os.path.dirname(sys.argv[0]))
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
-# commands that load torch next
+# commands that load torch right after reading their options
 WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
 WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # behind the name of a model
-# how the other scripts read their options: they end behind that if they are asked to
+# the other scripts read their options with one of these functions, which can end the script afterwards
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
 WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
 MIN_SIMILAR = 0.75  # names of scripts for which a wrong one is suggested: evil.py is not metaview.py
 HELP = ("-h", "--help")
 INTERACTIVE = "--interactive"
-# options that name files to read, besides those of a model's parts; `--lora_weight a b` names two
+# options that name input files, in addition to model files; `--lora_weight a b` names two files
 FILES_READ = {
     *("--lora_weight", "--lora_weight_high_noise", "--network_weights", "--network_weights_high_noise"),
     *("--network_mul_weights", "--ckpt", "--from_file", "--image_path", "--end_image_path", "--video_path"),
@@ -340,7 +340,7 @@ def _may_come(message: str, words: Sequence[str], folder: Path, earlier: Sequenc
 
 
 def reject_endless(command: ScriptCommand, words: Sequence[str]) -> None:
-    """Raise OptionError for a command that never ends or waits for typed input: it would block the queue."""
+    """Raise OptionError for a command that never ends or waits for user input: it would block the queue."""
     if any(word in HELP for word in words):
         return
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
@@ -441,7 +441,7 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
         for command in commands:
             if tuple(words[1 : 1 + len(command.words)]) == command.words:
                 return command, 1 + len(command.words)
-    # a file at the root with the name of one in a room is the same command
+    # a script at the root and a script of the same name in a folder are the same command
     is_script = script is not None and script.parent.as_posix() in (".", *SCRIPT_ROOMS)
     for command in commands:
         if script is not None and is_script and command.path.name == script.name:

@@ -218,7 +218,7 @@ class MachineLine:
 
 
 def list_ended(runs: Sequence[RunSummary], now: float) -> list[tuple[str, str]]:
-    """Return the runs that ended in the last minutes: a key of each end, and name and state in words.
+    """Return (key, text) of each run that ended in the last minutes; the text has its name and state.
 
     `now` is the time in seconds since 1970.
     """
@@ -237,7 +237,7 @@ def _is_running_here(run: RunSummary) -> bool:
 
 
 def _describe_run(run: RunSummary) -> RunningThing:
-    """Describe a running training, or what `run` does before one, with a link to its page."""
+    """Describe a running training, or the preparation by `run`, with a link to its page."""
     words = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
         return RunningThing(

@@ -29,7 +29,7 @@ from project.options import MODELS
 
 NO_COLOR = "RRGGBB"  # in the shown command, until somebody types one
 BETWEEN = ";"  # two things to find
-# ways to find something, as the options of the tool are called; "": --what
+# detection methods, named like the options of the tool; "" is --what
 WORDS, WATERMARK, BACKGROUND, FACES, COLOR = "", "watermark", "background", "faces", "colour"
 FINDERS = {
     WORDS: say("what I name below"),

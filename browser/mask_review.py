@@ -74,7 +74,7 @@ class MaskReview:
     """The masks of folders below the roots. Changes can be undone until the server ends."""
 
     runs: Runs
-    # media of a folder with the marks of their masks after a change, the last one last
+    # media of a folder with the checksums of their masks after each change, the newest last
     _changed: dict[Path, list[tuple[Path, str]]] = field(default_factory=dict)
     _shots: "OrderedDict[tuple[Path, int, int], bytes]" = field(default_factory=OrderedDict)
     _lock: threading.Lock = field(default_factory=threading.Lock)  # held while a mask is changed
@@ -89,7 +89,7 @@ class MaskReview:
     def find(self, folder: Path, id: str) -> MaskPlace | None:
         """Return an image or clip by its id.
 
-        Returns None if it does not exist, or a file of it is outside the roots.
+        Returns None if it does not exist, or if it or its mask is outside the roots.
         """
         for place in self.places(folder):
             if name_id(place) == id:

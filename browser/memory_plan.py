@@ -45,7 +45,7 @@ STOP_SECONDS = 5
 TABLE_HEAD = re.compile(r"GiB +device +host")
 PART = re.compile(r"( *)(.*?) {2,}(\d+\.\d+)")
 OF_CUDA = re.compile(r"about (\d+\.\d+) of CUDA itself")
-# the forms of the transformer's weights, and the switches of each
+# storage formats of the transformer's weights -> options that select them
 WEIGHTS = {form.name: form.switches for form in BASE_FORMS}
 CHECKPOINTING = {
     "recomputed": ("gradient_checkpointing",),
@@ -88,7 +88,7 @@ class ReadPlan:
         return None
 
     def segments(self, size: float) -> list[tuple[PlannedPart, float]]:
-        """Return the parts on the card, each with its percentage of the bar.
+        """Return the parts of memory on the card, each with its percentage of the bar's length.
 
         `size` is the card's memory in GiB.
         """
@@ -110,7 +110,7 @@ def read_plan(text: str) -> ReadPlan | None:
     if not heads:
         return None
     titles = lines[heads[-1]]
-    # numbers are aligned with the right ends of the column titles
+    # numbers are right-aligned below the column titles
     device_end = titles.index("device") + len("device")
     host_end = titles.index("host") + len("host")
     phases: list[PlannedPart] = []
@@ -155,7 +155,7 @@ class MemoryOptions:
 def _find_used_form(
     forms: Mapping[str, Sequence[str]], values: Mapping[str, Any], names: Sequence[str]
 ) -> str:
-    """Return the last form of which all options in `names` are set; "" if there is none."""
+    """Return the last storage format whose options (those in `names`) are all set; "" if there is none."""
     used = [form for form, keys in forms.items() if all(values.get(key) for key in keys if key in names)]
     return used[-1] if used else ""
 

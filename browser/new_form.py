@@ -1,4 +1,4 @@
-"""Values of the fields of the page New, and the command of `new` that they stand for."""
+"""Convert the fields of the page New to a `new` command, and check them."""
 
 import contextlib
 import re
@@ -24,13 +24,13 @@ from project.new_options import NewOptions
 from project.options import MODELS, check_trigger, find_models
 from project.recipes.reading import TrainingRecipe, list_paths, read_recipe
 
-# a number with marks between thousands, as people of different countries write them: 2,000 or 2 000
+# a number with any country's thousands separators: 2,000 or 2 000
 GROUPED = re.compile(r"[1-9]\d{0,2}(?:([,.' _\u00a0\u202f\u2019])\d{3})(?:\1\d{3})*", re.ASCII)
-# digits of full width, as keyboards of Japanese type them
+# full-width digits, as Japanese input methods produce them
 FULL_WIDTH = {0xFF10 + digit: str(digit) for digit in range(10)}
 DEFAULT_STEPS = NewOptions(folder=Path()).max_train_steps
 MAX_STEPS = 10_000_000
-# labels of the fields that `new` writes into all three files, by their names
+# field name -> label, for the fields that `new` writes into all three files
 OF_ALL_FILES = {
     "family": say("Model"),
     "task": say("Version"),
@@ -68,7 +68,7 @@ KIND_NOTES = {
     "embedding": say("A new word for what the model can draw already: the trigger word, in small letters."),
 }
 
-# subjects and styles whose plain name every model has learned already
+# common subjects and styles that every model already knows by name
 KNOWN_WORDS = frozenset(
     {
         *("animal", "anime", "baby", "bag", "bird", "bike", "boat", "body", "bottle", "boy"),
@@ -195,7 +195,7 @@ def _read_kind(name: str) -> str:
 
 
 def _fit_kind(name: str, model: ModelSet | None) -> str:
-    """Return the value of the field `train` if the model supports it: it may stem from another model."""
+    """Return the value of the field `train`, or "" if the selected model does not support it."""
     kind = BY_NAME.get(name)
     is_possible = model is not None and kind in list_shown_kinds(model)
     return name_field(kind) if kind is not None and is_possible else ""
@@ -303,7 +303,7 @@ def check_steps_field(form: NewForm) -> None:
         read_steps(form.steps)
 
 
-# by the names of the fields whose faults are said while one types
+# field name -> its check, for the fields that are checked during typing
 CHECKS: Mapping[str, Callable[[NewForm], None]] = {
     "trigger": check_trigger_field,
     "name": check_name_field,

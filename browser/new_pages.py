@@ -155,7 +155,7 @@ TILES = 12  # files of the row of images
 CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
-# of that page, which may be somebody else's: no script, nothing from elsewhere, an origin of its own
+# check.html may come from somebody else: it runs no scripts, loads nothing, and has a separate origin
 CHECK_POLICY = (
     "sandbox; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
     "frame-ancestors 'self'"
@@ -225,7 +225,7 @@ class NewPages:
         return self.answer(form, message=message, is_part=is_part)
 
     def suggest_kind(self, form: NewForm) -> str:
-        """Return what `new` trains by default in a folder not yet described, as a value of `train`."""
+        """Return the value of `train` that `new` selects by default for a folder not yet described."""
         folder, model = find_folder(self.site.runs, form.folder), find_model(form.family, form.task)
         kind = None if model is None else find_control_kind(model)
         if folder is None or kind is None or is_described(folder):
@@ -262,7 +262,7 @@ class NewPages:
         return described is not None and self.make_form(described).address == shown
 
     def is_pending(self, comparing: Job, folder: Path) -> bool:
-        """Return whether the changes on the page are still the ones that saving would make."""
+        """Return whether saving would still make exactly the changes that the page shows."""
         return comparing.state == RUNNING or not has_changed_since(comparing, folder, FILES)
 
     def answer(self, form: NewForm, error: str = "", message: str = "", is_part: bool = False) -> Response:
@@ -550,9 +550,9 @@ class NewPages:
         checking: Job | None,
         lines: Sequence[OutputLine],
     ) -> dict[str, Any]:
-        """Return what `new` has reported as missing in a folder and still is, as fields of `FolderStanding`.
+        """Return what `new` reported as missing and is still missing, as fields of `FolderStanding`.
 
-        `lines` are those that `new` has printed about files that still exist.
+        `lines` were printed by `new` about files that still exist.
         """
         looking = self.find_background_job(DESCRIBE, folder)
         if folder is None or described is None or looking is None or looking.code != 0:
@@ -684,7 +684,7 @@ class NewPages:
     def show_check(self, request: Request) -> Response:
         """Answer with a folder's check.html.
 
-        The folder may be somebody else's: its page runs and loads nothing.
+        The folder may come from somebody else, so the page runs no scripts and loads no other files.
         """
         folder = find_folder(self.site.runs, request.query_params.get("folder", ""))
         path = self.find_check_page(folder)
@@ -953,7 +953,7 @@ class NewPages:
         return ""
 
     def replace(self, folder: Path, mark: str) -> None:
-        """Write the three files as the shown changes say; the old files are copied into the bin first."""
+        """Write the three files with the changes shown, after copying the old files into the bin."""
         comparing = self.find_background_job(COMPARE, folder)
         if comparing is None or comparing.state == RUNNING or not self.is_pending(comparing, folder):
             raise OptionError(say("There are no changes to make (any more). Press Prepare to see them."))
@@ -1122,7 +1122,7 @@ def find_free_name(output: Path, name: str) -> str:
 
 
 def _list_ended(*background_jobs: Job | None) -> str:
-    """Return marks of the ended background jobs, separated by blanks."""
+    """Return an identifier for each ended background job, separated by spaces."""
     ended = [job.process for job in background_jobs if job is not None and job.state != RUNNING]
     return " ".join(short_digest(repr(process)) for process in ended)
 

@@ -21,7 +21,7 @@ from browser.responses import answer_not_found
 from modules.pages.language import Language, language
 
 TABLES = Path(__file__).resolve().parent / "languages"
-# the code in HTML, and the language's own name; the first is that of the texts in templates and programs
+# HTML code -> the language's own name; the first language is that of the untranslated texts
 NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
 CODES = tuple(code for code, _ in NAMES)
 COOKIE = "reelsmith_language"  # and the port, as all ports of a host share their cookies

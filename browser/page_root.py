@@ -14,7 +14,7 @@ from typing import Any
 
 MARK = "/~"  # begins that path; no address of a page begins so
 _ROOT: ContextVar[str] = ContextVar("root of pages", default="")
-# attributes of our templates that hold addresses; values of others are escaped, and hold no quotation marks
+# attributes in our templates that contain addresses; all values are escaped, so none contains a quote
 _ATTRIBUTES = (
     *("href", "src", "action", "hx-get", "hx-post"),
     *(f"data-{name}" for name in ("address", "piece", "refresh", "rows", "send", "show", "src", "upload")),

@@ -22,7 +22,7 @@ from modules.console import count_words
 from modules.pages.language import Words, join, say
 from training.reports.history import PageCommand
 
-# of forms that fit one line, the first counts
+# if several patterns match a line, the first is used
 LINES = (
     say("%(folder)s: %(media)s. %(model)s at %(size)s, %(frames)s frames, on %(card)s"),
     say("%(folder)s: %(media)s. %(model)s at %(size)s, on %(card)s"),
@@ -179,7 +179,7 @@ LINES = (
     say("%(licence)s: %(terms)s. https://%(address)s"),
     say("wrote %(file)s"),
     say("dataset.toml, [[datasets]] %(table)s: %(images)s, %(items)s"),
-    # why a model cannot be trained whole
+    # reasons why full training of a model is impossible
     say("the file of %(model)s has weights in 8 bits, in which steps would be lost"),
     say("%(model)s has no script that trains it whole"),
     say("%(model)s has two transformers, which are trained one at a time: see docs/wan22.md"),
@@ -220,7 +220,7 @@ LINES = (
     say("not known"),
     say("%(device)s: a prediction is made for CUDA devices (--plan)"),
 )
-# what stands in their places
+# texts that placeholders of the lines above may contain; they are translated too
 PARTS = (
     say("%(word)s is the class of %(subject)s: its pictures seem to be for regularization"),
     say("%(name)s is the name of a folder of regularization pictures"),
@@ -314,7 +314,7 @@ PARTS = (
 COUNT = "%(n)s"
 OF_FILES = ("file_kind", "wanted", "what", "other", "of_file", "families")  # of what a file is
 OF_CATALOGUE = ("about", "terms")  # placeholders of whole texts of the catalogue, which pages translate too
-# titles of the commands that can follow a run, and sentences below them
+# titles of the commands suggested after a run, and the sentences below them
 COMMANDS = (
     say("Generate with it"),
     say("Continue after a stop"),
@@ -336,7 +336,7 @@ COMMANDS = (
     say("%(name)s is not the best file: %(other)s takes its place."),
 )
 SENTENCE_END = re.compile(r"(?<=\.) (?=[A-Z])")
-# errors that end a run; of several lines, the first
+# errors that end a run; of a message with several lines, the first line
 REASONS = (
     say("the device has too little memory for this run: %(reason)s."),
     say(
@@ -362,7 +362,7 @@ REASONS = (
     ),
 )
 PLACE = re.compile(r"%\((\w+)\)s")
-# ends of lines for a terminal: the page has buttons instead
+# endings of lines that are only useful in a terminal: the page has buttons instead
 AT_END = ("written: ", "checks, caches and trains")
 
 
@@ -410,7 +410,7 @@ def _find(text: str, forms: Sequence[Words]) -> Words | None:
 
 
 def _find_fault(line: str) -> Words | None:
-    """Return a line of faults of one kind with their count: `2 have no caption:`."""
+    """Return a line such as `2 have no caption:` as a translatable text; None for any other line."""
     number, _, words = line.removesuffix(":").partition(" ")
     if not line.endswith(":") or not number.isdigit():
         return None

@@ -1,6 +1,6 @@
 """Turn the form Generate into a generation: its command line, and its request to a loaded model.
 
-A recipe is what a model, or a run, fixes of a command: the script, the model's files, its task. Fields of the
+A recipe is the part of a command that a model or a run fixes: script, model files and task. Fields of the
 form are options that a prompt line may have, by their names on the command line, so both mean the same.
 """
 
@@ -34,8 +34,8 @@ STRENGTHS = "--lora_multiplier"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
 MAX_STRENGTH = 1000  # maximum strength of a LoRA, as in training
 MAX_OF_TEXT = 30_000  # characters of a prompt: a word of a command has up to 131,072 bytes
-# by name of the field: the options that it may set, of which the first that the script has counts. In the
-# order in which a command shows them
+# form field -> options that it may set; the first one that the script has is used. The fields are in the
+# order in which a command lists them
 FIELDS: Mapping[str, Sequence[str]] = {
     "negative": ["negative_prompt"],
     "width": ["video_size_width"],
@@ -58,7 +58,7 @@ IMAGES = ("start", "end", "control", "references", "redraw")  # fields that hold
 SIDES = ("width", "height")
 SIZES = {"video_size_width": 1, "video_size_height": 0}  # keys of sides: places in the option of both
 SIZE = "video_size"
-# options that a form sets itself, besides those of its fields
+# options that the form sets on its own, in addition to those of its fields
 # fmt: off
 REPLACED = {
     "prompt", "save_path", "lora_weight", "lora_multiplier", f"lora_weight_{HIGH_NOISE}",
@@ -117,7 +117,7 @@ class ModelRecipe:
         if not self.has_experts:
             keys.pop("high_cfg", None)
         for name in ("start", "end", "control", "references"):
-            # an image that the command of a run names is one that its model takes
+            # if the run's command names an image, the model accepts that image
             is_typed = name in self.needed or bool(self.usual.get(name))
             if not is_typed and not self._may_take(name):
                 keys.pop(name, None)
@@ -428,7 +428,7 @@ def _make_recipe(
     typed = []
     for flag, words in options.items():
         key = _find_key(flag, defaults)
-        # the field of a start image holds a clip, too
+        # the field for a start image also accepts a clip
         name = names.get("i2i_path" if key == "video_path" else key)
         known = [word for word in words if not is_example(word)]
         typed.append(_TypedOption(flag, key, name, known, has_example=len(known) < len(words)))

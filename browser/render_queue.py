@@ -1,6 +1,6 @@
 """Keep the render jobs of the page Generate in files, one for each result, shared by all servers of a folder.
 
-A render job says how a result is generated and what has become of it. The files are the only state: the page,
+A render job records how to generate a result, and its progress. The files are the only state: the page,
 the server and the machine may restart, and two servers may serve one folder.
 """
 
@@ -29,7 +29,7 @@ MAX_WAITING = 200
 MAX_ENDED = 300  # older ones are forgotten; their results stay
 LOADING = say("loading the model")
 MAKING = say("making it")
-# what a generation says it does (generation/making.py), and what is noted here
+# texts about a running job: those set here, and those that a generation reports (generation/making.py)
 PHASES = (
     *(LOADING, MAKING),
     *(
@@ -45,7 +45,7 @@ ENDED_MEANWHILE = say("the page's server was ended meanwhile")
 
 @dataclass
 class RenderJob:
-    """How one result is generated, and the state of that."""
+    """How one result is generated, and how far that is."""
 
     id: int  # 0: it is not noted yet
     title: str  # title of the model
@@ -119,7 +119,7 @@ class RenderQueue:
         """Use the files in `folder`, which is created when the first render job is added."""
         self.folder = folder
         self._lock = threading.RLock()
-        # by number: mark of the file, and its content
+        # job number -> modification mark of the file, and its content
         self._read: dict[int, tuple[tuple[int, int, int], RenderJob]] = {}
 
     def list_all(self) -> list[RenderJob]:

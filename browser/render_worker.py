@@ -3,7 +3,7 @@
 One process of a generation script with --interactive does the work (`generation/json_requests.py`). It ends
 when another model is requested, after some idle time, and when a job of the queue waits for the card.
 Several servers of one folder take turns at the render jobs (`browser/render_queue.py`): one of them at a
-time works on all.
+time works on all of them.
 """
 
 import atexit
@@ -220,7 +220,7 @@ class RenderWorker:
     def free(self) -> None:
         """End the process with the model. Raises OptionError if it is generating a result."""
         with self._changed:
-            # a result that has just ended is tidied up for a moment longer
+            # after a result is finished, its cleanup takes another moment
             self._changed.wait_for(lambda: self._current is None or self._current.state == RUNNING, PATIENCE)
             if self._current is not None:
                 raise OptionError(say("result %(id)s is being made: cancel it first", id=self._current.id))
@@ -339,7 +339,7 @@ class RenderWorker:
         except (UserError, OSError, ValueError) as error:
             logger.debug("%s", render_job.command, exc_info=error)
             self._end_render_job(render_job, DIED, str(error))
-            # what it still answers would be taken for answers to the next render job
+            # late answers of this process would be mistaken for answers to the next render job
             self._end_process(self._take_session())
         finally:
             self._remove_previews()
@@ -364,7 +364,7 @@ class RenderWorker:
         return None
 
     def _free_if_unneeded(self, is_blocked: bool) -> None:
-        """End the process of the loaded model if it has been idle for long, or is in the way."""
+        """End the process of the loaded model if it was idle for too long, or blocks a job of the queue."""
         with self._lock:
             session = self.session
             if session is None:
@@ -553,7 +553,7 @@ class RenderWorker:
             session.process.stdin.flush()
 
     def _take_session(self) -> LoadedModel | None:
-        """Return the process so that the caller can end it; from now on there is none for render jobs."""
+        """Detach and return the loaded process so that the caller can end it; None if no model is loaded."""
         with self._lock:
             session = self.session
             self.session = None

@@ -18,7 +18,7 @@ from modules.pages.page import render_page
 Form = dict[str, list[str]]
 NOT_FOUND = say("It is not there (any more).")
 NO_WRITING = say("The server was started with --read_only.")
-# what trainings write for a page to show; a history from elsewhere may name pages, scripts and drawings too
+# types of files that trainings write; other people's histories may also list HTML, scripts and SVG
 SHOWN = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 
 

@@ -79,7 +79,7 @@ SHORT = 160  # characters of a prompt in the list
 
 
 class ReadSettings(NamedTuple):
-    """Settings read from a file, or the `problem` why they could not be read."""
+    """Settings read from a file, or in `problem` the reason why they could not be read."""
 
     settings: ResultSettings | None
     problem: str = ""
@@ -99,7 +99,7 @@ class SettingsCache:
         return entry[1] if entry is not None and entry[0] == mark else None
 
     def get(self, result: Result) -> ReadSettings:
-        """Return the settings of a file, which is read now unless that was done before."""
+        """Return the settings of a file, from the cache or else read now."""
         read = self.find_read(result)
         if read is not None:
             return read
@@ -142,7 +142,7 @@ class ResultChoice:
         """Return whether a result passes the filter."""
         if self.kind and result.kind != self.kind:
             return False
-        # addresses kept from before name a model as programs do
+        # bookmarks of older versions contain the internal name of the model
         if self.model and (settings is None or self.model not in (settings.title, settings.model)):
             return False
         if self.run is not None and not _belongs_to_run(result, settings, self.run):

@@ -44,11 +44,11 @@ MAX_TYPED = 1 << 16  # characters of all texts of a render job
 EMBEDDINGS = "textual_inversion_embeddings"
 LORA_TAG = re.compile(rf"lora(?:_({HIGH_NOISE}))?_(\d{{1,3}})")
 LORA_TEXT = re.compile(r"(.+): (\S+)", re.DOTALL)
-# tags that say nothing of how pixels are made, or that are read elsewhere
+# metadata that does not affect the pixels, or that is read elsewhere
 APART = {"model_type", "tunerver", "prompt", "creation_timestamp", "device", "timestep_boundary", "task"}
-# keys of prompt lines that metadata call otherwise
+# keys of prompt lines that have another name in the metadata
 KEYS = {"seeds": "seed", "width": "video_size_width", "height": "video_size_height"}
-# options that name files to begin from: metadata hold their names
+# options for input files; the metadata contains their file names
 MEDIA = {key for name in IMAGES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
@@ -58,7 +58,7 @@ OLD_NAMES = {"hunyuan": "hunyuan_video"}  # old names of families in metadata
 
 
 class NamedLora(NamedTuple):
-    """A LoRA as metadata name it."""
+    """A LoRA as named in the metadata."""
 
     name: str  # name in its file
     strength: str
@@ -67,7 +67,7 @@ class NamedLora(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultSettings:
-    """Settings that a file of this program was generated with, as its metadata say."""
+    """Settings that a file of this program was generated with, from its metadata."""
 
     values: Mapping[str, str]  # by the names of metadata, without their prefix
     loras: Sequence[NamedLora]
@@ -179,7 +179,7 @@ def parse_settings(tags: Mapping[str, str]) -> ResultSettings | None:
 
 
 def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
-    """Return this program's settings among a file's texts, as `blissful_tuner/metadata.py` writes them."""
+    """Return the settings that `blissful_tuner/metadata.py` wrote into a file's metadata texts."""
     values = {}
     loras: dict[tuple[str, int], NamedLora] = {}
     done: dict[int, str] = {}
@@ -223,7 +223,7 @@ def _plain_name(name: str) -> str:
 
 
 class KnownOption(NamedTuple):
-    """What is needed of a generation script's option to type it again."""
+    """Properties of a generation script's option that are needed to write it on a command line."""
 
     flags: Sequence[str]
     num_words: Any  # `nargs`
@@ -322,7 +322,7 @@ def _fix_options(settings: ResultSettings, recipe: ModelRecipe) -> dict[str, Any
     flags = {names[flag]: flag for flag in fixed if flag in names}
     for name, text in settings.values.items():
         option = options.get(name)
-        # these are read elsewhere, or say nothing of how pixels are made
+        # these are read elsewhere, or do not affect the pixels
         is_apart = name in APART or name in KEYS or name.startswith("original_") or name == EMBEDDINGS
         if option is None or is_apart or not option.is_recorded or _is_line_option(name, recipe):
             continue
@@ -465,7 +465,7 @@ def _read_line(
     return line
 
 
-# letters of a sample's line by the names of metadata, in the order in which `new` writes them
+# metadata name -> letters of the option in a prompt line, in the order in which `new` writes them
 SAMPLE_CHARACTERS = {
     "width": "w",
     "height": "h",

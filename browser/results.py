@@ -23,7 +23,7 @@ KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # 
 DEEPEST = 8  # folders below a root
 MAX_FOLDERS = 50_000  # that are looked into
 MAX_RESULTS = 20_000  # the newest
-# folders that are not looked into
+# folders that are not searched
 CLOSED = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
 LARGER = "_larger"  # behind the name of what was enlarged
 LAST_FRAME = "_last"  # as --save_last_frame calls it

@@ -81,13 +81,13 @@ STEPS_OPTION = "--max_train_steps"
 
 GENERATE = "Generate with it"  # title of the command in a history
 PROMPT = "--prompt"
-# options for a control image, of the commands that trainings of control networks print
+# options for a control image in the generation commands that ControlNet trainings print
 CONTROL_FLAGS = ("--control_image", "--guide_image_path")
 
 
 @dataclass(frozen=True)
 class MakingCommand:
-    """Command of a history that generates with the run's file, as fields of a form show it."""
+    """The command in a run's history that generates with the trained file, split into form fields."""
 
     place: int  # among the commands of the history
     words: Sequence[str]
@@ -125,7 +125,7 @@ class MakingCommand:
         return self.find_index(CONTROL_FLAGS)
 
     def fill(self, form: Form) -> list[str]:
-        """Return the words with what was typed. Raises OptionError for a field that is empty."""
+        """Return the words with the user's input filled in. Raises OptionError if a field is empty."""
         words = list(self.words)
         for index, label, text in self.fields:
             typed = "".join(form.get(f"word {index}", ())).strip() or text
@@ -215,7 +215,7 @@ class RunButtons:
         }
 
     def last_lines(self, shown: ShownRun) -> str:
-        """Return the last lines of a run that has not begun or has failed: of its command or history."""
+        """Return the last lines of the log or history of a run that has not begun or has failed."""
         state = shown.state
         if state.name in (TRAINING, FINISHED, STOPPED, WAITING):
             return ""
@@ -531,13 +531,13 @@ class RunButtons:
         if not shown.summary.history.exists() and shown.plan is not None:
             results = []  # a draft has trained nothing: files of its name belong to another run
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
-        # the history of what `run` did before the training: downloads and caching
+        # history of the downloads and caching that `run` did before the training
         early_history = history_path(shown.summary.history.parent, f"{name}{BEFORE_TRAINING}")
         if early_history.exists():
             results.append(early_history)
         if not results and shown.plan is not None:
             has_runs = any(early_history.parent.glob(f"*{END}"))
-            # other runs of this folder were trained with the other files
+            # the other files in the output folder belong to other runs of this folder
             names = [RUN_FILE] if has_runs else FILES
             results = [path for path in (shown.plan.folder / name for name in names) if path.is_file()]
         below = [path for path in dict.fromkeys(results) if self.site.runs.is_below(path)]
@@ -746,7 +746,7 @@ def list_results(folder: Path, name: str) -> list[Path]:
 
 
 def suggest_steps(run: RunSummary, planned: int) -> int:
-    """Return the length that Train on offers: the planned steps if they are more, else twice the steps."""
+    """Return the steps that Train on suggests: the planned steps if larger, else twice the steps done."""
     return planned if planned > run.step else 2 * max(run.step, 1)
 
 

@@ -1,4 +1,4 @@
-"""Determine the state of a run from its first minute: from its draft, its job, its check and its histories.
+"""Determine the state of a run from its draft, its job, its check and its histories.
 
 A folder that `new` has described is the draft of a run. Its run has the address of the history that its
 training will write, so that one address leads to it from the draft to the finished LoRA.
@@ -49,7 +49,7 @@ BEFORE = (DRAFT, CHECKING, FAULTS, WAITING, STARTING, DOWNLOADING, CACHING, LOAD
 DURING = (TRAINING, SAMPLING, VALIDATING, SAVING)
 STATES = (*BEFORE, *DURING, STOPPED, FINISHED, DIED)
 BUSY = (CHECKING, STARTING, DOWNLOADING, CACHING, LOADING, *DURING)  # a process works
-# what a trace of `run` says that it does -> the state, and what is said of it
+# activity in the history of `run` -> state of the run, and its description
 STEPS = {
     "downloading the model": (DOWNLOADING, ""),
     "checking the files": (CHECKING, say("the files")),
@@ -108,7 +108,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class FolderPlan:
-    """The facts about a run in the run.toml of a described folder."""
+    """What the run.toml of a described folder says about its run."""
 
     folder: Path
     history: Path  # that its training writes
@@ -157,7 +157,7 @@ class FolderPlan:
 
 
 def read_plan(path: Path, changed: float) -> FolderPlan | None:
-    """Read a run.toml; None if it belongs to another program.
+    """Read a run.toml. Returns None if it belongs to another program.
 
     `changed` is its modification time. Raises OSError if it cannot be read.
     """
@@ -165,7 +165,7 @@ def read_plan(path: Path, changed: float) -> FolderPlan | None:
 
 
 def make_plan(path: Path, content: bytes, changed: float) -> FolderPlan | None:
-    """Parse the bytes of a run.toml; None if it belongs to another program.
+    """Parse the bytes of a run.toml. Returns None if it belongs to another program.
 
     `changed` is its modification time.
     """
@@ -555,7 +555,7 @@ def is_run_of_folder(job: Job, folder: Path) -> bool:
 
 
 def newest_job(jobs: Sequence[Job]) -> Job | None:
-    """Return a running job, else a waiting job, else the job that began last."""
+    """Return the running job, else a waiting job, else the job that started last; None without jobs."""
     for state in (RUNNING, WAITING):
         for job in jobs:
             if job.state == state:
@@ -671,7 +671,7 @@ def explain_end_at_once(run: RunSummary) -> str:
 
 def _has_no_history(job: Job, plan: FolderPlan, histories: Sequence[RunSummary]) -> bool:
     """Return whether a job has written no history, so that only its exit code shows how the run ended."""
-    # a job of before run.toml was changed may be of another name
+    # run.toml may have had another name when an older job ran
     if not histories and job.born + SECOND < plan.changed:
         return False
     return all(history.changed + SECOND < job.born for history in histories)

@@ -55,7 +55,7 @@ MAX_MESSAGES = 500
 MAX_TEXT = 4000  # characters of a value of a file's metadata
 COMPARED_FOLDER = "compare"  # in the folder of a run: clips that tools/compare.py made
 COMPARED = re.compile(rf"{COMPARED_FOLDER}/\d{{3,}}_\d+_[^/\\]+\.(mp4|png)")
-# what a page may load: itself, and data of its own
+# a page may load only itself and its own data
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data:; "
     "media-src 'self' data:; connect-src 'self'; form-action 'self'; base-uri 'none'"
@@ -88,7 +88,7 @@ def select_runs(
         text = f"{run.name} {run.model} {run.title} {run.history.parent}".lower()
         if not all(word in text for word in words):
             continue
-        # by its title: one model may have two names for programs, of older and newer runs
+        # compare titles: older and newer runs may have different internal names for one model
         if query.get("family") and model_title(query["family"]) != run.title:
             continue
         state = (states or {}).get(run.id) or read_run_state(run)
@@ -291,7 +291,7 @@ def _read_shape(path: Path, changed: int) -> str:
 
 
 def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
-    """Return the id and label of each run except one."""
+    """Return the id and label of all other runs."""
     labeled = label_runs(runs.list_all())
     return [(candidate.id, label) for candidate, label in labeled if candidate.id != run.id]
 
@@ -440,7 +440,7 @@ def share_page(page: Path, copy: Path) -> None:
 def export_run(runs: Runs, path: Path) -> None:
     """Write the only run as a page that needs no server. Raises OptionError if there is not one run."""
     listed = runs.list_all()
-    # what `run` did before a training has a history of its own, which few want to give away
+    # the preparation by `run` has a separate history, which is rarely meant to be shared
     candidates = [run for run in listed if not run.name.endswith(BEFORE_TRAINING)] or listed
     if not candidates:
         raise OptionError(f"--export {path}: no run there")

@@ -56,7 +56,7 @@ LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)
 AVERAGE = re.compile(rb'"average": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 LEFT = re.compile(rb'"left": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 SECONDS = re.compile(rb'"seconds": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
-# matches a page of an older version: kind, standing, model, step, total
+# matches the page of an older version: kind, state, model, step, total
 STATUS = re.compile(
     r'<p class="status"><span class="(\w*)">([^<]*)</span>\s*<small>· (\S+) · [^<]*</small></p>\s*'
     r'<progress value="(\d{1,15})" max="(\d{1,15})">'
@@ -86,7 +86,7 @@ def is_own_file(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class RunSummary:
-    """What a list shows of a run."""
+    """Summary of a run, as lists show it."""
 
     history: Path
     changed: float  # when the file was changed
@@ -151,7 +151,7 @@ class RunSummary:
         here = os.path.normcase(real_path(self.history.parent))
         if Path(typed).is_absolute():
             return here == os.path.normcase(real_path(Path(typed)))
-        # an older version's: from which folder it was typed is not known
+        # histories of older versions do not record the working folder
         typed_parts = Path(os.path.normcase(os.path.normpath(typed))).parts
         inner_parts = tuple(part for part in typed_parts if part != os.pardir)
         here_parts = Path(here).parts
@@ -289,10 +289,10 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
 
 
 def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
-    """Return a story of the last lines that say how a run began, what it generated and how it ended."""
+    """Return a story made of the last lines about a run's start, its samples and its end."""
     near_end = len(content) - NEAR_END
     ending = _read_last_row(tail, "ended", 0)
-    # for a run that may be running, the newest process counts, wherever its line is
+    # a resumed run has several processes; the newest one counts, wherever its line is in the file
     started = _read_last_row(content, "started", 0 if ending is None else near_end)
     if not started:
         started = _read_last_row(content[:TAIL], "started", 0)
@@ -345,7 +345,7 @@ def find_doing(tail: bytes) -> str:
 
 
 def _read_last_row(content: bytes | mmap.mmap, key: str, minimum: int) -> Row | None:
-    """Return the last line that has this key and begins at or after the offset `minimum`."""
+    """Return the last line with this key that begins at offset `minimum` or later; None without one."""
     position = content.rfind(f', "{key}": '.encode(), max(0, minimum))
     if position < 0:
         return None
@@ -425,7 +425,7 @@ class Runs:
             return sorted(shown, key=lambda run: -run.changed)
 
     def _has_begun(self, run: RunSummary) -> bool:
-        """Return whether a run is only the preparation of a training that now writes its own history."""
+        """Return whether a run only prepared a training that now writes its own history."""
         if not run.name.endswith(BEFORE_TRAINING):
             return False
         training_path = history_path(run.history.parent, run.name.removesuffix(BEFORE_TRAINING))

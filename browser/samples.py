@@ -48,7 +48,7 @@ EVERY = "sample_every_n_steps"  # keys of run.toml
 EVERY_EPOCHS = "sample_every_n_epochs"
 AT_FIRST = "sample_at_first"
 PROMPTS = "sample_prompts"
-# fields of a row: key of the option, letters of a new one
+# form field of a row -> key of the option, and its letters in a new prompt-line option
 FIELDS = {
     "width": ("width", "w"),
     "height": ("height", "h"),
@@ -145,7 +145,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
         elif text:
             parts.append(f"{characters} {text}")
         else:
-            # of a list, such as several --ci, only the item that the field shows is removed
+            # an option may occur several times, such as --ci: remove only the occurrence that the field shows
             is_list = any(_repeats(parts[index]) for index in indices)
             removed = indices[-1:] if is_list else indices
             parts = [part for index, part in enumerate(parts) if index not in removed]
@@ -185,7 +185,7 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
 
 @dataclass(frozen=True)
 class _RowEdit:
-    """Texts that were typed into a row."""
+    """Changes that a user made in a row of the form."""
 
     number: int  # index of the row on the page
     row: PromptRow  # as it was
@@ -197,7 +197,7 @@ class _RowEdit:
         return self.row.prompt != "" and not self.prompt
 
     def apply(self, line: str) -> str:
-        """Return the row's line with the typed texts."""
+        """Return the row's line with the user's changes applied."""
         return edit_line(line, None if self.prompt == self.row.prompt else self.prompt, self.changes)
 
 
@@ -362,7 +362,7 @@ class SamplePages:
         try:
             require_full(fields)
             prompts, run = self.read_drafts(folder)
-            # the form sends the marks of both files as they were when it was shown
+            # the form sends the checksums that both files had when the form was built
             if prompts.mark != fields.get("have", "") or run.mark != fields.get("have run", ""):
                 raise ChangedMeanwhileError
             prompts_after = edit_prompts(

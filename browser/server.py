@@ -90,7 +90,7 @@ logger = logging.getLogger(__name__)
 
 PLAIN_PAGE = '<!doctype html><title>Reelsmith</title><link rel="icon" href="data:,">'
 TO_THE_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={root}/">'
-# a browser that was let in knows the root of the pages, and the script leads there
+# an admitted browser knows the root path of the pages; this script redirects it there
 TO_THE_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
 ENTER = "/static/enter.js"  # holds no secret
 NO_TOKEN = say(
@@ -112,12 +112,12 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-# a name or an address of IPv4, or one of IPv6 in brackets, which names no network card
+# a host name or IPv4 address, or an IPv6 address in brackets without a zone (network card)
 HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<inside>[0-9a-f:.]+)\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 REMOVED_COOKIE = f"{OLD_COOKIE}=; Max-Age=0; Path=/".encode()
 TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # kinds of what holds texts of the page
 MAX_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
-# largest bodies of requests that take files, by their address
+# maximum body sizes of requests that upload files, by address
 LARGEST_BODIES = {
     "/generate/file": MAX_OF_INPUT,
     "/generate/settings": MAX_OF_INPUT,
@@ -217,7 +217,7 @@ class Gate:
 
         Args:
             request: The request.
-            access: What admitted browsers keep; None without a token.
+            access: Cookie and root path of admitted browsers; None without a token.
             is_below: Whether the address is below the root of the pages.
         """
         hosts = request.headers.getlist("host")
@@ -238,7 +238,7 @@ class Gate:
         origin = headers.get("origin")
         if origin is None and not is_read:
             return False
-        # a proxy may name the server as it reaches it, or as it is reached
+        # a proxy may send the server's internal name or the public one
         if origin not in (None, f"http://{headers.get('host', '')}", self.public_origin):
             return False
         is_opened = is_read and headers.get("sec-fetch-mode") == "navigate"
@@ -251,7 +251,7 @@ class Gate:
         """
         typed = request.query_params.get("token")
         if request.url.path == "/" and typed is not None and self._opens(request, typed):
-            # not a redirect: the cookie would not be sent to where another site's link leads
+            # not a redirect: after a link from another site, browsers would not send the cookie to its target
             page = HTMLResponse(TO_THE_LIST.format(root=access.root))
             page.set_cookie(
                 COOKIE,

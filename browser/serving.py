@@ -87,7 +87,7 @@ def run_browser(options: BrowserOptions) -> None:
         app, log_level="warning", access_log=False, server_header=False, lifespan="off", ws="none"
     )
     if may_open_page(options):
-        # the socket listens already; some browsers keep their caller waiting
+        # in a thread, because some browsers block the calling process; the socket is already listening
         opened = find_address(options, port, token.word and ticket.word)
         threading.Thread(target=webbrowser.open, args=(opened,), daemon=True).start()
     try:

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 
 from modules.pages.language import Words, say
 
-# word that is typed -> options of training scripts, or keys of dataset.toml, that it is about
+# search term -> related options of training scripts, or keys of dataset.toml
 WORDS: Mapping[Words, Sequence[str]] = {
     say("vram"): (
         *("blocks_to_swap", "gradient_checkpointing", "gradient_checkpointing_cpu_offload", "fp8_base"),
@@ -102,7 +102,7 @@ WORDS: Mapping[Words, Sequence[str]] = {
     say("warm up"): ("lr_warmup_steps", "lr_scheduler"),
     say("sampler"): ("timestep_sampling", "sample_every_n_steps", "sample_prompts", "sample_sampler"),
 }
-# keys of dataset.toml in WORDS -> what each does
+# keys of dataset.toml in WORDS -> description
 DATASET_KEYS: Mapping[str, Words] = {
     "batch_size": say("pictures or clips of one step"),
     "resolution": say("width and height that files are brought to"),

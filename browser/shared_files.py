@@ -22,7 +22,7 @@ from modules.text_files import read_tensor_header
 PIECE_BYTES = 1 << 20
 MAX_CHUNKS = 100_000  # maximum number of chunks of a media file
 RANGE = re.compile(r"bytes=(\d{1,15})-(\d{0,15})")
-# entries of a safetensors file that programs need to load it, or that stand on the page
+# metadata of a safetensors file that programs need to load it, or that the page shows
 KEPT = re.compile(
     r"format|ss_network_(module|dim|alpha|args)|ss_base_model_version|ss_v2|reference_.*|lllite\..*|"
     r"ss_cond_emb_dim|ss_token_string|ss_num_vectors_per_token|sshs_.*|"

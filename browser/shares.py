@@ -55,7 +55,7 @@ MAX_KEPT = 300  # in the file, with those that have ended; each takes some 150 b
 RELOAD_SECONDS = "60"  # after which a browser shows a running training anew
 ENDED = say("This link does not hold any more: ask for a new one.")
 MAX_SHOWN = (100, 30)  # columns and rows of the grid of samples
-# no script of a shared page loads its samples
+# without the script that loads samples: a shared page loads them by plain links
 TAGS = {
     ".mp4": Markup('<video src="{}" aria-label="{}" controls muted loop playsinline></video>'),
     ".wav": Markup('<audio src="{}" aria-label="{}" controls preload="none"></audio>'),
@@ -172,7 +172,7 @@ def shared_clip(name: str, prompt: str, step: int) -> Markup:
 
 
 def _is_of_run(path: Path, run: RunSummary) -> bool:
-    """Return whether a file has a name of the run's files and is in the run's folder, not behind a link."""
+    """Return whether a path names one of the run's files directly in the run's folder, without a link."""
     folder = run.history.parent
     return path.name.startswith(run.name) and real_path(path) == real_path(folder) / path.relative_to(folder)
 

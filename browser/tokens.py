@@ -25,8 +25,8 @@ _SOCKETS = Path("/proc/net")  # in Linux: which account owns which connection
 _SHOWS_OWNERS = sys.platform.startswith("linux")
 _ESTABLISHED = "01"  # state of a connection that both ends have open
 ENDED = -1  # owner of a connection that its owner has closed: no account has this number
-# ends a word of our making; none of an older version, whose last characters stand for two bits less. These
-# were in cookies themselves, which browsers have sent to servers at all ports of this machine
+# marks the end of a token of this version. Older tokens never end with it, and are no longer accepted: they
+# were stored in cookies, which browsers sent to the servers at all ports of this machine
 _NEW = "_"
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
 
@@ -144,7 +144,7 @@ def _look_up_owner(connection: Connection) -> int | None:
             continue
         for line in lines:
             _, local, remote, state, _, _, _, user, *_ = line.split()
-            # both ends: another account may use the same port for a connection to elsewhere
+            # both ends: another account may use the same local port for a connection elsewhere
             if (local, remote) in wanted:
                 return int(user) if state == _ESTABLISHED else ENDED
     return None

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from modules.errors import OptionError
 from modules.pages.language import say
 
-# files are decoded one after another, by whichever page: one of the largest size takes 1.5 GiB of memory
+# files are decoded one at a time on all pages, because the largest one takes 1.5 GiB of memory
 DECODING = threading.Lock()
 
 

@@ -43,7 +43,7 @@ IMAGE, CLIP, SOUND, CAPTION = "picture", "clip", "sound", "caption"
 CAPTION_SUFFIXES = frozenset({".txt", ".caption"})
 MAX_DIGITS = 15  # maximum number of digits of a size
 LONGEST_NAME = 200  # bytes; file systems take 255, of which a temporary name needs some
-# what a name cannot hold: separators, drives, patterns
+# characters not allowed in a file name: separators, drive letters, wildcards
 FORBIDDEN = re.compile(r'[\\/:*?"<>|\x00-\x1f\x7f]')
 
 
@@ -78,7 +78,7 @@ def claim_file(folder: Path, name: str) -> Iterator[None]:
                 break
             if is_second_try:
                 raise FileBusyError(say("%(name)s arrives from another page too", name=name))
-            # the claim may be left from a killed server: remove it, and try once more
+            # a killed server may have left the lock file behind: remove it, and try once more
             remove_leftovers(folder, lambda claimed: claimed == f"{path.name}.claim")
         yield
 

@@ -1,4 +1,4 @@
-"""The text of dataset.toml, prompts.txt and run.toml: values that fit the media, the model and the card.
+"""Write the texts of dataset.toml, prompts.txt and run.toml for the media, the model and the card.
 
 All paths below the folder are relative to it, so that it can be moved; `run` works in it.
 """
@@ -52,7 +52,7 @@ LARGE = 40  # GiB: from here on, clips are twice as long
 MAX_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
 OTHER = "a dog runs on a beach"  # a sample that shows whether the LoRA changes other subjects
 OTHER_EDIT = "make it a pencil drawing"
-# a word of captions -> a situation that no such caption has
+# word in captions -> a situation that captions without this word do not describe
 SITUATIONS = {
     "snow": "in falling snow",
     "market": "in a market street at night",
@@ -69,7 +69,7 @@ AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 @dataclass(frozen=True)
 class Choice:
-    """The chosen model and its material."""
+    """The chosen model, the media and all other choices that decide the three files."""
 
     options: NewOptions
     model: ModelSet
@@ -148,7 +148,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Edit:
-    """An edit of the dataset, as a prompt of a sample."""
+    """An image edit from the dataset that serves as a sample prompt."""
 
     instruction: str  # "" if it has no caption
     images: str  # options for the images that it changes
@@ -198,7 +198,7 @@ def _learned(model: ModelSet, media: list[Media]) -> list[Media]:
 
 def _find_middle_by_area(model: ModelSet, media: list[Media]) -> Media | None:
     learned = _learned(model, media)
-    # no other file has the shape of a panorama
+    # the median is taken by area so that the size keeps the shape of an actual file
     typical = [item for item in learned if not is_narrow(item)] or learned
     ranked = sorted(typical, key=lambda item: _area(item.size))
     return ranked[len(ranked) // 2] if ranked else None
@@ -369,7 +369,7 @@ def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]
 
 def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
     """Return whether any file of this kind in a folder has no caption."""
-    # a run without a file that cannot be read asks for its caption too
+    # unreadable files count too: the run requires captions for all files
     if any(path.parent == place for path in choice.content.unreadable):
         return True
     of_kind = [item for item in choice.media if item.path.parent == place and item.kind == kind]
@@ -392,7 +392,7 @@ def describe_samples(choice: Choice) -> str:
         return _describe_edit_samples(choice, edits, released_values)
     captions = [find_text(item.caption) for item in choice.media if item.caption]
     learned = {item.path.parent for item in choice.media}
-    # without the names of regularization folders, which only name the class
+    # exclude names of regularization folders, which contain only the class
     names = [name.words for folder, name in choice.content.names.items() if folder in learned]
     subject = plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:
@@ -658,7 +658,7 @@ def _model_values(choice: Choice) -> dict[str, Any]:
 
 
 def _training_words(choice: Choice) -> list[str]:
-    """Return the options of the model's training command, and those that a card needs."""
+    """Return the options of the model's training command, and those that the graphics card requires."""
     data = choice.model.data
     words = _words_of(choice, "train")
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -690,7 +690,7 @@ def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, A
 
 
 def _read_number(word: str) -> int | float | str:
-    """Return a word converted to a number if it is one, else unchanged."""
+    """Return a word as a number if possible, else unchanged."""
     number = re.fullmatch(r"\d+(\.\d+)?(e-?\d+)?", word)
     if number is None:
         return word
@@ -698,7 +698,7 @@ def _read_number(word: str) -> int | float | str:
 
 
 def _run_values(choice: Choice) -> dict[str, Any]:
-    """Return the training's options for its length, and for what it saves and where."""
+    """Return the training's options for its length, and for what to save where."""
     steps = choice.options.max_train_steps
     times = derive_times(steps, choice.kind.saves_models)
     values: dict[str, Any] = {

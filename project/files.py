@@ -72,7 +72,7 @@ from project.varied_captions import make_captions
 
 UNCHANGED = "Nothing is written: the three files would stay as they are."
 KIND_WORDS = {"video": "clip", "image": "picture", "audio": "sound"}  # kind of a file -> its word in a line
-# kind of a fault
+# kind of error
 DAMAGED = "cannot be read and have no caption, which ends a run: delete each, or move it away"
 
 
@@ -81,7 +81,7 @@ def write_project(options: NewOptions) -> None:
 
     With --dry_run the changes are printed instead of written, with --print_run only the text of run.toml.
 
-    Also writes captions that lists have into caption files, and the first frames of clips for a model that
+    Also writes captions from lists into caption files, and the first frames of clips for a model that
     learns images.
 
     Raises:
@@ -138,7 +138,7 @@ def write_project(options: NewOptions) -> None:
 def _print_report(
     choice: describing.Choice, remarks: list[str], texts: Mapping[Path, str], taken: Sequence[str]
 ) -> None:
-    """Print what was found and chosen, and what follows.
+    """Print what was found and chosen, and the next commands.
 
     Args:
         choice: The chosen model and its material.
@@ -370,7 +370,7 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kin
 
 
 def _write_content(content: FolderContent) -> None:
-    """Write the first frames of clips, and captions that lists have.
+    """Write the first frames of clips, and the captions from lists into caption files.
 
     Existing caption files are not changed.
     """
@@ -560,7 +560,7 @@ def _describe_lengths(choice: describing.Choice) -> list[str]:
 
 
 def _find_bare(choice: describing.Choice) -> list[Path]:
-    """Return the media with no caption, and with no trigger word or folder name to replace it."""
+    """Return the media that have no caption, no trigger word and no folder name as a replacement."""
     if choice.trigger:
         return []
     content = choice.content
@@ -618,7 +618,7 @@ def _describe_tags(choice: describing.Choice) -> list[str]:
     elif "keep_tokens" in keys:
         kept_text = f", but for the first {keys['keep_tokens']} (keep_tokens)"
     wildcard_text = "; one of {a|b} is drawn (enable_wildcard)" if "enable_wildcard" in keys else ""
-    # "" if the model was trained on sentences, but many models derived from it on tags
+    # "" if the model was trained on sentences, but many models derived from it were trained on tags
     knows_tags = bool(choice.model.data["tags"])
     reader = (
         f"{choice.model_name} reads" if knows_tags else f"Models made from {choice.model_name} on tags read"

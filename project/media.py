@@ -1,4 +1,4 @@
-"""Look at a folder: list clips, pictures, sounds and references, and lines about files left out or odd."""
+"""List the clips, images, audio files and references of a folder, and describe skipped or odd files."""
 
 import contextlib
 import hashlib
@@ -44,7 +44,7 @@ OWN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
 CONTROL_FOLDER = "conditioning"
 DRAW_EDGES = ["python", "tools/control_pictures.py", "--canny", "--output"]
 REGULARIZATION = re.compile(r"regs?|regulari[sz]ation([-_ ]?images?)?|class([-_ ]images?)?", re.IGNORECASE)
-# folders of what images are made from, also as control_images
+# names of folders with the sources of edited images; `control_images` and similar forms count too
 REFERENCES = re.compile(
     r"(controls?|before|sources?|references?|refs?|inputs?|originals?|conditions?|conditioning)"
     r"([-_ ]?(images?|pictures?))?",
@@ -79,7 +79,7 @@ class Media:
 
 @dataclass
 class FolderContent:
-    """Content of a folder; `lines` say what is left out, and why."""
+    """Content of a folder; `lines` report which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
     names: dict[Path, FolderName] = field(default_factory=dict)  # what names of folders say to trainers
@@ -128,10 +128,10 @@ def collect_content(
 
     Args:
         folder: The described folder.
-        facts: What its family's record says about the model.
+        facts: Properties of the model, from the record of its family.
         name: Name of the model, for messages.
-        kind: What is trained.
-        control_kind: What could be trained on control images; None if the model has nothing of the kind.
+        kind: Kind of run.
+        control_kind: Kind of run that trains on control images; None if the model has none.
         edits: Name of a model of the family that edits images, if this one does not.
         hearing: Models that can be trained on audio alone.
         silent: Task of the family that is trained on clips without their audio.
@@ -260,7 +260,7 @@ def _describe_unused_sources(
 
 
 def _describe_numbered(media: Sequence[Media]) -> list[str]:
-    """Return a line about images whose names look like references of other images, if there are any."""
+    """Return a line about images named like references of other images; [] if there are none."""
     numbered = _find_numbered(media)
     if not numbered:
         return []
@@ -328,7 +328,7 @@ def _describe_regularising(
 ) -> list[str]:
     """Return a line about a folder of regularization images, and note the folder if it is used.
 
-    `reason` explains why its images are for regularization. `kind` is what is trained.
+    `reason` explains why its images are for regularization. `kind` is the kind of run.
     """
     images = _files_in(place, image_suffixes())
     if not images:
@@ -358,7 +358,7 @@ def _describe_regularising(
 
 
 def _leads_back(link: Path, folder: Path) -> bool:
-    """Return whether a link points to the folder that holds it, or to a parent of that folder."""
+    """Return whether a link points to the folder that contains it, or to a parent of that folder."""
     real_folder = real_path(folder)
     return real_path(link) in (real_folder, *real_folder.parents)
 
@@ -368,7 +368,7 @@ def _has_captioned_media(folder: Path) -> bool:
 
 
 def _name_of(folder: Path) -> FolderName | None:
-    """Parse a folder's name such as `10_ohwx man` into repeats and words; None for a name of another form."""
+    """Parse a folder name such as `10_ohwx man` into repeats and words; None for any other name."""
     name = read_folder_name(real_path(folder).name)
     return name if name is not None and name.repeats < MAX_REPEATS and name.words.strip() else None
 
@@ -419,7 +419,7 @@ def _files_in(folder: Path, suffixes: frozenset[str]) -> list[Path]:
 
 
 def _find_captions(places: Sequence[Path]) -> str:
-    """Return the suffix that most caption files have."""
+    """Return the most frequent suffix of the caption files."""
     suffixes = (CAPTIONS, *OTHER_CAPTIONS)
     counts = Counter[str]()
     for folder in places:
@@ -511,7 +511,7 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
     _add_media(media, content, facts)
     content.lines += _describe_labels(folder, place, labels, content)
     audios = [path for suffix in AUDIO_SUFFIXES for path in other_files.get(suffix, [])]
-    # folders and hidden files with the suffix of media count here, so that their captions have an owner
+    # also folders and hidden files with a media suffix, so that their captions are not reported as unused
     with_captions = [path for path in paths if path.suffix.lower() in suffixes]
     content.lines += _describe_other_files(other_files, [*with_captions, *audios], content)
     return sorted(audios)
@@ -840,7 +840,7 @@ def _list_other_media(folder: Path, source: Path) -> list[Path]:
 
 
 def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) -> None:
-    """Find the control images of each folder of images: the first folder that has any of them."""
+    """For each image folder, use the first control folder that contains any of its control images."""
     for training_folder in places.learned:
         images = [item.path.stem for item in content.media if item.path.parent == training_folder]
         for source in _list_sources(training_folder, folder, places):
@@ -866,7 +866,7 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
 
 
 def _find_references_of(place: Path, sources: Sequence[Path], content: FolderContent) -> None:
-    """Use the first of the folders that has a reference for any image of a folder."""
+    """For a folder of images, use the first of the source folders that has a reference for any of them."""
     media = [item for item in content.media if item.path.parent == place]
     images = [item.path.stem for item in media if item.kind == "image"]
     if not images:
@@ -969,7 +969,7 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
 
 
 def _describe_odd(content: FolderContent, facts: "ModelInfo") -> list[str]:
-    """Return lines about media that are used, but are perhaps unsuitable."""
+    """Return lines about media that are used but may be unsuitable."""
     minimum = facts.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= minimum]
     visible = [item for item in long_enough if item.kind != "audio"]
@@ -1056,8 +1056,8 @@ def _require_media(
 ) -> None:
     """Raise DatasetError if a folder lacks the media that a training needs.
 
-    `name` is the name of the model, and `kind` what is trained. `alone` and `instead` say what else could be
-    done with the folder. With `has_audios`, audio files lie next to the clips; `audio_directory` in
+    `name` is the name of the model, and `kind` the kind of run. `alone` and `instead` suggest other ways to
+    use the folder. With `has_audios`, audio files lie next to the clips; `audio_directory` in
     dataset.toml adds them to the clips.
     """
     remarks = "".join(f"\n  {line}" for line in content.lines)

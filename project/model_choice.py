@@ -1,4 +1,4 @@
-"""Choose the model for a folder: read its name in any spelling, ask on a terminal, get its family's facts."""
+"""Choose the model for a folder: parse its name, ask on a terminal, read the family's properties."""
 
 import argparse
 import contextlib
@@ -61,9 +61,9 @@ class ModelInfo:
     regularises: bool  # it also learns regularization images, of the class
     learns_alpha: bool  # it learns the transparency of images
     learns_layers: bool  # it learns images with their layers
-    # options for the dtype of a network, by the kind of the script that takes them, as `options_record` does
+    # dtype options of networks, by the kind of script (as in `options_record`) that has them
     dtypes: Mapping[str, Sequence[str]]
-    # what to train instead, or with; None: it was not distilled to few steps, or has its training adapter
+    # advice to use another model or an adapter; None if undistilled, or if a training adapter is used
     few_steps: FewSteps | None
     contradiction: str | None  # how the name of its file contradicts the task
     family: Any  # the record, of a run that caches latents
@@ -71,7 +71,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class ModelChoice:
-    """The model to train, as options and answers name it."""
+    """The model to train, as selected by options and answers."""
 
     model: ModelSet
     trigger: str | None

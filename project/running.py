@@ -55,7 +55,7 @@ from training.reports.history import history_path
 from training.saving.files import recover_states, state_pattern
 
 ARCHITECTURE = "modelspec.architecture"  # in metadata of trained files
-# kinds of faults of a check
+# kinds of errors that a check finds
 NO_CAPTIONS = ("have no caption",)
 BAD_CAPTIONS = ("have a caption that cannot be used",)
 UNREADABLE = "cannot be read"  # kind of the faults that do not end a run: the files are left out
@@ -504,7 +504,7 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
 
     def check(family: Any, config: DatasetConfig, options: CachingOptions, *_: object) -> None:
         """Print what the check of the media finds, in place of caching, and collect the errors."""
-        # imported here, because they load torch, which most commands of a project do without
+        # imported here because they load torch, which most project commands do not need
         from data_tools.report.check import TOKENS_ELSEWHERE, check_caching, print_check
         from dataset.caching.prefetch import workers_of
 
@@ -560,7 +560,7 @@ def _require_script(words: Sequence[str]) -> Path:
     """Return the script of a command.
 
     Raises:
-        OptionError: If a run does not need this script: run.toml may come from somebody else.
+        OptionError: If no run uses this script: run.toml may come from somebody else.
     """
     script = find_own_script(words)
     if script is None or script not in _scripts_of_runs():

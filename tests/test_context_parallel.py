@@ -45,7 +45,7 @@ KINDS = {
 }
 STEPS = ("--optimizer_type", "SGD", "--learning_rate", "1", "--max_train_steps", "4")
 JOINT = "hunyuan_video"
-ZERO = re.compile("lora_up|hada_w2_a")  # of tensors that are 0 untrained
+ZERO = re.compile("lora_up|lora_B|hada_w2_a")  # of tensors that are 0 untrained
 
 
 class Wide(Shared):
