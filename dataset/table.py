@@ -260,7 +260,8 @@ class DatasetTable:
     conditioning_directory: Path | None = None
     validation_split: float | None = None  # fraction not trained on; None: the option's value
     validation_seed: int | None = None  # selects these items; None: the option's value
-    attributes: frozenset[str] = frozenset()  # names of custom_attributes that are true; training targets read them
+    # names of custom_attributes that are true; training targets read them
+    attributes: frozenset[str] = frozenset()
     # --- derived in __post_init__
     # where the table is in the dataset file, for messages
     place: str = field(init=False, repr=False, compare=False)
