@@ -312,8 +312,8 @@ PARTS = (
     say("training"),
 )
 COUNT = "%(n)s"
-OF_FILES = ("file_kind", "wanted", "what", "other", "of_file", "families")  # of what a file is
-OF_CATALOGUE = ("about", "terms")  # placeholders of whole texts of the catalogue, which pages translate too
+OF_FILES = ("file_kind", "wanted", "what", "other", "of_file", "families")  # placeholders for kinds of files
+OF_CATALOGUE = ("about", "terms")  # placeholders for texts from the catalogue
 # titles of the commands suggested after a run, and the sentences below them
 COMMANDS = (
     say("Generate with it"),
@@ -429,7 +429,7 @@ def _find_part(name: str, value: str) -> str:
     """Return the value of a placeholder, as a text that pages translate if its form is known."""
     if name in OF_CATALOGUE:
         return Words(value, value, {})
-    if name == "kinds":  # of files that are not read
+    if name == "kinds":  # suffixes of files that are not read
         return join("; ", [_find(part, (UNREAD_FILES,)) or part for part in value.split("; ")])
     parts = (*REASONS, *PARTS_OF_CHECKS, *PARTS)
     return _find(value, (*FILE_KINDS, *parts) if name in OF_FILES else parts) or value

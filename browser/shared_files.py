@@ -31,7 +31,7 @@ KEPT = re.compile(
 )
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME"}
-PNG_BLANK = b"rsMd"  # a chunk that programs skip
+PNG_BLANK = b"rsMd"  # chunk type that programs ignore
 MP4_OUTER = {b"moov", b"trak", b"mdia", b"minf", b"moof", b"traf"}  # boxes with boxes in them
 MP4_TEXTS = {b"udta", b"meta", b"uuid"}
 WAV_TEXTS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"axml"}

@@ -63,8 +63,8 @@ class StreamInputs:
     freq_dim: int  # width of the timesteps' sinusoids
     given_frames: int  # latent frames in front that are clean
     references: LtxReferences
-    times: "TokenTimes | None" = None  # of single tokens; None: only those in front have a time of their own
-    keyframes: Sequence[int] = ()  # where the images in the last latent frames stand
+    times: "TokenTimes | None" = None  # times per token; None: only the tokens in front have their own time
+    keyframes: Sequence[int] = ()  # frame index of each image in the last latent frames
 
     @cached_property
     def waves(self) -> Tensor:
@@ -136,8 +136,8 @@ class LtxModel(nn.Module):
     """
 
     spec = DIT
-    # files of LoRAs that only some stages of a clip have, and the options that name them; set by the family,
-    # for `networks.added.add_stage_loras`
+    # LoRA files that only one stage uses, and the options that name them; the family sets them for
+    # `networks.added.add_stage_loras`
     stage_files: Sequence[tuple[Path, str]] = ()
 
     def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
@@ -150,7 +150,7 @@ class LtxModel(nn.Module):
         if config.marks_first and config.shows:
             self.keyframes_abs_pos_embedding = nn.Parameter(torch.zeros(1, config.dim))
         self.transformer_blocks = nn.ModuleList(LtxBlock(config) for _ in range(config.num_layers))
-        # each of the tables of a pass: positions of either stream, for itself and for the other
+        # rotary tables of a pass: positions of each stream, for itself and for attention to the other stream
         make = partial(make_tables, config)
         self._rotary = {
             (names, by_time): GridTable[tuple[Places, ...]](make)
@@ -210,12 +210,12 @@ class LtxModel(nn.Module):
             timesteps: B, 0..1000; 0 for a video that is given.
             text: States for the video's stream, B T text_dim, all of which are seen.
             fps: Frame rate of the video.
-            audio: Latents of the audio, B Z M K with K bins each; None for video alone: then no weight of the
-                audio stream is used.
+            audio: Latents of the audio, B Z M K with K bins each; None for video alone, which uses no weight
+                of the audio stream.
             audio_timesteps: B, 0 for audio that is given; None: those of the video.
             audio_text: States for the audio stream, B T text_dim.
-            has_sound: B, whether a sample has audio; without, its audio has no influence on its video. None:
-                all have it.
+            has_sound: B, whether each sample has audio; other samples' audio does not influence their video.
+                None: all samples have audio.
             overrides: Changes to this call; their second text has arguments named text and audio_text. Their
                 given frames have the time 0, and their velocity is 0.
             references: If they are noisy, the video's velocity is B Z N of their tokens, then its own.
@@ -464,7 +464,7 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
         assert stream.fractions is not None
         token_fractions = stream.fractions[stream.split]  # B L
         out = out * token_fractions.unsqueeze(2)
-    elif stream.split:  # so many tokens in front are given
+    elif stream.split:  # the number of given tokens, which come first
         num_given = stream.split
         out = torch.cat([torch.zeros_like(out[:, :num_given]), out[:, num_given:]], dim=1)
     if names is SOUND:

@@ -1,4 +1,4 @@
-"""References of LTX-2 (IC-LoRA): what is read of them, and the factors that a LoRA has learned.
+"""References of LTX-2 (IC-LoRA): read and encode them, and find the factors that a LoRA has learned.
 
 Their tokens are clean, and have time 0 and positions of their own, starting at 0: pixels times the size
 factor, and seconds times the time factor S, minus (S - 1) frames. Source: the released code of LTX-2.
@@ -40,7 +40,7 @@ from protocols.rules import ReferenceRules
 from protocols.steps import Section
 
 logger = logging.getLogger(__name__)
-STRENGTHS = "reference_strengths"  # condition: by which tokens of references and the video see each other
+STRENGTHS = "reference_strengths"  # condition: strength of the attention between references and video
 # option of generation -> names of the factor in the metadata of LoRAs
 FACTOR_NAMES = {
     "reference_downscale": SIZE_FACTOR,
@@ -125,7 +125,7 @@ class DenoisedReferences:
 
     clean: Tensor
     noisy: Tensor
-    strength: float  # how much of themselves they begin with; the rest is noise
+    strength: float  # fraction of the clean reference at the start; the rest is noise
 
     def noisy_like(self, references: Sequence[Tensor]) -> list[Tensor]:
         """Return the noisy tokens as latents of the shapes of `references`, B C f h w each."""
@@ -233,7 +233,7 @@ def velocity_of_references(
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
     """Read a clip, folder of images or image, 1 3 f h w, -1..1, cropped to the target's reduced size.
 
-    `size` is the target's width, height and frames. Of a shorter clip all frames are used.
+    `size` is the target's width, height and frames. A shorter clip is used completely.
     """
     width, height, length = size
     reduced = (width // rules.size_factor, height // rules.size_factor)

@@ -24,7 +24,7 @@ KIND = "folders"
 class KnownFolder:
     """What is remembered about a folder."""
 
-    models: Path | None = None  # that its download fills, if `new` has described it; None: it was only read
+    models: Path | None = None  # download folder in its description; None if only read
 
 
 def remember_folder(folder: Path, models: Path | None = None) -> None:

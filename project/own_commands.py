@@ -14,7 +14,7 @@ from project.own_samples import OWN_FOLDER, OWN_PROMPTS
 
 # of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
 USUAL_STEPS = 4000
-OF_ONE = {"--prompt", "--seed", "--save_path"}  # what a command says of a single result
+OF_ONE = {"--prompt", "--seed", "--save_path"}  # options for a single result
 
 
 def lacks_media(folder: Path) -> bool:

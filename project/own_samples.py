@@ -9,7 +9,7 @@ from project.media import FolderContent, Media
 
 OWN, REAL, MIXED = "own", "real", "mixed"  # values of --make_adapter
 OWN_FOLDER, OWN_PROMPTS = "own", "own_prompts.txt"
-PROMPT = "bt_prompt"  # in what a generation writes into its results
+PROMPT = "bt_prompt"  # metadata key of generated files
 
 
 def take_prompts(content: FolderContent) -> None:

@@ -1,4 +1,4 @@
-"""Pictures that are asked for: lines with their variants chosen, seeds drawn and numbers settled."""
+"""Turn prompt lines into requested images: choose variants, draw seeds, resolve settings."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -185,10 +185,10 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     if line.is_plain:
         return
     split_seeds(line.text)  # raises if a seed is not a number
-    any_variant = expand(line.text, Random(0))[0]  # its options are checked for all variants
+    any_variant = expand(line.text, Random(0))[0]  # all variants have the same options
     values = read_line(any_variant, line.label)
     num_parts = len(split_parts(values["prompt"]))
-    has_variants = "{" in line.text  # which may have other numbers of parts
+    has_variants = "{" in line.text  # other variants may have other numbers of parts
     if options.prompts.mask_path is not None and not has_variants:
         if options.prompts.image_path is None:  # nothing to repaint: the mask can only mark regions
             _check_parts(num_parts)

@@ -32,7 +32,7 @@ from stable_diffusion.sampling_options import read_unsharp
 SEEDS = "seeds"
 MULTIPLIERS = "network_mul"
 SEED_BITS = 64
-# bytes of a name, which "_0_1234.png" and, while it is written, the mark of a temporary file come after
+# most bytes of a name: "_0_1234.png" and the suffix of a temporary file are appended to it
 LONGEST_NAME = MAX_OF_NAME - 35
 
 
@@ -165,10 +165,10 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
 # {2$$a|b|c}          two of them, joined by ", ", in the order in which they are written
 # {1-2$$a|b|c}        one or two of them; {-2$$...} none to two, {2-$$...} two to all
 # {2$$ and $$a|b|c}   joined by " and "
-# {e$$a|b}            each of them in an image of its own; {e$$2$$a|b|c} each pair
-# \{ and \}           braces that stay
+# {e$$a|b}            one image for each choice; {e$$2$$a|b|c}: one for each pair
+# \{ and \}           literal braces
 #
-# Groups may hold groups: the innermost are replaced first.
+# Groups may be nested: the innermost are replaced first.
 JOINER = ", "
 _GROUP = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)\}", re.DOTALL)
 _COUNTS = re.compile(r"(?:(\d{1,9})|(\d{0,9})-(\d{0,9}))\$\$(?:((?:(?!\$\$)[^|])*)\$\$)?")
@@ -313,7 +313,7 @@ def _in_turn(paths: Sequence[Path], number: int) -> Path | None:
 
 @dataclass(frozen=True)
 class Line:
-    """A prompt as it was typed, with options in it."""
+    """A prompt line as the user wrote it, including its options."""
 
     label: str  # in messages: "line 3"
     text: str
@@ -377,7 +377,7 @@ def import_prompter(name: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # it runs any code of its own
+        except Exception as error:  # the module may run arbitrary code
             why = f"{type(error).__name__}: {error}. Correct it, or use --from_file"
             raise OptionError(f"--from_module {name} cannot be imported: {why}") from error
     else:
@@ -423,7 +423,7 @@ def module_lines(
 
     try:
         prompter = module.get_prompter(args, pipe, networks)
-    except Exception as error:  # it runs any code of its own
+    except Exception as error:  # the module may run arbitrary code
         raise failed("get_prompter", error) from error
     if not callable(prompter):
         raise UserError(f"{name}: get_prompter returned no function. Correct the module")
@@ -433,7 +433,7 @@ def module_lines(
         for index in count():
             try:
                 prompts = prompter(args, pipe, random, round_seed, index, count_images())
-            except Exception as error:  # the module runs any code of its own
+            except Exception as error:  # the module may run arbitrary code
                 raise failed("the prompter", error) from error
             if prompts is None:
                 return

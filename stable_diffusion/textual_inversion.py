@@ -2,7 +2,7 @@
 
 The name of a file, without its ending, is the word for all of its vectors; with 1, 2, ... appended, it is the
 word for one of the vectors after the first. Words are found in any case, but not inside of other words.
-LoRA files may bring words along, which act as those of files do, at any strength of the LoRA.
+LoRA files may contain words too, which act like other words at any strength of the LoRA.
 Extended textual inversion (--XTI_embeddings) has another vector for each cross-attention of the U-Net.
 Sources: Gal et al. 2022, arXiv 2208.01618; Voynov et al. 2023, arXiv 2303.09522 (P+).
 """
@@ -134,7 +134,7 @@ def add_words(
         return tuple(towers)
     check_words(words, [tower.network.embeddings.token_embedding.embedding_dim for tower in towers], kind)
     for word in words:
-        # other programs let a LoRA's own words take the place of known ones
+        # words in LoRA files may replace known tokens, as in other programs
         if not word.is_bundled and any(len(tower.tokenize(word.word)) == 1 for tower in towers):
             raise CheckpointError(
                 f"{word.option} {word.path}: {word.word} is a word that the text encoder knows already. "
@@ -142,7 +142,7 @@ def add_words(
                 word.path,
             )
     for word in words:
-        if not word.is_bundled:  # `read_bundled` tells the others
+        if not word.is_bundled:  # `read_bundled` has logged the others
             logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
     return tuple(_learn(tower, words, index) for index, tower in enumerate(towers))
 
@@ -196,7 +196,7 @@ def with_words(
     tokenize: Callable[[str], list[int]], words: Mapping[str, Sequence[int]]
 ) -> Callable[[str], list[int]]:
     """Return a tokenizer that maps `words` to their ids and leaves the text between them to `tokenize`."""
-    names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
+    names = sorted(words, key=len, reverse=True)  # longest first: one word may be a prefix of another
     ids = [list(words[name]) for name in names]
     pattern = compile_words(names)
 

@@ -1,4 +1,4 @@
-"""How long a run is: steps of a project, its epochs as steps, and what is done after so many of them."""
+"""Determine the length of a run in steps, from a project's steps or epochs, and its intervals."""
 
 import dataclasses
 import math
@@ -126,7 +126,7 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
         elif training.get(name):
             project.leave_value(said.key, said.number, f"{project.said[name]} says it")
         else:
-            if name in training:  # 0, never by steps, gives way to the interval in epochs
+            if name in training:  # 0 steps means never: use the interval in epochs
                 project.drop(name, "")
             training[name] = min(said.number * epoch.steps, contract.MAX_STEPS)
             project.note_change(said.key, said.number, f"{name} = {training[name]}")
@@ -157,7 +157,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
                 f"{share * 100:g}",
                 f"percent of the steps, so lr_warmup_steps = {training['lr_warmup_steps']}",
             )
-        else:  # `new` gives whole models a warm-up, which is none of the project
+        else:  # remove the warm-up that `new` sets for full training
             training["lr_warmup_steps"] = 0
             project.taken.append(key)
     scheduler = training.get("lr_scheduler", "constant")

@@ -11,7 +11,7 @@ from project.foreign import contract
 from project.foreign.contract import KeyRule, NotSaid, Program, is_off
 from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, show, without_numbers
 
-_DRAWN = -1  # files of an epoch that are still to be counted: num_repeats of the dataset says how many
+_DRAWN = -1  # placeholder: num_repeats holds the number of files per epoch
 
 
 @dataclass(frozen=True)
@@ -19,9 +19,9 @@ class FileValue:
     """A value of a file."""
 
     rule: KeyRule
-    key: str  # as it is told
+    key: str  # key as shown in messages
     value: Any
-    place: ForeignDataset | None  # the dataset of a list in whose table it stands
+    place: ForeignDataset | None  # dataset whose table contains the key
 
 
 def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
@@ -165,7 +165,7 @@ def _set(
     """
     name = said.rule.name
     first = keys.setdefault(name, said.key)
-    if first in project.assumed and said.key not in project.assumed:  # what is said counts more
+    if first in project.assumed and said.key not in project.assumed:  # explicit values override assumed ones
         target.pop(name, None)
         keys[name] = said.key
     if target.setdefault(name, value) != value:

@@ -69,9 +69,8 @@ class BatchSources:
     media: EncodesImages | None = None  # None: all latents are cached
     # whether batches must be made in the training process, because workers have no encoder or memory caches
     stays: bool = False
-    empty_text: Mapping[str, Tensor] = field(
-        default_factory=dict
-    )  # empty prompt for one sample; empty if cached
+    # the empty prompt for one sample; empty if it comes from caches
+    empty_text: Mapping[str, Tensor] = field(default_factory=dict)
 
     def read(
         self,
