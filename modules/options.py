@@ -44,25 +44,25 @@ NO_PIXELS = {"record": "nothing"}  # not recorded: it changes no pixel
 IN_IMAGE_FILES = {"image_files": True}  # image trainers' files record it even if it is not given
 OF_BLOCKS = {"of_blocks": True}  # it acts between transformer blocks
 OF_SAMPLES = {"acts_on": "samples"}  # in a training, it affects only the samples
-OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference images
-OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
+OF_REFERENCES = {"of_references": True}  # in a generation, it affects only reference images
+OF_TYPING = {"typing": True}  # not an option's value: it is ignored when records are compared
 # Effects of a value outside of the program; for most paths, `place` states them (`find_reach`).
 # docs/new_and_run.md lists which of them somebody else's folder may use.
-WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
-APPENDS = {"reach": "appends"}  # a file grows at its end; if a file of options asks for it, only a log may
+WRITES = {"reach": "writes"}  # it writes files; `run` allows that only in its folders
+APPENDS = {"reach": "appends"}  # it appends to a file; an options file may do so only for logs
 # data leaves this machine; `run` allows it only on the command line. Fact `stays`: values that send nothing;
 # fact `intention`: the effect of all other values
 SENDS = {"reach": "sends"}
-OF_RUN = {"of_run": True}  # an option of a training that `run` has too, and hands to it
+OF_RUN = {"of_run": True}  # a training option that `run` has too, and passes on
 # a settings file of another library, which may send data; `run` allows it only on the command line
 CONFIGURES = {"reach": "configures"}
 # a program at an address that can make this one run its code; allowed only on the command line
 CONNECTS = {"reach": "connects"}
-STARTS = {"reach": "starts"}  # a program is started; only from a typed command line, never from a file
+STARTS = {"reach": "starts"}  # it starts a program; allowed only on the command line
 IMPORTS_CLASS = {"reach": "imports class"}  # it names `package.module.Class`, whose module is imported
 IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is imported
 IMPORTS = ("imports class", "imports module")
-MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something is written there
+MADE_PLACES = ("new file", "new folder", "safetensors")  # values of `place` for paths that are written
 
 
 def of_request(name: str) -> dict[str, str]:
@@ -73,7 +73,7 @@ def of_request(name: str) -> dict[str, str]:
     return {**OF_REQUEST, "extra": name}
 
 
-TYPED = "typed_options"  # of parsed arguments: which of them are typed, with their usual values too
+TYPED = "typed_options"  # parsed attribute: names of typed arguments, even with default values
 
 _UNSET: Any = object()
 # field of a record -> type
@@ -196,10 +196,10 @@ class Rejection(NamedTuple):
     """An option of other programs that the parser knows and no record holds."""
 
     help: str
-    reason: str  # why it is refused; empty: it is accepted
-    instead: str  # what happens without it; a line says so if it is given
-    values: tuple[Any, ...]  # besides the default, those that change nothing and are accepted in silence
-    settings: Mapping[str, Any]  # of `add_argument`
+    reason: str  # why it is rejected; "" if it is accepted
+    instead: str  # why it is not needed, for the log line if it is given
+    values: tuple[Any, ...]  # values that change nothing and are accepted silently, like the default
+    settings: Mapping[str, Any]  # arguments of `add_argument`
 
 
 def find_rejection(action: argparse.Action) -> Rejection | None:
@@ -225,8 +225,8 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
 class KeyFile(NamedTuple):
     """A kind of settings file, for the message about one of its keys that is typed as an option."""
 
-    read_keys: Callable[[], Collection[str]]  # a function: only mistakes need what it imports
-    hint: str  # what to write, with {key}
+    read_keys: Callable[[], Collection[str]]  # a function, because only error messages need its imports
+    hint: str  # advice with the placeholder {key}
 
 
 R = TypeVar("R", bound="Options")
@@ -258,7 +258,7 @@ class Options:
 
     def __init_subclass__(cls, title: str = "", dashed: bool = False, must_give: bool = False) -> None:
         cls.heading, cls.dashed = title, dashed
-        cls.must_give = must_give or cls.must_give  # of the records that it extends, too
+        cls.must_give = must_give or cls.must_give  # inherited from base records
         # dataclass generates no methods, because compiling them takes longer than the rest of --help
         dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
         fields = dataclasses.fields(cls)
@@ -286,7 +286,7 @@ class Options:
             object.__setattr__(self, field.name, value)
         for field in self.limited_fields:
             _check_info(self, field)
-        if is_started_by_file():  # what the user has typed may reach everything
+        if is_started_by_file():  # options typed by the user may do everything
             for field in fields:
                 _check_reach(self, field)
         # last, because errors that need no file are reported first
@@ -370,7 +370,7 @@ def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
     """Return whether a field of a record differs from its default value."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
-    except TypeError:  # it has none
+    except TypeError:  # the field has no default
         return True
 
 
@@ -514,13 +514,13 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
         if not hasattr(args, argument):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
         value = getattr(args, argument)
-        if value is None or isinstance(value, bool):  # most of them, as few options are given
+        if value is None or isinstance(value, bool):  # the usual case, because few options are given
             values[field.name] = value
             continue
         check_characters(option, value)
         is_positional = declared is not None and declared.positional
         values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
-    options = cls(**values)  # first, as a record's own checks say more
+    options = cls(**values)  # first, because a record's own checks explain more
     typed: Collection[str] = getattr(args, TYPED, ())
     for option, field in cls.fields_by_name.items():
         is_typed = field.name not in records and option.replace("-", "_") in typed
