@@ -137,7 +137,7 @@ class LtxModel(nn.Module):
 
     spec = DIT
     # LoRA files that only one stage uses, and the options that name them; the family sets them for
-    # `networks.added.add_stage_loras`
+    # `networks.gated_loras.add_stage_loras`
     stage_files: Sequence[tuple[Path, str]] = ()
 
     def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
