@@ -538,7 +538,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 def _describe_low_scale(scale: float, off: float) -> str:
     """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
-    weight = scale + 1 - off  # in the usual formula: 1 turns guidance off, 0 is the negative prompt alone
+    weight = scale + 1 - off  # in the standard formula: 1 turns guidance off, 0 uses only the negative prompt
     effect = "leaves the prompt out"
     if weight > 0:
         effect = "weakens the prompt"

@@ -1,4 +1,4 @@
-"""Follow boxes from picture to picture, and estimate where they are in pictures without a detection.
+"""Track boxes from image to image, and estimate their positions in images without a detection.
 
 Estimates err on the side of covering too much: a face that the detector misses in a few frames must stay
 hidden.
