@@ -67,7 +67,7 @@ CLEAN, DOUBLED = "latents_clean", "latents_clean_2x"
 FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
 DEFAULT_SECONDS = 5.0
 WINDOW = 9  # latent frames of a section, as the model was trained
-LARGEST_WINDOW = 1000  # over two minutes in one section: more is a slip of the finger
+LARGEST_WINDOW = 1000  # over two minutes in one section; a larger number is a typing mistake
 ROPE_FACTOR = 0.5  # default of --rope_scaling_factor
 
 
@@ -118,7 +118,7 @@ class FramePackTrainingOptions(Options, title="FramePack"):
     # for samples only: trainings take these from the caches
     latent_window_size: int = option(f"latent frames of a section; default {WINDOW}", facts=FREE, **_WINDOW)
     bulk_decode: bool = option(_BULK, facts=FREE)
-    # these two: of samples, and of what files say they were trained for
+    # f1 and one_frame apply to samples, and are recorded in the metadata of saved files
     f1: bool = option("generate samples as FramePack-F1 does, in playing order", facts=HABIT, flags=F1)
     one_frame: bool = option(
         "generate single images as samples (--of and --ci in a prompt line)", facts=HABIT

@@ -23,9 +23,9 @@ from modules.media.pixels import cross_fade
 
 LATENT_STRIDE = 4  # frames in a latent frame; the first one holds a single frame
 FRAMES_2X = 2  # latent frames of the past seen at half resolution
-FRAMES_4X = 16  # and at quarter resolution
-FURTHEST = 999  # sections between the start image and another; usually 3 at most
-HISTORY = 1 + FRAMES_2X + FRAMES_4X  # all latent frames of the past that a section sees
+FRAMES_4X = 16  # latent frames of the past seen at quarter resolution
+FURTHEST = 999  # maximum number of sections between the start image and a section; usually at most 3
+HISTORY = 1 + FRAMES_2X + FRAMES_4X  # number of past latent frames that a section sees
 
 # as released: the line through (256 tokens, 0.5) and (4096 tokens, 1.15), and its upper end
 _SHIFT_LINE = ((256, 0.5), (4096, 1.15))
@@ -63,7 +63,7 @@ class SectionPlan:
     indices: Indices
 
 
-# How many, how long
+# Number and length of sections
 
 
 def count_sections(seconds: float, window: int, sections: int | None = None) -> int:
@@ -199,7 +199,7 @@ class CleanLatents:
     """
 
     clean: Tensor  # F 2
-    clean_2x: Tensor  # at full size like the next one: the network reduces them
+    clean_2x: Tensor  # at full size, like `clean_4x`: the network reduces both
     clean_4x: Tensor
 
     def by_name(self) -> dict[str, Tensor]:
@@ -220,7 +220,7 @@ class Order:
     inputs.
     """
 
-    in_front: bool  # each section is played before those made earlier
+    in_front: bool  # whether each section is played before the sections generated earlier
 
     def plan(self, sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
         """Return the sections in the order of generation. F1 ignores `paddings`, --latent_paddings."""

@@ -36,7 +36,7 @@ class ConsoleOptions(Options, title="log lines"):
         try:
             if self.console_log_file is not None:
                 if self.console_log_file.is_fifo():
-                    require_regular_file(self.console_log_file)  # to open it waits for who reads it
+                    require_regular_file(self.console_log_file)  # opening a pipe would wait for its reader
                 handler = _LogFile(self.console_log_file, encoding="utf-8")
         except OSError as error:
             raise OptionError(f"--console_log_file {self.console_log_file}: {error.strerror}") from None

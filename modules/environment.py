@@ -41,9 +41,9 @@ NO_ANSWER = re.compile(
 class Build:
     """A build of torch for one kind of card."""
 
-    name: str  # of its extra in pyproject.toml
-    torch: str  # the requirement
-    index: str | None  # address of the index that has it; None: the usual one
+    name: str  # name of its extra in pyproject.toml
+    torch: str  # requirement of torch
+    index: str | None  # address of its package index; None for the default
 
 
 def read_builds() -> dict[str, Build]:
@@ -124,7 +124,7 @@ def create_environment(folder: Path, may_inherit: bool = True) -> None:
     Raises:
         UserError: If the environment cannot be created.
     """
-    shutil.rmtree(folder, ignore_errors=True)  # the incomplete one of an interrupted run
+    shutil.rmtree(folder, ignore_errors=True)  # incomplete, from an interrupted run
     try:
         folder.mkdir(parents=True)
         # links, as in `python -m venv`: some builds of Python do not run as a copy

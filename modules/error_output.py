@@ -4,7 +4,7 @@ import re
 
 from modules.command import LISTS_OPTIONS
 
-MAX_SAID = 2000  # characters of a message
+MAX_SAID = 2000  # maximum characters of a message
 # begin of the line that says why a program of ours has ended: a kind of error, or its name in a checkout
 # (x.py) or the package (a_name, reelsmith x y)
 ERROR_LINE = re.compile(

@@ -18,7 +18,7 @@ FEATURES, NETWORKS, OPTIMIZERS, FAMILIES, PAGES = GROUPS = (
     "reelsmith.features",  # a `Feature` of training/features/contract.py
     "reelsmith.networks",  # a `NetworkKind` of networks/kinds/contract.py
     "reelsmith.optimizers",  # a subclass of torch.optim.Optimizer; its name is that of --optimizer_type
-    "reelsmith.families",  # a package with names.py, options.py, files.py and family.py, as wan/ has them
+    "reelsmith.families",  # a package with names.py, options.py, files.py and family.py, like wan/
     "reelsmith.pages",  # a function that returns the routes of pages in the browser for its `Site`
 )
 
@@ -68,7 +68,7 @@ def _load(entry: EntryPoint) -> Any:
     try:
         found = importlib.import_module(entry.module)
         return getattr(found, entry.attr) if entry.attr else found
-    except Exception as error:  # code of another author may raise anything
+    except Exception as error:  # third-party code may raise anything
         raise InstallationError(
             f"extension {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}. "
             f"Leave it out of {EXTENSIONS}, or install a version for this Reelsmith"

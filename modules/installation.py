@@ -22,10 +22,10 @@ from modules.text_files import real_path
 ROOT = Path(__file__).resolve().parent.parent
 # "" in a checkout, "reelsmith." in the package
 PREFIX = __name__.rpartition("modules.")[0]
-FRONT_SCRIPT = "reelsmith.py"  # of a checkout; the package has the command `reelsmith` in its place
-SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks", "finetune")  # the rooms that have scripts too
-LONGEST_NAME = 100  # characters of a script; file systems refuse to look for far longer names
-MAX_BEFORE = 16  # arguments of a command before the script: options of the launcher
+FRONT_SCRIPT = "reelsmith.py"  # in a checkout; an installed package has the command `reelsmith` instead
+SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks", "finetune")  # folders that contain scripts too
+LONGEST_NAME = 100  # maximum characters of a script's name, because file systems reject longer ones
+MAX_BEFORE = 16  # maximum number of launcher arguments before the script
 # name of our package for pip, and that of another program on the package index
 DISTRIBUTION = "reelsmith-trainer"
 NAMESAKE = "reelsmith"
@@ -45,8 +45,8 @@ PROGRESS = "REELSMITH_PROGRESS"
 TELLS_KINDS = "REELSMITH_TELLS_KINDS"
 # variable that names the extensions of the user's choice (modules/extensions.py)
 EXTENSIONS = "REELSMITH_EXTENSIONS"
-RUN_CHECKS = "checks"  # its value for a training that only checks its options and files
-SOURCES_LEFT_OUT = 4  # exit code of caching, for that program alone: all is cached but sources with faults
+RUN_CHECKS = "checks"  # value for a training that only checks its options and files
+SOURCES_LEFT_OUT = 4  # exit code of caching for `run`: all files are cached except faulty ones
 # distribution -> what it is imported as, if that is another name
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
 # module that an option may name -> its distribution on PyPI, looked up there: any other name may be free for
@@ -166,7 +166,7 @@ def find_front_words() -> list[str]:
     """Return `reelsmith.py` and its words, such as `train wan`, if the user started this script with them."""
     if not any(Path(word).name == FRONT_SCRIPT for word in sys.orig_argv):
         return []
-    index = len(sys.orig_argv) - len(sys.argv)  # of the first word behind reelsmith.py, if it was one
+    index = len(sys.orig_argv) - len(sys.argv)  # index of the word after reelsmith.py, if that was started
     words = name_words(Path(sys.argv[0]).stem).split()
     index -= len(words)
     is_front = index > 0 and Path(sys.orig_argv[index]).name == FRONT_SCRIPT
@@ -346,7 +346,7 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
         if reason is not None:
             why += f". {reason}"
         raise OptionError(f"{option} {name} cannot be imported: {why}.{remedy}") from error
-    except Exception as error:  # the module may run any code of its own
+    except Exception as error:  # the module may run any code
         raise OptionError(f"{option} {name} cannot be imported: {type(error).__name__}: {error}") from error
 
 

@@ -203,7 +203,7 @@ def guess_option(flags: Flags, name: str) -> str:
     An option of another program is never taken for a mistyped one: a name that only looks alike would
     mislead.
     """
-    is_ours = f"--{name}" in flags  # with a single dash
+    is_ours = f"--{name}" in flags  # typed with a single dash
     if not is_ours and name.replace("-", "_") in list_option_names():
         return " It belongs to other scripts, and nothing here corresponds to it. Leave it out."
     near = did_you_mean(name, [flag[2:] for flag in flags if flag[:2] == "--"], _TYPING_MISTAKE)

@@ -10,7 +10,7 @@ from pathlib import Path
 # Compatibility, "Minor Version Compatibility", table 1
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 QUERY = "--query-gpu=name,driver_version,compute_cap"
-PATIENCE = 30.0  # seconds; the first question after a start may wake the cards
+PATIENCE = 30.0  # seconds; the first query after a boot may initialize the cards
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class NvidiaCard:
     """A graphics card of NVIDIA, as its driver describes it."""
 
     name: str
-    driver: str  # its version: 580.65.06
-    capability: tuple[int, int]  # of its units, such as (8, 9); (0, 0): the driver does not say
+    driver: str  # version of the driver: 580.65.06
+    capability: tuple[int, int]  # compute capability, such as (8, 9); (0, 0) if unknown
 
     @property
     def series(self) -> int:
@@ -30,7 +30,7 @@ class NvidiaCard:
 def find_nvidia_cards() -> list[NvidiaCard]:
     """Return the cards that the driver lists; none without a driver that answers."""
     program = shutil.which("nvidia-smi")
-    if program is None and os.name == "nt":  # older drivers put it where no command is looked for
+    if program is None and os.name == "nt":  # older drivers install it outside of PATH
         folder = Path(os.environ.get("PROGRAMFILES", r"C:\Program Files"))
         program = shutil.which("nvidia-smi", path=str(folder / "NVIDIA Corporation" / "NVSMI"))
     if program is None:

@@ -20,7 +20,7 @@ ListGiven = Callable[[Collection[str]], list[str]]
 
 
 class _Limit(NamedTuple):
-    words: str  # in front of the number in a message
+    words: str  # text before the limit in a message
     holds: Callable[[Any, Any], bool]  # whether a number is within the limit
 
 
@@ -91,7 +91,7 @@ def check_paths(flag: str, value: Any, facts: Info, value_of: Callable[[str], An
     for path in list_paths(value):
         for name in facts.get("must_not_replace", ()):
             reject_replacing(flag, path, list_paths(value_of(name)))
-        check_path(flag, path, facts["place"], facts.get("hint", ""))  # warns of a file that is replaced
+        check_path(flag, path, facts["place"], facts.get("hint", ""))  # also warns if a file will be replaced
 
 
 def list_paths(value: Any) -> list[Path]:

@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-TABLES = Path(__file__).with_name("option_tables.txt")  # a line each: kind, name, tab, JSON
+TABLES = Path(__file__).with_name("option_tables.txt")  # one entry per line: kind, name, tab, JSON
 
 
 @cache

@@ -14,7 +14,7 @@ from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
-MAX_OF_OUTPUT_NAME = 160  # bytes; what is put behind it has up to 90, and a name may have 255
+MAX_OF_OUTPUT_NAME = 160  # bytes; suffixes add up to 90, and file systems allow 255
 WINDOWS_DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL
 )
@@ -117,7 +117,7 @@ def has_terminal() -> bool:
 
 def ask_on_terminal(question: str) -> str:
     """Write a question to standard error and return the line that is typed."""
-    sys.stderr.write(question)  # standard output is for results
+    sys.stderr.write(question)  # not standard output, which is for results
     sys.stderr.flush()
     return sys.stdin.readline()
 

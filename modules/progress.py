@@ -24,7 +24,7 @@ class NotedProgress(NamedTuple):
     """Progress of a loop."""
 
     done: float
-    total: float | None  # None: it is not known
+    total: float | None  # None if unknown
     unit: str  # "B" for bytes, else the name of an item
 
 
@@ -42,7 +42,7 @@ class ProgressFile:
         if self.path is None or (now - self._written < EVERY_SECONDS and done != total):
             return
         self._written = now
-        with contextlib.suppress(OSError, OutputError):  # a page that shows less ends nothing
+        with contextlib.suppress(OSError, OutputError):  # a missing progress display must not end the work
             write_text(self.path, json.dumps([done, total, unit]))
 
 

@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 
 from modules.limits import MAX_DEPTH, MAX_HEADER_BYTES, MAX_LINE_CHARACTERS, MAX_TEXT_BYTES
 
-_PIECE_BYTES = 1 << 20  # are read at once of a file that is larger than it said
+_PIECE_BYTES = 1 << 20  # bytes read at once of a file that is larger than its stated size
 
 # a dotted key of far more parts than that: the standard library's parser takes quadratic time for it
-MAX_BITS = 1000  # of a whole number; floats go to 1024
-_LONG_NUMBER = re.compile(r"[0-9A-Fa-f_]{240}")  # in any form that such a number is written in
+MAX_BITS = 1000  # of an integer; floats go up to 2 ** 1024
+_LONG_NUMBER = re.compile(r"[0-9A-Fa-f_]{240}")  # in any notation
 _LONG_KEY = re.compile(
     rf"""(?<![\w-])(?:(?:[\w-]++|"[^"\n]*+"|'[^'\n]*+')[ \t]*+\.[ \t]*+){{{4 * MAX_DEPTH}}}"""
 )
@@ -37,7 +37,7 @@ def real_path(path: Path) -> Path:
     """
     try:
         return Path(os.path.realpath(path))
-    except ValueError:  # NUL, or half of a character
+    except ValueError:  # NUL, or half of a surrogate pair
         return Path(os.path.abspath(path))  # noqa: PTH100
 
 
@@ -95,8 +95,8 @@ class TensorHeader(NamedTuple):
     """The header of a safetensors file."""
 
     metadata: dict[str, str]
-    entries: dict[str, Any]  # of the tensors, by name
-    start: int  # byte at which the data begin
+    entries: dict[str, Any]  # entries of the tensors, by name
+    start: int  # offset of the data in bytes
 
 
 def read_tensor_header(
@@ -197,7 +197,7 @@ def parse_json(text: str, no_repeats: bool = False) -> Any:
     except RecursionError:
         raise _too_deep() from None
     except json.JSONDecodeError as error:
-        position = error.pos  # a part alone is explained: the text may have a hundred megabytes
+        position = error.pos  # explain only the part at the error, because the text may be huge
         hint = _explain_json(text[position : position + 200], text[max(0, position - 200) : position])
         raise ValueError(f"{error}{hint}") from None
     if text.count("[") + text.count("{") > MAX_DEPTH:

@@ -3,7 +3,7 @@
 import io
 import zipfile
 
-MAX_LISTED_BYTES = 1 << 26  # of the list of members: half a million files
+MAX_LISTED_BYTES = 1 << 26  # maximum size of the central directory: half a million files
 
 
 class BoundedFile(io.FileIO):

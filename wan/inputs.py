@@ -76,7 +76,7 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
         ratio = size[0] / size[1] / aspect
         return max(ratio, 1 / ratio)
 
-    # a side of one step may be too long for the area
+    # rounding up to one step may exceed the area; if both sizes do, take the nearer one anyway
     fitting = [size for size in sizes if size[0] * size[1] <= area] or sizes
     # if both are equally near, the one whose height was rounded first, as released: `min` returns the first
     return min(reversed(fitting), key=stretch)
@@ -285,7 +285,7 @@ def prepare_request(
         )
     check_size((width, height, frames), latent)
     default_negative = FIRST_LAST_NEGATIVE_PROMPT if task.kind == "flf2v" else NEGATIVE_PROMPT
-    # the release has no empty one
+    # the release replaces an empty negative prompt by its default
     request = replace(request, negative_prompt=request.negative_prompt or None)
     return settle(
         request,

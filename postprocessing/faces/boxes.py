@@ -1,4 +1,4 @@
-"""Boxes in a picture, which of many overlapping ones to keep, and square pictures of the faces in them."""
+"""Boxes in an image: non-maximum suppression, and aligned square crops of the faces in them."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class FoundFace:
     box: tuple[float, float, float, float]
     score: float  # 0..1
     # 5 2, x and y in pixels: the eyes, left one in the image first, nose, corners of the mouth;
-    # None: the detector does not tell
+    # None if the detector finds none
     landmarks: NDArray[np.float32] | None
 
 
@@ -120,8 +120,8 @@ TEMPLATE = np.array(
     ],
     dtype=np.float32,
 )
-BORDER = (132, 133, 135)  # around the image, in RGB: as the networks know it
-MIN_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
+BORDER = (132, 133, 135)  # RGB color outside the image, as in the training of the networks
+MIN_EYE_DISTANCE = 5.0  # pixels; smaller faces do not improve
 
 
 def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
@@ -138,7 +138,7 @@ def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: b
 
     def distance_to_center(face: FoundFace) -> float:
         left, top, right, bottom = face.box
-        return math.hypot(left + right - size[0], top + bottom - size[1])  # twice the distance: only compared
+        return math.hypot(left + right - size[0], top + bottom - size[1])  # doubled: only compared
 
     return sorted(large, key=distance_to_center)[:1]
 
