@@ -229,4 +229,5 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
     words = [str(find_script(script) or script), *kept, *added, *way.words]
     if not is_training and way.at_once > 1:  # separate generations, each a process without a launcher
         return as_typed(["python", *words])
+    # LAUNCH ends with N, a placeholder for the number of processes
     return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])
