@@ -1,4 +1,4 @@
-"""Options of log lines: how many, and where they go."""
+"""Options of log lines: their level and their destination."""
 
 import logging
 import sys

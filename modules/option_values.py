@@ -1,4 +1,4 @@
-"""Values of options: converted from typed words, and checked. Standard library only."""
+"""Convert typed words to values of options, and check them. Standard library only."""
 
 import argparse
 import ast

@@ -1,4 +1,4 @@
-"""Note how far a program is in a small file, for the program that has started it: `run` shows it in a page.
+"""Write a program's progress to a small file for the program that started it, such as `run`.
 
 The environment variable `PROGRESS` names the file; without it nothing is written. It is replaced at most once
 a second.
