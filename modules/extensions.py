@@ -44,7 +44,7 @@ def check_named() -> None:
 
 
 def find_values(group: str) -> dict[str, str]:
-    """Return where the named extensions of a group are, as `module:attribute`, by name. None is imported."""
+    """Return the named extensions of a group, name -> `module:attribute`, without importing them."""
     return {entry.name: entry.value for entry in _find_entries(group)}
 
 

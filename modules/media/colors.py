@@ -1,9 +1,9 @@
 """Convert an opened image to the colors that a viewer shows: sRGB, on white where it is transparent.
 
-A picture is turned band by band: beside its pixels as Pillow decodes them, and those that are returned, only
-some MiB are held.
+An image is converted in bands of rows, so that only some MiB are needed in addition to the decoded and the
+returned pixels.
 
-Browsers are the model: a color profile counts, then the chunk sRGB of a PNG, then gAMA and cHRM; EXIF's
+As in browsers, a color profile takes precedence, then a PNG's chunk sRGB, then gAMA and cHRM; EXIF's
 color space is ignored.
 """
 

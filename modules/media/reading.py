@@ -177,7 +177,7 @@ def media_colors(path: Path) -> Colors:
 
 
 def read_mask(path: Path) -> Frame:
-    """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does.
+    """Read a mask, H W 3, white where it is set. A mask drawn by transparency is set where it is opaque.
 
     Raises MediaError if it cannot be read.
     """
