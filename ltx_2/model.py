@@ -58,7 +58,7 @@ class StreamInputs:
     """Inputs of one stream of a forward pass."""
 
     names: StreamNames
-    latents: Tensor  # B Z F H W of a video, B Z M K of a sound
+    latents: Tensor  # B Z F H W of video, B Z M K of audio
     timesteps: Tensor  # B
     freq_dim: int  # width of the timesteps' sinusoids
     given_frames: int  # latent frames in front that are clean
@@ -359,7 +359,7 @@ class LtxModel(nn.Module):
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
         """Project the latents of a stream to tokens, B L W, with the tokens of references in front."""
         names, latents, references = inputs.names, inputs.latents, inputs.references
-        # B F*H*W Z of a video's latents, B M Z*K of a sound's
+        # B F*H*W Z for video latents, B M Z*K for audio latents
         flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
         if references.latents:
             in_front = [reference.flatten(2).mT for reference in references.latents]

@@ -306,7 +306,7 @@ def translate(args: argparse.Namespace) -> None:
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
-    # name of a shared option -> the option as the user typed it, and the value for the shared one
+    # name of a shared option -> the other trainer's option that was given, and the value for the shared one
     shared: dict[str, tuple[str, Any]] = {}
     _translate_guidance(args, shared)
     _translate_teacher(args, shared)

@@ -30,7 +30,7 @@ from runtime.planning.device_memory import CONTEXT, Room
 # cuBLAS needs a workspace for every thread that multiplies: the main one, and autograd's in training. torch
 # allocates it, so it is in `max_memory_allocated`. Source: CUDA semantics in torch's documentation,
 # CUBLAS_WORKSPACE_CONFIG; NVIDIA's cublasSetWorkspace.
-WORKSPACE, SMALL_WORKSPACE = 32 << 20, 8320 << 10  # from Hopper on, and before it
+WORKSPACE, SMALL_WORKSPACE = 32 << 20, 8320 << 10  # Hopper and later; older GPUs
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,12 @@ def workspace(device: torch.device, is_training: bool) -> MemoryPart:
 
 @dataclass(frozen=True)
 class Swapped:
-    """How many bytes of weights move if blocks are swapped or split over processes."""
+    """Bytes of weights that leave the device if blocks are swapped or split over processes."""
 
-    host: int  # of weights that leave the device
-    ring: int  # of slots on the device through which they are streamed, or where blocks are gathered
-    elsewhere: int = 0  # of weights that are in the other processes
-    processes: int = 1  # that share the weights
+    host: int  # bytes of weights that move to host memory
+    ring: int  # bytes of device slots through which weights are streamed, or in which blocks are gathered
+    elsewhere: int = 0  # bytes of weights that other processes hold
+    processes: int = 1  # number of processes that share the weights
 
     @property
     def saved(self) -> int:
@@ -134,7 +134,7 @@ def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
     return Swapped(size(plan.names(dit)), ring)
 
 
-GATHERED = 3  # blocks: one computes, one is gathered, and the buffer that it is received in
+GATHERED = 3  # blocks on the device: one computes, one is gathered, one is the receive buffer
 
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
