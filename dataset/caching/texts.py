@@ -2,8 +2,8 @@
 
 A caption has one file for all items of its source, with the tensors of all encoders. Each text encoder runs
 in a separate pass, because two of them would not fit into memory. Until the last pass, outputs are in a
-`.part` next to the file; the last pass merges all outputs, writes the file, and then removes the `.part`. A file is
-therefore always complete, even if several processes work on it.
+`.part` next to the file; the last pass merges all outputs, writes the file, and then removes the `.part`. A
+file is therefore always complete, even if several processes work on it.
 """
 
 import contextlib
