@@ -73,7 +73,7 @@ def make_guidance(
         plan = plans[expert_at(step.timestep, experts)][step.index]
         # some models use no guidance in late steps, at low noise
         if guided_below is not None and 1 - step.sigma >= guided_below:
-            plan = PassPlan(plan.passes[:1], factor=plan.factor)
+            plan = PassPlan(plan.passes[:1], factor=plan.factor)  # only the positive pass
         if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
         calls: dict[Overrides, dict[int, Conditions]] = {}
@@ -188,7 +188,7 @@ class _StepPlanner:
             self._perturbed: rule.perturbed,
             self._isolated: 0 if self._prepared.joint is None else rule.modality - 1,
         }
-        weights = {pass_: weight for pass_, weight in weights.items() if weight}
+        weights = {pass_: weight for pass_, weight in weights.items() if weight}  # only passes with an effect
         return (guide_stream(rule, weights),) if weights else ()
 
     def _make_plain_stages(

@@ -334,7 +334,8 @@ def translate(args: argparse.Namespace) -> None:
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
     """Return how the training scripts change the shared options, for `TrainerChanges`.
 
-    `samplers` and `weightings` are all that the shared options offer.
+    `samplers` and `weightings` are all values of the shared options --timestep_sampling and
+    --weighting_scheme.
     """
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
@@ -364,7 +365,10 @@ DEFAULT: dict[str, Any] = {
 
 
 def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
-    """Set a shared option. Raises OptionError if it is already given, with another value."""
+    """Set a shared option to the value of another trainer's option, `other_name`.
+
+    Raises OptionError if the shared option is given too, with another value.
+    """
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
     # a default value may be replaced if the user did not give the option
