@@ -1,4 +1,4 @@
-"""Guidance: which steps have it and how strongly, the passes of each, and checks before anything loads.
+"""Guidance: select its steps, scales and passes, and check them before anything loads.
 
 A kind of guidance is a function that makes a `GuidanceStage` (in `guidance_formulas`); `plan_steps` chooses
 the stages of each step. A new kind is a function there, and a line here.
@@ -71,9 +71,9 @@ def make_guidance(
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         plan = plans[expert_at(step.timestep, experts)][step.index]
-        # some models have no guidance in the late steps, where little noise is left
+        # some models use no guidance in late steps, at low noise
         if guided_below is not None and 1 - step.sigma >= guided_below:
-            plan = PassPlan(plan.passes[:1], factor=plan.factor)
+            plan = PassPlan(plan.passes[:1], factor=plan.factor)  # only the positive pass
         if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
         calls: dict[Overrides, dict[int, Conditions]] = {}
@@ -140,8 +140,8 @@ class _StepPlanner:
         self._options = options
         self._rules = prepared.rules
         layers = options.skipped_layers
-        self._weakened = Pass("negative", Overrides(skip_blocks=layers))  # by --slg_layers
-        # by the model's own rules
+        self._weakened = Pass("negative", Overrides(skip_blocks=layers))  # skips --slg_layers
+        # skips blocks by the model's own rules
         self._thinned = Pass("negative", Overrides(skip_blocks=prepared.rules.negative_skips.blocks))
         self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
         self._perturbed = Pass("positive", Overrides(skip_self_attention=self._rules.perturbed_blocks))
@@ -188,7 +188,7 @@ class _StepPlanner:
             self._perturbed: rule.perturbed,
             self._isolated: 0 if self._prepared.joint is None else rule.modality - 1,
         }
-        weights = {pass_: weight for pass_, weight in weights.items() if weight}
+        weights = {pass_: weight for pass_, weight in weights.items() if weight}  # only passes with an effect
         return (guide_stream(rule, weights),) if weights else ()
 
     def _make_plain_stages(
@@ -329,7 +329,7 @@ def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool,
     if mode == "alternate":
         # plain doubles: 0.6 added five times is a little below 3, and existing tools depend on that
         applied = []
-        due = 0.0  # steps with guidance that are due, a sum of fractions
+        due = 0.0  # accumulated number of steps that should have guidance so far
         for _ in range(num_steps):
             due += ratio
             applied.append(due >= 1.0)
@@ -453,7 +453,7 @@ def _warn_of_unused_prompts(
     nag = prepared.request.nag_prompt
     if nag is not None and not options.nag.is_on:
         logger.warning("--nag_prompt %r is ignored because --nag_scale is not given, or turned off", nag)
-    # without --nag_prompt attention is steered away from the negative one
+    # without --nag_prompt attention is steered away from the negative prompt
     is_used_by_nag = options.nag.is_on and nag is None
     if text and not is_used_by_nag and not any(pass_.text == "negative" for pass_ in passes):
         if not is_guided:
@@ -538,7 +538,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 def _describe_low_scale(scale: float, off: float) -> str:
     """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
-    weight = scale + 1 - off  # in the usual formula: 1 turns guidance off, 0 is the negative prompt alone
+    weight = scale + 1 - off  # in the standard formula: 1 turns guidance off, 0 uses only the negative prompt
     effect = "leaves the prompt out"
     if weight > 0:
         effect = "weakens the prompt"

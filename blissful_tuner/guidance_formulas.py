@@ -1,7 +1,8 @@
 """Passes of the network in a step of guidance, and the formulas that combine their velocities.
 
-A kind of guidance is a `GuidanceStage`: it declares the passes that it needs, and changes the velocity by
-their results. All passes of a step's stages are requested together, each once, however many stages need it.
+A kind of guidance is a `GuidanceStage`: it declares the passes that it needs, and uses their results to
+change the velocity. All passes of a step's stages are requested together; each runs once, even if several
+stages need it.
 """
 
 from collections import Counter
@@ -30,7 +31,7 @@ class Pass:
 
 
 POSITIVE, NEGATIVE, BLANK = Pass("positive"), Pass("negative"), Pass("blank")
-Velocities = Mapping[Pass, Tensor]  # of a step's passes, each B C F H W float32, or B C T M of sound
+Velocities = Mapping[Pass, Tensor]  # velocity of each pass of a step, B C F H W float32, or B C T M of audio
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class GuidanceStage:
     passes: tuple[Pass, ...]
     # velocity so far (at first the positive pass'), velocities of the passes -> changed velocity
     change: Callable[[Tensor, Velocities], Tensor]
-    is_of_clean: bool = False  # it takes and returns predicted clean latents in place of velocities
+    is_of_clean: bool = False  # whether it takes and returns predicted clean latents instead of velocities
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class PassPlan:
     """The passes and stages of one step."""
 
     passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
-    # stages of the image, and of the sound that is made with it
+    # stages of the video, and of its audio
     stages: tuple[tuple[GuidanceStage, ...], tuple[GuidanceStage, ...]] = ((), ())
-    factor: float = 1.0  # of the velocity in the end
-    overrides: Overrides = NO_OVERRIDES  # of all passes
+    factor: float = 1.0  # factor on the final velocity
+    overrides: Overrides = NO_OVERRIDES  # overrides of all passes
 
     @property
     def max_together(self) -> int:
@@ -110,7 +111,7 @@ def _sum_sample(products: Tensor) -> Tensor:
     return products.sum(tuple(range(1, products.ndim)), keepdim=True)
 
 
-# CFG-Zero*: guidance that also holds while the network's prediction is still poor, in the first steps.
+# CFG-Zero*: guidance that is robust in the first steps, while the network's prediction is poor.
 #
 # Source: Fan et al. 2025, arXiv 2503.18886.
 def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
@@ -155,10 +156,10 @@ def perp_neg(scale: float, weight: float, negative: Pass) -> GuidanceStage:
     return GuidanceStage(passes, change)
 
 
-# Skip-layer guidance: steer away from what the network makes of the negative text without some blocks.
+# Skip-layer guidance: steer away from the prediction for the negative text without some blocks.
 #
-# Source: the released code of Stable Diffusion 3.5, which leaves blocks out of a pass with the positive text;
-# the known video tools, whose numbers users know, take the negative one.
+# Source: the released code of Stable Diffusion 3.5, which skips blocks in a pass with the positive text.
+# Video tools skip them with the negative text, as here, so that their settings can be reused.
 def active_steps(options: GuidanceOptions, num_steps: int) -> range:
     """Return the steps in which skip-layer guidance acts, from the fractions --slg_start and --slg_end."""
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
@@ -256,9 +257,9 @@ def _measure_token_norms(velocity: Tensor, side: int) -> Tensor:
     return functional.avg_pool2d(velocity.square().sum(dim=1), side).sqrt()
 
 
-# Adaptive projected guidance: what the difference of the passes has along the positive velocity is dropped.
-#
-# Source: Sadat et al. 2024, arXiv 2410.02416; `protocols.rules.Projection` says from which step on.
+# Adaptive projected guidance: drop the part of the passes' difference that is parallel to the positive
+# velocity.  Source: Sadat et al. 2024, arXiv 2410.02416; `protocols.rules.Projection` has the first step that
+# uses it.
 class Momentum:
     """Running sum of the differences between the passes, over the steps of one section."""
 

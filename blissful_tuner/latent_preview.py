@@ -1,8 +1,8 @@
 """Show a clip while it is denoised: one file, `latent_preview.mp4` or `.png`, replaced every few steps.
 
-It shows the clean clip as predicted from a step, never the noisy one. A video made in several sections shows
-the sections that are finished instead. Nothing of the generation depends on it: an error is one warning, and
-the latents are the same bits.
+It shows the clean clip predicted from a step, never the noisy one. For a video in several sections it shows
+the finished sections. The generation does not depend on previews: an error only logs a warning, and latents
+are bit-identical.
 """
 
 import logging
@@ -94,8 +94,9 @@ class LatestWriter(Generic[Item]):
 
 
 NAME = "latent_preview"
-PRESET, CRF = "ultrafast", 20  # of the encoder: a quick look
-# A CPU that generates also encodes: this many times as long it then rests, for 2 % of the time at most.
+PRESET, CRF = "ultrafast", 20  # encoder settings: speed matters more than size
+# If the CPU also generates, encoding a preview is followed by a pause of this many times its duration, so
+# that previews take at most 2 % of the time.
 REST_ON_CPU = 50.0
 CPU = torch.device("cpu")
 
@@ -112,14 +113,14 @@ class Shot(NamedTuple):
 class LatentPreviews:
     """The previews of all clips of a run, which replace each other in the same file."""
 
-    every: int  # steps, or sections
+    every: int  # number of steps or sections between previews
     folder: Path
     latent: LatentSpec
     device: torch.device
-    has_room: Callable[[int | None], bool]  # whether the device has so many bytes free with the network on it
+    has_room: Callable[[int | None], bool]  # whether this many bytes are free next to the network
     vae: TinyVae | None = None
     _has_warned: bool = field(default=False, init=False)
-    has_ended: bool = field(default=False, init=False)  # an error has ended the previews of this run
+    has_ended: bool = field(default=False, init=False)  # whether an error has ended the run's previews
 
     def take(self, latents: Tensor, fps: float) -> Shot | None:
         """Start a preview: compute on the device now, and return a `Shot` for the rest of the work.

@@ -17,7 +17,7 @@ from protocols.rules import ONE_EXPERT, Expert
 TUNER_VERSION = f"reelsmith {VERSION}"
 NOT_SET = "N/A"
 CREATED = "creation_timestamp"
-SHOWN = "shown_part"  # of the decoded pixels, as `Prepared.shown`: left, top, width and height
+SHOWN = "shown_part"  # region of the decoded pixels, as `Prepared.shown`: left, top, width and height
 
 # keys that the known FramePack tools write into latent files without a prefix, and read from there
 PLAIN = (
@@ -83,7 +83,7 @@ def output_metadata(
     if prepared.shown is not None:
         values[SHOWN] = " ".join(map(str, prepared.shown))
     for name, text in prepared.own_metadata.items():
-        values[name] = _FOLDERS.sub(r"\1", text) if name.endswith("_path") else text  # file names alone
+        values[name] = _FOLDERS.sub(r"\1", text) if name.endswith("_path") else text  # without folders
     for expert_name, files in (loras or {}).items():
         for index, (name, multiplier) in enumerate(files):
             values[f"{lora_name(expert_name)}_{index}"] = f"{name}: {multiplier}"
@@ -120,7 +120,7 @@ def _list_optional(prepared: Prepared, device: str | None, created: datetime | N
     }
     if request.source is not None:
         values |= request.source.in_words()
-    # prompts as typed, before wildcards were drawn
+    # original prompts, before wildcards were drawn
     values |= {f"original_{name}": text for name, text in request.typed.items()}
     for name in ("image_path", "end_image_path", "control_path"):
         path = getattr(request, name)
@@ -150,7 +150,7 @@ def read_decoded_metadata(
     """
     replaced = {*of_decoding, "fps"}
     texts = {name: text for name, text in saved.items() if name.removeprefix("bt_") not in replaced}
-    # drop values that a latent file holds under both names
+    # drop the second copy of values that a latent file has under both names
     texts = {name: text for name, text in texts.items() if f"bt_{name}" not in texts}
     values = {name: text for name, text in _record(settings).items() if name in of_decoding}
     values["fps"] = f"{fps:g}"

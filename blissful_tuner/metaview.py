@@ -34,7 +34,7 @@ FIRST = (
     "cfg_schedule",
     "fps",
 )
-# what FFmpeg writes into every file
+# metadata keys that FFmpeg writes into every file
 OF_CONTAINERS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
 MAX_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can take megabytes
 

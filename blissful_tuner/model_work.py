@@ -32,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 MAX_OF_VALUE = 200  # characters of a value of the metadata; metaview.py shows all
 MAX_VALUES = 40
-MAX_OF_KIND = 1000  # characters of what a file is; names of unknown tensors may be long
-PIECE = 1 << 20  # bytes read at once
-# the first checksum that the AUTOMATIC1111 web UI looked models up by: where it begins, and its length
+MAX_OF_KIND = 1000  # characters of the description of a file's kind; unknown tensor names may be long
+PIECE = 1 << 20  # bytes that are read at once
+# AUTOMATIC1111's first checksum of models: offset and length of the bytes that it covers
 OLD_START, OLD_BYTES = 0x100000, 0x10000
-# what --dtype takes; 8 bits are made while a model is loaded, where it is known which layers bear it
+# values of --dtype; 8-bit quantization happens while loading, where the layers to quantize are known
 DTYPES = ("fp32", "float32", "float", "fp16", "float16", "bf16", "bfloat16")
 _NO_CODE = "files that hold program code are never opened here, as opening them would run that code"
 _SHOWN = "what is shown; without any of these options: the kind of file, its dtypes and sizes"
@@ -148,7 +148,7 @@ class Info:
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
-    left_out: tuple[str, ...]  # in addition to the tensors of a torch file
+    left_out: tuple[str, ...]  # contents of a torch file other than tensors, which are not read
 
     @property
     def container(self) -> str:
@@ -307,7 +307,7 @@ class Knowledge:
     identify: Callable[[Path], str | None]  # "it is a Wan transformer ..."
     describe_lora: Callable[[Checkpoint], str | None]
     lora_hashes: Callable[[Checkpoint], Mapping[str, str]]
-    stale: tuple[str, ...]  # how metadata begin that are true of a LoRA's own tensors only
+    stale: tuple[str, ...]  # prefixes of metadata that become wrong if a LoRA's tensors change
 
 
 def work(

@@ -8,7 +8,7 @@ from modules.options import NO_PIXELS, Options, option
 
 logger = logging.getLogger(__name__)
 
-MAX_NAG = 100  # of some hundreds the products overflow in float16
+MAX_NAG = 100  # products with scales of several hundred overflow in float16
 
 
 NAG = "normalized attention guidance (NAG)"
@@ -47,7 +47,7 @@ class NagOptions(Options, title=NAG):
         return self.nag_scale not in (None, 1) and self.nag_alpha != 0
 
 
-MAX_SCALE = 1000  # of guidance, and of every other factor here
+MAX_SCALE = 1000  # maximum guidance scale, and maximum of every other factor here
 DEFAULT_SLG = 3.0
 CFG_SKIP_MODES = ("early", "late", "middle", "early_late", "alternate", "none")
 
@@ -210,7 +210,7 @@ MODES = ("normal", "master")
 class PromptRewriteOptions(Options, title="prompts that a chat model rewrites"):
     """How prompts are rewritten before they are encoded."""
 
-    # outputs record the text that came of these
+    # not recorded: outputs record the rewritten text instead
     prompt_rewrite: str | None = option(
         "have a chat model describe what the prompt asks for, in English: normal keeps every detail, master "
         "adds composition, light and camera",
@@ -256,7 +256,7 @@ class PreviewOptions(Options, title="previews"):
 NO_PREVIEW = PreviewOptions()
 
 
-# with the places of: of which videos, the number of frequencies
+# help text with placeholders for the kind of videos and the number of frequencies
 RIFLEX = (
     "RIFLEx, against repetition in long videos{}: which frequency of the frames' positions is slowed down, "
     "1 to {}; 0 turns it off. Its period becomes 1.1 times the number of frames, as in other tools "
@@ -271,7 +271,7 @@ class SteadierOptions(Options, title="longer videos"):
         RIFLEX,
         default=0,
     )
-    # what the script's family has; no options
+    # set by the script for its family; not on the command line
     riflex_frequencies: int = option(default=0, facts=NO_PIXELS)
     riflex_beyond: int = option(default=0, facts=NO_PIXELS)  # frames: shorter videos are not changed
 

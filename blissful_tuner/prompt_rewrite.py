@@ -1,4 +1,4 @@
-"""Let a chat model turn a user's prompt into a description of the kind that video models were trained on.
+"""Rewrite prompts with a chat model into detailed descriptions like those in the training of video models.
 
 The two modes are those of the prompt rewrite model of HunyuanVideo (Kong et al. 2024, arXiv 2412.03603,
 section 4.4); the instruction is our own. Any chat model that `transformers` loads from a folder will do.
@@ -20,8 +20,8 @@ from runtime.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 400  # more than the text encoders take
-ATTENTION = "eager"  # which all models have; fast enough for a paragraph
+MAX_NEW_TOKENS = 400  # more than text encoders read
+ATTENTION = "eager"  # supported by all models; fast enough for a paragraph
 COMMON = (
     "You write prompts for a model that makes short videos from text. Rewrite the request at the end of "
     "this message as one paragraph of plain English that describes what is seen. Answer with that paragraph "
@@ -140,7 +140,7 @@ class PromptRewriter:
 def _render(tokenizer: Any, message: str) -> Any:
     """Return the tokens of a conversation that starts with `message`, for `generate`."""
     turns = [{"role": "user", "content": message}]
-    # the last is read by the templates of models that can do without
+    # enable_thinking=False turns off thinking in templates that support it
     text = render_chat(tokenizer, None, turns, enable_thinking=False)
     with catch_panics():
         return tokenizer(text, add_special_tokens=False, return_tensors="pt")

@@ -1,12 +1,13 @@
 r"""Draws and weights in prompts: `a __color__ {red|blue} (fast:1.4) car`.
 
-`__color__` takes a line of color.txt in the folder of --prompt_wildcards. A line may have a relative weight,
-`red:2`, behind its last colon, and hold wildcards and alternatives of its own. Draws are made from left to
-right by a generator of their own that the seed of the video starts, so the same seed gives the same prompt.
+`__color__` is replaced by a random line of color.txt in the folder of --prompt_wildcards. A line may end with
+a relative weight, `red:2`, and contain wildcards and alternatives itself. Draws are made from left to right
+by a separate generator that is seeded by the video's seed, so the same seed gives the same prompt.
 
-`(text:1.4)` gives `text` that weight, `(text)` the weight 1.1. A weight has digits, and maybe a point and a
-sign; with anything else behind the last colon all of it is plain text, parentheses included. `\(` and `\)`
-are parentheses. There is no nesting: the inner pair counts, and the outer one stays in the text.
+`(text:1.4)` gives `text` that weight, `(text)` the weight 1.1. A weight is a decimal number with an optional
+sign; if anything else follows the last colon, all of it is plain text, including the parentheses. `\(` and
+`\)` are literal parentheses. Nesting is not supported: only the inner pair counts, the outer one is plain
+text.
 """
 
 import bisect
@@ -31,11 +32,11 @@ logger = logging.getLogger(__name__)
 
 
 MAX_WEIGHT = 1e9
-SHOWN = 12  # draws that are logged
-# a key neither begins nor ends with white space or _; single ones may stand in it
+SHOWN = 12  # maximum number of draws that are logged
+# a key neither begins nor ends with white space or _, but may contain single underscores
 _WILDCARD = re.compile(r"\\__|__(?![\s_])((?:[^_\n]|_(?!_))++)(?<!\s)__")
-NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")  # a weight behind a colon, here and in a prompt
-# no file of a folder has such a name, or not on every system
+NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")  # a weight after a colon
+# characters that file names cannot contain on every system
 _NO_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 
@@ -56,8 +57,8 @@ class Drawing:
     options: PromptOptions
     random: Random
     files: dict[str, Lines] = field(default_factory=dict)  # wildcard files that were read, by key
-    drawn: list[tuple[str, str]] = field(default_factory=list)  # for the present text
-    characters: int = 0  # drawn for the present text
+    drawn: list[tuple[str, str]] = field(default_factory=list)  # (pattern, choice) in the current text
+    characters: int = 0  # number of drawn characters in the current text
 
     def expand(self, text: str, where: str) -> str:
         """Return a text with all random parts drawn.
@@ -74,7 +75,7 @@ class Drawing:
         return self._expand(text, where, ())
 
     def _expand(self, text: str, where: str, keys: tuple[str, ...]) -> str:
-        """Draw the alternatives and wildcards of a text; `keys` are the wildcards that it is already in."""
+        """Draw the alternatives and wildcards of a text; `keys` are the wildcards that led to it."""
         if self.options.prompt_alternatives:
             text = select_alternatives(text, lambda weights: self._choose(sum_weights(weights, where)))
         if self.options.prompt_wildcards is None:
@@ -261,7 +262,7 @@ def _parse_line(line: str) -> tuple[str, float]:
     if colon and NUMBER.fullmatch(number):
         text = before.strip()
         weight = float(number[:40])
-    if len(text) > 1 and text[0] == text[-1] == '"':  # they keep a number behind a colon
+    if len(text) > 1 and text[0] == text[-1] == '"':  # quotation marks protect a number after a colon
         text = text[1:-1]
     return text, weight
 
@@ -380,7 +381,7 @@ def unescape(text: str) -> str:
     return _ESCAPED.sub(r"\1", text)
 
 
-DEFAULT = 1.1  # of (text)
+DEFAULT = 1.1  # weight of (text)
 MAX_WEIGHT = 100.0  # larger weights are typing mistakes, and would overflow float16
 _PARENTHESES = re.compile(r"\\[()]|[()]")
 
@@ -388,8 +389,8 @@ _PARENTHESES = re.compile(r"\\[()]|[()]")
 class _Opened(NamedTuple):
     """An opening parenthesis that is not closed yet."""
 
-    number: int  # of its piece
-    place: int  # in the text without marks
+    number: int  # index of its piece
+    place: int  # its position in the text without marks
 
 
 def parse_weights(text: str) -> tuple[str, Spans]:
@@ -403,7 +404,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
     """
     pieces: list[str] = []
     spans: list[tuple[int, int, float]] = []
-    length = 0  # of the pieces together
+    length = 0  # total length of the pieces
     position = 0  # in the original text
     opened: _Opened | None = None  # the last "(" without its ")"
     for mark in _PARENTHESES.finditer(text):

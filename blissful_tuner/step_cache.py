@@ -72,7 +72,7 @@ def _make_step_cache(options: StepCacheOptions) -> StepCaching | None:
         return TeaCalibration()
     if options.teacache_threshold:
         return TeaCache(options.teacache_threshold, options.teacache_coefficients)
-    skips_passes = options.magcache_threshold and options.magcache_k  # 0 for either skips nothing
+    skips_passes = options.magcache_threshold and options.magcache_k  # nothing is skipped if one is 0
     if options.magcache_mag_ratios is not None and skips_passes:
         return MagCache(
             options.magcache_mag_ratios,
@@ -124,7 +124,7 @@ class StepCaches:
         self._passes = self._skipped = 0
         match self._choice:
             case MagCache(ratios, retention, threshold, max_skips):
-                # calibrated on all steps, of which a video that starts from a source runs only the last ones
+                # ratios are for all steps, but a video that starts from a source runs only the last ones
                 step_ratios = step_cache.resample(ratios, prepared.steps)[prepared.first_step :]
                 self._make_rule = lambda: step_cache.MagCacheRule(
                     step_ratios, retention, threshold, max_skips

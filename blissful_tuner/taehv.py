@@ -1,7 +1,7 @@
 """TAEHV, a tiny decoder of video latents, for previews: a few convolutions with a memory of one frame.
 
-Source: madebyollin/taehv (MIT license), the networks `taehv`, `taew2_1` and their like. The files hold an
-encoder too, which is not used.
+Source: madebyollin/taehv (MIT license), the networks `taehv`, `taew2_1` and their like. The files also
+contain an encoder, which is not used.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +24,7 @@ from modules.media.reading import Frame
 from protocols.data import LatentSpec
 from runtime.planning.dry_run import ACCELERATOR, dry_run, largest, place
 
-# Show latents without a decoder: a linear map from their channels to colors, enlarged to the video's size.
+# Previews without a decoder: map latent channels linearly to colors, and enlarge to the video's size.
 #
 # The maps are data of each family, `LatentSpec.preview_factors` and `preview_bias`. Source: least squares
 # fits of latents to downscaled pixels, which all known tools use.

@@ -1,7 +1,7 @@
 """Video-to-video: start denoising from noisy latents of a video, at a later step of the schedule.
 
-Image-to-image is the same with one frame; saved latents can be the start too. Families state in `SourceRules`
-what they take and how frames are scaled, and encode; all else is here.
+Image-to-image is the same with one frame; saved latents can be the start too. Families encode, and state in
+`SourceRules` which sources they support and how frames are scaled; everything else is here.
 Source: Meng et al. 2021, arXiv 2108.01073.
 """
 
@@ -29,7 +29,7 @@ from protocols.rules import Source, SourceRules
 
 logger = logging.getLogger(__name__)
 
-# how much wider or narrower a stretched video may become before it is warned about
+# change of the aspect ratio by stretching above which a warning is logged
 UNSEEN = 1.05
 
 

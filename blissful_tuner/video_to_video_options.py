@@ -9,7 +9,7 @@ from modules.errors import OptionError
 from modules.options import Options, option
 from protocols.inputs import IMAGE, LATENTS, SOURCES, VIDEO
 
-SHARES = ("strength", "v2v_denoise")  # a script has one of them under all spellings
+SHARES = ("strength", "v2v_denoise")  # names of one option; each script uses one of them
 SPELLINGS = ("--strength", "--v2v_denoise", "--denoise_strength")
 MAX_NOISE = 10
 DEFAULT_NOISE = "0.01 to 0.05 are usual"
@@ -17,7 +17,7 @@ _SHARE = "how much is regenerated: fraction of the steps that run; 1 replaces it
 _PAD = "how a video that is too short is padded: repeat its first or its last frame"
 _NO_IMAGE = "this model makes single images with --one_frame_inference and --control_image_path"
 _NO_VIDEO = "this script makes pictures. Give one to --i2i_path"
-USED_WITH = {  # options that count with some sources only
+USED_WITH = {  # options that only apply to some sources
     "v2v_extra_noise": {VIDEO, LATENTS},
     "v2v_pad_mode": {VIDEO},
     "i2_extra_noise": {IMAGE},

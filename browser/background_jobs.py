@@ -99,7 +99,7 @@ class BackgroundJobs:
                 earlier = self.find(name)
                 if earlier is not None and earlier.state == RUNNING:
                     raise OptionError(say("it is running already: wait until it has ended, or stop it"))
-                check_space(self._record(name), MAX_OF_RECORD)  # before the earlier one is gone
+                check_space(self._record(name), MAX_OF_RECORD)  # before the earlier record is removed
                 log = self._log(name)
                 progress = log.with_suffix(".progress")  # progress of loops, which pages show
                 for path in (log, log.with_suffix(".code"), progress):

@@ -12,7 +12,7 @@ from project.options import CAPTION_MODEL, CAPTION_MODEL_SIZE, WRITE_CAPTIONS
 from protocols.families import caption_formats
 
 CAPTION_SCRIPT = WRITE_CAPTIONS[1]
-TRIED = 3  # files of a try
+TRIED = 3  # number of files in a trial run
 TYPED_OPTIONS = ("api_base",)  # options of the command that send data to the address typed in the page's form
 
 
@@ -93,7 +93,7 @@ def describe_engine(engine: str) -> str:
     """Return "on disk" or the download size of the default caption model; "" for other models."""
     if engine != CAPTION_MODEL:
         return ""
-    from huggingface_hub import constants  # only for this page
+    from huggingface_hub import constants  # imported here because only this page needs it
 
     folder = Path(constants.HF_HUB_CACHE) / f"models--{CAPTION_MODEL.replace('/', '--')}"
     return (

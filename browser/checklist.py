@@ -1,4 +1,4 @@
-"""What is in a folder as a checklist: what is in order, to look at, or ends a run, each with its remedy.
+"""The checklist of a folder: what is ready, needs attention or would end a run, each with its remedy.
 
 What the folder says by itself is asked of it each time, so that a mended row is gone. What only `new` finds
 out is read of its lines; those that need nobody stand behind the list.
@@ -13,7 +13,7 @@ from modules.line_kinds import CAPTIONS, MEND, NEXT, WARNING
 from modules.pages.language import counted, join, say
 
 GOOD, WARN, BAD = "good", "warn", "bad"  # grades of a row
-LISTED = 3  # files that a row names
+LISTED = 3  # maximum number of files named in a row
 # kinds of lines of `new` without a row: the page counts missing captions itself, and the
 # button at the bottom shows the next step
 NO_ROWS = (CAPTIONS, NEXT, MEND)
@@ -26,7 +26,7 @@ class CheckRow:
     grade: str
     text: str = ""
     line: OutputLine | None = None  # line printed by `new`, instead of the text
-    items: Sequence[OutputLine] = ()  # printed below that line: commands, or files
+    items: Sequence[OutputLine] = ()  # lines printed below that line: commands or files
     left_out: Sequence[str] = ()  # files that its button leaves out
     asks_for_captions: bool = False
 
@@ -128,11 +128,11 @@ def _grade(group: _PrintedGroup, unreadable: Sequence[str], mended: Collection[s
     if head.kind in NO_ROWS:
         return None
     if head.remedy == OUT and {*head.left_out} <= {*unreadable}:
-        return None  # a row has it already
+        return None  # another row shows it
     if head.remedy == REPAIR and REPAIR in mended:
         return None
     items = [item for item in group.items if item.text not in mended and item.text not in unreadable]
-    if head.text.endswith(":") and not items:  # all that it announces is mended
+    if head.text.endswith(":") and not items:  # all items announced by this line are fixed
         return None
     if head.is_fault or any(item.remedy == OUT for item in items):
         return CheckRow(BAD, line=head, items=items)

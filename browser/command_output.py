@@ -15,9 +15,9 @@ from modules.pages.language import show
 from modules.text_encodings import NAMES
 
 MAX_LINES = 400
-MAX_LINKS = 3  # files of a line that are linked
-MAX_SEARCHED = 3000  # files of a folder whose names are looked for with blanks in them
-DIFF = re.compile(r"--- \S+")  # begins the changes that `new --dry_run` prints
+MAX_LINKS = 3  # maximum number of linked files in a line
+MAX_SEARCHED = 3000  # folders up to this size are searched for names with spaces
+DIFF = re.compile(r"--- \S+")  # first line of a diff printed by `new --dry_run`
 NAMED_ENCODING = re.compile(r"name it: --repair_captions (\S+)$")
 OUT = "out"  # remedies: leave the files of a line out; convert captions; run the command of the line
 REPAIR = "repair"
@@ -45,11 +45,11 @@ class OutputLine:
     text: str
     names: tuple[str, ...] = ()  # names of the folder's files in the line
     remedy: str = ""  # OUT, REPAIR, RUN or none
-    needs_word: bool = False  # a command with a place for a made-up word
+    needs_word: bool = False  # the command has a placeholder for a trigger word
     is_fault: bool = False
-    encoding: str = ""  # that a check names for captions of which it is not sure
-    depth: int = 0  # how far it was indented, in blanks
-    kind: str = ""  # that `new` gives it (modules/line_kinds.py)
+    encoding: str = ""  # guessed encoding of captions, if a check names one
+    depth: int = 0  # indentation in spaces
+    kind: str = ""  # kind of line (modules/line_kinds.py)
 
     @property
     def is_command(self) -> bool:
@@ -67,7 +67,7 @@ class OutputLine:
         rest: str = show(self.shown)
         pieces = []
         for name in self.names:
-            position = max(_find_full(name, rest), rest.find(name))  # letters of Chinese may touch a name
+            position = max(_find_full(name, rest), rest.find(name))  # Chinese text may touch a name
             if position >= 0:
                 pieces += [LinePiece(rest[:position], is_file=False), LinePiece(name, is_file=True)]
                 rest = rest[position + len(name) :]
@@ -92,7 +92,7 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
     if job is None:
         return []
     lines: list[OutputLine] = []
-    offered: set[tuple[str, ...]] = set()  # files for which an earlier line has the button
+    offered: set[tuple[str, ...]] = set()  # files for which an earlier line shows the button
     for printed in job.last_lines(MAX_LINES).splitlines():
         if DIFF.match(printed):
             break

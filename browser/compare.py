@@ -49,7 +49,7 @@ REPLACED = {
 }
 # fmt: on
 PLACEHOLDER = re.compile(r"[A-Z0-9_.]+_FILE")
-SEED = "0"  # if neither a prompt nor the run tells one: all columns need the same
+SEED = "0"  # if neither prompt nor run has a seed: all columns need the same one
 # prompt-line options that the metadata of a clip contain
 # fmt: off
 SETTINGS = (
@@ -65,9 +65,9 @@ class ComparableRun:
 
     run: RunSummary
     story: Story
-    family: str  # as tools/compare.py calls it
-    options: Mapping[str, Sequence[str]]  # name -> the words that follow
-    missing: Sequence[str] = ()  # words that stand for what the run does not know
+    family: str  # as named by tools/compare.py
+    options: Mapping[str, Sequence[str]]  # option -> its arguments
+    missing: Sequence[str] = ()  # placeholders that the user has to replace
 
     @property
     def folder(self) -> Path:
@@ -228,7 +228,7 @@ class _TypedCommand(NamedTuple):
 
     line: str
     script: str
-    words: Sequence[str]  # behind the script
+    words: Sequence[str]  # arguments of the script
     missing: Sequence[str]  # words that the user has to replace
 
 
@@ -238,7 +238,7 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
         try:
             words = shlex.split(command.bash)
             missing = shlex.split(command.missing)
-        except ValueError:  # an edited history
+        except ValueError:  # a manually edited history
             continue
         # the script's name follows `python`, or a launcher and its options
         for index, word in enumerate(words[:MAX_BEFORE]):
@@ -437,7 +437,7 @@ class ShownClip:
 
     href: str = ""
     note: str = ""
-    is_asked: bool = False  # a job makes it
+    is_asked: bool = False  # a job generates it
 
 
 class ClipKey(NamedTuple):
@@ -528,14 +528,14 @@ def _find_sample(file: ComparedFile, row: ComparedPrompt) -> ShownClip | None:
 
 
 def _address(source: ComparableRun, *parts: str) -> Markup:
-    return Markup(f"/run/{source.run.id}/{link(*parts)[2:]}")  # quoted, and no path of a folder
+    return Markup(f"/run/{source.run.id}/{link(*parts)[2:]}")  # quoted, and without folders
 
 
 def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
     """Return the last queued job for each pair of LoRA file and prompt line."""
     clips: dict[tuple[str, str], QueuedClip] = {}
     for job in queue.jobs():
-        with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # lines may be typed by hand
+        with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # an invalid manual line
             if job.words[:2] != SCRIPT:
                 continue
             options = group_options(job.words[2:])

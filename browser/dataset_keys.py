@@ -1,4 +1,4 @@
-"""Keys of dataset.toml in the table of all settings: the batch size, and options that the file replaces."""
+"""Keys of dataset.toml in the table of all settings: the batch size, and options that keys override."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +19,7 @@ from modules.text_files import parse_toml
 BATCH = "batch_size"  # key of dataset.toml
 BATCH_OPTION = "train_batch_size"  # option of a training, for datasets whose file does not set a batch size
 GENERAL = "general"
-OF_SUBSETS_TOO = "masked_loss"  # the one option that no key of a dataset stands for
+OF_SUBSETS_TOO = "masked_loss"  # the only option without a corresponding dataset key
 MAX_IN_BATCH = 1024
 
 

@@ -43,11 +43,11 @@ from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, real_path
 
 LARGEST_SIDE = 448  # pixels of an image in the page
-MAX_IMAGES = 1000  # kept in memory, some 20 KB each
-MAX_AT_ONCE = 200  # files in an answer
+MAX_IMAGES = 1000  # images in memory, about 20 KB each
+MAX_AT_ONCE = 200  # maximum number of files in an answer
 MAX_FOLDERS = 100  # maximum number of a dataset's folders for which tools are offered
-TOLD = 200  # how many remarks about no single file are shown
-ONLY = {  # filters by name; the words that the page says
+TOLD = 200  # maximum number of general remarks shown
+ONLY = {  # filter -> label
     "": say("all files"),
     "dropped": "dropped",
     "told": say("with faults or remarks"),
@@ -125,7 +125,7 @@ UNREADABLE = (
     'fill="#777"/><text x="80" y="65" fill="#fff" font-family="sans-serif" font-size="14" '
     'text-anchor="middle">%s</text></svg>'
 )
-MAX_COPIED = 1 << 28  # bytes of a file in a tar or a table of which a small image is made
+MAX_COPIED = 1 << 28  # maximum bytes of an archived file for a thumbnail
 
 
 class Thumbnails:
@@ -382,7 +382,7 @@ class DatasetPages:
             return answer_not_found()
         part = parts[number]
         if self.address(dataset, item, number, part) != request.url.path:
-            return answer_not_found()  # it lies elsewhere, or is not what the page knows of
+            return answer_not_found()  # outside the roots, or changed since the page was built
         try:
             image = self.thumbnails.make(part, request.path_params["stamp"])
         except (MediaError, StopIteration):

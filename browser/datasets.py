@@ -80,8 +80,8 @@ class FoundDataset:
 
     path: Path
     folder: Path  # that relative paths in it begin at
-    is_project: bool = False  # the whole folder of the file is open, though only one in it was given
-    runs: Sequence[tuple[str, str]] = ()  # id and name of those that trained on it
+    is_project: bool = False  # the whole project folder may be shown, not only its output folder
+    runs: Sequence[tuple[str, str]] = ()  # id and name of each run that trained on it
     model: str = next(iter(MODELS))
     caption_format: str = ""  # the family of a run whose captions are JSON objects
 
@@ -122,7 +122,7 @@ def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Pat
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
     places = []
     for text in _list_texts(content, has_beside):
-        begin = re.split(r"[*?\[{]", text)[0]  # for a pattern, the folder in which it searches
+        begin = re.split(r"[*?\[{]", text)[0]  # of a glob pattern, the folder before the first wildcard
         path = folder / begin
         if begin != text:
             path = path.parent
@@ -176,7 +176,7 @@ class Measured:
     newer_since: float = 0.0  # when they had this mark first, in seconds of the monotonic clock
     is_running: bool = False
     began: float = 0.0  # when the current measurement began, in seconds of the monotonic clock
-    num_media: int = 0  # files that it finds in the folders of the dataset
+    num_media: int = 0  # number of media found in the dataset's folders
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,7 @@ class MediaFiles:
     pictures: int = 0
     clips: int = 0
     audios: int = 0
-    first: Path | None = None  # image or clip, by name
+    first: Path | None = None  # first image or clip by name
 
     @property
     def total(self) -> int:
@@ -249,7 +249,7 @@ class Datasets:
         self.lock = threading.RLock()
         self._found: dict[str, FoundDataset] = {}
         self._measured: dict[str, Measured] = {}
-        self._texts: dict[Path, tuple[int, bool]] = {}  # .toml files: when changed, whether of a dataset
+        self._texts: dict[Path, tuple[int, bool]] = {}  # by .toml file: change time, is a dataset
         self._measuring = threading.Semaphore()  # one measurement at a time
         self._processes: set[subprocess.Popen[bytes]] = set()
         atexit.register(self.close)
@@ -303,7 +303,7 @@ class Datasets:
         for folder in self.runs.tops:
             config = folder.parent / PROJECT_CONFIG
             with contextlib.suppress(OSError):
-                if config.is_file() and real_path(config) == config:  # no link to elsewhere
+                if config.is_file() and real_path(config) == config:  # not a link
                     configs.add(config)
         return configs
 

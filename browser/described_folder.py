@@ -35,7 +35,7 @@ FILES = (DATASET_FILE, PROMPTS_FILE, RUN_FILE)  # in the order that `new` writes
 TRAINING_TABLE = "training"  # table of RUN_FILE
 
 
-_WRITING = threading.Lock()  # held between checking a file's mark and writing the file
+_WRITING = threading.Lock()  # held while a file's checksum is compared and the file is written
 
 
 class ChangedMeanwhileError(Exception):
@@ -74,7 +74,7 @@ class KeyChanges:
     """Keys of a run.toml to set (None removes a key), and keys whose values differ from the derived ones."""
 
     changes: Mapping[str, Any]
-    kept: Mapping[str, Any] = field(default_factory=dict)  # somebody has changed these values
+    kept: Mapping[str, Any] = field(default_factory=dict)  # values that the user has changed
 
     @property
     def text(self) -> str:
@@ -104,7 +104,7 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     """
     changes: dict[str, Any] = {"max_train_steps": steps}
     if "max_train_epochs" in values:
-        changes["max_train_epochs"] = None  # it would go first
+        changes["max_train_epochs"] = None  # it would take precedence
     before = values.get("max_train_steps")
     are_large = saves_models(values)
     derived = derive_times(before, are_large) if isinstance(before, int) and before > 0 else {}
@@ -157,7 +157,7 @@ def _mark_contents(contents: Mapping[str, bytes | OSError]) -> str:
     for content in contents.values():
         if isinstance(content, bytes):
             marks.append(mark_bytes(content))
-        else:  # no file, or one that may not be read
+        else:  # the file is missing or may not be read
             marks.append("" if isinstance(content, FileNotFoundError) else "-")
     return short_digest("".join(marks)) if any(marks) else ""
 
@@ -223,7 +223,7 @@ def _name_model_files(family: str, task: str, paths: list[str]) -> dict[str, str
     for model in find_models():
         if (model.family, model.task) == (family, task):
             parts = [part for part in model.components if part.option]
-            if len(paths) < len(parts):  # a checkpoint has some inside
+            if len(paths) < len(parts):  # a checkpoint contains several parts
                 parts = [part for part in parts if part.inside is None]
             names = dict.fromkeys((part.option or "").lstrip("-") for part in parts)
             return dict(zip(names, paths, strict=False))
@@ -252,7 +252,7 @@ def list_commands(run_content: bytes) -> list[list[str]]:
         return []
 
 
-@functools.lru_cache(maxsize=8)  # an open page asks again and again
+@functools.lru_cache(maxsize=8)  # an open page polls it
 def _parse_commands(content: bytes) -> tuple[tuple[str, ...], ...]:
     run = parse_toml(content.decode())
     return tuple(tuple(str(word) for word in words) for words in run[OTHERS_TABLE]["commands"])

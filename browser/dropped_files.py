@@ -14,12 +14,12 @@ from modules.media.opening import open_image, open_video
 from modules.pages.language import say
 from modules.run_limits import reject_writing
 
-FOLDER = "inputs"  # in that of results
-MAX_BYTES = 256 << 20  # of a file
+FOLDER = "inputs"  # subfolder of the results folder
+MAX_BYTES = 256 << 20  # maximum size of a file
 MAX_FILES = 1000
 LONGEST_NAME = 60  # characters
 SUFFIXES = {"PNG": ".png", "JPEG": ".jpg", "MPO": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "TIFF": ".tif"}
-CLIPS = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # by the first name of FFmpeg's format
+CLIPS = {"mov": ".mp4", "matroska": ".mkv", "avi": ".avi"}  # FFmpeg's format name -> suffix
 
 
 class InputFolder:

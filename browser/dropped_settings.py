@@ -16,7 +16,7 @@ from modules.errors import OptionError
 from modules.pages.language import say
 from modules.text_files import parse_json
 
-MAX_HOPS = 20  # between nodes of a graph
+MAX_HOPS = 20  # maximum number of links followed in a workflow graph
 MAX_OF_GRAPH = 4 << 20  # characters
 NO_SETTINGS = say(
     "It holds no settings: programs that change a picture often drop them. To start "
@@ -28,11 +28,11 @@ NO_SETTINGS = say(
 class DroppedSettings:
     """Settings that a file was generated with, read from its metadata."""
 
-    program: str  # that made it
-    texts: Mapping[str, str] = field(default_factory=dict)  # by the key of an option; "prompt" among them
-    model: str = ""  # as outputs name it
+    program: str  # program that generated the file
+    texts: Mapping[str, str] = field(default_factory=dict)  # option key -> text, including "prompt"
+    model: str = ""  # name of the model in the metadata
     task: str = ""
-    loras: Mapping[str, str] = field(default_factory=dict)  # strength by the name of the file
+    loras: Mapping[str, str] = field(default_factory=dict)  # file name -> strength
 
     @property
     def family(self) -> str:

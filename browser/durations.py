@@ -13,10 +13,10 @@ from modules.paths import expand_path
 from modules.text_files import parse_toml, read_text
 from training.reports.history import history_path
 
-DEVICE = "device"  # line of a history with the name of the card
+DEVICE = "device"  # entry of a history with the name of the card
 MAX_BYTES = 1 << 20  # maximum size of a dataset.toml
-SIZES = ("resolution", "target_frames", "batch_size")  # keys of a dataset that a step's length follows
-TASK = "task"  # key of a training that a step's length follows
+SIZES = ("resolution", "target_frames", "batch_size")  # dataset keys that determine the duration of a step
+TASK = "task"  # training option that determines the duration of a step
 ACCUMULATION = "gradient_accumulation_steps"
 
 

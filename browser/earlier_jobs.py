@@ -9,7 +9,7 @@ from typing import NamedTuple
 from modules.option_tables import find_table, read_entry
 from modules.text_files import read_text, real_path
 
-SETTINGS = (".toml", ".json", ".txt", ".yaml", ".yml")  # files of a command that may name where it writes
+SETTINGS = (".toml", ".json", ".txt", ".yaml", ".yml")  # of settings, which may contain output paths
 MAX_OF_SETTINGS = 1 << 20  # bytes
 QUOTED = re.compile(r""""((?:[^"\\\n]|\\.)*)"|'([^'\n]*)'""")
 
@@ -19,7 +19,7 @@ class EarlierJob(NamedTuple):
 
     script: Path  # in the checkout or the package
     words: Sequence[str]
-    folder: Path  # that its relative paths begin in
+    folder: Path  # folder that its relative paths refer to
 
 
 def may_be_made(path: Path, jobs: Iterable[EarlierJob]) -> bool:
@@ -41,12 +41,12 @@ def _is_related(place: Path, missing: Path) -> bool:
 def _list_places(job: EarlierJob) -> Iterator[Path]:
     """Yield the paths in a job's command line, its settings and its default values."""
     if job.script.stem == "unpack":
-        yield job.folder  # the packed file holds the name of the folder that it makes there
+        yield job.folder  # the name of the new folder is stored in the packed file
     values = {value for word in job.words for value in (word, word.rpartition("=")[2])}
     for value in [*values, *_list_default_values(job.script)]:
         if value and not value.startswith("-"):
             yield job.folder / value
-            with contextlib.suppress(OSError, ValueError):  # no file can have that name, or it says so itself
+            with contextlib.suppress(OSError, ValueError):  # the job itself reports errors
                 yield from _list_named_places(job.folder / value, job.folder)
 
 

@@ -40,8 +40,8 @@ from modules.text_files import parse_json, real_path
 IMAGES = IMAGE_SUFFIXES | ANIMATION_SUFFIXES
 SHOWN = IMAGES | VIDEO_SUFFIXES
 LEFT_OUT = "left out"  # folder in BIN
-MAX_INFO = 4000  # files whose headers are kept
-MAX_COUNTED = 100  # files whose headers are read to count the damaged ones
+MAX_INFO = 4000  # number of cached headers
+MAX_COUNTED = 100  # maximum number of headers read to count damaged files
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class HeaderInfo:
     size: tuple[int, int] | None
     frames: int | None
     fps: float | None
-    fault: str  # why it cannot be read; empty: it can
+    fault: str  # why it cannot be read; "" if it can
 
 
 def list_names(folder: Path) -> list[str]:
@@ -93,7 +93,7 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.endswith((".txt", ".caption")):
-                with contextlib.suppress(OSError):  # a link to nothing
+                with contextlib.suppress(OSError):  # a broken link
                     sizes[entry.name] = entry.stat().st_size
     stems = {name: Path(name).stem for name in names}
     return [
@@ -134,7 +134,7 @@ class LeftOut:
         """Move a left-out file back into its folder. Raises UserError if that fails."""
         left_out_folder = self.place(folder)
         self._move(left_out_folder, folder, name)
-        with contextlib.suppress(OSError):  # there are more
+        with contextlib.suppress(OSError):  # the folder is not empty
             left_out_folder.rmdir()
 
     def _move(self, start: Path, target: Path, name: str) -> None:
@@ -144,7 +144,7 @@ class LeftOut:
         path = start / name
         paths = [path]
         others = [other for other in list_names(start) if Path(other).stem == path.stem]
-        if len(others) == 1:  # else the caption is also that of another file
+        if len(others) == 1:  # otherwise the caption also belongs to another file
             captions = [path.with_suffix(suffix) for suffix in (".txt", ".caption")]
             paths += [caption for caption in captions if caption.is_file()]
         for moved in paths:

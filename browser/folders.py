@@ -21,13 +21,13 @@ from modules.run_limits import QUEUE_FOLDER
 from modules.text_files import bad_character, real_path
 from training.reports.sections import SAMPLES
 
-DEEPEST = 6  # folders below a root
+DEEPEST = 6  # maximum depth below a root
 MAX_FOLDERS = 500
 MAX_ENTRIES = 20_000  # maximum number of entries that are read in a folder
-CHECK_PAGE = "check.html"  # that `run --check` writes into a described folder
+CHECK_PAGE = "check.html"  # written by `run --check` into a described folder
 # folder names of image trainers, with the number of repeats and the caption: 10_ohwx man
 OF_TRAINERS = re.compile(r"[1-9]\d{0,2}_.*\S.*")
-INSIDE = "img"  # folder of such folders, in that of a project
+INSIDE = "img"  # subfolder of a project that contains such folders
 # names of subfolders that belong to a project
 PARTS = re.compile(rf"{INSIDE}|regs?|regulari[sz]ation([-_ ]?images?)?", re.IGNORECASE)
 # names of folders that our programs write, normalized by `fold_name`
@@ -45,9 +45,9 @@ class MediaFolder:
     clips: int
     audios: int
     uncaptioned: int  # files whose caption is missing or empty
-    first: Path | None  # image or clip that is shown
+    first: Path | None  # image or clip shown for the folder
     is_described: bool
-    inner: int = 0  # subfolders that the files are in, if the folder itself has none
+    inner: int = 0  # number of subfolders with media, if the folder itself has none
     unreadable: int = 0  # number of unreadable files among those whose headers were read
 
     @property

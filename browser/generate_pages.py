@@ -64,9 +64,9 @@ from modules.paths import complete_home, without_quotes
 from modules.text_files import real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
-MAX_AT_ONCE = 64  # results of one press of Make
+MAX_AT_ONCE = 64  # maximum number of results per request
 FOUR = 4  # number of results of "Make with four seeds"
-SHOWN_ENDED = 12  # render jobs that were stopped, died or had a warning, in the page
+SHOWN_ENDED = 12  # maximum number of stopped, failed or warning jobs shown
 SHOWN_OF_REASON = 400  # characters: a sentence with its remedy and two paths
 LABELS = {
     "prompt": say("Prompt"),
@@ -117,9 +117,9 @@ class GenerateForm:
     source: str = ""  # `run ID` or `model FAMILY TASK`
     texts: Mapping[str, str] = field(default_factory=dict)  # by the name of the field
     strengths: Mapping[str, str] = field(default_factory=dict)  # strengths of the selected LoRAs, by path
-    experts: Mapping[str, str] = field(default_factory=dict)  # that they are for, by path
+    experts: Mapping[str, str] = field(default_factory=dict)  # expert of each LoRA, by path
     count: str = "1"
-    is_locked: bool = False  # the seed stays in the form
+    is_locked: bool = False  # keep the seed for the next result
 
     @classmethod
     def of_fields(cls, form: Mapping[str, Sequence[str]]) -> "GenerateForm":
@@ -182,11 +182,11 @@ class GeneratePages:
         run = "".join(fields.pop("run", ()))
         if run:
             fields["source"] = [f"run {run}"]
-        if "fill" in fields:  # another source was chosen
+        if "fill" in fields:  # the user selected another source
             return self.answer_refilled(GenerateForm.of_fields(fields), draft)
         if fields:
             form = GenerateForm.of_fields(fields)
-            is_new = "prompt" not in fields and fields.get("source") != [""]  # as before one is chosen
+            is_new = "prompt" not in fields and fields.get("source") != [""]  # no source selected before
             return self.answer(form, is_new=is_new, draft=draft)
         stored = self.drafts.read(draft) or self.drafts.newest()
         if stored is None:
@@ -311,7 +311,7 @@ class GeneratePages:
         if preview is None or Path(name).suffix != preview.suffix:
             return Response(status_code=204)
         kind = {".png": "image/png", ".mp4": "video/mp4"}[preview.suffix]
-        try:  # at once: the next preview may replace it meanwhile
+        try:  # read it at once, because the next preview replaces it
             return Response(preview.read_bytes(), media_type=kind, headers={"cache-control": "no-store"})
         except OSError:
             return Response(status_code=204)
@@ -380,7 +380,7 @@ class GeneratePages:
         for name in ("prompt", "negative", "seed", "lora_file", "lora_strength"):
             if form.texts.get(name, "").strip():
                 texts[name] = form.texts[name]
-        if texts.get("negative") in list_default_negatives():  # nobody has typed it: another model's own
+        if texts.get("negative") in list_default_negatives():  # another model's default
             texts["negative"] = default.texts.get("negative", "")
         return replace(default, texts=texts, count=form.count, is_locked=form.is_locked)
 
@@ -392,7 +392,7 @@ class GeneratePages:
         """Return the render request that a form describes."""
         texts = {name: form.texts.get(name, "") for name in FIELDS if name not in ("seed", "references")}
         if "start" not in recipe.fields and "redraw" in recipe.fields and texts["start"].strip():
-            texts["redraw"] = texts["redraw"] or texts["start"]  # from a result: the image to start from
+            texts["redraw"] = texts["redraw"] or texts["start"]  # use the start image taken from a result
         references = [line.strip() for line in form.texts.get("references", "").splitlines() if line.strip()]
         loras: list[UsedLora] = []
         for row in rows:
@@ -525,7 +525,7 @@ class GeneratePages:
         if path.suffix != ".safetensors":
             raise OptionError(say("LoRA file %(path)s: give a file that ends in .safetensors.", path=text))
         is_model = real_path(path).is_relative_to(real_path(self.site.models.absolute()))
-        is_gone_here = not path.exists() and self.site.runs.is_below(path.parent)  # which is said later
+        is_gone_here = not path.exists() and self.site.runs.is_below(path.parent)  # reported later
         if not (is_model or is_gone_here or self.site.runs.is_inside(path)):
             raise OptionError(
                 say(
@@ -564,7 +564,7 @@ class GeneratePages:
         settings = read_dropped_settings(tags)
         form = self.fill_form(settings)
         draft = self.drafts.new_name()
-        note = [show(self.describe_filling(settings, form))]  # in the language of who has dropped it
+        note = [show(self.describe_filling(settings, form))]  # in that user's language
         self.drafts.write(draft, {**form.as_fields(), "note": note})
         return answer_json({"address": add_root(f"/generate?draft={draft}")})
 

@@ -38,12 +38,12 @@ LOGS = "logs"
 RENDER_FOLDER = "making"  # folder of the page Generate
 WAITING = "waiting"
 ENDED = (FINISHED, STOPPED, DIED)
-MAX_OF_CODE = 100  # bytes that are read of the file with an exit code
+MAX_OF_CODE = 100  # maximum bytes read from the exit code file
 LAST_LINES = 20
 EVERY_SECONDS = 0.5
 # a line of the text file, with its continuation lines
 ENTRY = re.compile(r"[^\n]*\n?" if os.name == "nt" else r"(?:(?!\s*#)[^\n]*\\\n)*[^\n]*\n?")
-TAIL = 64 << 10  # bytes at the end of a log in which its last lines are searched
+TAIL = 64 << 10  # bytes at the end of a log that are searched for its last lines
 MAX_JOBS = 10**9
 MAX_BORN = 1e11  # seconds since 1970
 MAX_LINES = 1000  # lines of the text file
@@ -57,7 +57,7 @@ KINDS: dict[str, Any] = {
     "within": str,
     "typed": str,
 }
-STORED = ("id", "line", "folder", "process", "stops", "within", "typed")  # in STATE
+STORED = ("id", "line", "folder", "process", "stops", "within", "typed")  # fields stored in STATE
 
 
 class StrangeJobsError(OutputError):
@@ -70,12 +70,12 @@ class Job:
 
     id: int
     line: str  # as in the text file
-    folder: str  # that it runs in
+    folder: str  # working folder
     log: Path
-    process: dict[str, Any] | None = None  # that waits for the job; None: not started
-    stops: int = 0  # how often a stop was asked for
-    within: str = ""  # described folder whose limits it has, as one of its buttons wrote it; empty: no limits
-    typed: str = ""  # options that send something and that somebody typed, despite limits; blanks between
+    process: dict[str, Any] | None = None  # process of the job; None: not started
+    stops: int = 0  # number of stop requests
+    within: str = ""  # described folder whose limits apply; "": no limits
+    typed: str = ""  # typed options that may send data despite limits
     place: int = -1  # index among the entries of the text file; -1: its line has been removed
     code: int | None = field(init=False)
     state: str = field(init=False)  # WAITING, or as the state of a run
@@ -87,7 +87,7 @@ class Job:
         elif self.code is None and self._is_running(self.process):
             self.state = RUNNING
         else:
-            self.code = self._read_code()  # it may have ended in between
+            self.code = self._read_code()  # it may have ended since the first look
             self.state = self._name_ending()
 
     def _is_running(self, process: dict[str, Any]) -> bool:
@@ -137,7 +137,7 @@ class Job:
             is_there = folder.is_dir()
         except OptionError as error:
             return str(error)
-        except (OSError, ValueError):  # for a name that no folder can have
+        except (OSError, ValueError):  # an impossible folder name
             is_there = False
         return "" if is_there else say("%(folder)s: there is no such folder", folder=self.folder)
 
@@ -163,7 +163,7 @@ class Job:
 
     def last_lines(self, count: int = LAST_LINES) -> str:
         """Return the last lines of the job's log; of each progress bar, only its last state."""
-        if self.log.is_symlink():  # to a file of somebody else
+        if self.log.is_symlink():  # a link may lead to another user's file
             return ""
         try:
             with self.log.open("rb") as file:
@@ -181,7 +181,7 @@ class _Book:
 
     entries: list[str]  # entries of the text file: commands and other lines
     jobs: list[Job]
-    last: int  # number that was given to a job
+    last: int  # last number given to a job
     worker: dict[str, Any] | None  # process that runs the jobs
 
     def as_text(self) -> str:
@@ -248,10 +248,10 @@ class JobQueue:
         """Use the queue files in `folder`, which is created when the first job is added."""
         self.folder = folder
         self.read_only = read_only
-        self.problem = ""  # why the last try to begin a job has failed
+        self.problem = ""  # reason why the last start of a job failed
         # frees the graphics card before a job starts; returns the reason if the job has to wait, else ""
         self.before_start: Callable[[], str] = lambda: ""
-        self._keeps_open = False  # it works, and the next server is to continue with what it has seen
+        self._keeps_open = False  # the next server continues the running queue
         self._ended = threading.Event()
         self._worker: threading.Thread | None = None
         self._child: subprocess.Popen[bytes] | None = None
@@ -373,7 +373,7 @@ class JobQueue:
             launch.check_options(words, folder, list_earlier(others))
             book.wait_again(job, as_line(words))
             job.folder = str(real_path(folder))
-            job.within = ""  # somebody has typed it
+            job.within = ""  # a typed line has no limits
             job.typed = ""
 
     @property
@@ -462,7 +462,7 @@ class JobQueue:
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
                 write_text(job.code_path, str(error.exit_code))
-                job.process = {}  # not None: it counts as started, and has ended with that code
+                job.process = {}  # not None: it counts as started and ended
                 return
             limits = limit_variables([Path(job.within)], job.typed.split()) if job.within else {}
             self._child = launch.prepare_process(job.log, **limits)
@@ -608,7 +608,7 @@ def _check_stored(stored: Any) -> None:
     """Raise ValueError, TypeError or LookupError if the stored state is damaged."""
     numbers = [stored["last"], *(row["id"] for row in stored["jobs"])]
     for number in numbers:
-        if type(number) is not int or not 0 <= number < MAX_JOBS:  # it names files
+        if type(number) is not int or not 0 <= number < MAX_JOBS:  # the number becomes a part of file names
             raise ValueError(f"{number!r} is no number of a job")
     for row in (stored, *stored["jobs"]):
         for name, kind in KINDS.items():
@@ -625,7 +625,7 @@ def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
     """Return the jobs that may still write files; the check of a later job takes them into account."""
     earlier = []
     for job in filter(may_still_write, jobs):
-        with contextlib.suppress(OptionError):  # a line by hand that will be refused makes nothing
+        with contextlib.suppress(OptionError):  # an invalid line will be rejected and writes nothing
             earlier.append(launch.find_earlier_job(job.words, Path(job.folder)))
     return [*filter(None, earlier)]
 
@@ -647,7 +647,7 @@ def _find_line_folder(line: str) -> Path:
     with contextlib.suppress(OptionError):  # an open quote
         words = launch.split_words(match[1])
     folder = words[0] if len(words) == 1 else match[1].strip()
-    return Path.cwd() / folder  # the job says if it does not exist
+    return Path.cwd() / folder  # the job reports a missing folder
 
 
 def open_queue(runs: Runs, read_only: bool) -> JobQueue:

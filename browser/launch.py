@@ -45,7 +45,7 @@ from modules.text_files import bad_character, real_path
 from package.reelsmith.commands import ScriptCommand, find_commands
 
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
-CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # the only use of `&&` that a line may have
+CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # `&&` is allowed only after `cd`
 HOME = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside of quotes
 MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
 # Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value.
@@ -61,7 +61,7 @@ LAUNCHER = {
     "--gpu_ids": r"all|\d{1,3}(,\d{1,3})*",
     "--mixed_precision": "no|fp16|bf16|fp8",
 }
-_SHAPES = {  # in words
+_SHAPES = {  # shape of a value -> description
     **dict.fromkeys((name for name, shape in LAUNCHER.items() if shape is None), "no value"),
     "--num_machines": "1",
     "--machine_rank": "0",
@@ -137,7 +137,7 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
     target = folder / Path(words[0])
     try:
         is_there = target.is_dir()
-    except (OSError, ValueError):  # too long, or no name
+    except (OSError, ValueError):  # too long, or an invalid name
         is_there = False
     if not is_there:
         raise OptionError(
@@ -245,12 +245,12 @@ else:
 """
 # commands that load torch right after reading their options
 WITH_TORCH = ("train", "finetune", "cache", "generate", "compare", "gen-img-diffusers")
-WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # behind the name of a model
+WITH_TORCH_ENDS = ("gen-img", "minimal-inference")  # endings after the name of a model
 # the other scripts read their options with one of these functions, which can end the script afterwards
 ENDS_AFTER_OPTIONS = re.compile(r"\b(parse_options|plain_script|tool_script)\(")
 WARNING = re.compile(r"^WARNING: (.+)$", re.MULTILINE)  # as scripts print them
 CHECK_SECONDS = 20
-MIN_SIMILAR = 0.75  # names of scripts for which a wrong one is suggested: evil.py is not metaview.py
+MIN_SIMILAR = 0.75  # similarity from which a script name is suggested
 HELP = ("-h", "--help")
 INTERACTIVE = "--interactive"
 # options that name input files, in addition to model files; `--lora_weight a b` names two files
@@ -259,7 +259,7 @@ FILES_READ = {
     *("--network_mul_weights", "--ckpt", "--from_file", "--image_path", "--end_image_path", "--video_path"),
     *("--control_image_path", "--sample_prompts", "--dataset_config", "--config_file", "--lora", "--input"),
 }
-BY_PLACE = ""  # in place of an option: words before the first one
+BY_PLACE = ""  # key for positional arguments
 FILE_NAME = re.compile(
     r".*\.(safetensors|ckpt|pt|pth|gguf|png|jpe?g|webp|mp4|txt|toml|json|zip|html)", re.IGNORECASE
 )
@@ -295,7 +295,7 @@ def check_options(
     variables = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}
     if command.words[0] not in WITH_TORCH and not command.words[0].endswith(WITH_TORCH_ENDS):
         if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
-            return []  # the script would begin its work
+            return []  # the check cannot be limited to the options
         variables[ONLY_OPTIONS] = "1"
     if program[:3] == ACCELERATE:  # check the script without the launcher and its options
         script = program_words(command.path.relative_to(ROOT))
@@ -352,7 +352,7 @@ def reject_endless(command: ScriptCommand, words: Sequence[str]) -> None:
                 name=command.name,
             )
         )
-    for option in options:  # which may be shortened
+    for option in options:  # options may be abbreviated
         if INTERACTIVE.startswith(option) and len(option) > len("--in"):
             raise OptionError(
                 say(
@@ -498,7 +498,7 @@ def interrupt_processes(number: int) -> None:
 
     `number` is the id of the process that runs the job.
     """
-    with contextlib.suppress(OSError):  # it has just ended; on Windows, it is of another console
+    with contextlib.suppress(OSError):  # it has just ended, or on Windows has another console
         if sys.platform == "win32":
             os.kill(number, signal.CTRL_BREAK_EVENT)
         else:
@@ -517,7 +517,7 @@ def kill_processes(number: int) -> None:
 def main() -> None:
     """Read a job from standard input, run it, and write its exit code."""
     job = sys.stdin.buffer.read()
-    if not job:  # the browser was killed before it had noted this process
+    if not job:  # the server was killed before it stored this process
         return
     signals: list[int] = []
     for name in ("SIGINT", "SIGTERM", "SIGBREAK"):  # the job gets them too; this process waits for its end
@@ -531,7 +531,7 @@ def main() -> None:
     except OSError as error:
         write_code(Path(path), 1)
         raise SystemExit(f"{folder}: no job can be started there: {error.strerror}") from None
-    if signals and sys.platform != "win32":  # they came before it was there
+    if signals and sys.platform != "win32":  # signals arrived before the job was started
         process.send_signal(signals[0])
     write_code(Path(path), process.wait())
 
@@ -544,7 +544,7 @@ def write_code(path: Path, code: int) -> None:
     try:
         write_text(path, str(code))
     except OutputError:
-        with contextlib.suppress(OSError):  # then its log and its history show its state
+        with contextlib.suppress(OSError):  # without the code, log and history show the state
             path.write_text(str(code), encoding="utf-8")
 
 

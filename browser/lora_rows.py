@@ -1,4 +1,4 @@
-"""List the LoRA files of all runs that a model can use, and read from their headers what they are for."""
+"""List the LoRA files of all runs that a model can use, and read their purpose from their headers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +17,7 @@ from networks.module_names import families_of_scripts, read_family
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
 BOTH = "both"  # experts
-FOLDER = "loras"  # folders of this name, in roots and in the folder of models, hold downloaded LoRAs
+FOLDER = "loras"  # folder of downloaded LoRAs, in each root and in the models folder
 MAX_FILES = 500
 
 
@@ -33,9 +33,9 @@ class LoraRow:
     is_best: bool = False
     folder: str = ""
     family: str = ""
-    task: str = ""  # that it was trained for; empty if its command has none
+    task: str = ""  # task it was trained for; "" if the command names none
     twins: Sequence[str] = ()  # paths of further files with the same weights
-    reason: str = ""  # why it may not fit the chosen model
+    reason: str = ""  # why it may not fit the selected model; "" if it fits
 
     @property
     def name(self) -> str:
@@ -85,7 +85,7 @@ class RunLoras:
 
     def __init__(self, runs: Runs) -> None:
         self.runs = runs
-        self._rows: dict[str, tuple[float, str, list[LoraRow]]] = {}  # by id: time, family, rows
+        self._rows: dict[str, tuple[float, str, list[LoraRow]]] = {}  # run id -> time, family, rows
 
     def refresh(self) -> list[tuple[RunSummary, str]]:
         """Read runs that have changed, and return the runs that generate with their labels, newest first."""

@@ -27,8 +27,8 @@ from modules.errors import OptionError, UserError
 from modules.pages.language import say
 from project.options import MODELS
 
-NO_COLOR = "RRGGBB"  # in the shown command, until somebody types one
-BETWEEN = ";"  # two things to find
+NO_COLOR = "RRGGBB"  # placeholder in the shown command
+BETWEEN = ";"  # separates things to find
 # detection methods, named like the options of the tool; "" is --what
 WORDS, WATERMARK, BACKGROUND, FACES, COLOR = "", "watermark", "background", "faces", "colour"
 FINDERS = {
@@ -112,7 +112,7 @@ class MaskMakingPages:
         try:
             dry_run = format_command(self.make_words(folder, texts, tries=True), folder)
             lines = [dry_run, format_command(self.make_words(folder, texts, tries=False), folder)]
-        except OptionError as error:  # shown at both buttons
+        except OptionError as error:  # the error is shown at both buttons
             lines = [str(error), str(error)]
         finder = texts.get("finder", WORDS)
         return {

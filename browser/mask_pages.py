@@ -28,7 +28,7 @@ from modules.pages.language import say
 from modules.text_files import parse_json
 
 DRAWN_ADDRESS = f"{ADDRESS}/drawn"
-MAX_OF_DRAWN = 32 << 20  # bytes of a drawn mask
+MAX_OF_DRAWN = 32 << 20  # maximum bytes of a drawn mask
 PART = 24  # media on a page for browsers without scripts
 
 
@@ -145,7 +145,7 @@ class MaskPages:
         def act(folder: Path, place: MaskPlace) -> None:
             self.review.draw(folder, place, body, query.get("have", ""))
             with contextlib.suppress(ChangedMeanwhileError, OSError, ValueError, UserError):
-                use_first_mask(self.site.runs, folder)  # else the tick of the form says so
+                use_first_mask(self.site.runs, folder)  # otherwise the form's checkbox decides
 
         return self._answer_change(query, act)
 
@@ -185,7 +185,7 @@ class MaskPages:
             places = self.review.places(folder)
             at = [mask_place.medium for mask_place in places].index(place.medium)
             return answer_json(self.make_item(folder, places, at, error), status)
-        except (UserError, OSError, ValueError) as problem:  # it is gone
+        except (UserError, OSError, ValueError) as problem:  # the file was removed
             return answer_json({"error": error or str(problem)}, max(status, 404))
 
 

@@ -25,9 +25,9 @@ MASKS = "mask_directory"  # key of a table
 class MaskUse:
     """How many files of a folder have a mask, and whether the training uses them."""
 
-    config: DraftFile  # dataset.toml that takes the folder
+    config: DraftFile  # dataset.toml that uses the folder
     folder: Path
-    masks: Path  # their folder
+    masks: Path  # folder of the masks
     num_masks: int
     num_media: int
     is_used: bool

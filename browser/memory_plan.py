@@ -39,7 +39,7 @@ from project.model_sizes import find_memory
 from project.options import RUN_FILE
 
 PLAN = "plan"  # kind of the background job
-SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GiB of cards that are sold
+SIZES = (6, 8, 10, 12, 16, 20, 24, 32, 40, 48, 80, 96, 141)  # GiB of common graphics cards
 DEFAULT_SIZE = 24  # GiB, on a machine without a card
 STOP_SECONDS = 5
 TABLE_HEAD = re.compile(r"GiB +device +host")

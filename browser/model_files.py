@@ -1,4 +1,4 @@
-"""State of released files in the models folder: which tasks use each, what is missing, what is unknown.
+"""State of released files in the models folder: tasks that use them, missing and unknown files.
 
 Paths come from the catalogue alone; a page names tasks and parts, never files.
 """
@@ -25,7 +25,7 @@ from modules.progress import read_progress
 from modules.text_files import real_path
 
 DOWNLOAD = "download"  # kind of background jobs
-DEEPEST = 6  # folders below that of the models
+DEEPEST = 6  # maximum depth below the models folder
 MAX_FILES = 2000  # maximum number of listed files that belong to no part
 PARTIAL = re.compile(r"\.(.+)\.[0-9a-f]{1,12}\.part")  # see downloads/fetching.py
 
@@ -35,10 +35,10 @@ class ModelPart:
     """A network or tokenizer of the catalogue, and its state on disk."""
 
     component: Component
-    models: tuple[ModelSet, ...]  # that use it
+    models: tuple[ModelSet, ...]  # models that use the part
     size_bytes: int  # on disk, with unfinished downloads
-    is_there: bool  # all of its files
-    has_other_size: bool  # a file is not as large as the released one
+    is_there: bool  # all files exist
+    has_other_size: bool  # the size of a file differs from the released one
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -178,7 +178,7 @@ def _read_task(model: ModelSet, models: Path, in_fp8: bool, known: KnownParts) -
     for component in model.components:
         if component.files not in known:
             known[component.files] = read_part(component, models)
-        parts.append(replace(known[component.files], component=component))  # families name options otherwise
+        parts.append(replace(known[component.files], component=component))  # its option depends on the family
     return TaskFiles(model, tuple(parts), in_fp8)
 
 
@@ -243,7 +243,7 @@ def list_parts_on_disk(models: Path, known: KnownParts) -> list[ModelPart]:
 class UnknownFile:
     """A file of the models folder that belongs to no part of the catalogue."""
 
-    path: Path  # below the folder
+    path: Path  # relative to the models folder
     size_bytes: int
 
 

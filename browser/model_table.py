@@ -1,4 +1,4 @@
-"""The table of models on the page New: outputs, downloads and memory of each; licenses; what a file is."""
+"""The table of models on the page New, with outputs, downloads, memory and licenses; file descriptions."""
 
 import functools
 import logging
@@ -26,12 +26,12 @@ from modules.text_files import read_tensor_header
 from project.model_sizes import describe_fit, is_small, needs_image, transformer_bytes
 from project.options import find_models
 
-GATED = "asks to accept"  # words of the terms of a license that a repository wants accepted on its own page
+GATED = "asks to accept"  # in the terms of licenses that need acceptance
 MODEL_SUFFIXES = frozenset({".safetensors", ".gguf", ".pth", ".pt", ".bin", ".ckpt"})
 MISFIT_SECONDS = 120
-_ASKING = threading.Lock()  # one process at a time: each takes the memory of torch
+_ASKING = threading.Lock()  # one process at a time, because each loads torch
 logger = logging.getLogger(__name__)
-SUGGESTED = 3  # rows of the table that are marked
+SUGGESTED = 3  # number of recommended rows
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ModelRow:
     """A row of the table of models."""
 
     model: ModelSet
-    size: str  # GB on disk, or to load
+    size: str  # GB on disk or to download
     is_there: bool
     fit: str
     makes: str
@@ -129,7 +129,7 @@ def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tupl
     if content is not None:
         suits = row.makes.startswith("clips" if content.clips else "pictures")
         if content.clips and model.data.get("from_image"):
-            suits = False  # it needs images to begin with
+            suits = False  # it needs start images
     is_distilled = any(word in model.about for word in ("eight steps", "four steps", "distilled"))
     fits = not memory or is_small(model, memory)
     return not suits, is_distilled, not fits, transformer_bytes(model)

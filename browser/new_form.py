@@ -40,7 +40,7 @@ OF_ALL_FILES = {
     "recipe": say("Recipe"),
 }
 OF_RUN_FILE = {"name": say("Name"), "steps": say("Training steps")}  # fields that are keys of run.toml only
-KIND_TITLES = {  # by the names of the kinds of runs
+KIND_TITLES = {  # name of a kind of run -> title
     "lora": say("a LoRA"),
     "adapter": say("a training adapter"),
     "lllite": say("a ControlNet-LLLite"),
@@ -96,7 +96,7 @@ class NewForm:
     trigger: str = ""
     name: str = ""
     steps: str = str(DEFAULT_STEPS)
-    model_files: Mapping[str, str] = field(default_factory=dict)  # by option; only those that lie elsewhere
+    model_files: Mapping[str, str] = field(default_factory=dict)  # files outside the models folder, by option
     recipe: str = ""  # name of a recipe; "": the values of `new`
 
     @classmethod
@@ -299,7 +299,7 @@ def check_name_field(form: NewForm) -> None:
 
 def check_steps_field(form: NewForm) -> None:
     """Raise OptionError if the number of steps is not valid."""
-    if form.steps:  # else that of `new`, or of the files
+    if form.steps:  # if empty, the value of `new` or of the files is used
         read_steps(form.steps)
 
 

@@ -145,13 +145,13 @@ from protocols.families import caption_formats
 
 LINES_OF_FAILURE = 3
 COMPARE = "compare"  # kind of background job: shows how the files of a described folder would change
-TRY = "try"  # captions of a few files
+TRY = "try"  # kind of background job: captions a few files as a trial
 REPAIRING = "repair"
 BACKGROUND_KINDS = (DESCRIBE, COMPARE, CHECK, TRY, REPAIRING)
-FULL_PAGE = ("describe", "replace", "keep")  # what changes more than the part that shows progress
-MESSAGE_HEADER = "x-reelsmith-said"  # header of an answer that opens the page again: what was done
-PART = 24  # folders of the list that are shown at once
-TILES = 12  # files of the row of images
+FULL_PAGE = ("describe", "replace", "keep")  # buttons that change more than the progress part
+MESSAGE_HEADER = "x-reelsmith-said"  # header with the message of an action, when the page reopens
+PART = 24  # number of folders shown at once
+TILES = 12  # number of files in the row of images
 CHARACTERS = 160  # number of characters of a caption, of which two lines are shown
 # the page shows check.html of the folder in a frame
 PAGE_POLICY = f"{POLICY}; frame-src 'self'"
@@ -160,8 +160,8 @@ CHECK_POLICY = (
     "sandbox; default-src 'none'; img-src data:; media-src data:; style-src 'unsafe-inline'; "
     "frame-ancestors 'self'"
 )
-WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # begins with a drive, or names another machine
-MAX_OF_PAGE = 256 << 20  # bytes of check.html
+WINDOWS_PATH = re.compile(r"[A-Za-z]:[\\/]|\\\\")  # starts with a drive letter, or is a network path
+MAX_OF_PAGE = 256 << 20  # maximum bytes of check.html
 
 
 @dataclass(frozen=True)
@@ -638,7 +638,7 @@ class NewPages:
             "download": download,
             "load_command": format_command(load_words) if load_words else "",
             "licences": licenses,
-            "is_gated": is_gated,  # a function: the template asks it of each license
+            "is_gated": is_gated,  # a function that the template calls for each license
             "has_login": any(map(is_gated, licenses)) and has_login(),
             "to_load": gigabytes(total_bytes(to_load)),
         }
@@ -1085,7 +1085,7 @@ def _split_line(line: str) -> list[str]:
     """Return the arguments of a command without its `cd`, or the line itself if it cannot be split."""
     try:
         return split_words(command_part(line))
-    except OptionError:  # somebody's own line of the queue: no line of `new` equals it
+    except OptionError:  # a manually written line, which `new` never prints
         return [line]
 
 

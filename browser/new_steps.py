@@ -10,10 +10,10 @@ from browser.runs import FINISHED, RUNNING
 from browser.short_names import short_digest
 from modules.pages.language import counted, join, say
 
-DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # what a press of the button does
-CHANGES, FOLLOW = "changes", "follow"  # it leads to a place of this page, or to another page
-CAPTIONS, MEND = "captions", "mend"  # it leads to where what is missing can be given, or to what is listed
-BUSY = "busy"  # a command works, and the button only says so
+DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # action of the button
+CHANGES, FOLLOW = "changes", "follow"  # the button leads to a part of this page, or to another page
+CAPTIONS, MEND = "captions", "mend"  # the button leads to missing inputs, or to listed errors
+BUSY = "busy"  # a command is running; the button only shows that
 CHANGES_PLACE = "#would-change"
 CAPTIONS_PLACE, WORD_PLACE, LISTED_PLACE = "#writer", "#trigger", "#progress"
 QUEUE_ADDRESS = "/queue"
@@ -25,9 +25,9 @@ class NextStep:
 
     name: str
     word: str
-    missing: Sequence[str] = ()  # what is still to be chosen or mended, in words
-    done: str = ""  # what has worked so far, in words
-    address: str = ""  # that the button opens, instead of doing something
+    missing: Sequence[str] = ()  # what the user still has to select or fix, in words
+    done: str = ""  # completed steps in words
+    address: str = ""  # address that the button opens instead of an action
     other_word: str = ""  # label of a second button
     other_address: str = ""
 
@@ -43,14 +43,14 @@ class FolderStanding:
 
     is_described: bool = False
     describing: Job | None = None  # `new`, for the files or for a comparison with them
-    has_changes: bool = False  # shown ones, of which nobody has said whether they are wanted
+    has_changes: bool = False  # shown changes that the user has neither accepted nor rejected
     download: Download | None = None  # download of the folder's model
-    to_load: str = ""  # GB of its model that are missing, and that this page can load
-    load_failure: str = ""  # last lines of a download that has died
+    to_load: str = ""  # missing GB of the model that this page can download
+    load_failure: str = ""  # last lines of a failed download
     uncaptioned: int = 0  # files without the caption that the training needs
     only_pictures: bool = True  # whether all of these files are images
-    has_listed_errors: bool = False  # `new` has listed files with which no training runs
-    loads_at_start: bool = False  # the training loads what is missing
+    has_listed_errors: bool = False  # `new` has listed files that prevent a training
+    loads_at_start: bool = False  # the training downloads missing files
     checking: Job | None = None
     is_check_old: bool = False
     job: Job | None = None  # job of the queue that trains on the folder

@@ -19,8 +19,8 @@ from browser.page_root import MARK, find_port
 from browser.tokens import Connection, find_owner
 
 COOKIE = "reelsmith_page"
-OLD_COOKIE = "reelsmith"  # held the secret word itself, for all ports: it is removed
-SECONDS = 60 * 60 * 24 * 30  # then the printed address is opened again
+OLD_COOKIE = "reelsmith"  # older cookie with the token itself, sent to all ports; it is deleted
+SECONDS = 60 * 60 * 24 * 30  # after that, the printed address has to be opened again
 
 
 @dataclass(frozen=True)

@@ -24,11 +24,11 @@ TABLES = Path(__file__).resolve().parent / "languages"
 # HTML code -> the language's own name; the first language is that of the untranslated texts
 NAMES = (("en", "English"), ("zh", "中文"), ("ja", "日本語"))
 CODES = tuple(code for code, _ in NAMES)
-COOKIE = "reelsmith_language"  # and the port, as all ports of a host share their cookies
-HEADER = "Reelsmith-Language"  # of what a page's scripts ask for: the language in which the page was drawn
+COOKIE = "reelsmith_language"  # the port is appended, because all ports of a host share cookies
+HEADER = "Reelsmith-Language"  # sent by a page's scripts: the language of the page
 COOKIE_SECONDS = 60 * 60 * 24 * 365
-SCRIPTS = "scripts"  # section of a table
-HELPS = "helps"  # section in a file of its own
+SCRIPTS = "scripts"  # section of a language file
+HELPS = "helps"  # section in a separate file
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def read_texts(code: str) -> Mapping[str, str]:
 
 
 def choose_language(request: Request) -> Language:
-    """Return the language of a request: of its page, of the cookie, or the first known one of the browser.
+    """Return the language of a request: its page's, the cookie's, or the first supported one of the browser.
 
     Parts that a page requests later keep its language, even if another tab has changed the cookie.
     """

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
-MARK = "/~"  # begins that path; no address of a page begins so
+MARK = "/~"  # prefix of that path; no page's address starts with it
 _ROOT: ContextVar[str] = ContextVar("root of pages", default="")
 # attributes in our templates that contain addresses; all values are escaped, so none contains a quote
 _ATTRIBUTES = (

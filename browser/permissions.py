@@ -1,4 +1,4 @@
-"""List what a run.toml lets a run do before it is started, because it may come from somebody else.
+"""List what a run.toml allows its run to do, for review before the start: somebody else may have written it.
 
 `run` itself rejects what is marked as rejected here (see `modules/run_limits.py`); the list only says so
 earlier.
@@ -22,7 +22,7 @@ from training.features.composing import options_reaching
 
 CODE = ("network_module",)  # options that load code
 NOT_STARTED = "`run` refuses it: --%(option)s is only taken if it is typed"
-CACHES = "cache_directory"  # ends the names of keys of a dataset
+CACHES = "cache_directory"  # suffix of dataset keys for cache folders
 MAX_LINES = 100
 MAX_SHOWN = 64 << 10  # bytes of a file
 
@@ -32,8 +32,8 @@ class Permission:
     """An act of a run, and what the user should know about it."""
 
     text: str
-    note: str = ""  # why it is refused, or unusual
-    is_unusual: bool = False  # `new` writes no such thing
+    note: str = ""  # why it is rejected or unusual
+    is_unusual: bool = False  # `new` never writes this
 
 
 def read_permissions(folder: Path) -> list[Permission]:
@@ -159,7 +159,7 @@ def _list_starting(tables: Mapping[str, Any]) -> Iterator[Permission]:
 def _list_typed_only(words: Sequence[str]) -> list[str]:
     """Return the options in a command that start a program; argparse accepts abbreviated names as well."""
     flags = [word.partition("=")[0] for word in words]
-    typed = [flag for flag in flags if len(flag) > len("--x")]  # one letter is not enough of a name
+    typed = [flag for flag in flags if len(flag) > len("--x")]  # ignore one-letter names
     return [option for option in STARTING if any(f"--{option}".startswith(flag) for flag in typed)]
 
 

@@ -36,10 +36,10 @@ from modules.pages.page import render_page
 from training.reports.present_files import present_commands
 
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
-SHORT_SECONDS = 60  # the output of a job that ran no longer is shown without a click
+SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
 NUMBER = re.compile(r"[0-9]{1,15}")  # number of a job
-MAX_ADDED = 40  # jobs, at once
-CHECK_SECONDS = 30.0  # for the options of all of them
+MAX_ADDED = 40  # maximum number of jobs added at once
+CHECK_SECONDS = 30.0  # time limit for checking the options of all added jobs
 
 
 def is_started_by(run: RunSummary, job: Job) -> bool:
@@ -116,13 +116,13 @@ def read_jobs(
             base = compare.working_folder(run, compare.group_options(words))
         _, folder = split_folder(line, base)
         jobs.append((words, folder))
-    for words, folder in jobs:  # all of them, before a script takes a second for the first
+    for words, folder in jobs:  # find all programs first: checking options takes a script a second
         find_program(words, folder)
     end = time.monotonic() + CHECK_SECONDS
     before = [*earlier]
     for words, folder in jobs:
         seconds = end - time.monotonic()
-        if seconds <= 0:  # scripts check the options of the others when these begin
+        if seconds <= 0:  # time is up: the other jobs are checked when they start
             break
         check_options(words, folder, before, seconds=seconds)
         before += filter(None, [find_earlier_job(words, folder)])

@@ -33,7 +33,7 @@ LORA = "--lora_weight"
 STRENGTHS = "--lora_multiplier"
 RESULTS = "generated"  # folder of results, in a root or in the output folder of a run
 MAX_STRENGTH = 1000  # maximum strength of a LoRA, as in training
-MAX_OF_TEXT = 30_000  # characters of a prompt: a word of a command has up to 131,072 bytes
+MAX_OF_TEXT = 30_000  # characters; Linux limits an argument to 131,072 bytes
 # form field -> options that it may set; the first one that the script has is used. The fields are in the
 # order in which a command lists them
 FIELDS: Mapping[str, Sequence[str]] = {
@@ -65,10 +65,10 @@ REPLACED = {
     f"lora_multiplier_{HIGH_NOISE}", "num_videos", "from_file", "interactive", "preview_latent_every",
 }
 # fmt: on
-EXAMPLES = {"start.png", "end.png", "control.mp4"}  # that commands of the catalogue name
+EXAMPLES = {"start.png", "end.png", "control.mp4"}  # placeholders in commands of the catalogue
 ASPECTS = (1.0, 4 / 3, 3 / 4, 16 / 9, 9 / 16)  # width by height
-HALF_FLAGS = ("--fp16", "--bf16")  # switches of commands of the catalogue, for a card
-SIDE_STEP = 32  # pixels: all models take such sides
+HALF_FLAGS = ("--fp16", "--bf16")  # switches for a graphics card in the catalogue's commands
+SIDE_STEP = 32  # pixels; all models accept multiples of it
 
 
 class UsedLora(NamedTuple):
@@ -85,10 +85,10 @@ class ModelRecipe:
 
     title: str
     family: str  # as scripts name it
-    fixed: Mapping[str, Sequence[str]]  # options of the model, with the words that follow
-    usual: Mapping[str, str]  # what fields hold before they are changed, by the name of the field
-    folder: Path  # in which the command is typed
-    missing: Sequence[str] = ()  # files of the model that are not there
+    fixed: Mapping[str, Sequence[str]]  # options of the model, with their arguments
+    usual: Mapping[str, str]  # initial texts of the fields, by name
+    folder: Path  # working folder of the command
+    missing: Sequence[str] = ()  # missing files of the model
     loras: Sequence[UsedLora] = ()  # LoRAs of the command
     needed: Sequence[str] = ()  # fields that must be filled
     paths: Sequence[str] = ()  # paths of images that the command names
@@ -327,7 +327,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
     """Return the recipe of a released model with its files in `models`; `folder` is the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
     _, script, *words = shlex.split(model.commands["generate"])
-    paths = {}  # by the place that the command has for a file, such as {dit}
+    paths = {}  # placeholder in the command, such as {dit} -> path
     for part in model.components:
         if part.option:
             placeholder = part.option.lstrip("-")
@@ -344,7 +344,7 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
             else:
                 options[name].append(text)
     options.pop("--seed", None)
-    if not find_memory():  # processors compute 16 bits many times slower than 32
+    if not find_memory():  # CPUs are many times slower in 16 bits than in 32
         for flag in HALF_FLAGS:
             options.pop(flag, None)
     return _make_recipe(
@@ -389,8 +389,8 @@ class _TypedOption:
     flag: str
     key: str
     field: str | None  # field of the page that shows it
-    words: list[str]  # without those that stand for a file that somebody has to name
-    has_example: bool  # there was one of those
+    words: list[str]  # arguments, without placeholders
+    has_example: bool  # it had a placeholder
 
     @property
     def is_size(self) -> bool:

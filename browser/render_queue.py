@@ -24,9 +24,9 @@ from modules.text_files import parse_json, read_text
 
 NAME = re.compile(r"(\d{1,9})\.json")
 CANCELS = "{}.cancel"  # name of the file that asks the server that makes a render job to stop
-MAX_OF_RENDER_JOB = 2 << 20  # bytes of a file; it has the prompt three times
+MAX_OF_RENDER_JOB = 2 << 20  # bytes of a job's file, which contains the prompt three times
 MAX_WAITING = 200
-MAX_ENDED = 300  # older ones are forgotten; their results stay
+MAX_ENDED = 300  # older ended jobs are removed; their results stay
 LOADING = say("loading the model")
 MAKING = say("making it")
 # texts about a running job: those set here, and those that a generation reports (generation/making.py)
@@ -47,21 +47,21 @@ ENDED_MEANWHILE = say("the page's server was ended meanwhile")
 class RenderJob:
     """How one result is generated, and how far that is."""
 
-    id: int  # 0: it is not noted yet
+    id: int  # 0: not stored yet
     title: str  # title of the model
     session: list[str]  # command that loads the model
     command: list[str]  # command line that makes the same result
     request: dict[str, Any]  # request as `generation/json_requests.py` reads it
-    folder: str  # in which the commands are typed
+    folder: str  # working folder of the commands
     save_path: str
     created: float
     form: dict[str, list[str]] = field(default_factory=dict)  # fields of the page that asked for it
     state: str = WAITING
-    reason: str = ""  # why it died
+    reason: str = ""  # why it failed
     file: str = ""  # result
     process: dict[str, Any] | None = None  # process of the server that works on it
-    doing: str = ""  # while it is made
-    done: int = 0  # steps
+    doing: str = ""  # current activity
+    done: int = 0  # finished steps
     steps: int = 0
     last_lines: str = ""  # last lines of a process that died
     warnings: str = ""  # warnings that the script printed, one a line
@@ -108,7 +108,7 @@ KINDS: dict[str, Any] = {
     "last_lines": str,
     "warnings": str,
 }
-LATER: dict[str, Any] = {"warnings": ""}  # files of earlier versions have none
+LATER: dict[str, Any] = {"warnings": ""}  # fields that files of earlier versions lack
 STATES = (WAITING, RUNNING, FINISHED, STOPPED, DIED)
 
 
@@ -165,7 +165,7 @@ class RenderQueue:
                     number = max([0, *(job.id for job in jobs), *numbers]) + 1
                     self._write(replace(new_job, id=number))
                     numbers.append(number)
-            except (OptionError, OutputError):  # all or none
+            except (OptionError, OutputError):  # store all jobs or none
                 for number in numbers:
                     self._path(number).unlink(missing_ok=True)
                 raise
@@ -231,7 +231,7 @@ class RenderQueue:
 
     def _write(self, job: RenderJob) -> None:
         text = json.dumps({name: getattr(job, name) for name in KINDS})
-        if len(text) > MAX_OF_RENDER_JOB:  # it would not be read again
+        if len(text) > MAX_OF_RENDER_JOB:  # `_read_entry` would reject it
             raise OptionError(f"a request of {len(text):,} bytes: {MAX_OF_RENDER_JOB:,} are the most")
         write_text(self._path(job.id), text)
 

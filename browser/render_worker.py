@@ -38,16 +38,16 @@ from training.reports.history import describe_process
 
 logger = logging.getLogger(__name__)
 
-FOLDER = "making"  # in that of the queue
+FOLDER = "making"  # subfolder of the queue's folder
 LOG = "making.log"
-PREVIEWS = "preview"  # folder
+PREVIEWS = "preview"  # folder of the previews
 PREVIEW_NAMES = ("latent_preview.mp4", "latent_preview.png")
 SESSION = "session.json"  # names the process with the model
-IDLE_SECONDS = 600.0  # after which a model is freed
-LOOKED_EVERY = 0.2  # seconds, at what a process answers
+IDLE_SECONDS = 600.0  # a model idle for this long is freed
+LOOKED_EVERY = 0.2  # seconds between two looks for answers
 QUEUE_LOOKED_EVERY = 1.0
-WRITTEN_EVERY = 1.0  # the steps of a render job, for other servers
-RETRIED_EVERY = 2.0  # after an error, or while another server makes the render jobs
+WRITTEN_EVERY = 1.0  # interval of storing a job's progress for other servers
+RETRIED_EVERY = 2.0  # retry interval after an error or while another server works
 PATIENCE = 20.0  # seconds for a process to end by itself
 PATIENCE_AT_END = 5.0  # the same, when the server ends
 MAX_OF_SESSION = 1000  # bytes
@@ -73,7 +73,7 @@ class LoadedModel:
     title: str
     process: "subprocess.Popen[str]"
     answers: "queue.Queue[dict[str, Any]]" = field(default_factory=queue.Queue)
-    used: float = field(default_factory=time.monotonic)  # when it made something last
+    used: float = field(default_factory=time.monotonic)  # end of its last result
     is_ready: bool = False
 
     @property
@@ -89,7 +89,7 @@ class LoadedModel:
         assert self.process.stdout is not None
         with contextlib.suppress(OSError, ValueError):
             for line in self.process.stdout:
-                with contextlib.suppress(ValueError):  # somebody else's print
+                with contextlib.suppress(ValueError):  # a line printed by other code
                     answer = parse_json(line)
                     if isinstance(answer, dict):
                         self.answers.put(answer)
@@ -139,7 +139,7 @@ class RenderWorker:
         """Return all render jobs, the oldest first."""
         current = self._current
         newer = dict(self._unsaved)
-        if current is not None and current.state == RUNNING:  # else its file or `_unsaved` says more
+        if current is not None and current.state == RUNNING:  # else its file or `_unsaved` is newer
             newer[current.id] = current
         return [newer.get(render_job.id, render_job) for render_job in self.store.list_all()]
 
@@ -185,7 +185,7 @@ class RenderWorker:
             current = self._current
             if current is None or current.id != number or current.state != RUNNING:
                 render_job = self.store.find(number)
-                if render_job is not None and render_job.state == RUNNING:  # by another server
+                if render_job is not None and render_job.state == RUNNING:  # it runs on another server
                     self.store.ask_to_cancel(number)
                 else:
                     self.store.change(number, [WAITING], state=STOPPED)
@@ -352,7 +352,7 @@ class RenderWorker:
         """Return the queue's job that uses the graphics card or is next to use it; None if there is none."""
         try:
             now = self.queue.now()
-        except OutputError:  # the page of the queue says it
+        except OutputError:  # the queue's page reports it
             return None
         for state in (RUNNING, WAITING) if now.worker else (RUNNING,):
             for job in now.jobs:
@@ -381,7 +381,7 @@ class RenderWorker:
             for render_job in self.store.list_all():
                 if render_job.state != WAITING:
                     continue
-                with contextlib.suppress(OptionError):  # it was canceled just now
+                with contextlib.suppress(OptionError):  # it was canceled meanwhile
                     self.store.take_cancel(render_job.id)
                     self._cancels = 0
                     self._current = self.store.change(
@@ -413,7 +413,7 @@ class RenderWorker:
             if time.monotonic() - written > WRITTEN_EVERY and render_job.state == RUNNING:
                 written = time.monotonic()
                 values = {"doing": render_job.doing, "done": render_job.done, "steps": render_job.steps}
-                with contextlib.suppress(UserError):  # what it ends with is what counts
+                with contextlib.suppress(UserError):  # only its final state matters
                     self.store.change(render_job.id, [RUNNING], **values)
         session.used = time.monotonic()
         if render_job.state == RUNNING and render_job.file:
@@ -446,13 +446,13 @@ class RenderWorker:
     def _wait_for_answer(self, session: LoadedModel, render_job: RenderJob) -> dict[str, Any] | None:
         """Return the next answer of a process; None if it has ended."""
         while True:
-            if self.store.take_cancel(render_job.id):  # before each answer: quick steps leave no pause
+            if self.store.take_cancel(render_job.id):  # first, as fast steps leave no idle time
                 self.cancel(render_job.id)
             answer = session.next_answer(LOOKED_EVERY)
             if answer is not None:
                 return answer
             if not session.is_alive:
-                return session.next_answer(LOOKED_EVERY)  # it may have answered just before
+                return session.next_answer(LOOKED_EVERY)  # it may have answered before it ended
 
     def _note_lost(self, session: LoadedModel, render_job: RenderJob) -> None:
         """Record that a process has ended while it worked on a render job."""
@@ -477,7 +477,7 @@ class RenderWorker:
             render_job.process = None
             render_job.last_lines = self._read_last_lines() if state == DIED else ""
             self._unsaved[render_job.id] = render_job
-        with contextlib.suppress(OutputError):  # it is tried again in the next turn, which says why
+        with contextlib.suppress(OutputError):  # the next turn tries again and reports the reason
             self._save_ends()
 
     def _save_ends(self) -> None:
@@ -542,13 +542,13 @@ class RenderWorker:
         session = LoadedModel(render_job.session, render_job.title, process)
         session.start_reading()
         row = {"server": describe_process(), "process": describe_process(process.pid)}
-        with contextlib.suppress(OutputError):  # then only a killed server's process stays until it notices
+        with contextlib.suppress(OutputError):  # without the file, an orphaned process ends only by itself
             write_text(self.folder / SESSION, json.dumps(row))
         return session
 
     def _send(self, session: LoadedModel, render_job: RenderJob) -> None:
         assert session.process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has ended: no answer will come
+        with contextlib.suppress(BrokenPipeError):  # the process has ended, which the reader notices
             session.process.stdin.write(json.dumps(render_job.request) + "\n")
             session.process.stdin.flush()
 

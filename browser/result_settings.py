@@ -38,7 +38,7 @@ from protocols.families import HIGH_NOISE, with_scripts
 
 PREFIX = "bt_"
 NOT_SET = "N/A"
-MAX_KEPT = 4000  # characters of a text that a list keeps
+MAX_KEPT = 4000  # maximum characters of a text kept in lists
 MAX_TAGS = 400  # maximum number of metadata entries that are read in a file
 MAX_TYPED = 1 << 16  # characters of all texts of a render job
 EMBEDDINGS = "textual_inversion_embeddings"
@@ -53,7 +53,7 @@ MEDIA = {key for name in IMAGES for key in FIELDS[name]}
 FILE_NAME = re.compile(
     r"[^\s/\\].*\.(safetensors|sft|pth?|bin|gguf|ckpt|png|jpe?g|webp|mp4|mkv|txt|json)", re.IGNORECASE
 )
-OPTION = re.compile(r"-(?!\.?\d)")  # what begins so, and is not a negative number, looks like an option
+OPTION = re.compile(r"-(?!\.?\d)")  # looks like an option, not like a negative number
 OLD_NAMES = {"hunyuan": "hunyuan_video"}  # old names of families in metadata
 
 
@@ -69,9 +69,9 @@ class NamedLora(NamedTuple):
 class ResultSettings:
     """Settings that a file of this program was generated with, from its metadata."""
 
-    values: Mapping[str, str]  # by the names of metadata, without their prefix
+    values: Mapping[str, str]  # metadata name without prefix -> text
     loras: Sequence[NamedLora]
-    done: Sequence[str]  # by tools afterwards, such as `upscaler model=x.pth scale=2.0`
+    done: Sequence[str]  # later processing, such as `upscaler model=x.pth scale=2.0`
 
     def get(self, name: str) -> str:
         """Return a value by its name in the metadata; "" if there is none."""
@@ -81,7 +81,7 @@ class ResultSettings:
     def embeddings(self) -> list[str]:
         """File names of the embeddings. Raises OptionError if they cannot be told apart."""
         flag, text = f"--{EMBEDDINGS}", self.get(EMBEDDINGS)
-        return [re.split(r"[\\/]", word)[-1] for word in _split_words(flag, text)]  # older files hold paths
+        return [re.split(r"[\\/]", word)[-1] for word in _split_words(flag, text)]  # old files have paths
 
     @property
     def model(self) -> str:
@@ -196,7 +196,7 @@ def parse_tags(tags: Mapping[str, str]) -> ResultSettings:
             expert = lora[1] or ""
             loras[expert, int(lora[2])] = NamedLora(strength[1], strength[2], expert)
         else:
-            values[name] = text.replace("\\n", "\n")  # as metadata of one line have a line break
+            values[name] = text.replace("\\n", "\n")  # line breaks are escaped in one-line metadata
     return ResultSettings(
         values=values,
         loras=[loras[key] for key in sorted(loras)],
@@ -228,7 +228,7 @@ class KnownOption(NamedTuple):
     flags: Sequence[str]
     num_words: Any  # `nargs`
     default: Any
-    is_recorded: bool  # metadata have it if it is not the default
+    is_recorded: bool  # recorded in the metadata unless it is the default
 
 
 @functools.cache
@@ -247,7 +247,7 @@ def read_script_options(family: str) -> Mapping[str, KnownOption]:
         if flags and action.dest not in refused:
             option_info = info.get(action.dest, {})
             kind = option_info.get("record")
-            reaches_out = "reach" in option_info  # it writes somewhere, or imports something
+            reaches_out = "reach" in option_info  # it writes files or imports code
             options[action.dest] = KnownOption(
                 flags=flags,
                 num_words=action.nargs,
@@ -300,7 +300,7 @@ def remake(
     render_request = RenderRequest(
         replace(recipe, fixed=fixed), prompt=prompt, texts={}, loras=loras, save_path=save_path
     )
-    request = render_request.request("")  # without a seed: it is among the options of the line
+    request = render_request.request("")  # no seed here: the line's options include it
     request["options"] = {**request["options"], **line}
     typed = {**fixed, **type_options(line, recipe.defaults)}
     # only this result is generated again, even if its command generated several
@@ -453,7 +453,7 @@ def _read_line(
         option = options.get(key)
         flags = [] if option is None else option.flags
         is_default = option is not None and _is_equal([str(option.default)], text)
-        is_set_by_recipe = any(flag in recipe.fixed for flag in flags)  # then the default has to be typed
+        is_set_by_recipe = any(flag in recipe.fixed for flag in flags)  # then even a default is set
         if is_default and not is_set_by_recipe and key not in SIZES:
             continue
         if key in MEDIA or line_option.read is read_path:

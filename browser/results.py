@@ -21,12 +21,12 @@ from modules.run_limits import QUEUE_FOLDER
 
 KINDS = {".png": "picture", ".mp4": "clip", ".mkv": "clip", ".wav": "sound"}  # by suffix
 DEEPEST = 8  # folders below a root
-MAX_FOLDERS = 50_000  # that are looked into
-MAX_RESULTS = 20_000  # the newest
+MAX_FOLDERS = 50_000  # maximum number of folders searched
+MAX_RESULTS = 20_000  # only the newest ones are kept
 # folders that are not searched
 CLOSED = {"sample", "cache", "compare", "node_modules", QUEUE_FOLDER, BIN}
-LARGER = "_larger"  # behind the name of what was enlarged
-LAST_FRAME = "_last"  # as --save_last_frame calls it
+LARGER = "_larger"  # suffix of the name of an enlarged file
+LAST_FRAME = "_last"  # suffix used by --save_last_frame
 OF_LAYER = re.compile(rf"(.+){LAYER.format('([0-9]{1,3})')}")
 MADE_FROM = re.compile(rf"(.+?)(?:{LARGER}|{LAST_FRAME})(?:-\d+)?")
 FRESH_SECONDS = 2.0  # a folder that changed so recently may change again without a new time
@@ -39,7 +39,7 @@ class Result:
     path: Path
     changed: float  # when, in seconds since 1970
     size_bytes: int
-    shown_at: float = 0.0  # its time in the list: the time of the file from which it was made
+    shown_at: float = 0.0  # time for sorting: that of the file it was derived from
     layers: tuple[Path, ...] = ()  # the whole image first, then its layers from back to front
 
     @cached_property
@@ -158,7 +158,7 @@ def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _
 
 
 def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | None:
-    """Return a file as a result; None if it is none. `earlier` is the entry that had its name before."""
+    """Return a file as a result; None for other files. `earlier` is the previous entry of the same name."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
         return None
@@ -188,7 +188,7 @@ def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
             continue
         is_last_frame = suffix.lower() == ".png" and stem.endswith(LAST_FRAME)
         if is_last_frame and stem.removesuffix(LAST_FRAME) in clips:
-            continue  # the frame that a clip is continued from
+            continue  # the last frame saved for continuing a clip
         shown_at = file.changed
         derived = MADE_FROM.fullmatch(stem) if LARGER in stem or LAST_FRAME in stem else None
         if derived is not None:  # sorted by the time of the file that it was made from

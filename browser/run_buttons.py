@@ -74,12 +74,12 @@ from training.reports.present_files import present_commands
 from training.saving.files import Names, find_results
 
 PROMPT_FILES = (".txt",)  # endings of prompt files that are edited as text
-MAX_LISTED = 200  # files that a question lists
+MAX_LISTED = 200  # maximum number of files listed in a question
 RESUME = "--resume"
 STEPS_OPTION = "--max_train_steps"
 
 
-GENERATE = "Generate with it"  # title of the command in a history
+GENERATE = "Generate with it"  # title of the generating command in a history
 PROMPT = "--prompt"
 # options for a control image in the generation commands that ControlNet trainings print
 CONTROL_FLAGS = ("--control_image", "--guide_image_path")
@@ -89,11 +89,11 @@ CONTROL_FLAGS = ("--control_image", "--guide_image_path")
 class MakingCommand:
     """The command in a run's history that generates with the trained file, split into form fields."""
 
-    place: int  # among the commands of the history
+    place: int  # index among the commands of the history
     words: Sequence[str]
-    is_of_here: bool  # it may be queued without being read
-    missing: Sequence[str] = ()  # words that stand for what the run does not know
-    pictures: Sequence[str] = ()  # that it can follow, as paths in its folder
+    is_of_here: bool  # the user wrote it here, so it is queued without review
+    missing: Sequence[str] = ()  # placeholders that the user has to replace
+    pictures: Sequence[str] = ()  # control images that it can use, as paths in its folder
 
     def find_index(self, flags: Sequence[str]) -> int:
         """Return the index of the word after the first of these options; 0 if the command has none."""
@@ -141,21 +141,21 @@ class RunActions:
 
     start: str = ""
     start_label: str = say("Continue")
-    is_known: bool = True  # else its run.toml is read before it is started
+    is_known: bool = True  # False: the user has to read its run.toml before it starts
     check: str = ""
     stop: str = ""
     train_on: str = ""
     steps: int = 0  # initial number of steps for the button Train on
     have: str = ""  # checksum of the run.toml that Train on changes
-    again: str = ""  # name of the next run
+    again: str = ""  # suggested name of the next run
     folder: str = ""  # folder for the button Again with changes
-    samples: str = ""  # file of the prompts
-    has_lora: bool = False  # that images can be made with
+    samples: str = ""  # prompt file
+    has_lora: bool = False  # images can be generated with it
     generate: bool = False  # whether the history has a command from which the page Generate can fill its form
-    make: "MakingCommand | None" = None  # the command that makes something with its file, if the page cannot
+    make: "MakingCommand | None" = None  # generating command, if the page Generate cannot be used
     score: str = ""
     remove: str = ""
-    read_line: str = ""  # address of the queue's page, where a command from elsewhere is read first
+    read_line: str = ""  # address of the queue's page for reviewing a foreign command
 
 
 class RunButtons:
@@ -529,7 +529,7 @@ class RunButtons:
         """
         results = self.list_trained(shown.summary)
         if not shown.summary.history.exists() and shown.plan is not None:
-            results = []  # a draft has trained nothing: files of its name belong to another run
+            results = []  # a draft has no results; files with its name belong to another run
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
         # history of the downloads and caching that `run` did before the training
         early_history = history_path(shown.summary.history.parent, f"{name}{BEFORE_TRAINING}")
@@ -557,7 +557,7 @@ class RunButtons:
     def remove(self, shown: ShownRun, form: Form) -> Response:
         """Move the files of a run into the bin, if they are still those that were listed."""
         try:
-            self.describe_removal(shown)  # raises the reason why the run cannot be removed now
+            self.describe_removal(shown)  # raises OptionError if the run cannot be removed now
             paths = self.list_removed(shown)
             if "".join(form.get("have", ())) != mark_removed(paths):
                 return self.answer_panel(
@@ -603,7 +603,7 @@ class RunButtons:
             )
             return answer_message(text, is_rejected=True)
         except (UserError, OSError, ValueError) as error:
-            if what == "prompts" and "row 1" in form:  # what was typed stays
+            if what == "prompts" and "row 1" in form:  # keep the user's input
                 return self.answer_panel(shown, "prompts", str(error), fields=form)
             return answer_message(str(error), is_rejected=True)
         return answer_message(message)
@@ -705,7 +705,7 @@ class RunButtons:
         job = self.find_running_job(shown)
         if job is not None:
             self.site.queue.stop(job.id)
-            if job.stops:  # the second request: the first one only asks the process to end
+            if job.stops:  # second request: kills the process
                 return say("Ended at once.")
             return say("Asked: it saves and ends when its step is done.")
         if run.state == RUNNING and run.start is not None and run.start.listens:

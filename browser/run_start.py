@@ -62,11 +62,11 @@ STEPS = {
 SAMPLE = re.compile(r"sample (\d+) of (\d+)(.*)", re.DOTALL)
 BYTES = re.compile(r"([\d.,]+) (\w+) of ([\d.,]+) \2")  # `11.2 GB of 34.8 GB`
 KILLED = (9, -9, 137)  # exit codes after SIGKILL
-UNWRITTEN = (1, 120)  # exit codes of Python after an error, also one while its last words are written
+UNWRITTEN = (1, 120)  # exit codes of Python after an error, 120 if flushing its output failed
 SHOWN_LINES = 12  # number of lines of a log that a page shows
-READ_LINES = 60  # in which the reason of an end is looked for
+READ_LINES = 60  # lines of a log that are searched for the reason of a failure
 MAX_OF_REASON = 600  # characters
-SECOND = 1.0  # a process' birth is rounded
+SECOND = 1.0  # start times of processes are rounded
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class RunState:
     """State of a run."""
 
     name: str  # one of STATES
-    words: str = ""  # what is said behind it: `40 of 120`
+    words: str = ""  # details of the state: `40 of 120`
     reason: str = ""  # why it ended, or cannot begin
     job: Job | None = None  # job of the queue that is or was this run
     background_job: Job | None = None  # a check of its folder
-    is_asked: bool = False  # to stop
-    is_paused: bool = False  # it waits in a queue that begins no job
+    is_asked: bool = False  # a stop was requested
+    is_paused: bool = False  # it waits in a paused queue
 
     @property
     def text(self) -> str:
@@ -111,8 +111,8 @@ class FolderPlan:
     """What the run.toml of a described folder says about its run."""
 
     folder: Path
-    history: Path  # that its training writes
-    changed: float  # when run.toml was
+    history: Path  # history that its training writes
+    changed: float  # modification time of run.toml
     model: str = ""
     steps: int = 0
     prompts: Path | None = None  # prompt file of the samples
@@ -244,7 +244,7 @@ class WaitingJobs:
     """Numbers of the waiting jobs in their order, read once for all runs of a list."""
 
     numbers: Sequence[int]
-    is_paused: bool  # no job begins
+    is_paused: bool  # the queue is paused
 
 
 class TrackedRuns:
@@ -336,7 +336,7 @@ class TrackedRuns:
         try:
             return self.queue.jobs()
         except UserError:
-            return []  # the page of the queue says why
+            return []  # the queue's page reports the reason
 
     # ---- how a run stands
 
@@ -364,7 +364,7 @@ class TrackedRuns:
         job = newest_job(of_folder)
         if job is not None and job.state == RUNNING and run is not None and run.state != RUNNING:
             later = [entry for entry in of_folder if entry.state == WAITING]
-            if later and run.changed > job.born + SECOND:  # the running one is about to end
+            if later and run.changed > job.born + SECOND:  # the running job is about to end
                 job = later[0]
         state = self._find_state(plan, run, trace, job)
         if state.name == WAITING and job is not None:
@@ -500,7 +500,7 @@ def make_run_words(described: DescribedFolder, models: Path) -> list[str]:
     if not all(path.exists() for path in paths):
         words.append("--download")
         known = recall_folder(described.folder)
-        target = None if known is None else known.models  # no path of run.toml is typed
+        target = None if known is None else known.models  # use no path from run.toml
         if target is not None and target != real_path(models):
             words += ["--models", str(target)]
         elif models != MODELS:
@@ -534,7 +534,7 @@ def find_run_folder(job: Job) -> Path | None:
         return None
     try:
         path = real_path(Path(job.folder, words[index]))
-    except ValueError:  # no name of a file
+    except ValueError:  # not a valid file name
         return None
     return path.parent if path.name == RUN_FILE else path
 
@@ -602,7 +602,7 @@ def read_trace_state(trace: RunSummary) -> RunState:
     size = BYTES.fullmatch(progress)
     if size is not None:
         progress = say("%(done)s of %(total)s %(unit)s", done=size[1], total=size[3], unit=size[2])
-        if name == CACHING:  # files are counted there; bytes are those of the model that makes them
+        if name == CACHING:  # count only files, not the bytes of a model that is loaded
             return RunState(
                 name, words=say("%(about)s, loading %(progress)s", about=about, progress=progress)
             )
@@ -638,7 +638,7 @@ def _find_running_job_state(job: Job, *histories: RunSummary | None) -> RunState
 def _read_ended_run_state(run: RunSummary, job: Job | None) -> RunState:
     """Return the state of a run with a history. `job` is the latest of its folder; None if there is none."""
     state = read_run_state(run)
-    if job is None or job.born > run.changed + SECOND:  # a later one
+    if job is None or job.born > run.changed + SECOND:  # a job that started after the run's last change
         return state
     is_silent = run.ending is None or run.name.endswith(BEFORE_TRAINING)
     if state.name == DIED and run.ending is None and job.stops > 1:

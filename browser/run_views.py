@@ -46,7 +46,7 @@ from training.reports.sections import SAMPLES, scores_path
 logger = logging.getLogger(__name__)
 
 HERE = Path(__file__).resolve().parent
-PLAYED = (".mp4", ".wav")  # endings of samples that play; others are images
+PLAYED = (".mp4", ".wav")  # suffixes of samples with a player; others are images
 MAX_RUNS = 200  # maximum length of a list, until the user asks for all
 MAX_CARDS = 60  # maximum number of cards; longer lists are tables, unless the user asks for cards
 MAX_SAMPLES = (2000, 100)  # columns and rows of the grid
@@ -144,7 +144,7 @@ def label_runs(runs: Sequence[RunSummary]) -> list[tuple[RunSummary, str]]:
         label = run.shown_name
         if counts[run.shown_name] > 1:
             folder = run.history.parent
-            if folder.name == "output":  # as `new` calls it in each described folder
+            if folder.name == "output":  # the same folder name in each described folder
                 folder = folder.parent
             label = say("%(name)s in %(name2)s", name=run.shown_name, name2=folder.name)
         labeled.append((run, label))
@@ -157,7 +157,7 @@ class LiveStanding:
 
     shown: Standing
     state: str
-    left: str  # words on the time left
+    left: str  # remaining time in words
 
     @classmethod
     def of(cls, run: RunSummary, story: Story, ended_at_once: str = "") -> "LiveStanding":
@@ -417,7 +417,7 @@ _FILE_LINK = re.compile(r'<a href="\./[^"]*">')
 def drop_private(text: str) -> str:
     """Return the HTML of a page without folders and without elements that are marked as private."""
     count = 1
-    while count:  # the innermost ones first: folders are marked in commands too
+    while count:  # innermost elements first, because marked elements are nested
         text, count = _MARKED.subn("", text)
     return text
 
@@ -457,4 +457,4 @@ def export_run(runs: Runs, path: Path) -> None:
     clips = ClipStore(run.history.parent / SAMPLES)
     standing = LiveStanding.of(run, story).shown
     write_training_page(path, run.history, story, standing, load=clips.for_page())
-    share_page(path, path)  # it is made to be given away: no folder of this machine is named
+    share_page(path, path)  # the page is meant to be shared: remove all paths of this machine

@@ -42,16 +42,16 @@ from training.reports.history import (
 from training.reports.sections import SAMPLES, page_path
 
 RUNNING, FINISHED, STOPPED, DIED = STATES = ("running", "finished", "stopped", "died")
-ELSEWHERE_SECONDS = 300  # a run of another machine that has written nothing for so long has died
-SAME_SECONDS = 2.0  # the clock that dates a start may have been set since
+ELSEWHERE_SECONDS = 300  # a run on another machine counts as dead after this long without output
+SAME_SECONDS = 2.0  # tolerance, because the clock may have been adjusted
 CONFIG = ".toml"  # suffix of dataset files
-DEEPEST = 12  # folders below a given one
-FULL_READ_BYTES = 32 << 10  # bytes of a history that is read whole
+DEEPEST = 12  # maximum depth below a root
+FULL_READ_BYTES = 32 << 10  # histories up to this size are read in full
 TAIL = 64 << 10  # bytes of its end, or of its beginning, in which single lines are looked for
-NEAR_END = 512 << 10  # how far from its end the last samples are looked for
-LAST = 8 << 10  # bytes of its end that tell the step and its seconds
-SPOTS = 48  # places that a sparkline is made of
-SPOT = 400  # bytes of each
+NEAR_END = 512 << 10  # bytes at its end that are searched for the last samples
+LAST = 8 << 10  # bytes at its end that contain the step and its duration
+SPOTS = 48  # positions in a history at which a sparkline samples losses
+SPOT = 400  # bytes read at each position
 LOSS = re.compile(rb'"step": (\d{1,15}), "loss": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 AVERAGE = re.compile(rb'"average": (-?\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
 LEFT = re.compile(rb'"left": (\d+(?:\.\d+)?(?:e[-+]?\d+)?)')
@@ -89,18 +89,18 @@ class RunSummary:
     """Summary of a run, as lists show it."""
 
     history: Path
-    changed: float  # when the file was changed
+    changed: float  # modification time
     start: Start | None
     ending: tuple[str, str] | None
     step: int
     losses: Sequence[float]
     step_seconds: float | None
-    sample: str  # name of the newest one; empty: there is none
+    sample: str  # name of the newest sample; "" if there is none
     memory: dict[str, str]
     model: str = ""
     total_steps: int = 0
-    average: float | None = None  # mean loss, as the run's own bar shows it; None: an older version's history
-    seconds_left: float | None = None  # with samples, validations and saves; None: an older version's
+    average: float | None = None  # mean loss as in the progress bar; None in old histories
+    seconds_left: float | None = None  # includes samples, validations and saves; None in old histories
     doing: str = ""  # current work between two steps, or before the first
 
     @property
@@ -185,7 +185,7 @@ class RunSummary:
     def loss(self) -> float:
         """Average of the newest losses; infinite if there are none."""
         if self.average is None and self.losses:
-            return compute_mean(self.losses[-5:])  # a single loss says little
+            return compute_mean(self.losses[-5:])  # average, because single losses vary
         return self.average or math.inf
 
     @property
@@ -220,7 +220,7 @@ def find_state(start: Start | None, ending: tuple[str, str] | None, changed: flo
     if ending is not None:
         return {"good": FINISHED, "bad": DIED}.get(ending[1], STOPPED)
     is_there = is_living(start.process) if start is not None else None
-    if is_there is None:  # nothing of this machine tells
+    if is_there is None:  # the process is on another machine
         is_there = time.time() - changed < ELSEWHERE_SECONDS
     return RUNNING if is_there else DIED
 
@@ -297,7 +297,7 @@ def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
     if not started:
         started = _read_last_row(content[:TAIL], "started", 0)
     if started is not None and tail.rfind(b', "started": ') > tail.rfind(b', "ended": '):
-        ending = None  # it was resumed after it had ended
+        ending = None  # the run was resumed after that ending
     samples = _read_last_row(content, "samples", near_end)
     memory = _read_last_row(content, "memory", near_end)
     return Story.of(filter(None, [started, samples, memory, ending]))
@@ -375,7 +375,7 @@ class OpenHistory:
             file.seek(self._offset)
             for line in iter(lambda: file.readline(MAX_LINE_CHARACTERS), b""):
                 if not line.endswith(b"\n"):
-                    break  # it is being written
+                    break  # the line is still being written
                 self._offset += len(line)
                 row = parse_row(line)
                 if row is not None and "session" in row:
@@ -480,7 +480,7 @@ class Runs:
         with self.lock:
             shown = self._open.pop(run.history, None) or OpenHistory(run.history)
             shown.refresh()
-            self._open[run.history] = shown  # the newest last
+            self._open[run.history] = shown  # the most recently used last
             for path in [*self._open][:-MAX_OPEN]:
                 del self._open[path]
             return shown

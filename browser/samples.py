@@ -43,7 +43,7 @@ from project.options import RUN_FILE
 MIN_ROWS = 3
 MAX_ROWS = 100
 MAX_IMAGES = 2000
-DEEPEST = 3  # folders below the described one that images are looked for in
+DEEPEST = 3  # maximum depth of subfolders that are searched for images
 EVERY = "sample_every_n_steps"  # keys of run.toml
 EVERY_EPOCHS = "sample_every_n_epochs"
 AT_FIRST = "sample_at_first"
@@ -64,7 +64,7 @@ FIELDS = {
     "control": ("control_video_path", "cn"),
 }
 DEFAULT = {"width": "512", "height": "512", "frames": "81", "steps": "20"}
-INTEGER_FIELDS = tuple(DEFAULT)  # fields of whole numbers above 0
+INTEGER_FIELDS = tuple(DEFAULT)  # fields for positive integers
 MAX_NUMBER = 1_000_000
 SCALES = ("guidance", "embedded guidance")  # fields of any number
 NUMBER = re.compile(r"-?[0-9]{1,6}(\.[0-9]{1,6})?")
@@ -135,7 +135,7 @@ def edit_line(line: str, prompt: str | None, changes: Mapping[str, str]) -> str:
         changes: New texts by the names of the fields.
     """
     split = _split(line)
-    parts = split.options  # each with its value, such as `w 768`
+    parts = split.options  # options with values, such as `w 768`
     for name, text in changes.items():
         key, characters = FIELDS[name]
         indices = [index for index, part in enumerate(parts) if _find_key(part) == key]
@@ -188,7 +188,7 @@ class _RowEdit:
     """Changes that a user made in a row of the form."""
 
     number: int  # index of the row on the page
-    row: PromptRow  # as it was
+    row: PromptRow  # the row before the edit
     prompt: str
     changes: Mapping[str, str]  # texts by the name of the field
 
@@ -465,7 +465,7 @@ def select_number_fields(
     if model is None:
         return [name for name in OF_NUMBERS if name in OF_ALL_MODELS | fields]
     if has_layers(recipe):
-        fields.add("frames")  # here the number of layers
+        fields.add("frames")  # for this model, the number of layers
     elif model.data["frames"] == 1 and all(row.texts.get("frames", "1") == "1" for row in rows):
         fields.discard("frames")
     elif model.data["frames"] > 1:

@@ -92,7 +92,7 @@ PLAIN_PAGE = '<!doctype html><title>Reelsmith</title><link rel="icon" href="data
 TO_THE_LIST = PLAIN_PAGE + '<meta http-equiv="refresh" content="0;url={root}/">'
 # an admitted browser knows the root path of the pages; this script redirects it there
 TO_THE_ROOT = PLAIN_PAGE + '<script src="{script}"></script><p>{text}'
-ENTER = "/static/enter.js"  # holds no secret
+ENTER = "/static/enter.js"  # contains no secret
 NO_TOKEN = say(
     "Open the address that the command has printed in its terminal. It ends in "
     "?token= and a word that lets you in. This browser then remembers that it may come in."
@@ -115,7 +115,7 @@ HEADERS = {
 # a host name or IPv4 address, or an IPv6 address in brackets without a zone (network card)
 HOST = re.compile(r"(?:(?P<name>[\w.-]+)|\[(?P<inside>[0-9a-f:.]+)\])(?::\d{1,5})?", re.ASCII | re.IGNORECASE)
 REMOVED_COOKIE = f"{OLD_COOKIE}=; Max-Age=0; Path=/".encode()
-TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # kinds of what holds texts of the page
+TRANSLATED = (b"text/html", b"text/plain", b"application/json")  # content types with translatable texts
 MAX_BYTES = 512 << 10  # largest body of a request: a form with two long prompts
 # maximum body sizes of requests that upload files, by address
 LARGEST_BODIES = {
@@ -175,7 +175,7 @@ class Gate:
     token: str | None  # opens the page; see `PageAccess` for what a browser keeps of it
     read_only: bool
     ticket: Ticket | None = None  # opens the page once
-    public_origin: str | None = None  # by which a proxy is reached that passes requests on
+    public_origin: str | None = None  # origin of a reverse proxy in front of the server
     headers: dict[str, str] = field(default_factory=lambda: dict(HEADERS))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -197,7 +197,7 @@ class Gate:
             with speaking(choose_language(request)), serving_below(root):
                 rejection = self._find_rejection(request, access, is_below)
                 await (rejection or self.app)(scope, body.receive_part, response.send_part)
-        except Exception as error:  # a damaged file may raise anything: only this one request fails
+        except Exception as error:  # a damaged file may raise anything; only this request fails
             logger.debug("%s", request.url.path, exc_info=error)
             if not response.has_begun:
                 await answer_text(say("This cannot be shown."), 500)(scope, receive, response.send_part)
@@ -264,7 +264,7 @@ class Gate:
             )
             return page
         scheme, _, word = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and self._fits(word.strip()):  # a program; browsers send none
+        if scheme.lower() == "bearer" and self._fits(word.strip()):  # sent by programs, not by browsers
             return None
         cookies = request.headers.get("cookie", "")
         if is_below and access.is_right(cookies, owner_of(request.scope)):
@@ -355,10 +355,10 @@ class RunPages:
         if not run.history.exists():
             return answer_page(self.buttons.show_page(shown))
         plan = self.tracked_runs.find_plan(run)
-        if plan is not None and plan.id != run.id:  # what `run` did before its training
+        if plan is not None and plan.id != run.id:  # the preparation by `run`
             return RedirectResponse(f"/run/{plan.id}/", 303)
         is_paused = False
-        with contextlib.suppress(UserError):  # the page of the queue tells it
+        with contextlib.suppress(UserError):  # the queue's page reports it
             is_paused = self.queue.worker == ""
         further = self.buttons.render(shown, "more_actions.html")
         if not self.queue.read_only:
@@ -502,7 +502,7 @@ def make_app(
         *dataset_routes(runs, read_only),
     ]
     if os.environ.get(EXTENSIONS):
-        from modules.extensions import PAGES, load_extensions  # only with extensions
+        from modules.extensions import PAGES, load_extensions  # imported only if extensions are enabled
 
         routes += [route for make_routes in load_extensions(PAGES).values() for route in make_routes(site)]
     machine = socket.gethostname().lower()

@@ -109,7 +109,7 @@ def reopen_queue(queue: JobQueue) -> bool:
     except StrangeJobsError as error:
         queue.problem = str(error)
         logger.warning("%s", error)
-    except OutputError as error:  # another server runs it, or its page says what is damaged
+    except OutputError as error:  # another server runs the queue, or a file is damaged
         logger.debug("the queue is not started: %s", error)
     return False
 

@@ -47,7 +47,7 @@ def limit_session(result_folder: Path, render_folder: Path, top: Path) -> dict[s
     """
     try:
         inside = real_path(result_folder).relative_to(real_path(top))
-    except ValueError:  # outside, or of a name that no folder can have
+    except ValueError:  # outside the root, or an impossible folder name
         raise OptionError(f"{shorten(str(result_folder), 200)} lies outside of {top}. Remove it") from None
     if is_in_queue(inside):
         raise OptionError(f"{shorten(str(inside), 200)}: no results go into the queue's folder. Remove it")

@@ -31,7 +31,7 @@ KEPT = re.compile(
 )
 PNG_START = b"\x89PNG\r\n\x1a\n"
 PNG_TEXTS = {b"tEXt", b"zTXt", b"iTXt", b"eXIf", b"tIME"}
-PNG_BLANK = b"rsMd"  # a chunk that programs skip
+PNG_BLANK = b"rsMd"  # chunk type that programs ignore
 MP4_OUTER = {b"moov", b"trak", b"mdia", b"minf", b"moof", b"traf"}  # boxes with boxes in them
 MP4_TEXTS = {b"udta", b"meta", b"uuid"}
 WAV_TEXTS = {b"LIST", b"id3 ", b"ID3 ", b"bext", b"iXML", b"axml"}
@@ -71,7 +71,7 @@ def answer_shared_file(path: Path, request: Request) -> Response:
 
 
 def _read_range(header: str, size: int) -> range | None:
-    """Return the bytes that a Range header asks for; None if it asks for none that the file has."""
+    """Return the bytes that a Range header requests; None if the file has none of them."""
     match = RANGE.fullmatch(header)
     if match is None:
         return None
@@ -96,7 +96,7 @@ def _read_pieces(path: Path, blanks: list[Blank], begin: int, end: int) -> Itera
 
 
 def find_blanks(path: Path) -> list[Blank]:
-    """Return what is sent in place of a file's metadata; [] for a file without.
+    """Return the bytes to send in place of a file's metadata; [] for a file without metadata.
 
     Raises OSError if it cannot be read.
     """

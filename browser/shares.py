@@ -51,8 +51,8 @@ FILE = "page_shares.json"  # name of a file in the user's settings
 DAY = 60 * 60 * 24  # seconds
 DEFAULT_DAYS, MAX_DAYS = 7, 365
 MAX_SHARES = 200
-MAX_KEPT = 300  # in the file, with those that have ended; each takes some 150 bytes of 64 KiB
-RELOAD_SECONDS = "60"  # after which a browser shows a running training anew
+MAX_KEPT = 300  # links in the file, also expired ones, each about 150 of 64 KiB
+RELOAD_SECONDS = "60"  # interval at which a shared page of a running training reloads
 ENDED = say("This link does not hold any more: ask for a new one.")
 MAX_SHOWN = (100, 30)  # columns and rows of the grid of samples
 # without the script that loads samples: a shared page loads them by plain links
@@ -70,9 +70,9 @@ class ShareLink:
     """A link to a run."""
 
     word: str
-    run: str  # the run's id, which is that of its place
+    run: str  # id of the run, which depends only on its path
     end: float  # seconds since 1970
-    session: int | None  # which run of that place; None: its history has no number
+    session: int | None  # session of the run at that path; None if unknown
 
     @property
     def path(self) -> str:
@@ -139,7 +139,7 @@ class Shares:
             shares = [
                 ShareLink(str(row["word"]), str(row["run"]), float(row["end"]), _read_number(row["session"]))
                 for row in parse_json(read_user_file(FILE) or "[]")
-                if "session" in row  # an earlier version's link does not say which run it is for
+                if "session" in row  # links of earlier versions have no session
             ]
         except (ValueError, TypeError, KeyError, OverflowError):
             return []
@@ -224,7 +224,7 @@ class SharePages:
             if run is None or not run.history.exists():
                 return answer_text(ENDED, 401)
             story = self.site.runs.open(run).story
-            if self.find(request) is None:  # another run began meanwhile, and this may be its story
+            if self.find(request) is None:  # another run began meanwhile, whose history may have been read
                 return answer_text(ENDED, 401)
         now = LiveStanding.of(run, story)
         values: dict[str, Any] = page_values(
@@ -234,12 +234,12 @@ class SharePages:
             load=shared_clip,
             maximum=MAX_SHOWN,
             name=run.name,
-            has_sections=False,  # no training images are named
+            has_sections=False,  # do not name training images
         )
         values |= {"is_shared": True, "commands": (), "makes_samples": True}
         values["memory"] = translate_memory(story.memory)
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
-        policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # a page itself cannot say who may frame it
+        policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # ignored in a meta element, so sent as a header
         headers = {"content-security-policy": policy, "x-robots-tag": "noindex"}
         if now.state == RUNNING:
             headers["refresh"] = RELOAD_SECONDS

@@ -26,7 +26,7 @@ def free_name(output: Path, name: str) -> str:
 
     `name` is the name of the previous run, such as `own` or `own-3`. A name is in use if files begin with it.
     """
-    base = re.sub(r"(?<=\D)-\d{1,4}$", "", name)  # behind a digit it may be the day of a date
+    base = re.sub(r"(?<=\D)-\d{1,4}$", "", name)  # after a digit, it may be part of a date
     entries: list[str] = []
     with contextlib.suppress(OSError):
         entries = os.listdir(output)

@@ -82,7 +82,7 @@ class TagEditor:
     runs: Runs
     captions: Captions = field(default_factory=Captions)
     _changes: dict[Path, list[TagChange]] = field(default_factory=dict)  # by the folder
-    _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at once
+    _lock: threading.Lock = field(default_factory=threading.Lock)  # two pages may undo at the same time
 
     def count(self, folder: Path) -> "Counter[str]":
         """Return the number of captions that have each tag. Raises OSError if the folder cannot be read."""
@@ -131,10 +131,10 @@ class TagEditor:
             self.captions.save_all(edits, change.marks)
         except ValueError as error:
             raise OptionError(str(error)) from None
-        finally:  # a full disk may end it between two captions
+        finally:  # a full disk may stop it between two captions
             if change.marks:
                 self._changes.setdefault(folder, []).append(change)
-        num_conflicts = len(edits) - len(change.marks)  # another program has just written them
+        num_conflicts = len(edits) - len(change.marks)  # skipped because another program changed them
         if not change.marks and not num_emptied and not num_conflicts:
             raise OptionError(say("no caption has the tag %(tag)s (any more)", tag=old))
         return join(" ", [change.about, *_list_left(num_emptied, num_conflicts)])

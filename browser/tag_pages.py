@@ -30,8 +30,8 @@ from data_tools.tags.options import TaggingOptions
 from modules.errors import OptionError, UserError
 from modules.pages.language import say
 
-TRIED = 5  # files of a try
-MAX_TAGS = 60  # that are shown at once
+TRIED = 5  # number of files in a trial run
+MAX_TAGS = 60  # maximum number of tags shown at once
 FAMILY, TASK = "tools", "wd_tagger"  # model in the catalogue
 FORM = ToolForm(
     name="tag",
@@ -131,7 +131,7 @@ class TagPages:
     def name_model(self) -> str:
         """Return the folder into which the catalogue's tagger is downloaded."""
         model = self.find_model()
-        assert model is not None  # a test reads the catalogue
+        assert model is not None  # a test guarantees the catalogue entry
         return str((self.site.models / model.parts[0].path).absolute())
 
     def make_words(self, folder: Path, texts: Mapping[str, str], try_on: int | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""The secret word of the page: whoever has it may use the page, and nobody else may.
+"""The secret token of the page: only requests with the token may use the page.
 
 Without --token the page makes one, because all accounts of a machine can reach its ports. It is stored for
 this user alone, so that bookmarks and cookies work after a restart.
@@ -20,11 +20,11 @@ from modules.user_files import read_user_file, user_folder, write_user_file
 logger = logging.getLogger(__name__)
 
 FILE = "page_token"  # name of a file in the user's settings
-TICKET_SECONDS = 120.0  # that a browser may take to start
+TICKET_SECONDS = 120.0  # time that a browser may take to start
 _SOCKETS = Path("/proc/net")  # in Linux: which account owns which connection
 _SHOWS_OWNERS = sys.platform.startswith("linux")
 _ESTABLISHED = "01"  # state of a connection that both ends have open
-ENDED = -1  # owner of a connection that its owner has closed: no account has this number
+ENDED = -1  # stands for the owner of a closed connection; not a valid user id
 # marks the end of a token of this version. Older tokens never end with it, and are no longer accepted: they
 # were stored in cookies, which browsers sent to the servers at all ports of this machine
 _NEW = "_"
@@ -45,8 +45,8 @@ class Connection:
 class PageToken:
     """The secret token of a server, and the file that holds it."""
 
-    word: str | None  # None: everybody who reaches the port may use the page
-    place: Path | None = None  # None: it is kept nowhere
+    word: str | None  # None: no token is required
+    place: Path | None = None  # file of the token; None: not stored
 
 
 def select_token(options: BrowserOptions) -> PageToken:
@@ -74,7 +74,7 @@ def _own_token() -> PageToken:
         except OSError as error:
             logger.info("The token is new at each start, as it cannot be kept: %s", error)
             return PageToken(_make_word())
-        word = _read_own()  # another page may have been faster
+        word = _read_own()  # another server may have written it first
     return PageToken(_make_word()) if word is None else PageToken(word, user_folder() / FILE)
 
 
@@ -128,7 +128,7 @@ def find_owner(connection: Connection) -> int | None:
     """
     if not _SHOWS_OWNERS:
         return None
-    for _ in range(2):  # the system writes its list while connections come and go, so a row may be left out
+    for _ in range(2):  # the list may miss a row while connections open and close
         owner = _look_up_owner(connection)
         if owner is not None:
             return owner
@@ -154,7 +154,7 @@ def _list_ends(connection: Connection) -> list[tuple[str, str]]:
     """Return both ends of a connection in the spellings of its client's row: IPv4, and IPv4 inside IPv6."""
     try:
         hosts = [ipaddress.ip_address(host) for host in (connection.client, connection.server)]
-    except ValueError:  # no address of the internet, such as the path of a socket
+    except ValueError:  # not an IP address, for example the path of a Unix socket
         return []
     plain = [getattr(host, "ipv4_mapped", None) or host for host in hosts]
     forms = [plain]

@@ -32,7 +32,7 @@ from modules.pages.language import say
 
 ADDRESS = "/new/piece"
 PIECE_BYTES = 16 << 20
-SUFFIX = ".reelsmith.part"  # no other program's hidden file ends so
+SUFFIX = ".reelsmith.part"  # suffix that no other program uses
 OLD_SECONDS = 60 * 60 * 24
 
 
@@ -43,7 +43,7 @@ class Arriving:
     folder: Path
     name: str
     size: int
-    changed: str  # when it was changed, as its browser says
+    changed: str  # modification time reported by the browser
 
     @property
     def part(self) -> Path:
@@ -76,7 +76,7 @@ class PieceUploads:
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads
-        self._seen: dict[Path, Touched] = {}  # by file in which pieces are joined
+        self._seen: dict[Path, Touched] = {}  # by the file that collects the pieces
 
     async def take(self, request: Request) -> Response:
         """Add the piece in the body, and answer with the bytes received so far.
@@ -90,7 +90,7 @@ class PieceUploads:
             begin = _read_number(request, "at")
             with claim_file(arriving.folder, arriving.part.name):
                 there = await run_in_threadpool(arriving.count_bytes)
-                if begin != there:  # a piece came twice, or was lost
+                if begin != there:  # a piece arrived twice or was lost
                     return answer_json({"at": there, "folder": str(arriving.folder)})
                 await run_in_threadpool(self.remove_old, arriving)
                 there = await self.add(request, arriving)
@@ -98,7 +98,7 @@ class PieceUploads:
                     return answer_json({"at": there, "folder": str(arriving.folder)})
                 await run_in_threadpool(self.finish, arriving)
         except FileBusyError as error:
-            return answer_json({"error": str(error)}, 503)  # pages ask again
+            return answer_json({"error": str(error)}, 503)  # the page tries again
         except (UserError, OSError) as error:
             if arriving is not None:
                 remove_empty(arriving.folder)

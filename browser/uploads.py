@@ -327,7 +327,7 @@ class FileUploads:
             text = str(error) or say("%(path)s cannot be read", path=path)
             raise OptionError(text.replace(str(path), path.name)) from None
         names, _ = _measure(folder)
-        reject_existing(path.name, names)  # another page may have been faster
+        reject_existing(path.name, names)  # another page may have added the same file
 
 
 def reject_existing(name: str, names: set[str]) -> None:

@@ -7,9 +7,9 @@
         dtype = lambda name, stored: torch.bfloat16
         load_module(network, checkpoint, sources, device=device, dtype=dtype, what="--vae")
 
-Each tensor is renamed, patched by LoRAs, rounded (also to 8 bits) and placed. Every mismatch is reported
-before anything is read. The host never holds more than the network in its target dtype and one tensor of the
-file.
+Each tensor is renamed, merged with LoRAs, cast or quantized, and moved to its device. All mismatches are
+reported before any tensor is read. Host memory holds at most the network in its target dtype and one tensor
+of the file.
 """
 
 import contextlib
@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredLoading:
-    """Settings of a loading: which weights of linear layers are stored in which form."""
+    """Which weights of linear layers are quantized while a network is loaded."""
 
-    form: StoredForm | None  # that options ask for
-    rounded: frozenset[str] = frozenset()
-    staying: frozenset[str] = frozenset()  # as in the file
+    form: StoredForm | None  # form from the options; None: none is set
+    rounded: frozenset[str] = frozenset()  # names of weights that are quantized to `form`
+    staying: frozenset[str] = frozenset()  # names of weights that keep their quantized form in the file
 
     def __contains__(self, name: str) -> bool:
         return name in self.rounded or name in self.staying
@@ -55,7 +55,7 @@ def linear_weights(
 ) -> frozenset[str]:
     """Return the names of the weights of linear layers.
 
-    With `lists`, only layers below these names count. Names that contain one of `exclude` are skipped.
+    If `lists` is set, only layers in these modules count. Names that contain one of `exclude` are skipped.
     """
     begin = None if lists is None else tuple(f"{name}." for name in lists)
     return frozenset(
@@ -73,10 +73,10 @@ def find_stored_weights(
     tensors: Mapping[str, TensorInfo],
     form_is_given: bool,
 ) -> frozenset[str]:
-    """Return the names of the weights that keep the quantized form that they have in the file.
+    """Return the names of the weights that keep their quantized form in the file.
 
-    `form_is_given` says whether an option asks for a quantized form. Without one, only weights whose form is
-    always kept (`stays`) are returned; others are dequantized.
+    `form_is_given` says whether an option sets a quantized form. If not, only weights with a form that is
+    always kept (`StoredForm.stays`) are returned; others are dequantized.
     """
     staying = set()
     for name in names:
@@ -89,27 +89,31 @@ def find_stored_weights(
 
 
 def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored | None:
-    """Return the form of a weight in the file, with tensors on the meta device; None for a plain weight."""
+    """Return a quantized weight of the file, on the meta device; None if it is not quantized."""
     if source.as_stored is None:
         return None
     return source.as_stored(*[tensors[part].hollow() for part in source.names])
 
 
-# what it takes to make weights leaves holes between them; milliseconds each time that they are given back
-_TRIM_AFTER = 8 << 20  # bytes of the file, or this part of it
+# Temporary tensors fragment the heap. Returning freed memory to the system takes milliseconds, so it is done
+# after so many bytes of the file, or after this fraction of it if that is more.
+_TRIM_AFTER = 8 << 20
 _TRIM_PARTS = 32
-_SAMPLED_ROWS = 64  # of a weight, on which its rounding error is measured
+_SAMPLED_ROWS = 64  # rows of a weight on which its rounding error is measured
+# functions that initialize weights, which modules call when they are built
 FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
 
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
-    """Make modules without weights. Random functions, which would load torch's compiler, are not called."""
+    """Build modules without weights; initializers are skipped, because they would load torch's compiler."""
     with torch.device("meta"), _NoFirstWeights():
         yield
 
 
 class _NoFirstWeights(TorchFunctionMode):
+    """Skip functions that initialize weights."""
+
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
@@ -134,28 +138,28 @@ def load_module(
 ) -> None:
     """Fill a module that was built on the meta device, tensor by tensor.
 
-    Each tensor goes straight to its device and dtype. Parameters come out with `requires_grad` off. On the
-    meta device nothing is read.
+    Each tensor is loaded directly to its device and dtype. Parameters have `requires_grad` off. If `device`
+    is the meta device, no tensor is read.
 
     Args:
         module: Network to fill.
         checkpoint: Open file.
-        sources: How each tensor is made, by our state-dict name.
+        sources: How each tensor is made from tensors of the file, by name in the module's state dict.
         device: Device of the network.
-        dtype: Function of our name and the dtype in the file, which returns the dtype to keep.
-        patch: Function of our name, the weight before rounding, and the dtype that it will be rounded to; it
-            returns the changed weight, for example with LoRAs added.
-        ignore: Patterns (`*`) of tensors in the file that need not be used.
+        dtype: Function of a state-dict name and the dtype in the file; it returns the target dtype.
+        patch: Function of a state-dict name, the weight before rounding, and the target dtype; it returns
+            the changed weight, for example with LoRAs added.
+        ignore: Patterns (`*`) of tensors in the file that may be unused.
         what: Option or network, for messages.
-        stored: Forms in 8 or 4 bits that layers keep; None for none.
-        host: Keeps some of the tensors in host memory; they are computed on the device all the same.
-        check: Called before each tensor, in place of a progress bar. It may raise to end the loading.
-        filled: Called with each name once its tensor is there.
+        stored: Weights that are quantized to 8 or 4 bits; None: no weights.
+        host: Keeps some of the tensors in host memory; they are still computed on `device`.
+        check: Called before each tensor, instead of a progress bar; it may raise to stop loading.
+        filled: Called with each name once its tensor is loaded.
 
     Raises:
-        CheckpointError: If tensors are missing, unexpected or misshaped, before anything is read; or if
+        CheckpointError: If tensors are missing, unexpected or misshaped (checked before any is read), or if
             values are NaN or infinite.
-        OptionError: If the device cannot hold a form.
+        OptionError: If the device does not support the quantized form.
     """
     if stored is not None and stored.form is not None:
         stored.form.check_device(device)
@@ -245,7 +249,7 @@ _ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
 
 
 class _Filling:
-    """State of filling one network: the sources of its tensors, and the parameters that take them."""
+    """State of loading one network: makes its tensors and assigns them to its parameters."""
 
     def __init__(
         self,
@@ -259,7 +263,7 @@ class _Filling:
         stored: StoredLoading | None,
         host: HostPlace | None,
     ) -> None:
-        """Prepare to fill a network; arguments not listed here are those of `load_module`."""
+        """Allocate buffers. `dtypes` has the target dtype by name; for the others see `load_module`."""
         self._module = module
         self._checkpoint = checkpoint
         self._sources = sources
@@ -273,10 +277,11 @@ class _Filling:
             infos = {name: self._describe_target(name) for name in self._shapes}
             self.on_host = host.hold(module, infos)
         self._is_filled_here = host is None or host.is_filled_here
-        self.are_finite: dict[str, Tensor] = {}  # scalar bools by tensor of the file; not used on a CPU
-        self.errors: dict[str, Tensor] = {}  # relative rounding errors, by our name
-        self.rounded_forms: dict[str, str] = {}  # description for the log of the form, by our name
-        self.kept_forms: list[str] = []  # names of the forms of weights that stay as in the file
+        # scalar bools by name in the file; empty on the CPU, where values are checked at once
+        self.are_finite: dict[str, Tensor] = {}
+        self.errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
+        self.rounded_forms: dict[str, str] = {}  # description of the form for the log, by state-dict name
+        self.kept_forms: list[str] = []  # form of each weight that stays as in the file
         # one buffer for all reads, because temporary tensors would leave holes in the heap
         size_bytes = 0
         for name in dtypes if device.type != "meta" else ():
@@ -288,14 +293,14 @@ class _Filling:
             self.scratch = torch.empty(size_bytes, dtype=torch.uint8)
 
     def _describe_target(self, name: str) -> TensorInfo:
-        """Return dtype and shape of a tensor in the model."""
+        """Return the dtype and shape of a tensor once it is loaded."""
         if self._stored is not None and name in self._stored:
             weight = self._make_empty(name).weight
             return TensorInfo(weight.dtype, tuple(weight.shape))
         return TensorInfo(self._dtypes[name], self._shapes[name])
 
     def fill(self, name: str) -> None:
-        """Read, make and place one tensor of the network."""
+        """Load one tensor of the network and assign it to its parameter or buffer."""
         parent_name, _, leaf = name.rpartition(".")
         parent = self._module.get_submodule(parent_name)
         if self._stored is not None and name in self._stored:
@@ -309,7 +314,7 @@ class _Filling:
         elif self._is_filled_here:
             self._write(name, tensor)
         elif self._patch is not None:
-            # another process writes the values; the patch only notes here that its delta has a weight
+            # another process writes the values; the call only lets the patch record that its weight exists
             dtype = self._dtypes[name]
             self._patch(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), dtype)
         if leaf in parent._parameters:
@@ -318,10 +323,10 @@ class _Filling:
             parent._buffers[leaf] = tensor
 
     def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
-        """Return a quantized weight: as in the file, or rounded from the file's values after the patch.
+        """Return a quantized weight: as in the file, or quantized after the patch.
 
-        If processes on one machine share weights in host memory, one of them writes the weight; the
-        companions (scales) are small, and each process has its own.
+        If processes on one machine share weights in host memory, one of them writes the weight. Each process
+        has its own companions (scales), which are small.
         """
         if self._device.type == "meta":
             stored = self._make_empty(name)
@@ -344,7 +349,7 @@ class _Filling:
         return Stored(form, stored.shape, (weight, *copies))
 
     def _read_stored(self, name: str, layer: nn.Linear) -> Stored:
-        """Return a weight in the form of the file; its tensors may be views of the buffer."""
+        """Return a quantized weight as in the file; its tensors may be views of `scratch`."""
         source = self._sources[name]
         stored = source.make_stored(self._read_parts(source))
         assert stored is not None
@@ -352,7 +357,7 @@ class _Filling:
         return Stored(stored.form, (layer.out_features, layer.in_features), stored.tensors)
 
     def _round(self, name: str, form: StoredForm) -> Stored:
-        """Return a weight of the file, rounded to a form after the patch; record the rounding error."""
+        """Return a weight that is quantized after the patch; record its rounding error."""
         first_part = self._sources[name].names[0]
         plain = self._make(name, self._checkpoint.tensors[first_part].dtype)
         stored = form.quantize(plain)
@@ -361,7 +366,7 @@ class _Filling:
         return stored
 
     def _make_empty(self, name: str) -> Stored:
-        """Return the stored weight of a layer on the meta device."""
+        """Return the quantized weight of a layer on the meta device."""
         assert self._stored is not None
         if name in self._stored.staying:
             stored = stored_as(self._sources[name], self._checkpoint.tensors)
@@ -372,7 +377,7 @@ class _Filling:
         return stored
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        """Write the values of a tensor of the network into its memory."""
+        """Load the values of a tensor into its memory, `tensor`."""
         if tensor.device.type == "meta":
             return
         source = self._sources[name]
@@ -381,7 +386,7 @@ class _Filling:
         if self._patch is not None or not is_as_stored:
             tensor.copy_(self._make(name, tensor.dtype))
             return
-        # read directly into the network's memory: a copy in between would be needed for nothing
+        # read directly into the network's memory, without an intermediate copy
         if tensor.device.type == "cpu":
             self._checkpoint.read(part, tensor)
         else:
@@ -389,36 +394,36 @@ class _Filling:
         self._check_finite(part, tensor)
 
     def _make(self, name: str, target: torch.dtype) -> Tensor:
-        """Make a tensor on the device, not yet rounded to `target`; it may be a view of the buffer."""
+        """Make a tensor on the device, not yet cast to `target`; it may be a view of `scratch`."""
         source = self._sources[name]
         tensor = source.make(self._read_parts(source))
         if tensor.ndim != len(self._shapes[name]):
             tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
-        if self._checkpoint.tensors[source.names[0]].packing is not None:  # it may be padded
+        if self._checkpoint.tensors[source.names[0]].packing is not None:  # quantized weights may be padded
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
             return tensor
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
-            # fp8 cannot take a small delta
+            # in fp8 a small delta would be rounded away
             tensor = tensor.to(target if target.itemsize > 1 else torch.float32)
         return self._patch(name, tensor, target)
 
     def _read_parts(self, source: TensorSource) -> list[Tensor]:
-        """Read the parts of a tensor, on the device; may be views of the buffer."""
+        """Return the file's tensors for one source, on the device; they may be views of `scratch`."""
         parts: list[Tensor] = []
         start = 0
         for part in source.names:
             tensor = self._checkpoint.borrow(part, self.scratch[start:]).to(self._device)
             parts.append(tensor)
             self._check_finite(part, tensor)
-            if len(source.names) > 1:  # the next part begins behind this one
+            if len(source.names) > 1:  # the next part is read into the buffer after this one
                 start += round_up(self._checkpoint.tensors[part].size_bytes, _ALIGNMENT)
         return parts
 
     def _check_finite(self, part: str, tensor: Tensor) -> None:
-        """Check a part for NaN and infinite values: at once on a CPU, at the end on other devices.
+        """Check a tensor of the file for NaN and infinite values: at once on a CPU, else after loading.
 
-        Copies to other devices are asynchronous, and reading a result would wait for them.
+        Copies to other devices are asynchronous, and reading the result would wait for them.
         """
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)
@@ -431,8 +436,10 @@ def _measure_rounding_error(weight: Tensor, stored: Stored) -> Tensor:
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
     back = stored.form.quantize(sample).value()
     wide = sample.float()
+    # `tiny`: no division by zero if all weights are zero
     error = (back - wide).abs().sum() / wide.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
     for companion in stored.tensors[1:]:
+        # 0 * NaN or infinity is NaN
         error = error if companion is None else error + 0 * companion.float().sum()
     return error
 
@@ -445,7 +452,7 @@ def _check_fit(
     ignore: Sequence[str],
     what: str,
 ) -> None:
-    """Raise CheckpointError listing missing, unexpected and misshaped tensors, MAX_ERRORS lines of them."""
+    """Raise CheckpointError if tensors are missing, unexpected or misshaped; list up to MAX_ERRORS."""
     missing = set()
     for name in targets:
         parts = sources[name].names if name in sources else ()
@@ -485,9 +492,9 @@ def _find_unexpected(
     sources: Mapping[str, TensorSource],
     ignore: Sequence[str],
 ) -> list[str]:
-    """Return the file's tensors that are used by no target and ignored by no pattern."""
+    """Return names in the file that no target uses and no pattern ignores."""
     used: set[str] = set()
-    unneeded: set[str] = set()  # tensors of the file with a name of ours, which this network does not have
+    unneeded: set[str] = set()  # tensors of the file that have a source, but that this network does not have
     for name, source in sources.items():
         parts = used if name in targets else unneeded
         parts.update(source.names)
@@ -509,7 +516,7 @@ def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int
 
 
 def add_leading_sides(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """Prepend sides of 1 up to a number of axes, because converters to GGUF drop leading sides of 1."""
+    """Return a shape with leading dimensions of 1 prepended, which converters to GGUF drop."""
     return (1,) * (axes - len(shape)) + shape
 
 
@@ -520,8 +527,8 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Sort names and join those that differ only in their first number: `blocks.{0..39}.norm3.weight`."""
-    groups: dict[tuple[str, str], list[int]] = {}  # text before and behind the number -> numbers
+    """Return sorted names; names that differ only in their first number become `blocks.{0..39}.weight`."""
+    groups: dict[tuple[str, str], list[int]] = {}  # text before and after the number -> numbers
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)
         if match is None:

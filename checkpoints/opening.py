@@ -1,4 +1,4 @@
-"""Find and open model files in any container, list their tensors, and say how each is made.
+"""Find and open model files in any format, list their tensors, and describe how to make plain tensors.
 
 with open_checkpoint(path) as checkpoint:
     sources = plain_sources(checkpoint)              # or a dialect's table of Sources
@@ -37,13 +37,13 @@ from modules.text_files import parse_json, read_text, require_regular_file
 from protocols.loading import TensorInfo, TensorSource
 
 LISTED = 8  # file names in a message
-MAX_OF_NAME = 200  # characters of a name there
+MAX_OF_NAME = 200  # characters of a file name in a message
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
 
 
 class Checkpoint(contextlib.ExitStack):
-    """The tensors of one or several files, by name, without reading them. Use it as a context manager."""
+    """The tensors of one or several files, by name, read on demand. Use it as a context manager."""
 
     def __init__(
         self,
@@ -54,7 +54,8 @@ class Checkpoint(contextlib.ExitStack):
     ) -> None:
         """Take over open files, which are closed with the checkpoint.
 
-        `rejection` is the reason why packed weights cannot be read, or "".
+        `places` maps a tensor name to the file and to the name in that file. `rejection` is the reason why
+        packed weights cannot be read, or "".
         """
         super().__init__()
         for file in files:
@@ -62,14 +63,15 @@ class Checkpoint(contextlib.ExitStack):
         self.path = path
         self.rejection = rejection
         self._files = files
-        self._places = dict(places)  # our name -> file and the name there
+        self._places = dict(places)
         self.tensors: dict[str, TensorInfo] = {}
         for name, (file, stored_name) in places.items():
             self.tensors[name] = file.tensors[stored_name]
         self.metadata: dict[str, str] = {}
         for file in files:
             self.metadata |= file.metadata
-        self.left_out = tuple(name for file in files for name in file.left_out)  # keys without a tensor
+        # names in the files that have no tensor
+        self.left_out = tuple(name for file in files for name in file.left_out)
         self.parts = {file.path: file.metadata for file in files}  # path -> the metadata of that file
 
     def read(self, name: str, tensor: Tensor | None = None) -> Tensor:
@@ -81,15 +83,14 @@ class Checkpoint(contextlib.ExitStack):
         info = self.tensors[name]
         if tensor is None:
             tensor = torch.empty((info.packing or info).shape, dtype=info.dtype)
-        bytes_read = self.borrow(
-            name, tensor.view(-1).view(torch.uint8)
-        )  # a mapped file lends its own memory
+        # a memory-mapped file returns a view of its own memory, which is copied below
+        bytes_read = self.borrow(name, tensor.view(-1).view(torch.uint8))
         return tensor if bytes_read.data_ptr() == tensor.data_ptr() else tensor.copy_(bytes_read)
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor on the CPU that is valid only until the next read.
 
-        Its values may lie in `scratch`, a buffer of bytes (uint8).
+        The tensor may be a view of `scratch`, a buffer of bytes (uint8).
 
         Raises:
             CheckpointError: If the file is truncated.
@@ -102,14 +103,15 @@ class Checkpoint(contextlib.ExitStack):
             raise CheckpointError(why, self.path) from error
 
     def stored_name(self, name: str) -> str:
-        """Return the name of a tensor in its file, including prefixes that were removed from ours."""
+        """Return the name of a tensor in its file, including prefixes that were removed."""
         return self._places[name][1]
 
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
-        """Return a checkpoint without the given prefixes; each is removed if all names begin with it.
+        """Return a checkpoint with each prefix removed, if all names begin with it.
 
-        `others` are the prefixes of other networks in an all-in-one file; their tensors are left out if a
-        prefix was removed. Both checkpoints share the open files: close only one of them.
+        `others` are prefixes of other networks in an all-in-one file: their tensors do not have to begin
+        with the prefix, and are left out once it is removed. Both checkpoints share the open files: close
+        only one of them.
         """
         places = self._places
         for prefix in prefixes:
@@ -120,7 +122,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, places, self._files, self.rejection)
 
     def select_by_prefix(self, *prefixes: str) -> "Checkpoint":
-        """Return a checkpoint of the tensors with one of the prefixes; it shares the open files."""
+        """Return a checkpoint of the tensors that have one of the prefixes; it shares the open files."""
         places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
         return Checkpoint(self.path, places, self._files, self.rejection)
 
@@ -130,14 +132,14 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, places, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
-        """Return the tensors of both, sharing the open files; this one wins if both have a name."""
+        """Return a checkpoint with the tensors of both; `self` takes precedence. It shares the open files."""
         places = {**second._places, **self._places}
         files = [*self._files, *second._files]
         return Checkpoint(self.path, places, files, self.rejection or second.rejection)
 
 
 def open_file(path: Path) -> TensorFile:
-    """Open a file by its content. Raises CheckpointError that names its real kind, or its damage."""
+    """Open a file by its content, not its suffix. Raises CheckpointError if it is damaged or no model."""
     try:
         require_regular_file(path)
         with path.open("rb") as file:
@@ -148,7 +150,7 @@ def open_file(path: Path) -> TensorFile:
             from checkpoints.gguf_files import GgufFile  # only for GGUF
 
             return GgufFile(path)
-        if start[8:9] == b"{":  # first: the length before it may begin like a pickle
+        if start[8:9] == b"{":  # checked first: the 8 bytes of length before it may look like a pickle
             return SafetensorsFile(path)
         if start[:4] == ZIP or start[:1] == PICKLE:
             return TorchFile(path)
@@ -166,7 +168,7 @@ def open_checkpoint(
     parts: Sequence[Path] | None = None,
     are_equal: Callable[[TensorFile, TensorFile, str], bool] = lambda *_: False,
 ) -> Checkpoint:
-    """Open a model file, any shard of one, an index of shards, or a folder holding one of these.
+    """Open a model file, any shard of a model, an index of shards, or a folder with one of these.
 
     Args:
         path: The file or folder.
@@ -175,7 +177,7 @@ def open_checkpoint(
             the tensors are equal, so that the first one can be used. By default such files are rejected.
 
     Raises:
-        CheckpointError: If a file is missing, incomplete, damaged, of another kind, or holds code.
+        CheckpointError: If a file is missing, incomplete, damaged, not a model, or contains code.
     """
     files: list[TensorFile] = []
     places: dict[str, tuple[TensorFile, str]] = {}
@@ -205,10 +207,10 @@ def open_checkpoint(
 
 
 def checkpoint_paths(path: Path) -> list[Path]:
-    """Return the files that belong to the path that the user gave, in order.
+    """Return all files of the model at a path (a file, shard, index or folder), in order.
 
     Raises:
-        CheckpointError: If one is missing.
+        CheckpointError: If a file is missing.
     """
     if path.is_dir():  # the files of an index, else all shards, else the only model file
         indexes = sorted(path.glob("*.index.json"))
@@ -260,9 +262,9 @@ def require_all_shards(files: Sequence[Path]) -> None:
             _require_existing(file, _list_shards(file.name))
 
 
-@lru_cache(maxsize=4)  # all shards of a model have the same
+@lru_cache(maxsize=4)
 def _list_shards(name: str) -> list[str]:
-    """Return the names of all shards of the model to which a file of this name belongs."""
+    """Return the names of all shards of the model that a shard belongs to."""
     shard = _SHARD.fullmatch(name)
     assert shard is not None
     count = int(shard["count"])
@@ -293,7 +295,7 @@ def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
     """Return the paths of the shards next to an index. Raises CheckpointError if some are missing."""
     missing = []
     for name in names:
-        with contextlib.suppress(OSError):  # a name that is too long
+        with contextlib.suppress(OSError):  # the name may be too long
             if (path.parent / name).is_file():
                 continue
         missing.append(name)
@@ -306,14 +308,14 @@ def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16
+_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # of `fingerprint`
 
 
 def fingerprint(path: Path) -> str:
-    """Return a short identity of a model file's content, for cache records. Reads about 2 MB per file.
+    """Return a hash of parts of a model file, for cache records. Reads about 2 MB per file.
 
-    It covers sizes, beginnings, and chunks spread over the files. Raises CheckpointError if the files cannot
-    be opened.
+    It covers the size, the first MB, and evenly spaced chunks of each file. Raises
+    CheckpointError if the files cannot be opened.
     """
     digest = hashlib.sha256()
     for part in checkpoint_paths(path):
@@ -321,7 +323,7 @@ def fingerprint(path: Path) -> str:
             with part.open("rb") as file:
                 size = part.stat().st_size
                 digest.update(size.to_bytes(8, "little"))
-                digest.update(file.read(1 << 20))  # a safetensors header is here
+                digest.update(file.read(1 << 20))  # includes a safetensors header
                 for sample in range(_SAMPLES):
                     file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
@@ -331,7 +333,7 @@ def fingerprint(path: Path) -> str:
 
 
 _SCALES = (".scale_weight", ".weight_scale")
-# tensors without a use once the weights are plain
+# patterns of tensors that are not needed once the weights are dequantized
 QUANT_EXTRAS = (
     "scaled_fp8",
     "*.scale_input",
@@ -340,7 +342,8 @@ QUANT_EXTRAS = (
     "*.weight.quant_map",
     "*.weight.quant_state.*",
 )
-# end of a tensor's name -> what made it. Sources: the packages' files, comfy-kitchen's layouts
+# suffix of a tensor name -> quantization that is not supported. Sources: files of these packages, layouts of
+# comfy-kitchen
 _FOREIGN = {
     ".weight_scale_2": "nvfp4",
     ".weight_s_rel": "asym_w4a8_int8",
@@ -358,10 +361,9 @@ _FOREIGN = {
 
 
 def reject_quantized(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError, naming the form, for quantized weights that are not read.
+    """Raise CheckpointError if weights are quantized in a form that is not supported.
 
-    Call it before shapes are compared, because packed weights have other shapes. Only the marks of layers are
-    read.
+    Call it before shapes are compared, because packed weights have other shapes. No weights are read.
     """
     if checkpoint.rejection:
         remedy = "Download or copy it again, or give the bf16 file of the model."
@@ -377,7 +379,7 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
 
 def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
     """Register packed weights with their files; return the reason if a packing is unknown, else ""."""
-    from checkpoints.marks import find_packed  # of no use to other files
+    from checkpoints.marks import find_packed  # only for packed weights
 
     checkpoint = Checkpoint(path, places, files)
     try:
@@ -390,13 +392,13 @@ def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: 
 
 
 def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
-    """Return the names of the tensors that a packed weight needs next to it."""
+    """Return the names of the further tensors, such as scales, of a packed weight."""
     assert info.packing is not None
     return tuple(name.removesuffix("weight") + end for end in info.packing.companions)
 
 
 def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Return the form of quantized weights without marks, and a tensor that shows it."""
+    """Describe an unsupported quantization, with a tensor that shows it; None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
     unmarked = _without_marked(tensors) if is_packed else tensors
     for ending, form in _FOREIGN.items():
@@ -419,7 +421,7 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
 
 
 def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Return the tensors except for packed weights of known forms and their companions."""
+    """Return the tensors without packed weights of known forms and their companions."""
     marked: set[str] = set()
     for name, info in tensors.items():
         if info.packing is not None:
@@ -428,11 +430,11 @@ def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return {name: info for name, info in tensors.items() if name not in marked}
 
 
-_TABLES = ("_ids", "_index", "_ind")  # ends of the names of whole numbers that networks keep unchanged
+_TABLES = ("_ids", "_index", "_ind")  # suffixes of integer tensors that are not quantized weights
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether a tensor of unknown name, in 8 bits or integers, is the packed weight of a layer."""
+    """Return whether a tensor of integers or 8-bit floats looks like a quantized weight of a layer."""
     info = tensors[name]
     layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
     if not inside:
@@ -446,7 +448,7 @@ def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
 
 
 def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    """Return the sources of all tensors under their names in the file, without scales and packing companions.
+    """Return the source of each tensor by its name in the file, without scales and packing companions.
 
     Scaled fp8 weights are multiplied by their scales, and packed weights are unpacked.
 
@@ -482,7 +484,7 @@ def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
 
 
 def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource:
-    """Return the source of a packed weight; reading raises CheckpointError if its tensors do not fit."""
+    """Return the source of a packed weight; `make` raises CheckpointError if its tensors do not fit."""
     assert info.packing is not None
     keep = info.packing.keep
 
@@ -503,7 +505,7 @@ def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:
-    """Return the name of the scale of each weight that has one, by the name of the weight."""
+    """Return the names of scales by the names of their weights."""
     return {
         name.removesuffix(ending) + ".weight": name
         for name in names

@@ -1,6 +1,6 @@
-"""Write a model with its layers in 8 bits, in ComfyUI's layout or as GGUF, or a quantized one in 16 bits.
+"""Quantize the layers of a model file to 8 bits (ComfyUI's layout or GGUF), or dequantize it to bf16.
 
-The tensors keep the names of the file. The layers are, in a transformer, those that its family keeps in fp8;
+Tensors keep their names in the file. In a transformer, the layers that its family keeps in fp8 are quantized;
 in a text encoder, the linear layers of its blocks. Sources: as in `marks` and `gguf_files`.
 """
 
@@ -48,9 +48,9 @@ from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 
-_STALE = ("sshs_", "modelspec.hash_sha256", HEADER)  # metadata that are true of the old tensors only
-_OF_GGUF = ("general.", "GGUF.", "comfy.gguf.")
-# a tensor of a text encoder's first block -> its linear layers, behind the same prefix
+_STALE = ("sshs_", "modelspec.hash_sha256", HEADER)  # metadata that describe the old tensors
+_OF_GGUF = ("general.", "GGUF.", "comfy.gguf.")  # prefixes of metadata that only GGUF files have
+# name of a tensor in a text encoder's first block -> names of its linear layers, after the same prefix
 _TEXT_ENCODERS = {
     r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": (
         r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_\d)?)\.weight"
@@ -61,14 +61,15 @@ _TEXT_ENCODERS = {
     r"layers\.0\.mlp\.gate_proj\.weight": r"layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight",
 }
 _GGUF_KINDS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64"}
-_LONGEST_IN_GGUF = 127  # bytes; readers take no longer name
-_SMALL_IN_GGUF = 1024  # weights
-# `general.architecture` as ComfyUI's reader of GGUF knows it; others have the family's name
+_LONGEST_IN_GGUF = 127  # bytes of a tensor name; readers reject longer names
+_SMALL_IN_GGUF = 1024  # values; tensors up to this size are stored in float32
+# `general.architecture` as ComfyUI-GGUF expects it, if it differs from the family's name
 _ARCHITECTURES = {
     **{"hunyuan_video": "hyvid", "framepack": "hyvid", "flux_2": "flux", "ltx_2": "ltxv"},
     **{"lumina": "lumina2", "z_image": "lumina2"},
 }
-CODES, WEIGHT_SCALE = "", ".weight_scale"  # with MARK, the ends of the names of a quantized layer's tensors
+# suffixes of the tensor names of a quantized layer; the third is MARK
+CODES, WEIGHT_SCALE = "", ".weight_scale"
 GGUF = "q8_0"
 FORMS = ("int8", "convrot", "fp8", GGUF, "bf16")
 
@@ -110,20 +111,20 @@ class QuantizeOptions(Options):
 
 @dataclass(frozen=True)
 class Recognized:
-    """The kind of a file, the layers that can be quantized, and the shapes of weights that may be padded."""
+    """Network found in a file, with the layers that can be quantized."""
 
-    what: str
+    what: str  # description for messages
     family: str | None  # None: a text encoder
-    layers: frozenset[str]
-    shapes: Mapping[str, tuple[int, ...]]
-    # name -> what gives its tensor the rows of a single file (`DitFormat.single_rows`)
+    layers: frozenset[str]  # names of weights that can be quantized
+    shapes: Mapping[str, tuple[int, ...]]  # unpadded shapes of weights, by name
+    # functions that reorder the rows of a tensor as in a single file (`DitFormat.single_rows`), by name
     single_rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     def read(self, checkpoint: Checkpoint, name: str) -> Tensor:
-        """Return a tensor in the layout of a single file.
+        """Return a tensor with its rows ordered as in a single file.
 
         Raises:
-            CheckpointError: If it has NaN or infinite values.
+            CheckpointError: If the tensor has NaN or infinite values.
         """
         tensor = checkpoint.read(name)
         check_finite(checkpoint.path, name, tensor)
@@ -135,9 +136,9 @@ def quantize_file(options: QuantizeOptions) -> None:
     """Write the quantized or 16-bit file.
 
     Raises:
-        CheckpointError: If the model is unknown, or is quantized already (for bf16: is not).
-        OptionError: If the file would replace one that is read.
-        OutputError: If it cannot be written.
+        CheckpointError: If the model is unknown or already quantized (for --form bf16: not quantized).
+        OptionError: If the output would replace an input file.
+        OutputError: If the output cannot be written.
     """
     reject_replacing("--output", options.output, checkpoint_paths(options.model))
     device = select_device(options.device)
@@ -170,7 +171,7 @@ def quantize_file(options: QuantizeOptions) -> None:
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without entries that are true only of the old tensors, and log what is left out."""
+    """Return the metadata without entries that describe the old tensors, and log the removed keys."""
     remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
     stale = sorted(metadata.keys() - remaining.keys())
     if stale:
@@ -179,16 +180,17 @@ def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_narrow(info: TensorInfo) -> bool:
+    """Return whether a tensor is quantized."""
     return info.packing is not None or is_fp8(info.dtype)
 
 
 def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
     """Recognize the network of a file.
 
-    `form` is the value of --form, on which the set of layers depends.
+    `form` is the value of --form; the layers that can be quantized depend on it.
 
     Raises:
-        CheckpointError: If it is neither a known transformer nor a text encoder.
+        CheckpointError: If the file has neither a known transformer nor a known text encoder.
     """
     names = checkpoint.tensors
     for mark, pattern in _TEXT_ENCODERS.items():
@@ -200,7 +202,7 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
             layers = frozenset(name for name in names if with_prefix.fullmatch(name))
             return Recognized("a text encoder", None, layers, {})
     bare = bare_names(checkpoint)
-    # in reverse, as in `families.identify`: Wan, which comes last then, accepts files of unknown models too
+    # in reverse order, as in `families.identify`, so that Wan is last: it accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
         files = import_own(f"{entry.room}.files") if entry.own_files else None
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
@@ -225,9 +227,9 @@ def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
 def _recognize_transformer(
     checkpoint: Checkpoint, bare: Checkpoint, family: str, dit_format: DitFormat[Any, Any], form: str
 ) -> Recognized:
-    """Find the layers of a family's transformer that a form quantizes.
+    """Recognize the transformer of a family, and find the layers that `form` quantizes.
 
-    `bare` is the file without prefixes.
+    `bare` is the file with prefixes removed from the tensor names. Raises CheckpointError if it does not fit.
     """
     header = dit_format.read_header(bare)
     with on_meta_device():
@@ -235,7 +237,7 @@ def _recognize_transformer(
     sources = dit_format.sources(bare, header)
     exclude = dit.spec.form_exclude.get("int8" if form == "convrot" else form, dit.spec.fp8_exclude)
     linear = linear_weights(dit, dit.spec.block_lists, exclude)
-    made_of: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made of it
+    made_of: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made from it
     for our_name, source in sources.items():
         made_of.setdefault(source.names[0], set()).add(our_name)
     prefix = _find_prefix(checkpoint, list(made_of))
@@ -243,7 +245,7 @@ def _recognize_transformer(
     layers: set[str] = set()
     shapes_in_file = {}
     for name, our_names in made_of.items():
-        # a fused weight is quantized only if each layer that is cut from it may be
+        # a fused weight is quantized only if all layers split from it can be
         if our_names <= linear and len(bare.tensors[name].shape) == 2:
             layers.add(prefix + name)
         if len(our_names) == 1:
@@ -260,7 +262,7 @@ def _recognize_transformer(
 
 
 def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
-    """Return the prefix that all of these names have in the file."""
+    """Return the common prefix that these names have in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
             prefix = name.removesuffix(names[0])
@@ -276,15 +278,15 @@ def _write_marked(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write ComfyUI's layout; return the number of quantized layers.
+    """Write the file in ComfyUI's layout; return the number of quantized layers.
 
-    A layer is read and rounded twice, once for its codes and once for its scale: they are far apart in the
-    file, and only one tensor at a time is in memory.
+    A layer is read and rounded twice, for its codes and for its scale, because these are far apart in the
+    file and only one tensor is held in memory.
     """
     parts: dict[str, _MarkedPart] = {}
 
     def read_part(name: str) -> Tensor:
-        """Return the content of a tensor; it is computed only now, when it is written."""
+        """Compute a tensor at the time that it is written."""
         part = parts[name]
         if part.rounding is None:
             return model.read(checkpoint, name)
@@ -311,7 +313,7 @@ def _write_marked(
 
 @dataclass(frozen=True)
 class _MarkedPart:
-    """A tensor to write; without a rounding it is copied from the checkpoint."""
+    """A tensor to write; it is copied from the checkpoint if `rounding` is None."""
 
     info: TensorInfo
     rounding: "_Rounding | None" = None
@@ -320,7 +322,7 @@ class _MarkedPart:
 
 
 def _mark_layer(name: str, rounding: "_Rounding") -> dict[str, _MarkedPart]:
-    """Return the three tensors of a quantized layer, by their names in the file."""
+    """Return the three tensors of a quantized layer, by name in the new file."""
     stem = name.removesuffix(".weight")
     infos = {
         CODES: TensorInfo(rounding.dtype, rounding.shape),
@@ -334,7 +336,7 @@ def _mark_layer(name: str, rounding: "_Rounding") -> dict[str, _MarkedPart]:
 
 
 class _Rounding:
-    """Rounding of a layer, and the settings that the file records about it."""
+    """How a layer is rounded, and the settings that the file records for it."""
 
     def __init__(self, form: str, shape: Shape) -> None:
         self.shape = shape
@@ -347,12 +349,13 @@ class _Rounding:
             self.mark = {"format": "int8_tensorwise"}
             self.dtype = torch.int8
             self.scale_shape = (shape[0], 1)
+        # rotations act on groups of columns; a width that no group size divides is not rotated
         group = next((group for group in GROUPS if shape[1] % group == 0), 0)
         if form == "convrot" and group:
             self.mark |= {"convrot": True, "convrot_groupsize": group}
 
     def mark_bytes(self) -> Tensor:
-        """Return the settings as ComfyUI stores them: the bytes of a JSON text, uint8."""
+        """Return the settings as ComfyUI stores them: JSON as a uint8 tensor."""
         return torch.tensor(list(json.dumps(self.mark).encode()), dtype=torch.uint8)
 
     def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -376,7 +379,7 @@ def _write_gguf(
 ) -> int:
     """Write layers as Q8_0, small tensors in float32, and all others unchanged; return the number of layers.
 
-    The package gguf rounds on the CPU, whatever `device` is.
+    `device` is not used: the package gguf rounds on the CPU.
     """
     if model.family is None:
         raise OptionError(
@@ -402,7 +405,7 @@ def _write_gguf(
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
         for key, text in metadata.items():
             writer.add_string(key, text)
-        stored: dict[str, Any] = {}  # kinds of GGUF by name
+        stored: dict[str, Any] = {}  # GGUF type of each tensor, by name
         for name in infos:
             stored[name] = _plan_in_gguf(writer, checkpoint, name, name in layers)
         writer.write_header_to_file()
@@ -429,7 +432,7 @@ def _write_gguf(
 
 
 def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
-    """Declare a tensor to gguf's writer, before any data are written; return its GGUF type."""
+    """Declare a tensor to the GGUF writer, which needs all before any data; return its GGUF type."""
     import gguf
 
     info = checkpoint.tensors[name]
@@ -456,7 +459,7 @@ def _widen(
     metadata: Mapping[str, str],
     device: torch.device,
 ) -> int:
-    """Write quantized weights in bfloat16, the rest unchanged."""
+    """Write quantized weights in bfloat16 and others unchanged; return the number of quantized weights."""
     values = in_values(checkpoint, device)
     if values is checkpoint:
         text = f"{options.model} has no quantized weights. Give a file that has, or another --form."
@@ -473,7 +476,7 @@ def _widen(
 
 
 def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
-    """Return a checkpoint in which quantized tensors are dequantized to float32, and scales are left out.
+    """Return a checkpoint whose quantized tensors are read as float32, and that has no scales.
 
     Both checkpoints share the open files: close only one of them.
 
@@ -500,12 +503,12 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
 
 
 class _Values:
-    """The file behind the result of `in_values`: tensors are dequantized to float32 when they are read."""
+    """Reader used by `in_values`, which dequantizes tensors to float32 when they are read."""
 
     def __init__(
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device
     ) -> None:
-        """Prepare to dequantize; `shapes` are the unpadded shapes of weights that may be padded."""
+        """Collect the tensors; `shapes` has the unpadded shapes of weights that may be padded, by name."""
         self.path = checkpoint.path
         self.left_out = checkpoint.left_out
         self.metadata = {
@@ -535,7 +538,7 @@ class _Values:
         """Return the shape of a tensor without its padding.
 
         Raises:
-            CheckpointError: If it is unknown.
+            CheckpointError: If the unpadded shape is unknown.
         """
         packing = info.packing
         if packing is not None and packing.pad > 1:
@@ -553,7 +556,7 @@ class _Values:
         return shape
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor; if it is not quantized, its bytes may lie in `scratch`."""
+        """Return a tensor; if it is not quantized, it may be a view of `scratch`."""
         if name in self.plain:
             return self._checkpoint.borrow(name, scratch)
         source = self._sources[name]

@@ -53,21 +53,21 @@ OF_SUBSETS = {
     if name not in KEYS and key.place != SUBSET
 }
 
-# A table of sounds alone becomes a table of clips with 25 black frames a second, which no network sees.
-# source key of sounds -> source key of clips
+# A table of audio files alone becomes a table of clips with 25 black frames a second, which no network sees.
+# source key of audio files -> source key of clips
 OF_AUDIO = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
-# if neither the table nor [general] says; 20 seconds are the longest for which LTX-2 has positions
+# defaults of such a table: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
 FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 
 
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
-    """Read a dataset file (.toml or .json) in our own form or in that of image trainers, which has subsets.
+    """Read a dataset file (.toml or .json) in our own layout or in sd-scripts' layout with subsets.
 
-    `typed` are values from the command line, for keys that a file with subsets lacks.
+    `typed` has values from the command line, used for keys that a file with subsets lacks.
 
-    Source folders are not checked, because training needs only the caches. `find_sources` checks them. Raises
-    DatasetError, with file, table, key, the value found and the values allowed.
+    Source folders are not checked here but in `find_sources`, because training needs only the caches. Raises
+    DatasetError, which lists all invalid keys and values.
     """
     errors: list[str] = []
     content: Table = forms.without_unneeded(path, forms.parse_config(path))
@@ -81,7 +81,7 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
     has_subsets = any(
         key.startswith("subset") for entry in entries if isinstance(entry, dict) for key in entry
     )
-    if has_subsets:  # the image guides' form
+    if has_subsets:  # the layout of sd-scripts
         tables = read_subsets(path, content, typed, errors)
     else:
         if typed is not None:
@@ -106,7 +106,7 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
 
 
 def _read_tables(path: Path, content: Table, problems: list[str]) -> tuple[DatasetTable, ...]:
-    """Return the tables of a file in our own form. Errors are added to `problems`."""
+    """Return the tables of a file in our own layout. Errors are added to `problems`."""
     general = forms.without_nulls(content.get("general"), "[general]", problems)
     entries = _entries(content, problems)
     elsewhere = "is allowed only in a [[datasets]] table; move it there"
@@ -156,7 +156,7 @@ def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) ->
 
 
 def _places_elsewhere(table: DatasetTable) -> list[str]:
-    """Return the faults of the folders that a table writes into."""
+    """Return error lines for folders that a table may not write into."""
     cache, downloads = table.cache_directory, table.download_directory
     error = describe_outside(cache)
     if error is not None:
@@ -172,7 +172,7 @@ def _places_elsewhere(table: DatasetTable) -> list[str]:
 
 
 def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
-    """Return a configuration whose tables keep downloads in a folder, not where they say."""
+    """Return a configuration whose tables all keep downloads in `folder`."""
     if not any(form_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
         logger.warning(
             "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
@@ -184,7 +184,7 @@ def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
 
 
 def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
-    """Let tables of images leave the animations of a folder to the table of clips that has it too."""
+    """Leave the animations of a folder to the video table if an image table and a video table share it."""
     of_clips = {folder_id(table.directory) for table in tables if table.kind == "video" and table.directory}
     changed = []
     for table in tables:
@@ -195,7 +195,7 @@ def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]
 
 
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:
-    """Return a file's content with the keys above all tables in [general], where some guides mean them."""
+    """Move a file's keys above all tables into [general], as some guides place them there."""
     in_general = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
     in_general |= {name for name, key in KEYS.items() if key.in_general}
     in_general |= {*OTHER_NAMES, *forms.SPELLINGS}
@@ -217,8 +217,8 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
     """Adapt a configuration to a family: to its clip lengths, frame rate and references.
 
-    Logs a warning for keys about sections on which the family's latents do not depend. `for_texts` says that
-    only texts are encoded, which depend on none of these keys.
+    Logs a warning for section keys that the family's latents do not depend on. `for_texts` says that only
+    texts are encoded, which depend on no section keys.
     """
     for table in config.datasets:
         of_sections = table.changed(forms.SECTIONS)
@@ -239,7 +239,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     config = replace(config, datasets=tuple(tables))
     latent = family.latent
     if latent.has_layers or any(table.multiple_target for table in config.datasets):
-        from dataset.sources.layers import check_layers  # few models learn any
+        from dataset.sources.layers import check_layers  # few models learn layers
 
         check_layers(config, latent.has_layers, family.name)
     guided = [table.name for table in config.datasets if table.has_guides]
@@ -252,16 +252,16 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
 
 
 def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
-    """Return a configuration whose texts are cached, and read, with the empty prompt."""
+    """Return a configuration whose text caches include the empty prompt."""
     tables = [replace(table, uses_empty_prompt=True) for table in config.datasets]
     return replace(config, datasets=tuple(tables))
 
 
 def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
-    """Return a configuration whose folders of clips take audio from files with the same names as the clips.
+    """Return a configuration whose video folders take audio from files with the same names as the clips.
 
-    `folder` holds these files; None means next to the clips. Tables with an audio_directory keep it. `option`
-    is the option that asked for this, for the warning about tables whose rows name audio files.
+    `folder` has the audio files; None means next to the clips. Tables with an audio_directory keep it.
+    `option` is the option that the user set; a warning names it if rows of a table already name audio files.
     """
     tables = []
     for table in config.datasets:
@@ -274,7 +274,7 @@ def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) ->
 
 
 def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
-    """Return a configuration whose target_frames are rounded down to lengths of a family, with a warning."""
+    """Round target_frames down to clip lengths that the family takes, with a warning."""
     tables = []
     for table in config.datasets:
         targets = table.target_frames
@@ -296,10 +296,10 @@ def with_references(
 ) -> DatasetConfig:
     """Return a configuration whose control images follow a family's rules (`Family.references`).
 
-    `instead` is `Abilities.references`.
+    `instead` is `Abilities.references`, a hint for error messages.
 
     Raises:
-        DatasetError: If the family has no use for a key.
+        DatasetError: If a table has a key that the family does not use.
     """
     flips = [table.name for table in config.datasets if table.augmentation.flip]
     if rules is not None and rules.seen_by_text and flips:
@@ -328,7 +328,7 @@ def with_references(
 
 
 def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", instead: str) -> list[str]:
-    """Return a line for each key of references of clips that the model has no use for."""
+    """Return an error line for each key about references of clips that the model does not use."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks
     remedy = f"Leave it out. {instead}" if instead else "Leave it out"
@@ -348,7 +348,7 @@ def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", 
 
 
 def _find_image_reference_errors(table: DatasetTable) -> list[str]:
-    """Return a line for each key of reference images, for a model that takes none."""
+    """Return an error line for each key about reference images; the model takes none."""
     errors = []
     if table.reference_dropout_rate:
         errors.append(
@@ -365,7 +365,7 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
 
 
 def _entries(content: Table, problems: list[str]) -> list[Any]:
-    """Return the entries of [[datasets]]; a line is added to `problems` if there are none."""
+    """Return the entries of [[datasets]]; an error is added to `problems` if there are none."""
     entries = content.get("datasets")
     if isinstance(entries, dict):
         problems.append(
@@ -374,6 +374,7 @@ def _entries(content: Table, problems: list[str]) -> list[Any]:
         return [entries]
     if isinstance(entries, list) and entries:
         return entries
+    # an unknown top-level key such as [[dataset]] has been reported with a hint; one error is enough
     is_misspelt = entries is None and any("Did you mean datasets?" in error for error in problems)
     if not is_misspelt:
         problems.append("there is no [[datasets]] table; each folder or list of images or videos needs one")
@@ -383,7 +384,7 @@ def _entries(content: Table, problems: list[str]) -> list[Any]:
 def _read_table(
     path: Path, index: int, entry: Any, general: dict[str, Any], problems: list[str]
 ) -> DatasetTable | None:
-    """Return a table of a dataset file; None, with lines added to `problems`, if it is not valid."""
+    """Return a table of a dataset file; if it is invalid, None, and errors are added to `problems`."""
     where = f"[[datasets]] {index + 1}"
     before = len(problems)
     entry = forms.without_nulls(entry, where, problems)
@@ -413,7 +414,7 @@ def _read_table(
     if len(problems) > before or any(value is forms.BAD for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
-    # a form with keys of its own finds its source among them; for others it is a field, such as `directory`
+    # a data form with its own keys has its source there; otherwise the source is a field, such as `directory`
     fields["own"] = None if form.keys is None else read_own_keys(form, media_key, values)
     fields |= {"directory": None, "is_of_audio": is_of_audio}
     if form.keys is None:
@@ -427,7 +428,7 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
     """Return the key that says where a table's items are.
 
     Returns:
-        The key; None, with a line added to `problems`, unless there is exactly one.
+        The key. If there is not exactly one, None, and an error is added to `problems`.
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:
@@ -450,11 +451,11 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
 
 
 def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
-    """Return the reasons why keys cannot stand in a table with this source, by key."""
+    """Return why keys are not allowed in a table with this source, by key."""
     misplaced = {}
     for name in KEYS.keys() - KEYS_OF_SOURCE[source_key]:
         if name in SOURCES and kind in KEYS[name].kinds:
-            continue  # two sources are a mistake of their own
+            continue  # two sources: reported by _find_source
         fitting = [
             source for source, keys in KEYS_OF_SOURCE.items() if name in keys and kind in KEYS[source].kinds
         ]
@@ -465,7 +466,7 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
 
 
 def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Turn a table of sound files without images into a table of clips."""
+    """Turn the entry of a table of audio files into the entry of a table of clips with black frames."""
     for key in forms.LENGTHS:
         if key in entry:
             logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
@@ -482,7 +483,7 @@ def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> di
 def _complete(
     form: DataForm, fields: dict[str, Any], source_key: str, where: str, problems: list[str]
 ) -> bool:
-    """Complete the dependent fields; return False, with a line in `problems`, if they conflict."""
+    """Fill in fields that depend on others; if fields conflict, add an error and return False."""
     folder = fields["directory"] if fields["own"] is None else fields["own"].folder
     conflict = None
     if not (fields["cache_directory"] or folder):
@@ -513,7 +514,7 @@ def _complete(
 
 
 def _find_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Describe a conflict between fields of a table, whatever its form; None if there is none."""
+    """Describe a conflict between fields that tables of all data forms have; None if there is none."""
     if fields["mask_directory"] and fields["alpha_mask"]:
         return "mask_directory cannot be used here; leave out it or alpha_mask"
     if fields["multiple_target"] and (fields["alpha_mask"] or fields["worse_directory"]):
@@ -530,12 +531,12 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
 
 
 def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
-    """Describe a conflict between the keys of a table about guides; None if there is none."""
+    """Describe a conflict between a table's keys for guides; None if there is none."""
     for start in ("keyframe_guide", "latent_idx_guide"):
         others = [name for name in fields if name.startswith(start) and name != f"{start}_directory"]
-        given = [name for name in others if fields[name] != KEYS[name].default]
-        if given and not fields[f"{start}_directory"]:
-            return f"{given[0]} needs {start}_directory"
+        set_names = [name for name in others if fields[name] != KEYS[name].default]
+        if set_names and not fields[f"{start}_directory"]:
+            return f"{set_names[0]} needs {start}_directory"
     extra = "keyframe_guide_extra"
     lists = {name: fields[f"{extra}_{name}"] or () for name in ("directories", "frame_idxs", "strengths")}
     if len({*map(len, lists.values())}) > 1:

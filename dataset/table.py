@@ -1,4 +1,4 @@
-"""A dataset table: one `[[datasets]]` entry of ours, or one subset of the image guides' form.
+"""A dataset table: one `[[datasets]]` entry in our layout, or one subset in the layout of sd-scripts.
 
 Standard library only.
 """
@@ -15,7 +15,7 @@ from dataset.config_keys import FRAMES, LATENTS, LEARNING, NOTHING, REFERENCES, 
 from dataset.subset_options import SUBSET_KEYS
 from dataset.timestep_keys import HIGH, LOW, SHIFT
 
-if TYPE_CHECKING:  # messages on mistyped options read the keys below, and nothing of models
+if TYPE_CHECKING:  # messages about mistyped options import this module, which must not load models
     from protocols.rules import ReferenceRules, ShownMedium
 
 Table = Mapping[str, Any]
@@ -24,28 +24,29 @@ VIDEO, IMAGE = ("video",), ("image",)
 
 @dataclass(frozen=True)
 class CaptionChanges:
-    """Changes to a caption each time its image is trained; its parts stand between separators."""
+    """Changes to a caption at each training step; separators divide a caption into parts."""
 
     shuffle: bool = False
     separator: str = ","
-    keep_tokens: int = 0  # parts in front that stay in place
-    keep_tokens_separator: str = ""  # at most three parts: fixed, shuffled, fixed; "": none
-    secondary_separator: str = ""  # joins parts that are shuffled together; "": none
-    wildcards: bool = False  # {a|b} in captions; if there are several lines, one is drawn
-    dropout_every_n_epochs: int = 0  # in these epochs all captions are empty; 0: in none
+    keep_tokens: int = 0  # number of leading parts that are never moved or dropped
+    keep_tokens_separator: str = ""  # divides a caption into fixed, shuffled, fixed; "": not divided
+    secondary_separator: str = ""  # joins parts that are shuffled as one; "": no parts are joined
+    wildcards: bool = False  # captions may have {a|b}, and several lines of which one is drawn
+    dropout_every_n_epochs: int = 0  # every n-th epoch has empty captions; 0: no epoch has
     part_dropout_rate: float = 0.0
-    warmup_min: int = 1  # parts that are there from the start
-    warmup_step: float = 0.0  # until when the number of parts grows: steps, below 1 a share of all; 0: no
-    is_raw: bool = False  # sources have the text of a caption file as it stands, to be changed each time
+    warmup_min: int = 1  # number of parts at the first step
+    # step up to which the number of parts grows; below 1: a fraction of all steps; 0: off
+    warmup_step: float = 0.0
+    is_raw: bool = False  # sources keep the unchanged text of the caption file, with wildcards
 
     @property
     def moves_parts(self) -> bool:
-        """Return whether parts of a caption are shuffled or left out, except for those that are kept."""
+        """Return whether parts of a caption are shuffled or dropped."""
         return self.shuffle or self.part_dropout_rate > 0 or self.warmup_step > 0
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the given keys that make captions vary, so that embeddings cannot be cached.
+        """Return the keys in use that change captions at random, so that embeddings cannot be cached.
 
         caption_dropout_every_n_epochs is not among them, because the empty prompt is cached.
         """
@@ -60,16 +61,16 @@ class CaptionChanges:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Changes to an image each time it is trained."""
+    """Changes to an image at each training step."""
 
-    flip: bool = False  # latents of both sides are cached
+    flip: bool = False  # the latents of the mirrored image are cached too
     color: bool = False  # hue and gamma
     random_crop: bool = False
     face_crop_range: tuple[float, float] | None = None
 
     @property
     def varying_keys(self) -> tuple[str, ...]:
-        """Return the given keys that change images at random, so that their latents cannot be cached.
+        """Return the keys in use that change images at random, so that latents cannot be cached.
 
         flip_aug is not among them, because the mirrored latents are cached too.
         """
@@ -83,7 +84,7 @@ class Augmentation:
 
 @dataclass(frozen=True)
 class BucketRule:
-    """The buckets of image trainers; all sizes in pixels."""
+    """Bucket settings of sd-scripts; all sizes in pixels."""
 
     minimum: int = 256
     maximum: int = 1024
@@ -97,16 +98,16 @@ NO_AUGMENTATION = Augmentation()
 
 @dataclass(frozen=True)
 class Guide:
-    """Images of a folder that guide the clips of a table, one for each clip."""
+    """A folder of guide images, one for each clip of a table."""
 
     directory: Path
-    index: int  # of a frame, -1 right before the first; or of the latent frame that they replace
-    strength: float  # above 0, up to 1: the rest is noise
-    is_keyframe: bool = True  # shown besides the clip; False: in place of a latent frame
+    index: int  # of a frame (-1: right before the first), or of the latent frame that is replaced
+    strength: float  # above 0, up to 1 (no noise is added)
+    is_keyframe: bool = True  # an additional frame; False: replaces a latent frame of the clip
 
 
 class OwnKeys(Protocol):
-    """The keys that the tables of one form of data have, a frozen dataclass: see `dataset/forms`."""
+    """Keys that only tables of one data form have (see `dataset/forms`), as a frozen dataclass."""
 
     @property
     def source(self) -> Path:
@@ -114,7 +115,7 @@ class OwnKeys(Protocol):
 
     @property
     def folder(self) -> Path | None:
-        """Folder that caches are in unless the table says otherwise."""
+        """Default of cache_directory; None if there is no default."""
 
     def source_key(self, kind: str) -> str:
         """Return the key that names the source of a table of this kind, such as `video_tars`."""
@@ -127,22 +128,22 @@ Own = TypeVar("Own", bound=OwnKeys)
 class DatasetTable:
     """One `[[datasets]]` entry with all defaults filled in, also of keys for the other kind of table.
 
-    A field made by `key` is declared here with all that its key in a file may be.
+    A field made by `key` also declares which values its key in a file may have.
     """
 
     config_path: Path
     index: int  # place in the file, from 0
     kind: Literal["image", "video"]
-    # exactly one of these two is set, or `own`
+    # exactly one of `directory`, `jsonl_file` and `own` is set
     directory: Path | None = forms.of_kind(forms.PATH)
     jsonl_file: Path | None = forms.of_kind(forms.LIST_PATH)
     resolution: tuple[int, int] = key(forms.SIZE, (960, 544), in_general=True, stale=LATENTS)  # width, height
     caption_extension: str | None = key(forms.EXTENSION, in_general=True, stale=NOTHING)
-    # these three: "" for none
+    # trigger_word, caption_prefix, caption_suffix: "" adds nothing
     trigger_word: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     caption_prefix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
     caption_suffix: str = key(forms.WORDS, "", in_general=True, stale=TEXTS | LEARNING)
-    # caption of media without a caption file; None: they need one
+    # caption of media without a caption file; None: a missing caption file is an error
     class_tokens: str | None = key(forms.WORDS, of_some_forms=True, stale=NOTHING)
     # each line of a caption file is a caption
     multi_caption: bool = key(forms.YES_NO, False, in_general=True, stale=TEXTS | LEARNING)
@@ -156,23 +157,24 @@ class DatasetTable:
         forms.CACHE_FORMAT, "files", in_general=True, stale=NOTHING
     )
     cache_directory: Path = key(forms.PATH, stale=NOTHING)  # None only while the file is read
-    own: OwnKeys | None = None  # of a form that is neither a folder nor a JSONL list; its keys stand here
+    own: OwnKeys | None = None  # keys of the data form; None for a folder or a JSONL list
     # in addition to control_path and control_path_1, ...
     control_column: str | None = key(forms.COLUMN, of_some_forms=True, stale=NOTHING)
-    # None: the usual names
+    # None: tries the usual names of caption columns
     caption_column: str | None = key(forms.COLUMN, of_some_forms=True, stale=NOTHING)
-    # sources may lie elsewhere
+    # rows may name URLs, which are downloaded
     allow_urls: bool = key(forms.YES_NO, False, of_some_forms=True, stale=NOTHING)
     # where downloads are kept; None: in the cache directory
     download_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
     control_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
-    # references of a result, and masks of the new part of control clips; caches are compared with the files
+    # reference media of a clip, and masks of the part of control clips that is generated. Caches are
+    # compared with these files
     reference_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
     control_mask_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=NOTHING)
-    # the worse one of each pair, of which the table's own is the better
+    # the rejected items of preference pairs; the table's own items are the chosen ones
     worse_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LEARNING, rank=7)
     mask_directory: Path | None = key(forms.PATH, of_some_forms=True, stale=LATENTS | LEARNING, rank=6)
-    # of models with audio: whether clips have sound, and where it is instead of in the clips
+    # for models with audio: whether clips need audio, and the folder of separate audio files
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
     audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6)
     # transparent parts are not learned
@@ -180,13 +182,13 @@ class DatasetTable:
     validation: bool = key(forms.YES_NO, False, stale=NOTHING)  # not trained on
     # factor on the loss of its items in training
     prior_loss_weight: float = key(forms.WEIGHT, 1.0, stale=LEARNING, rank=3)
-    # strength of the network while it learns these items; of sliders
+    # multiplier of the LoRA while it trains on these items; for slider LoRAs
     network_multiplier: float = key(forms.MULTIPLIER, 1.0, stale=LEARNING, rank=3)
-    # what training may give of items: a rectangle of images, and parts of the audio, whose seconds are in
-    # files named like the clips
+    # parts of an item that training may use as conditions: a rectangle of each frame, and parts of the audio,
+    # whose seconds are in files named like the clips
     spatial_crop_region: tuple[int, ...] | None = key(forms.REGION, in_general=True, stale=LEARNING, rank=9)
     audio_cond_mask_directory: Path | None = key(forms.PATH, kinds=VIDEO, stale=LEARNING, rank=9)
-    # images that guide clips: shown besides them at frames, or in place of a latent frame; see `guides`
+    # images that guide clips: as additional frames, or in place of a latent frame; see `guides`
     keyframe_guide_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=NOTHING)
     keyframe_guide_frame_idx: int = key(forms.FRAME, -1, kinds=VIDEO, stale=LEARNING, rank=9)
     keyframe_guide_strength: float = key(forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9)
@@ -202,17 +204,17 @@ class DatasetTable:
     latent_idx_guide_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=NOTHING)
     latent_idx_guide_frame_idx: int = key(forms.FROM_ZERO, 0, kinds=VIDEO, stale=LEARNING, rank=9)
     latent_idx_guide_strength: float = key(forms.STRENGTH, 1.0, kinds=VIDEO, stale=LEARNING, rank=9)
-    # noise levels in training, as the options of these names say; None: the option's value
+    # override the training options of the same names; None: the option's value
     min_timestep: int | None = key(LOW, in_general=True, stale=LEARNING, rank=7)
     max_timestep: int | None = key(HIGH, in_general=True, stale=LEARNING, rank=7)
     discrete_flow_shift: float | None = key(SHIFT, in_general=True, stale=LEARNING, rank=7)
-    # ascending; see `with_lengths`
+    # ascending; `with_lengths` rounds them
     target_frames: tuple[int, ...] = key(forms.COUNTS, (1,), kinds=VIDEO, stale=FRAMES)
     frame_extraction: str = key(forms.MODE, "head", kinds=VIDEO, stale=FRAMES)
     frame_stride: int = key(forms.COUNT, 1, kinds=VIDEO, stale=FRAMES)
     frame_sample: int = key(forms.SAMPLES, 1, kinds=VIDEO, stale=FRAMES)
     max_frames: int = key(forms.COUNT, 129, kinds=VIDEO, stale=FRAMES)
-    # AUTO: by the times in each file
+    # AUTO: timestamps in each file
     source_fps: float | str | None = key(forms.SOURCE_FPS, kinds=VIDEO, stale=FRAMES)
     # frames per second of clips in training; None: the model's
     target_fps: float | None = key(forms.TARGET_FPS, kinds=VIDEO, in_general=True, stale=FRAMES)
@@ -220,54 +222,54 @@ class DatasetTable:
     fp_1f_clean_indices: tuple[int, ...] | None = key(forms.PLACES, kinds=IMAGE, stale=SECTIONS)
     fp_1f_target_index: int | None = key(forms.PLACE, kinds=IMAGE, stale=SECTIONS)
     fp_1f_no_post: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=SECTIONS)
-    # of reference images; with both, only larger ones are resized
+    # for reference images; if both are set, only larger images are resized
     no_resize_control: bool = key(forms.YES_NO, False, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1)
     # None: the image's own resolution
     control_resolution: tuple[int, int] | None = key(
         forms.SIZE, kinds=IMAGE, stale=REFERENCES | LEARNING, rank=1
     )
-    # of batches, trained without them
+    # fraction of batches that are trained without references
     reference_dropout_rate: float = key(forms.SHARE, 0.0, kinds=IMAGE, stale=LEARNING, rank=2)
     # images are learned with their layers: cat_1.png, cat_2.png, ... of cat.png
     multiple_target: bool = key(
         forms.YES_NO, False, kinds=IMAGE, of_some_forms=True, stale=LATENTS | LEARNING, rank=8
     )
-    # how the family takes control images as references; None: they are fitted like their image
+    # how the family takes control images as references; None: control images are resized like their image
     references: "ReferenceRules | None" = None
     # how the family takes references of clips, and masks of control clips; None: it takes neither
     clip_references: "ReferenceRules | None" = None
-    is_of_audio: bool = False  # its clips are sounds without images
-    gives_latents: bool = False  # computed before, so that no frames are read
-    uses_empty_prompt: bool = False  # besides captions that are dropped: a target of the training asks for it
-    leaves_animations: bool = False  # a table of clips has the same folder, and takes those in it
-    finds_audio: bool = False  # sound may be in files named like the clips, next to them
+    is_of_audio: bool = False  # items are audio files; clips get black frames
+    gives_latents: bool = False  # latents are precomputed; no frames are read
+    uses_empty_prompt: bool = False  # cache the empty prompt even if no captions are dropped
+    leaves_animations: bool = False  # a video table has the same folder and uses its animations
+    finds_audio: bool = False  # audio may be in files named like the clips, next to them
     shows_media: bool = False  # rows of lists may have `references`
     has_guides: bool = False  # see `guides`
-    gives_parts: bool = False  # it has guides, or keys of other parts that training may give
-    lists_controls: bool = True  # False: control media are of no interest, whatever lists name
-    # --- of a subset of the image guides' form; our own tables have the defaults
-    group: int | None = None  # index of its dataset, whose subsets share batches; None: it shares none
+    gives_parts: bool = False  # has guides, spatial_crop_region or audio_cond_mask_directory
+    lists_controls: bool = True  # False: control media named in lists are ignored
+    # --- for subsets in the layout of sd-scripts; tables in our layout have the defaults
+    group: int | None = None  # index of its dataset, whose subsets share batches; None: no subset
     subset: int | None = None  # place in its dataset, from 0
     buckets: BucketRule | None = None  # None: buckets of video trainers
     changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
-    is_reg: bool = (
-        False  # regularization images: repeated until they are as many as the other images of the group
-    )
-    image_folder: Path | None = None  # that the names of images in a list are relative to
-    # conditioning_data_dir as given: it holds masks (mask_directory) or control images (control_directory)
+    # regularization images: repeated until they are as many as the other images of the group
+    is_reg: bool = False
+    image_folder: Path | None = None  # base folder of relative paths in a list
+    # conditioning_data_dir of the file: has masks (mask_directory) or control images (control_directory)
     conditioning_directory: Path | None = None
-    validation_split: float | None = None  # share that is not trained on; None: the command line says it
-    validation_seed: int | None = None  # chooses the items; None: the command line says it
-    attributes: frozenset[str] = frozenset()  # names of custom_attributes that are on: targets read them
-    # --- what follows from these
+    validation_split: float | None = None  # fraction not trained on; None: the option's value
+    validation_seed: int | None = None  # selects these items; None: the option's value
+    # names of custom_attributes that are true; training targets read them
+    attributes: frozenset[str] = frozenset()
+    # --- derived in __post_init__
     # where the table is in the dataset file, for messages
     place: str = field(init=False, repr=False, compare=False)
-    # index that items have in common that may share a batch: subsets of one entry may
+    # items with the same index may share a batch; subsets of one entry have the same index
     batch_group: int = field(init=False, repr=False, compare=False)
-    # it limits or shifts the timesteps of its items
+    # min_timestep, max_timestep or discrete_flow_shift is set
     has_own_timesteps: bool = field(init=False, repr=False, compare=False)
-    # the empty prompt is cached with its texts, and read from these caches
+    # text caches of the table include the empty prompt
     caches_empty_prompt: bool = field(init=False, repr=False, compare=False)
     # kind of media that the items are
     holds: Literal["image", "video", "sound"] = field(init=False, repr=False, compare=False)
@@ -301,7 +303,7 @@ class DatasetTable:
 
     @property
     def guides(self) -> tuple[Guide, ...]:
-        """Return the images that guide clips, one of each folder: keyframes, then one in place of a frame."""
+        """Return the guides: keyframes first, then the guide that replaces a latent frame."""
         guides = []
         if self.keyframe_guide_directory is not None:
             guides.append(
@@ -329,7 +331,7 @@ class DatasetTable:
 
     @property
     def source(self) -> Path:
-        """Return the folder or list that the items come from; of several, the first."""
+        """Return the folder or list that the items come from; the first one if there are several."""
         source = self.directory or self.jsonl_file
         if source is None:
             assert self.own is not None
@@ -337,13 +339,13 @@ class DatasetTable:
         return source
 
     def of(self, kind: type[Own]) -> Own:
-        """Return the keys that tables of this form alone have."""
+        """Return `own`, which must be of this class."""
         assert isinstance(self.own, kind)
         return self.own
 
     @property
     def picture_folder(self) -> Path:
-        """Folder that relative paths of images begin in."""
+        """Base folder of relative paths of images."""
         return self.directory or self.image_folder or self.source.parent
 
     @property
@@ -361,7 +363,7 @@ class DatasetTable:
 
     @property
     def control_count(self) -> int | None:
-        """Return the number of control images of an image, if it has any; None: the number differs."""
+        """Return the number of control images of an image that has any; None if the number varies."""
         if not self.lists_controls:
             return 0
         if self.references is not None:
@@ -374,9 +376,9 @@ class DatasetTable:
         return self.kind == "image" and self.references is not None and self.references.edits
 
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
-        """Return the settings that decide how text encoders see reference images, if they see encoded ones.
+        """Return the settings on which the text encoder's view of reference images depends, by name.
 
-        `bucket` are the width and height of their item. The values are JSON.
+        Empty unless the text encoder sees them as the VAE does. `bucket` is the item's width and height.
         """
         if self.references is None or not self.references.as_encoded:
             return {}
@@ -385,11 +387,11 @@ class DatasetTable:
     def sight_settings(
         self, sees_clip: bool, shown: "Iterable[ShownMedium] | None", further_text: str | None = None
     ) -> dict[str, Any]:
-        """Return the settings that decide what text encoders see of a clip and of the references in its row.
+        """Return the settings on which the text encoder's view of a clip and its references depends, by name.
 
-        `sees_clip` says that text encoders see the frames of the clip. `shown` are the references, in their
-        order; None means they see none of them. `further_text` is that of the row, with `shown`. The values
-        are JSON.
+        `sees_clip` says that text encoders see the frames of the clip. `shown` has the references in order;
+        None means that text encoders see no references. `further_text` is the `FURTHER_TEXT` of the row, used
+        only with `shown`. The values are JSON.
         """
         settings: dict[str, Any] = {}
         if sees_clip:
@@ -402,9 +404,9 @@ class DatasetTable:
         return settings
 
     def changed(self, stale: Stale) -> dict[str, Any]:
-        """Return the values that differ from their defaults, for the keys with these `stale` flags.
+        """Return values that differ from their defaults, by key, for keys with one of these `stale` flags.
 
-        They are JSON values, folders by name.
+        The values are JSON; a folder becomes its name.
         """
         values = {}
         records: list[Any] = [self] if self.own is None else [self, self.own]
@@ -417,11 +419,11 @@ class DatasetTable:
 
     @property
     def learning_keys(self) -> dict[str, Any]:
-        """Values that change what is learned and differ from their defaults, for states and metadata."""
+        """Values that affect training and differ from their defaults, by key, for states and metadata."""
         values = self.changed(LEARNING)
         if self.is_reg:
             values["is_reg"] = True
-        for name, subset_key in SUBSET_KEYS.items():  # those that make captions and images differ each time
+        for name, subset_key in SUBSET_KEYS.items():  # random changes of captions and images
             record, _, inner = subset_key.field.partition(".")
             if record in ("changes", "augmentation"):
                 value = getattr(getattr(self, record), inner)
@@ -433,7 +435,7 @@ class DatasetTable:
         """Return the table's entry of the metadata list `ss_datasets`.
 
         Args:
-            has_control: None takes it from control_directory.
+            has_control: Whether there are control images; None: whether control_directory is set.
         """
         entry: dict[str, Any] = {
             "resolution": list(self.resolution),
@@ -471,31 +473,32 @@ class DatasetConfig:
     datasets: tuple[DatasetTable, ...]
 
 
-# `mask` of a latent record: where the mask of its loss is from
+# values of `mask` in a latent record: where the loss mask comes from
 FROM_FILE, FROM_ALPHA = "file", "alpha"
-# in the settings of a text record: what its encoder saw besides the caption
+# keys in the settings of a text record: what the encoder saw in addition to the caption
 CLIP, MEDIA = "clip", "media"
 
 
 class FurtherText(NamedTuple):
-    """A text that a row gives next to `references`: read together with these, in place of the caption."""
+    """A text that a row may have next to `references`, and that replaces the caption for one reader."""
 
-    key: str  # of rows, and in the settings of a text record
-    reader: str
+    key: str  # in rows, and in the settings of a text record
+    reader: str  # name for messages
 
 
 FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
 
 
 def declared_keys(record: Any) -> dict[str, forms.TableKey]:
-    """Return the keys that a record declares: `DatasetTable`, or one of `OwnKeys`."""
+    """Return the keys that a record class, `DatasetTable` or an `OwnKeys`, declares, by name."""
     return {each.name: each.metadata["key"] for each in fields(record) if "key" in each.metadata}
 
 
 @functools.cache
 def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
-    """Return the defaults of the keys with these `stale` flags that a record declares."""
+    """Return the defaults of the keys with one of these `stale` flags in a record class, by name."""
     keys = {name: key for name, key in declared_keys(record).items() if key.stale & stale}
+    # `rank` keeps the order of keys in metadata
     return {name: keys[name].default for name in sorted(keys, key=lambda name: keys[name].rank)}
 
 
@@ -508,5 +511,5 @@ def _as_json(value: Any) -> Any:
 
 
 def folder_id(folder: str | os.PathLike[str]) -> str:
-    """Return the same text for all paths of one folder."""
+    """Return a text that is equal for all paths of the same folder."""
     return os.path.normcase(os.path.realpath(folder))

@@ -1,4 +1,4 @@
-"""Language models as the shared loops use them: the text around a family's prompts, and the states it takes.
+"""Language models as text encoders: prompt templates of families, and the hidden states that they take.
 
     USE = LanguageUse(name="vl", states_key="vl_embed", model=QWEN25_VL, source=QWEN_TOKENIZER, ...)
     encoder = LanguageModelEncoder(USE, path, torch.bfloat16)     # a TextEncoder of protocols
@@ -6,7 +6,7 @@
 
 Source of the chat templates: the released tokenizers of Qwen3.
 """
-# Letters: B prompts, L tokens, T tokens after padding, C width of the model, n states that are read
+# Letters: B prompts, L tokens, T tokens after padding, C width of the model, n layers whose states are read
 
 import functools
 import hashlib
@@ -67,9 +67,9 @@ from runtime.planning.device_memory import spare_bytes
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-PRE_NORM = "pre_norm"  # in records of caches: the last state is that before the final norm
-# how Qwen splits a text before merging, and its tokens behind the vocabulary, for files other than
-# tokenizer.json, which states both. Source: Yang et al. 2025, arXiv 2505.09388, and its released tokenizer
+PRE_NORM = "pre_norm"  # in records of caches: the last state is taken before the final norm
+# how Qwen splits a text before merging, and its special tokens: needed only for vocab.json, because
+# tokenizer.json has both. Source: Yang et al. 2025, arXiv 2505.09388, and its released tokenizer
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -84,10 +84,10 @@ _QWEN_TOKENS = (
 
 
 def read_qwen_tokenizer(files: TokenizerFiles, file: Path) -> Tokenizer:
-    """Read tokenizer.json, or vocab.json with merges.txt.
+    """Read a Qwen tokenizer from tokenizer.json, or from vocab.json with merges.txt.
 
     Raises:
-        CheckpointError: If it cannot be read.
+        CheckpointError: If a file cannot be read.
     """
     merges = find_merges(file)
     if merges is None:
@@ -136,50 +136,50 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
 
 
-@dataclass(frozen=True, eq=False)  # one object for each release: it is a key
+@dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, as a cache key; one object for each release
 class LanguageUse:
-    """Settings of a family for a language model: the text around prompts, and the states that it takes."""
+    """Settings of a family for a language model: the prompt template, and the states to return."""
 
-    name: str  # of the encoder, in messages and cache records
-    states_key: str  # of the states in what `encode` returns
+    name: str  # name of the encoder in messages and cache records
+    states_key: str  # key of the states in the conditions that `encode` returns
     model: LanguageModel
     source: TokenizerSource
-    maximum: int  # tokens of a prompt that are kept, without those that are dropped
+    maximum: int  # longest prompt in tokens, not counting `dropped` ones
     before: str = ""  # the template up to the prompt
     after: str = ""
-    # tokens of the model's own tokenizer before the prompt, whose states are cut off; None: count those of
-    # `system`, with which `before` begins; "": of all of `before`
+    # number of template tokens before the prompt whose states are cut off, with the model's own tokenizer.
+    # None: count the tokens of `system` (a prefix of `before`), or of all of `before` if `system` is ""
     dropped: int | None = 0
     system: str = ""
-    blank: str = ""  # what an empty prompt is written as
-    strips: bool = False  # white space around a prompt is left out
-    # numbers of layers before the states that are read and joined, ascending; -1 is the last, normed, and -2
-    # the one before it (alone, and not for files whose last layers were cut off); or ALL_STATES
+    blank: str = ""  # replaces an empty prompt
+    strips: bool = False  # strip white space around a prompt
+    # which hidden states are concatenated: numbers of layers, ascending. -1 is the last state after the final
+    # norm. -2 is the state before the last layer (alone, and only for files with all layers). Or ALL_STATES
     states: tuple[int, ...] = (-1,)
-    stacked: tuple[int, ...] = ()  # the same numbers, of states that are stacked instead: L n C
-    final_norm: bool = False  # norm the last state that is read even if layers follow it
+    stacked: tuple[int, ...] = ()  # instead of `states`: states that are stacked, L n C
+    final_norm: bool = False  # apply the final norm to the last state read even if layers follow it
     pre_norm: bool = False  # read the last state before the final norm
-    keeps_after: bool = False  # the text behind the prompt stays if that is cut
-    # token that fills prompts to `maximum` tokens, all of which have states; None: prompts keep their length
+    keeps_after: bool = False  # a prompt that is too long is cut before `after`
+    # padding token: prompts are padded to `maximum` tokens, and padding has states; None: no padding
     pad: str | None = None
-    # with a pad: prompts are filled to a multiple of so many tokens instead, and each keeps its length. Such
-    # tokens have position 1, as in the version of transformers that models were trained with
+    # if `pad` is set: pad to a multiple of this number of tokens instead, each prompt separately. Padding has
+    # position 1, as in the version of transformers that models were trained with
     pads_to: int = 0
-    pads_left: bool = False  # without a pad: the last token stands where it would if there were one
-    mask_key: str = ""  # of a mask with 1 for real tokens; "": none is returned
-    at_once: int = 8  # prompts; bounds memory
-    pictures: ImageUse | None = None  # how images stand in a prompt; None: never
-    # Keys of where images stood among the states, and of their sizes. Theirs are then left out, and places
-    # count those that are left; sizes are rows and columns of half tokens. "": their states stay
+    pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
+    mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
+    at_once: int = 8  # prompts in a batch; limits memory
+    pictures: ImageUse | None = None  # how images are written into a prompt; None: prompts have no images
+    # Keys of the positions and sizes of images. If set, the states of image tokens are removed, and positions
+    # count the remaining states. Sizes are rows and columns of patches, two per token. "": states are kept
     slots_key: str = ""
     sizes_key: str = ""
-    # key of hashes of the images of a dataset's text, as `ImageUse.hash_images` makes them; "": none
+    # key of the hashes of a dataset item's images (`ImageUse.hash_images`); "": no hashes
     hashes_key: str = ""
-    record: str = ""  # what its facts in cache records begin with; "": the name
+    record: str = ""  # prefix of the encoder's keys in cache records; "": `name`
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Indices of the layers whose states are taken."""
+        """Numbers of the hidden states that are read; see `states`."""
         return self.stacked or self.states
 
     @property
@@ -189,13 +189,13 @@ class LanguageUse:
 
     @property
     def template(self) -> str:
-        """The text around a prompt, with `{}` in the place of the prompt."""
+        """The template, with `{}` for the prompt."""
         images = self.pictures.text if self.pictures else ""
         return f"{self.before}{images}{{}}{self.after}"
 
     @property
     def template_key(self) -> str:
-        """Name of the template's fingerprint in records of caches: `LanguageModelEncoder.identity`."""
+        """Key of the template's fingerprint in cache records (`LanguageModelEncoder.identity`)."""
         return f"{self.record or self.name}_template"
 
     @property
@@ -205,7 +205,7 @@ class LanguageUse:
 
 
 class LanguageModelEncoder(FileTextEncoder[nn.Module]):
-    """A language model as text encoder, which gives a state for each token of a prompt."""
+    """Text encoder that returns a language model's hidden states for each token of a prompt."""
 
     can = EncoderAbilities(wait=True, divide=True, see=True, take_words=True)
     logs_cuts = True
@@ -227,7 +227,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             path: File or folder of the model, or of a release that holds it in its subfolder `text_encoder`.
             dtype: Compute dtype.
             tokenizer: Path from the tokenizer's option; None searches the usual places.
-            form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
+            form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
             on_cpu: Whether to compute on the CPU regardless of the device of the run.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
@@ -246,7 +246,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def state(self) -> str | None:
-        """Describe the states that are read, for `identity`."""
+        """Description of the states that are read, for `identity`."""
         numbers = ", ".join(map(str, self.use.numbers)) or "all"
         if self.use.pre_norm:
             return f"{numbers}, {PRE_NORM}"
@@ -264,7 +264,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything apart from the text that states depend on: network, dtype, template and stored form."""
+        """Entries of cache records: all that states depend on except the text, such as network and dtype."""
         config = self._config
         return self.identify(
             self.use.record or self.name,
@@ -273,16 +273,16 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             state=self.state,
             template=self.use.fingerprint,
             weights=self.form,
-            # whose releases differ in which state they call the last
+            # major versions of transformers differ in which state they return as the last
             transformers=version("transformers").partition(".")[0] if self.use.pre_norm else None,
         )
 
     def write(self, prompt: Prompt) -> Written:
-        """Put the template around a prompt, and move the spans of its weights with the text."""
+        """Insert a prompt into the template, and shift the spans of its weights accordingly."""
         use = self.use
         start = len(use.before)
         text = prompt.text.strip() if use.strips else prompt.text
-        removed = len(prompt.text) - len(prompt.text.lstrip()) if use.strips else 0  # in front
+        removed = len(prompt.text) - len(prompt.text.lstrip()) if use.strips else 0  # leading
         text = text or use.blank
         return Written(
             text=f"{use.before}{text}{use.after}",
@@ -293,13 +293,13 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         )
 
     def count_dropped(self, tokenizer: TextTokenizer) -> int:
-        """Return the number of tokens of the template's start, whose states are dropped."""
+        """Return the number of template tokens before the prompt whose states are dropped."""
         if self.use.dropped is not None:
             return self.use.dropped
         return len(tokenizer.read(self.use.system or self.use.before).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the tokenizer splits the template's start into another number of tokens than is dropped."""
+        """Warn if the tokenizer's number of template tokens before the prompt differs from `use.dropped`."""
         counted = len(tokenizer.read(self.use.before).ids)
         expected = self.use.dropped
         if expected and counted != expected:
@@ -312,11 +312,11 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             )
 
     def load(self, device: torch.device) -> None:
-        """Load the model onto `device`, or onto the CPU if the options ask for that."""
+        """Load the model onto `device`, or onto the CPU if `on_cpu` is set."""
         super().load(CPU if self.on_cpu else device)
 
     def load_network(self, device: torch.device) -> nn.Module:
-        """Load the language model, with its vision tower if the family shows it images.
+        """Load the language model, with its vision tower if the family always uses images.
 
         If a CUDA device has too little free memory, some of the layers stay in host memory.
         """
@@ -361,7 +361,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         """Return the id of a token.
 
         Raises:
-            CheckpointError: If the tokenizer does not have it.
+            CheckpointError: If the tokenizer does not have the token.
         """
         number = tokenizer.number(token)
         if number is None:
@@ -380,16 +380,16 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         dropped: int,
         pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
-        """Return each prompt's states and mask: states [L nC], or T nC if padded.
+        """Return the states and the mask of each prompt: states [L nC], or T nC if padded.
 
-        L is the number of tokens of the prompt and of the template after it, n the number of states. Stacked
-        states are n C instead of nC. `rows` are token ids; the first `dropped` tokens of each row, which are
-        the template before the prompt, get no states. `pictures` holds the images of each prompt.
+        L counts the tokens of the prompt and of the template after it. Stacked states are n C instead of nC.
+        `rows` are token ids. The states of the first `dropped` tokens of each row, the template before the
+        prompt, are left out. `pictures` has the images of each prompt.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
         vocabulary = len(network.get_parameter(self.embedding))
-        # the ids of prompts were checked before; a tokenizer of another model may have a larger padding id
+        # ids of prompts have been checked; the padding id of another model's tokenizer may be too large
         check_ids([[pad]], vocabulary, self.path, self.source.files.option)
         results: list[Conditions] = []
         for first in range(0, len(rows), use.at_once):
@@ -421,10 +421,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _split_images(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Separate the states of words from those of images; also return the images' positions and sizes.
+        """Return the states of words without those of images, and the images' positions and sizes, by key.
 
-        `states` are L C, possibly followed by padding; `ids` are L. `sides` holds the number of rows and
-        columns of tokens for each image.
+        `states` are L C, possibly followed by padding; `ids` are L. `sides` has the rows and columns of
+        tokens of each image.
         """
         use = self.use
         assert use.pictures is not None
@@ -451,7 +451,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return separated
 
     def _select_length(self, rows: Sequence[list[int]], dropped: int) -> int:
-        """Return the number of tokens that the prompts of a group are padded to."""
+        """Return the number of tokens to which the prompts of a group are padded."""
         use = self.use
         longest = max(map(len, rows))
         if use.pad is None:
@@ -489,9 +489,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return ImageTokens(tokens, positions, [])
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's conditions: the states of its tokens, or of all rows if prompts are padded.
+        """Return a prompt's states and mask by key: of `length` tokens, or of all if padded to `maximum`.
 
-        `length` is the number of its tokens, including the filling up to a multiple.
+        `length` includes the padding of `pads_to`. Tensors of variable length are in a list.
         """
         use = self.use
         if use.pad is not None and not use.pads_to:
@@ -503,9 +503,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return {self.use.mask_key: real.clone()} if self.use.mask_key else {}
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode prompts as `FileTextEncoder.encode` does, together with the images that belong to them.
+        """Encode prompts as `FileTextEncoder.encode` does, together with their images.
 
-        Tokens of images do not count towards the limit `maximum`.
+        Image tokens do not count towards `maximum`.
 
         Raises:
             MediaError: If an image cannot be used.
@@ -516,20 +516,20 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         image_use = self.use.pictures
         if not hashes_key or image_use is None or image_use.hash_images is None:
             return encoded
-        # some families compare the images of a text with those that the transformer sees
+        # some families check that text encoder and transformer saw the same images
         with_hashes = []
         for prompt, conditions in zip(prompts, encoded, strict=True):
-            if len(prompt.frames) == len(prompt.pictures):  # only prompts of a dataset have their frames
+            if len(prompt.frames) == len(prompt.pictures):  # only prompts from a dataset have frames
                 hashes = image_use.hash_images(image_use.choose(prompt.frames))
                 conditions = {**conditions, hashes_key: [hashes]}
             with_hashes.append(conditions)
         return with_hashes
 
     def load_tower(self, device: torch.device) -> None:
-        """Load the vision tower onto a device, unless it is loaded or the family shows no images.
+        """Load the vision tower onto a device, unless it is loaded or the family uses no images.
 
         Raises:
-            CheckpointError: If the file has none, or one of another model.
+            CheckpointError: If the file has no vision tower, or that of another model.
         """
         network, _ = self._loaded.get()
         if self.use.pictures is not None and not hasattr(network, "visual"):
@@ -557,7 +557,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
 @dataclass(frozen=True)
 class LanguageModelFiles(TransformerFiles):
-    """Files of a model whose one text encoder is a language model."""
+    """Files of a model whose only text encoder is a language model."""
 
     encoder_class: ClassVar[type[LanguageModelEncoder]] = LanguageModelEncoder
     text_encoder: Path | None = None
@@ -583,7 +583,7 @@ class LanguageModelFiles(TransformerFiles):
 
     @property
     def text_encoder_path(self) -> Path:
-        """Path of the language model, which exists."""
+        """Path of the language model; raises an error if it is missing."""
         model = self.text_use.model
         return require_file(self.text_encoder, model.option, f"{model.what} encodes the prompts")
 
@@ -603,15 +603,15 @@ class LanguageModelFiles(TransformerFiles):
         return [self.language_model()]
 
     def text_width(self) -> int:
-        """Return the width of a token's states: of all states joined, or of each one if they are stacked."""
+        """Return the width of a token's states: concatenated, or of a single state if they are stacked."""
         return read_once(self.language_model().path, _measure_states, self.text_use)
 
     def check_texts(self, config: Any, needed: bool) -> None:
         """Check the language model's files and that its states have the width that the transformer takes.
 
         Args:
-            config: Dimensions of the transformer; None if it is not given.
-            needed: Whether the language model has to be given.
+            config: Dimensions of the transformer; None if its option is not set.
+            needed: Whether the option of the language model must be set.
         """
         use = self.text_use
         model = use.model
@@ -630,12 +630,12 @@ class LanguageModelFiles(TransformerFiles):
             use.source.files.check_given(self.text_encoder_tokenizer)
 
     def check_tower(self) -> None:
-        """Raise CheckpointError if the language model has no vision tower, or one of another model."""
+        """Raise CheckpointError if the language model has no vision tower, or that of another model."""
         read_once(self.language_model().path, _read_tower, self.text_use)
 
 
 def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse) -> list[ReadImages]:
-    """Return what the vision tower makes of each prompt's images or frames."""
+    """Return the vision tower's embeddings of the images or frames of each prompt."""
     images = []
     for prompt in prompts:
         if prompt.frames:

@@ -1,9 +1,9 @@
-"""Language models as text encoders: files in every layout, and networks of the classes of transformers.
+"""Load language models as text encoders: files in every layout, networks from the library transformers.
 
-Only the layers before the last state that is read are built and loaded, and never the head that predicts
-words. They are published under several prefixes, alone or next to an image tower: the prefix is whatever
-precedes the name of the token embeddings. Dimensions come from the tensors; what these do not show comes from
-a config.json next to them, else from the facts about the released model.
+Only the layers before the last hidden state that is read are built and loaded, without the language model
+head. Files have different prefixes, and some also have a vision tower: the prefix is whatever precedes the
+name of the token embeddings. Dimensions come from the tensors; other settings come from a config.json next to
+the file, else from the facts about the released model below.
 """
 # Letters: B prompts, L tokens, C width of the model, D width of a head
 
@@ -32,7 +32,7 @@ from runtime.offload.swap_plan import SwapPlan, host_weights
 logger = logging.getLogger(__name__)
 
 SPEC = DitSpec(block_lists=("layers",))
-WORKING = 3 << 29  # bytes besides the weights while prompts of the usual length are read
+WORKING = 3 << 29  # bytes needed in addition to the weights, for prompts of the usual length
 Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
 Q_ROWS = "self_attn.q_proj.weight"
 LINEAR = "linear_attn.A_log"  # Qwen3.5 has it: most of its layers are Gated DeltaNets
@@ -40,16 +40,17 @@ FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma has it
 SCALAR = "layer_scalar"  # Gemma 4 has it
 # tensors of a layer that some kinds of models have
 _MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
-PLACES = f"visual.{TOWER_PLACES}"  # of Qwen3-VL's tower: the layers of its text half look like Qwen3's
+# position embeddings of Qwen3-VL's vision tower, which tell it from Qwen3: its text layers are the same
+PLACES = f"visual.{TOWER_PLACES}"
 _PARTS = (
     "lm_head.", "mtp.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.",
     "image_newline", "audio_projector.", "vision_embedder.", "embed_vision.", "embed_audio.",  # Gemma 4's
 )  # fmt: skip
-ALL_STATES: tuple[int, ...] = ()  # the embeddings, the states behind each layer, the last one normed
-# kinds of layers: tokens see a window, or all before them, or a state that is carried along
+ALL_STATES: tuple[int, ...] = ()  # the embeddings and the states after each layer, the last one normalized
+# kinds of layers: attention to a window, attention to all previous tokens, recurrent state
 NEAR, FAR, CARRIED = "sliding_attention", "full_attention", "linear_attention"
-# beginnings of the names of tensors outside the wanted network: other parts of the same model, and the bytes
-# of files such as a tokenizer's
+# prefixes of tensors outside the text network: other parts of the model, and files stored as bytes such as a
+# tokenizer
 OTHER_TENSORS = (
     *(f"{prefix}{part}" for prefix in ("", "model.", "language_model.") for part in _PARTS),
     "tokenizer",
@@ -59,42 +60,42 @@ OTHER_TENSORS = (
     "hf_asset__",
     "text_embedding_projection.",
 )
-# saved by old versions of transformers; computed here
+# buffers saved by old versions of transformers; computed here
 _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Facts about a kind of released language models that its tensors do not show."""
+    """Facts about a released language model that its tensors do not show."""
 
     what: str  # for messages: "a Llama language model"
-    option: str  # that names its file
-    files: str  # which files are one, for messages
-    classes: str  # of transformers, without "Config" and "Model"
+    option: str  # option for its file
+    files: str  # names of suitable files, for messages
+    classes: str  # classes in transformers, without "Config" and "Model"
     kind: str  # prefix of `model_type` in a config.json
-    word_key: str  # of the vectors of a word in its file, as ComfyUI names them
-    defaults: Mapping[str, float]  # values that its config.json leaves out
+    word_key: str  # key of its vectors in embedding files, as in ComfyUI
+    defaults: Mapping[str, float]  # values of keys that a config.json leaves out
     theta: float  # base of the rotary frequencies, if there is no config.json
-    eps: float  # of the norms, if there is no config.json
+    eps: float  # epsilon of the norms, if there is no config.json
     head_width: int = 128  # if there is no config.json and the tensors do not show it
-    marks: tuple[str, ...] = ()  # those of `_MARKS` that its layers have, and PLACES next to them
-    rope_types: tuple[str, ...] = ("default",)  # kinds of rotary frequencies that are plain ones for a text
-    # sixteenths of the frequencies that are for time, rows and columns; (): these take turns; None: text only
+    marks: tuple[str, ...] = ()  # tensors of `_MARKS` that its layers have, and PLACES if it has that tower
+    rope_types: tuple[str, ...] = ("default",)  # rotary types that equal the default for text
+    # frequencies for time, rows and columns in sixteenths; (): the axes alternate; None: text only
     grid_shares: tuple[int, int, int] | tuple[()] | None = None
-    tower: VisionTower | None = None  # that sees images in prompts
-    skip_option: str = ""  # that chooses the state by the number of layers behind it
-    settings: Mapping[str, Any] = field(default_factory=dict)  # further ones of transformers' configuration
-    # returns more of them, given the values of config.json ({} if there is none), the number of layers that
-    # are run, the channels of a head, and the shapes of all tensors by name
+    tower: VisionTower | None = None  # encodes images in prompts
+    skip_option: str = ""  # option that sets the number of layers after the state
+    settings: Mapping[str, Any] = field(default_factory=dict)  # further keys of the transformers config
+    # returns further keys; arguments: values of config.json ({} if there is none), number of layers to run,
+    # channels of a head, shapes of all tensors by name
     read_settings: Callable[
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}
-    config_key: str = ""  # of the config.json in the metadata of its file
-    since: str = ""  # the first version of transformers that has its classes; "": all that serve
-    attention_layer: int = 0  # the first layer with attention, whose tensors show the heads
-    rotated_share: float = 1.0  # of a head's channels that positions rotate
-    query_parts: int = 1  # 2: queries stand next to gates of as many rows
-    keep_float32: tuple[str, ...] = ()  # ends of names of tensors that are never rounded
+    config_key: str = ""  # key of config.json in the metadata of its file; "": not there
+    since: str = ""  # first version of transformers with its classes; "": all supported versions
+    attention_layer: int = 0  # first layer with attention; its tensors show the number of heads
+    rotated_share: float = 1.0  # fraction of a head's channels with rotary embedding
+    query_parts: int = 1  # 2: the query projection also has gates of the same size
+    keep_float32: tuple[str, ...] = ()  # suffixes of tensor names that stay in float32
 
 
 LLAMA = LanguageModel(
@@ -161,7 +162,7 @@ QWEN3_VL = LanguageModel(
 def _read_delta_layers(
     config_json: Mapping[str, Any], num_layers: int, width: int, shapes: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, Any]:
-    """Return the settings of Gated DeltaNet layers, and which layers these are.
+    """Return the settings of Gated DeltaNet layers and the kinds of all layers, as transformers names them.
 
     Raises ValueError if a setting is missing or invalid.
     """
@@ -170,7 +171,7 @@ def _read_delta_layers(
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
     key_width = config_json.get("linear_key_head_dim", value_width)
-    # q and k have equally many rows, and v has one head for each A_log
+    # q and k have the same number of rows; v has one head for each value of A_log
     key_rows = (shapes[f"{delta}in_proj_qkv.weight"][0] - value_heads * value_width) // 2
     if type(key_width) is not int or key_width < 1 or key_rows < key_width or key_rows % key_width:
         raise ValueError(f"linear_key_head_dim {key_width} for {key_rows} rows of keys")
@@ -223,17 +224,17 @@ class LanguageConfig:
     num_heads: int
     num_kv_heads: int
     head_width: int
-    num_layers: int  # that are run; layers after the last state that is read are left out
+    num_layers: int  # layers to run; those after the last state that is read are left out
     final_norm: bool
     theta: float = LLAMA.theta  # base of the rotary frequencies
     eps: float = LLAMA.eps
     model: LanguageModel = LLAMA
-    sections: tuple[int, ...] = ()  # frequencies for time, rows and columns; (): by the model's shares
-    settings: Mapping[str, Any] = field(default_factory=dict)  # of `LanguageModel.read_settings`
+    sections: tuple[int, ...] = ()  # frequencies for time, rows and columns; (): from `grid_shares`
+    settings: Mapping[str, Any] = field(default_factory=dict)  # from `LanguageModel.read_settings`
 
     @property
     def further(self) -> str:
-        """Settings that only this model has, for cache records."""
+        """Text of `settings` for cache records."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
@@ -255,18 +256,18 @@ def read_language_model(
 ) -> LoadPlan[LanguageConfig]:
     """Plan how to load a language model up to the last state that is used.
 
-    Files may have any published prefix, and 16 or 8 bits.
+    Files may have any published prefix, and weights in 16 or 8 bits.
 
     Args:
         checkpoint: The opened file.
-        model: Kind of model that the file must hold.
+        model: Kind of model that the file must contain.
         states: States to use, each as the number of layers before it, ascending, or ALL_STATES. Negative
             numbers count from the end; -1 is the last state after the final norm.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         pre_norm: Whether to leave out the final norm even if the last state is -1.
 
     Raises:
-        CheckpointError: If the file holds another model or has too few layers.
+        CheckpointError: If the file contains another model or has too few layers.
     """
     path = checkpoint.path
     layer = f"layers.{model.attention_layer}."
@@ -328,7 +329,7 @@ def read_language_model(
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
     """Return patterns of the file's tensors that are not loaded.
 
-    `all_layers` is how many the file has.
+    `all_layers` is the number of layers in the file.
     """
     names = [*_COMPUTED]
     names += [f"{start}*" for start in OTHER_TENSORS]
@@ -339,7 +340,7 @@ def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ..
 
 
 def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
-    """Return the width of an attention head from config.json, else that of the released model."""
+    """Return the width of an attention head from config.json, or of the released model if it is missing."""
     width = config_json.get("head_dim")
     return width if isinstance(width, int) and width > 0 else model.head_width
 
@@ -348,13 +349,13 @@ def _check_heads(
     path: Path, width: int, query_rows: int, key_rows: int, dim: int, model: LanguageModel
 ) -> None:
     """Raise CheckpointError if the rows of queries and keys cannot be divided into heads of this width."""
-    # frequencies come in pairs
+    # the width must be even, because rotary frequencies come in pairs
     is_uneven = width < 2 or width % 2 or key_rows % width or query_rows % width
     if not is_uneven:
         heads = query_rows // width
         kv_heads = key_rows // width
         is_uneven = dim % (heads or 1) or heads % max(1, kv_heads)
-    # Qwen2.5-VL's heads are as wide together as the model
+    # the heads of Qwen2.5-VL together have the width of the model
     if is_uneven or (Q_BIAS in model.marks and query_rows != dim):
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
@@ -385,14 +386,14 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
 
 
 def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
-    """Return the names of tensors that mark a network's layers, with PLACES if the file has them as well.
+    """Return the tensors of `_MARKS` that a network has, and PLACES if the file has that vision tower.
 
-    `layer` is the beginning of the names of the first layer with attention; LINEAR is a mark of layers
-    without.
+    `layer` is the prefix of the first layer with attention. LINEAR is looked up in layer 0, which has no
+    attention in models with this mark.
     """
     marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
-        return (*marks, LINEAR)  # its tower, if it is there, tells nothing more
+        return (*marks, LINEAR)  # the mark is unique, so the vision tower need not be looked up
     if any(name.endswith(PLACES) for name in file.tensors):
         marks.append(PLACES)
     return tuple(marks)
@@ -406,10 +407,10 @@ def _read_constants(
     width: int,
     shapes: Mapping[str, tuple[int, ...]],
 ) -> RotaryConstants:
-    """Read the constants that tensors do not show from config.json, else take those of the released model.
+    """Read constants that tensors do not show from config.json, with those of the released model as defaults.
 
     Raises:
-        CheckpointError: If the frequencies are stretched, as in Llama 3.1 and later.
+        CheckpointError: If config.json is invalid or has scaled frequencies, as in Llama 3.1 and later.
     """
     try:
         rope = config_json.get("rope_parameters") or config_json.get("rope_scaling") or {}
@@ -435,7 +436,7 @@ def _read_constants(
 
 
 def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
-    """Return the numbers of frequencies for time, rows and columns. Raises ValueError or TypeError."""
+    """Return the numbers of frequencies for time, rows and columns; () if `rope` does not have them."""
     sections = tuple(map(int, rope.get("mrope_section", ())))
     if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
         raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
@@ -443,14 +444,14 @@ def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
 
 
 def all_states(num_layers: int) -> tuple[int, ...]:
-    """Return the indices of all states: the embedding, each layer, and -1 for the last one after its norm."""
+    """Return the numbers of all states: 0 for the embeddings, then layers; -1 for the last, normalized."""
     return (*range(num_layers), -1)
 
 
 class HostAngles(nn.Module):
-    """Rotary embedding of a model of transformers, computed on the CPU in float32 and sent to the device.
+    """Rotary embedding of a transformers model, computed on the CPU in float32 and sent to the device.
 
-    On the device products may be in TF32, which cannot tell positions above 1024 apart.
+    On the device, products may be in TF32, which cannot distinguish positions above 1024.
     """
 
     def __init__(self, angles: nn.Module) -> None:
@@ -468,7 +469,7 @@ class HostAngles(nn.Module):
 
 
 def build_language_model(config: LanguageConfig) -> nn.Module:
-    """Build the network, a class of transformers, for `on_meta_device`; its state dict has bare names."""
+    """Build the network, a class of transformers, inside of `on_meta_device`; its names have no prefix."""
     import transformers
 
     settings: dict[str, Any] = {
@@ -502,9 +503,9 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
     network: Any = getattr(transformers, f"{classes}Model")(their_config)
     if not config.final_norm:
         network.norm = nn.Identity()
-    with torch.device("cpu"):  # no file has the frequencies: they are computed, not loaded
+    with torch.device("cpu"):  # frequencies are computed, because no file has them
         network.rotary_emb = HostAngles(type(network.rotary_emb)(their_config))
-        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma's, which no file holds
+        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma's scale, which no file has
             network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
     network.spec = SPEC
     built: nn.Module = network
@@ -519,7 +520,8 @@ def _split_frequencies(config: LanguageConfig) -> list[int]:
         return list(config.sections)
     frequencies = int(config.head_width * config.model.rotated_share) // 2
     if not config.model.grid_shares:
-        return [(frequencies + 2 - place) // 3 for place in range(3)]
+        # thirds; the first axes get the rest
+        return [(frequencies + 2 - axis) // 3 for axis in range(3)]
     time_share, row_share, _ = config.model.grid_shares
     times = frequencies * time_share // 16
     rows = frequencies * row_share // 16
@@ -542,20 +544,20 @@ def load_language_model(
 
     Args:
         path: File or folder of the model.
-        model: Kind of model that the file must hold.
+        model: Kind of model that the file must contain.
         device: Device to load to.
         dtype: Compute dtype.
         states: States to use, as `read_language_model` takes them.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
-        form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form,
-            except that fp8 weights are dequantized.
+        form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form, except
+            that fp8 weights are dequantized.
         room: Free bytes on the device; layers that do not fit stay in host memory, and each is copied to the
             device before it runs. None means that all fit.
-        blocks: Receives each layer when it is loaded.
+        blocks: Splits the layers over processes; None for all layers here.
         pre_norm: Whether to leave out the final norm even if the last state is -1.
 
     Raises:
-        CheckpointError: If the file is damaged, holds another model, or has its weights in another form.
+        CheckpointError: If the file is damaged, contains another model, or has an unsupported form.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_language_model(checkpoint, model, states, final_norm, pre_norm)
@@ -591,12 +593,12 @@ def streamed_layers(
 ) -> tuple[int, int]:
     """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
 
-    `dtype` and `form` are those of the weights on the device. `room` is the number of free bytes on the
+    `dtype` and `form` describe the weights on the device. `room` is the number of free bytes on the
     device; None means enough for all layers.
     """
 
     def loaded_size(name: str) -> int:
-        """Return the bytes of a weight on the device; only projections have a stored form."""
+        """Return the bytes of a weight on the device; only projections are quantized."""
         return loaded_bytes(plan, name, dtype, form if name.endswith("_proj.weight") else None)
 
     config = plan.config

@@ -1,7 +1,7 @@
-"""What text encoders share: tokenizers, rows of tokens, weights of a prompt's parts, counting, loading.
+"""Base of text encoders: tokenizers, padded token rows, prompt weights, counting tokens, loading.
 
-tokenizer.json is read directly: the classes that transformers choose by name rebuild some tokenizers with
-other rules.
+tokenizer.json is read directly, because the tokenizer classes of transformers rebuild some tokenizers with
+different rules.
 """
 
 import contextlib
@@ -37,18 +37,18 @@ from runtime.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
-TOKENS_AT_ONCE = 4096  # bounds memory when many prompts are given
-END = "</s>"  # of SentencePiece models
+TOKENS_AT_ONCE = 4096  # limits memory if there are many prompts
+END = "</s>"  # end token of SentencePiece models
 
 
 class Tokens(NamedTuple):
     """The tokens of a text."""
 
     ids: list[int]
-    places: list[Place]  # in the text; None for tokens that the tokenizer adds
+    places: list[Place]  # character range of each token; None for tokens that the tokenizer adds
 
     def behind(self, end: float = math.inf) -> int:
-        """Return how many tokens at the end must survive a cut.
+        """Return the number of tokens at the end that `cut` must keep.
 
         These are the tokens from character `end` on, and the end token.
         """
@@ -72,23 +72,26 @@ class TextTokenizer:
     """Turn text of any length into tokens."""
 
     read: Callable[[str], Tokens]
-    number: Callable[[str], int | None]  # of a token; None: there is none
-    file: Path  # that it was read from
+    number: Callable[[str], int | None]  # id of a token; None if there is no such token
+    file: Path  # file of the tokenizer
 
     def with_words(self, words: Mapping[str, Sequence[int]]) -> "TextTokenizer":
-        """Return a tokenizer that reads each of these words as its token ids."""
+        """Return a tokenizer that turns each of these words into its token ids."""
         return replace(self, read=_WordReader(self.read, words))
 
 
 class _WordReader:
-    """Read texts with additional words. The blank before a word is dropped, as most tokens begin with one."""
+    """Tokenize texts with additional words.
+
+    The space before a word is dropped, because most tokens include the space before them.
+    """
 
     def __init__(self, read: Callable[[str], Tokens], words: Mapping[str, Sequence[int]]) -> None:
-        names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
+        names = sorted(words, key=len, reverse=True)  # longest first: a word may be a prefix of another
         self.read_plain = read
         self.pattern = compile_words(names)
         self.ids = [list(words[name]) for name in names]
-        around = read("a").places
+        around = read("a").places  # "a" is any text: counts the tokens that are added before and after it
         self.begin = sum(1 for _ in itertools.takewhile(_is_added, around))
         self.end = sum(1 for _ in itertools.takewhile(_is_added, reversed(around)))
 
@@ -99,7 +102,7 @@ class _WordReader:
         around = self.read_plain("a")
         ids = around.ids[: self.begin]
         places: list[Place] = [None] * self.begin
-        last = 0  # character behind the word before
+        last = 0  # end of the previous word in characters
         for match in self.pattern.finditer(text):
             assert match.lastindex is not None
             self._add(ids, places, text[last : match.start()].removesuffix(" "), last)
@@ -112,7 +115,7 @@ class _WordReader:
         return Tokens(ids, [*places, *[None] * self.end])
 
     def _add(self, ids: list[int], places: list[Place], text: str, start: int) -> None:
-        """Add the tokens of a text between words, which begins at the character `start`."""
+        """Add the tokens of the text between two words; `start` is its first character."""
         if not text:
             return
         tokens = self.read_plain(text)
@@ -123,7 +126,7 @@ class _WordReader:
 
 
 def _is_added(place: Place) -> bool:
-    """Return whether a token is one that the tokenizer puts around a text."""
+    """Return whether the tokenizer added this token before or after the text."""
     return place is None
 
 
@@ -132,20 +135,20 @@ class TokenizerSource:
     """Places to look for an encoder's tokenizer, and the special tokens to put around a text."""
 
     files: TokenizerFiles
-    begin: str = ""  # put in front of a text, if the file leaves that to its reader
-    end: str = ""  # warn if texts do not end with it, with which the encoder was trained
-    adds_own: bool = True  # the tokens that a file puts around a text count; else there are none
-    may_be_inside: bool = False  # as bytes of the checkpoint: a SentencePiece model or a tokenizer.json
+    begin: str = ""  # begin token to add if the tokenizer does not
+    end: str = ""  # end token that the encoder was trained with; warn if a tokenizer.json does not add it
+    adds_own: bool = True  # whether a tokenizer.json adds its special tokens
+    may_be_inside: bool = False  # the checkpoint may contain a SentencePiece model or a tokenizer.json
     read_file: Callable[[TokenizerFiles, Path], Tokenizer] = TokenizerFiles.read
 
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
-        The file is `path` if the option is given, else one next to the checkpoint. It is None if the
+        The file is `path` if the option is set, else one next to the checkpoint. The file is None if the
         tokenizer is inside the checkpoint or has to be downloaded from the hub.
 
         Raises:
-            CheckpointError: If `path` is given and is not a tokenizer.
+            CheckpointError: If `path` is set and is not a tokenizer.
         """
         file = self.files.find(path, checkpoint_path)
         if file is not None or not self.may_be_inside:
@@ -187,7 +190,7 @@ class TokenizerSource:
         return self._read_pieces(self.files.read_bytes(file), file)
 
     def _load_inside(self, checkpoint_path: Path) -> TextTokenizer:
-        """Load the tokenizer that a checkpoint holds as a tensor of bytes."""
+        """Load the tokenizer that a checkpoint contains as a tensor of bytes."""
         with open_checkpoint(checkpoint_path) as checkpoint:
             name = _find_inside(checkpoint) or ""
             info = checkpoint.tensors[name]
@@ -205,7 +208,7 @@ class TokenizerSource:
         with self.files.explain(file):
             empty: list[int] = tokenizer.encode("").ids
             tokenizer.encode("a b")  # only for its error: a tokenizer that fails for any text fails here
-        first = []  # the begin token, unless the tokenizer adds it itself
+        first = []  # the begin token, unless the tokenizer adds it
         if begin is not None and empty[:1] != [begin]:
             first.append(begin)
         if self.end and empty[-1:] != [tokenizer.token_to_id(self.end)]:
@@ -259,19 +262,19 @@ class TokenizerSource:
 
 
 def _find_inside(checkpoint: Checkpoint) -> str | None:
-    """Return the name of the tensor that holds a tokenizer's bytes; None if there is none."""
+    """Return the name of the tensor with the bytes of a tokenizer; None if there is none."""
     return next((name for name in checkpoint.tensors if name.endswith((SPIECE_MODEL, TOKENIZER_JSON))), None)
 
 
 def find_merges(file: Path | None) -> Path | None:
-    """Return the path of the BPE merges next to a vocab.json; None for a tokenizer that is one file."""
+    """Return the path of merges.txt next to a vocab.json; None for a tokenizer in a single file."""
     return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
 
 
 def fill_rows(
     rows: Sequence[Sequence[int]], length: int, pad: int, on_left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return token ids and mask, each B L int64, with the rows padded on the right, or on the left."""
+    """Return token ids and mask (1 for real tokens), each B L int64, with rows padded to `length`."""
     ids = torch.full((len(rows), length), pad)
     mask = torch.zeros_like(ids)
     for index, row in enumerate(rows):
@@ -282,10 +285,10 @@ def fill_rows(
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
-    """Raise CheckpointError if a token id is beyond the embeddings of the encoder in `path`.
+    """Raise CheckpointError if a token id has no embedding in the encoder at `path`.
 
     `rows` are the token ids of texts, `vocabulary` is the number of embeddings, and `option` is the
-    tokenizer's option.
+    option of the tokenizer.
     """
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
@@ -297,7 +300,7 @@ def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option
 
 
 def in_groups(prompts: Sequence[list[int]]) -> Iterator[list[list[int]]]:
-    """Yield the prompts in order, in groups of at most TOKENS_AT_ONCE tokens."""
+    """Yield the prompts (token ids) in order, in groups of at most TOKENS_AT_ONCE tokens."""
     group: list[list[int]] = []
     for prompt in prompts:
         if group and sum(map(len, group)) + len(prompt) > TOKENS_AT_ONCE:
@@ -312,37 +315,37 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class Written(NamedTuple):
-    """The text of a prompt as its encoder reads it, with chat template and the like."""
+    """A prompt in the template of its encoder."""
 
-    text: str  # with what a template puts around the prompt
-    prompt: str  # cleaned
-    spans: Spans  # of its parts
-    start: int = 0  # of the prompt in the text
-    end: float = math.inf  # from which character on the text stays if it is cut
-    uncounted: int = 0  # tokens in front that stand for pictures: they do not count towards the most
+    text: str  # prompt with template
+    prompt: str  # cleaned prompt without template
+    spans: Spans  # weighted parts of the prompt
+    start: int = 0  # first character of the prompt in `text`
+    end: float = math.inf  # characters of `text` from here on are kept if the prompt is too long
+    uncounted: int = 0  # tokens of images, which do not count towards the maximum
 
 
 class FileTextEncoder(ABC, Generic[Network]):
     """A text encoder whose network is read from a file: load, encode, free.
 
-    Subclasses of the families set the text around a prompt (`write`) and the results of tokens (`compute`).
+    Subclasses implement the template (`write`) and compute the conditions from tokens (`compute`).
     """
 
     can: ClassVar[EncoderAbilities] = EncoderAbilities()
-    name: str  # in messages and cache records
-    keys: frozenset[str]  # of the results of `encode`
-    variable_length: frozenset[str] = frozenset()
-    what: str = "the text encoder"  # in the log
+    name: str  # name in messages and cache records
+    keys: frozenset[str]  # keys of the conditions that `encode` returns
+    variable_length: frozenset[str] = frozenset()  # keys whose tensors have the length of the prompt
+    what: str = "the text encoder"  # name in the log
     source: TokenizerSource
-    maximum: int  # tokens of a prompt that are kept, without those that are dropped
-    takes_weights: str = ""  # key of the states that the weights of parts multiply; "": none
-    pads_left: bool = False  # the states of a short prompt are the last ones of `maximum`
+    maximum: int  # longest prompt in tokens, not counting dropped template tokens
+    takes_weights: str = ""  # key of the states that prompt weights multiply; "": weights are not supported
+    pads_left: bool = False  # padding is on the left, up to `maximum`
     logs_cuts: ClassVar[bool] = False  # log each prompt that is too long
-    embedding: str = "embed_tokens.weight"  # of the tokens, in the network
-    # of the vectors of a word in its file (see `encoders.new_words.WordEncoder`)
+    embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
+    # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
     word_keys: tuple[str, ...] = ()
-    words: Sequence[EncoderWord] = ()  # that it reads in addition to the tokenizer's
-    learns_word: bool = False  # one of them learns: gradients flow through the network
+    words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
+    learns_word: bool = False  # an additional word is trained: gradients flow through the network
     # returns the number of tokens before the prompt, whose states are cut off; None: there are none
     count_dropped: Callable[[TextTokenizer], int] | None = None
     # raises CheckpointError, or warns, if the tokenizer belongs to another model
@@ -354,7 +357,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         Args:
             path: File or folder of the model.
             tokenizer: Path from the tokenizer's option; None searches the usual places.
-            form: Module of `checkpoints.stored` in whose form weights are stored; None for the file's form.
+            form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """
         self.path = path
         self.tokenizer = tokenizer
@@ -369,10 +372,10 @@ class FileTextEncoder(ABC, Generic[Network]):
     @property
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
-        """Return the facts on which an output depends in addition to the text. Reads a few MB.
+        """Entries of cache records: all that outputs depend on except the text. Reads a few MB.
 
         Raises:
-            CheckpointError: If the file holds another model.
+            CheckpointError: If the file contains another model.
         """
 
     @property
@@ -381,7 +384,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return 0
 
     def identify(self, name: str, **facts: str | None) -> dict[str, str]:
-        """Return fingerprints of checkpoint and tokenizer, and all `facts` that are not None."""
+        """Return entries for `identity`: fingerprints and all `facts` except None; keys begin with `name`."""
         identity = {
             name: fingerprint(self.path),
             f"{name}_tokenizer": self.source.identity(self.tokenizer, self.path),
@@ -392,7 +395,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         return identity
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt's text with nothing around it."""
+        """Return the prompt in the template; here the prompt alone."""
         return Written(prompt.text, prompt.text, prompt.spans)
 
     def token_counter(self) -> CountTokens:
@@ -403,7 +406,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         """
         tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
         if self.words:
-            # no row is read, so that any ids will do
+            # tokens are only counted, so any ids will do
             tokenizer = tokenizer.with_words(name_ids([word.word for word in self.words], 0))
         dropped = 0 if self.count_dropped is None else self.count_dropped(tokenizer)
         token_bytes = 0
@@ -417,7 +420,7 @@ class FileTextEncoder(ABC, Generic[Network]):
                 return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
             num_behind = tokens.behind(written.end)
-            # a cut never drops the template and the end token behind the prompt
+            # a cut never drops the template and the end token after the prompt
             droppable = tokens.places[: len(tokens.places) - num_behind]
             ends = [0 if place is None else place[1] - written.start for place in droppable]
             length = len(written.prompt)
@@ -451,14 +454,14 @@ class FileTextEncoder(ABC, Generic[Network]):
         return network, tokenizer
 
     def tokenize_word(self, text: str) -> list[int]:
-        """Return the token ids of words inside of a text; loads no weights.
+        """Return the token ids of a text as if it stood inside a longer text; loads no weights.
 
         Raises:
             CheckpointError: If the tokenizer is not on this machine; it is not downloaded.
         """
-        with quiet():  # the log names it when the encoder is loaded
+        with quiet():  # the tokenizer is logged when the encoder is loaded
             tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
-        # a blank in front: most tokens of words begin with one
+        # most tokens of words begin with a space
         tokens = tokenizer.read(f" {text.strip()}")
         return [number for number, place in zip(tokens.ids, tokens.places, strict=True) if place is not None]
 
@@ -476,9 +479,9 @@ class FileTextEncoder(ABC, Generic[Network]):
         """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Return the tensors `keys` of each prompt, on the CPU; gradients flow to trained parts.
+        """Return the conditions of each prompt, with the keys `keys`, on the CPU; gradients are kept.
 
-        The states of a part's tokens are multiplied by the part's weight.
+        States are multiplied by the prompt weights of their tokens.
 
         Raises:
             CheckpointError: If the tokenizer has more tokens than the network.
@@ -488,7 +491,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     def encode_written(
         self, written: Sequence[Written], compute: Callable[..., list[Conditions]]
     ) -> list[Conditions]:
-        """Encode prompts that are already put into the template.
+        """Encode prompts that are already in the template.
 
         `compute` is `self.compute`, possibly with additional arguments bound.
         """
@@ -541,14 +544,14 @@ class FileTextEncoder(ABC, Generic[Network]):
         return {**conditions, self.takes_weights: [weigh_rows(rows, weights) for rows in states]}
 
     def free(self) -> None:
-        """Release the network; the next `load` reads it again."""
+        """Release the network; the next `load` loads it again."""
         self._loaded.free()
 
 
 def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
-    """Return the weight of each token of a prompt; `places` are the tokens' character ranges in the text."""
+    """Return the weight of each token; `places` has the character range of each token in the text."""
     prompt_characters = range(written.start, written.start + len(written.prompt))
-    # tokens around the prompt have the weight 1
+    # tokens of the template have weight 1
     prompt_places = [place if place and place[0] in prompt_characters else None for place in places]
     spans = [(first + written.start, last + written.start, weight) for first, last, weight in written.spans]
     return token_weights(written.text, prompt_places, spans)

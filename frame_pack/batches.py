@@ -1,4 +1,4 @@
-"""Check the tensors from caches, and name them as arguments of the transformer."""
+"""Check the tensors from caches, and map them to arguments of the transformer."""
 
 import logging
 from collections.abc import Mapping

@@ -23,7 +23,9 @@ from protocols.one_frame import OneFrame
 
 logger = logging.getLogger(__name__)
 
-# a clip of up to six seconds is encoded as a whole, as in other tuners; in memory a longer one is as large
+
+# frames that are encoded at once: clips of up to six seconds are not split, as in other trainers; longer
+# clips need no more memory
 FULL_FRAMES = 192
 
 
@@ -203,7 +205,7 @@ def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame
 def _encode(encoders: MediaEncoders, keys: Sequence[str], clips: Sequence[Tensor]) -> list[Tensor]:
     """Encode each of `clips`, B F H W C uint8, as B C F h w in model space, VAE's dtype, on the CPU."""
     vae = encoders.vae
-    # each one draws for all clips of its item in turn
+    # one generator per item, which draws for its clips in turn
     generators = [posterior_generator(key) for key in keys]
     return [
         vae.encode(byte_clips(clip), generators).mul_(VAE_LATENT.scale).to("cpu", vae.dtype) for clip in clips

@@ -63,7 +63,7 @@ TEXT_INPUTS = {  # argument of the network, in their order -> name in caches
     "clip_l": "clip_l_pooler",
 }
 EMBEDDED_GUIDANCE = 10.0  # default
-UNCUT = 16 * 2**20  # frames of a tile: more than any clip has
+UNCUT = 16 * 2**20  # frames per tile: more than any clip has, so that clips are not tiled in time
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class FramePack(OneTransformer):
     paddings: tuple[int, ...] = ()  # --latent_paddings
     # images generated from control images, in place of clips: in caches, and in training samples
     one_frame: OneFrame | None = None
-    takes_shape: bool = False  # a single image has the shape of its control image: --one_frame_auto_resize
-    rope_threshold: float | None = None  # the timestep from which on positions in an image are multiplied
-    rope_factor: float = 1.0  # by this
-    trained_guidance: float = 1.0  # embedded guidance that training feeds
+    takes_shape: bool = False  # --one_frame_auto_resize: a single image gets its control image's aspect ratio
+    rope_threshold: float | None = None  # timestep from which on `rope_factor` is used
+    rope_factor: float = 1.0  # factor on positions along rows and columns
+    trained_guidance: float = 1.0  # embedded guidance in training
     options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="framepack", init=False)
@@ -232,7 +232,7 @@ class FramePack(OneTransformer):
                 history[latents] = noisy.new_zeros(black)
             history[indices] = places
         guidance = data.send_tensor(cond, "guidance", device)
-        # a turn says on the host what the device would have to be asked for
+        # `turn` has the timestep on the host, so that the host need not wait for the device
         on_host = timesteps if overrides.turn is None else torch.tensor([overrides.turn.timestep])
         timesteps = timesteps.to(guidance.dtype).float()
         scale = position_scale(on_host.to(guidance.dtype).float(), self.rope_threshold, self.rope_factor)
@@ -267,7 +267,7 @@ class FramePack(OneTransformer):
             is_f1=self.is_f1,
             takes_shape=self.takes_shape,
         )
-        if not self.is_f1:  # which takes none, as is said once for all videos
+        if not self.is_f1:  # F1 ignores paddings; the warning was logged once for the run
             warn_of_unused_paddings(self.paddings, prepared.family_record)
         return prepared
 
@@ -330,7 +330,7 @@ class FramePack(OneTransformer):
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Return --f1 and --one_frame, as far as this run uses them."""
+        """Return those of --f1 and --one_frame that this run uses."""
         return tuple(
             switch
             for switch, is_on in {"--f1": self.is_f1, "--one_frame": self.one_frame is not None}.items()
@@ -356,7 +356,7 @@ def family_for_text_caching(options: FramePackTextCachingOptions) -> FramePack:
 
 def family_for_training(options: FramePackTrainingOptions) -> FramePack:
     """Describe the family for fpack_train_network.py; options of sections affect only its samples."""
-    options = replace(options, f1=options.f1 and not options.one_frame)  # ignored then, as was warned
+    options = replace(options, f1=options.f1 and not options.one_frame)  # ignored with a warning
     return FramePack(
         _make_files(options),
         window=options.latent_window_size,

@@ -1,7 +1,6 @@
 """Files of a FramePack run: transformer, text encoders, and the check that each fits its option.
 
-The text encoders are HunyuanVideo's with outputs in another form: names, shapes and dtypes are those of the
-cache format.
+The text encoders are HunyuanVideo's; names, shapes and dtypes of their outputs follow FramePack's caches.
 """
 
 import re
@@ -85,7 +84,7 @@ DIMENSIONS = {  # for `hunyuan.read_dimensions`
     "freq_dim": "time_text_embed.timestep_embedder.linear_1.weight",
     "out_dim": "proj_out.weight",
 }
-MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # what HunyuanVideo does not have
+MARKS = ("clean_x_embedder.proj.weight", "image_projection.up.weight")  # tensors that HunyuanVideo lacks
 
 
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:

@@ -73,7 +73,7 @@ def video_sections(
         to_denoise = prompts[section.index].section(drawn, conditions)
         latents = yield replace(
             to_denoise,
-            place=1 + section.index * window,  # behind the start image
+            place=1 + section.index * window,  # after the start image
             previous=piece,
             label=f"section {number + 1} of {len(plan)}",
             count=len(plan),
@@ -149,12 +149,12 @@ def decode_video(vae: HunyuanVae, latents: Tensor, window: int, at_once: bool) -
         return
 
     def clips() -> Iterator[Tensor]:
-        for part in decoding_slices(sections, window):  # scaled only now: no copy of a long video
+        for part in decoding_slices(sections, window):  # scaled in parts: no copy of a long video
             chunks = vae.decode_unclamped(latents[:, :, part] / VAE_LATENT.scale)
             yield torch.cat([chunk.cpu() for chunk in chunks], dim=2)
 
     for chunk in blend_overlaps(clips(), section_frames(window)):
-        yield chunk.clamp_(-1, 1)  # only now, as released
+        yield chunk.clamp_(-1, 1)  # after blending, as in the released code
 
 
 def decode_part(encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:

@@ -1,11 +1,11 @@
 """The FramePack transformer, also used by FramePack-F1. Module names follow the published checkpoints.
 
-It is HunyuanVideo's transformer with finished latents in front of the noisy ones, the older the coarser, and
-image tokens in front of the text. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
+It is HunyuanVideo's transformer with finished latents before the noisy ones (older latents are coarser), and
+image tokens before the text. Source: the released model code; Zhang and Agrawala 2025, arXiv 2504.12626.
 `hunyuan_model.blocks` lists the steps in float32.
 
-Rotary positions of its tokens: frames by given indices, rows and columns counted. A coarse token has the mean
-of the turns it covers.
+Rotary positions: the frame axis uses explicit indices, rows and columns are counted. A coarse token has the
+mean of the rotations of the positions that it covers.
 """
 
 import functools
@@ -41,12 +41,12 @@ class Stretch:
 
     # for each of the B samples: positions of its latents on the frame axis
     indices: tuple[tuple[int, ...], ...]
-    coarseness: int  # how many frames, rows and columns of patches one token covers
+    coarseness: int  # number of patches that one token covers along each axis
 
 
 @dataclass(frozen=True)
 class WindowLayout:
-    """What the rotary table of a sequence depends on."""
+    """Everything that the rotary table of a sequence depends on, as a cache key."""
 
     stretches: tuple[Stretch, ...]  # front to back
     rows: int  # patches, before any are joined into coarse tokens
@@ -96,7 +96,7 @@ def _table(
     theta: float,
     device: torch.device,
 ) -> Tensor:
-    """Return the turns of one sample: L 1 D/2 2."""
+    """Return the rotations of one sample: L 1 D/2 2."""
     rows = torch.arange(layout.rows) * layout.scale
     columns = torch.arange(layout.columns) * layout.scale
     parts = []
@@ -109,11 +109,11 @@ def _table(
 
 
 def _average_turns(positions: Tensor, width: int, theta: float, coarseness: int) -> Tensor:
-    """Return the turns along one axis: ceil(n / coarseness) x width/2 x 2 float32.
+    """Return the rotations along one axis: ceil(n / coarseness) x width/2 x 2 float32.
 
-    It averages cosines and sines, not positions, as in training: the turns of coarse tokens also shrink the
-    vectors they turn. A mean over a cell of the grid equals the mean over the cell's axis, because the turns
-    of an axis do not depend on the other axes.
+    Cosines and sines are averaged, not positions, as in training, so coarse rotations also shrink vectors.
+    The mean over a cell of the grid equals the mean along this axis, because an axis's rotations do not
+    depend on the other axes.
     """
     pairs = turns(angles_at(positions.double(), width, theta))
     missing = -len(pairs) % coarseness
@@ -221,10 +221,10 @@ class CleanEmbedding(nn.Module):
 class Given:
     """Finished latents, B in_dim F H W, with their indices in time, B F."""
 
-    name: str  # as the argument of `FramePackModel.embed` is called
+    name: str  # name of the argument of `FramePackModel.embed`
     latents: Tensor
     indices: Tensor
-    times: int  # how many patches of the noisy latents one token covers along each axis
+    times: int  # number of patches of the noisy latents that one token covers along each axis
 
 
 class FramePackModel(BlockNetwork):

@@ -25,7 +25,7 @@ FRAMEPACK = FamilyNames(
         *with_endings("image_projection.", "up down"),
     ),
     takes=("hunyuan_video",),
-    # as diffusers' HunyuanVideoFramepackPipeline needs it; with another start it loads no layer
+    # diffusers' HunyuanVideoFramepackPipeline only loads layers with this prefix
     start=layouts.IN_DIFFUSERS,
     converted_for="diffusers",
     not_in_comfyui="ComfyUI has no FramePack, so that it has no names for its layers",

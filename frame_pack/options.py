@@ -25,11 +25,11 @@ MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
 def parse_entries(text: str, option: str) -> dict[int, str]:
-    """Return the texts by section number, always with an entry 0.
+    """Return the texts by section number, always with an entry 0; negative numbers count from the end.
 
-    Without a text for section 0, its entry is that of the lowest section counted from the start, else of the
-    section furthest from the end. If two texts are for the same section, the later one is used. `option` is
-    "--prompt" or the like, for messages. Raises OptionError for a range that runs backwards or is too long.
+    If section 0 has no text, it gets the text of the lowest number that is not negative, or else of the
+    lowest number. If two texts are for the same section, the later one is used. `option` is the name of the
+    option for messages. Raises OptionError for a range that runs backwards or is too long.
     """
     if SEPARATOR not in text:
         return {0: text}
@@ -40,7 +40,7 @@ def parse_entries(text: str, option: str) -> dict[int, str]:
     if not entries:
         return {0: ""}
     nearest = min((index for index in entries if index >= 0), default=min(entries))
-    return {0: entries[nearest], **entries}
+    return {0: entries[nearest], **entries}  # an entry 0 in `entries` takes precedence
 
 
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
@@ -67,7 +67,7 @@ CLEAN, DOUBLED = "latents_clean", "latents_clean_2x"
 FRAMES_PER_SECOND = 30  # as in training; --fps only sets the rate in the file
 DEFAULT_SECONDS = 5.0
 WINDOW = 9  # latent frames of a section, as the model was trained
-LARGEST_WINDOW = 1000  # over two minutes in one section: more is a slip of the finger
+LARGEST_WINDOW = 1000  # over two minutes in one section; a larger number is a typing mistake
 ROPE_FACTOR = 0.5  # default of --rope_scaling_factor
 
 
@@ -118,7 +118,7 @@ class FramePackTrainingOptions(Options, title="FramePack"):
     # for samples only: trainings take these from the caches
     latent_window_size: int = option(f"latent frames of a section; default {WINDOW}", facts=FREE, **_WINDOW)
     bulk_decode: bool = option(_BULK, facts=FREE)
-    # these two: of samples, and of what files say they were trained for
+    # f1 and one_frame apply to samples, and are recorded in the metadata of saved files
     f1: bool = option("generate samples as FramePack-F1 does, in playing order", facts=HABIT, flags=F1)
     one_frame: bool = option(
         "generate single images as samples (--of and --ci in a prompt line)", facts=HABIT

@@ -98,7 +98,7 @@ def prepare_request(
     metadata = dict(request.extra)
     metadata.pop("video_seconds", None)
     metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
-    if not is_image:  # as the option counts them, whatever the rate it is played at
+    if not is_image:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
     prompts = {}
     for index, prompt in enumerate(_read_prompts(request, sections, is_image)):
@@ -245,7 +245,7 @@ def _read_entries(text: str, option: str, sections: int, is_image: bool) -> tupl
     unused: dict[str, int] = {}
     for index, entry in entries.items():
         if entry not in used:
-            # of a range, only the first section is noted: it may have thousands
+            # only the first section of a range is reported, because a range may have thousands
             unused.setdefault(entry, index)
     for entry, index in unused.items():
         logger.warning(

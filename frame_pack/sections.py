@@ -23,9 +23,9 @@ from modules.media.pixels import cross_fade
 
 LATENT_STRIDE = 4  # frames in a latent frame; the first one holds a single frame
 FRAMES_2X = 2  # latent frames of the past seen at half resolution
-FRAMES_4X = 16  # and at quarter resolution
-FURTHEST = 999  # sections between the start image and another; usually 3 at most
-HISTORY = 1 + FRAMES_2X + FRAMES_4X  # all latent frames of the past that a section sees
+FRAMES_4X = 16  # latent frames of the past seen at quarter resolution
+FURTHEST = 999  # maximum number of sections between the start image and a section; usually at most 3
+HISTORY = 1 + FRAMES_2X + FRAMES_4X  # number of past latent frames that a section sees
 
 # as released: the line through (256 tokens, 0.5) and (4096 tokens, 1.15), and its upper end
 _SHIFT_LINE = ((256, 0.5), (4096, 1.15))
@@ -63,7 +63,7 @@ class SectionPlan:
     indices: Indices
 
 
-# How many, how long
+# Number and length of sections
 
 
 def count_sections(seconds: float, window: int, sections: int | None = None) -> int:
@@ -122,7 +122,7 @@ def pixel_frames(latent_frames: int) -> int:
 def default_paddings(sections: int) -> tuple[int, ...]:
     """Return the number of windows between the start image and each section, in the order of generation.
 
-    For a long video the released code does not count down from its length: it repeats 2.
+    These count down to 0. For more than four sections the released code uses 3, 2, ..., 2, 1, 0 instead.
     """
     if sections > 4:
         return (3, *[2] * (sections - 3), 1, 0)
@@ -170,7 +170,7 @@ def later_indices(first: int) -> Indices:
 
 
 def f1_indices(window: int) -> Indices:
-    """Return the indices of every F1 section: start image, the past from far to near, target."""
+    """Return the indices of every F1 section: start image, past frames from oldest to newest, target."""
     return Indices(
         clean=(0, HISTORY),
         clean_2x=_list_indices(1 + FRAMES_4X, FRAMES_2X),
@@ -180,7 +180,8 @@ def f1_indices(window: int) -> Indices:
 
 
 def select_entry(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
-    """Return a section's entry: by index from the end (-1 is the last), else from the start, else entry 0."""
+    """Return a section's entry: by its index from the end (-1 is the last), from the start, or entry 0."""
+    # the first existing key in this order
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
 
@@ -199,7 +200,7 @@ class CleanLatents:
     """
 
     clean: Tensor  # F 2
-    clean_2x: Tensor  # at full size like the next one: the network reduces them
+    clean_2x: Tensor  # at full size, like `clean_4x`: the network reduces both
     clean_4x: Tensor
 
     def by_name(self) -> dict[str, Tensor]:
@@ -220,7 +221,7 @@ class Order:
     inputs.
     """
 
-    in_front: bool  # each section is played before those made earlier
+    in_front: bool  # whether each section is played before the sections generated earlier
 
     def plan(self, sections: int, window: int, paddings: Sequence[int]) -> tuple[SectionPlan, ...]:
         """Return the sections in the order of generation. F1 ignores `paddings`, --latent_paddings."""

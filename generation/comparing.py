@@ -1,7 +1,7 @@
-"""Compare LoRAs: every prompt with every LoRA at every strength, on a model that is loaded once.
+"""Compare LoRAs: generate every prompt with every LoRA at every strength, on a model that is loaded once.
 
-A clip that was finished by an earlier run with the same settings and the same LoRA is kept, so that an
-interrupted comparison continues with the same command.
+Finished clips of an earlier run with the same settings and LoRA files are kept: the same command continues
+an interrupted comparison.
 """
 
 import hashlib
@@ -50,7 +50,7 @@ from protocols.steps import DitAt, EncodedPrompts
 from runtime.compile import check_compilation
 from runtime.planning.device_memory import room_on
 
-SEED = "0"  # if the command line and a prompt line give none: all columns need the same one
+SEED = "0"  # default seed, because all columns need the same one
 FIRST_TIMESTEP = 1000.0
 WITHOUT = "without LoRA"
 
@@ -62,7 +62,7 @@ class Variant:
     column: str
     strength: str  # "x 0.6"; empty without LoRA
     uses: tuple[tuple[LoraUse, ...], ...]  # by expert
-    sha256: Mapping[str, str]  # of the files, by the name that metadata give them
+    sha256: Mapping[str, str]  # key in the clips' metadata -> hash of the LoRA file
 
     @property
     def label(self) -> str:
@@ -85,7 +85,7 @@ class ClipFiles(NamedTuple):
 
     @property
     def exist(self) -> bool:
-        """Whether the clip or its latents exist, so that it need not be generated again."""
+        """Return whether the clip or its latents exist, so that it need not be generated again."""
         return self.video.exists() or self.latents.exists()
 
 
@@ -127,7 +127,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 
 
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
-    """Make the run that generates all clips; its networks are loaded column by column."""
+    """Return the run that generates all clips; its networks are loaded column by column."""
     options, predicted = resolve_options(family, options, device, room_on(device))
     loader = dressing.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
@@ -137,7 +137,7 @@ def _make_run(family: Family, options: GenerationOptions, device: torch.device) 
 def _make_columns(
     run: GenerationRun, variants: Sequence[Variant], jobs: Sequence[GenerationJob]
 ) -> list[Column]:
-    """Make the job of each clip. A column whose label repeats shares the clips of the column before it."""
+    """Make the job of each clip; columns with equal labels share their clips."""
     cells_by_label: dict[str, list[Cell]] = {}
     for variant in variants:
         clips = [make_cell(run, variant, job, line) for line, job in enumerate(jobs, 1)]
@@ -146,7 +146,7 @@ def _make_columns(
 
 
 def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
-    """Return the options with everything that a comparison decides by itself, and prepare the device."""
+    """Return the options with the settings that a comparison overrides, and prepare the device."""
     if options.optimized:
         options = dressing.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
@@ -171,7 +171,7 @@ def _make_prompts(run: GenerationRun) -> list[GenerationJob]:
 
 
 def _list_missing_cells(run: GenerationRun, columns: Sequence[Column]) -> list[Column]:
-    """Return the incomplete columns, each with its cells that have neither a clip nor latents."""
+    """Return the columns to generate, each with only the cells that have neither a clip nor latents."""
     incomplete: list[Column] = []
     for variant, cells in columns:
         missing = [cell for cell in cells if not _files(run, cell.clip).exist]
@@ -202,7 +202,7 @@ def _show_start(
 
 
 def _check(options: GenerationOptions) -> None:
-    """Raise OptionError if an option has no meaning in a comparison."""
+    """Raise OptionError if an option cannot be used in a comparison."""
     output = options.output
     output_types = ("images", "latent_images") if output.pictures else ("video", "both")
     refused = {
@@ -297,7 +297,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
     metadata = dict(run.metadata(job.prepared, loras) or {})
     metadata |= {f"bt_{name}": sha256 for name, sha256 in variant.sha256.items()}
     column = words_of(variant.label.replace(".", "_")) or "lora"
-    # tells apart columns whose shortened labels are equal, and files that were trained again
+    # a hash, because shortened labels may be equal and a LoRA file may have been replaced
     content = f"{variant.label} {' '.join(variant.sha256.values())}"
     digest = hashlib.sha256(content.encode()).hexdigest()[:6]
     stem = f"{line:03d}_{job.prepared.seed}_{column}_{digest}"
@@ -321,7 +321,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_own(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing files of this name are of exactly this clip; True if no file exists."""
+    """Return whether existing files of this name belong to exactly this clip; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:
@@ -333,7 +333,7 @@ def _is_own(run: GenerationRun, cell: GenerationJob) -> bool:
 
 
 def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a clip that records how it was made, except the time."""
+    """Return the metadata of a clip that records its settings, without the time."""
     return {
         name: text
         for name, text in tags.items()
@@ -342,7 +342,7 @@ def _select_making_settings(tags: Mapping[str, str]) -> dict[str, str]:
 
 
 def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
-    """Generate the latents of the clips, and write each of them as soon as it is finished."""
+    """Generate the latents of the clips; each file is written as soon as it is finished."""
     jobs = {cell.prompt.label: cell.prompt for _, cells in columns for cell in cells}
     texts = _encode_texts(run, jobs, [variant for variant, _ in columns])
     inputs = making.encode_all_inputs(run, list(jobs.values()), Failures(strict=True))
@@ -353,7 +353,7 @@ def denoise_cells(run: GenerationRun, columns: Sequence[Column]) -> None:
         ready.append((variant, cells_ready))
     all_ready = [cell for _, cells_ready in ready for cell in cells_ready]
     for _ in making.denoise_all(run, all_ready, Failures(strict=True), load_for_columns(run, ready)):
-        pass  # read again when they are decoded
+        pass  # `decode_cells` reads the latents from the files
 
 
 def _encode_texts(
@@ -362,7 +362,7 @@ def _encode_texts(
     """Encode the texts for each column; columns whose LoRAs do not change text encoders share the results.
 
     Returns:
-        Encoded texts of each job by its label, by label of the column.
+        Label of the column -> label of the job -> encoded texts by section.
     """
     prompts = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
     plain_texts = dict(zip(jobs, run.session.texts(prompts), strict=True))
@@ -381,9 +381,9 @@ def load_for_columns(
 ) -> making.Networks:
     """Yield the clips of each column with networks that have the column's LoRAs.
 
-    A network is loaded once and its weights are changed. It is loaded again for each column only if its
-    weights are stored in 8 bits, swapped or compiled, or if there are several experts, because copies of the
-    original weights would then double the host memory.
+    A network is loaded once, and its weights are switched for each column. It is loaded again for each column
+    if its weights are stored in 8 bits, swapped or compiled, with T-LoRAs, or with several experts, because
+    copies of their original weights would double the host memory.
     """
     speed = run.options.speed
     is_plain = speed.fp8.quantization is None and not speed.swap.number and speed.compilation.choice is None
@@ -417,7 +417,7 @@ def _begin_phase(
     uses: dressing.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
-    """Start denoising these clips with networks that have these LoRAs."""
+    """Return a phase of denoising for these clips, in which networks are loaded with these LoRAs."""
     dits = run.session.dits
     loader = dressing.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader
@@ -481,7 +481,7 @@ def write_grid(
 
 
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
-    """Return the only prompt, or the names of the trainings: x for x-000010 and x-step00000020."""
+    """Return the prompt if there is only one, else the names of the trainings: x for x-000010."""
     if len(jobs) == 1:
         return in_short(jobs[0].prepared.request.prompt)
     trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]

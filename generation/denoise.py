@@ -66,7 +66,7 @@ def denoise(
     num_steps = schedule.num_steps - first_step
     audio_sigmas = schedule.audio_sigmas
     for num_done in range(num_steps):
-        index = first_step + num_done  # in the schedule
+        index = first_step + num_done  # index into the schedule
         is_last = num_done + 1 == num_steps
         step = steps.Step(
             num_done,
@@ -101,7 +101,7 @@ def denoise(
 
 
 def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: Tensor) -> Tensor:
-    """Rescale the velocity of a step so that Euler moves the audio by the audio's own noise levels.
+    """Rescale the audio's velocity so that an Euler step with the image's noise levels fits the audio's.
 
     Without audio, or without a separate schedule for it, the velocity is returned unchanged.
 
@@ -116,15 +116,15 @@ def keep_time(section: steps.Section, schedule: Schedule, index: int, velocity: 
         return velocity
     image, audio = joint.split(velocity)
     audio_change = schedule.audio_sigmas[index + 1] - schedule.audio_sigmas[index]
-    image_change = schedule.sigmas[index + 1] - schedule.sigmas[index]  # by which the solver moves both
+    image_change = schedule.sigmas[index + 1] - schedule.sigmas[index]  # the solver uses it for both streams
     return joint.join(image, audio * float(audio_change / image_change))
 
 
 def hold_given(section: steps.Section, latents: Tensor) -> Tensor:
-    """Return the latents with the section's given frames, given audio and held latents inserted.
+    """Return the latents with the section's fixed parts inserted: first frames, audio and held latents.
 
-    The given parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance
-    that measures the norm of a velocity.
+    Fixed parts have velocity 0. They do not change in predicted clean videos, and do not affect guidance that
+    measures the norm of a velocity.
 
     Args:
         section: The section to denoise.
@@ -146,7 +146,7 @@ def _put_first_frames(latents: Tensor, frames: Tensor) -> Tensor:
 
 
 def _split_timesteps(timesteps: Tensor, step: steps.Step, clean_streams: tuple[bool, bool]) -> Tensor:
-    """Return the timesteps of images and of audio, B 2, from the step's timesteps, B."""
+    """Return the timesteps of images and audio, B 2, from the step's timesteps, B; clean streams have 0."""
     audio_timesteps = timesteps
     if step.audio_sigma is not None:
         audio_timesteps = torch.full_like(timesteps, TRAIN_TIMESTEPS * step.audio_sigma)
@@ -169,9 +169,9 @@ def predictor(
         dit_at: Returns the network to call at a timestep.
         step: The step, with its noisy latents.
         split: Run the passes one by one.
-        all_passes: Overrides of every pass; those of the call are added.
-        clean_streams: Whether all images and all audio of the section are given; a given stream has timestep
-            0.
+        all_passes: Overrides for every pass; the overrides of each call are added.
+        clean_streams: Whether all images, and whether all audio, of the section are fixed; a fixed stream has
+            timestep 0.
     """
     dit = dit_at(step.timestep)
     noisy = step.noisy
@@ -180,7 +180,7 @@ def predictor(
         *conditions: Conditions, overrides: steps.Overrides = steps.NO_OVERRIDES
     ) -> tuple[Tensor, ...]:
         can_stack = not split and _are_alike(conditions)
-        # passes that form one batch
+        # each group of passes forms one batch
         groups = [list(conditions)] if can_stack else [[condition] for condition in conditions]
         velocities: list[Tensor] = []
         for group in groups:
@@ -188,7 +188,7 @@ def predictor(
             timesteps = torch.full((len(rows),), step.timestep, device=noisy.device)
             if step.audio_sigma is not None or any(clean_streams):
                 timesteps = _split_timesteps(timesteps, step, clean_streams)
-            # identifies the pass: all steps of a section use the same objects
+            # identifies the pass across steps: all steps of a section use the same objects
             which = (*map(id, group), id(overrides))
             turn = steps.Turn(
                 step.index,
@@ -207,7 +207,7 @@ def predictor(
 
 
 def _are_alike(conditions: Sequence[Conditions]) -> bool:
-    """Return whether conditions can form a batch: same names and shapes; lists may differ in length."""
+    """Return whether conditions can be batched: same names and shapes; lists may differ in length."""
     outlines = [
         {name: isinstance(value, list) or tuple(value.shape[1:]) for name, value in condition.items()}
         for condition in conditions
@@ -239,11 +239,11 @@ class SeededNoise:
     def draw(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> Tensor:
         """Draw Gaussian noise of a shape, on the device of the run."""
         drawn = torch.randn(*shape, generator=self._generator, device=self._generator.device, dtype=dtype)
-        return send_ahead(drawn, self._device)  # solvers draw between steps, and must not wait there
+        return send_ahead(drawn, self._device)  # asynchronous: solvers must not wait for the device
 
 
 OnSection = Callable[[steps.Section], None]
-SOURCE = "source_latents"  # among the inputs of section 0: what the whole video starts from
+SOURCE = "source_latents"  # key in the inputs of section 0: latents of the source for video-to-video
 
 
 def make_latents(
@@ -351,7 +351,10 @@ def sections_of(
     inputs: Mapping[int, Conditions],
     noise: NoiseSource,
 ) -> Generator[steps.Section, Tensor, Tensor]:
-    """Yield the family's sections with the request's overrides and their part of the source latents."""
+    """Yield the family's sections, each with the request's overrides and its part of the source latents.
+
+    Send the result of each section; the generator returns the latents of the whole video.
+    """
     conditions = dict(inputs.get(0, {}))
     source = conditions.pop(SOURCE, None)
     if source is not None:
@@ -378,7 +381,7 @@ def sections_of(
 def _find_start(
     section: steps.Section, prepared: Prepared, schedule: Schedule, extra_noise: SeededNoise | None
 ) -> tuple[Tensor, int]:
-    """Return the source's latents of a section with noise added, and the index of the first step."""
+    """Return the start of denoising, the source's latents with noise, and the index of the first step."""
     source = prepared.request.source
     assert section.source is not None
     assert source is not None
@@ -396,7 +399,7 @@ def _find_start(
 def _switch_on_stage_loras(
     dit: nn.Module, strengths: Sequence[float], device: torch.device
 ) -> Iterator[None]:
-    """Enable the LoRAs of a stage whose strength is not 0 during the block."""
+    """Enable the LoRAs of a stage during the block, except those of strength 0."""
     from networks.gated_loras import stage_loras_of  # only with LoRAs of stages
 
     with ExitStack() as stack:
@@ -409,7 +412,7 @@ def _switch_on_stage_loras(
 def on_device(section: steps.Section, device: torch.device) -> steps.Section:
     """Return the section with all inputs of the network on `device`.
 
-    Conditions that are the same object stay the same object.
+    Conditions that are one object before the move are one object afterwards.
     """
     texts = {id(section.positive): section.positive}
     for text in (section.negative, section.blank, section.nag):

@@ -1,4 +1,4 @@
-"""Make the videos of jobs in phases (texts, images, denoising, pixels), each for all jobs before the next."""
+"""Generate the outputs of jobs in phases (texts, input media, denoising, decoding), each for all jobs."""
 
 import logging
 import time
@@ -64,7 +64,7 @@ NOT_FINITE = (
 def warn_of_unused_sources(
     options: SourceOptions, typed: Collection[str], jobs: Sequence[GenerationJob]
 ) -> None:
-    """Warn about options of video-to-video that no job uses.
+    """Warn about video-to-video options on the command line that no job uses.
 
     Args:
         options: Options of the run.
@@ -86,7 +86,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     """Encode all texts, then all images and videos, denoise all jobs, and decode all latents.
 
     Returns:
-        Paths of the finished videos and images, by label of the job.
+        Label of the job -> path of the finished video or image.
     """
     options = run.options
     output = options.output
@@ -126,7 +126,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
         run.on_phase("loading the transformer")
         with run.session.dits.phase(turns) as dit_at:
             denoised += denoise_all(run, ready, failures, [(ready, dit_at)])
-    del texts, inputs, ready  # pixels of clips need the memory
+    del texts, inputs, ready  # free the memory for decoding
     clips: Mapping[str, Path] = {}
     if denoised and output.output_type not in UNDECODED:
         run.on_phase("decoding")
@@ -176,7 +176,7 @@ def _rewrite_prompts(
         return [replace(job, prepared=rewrite_prompts(job.prepared, rewriter)) for job in jobs]
     finally:
         if run.options.interactive:
-            rewriter.load(CPU)  # moves the loaded model there until the next prompt
+            rewriter.load(CPU)  # moves the loaded model to the CPU until the next prompt
         else:
             rewriter.free()
         free_memory(device)
@@ -189,7 +189,7 @@ def _show_end(
     seconds: float,
     num_failed: int,
 ) -> None:
-    """Log the files that were made, if any; latents come first."""
+    """Log the written files, if any; latents come first."""
     paths: list[Path] = []
     if run.options.output.output_type in LATENT_OUTPUTS:
         paths = [job.latent_path for job in denoised if job.latent_path is not None]
@@ -201,7 +201,7 @@ def _show_end(
 def encode_all_inputs(
     run: GenerationRun, jobs: Sequence[GenerationJob], failures: Failures
 ) -> Mapping[str, Mapping[int, Conditions]]:
-    """Return the media conditions of each job by its label; jobs that failed are left out."""
+    """Encode the input media of all jobs; return label -> section -> conditions, without failed jobs."""
     inputs: dict[str, Mapping[int, Conditions]] = {}
     with_media: list[GenerationJob] = []
     for job in jobs:
@@ -227,13 +227,13 @@ class Ready(NamedTuple):
     inputs: Mapping[int, Conditions]
 
 
-Networks = Iterable[tuple[Sequence[Ready], DitAt]]  # jobs, and the networks that make them
+Networks = Iterable[tuple[Sequence[Ready], DitAt]]  # groups of jobs, each with the networks to denoise it
 
 
 def denoise_all(
     run: GenerationRun, ready: Sequence[Ready], failures: Failures, networks: Networks
 ) -> Iterator[GenerationJob]:
-    """Yield each job with its latents.
+    """Denoise the jobs, write each job's latents, and yield the job with them.
 
     Latents are written immediately, so that a killed process loses at most one job.
 
@@ -241,7 +241,7 @@ def denoise_all(
         run: The run.
         ready: Jobs whose texts and inputs are encoded.
         failures: Collects the errors of single files or lines.
-        networks: Yields groups of jobs with their network, in the order of `ready`.
+        networks: Yields the jobs of `ready` in groups, in the same order, each with its networks.
     """
     output = run.options.output
     requests = [job.prepared for job, _, _ in ready]
@@ -249,7 +249,7 @@ def denoise_all(
     num_begun = 0
     for group, dit_at in networks:
         if start is None:
-            start = time.monotonic()  # without the loading of the first network
+            start = time.monotonic()  # the first network is loaded by now, and its time is not counted
         for job, texts, job_inputs in group:
             with failures.note_errors(job.label, run.fatal):
                 if len(requests) > 1:
@@ -280,7 +280,7 @@ def denoise_all(
 
 
 def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextManager[str]:
-    """Reserve the name of a job's files while it is denoised; a name that the user chose is not changed."""
+    """Reserve a name for a job's files while it is denoised; a name from the user or job is used as is."""
     begun = datetime.now()
     name = outputs.name_job(output, begun, job.prepared.seed, job.prepared.request.prompt)
     name += job.prepared.name_end
@@ -316,7 +316,7 @@ def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem:
 
 @contextmanager
 def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[list[Watcher], OnSection]]:
-    """Yield the callbacks for one job: progress bars, latent previews, preview of a video in sections."""
+    """Yield the callbacks of one job for each step and each section: progress bars and previews."""
     prepared = job.prepared
     output = run.options.output
     preview = output.save_path / f"{stem}{outputs.PREVIEW_SUFFIX}"
@@ -331,10 +331,10 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
             watchers, preview_section = previews.enter_context(
                 preview_clip(run.previews, prepared.fps, steps)
             )
-        bar: Bar | None = None  # over the steps of the present section
+        bar: Bar | None = None  # progress of the current section's steps
 
         def advance(step: StepDone) -> bool:
-            """Advance the bar, and save the changes for an anchor. Returns False: denoising continues."""
+            """Advance the bar, and save the change map of a masked section. Returns False to continue."""
             assert bar is not None, "a section begins before its steps"
             bar.update()
             if step.section.anchor is not None and output.output_type != NOTHING:
@@ -360,7 +360,7 @@ def watch(run: GenerationRun, job: GenerationJob, stem: str) -> Iterator[tuple[l
 
 @dataclass
 class _SectionPreview:
-    """Preview of a video in sections: each finished section is appended to it."""
+    """Preview of a video that is generated in sections; each finished section is appended to it."""
 
     run: GenerationRun
     job: GenerationJob
@@ -392,7 +392,7 @@ def decode_all(
 ) -> dict[str, Path]:
     """Decode latents to videos or images; return their paths by label of the job.
 
-    Afterwards latent files and previews that are not part of the result are removed.
+    Latent files and previews that are not part of the result are then removed.
 
     Args:
         run: The run.
@@ -436,7 +436,7 @@ def decode_all(
 def _decode_audio(
     run: GenerationRun, jobs: Mapping[str, GenerationJob], failures: Failures
 ) -> Mapping[str, Track]:
-    """Return the generated audio of each video by its label; an error fails that video alone."""
+    """Return label -> audio track of each video; an error only fails its own video."""
 
     @contextmanager
     def note(label: str) -> Iterator[None]:
@@ -450,7 +450,7 @@ def _decode_audio(
 
 @contextmanager
 def keep_on_failure(job: GenerationJob) -> Iterator[None]:
-    """Add to an error of the block which files of the clip were kept."""
+    """Append to an error in the block which files of the clip were kept."""
     with name_preview_on_failure(job.preview):
         try:
             yield
@@ -495,7 +495,7 @@ def decode(
         family: The model family.
         encoders: The media encoders.
         latents: Latents, 1 C F h w.
-        shown: Part of the pixels that is the result; None for all pixels.
+        shown: Region to which the pixels are cropped; None for all pixels.
 
     Raises:
         UserError: If pixels are NaN or infinite.

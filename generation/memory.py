@@ -52,7 +52,7 @@ from runtime.run_blocks import spec_of
 
 META = torch.device("meta")
 FIRST_TIMESTEP = 1000.0
-# frames of a video: after these a VAE that decodes four frames at a time has reached its peak
+# number of frames after which a VAE that decodes four frames at a time has reached its peak
 DECODED = 13
 
 
@@ -60,12 +60,12 @@ DECODED = 13
 class PhasePrediction:
     """Predicted memory of one request: denoising without swapped blocks, effect of swapping, other phases."""
 
-    moments: Mapping[str, dry.Moment]
-    swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
-    weights: str  # their dtypes
-    between: Sequence[tuple[int, str]]  # bytes that networks between two steps take, and their names
+    moments: Mapping[str, dry.Moment]  # place in the step -> its peak
+    swaps: Sequence[memory_plan.Swapped]  # the item at index n is the effect of --blocks_to_swap n
+    weights: str  # description of the weights' dtypes
+    between: Sequence[tuple[int, str]]  # bytes and name of each network that runs between two steps
     turns: ExpertTurns
-    extra: memory_plan.MemoryPart
+    extra: memory_plan.MemoryPart  # other memory in use on the device
     before: tuple[memory_plan.Phase, ...] = ()  # texts and inputs
     after: tuple[memory_plan.Phase, ...] = ()  # decoding
 
@@ -80,7 +80,7 @@ class PhasePrediction:
         where, moment = dry.largest(self.moments)
         weights = moment[dry.WEIGHTS]
         work_between, name = max(self.between, default=(0, ""))
-        if work_between > sum(moment.values()) - weights:  # between steps there are weights alone
+        if work_between > sum(moment.values()) - weights:  # between steps only the weights are in memory
             where = name
             moment = {dry.WEIGHTS: weights, dry.WORKING: work_between}
         note = self.weights + swap.words(count, "of buffers")
@@ -107,17 +107,17 @@ def predict(
 ) -> PhasePrediction:
     """Rehearse all phases of a generation without reading weights, and measure their memory.
 
-    LoRAs are merged while loading, so they take no memory. Products in 8 bits are rehearsed as 16-bit
-    products of the same weights. Errors of loading are raised as in a real run.
+    Nothing is counted for LoRAs that are merged while loading. Products in 8 bits are rehearsed as 16-bit
+    products of the same weights. Loading raises the same errors as in a real run.
 
     Args:
         family: The model family.
         options: Options of the run.
         prepared: The request.
         device: Device of the run; nothing is allocated on it.
-        turns: Turns of the experts over the whole run; None for those of this request alone.
+        turns: Turns of the experts over the whole run; None computes the turns of this request alone.
         room: Memory of the device; layers of text encoders that do not fit wait on the host.
-        watch: `TokenCounter.watch` if several devices are to share the step.
+        watch: `TokenCounter.watch` if several devices share the step.
     """
     extra = memory_plan.workspace(device, is_training=False)
     before, encoded = rehearse_texts(family, options, prepared, extra=extra, room=room)
@@ -154,7 +154,7 @@ def predict(
 
 @contextmanager
 def rehearsing(networks: object) -> Iterator[dry.Ledger]:
-    """Measure the memory of the work in the block in a dry run, with these networks already loaded."""
+    """Run the block as a dry run with these networks loaded, and measure its memory."""
     with dry.dry_run() as ledger, torch.no_grad():
         for network in dry.modules_in(networks):
             dry.place(network, ledger)
@@ -168,10 +168,10 @@ def rehearse_texts(
     extra: memory_plan.MemoryPart,
     room: Room | None,
 ) -> tuple[list[memory_plan.Phase], Mapping[int, EncodedPrompts]]:
-    """Rehearse each text encoder; return its phase, and its outputs for the prompts as empty tensors.
+    """Rehearse the text encoders; return their phases, and the encoded prompts as uninitialized tensors.
 
-    An encoder may have its blocks split over the processes that share the transformer, or keep layers in host
-    memory if they do not fit on the device.
+    An encoder's blocks may be split over the processes that share the transformer, or some layers may stay in
+    host memory if they do not fit on the device.
     """
     prompts = wanted_texts(prepared, options.guidance)
     phases: list[memory_plan.Phase] = []
@@ -192,7 +192,7 @@ def rehearse_texts(
 def _with_fewer_weights(
     phase: memory_plan.Phase, encoder: TextEncoder, options: GenerationOptions, room: Room | None
 ) -> memory_plan.Phase:
-    """Return the phase of a text encoder without the weights that other processes or the host hold."""
+    """Return the phase of a text encoder without weights that are on other devices or in host memory."""
     weights = phase.parts[0]  # the first line of the plan
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
@@ -231,7 +231,7 @@ def rehearse_denoising(
         watch: See `predict`.
     """
     speed = options.speed
-    sdpa = replace(speed.attention.choice, mode="sdpa")  # the stand-in of all kernels
+    sdpa = replace(speed.attention.choice, mode="sdpa")  # represents all kernels, some of which need a GPU
     placement = Placement(META, attention=sdpa, quantization=rehearsed(speed.fp8.quantization))
     dit, lora_changes = load_with_loras(family, options, placement)
     dit.eval().requires_grad_(False)
@@ -252,7 +252,7 @@ def rehearse_denoising(
         step = heaviest_step(prepared, options, family.experts, section.noise)
 
         def measure(counts: dry.Counts) -> Mapping[str, dry.Moment]:
-            """Return the peaks of the step for a network with this number of blocks."""
+            """Return the peaks of the step if the network had these numbers of blocks."""
             dry.keep_blocks(dit, blocks, counts, ledger)
             if section.overrides.section_cache is not None:
                 section.overrides.section_cache.clear()  # its tensors belong to blocks of another run
@@ -309,7 +309,7 @@ def _cached_dit(family: Family, prepared: Prepared, dit: nn.Module) -> AbstractC
 def _list_work_between_steps(
     family: Family, options: GenerationOptions, prepared: Prepared
 ) -> list[tuple[int, str]]:
-    """Return bytes and names of the networks that run between steps, for previews and to start a stage."""
+    """Return bytes and name of each network that runs between steps: for previews, or to start a stage."""
     between: list[tuple[int, str]] = []
     preview_vae = options.preview.preview_vae
     if preview_vae is not None:
@@ -331,8 +331,8 @@ def heaviest_step(
 ) -> Step:
     """Find the step that needs the most memory.
 
-    It is the one with the most passes in one batch; of several such steps, the one with the most passes, then
-    the first.
+    This is the step with the most passes in one batch. Ties are broken by the total number of passes, then by
+    the noisier expert, then by the earlier step.
     """
     candidates = []
     for expert, plans in zip(experts, plan_steps(prepared, options.guidance), strict=True):
@@ -354,7 +354,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Rehearse decoding the first chunks, enough of them to reach the peak."""
+    """Rehearse the decoding of `DECODED` frames, which is enough to reach the peak."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:
@@ -376,9 +376,9 @@ def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> 
 
 
 def make_solid(conditions: Conditions) -> Conditions:
-    """Return conditions that outlive their rehearsal, as real tensors of the same sizes.
+    """Replace fake tensors of a dry run by real, uninitialized ones, which later dry runs accept.
 
-    Integer tensors, whose values matter, do not change.
+    Integer tensors are real already and keep their values.
     """
 
     def real(tensor: Tensor) -> Tensor:
@@ -393,7 +393,7 @@ def make_solid(conditions: Conditions) -> Conditions:
 def plan_generation(
     family: Family, options: GenerationOptions, device: torch.device, room: Room | None
 ) -> None:
-    """Print the plan of the request that needs the most memory. It loads nothing large and needs no GPU."""
+    """Print the memory plan of the largest request, without loading weights and without a GPU."""
     with quiet():
         prepared, prediction = predict_largest(
             family, options, all_requests(family, options), device=device, room=room
@@ -418,7 +418,7 @@ def predict_largest(
     device: torch.device,
     room: Room | None = None,
 ) -> tuple[Prepared, PhasePrediction]:
-    """Return the request, or stage of one, that needs the most memory to denoise, and its prediction."""
+    """Return the request (or one stage of it) that needs the most memory to denoise, and its prediction."""
     turns = order_turns(family, options, requests)
     predictions: list[tuple[Prepared, PhasePrediction]] = []
     for request in find_largest(family, requests):
@@ -436,7 +436,7 @@ def advice(
     room: Room,
     device: torch.device,
 ) -> list[str]:
-    """List changes that make all phases fit, cheapest first; each line adds to the lines before it."""
+    """Return changes of options that make all phases fit, cheapest first; apply them cumulatively."""
     lines: list[str] = []
     for phase in (*prediction.before, *prediction.after):
         if phase.device > room.usable:
@@ -480,7 +480,7 @@ def resolve_options(
         family: The model family.
         options: Options of the run.
         device: Device of the run.
-        room: Memory of a CUDA device; without one nothing is rehearsed.
+        room: Memory of a CUDA device; None on other devices, where nothing is rehearsed.
 
     Raises:
         MemoryPlanError: If auto cannot be resolved.
@@ -492,7 +492,7 @@ def resolve_options(
     except OptionError as error:
         if not options.interactive:
             raise
-        # an incomplete command line is no error, because lines may complete it; but auto needs a request
+        # prompt lines may complete an incomplete command line, but `auto` needs a complete request now
         if options.speed.swap.is_auto:
             raise MemoryPlanError(
                 "--blocks_to_swap auto with --interactive needs a complete request on the command line: "

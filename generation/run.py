@@ -90,7 +90,7 @@ def decode_files(run: GenerationRun, paths: Sequence[Path]) -> None:
 
 
 def _check_lengths(run: GenerationRun, files: "Mapping[Path, SavedLatents]") -> None:
-    """Raise OptionError if --post or the file name in --save_path does not fit a latent file's frames."""
+    """Raise OptionError if --post or the file name in --save_path cannot be used for the frame counts."""
     latent = run.family.latent
     frames = {path: latent.count_frames(saved.latents.shape[2]) for path, saved in files.items()}
     if run.post is not None:
@@ -114,7 +114,7 @@ def _decode_file(
         fps = read_frame_rate(saved.metadata) or default_fps
     metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
     name = output_stem(datetime.now(), read_stored_seed(saved.metadata), path, start=output.name_start)
-    # SUFFIXES[0] is that of latents: the latent file itself may have this stem
+    # SUFFIXES[0] is the suffix of latents: the latent file being decoded may have this stem itself
     with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:
         return save_pixels(
             output,
@@ -129,10 +129,10 @@ def _decode_file(
 
 
 def _read_shown_part(family: Family, path: Path, saved: "SavedLatents") -> Box | None:
-    """Return the part of the pixels that is the result, if the file names it; None for all pixels.
+    """Return the region to crop decoded pixels to, if the file's metadata name one; None for all pixels.
 
     Raises:
-        CheckpointError: If the file has fewer pixels.
+        CheckpointError: If the region exceeds the decoded pixels.
     """
     box = read_shown(saved.metadata)
     if box is None:
@@ -154,7 +154,7 @@ def check_latents(family: Family, path: Path) -> "SavedLatents":
     """Load a latent file.
 
     Raises:
-        CheckpointError: If the file is not of this family's latent space.
+        CheckpointError: If the latents are not from this family's latent space.
     """
     from blissful_tuner.video_to_video import check_maker  # only with --latent_path
     from checkpoints.model_files import load_latents
@@ -195,7 +195,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
         latent_frames: Number of latent frames of the video.
 
     Raises:
-        CheckpointError: If the audio is not of this family's latent space.
+        CheckpointError: If the audio latents are not from this family's latent space.
     """
     fps = family.defaults.fps
     spec = family.audio if trains_audio(family) else None
@@ -215,29 +215,29 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
 
 
 @contextlib.contextmanager
-def explain_lack(stays: str) -> Iterator[None]:
+def explain_lack(advice: str) -> Iterator[None]:
     """Turn an out-of-memory error in the block into a UserError.
 
     Args:
-        stays: Sentence about what was saved and how to continue.
+        advice: Sentence about what was saved and how to continue.
     """
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise too_little(error, stays) from error
+        raise too_little(error, advice) from error
 
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
-    """Run the mode that the options select, in all processes that generate a prompt together.
+    """Run the mode that the options select; with several processes per prompt, start them first.
 
     Args:
         family: The model family.
         options: Options of the run.
-        device: Device of this process, if several have joined; None for that of the options.
+        device: Device of this process if it is one of several; None for the device in the options.
 
     Raises:
-        UserError: If something fails; with --from_file only after all working lines are generated.
+        UserError: If something fails. With --from_file, all other lines are generated first.
     """
     freeze_libraries()
     reject_other_splits()
@@ -251,8 +251,8 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
         options = leave_out_missing(family, options, device)
     if options.speed.fp16_accumulation:
         allow_fp16_accumulation(device)
-    # LoRAs are read first, so that a wrong file is reported immediately. A merged model is the DiT alone, so
-    # that changes of text encoders are not needed for it
+    # LoRAs are read first, so that a wrong file is reported immediately. --save_merged_model writes only the
+    # DiT and needs no changes of text encoders
     uses = expert_loras(family, options, with_texts=options.save_merged_model is None)
     if any(use.lora.words for expert_uses in uses for use in expert_uses):
         from networks.text_loras import with_words_of  # only with words in LoRA files
@@ -293,7 +293,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
 
 
 def _print_plan(family: Family, options: GenerationOptions, device: torch.device) -> None:
-    """Print the plan of --plan for one GPU or several."""
+    """Print the memory plan of --plan for one GPU or several."""
     if options.post.tools:
         logger.warning("--plan does not count what the networks of --post take in addition to the VAE")
     cards, card_size = options.speed.plan.cards
@@ -312,7 +312,7 @@ def _print_plan(family: Family, options: GenerationOptions, device: torch.device
 def _make_run(
     family: Family, options: GenerationOptions, uses: LorasByExpert, device: torch.device
 ) -> GenerationRun:
-    """Make the run for these options, without previews. Loads no network of the family."""
+    """Return the run for these options, without previews. Loads no network of the family."""
     room = room_on(device) if device.type == "cuda" else None
     predicted = None
     if room is not None or options.speed.swap.is_auto:
@@ -329,8 +329,8 @@ def _make_run(
         rewriter = PromptRewriter(rewriting.prompt_rewrite_model, rewriting.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted=predicted, rewriter=rewriter, post=post)
     if options.speed.joined.typed:
-        # errors that may occur in one process alone: they must end the run, because the other processes wait
-        # for this one's blocks or passes
+        # these errors may occur in a single process. They must end the run, because the other processes would
+        # wait forever for this one's blocks or passes
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
         shared_passes = make_passes(options.speed, device) if have_joined() else None
         if shared_passes is not None:
@@ -340,7 +340,7 @@ def _make_run(
 
 
 def _check_loras(family: Family, uses: LorasByExpert) -> None:
-    """Raise CheckpointError if LoRAs do not fit the transformer's files; log what does not match."""
+    """Raise CheckpointError if LoRAs do not fit the transformer's files, before these are loaded."""
     if family.noise.keeps_variance and any(uses):
         from networks.predictions import compare_predictions  # only with LoRAs
 
@@ -354,7 +354,7 @@ def _check_loras(family: Family, uses: LorasByExpert) -> None:
 
 
 def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
-    """Return the tools of --post after checking them."""
+    """Check the tools of --post and return them."""
     from postprocessing.stages import PostTools  # only with --post
 
     post: FrameTools = PostTools(options.post.tools, device)
@@ -369,9 +369,7 @@ def make_post(options: GenerationOptions, device: torch.device) -> FrameTools:
 
 
 def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
-    """Return the run with new strengths for its LoRAs.
-
-    If they change, its networks are freed and loaded again.
+    """Return the run with new LoRA strengths; if they differ, its networks are freed and loaded again.
 
     Args:
         run: The run.
@@ -393,13 +391,11 @@ def with_strengths(run: GenerationRun, text: str | None) -> GenerationRun:
 
 
 def change_strengths(run: GenerationRun, strengths: Mapping[str, Sequence[float]]) -> GenerationRun:
-    """Return the run with new strengths for its LoRAs.
-
-    If they change, its networks are freed and loaded again.
+    """Return the run with new LoRA strengths; if they differ, its networks are freed and loaded again.
 
     Args:
         run: The run.
-        strengths: A number for each file by expert, as in `list_loras`.
+        strengths: Expert -> strength of each of its files, as in `list_loras`. Missing experts keep theirs.
 
     Raises:
         OptionError: If a number is missing or not finite.
@@ -460,10 +456,10 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
 
 
 def _make_text_loras(uses: LorasByExpert, rounding: str) -> "TextLoras | None":
-    """Return the LoRAs that change text encoders, or None.
+    """Return the LoRAs that change text encoders or layers loaded with them; None if there are none.
 
     Args:
-        uses: LoRA files by expert.
+        uses: LoRA files by expert; those of the first expert bring the text encoders.
         rounding: Value of --lora_rounding.
     """
     if not uses or not uses[0]:
@@ -535,10 +531,10 @@ def check_models(run: GenerationRun) -> None:
 def save_merged_model(
     family: Family, uses: LorasByExpert, path: Path, device: torch.device, rounding: str
 ) -> None:
-    """Write the network's file with the LoRAs merged in, tensor by tensor.
+    """Write the transformer with the LoRAs merged in, one file per expert.
 
-    With several experts, `_low_noise` and the like are appended to the names, and an expert without LoRAs
-    gets no file. All names and shapes are checked before the first file is written.
+    With several experts, `_low_noise` and the like are appended to the file names, and an expert without
+    LoRAs gets no file. All names and shapes are checked before the first file is written.
 
     Args:
         family: The model family.
@@ -578,7 +574,7 @@ def save_merged_model(
 
 
 def make_lines(run: GenerationRun) -> None:
-    """Generate every prompt line, or its sheet, phase by phase, so that each network is loaded once."""
+    """Generate all prompt lines (or their sheets) phase by phase, so that each network is loaded once."""
     path = run.options.from_file
     failures = Failures()
     lines = lines_of(path)
@@ -628,13 +624,13 @@ def converse(run: GenerationRun) -> None:
                     values = {**remembered, **values}
                 run = with_strengths(run, values.get(STRENGTHS))
                 job = make_job(run, "the prompt", values)
-                remembered = values  # only those of a valid line
+                remembered = values  # set after `make_job`, so that an invalid line changes nothing
                 make_outputs(run, [job], failures)
         except EOFError:
             sys.stdout.write("\n")
             return
         except KeyboardInterrupt:
-            if is_shared:  # the others are in the midst of the prompt
+            if is_shared:  # the other processes are still generating the prompt and cannot be cancelled
                 raise
             sys.stdout.write("\n")
             logger.warning("The prompt is cancelled. quit or Ctrl-D ends.")

@@ -40,7 +40,7 @@ class HunyuanTokens:
 
     grid: tuple[int, int, int]  # video tokens along frames, rows, columns
     rotary: Tensor  # rotations of the video tokens, L 1 D/2 2, or B L 1 D/2 2; text is not rotated
-    lengths: Lengths | None  # how many of the L + T tokens are real; None: all
+    lengths: Lengths | None  # number of the L + T tokens that are real, per sample; None: all
     # B S C: timestep, pooled text and guidance after SiLU (`activate`), from which every block computes its
     # modulation. A second row belongs to the second text only
     vector: Tensor
@@ -135,7 +135,7 @@ class EmbeddedText(NamedTuple):
     """An embedded text, and what the blocks need to know about it."""
 
     tokens: Tensor  # B T C
-    lengths: Lengths | None  # how many of the video's tokens and these are real; None: all
+    lengths: Lengths | None  # number of real tokens of video and this text, per sample; None: all
     vector: Tensor  # B 1 C, as `HunyuanTokens.vector`
 
 
@@ -226,9 +226,9 @@ class DoubleStreamBlock(nn.Module):
         video = add_gated(video, video_rows[2], in_own_dtype(video_project, video_branch), tokens.clean)
         text = add_gated(text, text_rows[2], in_own_dtype(text_project, text_branch), tokens.split)
 
-        # without names: code that computes it in pieces takes arguments by their order
+        # positional: code that computes it in pieces passes arguments by position
         text = self.feed_forward(text, text_mlp, tokens.dtype, tokens.split, *text_rows[3:])
-        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        # the video's feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         parts = []
         for part, *rows in split_segments(tokens.clean, video_rows[3:], video):
             parts.append(self.feed_forward(part, video_mlp, tokens.dtype, 0, *rows))

@@ -34,7 +34,7 @@ FROM_DIFFUSERS: Names = (
         r"txt_in.individual_token_refiner.blocks.\1.\2.\3",
     ),
 )
-# diffusers: scale first, then shift
+# tensors in which diffusers stores scale before shift
 SWAPPED = swapped_tensors(HUNYUAN_VIDEO)
 DIMENSIONS = {  # for `read_dimensions`
     "in_dim": "img_in.proj.weight",

@@ -56,9 +56,9 @@ class HunyuanVideo(OneTransformer):
     """
 
     files: HunyuanFiles
-    dit_channels: int | None = None  # that the transformer has to take
-    caches_image: bool = False  # caching: also the first frame alone
-    trained_guidance: float = 1.0  # what training feeds the model's guidance input
+    dit_channels: int | None = None  # required input channels of the transformer; None for any
+    caches_image: bool = False  # caching: whether the first frame is also cached alone
+    trained_guidance: float = 1.0  # guidance input of the model in training
     options: Any = NO_OPTIONS  # set for trainings only
 
     name: str = field(default="hunyuan_video", init=False)

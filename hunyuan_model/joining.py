@@ -1,4 +1,4 @@
-"""Put video and text tokens side by side, writing each directly to where it is needed.
+"""Concatenate video and text tokens by writing each part directly into the result.
 
 Without compilation, an operator that makes part of a tensor and the `torch.cat` after it are two passes over
 that part, and gradients of slices are full-size tensors, filled with zeros and added. Here parts are written

@@ -1,4 +1,4 @@
-"""The command line of the released HunyuanVideo, in the words of hv_generate_video.py. Standard library only.
+"""Translate the released HunyuanVideo's options to those of hv_generate_video.py. Standard library only.
 
 Source: the README of the release and its table of options.
 """
@@ -17,13 +17,13 @@ from modules.script_options import parse_options
 
 logger = logging.getLogger(__name__)
 
-NEGATIVE_PROMPT = (  # of the release, where guidance is on and no other is given
+NEGATIVE_PROMPT = (  # the release's default if guidance is on
     "Aerial view, aerial view, overexposed, low quality, deformation, a poor composition, bad hands, bad "
     "teeth, bad eyes, bad limbs, distortion"
 )
 RELEASE = Path("hunyuan-video-t2v-720p")  # the folder of transformer and VAE below --model-base
 SIZE_STEP = 16
-# what the model was trained for: height, width; 129 frames each
+# trained sizes: height, width; 129 frames each
 SIZES = {
     "540p": ((544, 960), (960, 544), (624, 832), (832, 624), (720, 720)),
     "720p": ((720, 1280), (1280, 720), (1104, 832), (832, 1104), (960, 960)),
@@ -198,7 +198,7 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     return options
 
 
-# options of hv_generate_video.py -> as they are typed here
+# options of hv_generate_video.py -> spelling in this script
 TYPED = {
     "--video_size": "--video-size",
     "--video_length": "--video-length",

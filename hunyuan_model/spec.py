@@ -50,7 +50,7 @@ DIT = DitSpec(
     input_layers=("img_in", "txt_in"),
     token_wise=("feed_forward",),
     modulated_input="modulated_input",
-    # of the released TeaCache code (Liu et al. 2024), which FramePack uses too
+    # from the released TeaCache code (Liu et al. 2024); FramePack uses them too
     teacache_coefficients=(733.226126, -401.131952, 67.5869174, -3.149878, 0.0961237896),
     # a single block is about half as large
     swap_counts=lambda blocks: (blocks // 2, (blocks - blocks // 2) * 2 + 1),

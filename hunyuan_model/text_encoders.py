@@ -45,7 +45,7 @@ LLAMA_TOKENIZER = TokenizerSource(
         folders=(".", "llava_llama3", "tokenizer", "../tokenizer"),
         token="<|begin_of_text|>",
     ),
-    begin="<|begin_of_text|>",  # some files leave it to transformers to add it
+    begin="<|begin_of_text|>",  # not in every tokenizer file: transformers may add it
 )
 
 PROMPT_TOKENS = 256  # states of the language model that are kept

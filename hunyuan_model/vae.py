@@ -30,12 +30,12 @@ from protocols.data import Batch, CacheEntry, LatentSpec, MediaBatch, MomentsBat
 
 logger = logging.getLogger(__name__)
 
-FRAMES = 4  # pixel frames of one latent frame; the first latent frame holds one
+FRAMES = 4  # pixel frames per latent frame; the first latent frame has one
 PIXELS = 8  # height and width of one latent pixel, in pixels
 TILE = 256  # default edge of a tile in pixels
 TILE_FRAMES = 64
 MIN_TILE = 32  # four latents: three quarters of a tile must be a whole number
-LOG_VARIANCE = (-30.0, 20.0)  # limits
+LOG_VARIANCE = (-30.0, 20.0)  # limits of the posterior's log variances
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ MAX_GROUPS = 32  # in a group norm: as in the released VAE, whose narrowest leve
 RELEASE = "the official vae/pytorch_model.pt, hunyuan_video_vae_bf16.safetensors or a diffusers vae folder"
 CONFIG_CLASSES = {"AutoencoderKLCausal3D", "AutoencoderKLHunyuanVideo"}  # in a config.json next to the file
 
-COMFY: dialects.Names = (  # which counts the decoder's levels from the end: see `_translate_comfy_name`
+COMFY: dialects.Names = (  # ComfyUI counts the decoder's levels from the end: see `_translate_comfy_name`
     (r"encoder\.down\.(\d+)\.(.+)", r"encoder.down_blocks.\1.\2"),
     (r"(encoder|decoder)\.mid\.block_1\.(.+)", r"\1.mid_block.resnets.0.\2"),
     (r"(encoder|decoder)\.mid\.block_2\.(.+)", r"\1.mid_block.resnets.1.\2"),

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 
 Parts = dict[StreamNames, Tensor]  # the tokens of each stream, B L C
 gelu = partial(functional.gelu, approximate="tanh")
-UNSEEN = -1e4  # added to the logarithm of an attention weight that is to be 0
+UNSEEN = -1e4  # added to attention logits whose weight has to be 0
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class LtxReferences:
 
     latents: Sequence[Tensor] = ()  # each B Z f h w, with sides reduced by a whole factor
     time: int = 1  # the step at which their frames were taken
-    # their fraction of the timestep; above 0 they are noisy, and their velocity is returned too
+    # references' fraction of the timestep; above 0 they are noisy, and their velocity is returned too
     share: float = 0.0
-    strengths: Tensor | None = None  # M: how much the video sees their tokens; None: as its own
+    strengths: Tensor | None = None  # M, 0..1: how strongly the video attends to each token; None: fully
 
     @property
     def counts(self) -> list[int]:
@@ -54,10 +54,10 @@ class LtxReferences:
 class CrossInputs:
     """Inputs of a stream for the attention between the streams."""
 
-    rotary: Tensor  # by time alone, L N D/2 2
+    rotary: Tensor  # by time only, L N D/2 2
     rows: Tensor  # B S 4 C float32: by its own time, scale and shift for either direction
     gate: Tensor  # B 1 C float32, by the other stream's time
-    # B 1 1: 0 for samples whose other stream is to have no influence; None: all have it
+    # B 1 1: 0 for samples in which the other stream has no influence; None: it has influence in all
     influence: Tensor | None = None
 
 
@@ -69,12 +69,12 @@ class Stream:
     texts: tuple[Tensor, ...]  # each B T C; one unless there is a second text
     rows: Tensor  # B S R C float32: shifts, scales and gates by time, R 6 or 9
     time: Tensor  # B S C float32, embedded
-    # B 1 2 C float32: shift and scale of the text, or 0 if no time changes them; None: it has none
+    # B 1 2 C float32: shift and scale of the text, 0 if no time changes them; None: the text is not modulated
     text_rows: Tensor | None
-    # where tokens have times of their own, S is above 1: how many in front have the first, or of each, B L
+    # if S > 1: the number of tokens in front that have the first time; or each token's index of its time, B L
     split: int | Tensor = 0
-    fractions: Tensor | None = None  # S, of the timestep; None: tokens in front are clean, if there are any
-    cross: CrossInputs | None = None  # None: it sees no other stream
+    fractions: Tensor | None = None  # S fractions of the timestep; None: tokens in front are clean, if any
+    cross: CrossInputs | None = None  # None: there is no attention to another stream
     part: "TokenPart | None" = None  # the tokens that this process has; None if it has all
     # from `dim_references`, for all tokens; None: no attention is dimmed
     dimmed: tuple[Tensor, Tensor] | None = None
@@ -110,9 +110,9 @@ class LtxTokens:
     bins: int  # frequency bins of a latent audio frame; 0 without audio
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
+    combine: Callable[..., Tensor] | None  # combines attentions to several texts, B L N D; None: one text
     sees_values: bool = False  # self-attention is replaced by its values
-    keeps_references: bool = False  # their velocities are wanted too
+    keeps_references: bool = False  # whether the velocities of references are returned too
 
     def without_self_attention(self) -> "LtxTokens":
         """Return the inputs for a pass in which self-attention is replaced by its values."""
@@ -186,7 +186,7 @@ class LtxAttention(nn.Module):
     def project(self, x: Tensor, attended: Tensor) -> Tensor:
         """Gate and project the attention `attended`, B L N D, of tokens x, B L C, to B L C."""
         if hasattr(self, "to_gate_logits"):
-            gates = 2 * in_own_dtype(self.to_gate_logits, x).sigmoid()  # B L N; zero logits: as without
+            gates = 2 * in_own_dtype(self.to_gate_logits, x).sigmoid()  # B L N; zero logits give gates of 1
             attended = attended * gates.unsqueeze(-1).to(attended.dtype)
         return in_own_dtype(self.to_out[0], attended.flatten(2))
 
@@ -238,7 +238,7 @@ class LtxBlock(nn.Module):
             parts[names] = self.see_itself_and_text(names, stream_x, tokens, rows[names])
         if all(stream.cross is not None for stream in tokens.streams.values()):
             parts = self.see_each_other(parts, tokens)
-        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        # the feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         changed = {names: self.change(names, parts[names], tokens, rows[names]) for names in reversed(parts)}
         return tokens.join({names: changed[names] for names in parts})
 
@@ -298,13 +298,13 @@ class LtxBlock(nn.Module):
         stream = tokens.streams[names]
         rows = all_rows[3:6]
         layer = getattr(self, f"{names.prefix}ff")
-        if isinstance(stream.split, Tensor):  # not in pieces, which would have the rows of all tokens
+        if isinstance(stream.split, Tensor):  # in one piece, because the rows are per token
             shift, scale, gate = rows
             h = modulate(norm_tokens(x.float()), shift, scale, tokens.dtype, split=stream.split)
             return add_gated(x, gate, layer(h), stream.split)
         parts = []
         for part, *row in split_segments(stream.split, rows, x):
-            # without names: code that computes it in pieces takes arguments by their order
+            # positional: code that computes it in pieces passes arguments by position
             parts.append(self.feed_forward(part, layer, tokens.dtype, *row))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

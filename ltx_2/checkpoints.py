@@ -26,7 +26,7 @@ DIALECTS: dict[str, tuple[str, Names]] = {
     "official": ("av_ca_a2v_gate_adaln_single.linear.weight", ()),
     "diffusers": ("av_cross_attn_video_a2v_gate.linear.weight", tensor_patterns(LTX_2)),
 }
-# of the official file, in addition to the transformer's tensors: parts of the text encoder
+# tensors of the text encoder that the official file contains next to the transformer
 CONNECTORS = ("video_embeddings_connector.*", "audio_embeddings_connector.*")
 DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
 BLOCK = "transformer_blocks.0"
@@ -42,7 +42,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[LtxConfig]:
     file_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(file_shapes, DIALECTS[dialect][1]), NAME)
     settings = read_settings(checkpoint, "transformer", DIFFUSERS_CLASS)
-    if CONFIG in checkpoint.metadata:  # what the released reader takes if a record does not say
+    if CONFIG in checkpoint.metadata:  # defaults of the released reader for missing settings
         settings = {"av_ca_timestep_scale_multiplier": 1.0, **settings}
     config = _read_config(shapes, settings)
     layer = next(info for name, info in names.items() if name.endswith(f"{BLOCK}.ff.net.2.weight"))

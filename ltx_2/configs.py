@@ -36,7 +36,7 @@ SOUND = StreamNames(
 )
 # patterns of tensors, in either layout, that a network without the audio stream leaves out
 OF_AUDIO = ("*audio*", "av_c*", "*_a2v_*")
-# likewise, one without the video's stream
+# patterns of tensors that a network without the video stream leaves out
 OF_VIDEO = (
     "*.attn[12].*",
     "*.ff.*",
@@ -74,19 +74,19 @@ class LtxConfig:
     """Dimensions of an LTX-2 transformer, read from a checkpoint's tensors and its record of settings."""
 
     video: StreamConfig
-    audio: StreamConfig | None  # None: the sound's stream is left out
+    audio: StreamConfig | None  # None: the audio stream is left out
     num_heads: int  # number of heads in both streams and in the attention between them
     num_layers: int
     cross_dim: int  # width of the attention between the streams
     projects_text: bool  # LTX-2.0: states are projected here; later versions do so in front of the connectors
     is_gated: bool  # LTX-2.3: heads have gates
     modulates_text: bool  # LTX-2.3: attention to the text is modulated too
-    times_text: bool = True  # if so: the text itself by the time; False: always the same
+    times_text: bool = True  # with `modulates_text`: whether the text's modulation depends on the time
     marks_first: bool = False  # LTX-2.5: a vector is added to the tokens of the first latent frame
     splits_heads: bool = True  # rotary pairs are channels of a head's two halves; False: neighbors
     # factor for the time of the gates between the streams, relative to all other layers
     gate_time: float = 1.0
-    shows: bool = True  # False: the video's stream is left out
+    shows: bool = True  # whether the network has the video stream
     freq_dim: int = 256
     rope_theta: float = 10000.0
     longest: tuple[float, float, float] = (20.0, 2048.0, 2048.0)  # seconds, rows, columns of pixels
@@ -143,7 +143,7 @@ class Ltx2Release:
     release: ModelRelease
     steps: int
     perturbed: int  # the block that guidance weakens
-    crf: int  # H.264 quality at which it is shown a first image; 0: not compressed
+    crf: int  # H.264 quality to which a first image is compressed; 0: not compressed
 
 
 _LICENSE = ("LTX-2 Community License", "other", "https://github.com/Lightricks/LTX-2/blob/main/LICENSE")
@@ -177,7 +177,7 @@ DIT = DitSpec(
         ("video_to_audio_attn.to_k", "video_to_audio_attn.to_v"),
     ),
     fp8_exclude=("norm", "to_gate_logits"),
-    # as in released trainers: a LoRA is in attention alone
+    # as in released trainers: LoRAs are only on attention layers
     lora_exclude=("ff.", "to_gate_logits"),
     input_layers=(
         "patchify_proj",

@@ -48,12 +48,12 @@ FILES = (
     "or the folder of a release in diffusers' layout"
 )
 HEAD_WIDTH = 128  # head width of LTX-2 2.0, because its tensors do not show it
-LONGEST = 4096  # rows that the positions are measured by
+LONGEST = 4096  # number of rows that positions are divided by
 DIFFUSERS_CLASS = "LTX2TextConnectors"
-RANGE = 8  # 2.0: the states of a layer lie in a range of this size
-SHARED = "aggregate_embed"  # 2.0: the one projection
+RANGE = 8  # 2.0: the states of a layer are scaled to a range of this size
+SHARED = "aggregate_embed"  # 2.0: the projection for both streams
 PROJECTIONS = ("text_embedding_projection.", "video_text_proj_in.", "audio_text_proj_in.", "text_proj_in.")
-# beginnings of our tensors' names in files
+# prefixes of our tensors' names in files
 PARTS = (
     *(
         f"{start}{stream}_embeddings_connector."
@@ -93,10 +93,10 @@ class ConnectorsConfig:
     """Dimensions of the projections and connectors of the wanted streams."""
 
     text_dim: int  # n * C
-    is_shared: bool  # 2.0: one projection for both streams, of states in a range
+    is_shared: bool  # 2.0: one projection for both streams, after scaling states to a range
     has_bias: bool  # whether the projections have a bias
     streams: Mapping[str, ConnectorConfig]
-    longest: int  # rows that positions are measured by
+    longest: int  # number of rows that positions are divided by
 
     def projection(self, stream: str) -> str:
         """Return the name of a stream's projection."""

@@ -101,7 +101,7 @@ from protocols.requests import (
 )
 from protocols.steps import NO_OVERRIDES, EncodedPrompts, GivenTokens, Overrides, Section
 
-# what it reads of `Request.extra`
+# keys of `Request.extra` that this family reads
 LINE_EXTRAS = (
     "reference_video",
     "keyframe",
@@ -110,7 +110,7 @@ LINE_EXTRAS = (
 )
 FIRST = "first_latents"  # key of a condition: clean latents of the given first frames, B C F H W
 SOLVER = "euler-tenth"
-# --ltx2_train_direction -> the stream that is given
+# --ltx2_train_direction -> the stream that stays clean as a condition; "" for none
 GIVEN = {"joint": "", "a2v": rules.AUDIO_STREAM, "v2a": rules.IMAGE_STREAM}
 
 
@@ -124,10 +124,10 @@ class Ltx2(Ltx2Media):
     dit: DitSpec = DIT
     audio_learning: rules.AudioLearning = rules.AudioLearning()
     size: tuple[int, int, int] = (768, 512, 121)  # default width, height and number of frames
-    image_crf: int | None = None  # H.264 quality at which the first image is seen; None: the release's
-    given: Ltx2GivenMedia = Ltx2GivenMedia.usual()  # for generations: parts that are kept of other media
+    image_crf: int | None = None  # H.264 quality to which the first image is compressed; None: the release's
+    given: Ltx2GivenMedia = Ltx2GivenMedia.usual()  # for generations: kept parts of other media
     drive_video: Path | None = None  # for generations: a video that stays unchanged and gets new audio
-    makes_audio: bool = True  # False: samples of a training with sound are silent
+    makes_audio: bool = True  # False: samples of a training with audio are generated without it
     stages: TwoStages | None = None
     options: Any = NO_OPTIONS  # set for trainings only
     references: rules.ReferenceRules | None = rules.ReferenceRules(MAX_REFERENCES, clips=True)
@@ -275,7 +275,7 @@ class Ltx2(Ltx2Media):
             image_times, audio_times = timesteps.unbind(1)
         frames = image.shape[2]
         given = overrides.given or GivenTokens()
-        if given.keyframes is not None:  # in training; a generation denoises them behind its video
+        if given.keyframes is not None:  # only in training; a generation appends them to the noisy video
             keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
             image, shares = append_learned(image, given, keyframes, sigmas=image_times / 1000)
             overrides = replace(overrides, given=shares)
@@ -486,7 +486,7 @@ class Ltx2(Ltx2Media):
     def _resolve_references(self, request: Request, media: Ltx2GivenMedia) -> tuple[Path, ...]:
         """Return the paths of the request's references. Raises OptionError if they cannot be used."""
         if media.inpaint_source is not None and self.given.inpaint_source is None:
-            return ()  # the reference is the clip that a mask changes
+            return ()  # the reference is already used as the clip to inpaint
         names = request.extra.get("reference_video", "").split("\n")
         paths = tuple(to_path("--reference_video", name) for name in names if name)
         if not paths:
@@ -547,7 +547,7 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of the parts of the result that are kept, and their shares."""
+        """Return the latents of the parts of the result that are kept, and the share of each that is kept."""
         media = media_of(self.given, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
@@ -649,7 +649,7 @@ class Ltx2(Ltx2Media):
             level = stage.levels[0] if stage.levels else 1.0
             return append_keyframes(section, keyframes, stage.joint, noise, level)
 
-        # a rehearsal for memory runs a single stage of the two, too
+        # a rehearsal of memory use runs only one of the two stages
         if self.stages is None or not prepared.stages:
             return (yield begin(prepared, 0, draw(prepared)))
         enlarge_clip = partial(
@@ -695,7 +695,7 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     options = with_recipe(options)
     files = files_of(options, options.model.streams)
     check_version(files, options)
-    # audio alone is trained: images are placeholders, and the noise level depends on the audio
+    # if only audio is trained, video latents are placeholders, and the noise level depends on the audio
     is_alone = not files.has_images
     log_ignored(files.streams, options, options.vae, options.references, options.guidance)
     learning = rules.AudioLearning(

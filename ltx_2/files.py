@@ -1,4 +1,4 @@
-"""Files of an LTX-2 run: the released one, parts in files of their own, and the check that each fits."""
+"""Files of an LTX-2 run: the released file or separate files of its parts, each checked."""
 
 import logging
 from collections.abc import Mapping
@@ -48,9 +48,9 @@ from protocols.rules import ShiftedLogit
 logger = logging.getLogger(__name__)
 
 TEXTS_AGAIN = "ltx2_cache_text_encoder_outputs.py"
-NO_IMAGES = {"vae": "sound alone"}  # what made latents of images that only hold a place
+NO_IMAGES = {"vae": "sound alone"}  # recorded for placeholder latents of video
 RELEASED, AUDIO_VAE = "--ltx2_checkpoint", "--audio_vae"
-# parts that LTX-2.5 has in files of their own
+# parts that LTX-2.5 stores in separate files
 APART = {
     "vae": "ltx-2.5-video-vae-conv-bf16.safetensors",
     **dict.fromkeys(("audio_vae", "vocoder"), "ltx-2.5-audio-vae-bf16.safetensors"),

@@ -96,7 +96,7 @@ GEMMA_4 = LanguageModel(
     config_key=CONFIG,
     since="5.15",
 )
-# the place in records of caches stays the same: so that texts of another release are not taken for these
+# recorded under the same name as Gemma 3, so that a comparison notices texts of another release
 GEMMA_4_USE = replace(
     GEMMA_USE,
     model=GEMMA_4,

@@ -1,4 +1,4 @@
-"""Given parts of clips: latents that are clean, have time 0 and are not learned. Which ones they are.
+"""Given parts of clips: select the latents that stay clean, have time 0 and are excluded from the loss.
 
 Training draws them for each clip (`GivenRules`); a generation takes them from its options. Positions do not
 change. Source: the released trainer of LTX-2, and the fork of musubi-tuner whose options these are.
@@ -22,7 +22,7 @@ from protocols.data import GUIDES, KEYFRAME_LATENTS, LATENT_GUIDE, LOSS_MASK, SO
 from protocols.steps import WHOLE, GivenTokens
 
 logger = logging.getLogger(__name__)
-ROUNDING = 0.002  # of masks in caches, which are float16
+ROUNDING = 0.002  # rounding error of masks in caches, which are float16
 MASK = "given_mask"  # in batches: how much of each latent is white, B F H W
 Times = Sequence[tuple[float, float]]  # beginnings and ends in seconds
 
@@ -97,11 +97,11 @@ class Extension:
 
 @dataclass(frozen=True)
 class MaskRule:
-    """How masks say what is given."""
+    """How masks select given latents."""
 
     probability: float
     is_inverted: bool
-    threshold: float = 0.5  # what is above it is given
+    threshold: float = 0.5  # latents with a larger mask value are given
 
     def mark(self, values: Tensor, draws: Tensor) -> Tensor:
         """Return what is given, bool. `values`, B ..., is 0 to 1; `draws` has a random number per sample."""
@@ -109,12 +109,12 @@ class MaskRule:
         return inside & (draws < self.probability).view(-1, *[1] * (values.ndim - 1))
 
     def find_given(self, masks: Tensor) -> Tensor:
-        """Return what masks of clips give, bool, whatever is drawn.
+        """Return which latents the masks of clips give, bool, before any random choice.
 
-        A latent is given only if each of its frames is: otherwise a part that is made anew would be copied.
-        Caches have the mean over the frames of a latent, which proves this where it is high enough for any
-        single frame: at the edges of masks that move less is given than could be. Still masks, which are
-        equal in all frames, are compared with the threshold itself.
+        A latent is given only if all of its frames are; otherwise the model could copy frames that it has to
+        generate. Caches only have the mean over a latent's frames. A latent of a moving mask therefore counts
+        as given if its mean is too high for any frame to be below the threshold. Masks that are equal in all
+        frames are compared with the threshold itself.
 
         Args:
             masks: Means over the pixels and frames of each latent, 0 to 1, B F H W.
@@ -145,7 +145,7 @@ class AnchorRule:
         elif self.strategy == "random":
             marked = _mark_lowest(ranks, self.count)
         else:
-            ranks[:, ends] = 2.0  # behind all others: the drawn ones lie between the ends
+            ranks[:, ends] = 2.0  # ranked last: drawn frames lie between the ends
             marked = _mark_lowest(ranks, self.count) | ends
         return marked & (draws < self.probability)[:, None]
 
@@ -159,10 +159,10 @@ def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
 class KeyframeRule:
     """Latent frames of clips that training also shows as keyframes; drawn for all clips of a batch."""
 
-    first: float  # probabilities
+    first: float  # probability of showing the first frame
     last: float
     interior: float
-    max_interior: int  # latent frames between the ends, at most
+    max_interior: int  # maximum number of latent frames between the ends
 
     def choose(self, frames: int, generator: torch.Generator) -> list[int]:
         """Return the indices of the given latent frames of clips with `frames` latent frames, ascending."""
@@ -206,7 +206,7 @@ class GivenRules:
         return replace(self, **changes)
 
     def draw(self, batch: Batch, generator: torch.Generator) -> GivenTokens | None:
-        """Draw what is given of each clip; None if it is nothing.
+        """Draw which latents of each clip are given; None if there are none.
 
         Raises:
             DatasetError: If a condition leaves nothing to learn, or its mask, region or times are missing.
@@ -214,7 +214,7 @@ class GivenRules:
         guides = read_guides(batch)
         if self == GivenRules() and not guides:
             return None
-        draws = torch.rand((8, len(batch)), generator=generator)  # the same for each set of rules
+        draws = torch.rand((8, len(batch)), generator=generator)  # the same number for any rules
         image = self._mark_images(batch, generator, draws)
         for guide in guides:
             if not guide.is_keyframe:
@@ -247,7 +247,7 @@ class GivenRules:
         )
 
     def _choose_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["BatchGuide"]:
-        """Return latent frames of the clips themselves that are shown as keyframes. `latents`: B C F H W."""
+        """Return latent frames of the clips to use as keyframes. `latents` are B C F H W."""
         frames = latents.shape[2]
         if self.keyframes is None or frames == 1:
             return []
@@ -258,7 +258,7 @@ class GivenRules:
         ]
 
     def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
-        """Return the shares of images, B 1 F H W int16; None if no rule is about them."""
+        """Return the given share of each video latent, B 1 F H W int16; None without rules for video."""
         if not (self.ends or self.region or self.mask or self.anchors):
             return None
         samples, _, frames, rows, columns = batch.tensor("latents").shape
@@ -278,7 +278,7 @@ class GivenRules:
         return shares[:, None].short()
 
     def _mark_regions(self, rule: MaskRule, batch: Batch, grid: tuple[int, int], draws: Tensor) -> Tensor:
-        """Return what is given by the regions of the samples' tables, B H W bool."""
+        """Return which latents the regions in the samples' tables give, B H W bool."""
         marked = []
         for key, region in zip(batch.keys, batch.crop_regions or (None,) * len(batch), strict=True):
             if region is None:
@@ -296,11 +296,11 @@ class GivenRules:
         return rule.mark(torch.stack(marked).float(), draws)
 
     def _mark_audio(self, batch: Batch, count: int, draws: Tensor) -> Tensor | None:
-        """Return the shares of the audio, B 1 T 1 int16; None if no rule is about it."""
+        """Return the given share of each audio latent, B 1 T 1 int16; None without rules for audio."""
         if not (self.audio_ends or self.audio_times):
             return None
         is_given = torch.zeros(len(batch), count, dtype=torch.bool)
-        if self.audio_ends is not None and batch.tensor("latents").shape[2] > 1:  # not of a single image
+        if self.audio_ends is not None and batch.tensor("latents").shape[2] > 1:  # not an image
             is_given |= self.audio_ends.mark(count, draws[5:7], batch.keys, "latents of audio")
         if self.audio_times is not None:
             starts, ends = audio_bounds(count)
@@ -321,16 +321,16 @@ class BatchGuide:
     """An image that guides each clip of a batch."""
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
-    index: int  # of a frame; or of the latent frame that it replaces
+    index: int  # index of its frame, or of the latent frame that it replaces
     share: int  # how much of it is given, as in `GivenTokens`
-    is_keyframe: bool = True  # shown besides the clip; False: in place of a latent frame
+    is_keyframe: bool = True  # True: appended to the clip; False: replaces a latent frame
 
 
 def read_guides(batch: Batch) -> list[BatchGuide]:
     """Return the guides of a batch, from its tensors; [] if there are none, or the clips are single frames.
 
     Raises:
-        DatasetError: If one replaces a latent frame behind the last.
+        DatasetError: If the index of a replaced latent frame is out of range.
     """
     tensors = batch.tensors
     frames = batch.tensor("latents").shape[2]
@@ -351,7 +351,7 @@ def read_guides(batch: Batch) -> list[BatchGuide]:
 
 
 def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tensor:
-    """Return the shares of images, B 1 F H W, with that of a guide at its latent frame."""
+    """Set a guide's share at its latent frame; return the shares of video latents, B 1 F H W."""
     if shares is None:
         count, _, frames, rows, columns = batch.tensor("latents").shape
         shares = torch.zeros(count, 1, frames, rows, columns, dtype=torch.int16)
@@ -360,7 +360,7 @@ def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tenso
 
 
 def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
-    """Return the tensors of a batch, with a guide in place of the latent frame that it replaces."""
+    """Return the tensors of a batch, with the latent frame of a guide replaced by the guide."""
     if LATENT_GUIDE not in tensors or GUIDES not in tensors:
         return tensors
     latents, guide, guides = (tensors[name] for name in ("latents", LATENT_GUIDE, GUIDES))
@@ -368,7 +368,7 @@ def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Condition
     assert isinstance(guide, Tensor)
     assert isinstance(guides, Tensor)
     index = int(guides[0, -1, 0])  # the last guide
-    if latents.shape[2] == 1 or index >= latents.shape[2]:  # none, or an error that `read_guides` raises
+    if latents.shape[2] == 1 or index >= latents.shape[2]:  # none, or `read_guides` fails
         return tensors
     latents = latents.clone()
     latents[:, :, index : index + 1] = guide
@@ -376,9 +376,9 @@ def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Condition
 
 
 def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
-    """Return what the masks of a batch give, B F H W bool.
+    """Return which latents the masks of a batch give, B F H W bool.
 
-    Raises DatasetError if there are no masks, or if one gives all.
+    Raises DatasetError if there are no masks, or if one gives every latent.
     """
     masks = batch.tensors.get(MASK)
     if not isinstance(masks, Tensor):
@@ -397,7 +397,7 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
 
 
 def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
-    """Warn of samples of which several conditions together give everything, so that nothing is learned."""
+    """Warn of samples in which the conditions together give every latent, so that nothing is learned."""
     if shares is None:
         return
     for key, share in zip(keys, shares, strict=True):
@@ -406,13 +406,13 @@ def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
 
 
 def take_masks(tensors: Conditions, name: str, generator: torch.Generator) -> Conditions:
-    """Return the tensors of a batch whose masks do not weight the loss, but say what is given."""
+    """Return the tensors of a batch, in which masks select given latents instead of weighting the loss."""
     renamed = {MASK if key == LOSS_MASK else key: value for key, value in tensors.items()}
     return put_guides_in(renamed, name, generator)
 
 
 def make_given_rules(options: Ltx2GivenParts) -> GivenRules:
-    """Return the rules that the options set; tables may give more. Warns of probabilities of 0."""
+    """Return the rules that the options set; dataset tables may add some. Warns of probabilities of 0."""
     for name in ("ltx2_spatial_crop", "ltx2_inpaint_mask", "ltx2_audio_inpaint_mask"):
         if getattr(options, name) and not getattr(options, f"{name}_p"):
             logger.warning("--%s has no effect with --%s_p 0, the default. Give 1, for all clips", name, name)

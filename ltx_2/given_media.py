@@ -1,6 +1,6 @@
-"""Parts of a result that a generation keeps of other media: their latents, and which of them are kept.
+"""Parts of a result that a generation takes from other media: their latents, and which of them are kept.
 
-Kept latents are clean in all steps and have time 0; see `given`, whose marks these are. Source: the released
+Kept latents are clean in all steps and have time 0, marked as in `given`. Source: the released
 pipelines, and the fork of musubi-tuner whose options these are.
 """
 # Letters: C channels, F H W latents of a video, T M latents of the audio
@@ -36,21 +36,21 @@ from protocols.rules import ReferenceRules
 from protocols.steps import WHOLE, GivenTokens, HeldLatents, Section, clean_share
 
 logger = logging.getLogger(__name__)
-# conditions: clean latents, and the shares of them that are kept, as in `GivenTokens`
+# names of conditions: clean latents, and the share of each latent that is kept, as in `GivenTokens`
 IMAGE, IMAGE_SHARES = "given_image", "given_image_shares"
 AUDIO, AUDIO_SHARES = "given_audio", "given_audio_shares"
 MASK = "inpaint_mask"
-LONGEST = 3600  # seconds of a file of audio that are read
+LONGEST = 3600  # maximum number of seconds that are read from an audio file
 Encode = Callable[[Tensor], Tensor]  # pixels 1 3 F H W -> latents 1 C f h w on the CPU
 
 
 def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
-    """Return the options of what is kept with those that a prompt line may set.
+    """Return the options of kept media, overridden by those of a prompt line.
 
     A mask without --inpaint_source is for the request's only reference.
 
     Raises:
-        OptionError: If an option has another form, or a mask has no clip, or a clip no mask.
+        OptionError: If a value cannot be parsed, or a mask has no clip, or a clip no mask.
     """
     extra = request.extra
     values: dict[str, Any] = dict.fromkeys(("keyframe", "latent_frame", "inpaint_mask"))
@@ -101,7 +101,7 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
     if region is not None:
         _check_region(region, prepared, latent)
     ends = [count_end(media, name, latent) for name in ("extend_prefix", "extend_suffix")]
-    # latents: the suffix has none for its first frame
+    # number of latents; the suffix has no latent of a single frame
     shown = ceil_div(ends[0], latent.frame_step) + max(ends[1] - 1, 0) // latent.frame_step
     if max(ends) and shown >= total:
         raise OptionError(
@@ -111,10 +111,10 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
 
 
 def count_end(media: Ltx2GivenMedia, name: str, latent: LatentSpec) -> int:
-    """Return how many frames are encoded of the clip of an extension, 8n + 1; 0 without one.
+    """Return how many frames of an extension's clip are encoded, 8n + 1; 0 without an extension.
 
     Raises:
-        OptionError: If it has fewer frames than asked for, or a clip at the end fewer than 9.
+        OptionError: If the clip has too few frames; a clip at the end needs at least 9.
     """
     path: Path | None = getattr(media, name)
     if path is None:
@@ -221,7 +221,7 @@ def encode_images(
         given.keep(encode(_resize(frames, size)), torch.tensor(True))
     if media.extend_suffix is not None:
         count = count_end(media, "extend_suffix", latent)
-        # the first latent has one frame alone, which none at the end of a clip has
+        # drop the first latent, which covers one frame: latents at the end of a clip cover several
         clean = encode(_resize(islice(_frames_of(media.extend_suffix), count), size))[:, :, 1:]
         given.keep(clean, torch.tensor(True), given.frames - clean.shape[2])
     for image in media.latent_frames:
@@ -260,7 +260,7 @@ def _mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec, gi
     if media.retaken is not None:
         starts, ends = video_bounds(given.frames, latent.frame_step, prepared.fps)
         return ~touch(starts, ends, media.retaken)[:, None, None]
-    assert media.inpaint_mask is not None  # the options say so
+    assert media.inpaint_mask is not None  # checked by the options
     size = (prepared.width, prepared.height, prepared.frames)
     pixels = read_pixels(media.inpaint_mask, size, ReferenceRules(1, clips=True), latent)
     white = (pixels.mean(1) + 1) / 2  # 1 f H W
@@ -284,7 +284,7 @@ def _mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec, gi
 
 
 def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
-    """Return which latents, from `starts` to `ends` in seconds, have a part in an interval."""
+    """Return which latents, from `starts` to `ends` in seconds, overlap an interval."""
     start, end = interval
     return (ends > start) & (starts < end)
 

@@ -1,4 +1,4 @@
-"""Options of the parts of a result that a generation is given. Standard library only."""
+"""Options of parts of a generation's result that come from other media. Standard library only."""
 
 import argparse
 from dataclasses import dataclass, fields
@@ -26,7 +26,7 @@ def _file(text: str, **relations: Any) -> Any:
 class PlacedImage:
     """An image at a place of the result."""
 
-    index: int  # of a frame, or of a latent frame
+    index: int  # index of a frame, or of a latent frame
     path: Path
     strength: float  # above 0, up to 1
 
@@ -131,7 +131,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def region(self) -> Rectangle | None:
-        """Where the source of outpainting is."""
+        """Region of the result in which the source of outpainting is placed; None without it."""
         if self.outpaint_region is None:
             return None
         words = self.outpaint_region.split(",")
@@ -216,13 +216,13 @@ def read_placed_image(name: str, text: str) -> PlacedImage:
     """Read the value INDEX:FILE or INDEX:FILE:STRENGTH of an option.
 
     Raises:
-        OptionError: If it has another form.
+        OptionError: If the text does not have this form.
     """
     number, _, rest = text.partition(":")
     file, _, last = rest.rpartition(":")
     try:
         strength = float(last) if file else 1.0
-    except ValueError:  # the end of a path with a colon
+    except ValueError:  # not a strength, but the end of a path that contains a colon
         file, strength = "", 1.0
     file = file or rest
     try:

@@ -1,7 +1,7 @@
-"""Keyframes: images that guide a video at one of its frames, and are no part of the result.
+"""Keyframes: images that guide a video at one of its frames, but are not part of the result.
 
 Their latents are the last frames of the noisy latents, with the positions of a single frame. They are clean,
-or as noisy as their strength leaves them, and are cut off behind the network or the denoising loop. Source:
+or partly noisy if their strength is below 1, and are removed after the network or the denoising loop. Source:
 the released pipelines of LTX-2.
 """
 # Letters: B batch, C channels, F H W latents of a video, K keyframes
@@ -21,10 +21,10 @@ from protocols.family import NoiseSource
 from protocols.requests import Prepared, check_opens
 from protocols.steps import GivenTokens, HeldLatents, Section, clean_share
 
-# conditions: clean latents 1 C K H W, where they stand in frames of the video 1 K int64, and how much of
+# names of conditions: clean latents 1 C K H W, their frame indices in the video 1 K int64, and how much of
 # each is kept, as in `GivenTokens`, 1 K int16
 KEYFRAMES, PLACES, SHARES = "keyframe_latents", "keyframe_places", "keyframe_shares"
-FIRST = -1  # frame of an image that is for all of the video
+FIRST = -1  # frame index of an image that guides the entire video
 
 
 def check_keyframes(images: Sequence[PlacedImage], frames: int) -> None:

@@ -1,4 +1,4 @@
-"""The part of the family that turns frames and audio into latents and back."""
+"""The part of the family that encodes frames and audio to latents, and decodes them."""
 
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
@@ -22,7 +22,7 @@ from protocols.inputs import SOURCES
 
 
 class Ltx2Media(OneTransformer):
-    """Latents of both streams, which follow from the files; the family derives from it."""
+    """Latents of both streams, as the files define them; base class of the family."""
 
     if TYPE_CHECKING:
 

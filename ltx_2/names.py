@@ -43,8 +43,8 @@ _LTX_TIMES = (
 )
 _LTX_TABLES = ("scale_shift_table", "prompt_scale_shift_table")
 _LTX_STREAMS = ("video", "audio")
-# between the text encoder and the transformer. diffusers has them in a part `connectors` of the pipeline,
-# whose own file does without that word
+# layers between text encoder and transformer. In diffusers they are the pipeline's part `connectors`, whose
+# own file omits that prefix
 _LTX_CONNECTORS = tuple(
     (start + theirs, ours)
     for start in ("connectors.", "")

@@ -53,7 +53,7 @@ _REFERENCES = "it is for sounds as references, which are not built; v2v has clip
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
 FPS = 24.0  # frame rate of the release
-# what is for images, or between both streams
+# options for video, or for the attention between both streams
 _OF_IMAGES = {
     "video_loss_weight",
     "independent_audio_timestep",
@@ -450,7 +450,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     typed_names = dict(values["typed_names"])
     changes: dict[str, Any] = {"typed_names": typed_names}
     for other_name, name in _SAME.items():
-        # the frame rate is always set: the default counts as not typed
+        # the frame rate always has a value: the default counts as not given
         is_default = name == "fps" and values[name] == FPS
         shared_value = None if is_default else values[name]
         other_value = getattr(own_options, other_name)
@@ -479,7 +479,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
 
 
 def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationOptions) -> dict[str, str]:
-    """Return the selected attention modes, by the option. Raises OptionError if they differ.
+    """Return the selected attention modes, by option name. Raises OptionError if they differ.
 
     `values` are the shared options. A preset's mode gives way to an option of the official script.
     """
@@ -494,7 +494,7 @@ def _list_chosen_kernels(values: Mapping[str, Any], own_options: Ltx2GenerationO
 
 
 def _select_value(name: str, ours: Any, theirs: Any, other_name: str = "mixed_precision") -> Any:
-    """Return the one given value of two; None if neither is given.
+    """Return the value that is given under either name; None if neither is given.
 
     Raises OptionError if both are given and differ.
     """
@@ -515,7 +515,7 @@ def caching_options(options: Ltx2TrainingOptions) -> tuple[dict[str, Any], dict[
     model = {"--ltx2_checkpoint": checkpoint, "--ltx2_mode": options.model.ltx_mode}
     latents: dict[str, Any] = {"--ltx2_video_vae": options.vae.file.vae}
     latents["--ltx2_audio_vae"] = options.vae.audio_vae
-    if is_version_2_5(checkpoint):  # which has them in files of their own
+    if is_version_2_5(checkpoint):  # LTX-2.5 has the VAEs in separate files
         latents["--ltx2_video_vae"] = options.vae.file.vae or FillIn("VIDEO_VAE_FILE")
         if AUDIO in options.model.streams:
             latents["--ltx2_audio_vae"] = options.vae.audio_vae or FillIn("AUDIO_VAE_FILE")
@@ -538,10 +538,10 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
     guidance = {f"--{name}": value for name, value in option_values(options.guidance).items()}
     return {
         **latents,
-        # the LoRA says by which factors its references are smaller
+        # the reference factors are in the LoRA's metadata
         **dict.fromkeys(options.references.words()),
         "--reference_video": reference,
-        # sizes of samples, which a sample says itself
+        # the sample's own size replaces these
         **dict.fromkeys(("--height", "--width", "--sample_num_frames")),
         **texts,
         "--dit": options.dit,

@@ -7,7 +7,7 @@ from modules.option_values import to_path
 from modules.options import HABIT, OF_REQUEST, Options, option
 
 MAX_REFERENCES = 8  # references of a clip
-# in the metadata of a LoRA, the newer name last. Source: the trainer of LTX-2
+# keys in the metadata of a LoRA, the newer name last. Source: the trainer of LTX-2
 FRAMES = "reference_frames"  # in options, and in the metadata of our LoRAs
 SIZE_FACTOR = ("reference_downscale_factor", "reference_spatial_scale_factor")
 TIME_FACTOR = ("reference_temporal_scale_factor",)
@@ -42,7 +42,7 @@ class Ltx2ReferenceOptions(Options, title="references (IC-LoRA)"):
 
 
 class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
-    """References of what is generated."""
+    """References for a generation."""
 
     reference_video: Path | None = option(
         "clip, folder of images or image that the video is made from, with an IC-LoRA",
@@ -108,7 +108,7 @@ class Ltx2GivenReferences(Options, title="references (IC-LoRA)"):
         except ValueError:
             typed = f"--video-conditioning {' '.join(words)}"
             raise OptionError(f"{typed}: give a file and its strength, from 0 to 1") from None
-        # the common strength counts if it is typed, or if some references have no strength of their own
+        # the common strength applies if it is set, or if some references have no strength of their own
         if self.reference_strength != 1 or len(words) < 2 * len(self.paths) or not words:
             strengths.add(self.reference_strength)
         if len(strengths) > 1:

@@ -1,4 +1,4 @@
-"""References of LTX-2 (IC-LoRA): what is read of them, and the factors that a LoRA has learned.
+"""References of LTX-2 (IC-LoRA): read and encode them, and find the factors that a LoRA has learned.
 
 Their tokens are clean, and have time 0 and positions of their own, starting at 0: pixels times the size
 factor, and seconds times the time factor S, minus (S - 1) frames. Source: the released code of LTX-2.
@@ -40,7 +40,7 @@ from protocols.rules import ReferenceRules
 from protocols.steps import Section
 
 logger = logging.getLogger(__name__)
-STRENGTHS = "reference_strengths"  # condition: by which tokens of references and the video see each other
+STRENGTHS = "reference_strengths"  # condition: strength of the attention between references and video
 # option of generation -> names of the factor in the metadata of LoRAs
 FACTOR_NAMES = {
     "reference_downscale": SIZE_FACTOR,
@@ -60,6 +60,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
     """Return how many of a reference's frames are encoded; see `thin_out`."""
+    # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
     count = 1 + len(range(1, frames, rules.time_factor))
     maximum = min(count, rules.frames or count)
     return (maximum - 1) // frame_step * frame_step + 1
@@ -82,7 +83,7 @@ def check_references(
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
-    """Raise OptionError if a mask has fewer frames than are encoded of a reference."""
+    """Raise OptionError if a mask has fewer than the `needed` frames that are encoded of a reference."""
     if frames < needed:
         raise OptionError(
             f"--conditioning-attention-mask {mask}: {frames} frames are taken of it, {needed} of a "
@@ -103,7 +104,7 @@ def references_of(cond: Conditions) -> tuple[Tensor, ...]:
 
 
 def join_tokens(references: Sequence[Tensor]) -> Tensor:
-    """Join the latents of references as tokens, B C N."""
+    """Concatenate the latents of references as tokens, B C N."""
     return torch.cat([latents.flatten(2) for latents in references], dim=2)  # B C N
 
 
@@ -125,7 +126,7 @@ class DenoisedReferences:
 
     clean: Tensor
     noisy: Tensor
-    strength: float  # how much of themselves they begin with; the rest is noise
+    strength: float  # fraction of the clean reference at the start; the rest is noise
 
     def noisy_like(self, references: Sequence[Tensor]) -> list[Tensor]:
         """Return the noisy tokens as latents of the shapes of `references`, B C f h w each."""
@@ -233,7 +234,7 @@ def velocity_of_references(
 def read_pixels(path: Path, size: tuple[int, int, int], rules: ReferenceRules, latent: LatentSpec) -> Tensor:
     """Read a clip, folder of images or image, 1 3 f h w, -1..1, cropped to the target's reduced size.
 
-    `size` is the target's width, height and frames. Of a shorter clip all frames are used.
+    `size` is the target's width, height and frames. A shorter clip is used completely.
     """
     width, height, length = size
     reduced = (width // rules.size_factor, height // rules.size_factor)
@@ -262,7 +263,7 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
     steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
     for reference in shown:
         _, _, frames, height, width = reference.shape
-        size = (  # of the result; `read_pixels` reduces the mask to the size of the reference again
+        size = (  # size of the result, because `read_pixels` reduces it to the reference's size
             width * rules.size_factor,
             height * rules.size_factor,
             (frames - 1) * rules.time_factor + 1,

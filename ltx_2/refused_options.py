@@ -2,7 +2,7 @@
 
 An option is written as NAME (a switch), NAME:TYPE or NAME=DEFAULT. NAME* and NAME+ take several words, NAME?
 also has --no-NAME, which is accepted because it asks for nothing, and NAME:switch is None if it is not given.
-A,B are two spellings of A.
+A,B are two spellings of the same option.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from modules.options import Options, Rejection, not_needed, unsupported
 R = TypeVar("R", bound=type[Options])
 TYPES: dict[str, Any] = {"int": int, "float": float, "path": Path, "str": str}
 
-# why an option is refused: "--flag is refused: ..."
+# reasons, which follow "--flag is refused: "
 ALWAYS_GIVEN = "a first frame that is given has time 0, as it has in training"
 ATTENTION = "attention is that of the released model, in both directions between picture and sound"
 AVERAGE = "--ema_decay 0.9999 turns the average of the weights on, and --ema_update_every thins it out"
@@ -68,7 +68,7 @@ WEIGHTS = (
     "weights are kept in 8 bits by --fp8_base (generation: --fp8), --fp8_scaled and --convrot_int8, in 4 "
     "bits by --nf4_base; other formats are not built"
 )
-# what happens without an option that is not needed
+# what happens anyway, for options that are not needed
 ALONE_SO = (
     "--ltx2_mode audio trains and makes sound alone, whose length, at target_fps of its table, and whose "
     "noise levels need no pictures."
@@ -86,11 +86,11 @@ AUDIO_SO = (
 )
 WORK_SO = "processes share the work, and weights wait in host memory, where that is of use."
 
-# reason -> options, those that are refused first. A reason that ends with a point says what happens without
-# options that are not needed
+# reason -> options. Reasons of refused options come first; a reason that ends with a period belongs to
+# options that are not needed, and states what happens without them
 Table = Mapping[str, str]
 
-# of training and generation
+# options of both training and generation
 _TILES = """
     sample_tiled_vae sample_vae_tile_size=512 sample_vae_tile_overlap=64 sample_vae_temporal_tile_size=0
     sample_vae_temporal_tile_overlap=8
@@ -326,8 +326,8 @@ def declare_all(record: R, table: Table) -> R:
 def _read_word(word: str) -> tuple[list[str], dict[str, Any]]:
     """Return the names of an option and its settings for `add_argument`.
 
-    A word is `name,alias:type=default`, each part but the first optional. `?` behind the names means --name
-    and --no-name, `*` and `+` several values; without type and default it is a switch.
+    A word is `name,alias:type=default`, in which only the name is required. `?` after the names means --name
+    and --no-name, `*` and `+` mean several values; without type and default the option is a switch.
     """
     word, has_default, text = word.partition("=")
     word, _, kind = word.partition(":")

@@ -26,9 +26,9 @@ class Places(NamedTuple):
     # frame rate of each sample, or one for all; () for audio, whose latents have a rate of their own
     fps: tuple[float, ...] = ()
     by_time: bool = False  # without rows and columns: all tokens of a frame share its rotation
-    # by which sides, and seconds, of a reference are multiplied: it covers what its target does
+    # factors on the sides and the seconds of a reference, so that it covers the same range as its target
     factors: tuple[int, int] = (1, 1)
-    frame: int | None = None  # of a keyframe, a single image: where it stands; None: a clip from frame 0 on
+    frame: int | None = None  # frame index of a keyframe; None for a clip that starts at frame 0
 
 
 def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ class StageLora:
     """A LoRA with a strength of its own in each stage."""
 
     path: Path
-    option: str  # that names it
+    option: str  # option that names the file
     first: float  # strength in the first stage
     second: float
 
@@ -47,10 +47,10 @@ class StageLora:
 class TwoStages:
     """Settings for generating the clips of a run in two stages."""
 
-    upscalers: Mapping[str, Path]  # by their options, in the order of their work
+    upscalers: Mapping[str, Path]  # file by option, in the order in which they are applied
     steps: int  # number of steps of the second stage
     loras: tuple[StageLora, ...]
-    ends_early: bool = False  # the first stage's clip is the result
+    ends_early: bool = False  # whether the first stage's clip is the result
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -117,7 +117,7 @@ class TwoStages:
             solver="euler",
             guidance_scale=(1.0,),
             rules=AS_PLAIN,
-            family_record=(),  # references are for the first stage alone
+            family_record=(),  # references are only for the first stage
             added=tuple(lora.second for lora in self.loras),
             begun_by=self._plan_upscaling(shape, dtype),
         )

@@ -42,7 +42,7 @@ from protocols.requests import Prompt
 # settings of the 12B model, for a file without config.json
 STRETCH = 8.0  # positions of FAR layers are divided by it
 WINDOW = 1024  # tokens that NEAR layers look back
-PATTERN = 6  # every so manieth layer is FAR
+PATTERN = 6  # every sixth layer is FAR
 THETA, NEAR_THETA = 1e6, 1e4  # bases of the rotary frequencies
 
 
@@ -108,7 +108,7 @@ GEMMA_3 = LanguageModel(
     classes="Gemma3Text",
     kind="gemma3",
     word_key="gemma3_12b",
-    # defaults of transformers, which it does not write
+    # defaults that transformers does not write
     defaults={
         "hidden_size": 2304,
         "num_attention_heads": 8,
@@ -143,7 +143,7 @@ GEMMA_USE = LanguageUse(
     source=TokenizerSource(TOKENIZER_FILES, begin="<bos>", may_be_inside=True),
     maximum=ROWS,
     states=ALL_STATES,
-    # padding is not computed: nothing reads its states, and others depend on it by their places only
+    # padding is not computed: its states are unused, and it only shifts the positions of other tokens
     pads_left=True,
     at_once=1,
 )
@@ -174,7 +174,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
 
         Args:
             path: File or folder of Gemma.
-            connectors: File that holds them, or a release's folder.
+            connectors: File of the connectors, or a release's folder.
             dtype: Compute dtype, like `tokenizer`, `form` and `on_cpu` as in `LanguageModelEncoder`; the
                 connectors stay in `dtype`.
             tokenizer: Folder or file of the tokenizer.
@@ -189,7 +189,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
         self.keys = frozenset({*map(prompt_key, self.streams), MASK})
         self.variable_length = frozenset()
         self.takes_weights = prompt_key(self.streams[0])
-        self.pads_left = False  # in the results a prompt's own rows are the first ones
+        self.pads_left = False  # in the connectors' output a prompt's own rows come first
 
     @property
     def identity(self) -> Mapping[str, str]:
@@ -229,7 +229,7 @@ class Ltx2TextEncoder(LanguageModelEncoder):
     def load_network(self, device: torch.device) -> nn.Module:
         """Load the connectors, then Gemma into the memory that is left."""
         self.check()
-        # first: Gemma takes the room that is left
+        # load the connectors first, because Gemma's placement depends on the memory that is left
         with open_connectors(self.connectors, self.path) as checkpoint:
             plan = read_connectors(checkpoint, self.streams)
             what = f"LTX-2's text connectors ({OPTION})"

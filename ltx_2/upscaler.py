@@ -29,7 +29,7 @@ SPATIAL, TEMPORAL = "--spatial_upsampler_path", "--temporal_upsampler_path"
 FILES = "ltx-2.3-spatial-upscaler-x2-1.1.safetensors, or diffusers' folder latent_upsampler"
 DIFFUSERS_CLASS = "LTX2LatentUpsamplerModel"
 GROUPS = 32  # number of groups in all norms, as released
-SCALES = {2: 2.0, 4: 4.0}  # by what a resampler multiplies the sides -> what is left when it has blurred
+SCALES = {2: 2.0, 4: 4.0}  # factor of a resampler's pixel shuffle -> scale after its strided blur
 Settings = Mapping[str, Any]  # settings of a class of diffusers
 
 
@@ -54,7 +54,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
     is_rational = "upsampler.conv.weight" in names
     layer = "upsampler.conv.weight" if is_rational else "upsampler.0.weight"
     is_timed = layer in names and len(names[layer].shape) == 5
-    # the layer makes a block of pixels of each pixel; its size tells the factor of the sides
+    # each pixel becomes a block of pixels; the block's size determines the factor of the sides
     width_out = shape(layer, 5 if is_timed else 4)[0]
     block, remainder = divmod(width_out, width)
     sides_by_block = {2: 1, 8: 2} if is_timed else {4: 2, 9: 3, 16: 4}

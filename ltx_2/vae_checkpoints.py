@@ -3,11 +3,10 @@
 Module names are those of the official file, whose lists alternate residual blocks and resamplings. diffusers'
 names are nested by level.
 
-Three facts are in no tensor: whether the decoder mirrors borders, looks ahead, and has shortcuts around its
-resamplings. They come from the settings in the file (metadata `config`) or in config.json next to it, else
-from the release, which the decoder's list shows: three resamplings, all in time and space, are LTX-2's, whose
-decoder mirrors borders and has shortcuts; others are like LTX-2.3's, with zeros and without shortcuts. Both
-decoders look ahead.
+No tensor shows whether the decoder mirrors borders, looks ahead, or has shortcuts around its resamplings.
+This is read from the settings in the file (metadata `config`) or in config.json next to it. Without settings
+the release decides. A decoder with three resamplings, all in time and space, is LTX-2's: it mirrors borders
+and has shortcuts. Any other is treated like LTX-2.3's: zeros at borders, no shortcuts. Both look ahead.
 """
 
 import re
@@ -157,7 +156,7 @@ def _read_half(
     start = f"{half}.{'down' if is_down else 'up'}_blocks"
     parts: list[BlockGroup | Resampling] = []
     width_out, last_width = shape(f"{half}.conv_out.conv.weight", 5)[:2]
-    width = last_width  # behind the part that is read
+    width = last_width  # channels after the current part
     num_parts = count(names, rf"{re.escape(start)}\.\d+")
     for index in reversed(range(num_parts)):
         name = f"{start}.{index}"
@@ -214,7 +213,7 @@ def _apply_settings(
     is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)
     encoder_mode = settings.get("encoder_spatial_padding_mode", ZEROS)
-    # of the decoder, files have one of two names for a setting; the second name counts more
+    # the decoder's padding has two names in files; the second one takes precedence
     decoder_mode = settings.get("spatial_padding_mode", REFLECT if is_first else ZEROS)
     decoder_mode = settings.get("decoder_spatial_padding_mode", decoder_mode)
     is_causal = settings.get("causal_decoder", False)

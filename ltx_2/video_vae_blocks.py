@@ -40,7 +40,7 @@ class Resampling:
     width_in: int
     width_out: int
     factors: Factors
-    is_residual: bool  # a shortcut without weights is added
+    is_residual: bool  # whether a shortcut without weights is added
 
     def has_shortcut(self, is_down: bool) -> bool:
         """Return whether the channels allow the averages (down) or repetitions (up) of a shortcut."""
@@ -59,8 +59,8 @@ class HalfConfig:
     parts: tuple[BlockGroup | Resampling, ...]  # the last one a group
     last_width: int
     width_out: int
-    is_causal: bool  # no frame depends on a later one
-    reflects: bool = False  # the image's border mirrors its inside; else zeros are around it
+    is_causal: bool  # whether no frame depends on a later one
+    reflects: bool = False  # whether borders are padded by reflection; otherwise by zeros
 
     @property
     def resamplings(self) -> tuple[Resampling, ...]:
@@ -79,7 +79,7 @@ class VideoVaeConfig:
     """Dimensions of a VAE, read from a checkpoint's tensors."""
 
     latent_channels: int
-    patch: int  # rows and columns of pixels that are the channels of one place
+    patch: int  # rows and columns of pixels that the first layer folds into channels
     encoder: HalfConfig
     decoder: HalfConfig
 
@@ -133,7 +133,7 @@ class ClipConv(nn.Module):
         super().__init__()
         around = (0, 0, 0) if half.reflects else (0, 1, 1)
         self.conv = nn.Conv3d(width_in, width_out, KERNEL, padding=around)
-        self.before = KERNEL - 1 if half.is_causal else 1  # frames before the own one that are seen
+        self.before = KERNEL - 1 if half.is_causal else 1  # number of earlier frames that the kernel covers
         self.reflects = half.reflects
         self.is_normed = is_normed
 

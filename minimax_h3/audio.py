@@ -35,7 +35,7 @@ CHANNELS = 2
 DILATIONS = (1, 3, 5)
 HEADS = 8
 DIFFUSERS_CLASS = "AutoencoderKLMiniMaxH3Audio"
-# end of a tensor's name in files -> in the network: size and direction of a weight
+# suffix of a tensor's name in files -> in the network: magnitude and direction of a weight
 PARTS_OF_WEIGHTS = {
     "weight_g": "parametrizations.weight.original0",
     "weight_v": "parametrizations.weight.original1",
@@ -195,7 +195,7 @@ def build_audio_vae(settings: Settings) -> nn.Module:
     diffusers normalizes weights with a function that PyTorch has replaced by parametrizations, and that warns
     for each layer. The result has parametrizations instead, with weights of other names (`PARTS_OF_WEIGHTS`).
     """
-    with hide_packages("bitsandbytes"):  # it would be loaded for nothing
+    with hide_packages("bitsandbytes"):  # diffusers would import it without need
         try:
             from diffusers import AutoencoderKLMiniMaxH3Audio  # takes seconds to import
         except ImportError as error:

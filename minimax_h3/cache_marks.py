@@ -1,4 +1,4 @@
-"""What caches of texts are for: marks in their metadata, and the checks of a training.
+"""Marks in the metadata of text caches that record their task, and the checks of a training.
 
 The states of a caption depend on what the text encoder saw with it: nothing, the first and the last frame of
 the clip, or references. Names and values are those of other trainers' caches.

@@ -1,4 +1,4 @@
-"""References that the rows of a dataset show with their clips: checked, and encoded for caches.
+"""References in the rows of a dataset: check them, and encode them for caches.
 
 They are prepared like those of a request; see references.py.
 """

@@ -1,9 +1,9 @@
-"""The text encoder of MiniMax-H3 as captions are cached: its tasks, and what teachers read.
+"""The text encoder of MiniMax-H3 for caching captions: its tasks, and the texts of teachers.
 
-A caption is encoded as the task presents it, and once more as a teacher reads it if a training is to match
-one (--teacher_conditions). A teacher that has the clip itself, or images of its subject, reads a caption in
-the form in which the model was trained to take references: parts that say what each reference is, what to
-keep of it, and what is shown. Source of the names of these parts: the released prompts.
+A caption is encoded with the media of the task, and once more in the teacher's form for trainings that match
+a teacher (--teacher_conditions). If the teacher gets the clip itself or images of its subject, the caption
+has the format that the model was trained on for references: parts that state what each reference is, what to
+keep of it, and what the clip shows. Source of the names of these parts: the released prompts.
 """
 
 import functools
@@ -32,7 +32,7 @@ from protocols.rules import ShownMedium
 
 FIRST_LAST, CLIP, SUBJECT = TEACHER_ROWS  # values of --teacher_conditions
 DTYPES = {"bf16": torch.bfloat16, "float32": torch.float32}  # values of --text_cache_dtype
-KEYFRAMES, REFERENCES = "fl2va", "ref2va"  # tasks that show something
+KEYFRAMES, REFERENCES = "fl2va", "ref2va"  # tasks whose text encoder sees media
 _COPIED = """subject_definitions:
 <Video 1> is the source video.
 <Audio 1> is the sound of <Video 1>.
@@ -81,8 +81,8 @@ class H3CachingEncoder(H3TextEncoder):
     """The text encoder that caches the states for one task. Set its fields before it is used."""
 
     task = "t2va"
-    teacher: str | None = None  # a key of `TEACHER_ROWS`, whose rows it adds
-    states_dtype: torch.dtype | None = None  # None: that it computes in
+    teacher: str | None = None  # key of `TEACHER_ROWS` for a teacher's additional states; None without
+    states_dtype: torch.dtype | None = None  # dtype of stored states; None for the compute dtype
     edges = IMAGE_EDGE, VIDEO_EDGE  # short sides of references: images, clips
 
     @property
@@ -203,7 +203,7 @@ def _list_keyframes(prompt: Prompt) -> list[Tensor]:
     return [frame[..., :3] for frame in prompt.frames]
 
 
-@functools.cache  # a use is a key, by its identity
+@functools.cache  # cached, because uses are compared by identity
 def _make_use(blank: str) -> LanguageUse:
     """Return the settings of the text encoder for an empty prompt that is written as `blank`."""
     return H3_USE if blank == BLANK else replace(H3_USE, blank=blank)
@@ -215,7 +215,7 @@ class H3CachingFiles(H3Files):
 
     teacher: str | None = None
     states_dtype: torch.dtype | None = None  # dtype of cached states; None for that of the text encoder
-    blank: str = BLANK  # what the empty prompt is written as
+    blank: str = BLANK  # replaces the empty prompt
     edges: tuple[int, int] = (IMAGE_EDGE, VIDEO_EDGE)
 
     encoder_class = H3CachingEncoder

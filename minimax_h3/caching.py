@@ -1,4 +1,4 @@
-"""What caches of MiniMax-H3 hold: latents of a clip or an image, its audio, and what it is made from.
+"""Contents of MiniMax-H3's caches: latents of a clip or an image, its audio, and its conditions.
 
     latents                          24 f h w, a sample of the posterior, normalized
     latents_audio, audio_present     32 2 A, the mean of the posterior, of silence without audio; 1 or 0

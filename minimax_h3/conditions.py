@@ -1,8 +1,8 @@
-"""What a clip of MiniMax-H3 is made from in addition to text: keyframes and references, noise and positions.
+"""Conditions of a clip of MiniMax-H3 in addition to text: keyframes and references, noise and positions.
 
 Images and clips are a sample of the VAE's posterior, always of the same seed, rounded to float16; the network
-gets them at time 0.999, nearly clean. Audio is the mean of its posterior, and clean. In dictionaries they
-have the names that caches have:
+gets them at time 0.999, nearly clean. Audio is the mean of its posterior, and clean. Dictionaries use the
+names in caches:
 
     latents_first, latents_last                       keyframes, 1 Z 1 h w
     latents_ref_000_image, ..._video, ..._audio       references, by number: 1 Z f h w, audio 1 Z' 2 A. A clip
@@ -38,7 +38,7 @@ from protocols.data import Conditions
 from protocols.family import NoiseSource
 
 SEED = 42  # seed for the posterior of every condition; the seed of the clip does not matter
-LOG_VARIANCES = (-30.0, 20.0)  # limits of the posterior's
+LOG_VARIANCES = (-30.0, 20.0)  # limits of the posterior's log variances
 FIRST, LAST = "latents_first", "latents_last"
 REFERENCE = "latents_ref_"
 CONTROL = "latents_control_"
@@ -67,7 +67,7 @@ def encode_condition(vae: H3VideoVae, pixels: Tensor) -> Tensor:
     latents = sample_posterior(moments, [generator], LOG_VARIANCES)
     rounded = latents.to(torch.float16).float()  # as the model was trained
     normalized = vae.normalise(rounded)
-    return normalized if normalized.is_meta else normalized.cpu()  # a rehearsal has no values
+    return normalized if normalized.is_meta else normalized.cpu()  # a rehearsal of memory use has no values
 
 
 def add_condition_noise(latents: Tensor, noise: Tensor, clean: float = IMAGES_LIE) -> Tensor:
@@ -154,7 +154,7 @@ def place_conditions(conditions: Conditions, sample: int, num_text: int, target:
         elif key.endswith(AUDIO):
             audio_latents = latents.shape[3]
             clip = key.removesuffix(AUDIO) + VIDEO
-            if clip in keys:  # at the edges of the clip, which it starts with
+            if clip in keys:  # audio of a reference clip starts with the clip, at its left and right edges
                 grid = grid_of(_of_sample(conditions, clip, sample))
                 placed.append(H3Condition(latents, AudioPlace(audio_latents, clock, grid)))
                 continue

@@ -9,7 +9,7 @@ from protocols.few_steps import GUIDED, FewSteps, KeepingTarget
 from protocols.rules import ModelRelease
 
 PATCH = 2  # latent pixels along each side of a token
-# number of the rows that modulate a kind of token
+# kinds of tokens, as indices of their modulation rows
 IMAGE, TEXT, SOUND = range(3)
 KINDS = 3
 
@@ -87,7 +87,7 @@ RELEASE = ModelRelease(
 DIT = DitSpec(
     block_lists=("blocks",),
     fp8_exclude=("norm", "adaln_proj"),
-    # in files in circulation they are in int8, too: a third of the weights
+    # published int8 files quantize the modulation too, which is a third of the weights
     form_exclude={"int8": ("norm",)},
     lora_exclude=("adaln_proj",),
     input_layers=("video_patch_proj", "audio_patch_proj", "condition_proj", "token_refiner"),
@@ -103,7 +103,7 @@ DIT = DitSpec(
         "final_layer.audio_out.",
     ),
 )
-# of a pruned file: its modulation has few columns, which stay in 16 bits
+# pruned files: their modulation has few columns and stays in 16 bits
 PRUNED_DIT = replace(DIT, form_exclude={})
 
 

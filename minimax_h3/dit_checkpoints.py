@@ -1,7 +1,7 @@
-"""Transformer files of MiniMax-H3: released shards, single files, pruned ones, diffusers' folders.
+"""Transformer files of MiniMax-H3: released shards, single files, pruned files, diffusers' folders.
 
-The rows of fused queries, keys and values have two orders of equal shapes. The release's shards have them
-interleaved by head, all single files in circulation stacked: the file's name decides, or --h3_qkv_layout.
+The rows of fused queries, keys and values exist in two orders, which have equal shapes. The release's shards
+interleave them by head; all published single files stack them. The file's name decides, or --h3_qkv_layout.
 diffusers stores them separately, with the halves of the feed-forward's first layer in the other order.
 """
 
@@ -65,7 +65,7 @@ TABLE: Names = (
     ),
     *((rf"{re.escape(theirs)}\.(weight|bias)", rf"{ours}.\1") for theirs, ours in _OUTSIDE),
 )
-IGNORED = ("rope.inv_freq",)  # computed
+IGNORED = ("rope.inv_freq",)  # computed here instead
 
 
 def find_layout(path: Path) -> str:
@@ -91,8 +91,8 @@ def find_task(path: Path) -> str | None:
 def read_header(checkpoint: Checkpoint, layout: str | None) -> DitHeader[H3Config]:
     """Return dimensions, dialect and dtype of a transformer file.
 
-    `layout` is the order of fused rows, STACKED or INTERLEAVED; None: by name. A trained file records its
-    own. Raises CheckpointError for another file.
+    `layout` is the order of fused rows, STACKED or INTERLEAVED; None decides by the file's name. A trained
+    file records its own order. Raises CheckpointError for another file.
     """
     names = checkpoint.tensors
     has_released_names = "adaln_t_table" in names or "video_patch_proj.weight" in names

@@ -118,7 +118,7 @@ USABLE = {**NO_MEDIA, "image_path": True, "end_image_path": True}
 
 @dataclass(frozen=True)
 class H3Request:
-    """Media that a clip is made from in addition to its text, and the sources of their pixels."""
+    """Media that condition a clip in addition to its text, and the sources of their pixels."""
 
     media: H3Media
     sources: H3Sources
@@ -134,7 +134,7 @@ class MiniMaxH3(OneTransformer):
     caching: H3Caching | None = None  # how latents are cached
     any_length: bool = False  # for generations: allow shorter and longer clips than in the model's training
     image_edge: int = IMAGE_EDGE  # short side of reference images
-    video_edge: int = VIDEO_EDGE  # and of reference videos
+    video_edge: int = VIDEO_EDGE  # short side of reference videos
     options: Any = NO_OPTIONS  # set for trainings only
 
     can: ClassVar = Abilities(
@@ -161,7 +161,7 @@ class MiniMaxH3(OneTransformer):
 
     @property
     def metadata(self) -> Mapping[str, str]:
-        """Metadata of the model; full trainings add how rows are ordered."""
+        """Metadata of the model; full trainings add the order of the rows of fused weights."""
         if not isinstance(self.options, H3FullTrainingOptions):
             return self.metadata_of(self.named)
         frequencies = self.files.dit_header().config.frequencies
@@ -204,7 +204,7 @@ class MiniMaxH3(OneTransformer):
     # encoding
 
     def check_table(self, table: MediaTable) -> None:
-        """Raise DatasetError if a table is not for the task of the caches."""
+        """Raise DatasetError if a table's media do not fit the task of the caches."""
         if self.caching is not None:
             self.caching.check_table(table)
 
@@ -412,7 +412,7 @@ class MiniMaxH3(OneTransformer):
         if not lengths.includes(frames):
             lower = max(lengths.fit(frames), lengths.first)
             nearest = {lower, lower + lengths.step}
-            if not self.any_length:  # others are refused below
+            if not self.any_length:  # otherwise only lengths that the VAE cannot encode are rejected, below
                 nearest = {min(max(count, MIN_FRAMES), MAX_FRAMES) for count in nearest}
             remedy = " or ".join(map(str, sorted(nearest)))
             raise OptionError(
@@ -555,7 +555,7 @@ def _make_clip(frames: Tensor) -> Tensor:
 
 
 def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -> Prompts:
-    r"""Return the texts of a request with what the encoder sees, and a line break for each typed `\n`."""
+    r"""Return a request's texts with the media for the encoder, and a line break in place of each `\n`."""
     prompts = prepared.prompts[0]
     positive = prompts.positive
     seen = list(media.keyframes)

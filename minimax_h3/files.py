@@ -55,9 +55,9 @@ from modules.errors import CheckpointError, MediaError, OptionError
 from protocols.data import AudioSpec, Conditions, LatentSpec
 from protocols.requests import Prompt
 
-UNDECIDED = ""  # task of a run whose prompts decide it
+UNDECIDED = ""  # the task is decided by each prompt
 LAYERS = 50  # layers of Qwen3-VL up to the state that is used
-BLANK = " "  # what an empty prompt is written as; no text at all has no states
+BLANK = " "  # replaces an empty prompt, which would have no states
 MAX_TOKENS = 32768  # maximum length of a prompt, as in musubi-tuner
 # tokens that only H3's tokenizer has, among those of Qwen
 OWN_TOKENS = (
@@ -121,7 +121,7 @@ class H3TextEncoder(LanguageModelEncoder):
         return read_preprocessing(folders)
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
-        """Encode as `LanguageModelEncoder.encode`, with the media that are presented with prompts.
+        """Encode prompts, with the media that are presented with them; see `LanguageModelEncoder.encode`.
 
         Raises MediaError if one cannot be shown, or a prompt with its media has too many tokens.
         """

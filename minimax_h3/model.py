@@ -35,15 +35,15 @@ from runtime.run_blocks import Hidden, run_blocks
 if TYPE_CHECKING:  # loaded only if processes share tokens
     from runtime.offload.context import TokenPart
 
-ROWS = 6  # that modulate a block: shift, scale and gate of attention and of feed-forward
-IMAGES_LIE = 0.999  # the time of a condition at least: nearly clean
+ROWS = 6  # modulation rows of a block: shift, scale and gate of attention and of feed-forward
+IMAGES_LIE = 0.999  # minimum time of image conditions, nearly clean
 
 
 @dataclass(frozen=True)
 class H3Condition:
     """Latents at their position on the clock: a condition, clean or slightly noised, or learned latents."""
 
-    latents: Tensor  # B Z F H W of images, B Z 2 A of sound
+    latents: Tensor  # B Z F H W of images, B Z 2 A of audio
     place: ImagePlace | AudioPlace
     clean: float | None = None  # fraction of clean latents, which is its minimum time; None: as released
 
@@ -64,7 +64,7 @@ class H3Condition:
         return max(image_time, IMAGES_LIE if self.clean is None else self.clean)
 
 
-FRAME_TIME = 0  # index of the frames' time among the times of a pass; a text has it too
+FRAME_TIME = 0  # index of the frames' time among the times of a pass; text tokens have the same time
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ class H3Block(H3StreamBlock):
         """Return shift, scale and gate of attention and of feed-forward, each 1 S C float32."""
         table = in_own_dtype(self.adaln_proj["linear"], tokens.times).float()
         by_slot = table.unflatten(-1, (KINDS, ROWS, -1)).flatten(0, 1)  # K*KINDS 6 C
-        # a list of places would be copied to the device, for which the host waits
+        # stacking rows: indexing with a list would copy the list to the device, and the host would wait
         chosen = torch.stack([by_slot[slot] for slot in tokens.slots])
         return chosen.unsqueeze(0).unbind(2)
 
@@ -213,10 +213,10 @@ class H3Block(H3StreamBlock):
         shift, scale, gate, *feed_rows = self.rows(tokens)
         h = modulate(self.norm1(x), shift, scale, tokens.dtype, split=tokens.starts)
         x = add_gated(x, gate, self.attn(h, tokens), tokens.starts)
-        # the expensive one last: if it runs in pieces, recomputing the block stops here
+        # the feed-forward comes last: if it runs in pieces, recomputing the block can stop before it
         parts = []
         for part, *rows in split_segments(tokens.starts, feed_rows, x):
-            # without names: code that computes it in pieces takes arguments by their order
+            # positional: code that computes it in pieces passes arguments by position
             parts.append(self.feed(part, tokens.dtype, *rows))
         return torch.cat(parts, dim=1)
 
@@ -338,8 +338,8 @@ class H3Model(nn.Module):
             noisy: B Z F H W.
             audio: B Z' 2 A, two channels.
             times: Times of frames and of audio, 0 for noise, 1 for clean.
-            text: States of the language model, B T text_dim, all of which are seen.
-            shown: Whether each of these stands for a part of an image; empty if none does.
+            text: States of the language model, B T text_dim, without a mask.
+            shown: Whether each text token stands for a part of an image; empty if none does.
             start: Start of the noisy latents on the clock; None: after the text.
             conditions: In the order of the clock; audio on it is at time 1.
 

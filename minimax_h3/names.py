@@ -19,7 +19,7 @@ ENTRY = FamilyEntry(
     notice=LICENSE,
 )
 HEAD_WIDTH = 128  # head width of both released transformers
-# beginnings of blocks, diffusers' and the released
+# prefixes of blocks: in diffusers, and as released
 _BLOCKS = (
     ("transformer_blocks.{n}.", "blocks.{n}."),
     ("token_refiner.refiner_blocks.{n}.", "token_refiner.blocks.{n}."),
@@ -67,7 +67,7 @@ MINIMAX_H3 = FamilyNames(
     optional=("time_embedder.proj_in", "time_embedder.proj_out", "adaln_t_table"),
     optional_words="how times are embedded: computed, or the table of a pruned file",
     versions=("minimax_h3", "minimax-h3", "minimaxh3"),
-    # for the blocks over all tokens, whose heads are together 4/3 as wide
+    # for the blocks over all tokens, in which all heads together have 4/3 of the token width
     sides=(
         (".attn.qkv_proj", 4, 1),
         (".attn.out_proj", 1, 4 / 3),

@@ -58,7 +58,8 @@ SIZE = (1344, 768)  # default height and width, as in musubi-tuner
 FRAMES, MIN_FRAMES, MAX_FRAMES = 124, 124, 345  # 5 to 15 seconds
 TASK_NAMES = ("t2va", "fl2va", "ref2va")
 STEPS = 30
-# number of frames that are encoded together, and of the frames after the last of these
+
+# number of frames that are encoded together, and number of frames after the last such group
 CLIP, LAST_FRAMES = 17, 5
 MAX_RATIO = 4  # maximum ratio of the sides of keyframes and references, in either direction
 ADAPTIVE = "adaptive"  # a value of --ratio
@@ -74,7 +75,7 @@ _TRAJECTORY = "latents of single steps are not written. Give --preview_latent_ev
 _COMPILING = "blocks are compiled by --compile and its own options. Give --compile, or leave it out"
 _WAITING = "layers of the text encoder that do not fit on the device wait in host memory by themselves."
 LAYOUT_KEY = "ss_h3_qkv_layout"  # in the metadata of a trained transformer
-FREQUENCIES_KEY = "ss_h3_rope_freq_dim"  # in its metadata too: its tensors do not show it
+FREQUENCIES_KEY = "ss_h3_rope_freq_dim"  # also in its metadata, because tensors do not show it
 _LAYOUT = (
     "order of the rows of fused queries, keys and values in --dit. Shards of the release have them "
     "interleaved by head, single files stacked; default: by the file's name. Files that "
@@ -112,7 +113,7 @@ class H3TextOptions(TextEncoderOptions):
 
     @property
     def form(self) -> str | None:
-        """Form in which linear layers are stored; None for the file's own form."""
+        """Storage format of linear layers; None for the file's own format."""
         quantization = self.text_encoder_quantization
         return text_form(self) if quantization == "none" else quantization
 

@@ -1,4 +1,4 @@
-"""Positions of MiniMax-H3's tokens: a clock that text, conditions, audio and frames share.
+"""Positions of MiniMax-H3's tokens on one time axis, the clock, for text, conditions, audio and frames.
 
 The tokens of a text are at 0, 1, 2, ...; the clock of everything else starts after them. A latent frame takes
 5/3 units for each frame that it covers, a latent of audio takes one. All are float64: sums of thirds in
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 UNITS_A_FRAME = 5 / 3
-FRAMES_A_LATENT = (1, 4, 4, 4, 4)  # again and again
+FRAMES_A_LATENT = (1, 4, 4, 4, 4)  # frames per latent frame, a pattern that repeats
 SIDE = 32.0  # side of a square image, in units of space
 
 
@@ -36,7 +36,7 @@ class ImagePlace:
     """Position of the tokens of a clip or an image."""
 
     grid: ImageGrid
-    start: float  # on the clock of its first latent frame
+    start: float  # time of its first latent frame on the clock
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def spans(frames: int) -> Tensor:
 
 def last_frame_place(start: float, frames: int) -> float:
     """Return the time of a keyframe at the end of a clip of latent `frames` that begins at `start`."""
-    total = float(spans(frames).numpy().sum())  # in NumPy's order of sums, as released
+    total = float(spans(frames).numpy().sum())  # NumPy's order of summation, as in the released code
     return start + total - UNITS_A_FRAME
 
 

@@ -27,7 +27,7 @@ from modules.errors import MediaError
 IMAGE, VIDEO, AUDIO = "image", "video", "audio"  # kinds, as in `--reference_jsonl` and in caches
 LABELS = {IMAGE: "Picture", VIDEO: "Video", AUDIO: "Audio"}
 BEGIN, PAD, END = "<|vision_start|>", "<|image_pad|>", "<|vision_end|>"
-PADS = (PAD, "<|video_pad|>")  # may not stand in a prompt with images
+PADS = (PAD, "<|video_pad|>")  # not allowed in prompts with images
 USE = ImageUse(text=f"<Picture {{number}}>: {BEGIN}{{tokens}}{END}", token=PAD, always=False)
 IMAGE_TAG, TEXT_TAG = 0, 1
 SEEN_FPS = 2.0  # frames of a clip that the encoder sees each second
@@ -39,7 +39,7 @@ class Shown:
 
     kind: str  # IMAGE, VIDEO or AUDIO
     has_sound: bool = False  # whether a clip has audio
-    source: Hashable = None  # what the pixels are read from: equal ones are encoded once
+    source: Hashable = None  # where the pixels come from; equal sources are encoded once
     # reads H W 3 of an image, or F H W 3 of a clip at 24 frames per second, uint8; None for audio
     read: Callable[[], Tensor] | None = field(default=None, compare=False)
 

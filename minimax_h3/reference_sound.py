@@ -17,7 +17,7 @@ from modules.errors import MediaError
 from modules.media.samples import read_beginning
 
 CROSSINGS = 6  # zero crossings of the filter on each side
-ROLLOFF = 0.99  # share of the band that passes
+ROLLOFF = 0.99  # fraction of the frequency band that passes
 
 
 def read_reference_audio(path: Path, seconds: float) -> Tensor:
@@ -48,7 +48,7 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
     reach = (filters.shape[1] - step) // 2
     padded = functional.pad(samples, (reach, reach + step))
     resampled = functional.conv1d(padded.unsqueeze(1), filters.unsqueeze(1), stride=step)
-    in_order = resampled.mT.flatten(1)  # they were channels x count x S / step
+    in_order = resampled.mT.flatten(1)  # from channels x count x S / step to channels x new samples
     length = math.ceil(count * samples.shape[1] / step)
     return in_order[:, :length].contiguous()
 
@@ -59,7 +59,7 @@ def _make_low_pass_filters(step: int, count: int) -> Tensor:
     `step` is the number of old samples in the time of `count` new ones.
     """
     band = min(step, count) * ROLLOFF
-    reach = math.ceil(CROSSINGS * step / band)  # old samples on each side that count
+    reach = math.ceil(CROSSINGS * step / band)  # number of old samples on each side under the filter
     old = torch.arange(-reach, reach + step, dtype=torch.float64) / step
     new = (torch.arange(count, dtype=torch.float32) / count).double()  # rounded, as released
     times = ((old - new[:, None]) * band).clamp(-CROSSINGS, CROSSINGS)

@@ -1,8 +1,8 @@
-"""Keyframes and references of a request: which there are, whether they are valid, their pixels and audio.
+"""Keyframes and references of a request: find and check them, and read their pixels and audio.
 
 Keyframes get the size of the clip: the first one is stretched, a following one covers it and is cropped.
-Reference images get a short side of their own, reference videos the trained size in their shape, and 24
-frames per second. Source: the released code of MiniMax-H3, as in diffusers.
+Reference images are resized by their short side, reference videos to the trained area at their own aspect
+ratio, at 24 frames per second. Source: the released code of MiniMax-H3, as in diffusers.
 """
 
 import logging
@@ -51,7 +51,7 @@ from protocols.requests import Request, check_opens
 logger = logging.getLogger(__name__)
 
 KINDS = (IMAGE, VIDEO, AUDIO)
-MAX_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # sound of videos counts too
+MAX_OF = {IMAGE: 9, VIDEO: 3, AUDIO: 3}  # maximum numbers; audio of videos counts too
 MAX_REFERENCES = 12
 MIN_SECONDS, MAX_SECONDS = 2.0, 15.0  # limits of the length of reference videos
 MIN_FRAMES = CLIP + LAST_FRAMES  # minimum length of a reference video, for the VAE
@@ -59,7 +59,7 @@ MIN_FRAMES = CLIP + LAST_FRAMES  # minimum length of a reference video, for the 
 
 @dataclass(frozen=True)
 class H3Reference:
-    """A file that a clip is made from."""
+    """A reference file that conditions a clip."""
 
     kind: str  # IMAGE, VIDEO or AUDIO
     path: Path
@@ -68,7 +68,7 @@ class H3Reference:
 
 @dataclass(frozen=True)
 class H3Media:
-    """Everything that a clip or an image is made from in addition to its text."""
+    """All media that condition a clip or an image in addition to its text."""
 
     first: Path | None = None
     last: Path | None = None
@@ -95,7 +95,7 @@ class H3Media:
         return "fl2va" if self.keyframes else "t2va"
 
 
-# what a request names
+# parsing of requests
 
 
 def read_media(request: Request) -> H3Media:
@@ -332,11 +332,11 @@ def check_video_length(path: Path, any_length: bool) -> None:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """A keyframe or a reference image, and the size that it gets."""
+    """A keyframe or a reference image, and the size to which it is resized."""
 
     path: Path
     size: Size  # width and height
-    crops: bool = False  # it covers the size and is cropped; else it is stretched
+    crops: bool = False  # whether it is scaled to cover the size and cropped; otherwise it is stretched
 
     def read(self) -> Tensor:
         """Return its pixels, H W 3 uint8."""
@@ -438,7 +438,7 @@ class H3Sources:
     """Sources of the pixels of a request's media, in order."""
 
     keyframes: tuple[ImageSource, ...] = ()
-    references: tuple[ImageSource | ClipSource | None, ...] = ()  # None: of sound
+    references: tuple[ImageSource | ClipSource | None, ...] = ()  # None for audio
 
     def shown(self, references: Sequence[H3Reference]) -> tuple[Shown, ...]:
         """Return the media that the text encoder sees: keyframes first, then references."""

@@ -1,6 +1,6 @@
-"""Numbers of the released MiniMax-H3 that are in none of its tensors."""
+"""Numbers of the released MiniMax-H3 that are not in its tensors."""
 
-# of the latents of videos and of sound, by channel
+# statistics of the latents of videos and of audio, by channel
 LATENTS_MEAN = (
     0.858090341091156,
     -0.9606591463088989,

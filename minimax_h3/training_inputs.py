@@ -1,4 +1,4 @@
-"""Training inputs of the network besides a noised clip and its text, and what a teacher sees in addition.
+"""Training inputs in addition to a noised clip and its text, and the additional inputs of a teacher.
 
 Keyframes and references get new noise in each step. Names are those of caches; see conditions.py.
 """
@@ -49,7 +49,7 @@ def clean_shares(cond: Conditions) -> Clean:
     shares = cond.get(CLEAN)
     if not isinstance(shares, Tensor):
         return Clean(IMAGES_LIE, 1.0)
-    # float32 has 0.999 as 0.99900001
+    # float32 stores 0.999 as 0.99900001
     visual, audio = (round(share, 6) for share in shares.tolist())
     return Clean(visual, audio)
 
@@ -78,7 +78,7 @@ def _add_noise(latents: Tensor, clean: float, generator: torch.Generator) -> Ten
 def _read_tensor(tensors: Conditions, key: str) -> Tensor:
     tensor = tensors[key]
     assert isinstance(tensor, Tensor), "only texts have different lengths"
-    # of files whose names say sizes, sound is read with an axis of frames
+    # in caches with sizes in tensor names, audio has an additional axis of frames
     return tensor.squeeze(2) if key.endswith(AUDIO) and tensor.ndim > 4 else tensor
 
 
@@ -106,7 +106,7 @@ def media_conditions(batch: Batch, task: str, latents: Tensor) -> dict[str, Tens
         latents: Latents of the clip, in model space.
 
     Raises:
-        CacheError: If caches lack some of them, or hold others than the network takes.
+        CacheError: If conditions are missing, or do not fit the network.
     """
     tensors = batch.tensors
     if batch.view == CLIP:

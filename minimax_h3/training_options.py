@@ -1,4 +1,4 @@
-"""Options of a training by other trainers' names, and what they mean among the shared ones.
+"""Options of a training under other trainers' names, and their translation to the shared options.
 
 Standard library only.
 """
@@ -224,7 +224,7 @@ class H3RejectedOptions(Options, title="not for this model"):
         choices=("block",),
         refused=dict.fromkeys(("channel", "tensor"), _SCALES),
     )
-    # the fork reads both next to --h3_guidance_distillation_scale alone, which is refused; its defaults stay
+    # the fork only uses these with --h3_guidance_distillation_scale, which is rejected; defaults are accepted
     h3_guidance_loss_form = not_needed(
         "the loss is the mean of (f - u - s (v - u))^2, the fork's contrastive, where f is the prediction, u "
         "that for the empty prompt, v the velocity of the clip, and s --h3_guidance_loss_scale. Its "
@@ -306,7 +306,7 @@ def translate(args: argparse.Namespace) -> None:
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
-    # name of a shared option -> the option as the user typed it, and the value for the shared one
+    # name of a shared option -> the other trainer's option that was given, and the value for the shared one
     shared: dict[str, tuple[str, Any]] = {}
     _translate_guidance(args, shared)
     _translate_teacher(args, shared)
@@ -334,7 +334,8 @@ def translate(args: argparse.Namespace) -> None:
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
     """Return how the training scripts change the shared options, for `TrainerChanges`.
 
-    `samplers` and `weightings` are all that the shared options offer.
+    `samplers` and `weightings` are all values of the shared options --timestep_sampling and
+    --weighting_scheme.
     """
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
@@ -364,10 +365,13 @@ DEFAULT: dict[str, Any] = {
 
 
 def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
-    """Set a shared option. Raises OptionError if it is already given, with another value."""
+    """Set a shared option to the value of another trainer's option, `other_name`.
+
+    Raises OptionError if the shared option is given too, with another value.
+    """
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
-    # a default that nobody typed may be replaced
+    # a default value may be replaced if the user did not give the option
     untyped = () if name in args.typed_options else (DEFAULT.get(name), None, False)
     if given not in (value, *untyped):
         raise OptionError(f"--{name} {given} and {other_name} mean the same, and differ: give one of them")
@@ -411,7 +415,7 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
     shared["teacher"] = matching, "base"
     shared["teacher_weight"] = matching, 1.0
     shared["teacher_split"] = matching, True
-    if args.h3_teacher_conditions in VIEWS:  # else its record says what is wrong
+    if args.h3_teacher_conditions in VIEWS:  # otherwise the option's own check reports the error
         shared["teacher_sees"] = "--h3_teacher_conditions", VIEWS[args.h3_teacher_conditions]
     name = "--h3_teacher_condition_sigma_max"
     shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)

@@ -3,8 +3,8 @@
 Module names are those of the released file, whose rows of queries, keys and values are interleaved by head.
 diffusers stores them separately, and the halves of the feed-forward's first layer in the other order.
 
-Some facts are in no tensor: how levels stride, how long a clip is, and the statistics of latents. They come
-from config.json in diffusers' folder; otherwise they are those of the release.
+No tensor shows the strides of levels, the length of clips, or the statistics of latents. They come from
+config.json in diffusers' folder; otherwise they are those of the release.
 """
 
 import functools
@@ -101,7 +101,7 @@ class _DeclaredInfo:
     std: tuple[float, ...] = LATENTS_STD
 
 
-# key of config.json -> the fact, and what its numbers are
+# key of config.json -> our field, and the type of its numbers
 _KEYS: Mapping[str, tuple[str, type]] = {
     "temporal_downsample_factors": ("time_strides", int),
     "spatial_downsample_factors": ("space_strides", int),

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 TILE = 256  # pixels along the side of a tile
 OVERLAP = 64  # pixels that neighboring tiles share at least
-# by which the pixels of ImageNet, 0..1, were normalized: red, green, blue
+# ImageNet's mean and standard deviation of pixels in 0..1: red, green, blue
 PIXEL_MEAN = (0.485, 0.456, 0.406)
 PIXEL_STD = (0.229, 0.224, 0.225)
 FLOAT32_PARTS = ("encoder.", "quant_conv.")
@@ -44,7 +44,8 @@ class TileRow:
 def cut_axis(length: int, size: int, minimum: int, step: int) -> TileRow:
     """Cover `length` with tiles of `size` that overlap by at least `minimum`, as the released VAE does.
 
-    All are in pixels. Overlaps grow in steps of `step`, in turn from the first, until the tiles fit exactly.
+    All numbers are in pixels. The overlaps grow one after another by `step`, starting with the first and
+    repeatedly, until the tiles end exactly at `length`.
     """
     if size >= length:
         return TileRow((0,), length, ())
@@ -165,7 +166,7 @@ class H3VideoVae(nn.Module):
         has_overlap = config.dropped > 0
         clips = (padded.shape[2] + config.dropped) // size - int(has_overlap)
         frames_left = self._count_frames(latents.shape[2])
-        own_frames = size * config.time_stride  # of a clip, with the padding in front
+        own_frames = size * config.time_stride  # frames of a clip, including the padding in front
         before: Tensor | None = None
         for number in range(clips):
             start = number * size

@@ -51,8 +51,8 @@ class H3VideoVaeConfig:
     registers: int = 4  # number of learned tokens after those of the latents
     groups: int = GROUPS
     rotary_share: float = 0.75  # fraction of a head's channels that is rotated
-    clip: int = 17  # frames that are encoded together
-    dropped: int = 3  # latent frames at the end of a video that are not kept
+    clip: int = 17  # number of frames that are encoded together
+    dropped: int = 3  # number of latent frames that are dropped at the end of a video
     mean: tuple[float, ...] = ()  # mean of each latent channel
     std: tuple[float, ...] = ()
 

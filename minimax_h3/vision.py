@@ -1,4 +1,4 @@
-"""Images and clips as the vision tower of MiniMax-H3's text encoder takes them.
+"""Prepare images and clips for the vision tower of MiniMax-H3's text encoder.
 
 Limits of sizes and colors are those of the preprocessor files in the model's folder, else the released ones.
 Source: the image and video processors of Qwen3-VL in transformers, and the released preprocessor files.
@@ -21,11 +21,11 @@ from modules.errors import CheckpointError, MediaError
 from modules.text_files import parse_json, read_text
 
 IMAGE_FILE, CLIP_FILE = "preprocessor_config.json", "video_preprocessor_config.json"
-BOTH_FILE = "processor_config.json"  # the file that transformers 5 writes, with a part for each of the two
+BOTH_FILE = "processor_config.json"  # written by transformers 5, with settings for images and for clips
 PARTS = {IMAGE_FILE: "image_processor", CLIP_FILE: "video_processor"}
 COLOURS = ("image_mean", "image_std")
-MAX_PIXELS = 1 << 40  # in a preprocessor file
-MAX_ENLARGED = 1 << 24  # in a preprocessor file: to which smaller images are enlarged
+MAX_PIXELS = 1 << 40  # largest valid limit in a preprocessor file
+MAX_ENLARGED = 1 << 24  # largest valid size in a preprocessor file to which small images are enlarged
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ def resized_sides(
         pixels_of_frame = max(pixels_of_frame, int(limits.fewest * 1.05))
         max_pixels = pixels_of_frame * frames
 
-    # what is compared with the limits are the rounded sides, but the scale comes from the original ones
+    # the rounded sides are compared with the limits, but the scale is computed from the original sides
     rounded_frames = round(frames / at_once) * at_once
     rounded_height = round(height / step) * step
     rounded_width = round(width / step) * step

@@ -27,7 +27,7 @@ from modules.errors import OutputError
 from modules.run_limits import reject_writing
 from modules.text_files import real_path
 
-LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: no writer leaves its file alone for so long
+LEFTOVER_SECONDS = 3600.0  # older temporary files are leftovers: a writer changes its file more often
 SPARE_BYTES = 1 << 20  # what a volume needs beyond the data itself: header, directory entries
 if sys.platform != "win32":
     replace_file = os.replace
@@ -167,7 +167,7 @@ def make_folder(folder: Path, option: str) -> None:
     try:
         # not `tempfile`: it retries forever when Windows denies access
         trial = folder / f".trial.{secrets.token_hex(4)}.tmp"
-        trial.touch(exist_ok=False)  # rights alone do not tell: the disk may be read-only
+        trial.touch(exist_ok=False)  # permissions are not enough: the disk may be read-only
         trial.unlink()
     except OSError as error:
         raise OutputError(
@@ -185,7 +185,7 @@ def claim_name(path: Path) -> Iterator[bool]:
     Raises:
         OutputError: If the file cannot be made.
     """
-    # different from every name of a temporary file or folder of `path`
+    # a name that no temporary file or folder of `path` has
     claim = path.with_name(f".{path.name}{_CLAIMED}")
     with explain_errors(path):
         try:
@@ -230,7 +230,7 @@ def remove_leftovers(
             temporary = _TEMPORARY.fullmatch(entry.name)
             if temporary is None or not of(temporary["name"]):
                 continue
-            with contextlib.suppress(OSError):  # another process was faster, or has it open on Windows
+            with contextlib.suppress(OSError):  # another process removed it, or has it open on Windows
                 changed = entry.stat(follow_symlinks=False).st_mtime  # of a folder: of its last file
                 writer = _read_claim(entry) or temporary
                 if changed > now - _select_least_age(writer, older_seconds):
@@ -349,7 +349,7 @@ def explain_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-# the mark of earlier versions had eight random digits, which tell nothing of the writer
+# earlier versions used eight random digits, which do not identify the writer
 _MARK = re.compile(r"[0-9a-f]{8}|(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{6})[0-9a-f]{4}")
 _TEMPORARY = re.compile(rf"\.(?P<name>.+)\.(?:{_MARK.pattern})\.tmp")
 _CLAIMED = f".claim.{'0' * 8}.tmp"  # the end of a claim's name, which is the same for all processes
@@ -372,15 +372,15 @@ def _select_least_age(writer: re.Match[str], older_seconds: float) -> float:
     ended, and `older_seconds` if it runs on another or an unknown machine.
     """
     is_ours = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
-    if not is_ours or os.name == "nt":  # asking by a signal would end the process there
+    if not is_ours or os.name == "nt":  # on Windows, os.kill would end the process
         return older_seconds
     try:
         os.kill(int(writer["process"], 16), 0)
     except ProcessLookupError:
-        return -math.inf  # whatever the clock of the folder's machine says
-    except OSError:  # it is somebody else's
+        return -math.inf  # independent of the clock of the folder's machine
+    except OSError:  # it belongs to another user
         pass
-    # the number may have been given to another process since, so age counts for living ones too
+    # another process may have the number now, so the age matters for living processes too
     return LEFTOVER_SECONDS
 
 

@@ -1,4 +1,4 @@
-"""Progress bars of one look, for loops that may take longer than a second.
+"""Progress bars in one style, for loops that may take longer than a second.
 
 On a terminal a bar appears after a second. Anywhere else (a file, a pipe) a log line is written now and then
 instead. Boxes, log lines and bars share standard error.
@@ -27,7 +27,7 @@ BYTES = "B"
 FRAMES = "frame"
 STEPS_FORMAT = "{desc}, step {n_fmt} of {total_fmt}: |{bar}| [{elapsed}<{remaining}]"
 DELAY = 1.0  # seconds until a bar appears
-LINE_EVERY = 30.0  # seconds between two log lines where no bar can be shown
+LINE_EVERY = 30.0  # seconds between log lines if no bar can be shown
 
 
 class Bar(ExitStack):
@@ -49,14 +49,14 @@ class Bar(ExitStack):
         """
         super().__init__()
         self.total, self.what, self.unit, self.now = total, escape_control_codes(what), unit, now
-        self.shown = shown and logger.isEnabledFor(logging.INFO)  # other processes are silent
+        self.shown = shown and logger.isEnabledFor(logging.INFO)  # other processes log nothing
         self.is_terminal = is_terminal
         self.done: float = 0
         self._bar: Any = None
         # reports the progress to the program that started this one
         self._note: Callable[[float, float | None, str], None] | None = None
         if os.environ.get(PROGRESS):
-            from modules.progress import ProgressFile  # only from `run` or a page
+            from modules.progress import ProgressFile  # only if another program reads it
 
             self._note = ProgressFile().note
         self._start = self._told = now()
@@ -77,12 +77,12 @@ class Bar(ExitStack):
                 self._told = self.now()
                 logger.info("%s", self.line())
         elif self.now() - self._start >= DELAY:
-            # made only now: a log line would show one that is still waiting for its time
+            # opened only now, because a log line would redraw a bar that is not due yet
             self._open_bar()
 
     def _open_bar(self) -> None:
         """Open tqdm's bar at the present state of the work."""
-        self.enter_context(logging_redirect_tqdm())  # log lines go above the bar
+        self.enter_context(logging_redirect_tqdm())  # write log lines above the bar
         bar = tqdm(
             total=self.total,
             desc=self.what,

@@ -13,15 +13,15 @@ from modules.nvidia_driver import OLDEST_DRIVER, NvidiaCard, find_nvidia_cards
 # does; torch 2.9 for CUDA 12.6 ends before Blackwell, which came with CUDA 12.8
 FIRST_OF_CUDA_13 = (7, 5)
 FIRST_BEYOND_CUDA_12_6 = (10, 0)
-# cards of AMD that PyTorch's builds for ROCm 6.4 are made for, as Linux numbers them: 110000 is gfx1100
+# AMD cards supported by PyTorch's builds for ROCm 6.4, in Linux's numbers: 110000 is gfx1100
 AMD_CARDS = frozenset({90000, 90006, 90008, 90010, 90402, 100300, 110000, 110001, 110002, 120000, 120001})
-KFD = Path("/sys/class/kfd/kfd/topology/nodes")  # what Linux's driver for AMD's cards lists
+KFD = Path("/sys/class/kfd/kfd/topology/nodes")  # list of AMD cards, from Linux's driver
 NO_TORCH = "no build of PyTorch is made for it. docs/install.md lists the machines"
 
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """How much a build takes with all other packages, measured or estimated from its files on Linux."""
+    """Disk space of a build with all other packages, measured or estimated from its files on Linux."""
 
     download_gb: float
     disk_gb: float
@@ -80,7 +80,7 @@ def select_for(system: str, machine: str, nvidia: Sequence[NvidiaCard], amd: Seq
 def _select_for_nvidia(cards: Sequence[NvidiaCard]) -> BuildChoice:
     """Return the build that supports most of the machine's cards and that their driver can run."""
     first = cards[0]
-    driver = first.driver  # one driver runs all cards
+    driver = first.driver  # all cards share one driver
     card_text = f"{first.name}, driver {driver}"
     known_capabilities = [card.capability for card in cards if card.capability != (0, 0)]
     newest = max(known_capabilities, default=FIRST_OF_CUDA_13)

@@ -1,4 +1,4 @@
-"""Render the chat template of a model's folder within bounds of seconds, memory and characters.
+"""Render the chat template in a model's folder, with limits on time, memory and characters.
 
 A template is a program in Jinja, and comes from whoever made the folder. Its sandbox keeps it from reaching
 anything, but not from going on for ever: so it runs in a process of its own, which is stopped. What templates
@@ -19,7 +19,7 @@ from modules.errors import InstallationError
 from modules.limits import MAX_TEMPLATE_CHARACTERS, MAX_TEMPLATE_MEMORY, MAX_TEMPLATE_SECONDS
 
 PROCESS = Path(__file__).with_name("template_process.py")
-START = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"  # by its path: nothing else is imported
+START = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"  # by path: imports no package
 
 
 class TemplateError(Exception):
@@ -57,7 +57,7 @@ def render_chat(
     return _render(str(template), json.dumps(variables), seconds)
 
 
-@functools.lru_cache(maxsize=1024)  # most items of a dataset are asked about in the same words
+@functools.lru_cache(maxsize=1024)  # most items of a dataset have the same prompt
 def _render(template: str, variables: str, seconds: float) -> str:
     """Render a template in a process of its own, with bounds on memory, time and length."""
     spec = importlib.util.find_spec("jinja2")

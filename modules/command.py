@@ -22,21 +22,21 @@ from modules.control_codes import columns_of, escape_control_codes, fold, shorte
 from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
 from modules.installation import check_requirements, command_words
 
-# loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
-# loggers that only show errors; the second counts at its exit, the third names each request
+# loggers with irrelevant warnings at import: bitsandbytes, on some processors
+# loggers limited to errors; the second logs counts at its exit, the third each request
 NOISY = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor", "httpx")
-PATIENCE = 2.0  # seconds within which a launcher ends the others
+PATIENCE = 2.0  # seconds in which a launcher ends the other processes
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
-MAX_LINES = 3  # of a message; a hint below it is one of them
+MAX_LINES = 3  # maximum lines of a message, including a hint below it
 MAX_OF_LINE = 2000  # characters of a line of a message
-LISTS_OPTIONS = " --help lists all options"  # end of a line below an error, for who reads it in a terminal
+LISTS_OPTIONS = " --help lists all options"  # hint below an error in a terminal
 MAX_OF_WORD = 240  # characters of a typed word in a message
-# numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
+# variables of multi-process launchers: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
 LAUNCHED = (*RANK, *COUNT, *LOCAL_RANK, "LOCAL_WORLD_SIZE", "MASTER_PORT")
-MAX_DIGITS = 10  # of such a number
+MAX_DIGITS = 10  # maximum digits of a launcher's number
 PLAIN_IN_POWERSHELL = re.compile(r"[\w./\\:=+-]+")
 _REMEDY = "Unset it, or start several processes with accelerate launch or torchrun"
 LAUNCH = "accelerate launch --multi_gpu --num_processes N"
@@ -49,13 +49,13 @@ def start_logging(level: int = logging.INFO) -> None:
     that are opened would get their descriptors, and messages would be written into these files.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by a service or a shell; so in pythonw.exe
+        if getattr(sys, name) is None:  # closed by a service, a shell or pythonw.exe
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
     unicode = "utf" in (sys.stderr.encoding or "").lower()  # what the terminal itself can show
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # our own bound on pixels says what is too large
+    # our own limit of pixels applies instead of Pillow's
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     if logging.getLogger().handlers:
         return
@@ -77,14 +77,14 @@ def wants_color(stream: Any) -> bool:
         return False
     if os.name != "nt":
         return True
-    import ctypes  # only there: its console has to be set to understand ANSI codes
+    import ctypes  # Windows only: its console needs a mode for ANSI codes
 
     kernel32 = ctypes.windll.kernel32  # type: ignore[attr-defined,unused-ignore]
     is_done = True
     for number in (-11, -12):  # standard output and error
         handle = kernel32.GetStdHandle(number)
         mode = ctypes.c_ulong()
-        if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # else it is not a console
+        if kernel32.GetConsoleMode(handle, ctypes.byref(mode)):  # fails if it is not a console
             # 4: ENABLE_VIRTUAL_TERMINAL_PROCESSING
             is_done = bool(kernel32.SetConsoleMode(handle, mode.value | 4)) and is_done
     return is_done
@@ -113,14 +113,14 @@ class _RepeatedWarnings(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         try:
             message = record.getMessage()
-        except (TypeError, ValueError, LookupError):  # a faulty record, which the handler itself reports
+        except (TypeError, ValueError, LookupError):  # an invalid record, which the handler itself reports
             return True
         is_repeated = record.levelno == logging.WARNING and message in self._messages
         self._messages.add(message)
         return not is_repeated
 
 
-# a script and its options within a message, which are typed as that script has them
+# a command in a message, whose options must keep that script's spelling
 _COMMAND = re.compile(r"(?:\.py|(?<![\w-])(?:reelsmith [\w -]*?\w|[a-z][^\W_]*+_\w++)) --\w")
 
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
@@ -141,7 +141,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     def respell(record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
-            # a message that does not fit its values: the handler itself reports it
+            # the message does not fit its arguments, which the handler itself reports
             with contextlib.suppress(TypeError, ValueError, LookupError):
                 record.msg = respell_options(record.getMessage(), names)
                 record.args = ()
@@ -149,7 +149,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     handlers = list(logging.getLogger().handlers)
     for handler in handlers:
-        handler.filters.insert(0, respell)  # of nested blocks the inner one counts first, as for errors
+        handler.filters.insert(0, respell)  # the inner one of nested blocks applies first, as for errors
     try:
         yield
     except UserError as error:
@@ -202,7 +202,7 @@ def command_line(
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
             both_say = "looks like" in str(error) and "looks like" in (hint or "")
-            # the command of a download, of which a message may say more
+            # the message may already contain this download command, with more options
             both_say = both_say or (hint or "-").removesuffix(" downloads it") in str(error)
             if hint and hint not in str(error) and not both_say:
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
@@ -210,13 +210,13 @@ def command_line(
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
             what = "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
-        elif "usable temporary directory" in str(error):  # of Python's `tempfile`, for torch
+        elif "usable temporary directory" in str(error):  # message of Python's `tempfile`
             what = f"{error.strerror}. Free some space, or set TMPDIR to a folder that can be written."
         else:
             raise
         print(plain_message(f"OSError: {what}"), file=sys.stderr)
         raise SystemExit(1) from None
-    except KeyboardInterrupt as stop:  # which may say what stays
+    except KeyboardInterrupt as stop:  # its text may say what is kept
         print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
     except Exception as error:
@@ -226,14 +226,14 @@ def command_line(
             message = plain_message(f"{type(error).__name__}: {trouble}")
             print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
         elif draws_boxes(sys.stderr):
-            from modules.console import show_traceback  # only after errors
+            from modules.console import show_traceback  # imported only after errors
 
             show_traceback()
         else:
             raise
         raise SystemExit(1) from None
     finally:
-        # Ctrl-C while Python waits for its threads and ends would print tracebacks of what cleans up
+        # during the exit of Python, Ctrl-C would print tracebacks
         with contextlib.suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -338,7 +338,7 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     """
     names = list(names)
     similar = difflib.get_close_matches(word[:MAX_OF_WORD], names, n=1, cutoff=min_similar)
-    similar = similar or [name for name in names if sorted(name) == sorted(word)]  # of a short one: vea
+    similar = similar or [name for name in names if sorted(name) == sorted(word)]  # transposed letters: vea
     if similar:
         return f" Did you mean {similar[0]}?"
     beginnings = [name for name in names if name and word.startswith(f"{name}_")]
@@ -370,7 +370,7 @@ def quote_for_windows(words: Sequence[str]) -> str:
         elif re.search('["$`\u201c-\u201e]', word):
             quoted.append(quote_for_powershell([word]))
         else:
-            end = word[len(word.rstrip("\\")) :]  # which would take the quote behind it as a sign of the word
+            end = word[len(word.rstrip("\\")) :]  # doubled, or it escapes the closing quote
             quoted.append(f'"{word}{end}"')
     return " ".join(quoted)
 

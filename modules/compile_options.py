@@ -25,12 +25,12 @@ SWITCHES = {"true": True, "t": True, "1": True, "false": False, "f": False, "0":
 class Compilation:
     """Settings for compiling blocks. This module imports nothing heavy, because options use it."""
 
-    backend: str = INDUCTOR  # a name that torch knows
+    backend: str = INDUCTOR  # name of a torch backend
     mode: str = DEFAULT_MODE
-    # None: a size becomes dynamic at its second value; True: all sizes are dynamic; False: none is
+    # None: a size becomes dynamic at its second value; True: all sizes are dynamic; False: no size is dynamic
     dynamic: bool | None = None
-    fullgraph: bool = False  # a part that cannot be compiled is an error; False: Python runs it
-    variants: int | None = None  # of one list of blocks, before torch runs the rest uncompiled; None: enough
+    fullgraph: bool = False  # uncompilable parts are errors; False: Python runs them
+    variants: int | None = None  # recompilation limit of a list of blocks; None: enough for all
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:

@@ -17,10 +17,10 @@ from modules.control_codes import escape_control_codes
 
 logger = logging.getLogger(__name__)
 
-NARROWEST, WIDEST = 40, 110  # columns of a box
+NARROWEST, WIDEST = 40, 110  # minimum and maximum width of a box in columns
 Row = tuple[str, str | None]
-SHOWN = 6  # names listed in a message
-MAX_SECONDS = 1e10  # that are shown: 300 years; a file may say any number
+SHOWN = 6  # maximum number of names listed in a message
+MAX_SECONDS = 1e10  # maximum duration shown, 300 years, because a file may contain any number
 
 
 def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> None:
@@ -68,7 +68,7 @@ def draw_box(
     With `colour`, use ANSI colors. With `unicode`, draw with line characters instead of ASCII. `columns` is
     the width of the terminal; None asks the system.
     """
-    from rich import box  # slow, and only for a terminal
+    from rich import box  # slow, and only needed for a terminal
     from rich.console import Console
     from rich.panel import Panel
     from rich.table import Table
@@ -102,7 +102,7 @@ def draw_box(
 
 def show_traceback() -> None:
     """Print the current exception with its traceback, for an error in this program."""
-    from rich.console import Console  # slow, and only for an error of ours on a terminal
+    from rich.console import Console  # slow, and only needed for errors on a terminal
 
     Console(stderr=True).print_exception()
 

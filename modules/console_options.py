@@ -1,4 +1,4 @@
-"""Options of log lines: how many, and where they go."""
+"""Options of log lines: their level and their destination."""
 
 import logging
 import sys
@@ -36,7 +36,7 @@ class ConsoleOptions(Options, title="log lines"):
         try:
             if self.console_log_file is not None:
                 if self.console_log_file.is_fifo():
-                    require_regular_file(self.console_log_file)  # to open it waits for who reads it
+                    require_regular_file(self.console_log_file)  # opening a pipe would wait for its reader
                 handler = _LogFile(self.console_log_file, encoding="utf-8")
         except OSError as error:
             raise OptionError(f"--console_log_file {self.console_log_file}: {error.strerror}") from None
@@ -48,7 +48,7 @@ class ConsoleOptions(Options, title="log lines"):
 
 
 class _LogFile(logging.FileHandler):
-    """A file of log lines. Those that it cannot take, as on a full disk, go to the console."""
+    """A log file. Lines that cannot be written, as on a full disk, go to the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

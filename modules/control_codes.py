@@ -1,4 +1,4 @@
-"""Make text safe for a console; take the text out of a chat model's answer. Standard library only."""
+"""Make text safe for a console; extract the text of a chat model's answer. Standard library only."""
 
 import os
 import re
@@ -11,7 +11,7 @@ from modules.limits import MAX_ANSWER_CHARACTERS
 # halves of characters
 _CODES = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# what a terminal takes as one command: colors and places; titles and links, with their text
+# terminal sequences: colors and cursor positions; titles and links, with their text
 _SEQUENCES = re.compile(
     "(?:\x1b\\[|\x9b)[0-?]*[ -/]*[@-~]"
     "|(?:\x1b[\\]PX^_]|[\x90\x98\x9d-\x9f])[^\x07\x1b\x80-\x9f]*(?:\x07|\x9c|\x1b\\\\)"
@@ -85,7 +85,7 @@ def columns_of(stream: Any) -> int | None:
     """Return the width of a stream's terminal in characters; None if it is not a terminal."""
     try:
         return os.get_terminal_size(stream.fileno()).columns or None if stream.isatty() else None
-    except (AttributeError, OSError, ValueError):  # closed, or replaced
+    except (AttributeError, OSError, ValueError):  # the stream is closed or replaced
         return None
 
 
@@ -94,7 +94,7 @@ def _compute_plainly(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
-# what models that think aloud say before their answer; a thought may have no end
+# reasoning that some models write before the answer; it may not be closed
 _THOUGHTS = re.compile(r"<think(?:ing)?>.*?(?:</think(?:ing)?>|\Z)", re.DOTALL)
 _QUOTES = {('"', '"'), ("'", "'"), ("“", "”")}
 

@@ -1,4 +1,4 @@
-"""Receive a file from a site: continued where the connection broke, bounded, and of one version only.
+"""Download a file: resumed after broken connections, of limited size, and of a single version.
 
 Every downloader asks in its own way (`Ask`) and says what an error means to its user. `urllib3.Retry` would
 repeat a request, but not continue the data of one that broke.
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TIMEOUTS = (20.0, 60.0)  # seconds to connect, and without any data
-PIECE = 1 << 16  # bytes; a broken connection loses the last one
-SLOW_SECONDS, SLOW_BYTES = 60.0, 1 << 16  # a connection that brings less in that time is given up
-# one at most: packed twice, a few bytes may be gigabytes
+PIECE = 1 << 16  # bytes; a broken connection loses at most one piece
+SLOW_SECONDS, SLOW_BYTES = 60.0, 1 << 16  # slower connections are closed
+# one at most: compressed twice, a few bytes may become gigabytes
 ENCODINGS = frozenset({"", "identity", "gzip", "x-gzip", "deflate"})
-AGAIN = frozenset({408, 425, 429})  # answers of a site that may change soon; so may those from 500
+AGAIN = frozenset({408, 425, 429})  # HTTP statuses to retry, in addition to 500 and above
 
 
 class BrokenTry(Exception):
@@ -40,7 +40,7 @@ class BrokenTry(Exception):
     def __init__(self, reason: str, wait_seconds: float = 0.0, from_start: bool = False) -> None:
         super().__init__(reason)
         self.wait_seconds = wait_seconds
-        self.from_start = from_start  # what has arrived cannot be continued
+        self.from_start = from_start  # the received part cannot be continued
 
 
 class RejectedBySite(Exception):
@@ -48,20 +48,20 @@ class RejectedBySite(Exception):
 
     def __init__(self, reason: str, status: int | None = None) -> None:
         super().__init__(reason)
-        self.status = status  # of its answer, if that is why
+        self.status = status  # HTTP status, if that is the reason
 
 
 @dataclass(frozen=True)
 class Answer:
     """The answer of a site."""
 
-    start: int  # place in the file of the first byte
-    size_bytes: int | None  # of the whole file; None: not stated
-    version: str | None  # of the file; None: not stated, so that a rest may be of another file
+    start: int  # offset of the first byte in the file
+    size_bytes: int | None  # size of the whole file; None if not stated
+    version: str | None  # version of the file; None: a rest may belong to another version
     pieces: Iterator[bytes]
 
 
-# what is there of the file in bytes, and of which version -> a site's answer, from there on or from the start
+# bytes received so far, and their version -> a site's answer, from there on or from the start
 Ask = Callable[[int, str | None], AbstractContextManager[Answer]]
 
 
@@ -94,8 +94,8 @@ def receive(
         RejectedBySite: If the site rejects the request.
         OSError: If the file cannot be written.
     """
-    path.touch()  # also of an empty file
-    maximum = path.stat().st_size  # bytes of the file at the last attempt that brought much
+    path.touch()  # an empty file has to exist too
+    maximum = path.stat().st_size  # size of the file after the last attempt with progress
     failures = 0
     version: str | None = None
     while True:
@@ -115,7 +115,7 @@ def receive(
             if error.from_start:
                 version = None
                 os.truncate(path, 0)
-            # what is sent again is not new, nor are a few bytes: a site could continue so without end
+            # repeated data and a few bytes do not count as progress, or a site could continue endlessly
             have = path.stat().st_size
             if have >= maximum + PIECE:
                 failures = 0
@@ -175,7 +175,7 @@ def ask_http(
     address: str, have: int, version: str | None, headers: Mapping[str, str] | None = None
 ) -> Iterator[Answer]:
     """Request a file by HTTP or HTTPS (an `Ask`). `headers` are additional headers, such as a token."""
-    import requests  # 0.1 s that a dataset without addresses does without
+    import requests  # takes 0.1 s, which only downloads need
     import urllib3
 
     request_headers = {**(headers or {}), "accept-encoding": "identity"}
@@ -189,25 +189,25 @@ def ask_http(
             _check_answer(address, answer)
             start = _find_first_byte(answer, have)
             end = None
-            if not answer.headers.get("content-encoding"):  # else it has another length than the file
+            if not answer.headers.get("content-encoding"):  # else it is the compressed length
                 length = _read_number(answer, "content-length")
                 end = None if length is None else start + length
             etag = answer.headers.get("etag", "")
-            # a weak version may be of other bytes
+            # a weak ETag does not guarantee equal bytes
             stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
-            if start and version is not None and stamp not in (None, version):  # some pay no heed to if-range
+            if start and version is not None and stamp not in (None, version):  # some servers ignore if-range
                 raise BrokenTry("the file has changed meanwhile", from_start=True)
             yield Answer(
                 start,
                 end,
-                stamp or (version if start else None),  # the rest of a file need not say it again
+                stamp or (version if start else None),  # partial answers may omit the version
                 _read_pieces(answer),
             )
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
-        # the library lets some through unchanged: redirects to no address, chunks of negative length
+        # errors that requests does not convert: redirects without an address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
             raise RejectedBySite("it is not an address that can be asked for") from None
-        # not its text: it may hold the address
+        # without its text, which may contain the address
         what = "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
         raise BrokenTry(f"the {what} ({type(error).__name__})") from None
 
@@ -254,7 +254,7 @@ def _find_first_byte(answer: "requests.Response", have: int) -> int:
     if sent.startswith(f"bytes {have}-"):
         return have
     match = re.fullmatch(r"bytes 0-(\d{1,15})/(\d{1,15})", sent, re.ASCII)
-    if match and int(match[1]) + 1 == int(match[2]):  # not asked for
+    if match and int(match[1]) + 1 == int(match[2]):  # an unrequested range
         return 0
     raise RejectedBySite(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
 

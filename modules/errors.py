@@ -1,4 +1,4 @@
-"""Errors that a user can correct: the fault, its place, and the remedy.
+"""Errors that a user can correct, with their location and the remedy.
 
 They end the program without a traceback.
 """
@@ -75,12 +75,12 @@ def catch_panics() -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # no package exports it
+        if type(error).__name__ != "PanicException":  # the class cannot be imported
             raise
         raise ValueError(f"its library fails: {error}") from error
 
 
-# where the classes of compilers' errors are; torch need not be loaded to recognize them
+# modules of compiler errors, compared by name so that torch is not imported
 _COMPILERS = ("torch._dynamo", "torch._inductor", "triton.")
 
 

@@ -1,6 +1,6 @@
-"""Load what installed packages bring to this program, if the user has named them; else nothing of them runs.
+"""Load extensions from installed packages, but only those that the user has named.
 
-A package announces what it brings by entry points of the groups below. The user names them in the environment
+A package announces its extensions by entry points of the groups below. The user names them in the environment
 variable `REELSMITH_EXTENSIONS`, or in front of a command: `reelsmith --extensions NAME`. No file can name
 one. Standard library only; nothing here is called unless something is named.
 """
@@ -18,7 +18,7 @@ FEATURES, NETWORKS, OPTIMIZERS, FAMILIES, PAGES = GROUPS = (
     "reelsmith.features",  # a `Feature` of training/features/contract.py
     "reelsmith.networks",  # a `NetworkKind` of networks/kinds/contract.py
     "reelsmith.optimizers",  # a subclass of torch.optim.Optimizer; its name is that of --optimizer_type
-    "reelsmith.families",  # a package with names.py, options.py, files.py and family.py, as wan/ has them
+    "reelsmith.families",  # a package with names.py, options.py, files.py and family.py, like wan/
     "reelsmith.pages",  # a function that returns the routes of pages in the browser for its `Site`
 )
 
@@ -44,7 +44,7 @@ def check_named() -> None:
 
 
 def find_values(group: str) -> dict[str, str]:
-    """Return where the named extensions of a group are, as `module:attribute`, by name. None is imported."""
+    """Return the named extensions of a group, name -> `module:attribute`, without importing them."""
     return {entry.name: entry.value for entry in _find_entries(group)}
 
 
@@ -68,7 +68,7 @@ def _load(entry: EntryPoint) -> Any:
     try:
         found = importlib.import_module(entry.module)
         return getattr(found, entry.attr) if entry.attr else found
-    except Exception as error:  # code of another author may raise anything
+    except Exception as error:  # third-party code may raise anything
         raise InstallationError(
             f"extension {entry.name} ({entry.value}) cannot be loaded: {type(error).__name__}: {error}. "
             f"Leave it out of {EXTENSIONS}, or install a version for this Reelsmith"

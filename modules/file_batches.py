@@ -1,4 +1,4 @@
-"""Write many small files in the time of few. Standard library only."""
+"""Write many small files quickly. Standard library only."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from pathlib import Path
 from modules.atomic_write import explain_errors, flush_folder, replace_file, temporary_name
 from modules.run_limits import reject_writing
 
-MAX_FLUSHES = 16  # at once
+MAX_FLUSHES = 16  # maximum number of concurrent flushes
 
 
 def write_files(contents: Mapping[Path, bytes], note: Callable[[Path], None] = lambda path: None) -> None:

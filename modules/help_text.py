@@ -1,4 +1,4 @@
-"""What -h and --help print: one screen of the options that people use, or all options by group.
+"""The text of -h (one screen of frequently used options) and of --help (all options by group).
 
 Standard library only, so that `--help` answers at once.
 """
@@ -12,11 +12,11 @@ from typing import Any
 
 from modules.options import find_rejection
 
-SCREEN = 66  # lines; a help of at most so many is shown by -h too
-MIN = 5  # options that make a short help
-COLUMN = 28  # where texts begin in the short help
-LONGEST_CHOICES = 24  # characters next to an option; more stand in its text
-LONGEST_CLAUSE = 90  # characters of a text in the short help, if it can be cut
+SCREEN = 66  # lines; -h shows the full help if it is not longer
+MIN = 5  # minimum number of options in a short help
+COLUMN = 28  # column at which texts begin in the short help
+LONGEST_CHOICES = 24  # characters of choices next to an option; longer lists are in its text
+LONGEST_CLAUSE = 90  # maximum characters of a clause in the short help, if it can be cut
 LONGEST_DEFAULT = 80
 
 
@@ -25,7 +25,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog)
-        if hasattr(self, "_set_color"):  # Python 3.14 would color, and measure columns with its codes
+        if hasattr(self, "_set_color"):  # Python 3.14 would color the text and count color codes as columns
             self._set_color(False)
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
@@ -41,7 +41,7 @@ def full_help(parser: argparse.ArgumentParser) -> str:
     formatter.add_text(parser.description)
     groups = sorted(parser._action_groups, key=_rank_group)
     for group in groups:
-        formatter.start_section(group.title)  # shown if there is something in it
+        formatter.start_section(group.title)  # hidden if the section is empty
         formatter.add_arguments([action for action in group._group_actions if not find_rejection(action)])
         formatter.end_section()
     refused: dict[str, list[str]] = {}  # reason -> flags
@@ -80,8 +80,8 @@ class DescribedOption:
     is_list: bool
     choices: Sequence[str]
     default: str
-    rejection: str | None  # why it is refused or not needed
-    reach: str  # what it reaches outside of the program; see `find_reach`
+    rejection: str | None  # why it is rejected or not needed
+    reach: str  # its effect outside of the program; see `find_reach`
 
 
 def describe_options(parser: argparse.ArgumentParser) -> list[DescribedOption]:

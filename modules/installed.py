@@ -1,7 +1,7 @@
 """Find the file of a module of an installed package, without importing anything. Standard library only.
 
 A file that describes a training may come from somebody else. It may name what an installed package has, and
-nothing else: no module of the working folder or next to the file, none of Python itself, none of a package
+nothing else: no module of the working folder, next to the file or of Python itself, and none of a package
 that begins with `_` (`unittest.__main__` would run).
 """
 
@@ -56,12 +56,12 @@ def find_installed(name: str) -> Path | None:
 
 
 def _find_top(package: str) -> ModuleSpec | None:
-    spec = PathFinder.find_spec(package)  # what is loaded may be another object than the package
+    spec = PathFinder.find_spec(package)  # not sys.modules, where another object may replace the package
     if spec is not None:
         return spec
     try:
-        return importlib.util.find_spec(package)  # of packages that are installed in place
-    except (ImportError, ValueError):  # a module that is loaded and does not say where it is from
+        return importlib.util.find_spec(package)  # finds packages that are installed in place
+    except (ImportError, ValueError):  # a loaded module without a spec
         return None
 
 
@@ -107,7 +107,7 @@ def _list_editable_folders() -> tuple[Path, ...]:
             note = json.loads(distribution.read_text("direct_url.json") or "{}")
             is_editable = note.get("dir_info", {}).get("editable", False)
             address = urlsplit(note.get("url", "")) if is_editable else None
-        except (ValueError, AttributeError):  # a note that is damaged
+        except (ValueError, AttributeError):  # damaged metadata
             continue
         if address is not None and address.scheme == "file":
             path = unquote(address.path)

@@ -1,4 +1,4 @@
-"""Refuse a Python that cannot run Reelsmith, and files of which an update has replaced half.
+"""Refuse a Python that cannot run Reelsmith, and files of an incomplete update.
 
 Every script imports this before anything else of ours. The checks run at import, because the next imports
 need modules and syntax of Python 3.11: this file has to be readable by older ones. Newer ones are refused
@@ -21,13 +21,13 @@ if sys.maxsize < 2**32:
     )
 
 _ROOT = Path(__file__).resolve().parent.parent
-_NOTES = _ROOT / ".reelsmith"  # the names are those of package/updating.py, which may be half replaced itself
+_NOTES = _ROOT / ".reelsmith"  # as in package/updating.py, which may be half replaced itself
 _PROGRAM = _NOTES / "program.zip"
 if (_NOTES / "back" / "unfinished").exists() and _PROGRAM.exists():
     import subprocess
 
     _code = subprocess.call([sys.executable, str(_PROGRAM), "repair", str(_ROOT)])
-    # this process has read a file of the half update: the same command begins anew
+    # this process has read a half-updated file: start the same command again
     sys.exit(_code or subprocess.call([sys.executable] + sys.orig_argv[1:]))
 
 from modules.table_answers import answer_running_script  # noqa: E402  # it needs the Python that is checked

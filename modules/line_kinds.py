@@ -1,7 +1,7 @@
-"""Kinds of printed lines: what a line is about, for a program that shows it otherwise than a terminal.
+"""Kinds of printed lines, such as warnings, for programs that display lines differently than a terminal.
 
-A line carries its kind from where it is written. A program that the browser starts prints the kind in front
-of the line, which the browser takes off again; in a terminal the line stands alone.
+Each line is written with its kind. A program that the browser starts prints the kind in front
+of the line, and the browser removes it; in a terminal the kind is not printed.
 """
 
 import os
@@ -11,11 +11,11 @@ from typing import NamedTuple
 from modules.installation import TELLS_KINDS
 
 FAULT = "fault"  # a file cannot be used, or the run would end
-WARNING = "warning"  # somebody may want to change something
+WARNING = "warning"  # something that the user may want to change
 CAPTIONS = "captions"  # about files without a caption
-NEXT, MEND = "next", "mend"  # about the next command; the second: listed files are to be corrected first
+NEXT, MEND = "next", "mend"  # about the next command; MEND: listed files have to be corrected first
 KINDS = (FAULT, WARNING, CAPTIONS, NEXT, MEND)
-END = "> "  # between a kind and its line
+END = "> "  # separates a kind from its line
 
 
 class KindLine(str):
@@ -33,7 +33,7 @@ class KindLine(str):
 class ReadLine(NamedTuple):
     """A printed line without its kind, and that kind."""
 
-    kind: str  # "": it has none
+    kind: str  # "" for a line without a kind
     text: str
 
 

@@ -6,7 +6,7 @@
             ...  # passes that need all processes
 
 Process 0 has a connection to each of the others, and both ends send a line every few seconds. A connection
-that breaks belongs to a process that ended, a silent one to a process that is stopped or cannot be reached.
+that breaks means that the process ended; a silent one, that the process is stopped or unreachable.
 Threads do this, so that a long pass, a compilation or a save counts as life, and a process that waits for the
 others in C++, where no exception reaches it, ends too.
 """
@@ -31,7 +31,7 @@ from modules.control_codes import shorten
 from modules.errors import UserError
 
 SIGNS = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset)|[Bb]roken pipe|[Ss]ocket")
-KEY = "reelsmith/others"  # in the processes' common store: the port of process 0, and a password
+KEY = "reelsmith/others"  # key in the shared store: port of process 0, and a password
 HERE, OVER, LOST = "here", "over", "lost"  # first words of lines
 ASKED, ANSWERED = "reelsmith/asked", "reelsmith/answered"  # keys of `meet_anew`
 PAUSE = 0.1  # seconds until a question is repeated
@@ -42,9 +42,9 @@ AGAIN = "Start the same command again."
 class Pace(NamedTuple):
     """Times in seconds."""
 
-    beat: float = 5.0  # between two signs of life
-    silence: float = 60.0  # without one: stopped. C code that holds Python's lock stops its threads too
-    grace: float = 5.0  # for an error of this process, or one of torch, that tells more
+    beat: float = 5.0  # seconds between two heartbeats
+    silence: float = 60.0  # seconds without a heartbeat; long, as C code may hold the GIL
+    grace: float = 5.0  # seconds to wait for a more specific error
 
 
 DEFAULT = Pace()
@@ -67,7 +67,7 @@ class OtherProcesses:
         # called before a thread ends this process, with what is printed
         self.at_end: Callable[[str], None] = lambda _: None
         self._rank, self._pace = rank, pace
-        self._lost: tuple[int, str] | None = None  # which, and how
+        self._lost: tuple[int, str] | None = None  # number of the lost process, and how it was lost
         self._noticed, self._over = threading.Event(), threading.Event()
         self._links = _connect(rank, count, pace)
         for linked_rank, link in self._links.items():
@@ -81,11 +81,11 @@ class OtherProcesses:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._over.set()
-        if error is None:  # else it ends early, and the others notice that the connection breaks
+        if error is None:  # on an error, the others notice the broken connection
             self._send(OVER)
         for link in self._links.values():
             with contextlib.suppress(OSError):
-                link.shutdown(socket.SHUT_RDWR)  # not closed: its thread reads
+                link.shutdown(socket.SHUT_RDWR)  # not close(), because its thread is reading
 
     @contextlib.contextmanager
     def explain(self) -> Iterator[None]:
@@ -101,10 +101,10 @@ class OtherProcesses:
             )
             if is_of_processes:
                 self._noticed.wait(self._pace.grace)
-            self._over.set()  # from here on this thread ends the process
+            self._over.set()  # from now on, this thread ends the process
             if not is_of_processes:
                 raise
-            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # of a launcher that knows too: report first
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # report before a launcher's signal ends it
             if not self._prints_error:
                 raise SystemExit(LostProcessError.exit_code) from None
             summary = shorten((str(error) or type(error).__name__).splitlines()[0], 160)
@@ -116,7 +116,7 @@ class OtherProcesses:
 
     def _send(self, line: str) -> None:
         for link in self._links.values():
-            with contextlib.suppress(OSError):  # its thread notices
+            with contextlib.suppress(OSError):  # its reading thread notices
                 link.sendall(f"{line}\n".encode())
 
     def _listen(self, rank: int, link: socket.socket) -> None:
@@ -157,10 +157,10 @@ class OtherProcesses:
             description = self._describe()
             if self._prints_error:
                 text = plain_message(f"{LostProcessError.__name__}: {description}")
-                os.write(2, f"\n{text}\n".encode())  # the main thread may hold the stream
+                os.write(2, f"\n{text}\n".encode())  # not sys.stderr, which the main thread may have locked
             self.at_end(description)
         finally:
-            os._exit(LostProcessError.exit_code)  # the main thread waits in C++, which no exception reaches
+            os._exit(LostProcessError.exit_code)  # the main thread waits in C++, where no exception arrives
 
     @property
     def _prints_error(self) -> bool:
@@ -183,7 +183,7 @@ class OtherProcesses:
                 text += "was lost: it was killed, for example because memory was full, or ended by an error"
         try:
             advice = self.advice()
-        except OSError:  # the folder to look into is gone with a machine
+        except OSError:  # the working folder vanished with its machine
             advice = AGAIN
         return f"{text}. The run cannot continue without it; what was saved is untouched.{tail}\n  {advice}"
 
@@ -211,7 +211,7 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
             free.bind(("", 0))
             port = str(free.getsockname()[1])
         keys = [f"{ASKED}/{rank}" for rank in range(1, count)]
-        for key in keys:  # of an earlier attempt; who has asked already does so again
+        for key in keys:  # from an earlier attempt; other processes ask again
             store.delete_key(key)
         for key in keys:
             store.set(f"{ANSWERED}/{store.get(key).decode()}", port)
@@ -227,8 +227,8 @@ def meet_anew(environment: MutableMapping[str, str] = os.environ) -> None:
 
 def _connect(rank: int, count: int, pace: Pace) -> dict[int, socket.socket]:
     """Connect process 0 with all other processes; return the connections by rank."""
-    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(count)  # then no port is open to others
-    host = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]  # where torch's own store is, too
+    is_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(count)  # then listen on this machine only
+    host = "127.0.0.1" if is_one_machine else os.environ["MASTER_ADDR"]  # the host of torch's own store
     store = distributed_c10d._get_default_store()
     if rank > 0:
         return {0: _reach_first(rank, host, store, pace)}

@@ -1,4 +1,4 @@
-"""Ask the NVIDIA driver for its cards, and say why torch does not see them. Standard library only."""
+"""List the cards of the NVIDIA driver, and explain why torch does not see them. Standard library only."""
 
 import os
 import shutil
@@ -10,7 +10,7 @@ from pathlib import Path
 # Compatibility, "Minor Version Compatibility", table 1
 OLDEST_DRIVER = {11: 450, 12: 525, 13: 580}
 QUERY = "--query-gpu=name,driver_version,compute_cap"
-PATIENCE = 30.0  # seconds; the first question after a start may wake the cards
+PATIENCE = 30.0  # seconds; the first query after a boot may initialize the cards
 
 
 @dataclass(frozen=True)
@@ -18,8 +18,8 @@ class NvidiaCard:
     """A graphics card of NVIDIA, as its driver describes it."""
 
     name: str
-    driver: str  # its version: 580.65.06
-    capability: tuple[int, int]  # of its units, such as (8, 9); (0, 0): the driver does not say
+    driver: str  # version of the driver: 580.65.06
+    capability: tuple[int, int]  # compute capability, such as (8, 9); (0, 0) if unknown
 
     @property
     def series(self) -> int:
@@ -30,7 +30,7 @@ class NvidiaCard:
 def find_nvidia_cards() -> list[NvidiaCard]:
     """Return the cards that the driver lists; none without a driver that answers."""
     program = shutil.which("nvidia-smi")
-    if program is None and os.name == "nt":  # older drivers put it where no command is looked for
+    if program is None and os.name == "nt":  # older drivers install it outside of PATH
         folder = Path(os.environ.get("PROGRAMFILES", r"C:\Program Files"))
         program = shutil.which("nvidia-smi", path=str(folder / "NVIDIA Corporation" / "NVSMI"))
     if program is None:
@@ -62,7 +62,7 @@ def read_nvidia_cards(text: str) -> list[NvidiaCard]:
 
 
 def explain_unseen_card(torch_version: str, cuda: str | None) -> str | None:
-    """Return why a torch without CUDA devices has none although the driver lists a card; None without one.
+    """Return why torch has no CUDA device although the driver lists a card; None if it lists none.
 
     Args:
         torch_version: `torch.__version__` and `torch.version.cuda`, which is None for builds without CUDA.

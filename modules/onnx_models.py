@@ -30,9 +30,9 @@ class OnnxModel:
     path: Path
     input_shape: Shape
     outputs: Mapping[str, Shape]  # by name
-    notes: Mapping[str, str]  # its metadata
+    notes: Mapping[str, str]  # metadata
     session: Any  # onnxruntime.InferenceSession
-    memory_bytes: int | None  # that a run may take besides; None: on a card, whose driver bounds it
+    memory_bytes: int | None  # memory limit of a run; None on a GPU, which has its own limit
 
     def run(self, images: Numbers) -> list[Numbers]:
         """Return the outputs for some images, in the order of `outputs`.
@@ -49,7 +49,7 @@ class OnnxModel:
                 outputs = self.session.run(
                     None, {model_input.name: images.astype(_DTYPES[model_input.type])}, options
                 )
-        except Exception as error:  # its classes have no common base
+        except Exception as error:  # onnxruntime's errors have no common base class
             raise _cannot_run(self.path, error) from None
         return [np.asarray(output, np.float32) for output in outputs]
 
@@ -89,7 +89,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
             f"{path.name} needs the package onnxruntime. Run: pip install onnxruntime"
         ) from None
     providers = ["CPUExecutionProvider"]
-    bound = limits.MAX_ONNX_MEMORY + 3 * size + more_bytes  # weights are arranged anew
+    bound = limits.MAX_ONNX_MEMORY + 3 * size + more_bytes  # the session stores weights in another layout
     memory_bytes: int | None = bound
     if may_use_cuda and _CUDA in onnxruntime.get_available_providers():
         providers.insert(0, _CUDA)
@@ -98,7 +98,7 @@ def load_onnx(path: Path, more_bytes: int = 0, may_use_cuda: bool = False) -> On
     try:
         with limited_memory(memory_bytes):
             session = onnxruntime.InferenceSession(str(path), settings, providers=providers)
-    except Exception as error:  # as above
+    except Exception as error:  # no common base class, as above
         if "InvalidProtobuf" in type(error).__name__ or not size:
             raise CheckpointError(
                 f"{path} is no ONNX file, or a damaged one. Download or export it again.", path
@@ -120,7 +120,7 @@ def _make_settings(onnxruntime: Any, memory_bytes: int) -> Any:
         "Cpu", onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, 0, onnxruntime.OrtMemType.DEFAULT
     )
     bound = onnxruntime.OrtArenaCfg({"max_mem": memory_bytes, "arena_extend_strategy": 1})
-    onnxruntime.create_and_register_allocator(memory_info, bound)  # in place of that of an earlier session
+    onnxruntime.create_and_register_allocator(memory_info, bound)  # replaces an earlier allocator
     settings = onnxruntime.SessionOptions()
     settings.log_severity_level = 4  # fatal: errors are raised
     settings.add_session_config_entry("session.use_env_allocators", "1")

@@ -1,4 +1,4 @@
-"""Files that another program has open, which Windows does not replace meanwhile."""
+"""Replace files that other programs may have open, which Windows refuses meanwhile."""
 
 import os
 import time
@@ -6,7 +6,7 @@ from pathlib import Path
 
 # Windows' numbers: access denied, as for a target that is open; sharing violation; lock violation
 OPEN_ELSEWHERE = (5, 32, 33)
-WAIT_SECONDS = 3.0  # for a page that reads the file or a virus scanner; a player keeps it much longer
+WAIT_SECONDS = 3.0  # enough for a page or a virus scanner that reads the file; a player keeps it open longer
 PAUSE = 0.02  # seconds
 
 

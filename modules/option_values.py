@@ -1,4 +1,4 @@
-"""Values of options: converted from typed words, and checked. Standard library only."""
+"""Convert typed words to values of options, and check them. Standard library only."""
 
 import argparse
 import ast
@@ -25,15 +25,15 @@ from modules.text_files import bad_character
 
 T = TypeVar("T")
 
-MAX_NUMBER = 10**9  # of any number but a seed; no count, size or factor that is meant goes beyond
+MAX_NUMBER = 10**9  # limit of all numbers except seeds; no sensible count, size or factor is larger
 UNBOUNDED = {"seed"}
 JOINED = re.compile(r"([0-9]+)( *[x*×] *|[,: ]+)([0-9]+)", re.IGNORECASE)  # 832x480: two numbers in one word
 UNIT = r"(?:GB|GiB|G)"
-MEMORY = rf"([0-9]{{1,6}}(?:\.[0-9]+)?) *{UNIT}?"  # the GiB of a card, as people write them
-HEIGHT_WIDTH = ("HEIGHT", "WIDTH")  # metavar of options that take a size
+MEMORY = rf"([0-9]{{1,6}}(?:\.[0-9]+)?) *{UNIT}?"  # GiB of a graphics card, in common spellings
+HEIGHT_WIDTH = ("HEIGHT", "WIDTH")  # metavar of options for a size
 SEED_BITS = 32
-MAX_DIGITS = 100  # of a whole number
-MAX_OF_ARGUMENT = 10_000  # characters of one KEY=VALUE
+MAX_DIGITS = 100  # maximum digits of an integer
+MAX_OF_ARGUMENT = 10_000  # maximum characters of one KEY=VALUE
 
 
 class FillIn(str):
@@ -41,14 +41,14 @@ class FillIn(str):
 
 
 def check_characters(option: str, value: Any) -> None:
-    """Check that the texts of an option's value hold no character that no text or file name can have.
+    """Check that the texts of an option's value have no characters that are invalid in texts and file names.
 
     Raises:
         OptionError: If one does.
     """
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
-        if isinstance(text, Path) and "\0" in str(text):  # other bytes that are not UTF-8 may be in a name
+        if isinstance(text, Path) and "\0" in str(text):  # other bytes are allowed, even invalid UTF-8
             raise OptionError(f"--{option} holds the character NUL (\\u0000), which no file's name can have")
         character = bad_character(text) if isinstance(text, str) else None
         if character is not None:
@@ -74,7 +74,7 @@ def to_path(option: str, text: str) -> Path:
 
 
 def height_width(joined: re.Match[str]) -> tuple[str, str]:
-    """Return height and width of a match of `JOINED`; with an x people write the width first."""
+    """Return height and width of a match of `JOINED`; sizes with an x have the width first."""
     is_width_first = joined[2].strip(", :") != ""
     return (joined[3], joined[1]) if is_width_first else (joined[1], joined[3])
 
@@ -264,7 +264,7 @@ def read_literals(option: str, items: Sequence[str]) -> dict[str, Any]:
 def _parse_literal(text: str) -> Any:
     try:
         return ast.literal_eval(text.strip())
-    except (ValueError, SyntaxError, MemoryError, RecursionError):  # a bare word; what is nested too deeply
+    except (ValueError, SyntaxError, MemoryError, RecursionError):  # an unquoted word, or nested too deeply
         return text
 
 
@@ -278,7 +278,7 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     """
     if re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         return few_digits(text.strip())
-    import hashlib  # here: it loads OpenSSL, which --help need not wait for
+    import hashlib  # imported here, because it loads OpenSSL, which --help does not need
 
     digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
     return abs(digest - _walk(text)) % 2**bits

@@ -1,12 +1,12 @@
-"""Declare options once, as the fields of a record; parser, checks and messages follow from it.
+"""Declare options once, as fields of a record, for the parser, the checks and the messages.
 
     class SavingOptions(Options, title="saving"):
         output_dir: Path | None = option("folder to save into", often=True)
         save_every_n_epochs: int | None = option("save after this many epochs", least=1)
         save_n_epoch_ratio: int | None = option("this many saves", least=1, excludes="save_every_n_epochs")
 
-A field's type gives the form of the value: bool is a switch, a tuple takes several words, str, int, float and
-Path one. Other facts stand in `option`. `add_options(parser, SavingOptions)` (modules/parser.py) declares all
+A field's type determines the value: bool is a switch, a tuple takes several words, str, int, float and
+Path one. `option` has all other facts. `add_options(parser, SavingOptions)` (modules/parser.py) declares all
 of them to a parser, `read_options(SavingOptions, args)` makes the record. Standard library only.
 """
 
@@ -28,41 +28,41 @@ from modules.run_limits import reject_outside, reject_sending
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
-# What a fact says of resuming and of the metadata of generated files; a field that holds a record passes its
-# own on to all options in it.
-IDENTITY = {"resume": "identity"}  # a resumed run has to give the saved value
+# Facts about resuming and about the metadata of generated files; a field that holds a record passes its
+# facts on to all options in that record.
+IDENTITY = {"resume": "identity"}  # a resumed run must have the saved value
 CHANGEABLE = {"resume": "identity", "resume_changed": True}  # unless --resume_changed is given
-HABIT = {"resume": "habit"}  # it may give another one, which is warned about
-FREE = {"resume": "free"}  # it may give another one
-HABIT_OF_NAMES = {"resume": "names"}  # as HABIT, of files: by their names
+HABIT = {"resume": "habit"}  # a resumed run may change the value, with a warning
+FREE = {"resume": "free"}  # a resumed run may change the value
+HABIT_OF_NAMES = {"resume": "names"}  # as HABIT, but files are compared by name
 SECRET = {"secret": True}  # a key or token: shown and recorded nowhere
-SETTING = {"record": "setting"}  # its value as given; so for an option without this fact
-OF_DECODING = {"record": "decoding"}  # its value as given; a run that only decodes records its own
-# its value for this video, which a prompt line, an image or the task may decide
+SETTING = {"record": "setting"}  # recorded as given; the default for options without this fact
+OF_DECODING = {"record": "decoding"}  # recorded as given; a run that only decodes records its own value
+# recorded with the value of this video, which a prompt line, an image or the task may decide
 OF_REQUEST = {"record": "request"}
-NO_PIXELS = {"record": "nothing"}  # nothing: it changes no pixel
-IN_IMAGE_FILES = {"image_files": True}  # files of image trainers record it if it is not given, too
-OF_BLOCKS = {"of_blocks": True}  # it acts between the blocks of a transformer
-OF_SAMPLES = {"acts_on": "samples"}  # of a training: it acts on its samples alone
-OF_REFERENCES = {"of_references": True}  # in a generation it does something only to reference images
-OF_TYPING = {"typing": True}  # no value of an option: equal records may differ in it
-# What a value reaches outside of the program; a `place` says it of most paths (`find_reach`).
-# docs/new_and_run.md lists what of it a folder of somebody else may use.
-WRITES = {"reach": "writes"}  # something is written there; in `run` only below its folders
-APPENDS = {"reach": "appends"}  # a file grows at its end; if a file of options asks for it, only a log may
-# something leaves this machine; in `run` only if it is typed. Fact `stays`: values that send nothing;
-# fact `intention`: what any other does
+NO_PIXELS = {"record": "nothing"}  # not recorded: it changes no pixel
+IN_IMAGE_FILES = {"image_files": True}  # image trainers' files record it even if it is not given
+OF_BLOCKS = {"of_blocks": True}  # it acts between transformer blocks
+OF_SAMPLES = {"acts_on": "samples"}  # in a training, it affects only the samples
+OF_REFERENCES = {"of_references": True}  # in a generation, it affects only reference images
+OF_TYPING = {"typing": True}  # not an option's value: it is ignored when records are compared
+# Effects of a value outside of the program; for most paths, `place` states them (`find_reach`).
+# docs/new_and_run.md lists which of them somebody else's folder may use.
+WRITES = {"reach": "writes"}  # it writes files; `run` allows that only in its folders
+APPENDS = {"reach": "appends"}  # it appends to a file; an options file may do so only for logs
+# data leaves this machine; `run` allows it only on the command line. Fact `stays`: values that send nothing;
+# fact `intention`: the effect of all other values
 SENDS = {"reach": "sends"}
-OF_RUN = {"of_run": True}  # an option of a training that `run` has too, and hands to it
-# a file of settings for another library, which can say where to send what; in `run` only if it is typed
+OF_RUN = {"of_run": True}  # a training option that `run` has too, and passes on
+# a settings file of another library, which may send data; `run` allows it only on the command line
 CONFIGURES = {"reach": "configures"}
-# another program at an address, which can have this one run its code; only from a typed command line
+# a program at an address that can make this one run its code; allowed only on the command line
 CONNECTS = {"reach": "connects"}
-STARTS = {"reach": "starts"}  # a program is started; only from a typed command line, never from a file
+STARTS = {"reach": "starts"}  # it starts a program; allowed only on the command line
 IMPORTS_CLASS = {"reach": "imports class"}  # it names `package.module.Class`, whose module is imported
 IMPORTS_MODULE = {"reach": "imports module"}  # it names a module, which is imported
 IMPORTS = ("imports class", "imports module")
-MADE_PLACES = ("new file", "new folder", "safetensors")  # of `place`: something is written there
+MADE_PLACES = ("new file", "new folder", "safetensors")  # values of `place` for paths that are written
 
 
 def of_request(name: str) -> dict[str, str]:
@@ -73,10 +73,10 @@ def of_request(name: str) -> dict[str, str]:
     return {**OF_REQUEST, "extra": name}
 
 
-TYPED = "typed_options"  # of parsed arguments: which of them are typed, with their usual values too
+TYPED = "typed_options"  # parsed attribute: names of typed arguments, even with default values
 
 _UNSET: Any = object()
-# of a record: field -> its type
+# field of a record -> type
 hints_of: Callable[[type], dict[str, Any]] = functools.cache(typing.get_type_hints)
 
 
@@ -108,7 +108,7 @@ def option(
     facts: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Any:
-    """Return a field of an `Options` record, with everything that is known about its option.
+    """Return a field of an `Options` record, with all facts about its option.
 
     For a field that is a record itself, `facts` apply to all of its options, and `settings` are those of
     `add_options`.
@@ -196,10 +196,10 @@ class Rejection(NamedTuple):
     """An option of other programs that the parser knows and no record holds."""
 
     help: str
-    reason: str  # why it is refused; empty: it is accepted
-    instead: str  # what happens without it; a line says so if it is given
-    values: tuple[Any, ...]  # besides the default, those that change nothing and are accepted in silence
-    settings: Mapping[str, Any]  # of `add_argument`
+    reason: str  # why it is rejected; "" if it is accepted
+    instead: str  # why it is not needed, for the log line if it is given
+    values: tuple[Any, ...]  # values that change nothing and are accepted silently, like the default
+    settings: Mapping[str, Any]  # arguments of `add_argument`
 
 
 def find_rejection(action: argparse.Action) -> Rejection | None:
@@ -225,8 +225,8 @@ def not_needed(instead: str, help: str = "", *, values: tuple[Any, ...] = (), **
 class KeyFile(NamedTuple):
     """A kind of settings file, for the message about one of its keys that is typed as an option."""
 
-    read_keys: Callable[[], Collection[str]]  # a function: only mistakes need what it imports
-    hint: str  # what to write, with {key}
+    read_keys: Callable[[], Collection[str]]  # a function, because only error messages need its imports
+    hint: str  # advice with the placeholder {key}
 
 
 R = TypeVar("R", bound="Options")
@@ -250,16 +250,16 @@ class Options:
     # files whose keys are likely to be typed as options of the script by mistake
     key_files: ClassVar[tuple[KeyFile, ...]] = ()
     __dataclass_fields__: ClassVar[dict[str, "dataclasses.Field[Any]"]]
-    # found when the class is made: fields by the public name of their option, those whose value is limited or
-    # related to other options, and those of paths
+    # collected when the class is created: fields by public option name, fields whose value is limited or
+    # related to other options, and fields with paths
     fields_by_name: ClassVar[dict[str, "dataclasses.Field[Any]"]]
     limited_fields: ClassVar[tuple["dataclasses.Field[Any]", ...]]
     path_fields: ClassVar[tuple["dataclasses.Field[Any]", ...]]
 
     def __init_subclass__(cls, title: str = "", dashed: bool = False, must_give: bool = False) -> None:
         cls.heading, cls.dashed = title, dashed
-        cls.must_give = must_give or cls.must_give  # of the records that it extends, too
-        # no method is generated, as compiling a dozen of them takes longer than all the rest of --help
+        cls.must_give = must_give or cls.must_give  # inherited from base records
+        # dataclass generates no methods, because compiling them takes longer than the rest of --help
         dataclasses.dataclass(init=False, repr=False, eq=False, match_args=False)(cls)
         fields = dataclasses.fields(cls)
         for field in fields if dashed else ():
@@ -286,15 +286,15 @@ class Options:
             object.__setattr__(self, field.name, value)
         for field in self.limited_fields:
             _check_info(self, field)
-        if is_started_by_file():  # what the user has typed may reach everything
+        if is_started_by_file():  # options typed by the user may do everything
             for field in fields:
                 _check_reach(self, field)
-        # as the last, for a message of what is wrong without any file
+        # last, because errors that need no file are reported first
         for field in self.path_fields:
             prefix = "" if field.metadata["declared"].positional else "--"
             value = getattr(self, field.name)
             check_paths(f"{prefix}{option_name(field)}", value, field.metadata, self.value_of)
-        # rules beyond the facts, as dataclasses have them
+        # checks beyond the declared facts
         if hasattr(self, "__post_init__") and (self.must_give or _has_given(self)):
             self.__post_init__()
 
@@ -370,7 +370,7 @@ def is_given(record: Any, field: "dataclasses.Field[Any]") -> bool:
     """Return whether a field of a record differs from its default value."""
     try:
         return bool(getattr(record, field.name) != default_of(type(record), field))
-    except TypeError:  # it has none
+    except TypeError:  # the field has no default
         return True
 
 
@@ -378,7 +378,7 @@ def _has_given(record: Any) -> bool:
     """Return whether any option of a record, or of the records in it, differs from its default value."""
     hints = hints_of(type(record))
     for field in dataclasses.fields(record):
-        # a record that may be left out is compared as a value: given without options, it is not None
+        # an optional record counts as given if it is not None, even with default values
         is_record = dataclasses.is_dataclass(hints[field.name])
         if _has_given(getattr(record, field.name)) if is_record else is_given(record, field):
             return True
@@ -514,13 +514,13 @@ def read_options(cls: type[R], args: argparse.Namespace) -> R:
         if not hasattr(args, argument):
             raise TypeError(f"{cls.__name__}.{field.name}: no argument --{option} was added to the parser")
         value = getattr(args, argument)
-        if value is None or isinstance(value, bool):  # most of them, as few options are given
+        if value is None or isinstance(value, bool):  # the usual case, because few options are given
             values[field.name] = value
             continue
         check_characters(option, value)
         is_positional = declared is not None and declared.positional
         values[field.name] = convert_value(value, hint, option if is_positional else f"--{option}")
-    options = cls(**values)  # first, as a record's own checks say more
+    options = cls(**values)  # first, because a record's own checks explain more
     typed: Collection[str] = getattr(args, TYPED, ())
     for option, field in cls.fields_by_name.items():
         is_typed = field.name not in records and option.replace("-", "_") in typed
@@ -575,7 +575,7 @@ def _collect_info(cls: type) -> dict[str, dict[str, Any]]:
     return info
 
 
-# collected once for each record; all callers share the result
+# cached for each record; callers must not change the result
 info_of: Callable[[type], dict[str, dict[str, Any]]] = functools.cache(_collect_info)
 
 

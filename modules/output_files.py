@@ -1,4 +1,4 @@
-"""Check the name of a file before it is written, and ask about files that exist. Standard library only."""
+"""Check the names of output files, and ask before replacing existing files. Standard library only."""
 
 import logging
 import re
@@ -14,7 +14,7 @@ from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
-MAX_OF_OUTPUT_NAME = 160  # bytes; what is put behind it has up to 90, and a name may have 255
+MAX_OF_OUTPUT_NAME = 160  # bytes; suffixes add up to 90, and file systems allow 255
 WINDOWS_DEVICE = re.compile(
     r"(con|prn|aux|nul|conin\$|conout\$|com[0-9¹²³]|lpt[0-9¹²³])\s*(\..*)?", re.IGNORECASE | re.DOTALL
 )
@@ -64,12 +64,12 @@ def find_error_on_windows(name: str) -> str:
 
 
 def is_windows_device(name: str) -> bool:
-    """Return whether a file of this name cannot be on Windows: it would be a device, with any ending."""
+    """Return whether Windows reserves this name for a device, with any suffix."""
     return WINDOWS_DEVICE.fullmatch(name) is not None
 
 
 def fold_name(name: str) -> str:
-    """Return a name of a file in the form in which all names are equal that some disk takes for one.
+    """Return a file name normalized so that names which some disks treat as the same are equal.
 
     Disks of Windows and macOS tell neither capitals nor forms of a character apart.
     """
@@ -117,7 +117,7 @@ def has_terminal() -> bool:
 
 def ask_on_terminal(question: str) -> str:
     """Write a question to standard error and return the line that is typed."""
-    sys.stderr.write(question)  # standard output is for results
+    sys.stderr.write(question)  # not standard output, which is for results
     sys.stderr.flush()
     return sys.stdin.readline()
 

@@ -1,4 +1,4 @@
-"""The parser of a script's options, light: put records into argparse, and answer mistakes."""
+"""Parse a script's options: add records to argparse, and explain mistakes. Imports no torch."""
 
 import argparse
 import logging
@@ -40,18 +40,18 @@ from modules.options import (
 )
 from modules.paths import path_exists
 
-# type of an option -> what it takes, in words
+# type of an option -> description of its value
 NUMBERS: dict[Any, str] = {int: "a whole number", float: "a number"}
-# what word processors and web pages make of --
+# dashes by which word processors and web pages replace --
 _DASHES = re.compile(
     "^(?=.{0,1}[\u2010-\u2015\u2212\ufe58\ufe63\uff0d])[-\u2010-\u2015\u2212\ufe58\ufe63\uff0d]+(?=[A-Za-z])"
 )
 _OTHER_DASHES = str.maketrans("-_", "_-")
 _LINE_ENDS = {"\\", "^", "`", " "}
-_MISSING = "the following arguments are required: "  # as argparse says it
+_MISSING = "the following arguments are required: "  # argparse's message
 logger = logging.getLogger(__name__)
 
-METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}  # others take a text
+METAVARS: dict[Any, str] = {int: "N", float: "X", Path: "PATH"}  # other types take a text
 _BOLD, _CYAN, _PLAIN = "\033[1m", "\033[36m", "\033[0m"
 _Group = argparse._ActionsContainer
 
@@ -67,7 +67,7 @@ class Parser(argparse.ArgumentParser):
     help shows defaults, and is colored on a terminal.
     """
 
-    # option -> the flag that messages show for it if none is typed, for scripts with names of their own
+    # option -> flag for messages if it was not typed, for scripts that rename options
     shown_flags: Mapping[str, str] = {}
 
     def __init__(self, *args: Any, add_help: bool = True, **settings: Any) -> None:
@@ -79,18 +79,18 @@ class Parser(argparse.ArgumentParser):
             typed = f"python {' '.join(self._front_words)}"
             settings["description"] = re.sub(script, typed, settings.get("description") or "")
         super().__init__(*args, add_help=False, **settings)  # type: ignore[misc]
-        # of the options that were given: the spelling by `dest`, the first one if there are several
+        # `dest` of each given option -> its first typed spelling
         self.typed_flags: dict[str, str] = {}
         self._all_typed: set[str] = set()
-        self.key_files: list[KeyFile] = []  # of the records
-        self.left_out: dict[str, Any] = {}  # options of the records that the script does not have -> values
-        # whether other arguments, or a file, may replace those that are parsed before records are read
+        self.key_files: list[KeyFile] = []  # settings files of the records
+        self.left_out: dict[str, Any] = {}  # record options that the script lacks -> values
+        # whether arguments may be replaced (by a file, for example) before records are read
         self.changes_values = False
         help_flags = {"-h": "show the most common options", "--help": "show all options"} if add_help else {}
         for (
             flag,
             text,
-        ) in help_flags.items():  # declared for the help alone: `_show_help` acts on them earlier
+        ) in help_flags.items():  # declared only for the help; `_show_help` handles them earlier
             self.add_argument(flag, action="store_true", default=argparse.SUPPRESS, dest="help", help=text)
 
     def print_help(self, file: Any = None, is_short: bool = False) -> None:
@@ -104,7 +104,7 @@ class Parser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the help of --help: all options."""
-        from modules.help_text import full_help  # only -h and --help need it
+        from modules.help_text import full_help  # imported only for -h and --help
 
         return full_help(self)
 
@@ -155,7 +155,7 @@ class Parser(argparse.ArgumentParser):
         """Record the spelling of each typed option; an abbreviation is recorded in full.
 
         Returns:
-            For each flag that was not typed, the typed flag of the same option.
+            Flag -> flag to show in messages, where the two differ.
         """
         flags = self._option_string_actions
         self._all_typed.clear()
@@ -203,9 +203,9 @@ class Parser(argparse.ArgumentParser):
         `takers` are the `by_place` options. The first free word goes to the first option without a value, and
         so on; an option that takes several values gets all remaining words.
         """
-        typed = [_Word(word) for word in words]  # argparse returns these same objects: equal words differ
+        typed = [_Word(word) for word in words]  # argparse keeps the objects: equal words differ
         required = [action for action in self._actions if action.required]
-        for action in required:  # what is missing is reported later
+        for action in required:  # missing options are reported later
             action.required = False
         try:
             parsed, unused = super().parse_known_args(typed)
@@ -320,7 +320,7 @@ class Parser(argparse.ArgumentParser):
         from modules.mistyped import guess_option, meant_elsewhere  # only mistakes need it
 
         elsewhere = meant_elsewhere(flags, name.lstrip("-"), self.key_files)
-        # argparse takes the beginning of an option too
+        # argparse accepts abbreviated options too
         begun = [flag for flag in flags if flag.startswith(name)]
         is_clear = len(begun) == 1 and begun[0] in elsewhere
         if begun and (not elsewhere or is_clear):
@@ -328,7 +328,7 @@ class Parser(argparse.ArgumentParser):
         is_value = before in flags and flags[before].nargs != 0
         begins_with_dashes = word.startswith("--")
         if " " in name or (" " in word and (is_value or not begins_with_dashes)):
-            return ""  # argparse takes what has blanks as a text
+            return ""  # argparse treats words with spaces as text
         if is_value and not begins_with_dashes:
             return f"{word} is no option. A value that begins with - goes behind =: {before}={word}"
         if not elsewhere and not begins_with_dashes and path_exists(Path(word)):
@@ -457,7 +457,7 @@ def _add_field(
     hint = hints_of(cls)[field.name]
     if record_of(hint) is hint:
         inner = {} if declared is None else declared.settings
-        records = (hint,) if issubclass(hint, Options) else ()  # any other is declared by a function
+        records = (hint,) if issubclass(hint, Options) else ()  # other records are declared by a function
         add_options(
             parser,
             *records,
@@ -505,11 +505,11 @@ def _list_checked_info(cls: type[Options], field: Field[Any], default: Any) -> d
     info = {name: field.metadata[name] for name in CHECKED_INFO if name in field.metadata}
     hint = hints_of(cls)[field.name]
     kinds = typing.get_args(hint) or (hint,)
-    if "place" in info and str not in kinds:  # else they are texts
+    if "place" in info and str not in kinds:  # otherwise the values are texts
         info["are_paths"] = True
     try:
         usual = default_of(cls, field)
-    except TypeError:  # it must be given
+    except TypeError:  # the option is required
         return info
     usual = list(usual) if isinstance(usual, tuple) else usual
     usual = usual.as_posix() if isinstance(usual, Path) else usual
@@ -573,7 +573,7 @@ def _add_option(
         action = group.add_argument(name, **arguments)
     else:
         flags = (*arguments.pop("flags", declared.flags), f"--{name}")
-        unique_flags = dict.fromkeys(flags)  # the name may be among the further spellings
+        unique_flags = dict.fromkeys(flags)  # the name may be among the additional flags
         action = group.add_argument(*unique_flags, dest=name.replace("-", "_"), **arguments)
     action.often = declared.often  # type: ignore[attr-defined]
     action.refused = refused  # type: ignore[attr-defined]

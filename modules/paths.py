@@ -14,23 +14,23 @@ from functools import lru_cache
 from pathlib import Path, PurePath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
-MAX_NAMES = 10_000  # of a folder that are looked at for one like that of a missing file
-ALIKE = 0.6  # of two names without their suffix; 1: equal
-MAX_OF_NAME, MAX_OF_PATH = 255, 4096  # bytes, characters; no file system takes more
+MAX_NAMES = 10_000  # maximum number of names compared with a missing file
+ALIKE = 0.6  # minimum similarity of two names without suffix; 1: equal
+MAX_OF_NAME, MAX_OF_PATH = 255, 4096  # bytes, characters; limits of file systems
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
-# the first mark of a pair, and what may end it
+# opening quotation mark -> possible closing marks
 _PAIRS = (
     *(('"', '"'), ("'", "'"), ("`", "`"), ("\u201c", "\u201d"), ("\u201e", "\u201c\u201d")),
     *(("\u2018", "\u2019"), ("\u201a", "\u2018\u2019"), ("\u00ab", "\u00bb"), ("\u00bb", "\u00ab")),
 )
-NOTHING = ("none", "null", "nil")  # as people write it; an option or a key is left out
+NOTHING = ("none", "null", "nil")  # spellings that leave an option or key unset
 _HUB = re.compile(r"(?:hf|huggingface|hub):(?!\\)", re.IGNORECASE)
 _BACKSLASH = "\\"
 # control characters that TOML and JSON write with a backslash and a letter, as they stand in folders' names
 _ESCAPES = {"\t": "\\t", "\n": "\\n", "\r": "\\r", "\f": "\\f", "\b": "\\b", "\x1b": "\\e"}
 _DIGITS = re.compile(r"(\d+)")
 _DRIVE = re.compile(r"[A-Za-z]:[\w\\/]")
-# a whole part of a path
+# a complete part of a path
 _VARIABLE = re.compile(r"(?<![^\\/])(?:\$\{\w+\}|\$(?:env:)?[A-Za-z_]\w*|%[A-Za-z_]\w*%)(?![^\\/.])")
 
 
@@ -60,7 +60,7 @@ def complete_home(text: str) -> str:
     """Return a typed path whose `~` is completed as a shell does; unchanged if there is no such user."""
     if not text.startswith("~"):
         return text
-    with contextlib.suppress(RuntimeError, ValueError):  # no such user, or no name that a user can have
+    with contextlib.suppress(RuntimeError, ValueError):  # unknown or invalid user name
         return str(Path(text).expanduser())
     return text
 
@@ -83,7 +83,7 @@ def without_quotes(text: str) -> str:
 
 def check_length(path: Path) -> None:
     """Raise ValueError if no file can have so long a name."""
-    if len(os.fsencode(path)) > MAX_OF_NAME:  # else no part is longer
+    if len(os.fsencode(path)) > MAX_OF_NAME:  # otherwise no part of the path is too long
         longest = max(len(os.fsencode(part)) for part in path.parts)
         if longest > MAX_OF_NAME or len(str(path)) > MAX_OF_PATH:
             raise ValueError("no file has so long a name. Give the path of a file")
@@ -121,7 +121,7 @@ def path_exists(path: Path) -> bool:
 
 
 def explain_path(text: str) -> str | None:
-    """Explain the usual mistake in a path that names nothing; None if it shows none."""
+    """Explain the likely mistake in a path that does not exist; None if it shows no known mistake."""
     if escaped := [character for character in dict.fromkeys(text) if character in _ESCAPES]:
         signs = ", ".join(_ESCAPES[character] for character in escaped)
         meant = "".join(_ESCAPES.get(character, character) for character in text)
@@ -182,14 +182,14 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
                 names.append(entry.name)
     stem = missing.stem[:MAX_OF_NAME]
     for name in difflib.get_close_matches(missing.name[:MAX_OF_NAME], names, 5):
-        if difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < ALIKE:  # by their suffix alone
+        if difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < ALIKE:  # only suffixes match
             continue
         similar = missing.with_name(name) / path.relative_to(missing)
         return similar if only_folders or path_exists(similar) else None
     return None
 
 
-_PLAIN = re.compile(r"[a-z0-9+.-]+://[a-z0-9.:-]*(?:/[^?#]*)?")  # nothing to leave out, nor to lower
+_PLAIN = re.compile(r"[a-z0-9+.-]+://[a-z0-9.:-]*(?:/[^?#]*)?")  # addresses without a query, in lower case
 # two letters at least: C:\data is a path
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)(?:://|::)", re.ASCII)
 # a protocol is looked for where such letters begin, once: a text of a million of them takes no hours
@@ -219,7 +219,7 @@ def protocol_of(address: str) -> str:
 
 
 def split_address(address: str) -> SplitResult:
-    """Take an address apart. An impossible one (`http://[::1`) counts as a path; requesting it fails."""
+    """Split an address. An invalid one (`http://[::1`) counts as a path; requesting it fails."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -231,7 +231,7 @@ def hide_secrets(text: str) -> str:
     return _SECRETS.sub(lambda match: f"{match[1]}{match[2]}{'?...' if match[3] else ''}", text)
 
 
-@lru_cache(maxsize=1024)  # asked for a few times for each of a million addresses
+@lru_cache(maxsize=1024)  # called several times for each of a million addresses
 def address_identity(address: str) -> str:
     """Return a file's identity: the address without password, signature and `#...`.
 
@@ -259,7 +259,7 @@ def address_name(address: str) -> str:
 
 
 def short_hash(identity: str, digits: int = 12) -> str:
-    """Return hexadecimal digits that stand for a text: with 12, a million texts differ (1 in 500 fails)."""
-    import hashlib  # here: all options import this file
+    """Return a short hash of a text. With 12 digits, a million texts collide with probability 1 in 500."""
+    import hashlib  # imported here, because all options import this file
 
     return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:digits]

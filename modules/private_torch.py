@@ -1,4 +1,4 @@
-"""Name everything private of torch that this project uses, to check it in one place with a new release.
+"""Collect all private names of torch that this project uses, to check them in one place at new releases.
 
 Slow imports stand inside functions.
 """
@@ -62,7 +62,7 @@ def int8_product(a: Tensor, b: Tensor) -> Tensor:
     rows = a.shape[0]
     columns = b.shape[1]
     if a.device.type == "cuda":
-        missing_rows = max(0, 17 - rows)  # `_int_mm` takes no fewer  # cuBLAS takes no fewer
+        missing_rows = max(0, 17 - rows)  # `_int_mm` and cuBLAS require at least 17 rows
         missing_inner = -a.shape[1] % 32  # up to the next multiple of 32
         missing_columns = -columns % 32
         a = torch.nn.functional.pad(a, (0, missing_inner, 0, missing_rows))

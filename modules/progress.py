@@ -1,4 +1,4 @@
-"""Note how far a program is in a small file, for the program that has started it: `run` shows it in a page.
+"""Write a program's progress to a small file for the program that started it, such as `run`.
 
 The environment variable `PROGRESS` names the file; without it nothing is written. It is replaced at most once
 a second.
@@ -24,12 +24,12 @@ class NotedProgress(NamedTuple):
     """Progress of a loop."""
 
     done: float
-    total: float | None  # None: it is not known
+    total: float | None  # None if unknown
     unit: str  # "B" for bytes, else the name of an item
 
 
 class ProgressFile:
-    """Write the progress of one loop after another into the file that `PROGRESS` names, if it does."""
+    """Write the progress of successive loops into the file named by `PROGRESS`, if that is set."""
 
     def __init__(self) -> None:
         name = os.environ.get(PROGRESS)
@@ -37,12 +37,12 @@ class ProgressFile:
         self._written = -EVERY_SECONDS
 
     def note(self, done: float, total: float | None, unit: str) -> None:
-        """Note a progress, unless the last one was written less than a second ago and this is not the end."""
+        """Write the progress, at most once a second except at the end."""
         now = time.monotonic()
         if self.path is None or (now - self._written < EVERY_SECONDS and done != total):
             return
         self._written = now
-        with contextlib.suppress(OSError, OutputError):  # a page that shows less ends nothing
+        with contextlib.suppress(OSError, OutputError):  # a missing progress display must not end the work
             write_text(self.path, json.dumps([done, total, unit]))
 
 

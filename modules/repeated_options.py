@@ -1,4 +1,4 @@
-"""Repeat the options of one command in the command that follows it, under the names that it has there.
+"""Repeat the options of one command in the next command, under the names that they have there.
 
 Standard library only.
 """
@@ -32,8 +32,8 @@ class AcceptedOption(NamedTuple):
     flags: tuple[str, ...]  # the public name is the last one
     is_switch: bool
     hint: Any  # type of the field
-    types: tuple[Any, ...]  # that its value may have
-    choices: tuple[Any, ...] = ()  # all values that it takes; (): any of its type
+    types: tuple[Any, ...]  # possible types of its value
+    choices: tuple[Any, ...] = ()  # allowed values; () for any value of its type
 
 
 class RepeatedOption(NamedTuple):

@@ -7,7 +7,7 @@ import re
 
 # a script's name -> what follows `reelsmith`; other scripts keep their name, with - for _
 WORDS = {
-    "train_network": "train sd",  # known programs call it so
+    "train_network": "train sd",  # as in sd-scripts
     r"(\w+)_train_network": "train {family}",
     r"(\w+)_train": "finetune {family}",
     r"(\w+)_generate_(?:video|image)": "generate {family}",
@@ -16,7 +16,7 @@ WORDS = {
     r"(\w+)_(?:lora|project)": "{family}",  # merge, convert, flux-merge; new, run
     r"run_(browser)": "{family}",
 }
-FAMILY = "hv"  # of scripts that name none
+FAMILY = "hv"  # family of scripts without one in their name
 # scripts of a model that have no words of their own
 OF_A_MODEL = re.compile(r"\w+_minimal_inference")
 

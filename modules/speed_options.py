@@ -14,7 +14,7 @@ from modules.errors import OptionError
 from modules.option_values import FillIn, show_number
 from modules.options import HABIT, Options, option, option_name
 
-VAE_TILE = 256  # pixels, as --vae_tiling in the known tuners
+VAE_TILE = 256  # pixels, as for --vae_tiling in musubi-tuner
 MIN_TILE, MAX_TILE, TILE_STEP = 32, 16384, 16
 AE_HELP = "FLUX's autoencoder (also --vae)"
 # settings of `VaeOptions` where FLUX's autoencoder is the VAE
@@ -69,7 +69,7 @@ def text_form_option() -> Any:
 
 
 class TextEncoderOptions(Options):
-    """The language model that encodes texts, and how it runs. Families say which, and name its fp8."""
+    """The language model that encodes texts, and how it runs. Families define the model and its fp8."""
 
     text_encoder: Path | None = option("text encoder: file or folder", often=True)
     text_encoder_tokenizer: Path | None = option(
@@ -123,7 +123,7 @@ def reject_for_full(dit_dtype: str | None) -> None:
         )
 
 
-TRAINING_FLAGS = {  # mode -> flag of the training scripts; if several are given, the first counts
+TRAINING_FLAGS = {  # mode -> flag of the training scripts; the first given one is used
     "sdpa": "--sdpa",
     "flash": "--flash_attn",
     "sage": "--sage_attn",
@@ -146,8 +146,8 @@ class AttentionChoice:
     """Settings that models pass to `modules.attention.attend.attend`."""
 
     mode: str  # a key of `modules.attention.attend.BACKENDS`
-    split: bool = False  # one sample at a time
-    in_float32: bool = False  # whatever the dtype of its inputs
+    split: bool = False  # compute one sample at a time
+    in_float32: bool = False  # compute in float32 for inputs of any dtype
 
 
 SDPA = AttentionChoice("sdpa")
@@ -167,7 +167,7 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
-        """The back end that is switched on, sdpa if none is."""
+        """The enabled back end; sdpa if none is enabled."""
         modes = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
         return AttentionChoice(next(modes, "sdpa"), self.split_attn)
 
@@ -200,9 +200,9 @@ def flag_of(mode: str, training: bool) -> str:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Form of weights stored in 8 or 4 bits, and the arithmetic of the layers that use them."""
+    """Storage format of weights in 8 or 4 bits, and the arithmetic of the layers that use them."""
 
-    # of fp8. cast: only rounded; tensor, rows: first divided by a scale, one per weight or one per row
+    # scales of fp8. cast: none; tensor, rows: values are divided by one scale per weight or per row
     kind: str
     float32_scales: bool = False  # scales and quotients in float32 instead of the weight's dtype
     float32_linear: bool = False  # the layers compute in float32
@@ -210,7 +210,7 @@ class Quantization:
     # the 8-bit product, a checkpoints.stored.fp8_products.Product; None: multiply in 16 bits
     product: Callable[..., Any] | None = None
     form: str = "fp8"  # name of its file in checkpoints/stored
-    int8_backward: bool = False  # of int8: gradients are rounded to 8 bits too
+    int8_backward: bool = False  # int8 only: gradients are rounded to 8 bits too
     asked_by: str = dataclasses.field(default="--fp8_scaled", compare=False)  # for messages
 
 
@@ -238,25 +238,25 @@ _NF4 = "keep the linear layers of the model's blocks in 4 bits (nf4): a quarter 
 
 @dataclass(frozen=True)
 class BaseForm:
-    """A form in which frozen weights can be kept; its arithmetic is in `checkpoints/stored/`."""
+    """A storage format for frozen weights; its arithmetic is in `checkpoints/stored/`."""
 
-    name: str  # of its file there
-    switches: tuple[str, ...]  # options of a training that ask for it; in generation --fp8 is --fp8_base
-    rounds_in_one_way: bool = True  # so layers of a file that are in it are those that rounding would make
+    name: str  # file name in checkpoints/stored
+    switches: tuple[str, ...]  # training options that select it; generation has --fp8 for --fp8_base
+    rounds_in_one_way: bool = True  # rounding is deterministic, so stored layers equal newly rounded ones
 
 
-# in the order of their sizes
+# sorted by size
 BASE_FORMS = (
     BaseForm("fp8", ("fp8_base", "fp8_scaled"), rounds_in_one_way=False),
     BaseForm("int8", ("convrot_int8",)),
     BaseForm("nf4", ("nf4_base",)),
 )
-# options of a generation that take the place of --fp8_scaled: --fp8 rounds to fp8 too, the others do not
+# generation options that exclude --fp8_scaled: --fp8 rounds to fp8 too, the others do not
 TO_OTHER_FORMS = {name for form in BASE_FORMS if form.rounds_in_one_way for name in form.switches}
 IN_PLACE_OF_SCALED = {"fp8", *TO_OTHER_FORMS}
-# for a line of advice with fp8 that is not enough
+# for advice if fp8 does not save enough memory
 SMALL_FORMS = "; in place of fp8 --convrot_int8 is as small, --nf4_base (in generation --nf4) half of it"
-SMALLER_WEIGHTS = "fp8 or nf4"  # in advice
+SMALLER_WEIGHTS = "fp8 or nf4"  # for messages
 
 
 class TrainingFp8Options(Options):
@@ -295,7 +295,7 @@ class TrainingFp8Options(Options):
         return Quantization(kind, float32_scales=self.upcast_quantization, fp8_matmul=self.fp8_fast)
 
     def say_for_generation(self) -> dict[str, bool]:
-        """Return the options of generation for the same form, by flag: a LoRA learned to correct it."""
+        """Return generation's options for the same format, by flag, because the LoRA was trained with it."""
         return {
             "--fp8": self.fp8_base and not self.fp8_scaled,
             "--fp8_scaled": self.fp8_scaled,

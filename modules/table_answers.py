@@ -22,7 +22,7 @@ from modules.table_parser import build_parser, check_arguments
 from modules.text_files import real_path
 
 _HELP = {"-h", "--help"}
-CHECKOUT_SECONDS = 60  # within which a checkout or an update writes all its files
+CHECKOUT_SECONDS = 60  # time in which a checkout or an update writes all files
 
 
 class _OutdatedTables(Exception):
@@ -51,7 +51,7 @@ def answer_running_script() -> None:
 
     Nor in a worker of the script, which has the same words: a file that they name may be gone by then.
     """
-    process = sys.modules.get("multiprocessing.process")  # which a worker imports before the script
+    process = sys.modules.get("multiprocessing.process")  # worker processes import it before the script
     is_worker = process is not None and process.parent_process() is not None
     script = None if is_worker else _find_running_script(sys.argv[0])
     if script is not None:
@@ -69,8 +69,8 @@ def answer_script(script: Path, words: Sequence[str], program: str | None = None
         words: Arguments of the command line after the script.
         program: Name of the program in messages. None: the first word of the command line.
     """
-    if os.environ.get(EXTENSIONS):  # they may bring options, so the records answer
-        from modules.extensions import check_named  # only with extensions
+    if os.environ.get(EXTENSIONS):  # extensions may add options, so the records have to answer
+        from modules.extensions import check_named  # imported only if extensions are enabled
 
         command_line(check_named, needs_packages=False)
         return

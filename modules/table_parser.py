@@ -1,4 +1,4 @@
-"""Build the parser of a script from its table, and describe a parser as a table.
+"""Build the parser of a script from its table, and convert a parser to a table.
 
 The parser knows what one does that is built from the records, and `check_arguments` the facts by which
 records check their values: help, wrong options and the settings of the page need no record, and nothing that
@@ -111,7 +111,7 @@ def _build_action(row: Mapping[str, Any]) -> Any:
     kind = _ACTIONS[action_name]
     defaults = {**_DEFAULTS, **_OF_SWITCH.get(action_name, {})}
     info = {name: row.get(name, default) for name, default in defaults.items()}
-    if kind is argparse.BooleanOptionalAction:  # its help differs between versions of Python
+    if kind is argparse.BooleanOptionalAction:  # argparse's help differs between Python versions
         on_flags = [flag for flag in flags if not flag.startswith("--no-")]
         built: argparse.Action = kind(on_flags, dest, default=info["default"], help=info["help"])
         info |= {"help": built.help, "nargs": built.nargs}
@@ -181,7 +181,7 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
             check_relations(name, {**info, "needs": ()}, list_typed)
         else:
             check_relations(name, info, list_given)
-    if is_limited():  # then what may be looked at is checked first
+    if is_limited():  # the records first check which paths may be accessed
         return
     for action in checked:
         info = getattr(action, "facts", {})
@@ -191,7 +191,7 @@ def check_arguments(parser: Parser, arguments: argparse.Namespace) -> None:
             if info.get("place") != "safetensors":
                 check_paths(flag, value_of(name), info, value_of)
                 continue
-            from modules.console import quiet  # only for a file that may be replaced
+            from modules.console import quiet  # imported only if a file may be replaced
 
             with quiet():
                 check_paths(flag, value_of(name), info, value_of)
@@ -204,9 +204,9 @@ def _find_public_name(action: argparse.Action) -> str:
 
 
 def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> bool:
-    """Return whether an option has another value than the default of its record, and is not turned off."""
+    """Return whether an option's value differs from its record's default and does not turn it off."""
     value = getattr(arguments, name.replace("-", "_"), None)
-    if action is None:  # the script does not have it, but its record may hold a value of the script
+    if action is None:  # the script lacks the option; the record may have a value
         return bool(value)
     info: Mapping[str, Any] = getattr(action, "facts", {})
     default = info.get("usual", action.default)
@@ -221,7 +221,7 @@ def _name_after(flags: Sequence[str]) -> str:
 
 
 def _help_of(rejection: Rejection) -> str:
-    """Return the help that an option of other programs has if it has no other."""
+    """Return the default help of an option of other programs."""
     return rejection.reason.replace("%", "%%") or f"not needed: {rejection.instead}"
 
 

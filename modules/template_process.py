@@ -19,7 +19,7 @@ def render(job: dict[str, Any]) -> dict[str, str]:
         return {"error": f"it needs more than {job['memory'] >> 20} MiB of memory"}
     except RecursionError:
         return {"error": "it calls itself without end"}
-    except Exception as error:  # of Jinja, or what the template itself raises
+    except Exception as error:  # raised by Jinja or by the template itself
         return {"error": str(error) or type(error).__name__}
 
 

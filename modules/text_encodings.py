@@ -58,14 +58,14 @@ _FREQUENT = {
     "平形相全間樣與關各重新內正心"
     "看紅綠藍黃黑白色貓狗女男孩走跑站坐穿衣服頭髮眼睛手車路樹花草山海邊房子城市街道光夜雨雪風畫面鏡",
 }
-_SCRIPTS = {"cp1251": "CYRILLIC", "koi8_r": "CYRILLIC", "cp1253": "GREEK"}  # others write Latin or signs
+_SCRIPTS = {"cp1251": "CYRILLIC", "koi8_r": "CYRILLIC", "cp1253": "GREEK"}  # others: Latin, East Asian
 _PUNCTUATION = set("“”‘’„–—…•«»¿¡€°、。，！？「」『』（）：；・ー～　")
-CHARACTERS = 0.6  # least share of letters, blanks and punctuation
+CHARACTERS = 0.6  # minimum fraction of letters, blanks and punctuation
 _CONTROL = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-SCORED = 5000  # characters of a file that are looked at
-_SURE = 0.75  # least score of a guess that is converted without being asked
-_AHEAD = 0.4  # and how far the next one must be behind,
-_AHEAD_IN_ALL = 1.5  # or how far in the sum over all characters
+SCORED = 5000  # maximum characters of a file that are scored
+_SURE = 0.75  # minimum score for converting without asking
+_AHEAD = 0.4  # minimum lead over the next guess per character,
+_AHEAD_IN_ALL = 1.5  # or in the sum over all characters
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def guess_encoding(content: bytes) -> EncodingGuess | None:
         return None
     best = ranked[0]
     next_score = next((scored.score for scored in ranked if scored.text != best.text), -1.0)
-    lead = best.score - next_score  # for each character
+    lead = best.score - next_score  # lead per character
     total_lead = lead * _count_beyond_ascii(best.text)
     is_clear = lead >= _AHEAD or total_lead >= _AHEAD_IN_ALL
     return EncodingGuess(best.encoding, best.text, is_sure=best.score >= _SURE and is_clear)
@@ -119,7 +119,7 @@ def _rank_encodings(content: bytes) -> list[_Scored]:
         text = None if encoding.startswith("utf") else _decode(content, encoding)
         if text is not None:
             scored.append(_Scored(_rate_text(text, encoding), encoding, text))
-    return sorted(scored, key=lambda guess: -guess.score)  # stable: NAMES has the order of equals
+    return sorted(scored, key=lambda guess: -guess.score)  # stable: equal scores keep the order of NAMES
 
 
 def _count_beyond_ascii(text: str) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 
-# the help of an option with such a command
+# help text of options that take a command
 AT_END = (
     "run this command once the training has finished, stopped or failed; REELSMITH_STATE and other "
     "variables describe the result; it must be typed, because no file may start a program"
@@ -15,7 +15,7 @@ AT_END = (
 # programs whose first word is a script
 INTERPRETERS = ("python", "bash", "sh", "zsh", "perl", "ruby", "node")
 SHELLS = ("bash", "sh", "zsh", "fish", "cmd", "powershell", "pwsh")
-# words that only a shell understands, and the beginning of variables as it writes them
+# words that only a shell understands, and the prefixes of its variables
 OPERATORS = {"|", "||", "&", "&&", ";", ">", ">>", "<", "2>", "2>&1", "&>"}
 VARIABLES = ("$REELSMITH_", "${REELSMITH_", "%REELSMITH_")
 
@@ -32,7 +32,7 @@ def read_command(option: str, text: str) -> list[str]:
     words = _split(option, text)
     if not words or not words[0]:
         raise OptionError(f'{option} is empty: give a command, such as {option} "python notify.py"')
-    import shutil  # not for --help: it loads what packs files
+    import shutil  # imported here, because it is slow and --help does not need it
 
     program = words[0]
     name = Path(program).name.lower().removesuffix(".exe")
@@ -61,10 +61,10 @@ def _split(option: str, text: str) -> list[str]:
 
 def _split_for_windows(text: str) -> list[str]:
     """Split a command line as programs of Windows do, with the system's own function."""
-    import ctypes  # only there
+    import ctypes  # exists only on Windows
 
     if not text.strip():
-        return []  # for which the function returns the name of this program
+        return []  # the function would return this program's name
     split = ctypes.windll.shell32.CommandLineToArgvW  # type: ignore[attr-defined,unused-ignore]
     split.restype = ctypes.POINTER(ctypes.c_wchar_p)
     count = ctypes.c_int()

@@ -1,4 +1,4 @@
-"""YAML texts of somebody else: bounded in size, nodes, nesting and numbers; nothing of them is run."""
+"""Parse untrusted YAML: limited in size, nodes, nesting and numbers; no code in it is run."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from modules.text_files import check_depth, check_numbers
 
 MAX_YAML_CHARACTERS = 1 << 18  # the parser reads about 100,000 a second; settings have a few thousand
 MAX_NODES = 20_000  # with every alias written out
-MAX_NUMBER_CHARACTERS = 400  # of a scalar that is a number, in any notation; no float has more digits
+MAX_NUMBER_CHARACTERS = 400  # maximum characters of a number in any notation
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -66,8 +66,8 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raise ValueError if a node holds itself, or there are too many with every alias written out."""
-    sizes: dict[int, int] = {}  # of nodes that are counted, with all in them
+    """Raise ValueError if a node contains itself, or if expanding the aliases gives too many nodes."""
+    sizes: dict[int, int] = {}  # node id -> number of nodes including nested ones
     open_nodes: set[int] = set()
     waiting = [(root, _list_inner(root))]
     while waiting:

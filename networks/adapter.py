@@ -31,7 +31,7 @@ from runtime.run_blocks import spec_of
 
 logger = getLogger(__name__)
 
-# network modules of sd-scripts that there are not here, and what to use in their place
+# network modules of sd-scripts that are not supported, and what to use instead
 _NOT_BUILT = {
     "networks.dylora": "DyLoRA, which learns all ranks at once, is not built. Use networks.lora",
     "networks.lora_fa": "LoRA-FA, whose down factors are not trained, is not built. Use networks.lora",
@@ -50,14 +50,14 @@ class NormReport:
 
     @classmethod
     def of(cls, numbers: Sequence[float]) -> "NormReport":
-        """Return the report of three numbers that were summed over processes as one tensor."""
+        """Return the report of the three numbers that `scale_norms` returns as one tensor."""
         keys_scaled, mean_norm, max_norm = numbers
         return cls(int(keys_scaled), mean_norm, max_norm)
 
 
 @dataclass(frozen=True)
 class ForeignNetwork:
-    """A network of another package inside the DiT that it was built for, with the methods of `OwnNetwork`.
+    """Adapt another package's network, attached to its DiT, to the interface of `OwnNetwork`.
 
     `module` holds the parameters; its state dict has the tensors of a LoRA file.
     """
@@ -93,16 +93,16 @@ class ForeignNetwork:
 
     @property
     def state_beside_file(self) -> Mapping[str, nn.Module]:
-        """Return modules by name whose state a training saves with its own; {} if the network has none."""
+        """Return modules by name whose state is saved with the training state; {} if there are none."""
         parts: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
         return parts
 
     def set_dropout_seed(self, seed: int) -> None:
-        """Seed all dropout until the next call: torch's global generators, from which the network draws."""
+        """Seed torch's global generators, from which the network's dropout draws."""
         getattr(self.module, "set_dropout_seed", torch.manual_seed)(seed)
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength: through the network's own method, else on each part that has a `multiplier`."""
+        """Set the strength by the network's own method, or on each submodule that has a `multiplier`."""
         if hasattr(self.module, "set_multiplier"):
             self.module.set_multiplier(multiplier)
             return
@@ -126,9 +126,9 @@ class ForeignNetwork:
             self.module.before_optimizer_step()
 
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """After an optimizer step, scale modules with a larger norm down to it (`--scale_weight_norms`).
+        """Scale down modules whose norm exceeds `max_norm` (`--scale_weight_norms`).
 
-        Returns the three numbers of a `NormReport` on `device`.
+        Call after an optimizer step. Returns the three numbers of a `NormReport` on `device`.
         """
         report: Sequence[Any] = self.module.apply_max_norm_regularization(max_norm, device)
         if all(isinstance(number, Tensor) for number in report):
@@ -139,11 +139,11 @@ class ForeignNetwork:
         """Start from a file; return the network's own report.
 
         Raises:
-            CheckpointError: If the file is damaged, has other sizes, or holds nothing for this network.
+            CheckpointError: If the file is damaged, has other sizes, or has no tensor of this network.
         """
         from networks.loading import read_lora  # only for --network_weights
 
-        # under the names that the network itself saves: other tools' files have many layouts
+        # only the names that the network itself saves are accepted, as its state dict shows them
         state = self.module.state_dict()
         shapes = _read_shapes(path)
         _reject_other_sizes(path, state, shapes)
@@ -163,7 +163,7 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
 
 
 def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Raise CheckpointError if a file has other sizes than a network, or nothing of it.
+    """Raise CheckpointError if a file's tensors differ in size from a network's, or have no common name.
 
     Args:
         path: Path of the file.
@@ -221,12 +221,12 @@ TrainableNetwork = OwnNetwork | ForeignNetwork  # inside a DiT
 def check_network(
     options: NetworkOptions, name: str, depths: Mapping[str, int], numbered: NumberedBlocks | None = None
 ) -> None:
-    """Raise OptionError if a module cannot be imported, or a setting of one of our modules is wrong.
+    """Raise OptionError if the network module cannot be imported, or if one of our settings is invalid.
 
     Args:
         options: Options of the run.
         name: Name of the module.
-        depths: Number of blocks in each list of the model, as far as it is known.
+        depths: Attribute of the block list -> number of blocks; lists of unknown depth are missing.
         numbered: Blocks that --network_args address by number; None if the model has none.
     """
     if name in OWN_MODULES:
@@ -253,7 +253,7 @@ def make_network(
     in_dit: bool = True,
     resumed: Mapping[str, Tensor] | None = None,
 ) -> TrainableNetwork:
-    """Build the network that the options ask for, load `--network_weights`, and attach it to the models.
+    """Build the network from the options, load `--network_weights`, and attach it to the models.
 
     Modules that only the file or the resumed state has are added to the network. Parameters are on the CPU;
     move `.module` to the device.
@@ -265,7 +265,7 @@ def make_network(
         seed: Seed of the initial values, which are the same on every machine.
         encoders: Loaded networks of the trained text encoders, by `LearningEncoder.lora_prefix`, in the order
             of their learning rates.
-        in_dit: Whether the DiT gets a network too.
+        in_dit: Whether the DiT is trained too, not only text encoders.
         resumed: Tensors of the state that will be loaded into the network; None if the run starts anew.
 
     Raises:
@@ -330,7 +330,7 @@ def make_network(
 
 
 def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
-    """Start a network from `--network_weights`."""
+    """Load `--network_weights` into a network and log what does not fit."""
     errors: list[str] = []
     if isinstance(network, OwnNetwork):
         errors = network.load_weights(path, dict(dit.named_parameters()))
@@ -359,7 +359,7 @@ def _tensors_of(
     assert options.network_weights is not None
     lora = read_lora(options.network_weights, with_texts=bool(encoders), with_words=True)
     use = LoraUse(lora)
-    with quiet():  # `load_weights` reads it too, and tells what it does
+    with quiet():  # `load_weights` makes the same call and logs its messages
         (use,) = fit_depths([use], dict(dit.named_parameters()))
     return {**use.lora.tensors, **rename_texts(use.lora.text_tensors, encoders)}
 
@@ -487,7 +487,7 @@ def _create_from_file(
 
 
 def _call(function: Callable[..., Any], **values: Any) -> Any:
-    """Call a function with those values that it has parameters for: modules of other tools differ."""
+    """Call a function with only the values that it has parameters for, because other packages differ."""
     parameters = inspect.signature(function).parameters.values()
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
         return function(**values)

@@ -1,4 +1,4 @@
-"""Find alphas that are not stored as tensors: in a file's header, or in PEFT settings there or in a file."""
+"""Find alphas that are not tensors: in a file's metadata, or in PEFT's settings in the metadata or a file."""
 
 import math
 import re
@@ -27,10 +27,8 @@ logger = getLogger(__name__)
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
 _PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
-# the same settings under other keys of a header
+# metadata keys under which programs store these settings
 _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
-# keys of alpha in a header, as `_split_key` returns them, with or without the network before them
-# (`transformer.lora_alpha`), and the keys of the rank that belong to each
 _TRAINED = "ss_network_alpha"
 _TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")
 # a network's name before a key of its own: `transformer.lora_alpha`, `lora_te1_alpha`
@@ -39,22 +37,23 @@ _BEGIN = re.compile(
 )
 _OF_TEXTS = re.compile(r"(?:text_encoder|lora_te|te)_?([123]?)")
 _RANKS = ("r", "rank", "lorarank", "lorar", "networkdim", "networkrank", "linear")
+# name of an alpha in the metadata, as `_split_key` returns it -> names of the rank that may belong to it
 _KEYS = {
     **dict.fromkeys(("loraalpha", "networkalpha", "alpha", "linearalpha"), _RANKS),
     "ssnetworkalpha": ("ssnetworkdim",),
 }
-# further keys of settings in JSON
+# further keys of settings in JSON -> their names in PEFT
 _PEFT_KEYS = {"alphapattern": "alpha_pattern", "rankpattern": "rank_pattern", "userslora": "use_rslora"}
-_LONGEST = 20  # most characters of a value in a message
+_LONGEST = 20  # maximum number of characters of a value in a message
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Settings from one place, by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora."""
+    """Settings from one source, by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora."""
 
-    place: str  # for messages
+    place: str  # where they were found, for messages
     settings: Mapping[str, Any]
-    is_sure: bool = True  # they belong to this file even without a rank
+    is_sure: bool = True  # whether they belong to this file even if they name no rank to compare
 
     @property
     def rank(self) -> float | None:
@@ -79,7 +78,7 @@ class _Key(NamedTuple):
     Its name is the same for all spellings: `loraalpha` for `transformer.LoRA_alpha`.
     """
 
-    network: str  # that it begins with, as a pipeline calls it; else ""
+    network: str  # prefix of the key that names a network, as pipelines call it; "" if it has none
     name: str
 
 
@@ -88,7 +87,7 @@ class FoundAlphas:
     """Result of `find_alphas`: alphas for modules that have no alpha tensor next to their factors."""
 
     tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
-    words: str  # their source, or that there are none; "" if every module has its own
+    words: str  # for the log: the source, or that there are none; "" if every module has an alpha tensor
     warnings: tuple[str, ...] = ()  # about unusable values
 
 
@@ -101,7 +100,7 @@ def find_alphas(
     start: str,
     stacked: Mapping[str, int],
 ) -> FoundAlphas:
-    """Find alphas for modules that have none: in the header, or in PEFT settings in the header or a file.
+    """Find alphas for modules without an alpha tensor, in the metadata or in PEFT's settings.
 
     Args:
         path: Path of the file.
@@ -176,7 +175,7 @@ def _ranks_without_alpha(modules: Mapping[str, Factors], stacked: Mapping[str, i
 
 
 def _join_settings(sources: Sequence[_Source], alphas: Sequence[float]) -> dict[str, Any]:
-    """Return the settings of all sources as one PEFT configuration; of patterns, earlier sources count."""
+    """Merge the settings of all sources into one PEFT configuration; earlier sources take precedence."""
     patterns: dict[str, Any] = {}
     use_rslora = None
     for source in sources:
@@ -190,10 +189,10 @@ def _join_settings(sources: Sequence[_Source], alphas: Sequence[float]) -> dict[
 
 
 def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
-    """Return the tensors of a file written by us with the alphas that were folded into their factors.
+    """Restore alphas that were folded into the factors of a file written by us; return all tensors.
 
-    The change of the weights stays the same. Factors keep their dtype if that is exact, else they become
-    float32.
+    The change of the weights stays the same. Factors keep their dtype if the division is exact, else they
+    become float32.
 
     Args:
         tensors: Tensors under our names.
@@ -247,7 +246,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _has_alpha(key: str, text: str) -> bool:
-    """Return whether a header key holds PEFT settings; `config` does if its text has an alpha."""
+    """Return whether a metadata key holds PEFT settings; for `config`, only if its JSON has an alpha."""
     if key != "config":
         return key in _SETTINGS
     try:
@@ -269,7 +268,7 @@ def _sources(path: Path, metadata: Mapping[str, str], paths: Mapping[str, str], 
 
 
 def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], start: str) -> _Sources:
-    """Return the alphas that are separate keys of a file's header."""
+    """Return the alphas that are separate keys of a file's metadata."""
     sources: list[_Source] = []
     warnings: list[str] = []
     # trainers that write this key store alphas as tensors; dotted names show that a converter has
@@ -298,12 +297,12 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
 
 
 def _first_of(values: Mapping[Any, Any], keys: Iterable[Any]) -> Any:
-    """Return the value of the first of `keys` that is present; None if none is."""
+    """Return the value of the first of `keys` that `values` has; None if it has none of them."""
     return next((values[key] for key in keys if key in values), None)
 
 
 def _sources_in_settings(metadata: Mapping[str, str], start: str) -> _Sources:
-    """Return the alphas in the JSON settings of a file's header."""
+    """Return the alphas in the JSON settings of a file's metadata."""
     sources: list[_Source] = []
     warnings: list[str] = []
     for key in _SETTINGS:
@@ -338,13 +337,13 @@ def _sources_in_folder(path: Path, start: str) -> _Sources:
 def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, network: str = "") -> list[_Source]:
     """Return the JSON settings for the network that a diffusers pipeline calls `start`, in any spelling.
 
-    Settings without an alpha may hold nested ones, as PEFT's for several adapters do.
+    Settings without an alpha may contain nested settings, as PEFT's for several adapters do.
 
     Args:
         place: Description of where the settings are, for messages.
         settings: The settings.
         start: Prefix of the network in pipelines of diffusers.
-        network: Network of keys that name none.
+        network: Network of keys that do not name one themselves.
 
     Raises:
         AttributeError: If `settings` is not a JSON object.
@@ -366,7 +365,8 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     for key, value in entries:
         if _is_of(key.network or network, start):
             values[key.name] = value
-    common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}  # of all alphas
+    # patterns and rslora apply to every alpha of these settings
+    common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
     alpha_keys = [name for name in _KEYS if name in values]
@@ -391,11 +391,12 @@ def _split_key(key: str) -> _Key:
 
 
 def _is_of(network: str, start: str) -> bool:
-    """Return whether a key that begins with `network` belongs to what a pipeline calls `start`."""
+    """Return whether a key with the prefix `network` belongs to the network that pipelines call `start`."""
     if not network or f"{network}." == start:
         return True
     match = _OF_TEXTS.fullmatch(network)
-    if match is not None:  # numbered from 1, through CLIP-L, CLIP-G and T5
+    # text encoders are numbered from 1: CLIP-L, CLIP-G, T5. Pipelines call all but the first text_encoder_2
+    if match is not None:
         return start == ("text_encoder_2." if match[1] in ("2", "3") else "text_encoder.")
     # a transformer has many names: any prefix except those of text encoders and other experts
     experts = find_expert_starts()
@@ -412,7 +413,7 @@ def read_alphas(
     is_written_here: bool,
     warns: bool = True,
 ) -> FoundAlphas:
-    """Find the alphas of a file's modules and text encoders by `find_alphas`.
+    """Call `find_alphas` for the transformer and each text encoder of a file, and join the results.
 
     Args:
         path: Path of the file.
@@ -465,7 +466,7 @@ def read_alphas(
 
 
 def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Return, by the prefix of a text encoder's names in diffusers, its modules and their paths there."""
+    """Group modules of text encoders: encoder's prefix in diffusers -> module name -> path in the encoder."""
     paths: dict[str, dict[str, str]] = {}
     for name in texts:
         start = ""
@@ -483,13 +484,13 @@ class _AlphaRules:
     """The alphas in PEFT settings.
 
     A key of `alpha_pattern` is the end of a module's path (`to_q`, `attn1.to_q`) or a regular expression for
-    it; of several that match, PEFT takes the first.
+    it. If several keys match, PEFT uses the first.
     """
 
     values: Mapping[str, float]  # alpha_pattern
-    places: Mapping[str, int]  # of its keys
-    expressions: Mapping[str, Callable[[str], bool]]  # those of its keys that are no plain ends of paths
-    default: float | None
+    places: Mapping[str, int]  # key of alpha_pattern -> its position there
+    expressions: Mapping[str, Callable[[str], bool]]  # keys that are regular expressions -> their test
+    default: float | None  # lora_alpha, for modules that no key matches
 
     def alpha_of(self, path: str) -> float | None:
         """Return the alpha of a module: `blocks.0.attn1.to_q`."""

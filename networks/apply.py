@@ -1,6 +1,6 @@
-"""Add LoRAs to the weights of a model one by one, while it is loaded, copied or switched to other LoRAs.
+"""Merge LoRAs into the weights of a model, parameter by parameter: at load time or when LoRAs are switched.
 
-A `Change` is one LoRA's effect on one parameter. `networks.added` puts LoRAs round a forward instead.
+A `Change` is one LoRA's effect on one parameter. `networks.gated_loras` wraps the forward instead.
 """
 
 import contextlib
@@ -43,7 +43,7 @@ from networks.use_options import NEAREST
 from runtime.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
-# HunyuanVideo in diffusers' layout has no name that FramePack has not too; FramePack has more
+# family assumed if several match: in diffusers' layout all names of HunyuanVideo are also names of FramePack
 LIKELY_MODEL = "hunyuan_video"
 BY_INPUT = f"{OF_MAGNITUDES} magnitudes by input are of the whole weight, the model has parts of it"
 _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB in float32
@@ -51,19 +51,19 @@ _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB
 
 @dataclass(frozen=True)
 class Change:
-    """Addition of one LoRA to one parameter of a model, `use.multiplier` times."""
+    """The effect of one LoRA on one parameter of a model, scaled by `use.multiplier`."""
 
     use: LoraUse
     delta: Delta
     leaf: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
-    turned: Tensor | None = None  # of a kind that rotates inputs, as `InputRotation.make` returns it
+    turned: Tensor | None = None  # rotation matrices of `InputRotation.make`; None until `to` computes them
 
     def shape(self) -> tuple[int, ...]:
-        """Return the shape of what is added, or of the weight that is set.
+        """Return the shape of the addition, or of the replacement weight.
 
         Raises:
-            MismatchError: If the factors do not go together.
+            MismatchError: If the shapes of the factors do not match.
         """
         if self.leaf == "bias":
             bias = self.delta.bias(CPU)
@@ -163,12 +163,12 @@ class Change:
         return f"{magnitudes.numel()} {OF_MAGNITUDES} magnitudes, the model {expected}."
 
     def _join_factors(self, relative: Relative | None, weight: Tensor) -> "Change":
-        """Return the change of the whole layer that this one is the first part of, if the weight has it all.
+        """Replace the change of one part by that of the whole layer; the weight must contain the layer.
 
-        Magnitudes by input need the norms of the whole layer.
+        DoRA magnitudes by input need the norms of the whole layer.
 
         Raises:
-            MismatchError: If the weight is a part of it.
+            MismatchError: If the weight holds only a part of the layer.
         """
         size = self.delta.size()
         first, last = deltas.rows_in(self.delta.factors)
@@ -177,7 +177,7 @@ class Change:
         rows = part_rows(relative.part, last - first, len(weight))
         if not isinstance(rows, slice):
             raise MismatchError(BY_INPUT)
-        start = rows.start - first
+        start = rows.start - first  # row of the weight at which the layer begins
         factors = {part: tensor for part, tensor in self.delta.factors.items() if part != ROWS}
         whole = replace(self.delta, factors=factors)
         return replace(self, delta=whole, rows=slice(start, start + size[0]))
@@ -209,7 +209,7 @@ class Change:
         if self.delta.has_input_magnitudes:
             raise MismatchError(BY_INPUT)
         cut = self.delta.rows(rows)
-        if cut is None:  # LoKr: computed whole, then cut
+        if cut is None:  # a LoKr has no factors for single rows: compute the full matrix, then slice it
             cut = self.delta.dense_rows(rows, weight.device)
         return replace(self, delta=cut)
 
@@ -242,7 +242,7 @@ class Change:
             total.add_(rotation.of_weight(weight, matrices))
             return
         delta = self.delta
-        if block is not None:  # a LoKr is never in blocks, see `_blocks`
+        if block is not None:  # a LoKr, for which `rows` returns None, is never split: see `_blocks`
             delta = self.delta.rows(block) or self.delta
         if self.leaf == "bias":
             addition = delta.bias(total.device)
@@ -265,14 +265,14 @@ class Change:
         return rotation.make(self.delta.factors[rotation.part].to(device), self.use.multiplier)
 
     def to(self, device: torch.device) -> "Change":
-        """Return the change with its factors on a device; one that rotates inputs with its rotation."""
+        """Return the change with its factors on a device; an input rotation also gets its matrices."""
         if self.delta.rotation is not None:
             return replace(self, turned=self._turn(device))
         return replace(self, delta=self.delta.to(device))
 
 
 def changes_of(use: LoraUse, delta: Delta) -> list[Change]:
-    """Return the changes by a LoRA of a module's bias and weight."""
+    """Return the changes that a LoRA makes to a module's bias and weight."""
     changes: list[Change] = []
     parts = delta.factors.keys()
     if parts & deltas.OF_BIAS:
@@ -283,11 +283,11 @@ def changes_of(use: LoraUse, delta: Delta) -> list[Change]:
 
 
 class FoundChange(NamedTuple):
-    """A change of a parameter."""
+    """A change that applies to a parameter, possibly under the module name of another layout."""
 
-    key: str  # `lora_unet_x.weight`
+    key: str  # in the LoRA: `lora_unet_x.weight`
     change: Change
-    relative: Relative | None  # how the parameter lies to the LoRA's module
+    relative: Relative | None  # how the parameter and the LoRA's module are related; None: the same module
 
 
 class _Overlap(NamedTuple):
@@ -317,11 +317,11 @@ def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap
 
 
 def _as_full(found: Sequence[FoundChange]) -> list[FoundChange]:
-    """Return the changes of a parameter with one rotation for all of its parts, if these rotate alike.
+    """Join the rotations of a parameter's parts into one for the whole parameter, if they are equal.
 
-    Otherwise each part is rotated by itself, for which the number of its rows has to be known.
+    Parts with different rotations stay separate; `Change.fit` then finds the rows of each.
     """
-    pieces: dict[int, list[FusedPiece]] = {}  # by LoRA
+    pieces: dict[int, list[FusedPiece]] = {}  # by id of the `LoraUse`
     for key, change, relative in found:
         if change.delta.rotation is not None and relative is not None and relative.is_part:
             piece = FusedPiece(key, relative.part, change.delta.factors)
@@ -336,12 +336,16 @@ def _as_full(found: Sequence[FoundChange]) -> list[FoundChange]:
         if not is_piece or use not in uses_that_rotate_alike:
             joined.append(found_change)
         elif found_change.key == pieces[use][0].name:
+            # the first part stands for all of them; the other parts are dropped
             joined.append(found_change._replace(relative=None))
     return joined
 
 
 def _blocks(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
-    """Return the blocks of rows to change; a single None if the weight is small or a change has no rows."""
+    """Return the blocks of rows to change; [None] means all rows at once.
+
+    A small weight, one that is replaced, or a change that cannot be cut by rows (LoKr) is not split.
+    """
     if not changes or not weight.numel():
         return []
     step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
@@ -396,11 +400,10 @@ def _round_into(
 class LoraPatch:
     """Add LoRAs to weights by name: `patch(name, weight) -> weight`, a `WeightPatch`.
 
-    W + multiplier * (alpha / rank) * up @ down, or W R^T of a rotation of inputs, summed in float32 on the
-    weight's device, rounded once to the weight's dtype, as `rounding` says. Magnitudes give multiplier * (new
-    weight - W); the changes of several files all start from W, which a file's `set_weight` replaces for
-    itself and later files. After loading, `check()` reports changes
-    without a weight, and what rounding keeps.
+    The result is W + multiplier * (alpha / rank) * up @ down, or W R^T for an input rotation R. The changes
+    of all files are computed from the original W, summed in float32 on the weight's device and rounded once.
+    DoRA adds multiplier * (new weight - W). A `set_weight` replaces W for its own file and all later files.
+    After loading, `check()` reports changes without a weight, and the share that rounding keeps.
     """
 
     def __init__(
@@ -425,31 +428,31 @@ class LoraPatch:
         self._is_masked = is_masked
         self._family = family
         written_for = {use.lora.written_for for use in uses}
-        of_uses = written_for.pop() if len(written_for) == 1 else None
-        # family whose layouts alone are searched: that of the model and of all files; None searches all
-        self._layouts = of_uses if of_uses is not None and of_uses.name == family else None
+        common_family = written_for.pop() if len(written_for) == 1 else None
+        # if the model and all files are of one family, search only its layouts; None searches all families
+        self._layouts = common_family if common_family is not None and common_family.name == family else None
         self._uses = tuple(uses)
         self._rounding = rounding
         self._path = model
         self._model = "this model" if model is None else str(model)
-        # "lora_unet_blocks_0_ffn_0.weight" -> what is added to it
+        # "lora_unet_blocks_0_ffn_0.weight" -> its changes
         self._changes: dict[str, list[Change]] = {}
         for use in uses:
             for module, delta in read_deltas(use.lora.modules()).items():
                 for change in changes_of(use, delta):
                     key = f"{module}.{change.leaf}"
                     self._changes.setdefault(key, []).append(change)
-        # parameter -> its changes that are not merged: see `networks.unmerged`
+        # parameter -> its changes that are not merged: see `networks.unmerged_loras`
         self.unmerged: dict[str, list[Change]] = {}
         self._seen: set[str] = set()  # keys, in any layout, of weights that were passed in
-        # use -> those of its keys that change something
+        # id of a use -> its keys that change a weight
         self._used: dict[int, set[str]] = {id(use): set() for use in uses}
-        # use -> input channels of its first layer, if the model has another number
+        # id of a use -> clause about the input channels of its first layer, if the model's number differs
         self._narrower: dict[int, str] = {}
-        self._modules: dict[str, None] = {}  # of the model, as far as its weights were passed in
-        # parameter -> its changes that the patterns keep
+        self._modules: dict[str, None] = {}  # modules of the weights passed in so far, as an ordered set
+        # parameter -> its changes that match the patterns; filled by `_find`
         self._found: dict[str, list[FoundChange]] = {}
-        # our names of the model's modules, by theirs; {} if no family has such modules
+        # module name in the model's file -> our name; {} if no family has such modules
         self._renamed: dict[str, str] = {}
         modules = dict.fromkeys(module_of_tensor(name)[0] for name in parameter_names or ())
         names = select_family(modules, family)
@@ -465,15 +468,15 @@ class LoraPatch:
             target: Dtype to which the caller rounds the changed weight; None for that of the weight.
 
         Raises:
-            CheckpointError: If a LoRA has another size.
+            CheckpointError: If the shape of a LoRA does not fit the weight.
         """
         return self.add_to(name, weight.clone(), target) if self._find(name) else weight
 
     def add_to(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
         """Change the weight in place and return it; on the meta device, only compare shapes.
 
-        It works on blocks of rows, so that no second copy of the weight is needed. A change of the first
-        layer for another number of input channels is left out, and `check` reports it.
+        Rows are processed in blocks, so that no second copy of the weight is needed. A change of the first
+        layer for a different number of input channels is skipped, and `check` reports it.
 
         Args:
             name: Name of the weight.
@@ -481,7 +484,7 @@ class LoraPatch:
             target: Dtype to which the caller rounds the changed weight; None for that of the weight.
 
         Raises:
-            CheckpointError: If a LoRA has another size.
+            CheckpointError: If the shape of a LoRA does not fit the weight.
         """
         changes = self._fitting(name, weight)
         blocks = [] if weight.is_meta else _blocks(weight, changes)
@@ -496,12 +499,12 @@ class LoraPatch:
             base = weight.to(torch.float32, copy=True)
         elif dtype is not None and self._rounding is not None and self._rounding.needs_samples:
             sample = SampledRows(weight)
-        if blocks == [None]:
+        if blocks == [None]:  # all rows at once: `_sum_changes` takes the sample on the way
             total = _sum_changes(changes, None, base, sample)
             at_random = self._rounding_of(name, weight.device, dtype, sample)
             _round_into(weight, base, total, at_random)
             return weight
-        if sample is not None:
+        if sample is not None:  # the rounding is chosen before the first block, so compute the sample first
             _sum_changes(changes, sample.rows, weight[sample.rows], sample)
         at_random = self._rounding_of(name, weight.device, dtype, sample)
         start = 0
@@ -532,19 +535,19 @@ class LoraPatch:
         return self._rounding.at_random(dtype, device, seed)
 
     def leave_unmerged(self, name: str, shape: tuple[int, ...]) -> bool:
-        """Record the changes of a weight that stays in 8 or 4 bits in `unmerged`, if they can stay outside.
+        """Record the changes of a weight kept in 8 or 4 bits in `unmerged`, to be applied at run time.
 
-        A change must be merged if it has magnitudes, which depend on the weight; if it is a full matrix, as
-        large as the weight; or if it replaces the weight.
+        Some changes must be merged instead: DoRA, which depends on the weight; a full matrix, which is as
+        large as the weight; a change that replaces the weight.
 
         Returns:
             True if the changes were recorded or there are none; False, with nothing recorded, if one must be
             merged.
 
         Raises:
-            CheckpointError: If the sizes of a LoRA do not fit the weight.
+            CheckpointError: If the shape of a LoRA does not fit the weight.
         """
-        changes = self._fitting(name, torch.empty(1).expand(shape))  # this shape, without memory
+        changes = self._fitting(name, torch.empty(1).expand(shape))  # a stand-in that takes no memory
         if any(change.delta.normalization is not None or change.delta.is_full for change in changes):
             return False
         if changes:
@@ -576,7 +579,7 @@ class LoraPatch:
 
     @torch.no_grad()
     def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
-        """Change the weights of a loaded network, also those split among processes; `check` afterwards.
+        """Merge the changes into a loaded network, whose weights may be sharded; call `check` afterwards.
 
         Args:
             network: The network.
@@ -587,14 +590,14 @@ class LoraPatch:
                 set_weight(parameter, self(published(name), gather_weight(parameter.data)))
 
     def touches(self, name: str) -> bool:
-        """Whether any file changes the parameter of this name."""
+        """Return whether any file changes the parameter of this name."""
         return bool(self._find(name))
 
     def check(self) -> None:
-        """Warn of parts of LoRAs without a weight, and of LoRAs for another model.
+        """Warn of LoRA modules that the model lacks, and of LoRAs trained for another model.
 
         Raises:
-            CheckpointError: If no part of a LoRA has a weight.
+            CheckpointError: If the model lacks all modules of a LoRA.
         """
         self.reject_misfits()
         family = select_family(self._modules, self._family or LIKELY_MODEL)
@@ -631,14 +634,14 @@ class LoraPatch:
             self._rounding.report(len(self.unmerged))
 
     def reject_misfits(self) -> None:
-        """Raise CheckpointError if no part of a LoRA has a weight."""
+        """Raise CheckpointError if the model lacks all modules of a LoRA."""
         for use in self._uses:
             keys = self._keys(use)
             if keys and not self._seen.intersection(keys) and not use.lora.may_lack(keys):
                 raise self._misfit(use.lora, keys)
 
     def _misfit(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
-        """Return the error for a LoRA of which no part has a weight.
+        """Return the error for a LoRA whose modules the model lacks.
 
         Args:
             lora: The LoRA file.
@@ -673,13 +676,14 @@ class LoraPatch:
         )
 
     def _find(self, name: str) -> list[FoundChange]:
-        """Return the changes of a parameter, under its name here or that of a related module elsewhere."""
+        """Return the changes of a parameter, found by its own module name or that of another layout."""
         if name not in self._found:
             module, leaf = module_of_tensor(name)
             module = self._renamed.get(module, module)
             self._modules.setdefault(module)
             relations: list[tuple[str, Relative | None]] = [(module, None)]
             layouts = self._layouts
+            # a family without fused or joined weights has no related names
             if layouts is None or layouts.parts or layouts.joined:
                 relations += [(relative.name, relative) for relative in relatives(module, layouts)]
             self._seen.update(f"{OURS}{relative_name}.{leaf}" for relative_name, _ in relations)
@@ -693,7 +697,7 @@ class LoraPatch:
         return self._found[name]
 
     def _keys(self, use: LoraUse) -> list[str]:
-        """Return the keys of a LoRA's changes that the patterns keep."""
+        """Return the keys of a LoRA's changes that match its patterns."""
         keys: list[str] = []
         for key, changes in self._changes.items():
             module = key.partition(".")[0]
@@ -710,7 +714,7 @@ class OriginalWeights:
 
     Load the model with this as `Placement.patch`; then `switch` adds LoRAs to the originals, in the same
     dtype, on the same device and in the same order as loading does, so that the weights are equal to the bit.
-    The originals are kept in host memory. Not for weights in 8 bits or swapped ones.
+    The originals are kept in host memory. Weights in 8 bits and swapped blocks are not supported.
     """
 
     def __init__(
@@ -729,7 +733,7 @@ class OriginalWeights:
         self._originals: dict[str, Tensor] = {}
 
     def __call__(self, name: str, weight: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Keep a copy of the weight if a LoRA changes it, and return the weight as it is.
+        """Keep a copy of the weight if a LoRA changes it, and return the weight unchanged.
 
         Args:
             name: Name of the weight.
@@ -737,7 +741,7 @@ class OriginalWeights:
             target: Unused here: `switch` reads the dtype from the network.
 
         Raises:
-            CheckpointError: If a LoRA has another size.
+            CheckpointError: If the shape of a LoRA does not fit the weight.
         """
         published = self._published(name)
         self._all.add_to(published, deltas.hollow(weight))
@@ -751,7 +755,7 @@ class OriginalWeights:
             self(name, parameter)
 
     def check(self) -> None:
-        """Warn of parts of LoRAs without a weight; raise CheckpointError if a LoRA has none at all."""
+        """Warn of LoRA modules that the model lacks; raise CheckpointError if it lacks all of a LoRA."""
         self._all.check()
 
     @torch.no_grad()
@@ -777,7 +781,7 @@ def check_loras_fit(
         family: Family of the model if the caller knows it.
 
     Raises:
-        CheckpointError: If a LoRA has another size, or if no part of it has a weight.
+        CheckpointError: If the shape of a LoRA does not fit, or if the model lacks all of its modules.
     """
     if not uses:
         return
@@ -791,6 +795,6 @@ def check_loras_fit(
         for name, info in checkpoint.tensors.items():
             if info.packing is None or info.packing.pad == 1:
                 patch.add_to(name, deltas.hollow(info))
-            else:  # it may be larger than its value
+            else:  # padded rows: the stored shape may exceed that of the weight, so only compare names
                 patch.touches(name)
     patch.reject_misfits()

@@ -1,4 +1,4 @@
-"""Rewrite LoRA files in another dialect; join the LoRAs of two experts in one file, and split them."""
+"""Convert LoRA files to another dialect (key format); join the LoRAs of two experts, or split them."""
 
 import json
 from collections.abc import Collection, Iterable, Mapping
@@ -55,7 +55,7 @@ from protocols.families import HIGH_NOISE, LOW_NOISE
 logger = getLogger(__name__)
 FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(module_names.family_named, ("flux", "hunyuan_image", "z_image"))
 DIALECTS = ("sd-scripts", "ai-toolkit")
-# kinds of which --bake makes plain LoRAs without the model, and with it
+# kinds that --bake converts to plain LoRAs: products without the model, DoRA with it
 _BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
 _UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")
 _RESULT: Mapping[str, Any] = {
@@ -179,7 +179,7 @@ class Conversion:
 
 
 def convert(options: ConvertOptions) -> None:
-    """Convert the files of `--input` and `--input_high_noise` to one file or two.
+    """Convert the files of `--input` and `--input_high_noise`; write one or two files.
 
     Raises:
         CheckpointError: If a file is not a LoRA, or cannot be written in the target dialect.
@@ -213,7 +213,7 @@ def convert(options: ConvertOptions) -> None:
 
 
 def _read_experts(options: ConvertOptions) -> dict[str, LoraFile]:
-    """Return the LoRA of each expert. Raises OptionError if `--input` holds a single one."""
+    """Return the LoRA of each expert. Raises OptionError if the only file holds a single LoRA."""
     low = read_lora(options.input, by_expert=True, family=options.family)
     high = low
     if options.input_high_noise is not None:
@@ -233,7 +233,7 @@ def convert_flux(options: FluxConvertOptions) -> None:
     """Convert a LoRA of FLUX.1 or Chroma to the names of diffusers, or back.
 
     Raises:
-        CheckpointError: If the file is no LoRA of these models, or if nothing of it can be written.
+        CheckpointError: If the file is not a LoRA for these models, or if none of it can be written.
         OptionError: If the output would replace the source.
     """
     assert options.src_path is not None
@@ -286,8 +286,8 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
     hashes are recomputed.
 
     Raises:
-        CheckpointError: If nothing in the file is of the model.
-        OptionError: If a LoKr is to be joined without --lokr_rank.
+        CheckpointError: If the file is not a LoRA for this model.
+        OptionError: If modules of another kind, such as LoKr, must be joined and --lokr_rank is missing.
     """
     source = options.src_path
     lora = read_lora(source, family=Z_IMAGE.name)
@@ -327,7 +327,7 @@ def convert_z_image(options: ZImageConvertOptions) -> None:
 
 
 def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
-    """Raise CheckpointError if ComfyUI reads no file of this kind.
+    """Raise CheckpointError if ComfyUI cannot read this kind of adapter.
 
     Args:
         source: The source file.
@@ -339,7 +339,7 @@ def _reject_for_comfyui(source: Path, names: Iterable[str]) -> None:
 
 
 def _find_unjoinable_factors(tensors: Mapping[str, Tensor]) -> dict[str, Factors]:
-    """Return the factors, of kinds that cannot be joined, of the modules that ComfyUI joins."""
+    """Return the modules that ComfyUI fuses but whose kind cannot be joined: module name -> factors."""
     unjoinable: dict[str, Factors] = {}
     for name, factors in group_by_module(tensors).items():
         is_other_kind = bool(factors.keys() & (OTHER_KINDS - {MAGNITUDES}))
@@ -354,8 +354,8 @@ def convert_file(
     """Write the LoRA of `source`, of any dialect, in the dialect `target`.
 
     Metadata are copied, with new hashes; the family is added if tensor names alone no longer show it. A
-    warning lists modules without a form in the other dialect. LoRAs for parts of a fused module are joined. A
-    file with a LoRA for each expert stays one file in diffusers' dialect; other dialects have no form for it.
+    warning lists modules that the target dialect cannot express. LoRAs for parts of a fused module are
+    joined. Only diffusers' dialect can hold the LoRAs of both experts in one file.
 
     Args:
         source: File of the LoRA.
@@ -365,7 +365,7 @@ def convert_file(
         baking: How to convert other kinds to plain LoRAs, or DoRA magnitudes, before writing.
 
     Raises:
-        CheckpointError: If the file is not a LoRA, if nothing of it can be written, or if its model is
+        CheckpointError: If the file is not a LoRA, if none of it can be written, or if its model is
             ambiguous or not `family`.
         OptionError: If the output would replace the source.
     """
@@ -428,7 +428,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conv
 
 
 def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
-    """Return the metadata of a file with a LoRA for each expert; `metadata_of` splits them again."""
+    """Join the metadata of each expert's LoRA for a common file; `metadata_of` splits them again."""
     parts = {expert: _transferable(metadata) for expert, metadata in by_expert.items()}
     common: dict[str, str] = {}
     for key, value in next(iter(parts.values())).items():
@@ -450,10 +450,10 @@ def _transferable(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _prepare(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> Baked:
-    """Return the LoRA converted to plain factors, or with magnitudes as the target expects them."""
+    """Return the LoRA as plain factors (--bake), or with DoRA magnitudes in the form of the target."""
     if how.baking is not None and how.baking.rank is not None:
         return bake(lora, family, how.baking)
-    # files of FramePack are for diffusers
+    # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
     is_for_comfyui = how.target == "other" and not in_diffusers
     for kind in KINDS:
@@ -471,7 +471,7 @@ class ConvertedLora(NamedTuple):
 def converted(
     lora: LoraFile, target: str, family: FamilyNames | None, start: str = IN_DIFFUSERS
 ) -> ConvertedLora:
-    """Convert a LoRA to another dialect; warn of parts without a form in it.
+    """Convert a LoRA to another dialect; warn of modules that the dialect cannot express.
 
     Args:
         lora: The LoRA file.
@@ -480,7 +480,7 @@ def converted(
         start: Prefix of the names in diffusers' dialect.
 
     Raises:
-        CheckpointError: If no part can be written.
+        CheckpointError: If no module can be written.
     """
     native = lora.tensors if family is None else in_own_form(lora.tensors, family)
     written = in_target(native, family, target, start)
@@ -513,7 +513,7 @@ def _remedy_for_left_out(native: Mapping[str, Tensor], left_out: Collection[str]
 
 def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | None) -> dict[str, str]:
     """Return the metadata of a LoRA that was converted to another dialect."""
-    # its alphas are in the tensors now
+    # the converted tensors include all alphas
     metadata = without_alphas(lora.metadata)
     if LORA_FORMAT in metadata:
         metadata[LORA_FORMAT] = next(name for name, dialect in TARGETS.items() if dialect == target)
@@ -581,9 +581,9 @@ def _save(
     Args:
         output: File to write.
         result: The converted LoRA.
-        sources: Files that it was made from.
+        sources: Source files.
         family: The model family.
-        baked: Text about the loss by conversion to plain factors.
+        baked: Description of the loss by conversion to plain factors; "" if there was no conversion.
     """
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))
     rows = [

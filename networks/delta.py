@@ -1,8 +1,7 @@
-"""What a module of a network file adds to the weight of a layer, whatever its kind.
+"""The change that one module of an adapter file makes to a layer, for all kinds (LoRA, LoKr, DoRA, ...).
 
-A `Delta` knows the kinds of its factors from the time when it is read, so that nothing which uses it asks
-again. Its factors are named by the ends of their tensor names in files. What differs between kinds is in
-`networks/kinds/`.
+A `Delta` looks up the kinds of its factors once, when it is created. Factors are named by the ends of their
+tensor names in files. The code of each kind is in `networks/kinds/`.
 """
 
 import functools
@@ -41,14 +40,14 @@ class Delta:
     """The factors of one module, and how they change its weight and bias."""
 
     factors: Factors
-    algebras: tuple[Algebra, ...]  # of the kinds of its factors
-    # whether the module has a weight that replaces the model's weight, as in ComfyUI
+    algebras: tuple[Algebra, ...]  # one per kind of the factors
+    # whether the factors have a weight that replaces the model's weight, as in ComfyUI
     sets_weight: bool = field(init=False)
-    # whether a tensor of the module has the weight's size: a difference, or one that is set
+    # whether a factor is as large as the weight: a full difference or a replacement
     is_full: bool = field(init=False)
-    is_part: bool = field(init=False)  # whether it uses only those rows of its factors' change in `ROWS`
-    rotation: InputRotation | None = field(init=False)  # of the input; None: the module adds to the weight
-    normalization: Magnitudes | None = field(init=False)  # of the changed weight; None: it has none
+    is_part: bool = field(init=False)  # whether only the rows in `ROWS` of the factors' change are used
+    rotation: InputRotation | None = field(init=False)  # rotation of the input; None: the change is added
+    normalization: Magnitudes | None = field(init=False)  # DoRA's; None: the weight is not normalized
 
     def __post_init__(self) -> None:
         rotations = (algebra.rotation for algebra in self.algebras if algebra.rotation is not None)
@@ -72,7 +71,7 @@ class Delta:
 
     @property
     def depends_on_weight(self) -> bool:
-        """Whether the change can only be computed from the frozen weight."""
+        """Return whether the change can only be computed from the frozen weight."""
         return self.rotation is not None or self.normalization is not None
 
     def to(self, device: torch.device) -> "Delta":
@@ -88,11 +87,11 @@ class Delta:
     def dense(self, device: torch.device) -> Tensor | None:
         """Return the change of the weight at multiplier 1, out in (kernel), float32, a new tensor.
 
-        With magnitudes this is the change before these. It is None if only the bias changes, for a rotation
-        of inputs, and for a weight that is set.
+        DoRA magnitudes are not applied. Returns None if only the bias changes, for an input rotation, and for
+        a replacement weight.
 
         Raises:
-            RuntimeError: If the factors do not go together.
+            RuntimeError: If the shapes of the factors do not match.
         """
         moved = {
             part: tensor.to(device, torch.float32) for part, tensor in self.factors.items() if part != ROWS
@@ -111,10 +110,10 @@ class Delta:
     def shape(self) -> tuple[int, ...] | None:
         """Return the shape of `dense`, computed from the shapes of the factors; None if `dense` returns None.
 
-        torch's first operation on the meta device loads its compiler, which takes seconds.
+        Meta tensors are avoided: torch's first operation on them loads its compiler, which takes seconds.
 
         Raises:
-            MismatchError: If the factors do not go together.
+            MismatchError: If the shapes of the factors do not match.
         """
         shapes = {part: tuple(tensor.shape) for part, tensor in self.factors.items()}
         found = [shapes["diff"]] if "diff" in shapes else []
@@ -132,10 +131,10 @@ class Delta:
         return len(range(rows)[slice(*rows_in(self.factors))]), *columns
 
     def addition(self, weight: Tensor, device: torch.device, by_frozen_norms: bool) -> Tensor | None:
-        """Return what is added to a weight at multiplier 1, float32, magnitudes applied; None if nothing is.
+        """Return the change of a weight at multiplier 1, float32, after magnitudes; None as in `dense`.
 
         Args:
-            weight: Weight before any change, out in (kernel); it is read only if there are magnitudes.
+            weight: Weight before any change, out in (kernel); used only if there are magnitudes.
             device: Device to compute on, that of the weight.
             by_frozen_norms: Whether magnitudes by output refer to the norms of the frozen weight alone.
         """
@@ -146,7 +145,7 @@ class Delta:
         return self.normalization.decompose(weight, delta, magnitudes, by_frozen_norms)
 
     def dense_rows(self, rows: slice | Tensor, device: torch.device) -> "Delta":
-        """Return the delta of some rows as a full difference, for factors that have no rows of the change."""
+        """Return the delta of some rows as a full difference, for factors that cannot be cut (LoKr)."""
         dense = self.dense(device)
         assert dense is not None
         factors = {"diff": dense[rows]}
@@ -170,7 +169,7 @@ class Delta:
     # --- sizes
 
     def size(self) -> tuple[int, int] | None:
-        """Return rows and columns of the matrix that the factors change; None if they change no matrix."""
+        """Return rows and columns of the changed matrix; None if the weight is not a matrix or is unknown."""
         matrices = [part for part in self.factors if part in PARTS and part not in _NO_MATRICES]
         is_matrix = all(self.factors[part].ndim == 2 for part in matrices)
         if not is_matrix:
@@ -178,7 +177,7 @@ class Delta:
         full = self.factors.get("diff", self.factors.get(SET))
         if full is not None:
             return (full.shape[0], full.shape[1]) if full.ndim == 2 else None
-        if not composing.CORES.isdisjoint(self.factors):  # of a convolution
+        if not composing.CORES.isdisjoint(self.factors):  # only convolutions have a core
             return None
         full_factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
         try:
@@ -188,7 +187,7 @@ class Delta:
         return None if shape is None else (shape[0], math.prod(shape[1:]))
 
     def height(self) -> int | None:
-        """Return the number of rows of the factors' module; None if the factors do not show it."""
+        """Return the number of rows of the module's weight; None if the factors do not show it."""
         if self.is_part:
             first, last = rows_in(self.factors)
             return last - first
@@ -200,7 +199,7 @@ class Delta:
     def rows(self, rows: slice | Tensor) -> "Delta | None":
         """Return the delta of only these rows of the change, or None if that is impossible.
 
-        None is returned for kinds in which a row of the change is not a row of one factor, such as LoKr, and
+        It is impossible for kinds in which a row of the change is not a row of one factor, such as LoKr, and
         for magnitudes by input, whose norms need all rows.
 
         Args:
@@ -219,10 +218,10 @@ class Delta:
         return replace(self, factors=cut)
 
     def part(self, first: int, last: int) -> "Delta":
-        """Return the delta of one part of a joined layer: of the rows `first` to `last` of its change.
+        """Return the delta of one part of a joined layer: the rows from `first` up to `last` of its change.
 
-        Factors that have these rows are cut. If a kind has no factor with them (LoKr), all factors stay, and
-        `ROWS` records the rows; only biases, and magnitudes if there is one for each output, are cut.
+        Factors are cut if their kind allows it. Otherwise (LoKr) the delta keeps all factors and records the
+        rows in `ROWS`; only biases, and magnitudes by output, are cut.
         """
         cut = self.rows(slice(first, last))
         if cut is not None:
@@ -237,7 +236,7 @@ class Delta:
         return replace(self, factors={part: tensor.clone() for part, tensor in factors.items()})
 
     def row_parts(self) -> set[str] | None:
-        """Return the factors whose first axis are the rows of the weight; None if one has another axis."""
+        """Return the factors whose first axis is the rows of the weight; None if a kind cannot be cut so."""
         by_rows = set(self.factors.keys() & _FULL)
         for algebra in self.algebras:
             of_kind = algebra.row_parts(self.factors)
@@ -247,7 +246,7 @@ class Delta:
         return by_rows
 
     def blocks(self, start: int, stop: int) -> Factors | None:
-        """Return factors without `ROWS` for these rows; None if they are no full blocks of a product."""
+        """Return factors without `ROWS` for these rows; None if the rows are not whole blocks of a LoKr."""
         size = self.size()
         if size is None:
             return None
@@ -259,14 +258,14 @@ class Delta:
         return None
 
     def name_indivisible(self) -> str:
-        """Return the kind, as in "a LoKr", if its factors cannot be cut into rows of the change."""
+        """Return the name of the kind that cannot be cut by rows, such as "a LoKr"."""
         titles = (algebra.indivisible for algebra in self.algebras if algebra.indivisible)
         return next(titles, "this network")
 
     # --- errors
 
     def find_error(self) -> str | None:
-        """Return the reason why the factors define no change of a weight; None if they define one."""
+        """Return why the factors are unusable, as a clause such as "it has ..."; None if they are usable."""
         absent = self._find_absent()
         if absent is not None:
             return absent
@@ -311,7 +310,7 @@ class Delta:
         return None
 
     def _find_mismatch(self) -> str | None:
-        """Return the reason why the factors cannot be multiplied at all; None if they can."""
+        """Return why the shapes of the factors contradict each other; None if they match."""
         try:
             shape = self.shape()
         except MismatchError:
@@ -331,9 +330,9 @@ class Delta:
         return ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
 
     def find_other_channels(self, weight: Tensor) -> str | None:
-        """Describe a change of a first layer that differs from this weight only in its input channels.
+        """Return a clause if this change fits a first layer except for its input channels; else None.
 
-        Image-to-video models take more channels, and LoRAs of text-to-video models are added to them.
+        Image-to-video models have more input channels than the text-to-video models of many LoRAs.
 
         Args:
             weight: Weight of the layer, out in kernel.
@@ -364,7 +363,7 @@ def read_delta(factors: Factors) -> Delta:
 
 
 def _find_algebras(parts: Iterable[str]) -> tuple[Algebra, ...]:
-    """Return the algebras of all kinds to which any of these parts belongs, even if others are absent."""
+    """Return the algebra of each kind that has any of these parts, even if some of its parts are missing."""
     parts = set(parts)
     found = (kind for kind in KINDS if not parts.isdisjoint(kind.parts))
     algebras = (kind.load_algebra() for kind in found)

@@ -35,13 +35,13 @@ from networks.text_loras import TensorPiece, is_full, pieces_of
 from networks.tool_options import MIN_DIFF, ExtractOptions
 
 logger = getLogger(__name__)
-OVERSAMPLING, POWERS = 16, 4  # of the randomized decomposition
-EXACT_BELOW = 512  # up to this side, matrices are decomposed in full
-# of the U-Net: matrices and 1x1 convolutions of its attention blocks, as sd-scripts trains them
+OVERSAMPLING, POWERS = 16, 4  # extra columns and power iterations of the randomized SVD
+EXACT_BELOW = 512  # matrices whose smaller side is at most this get an exact SVD
+# U-Net: matrices and 1x1 convolutions of attention blocks, as sd-scripts trains them
 _ATTENTION = re.compile(
     r"_attentions_\d+_(proj_in|proj_out|transformer_blocks_.*_(to_[qkv]|to_out_0|proj|2))$"
 )
-# with a rank for convolutions: those of residual blocks and between levels, and the matrix of the time
+# U-Net with --conv_dim: convolutions of residual blocks and between levels, and the time projection
 _RESIDUAL = re.compile(r"_(resnets_\d+_(conv1|conv2|conv_shortcut|time_emb_proj)|(down|up)samplers_0_conv)$")
 _WEIGHTS = ("weight", "bias")
 _IN_TEXT = re.compile(rf"_(encoder_layers_\d+_(self_attn_\w+_proj|mlp_fc[12])|{TEXT_PROJECTION})$")
@@ -52,7 +52,7 @@ class ExtractedModule(NamedTuple):
 
     name: str  # in LoRA files
     rank: int
-    seed_name: str  # what the random numbers of the decomposition depend on
+    seed_name: str  # seeds the random numbers of the decomposition
     piece: TensorPiece
 
 
@@ -67,18 +67,18 @@ class Pair(NamedTuple):
 
 
 class LoraNames(NamedTuple):
-    """The entries about its model in the metadata of a LoRA."""
+    """The entries in a LoRA's metadata about its base model."""
 
-    module: str  # that trains such LoRAs
-    version: str  # of the base model
+    module: str  # ss_network_module, which trains such LoRAs
+    version: str  # ss_base_model_version
     architecture: str
 
 
 class BlockWeights(NamedTuple):
-    """The weights of a transformer to extract a LoRA for: the matrices of its blocks."""
+    """Selects the weights to extract from a transformer: the matrices in its blocks."""
 
-    model: str
-    lists: tuple[str, ...]  # of its blocks
+    model: str  # name of the model, for messages
+    lists: tuple[str, ...]  # prefixes of the tensor names of its blocks
     example: str  # a tensor that every such model has
 
     def of(self, checkpoint: Checkpoint) -> list[str]:
@@ -158,11 +158,11 @@ def extract_model(options: ExtractOptions) -> None:
 
 
 def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list[str]:
-    """Drop weights of networks that a fine-tuned file lacks, such as LTX-2's connectors (never trained)."""
+    """Drop weights of parts that the fine-tuned file lacks, such as LTX-2's connectors (never trained)."""
     with open_checkpoint(model_tuned) as tuned:
         networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}
     kept = [name for name in weights if name.partition(".")[0] in networks]
-    if not kept:  # another model, which is reported where the two are compared
+    if not kept:  # a different model: `_extract_blocks` raises the error
         return [*weights]
     missing = sorted({name.partition(".")[0] for name in weights} - networks)
     if missing:
@@ -270,7 +270,7 @@ def extract_full(options: ExtractOptions) -> None:
 def _module_of_piece(
     piece: TensorPiece, options: ExtractOptions, family: FamilyNames
 ) -> ExtractedModule | None:
-    """Return the module of a whole checkpoint that gets a LoRA of a tensor; None if it gets none."""
+    """Return the module whose weight this piece of a full checkpoint is; None if it gets no LoRA."""
     if not piece.name.endswith(".weight"):
         return None
     rank = 0
@@ -294,10 +294,10 @@ def _extract(
     metadata: Mapping[str, str],
     family: FamilyNames | None,
 ) -> None:
-    """Write a LoRA whose product is near the difference of two models, tensor by tensor.
+    """Write a LoRA that approximates the difference of two models, tensor by tensor.
 
-    Factors are U * S and V^T, limited to a quantile of their values; alpha is the rank. Memory: one weight of
-    each model, and the LoRA.
+    The factors are U * S and V^T, clamped to a quantile of their values; alpha is the rank. Peak memory: one
+    weight of each model, and the LoRA.
 
     Args:
         options: Options of the run.
@@ -326,7 +326,7 @@ def _extract(
 
 @dataclass
 class KeptChange:
-    """Add up how much of the change of a model a LoRA keeps."""
+    """Accumulate how much of a model's change the LoRA keeps."""
 
     total: float = 0.0  # sum of the squares of the change
     lost: float = 0.0  # sum of the squares of what the LoRA leaves out
@@ -337,7 +337,7 @@ class KeptChange:
         return max(1 - self.lost / self.total, 0.0) ** 0.5 if self.total else 1.0
 
     def add(self, change: Tensor, product: Tensor) -> None:
-        """Count the change of a module, and the product of its LoRA; both out x in, float32."""
+        """Add a module's change and the product of its LoRA factors; both out x in, float32."""
         self.total += float(torch.linalg.vector_norm(change)) ** 2
         self.lost += float(torch.linalg.vector_norm(change - product)) ** 2
 
@@ -345,7 +345,7 @@ class KeptChange:
 def _factors_of_change(
     options: ExtractOptions, pair: Pair, plan: Plan, retained: KeptChange
 ) -> dict[str, Tensor]:
-    """Return the LoRA of the difference of two models.
+    """Return the tensors of the LoRA for the difference of two models.
 
     Args:
         options: Options of the run.
@@ -354,7 +354,7 @@ def _factors_of_change(
         retained: Accumulates how much of the change the LoRA keeps.
 
     Raises:
-        CheckpointError: If they are equal.
+        CheckpointError: If the models are equal.
     """
     device = select_device(options.device)
     dtype = DTYPES[options.save_precision or "float"]
@@ -398,7 +398,7 @@ def _factors_of_module(
 
 
 def lora_of_shape(down: Tensor, up: Tensor, shape: torch.Size) -> dict[str, Tensor]:
-    """Return a LoRA of two matrices for a change of this shape, on the CPU; its alpha is the rank."""
+    """Reshape two matrices to LoRA factors for a weight of this shape, on the CPU; alpha is the rank."""
     kernel_axes = [1] * (len(shape) - 2)
     return {
         DOWN: down.unflatten(1, shape[1:]).cpu().contiguous(),
@@ -419,8 +419,8 @@ def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
 def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> tuple[Tensor, Tensor]:
     """Return down R x in and up out x R whose product approximates a change of a weight, out x in.
 
-    The singular vectors come from a randomized decomposition (Halko et al. 2011, arXiv 0909.4061), from
-    random numbers that depend on the name alone. Small matrices are decomposed in full.
+    Large matrices use a randomized SVD (Halko et al. 2011, arXiv 0909.4061), seeded by the name alone. Small
+    matrices use an exact SVD.
     """
     rank = min(rank, *change.shape)
     if min(change.shape) <= EXACT_BELOW:
@@ -433,7 +433,7 @@ def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> t
 
 
 def _compute_randomised_svd(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V^T of a matrix, near the exact ones for the first `rank` singular values."""
+    """Return U, S and V^T of a matrix, accurate for the first `rank` singular values."""
     width = min(rank + OVERSAMPLING, *change.shape)
     generator = torch.Generator().manual_seed(derive_seed(0, name))
     basis = change @ torch.randn(change.shape[1], width, generator=generator).to(change.device)
@@ -445,12 +445,13 @@ def _compute_randomised_svd(change: Tensor, rank: int, name: str) -> tuple[Tenso
 
 
 def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
-    """Return factors whose values are limited to a quantile of all of them."""
-    # signs are arbitrary in a decomposition, but the quantile depends on them
+    """Clamp both factors to a quantile of all their values together."""
+    # The signs of an SVD are arbitrary, but the quantile depends on them: make the largest value of each row
+    # of `down` positive
     signs = down.gather(1, down.abs().argmax(dim=1, keepdim=True)).sign()
     up = up * signs.T
     down = down * signs
-    # by sorting, as torch.quantile takes 16 million values at most
+    # sort, because torch.quantile accepts at most 16 million values
     ordered = torch.cat([up.flatten(), down.flatten()]).sort().values
     place = quantile * (len(ordered) - 1)
     low = int(place)
@@ -459,7 +460,7 @@ def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Te
 
 
 def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: Sequence[str]) -> None:
-    """Raise CheckpointError if one model lacks a tensor or has another shape."""
+    """Raise CheckpointError if the two models do not have the same tensors with the same shapes."""
     original = {name: pair.original.tensors[name].shape for name in original_names}
     tuned = {name: pair.tuned.tensors[name].shape for name in tuned_names}
     names = sorted(original.keys() | tuned.keys())
@@ -475,7 +476,7 @@ def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: S
 
 
 def _find_family_of_both(pair: Pair) -> FamilyNames:
-    """Return the common family. Raises CheckpointError if the two are different kinds of checkpoint."""
+    """Return the family of both checkpoints. Raises CheckpointError if they are of different models."""
     for checkpoint in pair:
         if not is_full(checkpoint.tensors):
             raise CheckpointError(
@@ -495,12 +496,12 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
 
 
 def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
-    """Return the weights and biases: position ids, which many files lack, are no part of a LoRA."""
+    """Return the names of weights and biases; position ids are left out, because many files lack them."""
     return [name for name in checkpoint.tensors if name.endswith(_WEIGHTS) and pieces_of(name)]
 
 
 def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
-    """Return the text encoders whose values all changed by at most `minimum`."""
+    """Return the prefixes of text encoders in which no value changed by more than `minimum`."""
     changed: dict[str, bool] = {}
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []
@@ -524,7 +525,7 @@ def _metadata(
     is_v2: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the metadata of an extracted LoRA; without --no_metadata, its title too."""
+    """Return the metadata of an extracted LoRA; --no_metadata keeps only what loaders need."""
     metadata = {
         "ss_v2": str(is_v2),
         "ss_network_module": names.module,

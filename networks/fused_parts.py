@@ -1,4 +1,4 @@
-"""LoRAs of layouts that split a fused weight: which rows belong to which part, splitting and joining."""
+"""Split LoRAs for fused weights (such as qkv) into LoRAs for their parts, and join such parts."""
 
 import itertools
 import re
@@ -26,9 +26,9 @@ _BIAS = "lora_up.bias"
 
 
 class FusedPiece(NamedTuple):
-    """The factors of a part of a fused module."""
+    """The factors for one part of a fused module."""
 
-    name: str  # of the part's own module
+    name: str  # module name of the part in its own layout
     part: WeightPart
     factors: Factors
 
@@ -43,6 +43,8 @@ class PlacedFactors(NamedTuple):
 def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor | None:
     """Return the rows of a part in a fused weight; None if they do not fit.
 
+    If the part is the fused weight with its halves swapped, the result is the index of each row.
+
     `height` and `full_height` are the numbers of rows of the part and of the fused weight.
     """
     if part.index is None or part.index == SWAPPED:
@@ -51,13 +53,14 @@ def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor
         if part.index is None:
             return slice(0, full_height)
         return torch.arange(full_height).roll(full_height // 2)
+    # the last parts are counted from the end, because the parts before them may be of other heights
     from_end = {REST: 1, BEFORE_REST: 2}.get(part.index)
     start = part.index * height if from_end is None else full_height - from_end * height
     return slice(start, start + height) if 0 <= start <= full_height - height else None
 
 
 def default_rows(part: WeightPart, full_height: int) -> slice | None:
-    """Return the rows of a part in a fused weight of the published sizes; None if these do not fit.
+    """Return the rows of a part, if the fused weight has the proportions of the published model; else None.
 
     Used for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
     weight are swapped, all rows are returned, because the rotation is the same for each row.
@@ -71,12 +74,12 @@ def default_rows(part: WeightPart, full_height: int) -> slice | None:
 
 
 def is_cut(part: WeightPart) -> bool:
-    """Whether a part holds some rows of the fused weight, not all of them in another order."""
+    """Return whether a part is a slice of the fused weight, not all of its rows (possibly swapped)."""
     return part.index is not None and part.index != SWAPPED
 
 
 def for_model(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> dict[str, Tensor]:
-    """Convert LoRAs of another layout to the modules that a model has: split fused ones or join parts.
+    """Fit LoRAs of another layout to the modules of a model: split fused modules and join parts.
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
@@ -120,14 +123,15 @@ def _rows_of_parts(
         if not relative.is_part or part_name in modules:
             continue
         rows = height(part_name)
-        # families split modules in different ways: a name for all rows that the model lacks is no part
+        # Families split modules differently. A relative for all rows that the model lacks is just another
+        # name of the module, not a missing part.
         if rows is not None or is_cut(relative.part):
             rows_by_part[relative] = rows
     return rows_by_part
 
 
 def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
-    """Cut a fused weight's factors into those of its parts; return the reason if that is not possible.
+    """Cut the factors of a fused weight; return those of each part, or the reason why it cannot be cut.
 
     `row_counts` is the number of rows of each part; None for a part that the model does not have.
     """
@@ -140,7 +144,7 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
         return "its change is no matrix"
     rows_of_part = _places_of_parts(parts_here, num_rows)
     fits = len(rows_of_part) == len(parts_here)
-    if len(parts_here) == len(row_counts):  # all parts
+    if len(parts_here) == len(row_counts):  # the model has all parts: together they must cover the weight
         fits = fits and sum(parts_here.values()) == num_rows
     if not fits:
         shown = " + ".join(map(str, parts_here.values()))
@@ -161,7 +165,7 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
 
 
 def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
-    """Return the LoRAs that one of several parts was joined from; [] of one that was trained as a whole.
+    """Return the LoRAs of the parts that this LoRA was joined from; [] if it was trained as a whole.
 
     Args:
         factors: Factors of the module, by name of the part.
@@ -185,7 +189,7 @@ def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
 
 
 def _height_to_cut(delta: Delta) -> int | None:
-    """Return the rows of a change; None if it is not a matrix."""
+    """Return the number of rows of a change; None if it is not a matrix."""
     size = delta.size()
     if size is not None:
         return size[0]
@@ -205,12 +209,12 @@ def _places_of_parts(
 
 
 def _start_of(rows: slice | Tensor) -> int:
-    """Return the first row of a part; of swapped halves 0, as these are all rows."""
+    """Return the first row of a part; 0 for swapped halves, which contain all rows."""
     return int(rows.start) if isinstance(rows, slice) else 0
 
 
 def _part_of(delta: Delta, rows: slice | Tensor) -> Delta | None:
-    """Return the delta for some rows, or for all with swapped halves; None if they cannot be swapped."""
+    """Return the delta for these rows; None if a kind cannot swap its halves."""
     if isinstance(rows, slice):
         return delta.part(rows.start, rows.stop)
     return delta.rows(rows)
@@ -223,15 +227,14 @@ def fuse(
 ) -> dict[str, Tensor]:
     """Join the LoRAs for parts of a module into one for the module; warn of LoRAs that cannot be joined.
 
-    Without `height` all parts are joined, and the number of rows is inferred from the parts, including those
-    in other blocks; if no block has the last part of a weight, the published models give the number.
-    The change of the weight stays the same. The rank is the sum of the parts' ranks, or their rank if they
-    share one down factor.
+    Without `height`, all parts are joined. The number of rows is then inferred from the parts of all blocks,
+    or from the published model for a part that no block has. The change of the weight stays the same. The
+    rank is the sum of the parts' ranks, or their common rank if they share one down factor.
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
-        height: Returns the number of rows of a fused module's weight; None if the model lacks the module,
-            whose parts then do not change.
+        height: Returns the number of rows of a fused module's weight; None if the model lacks the module:
+            its parts are then returned unchanged.
         family: Family of the modules; None for any.
     """
     modules = deltas.group_by_module(tensors)
@@ -259,7 +262,7 @@ def fuse(
 def _find_full(
     name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
 ) -> Relative | None:
-    """Return the module of our layout that a module is part of, and that the model has."""
+    """Return the fused module that contains a module; None if there is none or the model lacks it."""
     for relative in relatives(name.removeprefix(OURS), family):
         if not relative.is_part and (height is None or height(OURS + relative.name) is not None):
             return relative
@@ -267,9 +270,9 @@ def _find_full(
 
 
 def _guess_rows(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
-    """Estimate the rows of each fused weight, equal in all blocks, from its parts."""
-    rows_by_path: dict[str, dict[int | None, int]] = {}  # path -> index of a part -> its rows
-    paths: set[str] = set()  # of the parts, in their layout
+    """Estimate the number of rows of each fused weight from its parts; all blocks have the same number."""
+    rows_by_path: dict[str, dict[int | None, int]] = {}  # path of the weight -> index of a part -> its rows
+    paths: set[str] = set()  # paths of the parts in their own layout
     for piece in itertools.chain.from_iterable(fused):
         paths.add(piece.part.theirs)
         rows = rows_by_path.setdefault(piece.part.ours, {})
@@ -280,9 +283,9 @@ def _guess_rows(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
 
 
 def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
-    """Return the parts of a weight in the families that have a module of these paths.
+    """Return the parts of a weight, in the families that have one of these paths.
 
-    Families may stack other parts under one name.
+    Other families may fuse different parts under the same name.
     """
     siblings: dict[str, WeightPart] = {}
     for family in FAMILIES:
@@ -296,7 +299,7 @@ def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
 
 
 def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]) -> int:
-    """Estimate the rows of a weight from those of some of its parts; 0 if there are none.
+    """Estimate the number of rows of a weight from some of its parts; 0 if no part is known.
 
     Args:
         siblings: All parts of the weight.
@@ -305,8 +308,9 @@ def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]
     reference = next((part for part in siblings if rows.get(part.index)), None)
     if reference is None:
         return 0
-    if not is_cut(reference):  # not a part, but the whole weight
+    if not is_cut(reference):  # it covers the whole weight
         return rows[reference.index]
+    # default heights are relative: scale them so that the known part has its real height
     unit = rows[reference.index] // reference.default_height
     height = 0
     for part in siblings:
@@ -370,8 +374,8 @@ def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
     """Return whether these are the factors of a LoRA or DoRA for a matrix, without a core."""
-    further = set(factors) - {"alpha", *LORA, MAGNITUDES, _BIAS}
-    return not further and factors[UP].ndim == 2
+    others = set(factors) - {"alpha", *LORA, MAGNITUDES, _BIAS}
+    return not others and factors[UP].ndim == 2
 
 
 def _in_order(pieces: Sequence[FusedPiece], slices: Sequence[slice]) -> list[PlacedFactors]:
@@ -400,7 +404,7 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
     """
     scales = [strength(part.factors) for part in placed]
     scale = scales[0]
-    if scales.count(scale) < len(scales):  # one alpha cannot stand for all: the scales go into the factors
+    if scales.count(scale) < len(scales):  # different alpha / rank: multiply each into its up factor
         placed = [PlacedFactors(part.rows, _fold_into_up(part.factors)) for part in placed]
         scale = 1.0
     downs = [part.factors[DOWN] for part in placed]
@@ -423,7 +427,7 @@ def _join_ups(placed: Sequence[PlacedFactors], height: int, rank: int, is_shared
     Args:
         placed: Factors with their rows.
         height: Number of rows of the weight.
-        rank: Rank of all parts together.
+        rank: Rank of the joined LoRA.
         is_shared: Whether the parts share their down factor.
     """
     joined = placed[0].factors[UP].new_zeros(height, rank)
@@ -478,7 +482,7 @@ def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) 
 
 
 def _are_gapless(ranges: Sequence[tuple[int, int]], height: int) -> bool:
-    """Return whether ranges of rows, in order, are all rows of a weight of this height."""
+    """Return whether ranges of rows, in order, cover a weight of this height without gaps or overlaps."""
     starts = [start for start, _ in ranges]
     stops = [stop for _, stop in ranges]
     return starts == [0, *stops[:-1]] and stops[-1] == height
@@ -524,11 +528,11 @@ def _place_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None]
 
 
 def _one_layer(parts: Sequence[Factors]) -> Factors | None:
-    """Return the factors of a layer that was taken apart into these parts, by rows; None if it was not."""
+    """Return the factors of the layer that was split by rows into these parts; None if they are unrelated."""
     first = parts[0]
     names = first.keys()
     delta = read_delta(first)
-    by_rows = delta.row_parts()  # factors with one row for each output; the parts share all the others
+    by_rows = delta.row_parts()  # names of factors with one row per output; the parts share the others
     if by_rows is None or any(part.keys() != names for part in parts):
         return None
     if ROWS in names:  # only magnitudes and biases have rows of the part
@@ -547,10 +551,10 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Replace parts that are marked by `ROWS`, which files cannot hold, by factors of their own.
+    """Give each part that is marked by `ROWS` factors of its own, because files cannot store the mark.
 
-    Factors whose blocks of rows do not straddle two parts are cut (LoKr); others become full differences, in
-    the dtype of their factors.
+    A LoKr whose blocks of rows do not straddle two parts is cut; other factors become full differences, in
+    the dtype of the factors.
 
     Raises:
         CheckpointError: For magnitudes by input, because they belong to the full layer.
@@ -558,10 +562,10 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     modules = deltas.group_by_module(tensors)
     if not any(ROWS in factors for factors in modules.values()):
         return tensors
-    settled: dict[str, Factors] = {}
+    resolved: dict[str, Factors] = {}
     for name, factors in modules.items():
-        settled[name] = factors if ROWS not in factors else _resolve_part(name, factors)
-    return deltas.ungroup(settled)
+        resolved[name] = factors if ROWS not in factors else _resolve_part(name, factors)
+    return deltas.ungroup(resolved)
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
@@ -597,11 +601,11 @@ def stack_rows(
     Args:
         path: Path of the file.
         tensors: Tensors under our names.
-        rule: Layers whose rows some programs order by head, and the sign of these programs.
+        rule: Layers whose rows some programs order by head, and the pattern that reveals these programs.
         stored: Names in the file; they show whether its program orders rows by head.
 
     Raises:
-        CheckpointError: If these are not rows of whole heads.
+        CheckpointError: If the number of rows is not a multiple of whole heads.
     """
     if not any(re.search(rule.mark, name) for name in stored):
         return tensors
@@ -650,7 +654,7 @@ def mend_split_alphas(
         num_parts = len({part.index for part in parts} - {None, SWAPPED})
         row_counts = fused_sizes(num_parts, len(up), down.shape[1])
         if row_counts and diagonal_blocks(up, row_counts) is not None:
-            mended[f"{name}.alpha"] = alpha * len(row_counts)  # as the rank: k times that of one part
+            mended[f"{name}.alpha"] = alpha * len(row_counts)  # like the joined rank, k times that of a part
             changed += 1
     if changed:
         logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")

@@ -1,7 +1,7 @@
-"""Put LoRAs round the forward of modules, for LoRAs that act only at times or in parts of a picture.
+"""Wrap the forward of modules with LoRAs that are active only at times or in regions of an image.
 
-The model's weights are unchanged, however they are stored. An `AddedPart` is the addition of one LoRA to one
-module; an `AddedLayer` is the forward of a module with all its parts. Switched off, it calls the original
+The model's weights are unchanged, in any storage format. An `AddedPart` is one LoRA's addition to one module;
+an `AddedLayer` wraps the forward of a module and adds all of its parts. Switched off, it calls the original
 forward, so that training is unaffected.
 """
 # Letters: R rank
@@ -42,27 +42,27 @@ _MID = "lora_mid.weight"
 
 @dataclass(frozen=True)
 class ChangedPlace:
-    """A parameter that LoRAs change: a module's weight (together with its bias), or one of another name."""
+    """A parameter that LoRAs change: a weight (with the module's bias), or a parameter of another name."""
 
-    path: str  # of the parameter
+    path: str  # path of the parameter
     module: nn.Module
     leaf: str = "weight"
 
     @property
     def module_path(self) -> str:
-        """Path of the module whose weight is changed; the full path of a parameter of another name."""
+        """Path of the module if its weight is changed, else the full path of the parameter."""
         return self.path.removesuffix(".weight")
 
     @property
     def parameter(self) -> Tensor:
-        """The parameter as the module holds it now."""
+        """The current parameter of the module."""
         parameter = getattr(self.module, self.leaf)
         assert isinstance(parameter, Tensor)
         return parameter
 
     @property
     def shaped(self) -> Tensor:
-        """Return the parameter, or for a weight in 8 or 4 bits a stand-in with the shape of its value."""
+        """Return the parameter; for a weight in 8 or 4 bits, a placeholder with the unpacked shape."""
         stored = stored_in(self.module) if self.leaf == "weight" else None
         return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
 
@@ -73,7 +73,10 @@ class ChangedPlace:
 
     @property
     def adds_to_output(self) -> bool:
-        """Return whether a change of the weight can be added to the output: a matrix or a convolution."""
+        """Return whether a change of the weight can be computed as an addition to the layer's output.
+
+        True for a Linear and for a plain Conv2d.
+        """
         module = self.module
         is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
         return (self.is_linear or is_plain) and self.leaf == "weight"
@@ -84,7 +87,7 @@ class ChangedPlace:
 
 
 class AddedPart:
-    """The addition of one LoRA to one module, `multiplier` times; empty until `place_on`."""
+    """One LoRA's addition to one module, scaled by `multiplier`; it has no tensors until `place_on`."""
 
     def __init__(
         self, place: ChangedPlace, delta: Delta, multiplier: float = 1.0, by_frozen_norms: bool = False
@@ -101,18 +104,18 @@ class AddedPart:
         self.delta = delta
         self.multiplier = multiplier
         self._by_frozen_norms = by_frozen_norms
-        # applied to the addition to the module's output before it is added; None: nothing
+        # masks the addition, so that it acts only in a region of the image; None: everywhere
         self.region: Callable[[Tensor], Tensor] | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
         self.rotation = delta.rotation
-        self.rows: slice | None = None  # outputs that the rotation is for; None: all
-        self._angles: Tensor | None = None  # the values of the rotation, float32
-        self._chain: list[Tensor] = []  # the low-rank factors in the order in which they act
-        self._full: Delta | None = None  # all other factors, on the device
+        self.rows: slice | None = None  # outputs that the rotation affects; None: all
+        self._angles: Tensor | None = None  # parameters of the rotation, float32
+        self._chain: list[Tensor] = []  # low-rank factors in the order of application: down, (core,) up
+        self._full: Delta | None = None  # factors of other kinds, whose full matrix is computed in each pass
         self._bias: Tensor | None = None
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Copy the factors to the device, the low-rank ones in the dtype to compute in."""
+        """Copy the factors to the device; low-rank factors also to the compute dtype."""
         self.release()
         factors = self.delta.factors
         if self.rotation is not None:
@@ -136,7 +139,7 @@ class AddedPart:
 
     @property
     def is_made_full(self) -> bool:
-        """Whether the addition is stored as a full matrix instead of factors."""
+        """Return whether the addition is computed as a full matrix instead of by low-rank factors."""
         return self._full is not None
 
     @property
@@ -146,11 +149,11 @@ class AddedPart:
 
     @property
     def turns_input(self) -> bool:
-        """Return whether it rotates the input of all outputs."""
+        """Return whether it rotates the input for all outputs and the whole image."""
         return self.rotation is not None and self.region is None and self.rows is None
 
     def turned(self, x: Tensor) -> Tensor:
-        """Return the change of the input x, ... in, by the rotation."""
+        """Return how the rotation changes the input: x R - x, of the shape of x."""
         assert self.rotation is not None
         assert self._angles is not None
         with torch.autocast(x.device.type, enabled=False):
@@ -180,13 +183,13 @@ class AddedPart:
         return out + (added if self.region is None else self.region(added))
 
     def _adds_in_place(self, out: Tensor) -> bool:
-        """Return whether the addition is only a product, of which neither gradients nor code are recorded."""
+        """Return whether the addition is a plain product that is neither traced by autograd nor compiled."""
         is_product = bool(self._chain) and self.place.is_linear and self.region is None and self._bias is None
         is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
         return is_product and not is_recorded and out.dtype == self._chain[-1].dtype
 
     def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
-        """Return the addition to the output by the change of the weight; None if it does not change."""
+        """Return what the change of the weight adds to the output; None if only the bias changes."""
         if self._angles is not None:  # a rotation of the input, passed through the module's own weight
             added = frozen_product(self.place.module, self.turned(x)).to(out.dtype)
             if self.rows is None:
@@ -198,13 +201,13 @@ class AddedPart:
             return self._low_rank(x).to(out.dtype)
         if self._full is None:  # only the bias changes
             return None
-        # recomputed in every pass: stored, all of them would be as large as the model
+        # recomputed in every pass: the full matrices of all modules would be as large as the model
         delta = (self._addition(self._full, x.device) * self.multiplier).to(out.dtype)
         shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
         return self._apply(x.to(out.dtype), shaped)
 
     def changes(self) -> dict[str, Tensor]:
-        """Return what is added to the module's parameters, by name, float32; for `sets_weight` the weight."""
+        """Return the additions by parameter name, float32; for `sets_weight`, the replacement weight."""
         if self.rotation is not None and self._angles is not None:
             made = self.rotation.make(self._angles, self.multiplier)
             return {self.place.leaf: self.rotation.of_weight(self.place.parameter, made)}
@@ -239,17 +242,17 @@ class AddedPart:
 
     def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
         """Return the input times the multiplier and the down factor (of a matrix or a 1x1 convolution)."""
-        # as one product even if x is strided: torch does so for the factors that are trained, so that both
-        # give the same to the last bit
+        # one 2-D product even if x is strided: torch computes the trained factors this way, and both results
+        # are then equal to the bit
         rows = x.to(down.dtype).reshape(-1, x.shape[-1])
         hidden = functional.linear(rows, down.flatten(1)).view(*x.shape[:-1], len(down))
         return self._masked(hidden * self.multiplier)
 
     def _masked(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Return the values between the factors with inactive ranks masked out.
+        """Return the hidden values between down and up factor, with inactive ranks masked out.
 
         Args:
-            hidden: The values.
+            hidden: The hidden values.
             axis: Axis of the ranks.
         """
         return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
@@ -317,7 +320,7 @@ class AddedLayer(nn.Module):
             part.release()
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Run the module, and add what the active parts contribute; parts with a region act on it only."""
+        """Run the module, and add the outputs of the active parts, each within its region."""
         active = [part for part in self.parts if part.multiplier != 0] if self.is_on else []
         if not active:
             return self._before(*inputs, **named)
@@ -348,11 +351,11 @@ class AddedLayer(nn.Module):
 
     @property
     def _is_innermost(self) -> bool:
-        """Whether this wraps the frozen module itself; a wrapper in between would get the changed input."""
+        """Return whether this wraps the frozen module directly; other wrappers need the original input."""
         return getattr(self._before, "__self__", None) is self._original[0]
 
     def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
-        """Run a layer whose weight one part replaces; of the earlier parts only the biases remain."""
+        """Run a layer whose weight one part replaces; earlier parts then add only their biases."""
         plain = self._before(x)
         out = plain.clone()
         for index, part in enumerate(parts):
@@ -360,7 +363,7 @@ class AddedLayer(nn.Module):
                 out = part.add_to(out, x)
                 continue
             changed = self._run_with([part], x)
-            if part.region is not None:  # the other weight acts within the region only
+            if part.region is not None:  # the replacement weight is used within the region only
                 out = out + part.region(changed - plain)
                 continue
             out = changed
@@ -369,7 +372,7 @@ class AddedLayer(nn.Module):
         return out
 
     def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
-        """Run the module with changed weights, then put them back."""
+        """Run the module with changed weights, then restore the original weights."""
         parameters = self._original[0]._parameters
         originals = {name: parameters[name] for name in (self._place.leaf, "bias") if self._place.has(name)}
         # compute all changes from the original weights
@@ -391,7 +394,7 @@ class AddedLayer(nn.Module):
 
 
 class AddedLoras:
-    """LoRAs of a model that are switched on for a while."""
+    """The LoRAs that wrap a model's modules; they can be switched on and off."""
 
     def __init__(self, layers: Sequence[AddedLayer] = ()) -> None:
         self.layers = layers
@@ -438,7 +441,7 @@ class AddedLoras:
 def add_loras(
     dit: nn.Module, uses: Sequence[LoraUse], is_compiled: bool = False, option: str = "--sample_lora"
 ) -> AddedLoras:
-    """Put LoRAs into a model, switched off.
+    """Wrap the modules of a model with LoRAs, switched off.
 
     Call after a network was attached, before compilation.
 
@@ -484,7 +487,7 @@ _STAGE_LORAS = "_stage_loras"  # attribute of a network
 
 
 def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
-    """Put the LoRAs of a family's generation stages into its network, switched off.
+    """Wrap a network with the LoRAs of its family's generation stages, switched off.
 
     Raises:
         CheckpointError: If a file does not fit the model or has magnitudes.
@@ -505,10 +508,10 @@ def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
 def attach_parts(
     parts: Sequence[Mapping[str, AddedPart]], by_name: Mapping[str, ChangedPlace]
 ) -> list[AddedLayer]:
-    """Put the parts of several LoRAs into a model, switched off; return its changed layers.
+    """Wrap modules of a model with the parts of several LoRAs, switched off; return the wrappers.
 
     Args:
-        parts: Parts of each LoRA, by our names of modules.
+        parts: For each LoRA, its parts by our module names.
         by_name: The `places` of the model.
     """
     by_module: dict[str, list[AddedPart]] = {}
@@ -522,7 +525,7 @@ def attach_parts(
 
 
 def reject_magnitudes(lora: LoraFile, option: str) -> None:
-    """Raise CheckpointError if a file has magnitudes, which other changes of the weights do not go with."""
+    """Raise CheckpointError if a file has DoRA magnitudes, which depend on all changes of the weight."""
     deltas_by_name = read_deltas(deltas.group_by_module(lora.tensors))
     decomposed = [name for name, delta in deltas_by_name.items() if delta.normalization is not None]
     if decomposed:
@@ -534,7 +537,7 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
 
 
 def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedPlace]:
-    """Return the modules that LoRAs may change, by our names: `lora_unet_blocks_0_ffn_0`.
+    """Return the parameters that LoRAs may change, by our module names: `lora_unet_blocks_0_ffn_0`.
 
     Args:
         dit: The transformer.
@@ -623,10 +626,10 @@ def _misfit(
 
 
 def _fit_delta(lora: LoraFile, name: str, delta: Delta, layer: ChangedPlace, option: str) -> Delta:
-    """Return the change of a module, without factors for other input channels of a first layer.
+    """Return the change of a module; factors of a first layer with other input channels are dropped.
 
     Raises:
-        CheckpointError: If they do not fit the module.
+        CheckpointError: If the factors do not fit the module.
     """
     weight = layer.shaped
     if delta.sets_weight and layer.leaf == "weight" and stored_in(layer.module) is not None:

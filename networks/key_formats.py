@@ -1,6 +1,6 @@
-"""Bring the tensors of a LoRA file in any dialect under our names, and recognize the family.
+"""Rename the tensors of a LoRA file in any dialect (key format) to ours, and recognize the family.
 
-`tensor_names.py` has the dialects, `rewriting.py` factors of other forms.
+`tensor_names.py` has the dialects; `rewriting.py` converts factors that differ in more than names.
 """
 
 import math
@@ -33,11 +33,11 @@ from networks.tensor_names import (
 
 _FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
 _LEAVES = ("weight", "bias")
-# before names in files of models, in this order
+# prefixes of tensor names in model files, removed in this order
 _OF_MODELS = (
     *("model.diffusion_model.", "model.model.", IN_COMFYUI, IN_DIFFUSERS, "module.", "_orig_mod.", "net."),
 )
-# endings of other kinds of networks, whose change is not a sum of matrices to add to a weight
+# kinds of networks that are not supported -> endings of their tensor names
 _OTHER_KINDS = {
     "GLoRA": (".a1.weight", ".a2.weight", ".b1.weight", ".b2.weight"),
     **{form: endings for kind in KINDS for form, endings in kind.unread.items()},
@@ -56,26 +56,26 @@ class NativeTensors:
 
     tensors: dict[str, Tensor]
     dialect: str  # for messages
-    text_encoder: tuple[str, ...]  # keys that change a text encoder and have no name here
+    text_encoder: tuple[str, ...]  # keys for a text encoder that are ignored or have no name of ours
     texts: Mapping[str, Tensor]  # for text encoders, such as `lora_te1_text_model_....lora_down.weight`
-    unknown: tuple[str, ...]  # keys that are no part of a LoRA
+    unknown: tuple[str, ...]  # keys that do not belong to a LoRA
     repeated: Mapping[str, str]  # second key of a part -> the first one
     clash: tuple[str, str] | None  # two keys of one part with different values
     # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
-    stacked: Mapping[str, int]  # our module -> number of factors that were joined into its own
-    families: tuple[FamilyNames, ...]  # that names and sizes allow
-    family_name: str | None  # the only family with names of this form
-    unknown_names: str  # description of names that no known family has; else ""
+    stacked: Mapping[str, int]  # our module -> number of LoRAs that were joined into its factors
+    families: tuple[FamilyNames, ...]  # possible families by names and sizes
+    family_name: str | None  # family revealed by the form of the names; None if the form reveals none
+    unknown_names: str  # description of the names if no family has them; else ""
 
     @property
     def family(self) -> FamilyNames | None:
-        """Return the family by the names; None if several are possible whose names mean different things."""
+        """Return the family; None if unknown, or if several with different module names are possible."""
         return self.families[0] if self.families and have_same_names(self.families) else None
 
 
 class _Places(NamedTuple):
-    """The parts of the names of a file's tensors, by key, and the keys that are no part of a LoRA."""
+    """The parsed keys of a file, by key, and the keys that do not belong to a LoRA."""
 
     in_dit: dict[str, Place]
     in_texts: dict[str, TextPlace]
@@ -87,15 +87,15 @@ def to_native(
 ) -> NativeTensors:
     """Rename the tensors of any dialect to ours.
 
-    Values are unchanged, except that `rewrite` joins some, and magnitudes become columns; missing alphas stay
-    missing.
+    Values are unchanged, except that `rewrite` joins some and that magnitudes become columns. Missing alphas
+    are not added.
 
     Args:
         tensors: Tensors by name.
         family_hint: Family that the user or the metadata names.
         with_texts: Whether to rename tensors of text encoders too.
     """
-    internal = tuple(key for key in tensors if ROWS in key)  # a name that only `rewrite` may use: rejected
+    internal = tuple(key for key in tensors if ROWS in key)  # our own mark, which files must not contain
     rearranged = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
     if any(MARKS.search(key) for key in rearranged.tensors):
         rearranged = rewrite(rearranged.tensors)
@@ -141,7 +141,7 @@ def to_native(
 
 
 def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
-    """Return the tensors of a file that was written here under our names; None if it has any other name.
+    """Return the tensors of a file that we wrote under our names; None if a key is not one of our names.
 
     Args:
         tensors: Tensors by name.
@@ -171,7 +171,7 @@ def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> Native
 
 
 def _place_keys(keys: Iterable[str]) -> _Places:
-    """Take the keys of a file apart."""
+    """Parse the keys of a file."""
     places = _Places({}, {}, [])
     for key in keys:
         text_place = split_text(key)
@@ -188,7 +188,7 @@ def _place_keys(keys: Iterable[str]) -> _Places:
 def _families_of_places(
     places: Mapping[str, Place], tensors: Mapping[str, Tensor], hint: str | None
 ) -> list[FamilyNames]:
-    """Return the families that modules of these names and sizes may be for."""
+    """Return the families that have modules of these names and sizes."""
     factors: dict[str, dict[str, Tensor]] = {}
     for key, place in places.items():
         module = OURS + place.path.replace(".", "_")
@@ -206,7 +206,7 @@ def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[
     num_encoders = max((place.number for place in places.in_texts.values()), default=1)
     by_texts: list[FamilyNames] = []
     for family in families:
-        # the numbers of prefixes may have a gap: FLUX.1 has lora_te1 and lora_te3
+        # prefixes may skip a number: FLUX.1 has lora_te1 and lora_te3
         has_prefix = any(start.endswith(str(num_encoders)) for start, _ in family.encoders)
         if has_prefix or len(family.encoders) >= num_encoders:
             by_texts.append(family)
@@ -223,7 +223,7 @@ def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[
 
 
 def _our_modules(places: Mapping[str, Place], families: Sequence[FamilyNames]) -> dict[str, str]:
-    """Return our name of the module at each path: an alias if all families agree on it."""
+    """Return path -> our module name; an alias is translated only if all families agree."""
     modules: dict[str, str] = {}
     for path in dict.fromkeys(place.path for place in places.values()):
         module = path.replace(".", "_")
@@ -237,12 +237,12 @@ def _find_family_for_texts(
 ) -> FamilyNames | None:
     """Return the family whose text encoders a file changes; None if it is ambiguous.
 
-    It is ambiguous if several families remain whose text encoders have different names; the encoders then
-    keep their names from the file.
+    It is ambiguous if the possible families have different text encoders; the encoders then keep their names
+    from the file.
 
     Args:
-        places: Positions of the file's text encoders in their models.
-        families: Families that are possible by the names of the DiT's modules.
+        places: Parsed keys of text encoders.
+        families: Possible families by the names of the DiT's modules.
         hint: Family that the user or the metadata names.
     """
     maximum = max((place.number for place in places.values()), default=1)
@@ -265,13 +265,13 @@ def _name_texts(places: Mapping[str, TextPlace], family: FamilyNames | None) -> 
 def _rename(
     names: Mapping[str, str], first_keys: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors under our names; modules without an alpha get the file's common one.
+    """Return tensors under our names; modules without an alpha get the file's common alpha.
 
     Magnitudes that a file stores as vectors become columns.
 
     Args:
         names: Our name of each key.
-        first_keys: By our name, the first of the keys in the file that stand for it.
+        first_keys: Our name -> the first key in the file with this meaning.
         tensors: Tensors of the whole file, by key.
     """
     modules = dict.fromkeys(name.partition(".")[0] for name in names.values())
@@ -287,7 +287,7 @@ def _rename(
 
 
 def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> tuple[str, str] | None:
-    """Return two keys that stand for the same tensor but have different values; None if there are none.
+    """Return two keys with the same meaning but different values; None if there are none.
 
     `repeated` maps each repeated key to the first key with the same meaning.
     """
@@ -302,8 +302,8 @@ def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> t
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
 
-    Parts are recognized by the prefixes of additional networks in diffusers pipelines, such as
-    `transformer_2`. An alpha that applies to all modules is copied into each part.
+    Experts are recognized by the prefixes of additional networks in diffusers pipelines, such as
+    `transformer_2`. An alpha that applies to all modules is copied to each expert.
     """
     names = list(names)
     experts = {name: further_expert(name) for name in names}
@@ -318,7 +318,7 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Find a key of a kind of network that is not supported; return the kind and the key."""
+    """Return an unsupported kind of network and a key that reveals it; None if all keys may be supported."""
     for key in keys:
         for kind, endings in _OTHER_KINDS.items():
             if key.endswith(endings):
@@ -360,14 +360,14 @@ def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
 
 
 def _size_of(delta: Delta) -> tuple[int, int] | None:
-    """Return rows and columns of a weight's change; None if there is none, or if factors are damaged."""
+    """Return rows and columns of a weight's change; None without such a change or for damaged factors."""
     if delta.is_part:
         size = delta.size()
         return None if size is None else (delta.height() or 0, size[1])
     full = delta.factors.get("diff", delta.factors.get(SET))
     try:
         shape = delta.shape() if full is None else tuple(full.shape)
-    except MismatchError:  # such files are described too
+    except MismatchError:  # damaged files need a family too, for their messages
         return None
     if not shape or 0 in shape:
         return None

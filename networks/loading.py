@@ -1,4 +1,4 @@
-"""Read LoRA files of any dialect, with strength and patterns; warn of parts that a model lacks."""
+"""Read LoRA files in the key formats of all programs; warn of modules that a model lacks."""
 
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -47,7 +47,7 @@ from networks.use_options import UNTYPED, LoraPatternOptions
 from protocols.bundled_embeddings import BUNDLE, BundledWords, find_words, without_words
 
 logger = getLogger(__name__)
-# metadata that may name a LoRA's needs, in the order in which `FamilyNames.refused` reads them
+# metadata that may tell which model or program a LoRA needs; joined in this order for `FamilyNames.refused`
 _ORIGIN_KEYS = (
     "ss_network_module",
     TRAINED_ON,
@@ -57,22 +57,22 @@ _ORIGIN_KEYS = (
     "software",
     "model_version",
 )
-# in a name of every kind of network that changes a model, read here or not
+# occurs in the tensor names of every kind of adapter, supported or not
 _OF_NETWORKS = re.compile(
     "|".join(
         ["lora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$"]
         + [kind.word for kind in KINDS if kind.word]
     )
 )
-A_FEW = 0.1  # up to this unused share of a file, a plain warning is enough
+A_FEW = 0.1  # fraction of a file that may be unused before the warning becomes louder
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A network of any kind under our names, on the CPU, in the dtype of the file.
+    """An adapter of any kind under our tensor names, on the CPU, in the dtype of the file.
 
     Names look like `lora_unet_blocks_0_self_attn_q.lora_down.weight`. If a file holds one LoRA for each
-    expert of a model, these are its `parts`, and it has no tensors itself: `for_expert` returns one part.
+    expert of a model, `tensors` is empty and `parts` has these LoRAs: `for_expert` returns one of them.
     """
 
     path: Path
@@ -83,16 +83,16 @@ class LoraFile:
     # tensors for text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     unknown_names: str = ""  # description of its names, if no known model has them
-    # prefix of the text encoder whose tensors these are, under the names of a transformer; "": of none
+    # prefix of the text encoder that `tensors` are for (renamed as those of a transformer); "": transformer
     encoder: str = ""
-    is_family_by_names: bool = False  # its metadata name no family, and the form of its names does
-    written_for: FamilyNames | None = None  # of a file that was written here under our names
-    changes_others: bool = False  # of an encoder's part: the file changes other networks too
-    words: BundledWords = field(default_factory=dict)  # that it brings along for prompts
+    is_family_by_names: bool = False  # the family was inferred from tensor names, not read from metadata
+    written_for: FamilyNames | None = None  # family of a file written by us; None for other programs
+    changes_others: bool = False  # for an encoder's tensors: whether the file changes other networks too
+    words: BundledWords = field(default_factory=dict)  # trained words (embeddings) bundled for prompts
 
     @property
     def expert(self) -> str | None:
-        """Return the expert it was trained for, by metadata or else name; FOR_BOTH; None if unknown."""
+        """Return the expert it was trained for, from metadata or file name; FOR_BOTH; None if unknown."""
         return None if self.parts else expert_of(self.metadata, self.path)
 
     @property
@@ -101,10 +101,10 @@ class LoraFile:
         return "its names" if self.is_family_by_names else "its metadata"
 
     def may_lack(self, names: Iterable[str]) -> bool:
-        """Whether a network may lack these modules without an error.
+        """Return whether a network may lack these modules without an error.
 
-        It may if they are all projections of a text encoder that has none, and the file changes other
-        networks too.
+        This holds for projections of a text encoder, which not every checkpoint has, if the file changes
+        other networks too.
         """
         return bool(self.encoder) and self.changes_others and is_projection(names)
 
@@ -157,7 +157,7 @@ class LoraFile:
 
     @property
     def grown(self) -> GrownBlocks | None:
-        """Return how deeper variants of its model repeat blocks; None if there are none or it is unknown."""
+        """Return how deeper variants of its model repeat blocks; None without such variants or if unknown."""
         if self.written_for is not None:
             return self.written_for.grown
         families = [] if self.parts else self.families()
@@ -225,7 +225,7 @@ def read_lora(
     trained_family = read_family(metadata) if is_own else None
     if trained_family is not None and family in (None, trained_family.name):
         native = key_formats.read_own_names(stored, trained_family)
-        if native is not None:  # most files: names of no other program and no other family are looked at
+        if native is not None:  # most files: no need to try the names of other programs and families
             lora = _read_part(path, native, metadata, expert=None, is_own=True)
             return replace(lora, words=words, written_for=trained_family)
     groups = key_formats.split_names(stored)
@@ -259,7 +259,7 @@ def _recognise_part(
     is_own: bool,
     family: str | None,
 ) -> LoraFile:
-    """Rename the tensors of a file, or of one expert's part, to ours, whatever program has written it.
+    """Rename the tensors of a file, or of one expert's part, from any program's names to ours.
 
     Args:
         path: Path of the file.
@@ -284,7 +284,7 @@ def _read_part(
     expert: str | None,
     is_own: bool,
 ) -> LoraFile:
-    """Complete the tensors of a file, or of one expert's part, by alphas; reject those that define no change.
+    """Add missing alphas to the tensors of a file, or of one expert's part; reject unusable factors.
 
     Args:
         path: Path of the file.
@@ -320,6 +320,7 @@ def _read_part(
             is_written_here=is_own,
         )
         alphas_in_words = alphas.words
+        # alphas of the transformer carry its prefix, all others are for text encoders
         in_dit = {name: alpha for name, alpha in alphas.tensors.items() if name.startswith(OURS)}
         in_texts = {name: alpha for name, alpha in alphas.tensors.items() if name not in in_dit}
         tensors = {**tensors, **in_dit}
@@ -344,10 +345,12 @@ def _recognise(
     family: str | None,
     with_texts: bool,
 ) -> tuple[key_formats.NativeTensors, Mapping[str, str]]:
-    """Return the tensors with our names, and the metadata with the family and the form that they show.
+    """Return the tensors under our names, and the metadata, completed by what the tensors reveal.
+
+    The names may reveal the family; ComfyUI's DoRA magnitudes are recorded under `NORMS_FORM`.
 
     Raises:
-        CheckpointError: If they are no LoRA, or if two have one name.
+        CheckpointError: If the tensors are not a LoRA, or if a layer is changed under two names.
     """
     trained_family = read_family(metadata)
     hint = family or (None if trained_family is None else trained_family.name)
@@ -466,7 +469,7 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
     """Return two names in a file for one weight, or for a weight and its part; None if there are none.
 
-    The result is also None if one of the possible families has separate modules of both names.
+    Also returns None if in one of the possible families the two names are separate modules.
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
@@ -482,7 +485,7 @@ def _pairs_in(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[s
 
     Args:
         family: The model family.
-        paths: By our module name, its path as the file writes it.
+        paths: Our module name -> its path as written in the file.
     """
     for name, path in paths.items():
         for relative in relatives(name.removeprefix(OURS), family):
@@ -492,7 +495,7 @@ def _pairs_in(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[s
 
 
 def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | None, total: int) -> None:
-    """Warn of keys of a file that are not read.
+    """Warn about keys of a file that are not read.
 
     Args:
         path: Path of the file.
@@ -563,11 +566,11 @@ def warn_of_unused_parts(
 
 @dataclass(frozen=True)
 class LoraUse:
-    """One LoRA file and how it is used.
+    """One LoRA file with its multiplier and patterns.
 
-    Patterns are regular expressions searched in its tensor names (ours). If the model names a module
-    otherwise, as FramePack does HunyuanVideo's, that name is searched too, so patterns may be written for
-    either, and may choose a part of a fused module.
+    Patterns are regular expressions, searched in our tensor names. If the model has another name for a
+    module (FramePack and HunyuanVideo name theirs differently), that name is searched too. A pattern may
+    therefore use either name, and may select a part of a fused module.
     """
 
     lora: LoraFile
@@ -582,7 +585,7 @@ class LoraUse:
         return replace(self, lora=lora)
 
     def keeps(self, factors: Iterable[str], *names: str) -> bool:
-        """Whether the patterns keep any factor of a module.
+        """Return whether the patterns select any factor of a module.
 
         Args:
             factors: Names of the factors.
@@ -603,11 +606,11 @@ def lora_uses(
     with_texts: bool = False,
     with_words: bool = False,
 ) -> list[LoraUse]:
-    """Read LoRA files, given with their multipliers; return each with its patterns.
+    """Read LoRA files; return each with its multiplier and patterns.
 
     Args:
         files: Files with their multipliers.
-        patterns: Patterns of each file.
+        patterns: Patterns, one per file in the same order; None for none.
         with_texts: Whether to read changes of text encoders.
         with_words: Whether to read the trained words in the files.
     """
@@ -648,10 +651,10 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
-    """Return a pattern in the spelling that fits some of the names; warn if neither spelling does.
+    """Return the pattern, rewritten to match dots or underscores if it matches no name; warn if none matches.
 
-    Names may be written with dots or with underscores. Other options may have added a second pattern, which
-    stands after the mark UNTYPED; it is kept unchanged, without the mark.
+    Other options may have appended a second pattern after the mark UNTYPED. It is kept unchanged, without
+    the mark.
     """
     typed, untyped, added = (pattern or "").partition(UNTYPED)
     separator = "|" if typed.endswith("|") and untyped else ""
@@ -705,10 +708,10 @@ def warn_of_absent(
 
 
 def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
-    """Return the parts of LoRAs for the transformer, or those for modules loaded with the text encoder.
+    """Split LoRAs by side: return those for the transformer, or for modules loaded with the text encoder.
 
-    LoRAs without such parts are left out. So is a LoRA whose patterns select nothing on this side; if they
-    select nothing on either side, the transformer's side keeps it, so that an error is raised once.
+    A LoRA is left out if it has no modules on the side, or if its patterns select none of them. If the
+    patterns select nothing on either side, the transformer's side keeps it, so that an error is raised once.
     """
     parts = []
     for use in uses:
@@ -737,12 +740,12 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
 
 
 def _keeps_any(use: LoraUse, modules: Mapping[str, Factors]) -> bool:
-    """Return whether the patterns of a LoRA keep any of these modules."""
+    """Return whether the patterns of a LoRA select any of these modules."""
     return any(use.keeps(factors, name) for name, factors in modules.items())
 
 
 def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Collection[str] = ()) -> None:
-    """Warn if a LoRA fits by its names but its metadata say that it was trained for another model.
+    """Warn if a LoRA fits by its names but its metadata name another model.
 
     Args:
         lora: The LoRA file.
@@ -750,7 +753,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
         modules: Names of the model's modules, which show its release.
 
     Raises:
-        CheckpointError: If the metadata name a need that this program does not support.
+        CheckpointError: If the metadata show that the LoRA needs a feature that is not supported.
     """
     if model is None:
         return
@@ -783,12 +786,12 @@ def read_use(path: Path, expert: str, multiplier: float) -> LoraUse:
 
 
 def warn_of_other_expert(lora: LoraFile, expert: str | None) -> None:
-    """Warn if a LoRA was trained for another expert than the one it is added to.
+    """Warn if a LoRA was trained for a different expert than the one it is loaded into.
 
     Args:
         lora: The LoRA file.
-        expert: Expert that the LoRA is added to; empty or None if the model has no experts or its expert is
-            unknown.
+        expert: Expert that the LoRA is loaded into; empty or None if the model has no experts or its expert
+            is unknown.
     """
     if not expert or lora.expert in (None, FOR_BOTH, expert):
         return

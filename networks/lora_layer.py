@@ -22,8 +22,8 @@ from runtime.offload.sharding import TOKEN_PART
 
 _32_BITS = 0xFFFFFFFF
 KINDS = ("neuron", "rank", "module")
-# Smallest number of values for which products are added in place: four passes over 16 MiB take a fast GPU
-# some 16 microseconds, and for smaller tensors the autograd functions cost the host more.
+# Smallest number of values for which products are added in place. It saves four passes over 16 MiB, about 16
+# microseconds on a fast GPU; for smaller tensors the autograd functions cost the host more than that.
 JOINS_FROM = 1 << 23
 # the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
@@ -33,20 +33,20 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 @dataclass(frozen=True)
 class Dropouts:
-    """Dropout rates during training, at least one above 0; eval mode drops nothing."""
+    """Dropout probabilities during training, at least one above 0; eval mode drops nothing."""
 
-    neuron: float = 0.0  # of single values between the factors
-    rank: float = 0.0  # of whole ranks, per sample
-    module: float = 0.0  # of whole LoRAs
+    neuron: float = 0.0  # for single values between the factors
+    rank: float = 0.0  # for whole ranks, per sample
+    module: float = 0.0  # for the whole LoRA of a module
 
 
 class DropoutSeed:
-    """The seed of all masks of one micro-batch, shared by the layers of a network."""
+    """The seed of all dropout masks in one micro-batch, shared by the layers of a network."""
 
     value: int | None = None
 
     def derive(self, layer: int, kind: str, part: int = 0) -> int:
-        """Return the seed of a mask, for a part of the tokens; a new one in each call if `value` is None."""
+        """Return the seed of a mask for one part of the tokens; random in each call if `value` is None."""
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
 
@@ -99,20 +99,20 @@ class LoraLayer(nn.Module):
         self.rank = rank
         self.multiplier = 1.0
         self.joins_from = JOINS_FROM
-        # in place of adding, from the layer, the outputs of the frozen module and of the LoRA, and the dtype
-        # of the module's input: the output. Of kinds with magnitudes
+        # replaces the plain addition, for DoRA: (layer, output of the frozen module, output of the LoRA,
+        # dtype of the input) -> output
         self.combine: Callable[[Any, Tensor, Tensor, torch.dtype], Tensor] | None = None
         self.dropouts: Dropouts | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
         self.seed = DropoutSeed()
-        self.index = 0  # its number in the network, which gives it its own masks
+        self.index = 0  # position in the network, so that each layer draws its own masks
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
-        # down, and multiplier * scale * up, in the dtype of autocast: `networks.cast_factors`
+        # down, and multiplier * scale * up, in autocast's dtype: set by `networks.cast_factors`
         self.cast_factors: tuple[Tensor, Tensor] | None = None
-        # what layers with the same input compute together in this pass; set with `cast_factors`
+        # products of layers with the same input, computed together in this pass; set with `cast_factors`
         self.shared_input: SharedInput | None = None
-        # where the standard deviations of noise on the weight are, for training: a buffer, and its name
+        # LoRA-GGPO: the module and buffer name of the noise's standard deviations; None: no noise
         self.noise_of: tuple[nn.Module, str] | None = None
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
@@ -126,7 +126,7 @@ class LoraLayer(nn.Module):
     def attach(self) -> None:
         """Replace the forward of the frozen module by that of this layer."""
         self._original_forward = self._original[0].forward
-        # masks depend on an element's index in the input, so that pieces of it would get equal masks
+        # masks depend on an element's index in the input, so chunks of the input would get identical masks
         self._original[0].sees_whole_input = bool(self.dropouts and self.dropouts.neuron)  # type: ignore[assignment]
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
@@ -135,7 +135,7 @@ class LoraLayer(nn.Module):
         # x: B L in, or B in H W
         input_dtype = x.dtype
         dtype = self.lora_down.weight.dtype  # what the factors compute in
-        # torch.compile itself merges what several layers compute from a common input
+        # not in compiled code, where torch.compile fuses the products of a common input by itself
         shared = None if torch.compiler.is_compiling() else self.shared_input
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -168,7 +168,7 @@ class LoraLayer(nn.Module):
         return total
 
     def _without_dropped(self, out: Tensor, total: Tensor, share: float) -> Tensor:
-        """Return `out`, of the frozen module, if the table of seeds drops the whole LoRA, else `total`."""
+        """Return the frozen module's `out` if module dropout drops this LoRA, else `total`."""
         assert self.seed_table is not None
         is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
@@ -179,8 +179,8 @@ class LoraLayer(nn.Module):
         Args:
             x: Input, ... in, or B in H W, in the dtype of the products.
             dropouts: Dropouts; None outside training.
-            shared: Multiplies the input by the down factors of several layers at once; None if it is not
-                shared.
+            shared: Multiplies the input by the down factors of several layers at once; None if no other layer
+                has this input.
         """
         factors = self._factors_in(x.dtype)
         if factors is None:  # not cast before the pass: autocast casts them here, and the scale is applied
@@ -198,7 +198,7 @@ class LoraLayer(nn.Module):
         return _multiply(self.lora_up, hidden, up)
 
     def _factors_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Return the factors that were cast before the pass, if they were cast to this dtype."""
+        """Return the factors that were cast before the pass; None if they were not cast to this dtype."""
         if self.cast_factors is None or self.cast_factors[0].dtype != dtype:
             return None
         return self.cast_factors
@@ -211,7 +211,7 @@ class LoraLayer(nn.Module):
             original_x, hidden = branch(x, down)
         else:
             original_x, hidden = shared.multiply(self, x, joins=True)
-        # factors that were cast before have the scale
+        # factors that were cast before the pass already include the scale
         hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
         split_sizes = self.lora_up.split_sizes if isinstance(self.lora_up, BlockUp) else ()
         saved = hold(hidden, up, split_sizes)
@@ -221,8 +221,8 @@ class LoraLayer(nn.Module):
     def is_plain(self, dtype: torch.dtype) -> bool:
         """Return whether the layer only adds the product of its factors to a frozen linear layer.
 
-        Not with what changes single ranks, masks, noise or a LoRA in parts, nor if code that acts on the
-        frozen module replaced its forward or has hooks there.
+        False with rank masks, dropouts, noise, DoRA or a split up factor, and if other code has replaced the
+        forward of the frozen module or added hooks.
 
         Args:
             dtype: Dtype that the frozen weight must have.
@@ -254,7 +254,7 @@ class LoraLayer(nn.Module):
         return self._original[0]
 
     def factor_pairs(self) -> list[tuple[Tensor, Tensor]]:
-        """Return (down R x in, up out x R) of each part of the weight, which may be the only one."""
+        """Return (down R x in, up out x R) of each part of a fused weight; one pair for other weights."""
         if isinstance(self.lora_up, BlockUp):
             ups = self.lora_up.weight.split(self.lora_up.split_sizes)
             return list(zip(self.lora_down.weight.chunk(len(ups)), ups, strict=True))
@@ -273,15 +273,15 @@ class LoraLayer(nn.Module):
         return self.scale * torch.stack(squares).sum().sqrt()
 
     def shrink(self, ratio: Tensor) -> None:
-        """Scale the change by `ratio`, its square root on each of the two factors."""
+        """Scale the change by `ratio`: each factor by the square root."""
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 
     def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's product may be added in place to the output of the frozen module.
 
-        Not in compiled code, which fuses the operations by itself, and not with `combine`, which needs both
-        outputs more than once.
+        False in compiled code, which fuses the operations by itself, with `combine`, which reuses both
+        outputs, and for small tensors.
 
         Args:
             x: Input of the layer.
@@ -312,7 +312,7 @@ class LoraLayer(nn.Module):
         return hidden
 
     def seed_of(self, kind: str) -> int:
-        """Return the seed of a mask; processes that share tokens share masks of modules and ranks only."""
+        """Return the seed of a mask; processes that split the tokens differ only in the neuron mask."""
         part = getattr(self._original[0], TOKEN_PART, 0) if kind == "neuron" else 0
         return self.seed.derive(self.index, kind, part)
 
@@ -334,7 +334,7 @@ class LoraLayer(nn.Module):
 
 
 def _multiply(factor: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Return what a factor computes of x with another weight in place of its own."""
+    """Apply the operation of a factor to x with another weight instead of its own."""
     if isinstance(factor, nn.Linear):
         return functional.linear(x, weight)
     return functional.conv2d(x, weight, None, factor.stride, factor.padding, factor.dilation)

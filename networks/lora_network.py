@@ -1,4 +1,4 @@
-"""The network that a training optimizes: layers of a kind in a DiT, and in text encoders too."""
+"""The trained network: layers of one kind (LoRA, LoHa, ...) in a DiT and in text encoders."""
 
 from collections.abc import Collection, Mapping, Sequence
 from logging import getLogger
@@ -29,7 +29,7 @@ UNET = OURS.removesuffix("_")
 
 
 class OwnNetwork(nn.Module):
-    """Layers of a model by our names. The state dict has the tensors of a LoRA file in our dialect."""
+    """The trained layers by our module names. The state dict is a LoRA file in our dialect."""
 
     def __init__(self, layers: Mapping[str, Any], settings: LoraSettings) -> None:
         """Collect the layers of the network; `attach` puts them into the models.
@@ -50,9 +50,10 @@ class OwnNetwork(nn.Module):
                 layer.dropouts = settings.dropouts
                 layer.seed = self._seed
                 layer.index = index
-        # LoRA-GGPO: mean norm of the frozen weight's rows by layer, and the noise on them
+        # LoRA-GGPO: layer name -> mean norm of the frozen weight's rows
         self._bases: dict[str, Tensor] = {}
-        self.state_beside_file: dict[str, nn.Module] = {}  # for states, by name
+        # modules whose state is saved with the training state, not in the LoRA file
+        self.state_beside_file: dict[str, nn.Module] = {}
         if settings.perturbation is not None:
             self._prepare_noise(layers)
         ranks = sorted({layer.rank for layer in self.layers})
@@ -86,7 +87,7 @@ class OwnNetwork(nn.Module):
 
     @property
     def module(self) -> nn.Module:
-        """The network itself; in a `ForeignNetwork` it is another object."""
+        """The network itself; a `ForeignNetwork` has a separate object here."""
         return self
 
     def set_multiplier(self, multiplier: float) -> None:
@@ -95,17 +96,18 @@ class OwnNetwork(nn.Module):
             layer.multiplier = multiplier
 
     def load_weights(self, path: Path, modules: Collection[str] = ()) -> list[str]:
-        """Load initial values from a file of any dialect; return, and warn of, modules that were not loaded.
-
-        These are in the file but not in the network, or the reverse. The file's alphas are loaded too.
+        """Load initial values, including alphas, from a file of any dialect.
 
         Args:
             path: Path of the file.
             modules: Modules of the model, which show its release.
 
+        Returns:
+            One clause per module that is only in the file or only in the network; these are logged too.
+
         Raises:
-            CheckpointError: If a module has other factors or sizes in this network, or if the network has
-                none of the modules.
+            CheckpointError: If a module's factors or sizes differ in this network, or if the network has none
+                of the modules.
         """
         from networks import loading  # only for --network_weights
         from networks.depth_variants import fit_depths
@@ -128,7 +130,7 @@ class OwnNetwork(nn.Module):
                 f"--network_weights {path} is {named(file_rule.kind)}, and continues with other ranks at "
                 f"each level: give the --network_args that it was trained with, {file_rule.in_words()}"
             )
-        # this network may have only a few modules, whose names several families share: the file decides
+        # the few modules of a network may occur in several families: the file's metadata decide
         lora_family = read_family(lora.metadata)
         names = (name.removeprefix(OURS) for name in here)
         family = select_family(names, None if lora_family is None else lora_family.name)
@@ -161,12 +163,12 @@ class OwnNetwork(nn.Module):
 
     @torch.no_grad()
     def scale_norms(self, max_norm: float, device: torch.device) -> Tensor:
-        """After an optimizer step, scale down each layer whose change of the weight has a larger norm.
+        """Scale down each layer whose change has a norm above `max_norm`; call after an optimizer step.
 
-        Returns the number of scaled layers, and the mean and largest norm afterwards, as a tensor on the
-        device, without waiting for it.
+        Returns the three numbers of a `NormReport` on the device, without synchronizing.
         """
         norms = torch.stack([layer.norm() for layer in self.layers])
+        # the inner clamp only avoids a division by 0: ratios above 1 become 1
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
         for layer, ratio in zip(self.layers, ratios, strict=True):
             layer.shrink(ratio)
@@ -190,14 +192,14 @@ class OwnNetwork(nn.Module):
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and the name of each group for logs.
 
-        Modules with rate 0 are in no group. With LoRA+ the up matrices have their own groups. The last
-        matching pattern of network_reg_lrs gives a module's rate.
+        Modules with a rate of 0 are left out. With LoRA+, the up factors have their own groups. If patterns
+        of network_reg_lrs match a module, the last one gives its rate.
 
         Args:
-            learning_rate: Rate of modules without a rate of their own.
+            learning_rate: Default learning rate.
             unet_lr: Rate of the DiT's modules; None for `learning_rate`.
-            text_encoder_lr: Rates of the trained text encoders in order, the last one for all further ones;
-                None for `learning_rate`.
+            text_encoder_lr: Rates of the trained text encoders in order; the last rate applies to all further
+                encoders. None for `learning_rate`.
         """
         text_rates = [learning_rate] if text_encoder_lr is None else text_encoder_lr
         rates: dict[str, float] = {}
@@ -220,12 +222,12 @@ class OwnNetwork(nn.Module):
             if matching:
                 pattern, rate = self.settings.reg_rates[matching[-1]]
                 label = f"{label} {pattern.pattern}"
-            factor = getattr(layer, "rate_factor", 1.0)  # of a block that has a rate of its own
+            factor = getattr(layer, "rate_factor", 1.0)  # from --network_args with rates by block
             if factor != 1:
                 label = f"{label} x {factor:g}"
                 rate = rate * factor
             if rate == 0 and any(rates.values()):
-                continue  # frozen; but if all rates are 0, the groups are kept: an optimizer needs one
+                continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs one
             for parameter in layer.parameters():
                 if ratio is not None and parameter is layer.lora_up.weight:
                     group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * ratio})
@@ -236,7 +238,7 @@ class OwnNetwork(nn.Module):
         return [groups[label] for label in order], order
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
-        """Return, for each layer, the indices of the patterns in network_reg_lrs that its name matches."""
+        """Return for each layer the indices of the patterns in network_reg_lrs that match its name."""
         matches = [find_by_pattern(self.settings.reg_rates, name) for name in self.names]
         log_overlaps("network_reg_lrs", self.settings.reg_rates, matches)
         return matches
@@ -263,7 +265,7 @@ class OwnNetwork(nn.Module):
 
 
 def _order_of_groups(labels: Collection[str]) -> list[str]:
-    """Return the labels of parameter groups in order; each LoRA+ group follows the group of its modules."""
+    """Sort the labels of parameter groups so that each LoRA+ group follows the group of its modules."""
     places = {label: place for place, label in enumerate(labels)}
 
     def key(label: str) -> tuple[int, bool]:
@@ -274,11 +276,11 @@ def _order_of_groups(labels: Collection[str]) -> list[str]:
 
 
 def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[str, dict[str, Tensor]]:
-    """Return the factors of a file by module, with other layouts converted to the network's modules."""
+    """Convert a file's tensors to the modules of the network; return module name -> factors."""
     from networks.fused_parts import for_model  # only for --network_weights
 
     num_rows = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
-    # any height: a rotation is that of all rows
+    # a rotation applies to all rows, so any number will do
     num_rows |= {name: 1 for name, delta in read_deltas(here).items() if delta.rotation is not None}
     texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
     tensors = for_model({**lora.tensors, **texts}, num_rows.get)
@@ -286,7 +288,7 @@ def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[
 
 
 def _misfit(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
-    """Return the error for a file of which the network has no module.
+    """Return the error for a file if the network has none of its modules.
 
     Args:
         lora: The LoRA file.
@@ -332,7 +334,7 @@ def _warn_of_unusable(
 
 
 def _reject_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping[str, Factors]) -> None:
-    """Raise CheckpointError if modules of a file have other factors or sizes in the network."""
+    """Raise CheckpointError if factors or sizes of modules differ between file and network."""
     wrong = [name for name in stored if name in here and _shapes(stored[name]) != _shapes(here[name])]
     if not wrong:
         return
@@ -348,7 +350,7 @@ def _reject_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping
 
 
 def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
-    """Return advice for the user if a module of a file does not fit the network.
+    """Return advice for the error message if a module of a file does not fit the network.
 
     Args:
         stored: Factors in the file.

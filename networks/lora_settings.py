@@ -1,4 +1,4 @@
-"""Read the settings of a LoRA network: `--network_dim`, `_alpha`, `_dropout`, `_args`, and a family's own."""
+"""Read the settings of a LoRA network: `--network_dim`, `--network_alpha`, `--network_args` and so on."""
 
 import ast
 import math
@@ -25,20 +25,20 @@ from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
-Words = tuple[str, ...]  # all of them are parts of a module's path
+Words = tuple[str, ...]  # match a module if its path contains all of them
 DEFAULT_ALPHA = 1.0
 Reader = Callable[[str, Any], Any]  # an argument and its text -> its value; raises OptionError
 Pattern = re.Pattern[str] | NamePattern
-# searched in names of modules; the last that fits counts
+# patterns with their values, searched in module names; the last match counts
 ByPattern = tuple[tuple[Pattern, float], ...]
-BlockNumbers = frozenset[int] | None  # numbers of blocks of one list; None: all
+BlockNumbers = frozenset[int] | None  # block numbers in one list; None: all
 
 # `algo` of LyCORIS -> the module of the same kind
 ALGORITHMS = {name: kind.network_module for kind in KINDS for name in kind.algorithms}
 
 
 def readers_of(rules: LoraRules) -> dict[str, Reader]:
-    """Return the readers of the arguments that only a family's module has."""
+    """Return the readers of the --network_args that only a family's network module has."""
     readers: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in rules.types}
     if rules.choices:
         readers["train_blocks"] = partial(_read_choice, rules.choices)
@@ -91,7 +91,7 @@ def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ..
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Ranks, dropouts, learning rates and the choice of modules."""
+    """Parsed settings of a LoRA network: ranks, dropouts, learning rates and selection of modules."""
 
     rank: int = DEFAULT_RANK
     alpha: float = DEFAULT_ALPHA
@@ -103,18 +103,18 @@ class LoraSettings:
     exclude: tuple[Pattern, ...] = ()
     loraplus_lr_ratio: float | None = None
     loraplus_encoder_ratio: float | None = None
-    variants: tuple[NetworkKind, ...] = ()  # that switches ask for
+    variants: tuple[NetworkKind, ...] = ()  # kinds enabled by a switch in --network_args
     verbose: bool = False
     reg_ranks: ByPattern = ()
     reg_rates: ByPattern = ()
     perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
-    rank_rule: RankRule | None = None  # which ranks act, by the noise
-    rules: LoraRules | None = None  # of the family's module
-    type_ranks: Mapping[str, int] = field(default_factory=dict)  # by the argument of a type
+    rank_rule: RankRule | None = None  # which ranks are active at which noise level (T-LoRA)
+    rules: LoraRules | None = None  # rules of the family's network module
+    type_ranks: Mapping[str, int] = field(default_factory=dict)  # argument for a type of module -> rank
     train_blocks: str | None = None
-    block_numbers: Mapping[str, BlockNumbers] = field(default_factory=dict)  # by argument
-    outside_ranks: tuple[int, ...] = ()
-    splits: bool = False  # factors for each part of a fused layer
+    block_numbers: Mapping[str, BlockNumbers] = field(default_factory=dict)  # argument -> trained blocks
+    outside_ranks: tuple[int, ...] = ()  # ranks of `rules.outside_paths`
+    splits: bool = False  # whether each part of a fused layer gets its own factors
     encoders_off: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
     switched_on: frozenset[str] = frozenset()  # parts of `DitSpec.lora_exclude` that get a LoRA
     blocks: BlockSettings | None = None  # ranks and rates of numbered blocks
@@ -126,7 +126,7 @@ class LoraSettings:
 
     @property
     def has_rank_dropout(self) -> bool:
-        """Whether whole ranks are dropped."""
+        """Return whether whole ranks are dropped."""
         return self.dropouts is not None and self.dropouts.rank > 0
 
     @property
@@ -135,7 +135,7 @@ class LoraSettings:
         return [int(rank) for _, rank in self.reg_ranks]
 
     def split_sizes_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
-        """Return the rows of each part of a fused layer whose parts get their own factors; () for others."""
+        """Return the rows of each part if the parts of a fused layer get their own factors; else ()."""
         if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
             return ()
         name = path.replace(".", "_")
@@ -176,7 +176,7 @@ def read_settings(
     perturbation = None
     if "ggpo_sigma" in values:
         perturbation = (values["ggpo_sigma"], values["ggpo_beta"])
-    family_rules = rules or LoraRules(())  # without arguments of a family
+    family_rules = rules or LoraRules(())  # empty: no arguments of a family
     types = [argument for argument, _ in family_rules.types]
     dropouts: Dropouts | None = None
     rank_dropout = values.get("rank_dropout") or 0.0
@@ -254,7 +254,7 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 
 
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
-    """Return the rule that decides which ranks act; None if all do.
+    """Return the rule that selects the active ranks by noise level; None if all ranks are active.
 
     Raises OptionError if a value is invalid.
     """
@@ -270,7 +270,7 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
 
     Args:
         settings: Settings of the network.
-        modules: Modules of all networks that may get a LoRA: start of the name in files, and path with dots.
+        modules: Modules of all networks that may get a LoRA: prefix of the name in files, and dotted path.
     """
     paths = [path for _, path in modules]
     names = [start + path.replace(".", "_") for start, path in modules]
@@ -323,8 +323,9 @@ def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, .
     Args:
         argument: Name of the argument.
         pairs: Patterns with their values.
-        matches: Patterns that match each module, from `find_by_pattern`.
+        matches: For each module, the result of `find_by_pattern`.
     """
+    # (overridden pattern, last matching pattern) -> number of modules
     counts = Counter((index, indices[-1]) for indices in matches for index in indices[:-1])
     for (index, last), count in sorted(counts.items()):
         overridden, _ = pairs[index]

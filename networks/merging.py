@@ -1,4 +1,4 @@
-"""Merge LoRAs into model files, tensor by tensor, or into one LoRA; also for tools of image families."""
+"""Merge LoRAs into model files, tensor by tensor, or into one LoRA."""
 # Letters: R rank
 
 import time
@@ -46,7 +46,7 @@ from protocols.rules import expert_of_file
 logger = getLogger(__name__)
 FLUX = family_named("flux")
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# option -> prefix of its part of a LoRA
+# option that names a model -> prefix of its modules in LoRA files; "": the transformer
 ENCODERS = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
 _WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
@@ -54,8 +54,8 @@ _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the me
 
 def merge_dit(options: MergeOptions) -> None:
     """Merge LoRAs into a transformer's file. Raises the errors of `merge_into_file`."""
-    # by the name of the file or its folder: `high_noise_model/` in the official repository, `transformer/`
-    # and `transformer_2/` in diffusers
+    # the name of the file or its folder reveals the expert: `high_noise_model/` in the official repository,
+    # `transformer/` and `transformer_2/` in diffusers
     folders = {start.removesuffix("."): expert for start, expert in find_networks().items()}
     expert = options.expert or expert_of_file(options.dit, folders)
     files = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
@@ -73,10 +73,10 @@ def merge_dit(options: MergeOptions) -> None:
 
 
 def merge_full(options: FullMergeOptions) -> None:
-    """Merge LoRAs of Stable Diffusion into a single-file checkpoint, or into one LoRA if none is given.
+    """Merge LoRAs of Stable Diffusion into a checkpoint (--sd_model), or into one LoRA without a checkpoint.
 
     Raises:
-        CheckpointError: If a file cannot be used or fits nothing.
+        CheckpointError: If a file cannot be used, or if the model has no modules of a LoRA.
     """
     uses = _read_uses(options)
     if options.sd_model is None:
@@ -94,11 +94,11 @@ def merge_full(options: FullMergeOptions) -> None:
 
 
 def merge_flux(options: FluxMergeOptions) -> None:
-    """Merge LoRAs of FLUX into its transformer and its text encoders, or into one LoRA if none is given.
+    """Merge LoRAs of FLUX into the given transformer and text encoders, or into one LoRA without models.
 
     Raises:
-        CheckpointError: If a file cannot be used or fits nothing.
-        OptionError: If a model has no part in any LoRA.
+        CheckpointError: If a file cannot be used, or if a model has no modules of a LoRA.
+        OptionError: If no LoRA changes a given model.
     """
     device = torch.device(options.working_device)
     uses = _read_uses(options)
@@ -171,7 +171,7 @@ def save_sum(
         The metadata of the file, without hashes.
 
     Raises:
-        CheckpointError: If LoRAs do not fit each other, or it is not known which model they are for.
+        CheckpointError: If the LoRAs have different sizes or models, or if their model is unknown.
         OutputError: If the file cannot be written.
     """
     dtype = _select_dtype(options) or DTYPES[options.precision]
@@ -222,17 +222,17 @@ def _metadata_of_sum(
 
 
 def _first_of_metadata(loras: Sequence[LoraFile], key: str) -> str | None:
-    """Return the metadata of this key of the first LoRA that has it."""
+    """Return the value of a metadata key from the first LoRA that has it; None if no LoRA does."""
     return next(filter(None, (lora.metadata.get(key) for lora in loras)), None)
 
 
 def _find_family_of_sum(
     loras: Sequence[LoraFile], tensors: Mapping[str, Tensor], options: FluxMergeOptions | FullMergeOptions
 ) -> FamilyNames | None:
-    """Return the family of a sum of LoRAs; None if there are only parts of text encoders.
+    """Return the family of a sum of LoRAs; None if it is unknown because only text encoders change.
 
     Raises:
-        CheckpointError: If several are possible and nothing says which one.
+        CheckpointError: If several families are possible.
     """
     if isinstance(options, FullMergeOptions) and options.family is not None:
         return family_named(options.family)
@@ -273,9 +273,9 @@ def merge_into_file(
     option: str = "--save_merged_model",
     rounding: str = NEAREST,
 ) -> None:
-    """Write the model with the LoRAs added as one safetensors file; keep names, dtypes and metadata.
+    """Write the model with the LoRAs merged in as one safetensors file; keep names, dtypes and metadata.
 
-    Memory: the LoRAs, one tensor of the model at a time, and some MB (for LoKr: the tensor's change in
+    Peak memory: the LoRAs, one tensor of the model and some MB (for LoKr: the change of the tensor in
     float32).
 
     Args:
@@ -289,7 +289,7 @@ def merge_into_file(
         rounding: A value of `--lora_rounding`.
 
     Raises:
-        CheckpointError: If a file is unusable or a LoRA fits nothing.
+        CheckpointError: If a file is unusable, or if the model has no modules of a LoRA.
         OptionError: If the output would replace an input.
         OutputError: If it cannot be written.
     """
@@ -301,7 +301,7 @@ def merge_into_file(
         lora_rounding = LoraRounding(rounding)
         patch = _make_patch(uses, checkpoint, model, lora_rounding)
         _check_fits(patch, checkpoint)
-        # `in_values` describes quantized weights anew, with the dtype that they are read in
+        # `in_values` replaces the records of quantized weights, so these are not the same objects any more
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
         written = _written_tensors(checkpoint, quantized, dtype)
 
@@ -341,7 +341,7 @@ def merge_into_file(
 def _make_patch(
     uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
-    """Return the patch that adds the LoRAs to the file of a single network or of a full checkpoint."""
+    """Return the patch for a file with a single network, or for a full checkpoint."""
     if is_full(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
     for_encoders(uses, str(model), prefixes=())
@@ -350,7 +350,7 @@ def _make_patch(
 
 
 def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[LoraUse]) -> dict[str, str]:
-    """Return the metadata of a merged model: the model's own, and the files that were merged."""
+    """Return the model's own metadata, without hashes, and the names of the merged files."""
     metadata = {key: value for key, value in checkpoint.metadata.items() if not key.startswith(_STALE)}
     if uses:
         metadata["modelspec.merged_from"] = ", ".join([model.name, *(use.lora.path.name for use in uses)])
@@ -369,7 +369,7 @@ def _written_tensors(
     """
     written: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
-        if info.dtype in _WIDE:  # whole numbers stay as they are
+        if info.dtype in _WIDE:  # integers keep their dtype
             default_dtype = torch.bfloat16 if name in quantized else info.dtype
             info = replace(info, dtype=dtype or default_dtype)
         written[name] = info
@@ -384,7 +384,7 @@ def _check_fits(patch: LoraPatch | FullPatch, checkpoint: Checkpoint) -> None:
 
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
-    """Raise CheckpointError if the first layer takes other than `in_channels` channels; None allows any."""
+    """Raise CheckpointError if the first layer does not have `in_channels` inputs; None allows any number."""
     layers = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
     channels = checkpoint.tensors[layers[0]].shape[1] if layers else None  # out x in x kernel
     if in_channels not in {None, channels}:
@@ -405,17 +405,17 @@ class _Summand(NamedTuple):
 def _add_up(
     uses: Sequence[LoraUse], concat: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
-    """Return sum(multiplier * alpha / rank * up @ down) of all files as a LoRA, module by module.
+    """Return sum(multiplier * alpha / rank * up @ down) over all files as the tensors of one LoRA.
 
     Args:
         uses: LoRA files with their strengths.
-        concat: Whether to keep all ranks, which is exact. Otherwise each module's sum is approximated at the
-            rank that it has in the first file with the module.
+        concat: Whether to concatenate all ranks, which is exact. Otherwise each module's sum is truncated to
+            the module's rank in the first file that has it.
         dtype: Dtype of the result.
         device: Device of the run.
 
     Raises:
-        CheckpointError: For anything but plain LoRAs, for other sizes and for LoRAs of several models.
+        CheckpointError: If a file is not a plain LoRA, or if sizes or models differ.
     """
     _reject_other_families([use.lora for use in uses])
     for use in uses:
@@ -434,7 +434,7 @@ def _add_up(
 
 
 def _reject_other_families(loras: Sequence[LoraFile]) -> None:
-    """Raise CheckpointError if LoRAs are for several models, by their metadata."""
+    """Raise CheckpointError if the metadata of the LoRAs name different families."""
     first: LoraFile | None = None
     first_family: FamilyNames | None = None
     for lora in loras:
@@ -477,14 +477,14 @@ class _LowRank(NamedTuple):
 
     @property
     def size(self) -> tuple[torch.Size, int]:
-        """Return the inputs (x kernel) and the outputs."""
+        """Return the shape of the inputs (x kernel), and the number of outputs."""
         return self.down.shape[1:], len(self.up)
 
     def in_words(self) -> str:
         return f"{len(self.up)} x {self.down.shape[1]}"
 
     def reshaped_as(self, first: "_LowRank") -> "_LowRank":
-        """Return factors in the shape of `first` if they differ only as a matrix and a 1x1 convolution do."""
+        """Return factors with the axes of `first`: a matrix and a 1x1 convolution are interchangeable."""
         inputs, outputs = self.size
         first_inputs, first_outputs = first.size
         if inputs.numel() != first_inputs.numel() or outputs != first_outputs:
@@ -511,7 +511,7 @@ def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowR
                     summand.lora.path,
                 )
         scale = summand.multiplier * strength(summand.factors)
-        root = abs(scale) ** 0.5  # spread over both, so that neither gets too small for 16 bits
+        root = abs(scale) ** 0.5  # split between both factors, so that neither underflows in 16 bits
         signed_root = root if scale >= 0 else -root
         scaled.append(_LowRank(change.down * signed_root, change.up * root))
     return _LowRank(
@@ -521,7 +521,7 @@ def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowR
 
 
 class DecomposedProduct(NamedTuple):
-    """The singular value decomposition of a product: left @ u, sizes and vh @ right^T."""
+    """The singular value decomposition of a product: (left @ u) diag(sizes) (vh @ right^T)."""
 
     left: Tensor  # out x R, orthogonal columns
     u: Tensor
@@ -553,7 +553,7 @@ def _truncate(change: _LowRank, rank: int) -> _LowRank:
 
 
 def in_known_names(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Return a LoRA under the names that other tools know for its family."""
+    """Return the tensors under the names that other tools use for the family."""
     if family is None or family.always_underscored != "aliases":
         return tensors
     return rename_to_aliases(tensors, family)

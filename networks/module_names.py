@@ -16,7 +16,7 @@ _DIGITS = re.compile(r"\d+")
 
 
 class _Families:
-    """The names of all families; the file of a family is read when the loop reaches it."""
+    """The names of all families; iteration imports one family's file at a time."""
 
     def __iter__(self) -> Iterator[FamilyNames]:
         for folder in FOLDERS.values():
@@ -32,17 +32,17 @@ def family_named(name: str) -> FamilyNames:
 
 
 def select_family(names: Iterable[str], hint: str | None = None) -> FamilyNames | None:
-    """Return the family of a model whose modules have these underscored names; None if no list holds any.
+    """Return the family of a model with these underscored module names; None if no family knows any of them.
 
-    Ties go to the family named `hint`, then to one where these names are modules, not only aliases, then to
-    the first (only SD 1 and 2 have equal names). LoRAs have only some modules: use `likely_families` for
-    them.
+    Ties go to the family named `hint`, then to the one with most names as modules instead of aliases, then
+    to the first (only SD 1 and 2 have equal names). For LoRAs, which have only some of a model's modules,
+    use `likely_families`.
     """
     names = list(names)
     families = _families_knowing(names, hint)
     if len(families) < 2:
         return families[0] if families else None
-    counts: list[int] = []  # of the names that are modules, not only aliases
+    counts: list[int] = []  # for each family, how many names are modules, not aliases
     for family in families:
         modules = _tables(family).ours
         counts.append(sum(modules.first(name) is not None for name in names))
@@ -55,8 +55,8 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
         return []
     hinted = next((family for family in FAMILIES if family.name == hint), None) if hint else None
     if hinted is not None and all(_place(name, hinted) for name in names):
-        return [hinted]  # without the tables of the others
-    # while some family knows all names, others are ruled out at the first name that they lack
+        return [hinted]  # saves building the tables of the other families
+    # fast path: `all` stops at the first unknown name; count only if no family knows all names
     families = [family for family in FAMILIES if all(_place(name, family) for name in names)]
     if not families:
         counts = {family: sum(_place(name, family) is not None for name in names) for family in FAMILIES}
@@ -68,8 +68,8 @@ def _families_knowing(names: Sequence[str], hint: str | None) -> list[FamilyName
 def families_of_scripts(name: str) -> tuple[FamilyNames, ...]:
     """Return the families whose LoRAs the scripts of a family accept.
 
-    A variant in a subfolder (FLUX.1 Kontext, Stable Diffusion XL) accepts the families of its parent folder:
-    only the one with the variant's name if it exists, else all.
+    A variant in a subfolder (FLUX.1 Kontext, Stable Diffusion XL) has no names of its own. It accepts the
+    family of its name in the parent folder, or all families there if none has that name.
 
     Args:
         name: Name of a family that has scripts.
@@ -103,7 +103,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
     families = _families_knowing(names, hint)
     if len(families) < 2:
         return families
-    # modules of all blocks have the same sizes: the first name stands for those with other block numbers
+    # modules of all blocks have the same sizes, so one name per template is enough; reversed: keep the first
     name_by_kind = {_DIGITS.sub("n", name): name for name in reversed(names)}
     sizes = _known_sizes(name_by_kind.values(), size_of)
     levels = {family: _rate_agreement(family, names, sizes) for family in families}
@@ -116,7 +116,7 @@ def likely_families(names: Iterable[str], size_of: SizeOf, hint: str | None = No
 
 
 def _known_sizes(names: Iterable[str], size_of: SizeOf) -> dict[str, tuple[int, int]]:
-    """Return the rows and columns of the change of each module where they are known."""
+    """Return the rows and columns of each module's change, leaving out unknown ones."""
     sizes: dict[str, tuple[int, int]] = {}
     for name in names:
         size = size_of(name)
@@ -131,12 +131,13 @@ def sizes_fit(family: FamilyNames, names: Iterable[str], size_of: SizeOf) -> boo
 
 
 def have_same_names(families: Sequence[FamilyNames]) -> bool:
-    """Return whether names mean the same in all of these families, as in Stable Diffusion 1 and 2."""
+    """Return whether all of these families have the same module names, as Stable Diffusion 1 and 2 do."""
     layouts = {(family.aliases, family.parts, family.joined, family.further) for family in families}
     return len(layouts) == 1
 
 
-# how well a file agrees with a family's released models, worst first
+# how well a file agrees with a family's released models, from worst to best: sizes that no model can have,
+# sizes of an unreleased width, sizes of a released model, and also all of its blocks
 _CONTRADICTS, _IN_PROPORTION, _AS_RELEASED, _COMPLETE = range(4)
 
 
@@ -145,7 +146,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     rules = list(_rules(family, sizes))
     numbers = _block_numbers(family, names)
     level = _CONTRADICTS
-    if not family.released:  # without known widths and block counts, nothing can contradict
+    if not family.released:  # no known widths or depths to contradict
         level = _rate_agreement_of_numbers(numbers, {})
     for width, lists in family.released:
         if not width or all(_agrees(rule, width) for rule in rules):
@@ -172,7 +173,7 @@ def _rate_agreement_of_numbers(numbers: Mapping[str, set[int]], depths: Mapping[
 
 
 def _block_numbers(family: FamilyNames, names: Iterable[str]) -> dict[str, set[int]]:
-    """Return the numbers of blocks in names, by the list that the blocks are in."""
+    """Return the block numbers in the names: attribute of the block list -> numbers."""
     numbers: dict[str, set[int]] = {}
     for name in names:
         place = _place(name, family)
@@ -190,7 +191,7 @@ class _Rule(NamedTuple):
 
 
 def _rules(family: FamilyNames, sizes: Mapping[str, tuple[int, int]]) -> Iterator[_Rule]:
-    """Yield the rules for the modules in the family's `sides`."""
+    """Yield the rule for each module whose path matches an entry of the family's `sides`."""
     for name, size in sizes.items():
         place = _place(name, family)
         path = "" if place is None else place.path
@@ -210,13 +211,13 @@ def _agrees(rule: _Rule, width: float) -> bool:
 
 
 def read_family(metadata: Mapping[str, str]) -> FamilyNames | None:
-    """Return the family that a LoRA file's metadata name; None if they name none, or an unknown one."""
+    """Return the family named in a LoRA file's metadata; None if no family or an unknown one is named."""
     version = metadata.get(TRAINED_ON, "")
     architecture = metadata.get("modelspec.architecture", "").removesuffix("/lora")
     for family in FAMILIES:
         if version == family.name or architecture == family.architecture:
             return family
-    longest = 0  # "flux_2_dev" begins with FLUX.1's "flux" too
+    longest = 0  # the longest matching prefix wins: "flux_2_dev" also begins with FLUX.1's "flux"
     likely: FamilyNames | None = None
     for family in FAMILIES:
         for start in family.versions:
@@ -238,17 +239,17 @@ def module_path(name: str, family: FamilyNames) -> str | None:
 
 
 def is_optional(name: str, family: FamilyNames) -> bool:
-    """Whether only some models of the family have the module of this name."""
+    """Return whether only some models of the family have the module of this name."""
     return _tables(family).optional.first(name) is not None
 
 
 @cache
 def on_text_side(name: str, family: FamilyNames | None = None) -> str:
-    """Return the model part of a name with underscores, if it loads with the text encoder; else "".
+    """Describe the part of the model that a module belongs to, if it loads with the text encoder; else "".
 
     Args:
-        name: Name of a module.
-        family: Family that the module is of; None if unknown.
+        name: Underscored name of a module.
+        family: Family of the module; None if unknown.
     """
     for each in FAMILIES if family is None else (family,):
         starts = tuple(start.replace(".", "_") for start in each.text_side)
@@ -258,7 +259,7 @@ def on_text_side(name: str, family: FamilyNames | None = None) -> str:
 
 
 def is_unprefixed(path: str) -> bool:
-    """Whether a path is one that some family's files write without a prefix."""
+    """Return whether files of some family write this path without a prefix."""
     return path.startswith(tuple(start for family in FAMILIES for start in family.unprefixed))
 
 
@@ -275,17 +276,17 @@ def to_alias(name: str, family: FamilyNames) -> str:
 
 
 def stacked_path(name: str, family: FamilyNames) -> str | None:
-    """Return the path of a module in the layout that stacks some of ours; None if the family lacks it."""
+    """Return a module's path in the layout that fuses some of our modules; None if the family lacks it."""
     return _find(_tables(family).to_foreign, name) or module_path(name, family)
 
 
 def is_stacked(name: str, family: FamilyNames) -> bool:
-    """Return whether a module of ours is among those that another layout of the family stacks."""
+    """Return whether another layout of the family fuses this module with others."""
     return _tables(family).stacked.first(name) is not None
 
 
 def has_module(name: str, family: FamilyNames) -> bool:
-    """Whether the family has a module of this name, in our layout or another one."""
+    """Return whether the family has a module of this name, in our layout or another one."""
     tables = _tables(family)
     return any(table.first(name) is not None for table in (tables.ours, tables.foreign, tables.cut))
 
@@ -318,8 +319,9 @@ def _all_names() -> frozenset[str]:
 
 
 def count_parts(path: str) -> set[int]:
-    """Return into how many parts other layouts may split a fused layer; `path` may have prefixes."""
+    """Return the possible numbers of parts of a fused layer in other layouts; `path` may have prefixes."""
     name = path.replace(".", "_")
+    # the path without each possible prefix
     names = [name, *(name[place + 1 :] for place, character in enumerate(name) if character == "_")]
     counts = {len(parts_of(name, family)) for family in FAMILIES for name in names}
     return {count for count in counts if count > 1}
@@ -338,13 +340,13 @@ class Relative:
 def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, ...]:
     """Return the modules in other layouts that are part of this one or contain it, in one family or in all.
 
-    A name may be ours in one family and belong to another layout in a second one; both give relatives.
+    A name may belong to our layout in one family and to another layout in a second family; both count.
     """
     distinct: dict[tuple[str, int | None, bool], Relative] = {}  # families share names and parts
     for template, number in _find_relations(family).all(name):
         relative = replace(template, name=template.name.replace("{n}", number).replace(".", "_"))
         if relative.name == name and relative.part.index is None:
-            continue  # the same in both layouts
+            continue  # the module itself: both layouts have the same name for it
         distinct.setdefault((relative.name, relative.part.index, relative.is_part), relative)
     return tuple(distinct.values())
 
@@ -355,7 +357,8 @@ def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
     pairs: list[tuple[str, Relative]] = []
     for each in FAMILIES if family is None else (family,):
         parts = [*each.parts, *each.joined]
-        if parts:  # an alias may be the name of another family's module
+        # an alias relates two names only if it is also the name of another family's module
+        if parts:
             foreign = {
                 path.replace(".", "_") for other in FAMILIES if other is not each for path in other.modules
             }
@@ -377,16 +380,16 @@ class PartPath(NamedTuple):
 def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
     """Return the parts of a module in the family's other layout, in the order of their rows.
 
-    If the other layout stacks several of our modules into this one, these modules are returned.
+    If the other layout fuses several of our modules into this one, these modules are returned.
     """
     found = _tables(family).parts.all(name)
     parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in found]
-    from_end = {REST: 101, BEFORE_REST: 100}  # after all counted parts, of which no module has so many
+    from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered ones (far below 100)
     return sorted(parts, key=lambda placed: from_end.get(placed.part.index or 0, placed.part.index or 0))
 
 
 def part_path(name: str, family: FamilyNames) -> str | None:
-    """Return the path of a module that is part of one of ours: `transformer_blocks.0.attn.to_q`."""
+    """Return the dotted path of another layout's part: `transformer_blocks.0.attn.to_q`; None if unknown."""
     return _find(_tables(family).split, name)
 
 
@@ -401,9 +404,9 @@ class _Found(NamedTuple, Generic[Entry]):
 
 
 class _Table(Generic[Entry]):
-    """Entries for underscored names that fit templates: `blocks_0_ffn_0` fits `blocks.{n}.ffn.0`.
+    """Look up entries by underscored name through templates: `blocks_0_ffn_0` fits `blocks.{n}.ffn.0`.
 
-    A dictionary rather than a pattern, because the families have thousands of templates together.
+    A dictionary is used instead of one regular expression, because there are thousands of templates.
     """
 
     def __init__(self, pairs: Iterable[tuple[str, Entry]]) -> None:
@@ -433,9 +436,9 @@ def _find(table: _Table[str], name: str) -> str | None:
 
 @lru_cache(1 << 14)
 def _templates(name: str) -> Mapping[str, str]:
-    """Return the templates that fit a name: itself, and with each of its numbers replaced by `{n}`.
+    """Return the templates that fit a name: the name itself, and the name with one number replaced by `{n}`.
 
-    Each is mapped to the number that it replaces, the name itself to "".
+    The values are the replaced numbers; "" for the name itself.
     """
     templates = {name: ""}
     for match in _DIGITS.finditer(name):
@@ -444,23 +447,23 @@ def _templates(name: str) -> Mapping[str, str]:
 
 
 class _Tables(NamedTuple):
-    """A family's modules by names in several layouts."""
+    """Lookup tables from names of a family's modules, in several layouts, to paths."""
 
-    ours: _Table[str]  # under our names
-    foreign: _Table[str]  # under aliases -> ours
-    to_foreign: _Table[str]
-    renamed: _Table[str]  # whole modules of another layout -> ours; joined ones -> themselves
-    cut: _Table[str]  # parts with some rows of a module -> ours
-    split: _Table[str]  # parts of another layout that are no renamed modules -> themselves
-    stacked: _Table[str]  # ours that another layout stacks -> the stacked one
-    parts: _Table[WeightPart]  # modules that another layout splits, or stacks, -> each part
-    optional: _Table[str]
+    ours: _Table[str]  # our name -> our path
+    foreign: _Table[str]  # alias in another layout -> our path
+    to_foreign: _Table[str]  # our name -> alias
+    renamed: _Table[str]  # whole module of another layout -> our path; fused module -> its own path
+    cut: _Table[str]  # part with some rows of our module -> our path
+    split: _Table[str]  # part of another layout, not merely renamed -> its own path
+    stacked: _Table[str]  # our module that another layout fuses -> path of the fused module
+    parts: _Table[WeightPart]  # module that another layout splits or fuses -> each of its parts
+    optional: _Table[str]  # our module that only some models have -> our path
 
 
 @cache
 def _tables(family: FamilyNames) -> _Tables:
     """Return the lookup tables between a family's names and those of the other layout."""
-    # a parameter of ours may be the weight of a module there
+    # one of our bare parameters may be the weight of a module in the other layout
     parameters = [(theirs.removesuffix(".weight"), ours) for theirs, ours in family.parameters]
     aliases = [*family.aliases, *parameters]
     paths = [*family.modules, *(ours for _, ours in parameters)]
@@ -480,15 +483,15 @@ def _tables(family: FamilyNames) -> _Tables:
 
 
 class _TensorPlace(NamedTuple):
-    """Where a module is in our layout."""
+    """The module of our layout that a name refers to."""
 
-    path: str  # our template
-    number: str
-    is_cut: bool  # it has only some rows of ours
+    path: str  # our path, with `{n}` for the block number
+    number: str  # block number; "" if there is none
+    is_cut: bool  # whether the name refers to only some rows of the module
 
 
 def _place(name: str, family: FamilyNames) -> _TensorPlace | None:
-    """Find an underscored name in any layout of a family; None if the family does not have it."""
+    """Find the module of an underscored name in any layout of a family; None if the family lacks it."""
     tables = _tables(family)
     for table in (tables.ours, tables.foreign, tables.renamed, tables.cut):
         found = table.first(name)
@@ -510,7 +513,7 @@ def diffusers_path(name: str, family: FamilyNames) -> str | None:
 
 @cache
 def _numbering(family: FamilyNames | None) -> _Table[tuple[int, int]]:
-    """Return the position of each module, (index of the list, index in a block), by underscored name.
+    """Return a table from module names to positions: (index of the block list, index in a block).
 
     Names of a transformer's modules begin with `lora_unet_`.
     """

@@ -41,10 +41,10 @@ class LoraSize(NamedTuple):
 
 
 def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
-    """Return the modules of a DiT that its spec, rules and patterns choose, by our names.
+    """Return the modules of a DiT to train: our module name -> target.
 
     Raises:
-        OptionError: If no module is left, or for blocks that the DiT does not have.
+        OptionError: If no module is left, or if a block number exceeds the DiT's blocks.
     """
     spec = spec_of(unet)
     rules = settings.rules
@@ -53,7 +53,7 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         lists = [name for name in rules.indices.values() if name in children]
         check_blocks(settings, {name: len(list(children[name].children())) for name in lists})
     optional: tuple[str, ...] = ()
-    if not spec.lora_choice:
+    if not spec.lora_choice:  # a model with a positive list of modules has no optional ones
         optional = tuple(part for part in spec.lora_exclude if part not in settings.switched_on)
     if settings.blocks is not None:
         settings = replace(settings, blocks=settings.blocks.fit(spec.numbered))
@@ -67,7 +67,7 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
 
 
 def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModule]:
-    """Yield the modules of a DiT among which patterns and ranks choose."""
+    """Yield the modules of a DiT from which patterns and ranks then select."""
     spec = spec_of(unet)
     rules = settings.rules
     starts = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
@@ -92,13 +92,13 @@ def _choose(
     prefix: str,
     optional: tuple[str, ...] = (),
 ) -> dict[str, Target]:
-    """Return the modules to train, each with its rank and alpha, by our name.
+    """Select the modules to train: our module name -> target, with rank and alpha.
 
     Args:
-        candidates: Modules by path.
+        candidates: Modules with their paths.
         settings: Settings of the network.
         prefix: Prefix of our names.
-        optional: Parts of paths to leave out unless a pattern or a rank of their kind asks for them.
+        optional: Parts of paths that are left out unless a pattern or a rank for their type selects them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
@@ -134,15 +134,15 @@ def _select_size(
 ) -> LoraSize | None:
     """Return the rank and alpha of a module; None if it gets no LoRA.
 
-    The last matching pattern of the ranks decides, else the kind of the module. After that, patterns may
-    exclude it.
+    The last matching pattern in `settings.reg_ranks` gives the rank, else the type of the module does.
+    Include and exclude patterns are applied afterwards.
 
     Args:
         path: Path of the module.
         module: The module.
         settings: Settings of the network.
         matching: Indices of the patterns in `settings.reg_ranks` that match the module.
-        optional: Parts of paths to leave out unless a pattern or a rank of their kind asks for them.
+        optional: Parts of paths that are left out unless a pattern or a rank for their type selects them.
     """
     if matching:
         _, rank = settings.reg_ranks[matching[-1]]
@@ -150,7 +150,7 @@ def _select_size(
     else:
         size = _size(path, module, settings)
     is_optional = any(part in f".{path}" for part in optional)
-    if is_optional and settings.rules is not None:  # a rank of its kind asks for an optional module
+    if is_optional and settings.rules is not None:  # a rank for its type selects an optional module
         is_optional = _select_rank_of_kind(path, settings.rules, settings) is None
     may_be_excluded = is_optional or settings.exclude
     if may_be_excluded and _is_excluded(path, settings, is_optional):
@@ -161,30 +161,30 @@ def _select_size(
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
-    """Return whether patterns leave a module out.
+    """Return whether the exclude patterns match a module and no include pattern brings it back.
 
     Args:
         path: Path of the module.
         settings: Settings of the network.
-        is_optional: Whether the module is left out unless a pattern asks for it.
+        is_optional: Whether the module is excluded unless an include pattern matches.
     """
     is_excluded = is_optional or any(pattern.match(path) for pattern in settings.exclude)
     return is_excluded and not any(pattern.match(path) for pattern in settings.include)
 
 
 def _list_modules_below(unet: nn.Module, starts: tuple[str, ...]) -> Iterator[PlacedModule]:
-    """Yield each Linear and Conv2d whose path begins so, in the model's order."""
+    """Yield each Linear and Conv2d whose path has one of these prefixes, in the model's order."""
     for path, module in unet.named_modules():
         if f"{path}.".startswith(starts) and isinstance(module, (nn.Linear, nn.Conv2d)):
             yield PlacedModule(path, module)
 
 
 def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
-    """Raise OptionError for block numbers that a model does not have.
+    """Raise OptionError if a block number exceeds the blocks of a model.
 
     Args:
         settings: Settings of the network.
-        depths: Number of blocks by list.
+        depths: Attribute of the block list -> number of blocks; lists of unknown depth are missing.
     """
     rules = settings.rules
     if rules is None:
@@ -231,7 +231,7 @@ def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraS
 
 
 def _select_rank_of_kind(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
-    """Return the rank that an argument for this kind of module gives; None if there is none."""
+    """Return the rank from the first --network_args entry for this type of module; None without one."""
     for argument, kinds in rules.types:
         is_of_kind = any(all(word in path for word in words) for words in kinds)
         if argument in settings.type_ranks and is_of_kind:
@@ -250,14 +250,14 @@ def build_network(
 
     Args:
         name: Name of the module, one of OWN_MODULES.
-        typed: Settings as the user typed them.
+        typed: Unparsed settings from the command line.
         dit: The transformer; None if only text encoders are trained.
-        encoders: Text encoders that are trained, by their `lora_prefix`.
+        encoders: Trained text encoders, by their `lora_prefix`.
         begun: Initial tensors, under our names. Their modules are added to the network, with the rank and
             alpha of the tensors, unless `typed.arguments` exclude them.
 
     Raises:
-        OptionError: For wrong settings, or if no module is left.
+        OptionError: If settings are invalid, or if no module is left.
     """
     settings, own = read_own(name, typed)
     trained_encoders = {
@@ -276,7 +276,7 @@ def build_network(
     targets: dict[str, Target] = {}
     if dit is not None:
         targets = select_modules(dit, settings)
-    # ranks by type and numbers of blocks are for the DiT alone
+    # ranks by type and block numbers apply to the DiT only
     text_settings = replace(settings, rules=None, splits=False, blocks=None)
     for start, candidates in in_texts.items():
         targets |= _choose(candidates, text_settings, start)
@@ -322,7 +322,7 @@ def _joining_layers(
     begun: Mapping[str, Tensor],
     by_name: Mapping[str, PlacedModule],
 ) -> dict[str, nn.Module]:
-    """Return the layers that the initial tensors add to those of a network.
+    """Return layers for modules that occur only in the initial tensors: module name -> layer.
 
     Args:
         layers: Layers of the network by name.
@@ -346,11 +346,11 @@ def _joining_layers(
 def _in_order(
     layers: dict[str, nn.Module], joining: Mapping[str, nn.Module], names: Iterable[str]
 ) -> dict[str, nn.Module]:
-    """Return the layers with those that join them, in the model's order.
+    """Merge the default layers with the joining ones, in the model's order.
 
     Args:
-        layers: Layers by name.
-        joining: Layers that join them, by name.
+        layers: Default layers by name.
+        joining: Layers to add, by name.
         names: Names of all modules, in the model's order.
     """
     if not joining:
@@ -364,10 +364,10 @@ def _in_order(
 
 
 def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> bool:
-    """Return whether arguments leave a module out.
+    """Return whether --network_args exclude a module.
 
     Args:
-        placed: The module and where it is.
+        placed: The module and its path.
         name: Our name of the module.
         settings: Settings of the network.
     """
@@ -383,7 +383,8 @@ def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> boo
     if matching:
         _, rank = settings.reg_ranks[matching[-1]]  # the last pattern that matches counts
         return not rank
-    # without conv_rank convolutions get no LoRA by default, but no argument leaves them out: any rank will do
+    # Without conv_rank, convolutions get no LoRA by default, but that does not exclude those of a file: any
+    # rank above 0 makes `_size` accept them
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
     size = _size(placed.path, placed.module, with_convolutions)
     return size is None or not size.rank
@@ -405,7 +406,7 @@ def _layers_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) ->
 def _factors_for(
     by_name: Mapping[str, PlacedModule], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Return the factors of each module, with other layouts converted to the model's modules."""
+    """Convert tensors of any layout to the model's modules; return module name -> factors."""
     from networks.fused_parts import for_model  # only for a file or a state
 
     split_sizes = {name: len(placed.module.weight) for name, placed in by_name.items()}
@@ -433,12 +434,12 @@ def build_from_tensors(
     Args:
         name: Name of the module, one of OWN_MODULES.
         tensors: Tensors under our names.
-        typed: Settings as the user typed them; only dropout and arguments count.
+        typed: Unparsed settings from the command line; only dropout and arguments are used.
         dit: The transformer.
-        encoders: Text encoders that are trained.
+        encoders: Trained text encoders, by their `lora_prefix`.
 
     Raises:
-        CheckpointError: If nothing fits, or if the file holds another kind of network.
+        CheckpointError: If the model has none of the modules, or if the file holds another kind of network.
     """
     kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)
@@ -499,7 +500,8 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 def smallest_lora_bytes(model: Path, rank: int) -> int:
     """Return a lower bound of a LoRA's size for a model, from the header of the model's file.
 
-    It counts the matrices of the blocks with one byte a number: a LoRA has two or four, but leaves some out.
+    It assumes one byte per value for all matrices of the blocks: a LoRA has two or four bytes per value, but
+    skips some matrices.
     """
     with open_checkpoint(model) as checkpoint:
         shapes = [info.shape for name, info in checkpoint.tensors.items() if "blocks." in name]

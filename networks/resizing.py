@@ -1,8 +1,7 @@
-"""Make a LoRA smaller: the best factors of a smaller rank for the change of each module.
+"""Reduce the rank of a LoRA: the best approximation of each module's change at a smaller rank.
 
-The change of a module is the product of its factors. Of its singular values the largest are kept, which is
-the nearest product of that rank (Eckart and Young 1936). Names, other tensors and the strength alpha / rank
-stay as they are in the file.
+The change of a module is the product of its factors. Keeping its largest singular values gives the nearest
+product of that rank (Eckart and Young 1936). Names, other tensors and alpha / rank are unchanged.
 """
 # Letters: R rank, K values of a kernel
 
@@ -44,14 +43,14 @@ _DOWN_NAME = re.compile(
     r"(?P<module>.*?)[._](?P<start>lora[._]|lora_linear_layer\.)(?P<factor>down|A|a)(?P<end>(\.[^.]+)*)"
 )
 _UP_WORDS = {"down": "up", "A": "B", "a": "b"}
-SMALLEST = 1e-6  # a largest singular value of at most this is that of a module that learned nothing
-ROUNDING = 1e-12  # of shares: all singular values together may have a little less than 1
-OWN_RANKS = "Dynamic"  # in metadata, in place of a number
+SMALLEST = 1e-6  # a module learned nothing if its largest singular value is at most this
+ROUNDING = 1e-12  # tolerance of cumulative fractions, which may end slightly below 1
+OWN_RANKS = "Dynamic"  # ss_network_dim of a LoRA whose modules have different ranks
 RATIO, SHARE_OF_SUM, SHARE_OF_NORM = "sv_ratio", "sv_cumulative", "sv_fro"
 
 
 class ResizeOptions(Options):
-    """Which LoRA becomes smaller, and by which rule."""
+    """Options of `resize_lora.py`."""
 
     model: Path = option("LoRA file, of any dialect", place="there", required=True)
     save_to: Path = option(
@@ -107,22 +106,22 @@ class FactorNames:
     module: str
     down: str
     up: str
-    core: str | None  # between both, of a convolution
+    core: str | None  # Tucker core of a convolution, between down and up
     alpha: str | None
 
 
 @dataclass(frozen=True)
 class ResizedModule:
-    """A module with its new factors, and what they keep."""
+    """A module's new factors, and how much of the change they keep."""
 
     names: FactorNames
     down: Tensor  # R in (kernel), float64
     up: Tensor  # out R (1 1), float64
     old_rank: int
     strength: float  # alpha / rank
-    kept_sum: float  # share of the sum of the singular values
-    kept_norm: float  # share of the Frobenius norm of the change
-    largest_ratio: float  # of the largest singular value to the smallest that is kept
+    kept_sum: float  # fraction of the sum of the singular values
+    kept_norm: float  # fraction of the Frobenius norm of the change
+    largest_ratio: float  # largest singular value / smallest one that is kept
     has_learned: bool
 
     @property
@@ -142,11 +141,11 @@ class ResizedModule:
 
 
 def resize_file(options: ResizeOptions) -> None:
-    """Write a LoRA with fewer ranks; memory is needed for both LoRAs.
+    """Write a LoRA of smaller rank; both LoRAs are held in memory.
 
     Raises:
-        CheckpointError: If the file is of another kind of network, has alphas elsewhere than next to its
-            factors, or holds NaN or infinite values.
+        CheckpointError: If the file is of another kind of network, has alphas in metadata or settings
+            instead of tensors, or holds NaN or infinite values.
     """
     source = options.model
     with open_checkpoint(source) as checkpoint:
@@ -187,9 +186,9 @@ def resize_file(options: ResizeOptions) -> None:
 def _reject_other_kinds(
     source: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> None:
-    """Raise CheckpointError if a file has tensors of another kind than LoRA, or its ranks act at times."""
+    """Raise CheckpointError if a file is not a LoRA, or if the noise level decides which ranks are active."""
     names = [in_default_spelling(name) for name in shapes]
-    lines = "\n".join(names)  # also of forms that are not read here
+    lines = "\n".join(names)  # searched for a kind's word too, because a kind has forms that are not read
     for kind in KINDS:
         if kind is LORA or not kind.parts:
             continue
@@ -213,7 +212,7 @@ def _reject_other_kinds(
 
 
 def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
-    """Raise CheckpointError if the strength of modules without alpha is said in the header or by PEFT."""
+    """Raise CheckpointError if metadata or PEFT's settings have an alpha for modules without a tensor."""
     places = sorted(metadata.keys() - without_alphas(metadata).keys())
     if "ss_network_alpha" in metadata:
         places.append("ss_network_alpha")
@@ -265,12 +264,12 @@ def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
 
 @dataclass(frozen=True)
 class FactorProduct:
-    """The change of a module as a product, without its strength."""
+    """The change of a module as a product, without alpha / rank."""
 
     up: Tensor  # out R
     down: Tensor  # R in*K
     inputs: int
-    kernel: tuple[int, ...]  # () of a linear layer
+    kernel: tuple[int, ...]  # () for a linear layer
 
 
 def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
@@ -285,7 +284,7 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
     ranks = len(down) if core is None else core.shape[0]
     has_axes = min(down.ndim, up.ndim) >= 2
     fits_up = math.prod(up.shape[1:]) == ranks
-    # with a core, the kernel is the core's, so that of the down factor must be 1
+    # with a core, only the core has the kernel size; the kernel of the down factor must be 1
     fits_core = core is None or (core.shape[1] == len(down) and math.prod(down.shape[2:]) == 1)
     if not (has_axes and fits_up and fits_core):
         raise CheckpointError(
@@ -389,7 +388,7 @@ def _change_metadata(
 
 
 def _read_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return the arguments of the network; {} if they are of another program's form."""
+    """Return the network's arguments from the metadata; {} if they are not a JSON object."""
     try:
         arguments = parse_json(metadata.get("ss_network_args", ""))
     except ValueError:
@@ -398,7 +397,7 @@ def _read_arguments(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _common_sizes(modules: Sequence[ResizedModule], options: ResizeOptions) -> tuple[str, str]:
-    """Return rank and alpha of modules as metadata have them; modules that learned nothing do not count."""
+    """Return rank and alpha for the metadata, "Dynamic" if they differ among modules that learned."""
     pairs = {(module.rank, module.alpha) for module in modules if module.has_learned}
     if options.dynamic_method is not None or len(pairs) != 1:
         return OWN_RANKS, OWN_RANKS

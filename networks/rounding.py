@@ -1,8 +1,8 @@
-"""Round weights in 16 bits after LoRAs are merged into them, so that LoRAs of small effect keep it.
+"""Round 16-bit weights after a merge, so that LoRAs with small changes keep their effect.
 
-A change below half the distance of two neighboring numbers is lost where sums are rounded to the nearest: in
-bfloat16, changes of 0.03 % keep 18 % of their effect. Rounded up or down at random, as likely as the sum is
-near to either, they keep all of it on average. Source: Gupta et al. 2015, arXiv 1502.02551.
+Rounding to the nearest loses changes below half the distance of two neighboring numbers: in bfloat16, changes
+of 0.03 % keep 18 % of their effect. Stochastic rounding, with probabilities by the distance to either
+neighbor, keeps all of it on average. Source: Gupta et al. 2015, arXiv 1502.02551.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ from networks.use_options import AUTO, NEAREST, STOCHASTIC
 
 logger = getLogger(__name__)
 
-# the last bits of float32 that are 0 in all numbers of a dtype
+# how many of float32's last bits are 0 in all numbers of a dtype
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
-_SMALLEST_FP16 = 2.0**-14  # below it the numbers of float16 have equal distances
-_TOLERANCE = 0.01  # of the share that rounding to the nearest keeps
-_SAMPLE_ELEMENTS = 1 << 14  # of a weight, from which that share is computed
-_SAMPLE_ROWS = 16  # at least: parts of a weight may be changed by different LoRAs
+_SMALLEST_FP16 = 2.0**-14  # smallest normal number: subnormal numbers below it are evenly spaced
+_TOLERANCE = 0.01  # how much of a change rounding to the nearest may lose
+_SAMPLE_ELEMENTS = 1 << 14  # elements of a weight from which the loss is estimated
+_SAMPLE_ROWS = 16  # minimum: LoRAs may change different rows of a fused weight
 _CHUNK = 1 << 20  # elements that are rounded at once
 _NOISE = 1 << 21  # random numbers: 8 MB
 _NAMED_FILES = 3
-SMALL_WEIGHT = 1 << 17  # elements up to which the best of some draws is taken
+SMALL_WEIGHT = 1 << 17  # up to this number of elements, the best of `_DRAWS` random roundings is used
 _DRAWS = 4
-METADATA_KEY = "ss_lora_rounding"  # of merged models that have weights rounded at random
+METADATA_KEY = "ss_lora_rounding"  # in merged models with stochastically rounded weights
 MAX_METADATA = 300  # characters
 
 
@@ -42,7 +42,7 @@ def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype
         stored: Dtype of the weight when it is changed.
         target: Dtype of the weight in the network or file that receives it; None for `stored`.
     """
-    for dtype in _DROPPED_BITS:  # the coarser one first
+    for dtype in _DROPPED_BITS:  # bfloat16, the coarser one, comes first
         if dtype in {stored, target}:
             return dtype
     return None
@@ -50,15 +50,15 @@ def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype
 
 @dataclass
 class RoundingLoss:
-    """Sums over elements of a weight: of the change c by a file, and the error e of rounding to the nearest.
+    """Sums over elements of a weight, of the change c by a file and the error e of rounding to the nearest.
 
     The fraction of the change that survives rounding is <c + e, c> / <c, c>: the projection of the rounded
     change on the exact one.
     """
 
-    lost: float = 0.0  # of e c
-    size: float = 0.0  # of c^2
-    spread: float = 0.0  # of (e c)^2
+    lost: float = 0.0  # sum of e c
+    size: float = 0.0  # sum of c^2
+    spread: float = 0.0  # sum of (e c)^2
 
     def is_notable(self) -> bool:
         """Return whether the fraction differs from 1 by more than the tolerance and two standard errors."""
@@ -78,7 +78,7 @@ class SampledRows:
             step = max(1, height // number)
             self.rows = slice(step // 2, None, step)
         self.weight = self.of(weight).float()
-        self.share = self.weight.numel() / weight.numel()  # of the weight
+        self.share = self.weight.numel() / weight.numel()  # sampled fraction of the weight
         self.additions: dict[Path, Tensor] = {}
         self._total = torch.zeros_like(self.weight)
 
@@ -87,11 +87,11 @@ class SampledRows:
         return tensor[self.rows] if tensor.ndim else tensor
 
     def note(self, path: Path, total: Tensor) -> None:
-        """Take what a file has added since the last call.
+        """Record the difference to the last call's sum as the addition of a file.
 
         Args:
             path: File of the LoRA.
-            total: Sum of the changes of these rows.
+            total: Sum of all changes of these rows so far.
         """
         added = total - self._total
         self.additions[path] = self.additions[path] + added if path in self.additions else added
@@ -105,23 +105,23 @@ class SampledRows:
         for added in self.additions.values():
             lost = error * added
             sums.append(torch.stack([lost.sum(), added.square().sum(), lost.square().sum()]))
-        numbers = torch.stack(sums).tolist()  # a device is waited for once
+        numbers = torch.stack(sums).tolist()  # a single synchronization with the device
         return {path: RoundingLoss(*row) for path, row in zip(self.additions, numbers, strict=True)}
 
 
 @dataclass(frozen=True)
 class RandomRounding:
-    """How one weight is rounded at random: equal in every run and on all devices."""
+    """Stochastic rounding of one weight, reproducible in every run and on all devices."""
 
-    dtype: torch.dtype  # of 16 bits
-    seed: bytes  # of the weight
-    noise: Tensor  # _NOISE even random numbers below one step of the dtype, on the weight's device
+    dtype: torch.dtype  # 16-bit dtype of the result
+    seed: bytes  # result of `seed_of` for the weight
+    noise: Tensor  # _NOISE uniform integers below one step of the dtype, on the weight's device
 
     def round(self, values: Tensor, start: int) -> None:
-        """Round float32 values in place to values of the dtype, at random.
+        """Round float32 values stochastically, in place, to values of the dtype.
 
-        All chunks share one block of noise, each from a position of its own, because drawing new numbers
-        takes longer than the rest of merging.
+        All chunks use the same noise, each from a different offset, because drawing new random numbers would
+        take longer than the rest of merging.
 
         Args:
             values: The values.
@@ -135,11 +135,11 @@ class RandomRounding:
             offset = int.from_bytes(place, "little") % (_NOISE - _CHUNK)
             shift = None
             if self.dtype == torch.float16:
-                # moves small values to where the distances are equal, and those of all dropped bits
+                # move subnormal values up, to where the spacing is the same and equals the dropped bits
                 is_small = chunk.abs() < _SMALLEST_FP16
                 shift = torch.copysign(is_small * _SMALLEST_FP16, chunk)
                 chunk.add_(shift)
-            # adds up to almost one step to the magnitude, then cuts off what is no whole step
+            # add almost up to one step to the magnitude, then truncate to whole steps
             bits = chunk.view(torch.int32)
             bits.add_(self.noise[offset : offset + len(chunk)])
             bits.bitwise_and_(-(1 << _DROPPED_BITS[self.dtype]))
@@ -147,9 +147,9 @@ class RandomRounding:
                 chunk.sub_(shift)
 
     def round_small(self, values: Tensor, change: Tensor) -> None:
-        """Round all values of a small weight several times at random, and keep the draw that loses least.
+        """Round a small weight stochastically several times; keep the draw that changes the effect least.
 
-        With few elements, a single draw may lose or add 1 % of the change and more by chance.
+        With few elements, a single draw may lose or add more than 1 % of the change by chance.
 
         Args:
             values: The values.
@@ -177,28 +177,28 @@ def seed_of(name: str, factors: Iterable[Tensor]) -> bytes:
 
 
 class LoraRounding:
-    """Decide how changed weights are rounded, by the value of `--lora_rounding`, and record the losses.
+    """Select the rounding of each changed weight by `--lora_rounding`, and record the losses.
 
-    Whether rounding to the nearest is good enough is decided for each weight while it is merged, on a sample
-    of its rows. So no weight is read twice, and stochastic rounding is used only where it helps.
+    A sample of a weight's rows shows during the merge whether rounding to the nearest is good enough. No
+    weight is read twice, and stochastic rounding is used only where it helps.
     """
 
     def __init__(self, rule: str) -> None:
         """Prepare to round by `rule`, a value of `--lora_rounding`."""
         self._rule = rule
-        # whether a sample of rows is compared: always, except if every weight is rounded at random
+        # whether rows are sampled: not needed if every weight is rounded stochastically anyway
         self.needs_samples = rule != STOCHASTIC
-        self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # of `RandomRounding`
+        self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # for `RandomRounding.noise`
         self._forget()
 
     def _forget(self) -> None:
         self._losses: dict[Path, RoundingLoss] = {}
-        self._num_changed = 0  # weights
-        self._num_narrow = 0  # of these, in 16 bits
-        self._num_random = 0  # of these, rounded at random
+        self._num_changed = 0  # changed weights
+        self._num_narrow = 0  # changed weights that are rounded to 16 bits
+        self._num_random = 0  # 16-bit weights that are rounded stochastically
 
     def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
-        """Return whether a weight is to be rounded at random, and count it for the report.
+        """Return whether to round a weight stochastically, and count the weight for the report.
 
         Args:
             dtype: 16-bit dtype that the weight is rounded to; None if it stays in float32.
@@ -220,7 +220,7 @@ class LoraRounding:
         return is_random
 
     def at_random(self, dtype: torch.dtype, device: torch.device, seed: bytes) -> RandomRounding:
-        """Return the random rounding of a weight.
+        """Return the stochastic rounding of a weight.
 
         Args:
             dtype: Dtype of the result.

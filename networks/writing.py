@@ -33,20 +33,23 @@ def in_dialect(
 ) -> TranslatedModules:
     """Convert our names to ComfyUI's ("other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
 
-    In LoRAs both factors are multiplied by sqrt(alpha / rank), and alpha is left out; other kinds keep their
+    Both factors of a LoRA are multiplied by sqrt(alpha / rank), and alpha is dropped; other kinds keep their
     factors and alphas. Only ComfyUI reads other kinds, except for files that
-    `NetworkKind.write_for_diffusers` writes. For diffusers the full difference of a matrix becomes a LoRA of
+    `NetworkKind.write_for_diffusers` writes. For diffusers, the full difference of a matrix becomes a LoRA of
     full rank, which is exact. Module paths come from the list of the family's real modules.
 
     If diffusers splits the fused weights of a family, such as FLUX, the parts share the down factor, or have
     their own if the up factor is block-diagonal; alpha / rank is folded in by powers of two, which is exact.
-    ai-toolkit and ComfyUI read FLUX's plain LoRAs in this form too, all else in the form of ours.
+    ai-toolkit and ComfyUI read plain LoRAs of FLUX in this form too, but other kinds only with our modules.
 
     Args:
         tensors: Tensors by name.
         family: The model family.
         target: "other" for ComfyUI, or "diffusers".
-        start: Prefix of names in diffusers, which is the network in the pipeline.
+        start: Prefix of names in diffusers: the name of the network in the pipeline.
+
+    Returns:
+        The tensors in the dialect, and the modules that are left out with the reason.
     """
     modules = deltas.group_by_module(tensors)
     if family is None:
@@ -83,12 +86,12 @@ def in_dialect(
 def write_pieces_for_diffusers(
     modules: Mapping[str, Factors], family: FamilyNames, start: str
 ) -> TranslatedModules:
-    """Return modules cut as diffusers has them.
+    """Return modules under diffusers' names, with fused weights split as in diffusers.
 
     Args:
         modules: Factors of each module, by name.
         family: The model family.
-        start: Start of the names.
+        start: Prefix of the names.
     """
     return write_modules(modules, start, lambda name, factors: _pieces(name, factors, family), _in_diffusers)
 
@@ -96,7 +99,7 @@ def write_pieces_for_diffusers(
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
     """`lora_te1_text_model_...` -> `text_encoder.text_model. ... .lora_A/lora_B.weight`, as diffusers has it.
 
-    CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders that no pipeline of diffusers takes LoRAs for are
+    CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders for which no diffusers pipeline loads LoRAs are
     left out.
     """
     reason = "diffusers has no such text encoder"
@@ -111,7 +114,7 @@ def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
 def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> dict[str, Tensor]:
     """Rename text encoders' `lora_te_layers_...` to `text_encoders.NAME.transformer.model.layers. ...`.
 
-    Encoders that ComfyUI reads under our names keep them, with the missing alphas.
+    Encoders that ComfyUI reads under our names keep these names; missing alphas are added.
     """
     starts = () if family is None else family.texts_in_comfyui
     kept: dict[str, Tensor] = {}
@@ -126,12 +129,12 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
 
 
 def alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
-    """Return the factors of a module that is whole in the other dialect.
+    """Return the unsplit factors of a module by its path in the other dialect, or why it has no path.
 
     Args:
-        path: Path of the module in the dialect.
+        path: Path of the module in the dialect; None if the dialect lacks the module.
         factors: Factors of the module, by name of the part.
-        reason: Reason why it has no path; empty if it has one.
+        reason: Returned if there is no path.
     """
     return reason if path is None else {path: factors}
 
@@ -149,7 +152,7 @@ def write_modules(
         start: Prefix of the names in that dialect.
         pieces_of: Maps a module (without our prefix) and its factors to factors by path in the dialect, or to
             the reason why the dialect cannot express them.
-        form_of: Returns the form of the factors in the dialect.
+        form_of: Converts factors to the dialect's tensors, or returns the reason why that is impossible.
     """
     written: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
@@ -222,7 +225,7 @@ def _in_diffusers(factors: Factors) -> Form:
 
 
 def _of_full_rank(factors: Factors) -> Factors:
-    """Return a whole difference of a matrix, out x in, as the LoRA of it and a unit matrix."""
+    """Write the full difference of a matrix, out x in, as a LoRA: the difference times an identity matrix."""
     difference = factors["diff"]
     out, inner = difference.shape
     unit = torch.eye(min(out, inner), dtype=difference.dtype)
@@ -266,7 +269,8 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
         return _cut(factors, [placed.path for placed in parts])
     (placed,) = parts
     delta = read_delta(factors)
-    if placed.part.index != SWAPPED or delta.rotation is not None:  # rows in any order rotate alike
+    # a rotation is the same for all rows, so their order does not matter
+    if placed.part.index != SWAPPED or delta.rotation is not None:
         return {placed.path: factors}
     # scale and shift of a norm: the two layouts have these halves of the rows in opposite orders
     by_rows = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
@@ -302,7 +306,7 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
     pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
     if len(pieces) < len(paths):
         return "its magnitudes belong to the whole weight"
-    # a LoRA that was joined from some of the parts is zero in the rows of the others, which are left out
+    # a LoRA that was joined from only some of the parts is zero in the other rows: leave these parts out
     changing = {path: piece for path, piece in pieces.items() if _changes_any(piece)}
     return changing or pieces
 
@@ -326,7 +330,7 @@ def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | No
 
 
 def _changes_any(factors: Factors) -> bool:
-    """Return whether the factors change anything: their down factor and alpha alone do not."""
+    """Return whether the factors change the weight: any tensor except down and alpha is not zero."""
     return SET in factors or any(
         bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"}
     )
@@ -341,7 +345,7 @@ def in_target(
         native: Tensors for modules in the family's own layout, from `in_own_form`.
         family: The model family; None if unknown.
         target: The target dialect.
-        start: Prefix of names in diffusers, which is the network in the pipeline.
+        start: Prefix of names in diffusers: the name of the network in the pipeline.
     """
     # modules that ComfyUI cannot read are taken out first, then the rest is written
     without_form: dict[str, str] = {}
@@ -385,7 +389,7 @@ def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedMod
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Return our LoRA for the modules of the family's model in our layout: parts joined, or stacks split.
+    """Convert a LoRA to the modules of the family's own layout: join parts, or split fused modules.
 
     Raises:
         CheckpointError: If a part of a joined layer cannot be expressed by factors of its own.
@@ -397,7 +401,7 @@ def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Ma
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
-    """Convert modules that another layout stacks or names differently to the family's own modules.
+    """Convert modules that another layout fuses or names differently to the family's own modules.
 
     A module that cannot be split is left unsplit, with a warning.
     """

@@ -1,4 +1,4 @@
-"""The tools by name, and the options of one, or of several that work one after the other.
+"""The tools by name, and the options of a single tool or of a chain of tools.
 
 Scripts, `--then` and `--post` know the tools by these names. Standard library only.
 """
@@ -39,8 +39,8 @@ class Tool:
     aliases: tuple[str, ...]  # other names, in lower case
     record: type[Options]
     added: Callable[[Any], str]  # options -> SWINIR, VFI
-    needs_video: bool = False  # it can do nothing with a single image
-    hides: bool = False  # its result must not show the source, also not in a cover image
+    needs_video: bool = False  # whether it needs several images
+    hides: bool = False  # whether the result, including a cover image, must not show the source
 
 
 TOOLS = (
@@ -304,7 +304,8 @@ def _list_flags(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 logger = logging.getLogger(__name__)
 
-MODELS = Path("models")  # what tools/download.py takes for --to without that option
+# default of --to in tools/download.py
+MODELS = Path("models")
 # --mode -> tasks of tools/download.py --family tools, where they have another name; tools without it: ""
 TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 

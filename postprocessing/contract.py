@@ -1,4 +1,4 @@
-"""The stream of pictures through the tools for finished videos, and the contract of a tool.
+"""The stream of images through tools for finished videos, and the contract of a tool (`Stage`).
 
 Also pixels of pictures as inputs of networks, and back.
 """
@@ -27,8 +27,8 @@ class Clip:
     width: int
     height: int
     rate: Fraction | None  # images a second on average; None: a single image
-    frames: int | None  # as its file says, for progress; None: not known
-    is_deep: bool  # what stages compute is wanted with 16 bits a channel, else with 8
+    frames: int | None  # frame count in the file's header, for progress bars; None if unknown
+    is_deep: bool  # whether results have 16 bits per channel instead of 8
 
 
 class Stage(Protocol):
@@ -62,7 +62,7 @@ def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
     is_deep = writable.dtype == np.uint16
     white = 255.0
     if is_deep:
-        # sent as int16, and its bits read without a sign again: not every device has uint16
+        # sent as int16 and reinterpreted as unsigned, because not every device supports uint16
         signed = send_ahead(torch.from_numpy(writable.view(np.int16)), device)
         values = signed.to(torch.int32) & 0xFFFF
         white = 65535.0

@@ -16,10 +16,10 @@ from postprocessing.chain_options import Chain
 logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIX = ".png"
-# including those of phones, cameras and broadcasts
+# suffixes of videos, including those from phones, cameras and broadcasts
 VIDEOS = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
-CAPTIONS = (".txt", ".caption")  # besides the images and clips of datasets
-NAMED = 3  # files that a message names
+CAPTIONS = (".txt", ".caption")  # caption files next to the images and clips of datasets
+NAMED = 3  # maximum number of files that a message names
 
 
 @dataclass(frozen=True)

@@ -107,8 +107,8 @@ class UpscalerOptions(Options, title="upscaling"):
 
 WITH_RAFT, WITH_FLOWFORMER = "gimmvfi_r", "gimmvfi_f"
 MAX_FACTOR = 16
-SMALLEST_PART = 8  # the denominators of --ds_factor go up to this
-ROUNDED = 0.004  # 0.33 and 0.67 mean a third and two
+SMALLEST_PART = 8  # largest denominator of --ds_factor
+ROUNDED = 0.004  # tolerance by which 0.33 and 0.67 mean one third and two thirds
 ALIGNMENT = 32  # the networks need sides that are multiples of this
 
 
@@ -165,7 +165,7 @@ class InterpolationOptions(Options, title="interpolation"):
 
 
 METHODS = ("blur", "fill")
-MAX_HELD = 300  # images that are kept in memory for the sake of those before them
+MAX_HELD = 300  # maximum number of images that wait in memory for later images
 _BLUR = "blur"
 
 
@@ -241,7 +241,7 @@ class BlurOptions(Options, title="what is blurred"):
 
 GFPGAN, CODEFORMER = "gfpgan", "codeformer"
 DEFAULT_WEIGHT = 0.5
-# names of the known command line -> names of files, without suffix
+# detector names of the original command line -> file names without suffix
 RETINAFACES = {
     "retinaface_resnet50": "detection_Resnet50_Final",
     "retinaface_mobile0.25": "detection_mobilenet0.25_Final",

@@ -1,4 +1,4 @@
-"""Run tools on videos and pictures: read, stage after stage, write, as one stream."""
+"""Run tools on videos and images: read, process stage after stage, and write, as one stream."""
 
 import gc
 import logging
@@ -70,7 +70,7 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
                 run_image(stages, job, done, chain.hides)
             else:
                 run_video(stages, job, done, form=chain.run.format, hides=chain.hides)
-        gc.collect()  # errors and their tracebacks hold each other, and with them what a file took
+        gc.collect()  # errors and their tracebacks form cycles that keep the memory of a file alive
     if len(jobs) > 1 and not failures.reasons:
         logger.info("All %d files are done", len(jobs))
     failures.raise_if_any(len(jobs), f"{chain.run.input}: ")
@@ -126,7 +126,7 @@ def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
     return {f"post_{first + index}": make_storable(text) for index, text in enumerate(done)}
 
 
-SECONDS = Fraction(1)  # that a single image is shown; no tool for images reads it
+SECONDS = Fraction(1)  # duration of a single image, which no tool for images reads
 
 
 def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
@@ -197,7 +197,7 @@ def run_video(
         with ExitStack() as opened:
             if form.keep_pngs:
                 name = job.source.with_name("frames")
-                # until nothing has the name, and no other run has reserved it
+                # repeat until the name is unused and not reserved by another run
                 while not opened.enter_context(claim_name(name)) or os.path.lexists(name):
                     name = name.with_name(f"{name.name}_")
                 pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))

@@ -1,4 +1,4 @@
-"""Make the stages of several tools, and run pictures through them."""
+"""Create the stages of several tools, and run images through them."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -138,7 +138,7 @@ def _explain_memory(what: str) -> Iterator[None]:
         ) from error
 
 
-# The tools of --post: decoded frames of a generation go through them on their way into the file.
+# The tools of --post, which process the decoded frames of a generation before they are written.
 Frame = NDArray[np.uint8]  # H W 3, RGB; a single image may have alpha, H W 4
 LoadStages = Callable[[Sequence[ToolOptions], Sequence[str], torch.device], list[NamedStage]]
 

@@ -1,4 +1,4 @@
-"""Read ahead and write behind in threads of their own, with bounded queues in between.
+"""Read ahead and write behind in separate threads, with bounded queues in between.
 
 The work in between (stages with their networks) stays in the thread that calls. An error in any thread ends
 all of them and is raised there.
@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 T = TypeVar("T")
 
 DEPTH = 2  # items that wait in a queue
-PAUSE = 0.2  # seconds after which a wait checks for Ctrl-C: Windows needs this
-LAST_WAIT = 3.0  # seconds that a writer gets to end after Ctrl-C, when it has all it needs
+PAUSE = 0.2  # seconds between checks for Ctrl-C while waiting, which Windows needs
+LAST_WAIT = 3.0  # seconds that a writer gets to finish after Ctrl-C if it has received all items
 
 
 class Closed(Exception):
@@ -100,7 +100,7 @@ def read_ahead(source: Iterable[T], depth: int = DEPTH) -> Iterator[Iterator[T]]
                 del item  # else it would stay alive until the next one is read
             pipe.end()
         except Closed:
-            pass  # whoever took the items wants no more of them
+            pass  # the consumer has stopped
         except BaseException as error:  # raised again where items are taken
             pipe.end(error)
         finally:

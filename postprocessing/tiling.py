@@ -1,4 +1,4 @@
-"""Run networks on pictures of any size: pad by mirroring, blend tiles, use less memory if it runs out.
+"""Run networks on images of any size: pad by mirroring, blend tiles, use less memory if it runs out.
 
 A network here is a function from B C H W to B C' fH fW; H and W must be multiples of its step. It may
 compute in half precision, with float32 where that is not enough.
@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 Run = Callable[[Tensor], Tensor]
 
 FULL = 0  # size of a tile that means the whole image
-LEAST = 64  # pixels; with smaller tiles most of the work would be their overlap
-SHARE = 0.8  # share of the host's free memory to use; the system kills programs that take too much
+LEAST = 64  # smallest tile in pixels; smaller ones would mostly consist of overlap
+SHARE = 0.8  # fraction of the host's free memory to use; the system kills programs that take too much
 
 
 def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
@@ -113,8 +113,8 @@ def run_in_tiles(run: Run, images: Tensor, tile: int, overlap: int, step: int = 
 class _Joined(NamedTuple):
     """Tiles, or strips of tiles, that are being joined along an axis."""
 
-    room: Tensor  # for the whole result
-    filled: int  # place up to which it is
+    room: Tensor  # memory for the whole result
+    filled: int  # position up to which `room` is filled
 
 
 def _join(joined: _Joined | None, tile: Tensor, start: int, length: int, axis: int) -> _Joined:
@@ -173,7 +173,7 @@ class Fitting:
     device: torch.device
     batch: int  # images at once
     tile: int  # pixels of the network's input; WHOLE: whole images
-    is_auto: bool  # tiles may become smaller
+    is_auto: bool  # whether tiles may become smaller
     overlap: int
     step: int = 1
     factor: int = 1
@@ -196,7 +196,7 @@ class Fitting:
                 if not is_out_of_memory(error):
                     raise
                 reason = short_reason(error)
-            # here, as the error holds the tensors of the run that failed
+            # not inside `except`: the error keeps the failed run's tensors alive
             self._shrink_batch(images, reason)
             free_memory(self.device)
 

@@ -1,7 +1,7 @@
-"""Remember that a check of a folder has found nothing, so that the run that follows does not make it again.
+"""Remember that a check of a folder found no errors, so that the following run does not repeat it.
 
-What is remembered is a fingerprint of all that the checks read: the three files, names, sizes and times of
-the media, and the files of the model. If anything differs, the checks are made.
+A fingerprint of everything that the checks read is stored: the three files, names, sizes and times of
+the media, and the files of the model. If anything differs, the checks are repeated.
 """
 
 import hashlib
@@ -18,7 +18,7 @@ from project.options import WRITTEN
 
 REMEMBERED = Path("cache", "checked.json")  # in the described folder
 LEFT_OUT = {"cache", "output", "check.html"}  # what runs and checks write themselves
-MAX_FILES = 100_000  # with more, the checks are made again
+MAX_FILES = 100_000  # larger folders are always checked again
 MAX_BYTES = 1000  # maximum size of the file
 
 
@@ -78,7 +78,7 @@ def _reads_elsewhere(value: object) -> bool:
 
 def _is_outside(key: str, value: object) -> bool:
     is_path = key.endswith(("_directory", "_dir", "_file", "_files"))
-    if not is_path or not isinstance(value, str):
+    if not is_path or not isinstance(value, str):  # a list of paths, for example, counts as outside
         return is_path and value is not None and not isinstance(value, bool)
     return Path(value).is_absolute() or ".." in Path(value).parts
 

@@ -43,14 +43,14 @@ from protocols.requests import COUNTS, VALUES
 from runtime.machine import lacks_bfloat16
 from training.config_options import OTHERS_TABLE, toml_value
 
-DEFAULT_SIDE, SIDE_STEP = 256, 64  # shortest side of images, and what sides are multiples of, in subsets
+DEFAULT_SIDE, SIDE_STEP = 256, 64  # subsets: minimum side of images, step of sides
 SUBSET_KEYS = {"image_directory": "image_dir", "control_directory": "conditioning_data_dir"}  # in subsets
 FLOAT32 = "float32"
-PATIENCE = 5  # validations after the lowest, of a training that ends by itself
-SMALL = 16  # GiB: below, text encoders have 8 bits
-LARGE = 40  # GiB: from here on, clips are twice as long
-MAX_SAMPLED = 480 * 320  # pixels of a frame of a sample: samples are made often
-OTHER = "a dog runs on a beach"  # a sample that shows whether the LoRA changes other subjects
+PATIENCE = 5  # validations without improvement before early stopping
+SMALL = 16  # GiB; with less, text encoders are used in 8 bits
+LARGE = 40  # GiB; from this size on, clips are twice as long
+MAX_SAMPLED = 480 * 320  # pixels of a sample's frame; small, because samples are frequent
+OTHER = "a dog runs on a beach"  # sample that shows whether the LoRA affects other subjects
 OTHER_EDIT = "make it a pencil drawing"
 # word in captions -> a situation that captions without this word do not describe
 SITUATIONS = {
@@ -61,9 +61,9 @@ SITUATIONS = {
     "forest": "in a forest in the rain",
     "boat": "on a boat",
 }
-ENOUGH = 10  # files, of which a tenth is held back for validation
-MAX_READ = 240  # frames; the last of them is the end image of a sample
-MAX_OF_SUBJECT = 80  # characters of a caption in a prompt
+ENOUGH = 10  # minimum number of files for holding out a tenth for validation
+MAX_READ = 240  # maximum frames read of a clip to find a sample's end image
+MAX_OF_SUBJECT = 80  # maximum characters of a caption used in a prompt
 AUDIO_FRAMES = 121  # length of an audio sample in frames: five seconds
 
 
@@ -73,21 +73,21 @@ class Choice:
 
     options: NewOptions
     model: ModelSet
-    kind: RunKind  # what is trained
+    kind: RunKind  # kind of run
     facts: ModelInfo
     content: FolderContent
     memory: float  # GiB; 0: the CPU
     size: tuple[int, int]  # width, height
     frames: int  # frames of each clip; 1 if there are only images
     files: dict[str, str]  # files of the model, by option
-    held: Mapping[str, str]  # option of a network that a named file has -> that file
-    kept: Sequence[str]  # options of files that are not downloaded: named ones, and those inside
+    held: Mapping[str, str]  # option of a network -> the user's file that contains it
+    kept: Sequence[str]  # options of files that need no download
     trigger: str | None
     tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
-    data: Mapping[str, Any]  # keys of all tables that another trainer's project has
-    places: Mapping[Path, Mapping[str, Any]]  # keys of the table of a folder
+    data: Mapping[str, Any]  # keys of [general] from another trainer's project
+    places: Mapping[Path, Mapping[str, Any]]  # folder -> keys of its table, from that project
     training: Mapping[str, Any]  # keys of run.toml that set options of the training
-    holds_back: bool  # files for validation, if there are enough
+    holds_back: bool  # hold out files for validation if there are enough
 
     @property
     def folder(self) -> Path:
@@ -150,8 +150,8 @@ class Choice:
 class Edit:
     """An image edit from the dataset that serves as a sample prompt."""
 
-    instruction: str  # "" if it has no caption
-    images: str  # options for the images that it changes
+    instruction: str  # the caption; "" if there is none
+    images: str  # prompt options for its input images
 
 
 def select_size(model: ModelSet, media: list[Media]) -> tuple[int, int]:
@@ -643,7 +643,7 @@ def _model_values(choice: Choice) -> dict[str, Any]:
     """Return the training's options that depend on the model and the card, with the model's files."""
     values = _read_options(_training_words(choice), choice.files)
     values = {name: value for name, value in values.items() if "epoch" not in name}
-    if not choice.memory:  # forms of weights and optimizers for a card
+    if not choice.memory:  # a CPU uses no GPU-only weight formats and optimizers
         for word in shlex.split(choice.model.data["fp8"]):
             values.pop(word.lstrip("-"), None)
         if values["optimizer_type"] == "adamw8bit":
@@ -664,12 +664,12 @@ def _training_words(choice: Choice) -> list[str]:
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
     words = [*words[script + 1 :], *shlex.split(data.get("train", ""))]
     if choice.memory and not is_small(choice.model, choice.memory):
-        words = [word for word in words if word not in FP8]  # some pages have it
+        words = [word for word in words if word not in FP8]  # the command in the docs may contain it
         words += weight_options(choice.model, choice.memory)
         if choice.memory <= SMALL and choice.frames > 1:
             words.append("--gradient_checkpointing_cpu_offload")
     if choice.memory and data.get("swaps", True):
-        words += ["--blocks_to_swap", "auto"]  # how many is found when the training starts
+        words += ["--blocks_to_swap", "auto"]  # the training determines the number
     return words
 
 
@@ -724,7 +724,7 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         if choice.options.output_name is None:
             values["output_name"] += NAMED
     if choice.kind.learns_word:
-        values["output_name"] = choice.options.output_name or choice.trigger  # programs take it as the word
+        values["output_name"] = choice.options.output_name or choice.trigger  # used as word
     return values
 
 

@@ -141,7 +141,7 @@ def _print_report(
     """Print what was found and chosen, and the next commands.
 
     Args:
-        choice: The chosen model and its material.
+        choice: The chosen model, its media and all derived values.
         remarks: Lines about how the model was chosen.
         texts: Texts of the written files.
         taken: Lines about values of another trainer's project, or of a recipe.
@@ -257,7 +257,7 @@ def _gather_choice(
             has_subsets=bool(content.regularising) or tags is not None,
             regularizes=bool(content.regularising),
         )
-        settle(foreign, model, kind, script, memory, forms)  # converts its keys to ours
+        settle(foreign, model, kind, script, memory, forms)  # converts the project's keys
     data: Mapping[str, Any] = {} if foreign is None else foreign.data
     choice = describing.Choice(
         options=options,
@@ -480,7 +480,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         )
         if not choice.kind.has_targets:
             warning_text += f". {few_steps.instead_of_full}"
-        elif few_steps.is_certain:  # a family of distilled models alone has nothing else to train
+        elif few_steps.is_certain:  # families with only distilled models have no alternative
             warning_text += f". Take {comments}"
         else:
             warning_text += f". {few_steps.instead}. Or take {comments}"
@@ -527,7 +527,7 @@ def _describe_model(choice: describing.Choice) -> str:
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
     makes = describe_makes(model, choice.facts)
     does = f"{choice.model_name} makes {makes}; {download}"
-    if choice.kind is FULL:  # other lines say whether that fits
+    if choice.kind is FULL:  # other lines report the memory
         free = gigabytes(free_bytes(choice.folder))
         slow = "" if choice.memory else f". {describe_fit(model, choice.memory)}"
         return f"{does}{slow}. {free} are free on the disk of {choice.folder}"

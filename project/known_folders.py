@@ -1,6 +1,6 @@
 """Remember which folders this user has described or read here, outside of these folders. No torch.
 
-What a folder's own files say of it proves nothing: they may be somebody else's.
+A folder's own files prove nothing, because they may come from somebody else.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ KIND = "folders"
 class KnownFolder:
     """What is remembered about a folder."""
 
-    models: Path | None = None  # that its download fills, if `new` has described it; None: it was only read
+    models: Path | None = None  # download folder in its description; None if only read
 
 
 def remember_folder(folder: Path, models: Path | None = None) -> None:

@@ -22,7 +22,7 @@ from modules.text_encodings import guess_encoding
 from modules.text_files import parse_json, read_content, read_text
 
 JSON = ".json"
-# names of columns, in addition to those that tables of a dataset have
+# column names, in addition to those of dataset tables
 # fmt: off
 PATHS = (
     "image_path", "video_path", "audio_path", *PATH_COLUMNS, "filename", "file", "file_path", "filepath",
@@ -39,10 +39,10 @@ class ListedCaptions:
 
     # captions by the path of their clip, image or audio file
     by_path: dict[Path, str] = field(default_factory=dict)
-    lists: dict[Path, int] = field(default_factory=dict)  # list -> how many files it has captions for
+    lists: dict[Path, int] = field(default_factory=dict)  # list -> number of files with a caption in it
     # all lists that were read; those without captions are reported
     paths: set[Path] = field(default_factory=set)
-    lines: list[str] = field(default_factory=list)  # about lists, and rows in them, that are not read
+    lines: list[str] = field(default_factory=list)  # messages about skipped lists and rows
 
 
 def read_lists(files: Mapping[Path, Collection[Path]], ignored: Collection[str]) -> ListedCaptions:

@@ -33,11 +33,11 @@ from project.kinds.contract import RunKind
 from project.listed_captions import ListedCaptions, read_lists
 from project.options import WRITTEN
 
-if TYPE_CHECKING:  # with torch, and pages ask for pairs too
+if TYPE_CHECKING:  # imports torch, but pages use this module too
     from project.model_choice import ModelInfo
 
 CAPTIONS = ".txt"
-OTHER_CAPTIONS = (".TXT", ".caption")  # the second of image trainers
+OTHER_CAPTIONS = (".TXT", ".caption")  # the second is used by image trainers
 CHECK_PAGE = "check.html"
 FIRST_FRAMES = "first_frames"  # folder of images that `new` takes from clips
 OWN_FOLDERS = {*FOLDERS_OF_RUNS, FIRST_FRAMES}
@@ -50,12 +50,12 @@ REFERENCES = re.compile(
     r"([-_ ]?(images?|pictures?))?",
     re.IGNORECASE,
 )
-SHOWN = 3  # names in a line
+SHOWN = 3  # maximum number of names in a line
 FEW_PIXELS = 256  # minimum shorter side: smaller images are enlarged, and the model learns their blur
-FEW_MEDIA = 3  # fewer are said to be few
-LONG = 4  # sides of one image
-MAX_FOLDERS = 1000  # that are looked into for media that are left out
-MAX_REPEATS = 1000  # in the name of a folder; larger numbers are years and the like
+FEW_MEDIA = 3  # fewer files cause a warning
+LONG = 4  # ratio of sides from which an image counts as narrow
+MAX_FOLDERS = 1000  # maximum number of folders searched for skipped media
+MAX_REPEATS = 1000  # maximum in a folder name; larger numbers may be years
 AUDIO_HELP = (
     "audio_directory in dataset.toml takes sounds of clips by their names and, for LTX-2, sounds alone"
 )
@@ -67,9 +67,9 @@ class Media:
 
     path: Path
     kind: Literal["video", "image", "audio"]  # kind of table in dataset.toml
-    size: tuple[int, int]  # width, height; of a sound 0, 0
-    seconds: Fraction | None  # None: an image, or a file that does not say
-    caption: str | None  # on one line; None: there is none
+    size: tuple[int, int]  # width, height; 0, 0 for audio
+    seconds: Fraction | None  # None: an image, or an unknown duration
+    caption: str | None  # on one line; None without a caption
 
     @property
     def is_clip(self) -> bool:
@@ -82,26 +82,26 @@ class FolderContent:
     """Content of a folder; `lines` report which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
-    names: dict[Path, FolderName] = field(default_factory=dict)  # what names of folders say to trainers
+    names: dict[Path, FolderName] = field(default_factory=dict)  # folder names with a meaning to trainers
     listed: ListedCaptions = field(default_factory=ListedCaptions)
     # files that `new` writes: captions from lists, and the first frames of clips
     new_captions: dict[Path, str] = field(default_factory=dict)
-    other_captions: list[Path] = field(default_factory=list)  # files whose caption file is not as the list
+    other_captions: list[Path] = field(default_factory=list)  # files whose caption file and list differ
     bad_captions: set[Path] = field(default_factory=set)  # files whose caption cannot be read
     unreadable: list[Path] = field(default_factory=list)  # clips and images
     first_frames: dict[Path, Path] = field(default_factory=dict)  # image -> clip
-    repeats: dict[Path, int] = field(default_factory=dict)  # of folders whose files are learned more often
+    repeats: dict[Path, int] = field(default_factory=dict)  # folder -> how often its files are repeated
     regularising: list[Path] = field(default_factory=list)  # folders of regularization images to train on
-    masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> that of their masks
+    masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> folder of its masks
     # folder of images -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
     controls: dict[Path, Path] = field(
         default_factory=dict
-    )  # folder of images -> that of their control images
+    )  # folder of images -> folder of its control images
     # layers of an image, from back to front
     layers: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
     lines: list[str] = field(default_factory=list)
-    captions: str = CAPTIONS  # suffix of their files
+    captions: str = CAPTIONS  # suffix of caption files
 
 
 @dataclass
@@ -109,8 +109,8 @@ class SortedFolders:
     """Subfolders, grouped by how their media are used."""
 
     learned: list[Path]  # the folder itself comes first
-    sources: list[Path]  # folders of references, from which images are made
-    regularising: dict[Path, str]  # with the reason why they seem to be that
+    sources: list[Path]  # folders of references, the sources of edited images
+    regularising: dict[Path, str]  # folder -> why it seems to have regularization images
 
 
 def collect_content(
@@ -427,7 +427,7 @@ def _find_captions(places: Sequence[Path]) -> str:
             names = {path.name for path in folder.iterdir()}
             for path in _media_in(folder):
                 counts.update(suffix for suffix in suffixes if path.stem + suffix in names)
-    return max(suffixes, key=counts.__getitem__)  # the first of equal ones
+    return max(suffixes, key=counts.__getitem__)  # the first suffix among equal counts
 
 
 def _describe_names(places: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
@@ -615,7 +615,7 @@ def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
 def _leave_out(path: Path, error: MediaError, content: FolderContent) -> None:
     """Note a media file that cannot be read."""
     content.lines.append(fault(f"left out: {error}"))
-    if path.is_file():  # no run looks at a link without a file
+    if path.is_file():  # runs ignore broken links
         content.unreadable.append(path)
 
 
@@ -712,7 +712,7 @@ def _find_caption(path: Path, content: FolderContent, encodings: list[str]) -> s
     caption_file = caption_path(path, content.captions)
     try:
         file = read_caption_file(caption_file)
-    except DatasetError:  # which the check of what was written reports
+    except DatasetError:  # the check of the written files reports it
         content.bad_captions.add(path)
         return None
     listed_text = content.listed.by_path.get(path)
@@ -886,7 +886,7 @@ def _find_references_of(place: Path, sources: Sequence[Path], content: FolderCon
 def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
     """Return the stems of images for which a folder has no reference."""
     with_reference = set[str]()
-    with contextlib.suppress(DatasetError):  # it cannot be listed
+    with contextlib.suppress(DatasetError):  # the folder cannot be listed
         folder = ControlFolder(source, {*stems})
         for stem in stems:
             with contextlib.suppress(DatasetError):

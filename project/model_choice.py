@@ -51,22 +51,22 @@ DTYPE_OPTIONS = ("dit_dtype", "vae_dtype", "text_encoder_dtype")
 class ModelInfo:
     """Information about a model from the record of its family."""
 
-    references: int  # most images that one is made from; 0: it does not edit
-    needs_reference: bool  # it only edits
-    hears: bool  # it learns the sound of clips
-    pairs_audios: bool  # it finds the sound file with the name of a clip, and learns clips without sound too
-    learns_clips: bool  # False: it learns images alone
+    references: int  # maximum number of reference images; 0: it does not edit
+    needs_reference: bool  # it requires a reference image
+    hears: bool  # it is trained on the audio of clips
+    pairs_audios: bool  # uses an audio file named like the clip; accepts silent clips
+    learns_clips: bool  # False: it is trained only on images
     min_seconds: float  # minimum length of a clip; shorter ones are not used
-    learns_audios: bool  # it also learns sounds without clips
-    regularises: bool  # it also learns regularization images, of the class
-    learns_alpha: bool  # it learns the transparency of images
-    learns_layers: bool  # it learns images with their layers
+    learns_audios: bool  # it can also be trained on audio without clips
+    regularises: bool  # it supports regularization images of the class
+    learns_alpha: bool  # it is trained on the transparency of images
+    learns_layers: bool  # it is trained on images with their layers
     # dtype options of networks, by the kind of script (as in `options_record`) that has them
     dtypes: Mapping[str, Sequence[str]]
     # advice to use another model or an adapter; None if undistilled, or if a training adapter is used
     few_steps: FewSteps | None
     contradiction: str | None  # how the name of its file contradicts the task
-    family: Any  # the record, of a run that caches latents
+    family: Any  # the family's record, as for caching latents
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class ModelChoice:
 
     model: ModelSet
     trigger: str | None
-    remarks: list[str]  # about what was chosen without being asked for
+    remarks: list[str]  # notes about automatic choices
 
 
 def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({})) -> ModelInfo:
@@ -89,7 +89,7 @@ def ask_family(model: ModelSet, files: Mapping[str, str] = MappingProxyType({}))
     options = [part.option.lstrip("-") for part in transformers_of(model) if part.option]
     dits = [Path(files[name]) for name in options if name in files]
     hears, pairs_audios = True, False
-    with contextlib.suppress(UserError):  # a family that cannot tell without a file is one with audio
+    with contextlib.suppress(UserError):  # only families with audio need a file to decide this
         audio = audio_of(family)
         hears = audio is not None
         pairs_audios = audio is not None and audio.is_inside
@@ -136,7 +136,7 @@ def _make_family_for_caching(model: ModelSet) -> Any:
     """Return the family's record as the command that caches latents uses it, without loading encoders."""
     words = shlex.split(model.commands["latents"])
     entry = with_scripts()[script_family(words)]
-    for _, option, _ in entry.encoders:  # the facts here need no encoder
+    for _, option, _ in entry.encoders:  # the properties read here need no encoder
         index = words.index(option) if option in words else len(words)
         del words[index : index + 2]
     _, _, family_options = read_latent_caching(None, entry.options_record("LatentCaching"), words[2:])
@@ -164,7 +164,7 @@ def check_model_files(model: ModelSet, files: Mapping[str, str]) -> None:
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     record = entry.options_record("Training")
     parser = training_parser(None)
-    shared = _names_of(parser)  # how it is trained, which says nothing of its files
+    shared = _names_of(parser)  # training options, which do not affect the files
     add_options(parser, record)
     of_images = {"pretrained_model_name_or_path", "vae"}
     add_options(parser, ImageModelOptions, without=of_images & _names_of(parser))
@@ -216,8 +216,8 @@ def _few_steps(family: Any, model: ModelSet, dits: Sequence[Path]) -> FewSteps |
     if not knows_few_steps(family):
         return None
     reason = None
-    with contextlib.suppress(UserError):  # only names are known: files may still have to be downloaded
-        reason = family.why_few_steps()  # a release that an option names
+    with contextlib.suppress(UserError):  # the files may not be downloaded yet, only their names count
+        reason = family.why_few_steps()  # the released model that the options name
     for dit, released in zip(dits, _released_names(model), strict=False):
         kind = _find_kind(family, dit) or _find_kind(family, released)
         if kind is not None and kind.has_few_steps:
@@ -233,7 +233,7 @@ class TransformerKind(NamedTuple):
     """Whether a transformer was distilled to few steps."""
 
     has_few_steps: bool
-    reason: str  # what of its file says so
+    reason: str  # the file name or metadata that shows it
 
 
 def _find_kind(family: Any, dit: Path) -> TransformerKind | None:

@@ -1,4 +1,4 @@
-"""The files of a model: released ones, those that --model_file names, and what a checkpoint has inside."""
+"""The files of a model: released files, files of --model_file, and networks inside a checkpoint."""
 
 import shlex
 from collections.abc import Collection, Mapping
@@ -62,7 +62,7 @@ def _require_typed_file(name: str, text: str, part: Component) -> Path:
     names = {Path(file.name).name for file in part.files}
     is_of_part = any((path / file).is_file() for file in names)  # such as a tokenizer, which has no weights
     if path.is_dir() and not is_of_part and not any(path.glob("*/*.safetensors")):
-        checkpoint_paths(path)  # raises if no file of it is the one
+        checkpoint_paths(path)  # raises if the folder has no checkpoint
     return path
 
 
@@ -89,7 +89,7 @@ def _has_inside(path: Path, inside: Inside) -> bool:
         with open_checkpoint(path) as checkpoint:
             return any(name.startswith(inside.tensors) for name in checkpoint.tensors)
     except CheckpointError:
-        return False  # what is wrong with it is said where it is checked
+        return False  # another check reports the error
 
 
 def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
@@ -103,7 +103,7 @@ def without_files(model: ModelSet, names: Collection[str]) -> ModelSet:
         words: list[str] = []
         for word in shlex.split(command):
             if word in placeholders:
-                words.pop()  # removes the option of this value, too
+                words.pop()  # also removes the option before this value
             else:
                 words.append(word)
         commands[step] = shlex.join(words)

@@ -16,7 +16,7 @@ from modules.text_files import bad_character, real_path
 from protocols.families import FAMILIES, caption_formats, with_scripts
 
 RUN_FILE = "run.toml"
-WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)  # in a described folder
+WRITTEN = ("dataset.toml", "prompts.txt", RUN_FILE)  # files of a described folder
 ON_END = "--on_end"
 FULL_MODEL = "whole"
 KIND_NAMES = (
@@ -28,7 +28,7 @@ KIND_NAMES = (
     FULL_MODEL,
 )  # of `project.kinds.composing.KINDS`
 MODELS = Path("models")  # folder of models in the working folder
-MAX_OF_WORD = 200  # characters of a trigger word
+MAX_OF_WORD = 200  # maximum characters of a trigger word
 # small, and of a kind that tools/caption_dataset.py is tested with
 CAPTION_MODEL = "Qwen/Qwen2-VL-2B-Instruct"
 CAPTION_MODEL_SIZE = "4.4 GB"
@@ -56,7 +56,7 @@ def make_caption_words(commands: Iterable[Sequence[str]]) -> list[str]:
 
 
 def _training_keys() -> Collection[str]:
-    from training.options import TrainingOptions  # only mistakes need them
+    from training.options import TrainingOptions  # imported only for error messages
 
     return info_of(TrainingOptions)
 

@@ -1,4 +1,4 @@
-"""How to make a training adapter: its length, and a model's own images from the captions of a folder."""
+"""Commands for a training adapter: its length, and a model's own images from a folder's captions."""
 
 import shlex
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from project.own_samples import OWN_FOLDER, OWN_PROMPTS
 
 # of the adapter for MiniMax-H3-Image; those for Qwen-Image-2.1 took 1,000, then 30,000
 USUAL_STEPS = 4000
-OF_ONE = {"--prompt", "--seed", "--save_path"}  # what a command says of a single result
+OF_ONE = {"--prompt", "--seed", "--save_path"}  # options for a single result
 
 
 def lacks_media(folder: Path) -> bool:

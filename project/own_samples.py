@@ -1,4 +1,4 @@
-"""Images that a model generated itself, as data for a training adapter: `new --train adapter`."""
+"""Use images that a model generated as data for a training adapter: `new --train adapter`."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from project.media import FolderContent, Media
 
 OWN, REAL, MIXED = "own", "real", "mixed"  # values of --make_adapter
 OWN_FOLDER, OWN_PROMPTS = "own", "own_prompts.txt"
-PROMPT = "bt_prompt"  # in what a generation writes into its results
+PROMPT = "bt_prompt"  # metadata key of generated files
 
 
 def take_prompts(content: FolderContent) -> None:

@@ -10,11 +10,11 @@ from modules.options import Options, option
 from modules.output_files import check_place, find_error_on_windows
 from project.options import MODELS
 
-MANIFEST = "reelsmith.json"  # in a packed file: what it is, and when its files were changed
+MANIFEST = "reelsmith.json"  # member of a packed file with its format and modification times
 VERSION = 1
 # first part of a model's path in a packed run.toml; `unpack` puts its own folder of models there
 MODELS_PART = "models"
-MAX_OF_NAME = 1000  # bytes
+MAX_OF_NAME = 1000  # maximum bytes of a file name
 
 
 class PackOptions(Options):

@@ -1,6 +1,6 @@
-"""Make one file of a described folder: media, captions, caches and settings, without paths of this machine.
+"""Pack a described folder into one file: media, captions, caches and settings, without local paths.
 
-The file is a zip archive whose members are stored as they are, so what it unpacks to is never larger than it.
+The file is a zip archive with uncompressed members, so the unpacked folder is never larger than the file.
 """
 
 import json
@@ -41,7 +41,7 @@ from training.options import TrainingOptions
 
 PIECE_BYTES = 1 << 20
 FIRST_DAY = (1980, 1, 1, 0, 0, 0)  # date of all members, so that equal folders give equal archives
-LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may name files of this machine
+LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may contain paths of this machine
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class PackSource:
     name: str  # name of the LoRA
     left_out: frozenset[Path]  # files and folders that are not packed
     places: MachinePaths
-    own_models: tuple[str, ...]  # files of models that no download brings, as the packed folder names them
+    own_models: tuple[str, ...]  # undownloadable model files, as packed paths
     prompts: Path | None
 
 
@@ -63,7 +63,7 @@ class PackMember:
 
     name: str
     path: Path
-    content: bytes | None = None  # in place of that of `path`
+    content: bytes | None = None  # replaces the content of `path`
 
     @property
     def size_bytes(self) -> int:
@@ -219,7 +219,7 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
 
 def _find_state(described: PackSource) -> list[PackMember]:
     """Return the files of the newest state, and the run's history. Raises OptionError without a state."""
-    from training.reports.history import history_path  # with torch, which a pack without states needs not
+    from training.reports.history import history_path  # imports torch, which is only needed for states
     from training.saving.states import find_latest  # likewise
 
     state = find_latest(described.output, described.name)

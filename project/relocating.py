@@ -1,4 +1,4 @@
-"""Replace the paths of this machine in the texts of a described folder, or say which cannot be replaced."""
+"""Replace the paths of this machine in the texts of a described folder, or list the irreplaceable ones."""
 
 import functools
 import json
@@ -18,7 +18,7 @@ from modules.text_files import real_path
 
 _ROOTED = re.compile(r"~?[\\/]+[^\\/\s]|~\w*$|~\w+[\\/]|[A-Za-z]:[\\/]")
 _UP = re.compile(r"\.\.([\\/]|$)")
-# a word of a prompt line, with or without quotation marks
+# a word of a prompt line, with or without quotes
 _WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+)""")
 
 
@@ -26,8 +26,8 @@ _WORD = re.compile(r"""(?<!\S)(["'])(?P<quoted>.+?)\1(?!\S)|(?<!\S)(?P<plain>\S+
 class MachinePaths:
     """The paths of this machine that a folder's texts may contain."""
 
-    folder: Path  # as typed
-    models: Mapping[str, str] = field(default_factory=dict)  # as the texts have them -> in the packed folder
+    folder: Path  # path as typed
+    models: Mapping[str, str] = field(default_factory=dict)  # path in the texts -> path in the packed folder
 
     def relocate(self, text: str) -> str | None:
         """Return a text for the packed folder: a path becomes relative, other texts are unchanged.
@@ -69,7 +69,7 @@ class RelocatedText(NamedTuple):
     """A text without paths of this machine."""
 
     text: str
-    outside: list[str]  # paths that the packed folder has nothing for
+    outside: list[str]  # paths that are not in the packed folder
     removed: list[str]  # keys
 
 

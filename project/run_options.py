@@ -23,7 +23,7 @@ from training.features.composing import options_of_run
 
 
 def _options_of_new() -> Collection[str]:
-    from project.new_options import NewOptions  # only mistakes need them
+    from project.new_options import NewOptions  # imported only for error messages
 
     return info_of(NewOptions)
 
@@ -31,7 +31,7 @@ def _options_of_new() -> Collection[str]:
 OF_NEW = KeyFile(_options_of_new, "`new` has it, which describes the folder: type `new` again with --{key}.")
 
 
-if TYPE_CHECKING:  # a record of what the list of features has
+if TYPE_CHECKING:  # record generated from the list of features
     OptionsOfFeatures = Options
 else:
     OptionsOfFeatures = options_of_run()

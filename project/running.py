@@ -54,28 +54,28 @@ from training.features.composing import options_reaching
 from training.reports.history import history_path
 from training.saving.files import recover_states, state_pattern
 
-ARCHITECTURE = "modelspec.architecture"  # in metadata of trained files
+ARCHITECTURE = "modelspec.architecture"  # metadata key of trained files
 # kinds of errors that a check finds
 NO_CAPTIONS = ("have no caption",)
 BAD_CAPTIONS = ("have a caption that cannot be used",)
-UNREADABLE = "cannot be read"  # kind of the faults that do not end a run: the files are left out
+UNREADABLE = "cannot be read"  # kind of error that does not end a run: these files are left out
 
 
 @dataclass(frozen=True)
 class Project:
     """Content of run.toml."""
 
-    folder: Path  # in which the commands run
+    folder: Path  # working folder of the commands
     download: list[str]
     commands: list[list[str]]
-    files: list[str]  # files of the model
+    files: list[str]  # model files
     output: Path
-    logs: Path | None  # folder of TensorBoard's files
+    logs: Path | None  # folder of TensorBoard logs
     name: str
-    steps: int | None  # None: epochs say how long it is
-    model: dict[str, str]  # metadata that differ in files of other models
-    kind: RunKind  # what is trained
-    validation: tuple[float, int]  # share and seed
+    steps: int | None  # None: the length is set in epochs
+    model: dict[str, str]  # metadata that identifies the model in its trained files
+    kind: RunKind  # kind of run
+    validation: tuple[float, int]  # fraction and seed
 
     @property
     def missing(self) -> list[str]:
@@ -86,8 +86,8 @@ class Project:
 class MediaCheck(NamedTuple):
     """Result of checking the media."""
 
-    fault_kinds: list[str]  # kinds of errors that end the run; empty if it can begin
-    left_out: list[str]  # files that it continues without
+    fault_kinds: list[str]  # kinds of errors that end the run; empty if it can start
+    left_out: list[str]  # files that the run leaves out
 
 
 def run_project(options: RunOptions) -> None:
@@ -157,7 +157,7 @@ def _has_state(project: Project) -> bool:
     names = [path.name for path in project.output.iterdir()] if project.output.is_dir() else []
     if not any(map(pattern.fullmatch, names)):
         return False
-    from training.saving.states import find_latest  # it loads torch, which a first run does without
+    from training.saving.states import find_latest  # loads torch, which a first run does not need
 
     return find_latest(project.output, project.name) is not None
 
@@ -396,7 +396,7 @@ def _report_trained(project: Project, options: RunOptions) -> bool:
         OptionError: If the trained file belongs to another model.
     """
     file = project.output / f"{project.name}.safetensors"
-    if not file.exists():  # a model in diffusers' layout, which says it in its U-Net
+    if not file.exists():  # in diffusers' layout, the U-Net's file has the metadata
         file = project.output / project.name / "unet" / "diffusion_pytorch_model.safetensors"
     try:
         metadata = read_safetensors_texts(file)
@@ -603,7 +603,7 @@ def run_command(words: Sequence[str], folder: Path, progress: Path | None = None
             interrupts.append(0)
             process.terminate()
 
-        # set after the start: a program inherits ignored signals
+        # set after the start, because a program inherits ignored signals
         default_interrupt = signal.signal(signal.SIGINT, lambda number, _: interrupts.append(number))
         default_end = signal.signal(signal.SIGTERM, end)
         try:

@@ -1,4 +1,4 @@
-"""The options of a script that trains, from its table; and what the script says of given ones."""
+"""Read the options of a training script from its table, and let the script check given options."""
 
 import subprocess
 import sys
@@ -16,7 +16,7 @@ from modules.option_tables import find_table
 from modules.table_parser import build_parser
 from project.foreign.contract import number, read_switch, whole
 
-SECONDS = 60  # that a script may take to read its options
+SECONDS = 60  # time limit for a script to read its options
 NUMBERS = {"whole": whole(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 
@@ -26,8 +26,8 @@ class AskedOption:
 
     kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
-    default: Any  # None: nothing
-    reaches_out: bool  # it names code, or a place outside of the program
+    default: Any  # None without a default
+    reaches_out: bool  # it may name code, or files and addresses elsewhere
 
     def read(self, value: Any) -> Any:
         """Convert a value from another program's file to a value of this option.

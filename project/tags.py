@@ -1,4 +1,4 @@
-"""Tell captions that are lists of tags, as boorus and taggers write them, from sentences."""
+"""Distinguish captions that are lists of tags, as taggers write them, from sentences."""
 
 import os
 import re
@@ -10,11 +10,11 @@ from dataset.sources.captions import add_trigger
 from dataset.sources.wildcards import has_choice
 from dataset.subset_options import KEPT
 
-SHARE = 0.8  # fraction of lists of tags among the captions, from which a folder counts as tagged
-LEAST = 3  # tags in a list
+SHARE = 0.8  # minimum fraction of tag lists in a tagged folder
+LEAST = 3  # minimum number of tags in a list
 MAX_WORDS = 4  # maximum number of words in a tag
 SENTENCE = re.compile(r"[.!?](\s|$)")
-# as in red_hair; score_7 and o_o stay
+# matches red_hair, but not score_7 and o_o
 UNDERSCORE = re.compile(r"(?<=\w)_(?=\w\w)")
 EDIT = ["python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml"]
 WRITE_COMMAS = ["--replace_regex", r"\s+", ", "]
@@ -27,8 +27,8 @@ class TagLists:
 
     lists: tuple[tuple[str, ...], ...]  # in the order of the files
     separator: str  # "," or " "
-    has_kept: bool  # `|||` stands behind the tags that stay in front
-    has_choices: bool  # {red|blue}
+    has_kept: bool  # `|||` follows the tags that are not shuffled
+    has_choices: bool  # alternatives such as {red|blue}
 
     @property
     def kept(self) -> int:

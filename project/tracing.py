@@ -22,9 +22,9 @@ from training.reports.history import BEFORE_TRAINING, History, Start, describe_p
 logger = logging.getLogger(__name__)
 
 TRAINING = "training"
-BYTES = "B"  # unit of a progress
-SHOWN_EVERY = 2.0  # seconds between two lines about a progress
-# what a command of a run does, by the end of its script's name, and when it only checks
+BYTES = "B"  # unit of progress in bytes
+SHOWN_EVERY = 2.0  # seconds between two progress lines
+# suffix of a script's name -> activity, and activity if the command only checks
 STEPS = {
     "download": ("downloading the model",) * 2,
     "_latents": ("caching latents", "checking the files"),
@@ -45,7 +45,7 @@ def describe_step(words: Sequence[str]) -> str:
 
 
 def describe_progress(progress: NotedProgress) -> str:
-    """Return a progress in words: `11.2 GB of 34.8 GB`, `40 of 120`."""
+    """Describe a progress: `11.2 GB of 34.8 GB`, `40 of 120`."""
     show = gigabytes if progress.unit == BYTES else "{:,}".format
     done = show(int(progress.done))
     return done if progress.total is None else f"{done} of {show(int(progress.total))}"
@@ -61,7 +61,7 @@ class RunTrace:
         self._history: History | None = None
         self._training = Path()  # history of the training
         self._step = ""  # what the current command does
-        self._since = 0.0  # when it began
+        self._since = 0.0  # start time of the current command
 
     def begin(self, again: Sequence[str], output: Path, name: str, steps: int | None) -> None:
         """Start the history.

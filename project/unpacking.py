@@ -1,6 +1,6 @@
-"""Make the folder of a packed file again.
+"""Restore the folder of a packed file.
 
-The file may be somebody else's: all is checked before anything is written.
+The file may come from somebody else, so everything is checked before anything is written.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ from project.relocating import change_texts
 from training.config_options import OTHERS_TABLE
 
 PIECE_BYTES = 1 << 20
-MAX_OF_RUN_FILE = 1 << 18  # bytes; `new` writes some 5 kB, and readers of TOML take seconds for a megabyte
+MAX_OF_RUN_FILE = 1 << 18  # bytes; `new` writes 5 kB, and parsing a megabyte takes seconds
 ENCRYPTED = 0x1
 LATEST_NS = 1 << 62  # latest time of a file: the year 2116
 
@@ -184,7 +184,7 @@ def _without_new_parents(folder: Path) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for parent in missing:  # the innermost one first
+        for parent in missing:  # innermost first
             with contextlib.suppress(OSError):
                 parent.rmdir()
         raise

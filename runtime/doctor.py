@@ -14,7 +14,7 @@ from modules.installation import PREFIX, check_requirements, find_namesake, read
 from modules.nvidia_driver import explain_unseen_card
 from runtime.machine import GIB
 
-FEW_GB = 60  # of free disk: the files and caches of a model of 14 billion weights, in 16 bits
+FEW_GB = 60  # required free disk: files and caches of a model with 14 billion weights in 16 bits
 INDEX = "https://pytorch.org/get-started/locally"
 
 

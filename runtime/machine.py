@@ -1,4 +1,4 @@
-"""Describe this machine and its packages for others: nothing that names a person, a folder or a computer.
+"""Describe this machine and its packages for bug reports, without names of persons, folders or computers.
 
 Standard library only; torch is imported if it is installed.
 """
@@ -21,7 +21,7 @@ PACKAGES = (
     *("flash-attn", "sageattention", "xformers"),
 )
 MAX_NAME = 60  # characters of a GPU's name
-PATIENCE = 20.0  # seconds that git may take
+PATIENCE = 20.0  # timeout for git, in seconds
 _VERSION = re.compile(r"\d+(?:\.\d+)*(?:(?:a|b|rc|\.post|\.dev)\d+)*")
 _BUILD = re.compile(
     r"\+(?:cpu|xpu|cu\d+|rocm[\d.]+)"
@@ -159,7 +159,7 @@ def _count_host_bytes() -> int:
 
 
 def _ask_git(*words: str) -> str:
-    """Return what git says of this clone; "" if it is none, or if git is not there."""
+    """Return git's answer about this clone; "" if there is no clone or no git."""
     if PREFIX or not (ROOT / ".git").exists():
         return ""
     try:

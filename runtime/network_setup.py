@@ -1,4 +1,4 @@
-"""Put features around a loaded transformer, in the one order that training and generation share.
+"""Apply features to a loaded transformer, in the same order in training and generation.
 
 Before it: weights are quantized and LoRAs merged while loading, and a LoRA that is trained is attached.
 """

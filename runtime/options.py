@@ -55,7 +55,7 @@ def number_or_auto(text: str) -> int | str:
 class SwapOptions(Options):
     """Options for keeping a part of the transformer in host memory."""
 
-    # None and 0: none. `AUTO`: as many as memory requires
+    # None or 0 swaps no block; `AUTO` as many as memory requires
     blocks_to_swap: int | str | None = option(
         "keep this many transformer blocks in host memory and copy each to the device before it runs; "
         "a number, or auto; at most all but one. Results stay the same, and it costs little time if "
@@ -92,7 +92,7 @@ class SwapOptions(Options):
 
     @property
     def typed(self) -> str:
-        """Return the first swap option in use, as a user types it; "" if none is used."""
+        """Return the first swap option in use, as on the command line; "" if there is none."""
         if self.blocks_to_swap:
             return f"--blocks_to_swap {self.blocks_to_swap}"
         return "--img_in_txt_in_offloading" if self.img_in_txt_in_offloading else ""
@@ -205,8 +205,8 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
     compilation: GenerationCompileOptions
     disable_numpy_memmap = _READ_IN_PIECES
     plan: PlanOptions = option(facts=NO_PIXELS)
-    by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # what --optimized has turned on
-    not_by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # what is given instead
+    by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # options that --optimized has turned on
+    not_by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # options that the user gave instead
 
     def __post_init__(self) -> None:
         _ = self.joined  # raises OptionError

@@ -1,4 +1,4 @@
-"""The one loop over a transformer's blocks, and the place where code from outside stands around it.
+"""The one loop over a transformer's blocks, and runners that other code can wrap around it.
 
 Every DiT is embed -> blocks -> unembed (`BlockNetwork`; LTX-2, of two velocities, has its own `forward`).
 `run_blocks`, which it calls for the blocks, calls the DiT's runner: `run_in_order`, or the one that
@@ -27,7 +27,7 @@ from torch.nn.functional import pad
 from protocols.family import DitSpec
 from protocols.steps import NO_OVERRIDES, Overrides
 
-_RUNNER = "_runner"  # under which a network carries its own
+_RUNNER = "_runner"  # attribute of a network that holds its runner
 
 
 @dataclass(eq=False)
@@ -41,15 +41,15 @@ class Hidden:
 
     x: Tensor  # B L C
     tokens: Any  # the model's own record
-    # B L' C for each block, added to the first L' tokens behind it; None: nothing is
+    # for each block B L' C, added to the first L' tokens of its result; None: nothing is added
     added: Sequence[Tensor | None] = ()
-    side: Tensor | None = None  # B L C of `DitSpec.side_list`; None: its blocks do not run
-    side_scales: Tensor | None = None  # B blocks: by which what each of them adds is multiplied
-    # called before each block of the first stream with its number, and behind the last; may change `x`
+    side: Tensor | None = None  # B L C, input of the blocks of `DitSpec.side_list`; None: they do not run
+    side_scales: Tensor | None = None  # B blocks: factor on the hint of each side block
+    # called with its number before each block of the main stream, and after the last one; may change `x`
     between: Callable[[int, "Hidden"], None] | None = None
 
 
-Runner = Callable[[nn.Module, Hidden, Overrides], None]  # has the blocks of the network change `hidden.x`
+Runner = Callable[[nn.Module, Hidden, Overrides], None]  # runs the network's blocks, which change `hidden.x`
 
 
 def run_blocks(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
@@ -109,7 +109,7 @@ class BlockNetwork(nn.Module):
     spec: DitSpec
     dtype_of: ClassVar[str]  # a parameter that has the compute dtype in every file; others may be in 8 bits
     embed: Callable[..., Hidden]
-    unembed: Callable[[Tensor, Any], Tensor]  # of the tokens behind the blocks, and `Hidden.tokens`
+    unembed: Callable[[Tensor, Any], Tensor]  # takes the tokens after the blocks, and `Hidden.tokens`
 
     @property
     def compute_dtype(self) -> torch.dtype:

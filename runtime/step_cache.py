@@ -4,9 +4,9 @@
     with run_around(dit_at, cache.run) as cached_at:
         denoise(family, cached_at, section, ...)
 
-Each pass of a step (positive, negative, one that skips layers) has its own rule and residual, by
-`Turn.which`. A residual is where the tokens are. It is freed before the blocks of its pass run again, and
-by `forget`.
+Each pass of a step (positive, negative, with skipped layers) has its own rule and residual, by `Turn.which`.
+A residual is on the device of the tokens. It is freed before the blocks of its pass run again, and by
+`forget`.
 
 MagCache: skip a pass while the size of the residual is known to change little from step to step.
 Source: Ma et al. 2025, arXiv 2506.09045. For step c the calibrated ratio is the residual's mean size against
@@ -16,13 +16,13 @@ error, and the errors of a run of skipped steps are summed.
 TeaCache: skip a pass while the modulated input of the first block has changed little.
 Source: Liu et al. 2024, arXiv 2411.19108. The relative change of the input from step to step, put into a
 polynomial fitted for the model, predicts the change of the output. The predictions since the last computed
-pass are summed; at the threshold the next one is computed.
+pass are summed; when the sum reaches the threshold, the pass is computed.
 
 Both are calibrated in a video whose passes are all computed. Measurements of all passes of a step
 (positive, negative) and of all sections are averaged: both papers find them nearly equal, and one list then
-serves videos with and without guidance. The first step of each expert has nothing before it: its ratio
-counts as 1, and it is always computed. Passes that leave out layers do not count. Numbers stay on the device
-until the end, so nothing waits for them.
+serves videos with and without guidance. The first step of each expert has no previous step: its ratio is 1,
+and it is always computed. Passes that skip layers are not measured. Measurements stay on the device until the
+end, so that no step waits for them.
 """
 
 import functools
@@ -91,7 +91,7 @@ class StepCache:
         branch = branches[turn.which]
         self.passes += 1
         skips = branch.rule.skips(turn, functools.partial(first_input, dit, hidden, overrides))
-        # processes must decide alike, but their signals may differ in the last digit
+        # all processes must make the same decision, but their signals may differ in the last digit
         if agree_among(dit, skips):
             assert branch.residual is not None
             self.skipped += 1
@@ -162,7 +162,8 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
     finally:
         for dit in wrapped:
             wrapper = cast("functools.partial[None]", runner_of(dit))
-            # the network's own runner is the last argument; if `run` is a partial, its arguments come first
+            # the network's own runner is the last bound argument: if `run` is a partial itself, its arguments
+            # come first
             set_runner(dit, wrapper.args[-1])
 
 
@@ -195,8 +196,8 @@ class MagCacheRule:
         if last_step is None or not may_skip:
             self._forget()
             return False
-        # the product of the ratios is the predicted change in size of the residual; 1 means no error. Several
-        # ratios are due if some steps had no such pass
+        # the product of the ratios is the predicted change in size of the residual; 1 means no error. There
+        # are several ratios to multiply if some steps did not have this pass
         for step in range(last_step + 1, turn.step + 1):
             self._ratio *= self._ratios[step]
             self._error += abs(1 - self._ratio)
@@ -269,8 +270,8 @@ def polynomial(coefficients: tuple[float, ...], x: float) -> float:
 # Letters: B batch, L tokens, C width
 
 
-MAX_POWER = 4  # of a fitted polynomial, as the published ones
-POINTS_EACH = 3  # measured for each coefficient
+MAX_POWER = 4  # degree of a fitted polynomial, as in the published ones
+POINTS_EACH = 3  # required measurements per coefficient
 MIN_STEPS = 1 + 2 * POINTS_EACH  # enough for a straight line with one pass a step
 
 # called for each pass with the input of the first block's attention and what the blocks added

@@ -1,4 +1,4 @@
-"""Pictures that are asked for: lines with their variants chosen, seeds drawn and numbers settled."""
+"""Turn prompt lines into requested images: choose variants, draw seeds, resolve settings."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -64,6 +64,7 @@ class Seeds:
             yield self.single
         if self.round_seed is not None:
             yield self.round_seed
+            # additional images of a prompt get the same seeds for every prompt of the round
             of_round = Random(self.round_seed)
             while True:
                 yield _draw(of_round)
@@ -85,6 +86,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
     prompts = options.prompts
     seeds = Seeds(Random(prompts.seed))
     if lines is not None and len(lines) == 1 and prompts.n_iter == 1:
+        # all variants of `{e$$...}` groups have the same seed
         needs_one = prompts.images_per_prompt == 1 or (not lines[0].is_plain and enumerates(lines[0].text))
         seeds.single = prompts.seed if needs_one else None
     return seeds
@@ -185,10 +187,10 @@ def check_line(options: GenImgOptions, line: Line) -> None:
     if line.is_plain:
         return
     split_seeds(line.text)  # raises if a seed is not a number
-    any_variant = expand(line.text, Random(0))[0]  # its options are checked for all variants
+    any_variant = expand(line.text, Random(0))[0]  # all variants have the same options
     values = read_line(any_variant, line.label)
     num_parts = len(split_parts(values["prompt"]))
-    has_variants = "{" in line.text  # which may have other numbers of parts
+    has_variants = "{" in line.text  # other variants may have other numbers of parts
     if options.prompts.mask_path is not None and not has_variants:
         if options.prompts.image_path is None:  # nothing to repaint: the mask can only mark regions
             _check_parts(num_parts)
@@ -205,6 +207,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
     Raises:
         OptionError: If a value cannot be used.
     """
+    # seeds and multipliers are read elsewhere
     names = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
     return override_options(options, {name: value for name, value in values.items() if name in names})
 

@@ -1,4 +1,4 @@
-"""What stands next to a U-Net and sees each of its calls."""
+"""A network that runs next to a U-Net, such as a ControlNet in training."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +11,6 @@ from torch import Tensor
 class BesideUnet:
     """A network next to a U-Net, held without registering it as a submodule."""
 
-    # given control images, B 3 H W in 0..1 (None: there are none), their strength and the arguments of a
-    # call of the U-Net: further arguments for it
+    # called before each U-Net call with control images, B 3 H W in 0..1 (None for none), their strength and
+    # the call's arguments; returns additional arguments
     see: Callable[[Tensor | None, float, Mapping[str, Any]], dict[str, Any]]

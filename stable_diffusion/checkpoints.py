@@ -1,4 +1,4 @@
-"""The U-Net and the VAE of a file: dimensions from its tensors, and how diffusers' networks are filled.
+"""The U-Net and the VAE of a file: read dimensions from its tensors, and plan how to load the networks.
 
 diffusers' classes take their dimensions as keyword arguments: `UnetSizes` and `VaeSizes` hold these.
 """
@@ -79,7 +79,7 @@ def build_network(build: Callable[..., Any], config: Mapping[str, Any], path: Pa
     try:
         with on_meta_device():
             return build(**config)
-    # errors of many classes, which all mean that the dimensions do not fit together
+    # diffusers raises many classes of errors; all mean that the dimensions are inconsistent
     except Exception as error:
         raise CheckpointError(
             f"{path}: diffusers cannot build a network of these dimensions ({type(error).__name__}: "
@@ -129,7 +129,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         )
 
     shape = dialects.shapes_of(checkpoint, sources, broken("a tensor has another shape"))
-    for level, layer in enumerate(layers):  # a name with a large number would make a level endless
+    for level, layer in enumerate(layers):  # bounds the work: a tensor name may contain any number
         if layer < 1 or layer != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
             raise broken("some of its input_blocks are missing")
     widths = tuple(shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers)))
@@ -331,7 +331,7 @@ class _Bands:
     """Computes a convolution band by band."""
 
     conv: nn.Conv2d
-    maximum: int  # bands
+    maximum: int  # number of bands
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return the convolution of x, B C H W."""

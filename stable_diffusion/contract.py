@@ -1,7 +1,7 @@
-"""The records that the parts of Stable Diffusion hand to each other.
+"""The records that the parts of Stable Diffusion exchange.
 
-A batch goes this way: prompts -> `RequestedImage`s with equal `ImageSettings` -> `TextState`s and a start ->
-the denoising loop, whose network calls pass through `Idea`s -> `Made`. Networks and samplers are diffusers'.
+Data flow of a batch: prompts -> `RequestedImage`s with equal `ImageSettings` -> `TextState`s and a start ->
+the denoising loop, with `UnetHook`s around U-Net calls -> `Made`. Networks and samplers are diffusers'.
 """
 # Letters: B images, R rows of one call of the U-Net, L tokens, C width, h w latent size
 
@@ -24,7 +24,7 @@ class ModelKind:
 
     name: str  # "sd1", "sd2", "sdxl"
     words: str  # for messages: "Stable Diffusion 1.x"
-    latent_scale: float  # a latent is the autoencoder's times this
+    latent_scale: float  # factor on the autoencoder's output
     size: int  # usual width and height, pixels
     # without --clip_skip: the layer of the released text encoder whose states are used, from the end
     clip_skip: int
@@ -72,15 +72,15 @@ class TextTower:
     """A text encoder with its tokenizer. Textual inversion adds rows to the first, words to the second."""
 
     network: ClipText
-    tokenize: Callable[[str], list[int]]  # text -> ids, however many, without start and end
+    tokenize: Callable[[str], list[int]]  # text -> any number of ids, without start and end token
     start: int
     end: int
-    pad: int  # what fills up the last chunk: `end`, or 0 in OpenCLIP's encoders
+    pad: int  # id that pads the last chunk: `end`, or 0 in OpenCLIP's encoders
     lora_prefix: str
     # last layers of the released network that are not loaded: 1 for SD 2, which was trained without it
     missing_layers: int = 0
-    # for each token: rows between its vectors for one cross-attention of the U-Net and the next; 0: all share
-    # one vector. None: so it is for all tokens
+    # per token: number of rows from its vector for one cross-attention to that for the next one; 0 if all
+    # cross-attentions use the same vector. None: 0 for all tokens
     strides: Tensor | None = None
 
 
@@ -95,7 +95,7 @@ class Model:
     vae: Any
     texts: tuple[TextTower, ...]
     predicts_velocity: bool  # v-prediction; else noise
-    zero_terminal_snr: bool  # as the file itself says
+    zero_terminal_snr: bool  # as recorded in the file
     device: torch.device
     dtype: torch.dtype  # dtype of the U-Net and the text encoders
     vae_dtype: torch.dtype
@@ -132,9 +132,9 @@ class RequestedImage:
     negative_prompt: str
     seed: int
     settings: ImageSettings
-    raw_prompt: str  # as it was typed
+    raw_prompt: str  # as the user wrote it
     image: Path | None = None  # image to image
-    mask: Path | None = None  # white is made anew
+    mask: Path | None = None  # white is repainted
     guides: tuple[Path, ...] = ()  # conditioning images of ControlNets or LLLites, or the mask of regions
     clip_prompt: str | None = None
     file_name: str | None = None  # --f
@@ -144,7 +144,7 @@ class RequestedImage:
 class TextState:
     """The text encoders' outputs for one text."""
 
-    # L C; L is 75 for each chunk, and 2; with --XTI_embeddings as often as the U-Net has cross-attentions
+    # L C with L = 75 * chunks + 2; with --XTI_embeddings times the number of cross-attentions
     context: Tensor
     pooled: Tensor | None = None  # C; of SDXL
 
@@ -158,7 +158,7 @@ class UnetCall:
     timestep: float
     sample: Tensor  # R c h w, scaled as the sampler wants it
     context: Tensor  # R L C
-    negative_rows: int  # how many of the rows, from the end, belong to negative or empty texts
+    negative_rows: int  # number of rows of negative or empty texts, which come last
     added: Mapping[str, Tensor] = field(default_factory=dict)  # SDXL: text_embeds, time_ids
     # residuals of ControlNets: (one tensor for each skip connection, one for the middle)
     residuals: Any = None
@@ -181,4 +181,4 @@ class Made:
     """The result of one stage for a batch."""
 
     latents: Tensor  # B 4 h w, as the U-Net sees them, float32
-    images: Sequence[Image] | None  # None: they were not asked for
+    images: Sequence[Image] | None  # None if only latents were requested

@@ -1,4 +1,4 @@
-"""ControlNets: add to the U-Net's features after guide images.
+"""ControlNets: add residuals that depend on guide images to the U-Net's features.
 
 Several ControlNets of Stable Diffusion 1.x and 2.x act in turn, one in each step; those of XL act together,
 and their residuals are averaged. Source: Zhang et al. 2023, arXiv 2302.05543. The networks are diffusers'.
@@ -93,7 +93,7 @@ class ControlNets:
         network = self._networks[number]
         dtype = self._model.dtype
         rows = len(call.sample)
-        # the contexts of a prompt's parts stand one after the other; the last part is used
+        # the contexts of a prompt's parts are concatenated; the last part is used
         tokens = call.context.shape[1] // parts
         down, middle = network(
             # without the channels of mask and masked image
@@ -106,7 +106,7 @@ class ControlNets:
             return_dict=False,
         )
         if network.config.global_pool_conditions:
-            # it acts in the rows of the prompt only, as in diffusers' pipelines
+            # residuals are only added to the prompt's rows, as in diffusers' pipelines
             acts = torch.arange(rows, device=middle.device) < rows - call.negative_rows
             acts = acts[:, None, None, None]
             down = [skip * acts for skip in down]
@@ -147,7 +147,7 @@ def load_control_nets(options: ControlOptions, model: Model) -> ControlNets | No
             dtype=model.dtype,
             base=model.unet,
         )
-        # it takes the U-Net's attention package and memory layout
+        # use the U-Net's attention implementation and memory layout
         processors = model.unet.attn_processors.values()
         if any(isinstance(processor, XFormersAttnProcessor) for processor in processors):
             network.set_attn_processor(XFormersAttnProcessor())

@@ -31,7 +31,7 @@ OPTION = "--control_net_models"
 PREFIX = "control_model."
 GIVE = "a file such as control_v11p_sd15_canny.safetensors, or a folder in the layout of diffusers,"
 DIFFERENCE = "difference"  # a tensor of this name marks a file of differences
-OWN_PARTS = "controlnet_"  # names begin so where a U-Net has no such part: no differences
+OWN_PARTS = "controlnet_"  # prefix of parts that a U-Net lacks; these are never stored as differences
 
 # a pattern of a tensor's name -> what the file is
 _OTHERS = (
@@ -50,13 +50,13 @@ _OTHERS = (
     ),
 )
 
-# a config.json leaves out what equals these
+# defaults that a config.json may omit
 _UNET_DEFAULTS = {
     name: parameter.default
     for name, parameter in inspect.signature(UNet2DConditionModel.__init__).parameters.items()
     if parameter.default is not inspect.Parameter.empty
 }
-_HINT = "controlnet_cond_embedding"  # the convolutions that the guide goes through
+_HINT = "controlnet_cond_embedding"  # the convolutions that embed the guide image
 _BLOCKS = rf"{_HINT}\.blocks\.\d+"
 
 
@@ -140,7 +140,7 @@ def _read_control_net(
     has_hint = f"{_HINT}.conv_in.weight" in sources
     if not has_middle or not has_hint:
         raise other_kind(checkpoint, "a ControlNet", OPTION, GIVE)
-    if f"{_HINT}.conv_out.weight" not in sources:  # here the last convolution has a number, too
+    if f"{_HINT}.conv_out.weight" not in sources:  # in this naming the last convolution is numbered too
         last = f"{_HINT}.blocks.{count(sources, _BLOCKS) - 1}."
         sources = {name.replace(last, f"{_HINT}.conv_out."): source for name, source in sources.items()}
     config = _read_config(bare, sources, unet)
@@ -179,7 +179,7 @@ def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
         if match is not None:
             return match.expand(template)
     match = re.fullmatch(r"input_hint_block\.(\d+)\.(\w+)", name)
-    if match is not None:  # an activation stands between convolutions
+    if match is not None:  # activations between the convolutions are numbered too
         return f"{_HINT}.blocks.{int(match[1]) // 2 - 1}.{match[2]}"
     return translate(name)
 
@@ -271,14 +271,14 @@ def _read_levels(sources: Mapping[str, TensorSource], blocks: list[str]) -> _Lev
         blocks: Module paths of the levels, the middle one last.
     """
     attends = [f"{block}.attentions.0.norm.weight" in sources for block in blocks]
-    # smaller ones of XL have attentions without transformer blocks, or no attention at all
+    # reduced SDXL ControlNets have attentions without transformer blocks, or no attention at all
     depths = [
         count(sources, rf"{re.escape(block)}\.attentions\.0\.transformer_blocks\.\d+") for block in blocks
     ]
     return _Levels(blocks, attends, depths)
 
 
-# what tensors do not tell
+# settings copied from the U-Net, because tensors do not show them
 _AS_UNET = (
     "attention_head_dim", "num_attention_heads", "upcast_attention", "norm_num_groups", "norm_eps",
     "act_fn", "flip_sin_to_cos", "freq_shift",

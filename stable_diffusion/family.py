@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x, 2.x and XL, described for the shared loops.
 
-Pictures are those of gen_img.py, which has further ways to make them; networks and samplers are diffusers'.
+Images equal those of gen_img.py, which has more options. Networks and samplers are diffusers'.
 """
 # Letters: B images, L tokens, C width, h w latent size
 
@@ -107,10 +107,11 @@ logger = logging.getLogger(__name__)
 PRECISIONS = {"fp16": torch.float16, "bf16": torch.bfloat16}  # values of --mixed_precision; float32 otherwise
 OF_SD, OF_XL = (SD1, SD2), (SDXL,)  # kinds that a script trains
 LARGE_SD2 = 768  # default sides for the 2.x model that predicts v
-# what the caches of a kind are called: at the end of file names, of npz files
+
+# suffixes of a kind's cache files and npz files
 _TAGS = {SD1: "sd", SD2: "sd", SDXL: "sdxl"}
 _STEPS = {SD1: 8, SD2: 8, SDXL: 32}  # sides of images are multiples of this
-# least squares fits of latents in model space to colors (R, G, B), which all known tools use
+# least-squares fits from latents in model space to colors (R, G, B); common previewers use the same
 _COLORS_OF_SD = (
     (0.3512, 0.2297, 0.3227),
     (0.3250, 0.4974, 0.2350),
@@ -178,15 +179,15 @@ class StableDiffusion(ModelOfImages):
     clip_skip: int | None = None
     sampler: str = DEFAULT_SAMPLER  # sampler for a training's samples
     options: Any = NO_OPTIONS  # set for trainings only
-    tells_cut: bool = False  # warn of prompts that are not read to their end
+    tells_cut: bool = False  # whether to warn if a prompt is cut off
     learning_texts: LearningTexts | None = None  # set for full training only
-    # what a training makes in place of a LoRA
+    # the network that a training makes instead of a LoRA; None for a LoRA
     made_network: MadeNetwork | None = None
-    # whether the U-Net is given a mask and what it leaves of the image (`INPAINTING`)
+    # whether the U-Net also takes a mask and the masked image (`INPAINTING`)
     inpaints: bool = False
     stores_controls: bool = False  # whether latents are cached together with a table's control images
     lora_module: str = "networks.lora"
-    bundled: tuple[LearnedWord, ...] = ()  # that the LoRAs of a generation bring along
+    bundled: tuple[LearnedWord, ...] = ()  # words in the LoRA files of a generation
 
     few_steps: ClassVar[FewSteps] = FewSteps(adapter="", targets=())  # Turbo, Lightning, LCM and the like
     can: ClassVar[Abilities] = Abilities(
@@ -230,7 +231,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Steps, guidance, size and samplers of a generation that gives none."""
+        """Steps, guidance, size and sampler of a generation whose request does not set them."""
         return image_defaults(
             STEPS,
             GUIDANCE_SCALE,
@@ -277,7 +278,7 @@ class StableDiffusion(ModelOfImages):
         }
         paths = {"sd_model_name": self.files.ckpt, "vae_name": self.files.vae}
         names |= {key: path.name for key, path in paths.items() if path is not None}
-        # for generations: the model's name, from which its settings are read again
+        # generations record the model's name, which is needed to read their settings back from the file
         if self.options is NO_OPTIONS:
             return names | {"model_type": kind.name}
         return names | self._metadata_of_training
@@ -294,7 +295,7 @@ class StableDiffusion(ModelOfImages):
             "ss_v2": str(self.kind is SD2),
             "ss_clip_skip": str(self.clip_skip),
             "ss_debiased_estimation": str(self.options.loss_weights.debiased_estimation_loss),
-            # as trained: the checkpoint may say it too, without the options
+            # what was trained: an option or the checkpoint itself may have set these
             "ss_v_parameterization": str(self._trained_marks.predicts_velocity),
             "ss_zero_terminal_snr": str(self._trained_marks.zero_terminal_snr),
         }
@@ -352,25 +353,25 @@ class StableDiffusion(ModelOfImages):
     # inpainting
 
     def for_inpainting(self) -> "StableDiffusion":
-        """Return the model with a U-Net that is given a mask; a full training widens one that is not."""
+        """Return the model with an inpainting U-Net; a full training adds missing input channels."""
         takes = UnetInput.WIDENED if self.options.is_full else UnetInput.INPAINTING
         return replace(self, inpaints=True, files=replace(self.files, unet_input=takes))
 
     def encode_masked(
         self, encoders: MediaEncoders, pixels: Tensor, mask: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return a mask and the latents of an image without what it marks, 5 1 h w.
+        """Return a mask and the latents of the masked image, 5 1 h w.
 
         Args:
             encoders: The loaded VAE.
             pixels: The image, 1 C H W, -1..1.
-            mask: H W; what is not 0 is repainted.
+            mask: Mask, H W; nonzero pixels are repainted.
             generator: Draws the sample of the posterior.
         """
         return {INPAINTING: make_inputs(encoders.vae, pixels, mask.float(), generator, self.latent)}
 
     def needs_media(self, prepared: Prepared) -> bool:
-        """Return whether a request needs the VAE before it is made: for an inpainting model."""
+        """Return whether a request needs the VAE before denoising, as inpainting models do."""
         return self.inpaints or super().needs_media(prepared)
 
     def _encode_painted(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
@@ -378,7 +379,7 @@ class StableDiffusion(ModelOfImages):
         generator = torch.Generator().manual_seed(prepared.seed)
         shape = self.latent.shape(1, prepared.height, prepared.width)
         source = find_kept_source(prepared.request)
-        # draws that come before: the posterior of a source, and the start noise (`_begin`)
+        # skip the numbers drawn earlier: for the posterior of a source, and for the start noise (`_begin`)
         for _ in range(2 if source is not None and source.needs_vae else 1):
             torch.randn(shape, generator=generator)
         pixels, mask = read_image_and_mask(prepared)
@@ -459,7 +460,7 @@ class StableDiffusion(ModelOfImages):
         """Return the network that holds the vectors of a trained word."""
         from stable_diffusion.inversion_learning import invert  # only to train one
 
-        # of text encoders alone, whatever the U-Net takes
+        # only the text encoders matter, so any input channels of the U-Net will do
         return invert(word, replace(self.files, unet_input=UnetInput.ANY))
 
     @property
@@ -533,7 +534,7 @@ class StableDiffusion(ModelOfImages):
         length = CHUNK * self.chunks + 2  # with start and end token
         # cached texts are padded to whole chunks; a trained text encoder may leave them shorter
         are_padded = self.learning_texts is None or self.learning_texts.fills_captions
-        # one after the other, for each cross-attention of a word with vectors for each
+        # a word with vectors per cross-attention has one copy of the states for each, concatenated
         copies = 1 if self.learning_texts is None else max(len(self.learning_texts.layers), 1)
         for name in text_names:
             num_states = conditions[name].shape[1] // copies
@@ -568,7 +569,7 @@ class StableDiffusion(ModelOfImages):
         added: dict[str, Tensor] | None = None
         if self.kind is SDXL:
             pooled = send_tensor(cond, POOLED, device).to(dtype)
-            # float32: bf16 holds multiples of 8 alone from 1024 on; the U-Net rounds what it makes of them
+            # float32: from 1024 on bf16 only holds multiples of 8; the U-Net rounds the embedded sizes
             added = {"text_embeds": pooled, "time_ids": send_tensor(cond, SIZES, device).float()}
         sample = noisy.squeeze(2)
         if INPAINTING in cond:
@@ -590,7 +591,7 @@ class StableDiffusion(ModelOfImages):
     # for generations: the images of gen_img.py
 
     def prepare(self, request: Request) -> Prepared:
-        """Resolve a request whose texts are read as gen_img.py reads them.
+        """Resolve a request; its texts are parsed as in gen_img.py.
 
         Raises:
             OptionError: If the sampler does not support this number of steps.
@@ -678,7 +679,7 @@ class StableDiffusion(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the only section. Its noise is from the CPU, and its solver is a scheduler of diffusers."""
+        """Yield the only section. Noise is drawn on the CPU, and the solver wraps a diffusers scheduler."""
         solver = self._begin(prepared)
         conditions = dict(inputs.get(0, {}))
         if self.kind is SDXL:
@@ -702,7 +703,7 @@ class StableDiffusion(ModelOfImages):
             # the first numbers of this seed have sampled the posterior in `encode_source`: draw and drop them
             torch.randn(channels, height, width, generator=generator)
         drawn = torch.randn(channels, height, width, generator=generator)[None, :, None]
-        if self.inpaints:  # likewise, of `_encode_painted`
+        if self.inpaints:  # likewise drop the numbers of `_encode_painted`
             torch.randn(channels, height, width, generator=generator)
         start = drawn * solver.noise_level
         return ScaledSolver(solver, start, noise=drawn, predicts_v=predicts_v, from_noise=from_noise)

@@ -1,4 +1,4 @@
-"""Tell which kind of Stable Diffusion a checkpoint is, from the names of its tensors alone.
+"""Recognize the kind of Stable Diffusion of a checkpoint from its tensor names.
 
 Released single files have the names of the training code (LDM): the U-Net, the autoencoder and the text
 encoders each under a prefix, and the prefixes of the text encoders tell the kind.
@@ -29,14 +29,14 @@ GIVE = (
     "folder in the layout of diffusers"
 )
 
-# beginning of a tensor's name that only files of the kind have -> the kind
+# prefix of a tensor's name that only one kind has -> the kind
 _MARKS = (
     ("conditioner.embedders.1.model.", SDXL),
     ("cond_stage_model.model.", SD2),
     ("cond_stage_model.transformer.", SD1),
 )
-# beginnings of names of models that share some of those -> what they are and why they cannot be used; the
-# first that fits counts
+# prefixes of unsupported models that share some of these names -> what the model is and why it cannot be
+# used; the first match counts
 _OTHERS = (
     ("model.diffusion_model.joint_blocks.", "Stable Diffusion 3, which is another network"),
     ("joint_blocks.", "the transformer of Stable Diffusion 3, which is another network"),
@@ -62,7 +62,7 @@ class Marks:
     kind: ModelKind
     predicts_velocity: bool
     zero_terminal_snr: bool
-    # what says that the model predicts v, such as "its metadata"
+    # where it is recorded that the model predicts v, such as "its metadata"
     said_by: str = field(default="", compare=False)
 
     @property
@@ -127,7 +127,7 @@ def check_kind_flags(options: ModelOptions, kind: ModelKind) -> None:
                 f"{flag}: {options.ckpt} is {kind.words}, by its tensors. Leave {flag} out, or give a "
                 f"checkpoint of {flag_kind.words}."
             )
-        return  # the first flag counts
+        return  # only the first flag is checked
 
 
 def identify(path: Path) -> str | None:

@@ -1,6 +1,6 @@
-"""Folders in the layout of diffusers: which kind they hold, and how their networks are loaded.
+"""Folders in the layout of diffusers: find the kind of model, and plan how to load its networks.
 
-The U-Net has the dimensions of its config.json; nothing else is taken from the folder on trust.
+The U-Net's dimensions come from its config.json; everything else in the folder is checked.
 """
 
 import inspect
@@ -23,7 +23,7 @@ from stable_diffusion.text_checkpoints import TextPlan, read_folder_text
 
 logger = logging.getLogger(__name__)
 
-# files that a pipeline may need, of a repository on the hub
+# files of a hub repository that a pipeline may need
 PATTERNS = (
     "model_index.json",
     "*/config.json",
@@ -36,11 +36,11 @@ PATTERNS = (
     ),
     "*/*-of-*.safetensors",
 )
-# names of a network's files, the best first: all weights in full precision
+# suffixes of weight files in order of preference: full precision first
 _ENDINGS = ("safetensors", "safetensors.index.json", "fp16.safetensors", "safetensors.index.fp16.json")
 _OLD_ENDINGS = ("bin", "bin.index.json", "fp16.bin", "ckpt")
 _PREDICTIONS = {"epsilon": False, "v_prediction": True}
-# settings of a U-Net that a model of another kind has -> the only values here
+# settings in which other models' U-Nets differ -> the only supported values
 _PLAIN = {
     "encoder_hid_dim_type": (None,),
     "class_embed_type": (None,),
@@ -48,13 +48,13 @@ _PLAIN = {
     "addition_embed_type": (None, "text_time"),
     "time_cond_proj_dim": (None,),
 }
-# settings that are read here; diffusers' classes see to the others
+# types of settings that are read here; diffusers' classes check the others
 _TYPES: Mapping[str, tuple[type, ...]] = {
     "in_channels": (int,),
     "addition_time_embed_dim": (int, type(None)),
     "block_out_channels": (list,),
 }
-# noise of all known models, as schedulers of diffusers call its numbers
+# noise schedule of all known models, under diffusers' names
 _NOISE: Mapping[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -120,7 +120,7 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     config = _read_config(folder / "unet", unet_class())
     _check_levels(config, folder / "unet" / "config.json")
     layers = max(_find_largest(config.get(name)) for name in _COUNTED)
-    if layers > len(checkpoint.tensors):  # they bound what is built
+    if layers > len(checkpoint.tensors):  # otherwise a wrong number could build a huge network
         file = folder / "unet" / "config.json"
         raise CheckpointError(f"{file}: it has more layers than its file has tensors. Copy it again.", file)
     for name, values in _PLAIN.items():
@@ -281,7 +281,7 @@ def read_settings(file: Path) -> dict[str, Any]:
     """Read a JSON configuration of a folder in diffusers' layout.
 
     Raises:
-        CheckpointError: If the file is missing, cannot be read, or holds no object.
+        CheckpointError: If the file is missing, cannot be read, or is not a JSON object.
     """
     try:
         content = parse_json(read_text(file))

@@ -1,4 +1,4 @@
-"""Guidance by other networks: CLIP and VGG16 look at the picture that each step predicts, and steer it.
+"""Guidance by other networks: CLIP and VGG16 score the image predicted at each step, and steer it.
 
 Each step predicts the clean picture x0 of its sample x = a x0 + s noise (a and s: square roots of the shares
 of data and noise). s x0 + (1 - s) x is decoded and measured by a loss L, and the noise that the U-Net
@@ -36,7 +36,7 @@ from stable_diffusion.tokenizers import SIZE, cut_into_chunks, parse_weights
 logger = logging.getLogger(__name__)
 
 
-# VGG16's features of pictures, from torchvision's file: convolutions with a ReLU each, and poolings.
+# VGG16's features of images, with torchvision's weights: convolutions with ReLUs, and poolings.
 #
 # Layers have torchvision's numbers (`features.19` is conv4_2, 20 its ReLU), and all sizes are read off the
 # file: where it has no weights, a ReLU follows a convolution and a pooling follows a ReLU. Source: Simonyan
@@ -49,7 +49,7 @@ _START = "features."
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-# of each layer: channels of a convolution before and behind it, "relu" or "pool"
+# a layer: input and output channels of a convolution, "relu" or "pool"
 _Layer = tuple[int, int] | str
 
 
@@ -81,7 +81,7 @@ def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) 
     """Load VGG16 up to layer `last`; on the meta device only the shapes are checked.
 
     Raises:
-        CheckpointError: If the file holds something else.
+        CheckpointError: If the file is not VGG16.
         OptionError: If it lacks the layer.
     """
     with open_checkpoint(path) as checkpoint:
@@ -173,8 +173,7 @@ class Guides:
         measure = self._measure(picture)
         model = self.model
         sampler = passes.sampler
-        # networks compute their inner features again for gradients, rather than keep all of them; not the
-        # U-Net if its hooks remember the layer at work
+        # gradient checkpointing saves memory; the U-Net cannot use it if its hooks track the running layer
         model.vae.enable_gradient_checkpointing()
         if picture.settings.parts > 1 or picture.settings.deep_shrink is not None:
             model.unet.disable_gradient_checkpointing()
@@ -198,7 +197,7 @@ class Guides:
                     clean = alpha * x - step.sigma * prompted
                 else:
                     clean = (x - step.sigma * prompted) / alpha
-                # the less noise there is, the more of the noisy latents themselves is shown to the networks
+                # at lower noise levels the networks get more of the noisy latents themselves
                 shown = step.sigma * clean + (1 - step.sigma) * x
                 loss = measure(_decode(model, shown))
                 (gradient,) = torch.autograd.grad(loss, x)

@@ -1,4 +1,4 @@
-"""Two stages: a small picture, enlarged, then made again at its full size (--highres_fix_scale)."""
+"""Highres fix: generate a small image, enlarge it, then denoise it at full size (--highres_fix_scale)."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,7 +16,7 @@ from stable_diffusion.making import ImageGenerator
 from stable_diffusion.sampling_options import HighresOptions
 from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 
-# Modules that enlarge the first stage's pictures (--highres_fix_upscaler): ours or the user's own.
+# Modules that upscale the first stage's images (--highres_fix_upscaler): ours or the user's.
 #
 # Such a module has `create_upscaler(**args)`. What it returns has `upscale(vae, imgs, latents, dtype, width,
 # height, batch_size, vae_batch_size)`, which returns as many images (PIL) or latents (B 4 h w, as the U-Net
@@ -50,7 +50,7 @@ class UpscalingModule:
             images = list(stage.images)
         count = len(stage.latents)
         try:
-            # by position, as upscalers of other programs name their parameters as they like
+            # positional, because upscalers of other programs use other parameter names
             result = self.upscaler.upscale(
                 model.vae,
                 images,
@@ -141,13 +141,13 @@ FIRST, SECOND = "0", "1"  # part of file names, before the index of the image
 class SavedStage:
     """The result of a stage that the run saves."""
 
-    # with the seeds that were asked for, and with the settings of this stage
+    # with the requested seeds and this stage's settings
     pictures: Sequence[RequestedImage]
     result: Made
-    digit: str  # in file names: FIRST or SECOND; empty where there is one stage only
+    digit: str  # in file names: FIRST or SECOND; empty if there is one stage
 
 
-# how images are made in two stages, made once for a run; the upscaler of the first stage's images, if any
+# options of both stages, and the upscaler of the first stage's images, if any; one for the entire run
 Highres = tuple[HighresOptions, UpscalingModule | None]
 
 

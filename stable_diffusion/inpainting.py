@@ -27,7 +27,7 @@ from stable_diffusion.starting import mask_pixels, read_picture, to_pixels
 INPAINTING = "inpainting"
 MASK_PATH = "mask_path"  # in `Request.extra`
 _OPTIONS = "--i2i_path; in lines of samples --img or --ci"
-AREA = 0.2  # of a mask that is drawn for an image without one
+AREA = 0.2  # fraction of the image that a randomly drawn mask covers
 CORNERS = 128
 HARMONICS = 4
 WOBBLE = 0.5
@@ -45,7 +45,7 @@ def make_inputs(
         generator: Draws the sample of the posterior.
         latent: The latent space.
     """
-    latents = vae.encode_pixels(pixels * (1 - mask), [generator])[0].cpu()  # what is hidden is gray, 0
+    latents = vae.encode_pixels(pixels * (1 - mask), [generator])[0].cpu()  # hidden pixels become gray, 0
     _, rows, columns = latent.stride
     # nearest: the upper left pixel of each latent; the U-Net never sees a soft mask
     small = mask[None, None, ::rows, ::columns]
@@ -89,7 +89,7 @@ def _check_image(what: str, path: Path) -> None:
 
 
 def find_kept_source(request: Request) -> Source | None:
-    """Return what the start latents contain; None for noise alone, as at full strength."""
+    """Return the source of the start latents; None if they are pure noise, as at full strength."""
     source = request.source
     return None if source is not None and source.option == IMAGE and source.denoise == 1 else source
 

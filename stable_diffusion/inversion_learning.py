@@ -1,4 +1,4 @@
-"""Textual inversion in the trainings of a checkpoint: its text encoders, files and sentences.
+"""Train textual inversion of a checkpoint: text encoders, files and caption templates.
 
 Files are those that A1111's Web UI, ComfyUI and gen_img.py read: clip_l and clip_g for Stable Diffusion XL,
 else emb_params. Source: Gal et al. 2022, arXiv 2208.01618, whose code (MIT) has the sentences.
@@ -24,7 +24,7 @@ from stable_diffusion.textual_inversion import SEVERAL, SINGLE, check_words, rea
 from stable_diffusion.training_files import TrainingFiles
 from stable_diffusion.training_options import StableDiffusionTrainingOptions, generation_options
 
-MODULE = "textual inversion"  # there is no network module: files say so
+MODULE = "textual inversion"  # recorded in files instead of a network module
 
 _OF_OBJECTS = """
 a photo of a {}; a rendering of a {}; a cropped photo of the {}; the photo of a {}; a photo of a clean {};
@@ -35,7 +35,7 @@ a photo of the clean {}; a rendition of a {}; a photo of a nice {}; a good photo
 a photo of the nice {}; a photo of the small {}; a photo of the weird {}; a photo of the large {};
 a photo of a cool {}; a photo of a small {}
 """
-# two of the nineteen come twice
+# as published: two of the nineteen templates occur twice
 _OF_STYLES = """
 painting; rendering; cropped painting; the painting; clean painting; dirty painting; dark painting; picture;
 cool painting; close-up painting; bright painting; cropped painting; good painting; close-up painting;
@@ -81,7 +81,8 @@ def invert(word: WordToLearn, files: TrainingFiles) -> MadeNetwork:
 def _tokenize(files: TrainingFiles, number: int, text: str) -> list[int]:
     words = files.tokenizers[number]
     ids = words.tokenize(text)
-    return [] if words.end in ids else ids  # it stands for what the vocabulary lacks
+    # the end token also stands for text that is not in the vocabulary
+    return [] if words.end in ids else ids
 
 
 def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str]) -> MadeNetwork:

@@ -1,4 +1,4 @@
-"""Extended textual inversion in the U-Net: each cross-attention is given the states that are meant for it.
+"""Extended textual inversion in the U-Net: give each cross-attention its own text states.
 
 The context of a text holds the states for all cross-attentions, one after the other, in the order of their
 names: the released numbers of the U-Net's blocks, IN01 to OUT11. Source: Voynov et al. 2023, arXiv 2303.09522
@@ -45,7 +45,7 @@ class LayerTexts:
     """Give each cross-attention its own part of the context while a batch is made."""
 
     unet: Any
-    # paths of the transformers around them, in the order of the context; () if all share it
+    # paths of the transformers around the cross-attentions, in the context's order; () if all share it
     paths: Sequence[str]
 
     @contextmanager

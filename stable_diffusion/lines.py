@@ -32,7 +32,7 @@ from stable_diffusion.sampling_options import read_unsharp
 SEEDS = "seeds"
 MULTIPLIERS = "network_mul"
 SEED_BITS = 64
-# bytes of a name, which "_0_1234.png" and, while it is written, the mark of a temporary file come after
+# most bytes of a name: "_0_1234.png" and the suffix of a temporary file are appended to it
 LONGEST_NAME = MAX_OF_NAME - 35
 
 
@@ -92,7 +92,7 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _read_unsharp),
 }
 
-# names of options in lines of the other scripts -> ours
+# option names in prompt lines of the other scripts -> ours
 _LONG_NAMES = {
     "video_size_width": LINE_OPTIONS["w"],
     "video_size_height": LINE_OPTIONS["h"],
@@ -165,14 +165,14 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
 # {2$$a|b|c}          two of them, joined by ", ", in the order in which they are written
 # {1-2$$a|b|c}        one or two of them; {-2$$...} none to two, {2-$$...} two to all
 # {2$$ and $$a|b|c}   joined by " and "
-# {e$$a|b}            each of them in an image of its own; {e$$2$$a|b|c} each pair
-# \{ and \}           braces that stay
+# {e$$a|b}            one image for each choice; {e$$2$$a|b|c}: one for each pair
+# \{ and \}           literal braces
 #
-# Groups may hold groups: the innermost are replaced first.
+# Groups may be nested: the innermost are replaced first.
 JOINER = ", "
 _GROUP = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)\}", re.DOTALL)
 _COUNTS = re.compile(r"(?:(\d{1,9})|(\d{0,9})-(\d{0,9}))\$\$(?:((?:(?!\$\$)[^|])*)\$\$)?")
-_EACH = re.compile(r"[eE]\$\$")
+_EACH = re.compile(r"[eE]\$\$")  # three characters, see `enumerates`
 
 
 def enumerates(text: str) -> bool:
@@ -216,7 +216,7 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
             state = random.getstate()
             group = _read_group(match[1][each.end() :])
             for size in range(group.minimum, group.maximum + 1):
-                for chosen in combinations(group.choices, size):
+                for chosen in combinations(group.choices, size):  # each with the same random numbers
                     random.setstate(state)
                     yield from _expand_groups(before + group.separator.join(chosen) + after, random)
             return
@@ -267,6 +267,7 @@ class Inputs:
         """Return the guides of image `number`: one for each ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
+        # guides come in groups, one guide per ControlNet; images use the groups in turn
         first = number % (len(self.guides) // self.guides_at_once) * self.guides_at_once
         return self.guides[first : first + self.guides_at_once]
 
@@ -313,7 +314,7 @@ def _in_turn(paths: Sequence[Path], number: int) -> Path | None:
 
 @dataclass(frozen=True)
 class Line:
-    """A prompt as it was typed, with options in it."""
+    """A prompt line as the user wrote it, including its options."""
 
     label: str  # in messages: "line 3"
     text: str
@@ -377,7 +378,7 @@ def import_prompter(name: str) -> ModuleType:
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-        except Exception as error:  # it runs any code of its own
+        except Exception as error:  # the module may run arbitrary code
             why = f"{type(error).__name__}: {error}. Correct it, or use --from_file"
             raise OptionError(f"--from_module {name} cannot be imported: {why}") from error
     else:
@@ -423,7 +424,7 @@ def module_lines(
 
     try:
         prompter = module.get_prompter(args, pipe, networks)
-    except Exception as error:  # it runs any code of its own
+    except Exception as error:  # the module may run arbitrary code
         raise failed("get_prompter", error) from error
     if not callable(prompter):
         raise UserError(f"{name}: get_prompter returned no function. Correct the module")
@@ -433,7 +434,7 @@ def module_lines(
         for index in count():
             try:
                 prompts = prompter(args, pipe, random, round_seed, index, count_images())
-            except Exception as error:  # the module runs any code of its own
+            except Exception as error:  # the module may run arbitrary code
                 raise failed("the prompter", error) from error
             if prompts is None:
                 return

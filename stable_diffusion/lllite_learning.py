@@ -29,7 +29,7 @@ from stable_diffusion.lllite_modules import (
 from stable_diffusion.sdxl.options import SdxlLlliteTrainingOptions
 
 CALLED = "ControlNet-LLLite"
-MODULE = "networks.control_net_lllite"  # as other programs call it
+MODULE = "networks.control_net_lllite"  # module name in other programs
 WIDTH, RANK = 32, 64  # sizes of the released files
 WEIGHTS = "--network_weights"
 CPU = torch.device("cpu")
@@ -41,8 +41,8 @@ class TrainedLllite(Lllite):
     def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
         super().__init__(parts, dropout)
         self.multiplier = 1.0
-        # of the present call of the U-Net, and of its blocks that a backward pass computes again: control
-        # images, B 3 H W in -1..1 (None: the U-Net alone), and the strength of a sample
+        # for the current U-Net call, and for blocks that gradient checkpointing recomputes: control images,
+        # B 3 H W in -1..1 (None: the U-Net alone), and the strength for a sample
         self.controls: Tensor | None = None
         self.strength = 1.0
 
@@ -163,7 +163,7 @@ def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
     """Return width and rank, from --network_weights or from the options."""
     path = options.network_weights
     if path is not None:
-        # the check of the training says what is wrong with it
+        # an unusable file is reported by the training's own check
         with contextlib.suppress(UserError, OSError), open_checkpoint(path) as checkpoint:
             part = next(iter(read_lllite(checkpoint, WEIGHTS).config.values()))
             return part.convolutions[-1][0], part.rank

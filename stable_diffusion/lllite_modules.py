@@ -1,11 +1,11 @@
-"""ControlNet-LLLite: small networks that change what single layers of SDXL's U-Net take, after a picture.
+"""ControlNet-LLLite: small networks that change the inputs of single U-Net layers of SDXL by a control image.
 
 A module turns the control picture into tokens of its layer by convolutions whose kernels do not overlap,
 joins them to the layer's input, which it projects down, and projects the result up again:
 
 layer(x + multiplier * up(mid(join(conditioning1(control), down(x)))))
 
-Positive and negative rows are changed alike. Source: the documents and files of kohya-ss/controlnet-lllite.
+Positive and negative rows are changed equally. Source: the documents and files of kohya-ss/controlnet-lllite.
 """
 # Letters: B images, R rows of one call of the U-Net, L tokens, C their width, E width of the embedding
 
@@ -28,7 +28,7 @@ from stable_diffusion.names import SDXL as SDXL_NAMES
 PREFIX = "lllite_unet_"  # then the layer's path in the released files, with "_" for "."
 _OTHER_PREFIX = "lllite_"  # prefix of files for other models than SDXL
 WHAT = "a ControlNet-LLLite for Stable Diffusion XL"
-# parts of the U-Net with modules, by their released names; in each transformer layer these layers have one
+# parts of the U-Net, by released name, that have modules; below, the layers of a transformer that have one
 _BLOCKS = ("input_blocks_4_1", "input_blocks_5_1", "input_blocks_7_1", "input_blocks_8_1", "middle_block_1")
 _LAYERS = ("attn1_to_q", "attn1_to_k", "attn1_to_v", "attn2_to_q")
 # strides of the convolutions, by how often the latents are halved before the layer: pixels to tokens
@@ -226,7 +226,7 @@ def _read_part(checkpoint: Checkpoint, name: str) -> LllitePart:
             if index_text.isdecimal():
                 indices.append(int(index_text))
     kernels = []
-    for index in sorted(indices) or [0]:  # without any, the error names the first one
+    for index in sorted(indices) or [0]:  # if there is none, the error names layer 0
         channels, _, size, _ = shape(f"conditioning1.{index}.weight", (4,))
         kernels.append((channels, size))
     down_shape = shape("down.0.weight", (2, 4))  # rank, in_features, and of a convolution its kernel

@@ -74,7 +74,7 @@ class Lllites:
         guides = BatchGuides(self._uses, OPTION, pictures, width=width, height=height)
         batch = _LlliteBatch(self._uses, guides, self._model.dtype)
         with contextlib.ExitStack() as hooks:
-            # if several change one layer, the last one is applied first
+            # attached in reverse, so that the last LLLite changes a shared layer's input first
             for index, layers in reversed(list(enumerate(self._layers))):
                 for layer, module in layers:
                     hook = layer.register_forward_pre_hook(partial(batch.change_input, index, module))

@@ -116,7 +116,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
 def _set_computation(options: ModelOptions, unet: Any, vae: Any) -> None:
     """Set options that change how networks compute, without changing their weights."""
     if options.xformers or options.diffusers_xformers:
-        unet.set_attn_processor(make_xformers_processor())  # diffusers' own choice else: torch's
+        unet.set_attn_processor(make_xformers_processor())  # otherwise diffusers chooses torch's attention
     if options.diffusers_xformers:
         vae.set_attn_processor(make_xformers_processor())
     if options.opt_channels_last:
@@ -252,7 +252,7 @@ def _check_together(release: OpenedCheckpoint) -> None:
             path,
         )
     text_width = config.get("cross_attention_dim", 1280)
-    width = sum(plan.network.config.dim for plan in release.texts)  # the states of all encoders, side by side
+    width = sum(plan.network.config.dim for plan in release.texts)  # the encoders' states are concatenated
     if text_width != width:
         raise CheckpointError(
             f"--ckpt {path}: its U-Net takes text states of {text_width} numbers, its text encoders give "
@@ -314,6 +314,6 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     try:
         check_backend(AttentionChoice("xformers"), device, lambda: _select_dtype(options), training=True)
     except OptionError as error:
-        # the message names --xformers: show the flag that the user typed
+        # the message names --xformers; replace it by the flag that was given
         flag = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", flag)) from error

@@ -1,7 +1,7 @@
-"""LoRAs and their like in a loaded checkpoint: folded into its weights, or added while it computes.
+"""LoRAs and similar networks: merge them into a checkpoint's weights, or add them at run time.
 
-Strengths can be chosen for each batch, except of files that are folded in for good. Sums are made in float32
-and rounded once to the model's dtype where weights change; added at run time, factors have the model's dtype.
+Each batch can have other strengths, except for files that are merged permanently. Merging adds in float32 and
+rounds once to the model's dtype; at run time the LoRA's matrices have the model's dtype.
 """
 
 import json

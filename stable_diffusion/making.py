@@ -1,4 +1,4 @@
-"""A batch of pictures: texts, start, the denoising loop, pixels."""
+"""Generate a batch of images: encode texts, prepare the start, denoise, decode."""
 # Letters: B images, h w latent size
 
 from collections.abc import Sequence
@@ -39,7 +39,7 @@ class _Texts(NamedTuple):
     """States of a batch's texts, with one entry for each image."""
 
     prompts: list[contract.TextState]
-    negative: list[contract.TextState] | None  # None: nothing is guided away from
+    negative: list[contract.TextState] | None  # None without guidance
     blank: list[contract.TextState] | None  # states of the empty text, for the third pass of --negative_scale
 
 
@@ -56,7 +56,7 @@ class ImageGenerator:
     regions: Regions | None = None  # regions of prompts with several parts
     vision: ImageVectors | None = None
     guides: Guides | None = None
-    keeps_rest: bool = False  # inpainting models too keep exactly what a mask leaves black
+    keeps_rest: bool = False  # whether inpainting models also restore the unmasked area exactly
 
     @cached_property
     def _scheduler(self) -> Any:
@@ -83,7 +83,7 @@ class ImageGenerator:
 
         Args:
             pictures: Images with equal settings.
-            start: What replaces the input images; None keeps them.
+            start: Replacement for the input images; None keeps them.
             wants_images: Whether images are returned instead of latents.
 
         Raises:
@@ -123,7 +123,7 @@ class ImageGenerator:
         sampler = samplers.begin_sampling(
             self._scheduler,
             settings.steps,
-            # all on the CPU: their numbers are the same on every device
+            # on the CPU, so that the numbers are the same on every device
             [torch.Generator().manual_seed(image.seed) for image in pictures],
             samplers.count_left_out(settings.steps, starting.find_strength(pictures[0], start)),
         )
@@ -227,7 +227,8 @@ class ImageGenerator:
         settings = pictures[0].settings
         prompts = [self._split_parts(picture) for picture in pictures]
         avoided = [self._list_avoided(picture) for picture in pictures]
-        # with a mask of regions part i has LoRA i alone, in the negative text too; without one, all LoRAs
+        # with a mask of regions part i is encoded with LoRA i only, also for negative texts; otherwise with
+        # all
         is_regional = settings.parts > 1 and pictures[0].mask is not None
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
@@ -311,7 +312,7 @@ def time_ids(settings: contract.ImageSettings, negative: bool) -> Tensor:
 
 
 def _list_vision_paths(pictures: Sequence[contract.RequestedImage]) -> list[Path]:
-    """Return the image whose CLIP vector each generated image uses. Raises OptionError if one has none."""
+    """Return the input images, whose CLIP vectors are used. Raises OptionError if one is missing."""
     paths = [image.image for image in pictures if image.image is not None]
     if len(paths) < len(pictures):
         raise OptionError(

@@ -12,7 +12,7 @@ from networks.kinds.composing import BY_MODULE, OTHER_MODULES
 from networks.use_options import lora_rounding_option, multipliers_for
 
 NOT_READ = {"networks.boft": "BOFT", "networks.control_net_lllite": "a ControlNet-LLLite"}
-# of known scripts, for files that say themselves what they are; our own modules are read in the same way
+# names that sd-scripts' users pass; all are treated alike, because the file shows its own kind
 KNOWN_MODULES = (
     *BY_MODULE,
     "networks.lora_fa",
@@ -33,7 +33,7 @@ class ControlUse:
     # more than the first next to such an edge; None: it is taken unchanged
     canny: tuple[int, int] | None
     multiplier: float
-    ratio: float  # it acts in steps i of n (from 0) with i / n <= ratio
+    ratio: float  # active in steps i of n (from 0) with i / n <= ratio
 
 
 _MODELS = ("control_net_models", "control_net_lllite_models")

@@ -1,4 +1,4 @@
-"""Attention couple with regional LoRA: each part of a prompt, and its LoRA, acts in a region of its own.
+"""Attention couple with regional LoRA: each part of a prompt, and its LoRA, acts in its own region.
 
 The parts of a prompt are between " AND ". In the cross-attention of the U-Net each part is attended to
 on its own, and the mean of the results is weighted by the regions of the parts; LoRA i's addition is
@@ -25,7 +25,7 @@ from networks.gated_loras import AddedPart
 from stable_diffusion.contract import RequestedImage, TextState, UnetCall, UnetHook
 
 _CHANNELS = 3
-_DARK = 1e-4  # below it, no part has a pixel: they share it
+_DARK = 1e-4  # if the regions of a pixel sum to less, all parts have equal weights there
 
 
 def read_regions(path: Path, parts: int, width: int, height: int, color_codes: int | None = None) -> Tensor:
@@ -250,7 +250,7 @@ class _Batch:
 
     def _limit_features(self, part: int, added: Tensor) -> Tensor:
         """Multiply what the LoRA of a prompt part adds by the mask of its region."""
-        # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of what has no places
+        # added: R C h w of convolutions, R (or P*R) N C of linear layers, R C of layers without positions
         repeats = len(added) // len(self._regions)
         if added.ndim == 2:
             mask = self._means[:, part, None]

@@ -1,4 +1,4 @@
-"""A run of gen_img.py: prompts become pictures and files, batch by batch; the networks are loaded once."""
+"""A run of gen_img.py: load the networks once, then generate and save images batch by batch."""
 
 import logging
 import os
@@ -47,7 +47,7 @@ from stable_diffusion.options import GenImgOptions, ImageOutputOptions
 logger = logging.getLogger(__name__)
 
 
-# Names of the images that are written, and the texts in them.
+# File names of the images, and the metadata in them.
 
 
 @dataclass
@@ -56,9 +56,9 @@ class ImageFiles:
 
     options: ImageOutputOptions
     kind: ModelKind
-    sampler: str  # as it was asked for
+    sampler: str  # value of --sampler
     now: Callable[[], datetime] = datetime.now
-    _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by what stands before it
+    _last: dict[str, int] = field(default_factory=dict)  # number of the last file, by name prefix
 
     def save(self, picture: RequestedImage, image: Image, digit: str, number: int) -> Path:
         """Write an image under an unused name, completely or not at all.
@@ -110,7 +110,7 @@ class ImageFiles:
         if picture.file_name is not None:
             return _named(picture.file_name.removesuffix(".png"), digit)
         if self.options.use_original_file_name and picture.image is not None:
-            # without control codes, cut to the most bytes that --f may have
+            # without control codes, cut to the maximum number of bytes of --f
             stem = replace_control_codes(picture.image.stem).encode("utf-8")[:LONGEST_NAME]
             return _named(stem.decode("utf-8", "ignore"), digit)
         if self.options.sequential_file_name:

@@ -1,4 +1,4 @@
-"""Samplers: diffusers' schedulers as solvers of the loop; and calls of the U-Net, with guidance."""
+"""Samplers (diffusers' schedulers as solvers of the denoising loop), U-Net calls and guidance."""
 
 # Letters: B images, R rows of one call: B for each pass, L tokens, C width, h w latent size
 
@@ -22,7 +22,7 @@ from stable_diffusion.contract import Model, TextState, UnetCall, UnetHook
 from stable_diffusion.diffusers_parts import rescale_zero_terminal_snr, scheduler_class
 from stable_diffusion.sampling_options import TRAINED_STEPS
 
-# how all models of Stable Diffusion were trained
+# noise schedule that all Stable Diffusion models were trained with
 TRAINED: Mapping[str, Any] = {
     "num_train_timesteps": TRAINED_STEPS,
     "beta_start": 0.00085,
@@ -30,7 +30,7 @@ TRAINED: Mapping[str, Any] = {
     "beta_schedule": "scaled_linear",
 }
 LMS = "lms_discrete.LMSDiscreteScheduler"
-# file and class of diffusers, with what differs from its defaults
+# sampler -> module and class in diffusers, and the settings that differ from the class's defaults
 _SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "ddim": ("ddim.DDIMScheduler", {}),
     "pndm": ("pndm.PNDMScheduler", {}),
@@ -46,7 +46,7 @@ _SCHEDULERS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         {"algorithm_type": "dpmsolver", "final_sigmas_type": "sigma_min"},
     ),
     "dpmsolver++": ("dpmsolver_multistep.DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++"}),
-    # the class turns it on by itself, and says so in its log
+    # the class would turn this on by itself and log a message
     "dpmsingle": ("dpmsolver_singlestep.DPMSolverSinglestepScheduler", {"lower_order_final": True}),
 }
 
@@ -126,7 +126,7 @@ def _make_zero_snr_betas() -> list[float]:
 
 
 MIN_SHARE = 2**-24  # squared fraction of data at the last timestep
-MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # place in the schedule, velocity, sample -> next sample
+MakeStep = Callable[[int, Tensor, Tensor], Tensor]  # index, velocity, sample -> next sample
 
 
 @dataclass
@@ -229,7 +229,7 @@ def begin_sampling(
         # its Runge-Kutta steps only work from pure noise; diffusers' inpainting leaves them out too
         scheduler.register_to_config(skip_prk_steps=num_skipped is not None)
     with _no_warnings_to_developers():
-        scheduler.set_timesteps(steps, device="cpu")  # there, so that no step waits for the device
+        scheduler.set_timesteps(steps, device="cpu")  # CPU: no step waits for the device
     if num_skipped == steps:
         return SchedulerSolver(scheduler, generators, len(scheduler.timesteps))
     first = (num_skipped or 0) * int(scheduler.order)
@@ -246,10 +246,10 @@ class ScaledSolver:
     """
 
     solver: SchedulerSolver
-    sample: Tensor  # 1 4 1 h w, as the scheduler has it
+    sample: Tensor  # 1 4 1 h w, not scaled for the U-Net
     noise: Tensor  # 1 4 1 h w, of standard deviation 1
     predicts_v: bool = False
-    from_noise: bool = False  # whether an image is not in the start latents, which are noise alone
+    from_noise: bool = False  # whether the start latents are pure noise, without an image
 
     @property
     def schedule(self) -> Schedule:
@@ -286,7 +286,7 @@ class ScaledSolver:
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Return the next sample, scaled for the U-Net; after the last step, the result."""
-        del sample  # as it was seen
+        del sample  # scaled for the U-Net; the scheduler needs the unscaled one
         self.sample = self.solver.step(index, velocity, self.sample.to(velocity.device))
         return self.seen(index + 1) if index + 1 < self.schedule.num_steps else self.sample
 

@@ -11,10 +11,10 @@ SAMPLERS = (
     "dpmsolver", "dpmsolver++", "dpmsingle",
     "k_lms", "k_euler", "k_euler_a", "k_dpm_2", "k_dpm_2_a",
 )  # fmt: skip
-TRAINED_STEPS = 1000  # timesteps that all models know
-MAX_STEPS = TRAINED_STEPS - 1  # as the lowest timestep is 1, one more would begin beyond the last one
+TRAINED_STEPS = 1000  # number of timesteps that all models were trained with
+MAX_STEPS = TRAINED_STEPS - 1  # timesteps start at 1, so one more step would exceed the last timestep
 PNDM_STEPS = 4  # Runge-Kutta steps that pndm begins with, from noise
-LARGEST_SIDE = 16384  # pixels; no memory holds more
+LARGEST_SIDE = 16384  # pixels; larger images do not fit in any memory
 DEFAULT_STRENGTH = 0.8  # default strength of image to image
 STEPS_HINT = f"the models know {TRAINED_STEPS} timesteps"
 STRENGTH_HINT = "0 keeps the picture, 1 replaces it"

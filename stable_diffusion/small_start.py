@@ -1,4 +1,4 @@
-"""Pictures that begin small: Deep Shrink, and at the end of this file Gradual Latent.
+"""Start denoising at a smaller size: Deep Shrink, and at the end of this file Gradual Latent.
 
 Deep Shrink makes the U-Net's inner features smaller early in denoising, so that the composition of a large
 picture is made at a size that the model knows. Source: kohya-ss, "Deep Shrink", 2023. Depths count the
@@ -107,14 +107,14 @@ def resize_like(features: Tensor, size: Size) -> Tensor:
 
 @dataclass(eq=False)
 class _Shrinking:
-    """An `Idea` that decides before each call whether Deep Shrink's hooks in the U-Net are active."""
+    """A `UnetHook` that decides before each call whether Deep Shrink's hooks in the U-Net are active."""
 
     shrink: DeepShrinkOptions
     blocks: Sequence[nn.Module]
-    depth: int | None = None  # where features are made smaller in this call
+    depth: int | None = None  # depth at which features are made smaller in this call; None for nowhere
     has_acted: bool = False
     size: Size = (0, 0)  # size of the sample
-    # of the skips that the running output block takes, in the order in which it takes them
+    # sizes of the skips that the running output block takes, in order of use
     skips: list[Size] = field(default_factory=list)
 
     def __call__(self, call: UnetCall) -> UnetCall:
@@ -206,8 +206,8 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
 
 # Gradual Latent: denoising begins with small latents, which grow on the way, with the sampler euler_a.
 #
-# A step that makes them grow resizes what it begins with and what the U-Net says of it; Euler's step and the
-# fresh noise are those of the new size. An unsharp mask may make up for the blur of resizing. Source:
+# A step that enlarges the latents resizes its sample and the U-Net's output; Euler's step and the fresh noise
+# then have the new size. An unsharp mask can compensate for the blur of resizing. Source:
 # kohya-ss, "Gradual Latent", 2023; the steps: Karras et al. 2022, arXiv 2206.00364, in the ancestral form of
 # k-diffusion.
 SAMPLERS = ("euler_a", "k_euler_a")

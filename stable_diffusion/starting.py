@@ -1,7 +1,7 @@
-"""Start of denoising: noise, a picture with noise, or a picture to repaint under a mask.
+"""Start of denoising: noise, a noisy image, or an image to repaint under a mask.
 
-A picture's generator is drawn from in the order of diffusers' pipelines: the posterior of its input picture,
-the start noise, the posterior of the unmasked input; then come the steps.
+An image's generator draws in the order of diffusers' pipelines: the posterior of the input image, the start
+noise, the posterior of the masked image, then the noise of the steps.
 """
 
 # Letters: B images, h w latent size, H W in pixels: 8 times as much
@@ -23,11 +23,11 @@ from stable_diffusion.contract import ImageSettings, Model, RequestedImage, Seco
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
 
-# Start noise that is changed for some pictures: pyramid noise and noise offset (--pyramid_noise_prob,
+# Changes to the start noise of some images: pyramid noise and noise offset (--pyramid_noise_prob,
 # --noise_offset_prob).
 #
-# All numbers come from the image's own generator, and none is drawn by what is not asked for, so that a
-# image depends neither on its batch nor on these options if they are left out.
+# All numbers come from the image's own generator, and options that are off draw none. So an image does not
+# depend on its batch, and these options change nothing if they are left out.
 LEVELS = 6  # maximum number of levels of pyramid noise, as in training with it
 # each level is smaller than the one before by a factor that is drawn between these
 MIN_STEP, MAX_STEP = 2.0, 4.0
@@ -90,7 +90,7 @@ def _draw(shape: tuple[int, ...], like: Tensor, generator: torch.Generator) -> T
     return drawn.to(like.device, like.dtype)
 
 
-# Inpainting: what the mask leaves black is put back after each step, as noisy as the rest is then.
+# Inpainting: after each step the unmasked (black) area is restored at the current noise level.
 def mask_pixels(mask: Image.Image, width: int, height: int) -> Tensor:
     """Return a mask resized to a size, 1 1 H W: 1 (repaint) from half gray on, else 0, as in diffusers."""
     gray = fit(mask.convert("RGB"), width, height).convert("L")
@@ -112,7 +112,7 @@ class Inpainting:
     sampler: SchedulerSolver
     original: Tensor  # B 4 h w, scaled as the U-Net sees them
     noise: Tensor  # B 4 h w, the start noise
-    mask: Tensor  # B 1 h w; 1 is painted anew
+    mask: Tensor  # B 1 h w; 1 is repainted
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Take a step, then restore what lies outside the mask."""
@@ -130,7 +130,7 @@ CHANNELS = 4  # number of latent channels
 class Beginning:
     """Start latents of the loop, and the sampler to use with them."""
 
-    latents: Tensor  # B 4 1 h w, float32, as the sampler wants them at its first step
+    latents: Tensor  # B 4 1 h w, float32, the sampler's input at its first step
     sampler: SchedulerSolver
     inpainting: Tensor | None = None  # see `UnetPasses`
 
@@ -195,7 +195,7 @@ def begin(
     if find_strength(pictures[0], start) is None:
         return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
     is_painted = is_masked(pictures[0])
-    # the first step of inpainting at full strength is noise alone
+    # inpainting at full strength starts from pure noise
     from_noise = is_painted and settings.strength == 1
     pixels = _start_pixels(pictures, start)
     clean: Tensor | None = None
@@ -217,7 +217,7 @@ def begin(
         return Beginning(latents, sampler)
     masks = _read_masks(pictures)
     small = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)  # B 1 h w: the upper left pixel of each square
-    # drawn whether the U-Net sees it or not, as in diffusers' pipeline: the steps' noise comes after it
+    # drawn even if the U-Net does not take it, so that the steps' noise is that of diffusers' pipeline
     unmasked = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
     inputs = None
     if model.is_inpainting:
@@ -250,7 +250,7 @@ def _read_masks(pictures: Sequence[RequestedImage]) -> Tensor:
 # Images to latents and back, by the autoencoder of a model. Pixels are B 3 H W, -1..1.
 logger = logging.getLogger(__name__)
 
-STRIDE = 8  # pixels of one latent
+STRIDE = 8  # pixels per latent, in each direction
 
 
 def latent_size(settings: ImageSettings) -> tuple[int, int]:

@@ -1,7 +1,7 @@
-"""Encode prompts: weights, chunks, states side by side, the pooled state, or a picture's in its place.
+"""Encode prompts: weights, chunks, concatenated states, and the pooled state or an image vector instead.
 
-Each text is encoded by itself, all of its chunks in one pass of each encoder, so that its state depends on
-no other text. States are remembered, as most pictures share their negative prompt.
+Each text is encoded alone, with all of its chunks in one pass of each encoder, so that its state depends on
+no other text. States are cached, because most images have the same negative prompt.
 """
 
 # Letters: K chunks of a text, L = 75 K + 2 states of it, C width
@@ -38,7 +38,7 @@ from stable_diffusion.textual_inversion import (
 logger = logging.getLogger(__name__)
 
 _LOADER = "gen_img.py loads one by --textual_inversion_embeddings FILE"
-REMEMBERED = 64  # texts; one of SDXL with one chunk takes 0.6 MB in float32
+REMEMBERED = 64  # cached texts; an SDXL text of one chunk takes 0.6 MB in float32
 SHOWN = 200  # characters of a text in a warning
 
 
@@ -102,7 +102,7 @@ class Texts:
     @torch.no_grad()
     def _encode(self, text: str, count: int, networks: Hashable) -> TextState:
         """Encode a text in `count` chunks with all towers; their states are concatenated."""
-        del networks  # a key of what is remembered
+        del networks  # only part of the cache's key
         contexts: list[Tensor] = []
         pooled = None
         for tower, layer, chunks in zip(self._towers, self._layers, self._chunks_of(text), strict=True):
@@ -127,7 +127,7 @@ class Texts:
         device = tower.network.device
         ends: Tensor | None = None
         if is_pooled and tower is self._towers[-1]:
-            # the end of each chunk's text, unless it writes <|endoftext|> itself
+            # index of each chunk's end token; an earlier one if the text itself contains <|endoftext|>
             ends = torch.tensor([row.index(tower.end) for row in rows]).to(device)
         states, pooled = tower.network.states(
             torch.cat(ids).to(device),
@@ -302,7 +302,7 @@ OPTION = "--clip_vision_strength"
 FOLDER = "laion_CLIP-ViT-bigG-14-laion2B-39B-b160k"  # in --tokenizer_cache_dir
 REPOSITORY = "laion/CLIP-ViT-bigG-14-laion2B-39B-b160k"
 RELEASE = f"the files config.json and model*.safetensors of {REPOSITORY}"
-_NAMES = (  # of the file; the folder may hold other models, and the same one for other programs
+_NAMES = (  # names of the file; the folder may also contain other models
     "model.safetensors.index.json",
     "model.safetensors",
     "model.fp16.safetensors",

@@ -49,7 +49,7 @@ class TextPlan:
     """Plan for loading one text encoder."""
 
     network: LoadPlan[ClipTextConfig]
-    is_open_clip: bool  # else CLIP-L
+    is_open_clip: bool  # False: CLIP-L
 
 
 def read_texts(checkpoint: Checkpoint, kind: ModelKind) -> tuple[TextPlan, ...]:

@@ -2,7 +2,7 @@
 
 The name of a file, without its ending, is the word for all of its vectors; with 1, 2, ... appended, it is the
 word for one of the vectors after the first. Words are found in any case, but not inside of other words.
-LoRA files may bring words along, which act as those of files do, at any strength of the LoRA.
+LoRA files may contain words too, which act like other words at any strength of the LoRA.
 Extended textual inversion (--XTI_embeddings) has another vector for each cross-attention of the U-Net.
 Sources: Gal et al. 2022, arXiv 2208.01618; Voynov et al. 2023, arXiv 2303.09522 (P+).
 """
@@ -134,7 +134,7 @@ def add_words(
         return tuple(towers)
     check_words(words, [tower.network.embeddings.token_embedding.embedding_dim for tower in towers], kind)
     for word in words:
-        # other programs let a LoRA's own words take the place of known ones
+        # words in LoRA files may replace known tokens, as in other programs
         if not word.is_bundled and any(len(tower.tokenize(word.word)) == 1 for tower in towers):
             raise CheckpointError(
                 f"{word.option} {word.path}: {word.word} is a word that the text encoder knows already. "
@@ -142,7 +142,7 @@ def add_words(
                 word.path,
             )
     for word in words:
-        if not word.is_bundled:  # `read_bundled` tells the others
+        if not word.is_bundled:  # `read_bundled` has logged the others
             logger.info("textual inversion: %s (%d vectors)", word.word, _count(word))
     return tuple(_learn(tower, words, index) for index, tower in enumerate(towers))
 
@@ -158,8 +158,8 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
     embeddings = tower.network.embeddings
     ids = list_ids(words, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = add_rows(embeddings.token_embedding, words, index)
-    # a word of --XTI_embeddings has as many vectors for each cross-attention, one layer after the other:
-    # the stride leads from a vector's row to that for the next cross-attention
+    # a word of --XTI_embeddings has the same number of vectors for each cross-attention, stored layer by
+    # layer; the stride is the distance from a vector's row to the row for the next cross-attention
     strides = torch.zeros(embeddings.token_embedding.num_embeddings, dtype=torch.int64)
     for word in words:
         if word.layers > 1:
@@ -196,7 +196,7 @@ def with_words(
     tokenize: Callable[[str], list[int]], words: Mapping[str, Sequence[int]]
 ) -> Callable[[str], list[int]]:
     """Return a tokenizer that maps `words` to their ids and leaves the text between them to `tokenize`."""
-    names = sorted(words, key=len, reverse=True)  # the longest of those that begin alike
+    names = sorted(words, key=len, reverse=True)  # longest first: one word may be a prefix of another
     ids = [list(words[name]) for name in names]
     pattern = compile_words(names)
 
@@ -205,7 +205,7 @@ def with_words(
         position = 0
         for match in pattern.finditer(text):
             tokens += tokenize(text[position : match.start()])
-            assert match.lastindex is not None
+            assert match.lastindex is not None  # each word is one group of the pattern
             tokens += ids[match.lastindex - 1]
             position = match.end()
         return tokens + tokenize(text[position:])
@@ -265,6 +265,7 @@ def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
     content = read_embedding(path, XTI_OPTION)
     tensors = {name: content[name] for name in layers if isinstance(content.get(name), Tensor)}
     if tensors.keys() != content.keys() or len(tensors) != len(layers):
+        # missing layers, or if there are none, unexpected tensors
         strange = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
         raise _reject_extended(path, XTI_OPTION, f"{shorten(strange[0], 60)} is missing or strange")
     vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
@@ -292,7 +293,7 @@ def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors for each text encoder, in order, and the word in the file (None: it has none)."""
+    """Return the vectors by tensor name, in the order of the text encoders, and the file's word or None."""
     inner = content.get(TABLE)
     if isinstance(inner, Mapping):
         embeddings = list_tensors(inner)  # placeholder -> vectors; usually the placeholder is "*", no word

@@ -4,7 +4,7 @@ Tokenizers are in --tokenizer_cache_dir, in the checkpoint's folder, or on the h
 
 OpenCLIP and CLIP-L have the same vocabulary, so the files of either serve for both. They differ in padding:
 CLIP-L pads with its end token, OpenCLIP with token 0 ("!" in its released settings). This is not read from
-the files, because some copies of OpenCLIP's do not say it.
+the files, because some copies of OpenCLIP's files lack it.
 """
 
 import logging
@@ -161,8 +161,8 @@ def _download(files: TokenizerFiles, cache: Path | None, checkpoint: Path) -> Pa
 # Read the weights in a prompt: `a (red:1.4) [old] car`, and where BREAK begins a new chunk of tokens.
 #
 # `(x)` weighs 1.1, `[x]` 1 / 1.1, `(x:1.3)` 1.3; nested weights multiply. `\( \) \[ \] \\` are the
-# characters themselves. Brackets that are open at the end are closed there; those that close nothing are
-# plain text. Round and square brackets are paired apart from each other.
+# characters themselves. Unclosed brackets are closed at the end; unmatched closing
+# brackets are plain text. Round and square brackets are matched separately.
 DEFAULT = {"(": 1.1, "[": 1 / 1.1}  # weights of (x) and [x]
 MAX_WEIGHT = 1000.0  # larger products would overflow float16
 _MARKS = re.compile(
@@ -179,7 +179,7 @@ class Part:
 
     text: str
     weight: float = 1.0
-    begins_chunk: bool = False  # BREAK stands in front of it
+    begins_chunk: bool = False  # whether BREAK precedes it
 
 
 @dataclass
@@ -256,7 +256,7 @@ def _bounded(weight: float) -> float:
 
 
 SIZE = 75  # tokens of a chunk
-Tokenize = Callable[[str], list[int]]  # however many, without start and end
+Tokenize = Callable[[str], list[int]]  # any number of ids, without start and end token
 
 
 @dataclass(frozen=True)
@@ -287,7 +287,7 @@ def cut_into_chunks(parts: Sequence[Part], tokenize: Tokenize) -> list[Chunk]:
                 ids, weights = [], []
             ids.append(token)
             weights.append(part.weight)
-    if ids or not chunks:  # not if only blanks come after the last BREAK
+    if ids or not chunks:  # no empty chunk if only blanks follow the last BREAK
         chunks.append(Chunk(tuple(ids), tuple(weights)))
     return chunks
 
@@ -297,7 +297,7 @@ def cut_text(parts: Sequence[Part], tokenize: Tokenize, maximum: int) -> str:
     words: list[Part] = []
     begins_chunk = False
     for part in parts:
-        begins_chunk = begins_chunk or part.begins_chunk  # blanks may stand between BREAK and its word
+        begins_chunk = begins_chunk or part.begins_chunk  # a part may be blank
         for word in part.text.split():
             words.append(Part(word, begins_chunk=begins_chunk))
             begins_chunk = False

@@ -1,10 +1,10 @@
-"""The text encoders of a checkpoint as training and its caches use them: each caption gives states of tokens.
+"""The text encoders of a checkpoint for training and caching: they turn a caption into token states.
 
-A caption is cut behind 75 n tokens and filled up to them, in n chunks between start and end token. The states
-of its chunks are joined: start of the first, the 75 of each, the last of the last. The pooled state of SDXL's
-second encoder is that of the first end token of the first chunk. Prompts of a training's samples are read as
-gen_img.py reads them: brackets are weights, BREAK begins a chunk, and no more chunks are filled than the
-prompt or the negative one takes. A LoRA goes into the linear layers of `encoder.layers`.
+A caption is cut or padded to 75 n tokens, in n chunks between start and end token. The states of its chunks
+are concatenated: the start state of the first, 75 of each, the end state of the last. The pooled state of
+SDXL's second encoder is that of the first end token of the first chunk. Sample prompts are parsed as in
+gen_img.py: brackets set weights, BREAK begins a chunk, and there are only as many chunks as the longer
+of prompt and negative prompt needs. LoRAs are attached to the linear layers of `encoder.layers`.
 """
 # Letters: B captions, K chunks, C width
 
@@ -55,7 +55,7 @@ from stable_diffusion.tokenizers import (
 from stable_diffusion.training_files import TrainingFiles
 
 STATES, STATES_1, STATES_2, POOLED = "hidden_state", "hidden_state1", "hidden_state2", "pool2"  # in caches
-WEIGHING = TextOptions.usual().emb_normalize_mode  # what weights leave unchanged, as gen_img.py has it
+WEIGHING = TextOptions.usual().emb_normalize_mode  # rescaling of weighted states; gen_img.py's default
 # keys of each encoder's states in caches, by the number of encoders of a model
 _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES_2, POOLED}))}
 
@@ -66,19 +66,19 @@ class LoadedWords:
 
     words: ClipWords
     pad: int
-    layer: int  # whose states are used, from the end
+    layer: int  # layer whose states are used, counted from the end
 
 
 @dataclass(frozen=True)
 class LearningTexts:
     """How a training treats text encoders and captions."""
 
-    dtypes: Mapping[str, torch.dtype]  # to load those in that learn, by name
+    dtypes: Mapping[str, torch.dtype]  # dtype of each trained encoder, by name
     # whether captions are padded to whole chunks; else to the longest caption of a batch
     fills_captions: bool = True
     word: NewWord | None = None  # the word that is trained
-    # cross-attentions of the U-Net, for each of which the word has vectors of its own: paths of the
-    # transformers around them, by their names in files; {}: it has the same for all
+    # for a word with separate vectors for each cross-attention of the U-Net: paths of the transformers
+    # around the cross-attentions, by their names in files; {} if all use the same vectors
     layers: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -121,7 +121,7 @@ class TowerEncoder:
         self._dtype = files.dtype
         self._fills = True  # whether captions are padded to whole chunks
         self._word = None if learning is None else learning.word
-        self._copies = 1 if learning is None else max(len(learning.layers), 1)  # of a text's states
+        self._copies = 1 if learning is None else max(len(learning.layers), 1)  # copies of a text's states
         self._bundled = bundled
         if learning is not None:
             self._dtype = learning.dtypes.get(self.name, files.dtype)
@@ -268,7 +268,7 @@ class TowerEncoder:
             are_open_clip = [text.is_open_clip for text in release.texts]
             vocabulary = release.texts[self._number].network.config.vocabulary
         cache_dir = self.files.tokenizer_cache_dir
-        with quiet():  # the log names them when the encoder is loaded
+        with quiet():  # the words are logged when the encoder is loaded
             found = tokenizers.find_tokenizers(cache_dir, self.files.path, are_open_clip)
         return self._teach(found[self._number], vocabulary)
 
@@ -298,7 +298,7 @@ class TowerEncoder:
                 joined = join_chunks(copy[first_row : first_row + num_chunks])
                 copies.append(weigh_states(joined, weights_of(chunks), WEIGHING)[:length])
             conditions = {states_key: torch.cat(copies).cpu()}
-            if pooled is not None:  # of the first chunk
+            if pooled is not None:  # only the first chunk's pooled state is used
                 conditions[POOLED] = pooled[first_row].cpu().clone()
             results.append(conditions)
         return results

@@ -72,14 +72,14 @@ class UnetInput(Enum):
 class TrainingFiles:
     """Paths and dtypes of a training or of its caches."""
 
-    kinds: tuple[ModelKind, ...]  # that the script takes; the first one's VAE may stand alone
+    kinds: tuple[ModelKind, ...]  # kinds that the script accepts; a VAE without a checkpoint is of the first
     ckpt: Path | None = None
     vae: Path | None = None
     tokenizer_cache_dir: Path | None = None
     says_v2: bool = False  # --v2
     says_v: bool = False  # --v_parameterization
     dtype: torch.dtype = torch.float32  # dtype of the U-Net and the text encoders
-    # kind -> script for it, with its verb, for a checkpoint of another kind
+    # kind -> text with the script for it; error messages for a checkpoint of another kind suggest it
     scripts: Mapping[ModelKind, str] = field(default_factory=lambda: TRAINED_BY)
     unet_input: UnetInput = UnetInput.ANY
 
@@ -442,8 +442,8 @@ def unet_spec(config: Mapping[str, Any]) -> DitSpec:
             ("attn1.to_q", "attn1.to_k", "attn1.to_v"),
             ("attn2.to_k", "attn2.to_v"),
         ),
-        # up to ten, of which the activations would be there at once; a norm and two projections around them,
-        # which are kept, are half of the kernels of a transformer of one layer
+        # recompute the blocks of a transformer, up to ten of them; its norm and projections, which launch
+        # half of the kernels of a transformer with one block, keep their activations
         recomputed_list="transformer_blocks",
         lora_lists=("down_blocks", "mid_block", "up_blocks"),
         with_convolutions=(".resnets.", ".downsamplers.", ".upsamplers."),

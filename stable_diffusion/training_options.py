@@ -9,8 +9,9 @@ from modules.options import FREE, HABIT, IDENTITY, OF_SAMPLES, Options, not_need
 from stable_diffusion.sampling_options import SAMPLERS
 
 CKPT = "--pretrained_model_name_or_path"
-SHOWN_AS = {"--ckpt": CKPT}  # gen_img.py's name, which messages about checkpoints have
-# messages about files of ControlNets have gen_img.py's name too
+# messages about checkpoints name gen_img.py's option; the trainers' option is shown instead
+SHOWN_AS = {"--ckpt": CKPT}
+# likewise for files of ControlNets
 SHOWN_AS_CONTROL_NET = {**SHOWN_AS, "--control_net_models": "--controlnet_model_name_or_path"}
 CKPT_HELP = "checkpoint: a single file, a folder in the layout of diffusers, or owner/name of the hub"
 VAE_HELP = "another VAE than that of the checkpoint: a single file, or a folder in the layout of diffusers"
@@ -209,7 +210,7 @@ def generation_options(options: StableDiffusionTrainingOptions, sample: Mapping[
         "--ckpt": options.ckpt or FillIn("CHECKPOINT"),
         "--vae": options.vae,
         "--tokenizer_cache_dir": options.tokenizer_cache_dir,
-        # as samples: in float32 the U-Net is twice as large
+        # like the training's samples; float32 would double the U-Net's size
         "--fp16": options.mixed_precision == "fp16",
         "--bf16": options.mixed_precision == "bf16",
         "--v_parameterization": options.v_parameterization,

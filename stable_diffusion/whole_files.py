@@ -1,8 +1,8 @@
-"""Write a whole checkpoint after a training: what was trained from the networks, all else from the source.
+"""Write a full checkpoint: trained tensors from the networks, all others from the source file.
 
 A file has the tensor names and dtypes of the one that was trained, and its frozen parts are copied byte by
-byte: so the VAE is that of the source, also if latents were made with another one. What was trained from a
-folder in diffusers' layout becomes one file with the names of the released ones.
+byte, so the VAE is the source's even if latents were made with another one. A model that was trained from a
+folder in diffusers' layout becomes one file with the released names.
 """
 
 import logging
@@ -37,9 +37,9 @@ from stable_diffusion.training_files import FIRST_LAYER, TrainingFiles, count_la
 
 logger = logging.getLogger(__name__)
 
-NETWORKS = (UNET, VAE, CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT)  # beginnings of the names of their tensors
+NETWORKS = (UNET, VAE, CLIP_L, OPEN_CLIP, SD1_TEXT, SD2_TEXT)  # prefixes of tensor names
 VAE_PART = "vae"
-Plans = Mapping[str, LoadPlan[Any]]  # by the names of networks
+Plans = Mapping[str, LoadPlan[Any]]  # by network name
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class PartTensor:
 
     network: str  # DIT, or the name of a text encoder or the VAE
     weights: Sequence[str]  # names of its weights, in their order in the tensor
-    info: TensorInfo  # in the source
+    info: TensorInfo  # dtype and shape in the source
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,12 +58,12 @@ class CheckpointFiles:
     The source file stays open, so that it may be deleted meanwhile.
     """
 
-    networks: Mapping[str, nn.Module]  # that learn
-    parts: Mapping[str, PartTensor]  # by the names in the file: all that learns, and parts of a folder
+    networks: Mapping[str, nn.Module]  # trained networks, by name
+    parts: Mapping[str, PartTensor]  # by name in the file: trained tensors, and those from a folder
     plans: Plans = field(default_factory=dict)  # load plans of a folder's networks
     source: Checkpoint | None = None  # a single file
     opened: ExitStack | None = None  # keeps the files of the plans open
-    marks: Sequence[str] = ()  # names of empty tensors, by which a file says what its model predicts
+    marks: Sequence[str] = ()  # names of empty tensors that record what the model predicts
     keep_tokenizer: Callable[[Path], None] = lambda _: None  # puts a tokenizer next to a file
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:

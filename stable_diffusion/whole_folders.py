@@ -1,7 +1,7 @@
 """Write a whole checkpoint as a folder in diffusers' layout, which its pipelines and `loading.py` open.
 
-Networks that learned are written from their weights, the others with the values of the source. All files are
-safetensors and JSON.
+Trained networks are written from memory, frozen ones with the values of the source. All files are safetensors
+and JSON.
 """
 
 import json
@@ -37,10 +37,10 @@ from stable_diffusion.whole_files import VAE_PART, Plans, list_plans, list_weigh
 _UNET_FOLDER = "unet"
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _TEXT_WEIGHTS = "model.safetensors"
-_METADATA = {"format": "pt"}  # without it transformers refuses a file
+_METADATA = {"format": "pt"}  # transformers rejects a file without it
 _INDEX = "model_index.json"
 _SCHEDULE = "scheduler/scheduler_config.json"
-# as released; gen_img.py has samplers of its own
+# schedulers of the released models; gen_img.py uses its own samplers
 _SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
     "sd1": {
         "_class_name": "PNDMScheduler",
@@ -63,7 +63,8 @@ _NOISE = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
-# PNDM cannot start from noise alone. Source: Lin et al. 2023, arXiv 2305.08891
+# other settings for zero terminal SNR, because PNDM cannot start from pure noise. Source: Lin et al. 2023,
+# arXiv 2305.08891
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
@@ -71,18 +72,18 @@ _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 class NetworkFile:
     """The file of one network."""
 
-    name: str  # in the folder
-    weights: Mapping[str, str]  # name in the file -> of our network
-    infos: Mapping[str, TensorInfo]  # by the names in the file, in the source
+    name: str  # its path in the folder
+    weights: Mapping[str, str]  # name in the file -> name in our network
+    infos: Mapping[str, TensorInfo]  # dtype and shape in the source, by the name in the file
 
 
 @dataclass(frozen=True, eq=False)
 class FolderWriter:
-    """Writes folders of one training. The source stays open, in case it is deleted meanwhile."""
+    """Writes the checkpoint folders of a training. The source stays open, in case it is deleted meanwhile."""
 
-    networks: Mapping[str, nn.Module]  # that learn
+    networks: Mapping[str, nn.Module]  # trained networks, by name
     plans: Plans
-    files: Mapping[str, NetworkFile]  # by the names of networks
+    files: Mapping[str, NetworkFile]  # by network name
     texts: Mapping[str, bytes]  # content of all other files, by their names in the folder
     opened: ExitStack  # keeps the files of the plans open
     form: SavedForm  # form of each network's file
@@ -190,7 +191,7 @@ def _text_name(weight: str) -> str:
     return weight if weight == PROJECTION else published_parameter(weight)
 
 
-# All but the weights
+# Files other than weights
 
 
 def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Marks) -> dict[str, bytes]:

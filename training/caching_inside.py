@@ -60,7 +60,7 @@ from training.options import TrainingOptions
 
 logger = logging.getLogger(__name__)
 
-SENT_AT_ONCE = 64  # entries that a process gives to the others: all at once would be there twice
+SENT_AT_ONCE = 64  # cache entries per exchange between processes: a copy of all would double the memory
 
 
 class Where(Enum):
@@ -126,7 +126,7 @@ def prepare_sources(
     plans = plan_tables(family, config, options, () if texts is None else texts.keys, needs=needs)
     stores = open_stores(family, plans)
     if options is not None:
-        with quiet() if NO_DATASET in needs else nullcontext():  # of a dataset that nobody gave
+        with quiet() if NO_DATASET in needs else nullcontext():  # such a dataset is a placeholder
             _fill(family, config, plans, options=options, device=device, stores=stores)
     # each process has encoded a part of the items: their caches in memory are exchanged
     memory_stores = [
@@ -226,13 +226,13 @@ def plan_tables(
     texts = Where.LIVE if live and family.text_keys.issubset(live) else Where.OWN
     if texts is Where.OWN and options is not None and options.caches_texts:
         texts = Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
-    if LIVE_MEDIA in needs:  # what asks for it has rejected --cache_latents
+    if LIVE_MEDIA in needs:  # the feature that needs it has already rejected --cache_latents
         return [TablePlan(table, Where.LIVE, texts) for table in config.datasets]
     return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
 
 
 def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions | None) -> Where:
-    """Return where the latents of a table come from: caches of ours, npz files, memory, or encoded live."""
+    """Return where the latents of a table come from."""
     if table.augmentation.varying_keys:
         if options is not None and options.caches_latents:
             raise DatasetError(
@@ -244,6 +244,7 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
         return Where.OWN
     if options.caches_latents:
         return Where.NPZ if options.cache_latents_to_disk else Where.MEMORY
+    # without any option, existing caches are used; if there are none, latents are encoded into memory
     names = open_store(table, npz_names(family)).names()
     has_own = any(parse_latent_name(name, family.cache_tag, table.kind) is not None for name in names)
     return Where.OWN if has_own else Where.MEMORY
@@ -261,14 +262,14 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
     """Return the stores that hold the latents and the texts of a table."""
     table = plan.table
 
-    def place(where: Where) -> CacheStore:
+    def open_planned(where: Where) -> CacheStore:
         if where is Where.OWN:
             return open_store(table, names)
         if where is Where.NPZ:
             return open_shared(table, names, "npz", table.picture_folder)
-        return MemoryStore(table.cache_directory)  # empty: everything is encoded at each step
+        return MemoryStore(table.cache_directory)  # with `Where.LIVE` it stays empty
 
-    return StorePair(latents=place(plan.latents), texts=place(plan.texts))
+    return StorePair(latents=open_planned(plan.latents), texts=open_planned(plan.texts))
 
 
 def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool) -> LiveTables:
@@ -376,7 +377,7 @@ UNET_ONLY = "--network_train_unet_only"
 
 
 def find_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the encoders that stay loaded; they also encode the empty prompt if a target asks for it.
+    """Return the text encoders that run during training, and whether they also encode the empty prompt.
 
     Returns:
         The encoders; None if all texts come from caches.
@@ -392,7 +393,7 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
 
 
 def _select_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
-    """Return the encoders that stay loaded because captions vary, because they learn, or without caches.
+    """Return the text encoders that run during training: for varying captions, to be trained, or uncached.
 
     Returns:
         The encoders; None if all texts come from caches.
@@ -471,7 +472,7 @@ def _learns_in_spite_of_caches(
     Args:
         family: The model family.
         options: Options of the run.
-        learning: All text encoders.
+        learning: The text encoders that would be trained.
 
     Raises:
         OptionError: If nothing else is trained.
@@ -501,6 +502,7 @@ def _learns_in_spite_of_caches(
 
 
 def _may_learn(options: TrainingOptions) -> bool:
+    """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
     trains_lora = options.network is not None and options.joined.in_place_of_lora is None
     return options.parts is not None and options.parts.trains_texts and trains_lora
 
@@ -542,7 +544,7 @@ def _select_learning_encoders(
 
 
 def _switches(family: Family, options: TrainingOptions) -> Mapping[str, bool]:
-    """Return whether to train each text encoder that is trained only on request, by its LoRA prefix."""
+    """Return by LoRA prefix which encoders --network_args turns on, of those that are off by default."""
     network = options.network
     known_module = None if network is None else OWN_MODULES.get(network.network_module or family.lora_module)
     if network is None or known_module is None or known_module.rules is None:
@@ -578,15 +580,15 @@ class LiveMedia:
             DatasetError: If the size of an image has changed since the items were listed.
         """
         groups: dict[tuple[object, ...], list[tuple[int, DecodedMedia]]] = {}
-        for place, item in enumerate(items):
+        for position, item in enumerate(items):
             if item.kind.sizes is not None:
-                media = self._read(item, random.Random(derive_seed(*stream, "picture", place)))
-                groups.setdefault(media.group, []).append((place, media))
+                media = self._read(item, random.Random(derive_seed(*stream, "picture", position)))
+                groups.setdefault(media.group, []).append((position, media))
         encoded: dict[int, dict[str, Tensor]] = {}
         for pairs in groups.values():
             # keys seed the posterior sample, which must be different each time
-            keys = ["-".join(map(str, (items[place].key, *stream, place))) for place, _ in pairs]
-            encoded |= self._encode([place for place, _ in pairs], [media for _, media in pairs], keys)
+            keys = ["-".join(map(str, (items[position].key, *stream, position))) for position, _ in pairs]
+            encoded |= self._encode([position for position, _ in pairs], [media for _, media in pairs], keys)
         return encoded
 
     def _read(self, item: TrainingItem, generator: random.Random) -> DecodedMedia:

@@ -1,4 +1,4 @@
-"""Check a run's options and file headers before gigabytes are loaded; name given options without effect."""
+"""Check a run's options and file headers before gigabytes are loaded; list options without effect."""
 
 import logging
 import math
@@ -54,7 +54,7 @@ def check_before_loading(
         family: The model family.
         options: Options of the run.
         learner: What the run trains.
-        others: Models apart from the trained one.
+        others: Models in addition to the trained one.
 
     Raises:
         UserError: If the run is not possible.
@@ -121,11 +121,12 @@ def reject_quantized_bases(family: Family) -> None:
 
 
 def check_schedule(options: TrainingOptions, total_steps: int | None) -> None:
-    """Raise UserError if the optimizer or its schedule cannot be created, tried with a stand-in weight.
+    """Create the optimizer and its schedule for a dummy weight. Raises UserError if that fails.
 
     Args:
         options: Options of the run.
-        total_steps: Steps of the whole run; None if unknown, so that no schedule is too long.
+        total_steps: Steps of the whole run; None if unknown: the maximum is assumed, for which no schedule is
+            too long.
     """
     with quiet():
         stand_in: Mapping[str, object] = {
@@ -198,8 +199,8 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool
     if not (network.network_module or RANKED_NETWORKS[0]).startswith(RANKED_NETWORKS):
         return rates
     for key, text in network.arguments().items():
-        acts = trains_texts or key != "loraplus_text_encoder_lr_ratio"
-        if key.startswith("loraplus_") and acts:
+        has_effect = trains_texts or key != "loraplus_text_encoder_lr_ratio"
+        if key.startswith("loraplus_") and has_effect:
             rates[f"--network_args {key}={text}"] = base * float(text)
         elif key == REG_RATES:
             for pattern, rate in read_rates(REG_RATES, text):
@@ -208,7 +209,7 @@ def _list_network_rates(network: NetworkOptions, base: float, trains_texts: bool
 
 
 def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO_OTHERS) -> RunUses:
-    """Return what the training does that may conflict with a way to run the transformer.
+    """Return the features of a training that may conflict with a mode in `runtime/ways`.
 
     Args:
         family: The model family.
@@ -278,7 +279,10 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
 
 
 def _check_kind(lora: "LoraFile", network: NetworkOptions) -> None:
-    """Raise OptionError if only one of the --network_weights file and the network rotates inputs."""
+    """Raise OptionError if the --network_weights file and the network are of different kinds, e.g. OFT.
+
+    Only kinds that rotate inputs are compared.
+    """
     in_file = kind_of_files(lora.tensors, ROTATING)
     trained = network.kind if network.kind in ROTATING else None
     if in_file is trained:
@@ -323,7 +327,8 @@ def _find_smallest_file(family: Family, options: TrainingOptions) -> int:
         return sum(_smallest_full_bytes(family, options, file) for file in family.dit_files)
     files = family.dit_files if options.by_expert.lora_per_expert else family.dit_files[:1]
     is_ranked = (network.network_module or family.lora_module).startswith(RANKED_NETWORKS)
-    if not is_ranked or network.arguments() or network.dim_from_weights:  # not in every module
+    # with these settings, modules may be left out or have other ranks
+    if not is_ranked or network.arguments() or network.dim_from_weights:
         return 0
     return sum(smallest_lora_bytes(file, network.rank) for file in files)
 
@@ -375,7 +380,7 @@ def list_unused_options(
     """
     shifts_table = shifts_table and options.timesteps.timestep_sampling == "sigma"
     reasons = list_replaced(options.timesteps, tables, validates_between=options.is_for_images)
-    if not options.is_for_images:  # their defaults have a shift and a guidance
+    if not options.is_for_images:  # image trainers have defaults for both options
         if options.timesteps.timestep_sampling != "shift" and not shifts_table:
             reasons["discrete_flow_shift"] = "only --timestep_sampling shift uses it"
         if not takes_guidance:
@@ -386,7 +391,7 @@ def list_unused_options(
 
 
 def judge_rate(options: TrainingOptions, learner: Learner) -> str:
-    """Return the learning rate as text; if it is far from the usual one, add that.
+    """Describe the learning rate, with the usual one if it is far from that.
 
     Args:
         options: Options of the run.

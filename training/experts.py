@@ -1,4 +1,4 @@
-"""Dress the transformers of a run; of several (experts): which is at work, which parts learn."""
+"""Prepare the transformers of a run, and handle several of them (experts): which one is used and trained."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ TRAINING_ADAPTER = "--training_adapter"
 
 @dataclass(frozen=True)
 class ExpertNetworks:
-    """Networks by index of their expert, with the LoRAs that are active while they work.
+    """Networks by index of their expert, with the LoRAs that are active while they run.
 
     Attributes:
         copies: Host copies of networks that take turns on the device; empty if all stay there.
@@ -58,8 +58,8 @@ class ExpertNetworks:
     def at(self, expert: int) -> nn.Module:
         """Return the network of an expert, on the device.
 
-        If experts take turns, it replaces the other networks there; their weights are frozen and need no copy
-        back to the host.
+        If experts take turns on the device, the other networks leave it first. Their weights are frozen, so
+        nothing is copied back to the host.
         """
         network = self.networks[expert]
         if self.copies and not self.copies[network].is_here:
@@ -72,7 +72,7 @@ class ExpertNetworks:
 def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Expert]) -> "LoraUse | None":
     """Read --training_adapter for one of the trained experts.
 
-    Returns None if the option is not given, or if the file is for another one of the trained experts.
+    Returns None if the option is not set, or if the file is for another trained expert.
     """
     path, multiplier = options.frozen.training_adapter, options.frozen.training_adapter_multiplier
     if path is None:
@@ -173,9 +173,9 @@ def note_experts(
 
 
 def describe_few_steps(family: Family, options: TrainingOptions) -> str:
-    """Return a warning if a transformer that was distilled to few steps would lose this ability, else "".
+    """Return a warning if a transformer that was distilled for few steps would lose this ability, else "".
 
-    With a training adapter it does not; the warning then says what the adapter does not go with.
+    With a training adapter it keeps the ability; a warning then names options that conflict with the adapter.
     """
     if options.frozen.training_adapter is not None:
         from training.adapted import describe_adapted  # only with an adapter
@@ -192,7 +192,7 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     fact = f"The transformer may be distilled for few steps ({why}). If it is, plain training unlearns"
     if rule.is_certain:
         fact = f"The transformer {rule.distilled} ({why}). Plain training unlearns"
-    if options.full_dit is not None:  # which has no frozen model to learn towards
+    if options.full_dit is not None:  # without a frozen model, there are no targets that keep the ability
         return f"{fact} {rule.lost}: {rule.cost}. {rule.instead_of_full}."
     warning = f"{fact} {rule.lost}: with the trained network {rule.cost}. {rule.instead}."
     if rule.targets:
@@ -247,7 +247,7 @@ def expert_metadata(
         family: The model family.
         options: Options of the run.
         times: See `note_experts`.
-        part: Name of the expert that the file is for; empty if it is for all that were trained.
+        part: Name of the expert that the file is for; empty if it is for all trained experts.
     """
     experts = family.experts
     if len(experts) > 1 and not part:
@@ -265,9 +265,9 @@ def expert_metadata(
 
 
 def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert | None:
-    """Return the expert that the only transformer of a run is trained as; None if that is not clear.
+    """Return the expert that the only transformer of a run is; None if unknown or if there are several.
 
-    If the file does not tell, the range of timesteps decides.
+    If the file does not name its expert, the range of timesteps decides.
 
     Args:
         family: The model family.
@@ -283,7 +283,7 @@ def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert |
     return fitting[0] if fitting else None
 
 
-AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # of --mixed_precision
+AUTOCAST = {"fp16": torch.float16, "bf16": torch.bfloat16}  # --mixed_precision -> dtype
 
 
 def placement_of(
@@ -317,8 +317,8 @@ def dress(
 ) -> None:
     """Compile the blocks, checkpoint them, and set up swapped or split ones. Call after attaching a LoRA.
 
-    If the blocks' inputs are kept on the host, memory is short, so feed-forward layers are computed in pieces
-    too.
+    --gradient_checkpointing_cpu_offload means that memory is short, so it also computes feed-forward layers
+    in pieces.
 
     Args:
         dit: The transformer.

@@ -1,6 +1,6 @@
-"""Entries of the metadata that files of image trainers have: read by tag browsers and managers of models.
+"""Metadata entries of image trainers, which tag browsers and model managers read.
 
-Names and types are those of the known trainers' files.
+Names and types are those in the files of other image trainers.
 """
 
 import json
@@ -19,9 +19,9 @@ from training.learning_options import PartsOptions
 from training.noise_options import PredictionOptions
 from training.plan import TrainingPlan
 
-MAX_TAGS = 5000  # of a folder; some 100 kB of a file's header
+MAX_TAGS = 5000  # tags of a folder; about 100 kB of a file's header
 
-Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> how many captions have it
+Tags = Mapping[str, Mapping[str, int]]  # folder -> tag -> number of captions with the tag
 
 
 def image_values(plan: TrainingPlan, prediction: PredictionOptions) -> dict[str, Any]:
@@ -95,7 +95,7 @@ def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
 
 
 def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
-    """Count the captions with each tag, a part between commas, by the name of the items' folder.
+    """Count the captions with each comma-separated tag, by the name of the items' folder.
 
     A caption counts once, however often its item is repeated. Tables whose captions are not on this machine,
     because only their caches were copied, are left out. Only the MAX_TAGS most frequent tags of a folder are
@@ -136,7 +136,7 @@ def count_tags(items: Iterable[TrainingItem]) -> dict[str, dict[str, int]]:
 class _ImageCounts:
     """Counts of the images in some tables; repeats are included, except in `of_table`."""
 
-    of_table: Mapping[int, int]  # by the table's index
+    of_table: Mapping[int, int]  # number of images by the table's index
     num_learned: int
     num_regularisation: int
     bucket_info: dict[str, Any]

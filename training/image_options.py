@@ -49,7 +49,7 @@ OPTIMIZERS = {"use_8bit_adam": "AdamW8bit", "use_lion_optimizer": "Lion"}  # swi
 SWITCHES = {  # another name of a switch -> ours
     "cpu_offload_checkpointing": "gradient_checkpointing_cpu_offload",
     "fp8_base_unet": "fp8_base",
-    # of whole models
+    # in scripts that train all weights
     "blockwise_fused_optimizers": "fused_backward_pass",
     "skip_latents_validity_check": "skip_cache_check",
     "diffusers_xformers": "xformers",
@@ -69,7 +69,7 @@ class ImageTrainerDefaults:
     refused: Mapping[str, str] = field(default_factory=dict)
     # option of a text encoder's tokenizer -> its folder in --tokenizer_cache_dir
     tokenizers: Mapping[str, str] = field(default_factory=dict)
-    # puts the family's own names of shared options into the shared ones, before records are read
+    # copies values of the family's own option names to the shared options, before records are read
     translate: Callable[[argparse.Namespace], None] = lambda args: None
     # options that messages name -> how the script spells them
     shown_as: Mapping[str, str] = field(default_factory=dict)
@@ -77,7 +77,7 @@ class ImageTrainerDefaults:
     foreign: tuple[type[Options], ...] | None = None
     # further settings of shared options, by name, as `add_options` takes them
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    # what a script that trains all weights has in place of the options for LoRAs; None: `OF_FULL_MODELS`
+    # option groups of a script that trains all weights, instead of the LoRA options; None: `OF_FULL_MODELS`
     whole: tuple[type[Options], ...] | None = None
 
 
@@ -181,10 +181,10 @@ def image_training_parser(
     settings = {name: {"choices": values} for name, values in choices.items()} | dict(defaults.settings)
     script: dict[str, Any] = {"defaults": default, "refused": defaults.refused}
     parser = training_parser(doc, learner, settings=settings, **script)
-    of_learner: tuple[type[Options], ...] = OF_LORAS
+    learner_options: tuple[type[Options], ...] = OF_LORAS
     if learner is not TrainedNetworkOptions:
-        of_learner = OF_FULL_MODELS if defaults.whole is None else defaults.whole
-    add_options(parser, ImageModelOptions, *of_learner, PredictionOptions, **script)
+        learner_options = OF_FULL_MODELS if defaults.whole is None else defaults.whole
+    add_options(parser, ImageModelOptions, *learner_options, PredictionOptions, **script)
     add_options(parser, SubsetOptions, CachingInRunOptions, **script)
     foreign = FOREIGN if defaults.foreign is None else defaults.foreign
     add_options(parser, StartOptions, ConsoleOptions, OtherNames, *foreign, **script)
@@ -252,7 +252,7 @@ def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> s
 
 
 def _find_tokenizers(args: argparse.Namespace, folders: Mapping[str, str]) -> None:
-    """Set each tokenizer that no option names to its folder in --tokenizer_cache_dir."""
+    """Point each tokenizer option without a value to its folder in --tokenizer_cache_dir."""
     if args.tokenizer_cache_dir is None or not folders:
         return
     cache = to_path("--tokenizer_cache_dir", args.tokenizer_cache_dir)
@@ -276,16 +276,16 @@ def _output_config(parser: argparse.ArgumentParser, args: argparse.Namespace) ->
         raise OptionError("--output_config writes to the file that --config_file names: give both")
     name = args.config_file if args.config_file.endswith(".toml") else f"{args.config_file}.toml"
     path = Path(to_path("--config_file", name))
-    unset = {"config_file", "output_config", "help"}
+    not_written = {"config_file", "output_config", "help"}
     for action in parser._actions:
         is_typed_only = getattr(action, "reach", "") == STARTS["reach"]
         if is_typed_only and getattr(args, action.dest) is not None:
-            unset.add(action.dest)
+            not_written.add(action.dest)
             logger.warning("--%s is not written into the file: it is only taken if it is typed.", action.dest)
     values = {
         action.dest: getattr(args, action.dest)
         for action in parser._actions
-        if action.dest not in unset and getattr(args, action.dest) not in (None, False, action.default)
+        if action.dest not in not_written and getattr(args, action.dest) not in (None, False, action.default)
     }
     write_config_file(path, values)
     logger.info("Options written to %s.", path)
@@ -506,7 +506,7 @@ def _read_full_checkpoint(args: argparse.Namespace) -> None:
 
 UNNAMED = "last"  # what known trainers call a file without a name
 
-# of models that predict noise
+# defaults for models that predict noise
 NOISE_TRAINER = ImageTrainerDefaults(
     timestep_sampling=UNIFORM,
     discrete_flow_shift=1.0,
@@ -516,7 +516,7 @@ NOISE_TRAINER = ImageTrainerDefaults(
     foreign=(NotForNoise, DeepspeedOptions, NotNeeded),
     translate=read_as_known,
 )
-# of those of which a training writes the whole checkpoint
+# defaults for full fine-tuning of these models, which writes the whole checkpoint
 CHECKPOINT_TRAINER = replace(
     NOISE_TRAINER,
     whole=(OfFullCheckpoints,),

@@ -1,6 +1,6 @@
-"""What a run trains: a LoRA, a network that the family makes in its place, or the model itself.
+"""What a run trains: a LoRA, another network that the family creates, or the model itself.
 
-`find_learner` resolves it once for a run; whoever asks afterwards reads the record.
+`find_learner` decides this once for a run and returns a record for all other code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,20 +54,20 @@ class Learner:
     called: str  # "LoRA", "ControlNet-LLLite"
     has_rate_of: str  # "a LoRA": what `default_rate` is usual for
     default_rate: DefaultRate
-    make: MakeNetwork | None  # None: the model itself learns
-    is_word: bool = False  # it is made for the text encoders that learn a word
-    lora: NetworkOptions | None = None  # None: what learns has no ranks, arguments and formats of a LoRA
-    words: str = ""  # with its sizes, for boxes; "": they follow from the options
-    ending: str = "lora"  # of the architecture in metadata
-    values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
-    write: WritesNetwork | None = None  # None: its files have the form of LoRAs, or of the model
-    check: Callable[[], None] = lambda: None  # raises UserError for a file that it cannot begin with
-    # given the tables, and the attribute of those whose samples stay as the model without a network predicts
-    # them: the tables that it learns from. Raises DatasetError
+    make: MakeNetwork | None  # None: the model itself is trained
+    is_word: bool = False  # whether the network belongs to text encoders that learn a new word
+    lora: NetworkOptions | None = None  # None: the network has no ranks, arguments and formats of a LoRA
+    words: str = ""  # description with sizes, for boxes; "" if the options describe it
+    ending: str = "lora"  # suffix of the architecture in the metadata
+    values: Mapping[str, Any] = field(default_factory=dict)  # metadata entries of its files
+    write: WritesNetwork | None = None  # None: files are written like those of LoRAs, or of the model
+    check: Callable[[], None] = lambda: None  # raises UserError if the file to start from cannot be used
+    # given the dataset, and the attribute of tables whose target is the base model's prediction, return the
+    # dataset to train on. Raises DatasetError
     check_data: Callable[[DatasetConfig, str], DatasetConfig] = lambda config, kept: config
-    read_captions: Sequence[ReadCaptions] = ()  # each says of which captions nothing is learned
-    sentences: Sequence[str] = ()  # in place of captions
-    start_option: str = "network_weights"  # of the file that it begins with; "": that of the model's file
+    read_captions: Sequence[ReadCaptions] = ()  # each returns a note on captions that teach nothing
+    sentences: Sequence[str] = ()  # replace the captions
+    start_option: str = "network_weights"  # option for the file to start from; "": the option of the model
     # see `MadeNetwork.generate`; None: the model's own script generates with it
     generate: Callable[[Path, Mapping[str, Any], Sequence[str]], Sequence[str]] | None = None
 
@@ -106,7 +106,7 @@ def find_learner(
 
 
 def _describe_made(made: MadeNetwork) -> Learner:
-    """Describe a family's own network as what a run trains."""
+    """Return the record for a run that trains a family's own network."""
     reads_captions = made.in_texts and not made.sentences
     return Learner(
         called=made.called,
@@ -160,9 +160,9 @@ def _make_own(
 
 
 def _check_data(made: MadeNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
-    """Check the tables of a made network: control images, or images that all show what it learns.
+    """Check the tables for a family's own network: control images, or images of a new word.
 
-    Images need no captions if sentences replace them. See `Learner.check_data`.
+    Returns the dataset, see `Learner.check_data`. Images need no captions if sentences replace them.
     """
     if not made.in_texts:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone

@@ -66,7 +66,7 @@ logger = logging.getLogger(__name__)
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """Load the networks with their trained part, create its optimizer, and restore the state of --resume.
 
-    Text encoders that stay loaded are loaded before; those that are trained get a part of the network.
+    Text encoders that run during training are loaded already; trained ones get a part of the network.
 
     Args:
         plan: The plan of the run.
@@ -117,7 +117,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
 
 
 def _check_continued(plan: TrainingPlan, lora: Path, besides: Sequence[LearnerBeside]) -> None:
-    """Compare the LoRA that training continues from with the model; warn about its words that get lost."""
+    """Compare the LoRA of --network_weights with the model; warn about its embeddings that get lost."""
     with open_checkpoint(lora) as checkpoint:
         words = {word_of(name) for name in checkpoint.tensors} - {""}
         metadata = checkpoint.metadata
@@ -146,7 +146,7 @@ def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[n
     """
     plan = loading.plan
     network_by_file = dict(zip(plan.family.dit_files, networks, strict=True))
-    # samples that use none of the trained networks show the trained part in the networks loaded here
+    # if samples use none of the trained networks, the trained LoRA is added to the networks loaded here
     uses_trained = bool(network_by_file.keys() & set(plan.sampled.dit_files))
     sampled = []
     for index, file in enumerate(plan.sampled.dit_files):
@@ -180,13 +180,13 @@ def make_run(
     reporter: RunReporter,
     saver: Saver | None,
 ) -> TrainingRun:
-    """Create the run from its parts: the feed, the loss rule, and the requests from outside."""
+    """Create the run from its parts: the feed, the loss rule, and the watcher of request files."""
     plan = model.plan
     options = plan.options
     is_main = plan.accelerator.is_main_process
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
-    # after `Validation` was made, which compares with the clips alone
+    # only after `Validation` was made: it ignores the targets of features
     joined = plan.joined
     rule = replace(
         rule,
@@ -218,7 +218,7 @@ def make_run(
 
 
 def _make_rule(model: TrainedModel) -> LossRule:
-    """Return the rule that computes the error of predictions, without targets apart from the clip."""
+    """Return the rule that computes the error of predictions; the targets of features are added later."""
     plan = model.plan
     return LossRule(
         plan.options.loss,
@@ -269,21 +269,21 @@ class UndressedNetwork:
 
     dit: nn.Module
     family: Family
-    index: int  # of its expert
+    index: int  # index of its expert
     expert: Expert
-    host: "HostWeights | None"  # where swapped weights wait; None: all are on the device
-    blocks: BlockPlace | None  # of processes that share it
+    host: "HostWeights | None"  # holds swapped weights; None: all weights are on the device
+    blocks: BlockPlace | None  # splits blocks over processes; None: each process has the whole network
 
 
 @dataclass
 class Loading:
-    """Load networks one after the other. Networks that take turns wait in host memory from the start."""
+    """Load networks one after the other; those that take turns on the device are loaded to host memory."""
 
     plan: TrainingPlan
     swap: SwapOptions  # auto is resolved
     sample_loras: "list[AddedLoras]" = field(default_factory=list)
-    adapters: "list[AddedLoras]" = field(default_factory=list)  # in networks that are trained
-    copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # of networks that take turns
+    adapters: "list[AddedLoras]" = field(default_factory=list)  # --training_adapter in trained networks
+    copies: dict[nn.Module, HostCopy] = field(default_factory=dict)  # host copies of networks that take turns
 
     samples_with_others: bool = field(init=False)  # whether samples need networks that are not trained
     takes_turns: bool = field(init=False)  # whether one network is on the device at a time
@@ -324,7 +324,7 @@ class Loading:
         if patch is not None:
             patch.check()
             if patch.unmerged:
-                from networks.unmerged_loras import add_unmerged  # only beside quantized weights
+                from networks.unmerged_loras import add_unmerged  # only for quantized weights
 
                 add_unmerged(dit, patch.unmerged, device, compute_dtype)
         if masked:
@@ -430,7 +430,7 @@ class Learners:
     """Create the trained part of each network in turn, and join them."""
 
     plan: TrainingPlan
-    besides: Sequence[LearnerBeside] = ()  # that learn too
+    besides: Sequence[LearnerBeside] = ()  # trained in addition to the network, such as embeddings
     parts: list[Trainable] = field(default_factory=list)
 
     def add(self, dit: nn.Module, expert: Expert) -> None:
@@ -484,12 +484,12 @@ class Learners:
         return trainable
 
     def _list_beside(self) -> dict[str, Tensor]:
-        """Return what a LoRA's file contains apart from the LoRA."""
+        """Return the tensors by name that are saved in a LoRA's file in addition to the LoRA."""
         return {name: tensor for beside in self.besides for name, tensor in beside.list_in_lora().items()}
 
     def _train_full(self, dit: nn.Module) -> Trainable:
         options = self.plan.options
-        assert options.full_dit is not None  # one of the two is given
+        assert options.full_dit is not None  # without a network, the model itself is trained
         if self.plan.splits_model:
             from training.saving.split_model import train_split_dit  # only if it is split
 
@@ -530,7 +530,7 @@ def _make_stepping(
     kind = type(optimizer)
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
     gathers = bool(split) and not stepping.steps_numbers(kind)
-    alone: stepping.ParameterSteps | None = None
+    alone: stepping.ParameterSteps | None = None  # steps each parameter by itself
     offloads = full_dit is not None and full_dit.offloads_states
     if options.is_fused or gathers or is_in_bf16 or offloads:
         if stepping.steps_alone(kind):

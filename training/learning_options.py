@@ -1,6 +1,6 @@
 """Options of the trained part, of the optimizer and of its learning rate.
 
-Standard library only. Those of a single network are in networks/options.py.
+Standard library only. Options of a single network are in networks/options.py.
 """
 
 import logging
@@ -27,7 +27,7 @@ from networks.names.layouts import COMFYUI, DIFFUSERS, KNOWN
 
 logger = logging.getLogger(__name__)
 
-EVERYTHING = "."  # occurs in every name
+EVERYTHING = "."  # value of --trainable_modules that selects all weights: it occurs in every name
 NO_FROZEN_MODEL = (
     "the model itself is trained, so that there is no frozen one to add a LoRA to, or to learn from. Train a "
     "LoRA instead"
@@ -149,14 +149,14 @@ class ExpertTrainingOptions(Options, title="two transformers"):
     )
 
 
-# of models with one transformer, whose scripts do not have these options
+# defaults for models with one transformer, whose scripts do not have these options
 ONE_DIT = ExpertTrainingOptions()
 
 
-HIGH_RATE = 0.1  # above it a network is usually lost within a few steps
-# beginnings of names of optimizers that find their own rate, for which --learning_rate is a factor near 1
+HIGH_RATE = 0.1  # above this rate, training usually diverges within a few steps
+# prefixes of optimizers that find their own rate, for which --learning_rate is a factor near 1
 FIND_RATE = ("prodigy", "dadapt", "adafactor", "came")
-LARGEST_RATE = 1000.0  # far above any that learns; beyond it the first step only makes infinities
+LARGEST_RATE = 1000.0  # far above any useful rate; larger ones overflow in the first step
 
 
 class OptimizerOptions(Options, title="optimizer"):

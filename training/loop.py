@@ -45,7 +45,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wishes:
-    """What all processes agree to do after a step: requests of the clock and of files."""
+    """Saves and samples that a timer or a request file asks for; all processes do them together."""
 
     saves: bool
     samples: bool
@@ -59,9 +59,9 @@ def train(run: TrainingRun) -> bool:
     """
     progress, plan = run.progress, run.steps
     with run.requests.listen():
-        # what is due before the first step, or was left over when the resumed state was saved
+        # samples that are due before the first step, or that the resumed state had still to generate
         if progress.step == 0 and run.options.samples.sample_at_first and progress.sampled_step != 0:
-            progress.sample_pending = "e000000"
+            progress.sample_pending = "e000000"  # named like the samples of an epoch
         if progress.sample_pending:
             _sample(run)
         if is_ending(run):  # before the first step there is nothing to save
@@ -112,10 +112,10 @@ def is_ending(run: TrainingRun) -> bool:
 
 
 def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> Wishes:
-    """Take one optimizer step on the micro-batches of `group`. Returns the requests of clock and files.
+    """Take one optimizer step on the micro-batches of `group`. Returns the requested saves and samples.
 
-    Numbers of the step stay on the device in `row`. It is read one step later, so that the device does not
-    have to be awaited; with several processes their requests are known only then, too.
+    Numbers of the step stay on the device in `row`, which is read one step later to avoid waiting for the
+    device. With several processes, the requests are also known one step later.
     """
     model = run.model
     trainable = model.trainable
@@ -167,9 +167,9 @@ def _common_wishes(previous: StepReport | None) -> Wishes:
 def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
     """Return the parameters that a step on the micro-batches of `group` changes.
 
-    These are all except those of an expert without a batch in it, those of audio if no clip has any, and
-    those of parts whose training has ended. The result depends on the whole group, not on this process's
-    share of it, and does not wait for the device.
+    Experts without a batch in the group, audio parameters if no clip has audio, and parts whose training has
+    ended are left out. The result depends on the whole group, not on this process's share of it, and does
+    not wait for the device.
     """
     trainable = run.model.trainable
     keys = [(run.progress.epoch, index) for index in group]
@@ -185,10 +185,10 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
 
 
 def _read_wishes(run: TrainingRun) -> Wishes:
-    """Return this process's requests of clock and files for saves and samples; record a request to stop."""
+    """Return the saves and samples requested from this process; record a request to stop."""
     requests = run.requests
     if requests.asks_for(STOP):
-        requests.finish(STOP)  # at once: the run that goes on from here was not asked
+        requests.finish(STOP)  # before the state is saved, so that the resumed run does not stop again
         requests.ends = True
     is_due = requests.clock is not None and requests.clock.is_due()
     return Wishes(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
@@ -206,10 +206,11 @@ class _StepGate:
         """Return whether the step is taken, and count it if it is skipped."""
         run = self.run
         try:
+            # hooks after the first one that gives a reason are not called
             reasons = (hook(run, self.step, gradient_norm) for hook in run.joined.on.before_step)
             self.reason = next(filter(None, reasons), "")
         except UserError:
-            _note(run, run.readings.flush())  # the step before, whose numbers were not awaited
+            _note(run, run.readings.flush())  # the previous step, whose numbers are still on the device
             raise
         if self.reason:
             run.progress.skipped += 1
@@ -246,7 +247,7 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
     if gate is None:
         gradient_norm = model.stepping.finish().detach().float()
     else:
-        assert isinstance(model.stepping, StepAfterBackward)  # options refuse the other one
+        assert isinstance(model.stepping, StepAfterBackward)  # options reject stepping in the backward pass
         gradient_norm = model.stepping.finish(gate.allows).detach().float()
     model.schedule.step()
     model.optimizer.zero_grad(set_to_none=True)
@@ -322,8 +323,8 @@ def _propagate(
         is_void: Whether to add zeros, for processes that need the passes of this one.
 
     Returns:
-        The micro-batch's share of the loss of the step, and its losses of image and sound, or of the image
-            alone; detached.
+        The micro-batch's share of the step's loss, and a tuple of its losses: image and sound, or only image.
+            All are detached.
     """
     dit = run.model.dits.at(expert)
     strength: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
@@ -338,7 +339,7 @@ def _propagate(
             total = loss.detach() if total is None else total + loss.detach()
             detached = tuple(stream.detach() for stream in losses)
             streams = tuple(map(torch.add, streams, detached)) if streams else detached
-    assert total is not None  # there is a pass with gradients
+    assert total is not None  # `loss_passes` yields at least once
     return total, streams
 
 
@@ -377,11 +378,11 @@ def _add_parts(
 
 
 def _add_numbers(run: TrainingRun, row: Tensor, names: Sequence[str], numbers: Tensor) -> None:
-    """Add other numbers of a micro-batch to a row."""
+    """Add the values that a feature reports for a micro-batch to the row of the step."""
     first = run.layout.parts.index(names[0])
-    places = slice(first, first + len(names))
-    row[run.layout.part_losses][places] += numbers
-    row[run.layout.part_counts][places] += 1
+    columns = slice(first, first + len(names))
+    row[run.layout.part_losses][columns] += numbers
+    row[run.layout.part_counts][columns] += 1
 
 
 def _note(run: TrainingRun, step: StepReport | None) -> None:
@@ -400,7 +401,7 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
     losses = run.progress.losses
     if math.isfinite(loss):  # while a gradient scaler searches its scale, infinite losses are normal
         losses.append(loss)
-    del losses[: -run.steps.steps_per_epoch]
+    del losses[: -run.steps.steps_per_epoch]  # the average is over the steps of one epoch
     if run.steps.num_processes > 1:
         run.requests.agreed = run.requests.agreed or step.row[WISHES][0] > 0
     means = run.layout.means(step.row) if run.layout.parts else {}
@@ -443,7 +444,7 @@ def _after_step(run: TrainingRun, wishes: Wishes) -> None:
         if not is_ending(run):
             _sample(run)
     if is_ending(run):
-        _save_to_go_on(run)
+        _save_for_resuming(run)
     elif saves:
         if run.requests.clock is not None:
             run.requests.clock.restart()
@@ -496,7 +497,7 @@ def _after_epoch(run: TrainingRun) -> None:
     if progress.sample_pending:
         _sample(run)
     if is_ending(run):
-        _save_to_go_on(run)
+        _save_for_resuming(run)
     elif run.validation is not None and run.options.validation.is_due_after_epoch(
         epoch, progress.step, run.steps.steps_per_epoch, saves or is_last
     ):
@@ -504,7 +505,7 @@ def _after_epoch(run: TrainingRun) -> None:
     _restart_clock(run)
 
 
-def _save_to_go_on(run: TrainingRun) -> None:
+def _save_for_resuming(run: TrainingRun) -> None:
     """Save a state after Ctrl-C or a request to end."""
     if run.saver is not None:
         run.reporter.note_pause(SAVING)

@@ -21,7 +21,7 @@ from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOption
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
 DitOf = Callable[[int], nn.Module]  # index of an expert -> its network, ready to be called
 
-# in a batch of pictures: how much each place counts, 0..1, B H W in any size; for clips see LOSS_MASK
+# name of the loss weights of image positions, 0..1, B H W in any size; for clips see LOSS_MASK
 MASK = "alpha_mask"
 MASKS = frozenset((MASK, LOSS_MASK))
 
@@ -33,7 +33,7 @@ class NoisyAudio:
     noise: Tensor  # B C T M float32
     sigmas: Tensor  # B
     timesteps: Tensor  # B
-    weights: Tensor  # B, factors on the samples' losses of the sound
+    weights: Tensor  # B, factors on the samples' audio losses
     levels: tuple[float, ...] = ()  # the sigmas on the host, as in `NoisyBatch`
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "NoisyAudio":
@@ -54,16 +54,16 @@ class NoisyBatch:
     batch: Batch
     noise: Tensor  # B C F H W float32
     sigmas: Tensor  # B, share of noise, 0..1
-    timesteps: Tensor  # B, what the network is fed
+    timesteps: Tensor  # B, input of the network
     weights: Tensor  # B, factors on the samples' losses
-    given_frames: int = 0  # latent frames in front that stay clean and are not learned, fewer than all
-    given: GivenTokens | None = None  # other latents that stay clean and are not learned, by sample
+    given_frames: int = 0  # first latent frames that stay clean and have no loss; fewer than all frames
+    given: GivenTokens | None = None  # other latents that stay clean and have no loss, by sample
     expert: int = 0  # index of the expert that all samples go to
-    perturbation: Tensor | None = None  # further noise of the input, which is not to be predicted; like noise
-    audio: NoisyAudio | None = None  # None: no sample has sound, and the network is not given any
-    number: int = 0  # of the micro-batch in the whole run, over all processes
-    levels: tuple[float, ...] = ()  # the sigmas on the host, where targets depend on them
-    notes: Mapping[str, float] = field(default_factory=dict)  # of features, for their passes
+    perturbation: Tensor | None = None  # additional noise of the input, not predicted; shape of `noise`
+    audio: NoisyAudio | None = None  # None: no sample has audio, and the network gets none
+    number: int = 0  # index of the micro-batch in the whole run, over all processes
+    levels: tuple[float, ...] = ()  # the sigmas on the host, for targets that depend on them
+    notes: Mapping[str, float] = field(default_factory=dict)  # values that features pass to their own passes
 
     @property
     def joint(self) -> Joint:
@@ -114,21 +114,22 @@ class LossRule:
 
     options: LossOptions = L2
     prediction: str = RAW  # how the output is compared with the velocity
-    # inside it the DiT is the base model, without what learns; None: no batch asks for that
+    # returns a context in which the DiT is the base model, without the trained network; None if not needed
     as_base: Autocast | None = None
-    always_as_base: bool = False  # the base model is run for every batch: processes have to run equal passes
-    kept_attributes: frozenset[str] = frozenset()  # of tables whose samples stay as the base model predicts
-    # change what predictions are compared with, the clip first: from `targets.passes.TrainingPasses`, a batch
-    # and the comparisons so far
+    always_as_base: bool = False  # run the base model for every batch, so that all processes run equal passes
+    # attributes that mark tables whose samples keep the base model's prediction as target
+    kept_attributes: frozenset[str] = frozenset()
+    # functions of `targets.passes.TrainingPasses`, a batch and its comparisons (first that with the clip);
+    # they return the comparisons to use instead
     targets: Sequence[Callable[[Any, NoisyBatch, list[Any]], list[Any]]] = ()
-    # given a batch too: further passes with gradients, which yield the errors of each stream
+    # functions of the same passes and a batch: additional passes with gradients, which yield their errors
     passes: Sequence[Callable[[Any, NoisyBatch], Iterator[tuple[Tensor, ...]]]] = ()
-    has_own_pass: bool = False  # `passes` are in place of the usual one
+    has_own_pass: bool = False  # `passes` replace the usual pass
     in_lockstep: bool = False  # processes share a model, so that all run equal passes
-    # what passes that learn run in, given the DiT, their batch and `seed`
+    # functions of the DiT, a batch and `seed` that return the context of a pass with gradients
     learning_pass: Sequence[Callable[[nn.Module, NoisyBatch, int], AbstractContextManager[None]]] = ()
-    seed: int = 0  # of the run
-    seed_networks: Callable[[int], None] | None = None  # begins random numbers of networks: of a micro-batch
+    seed: int = 0  # seed of the run
+    seed_networks: Callable[[int], None] | None = None  # seeds dropout by the number of a micro-batch
 
 
 PLAIN_LOSS = LossRule()
@@ -144,8 +145,8 @@ def sample_errors_outside(
 ) -> tuple[Tensor]:
     """Return the mean error of each sample's images outside of its mask, B.
 
-    Errors are multiplied by 1 - mask before the mean over all elements. Differences and given frames are
-    those of `sample_errors`; the batch has masks.
+    Errors are multiplied by 1 - mask before the mean over all elements. The batch must have masks; arguments
+    are as in `sample_errors`.
     """
     if noisy_batch.audio is not None:
         differences, _ = noisy_batch.joint.split(differences)
@@ -159,7 +160,7 @@ def sample_errors_outside(
 
 
 def _mean_of_learned(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the mean of each sample, B, over what is not given.
+    """Return the mean of each sample, B, over latents that are not given as clean.
 
     Args:
         errors: Error of each element, B C F H W.
@@ -194,7 +195,7 @@ def sample_errors(
     excluded from the mean.
 
     Args:
-        spec: What the family says about its noise.
+        spec: Noise conventions of the family.
         differences: Differences from the target, B C F H W, or B N for video with audio.
         noisy_batch: Batch with noise and timesteps.
         rule: How losses are reduced.
@@ -245,7 +246,7 @@ def predict(
     autocast: Autocast,
     rule: LossRule,
 ) -> Tensor:
-    """Return the network's prediction in the form of the target, float32: B C F H W, or B N with audio.
+    """Predict what the loss compares with the velocity, float32: B C F H W, or B N with audio.
 
     Args:
         family: The model family.
@@ -312,8 +313,8 @@ def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
 def compared(velocity: Tensor, noisy: Tensor, sigmas: Tensor, prediction: str, sign: float) -> Tensor:
     """Return the value to compare with the velocity for --model_prediction_type, B C F H W.
 
-    With `additive` it is the network's output plus the noisy latents; with `sigma_scaled` it is the noisy
-    latents minus sigma times the output. Neither estimates the velocity; they are defined as in known
+    For `additive` it is the network's output plus the noisy latents; for `sigma_scaled` it is the noisy
+    latents minus sigma times the output. Neither estimates the velocity; both are defined as in other
     trainers.
 
     Args:
@@ -338,13 +339,13 @@ def element_errors(
 
     Args:
         options: Options of the run.
-        spec: What the family says about its noise.
+        spec: Noise conventions of the family.
         differences: Differences from the target, B C F H W.
         sigmas: Fraction of noise, B, as in `NoisyBatch`.
         timesteps: Timesteps, B, as in `NoisyBatch`.
 
     Raises:
-        ValueError: For a loss that it does not know.
+        ValueError: If the loss type is unknown.
     """
     if options.loss_type == "l2":
         return differences.square()
@@ -362,12 +363,12 @@ def find_thresholds(options: LossOptions, spec: NoiseSpec, sigmas: Tensor, times
     """Return the threshold c of each sample for --huber_schedule, B float32.
 
     With `snr` it is (1 - huber_c) / (1 + r)^2 + huber_c, where r is the ratio of noise to data, sigma over
-    the fraction of the latents. Known trainers define it only for models that predict noise; for a flow it
+    the fraction of the latents. Other trainers define this only for models that predict noise; for a flow, c
     also falls from 1 to huber_c.
 
     Args:
         options: Options of the loss.
-        spec: What the family says about its noise.
+        spec: Noise conventions of the family.
         sigmas: Fraction of noise of each sample, B.
         timesteps: Input of the network, B, 0..1000.
     """

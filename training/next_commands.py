@@ -34,11 +34,11 @@ if TYPE_CHECKING:  # it is loaded only if there are prompts
     from training.samples import Sampler
 
 RESUMING = {"resume", "resume_from_huggingface", "resume_changed", "max_train_steps", "max_train_epochs"}
-BAKED_RANK = 64  # of a plain LoRA made of a network of full rank
-EXTRACTED_RANK = 32  # of a LoRA of a whole model
+BAKED_RANK = 64  # rank of a plain LoRA that is converted from a network of full rank
+EXTRACTED_RANK = 32  # rank of a LoRA that is extracted from a whole model
 COMFYUI_TOOL = "ComfyUI"
 STARTING = {"initial_step", "initial_epoch"}
-# options that make a sample; the values keep their names, except two
+# generation options of a sample; `Request` names their values alike, except for `OTHER_NAMES`
 SCALES = ("guidance_scale", f"guidance_scale_{HIGH_NOISE}")
 OF_SAMPLES = ("infer_steps", *SCALES, "flow_shift", "sample_solver", "seed", "negative_prompt")
 OTHER_NAMES = {"infer_steps": "steps", "sample_solver": "solver"}
@@ -91,11 +91,11 @@ class NextSteps:
 
     plan: TrainingPlan
     command: TrainingCommand
-    # of the first sample, as `Request` names its values; in a run without samples caption and files of a
-    # training item
+    # values of the first sample, by the field names of `Request`; without samples, the caption and the files
+    # of a training item
     sample: Mapping[str, Any]
-    sample_loras: Sequence[tuple[Path, float]] = ()  # that the samples have besides, with multipliers
-    # options that made the caches, see `recall_options`; a run with samples has been given these files itself
+    sample_loras: Sequence[tuple[Path, float]] = ()  # additional LoRAs of samples, with multipliers
+    # options that made the caches, see `recall_options`; empty with samples, whose options name the files
     recalled: Sequence[RepeatedOption] = ()
 
     @cached_property
@@ -135,7 +135,7 @@ class NextSteps:
             plain_kind = next((kind for kind in lora.kinds if kind.plain_title), None)
             lora_format = self.plan.lora_format
             needs_conversion = bool(self.converted_for)
-            if lora_format is not None and lora_format.name != KNOWN:  # under its names
+            if lora_format is not None and lora_format.name != KNOWN:  # saved with other programs' names
                 is_for_comfyui = lora.kind.is_for_comfyui_alone
                 needs_conversion &= is_for_comfyui and self.converted_for != COMFYUI_TOOL
             if plain_kind is not None or needs_conversion:
@@ -144,7 +144,7 @@ class NextSteps:
         return [*commands, _command("This run, as it was started", self._words())]
 
     def _convert(self, file: Path, plain_kind: NetworkKind | None) -> PageCommand:
-        """Return the command that converts a file for other tools; of a `plain_kind` into a plain LoRA."""
+        """Return the command that converts a file for other tools; a `plain_kind` becomes a plain LoRA."""
         network = self.plan.options.network
         words = ["--target", "other" if self.converted_for else "default"]
         if plain_kind is not None:  # the change depends on the model's weights, so --dit is needed
@@ -206,7 +206,7 @@ class NextSteps:
             parts: Sequence[str] = self.plan.names.parts
             if self.plan.options.network is None:
                 parts = [expert.name for expert in self.plan.family.experts]
-            # that start a run from trained files, one for each file
+            # options that start a run from trained files, one for each file
             options = [f"{option}_{HIGH_NOISE}" if part == HIGH_NOISE else option for part in parts]
             options = options or [option]
             left_out = RESUMING | STARTING | {*options}
@@ -339,16 +339,17 @@ class NextSteps:
         """
         assert self.command.entry is not None
         flags = accepted_options(self.command.entry.options_record("Generation"))[name].flags
-        place = next((place for place, word in enumerate(words) if word in flags), len(words))
-        flag = words[place] if place < len(words) else f"--{name}"  # of a release that is one file
-        return [*words[:place], flag, str(file), *words[place + 2 :]]
+        # without the option, which a release of one file does not need, it is added at the end
+        index = next((index for index, word in enumerate(words) if word in flags), len(words))
+        flag = words[index] if index < len(words) else f"--{name}"
+        return [*words[:index], flag, str(file), *words[index + 2 :]]
 
 
 def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = None) -> list[str]:
-    """Return the command-line arguments that reproduce a sample, given by the field names of `Request`.
+    """Return the command-line arguments that reproduce a sample.
 
     Args:
-        sample: Values of the sample.
+        sample: Values of the sample, by the field names of `Request`.
         spellings: See `FamilyEntry`.
     """
     size = [sample[side] for side in ("height", "width") if sample.get(side)]
@@ -359,7 +360,7 @@ def say_sample(sample: Mapping[str, Any], spellings: Mapping[str, str] | None = 
     }
     flags = spellings or {}
     spelled = {flags.get(name, f"--{name}"): value for name, value in values.items()}
-    spelled.pop("", None)  # of options that the script does not have
+    spelled.pop("", None)  # options that the script does not have are spelled ""
     return option_words(spelled)
 
 
@@ -395,8 +396,8 @@ def plan_next_steps(plan: TrainingPlan, sampler: "Sampler | None", command: Trai
 def say_example(plan: TrainingPlan, cached_with: Mapping[str, Any]) -> dict[str, Any]:
     """Return the caption and the files of the first training item, by the field names of `Request`.
 
-    What only some families use is under `example`, an `ExampleItem`; the options that made the caches are
-    under `cached_with`.
+    Key `example` has an `ExampleItem` for values that only some families use, `cached_with` the options that
+    made the caches.
     """
     item = plan.training[0]
     example = find_example(item, plan.sources.stores)

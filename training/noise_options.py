@@ -3,33 +3,33 @@
 from modules.errors import OptionError
 from modules.options import Options, option
 
-# mu of a shift that follows the size: how many tokens and mu there, at two places of a straight line
+# for samplers whose shift e^mu depends on the size: two (tokens, mu) points, between which mu is linear
 SIZE_SHIFTS = {
     "flux_shift": ((256, 0.5), (4096, 1.15)),
     "flux2_shift": ((256, 0.5), (4096, 1.15)),
     "qwen_shift": ((256, 0.5), (8192, 0.9)),
     "krea2_shift": ((256, 0.5), (6400, 1.15)),
 }
-# mixed samplers: shares of draws by a sampler, `RARE` for logsnr at nearly clean samples
+# mixtures of samplers: (sampler, fraction of the draws); `RARE` is logsnr at nearly clean samples
 RARE = "rare"
 MIXTURES = {
     "qinglong_flux": (("flux_shift", 0.79), ("logsnr", 0.11), (RARE, 0.1)),
     "qinglong_qwen": (("qwen_shift", 0.95), (RARE, 0.05)),
 }
-RARE_MEAN, RARE_STD = 5.36, 1.0  # of the logarithm of the signal-to-noise ratio
-# Ideogram 4's: e^mu is the side of a square image of as many tokens over 512 pixels, on a wider sigmoid
+RARE_MEAN, RARE_STD = 5.36, 1.0  # mean and deviation of the logarithm of the signal-to-noise ratio
+# sampler of Ideogram 4: the shift is the side of a square image over 512 pixels, and the sigmoid is wider
 IDEOGRAM_SHIFT = "ideogram4_shift"
-IDEOGRAM_SCALE = 1.5  # factor on the normal number
+IDEOGRAM_SCALE = 1.5  # factor on the normal number before the sigmoid
 PLAIN_SAMPLERS = ("sigma", "uniform", "sigmoid", "shift", "logsnr")
 SAMPLERS = (*PLAIN_SAMPLERS, *SIZE_SHIFTS, IDEOGRAM_SHIFT, *MIXTURES)
-# other samplers whose shift follows the size, of single models
+# other samplers whose shift depends on the size, each for one model only
 SHIFTED_LOGIT = "shifted_logit_normal"
 SIZE_SAMPLERS = ("nextdit_shift", SHIFTED_LOGIT)
-CUT_LOGIT = "cut_logit_normal"  # of a single model, whose rule is `NoiseSpec.cut_logit`
+CUT_LOGIT = "cut_logit_normal"  # for one model only, whose rule is `NoiseSpec.cut_logit`
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 WEIGHTS_OF_LOSS = ("cosmap", "sigma_sqrt")  # those that do not shape the draws
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths
-MAX_LOGIT = 16  # a sigmoid of it is 1 to seven digits
+MAX_LOGIT = 16  # sigmoid(16) is 1 to seven digits
 
 
 _OF_LOGIT = {
@@ -179,7 +179,7 @@ class TimestepOptions(Options, title="timesteps and loss weights"):
 
 RAW, ADDITIVE, SIGMA_SCALED = "raw", "additive", "sigma_scaled"
 PREDICTIONS = (RAW, ADDITIVE, SIGMA_SCALED)
-# by what --weighting_scheme weights the loss: the timestep as a whole number, the exact share of noise
+# what --weighting_scheme computes the loss weight from: rounded timestep, exact sigma, or no weighting
 TIMESTEP, SIGMA, NOTHING = "timestep", "sigma", "nothing"
 WITH_THRESHOLD = ("huber", "smooth_l1")
 _OF_HUBER = {

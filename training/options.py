@@ -57,10 +57,10 @@ logger = logging.getLogger(__name__)
 R = TypeVar("R", bound=Options)
 T = TypeVar("T")
 
-# near the width of the largest models, where a LoRA is larger than the weights that it changes
+# near the width of the largest models; there a LoRA is larger than the weights that it changes
 MAX_RANK = 4096
 
-if TYPE_CHECKING:  # records of what the list of features has
+if TYPE_CHECKING:  # classes with the options of all features, built from the list of features
     OptionsAtNetwork = Options
     OptionsAtNoise = Options
     OptionsAtLoss = Options
@@ -77,7 +77,7 @@ else:
     OptionsAtEnding = options_at(AT_ENDING)
     OptionsAtMetadata = options_at(AT_METADATA)
 
-NOT_AT_NETWORK = OptionsAtNetwork()  # where there is no network
+NOT_AT_NETWORK = OptionsAtNetwork()  # defaults, if no network is trained
 
 
 class TrainedNetworkOptions(NetworkOptions, title="network"):
@@ -99,8 +99,9 @@ class TrainingOptions(Options, must_give=True):
     at_loss: OptionsAtLoss  # of features
     # None: the output is the velocity
     prediction: noise_options.PredictionOptions | None = option(facts=HABIT)
-    network: TrainedNetworkOptions | None  # what learns: a network beside the DiT,
-    full_dit: learning_options.FullDitOptions | None  # or the DiT itself; one of the two is given
+    # exactly one of these two is set: a network is added to the DiT and trained, or the DiT itself is trained
+    network: TrainedNetworkOptions | None
+    full_dit: learning_options.FullDitOptions | None
     accelerator: run_options.AcceleratorOptions = option(facts=HABIT)
     saving: SavingOptions = option(facts=FREE)
     samples: run_options.SampleOptions = option(facts=FREE)
@@ -113,13 +114,13 @@ class TrainingOptions(Options, must_give=True):
     speed: TrainingSpeedOptions
     # None: the script's models have one transformer
     experts: learning_options.ExpertTrainingOptions | None = option(facts=FREE)
-    # of image trainers that make LoRAs; None in the others
+    # only for image trainers that train LoRAs; None for other scripts
     parts: learning_options.PartsOptions | None
     start: run_options.StartOptions | None = option(facts=FREE)
     subset: SubsetOptions | None = option(facts=FREE)  # the resulting tables are compared instead
     # no option: see `name_as_typed`
     typed_names: Mapping[str, str] = option(default={}, facts={**FREE, **OF_TYPING})
-    # no option: arguments of those that are typed, with their usual values too
+    # no option: names of all options on the command line, even those with their default value
     typed_options: frozenset[str] = option(default=frozenset(), facts={**FREE, **OF_TYPING})
     caching: CachingInRunOptions | None = option(facts=FREE)
 
@@ -143,7 +144,7 @@ class TrainingOptions(Options, must_give=True):
             _ = self.saving.place  # raises OptionError if the folder or the name is missing
 
     def of(self, kind: type[T]) -> T:
-        """Return the options of a feature."""
+        """Return the options of a feature by their class."""
         at_network = NOT_AT_NETWORK if self.network is None else self.network.at_network
         places: tuple[Options, ...] = (
             at_network,
@@ -159,11 +160,11 @@ class TrainingOptions(Options, must_give=True):
 
     @functools.cached_property
     def joined(self) -> JoinedRun:
-        """Return the run that features have joined, as far as options alone decide.
+        """Return what the active features contribute, as far as options alone decide.
 
-        Raises OptionError if one rejects the run.
+        Raises OptionError if a feature rejects the run.
 
-        It is never started: see `begin_run` in `features/composing.py`.
+        Its `on.start` functions are never called: for that see `begin_run` in `features/composing.py`.
         """
         return join_run(self)
 
@@ -202,7 +203,7 @@ class TrainingOptions(Options, must_give=True):
 
     @property
     def predicted(self) -> str:
-        """What an output is compared as, from --model_prediction_type; raw for video models."""
+        """Quantity that the loss compares, from --model_prediction_type; raw for video models."""
         return noise_options.RAW if self.prediction is None else self.prediction.model_prediction_type
 
     @property
@@ -255,16 +256,16 @@ class TrainingOptions(Options, must_give=True):
             )
 
 
-# options that `accelerate launch` sets by variables
+# options that `accelerate launch` sets by environment variables
 OF_LAUNCHER = {"mixed_precision": "ACCELERATE_MIXED_PRECISION", "dynamo_backend": "ACCELERATE_DYNAMO_BACKEND"}
 
 
 class ScriptOption(NamedTuple):
-    """A given option of a run, and the words to type for it."""
+    """An option of a run with its value, and the words to type for it."""
 
     name: str
     text: str
-    words: Sequence[str]  # with the spelling that was typed
+    words: Sequence[str]  # flag and value; the flag as it was typed
     is_changed: bool  # it differs from its default
     is_typed: bool = True  # False: its value follows from other options
 
@@ -299,7 +300,7 @@ def _describe_option(action: argparse.Action, value: Any, typed_flags: Mapping[s
     by_preference = (typed_flags.get(action.dest), f"--{action.dest}", flags[0])
     flag = next(flag for flag in by_preference if flag in flags)
     is_switch = action.nargs == 0 or not texts
-    # a changed option that is not on the command line follows from other options
+    # an option that is changed but neither typed nor set by the launcher follows from other options
     follows = is_changed and typed_flags and action.dest not in {*typed_flags, *OF_LAUNCHER}
     return ScriptOption(
         name=action.dest,
@@ -317,7 +318,7 @@ class TrainerChanges:
     defaults: Mapping[str, Any] = field(default_factory=dict)
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     refused: Mapping[str, str] = field(default_factory=dict)
-    # puts the family's own names of shared options into the shared ones, before records are read
+    # copies values of the family's own option names to the shared options, before records are read
     translate: Callable[[argparse.Namespace], None] = lambda args: None
 
 
@@ -337,7 +338,7 @@ def read_training(
     Args:
         doc: See `training_parser`.
         record: Class of the family's own options.
-        argv: Command line; None for that of the process.
+        argv: Command line; None for `sys.argv`.
         learner: See `training_parser`.
         shared: More records of shared options.
         changes: Changes of shared options by the script.
@@ -367,8 +368,8 @@ def read_training(
 def log_idle(args: argparse.Namespace, *records: Options) -> None:
     """Log in one line which options of a --config_file have no effect because another one is not given.
 
-    Files of other programs name all options with their defaults. An option with another value is rejected, or
-    has its own line (`list_unused_options`).
+    These options have their defaults, which files of other programs spell out. If such an option has another
+    value, it is rejected or has its own line (`list_unused_options`).
     """
     idle = [name for record in records for name in list_idle(record, args.options_of_file)]
     if idle:
@@ -393,7 +394,7 @@ def training_parser(
         settings: Defaults and settings of the script, see `add_options`.
     """
     parser = Parser(description=doc)
-    parser.changes_values = True  # by --config_file, a launcher, and other names of options
+    parser.changes_values = True  # --config_file, a launcher and alternative option names change values
     add_options(parser, ConfigOptions, learner, **settings)
     if learner is learning_options.FullDitOptions:
         add_options(parser, OptionsAtNetwork, refused=rejected_for_full())

@@ -1,4 +1,4 @@
-"""Find all that a run is made of before anything large is loaded: options, processes, state, items, steps."""
+"""Plan a run before anything large is loaded: its options, processes, resumed state, items and steps."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -70,17 +70,17 @@ class TrainingPlan:
 
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
-    joined: JoinedRun  # by features that are on
+    joined: JoinedRun  # what the active features contribute
     learner: Learner
-    network_module: str  # of the network; empty if the model itself is trained
-    names: Names  # of its files
+    network_module: str  # as in --network_module; empty if the model itself is trained
+    names: Names  # names of the saved files
     others: OtherFamilies
     accelerator: Accelerator
-    quantization: Quantization | None  # with what multiplies on the device
+    quantization: Quantization | None  # including which matrix products the device supports
     saved: SavedState | ForeignState | None
     progress: Progress
     saving: SavingOptions  # with the epochs of --save_n_epoch_ratio
-    lora_format: LoraFormat | None  # of its files; None: they have the names of what is trained
+    lora_format: LoraFormat | None  # None: saved tensors keep the names of the trained parameters
     config: DatasetConfig
     training: Sequence[TrainingItem]
     validation: Sequence[TrainingItem]
@@ -89,8 +89,8 @@ class TrainingPlan:
     table_times: Mapping[int, TimestepOptions]  # see `times_by_group`
     sources: BatchSources  # where batches are read from
     texts: LiveTexts | None  # encoded while training; None: all come from caches
-    changes: Mapping[str, str]  # of settings, by --resume_changed
-    adapter: str | None  # --training_adapter with a hash of its content, as the run found it
+    changes: Mapping[str, str]  # settings that --resume_changed allows to differ from the state
+    adapter: str | None  # --training_adapter with a hash of its content at the start of the run
 
     @cached_property
     def settings(self) -> RunSettings:
@@ -106,7 +106,7 @@ class TrainingPlan:
 
     @property
     def sampled(self) -> Family:
-        """Return the model of samples, which may have transformers that are not trained."""
+        """Return the model that generates samples; some of its transformers may not be trained."""
         return self.others.sampling or self.family
 
     @property
@@ -244,7 +244,7 @@ def make_plan(
 
 
 def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) -> TrainingPlan:
-    """Compare a run with the state that it continues from; return the plan with what that changes.
+    """Compare a run with the state that it continues from; return the plan with its changes and steps.
 
     Raises:
         OptionError: If the state is of another run.
@@ -259,7 +259,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
 
 
 def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[TrainingItem]) -> None:
-    """Raise UserError for items that a joined feature cannot learn; log features that no item uses."""
+    """Raise UserError for captions that a feature cannot learn from; warn of unused rejected items."""
     for read in (*joined.read_captions, *learner.read_captions):
         from training.token_captions import check_captions  # only to learn a word
 
@@ -293,7 +293,7 @@ def _find_sources(
     joined: JoinedRun,
     may_encode: bool,
 ) -> BatchSources:
-    """Return the sources of the parts of batches that `texts` does not encode."""
+    """Return where batches are read from, except for the text tensors that `texts` encodes."""
     if may_encode:
         from training.caching_inside import prepare_sources  # most runs read caches alone
 
@@ -383,7 +383,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
         learner: What the run trains.
 
     Raises:
-        UserError: If they cannot be used, or if the noise levels of a table cannot be trained.
+        UserError: If the data cannot be used, or if the noise levels of a table cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
     if options.joined.make_data is not None:
@@ -487,7 +487,7 @@ def _split_items(
 
 
 def _check_tables(config: DatasetConfig) -> None:
-    """Raise OptionError for a table with the strength of a LoRA in a training of the model itself."""
+    """Raise OptionError if a table sets network_multiplier; the model itself is trained, without a LoRA."""
     scaled = next((table for table in config.datasets if table.network_multiplier != 1), None)
     if scaled is not None:
         raise OptionError(
@@ -497,7 +497,7 @@ def _check_tables(config: DatasetConfig) -> None:
 
 
 def _check_batch_sizes(reason: str, config: DatasetConfig) -> None:
-    """Raise OptionError for a table with a batch size above 1, for the reason why samples are single."""
+    """Raise OptionError if a table has a batch size above 1; `reason` says why the model takes one sample."""
     larger = next((table for table in config.datasets if table.batch_size > 1), None)
     if larger is not None:
         raise OptionError(

@@ -23,8 +23,8 @@ from training.run_options import AcceleratorOptions
 
 logger = logging.getLogger(__name__)
 
-# minutes that processes wait for each other. torch ends a run on GPUs (NCCL) after 10, and a sample, or a
-# share of a data set to be encoded, takes some process longer
+# minutes that processes wait for each other: with NCCL, torch would end a run after 10 minutes, but one
+# process may need longer to generate samples or to encode its part of a dataset
 DEFAULT_TIMEOUT = 24 * 60
 
 
@@ -83,7 +83,7 @@ def make_accelerator(options: AcceleratorOptions) -> Accelerator:
 
 
 def _check_environment() -> None:
-    """Raise OptionError if only some of the variables that a launcher of several processes sets are there."""
+    """Raise OptionError if only some of the environment variables of a multi-process launcher are set."""
     variables = {}
     for name in ("WORLD_SIZE", "LOCAL_RANK"):
         text = os.environ.get(name)
@@ -97,13 +97,13 @@ def _check_environment() -> None:
         )
 
 
-BUCKET_ELEMENTS = 64 << 20  # a LoRA fits into one buffer, a whole DiT is sent in pieces
+BUCKET_ELEMENTS = 64 << 20  # elements of a buffer: a LoRA fits into one, a whole DiT needs several
 
 
 def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
-    """Set the gradient of parameters that no micro-batch of this step reached to zero.
+    """Set missing gradients to zero, for parameters that no micro-batch of this process used.
 
-    Whether a parameter was reached must not depend on how the micro-batches were spread over processes.
+    Which parameters are stepped must not depend on how the micro-batches were spread over processes.
     """
     for parameter in parameters:
         if parameter.grad is None:
@@ -113,7 +113,7 @@ def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
 def norm_of_gradients(parameters: Iterable[Parameter], split: Collection[Tensor] = ()) -> Tensor:
     """Return the norm of all gradients together, in float32.
 
-    For bf16 gradients torch itself would round it to 3 digits.
+    For bf16 gradients, torch would round the norm to 3 digits.
 
     Args:
         parameters: The trained parameters.
@@ -148,7 +148,7 @@ def sum_over_processes(parameters: list[Parameter], numbers: Tensor) -> Tensor:
 
 
 def largest_of_processes(value: int, processes: int, device: torch.device) -> int:
-    """Return the largest value among the processes. All must call it."""
+    """Return the largest value among the processes. All processes must call this."""
     if processes == 1:
         return value
     number = torch.tensor(int(value), device=device)

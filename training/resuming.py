@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 TRANSFORMERS, PER_EXPERT = "trained transformers and their lowest timesteps", "--lora_per_expert"
 GROUP_SIZE = "micro-batches per step (processes x --gradient_accumulation_steps)"
 BATCHES = "batches of an epoch (--dataset_config and its caches)"
-# options whose files states record by name
+# options whose files are recorded in states by name
 NAMED_FILES = options_with(TrainingOptions, "resume", "names")
-# options that any resumed run may change; states record them so that a change can be listed
+# options that any resumed run may change; they are recorded so that --resume_changed can list changes
 # fmt: off
 LISTED = (
     "max_train_steps", "max_train_epochs", "validate_every_n_steps",
@@ -79,7 +79,7 @@ def find_state(
 
 
 def _explain_no_state(resume: str, folder: Path, name: str) -> None:
-    """Log that a new run begins; raise OptionError if --resume asks for a state that has to exist."""
+    """Log that a new run begins; raise OptionError for `--resume latest-or-fail`."""
     aside = find_set_aside(folder, name)
     is_trained = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
     earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
@@ -112,7 +112,8 @@ def first_progress(
     """
     if isinstance(saved, states.SavedState):
         with states.one_error(saved.folder):
-            for kind in options.joined.remembers:  # states of inactive features are kept unchanged
+            # values of inactive features are kept unchanged and not checked
+            for kind in options.joined.remembers:
                 saved.progress.of(kind)  # raises TypeError if values have a wrong type
         return saved.progress
     seed, session_id, started_at = broadcast_object_list(
@@ -129,18 +130,18 @@ def first_progress(
 
 
 def recorded_values(options: Any, *kinds: str) -> dict[str, Any]:
-    """Return the values of a record that states record as one of these kinds: identity or habit."""
+    """Return the values of the options in a record that have one of these kinds: identity or habit."""
     names = {name for kind in kinds for name in options_with(type(options), "resume", kind)}
     return {name: value for name, value in public_config(options).items() if name in names}
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """The settings of a run that a resumed run is compared with, under names that users know."""
+    """The settings of a run that a resumed run is compared with, by option or description."""
 
     identity: dict[str, Any]  # must be equal in a resumed run
     habits: dict[str, Any]  # may change, with a warning; models are given by file name
-    record: type  # of the family's own options
+    record: type  # class of the family's own options
 
 
 def settings_of(
@@ -190,12 +191,12 @@ def _habits_of(family: Family, options: TrainingOptions, config: Mapping[str, An
 
 
 def _flagged(config: Mapping[str, Any], kind: str) -> dict[str, Any]:
-    """Return the values of the options that states record as identity or habit, by their flags."""
+    """Return the values of the options of one kind, identity or habit, by their flags."""
     return {f"--{name}": config.get(name) for name in options_with(TrainingOptions, "resume", kind)}
 
 
 def _names_of_files(options: TrainingOptions) -> dict[str, str | None]:
-    """Return the names of files that states record as a setting, by the options' flags."""
+    """Return the file names in the options `NAMED_FILES`, by flag; None for an option that is not set."""
     files = {name: value for name, value in option_values(options).items() if name in NAMED_FILES}
     return {
         f"--{name}": ", ".join(path.name for path in value or ()) or None for name, value in files.items()
@@ -230,7 +231,7 @@ def check_resumable(
 ) -> dict[str, str]:
     """Raise OptionError if the saved run is a different one; warn of changes.
 
-    Settings that the saved run did not record are not compared. Call it before anything large is loaded.
+    Settings that the saved run did not record are not compared. Call this before anything large is loaded.
 
     Args:
         saved: The saved state.
@@ -239,7 +240,7 @@ def check_resumable(
         saving: See `TrainingPlan.saving`.
 
     Returns:
-        What --resume_changed changes, if given, in words by the name of the setting.
+        Descriptions of the changed settings by name with --resume_changed; otherwise empty.
     """
     if isinstance(saved, states.ForeignState) and options.by_expert.lora_per_expert:
         raise OptionError(
@@ -250,7 +251,7 @@ def check_resumable(
     if not isinstance(saved, states.SavedState):
         return {}
     habits = settings.habits
-    # states of versions without several transformers or adapters do not have these settings
+    # settings that older versions, without several transformers or adapters, did not record
     default = {
         TRANSFORMERS: "one from 0",
         PER_EXPERT: settings.identity.get(PER_EXPERT) and False,
@@ -258,7 +259,7 @@ def check_resumable(
     }
     before = _resolve({**default, **saved.identity}, settings.record)
     identity = _resolve(settings.identity, settings.record)
-    # a state of a version without a target or feature was saved without it: its options had their defaults
+    # options that are newer than the state had no effect in the saved run: they count as defaults
     unrecorded: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, *(feature.options.usual() for feature in FEATURES)):
         unrecorded |= {f"--{name}": value for name, value in public_config(record).items()}
@@ -314,7 +315,7 @@ def _reject_differences(
 
 
 def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
-    """Return setting -> (saved value, current value) as texts, for all that differ."""
+    """Return the saved and the current value as texts for each setting that differs, by name."""
     return {
         name: (states.shorten_value(saved[name]), states.shorten_value(value))
         for name, value in here.items()
@@ -323,7 +324,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> dict[str,
 
 
 def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str, Any]:
-    """Return the settings of this run that are compared with those of a saved state, by option."""
+    """Return the settings of this run that any resumed run may change, by flag."""
     config = public_config(options, saving)
     return {f"--{name}": config[name] for name in LISTED}
 
@@ -341,7 +342,7 @@ def take_over(changes: Mapping[str, str], progress: Progress, saved: states.Save
     if not changes.keys() & {GROUP_SIZE, BATCHES}:
         return
     with states.one_error(saved.folder):
-        # it begins with the number of batches of an epoch
+        # the text begins with the number of batches of an epoch
         batches = int(str(saved.identity[BATCHES]).partition(",")[0])
     if progress.position >= batches:
         progress.epoch += 1
@@ -380,9 +381,9 @@ def _resolve(identity: Mapping[str, Any], record: type) -> dict[str, Any]:
 
 
 def _resolve_pairs(option: str, text: str) -> str:
-    """Return KEY=VALUE arguments, as `public_config` gives them, in one order and with values of one form."""
+    """Return KEY=VALUE arguments from `public_config` sorted by key, with normalized values."""
     try:
         pairs = read_literals(option, ast.literal_eval(text) or ())
     except (ValueError, SyntaxError, TypeError, AttributeError, OptionError):
-        return text  # of a state that was edited
+        return text  # the state was edited
     return ", ".join(f"{key}={pairs[key]!r}" for key in sorted(pairs))

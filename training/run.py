@@ -1,4 +1,4 @@
-"""Train: build a run from its options, in order, and give it to the loop."""
+"""Train: build a run from its options, step by step, and pass it to the training loop."""
 
 import contextlib
 import logging
@@ -57,15 +57,15 @@ def train_network(
     Args:
         family: The model family.
         options: Options of the run.
-        command: Command that was typed; commands for missing caches and for what can follow repeat its
+        command: Command that was typed; suggested commands, for missing caches and next steps, repeat its
             options.
-        others: Models apart from the trained one.
+        others: Models in addition to the trained one.
 
     Returns:
         The program's exit code.
 
     Raises:
-        UserError: If the user has to change something.
+        UserError: If the options, the data or a file cannot be used.
     """
     for change in options.joined.on.family:
         family = change(family)
@@ -79,7 +79,7 @@ def train_network(
 
         commands = command.caching_commands(options.loop.dataset_config, family)
         return show_preview(family, options, learner, commands, others)
-    dynamo()  # the first step of any optimizer imports it; imported here, it is frozen too
+    dynamo()  # the first optimizer step would import it; import it earlier, so that it is frozen too
     freeze_libraries()
     with end_of_run(options.joined) as end:
         try:
@@ -109,11 +109,11 @@ def prepare_run(
         family: The model family.
         options: Options of the run.
         command: Command that was typed.
-        others: Models apart from the trained one.
+        others: Models in addition to the trained one.
         end: Records how far the run has come.
 
     Raises:
-        UserError: If the user has to change something.
+        UserError: If the options, the data or a file cannot be used.
     """
     end = end or RunEnd(options.joined)
     learner = find_learner(family, options.network, options.joined.in_place_of_lora)
@@ -145,7 +145,7 @@ def prepare_run(
         swap = options.speed.swap
         memory: MemoryWatch | None = None
         if accelerator.device.type == "cuda" or swap.is_auto:
-            from training.planning.memory import prepare_memory  # others need no planner
+            from training.planning.memory import prepare_memory  # other runs need no planner
 
             swap, memory = prepare_memory(plan)
         if plan.texts is not None:
@@ -155,9 +155,9 @@ def prepare_run(
         logs = _make_logs(plan, swap)
         reporter = make_reporter(plan, following, memory)
         model = load_model(plan, swap)
-        # everything is loaded, so that an error cannot leave the folder without the earlier results
+        # only after everything is loaded, so that a failed start does not move the earlier results
         _set_earlier_aside(plan, reporter.history.path)
-        accelerator.wait_for_everyone()  # no process may write samples before that
+        accelerator.wait_for_everyone()  # before any process writes samples
         publisher = None if plan.joined.storage is None else plan.joined.storage.make_publisher()
         saver = make_saver(
             model,
@@ -178,7 +178,7 @@ def prepare_run(
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
-    """Return the logs of the run, with a clock that also counts the pauses still to come."""
+    """Return the logs of the run, with a clock that includes future pauses in the remaining time."""
     options, progress = plan.options, plan.progress
 
     def pauses_after(step: int) -> dict[str, int]:
@@ -202,7 +202,7 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
 
 
 def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
-    """Set aside the files of an earlier run of this name, unless this one continues or replaces them."""
+    """Move files of an earlier run of this name away, unless this run continues or overwrites them."""
     saving, saved = plan.saving, plan.saved
     if saving.overwrite or not plan.accelerator.is_main_process:
         return

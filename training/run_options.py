@@ -14,14 +14,14 @@ from networks.multipliers import files_with_multipliers
 
 logger = logging.getLogger(__name__)
 
-MIN_STEPS = 50  # between validations, if no option says how often
+MIN_STEPS = 50  # steps between validations if no option sets them
 MAX_STEPS = 100_000_000  # a year at three steps a second
 TOO_LARGE_A_SEED = 2**64
 
 
 @functools.cache  # options are parsed more than once, and the seed of a text is logged once
 def read_seed(text: str) -> int:
-    """Return the number of --seed: the number itself or that of a text, as in generation scripts.
+    """Parse --seed: a number, or a text that is hashed to a number as in generation scripts.
 
     Raises:
         ArgumentTypeError: If the number is longer than any seed.
@@ -111,7 +111,7 @@ class LoopOptions(Options, title="training run"):
 
     @property
     def known_steps(self) -> int | None:
-        """Return the optimizer steps in total; None if epochs say how many, which the data decide."""
+        """Return the total of optimizer steps; None with --max_train_epochs, when it depends on the data."""
         return self.max_train_steps if self.max_train_epochs is None else None
 
 
@@ -134,7 +134,7 @@ class StartOptions(Options, title="beginning later"):
 
 
 class ValidationOptions(Options, title="validation"):
-    """Options of the loss on held-out items, at fixed noise and timesteps."""
+    """Options of the validation loss: held-out items at fixed noise and timesteps."""
 
     validation_split: float = option(
         "fraction of the source files reserved for the validation loss",
@@ -165,8 +165,8 @@ class ValidationOptions(Options, title="validation"):
     def is_due_after_epoch(self, epoch: int, step: int, steps: int, is_saved: bool) -> bool:
         """Return whether to validate at the end of an epoch of this many steps, at `step`.
 
-        Without options: after each epoch that saves a file, and after each that passes a multiple of
-        MIN_STEPS steps; a few batches are not worth a validation.
+        By default, an epoch is validated if it saves a file or passes a multiple of MIN_STEPS steps, because
+        epochs may be very short.
         """
         if self.validate_every_n_epochs is not None:
             return epoch % self.validate_every_n_epochs == 0
@@ -197,7 +197,7 @@ class SampleOptions(Options, title="samples while training"):
         metavar="FILE[:MULTIPLIER]",
         facts=OF_SAMPLES,
     )
-    preview: PreviewOptions = option(facts=OF_SAMPLES)  # while they are made
+    preview: PreviewOptions = option(facts=OF_SAMPLES)  # previews while samples are generated
 
     def __post_init__(self) -> None:
         if self.is_timed and self.sample_prompts is None:
@@ -211,13 +211,13 @@ class SampleOptions(Options, title="samples while training"):
         """Return the files of --sample_lora with their multipliers.
 
         Raises:
-            OptionError: If one is missing.
+            OptionError: If a file is missing.
         """
         return files_with_multipliers("--sample_lora", self.sample_lora or ())
 
     @property
     def is_timed(self) -> bool:
-        """Whether some option says when samples are generated."""
+        """Whether an option schedules samples."""
         return (
             self.sample_every_n_steps is not None
             or self.sample_every_n_epochs is not None
@@ -239,10 +239,7 @@ NO_WRAPPER = "gradients are averaged without a DDP wrapper."
 
 
 class AcceleratorOptions(Options, title="precision and processes"):
-    """Options of the precision and of several processes.
-
-    Without --mixed_precision this is the launcher's setting.
-    """
+    """Options of the precision and of several processes. The launcher sets --mixed_precision by default."""
 
     mixed_precision: str = option(
         "autocast; without this option, the setting of accelerate launch, else no",

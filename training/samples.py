@@ -66,12 +66,12 @@ class Sample:
     """One prompt of the file with everything encoded. `index` counts the prompts of the file."""
 
     index: int
-    entry: Mapping[str, Any]  # of the file
+    entry: Mapping[str, Any]  # settings of the prompt in the file
     prepared: Prepared
-    is_seeded: bool  # else a new seed each time
+    is_seeded: bool  # False: a new seed is drawn each time
     prompts: Mapping[int, EncodedPrompts]
     inputs: Mapping[int, Conditions]
-    texts: Mapping[int, Prompts] = field(default_factory=dict)  # of `prompts`
+    texts: Mapping[int, Prompts] = field(default_factory=dict)  # the texts that were encoded to `prompts`
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,11 @@ class PromptSource:
     process: int
     processes: int
     together: bool  # all processes make every sample
-    text: str = ""  # of the file, as it was read last
-    fault: str = ""  # why the file could not be read then
+    text: str = ""  # contents of the file when it was last read
+    fault: str = ""  # why the last attempt to read it failed; empty if it did not
 
     def numbers_of(self, count: int) -> list[int]:
-        """Return the numbers of the prompts that this process makes, of so many in the file."""
+        """Return the indices of the prompts that this process generates, if the file has `count` prompts."""
         numbers = list(range(count))
         return numbers if self.together else numbers[self.process :: self.processes]
 
@@ -108,15 +108,15 @@ class Sampler:
     session: Session  # holds the VAE, on the CPU between uses
     folder: Path
     name: str  # --output_name
-    has_metadata: bool = True  # samples say what made them, as the files of a generation do
-    weights: str = ""  # for the metadata: weights of the run that the samples show, or additions
-    prompts: Sequence[str] = ()  # of all processes, by their place in the file
+    has_metadata: bool = True  # files record their settings, as those of a generation do
+    weights: str = ""  # for the metadata: added to the model's name if samples use other weights or LoRAs
+    prompts: Sequence[str] = ()  # prompts of all processes, in the order of the file
     previews: LatentPreviews | None = None
-    # encodes texts again, with encoders that have learned; None: none does
+    # encodes texts again with the trained text encoders; None if no text encoder is trained
     renew: Renew | None = None
     # draws the seed of a sample that has none; processes that make it together agree on one
     draw_seed: Callable[[], int] = draw_alone
-    writes: bool = True  # else another process does, and this one only helps to make them
+    writes: bool = True  # False: another process writes the files, and this one only helps to generate
 
     @property
     def first_values(self) -> dict[str, Any]:
@@ -322,7 +322,7 @@ def prepare_samples(
         process: Index of this process.
         processes: Number of processes.
         has_metadata: Whether files of samples get metadata.
-        weights: Name of the weights, for the metadata.
+        weights: As in `Sampler`.
         preview: Options of previews.
         together: Whether all processes generate every sample and the first one writes it; `blocks` then
             splits the text encoders over them.
@@ -413,7 +413,7 @@ def encode_samples(
 def _encode_media(
     session: Session, requests: Sequence[Prepared], writes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
-    """Return the conditions that each sample's images give. See `encode_samples`."""
+    """Encode the images of each sample to conditions. See `encode_samples`."""
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
         if (loads and requests) or any(needs_media(family, request) for request in requests):
@@ -436,7 +436,7 @@ def warn_of_unused(entries: Sequence[Mapping[str, Any]], family: Family, prompt_
             "%s: the embedded guidance (--g) is ignored because this model has none; --l guides it",
             prompt_file,
         )
-    words: dict[str, str] = {}  # by key; some have two
+    words: dict[str, str] = {}  # first option of each key; some keys have two
     for word, setting in OF_SOME_MODELS.items():
         words.setdefault(setting.key, word)
     for key, word in words.items():
@@ -596,7 +596,7 @@ def _select_solver(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | 
 
     Args:
         values: Values of the prompt.
-        own: Solvers of the model, which replace those of every model.
+        own: Solvers of the model; if there are any, only these can be used.
     """
     name = values.get("sample_sampler")
     if name is None:
@@ -626,7 +626,7 @@ def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[s
     values = vars(request) | {
         name: getattr(prepared, name) for name in ("frames", "steps", "embedded_guidance")
     }
-    # if streams have scales of their own, only a scale that the sample gives is listed: it replaces them
+    # if image and audio have separate scales, only a scale from the prompt line is listed: it replaces them
     scales = prepared.guidance_scale
     values["guidance_scale"] = request.guidance_scale if prepared.rules.streams else scales[0]
     for expert, scale in zip(family.experts, scales, strict=True):

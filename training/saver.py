@@ -33,11 +33,11 @@ from training.training_run import TrainedModel
 
 logger = logging.getLogger(__name__)
 
-RATES = ("lr", "initial_lr")  # what a schedule sets in a group of the optimizer
+RATES = ("lr", "initial_lr")  # keys that a schedule sets in the optimizer's groups
 
 
 def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
-    """Return the metadata of each part that a training writes into a file of its own."""
+    """Return the metadata for the file of each part of the model, by the part's name."""
     plan = model.plan
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
@@ -49,7 +49,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
             metadata[part] = of_run | continued_sizes(model, part)
             if has_experts:
                 metadata[part] |= expert_metadata(plan.family, plan.options, times, part)
-        else:  # of a word: with these entries it would be taken for a LoRA
+        else:  # the file of an embedding: with `ss_network_*` it would be taken for a LoRA
             metadata[part] = {key: text for key, text in of_run.items() if not key.startswith("ss_network_")}
     return metadata
 
@@ -61,7 +61,7 @@ def make_saver(
     note_saved: Callable[[Sequence[Path], int], None],
     note_removed: Callable[[], None],
 ) -> Saver | None:
-    """Make the saver in the main process, and remove files that it no longer keeps; else return None.
+    """Return the saver of the run and remove expired files; None in processes that do not save.
 
     Args:
         model: The loaded networks.
@@ -111,11 +111,11 @@ def make_saver(
 
 @dataclass(frozen=True, eq=False)
 class _ModelWriter:
-    """Write what is trained into files, and everything that resuming needs into states."""
+    """Write the trained weights to files, and everything that resuming needs to states."""
 
     model: TrainedModel
-    dtype: torch.dtype | None  # of files; None: that of the weights
-    metadata: Mapping[str, Mapping[str, str]]  # of the file of each part, without progress and time
+    dtype: torch.dtype | None  # dtype in files; None: that of the weights
+    metadata: Mapping[str, Mapping[str, str]]  # metadata of each part's file, without progress and time
 
     def write_file(self, part: str, path: Path) -> None:
         """Write the current weights of a part."""
@@ -175,7 +175,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) ->
 
 
 def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
-    """Return the dtype of saved models; None: every tensor as it is."""
+    """Return the dtype of saved models; None if every tensor keeps its dtype."""
     precision = options.saving.save_precision
     if precision is not None:
         return DTYPES[precision]
@@ -216,10 +216,10 @@ def take_state(model: TrainedModel) -> states.SavedState:
 
 
 def restore(model: TrainedModel) -> None:
-    """Bring the run into the state that its plan names.
+    """Restore the state of --resume, if there is one.
 
     Raises:
-        CheckpointError: If something does not fit.
+        CheckpointError: If the state does not fit this run.
     """
     saved, step = model.plan.saved, model.plan.progress.step
     if saved is None:
@@ -242,8 +242,9 @@ def restore(model: TrainedModel) -> None:
 
 
 def _restore_foreign(model: TrainedModel, saved: states.ForeignState) -> None:
-    """Restore weights, and the optimizer if it is known which of its tensors belongs to which layer."""
-    module = next(iter(model.trainable.modules.values()))  # the network; further ones are only in our states
+    """Restore weights, and the optimizer's state if its tensors can be assigned to layers."""
+    # the network comes first; states of other programs have no other modules
+    module = next(iter(model.trainable.modules.values()))
     states.load_module(module, saved.network)
     if model.average is not None:
         model.average.begin()
@@ -313,7 +314,10 @@ def _with_rates_of_now(
 
 
 def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
-    """Return the split weights for which the optimizer holds only this process's rows, by name, or {}."""
+    """Return the split weights whose optimizer states have only this process's rows, by name.
+
+    Empty if no weight is split, or if the optimizer needs whole weights.
+    """
     if not steps_numbers(type(model.optimizer)):
         return {}
     names = model.trainable.names

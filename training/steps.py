@@ -1,11 +1,11 @@
-"""Plan which micro-batches form which optimizer step, and which process works on which. Whole numbers only.
+"""Plan which micro-batches form which optimizer step, and which process works on which. Integers only.
 
 An epoch has the micro-batches 0 .. num_batches - 1. An optimizer step takes the next `processes *
-accumulation` of them; the last step of an epoch takes the rest. Process r of P works on those whose index is
-r modulo P; where processes share the tokens of a clip, a group of them counts as one process here. So two
-processes take the same steps as one process with twice the accumulation. Processes in lockstep, which share a
-model, run equal passes: a process without a micro-batch in the last step of an epoch repeats the step's last
-micro-batch with weight 0. `Progress` says how far a run has come in its plan.
+accumulation` of them; the last step of an epoch takes the rest. Process r of P works on micro-batches whose
+index is r modulo P. If processes share the tokens of a clip, a group of them counts as one process here. So
+two processes take the same steps as one process with twice the accumulation. Processes in lockstep, which
+share a model, run equal passes: a process without a micro-batch in the last step of an epoch repeats the
+step's last micro-batch with weight 0. `Progress` records how far a run has come in its plan.
 """
 
 from collections.abc import Iterator, Mapping
@@ -29,19 +29,19 @@ class Progress:
     position: int = 0  # micro-batches done in the current epoch
     sample_pending: str = ""  # mark of samples that are due and not made yet
     sampled_step: int = -1  # step of the last samples
-    losses: list[float] = field(default_factory=list)  # of the last steps, up to an epoch's length
-    # where the present plan of steps began: --resume_changed may change the clips or the size of a step
+    losses: list[float] = field(default_factory=list)  # losses of the last steps, at most one epoch
+    # where the current plan of steps began: --resume_changed may change the clips or the size of a step
     plan_epoch: int = 0
     plan_position: int = 0
     plan_step: int = 0
     changes: list[str] = field(default_factory=list)  # what --resume_changed changed, in words
     skipped: int = 0  # steps that were not taken
-    of_features: dict[Any, Any] = field(default_factory=dict)  # what each remembers, by its dataclass
-    unclaimed: dict[str, Any] = field(default_factory=dict)  # of a state: values that none has taken yet
+    of_features: dict[Any, Any] = field(default_factory=dict)  # state of each feature, by its dataclass
+    unclaimed: dict[str, Any] = field(default_factory=dict)  # saved values that no feature has taken yet
 
     @classmethod
     def of_state(cls, values: Mapping[str, Any]) -> "Progress":
-        """Return the progress that `as_state` recorded; values of features wait until they ask for them."""
+        """Restore what `as_state` returned; values of features stay in `unclaimed` until `of` takes them."""
         own = {field.name for field in fields(cls)} - {"of_features", "unclaimed"}
         progress = cls(**{name: value for name, value in values.items() if name in own})
         progress.unclaimed |= {name: value for name, value in values.items() if name not in own}
@@ -56,10 +56,10 @@ class Progress:
         return values
 
     def of(self, kind: type[T]) -> T:
-        """Return the remembered values of a feature, a dataclass: those of a state, or new ones.
+        """Return the state of a feature, an object of the dataclass `kind`: restored, or new.
 
         Raises:
-            TypeError: For a value of another type than its field.
+            TypeError: If a restored value has the wrong type.
         """
         if kind not in self.of_features:
             names = [name for name in get_type_hints(kind) if name in self.unclaimed]
@@ -89,7 +89,7 @@ class StepPlan:
     processes: int
     accumulation: int  # micro-batches of an optimizer step per process
     total_steps: int
-    # where this plan began: what came before may have had other clips, or steps of another size
+    # where this plan began: earlier steps may have had other clips or another size
     first_epoch: int = 0
     first_position: int = 0
     first_step: int = 0
@@ -97,8 +97,8 @@ class StepPlan:
     in_lockstep: bool = False
     peers: int = 1  # processes that work on the same micro-batch; together they count as one of `processes`
 
-    # what follows from these
-    num_processes: int = field(init=False)  # processes, peers among them
+    # derived from the fields above
+    num_processes: int = field(init=False)  # all processes, including peers
     works_together: bool = field(init=False)
     group_size: int = field(init=False)  # micro-batches of an optimizer step
     steps_per_epoch: int = field(init=False)
@@ -135,7 +135,7 @@ class StepPlan:
     def share(self, group: range, process: int) -> list[int]:
         """Return the micro-batches of `group` that process number `process` works on.
 
-        May be empty in the last group of an epoch. In lockstep it never is: a process that would lack a
+        The list may be empty in the last group of an epoch, but not in lockstep: a process that would lack a
         micro-batch repeats the last one of the group.
         """
         share = [index for index in group if index % self.processes == process]

@@ -41,7 +41,7 @@ MOMENTS_BYTES = 8  # of AdamW's two moments, for each trained weight; other opti
 FLOAT_BYTES = 4  # states are saved in float32
 LOW_STRENGTH = 0.1  # a lower alpha / rank gets a note
 SHOWN_NAMES = 6  # maximum number of parts that are named per learning rate
-SPARE = 1.05  # a disk with less room than this times what the run will write is warned of
+SPARE = 1.05  # the box warns if the disk has less free space than this times the size of the run's files
 
 
 def count_saves(
@@ -61,14 +61,14 @@ def count_saves(
     if options.save_every_n_steps is not None:
         every = options.save_every_n_steps
         num_saves = plan.total_steps // every - first_step // every
-        if options.save_last_n_steps is not None:  # a number of steps
+        if options.save_last_n_steps is not None:  # counts steps, not saves
             num_saves = min(num_saves, options.save_last_n_steps // every + 1)
         models += num_saves
     if options.save_every_n_epochs is not None:
         every = options.save_every_n_epochs
         # the last epoch is saved as the final model
         num_saves = (plan.num_epochs - 1) // every - first_epoch // every
-        if options.save_last_n_epochs is not None:  # a number of saves
+        if options.save_last_n_epochs is not None:  # counts saves
             num_saves = min(num_saves, options.save_last_n_epochs)
         models += max(0, num_saves)
     states = models if options.save_state else 0
@@ -98,7 +98,7 @@ def show_start(run: TrainingRun, dtype: torch.dtype | None) -> None:
         run: The run.
         dtype: Dtype of saved models; None leaves it unchanged.
     """
-    split = run.model.trainable.split  # rows of a weight, and the whole weight
+    split = run.model.trainable.split  # this process's rows of a weight -> the whole weight
     parameters = [split.get(parameter, parameter) for parameter in run.parameters]
     rows = [*_make_learning_rows(run, parameters), *_make_writing_rows(run, parameters, dtype)]
     show_box(f"Training {run.plan.names.name}", rows)
@@ -184,7 +184,7 @@ def _make_writing_rows(
     has_average = plan.joined.average is not None
     model_bytes, state_bytes = saved_bytes(parameters, dtype, has_average)
     family = plan.family
-    if options.network is None and trains_checkpoint(family):  # with what is frozen
+    if options.network is None and trains_checkpoint(family):  # frozen weights are saved too
         model_bytes = family.checkpoint_bytes(dtype) * (1 + has_average)
     page = page_path(plan.names.folder, plan.names.name)
     return [
@@ -317,7 +317,7 @@ def describe_best(story: history.Story, folder: Path, name: str) -> str:
 
 
 def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) -> str:
-    """Return the size of a run's files and the free space; says so if that is too little.
+    """Describe the size of a run's files and the free space, with a warning if that is too little.
 
     Args:
         folder: Folder of the files.

@@ -24,7 +24,7 @@ from networks.names.layouts import KNOWN
 from protocols.loading import TensorInfo
 from training.learner import Learner
 
-# learning rates: of all; of the DiT's part and of each text encoder that learns, None: as all
+# learning rates: the default, that of the DiT's part, those of each trained text encoder; None: the default
 Rates = tuple[float, float | None, Sequence[float] | None]
 ListTensors = Callable[[], Mapping[str, Tensor]]
 Write = Callable[[Path, torch.dtype | None, Mapping[str, str]], None]  # file, dtype of its tensors, metadata
@@ -42,10 +42,8 @@ class WrittenFile:
     """A file that a save writes, with its content."""
 
     write: Write
-    ending: str = (
-        ""  # of the architecture in its metadata, as "lora" is that of a LoRA; "": of a model's file
-    )
-    network: TrainableNetwork | None = None  # whose ranks and alphas it has
+    ending: str = ""  # suffix of the architecture in the metadata, such as "lora"; "" for a whole model
+    network: TrainableNetwork | None = None  # the network in the file, for its ranks and alphas
 
 
 @dataclass(frozen=True)
@@ -54,19 +52,19 @@ class Trainable:
 
     modules: Mapping[str, nn.Module]  # by the name of their part in a saved state
     groups: Sequence[Mapping[str, Any]]  # for the optimizer: {"params": [...], "lr": ...}
-    group_names: tuple[str, ...]  # "unet", "unet plus": for logs
-    # what a save writes, by the last part of the file's name: "", the name of an expert, or a word
+    group_names: tuple[str, ...]  # for logs: "unet", "unet plus"
+    # files of a save, by the suffix of the file's name: "", the name of an expert, or a word
     writes: Mapping[str, WrittenFile]
-    networks: Sequence[TrainableNetwork] = ()  # that learn; none if the DiT itself does
-    tied: Sequence[TrainableNetwork] = ()  # in further DiTs; they compute with the same parameters
-    max_norm: float | None = None  # of --scale_weight_norms
+    networks: Sequence[TrainableNetwork] = ()  # trained networks; empty if the DiT itself is trained
+    tied: Sequence[TrainableNetwork] = ()  # networks in other DiTs that share the same parameters
+    max_norm: float | None = None  # value of --scale_weight_norms
     by_expert: Sequence[Sequence[Parameter]] = ()  # the parameters of each expert, if each has its own
-    # of a DiT that is split over processes: parameters that are rows of a weight, and the weight
+    # for a DiT that is split over processes: parameter with this process's rows -> the split weight
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
     strength: Strength = field(default_factory=Strength)
-    # how many steps a part of `modules` learns; those without an entry learn to the end
+    # number of steps for which a part of `modules` is trained; parts without an entry are trained to the end
     until: Mapping[str, int] = field(default_factory=dict)
-    # what follows from these
+    # derived from the fields above
     parameters: list[Parameter] = field(init=False)  # in the order of the optimizer's groups
     all_networks: tuple[TrainableNetwork, ...] = field(init=False)  # tied ones included
 
@@ -102,7 +100,9 @@ class Trainable:
     def start_epoch(self) -> None:
         """Put the networks into training mode, and notify foreign networks of the start of an epoch."""
         for network in self.all_networks:
-            if not network.module.training:  # the walk over its modules takes longer than a short epoch
+            if (
+                not network.module.training
+            ):  # `train()` visits all modules, which takes longer than a short epoch
                 network.module.train()
             if isinstance(network, ForeignNetwork):
                 network.on_epoch_start()
@@ -120,7 +120,7 @@ class Trainable:
     def limit_norms(self, max_norm: float, device: torch.device) -> Tensor:
         """Limit norms of the networks after an optimizer step; return the numbers of a `NormReport`."""
         numbers = [network.scale_norms(max_norm, device) for network in self.networks]
-        keys_scaled, means, largest = torch.stack(numbers).unbind(1)  # of networks of as many modules each
+        keys_scaled, means, largest = torch.stack(numbers).unbind(1)  # networks have equal numbers of modules
         return torch.stack([keys_scaled.sum(), means.mean(), largest.max()])
 
     def as_base(self) -> contextlib.AbstractContextManager[None]:
@@ -151,8 +151,8 @@ def seed_networks(trainable: Trainable, seed: int, number: int, device: torch.de
     dropout_seed = derive_seed(seed, "dropout", number)
     for network in trainable.all_networks:
         network.set_dropout_seed(dropout_seed)
-    # the global generators are for networks that use them; torch.manual_seed itself would record the call
-    # for device types that are not in use
+    # networks of other packages use the global generators; torch.manual_seed would also queue a call for
+    # device types that are not in use
     global_seed = derive_seed(seed, "global", number)
     torch.default_generator.manual_seed(global_seed)
     if device.type == "cuda":
@@ -178,11 +178,11 @@ def train_network(
         max_norm: Limit on the norm of weights; None for no limit.
         device: Device of the run.
         learner: What the run trains, see `find_learner`.
-        lora_format: Format of its files; None writes the names of the network itself.
-        list_beside: Returns what else a LoRA's file contains when it is saved.
+        lora_format: Format of the saved files; None keeps the network's own tensor names.
+        list_beside: Returns additional tensors for a LoRA's file when it is saved.
 
     Raises:
-        OptionError: If it has no parameters to train, or modules that the format does not support.
+        OptionError: If the network has no parameters to train, or modules that the format does not support.
     """
     if lora_format is not None and lora_format.name != KNOWN:  # the known format supports all modules
         lora_format.check(network.module)
@@ -305,7 +305,7 @@ def reject_no_match(dit: nn.Module, name_parts: Sequence[str]) -> NoReturn:
 
 
 def written_dtypes(dit: nn.Module) -> dict[str, torch.dtype]:
-    """Return the dtypes of a trained DiT's weights in its file (`DitFormat.load`), else the current ones."""
+    """Return the dtype of each weight in the DiT's original file (`DitFormat.load`), or the current dtype."""
     of_file: Any = getattr(dit, "saved_dtypes", {})
     return {name: of_file.get(name, tensor.dtype) for name, tensor in dit.state_dict().items()}
 

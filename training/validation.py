@@ -1,7 +1,7 @@
 """Validation loss: held-out items at fixed noise and fixed timesteps, in bands from little to much noise.
 
-The loss of one training step means little, because its timestep and noise are random. Here both belong to the
-item, so values of two steps, and of two runs with the same items, can be compared.
+The loss of one training step means little, because its timestep and noise are random. Here both depend on the
+item only, so values of two steps, or of two runs with the same items, can be compared.
 """
 
 import functools
@@ -26,7 +26,7 @@ from training.reports.history import LOSS
 from training.targets.passes import measure_streams
 
 NUM_BANDS = 5
-STEP, EPOCH = "step", "epoch"  # after what a validation comes: in the names of logs
+STEP, EPOCH = "step", "epoch"  # occasions of a validation, in the names of logged values
 
 
 class Validation:
@@ -50,9 +50,10 @@ class Validation:
         self.sigmas = [level for level in levels if NUM_TIMESTEPS * level >= lowest] or [1.0]
 
     def logged(self, losses: Mapping[str, float], occasion: str, running: float | None) -> dict[str, float]:
-        """Return the numbers for the trackers.
+        """Return the values for the trackers.
 
-        Image models get the names of image trainers: the mean, and its difference from the training loss.
+        For image models these are the mean and its difference from the training loss, under the names of
+        image trainers.
 
         Args:
             losses: Validation losses by name.
@@ -71,7 +72,7 @@ class Validation:
         """Return the mean loss over the items as `validation/loss`, and per level as `validation/loss_100`.
 
         The number of a level is its timestep; levels below all experts are left out. The networks are in
-        evaluation mode. All processes must call it and get the same numbers.
+        evaluation mode. All processes must call this and get the same values.
 
         Args:
             dit_at: Returns the network of an expert.
@@ -89,7 +90,7 @@ class Validation:
         return losses
 
     def _sum_losses(self, dit_at: DitOf, autocast: Autocast) -> Tensor:
-        """Return the sums over this process's items of their losses per noise level, then their number."""
+        """Return this process's sum of losses at each noise level, and last its number of items."""
         steps = self.plan.steps
         measured = self.plan.validation[: self.plan.options.validation.max_validation_steps]
         items = measured[self.process :: steps.processes]
@@ -110,7 +111,7 @@ class Validation:
             for item in track(items, title, len(items), unit="item"):
                 losses = self._losses(item, sigmas, dit, autocast)
                 sums[level_indices] += torch.tensor(losses, dtype=torch.float64)
-            if lacks_item:  # its losses are dropped; the others gather the blocks' parts from this process
+            if lacks_item:  # an additional pass, because other processes need this one's part of the blocks
                 self._losses(measured[-1], sigmas, dit, autocast)
         return sums
 
@@ -120,7 +121,7 @@ class Validation:
         """Return the loss of one item at each of these noise levels."""
         batch = self._read(item, autocast)
         frames = batch.tensor("latents").shape[2]
-        # the same frames in all bands, and in all runs with the same probability
+        # the draw depends on the item only: it is the same in all bands and in all runs
         given_frames = draw_given_frames(
             self.plan.family.noise, frames, "validation", item.key, "given frames"
         )
@@ -143,7 +144,8 @@ class Validation:
         if self.process == 0:
             plan.sources.encoders.warn(batch.made_by)
         if plan.sources.tables:
-            place = RunPlace(0, 0, 1, 1)  # the same wildcards each time, and complete captions
+            # constant, so that wildcards are the same each time; at the last step, so captions are complete
+            place = RunPlace(0, 0, 1, 1)
             batch = replace(batch, captions=change_captions((item,), batch.captions, (0,), place))
         if plan.texts is not None:
             with autocast():
@@ -153,8 +155,8 @@ class Validation:
     def _add_noise(self, batch: Batch, sigma: float, key: str, given_frames: int) -> NoisyBatch:
         """Return a batch of one item at a noise level.
 
-        The noise is seeded by the key of the item, the level, and --validation_seed if it is given: not by
-        the run's seed, so that runs can be compared.
+        The noise is seeded by the item's key, the level, and --validation_seed if it is set, but not by the
+        run's seed, so that runs can be compared.
         """
         options = self.plan.options
         level = round(NUM_TIMESTEPS * sigma) if self.is_of_images else int(NUM_BANDS * sigma)

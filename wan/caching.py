@@ -46,7 +46,7 @@ def encode_together(
         from wan import one_frame  # only for single images
 
         return one_frame.encode_items(encoders, media, store)
-    pixels = to_pixels(media.frames.to(vae.device))  # as bytes it is a quarter to copy
+    pixels = to_pixels(media.frames.to(vae.device))  # copied as bytes, a quarter of the float32 size
     tensors = {"latents": vae.encode(pixels).to(store)}
     if media.control:
         control = to_pixels(media.control[0].to(vae.device))
@@ -77,7 +77,7 @@ def _encode_images(
     return tensors
 
 
-# why caches with an image's conditions cannot be made of moments
+# why caches with image conditions cannot be made from moments
 NO_MOMENTS = (
     "Wan's image-to-video caches hold the first frame followed by gray frames, encoded together, and "
     "features of the image, for which the frames are needed. Leave out load_tensors, or --i2v, --clip "

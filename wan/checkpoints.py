@@ -23,7 +23,7 @@ from wan.names import WAN
 
 logger = logging.getLogger(__name__)
 
-# what messages call the kinds of `wan.configs.INPUT_CHANNELS`
+# names of the kinds in `wan.configs.INPUT_CHANNELS` for messages
 KIND_WORDS = {
     "t2v": "Wan T2V",
     "i2v": "Wan2.1 I2V",
@@ -35,8 +35,8 @@ KIND_WORDS = {
     VACE: "Wan VACE",
 }
 
-# Networks that share Wan's names but need other inputs: how tensors of theirs begin, what they are ({} is 2.1
-# or 2.2), and what to use. Source: Wan-Video/Wan2.2 (S2V, Animate), VideoX-Fun.
+# Networks that share Wan's tensor names but need other inputs: prefix of a tensor that only they have, name
+# of the model ({} is 2.1 or 2.2), remedy. Source: Wan-Video/Wan2.2 (S2V, Animate), VideoX-Fun.
 OTHER_VARIANTS = (
     (
         "control_adapter.",
@@ -148,7 +148,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[WanConfig]:
         raise other_kind(checkpoint, "a Wan transformer", "--dit", "the checkpoint of a transformer")
     path = checkpoint.path
     has_image = "blocks.0.cross_attn.k_img.weight" in shapes
-    for start, variant, remedy in OTHER_VARIANTS:  # which share Wan's names but need other inputs
+    for start, variant, remedy in OTHER_VARIANTS:  # these need other inputs
         if any(name.startswith(start) for name in shapes):
             variant = variant.format("2.1" if has_image else "2.2")
             raise CheckpointError(f"{path} is {variant}, which is not supported.\n  {remedy}", path)

@@ -9,12 +9,12 @@ class VaeRelease:
     """One generation of the VAE. The fields follow from the dimensions that are read from its file."""
 
     name: str
-    models: str  # whose latents these are
+    models: str  # models that use these latents
     channels: int  # number of latent channels
     stride: tuple[int, int, int]  # pixels of a latent: frames, height, width
     mean: tuple[float, ...]  # statistics of the latents, per channel
     std: tuple[float, ...]
-    file: str  # in the folder of the official release
+    file: str  # its file in the folder of the official release
     copies: str  # published files with the same tensors, for messages
 
     @property
@@ -78,7 +78,7 @@ RELEASES = {release.channels: release for release in (WAN_2_1, WAN_2_2)}  # by t
 FUN_CONTROL = "fun-control"  # model kind of Wan2.1 Fun-Control
 VACE = "vace"  # the kind of a text-to-video model with a second stack, for control, masks and references
 VACE_DIM = 96  # channels of its control, see `wan.vace`
-HEAD_WIDTH = 128  # that of all released sizes, because the tensors of a file do not show it
+HEAD_WIDTH = 128  # head width of all released sizes, because tensors do not show it
 
 
 @dataclass(frozen=True)
@@ -146,10 +146,10 @@ class WanTask:
     keeps_image: bool = False  # an image, if one is given, becomes the first latent frame, which stays clean
     # probability that a training batch of clips keeps its first latent frame clean; None: the model cannot
     first_frame_probability: float | None = None
-    # what follows from these
-    takes_image: bool = field(init=False)  # condition channels hold an image, which the task requires
-    has_features: bool = field(init=False)  # the network takes CLIP features of the image: in Wan2.1 only
-    model_kind: str = field(init=False)  # of the model, with its version where that changes input channels
+    # derived from the fields above
+    takes_image: bool = field(init=False)  # whether the task requires an image in the condition channels
+    has_features: bool = field(init=False)  # whether the network takes the image's CLIP features: only Wan2.1
+    model_kind: str = field(init=False)  # kind of the model, with the version if it changes input channels
 
     def __post_init__(self) -> None:
         takes_image = self.kind in {"i2v", "flf2v"}
@@ -178,7 +178,7 @@ _720P = ((720, 1280), (1280, 720), *_480P)
 _I2V = ("Wan-AI/Wan2.1-I2V-14B-480P", "Wan-AI/Wan2.1-I2V-14B-720P")
 _FUN = ("alibaba-pai/Wan2.1-Fun-14B-Control",)
 _FUN_A14B = ("alibaba-pai/Wan2.2-Fun-A14B-Control",)
-# Of the release's own script: VideoX-Fun, examples/wan2.2_fun/predict_v2v_control.py and its configuration
+# Settings of the release's script: VideoX-Fun, examples/wan2.2_fun/predict_v2v_control.py
 _FUN_A14B_SETTINGS: dict[str, Any] = {
     "version": "2.2",
     "guidance": 6.0,
@@ -364,13 +364,13 @@ TASKS: dict[str, WanTask] = {
             version="2.2",
             fps=24.0,
             keeps_image=True,
-            # it makes videos from text and from images, so a LoRA learns both
+            # the model generates from text alone and from images, so a LoRA learns both
             first_frame_probability=0.5,
         ),
     )
 }
 
-# the release's text, with which the models are used
+# default negative prompt of the release
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"

@@ -75,7 +75,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # conditions -> of the network
+VACE_INPUTS = (("vace_control", "control"), ("vace_scales", "hint_scales"))  # condition, network argument
 VACE_REFERENCES = ReferenceRules(MAX_REFERENCES, clips=True, on_white=True, control_masks=True)
 
 
@@ -458,7 +458,7 @@ def family_for_text_caching(options: WanTextCachingOptions) -> Wan:
 def family_for_training(options: WanTrainingOptions) -> Wan:
     """Describe the family for wan_train_network.py and the other trainings of Wan."""
     files = files_of(options)
-    if options.first_frame_probability is None:  # what was trained with is recorded and compared
+    if options.first_frame_probability is None:  # resolved here, because its value is recorded and compared
         options = replace(options, first_frame_probability=files.task.first_frame_probability)
     return Wan(
         files,

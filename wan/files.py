@@ -1,4 +1,4 @@
-"""Files of a Wan run, each checked against its option, and the choices that options make.
+"""Files of a Wan run, each checked against its option, and settings that follow from options.
 
 A whole release (--ckpt_dir) is a folder; the names of its transformer files give task and expert.
 """
@@ -43,7 +43,7 @@ from wan.vae_checkpoints import check_latents, read_vae
 class WanFiles(TransformerFiles):
     """Files of a run: one or two transformers, umT5, the VAE of the task's latents, and CLIP."""
 
-    # `dit` is the low-noise expert's, or the only one
+    # `dit` is the only transformer, or the low-noise expert
     t5: Path | None = None
     t5_tokenizer: Path | None = None
     clip: Path | None = None
@@ -165,7 +165,7 @@ def _name_size(config: WanConfig) -> str:
 
 logger = logging.getLogger(__name__)
 
-# The file names of the official releases, except that of the VAE
+# Names of the files in official releases, except the VAE
 OFFICIAL = {
     "t5": "models_t5_umt5-xxl-enc-bf16.pth",
     "clip": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
@@ -177,7 +177,7 @@ OFFICIAL_DIT = (
     "diffusion_pytorch_model*.safetensors"
 )
 
-# The folders of a pipeline of diffusers, where the *second* transformer is for little noise.
+# Folders of a diffusers pipeline, whose *second* transformer is for low noise.
 # Source: diffusers' WanPipeline, `boundary_ratio`
 PIPELINE_INDEX = "model_index.json"
 PIPELINE = {"vae": "vae", "t5": "text_encoder", "clip": "image_encoder", "t5_tokenizer": "tokenizer"}
@@ -352,9 +352,10 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 def find_boundary(
     options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
 ) -> float | None:
-    """Return the timestep where the high-noise expert begins: by option, else release, else task.
+    """Return the timestep from which on the high-noise expert works: by option, else release, else task.
 
-    Raises OptionError if the task has no high-noise expert.
+    `of_release` is the boundary that a release's files state. The result is None if none of the three has a
+    boundary. Raises OptionError if --dit_high_noise is given for a task with one expert.
     """
     task = files.task
     if files.dit_high_noise is not None and task.boundary is None:
@@ -363,7 +364,7 @@ def find_boundary(
             "or use --task t2v-A14B or i2v-A14B"
         )
     sample_dit = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
-    boundary = options.experts.timestep_boundary  # a timestep, or a fraction of noise
+    boundary = options.experts.timestep_boundary  # a timestep, or up to 1 a fraction of MAX_TIMESTEP
     if boundary is not None and files.dit_high_noise is None and sample_dit is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
     if boundary is not None and boundary <= 1:

@@ -25,7 +25,7 @@ from runtime.run_blocks import BlockNetwork, Hidden
 from wan.configs import WanConfig
 from wan.spec import DIT, WanTokens, pad_texts
 
-TEXT_ROWS_AS_IMAGE = 257  # how many text rows older tools mistook for image tokens
+TEXT_ROWS_AS_IMAGE = 257  # number of text rows that older tools passed as image tokens by mistake
 REF_CHANNELS = 16  # latent channels of the reference image that `ref_conv` takes
 
 
@@ -119,7 +119,7 @@ class WanAttentionBlock(nn.Module):
         x = x + self.cross_attn(self.norm3(x).to(dtype), tokens)
         parts = []
         for part, *rows in split_segments(split, feed_rows, x):
-            # without names: code that computes it in pieces takes arguments by their order
+            # positional: code that computes it in pieces passes arguments by position
             parts.append(self.feed_forward(part, dtype, *rows))
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 

@@ -61,7 +61,7 @@ class FrameOrder:
     """Latent frames sorted by their index in time."""
 
     places: tuple[int, ...]
-    images: tuple[int, ...]  # which control image stands there; -1: the target image
+    images: tuple[int, ...]  # index of each frame's control image; -1 for the target image
 
     @property
     def slot(self) -> int:
@@ -192,7 +192,7 @@ def encode_request(
 
 def _make_condition(order: FrameOrder, controls: Sequence[Tensor], grey: Tensor) -> Tensor:
     """Return mask and latents, B 20 F h w, from latents of single images, B 16 1 h w each."""
-    frames = [*controls, grey]  # the image, -1 in the order, is gray
+    frames = [*controls, grey]  # index -1, the target image, is the last: gray
     mask = grey[:, :FRAMES_PER_LATENT]
     masks = [torch.full_like(mask, float(image >= 0)) for image in order.images]
     latents = [frames[image] for image in order.images]

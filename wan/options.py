@@ -60,7 +60,7 @@ class WanExpertOptions(Options):
     """The second transformer of models with separate transformers for high and for low noise."""
 
     dit_high_noise: Path | None = option("transformer for high noise (t2v-A14B, i2v-A14B)", often=True)
-    # resume compares where the experts begin
+    # compared when a training resumes
     timestep_boundary: float | None = option(
         "noise level from which --dit_high_noise is used, 0 to 1 or 0 to 1000; default: the task's",
         above=0,

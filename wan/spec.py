@@ -93,7 +93,7 @@ VACE_DIT = replace(
     # the released sizes have 5 or 2 blocks for one of VACE
     swap_counts=lambda blocks: (blocks - blocks // 6, blocks // 6),
     input_layers=(*DIT.input_layers, "vace_patch_embedding"),
-    # the base stays that of T2V: the LoRA is small, and can be combined with LoRAs of T2V
+    # only VACE's blocks are trained: the LoRA is small, and can be combined with LoRAs of T2V
     lora_exclude=(".blocks.", "before_proj", "after_proj"),
 )
 
@@ -106,16 +106,17 @@ class WanTokens:
     """Inputs of the blocks in addition to video tokens; built once per forward pass by `WanModel.embed`."""
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
-    rotary: Tensor  # turns by position, L 1 D/2 2 in the model's `precision`
-    # B T C each, usually one; and T float32: how many equal rows each row stands for, None: one each
+    rotary: Tensor  # rotations by position, L 1 D/2 2 in the model's `precision`
+    # (B T C, T float32) for each text, usually one. The second counts the equal rows that a row represents;
+    # None: one each
     texts: tuple[tuple[Tensor, Tensor | None], ...]
     image: Tensor | None  # B I C
     time: Tensor  # B S C in the model's `precision`
-    modulation: Tensor  # B S 6 C likewise
-    num_given: int  # tokens in front that hold clean frames; S is 2 where there are such
+    modulation: Tensor  # B S 6 C in the model's `precision`
+    num_given: int  # number of tokens of clean frames, which come first; S is 2 if there are any
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
-    combine: Callable[..., Tensor] | None  # what attention sees of each text, B L N D; None: there is one
+    combine: Callable[..., Tensor] | None  # combines attentions to several texts, B L N D; None: one text
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> "WanTokens":

@@ -1,7 +1,7 @@
-"""The control of VACE models as 96 channels: a video, a mask of what is generated, and reference images.
+"""The control of VACE models as 96 channels: a video, a mask of the generated area, and reference images.
 
-16 channels are the latents of what stays, 16 those of what changes, 64 the mask: the 8 x 8 pixels of a latent
-pixel are channels. Without a mask all of a video changes: it is followed, as a video of depth or poses. Each
+16 channels are the latents of the unchanged area, 16 those of the changed area, 64 the mask: the 8 x 8 pixels
+of a latent pixel are channels. Without a mask the whole video is a guide, such as a depth or pose video. Each
 reference is a latent frame before the clip, also in the noise; it is cut off at the end. Source: the released
 code (ali-vilab/VACE) and diffusers' WanVACEPipeline, whose order of references is kept: the first one is next
 to the clip.
@@ -27,9 +27,9 @@ from wan.vae import WanVae
 
 logger = logging.getLogger(__name__)
 
-_PLAIN = ("1", "1.0")  # --vace_scale, if it is left out
-SAME_SHAPE = 0.05  # by how much the aspect of a mask may differ, as sides are rounded
-IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # a mask that is one holds for all frames
+_PLAIN = ("1", "1.0")  # values of --vace_scale that equal its default
+SAME_SHAPE = 0.05  # tolerance for the aspect ratio of a mask, because sides are rounded
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")  # suffixes of masks that are used for all frames
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""VACE: a second stack of Wan's blocks, whose stream holds the control and gives hints to the first.
+"""VACE: a second stack of Wan's blocks, which turns the control into hints for the first stack.
 
 The stream c begins as the embedded control. Its first block adds x, as it enters the network's first block;
 each block then runs on c as Wan's do on x, with the same text, time and positions, and a projection of its c
-is the hint that is added behind a block of the first stack. Source: the released code (ali-vilab/VACE) and
+is the hint that is added after a block of the first stack. Source: the released code (ali-vilab/VACE) and
 Jiang et al. 2025, arXiv 2503.07598.
 """
 # Letters: B batch, L video tokens, C width

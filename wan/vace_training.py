@@ -1,6 +1,6 @@
 """Training inputs of VACE: control, mask and references of a dataset's items, as caches and as conditions.
 
-In caches: `latents_control` C 32 (what stays, what changes), `vace_mask` as bytes if there is a mask, and
+In caches: `latents_control` of 32 channels (unchanged area, changed area), `vace_mask` as bytes if given, and
 `latents_reference_0`, ... of one frame each. In training the references are also frames in front of the
 clip's latents, noised and learned with them, as in sampling. Source: DiffSynth-Studio's training of VACE.
 """

@@ -19,7 +19,7 @@ from wan.vae_shortcuts import Factors, add_repeated, average_groups
 TIME_KERNEL = 3  # a causal convolution sees its frame and the two before it
 
 
-# by the kind of a layer: how many frames, rows and columns are joined into one, or made of one
+# kind of layer -> how many frames, rows and columns are merged into one, or expanded from one
 FACTORS: dict[str, Factors] = {"residual": (1, 1, 1), "spatial": (1, 2, 2), "temporal": (2, 2, 2)}
 
 
@@ -30,7 +30,7 @@ class VaeLayer:
     kind: str  # "residual", "spatial" (resampled in height and width), "temporal" (in time as well)
     width_in: int
     width_out: int
-    # Wan2.2: layers of a stage with a shortcut around them; the last may resample, and sets the kind
+    # Wan2.2: layers of a stage, which has a shortcut; the last one may resample and sets the stage's kind
     layers: tuple["VaeLayer", ...] = ()
 
 

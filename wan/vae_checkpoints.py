@@ -73,11 +73,11 @@ def read_vae(
     names = checkpoint.tensors
     sources = plain_sources(checkpoint)
     convolution = names.get("quant_conv.weight")
-    # those of Qwen-Image-2.1's VAE have no time axis
+    # convolutions of Qwen-Image-2.1's VAE have no time axis
     is_of_clips = convolution is not None and len(convolution.shape) != 4
     translate: Callable[[str], str] | None = None
     if any(mark in names for mark, _ in OF_OTHERS):
-        pass  # a relative, whose layers have the same names
+        pass  # a related VAE, whose layers have the same names
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _translate_flat_names(names)
     elif is_of_clips and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:

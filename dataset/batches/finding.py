@@ -1,4 +1,4 @@
-"""Find training items by the names of cache files, and say what is missing."""
+"""Find training items by the names of cache files, and report missing caches."""
 
 import contextlib
 import logging
@@ -37,8 +37,8 @@ from protocols.data import FPS, AudioSpec, LatentSpec
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 1000  # items whose headers are read to know whether any has a reference
-_LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches, whoever's
+LOOKED_AT = 1000  # items whose headers are read to find out whether any item has a reference
+_LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches of any model
 _TEXTS_OF_ANY = re.compile(r"_[a-z0-9]+_te\.safetensors$")
 
 
@@ -47,23 +47,24 @@ class FoundItems:
     """Result of listing the cache folders; paths are in the order in which they were found."""
 
     items: list[TrainingItem] = field(default_factory=list)  # sorted by table and file name
-    # text files that are not there; their items are left out
+    # missing text caches; their items are left out
     missing_text: dict[Path, None] = field(default_factory=dict)
     empty_tables: list[DatasetTable] = field(default_factory=list)  # tables without any latent cache
-    # text files that some of the text encoders have yet to add to
+    # text caches that some of the text encoders have not written yet
     unfinished_text: dict[Path, None] = field(default_factory=dict)
-    # of tables with caption_dropout_rate: files of the empty prompt
+    # missing caches of the empty prompt, for tables that need it
     missing_empty: list[Path] = field(default_factory=list)
     unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)  # why caches may be missing
-    missing_audio: list[Path] = field(default_factory=list)  # of tables with audio = "required", or of all
-    needs_audio: str = 'audio = "required"'  # why that is a fault
-    silent: AudioSpec | None = None  # of a run with sound, if no item has any
-    # by folder, if no text of this model is cached: the name of one of another model
+    missing_audio: list[Path] = field(default_factory=list)  # missing audio caches, if audio is required
+    needs_audio: str = 'audio = "required"'  # why missing audio is an error
+    silent: AudioSpec | None = None  # set if the run trains audio, but no item has any
+    # folders without text caches for this model -> a text cache of another model there
     texts_of_others: dict[Path, str] = field(default_factory=dict)
-    # by folder, which several tables may share: names of sources; and others that have caches there
+    # Sources by folder, as several tables may share one: stems of current sources; and (folder, stem) of
+    # caches that a table does not list
     listed: dict[Path, set[str]] = field(default_factory=dict)
     unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)
-    # by index, of tables whose sources are those of the index of their caches: the ones without latents
+    # index of a table -> sources without latents, if the items were taken from the index of its caches
     left_out: dict[int, list[str]] = field(default_factory=dict)
 
 
@@ -77,20 +78,20 @@ def find_items(
     audio: AudioSpec | None = None,
     trusts_index: bool = False,
 ) -> FoundItems:
-    """Find all items by the names of their files, reading headers at most.
+    """Find all training items by the names of their cache files; at most headers are read.
 
-    A table's sources are listed only if they are encoded while training, or if other programs share its
-    caches; then caches without a source are left out.
+    Sources of a table are listed only if they are encoded while training, or if its caches are shared with
+    other programs. In these cases caches without a source are left out.
 
     Args:
         config: The dataset.
-        cache_tag: End of the family's cache file names.
+        cache_tag: Suffix of the family's cache file names.
         latent: The family's latent space.
         text_keys: Names of the tensors that a complete text cache has.
-        stores: Stores of the run, if caches are elsewhere than the tables say.
+        stores: Stores of the run; None for the cache directories of the tables.
         live: Tables that are encoded while training, by index.
-        audio: Spec of a family that is trained with sound.
-        trusts_index: Take the items of a table from the index of its caches, if nothing has changed since.
+        audio: Audio spec of the family; None if no audio is trained.
+        trusts_index: Whether to take the items of a table from the index of its caches if it is up to date.
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     listing = FoundItems()
@@ -123,12 +124,12 @@ def _add_table(
     audio: AudioSpec | None,
     trusts_index: bool,
 ) -> None:
-    """Add the items of a table to `listing`, and their missing files."""
+    """Add the items of a table, and their missing caches, to `listing`."""
     store = stores.of(table)
     names = store.names()
     is_own = table.index not in stores.elsewhere
     is_cached = kind.has_text and not kind.sources
-    # the fast way: if nothing has changed since caching, its index lists the items of the table
+    # fast path: the index of the caches lists the items, if nothing has changed since caching
     if trusts_index and is_own and is_cached and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=kind.tag, latent=latent)
         if index is not None:
@@ -139,7 +140,7 @@ def _add_table(
     if is_own and may_be_mixed(table, names):
         _add_form_errors(listing, table, kind.tag)
     latent_files = _latent_files(names, kind)
-    stems = None  # stems that the sources of the table have; None: not listed, all caches are taken
+    stems = None  # stems of the table's sources; None: sources are not listed, and all caches count
     if kind.sources or store.is_shared:  # a shared folder may also have caches of other tables
         stems = _find_listed_stems(table, kind, latent_files)
     if stems is not None:
@@ -151,7 +152,7 @@ def _add_table(
     audios = None
     if audio is not None and is_heard_apart(table, audio):
         audios = _AudioNames(table, names=names, tag=kind.tag, spec=audio, listing=listing)
-    del names, text_names  # may be a million; what is needed of them is in `texts` and `audios`
+    del names, text_names  # frees memory: there may be a million; `texts` and `audios` have what is needed
     is_empty = True
     with pause_collection():
         for file in list_latent_files(
@@ -169,7 +170,7 @@ def _add_table(
                 num_captions = texts.captions.get(file.stem, 1)
             else:
                 continue
-            if latent.has_layers:  # only items with equally many layers can share a batch
+            if latent.has_layers:  # only items with the same number of layers can share a batch
                 num_images = _count_images(kind, store, file)
                 file = file._replace(bucket=(*file.bucket, num_images))
             item = _item(table, kind, file, num_captions)
@@ -192,7 +193,7 @@ def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: i
 
 
 def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
-    """Return how many images a cache of layers has; 1 if it is damaged, which reading it reports."""
+    """Return the number of images in a cache with layers; 1 for a damaged cache, which is reported later."""
     if kind.sizes is not None:
         return kind.sources[file.stem].num_images
     with contextlib.suppress(CacheError):
@@ -205,7 +206,7 @@ def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
 def _take_listed(
     listing: FoundItems, table: DatasetTable, files: Sequence[str], tag: str, stems: Collection[str]
 ) -> list[str]:
-    """Return the latent caches of listed sources; note the others in `listing`."""
+    """Return the latent caches whose source is listed; add the others to `listing.unlisted`."""
     taken = []
     for name, stem, _ in cache_files.latent_names(files, tag, table.kind):
         if stem in stems:
@@ -216,35 +217,35 @@ def _take_listed(
 
 
 def _add_form_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    from dataset.cache.form import list_shard_errors, other_form  # few folders are mixed
+    from dataset.cache.form import list_shard_errors, other_form  # few folders have caches in two formats
 
     for line in (*other_form(table, tag), *list_shard_errors(table)):
         listing.unsound.append((table, line))
 
 
 def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
-    """Return the names of a table's latent caches, sorted: cached ones, or those that would be cached."""
+    """Return the sorted names of a table's latent caches, or those that live encoding would write."""
     ending = f"_{kind.tag}{cache_files.SUFFIX}"
     candidates = names if kind.sizes is None else kind.latent_names()
     return sorted([name for name in candidates if name.endswith(ending)])
 
 
 class _AudioNames:
-    """The sound caches of a table among the names of its entries."""
+    """Audio caches of a table."""
 
     def __init__(
         self, table: DatasetTable, names: Collection[str], tag: str, spec: AudioSpec, listing: FoundItems
     ) -> None:
-        """Find the audio caches in `names`; caches that the table needs and lacks are added to `listing`."""
+        """Find the audio caches in `names`; `add_to` reports missing ones in `listing`."""
         self.spec = spec
         self._tag, self._folder, self._listing = tag, table.cache_directory, listing
         self._is_needed = table.audio == REQUIRED or spec.is_alone
         ending = f"_{cache_files.audio_tag(tag)}{cache_files.SUFFIX}"
         self._names = {name for name in names if name.endswith(ending)}
-        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct shape once
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # shares equal tuples, to save memory
 
     def add_to(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
-        """Return an item with the shape of its sound, if batches depend on it, and whether it is cached."""
+        """Return an item with the fields of its audio; the shape is () if batches do not depend on it."""
         shape: tuple[int, ...] = ()
         if item.table.batch_size > 1:
             shape = _audio_shape(store, item.file_name, self.spec, item.bucket[2])
@@ -259,7 +260,7 @@ class _AudioNames:
 def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
     """Return the shape of an item's audio latents.
 
-    It is () if the latents do not state their frame rate, which is reported when they are read for a batch.
+    The shape is () if the latents do not state their frame rate; this is reported when a batch is read.
     """
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
@@ -270,7 +271,7 @@ def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int)
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:
     """Return the items with the sizes of their references, read from headers.
 
-    The sizes are read even if batches do not depend on them.
+    `find_items` reads these sizes only if batches depend on them.
     """
     sized = []
     for item in items:
@@ -290,7 +291,7 @@ def _may_have_references(table: DatasetTable) -> bool:
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether the model takes reference images, and none of about LOOKED_AT items has one."""
+    """Return whether the model edits references, but none of about LOOKED_AT sampled items has any."""
     edited = [item for item in items if _is_edited(item.table)]
     for item in edited[:: len(edited) // LOOKED_AT + 1]:
         if item.kind.sizes is not None:
@@ -311,7 +312,7 @@ def _is_edited(table: DatasetTable) -> bool:
 
 
 class _TextNames:
-    """The text caches of a table among the names of its entries."""
+    """Text caches of a table."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
         """Find the text caches; unfinished and missing ones are added to `listing`."""
@@ -324,24 +325,24 @@ class _TextNames:
                 listing.texts_of_others[table.cache_directory] = of_others
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
         self._unfinished_first = {name for name in unfinished if name.endswith(self._end + cache_files.PART)}
-        for name in unfinished:  # of further captions and of the empty prompt, if the table uses these
+        for name in unfinished:  # first captions are reported by `has`
             if self._is_used(name.removesuffix(cache_files.PART)):
                 listing.unfinished_text[table.cache_directory / name] = None
-        # by stem: the first, and further ones up to a gap in their numbers
+        # number of captions by stem, if there are several
         self.captions = _count_captions(names, tag) if table.multi_caption else {}
-        # names of empty prompts' caches; None: not needed, or a missing one was found already
+        # names of caches of empty prompts; None: not needed, or a missing one has already been reported
         self._empty: set[str] | None = None
         if table.caches_empty_prompt:
             self._empty = {name for name in names if cache_files.is_empty_text_name(name, tag)}
 
     def _is_used(self, name: str) -> bool:
-        """Return whether a name belongs to an additional caption, or an empty prompt, that the table uses."""
+        """Return whether the table uses this cache of a further caption or of the empty prompt."""
         if self._table.multi_caption and cache_files.parse_more_text_name(name, self._tag) is not None:
             return True
         return self._table.caches_empty_prompt and cache_files.is_empty_text_name(name, self._tag)
 
     def has(self, stem: str) -> bool:
-        """Return whether the first text of a source is cached."""
+        """Return whether the first caption of a source is cached; report it in `listing` if it is not."""
         text = stem + self._end
         folder = self._table.cache_directory
         if text + cache_files.PART in self._unfinished_first:
@@ -361,7 +362,7 @@ class _TextNames:
 
 
 def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
-    """Count the captions of each stem with several captions, up to the first number that is not cached."""
+    """Return the number of captions by stem, counted up to the first missing number; only if above 1."""
     further: dict[str, set[int]] = {}
     for name in names:
         parsed = cache_files.parse_more_text_name(name, tag) if ".caption" in name else None
@@ -390,7 +391,7 @@ def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[st
 
     try:
         return {source.stem for source in find_sources(table, captions=False, faults=[])}
-    except DatasetError:  # none at all: the caches were copied without the images
+    except DatasetError:  # no sources: the caches were copied without the images
         return None
 
 
@@ -467,10 +468,7 @@ def _explain_empty(table: DatasetTable) -> str:
 
 
 def _explain_others(folder: Path, name: str) -> str:
-    """Explain why a text cache of another model does not count.
-
-    `name` is its file.
-    """
+    """Explain why the text cache `name` of another model cannot be used."""
     return (
         f"no text cache in {folder} for this model: {name} holds what the text encoder of another model made "
         "of the caption, which this model cannot read"
@@ -478,7 +476,7 @@ def _explain_others(folder: Path, name: str) -> str:
 
 
 def _audio_errors(listing: FoundItems) -> list[str]:
-    """Return a line for each folder with clips whose sound is missing."""
+    """Return an error line for each folder with clips that lack audio."""
     errors = []
     counts = Counter(path.parent for path in listing.missing_audio)
     for folder, count in counts.items():

@@ -46,30 +46,29 @@ def read_batch(
     reads_empty: bool = False,
     reads_rejected: bool = False,
 ) -> data.Batch:
-    """Read and check the files of a batch and stack them: `latents` are B C F H W.
+    """Read, check and stack the caches of a batch; `latents` are B C F H W.
 
-    Tensors whose length varies are kept as lists. For texts without a cache, the batch has only `captions`,
-    as they are in their files.
+    Tensors of variable length are kept as lists. For texts without a cache, the batch has only `captions`,
+    unchanged.
 
     Args:
-        items: Items of the batch, all of one group.
+        items: Items of the batch, all with the same shapes.
         latent: The family's latent space.
         commands: Commands that repair caches, for messages.
-        checks: Checks of the run, which remember checked files.
-        captions: Index of the caption to use for each item, or EMPTY; None for the first one of each.
+        checks: Checks of the run; a file is checked once. None for new ones.
+        captions: Index of each item's caption, or EMPTY for the empty prompt; None for the first captions.
         stores: Stores of the run, which keep shards open.
         flips: Which items are mirrored; () for none.
-        undropped: For a teacher model, the indices of the captions before dropout, which must all be cached.
-            The batch has these texts too if they differ from `captions`.
-        encoded: Tensors of items that were encoded while training, by position in the batch, without batch
-            dimension.
-        reads_empty: Read the empty prompt too, which the caches of a table with `uses_empty_prompt` have.
-        reads_rejected: Read the latents of the rejected clips too; then all items must have them.
+        undropped: For a teacher model, the indices of the captions before dropout; all must be cached. The
+            batch has these texts in addition if they differ from `captions`.
+        encoded: Tensors of items that were encoded while training, without batch dimension, by position in
+            the batch.
+        reads_empty: Whether to read the empty prompt, too (`DatasetTable.uses_empty_prompt`).
+        reads_rejected: Whether to read the latents of rejected clips, too; all items must have them.
 
     Raises:
-        CacheError: If a file is damaged, was made for other options or from a source or a caption that has
-            changed since, or has another shape than the configuration asks for. The message names the file
-            and the command that repairs it.
+        CacheError: If a file is damaged or outdated (other options, changed source or caption), or has a
+            wrong shape. The message names the file and the command that repairs it.
     """
     stores = stores or stores_for(items[0], latent)
     reader = _Reader(
@@ -116,7 +115,7 @@ def read_batch(
         text_metadata=tuple(text.metadata for text in texts),
     )
     if any(item.table.gives_parts for item in items):
-        from dataset.batches.given_parts import add_given_parts  # few tables give any
+        from dataset.batches.given_parts import add_given_parts  # few tables have them
 
         batch = add_given_parts(batch, items)
     return batch
@@ -125,7 +124,7 @@ def read_batch(
 def _list_makers(
     media: Sequence["_Part"], texts: Sequence["_Part"], further_texts: Sequence["_Part"]
 ) -> tuple[data.MadeBy, ...]:
-    """List which encoders made the parts of a batch: media and text of each item, then additional texts."""
+    """List the encoders of a batch: for media and text of each item, then for additional texts."""
     makers: list[data.MadeBy] = []
     for of_media, of_text in zip(media, texts, strict=True):
         makers += (*of_media.made_by, *of_text.made_by)
@@ -137,7 +136,7 @@ def _list_makers(
 def _take_inner_audio(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
-    """Give audio inside of latent caches the names and shapes of audio in caches of its own.
+    """Rename and reshape audio from latent caches as if it came from separate audio caches.
 
     Args:
         tensors: Tensors of the batch, changed in place.
@@ -167,7 +166,7 @@ def _check_rejected(media: Sequence["_Part"], commands: CachingCommands) -> None
 
 
 def explain_no_rejected(path: Path, commands: CachingCommands) -> str:
-    """Return the message for a cache without the rejected clip that --preference compares with."""
+    """Return the message for a cache without rejected latents, which --preference needs."""
     return (
         f"{path}: it has no latents of a worse one, which --preference needs. Give the table "
         f"worse_directory, or worse_path in a list, and cache again with:\n  {commands.latents}"
@@ -180,7 +179,7 @@ def _join_media_and_texts(
     """Return the stacked tensors of all items of a batch, by their keys."""
     has_sound = [data.SOUND in part.tensors for part in media]
     if len(media) > 1:
-        _fill_gaps(media)  # of audio and masks that only some items have
+        _fill_gaps(media)
     tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
     if latent.references_first:  # the model takes references as the first frames of the clip
         _put_in_front(tensors)
@@ -196,7 +195,7 @@ def _join_media_and_texts(
 
 
 def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLengths) -> int:
-    """Return the number of windows in an item's clip, from its record; 0 if unknown."""
+    """Return the number of windows (spans) in an item's clip, from its record; 0 if unknown."""
     table, clip = item.table, record.clip
     if table.gives_latents or clip is None or record.parts > 1:
         return 0
@@ -207,20 +206,20 @@ def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLength
 
 @dataclass
 class _Part:
-    """The tensors of an item that come from its media, or from a caption."""
+    """The tensors of one item's media, or of one of its captions."""
 
     path: Path
     tensors: dict[str, Tensor]
-    variable: frozenset[str] = frozenset()
+    variable: frozenset[str] = frozenset()  # names of tensors of variable length
     caption: str = ""
-    is_empty: bool = False  # its caption is known to be the empty prompt
+    is_empty: bool = False  # the caption is known to be empty
     made_by: tuple[data.MadeBy, ...] = ()
-    metadata: Mapping[str, str] = field(default_factory=dict)  # of a text's file
+    metadata: Mapping[str, str] = field(default_factory=dict)  # of a text cache
 
 
 @dataclass(frozen=True)
 class _Reader:
-    """Reads the parts of the items of a batch; the fields are the arguments of `read_batch`."""
+    """Read media and captions of the items of a batch; the fields are arguments of `read_batch`."""
 
     stores: Stores
     latent: data.LatentSpec
@@ -231,7 +230,7 @@ class _Reader:
     def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
         """Read an item's latents, and its audio if there is any.
 
-        `place` is the item's index in the batch. With `flip`, the mirrored latents are returned.
+        `place` is the item's index in the batch. `flip` selects the mirrored latents.
         """
         encoded = self.encoded.get(place)
         if encoded is not None:
@@ -248,10 +247,10 @@ class _Reader:
                 unmirrored[key] = tensor
         part.tensors = unmirrored
         if flip:
-            if data.LOSS_MASK in unmirrored:  # caches hold no mirrored mask
+            if data.LOSS_MASK in unmirrored:  # caches have no mirrored masks
                 mirrored[data.LOSS_MASK] = unmirrored[data.LOSS_MASK].flip(-1)
             part.tensors |= mirrored
-        said_sizes = part.tensors.pop(data.STATED_SIZES, None)  # used only by models that are told sizes
+        said_sizes = part.tensors.pop(data.STATED_SIZES, None)  # used only by models with size conditions
         if self.latent.has_size_conditions:
             part.tensors[data.SIZES] = _sizes_of(item, said_sizes, flip)
         return part
@@ -288,7 +287,7 @@ class _Reader:
         path = item.caption_path(number)
         store = self.stores.of_texts(item.table)
         caption = item.kind.caption(item.source_stem, number) if item.kind.sources else ""
-        # a caption counts as empty only if it is known: "" may also stand for one that nothing says
+        # a caption counts as empty only if it is known: "" may also mean that no file records the caption
         if not item.kind.has_text:
             is_known = number == EMPTY or bool(item.kind.sources)
             return _Part(path, {}, caption=caption, is_empty=is_known and not caption)
@@ -318,7 +317,7 @@ class _Reader:
                 if error is not None:
                     raise CacheError(f"{entry.path}: {error}")
         self.checks.add(item.table.index, path.name)
-        if not caption:  # a cache of another program does not say its caption
+        if not caption:  # take it from the cache; caches of other programs may not record it
             recorded = next((record.caption for record in records.values()), None)
             caption = entry.metadata.get("caption1", "") if recorded is None else recorded
         made_by = tuple(data.MadeBy(path, name, record.encoder) for name, record in records.items())
@@ -336,14 +335,14 @@ class _Reader:
     def _read_entry(
         self, item: TrainingItem, path: Path, part: str, key: str, find_errors: Callable[..., Iterator[str]]
     ) -> _Part:
-        """Read a cache of media.
+        """Read and check one latent or audio cache.
 
         Args:
             item: Item that the cache belongs to.
-            path: Path for messages.
-            part: Word of `MadeBy` for this part.
+            path: Path of the cache; its name is read from the item's store.
+            part: `MadeBy.part` of the result.
             key: Name of a tensor that the cache must have.
-            find_errors: Yields why the tensors are not what the table asks for.
+            find_errors: Yields the reasons why the tensors do not fit the table.
         """
         store = self.stores.of(item.table)
         with _remedy(self.commands, store, is_text=False):
@@ -391,7 +390,7 @@ class _Reader:
 
 
 def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
-    """Return whether the index of the caches answers for an entry: it still has the record of then."""
+    """Return whether an entry is unchanged since it was compared for the index of the caches."""
     return name in item.kind.compared and item.kind.compared[name] == entry.metadata.get(CHECK_KEY)
 
 
@@ -408,19 +407,19 @@ def _sizes_of(item: TrainingItem, stated: Tensor | None, is_mirrored: bool) -> T
         left, top, right, _ = inner_box(name.size, bucket)
     else:
         width, height, left, top, right, _ = stated.tolist()
-    if is_mirrored:  # the distance to the right edge becomes that to the left edge
+    if is_mirrored:  # the distance to the right edge becomes the distance to the left edge
         left = bucket[0] - right
     # original size, top left corner of the crop, target size
     return torch.tensor((height, width, top, left, bucket[1], bucket[0]), dtype=torch.float32)
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
-    """Return the stores that read the caches of an item's family."""
+    """Return stores for the caches of an item's family."""
     return Stores(NpzNames(item.kind.tag, latent, item.kind.text_keys))
 
 
 def _fill_gaps(media: Sequence[_Part]) -> None:
-    """Fill in tensors that only some items have: audio as zeros (not learned), masks as all white."""
+    """Add tensors that only some items have to the others: audio as zeros (not learned), masks as white."""
     for name, filling in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):  # white: the whole clip is generated
         like = next((part.tensors[name] for part in media if name in part.tensors), None)
         if like is not None:
@@ -435,7 +434,7 @@ def _fill_gaps(media: Sequence[_Part]) -> None:
 def _stack(
     parts: Sequence[_Part], commands: CachingCommands, is_text: bool
 ) -> dict[str, Tensor | list[Tensor]]:
-    """Stack the tensors of the same part of all items; {} if there are no parts.
+    """Stack the tensors of all items by name; {} if there are no parts.
 
     Args:
         parts: Parts of the items.
@@ -468,7 +467,7 @@ def _stack(
 
 
 def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, is_text: bool) -> None:
-    """Raise CacheError if a tensor has another shape in another part."""
+    """Raise CacheError if a tensor does not have the same shape in all parts."""
     first = parts[0]
     expected = first.tensors[name].shape
     for part in parts:
@@ -481,8 +480,9 @@ def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, 
 
 
 def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
-    """Put reference latents, B C 1 H W each, in front of their clips' latents; the loss covers them too."""
+    """Prepend reference latents, each B C 1 H W, to the latents of clips; the loss covers them, too."""
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
+    # in descending order of their numbers
     names.sort(key=lambda name: int(name.rpartition("_")[2]), reverse=True)
     if not names:
         return
@@ -508,6 +508,6 @@ def _remedy(commands: CachingCommands, store: CacheStore, is_text: bool) -> Iter
                 "not fit; remove a damaged npz file before. With cache_format npz: "
                 f"{command}"
             ) from error
-        # of thousands of entries the values are read only then
+        # without --verify, caching does not read the values of many entries
         flag = " --verify" if "damaged" in str(error) else ""
         raise CacheError(f"{error}.\n  Make it again with: {command}{flag}") from error

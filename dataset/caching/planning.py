@@ -1,6 +1,6 @@
-"""Plan the cache files of a source, and which existing ones are still valid.
+"""Plan which cache files a source needs, and which existing files are still valid.
 
-This is decided from records, if possible without decoding.
+Records in the cache files decide this, if possible without decoding the source.
 """
 
 import contextlib
@@ -55,12 +55,12 @@ from protocols.data import (
 from protocols.rules import ShownMedium
 
 _AS_SHOWN = re.compile(r'"as_shown": (\d{1,9}|true)')  # in the text of a record
-# in the options of a record:
-FLIP = "flip"  # mirrored latents are there too
+# key in the options of a record: the cache file also has the latents of the mirrored image
+FLIP = "flip"
 
 
 class OtherKind(CacheError):
-    """Raised for a cache that another encoder, other options or another program made."""
+    """Raised if a cache was made with another encoder, with other options or by another program."""
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ class Recipe:
     fps: float
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores
-    # the items of sources whose caches were found valid, by all that this depends on but the source files
+    # items of sources whose caches were found valid; key: `Planning._make_shape_key`
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
-    has_rates: bool = False  # each file says how many frames make a second (`Abilities.rate`)
-    audio: AudioSpec | None = None  # of a family with audio
+    has_rates: bool = False  # each cache file records its frame rate (`Abilities.rate`)
+    audio: AudioSpec | None = None  # None: the family has no audio
 
     def options(self, source: MediaSource, **sizes: Sequence[int]) -> dict[str, Any]:
-        """Return the options in the record of an item of a source.
+        """Return the options that the record of an item of this source has, by name.
 
-        `sizes` are its size, bucket and span.
+        `sizes` are the size, bucket and span of the item.
         """
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
@@ -136,16 +136,16 @@ class Recipe:
     def difference(
         self, record: records.LatentRecord, source: MediaSource, size: Size, bucket: Size, span: Span
     ) -> str | None:
-        """Describe how a record of other encoders or options than this run's differs."""
+        """Describe how the encoder or options in a record differ from this run's; None if they are equal."""
         options = self.options(source, size=size, bucket=bucket, span=span)
         recorded = dict(record.options)
         if FLIP not in options:
-            recorded.pop(FLIP, None)  # mirrored latents that nobody asks for do no harm
+            recorded.pop(FLIP, None)  # unused mirrored latents do no harm
         if records.CLOCK in options and records.CLOCK not in recorded and kept_one_clock(source, self.fps):
             recorded[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder)
         if self.audio is not None and self.audio.is_alone:
-            changed = None  # latents of images only hold a place, whatever made them
+            changed = None  # the model learns audio alone: latents of images are only placeholders
         return changed or records.options_difference(recorded, options, self.latent)
 
 
@@ -161,16 +161,16 @@ class SourcePlan:
 
     source: MediaSource
     kept: frozenset[str]  # names of valid files
-    foreign: int  # how many of them have no record
+    foreign: int  # number of valid files without a record
     missing: tuple[Span, ...] | None  # what to encode; None: unknown before decoding
-    # width, height and, for videos, frames of what training sees; only if `missing` is known
+    # width, height and, for videos, frames of each training item; empty if `missing` is None
     items: tuple[tuple[int, ...], ...] = ()
-    reason: str | None = None  # why there is no item at all
-    short: str | None = None  # for which target_frames the clip is too short, if it gives other items
-    outdated: str | None = None  # why an existing file is made again
-    is_other: bool = False  # one was made by another encoder, with other options, or by another program
+    reason: str | None = None  # why the source gives no items
+    short: str | None = None  # the target_frames that the clip is too short for, if it gives other items
+    outdated: str | None = None  # why an existing file is replaced
+    is_other: bool = False  # an existing file raised OtherKind
     size_changes: tuple[str, ...] = ()  # of `ClipInfo`
-    silent: str | None = None  # why it is cached with silence
+    silent: str | None = None  # why the clip is cached with silent audio
 
 
 def plan_all(
@@ -180,10 +180,10 @@ def plan_all(
     workers: int,
     show_progress: bool = True,
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Compare all sources with their cache files. Sources whose header cannot be read become failures.
+    """Compare all sources with their cache files; a source whose header cannot be read becomes a failure.
 
-    The values of caches are read only if there are few, or with --verify; otherwise caches of the same shapes
-    count as equal.
+    Tensor values are read only with --verify or for fewer than MANY sources. Otherwise caches with the same
+    settings and shapes count as equal.
     """
     reads_values = recipe.stores.verify or len(sources) < MANY
 
@@ -205,16 +205,16 @@ def plan_all(
 
 @dataclass
 class _Comparison:
-    """Findings so far of the comparison of a source with its files."""
+    """Intermediate results of comparing a source with its cache files."""
 
-    valid: set[str] = field(default_factory=set)  # files
-    foreign: int = 0  # how many of them have no record
+    valid: set[str] = field(default_factory=set)  # names of files
+    foreign: int = 0  # number of valid files without a record
     missing: list[Span] = field(default_factory=list)
     outdated: str | None = None
-    is_other: bool = False  # a file is of another kind
+    is_other: bool = False  # an existing file raised OtherKind
 
     def add_outdated(self, error: CacheError) -> None:
-        """Note why a file is made again: the first reason, or a later one of another kind."""
+        """Remember why a file is replaced: the first reason, unless a later one is an OtherKind."""
         is_other = isinstance(error, OtherKind)
         if self.outdated is None or is_other:
             self.outdated = str(error)
@@ -231,13 +231,13 @@ class Planning:
         self.existing, self.recipe = existing, recipe
         self.store = recipe.stores.of(source.table)
         self.reads_values = reads_values
-        self._headers: dict[str, Entry] = {}  # that were read
+        self._headers: dict[str, Entry] = {}  # headers read so far, by file name
         self._records: dict[str, records.LatentRecord | None] = {}
-        self._unchanged: dict[
-            int, FileIdentity
-        ] = {}  # parts of the source that were found unchanged, by number
-        self._reading_changes: dict[int, str | None] = {}  # by `as_shown`, how the source was read otherwise
-        self._by_header = False  # the wanted items are known from the source's header, not from its caches
+        # identities of parts of the source that were found unchanged, by index in `parts_of`
+        self._unchanged: dict[int, FileIdentity] = {}
+        # how an earlier version read the source differently, by the version number in a record (`as_shown`)
+        self._reading_changes: dict[int, str | None] = {}
+        self._by_header = False  # the plan used the source's header, which may be wrong about the frames
 
     def plan_by_shape(self) -> SourcePlan:
         """Do the same as `plan`, but faster.
@@ -261,7 +261,7 @@ class Planning:
         return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return all that `plan` depends on apart from unchanged source files; None if they changed."""
+        """Return all that `plan` depends on except source files; None if source files may have changed."""
         source = self.source
         # the number of control files decides which keys of the table matter
         shape: list[object] = [
@@ -291,6 +291,8 @@ class Planning:
         return tuple(shape)
 
     def _is_as_shown(self, texts: Sequence[str]) -> bool:
+        """Return whether current and recorded ways of reading the source give the same pixels."""
+        # early records have `true` for version 1, or no version at all
         joined = "".join(text or "" for text in texts)
         marks = {1 if mark == "true" else int(mark) for mark in _AS_SHOWN.findall(joined)}
         if marks == {AS_SHOWN}:
@@ -298,9 +300,9 @@ class Planning:
         return min(marks, default=0) > 0 and not any(has_codes(path) for path, _ in self.source.parts)
 
     def plan(self) -> SourcePlan:
-        """Compare existing cache files with those that this run would make, if possible without decoding.
+        """Compare existing cache files with those that this run would write, if possible without decoding.
 
-        `missing` of the plan is None if the source has to be decoded before its items are known.
+        `missing` of the plan is None if the items are unknown until the source is decoded.
 
         Raises:
             MediaError: If the header of the source cannot be read.
@@ -343,14 +345,14 @@ class Planning:
             if any(record.options.get(key) != options.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
             if self._find_reading_change(record) is not None:
-                continue  # its size may be another one
+                continue  # the recorded size may be wrong for the current way of reading
             # the first file of a record is the source itself
             if record.files and self._is_unchanged(0, record.files[0]):
                 recorded.append(record.clip)
         return max(recorded, key=lambda clip: (clip.complete, clip.kept_frames), default=None)
 
     def _compare_clip(self, clip: ClipInfo) -> SourcePlan:
-        """Return the plan of a clip from its known facts."""
+        """Return the plan of a clip whose size and number of kept frames were recorded."""
         table = self.table
         clip_spans = spans(table, clip.kept_frames, self.recipe.latent.lengths)
         reason = None
@@ -418,7 +420,7 @@ class Planning:
         )
 
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
-        """Return the sizes of an item as training uses it: of the full item, or of each section."""
+        """Return the sizes of the training items: one for the full item, or one for each section."""
         _, num_frames = span
         if self.table.kind == "image":
             size = (*bucket, num_frames) if self.table.multiple_target else bucket
@@ -428,7 +430,7 @@ class Planning:
         return [(*bucket, num_frames)] * (num_sections or 1)
 
     def _check_sections(self, files: Names, num_sections: int | None) -> None:
-        """Raise CacheError unless the files of an item cover exactly its sections."""
+        """Raise CacheError unless the files of an item are exactly its sections, in order."""
         expected = [None] if num_sections is None else list(range(num_sections))
         sections = [name.section for name in files.values()]
         if sections == expected:
@@ -511,7 +513,7 @@ class Planning:
         _, num_frames = span
         width, height = bucket
         if self.table.multiple_target:
-            num_frames = 1  # in names, as of the known tuner; the shapes of the tensors say how many
+            num_frames = 1  # number in file names, as musubi-tuner writes it; tensors have all layers
         if name.section is not None:
             num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
         return self.recipe.latent.shape(num_frames, height, width)[2:]
@@ -527,13 +529,14 @@ class Planning:
         return self._records[file]
 
     def _find_reading_change(self, record: records.LatentRecord) -> str | None:
+        """Describe how the version that wrote a record read the source differently; None if it did not."""
         mark = record.as_shown
         if mark not in self._reading_changes:
             self._reading_changes[mark] = shown_otherwise(self.source, self.recipe.latent.keeps_alpha, mark)
         return self._reading_changes[mark]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
-        """Return which source files have changed since a cache was made; None if none has."""
+        """Describe which source files have changed since a cache was made; None if all are unchanged."""
         parts = self.recipe.parts_of(self.source)
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, now there are {len(parts)}"

@@ -27,15 +27,15 @@ from modules.text_files import bad_character
 logger = logging.getLogger(__name__)
 
 MAX_SHOWN = 80  # characters of a path in a message
-CAPTION_COLUMNS = ("caption", "text", "prompt")  # in order; the first that a table has is used
-FIRST_ROWS = 100  # of which one shows where relative paths start
-# names of the column with the paths of a table, in order, behind image_path or video_path; the first that it
-# has is used. Behind them all: a column `image` or `video`, of paths or of whole files
+CAPTION_COLUMNS = ("caption", "text", "prompt")  # the first one that the table has is used
+FIRST_ROWS = 100  # rows that are searched for the base folder of relative paths
+# The column with paths is the first that the table has of: image_path or video_path, these, and a column
+# `image` or `video`, which may also contain the files themselves
 PATH_COLUMNS = ("path", "file_name", "url")
 MULTI_CAPTION = "multi_caption = true"
-DOWNLOADS = "downloads"  # the folder in the cache directory, if the table names no other
+DOWNLOADS = "downloads"  # subfolder of the cache directory, if the table has no download_directory
 
-Part = tuple[Path, media_source.Origin | None]  # a file, and where its bytes are if they are not there
+Part = tuple[Path, media_source.Origin | None]  # local path, and origin of its bytes unless they are there
 
 
 class _Media(NamedTuple):
@@ -43,11 +43,11 @@ class _Media(NamedTuple):
 
     part: Part
     stem: str
-    identity: str  # differs if sources do
+    identity: str  # different for different sources
 
 
 class RejectedAddress(DatasetError):
-    """Raised for an address that the table does not allow, or of a kind that is not supported."""
+    """Raised for an address that the table does not allow or whose protocol is not supported."""
 
     def __init__(self, reason: str, shown: str) -> None:
         super().__init__(f"{shown}: {reason}")
@@ -56,15 +56,15 @@ class RejectedAddress(DatasetError):
 
 @dataclass
 class RowReader:
-    """Make the sources of one list or table."""
+    """Turn the rows of one list or table into sources."""
 
     table: DatasetTable
     file: Path  # for messages
     path_column: str
     caption_column: str | None = "caption"
-    is_list: bool = False  # a JSONL list, whose texts are captions as they stand and whose names are unique
-    base: Path | None = None  # where relative paths start; None: in the working folder
-    _identities: list[str] = field(default_factory=list)  # of each source, differs if sources do
+    is_list: bool = False  # a JSONL list: captions are used unchanged, and file names are unique
+    base: Path | None = None  # base folder of relative paths; None: the working folder
+    _identities: list[str] = field(default_factory=list)  # of each source; different for different sources
     _gaps: list[str] = field(default_factory=list)  # rows whose numbered columns skip a number
 
     def read(
@@ -75,11 +75,11 @@ class RowReader:
         Args:
             values: Cells of the row by column, or the object of a line.
             where: Position for messages, such as `list.jsonl, line 3`.
-            contained: Name and location of a file that the row contains itself.
+            contained: Stem and location of the image or clip, if the row itself contains it.
 
         Raises:
             DatasetError: If a value cannot be used.
-            RefusedAddress: For an address that is not followed.
+            RejectedAddress: If an address is not allowed.
         """
         if contained is None:
             media = self._media(values, where)
@@ -109,13 +109,13 @@ class RowReader:
         audio_path = values.get("audio_path") if self.table.kind == "video" else None
         audio = self._part("audio_path", audio_path, where)
         if audio is None and self.table.finds_audio and not source.origins:
-            from dataset.sources.folders import find_audio_beside  # few lists need it
+            from dataset.sources.folders import find_audio_beside  # few lists have audio
 
             audio = find_audio_beside(source.path)
         if audio is not None:
             source = replace(source, audio=cast(tuple[Path, media_source.Remote | None], audio))
         if self.table.shows_media and values.get("references") is not None:
-            from dataset.sources.shown import read_shown  # few lists have any
+            from dataset.sources.shown import read_shown  # few lists have references
 
             source = replace(source, shown=read_shown(values["references"], self.file, where))
         if self.table.shows_media and values.get(FURTHER_TEXT.key) is not None:
@@ -126,7 +126,7 @@ class RowReader:
     def _media(self, values: Mapping[str, Any], where: str) -> "_Media":
         """Return the image or clip that a row names."""
         text = values.get(self.path_column)
-        if text is None and self.table.multiple_target:  # image_0 is then the full image, image_1 a layer
+        if text is None and self.table.multiple_target:  # image_path_0 is the image, image_path_1 a layer
             text = values.get(f"{self.path_column}_0")
         if not isinstance(text, str) or not text.strip():
             hint = self._explain_list(values) if self.is_list else ""
@@ -141,7 +141,7 @@ class RowReader:
         return _Media((path, remote), stem=stem, identity=address_identity(text))
 
     def _explain_list(self, values: Mapping[str, Any]) -> str:
-        """Return a hint at the keys that a line without a path lacks, or the option that takes such lines."""
+        """Return a hint for a line without a path: an example, or the table key that takes such lines."""
         name = self.path_column
         if f"{name}_0" in values:
             layers = f"{name}_0, {name}_1, ... are a picture and its layers"
@@ -157,7 +157,7 @@ class RowReader:
         return f". Each line is one object such as {example}"
 
     def _read_layers(self, values: Mapping[str, Any], where: str) -> list[Part]:
-        """Return the layers of a row, ordered by number; the image itself has the number 0 or none."""
+        """Return the layers of a row, ordered by number. The full image has the number 0 or no number."""
         column = self.path_column
         if column in values and f"{column}_0" in values:
             raise DatasetError(f"{where}: {column} and {column}_0 both name the image; leave out one")
@@ -171,6 +171,7 @@ class RowReader:
         return [layers[number] for number in sorted(layers)]
 
     def _note_gap(self, parts: Mapping[int, Part], column: str, where: str) -> None:
+        """Remember for a warning that numbered columns of a row skip a number."""
         gap = find_gap(parts)
         if gap is not None:
             self._gaps.append(f"{where}: there is no {column}_{gap}, but {column}_{max(parts)}")
@@ -197,9 +198,9 @@ class RowReader:
     def _add_parts(
         self, parts: dict[int, Part], column: str, name: str, value: Any, first: int, where: str
     ) -> None:
-        """Add the files in a column by their numbers.
+        """Add the files in the column `name` to `parts`, numbered from `first`.
 
-        `column` is the column's default name, and `name` its name in this row.
+        `column` is the default name of such columns, for messages.
         """
         paths = value if isinstance(value, list) else [value]
         for number, path in enumerate(paths, first):
@@ -216,7 +217,7 @@ class RowReader:
     def finish(
         self, sources: Sequence[media_source.MediaSource], faults: list[media_source.Fault]
     ) -> list[media_source.MediaSource]:
-        """Give sources with clashing stems new ones, and add errors that concern all rows to `faults`.
+        """Return the sources with unique stems; errors that concern several rows are added to `faults`.
 
         `sources` are all sources that `read` returned, in order.
         """
@@ -236,7 +237,7 @@ class RowReader:
         return "line" if self.is_list else "row"
 
     def _locate(self, text: str, where: str) -> tuple[Path, media_source.Remote | None]:
-        """Return the local path of a file, and its address if it has one."""
+        """Return the local path of a file, and its address; None for a local file."""
         if not is_address(text):
             return locate(text, self.base, where), None
         protocol = protocol_of(text)
@@ -244,25 +245,25 @@ class RowReader:
         if error is not None:
             raise RejectedAddress(error, f"{where}: {hide_secrets(text)}")
         if protocol == "file":
-            # a path in other words, and as one only opened as an image or a clip
+            # equivalent to a path; like a path, it is only opened as an image or clip
             return Path(url2pathname(split_address(text).path)), None
         download = download_folder(self.table) / media_source.local_name(text)
         return download, media_source.Remote(text)
 
     def _find_address_error(self, address: str, protocol: str) -> str | None:
-        """Return the reason why an address is not followed; None if it is."""
+        """Return the reason why an address is rejected; None if it is allowed."""
         if not self.table.allow_urls:
             return "addresses are read only with allow_urls = true in the table"
         if "::" in address.split("/", 1)[0]:
             return "chains of addresses (::) are not followed"
         if protocol == "file":
             return None
-        from dataset.sources.downloads import protocol_error  # few tables have addresses
+        from dataset.sources.downloads import protocol_error  # few tables have URLs
 
         return protocol_error(protocol)
 
     def _read_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
-        """Return the caption, followed with multi_caption by the texts of the list `captions`."""
+        """Return the caption of a row; with multi_caption, the texts of its list `captions` follow."""
         name = self.caption_column
         caption = None
         if name is not None:
@@ -278,7 +279,7 @@ class RowReader:
         captions += self._further_captions(values, where)
         for text in captions:
             check_text(text, f"{where}: {name or 'captions'}")
-        if self.is_list:  # the texts of a list are captions as they stand
+        if self.is_list:  # captions of a JSONL list are used unchanged
             return captions
         stripped = [text.strip() for text in captions]
         if caption is None or not self.table.multi_caption:
@@ -327,9 +328,9 @@ def list_rows(
     faults: list[media_source.Fault],
     cells: Mapping[str, FindCell] = MappingProxyType({}),
 ) -> list[media_source.MediaSource]:
-    """Return the sources of rows, in their order; add errors to `faults`, with numbers of rows.
+    """Return the sources of rows, in order; errors, with row numbers, are added to `faults`.
 
-    `cells` locate the files that rows themselves contain, by column.
+    `cells` has, by column, a function that locates the file that a row itself contains.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -344,7 +345,7 @@ def list_rows(
 
 
 def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row. `cells` find a row's files by column.
+    """Return the source of a row. `cells` is that of `list_rows`.
 
     Raises DatasetError if a cell is invalid.
     """
@@ -380,13 +381,13 @@ def make_source(
     rejected: Part | None = None,
     layers: Sequence[Part] = (),
 ) -> media_source.MediaSource:
-    """Return the source made from one row, or from one sample of a tar. `where` is for messages only."""
+    """Make a source from one row, or from one sample of a tar. `where` is its position for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)
     masks = [part for part in (mask, control_mask) if part is not None]
     all_rejected = [] if rejected is None else [rejected]
-    parts = (media, *controls, *masks, *references, *all_rejected, *layers)  # as in `MediaSource.parts`
+    parts = (media, *controls, *masks, *references, *all_rejected, *layers)  # ordered as `MediaSource.parts`
     origins = tuple(origin for _, origin in parts)
     return media_source.MediaSource(
         path=media[0],
@@ -414,14 +415,14 @@ def control_number(name: str, start: str = "control_path") -> int | None:
 
 
 def download_folder(table: DatasetTable) -> Path:
-    """Return the folder for files of addresses: the table's key, else one in the cache folder."""
+    """Return the folder for downloads: download_directory, or a subfolder of the cache directory."""
     return table.download_directory or table.cache_directory / DOWNLOADS
 
 
 def locate(text: str, base: Path | None, where: str) -> Path:
-    """Return the path that a row names.
+    """Return the path that a text of a row names.
 
-    `base` is where a relative one starts; None means in the working folder.
+    `base` is the base folder of relative paths; None means the working folder.
     """
     try:
         return expand_path(text, base)
@@ -430,7 +431,7 @@ def locate(text: str, base: Path | None, where: str) -> Path:
 
 
 def check_text(text: str, where: str) -> None:
-    """Raise DatasetError for a text that can be neither a file's name nor a caption."""
+    """Raise DatasetError if a text has invalid characters or is too long for a path or caption."""
     bad = bad_character(text)
     if bad is not None:
         raise DatasetError(f"{where} holds {bad}. Correct the line.")
@@ -443,9 +444,9 @@ def check_text(text: str, where: str) -> None:
 def check_controls(
     table: DatasetTable, sources: list[media_source.MediaSource], faults: list[media_source.Fault], where: str
 ) -> list[media_source.MediaSource]:
-    """Report sources with fewer control media than others, or without a rejected medium if others have one.
+    """Add a fault for each source that lacks control media or a rejected item that other sources have.
 
-    Errors are added to `faults`. Returns `sources`.
+    Returns `sources` unchanged.
     """
     count = table.control_count
     if count is not None and any(source.control for source in sources):
@@ -478,7 +479,7 @@ def require_file(table: DatasetTable) -> Path:
 
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
-    """Return the columns that are read, except numbered companions (see `is_companion`)."""
+    """Return the names of columns that are read, except numbered ones (see `is_companion`)."""
     names = {path_column, caption_column, table.control_column or "", "mask_path", "control_mask_path"}
     names.add("worse_path")
     if table.multi_caption:
@@ -504,9 +505,9 @@ def is_control(table: DatasetTable, name: str) -> bool:
 
 
 def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
-    """Return the folder that relative paths refer to; None for the working folder, or if no file is found.
+    """Return the base folder of relative paths; None for the working folder, or if no file is found.
 
-    `rows` are the rows of the list or table at `path`, with the column of its media.
+    The first existing file decides. `rows` are those of the list or table at `path`; `column` has the paths.
     """
     folder = path if path.is_dir() else path.parent
     for row in itertools.islice(rows, FIRST_ROWS):

@@ -1,4 +1,4 @@
-"""Turn a source into items to encode: decode once, keep and resize frames, choose the bucket, cut spans."""
+"""Decode a source once, select and resize its frames, choose its bucket and cut it into spans."""
 
 import contextlib
 import dataclasses
@@ -51,16 +51,16 @@ from modules.media.reading import (
 Clip = NDArray[np.uint8]  # F H W C
 
 NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
-LARGE = 1 << 14  # the side of an image that no table finds too small
+LARGE = 1 << 14  # side of an image that is large enough for every table
 GROWTH = 64  # frames by which memory grows at a time
-DECODED_COPIES = 9  # bytes of a pixel while an image is decoded: three copies in RGB
-SMALL_IMAGE = 1 << 26  # bytes up to which images are decoded by all threads at once
+DECODED_COPIES = 9  # bytes per pixel while an image is decoded: three RGB copies
+SMALL_IMAGE = 1 << 26  # bytes; images below this size do not count against the budget
 
 
 class ByteBudget:
     """Memory budget of all decoding threads, because small files may hold images of a gigabyte.
 
-    A thread that needs more than the entire budget works alone.
+    A thread that needs more than the entire budget waits until no other thread holds memory.
     """
 
     def __init__(self, size_bytes: int) -> None:
@@ -70,7 +70,7 @@ class ByteBudget:
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[None]:
-        """Wait until `size_bytes` are free, and occupy them in the block; blocks cannot be nested."""
+        """Wait until `size_bytes` are free, and hold them in the `with` block; blocks cannot be nested."""
         with self._changed:
             self._changed.wait_for(lambda: not self._used or self._used + size_bytes <= self._size_bytes)
             self._used += size_bytes
@@ -82,7 +82,7 @@ class ByteBudget:
                 self._changed.notify_all()
 
 
-IMAGES = ByteBudget(1 << 30)  # of all threads of this process
+IMAGES = ByteBudget(1 << 30)  # shared by all threads of this process
 
 
 @dataclass(frozen=True)
@@ -93,23 +93,24 @@ class DecodedMedia:
     size: Size  # width, height of the original
     bucket: Size
     frames: Clip  # F H W 3, or 4 for a family whose pixels have alpha; empty from `plan_source`
-    spans: tuple[Span, ...]  # of an item its own
+    spans: tuple[Span, ...]  # after `cut`, only the span of the item
     reason: str | None = None  # why there is no span: "12 frames, the shortest of target_frames is 17"
     # one for each control image or clip, with the same number of frames; C = 4 if a control image has alpha
     control: tuple[Clip, ...] = ()
     alpha: NDArray[np.uint8] | None = None  # H W, of an image with transparency
-    mask: Mask | None = None  # of the loss, for each frame: 255 is learned; None: everything is
+    mask: Mask | None = None  # loss mask of each frame, 255: learned; None: all pixels are learned
     # each f h w 3, where f is the number of frames for a clip, and 1 for an image; then guides, 1 H W 3
     references: tuple[Clip, ...] = ()
-    control_mask: Mask | None = None  # for each frame: 255 is generated
-    rejected: Clip | None = None  # of the worse one, like `frames`
-    moments: tuple[Tensor, ...] = ()  # instead of frames: 2C F h w of the clip, then of its first frame alone
-    # what the records of its caches say
+    control_mask: Mask | None = None  # of each frame, 255: generated
+    rejected: Clip | None = None  # frames of the rejected item of a preference pair
+    # precomputed, instead of frames: 2C F h w of the clip, then of its first frame
+    moments: tuple[Tensor, ...] = ()
+    # written to the records of caches
     clip: ClipInfo | None = None
     files: tuple[FileIdentity, ...] = ()
     rate: float | None = None  # frames per second, for models that take the rate
-    audio: Tensor | None = None  # C S, of a family whose latents are cached with their sound; zeros if silent
-    is_heard: bool = False  # it has sound
+    audio: Tensor | None = None  # C S, for a family that caches audio with latents; zeros if silent
+    is_heard: bool = False  # the clip has audio
 
     @property
     def arrays(self) -> tuple[Any, ...]:
@@ -120,19 +121,19 @@ class DecodedMedia:
 
     @property
     def group(self) -> tuple[object, ...]:
-        """Return the key that all items of a batch share: the table, and the shapes of stacked arrays."""
+        """Return the key that is equal for items that fit one batch: the table and the shapes of arrays."""
         counts = len(self.control), len(self.references), self.rejected is not None
         audio = () if self.audio is None else (self.audio.shape,)
         return (self.source.table.index, counts, *(array.shape for array in self.arrays), *audio)
 
     @property
     def size_bytes(self) -> int:
-        """Bytes that the item takes in memory."""
+        """Memory of the item's arrays in bytes."""
         mask_bytes = 0 if self.mask is None else self.mask.nbytes
         return mask_bytes + sum(array.nbytes for array in self.arrays)
 
     def cut(self, span: Span) -> "DecodedMedia":
-        """Cut out the item of a span; copy it to free the rest of the clip, unless that is small."""
+        """Return the item of a span; a short span is copied, so that the rest of the clip can be freed."""
         start, length = span
         end = start + length
         num_frames = len(self.frames)
@@ -141,7 +142,7 @@ class DecodedMedia:
             clips = [clip.copy() for clip in clips]
         frames, *control = clips
         references = []
-        for reference in self.references:  # of a clip, or of a single frame for all spans
+        for reference in self.references:  # a clip is cut; a single frame is used for all spans
             if len(reference) == num_frames:
                 reference = reference[start:end]
             references.append(reference.copy())
@@ -200,7 +201,7 @@ def _decode_clip(
 ) -> DecodedMedia:
     """Read a clip and its control media; `here` is the source with local files.
 
-    Control media are read only if the clip gives an item, at the times of the clip's kept frames.
+    Control media are read only if the clip has a span, at the times of the clip's kept frames.
     """
     table = source.table
     clock: list[tuple[int, float]] = []  # index and second of each kept frame, for its control media
@@ -214,13 +215,13 @@ def _decode_clip(
     sizes = FrameSizes()
     size_changes: list[str] = []
     frames_in = sizes.watch(read_frames())
-    first = next(frames_in)  # its size selects the bucket of the clip
+    first = next(frames_in)  # the size of the first frame selects the bucket
     size = (first.shape[1], first.shape[0])
     bucket = bucket_of(table, size, step, here.path)
     max_frames = frames_wanted(table)
     frames_in = itertools.chain([first], frames_in)
     mask: Mask | None = None
-    if table.is_of_audio:  # only the number of frames counts
+    if table.is_of_audio:  # frames are black; only their number matters
         frames = _repeat_first(frames_in)
     else:
         frames, mask = _gather(frames_in, bucket, max_frames)
@@ -241,7 +242,7 @@ def _decode_clip(
         if here.references or here.guides or here.control_mask is not None:
             companions = _read_companions(here, size, bucket, count=count, fps=fps, clock=clock)
         if here.rejected is not None:
-            from dataset.sources.pairs import read_rejected_clip  # few clips have any
+            from dataset.sources.pairs import read_rejected_clip  # few clips have a rejected one
 
             rejected = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
     return DecodedMedia(
@@ -286,7 +287,7 @@ def _read_control_clips(
         clip, _ = _gather(frames, bucket, count)
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
-        clips.append(_lengthen(clip, count))  # a longer control clip is cut already
+        clips.append(_lengthen(clip, count))  # a longer control clip has already been cut
     return clips
 
 
@@ -297,7 +298,7 @@ def _lengthen(clip: Clip, count: int) -> Clip:
 
 
 def planned_bytes(source: MediaSource) -> int:
-    """Estimate the memory for decoding an image and its control images, from headers; 0 if it is little.
+    """Estimate from headers the memory for decoding an image and its control images; 0 up to SMALL_IMAGE.
 
     Args:
         source: The fetched source. Unreadable files count as 0, because decoding reports them.
@@ -319,7 +320,7 @@ def _read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read references and the control mask of a source that has any.
+    """Read the references and the control mask of a source.
 
     `count`, `fps` and `clock` are those of the source's kept frames; an image has one frame.
     """
@@ -333,7 +334,7 @@ def _decode_image(
 ) -> DecodedMedia:
     """Read an image and its control images.
 
-    `source` has been fetched. With `has_alpha`, all get four channels.
+    `source` has local files. With `has_alpha`, frames and control images get four channels.
     """
     table = source.table
     image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
@@ -347,7 +348,7 @@ def _decode_image(
             image = change_colors(image, generator)
 
     def fit_to_bucket(picture: Frame) -> Frame:
-        """Resize and crop the image, its control images, masks and layers alike."""
+        """Resize, crop and mirror a picture like the image: used for control images, masks and layers."""
         image_size = (picture.shape[1], picture.shape[0])
         if table.buckets is None:
             image_fit = fit_cover(image_size, fit.bucket)
@@ -466,8 +467,7 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) ->
 def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
     """Read a control image, 1 H W 3 or 4.
 
-    Alpha is resized separately from the colors, because Pillow would darken the colors by it, and generation
-    does not.
+    Alpha is resized separately from the colors, as in generation: Pillow would darken colors by alpha.
     """
     colors, alpha = split_alpha(read_image(path, keeps_alpha))
     channels = [place(colors)]
@@ -479,10 +479,10 @@ def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool
 def plan_source(
     source: MediaSource, fps: float, step: int = 16, lengths: ClipLengths = DEFAULT_LENGTHS
 ) -> DecodedMedia:
-    """Plan what `decode_source` would return, from headers, to compare it with caches without a record.
+    """Return what `decode_source` would, without pixels, to compare it with caches without a record.
 
-    The number of frames in a header may be wrong; a clip whose header has none is decoded. Raises the errors
-    of `decode_source` that headers reveal.
+    It is computed from headers, whose number of frames may be wrong; a clip is decoded if its header has no
+    number of frames. Raises the same errors as `decode_source` if the header shows them.
     """
     table = source.table
     found_spans: tuple[Span, ...] = ((0, source.num_images),)
@@ -533,7 +533,7 @@ def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None)
         DatasetError: If the resolution does not fit `step`.
     """
     bucket = bucket_of(table, size, step, path)
-    rule = table.buckets
+    rule = table.buckets  # None: the table is not in the layout of sd-scripts
     if rule is None:
         return fit_cover(size, bucket)
     if table.bucket_no_upscale:
@@ -555,7 +555,7 @@ def check_resolution(table: DatasetTable, step: int) -> None:
 
 
 def _repeat_first(frames: Iterator[Frame]) -> Clip:
-    """Return identical frames, already at bucket size, as a clip that takes the memory of one frame."""
+    """Return identical frames of bucket size as a clip that takes the memory of one frame (stride 0)."""
     black = next(frames)
     count = 1 + sum(1 for _ in frames)
     return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides))
@@ -567,7 +567,7 @@ def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) ->
     The array grows in place, so that a clip is never copied.
     """
     width, height = bucket
-    room = min(wanted_frames or GROWTH, GROWTH)
+    room = min(wanted_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for
     clip = np.empty((room, height, width, 3), np.uint8)
     count = 0
     alphas = []
@@ -592,7 +592,7 @@ def _stack_alphas(
 
     Args:
         alphas: Transparency of each frame, H W; None for frames without.
-        present: The ones that are there, at least one.
+        present: Those of `alphas` that are not None; at least one.
     """
     if all(alpha.min() == 255 for alpha in present):
         return None

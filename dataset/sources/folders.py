@@ -1,4 +1,4 @@
-"""List a table's folder: images or clips, captions, control media; and files in it that are not used."""
+"""List a table's folder: images or clips, captions and control media; report files that are not used."""
 
 import contextlib
 import itertools
@@ -38,7 +38,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
         paths = _leave_out_bad_names(table, paths, faults)
     layers: Mapping[Path, tuple[Path, ...]] = {}
     if table.multiple_target:
-        from dataset.sources.layers import group_layers  # few tables have any
+        from dataset.sources.layers import group_layers  # few tables have layers
 
         layers = group_layers(paths, table.caption_extension)
         paths = list(layers)
@@ -55,7 +55,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     assert table.directory is not None
     extension = table.caption_extension
     errors: dict[Path, str] = {}  # by caption file
-    stems: list[str] = []  # of the items of these
+    stems: list[str] = []  # stems of the items whose caption file has an error
     sources = []
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
@@ -92,7 +92,7 @@ def _audio_of(
 ) -> tuple[Path, None] | None:
     """Return the separate audio file of a clip; None if there is none.
 
-    `audios` are the files of audio_directory by clip. An error is added to `faults` if there are several.
+    `audios` has the files of audio_directory by clip. If several files fit, an error is added to `faults`.
     """
     if clip in audios:
         return audios[clip], None
@@ -106,10 +106,10 @@ def _audio_of(
 
 
 def find_audio_beside(clip: Path) -> tuple[Path, None] | None:
-    """Return the audio file next to a clip that has the same name, if there is one.
+    """Return the audio file next to a clip that has the same stem; None if there is none.
 
     Raises:
-        DatasetError: If there are several.
+        DatasetError: If there are several such files.
     """
     paths = [clip.with_suffix(suffix) for suffix in sorted(AUDIO_SUFFIXES)]
     files = [path for path in paths if path.exists()]
@@ -120,7 +120,7 @@ def find_audio_beside(clip: Path) -> tuple[Path, None] | None:
 
 
 def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fault]) -> list[Path]:
-    """Return the paths whose names are UTF-8; add a fault for each other path."""
+    """Return the paths whose names are valid UTF-8; add a fault for every other path."""
     bad_names = {path for path in paths if not path.name.isascii() and bad_character(path.name)}
     if not bad_names:
         return paths
@@ -134,7 +134,7 @@ class _Captions(NamedTuple):
 
     first: str | None = None
     further: tuple[str, ...] = ()
-    encoding: str | None = None  # of the caption file, if that is not UTF-8
+    encoding: str | None = None  # encoding of the caption file; None: UTF-8
     error: str = ""  # why the file cannot be used
 
 
@@ -142,7 +142,7 @@ _NO_CAPTION = _Captions()
 
 
 def _read_captions(path: Path, table: DatasetTable) -> _Captions:
-    """Return the captions in a file; none if the file is missing or unusable."""
+    """Return the captions in a file; a missing file has the class_tokens of the table, if set."""
     encoding = None
     try:
         file = read_caption_file(path)
@@ -161,7 +161,7 @@ def _find_companions(
 ) -> dict[Path, Path]:
     """Return the mask or audio file of each image or clip: the file with the same stem in `folder`.
 
-    `what` is "mask" or "sound". Ambiguous names, and a folder in which nothing fits, are added to `faults`.
+    `what` is "mask" or "sound". A fault is added if two files have the same stem, or if no file fits.
     """
     try:
         by_stem = _companions_by_stem(table, what, folder)
@@ -189,7 +189,7 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
         return masks_by_stem(map(Path, entries), table.kind, is_beside)
     entries = list_entries(folder, "audio_directory", table.config_path)
     suffixes = AUDIO_SUFFIXES | VIDEO_SUFFIXES
-    if folder == table.directory:  # a clip is not a file next to itself
+    if folder == table.directory:  # the clips themselves are in this folder
         suffixes = AUDIO_SUFFIXES
     return files_by_stem(map(Path, entries), suffixes, False)
 
@@ -232,7 +232,7 @@ def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
 
 
 def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
-    """Return the files of a table of images that are clips of another table; log how many they are."""
+    """Return the animations among the files of an image table; log their number."""
     animations = {path for path in paths if _moves(path)}
     if animations:
         text = "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
@@ -241,7 +241,7 @@ def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
 
 
 def _moves(path: Path) -> bool:
-    """Return whether a file is an animation, which a damaged one counts as: decoding reports it."""
+    """Return whether a file is an animation. Damaged files count as animations: decoding reports them."""
     try:
         return is_animation(path)
     except MediaError:
@@ -259,7 +259,7 @@ def is_file(entry: "os.DirEntry[str]") -> bool:
 def _find_folder_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], faults: list[Fault]
 ) -> list[tuple[Path, ...]]:
-    """Return the control media of each path; log those that are not used."""
+    """Return the control media of each path; log control media that are not used."""
     controls: list[tuple[Path, ...]] = []
     kind = f"problems with the control media of {table.name}"
     for path in paths:
@@ -284,7 +284,7 @@ def _find_folder_controls(
 def _warn_unused_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], count: int
 ) -> None:
-    """Log the control images that go beyond the `count` that each image takes."""
+    """Log control images after the first `count` of each image, which are not used."""
     unused: list[Path] = []
     for path in paths:
         unused += folder.beyond(path.stem, count)
@@ -305,14 +305,14 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
     `sources` are the sources of all tables, because tables may share a folder.
     """
     stems: dict[Path, set[str]] = {}
-    names: dict[Path, str] = {}  # of the first table with the folder
+    names: dict[Path, str] = {}  # name of the first table with the folder
     for source in sources:
         folder = source.table.control_directory
         if source.table.kind == "image" and folder is not None:
             stems.setdefault(folder, set()).add(source.stem)
             names.setdefault(folder, source.table.name)
     for folder, owners in stems.items():
-        with contextlib.suppress(DatasetError):  # the listing has reported it
+        with contextlib.suppress(DatasetError):  # already reported when the folder was listed
             lone = ControlFolder(folder, owners).alone
             if lone:
                 count = count_of(len(lone), "control image")
@@ -321,10 +321,10 @@ def log_lone_controls(sources: Sequence[MediaSource]) -> None:
 
 
 class ControlFolder:
-    """Contents of a `control_directory`, listed once, so that files are found without scanning it again."""
+    """Index of the files in a `control_directory`, which is listed only once."""
 
     def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
-        """List the folder; `stems` are those of all images or clips of the table in the dataset file.
+        """List the folder. `stems` are the stems of all images or clips of the table.
 
         Raises:
             DatasetError: If the folder cannot be listed.
@@ -333,22 +333,22 @@ class ControlFolder:
         self._stems = stems
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory", config_path)]
         self._by_name = {path.name: path for path in entries}
-        # of equal names the first is kept
+        # reversed: of several clips with one stem, the first is kept; videos take precedence over animations
         self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
         self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
-        self._images: dict[str, list[Path]] = {}  # by the stem that they belong to
+        self._images: dict[str, list[Path]] = {}  # control images by the stem of their image
         for path in entries:
             if _ends_in(path, image_suffixes()) and label_of(path.stem) != MASK_LABEL:
                 for owner in self._owners(path.stem):
                     self._images.setdefault(owner, []).append(path)
-        self.alone = self._images.get("", [])
+        self.alone = self._images.get("", [])  # control images that belong to no image
 
     def _owners(self, name: str) -> set[str]:
         """Return the stems of the images that a control image may belong to; "" if there is none.
 
-        This is the longest stem with which the name begins: `pic_10_0` belongs to `pic_10`, not to `pic`. If
-        a number follows the last underscore, it is also the text before it: `pic_1` belongs to `pic_1` and to
-        `pic`. `name` is the name of the control image, without suffix.
+        The owner is the longest stem that `name` begins with: `pic_10_0` belongs to `pic_10`, not to `pic`.
+        If `name` ends in an underscore and a number, the text before them is an owner too: `pic_1` belongs to
+        `pic_1` and to `pic`. `name` is the file name of the control image without suffix.
         """
         longest = ""
         for length in range(len(name), 0, -1):
@@ -362,11 +362,11 @@ class ControlFolder:
     def for_image(self, stem: str, count: int | None) -> tuple[Path, ...]:
         """Return the first `count` control images of an image, or all if `count` is None.
 
-        `<stem>.*` comes first; the others are ordered by the number after the last underscore. With `count`
-        None, files that are named like another image are left out.
+        `<stem>.*` comes first, then `<stem>_<number>.*` by number. If `count` is None, files that have the
+        stem of another image are left out.
 
         Raises:
-            DatasetError: If there are fewer, or if a name that begins with `stem` has no number.
+            DatasetError: If there are fewer than `count`, or if a name that begins with `stem` has no number.
         """
         ranked = self._images_of(stem)
         if count is None:
@@ -380,7 +380,7 @@ class ControlFolder:
         return tuple(ranked[:count])
 
     def beyond(self, stem: str, count: int) -> list[Path]:
-        """Return an image's control images after the first `count`, except those named like another image."""
+        """Return the control images after the first `count`, except files with the stem of another image."""
         return [path for path in self._images_of(stem)[count:] if path.stem not in self._stems]
 
     def _images_of(self, stem: str) -> list[Path]:
@@ -399,11 +399,11 @@ class ControlFolder:
     def for_video(self, video: Path) -> Path:
         """Return the control clip of a video.
 
-        It has the same file name, or is a folder `<stem>` of images, or `<stem>` with another video suffix,
-        in this order.
+        Tries, in this order: the same file name, a folder `<stem>` of images, and `<stem>` with another video
+        suffix.
 
         Raises:
-            DatasetError: If there is none.
+            DatasetError: If the video has no control clip.
         """
         if video.name in self._by_name:
             return self._by_name[video.name]
@@ -423,12 +423,12 @@ def _ends_in(path: Path, suffixes: Container[str]) -> bool:
 
 
 def list_entries(folder: Path, key: str, config_path: Path | None = None) -> Sequence["os.DirEntry[str]"]:
-    """List a folder, sorted, without names that begin with a dot.
+    """Return the entries of a folder, sorted by name, without those that begin with a dot.
 
     Entries are not converted to Path, because there may be a million.
 
     Raises:
-        DatasetError: If the folder cannot be listed. The message names `key`.
+        DatasetError: If the folder cannot be listed; the message begins with `key`, the key of the table.
     """
     try:
         with os.scandir(folder) as entries:
@@ -446,7 +446,7 @@ def split_name(name: str) -> tuple[str, str]:
     return (name, "") if suffix == "." else (stem, suffix)
 
 
-# --- the files of its kind
+# --- files by suffix: images, clips, audio
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -467,9 +467,8 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
 def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Path]) -> list[Path]:
     """Return the GIF, WebP and TIFF files among `entries` that the table uses in addition to `media`.
 
-    A table of clips takes only animations; a table of images takes the first image of each GIF and TIFF. A
-    file with the same stem as one of `media` is left out with a warning, because both would have the same
-    cache.
+    A video table takes only animations; an image table takes the first image of each GIF and TIFF. A file
+    with the same stem as a file of `media` is left out with a warning, because both would share a cache.
     """
     files = [path for path in entries if path.is_file()]
     if table.kind == "image":
@@ -493,10 +492,10 @@ def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Pa
 
 
 def _has_several(path: Path, table: DatasetTable) -> bool:
-    """Return whether a file holds several images; if it is damaged, whether the table is one of clips."""
+    """Return whether a file has several images. Damaged files count as such in video tables only."""
     try:
         return _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
-    except MediaError:  # which decoding reports
+    except MediaError:  # decoding reports the error
         return table.kind == "video"
 
 
@@ -522,9 +521,9 @@ def _explain(path: Path) -> str:
 
 
 def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
-    """Leave out results of our own tools, such as clip_SWINIR.mkv next to clip.mp4, with a warning.
+    """Return the paths without results of our own tools, such as clip_SWINIR.mkv next to clip.mp4.
 
-    Only files whose names begin with the name of another file are opened.
+    Logs a warning. Only files whose names begin with the stem of another file are opened.
     """
     stems = {path.stem for path in paths}
     results = set()
@@ -532,7 +531,7 @@ def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]
         parts = path.stem.split("_")[:-1]
         beginnings = itertools.accumulate(parts, "{}_{}".format)
         if not stems.isdisjoint(beginnings):
-            with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
+            with contextlib.suppress(MediaError, OSError):  # decoding reports errors
                 if any(TOOL_TAG.fullmatch(name) for name in read_tags(path)):
                     results.add(path)
     if results:

@@ -154,13 +154,13 @@ class Backend:
 
     dense: Dense
     packed: Packed | None = None  # None: computing sample by sample is as fast
-    module: str = ""  # of the package; "": torch's own
-    name: str = ""  # of the package, for messages
+    module: str = ""  # module of the package; "" for torch's own kernels
+    name: str = ""  # name of the package, for messages
     install: str = ""  # completes "Install it ..."
     capability: tuple[int, int] | None = None  # the lowest compute capability that it supports
-    only: str | None = None  # names the supported GPUs, if they are those of exactly that capability
+    only: str | None = None  # name of the supported GPUs, if they need exactly that capability
     dtypes: tuple[torch.dtype, ...] | None = None  # None: any
-    learns: bool = True  # has a backward pass
+    learns: bool = True  # whether it has a backward pass
 
 
 BACKENDS = {
@@ -337,7 +337,7 @@ def check_backend(
         raise OptionError(f"{flag} {reason} {instead}")
     try:
         importlib.import_module(package.module)
-    except Exception as error:  # a binary built for another torch may raise anything
+    except Exception as error:  # a package built for another torch may raise anything
         if isinstance(error, ModuleNotFoundError) and error.name == package.module.partition(".")[0]:
             raise OptionError(
                 f"{flag} needs {package.name}, which is not installed. Install it {package.install}. "
@@ -422,8 +422,8 @@ class SecondText:
     """The position of a second text among the tokens, B L+T+T' ..., and its use by attention."""
 
     before: int  # tokens of the image, L
-    count: int  # its own tokens, T'
-    lengths: Lengths | None  # how many of the L + T' tokens are real; None: all
+    count: int  # tokens of the second text, T'
+    lengths: Lengths | None  # number of real tokens among L + T'; None: all
     steer: Steer
 
     def without(self, x: Tensor) -> Tensor:

@@ -58,7 +58,7 @@ def causal_sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     length = query.shape[1]
     num_keys = key.shape[1]
     mask = None
-    if length != num_keys:  # torch's own mask would take the queries for the first L tokens
+    if length != num_keys:  # torch's own causal mask would align the queries with the first L keys
         positions = torch.arange(num_keys, device=q.device)
         mask = positions <= positions[num_keys - length :, None]  # L S
     if not is_on_cuda(query):

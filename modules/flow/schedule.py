@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 TRAIN_TIMESTEPS = 1000  # a network is fed sigma * TRAIN_TIMESTEPS
-ROUNDING = 1e-6  # of a noise level in float32
+ROUNDING = 1e-6  # rounding error of a noise level in float32
 
 # Wan's released UniPC starts from the training table, whose noisiest entry is 1 - 1/1000, kept in float32
 _NOISIEST_TRAINED_SIGMA = float(np.float32(1.0 - 1.0 / TRAIN_TIMESTEPS))
@@ -27,10 +27,10 @@ _NOISIEST_TRAINED_SIGMA = float(np.float32(1.0 - 1.0 / TRAIN_TIMESTEPS))
 class Schedule:
     """The noise levels of one run of a solver, from noise to data."""
 
-    sigmas: Tensor  # N + 1, float32, falling; the last is 0
+    sigmas: Tensor  # N + 1, float32, decreasing to 0
     timesteps: Tensor  # N, float32: what the network is fed at each step
-    alphas: Tensor  # N + 1, float64: the share of data at each sigma
-    audio_sigmas: Tensor | None = None  # N + 1: of a clip's sound; None: as `sigmas`
+    alphas: Tensor  # N + 1, float64: weight of the data at each sigma
+    audio_sigmas: Tensor | None = None  # N + 1: sigmas of a clip's audio; None: as `sigmas`
 
     @property
     def num_steps(self) -> int:

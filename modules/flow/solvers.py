@@ -138,8 +138,8 @@ class UniPCVariant:
     B(h) cancels out of all weights that are solved for: only a single weight depends on it.
     """
 
-    order: int  # of the predictions, at most; lower at the start, and 1 to sigma 0
-    keeps_data: bool  # alpha counts as 1 at every sigma, whatever the schedule says
+    order: int  # maximum order; lower at the start, and 1 for the step to sigma 0
+    keeps_data: bool  # use alpha = 1 at every sigma, regardless of the schedule
     # h -> weight of a single difference: B(h) / 2 in units of 1 - e^-h
     lone_weight: Callable[[float], float]
 
@@ -160,8 +160,8 @@ class UniPC:
 
     schedule: Schedule
     variant: UniPCVariant = BH2
-    corrected: Tensor | None = None  # the sample that the last step began at
-    _order: int = 0  # used by the last step
+    corrected: Tensor | None = None  # corrected sample from which the last step started
+    _order: int = 0  # order of the last step
     _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Normalization layers of the transformers, the dtype that a layer computes in, and two layers in a row.
+"""Normalization layers of the transformers, compute dtypes of layers, and two-layer networks.
 
 Norms compute in float32, because bf16 sums over a thousand channels lose precision.
 """
@@ -138,7 +138,7 @@ class ScaleNorm(nn.Module):
 
 
 class CenteredNorm(ScaleNorm):
-    """`ScaleNorm` whose files hold how far the scale is from 1. Computes in float32: 16 bits would cut it."""
+    """`ScaleNorm` whose files store scale - 1. Computes in float32, because 16 bits would round the scale."""
 
     def __init__(self, dim: int, eps: float) -> None:
         super().__init__(dim, eps)
@@ -151,7 +151,7 @@ class CenteredNorm(ScaleNorm):
         return self.in_float32(x).to(x.dtype)
 
     def in_float32(self, x: Tensor) -> Tensor:
-        """Return the normed values in float32, for what computes in float32 next."""
+        """Return the normed values in float32, for float32 layers that follow."""
         return rms_norm(x.float(), self._weight(), self.eps)
 
     def _weight(self) -> Tensor:
@@ -161,7 +161,7 @@ class CenteredNorm(ScaleNorm):
             return 1 + scale.float()
         state = (id(scale), scale._version, scale.dtype, scale.device)
         if self._known is None or self._known[0] != state:
-            with torch.inference_mode(False):  # for a sample, and for the next training step
+            with torch.inference_mode(False):  # it may be made while sampling and reused in training
                 self._known = state, 1 + scale.detach().float()
         return self._known[1]
 

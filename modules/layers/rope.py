@@ -29,17 +29,17 @@ THETA = 10000.0  # base of the frequencies, as trained
 class Slow:
     """A frequency of one axis that is lowered so that a long video does not repeat itself (RIFLEx)."""
 
-    index: int  # from 0, fastest first
-    period: float  # positions until it has turned once
+    index: int  # index of the frequency, from 0, fastest first
+    period: float  # positions per full rotation
 
 
 class Grid(NamedTuple):
     """The positions of a grid of tokens, as the key of its cached table."""
 
     sizes: tuple[int, ...]  # frames, rows, columns
-    slow: Slow | None = None  # of the frames
+    slow: Slow | None = None  # lowered frequency of the frame axis
     first: int = 0  # position of the first frame
-    places: tuple[int, ...] = ()  # of all frames, if they do not follow each other
+    places: tuple[int, ...] = ()  # positions of all frames, if they are not consecutive
 
 
 def angles_at(positions: Tensor, width: int, theta: float = THETA, slow: Slow | None = None) -> Tensor:
@@ -150,7 +150,7 @@ class GridTable(Generic[Layout]):
     def get_table(self, grid: Layout, device: torch.device) -> Tensor:
         """Return the table of a grid on a device, made only if the last call was for another one."""
         if self._last is None or self._last[0] != grid or self._last[1].device != device:
-            with torch.inference_mode(False):  # a table made for a sample also serves the next training step
+            with torch.inference_mode(False):  # also for the next training step
                 self._last = grid, self._make(grid, device=device)
         return self._last[1]
 

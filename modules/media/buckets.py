@@ -17,7 +17,7 @@ class Fit:
     resized: Size
     crop: Size  # left, top
     bucket: Size
-    # "none" (already that size), "lanczos" (enlarging), "area" (shrinking), or what is asked for
+    # "none" (already that size), "lanczos" (enlarging), "area" (shrinking), or a requested filter
     interpolation: str
 
 
@@ -89,7 +89,7 @@ def fit_within(size: Size, area: int | None, step: int) -> Fit:
     return Fit((width, height), crop, bucket, how)
 
 
-# The buckets of image trainers: sizes by a shortest and a longest side, and how an image fits one.
+# The buckets of image trainers: sizes between a shortest and a longest side, and the fit of an image.
 #
 # Sizes are (width, height) in pixels. Numbers only: no pixels are read here.
 def image_bucket_sizes(resolution: Size, shortest: int, longest: int, step: int) -> tuple[Size, ...]:
@@ -125,7 +125,7 @@ def fit_without_enlarging(size: Size, area: int, step: int) -> Fit:
     """Return the fit of an image to a bucket of its own size, rounded down to multiples of `step`.
 
     An image with more than `area` pixels is first shrunk to about that area, to a size with one side that is
-    a multiple of `step`. Of the two possible sizes, the one is used whose other side loses less by rounding.
+    a multiple of `step`. There are two such sizes; the one whose aspect ratio changes less is used.
 
     Raises:
         ValueError: If a side is shorter than `step`.
@@ -166,7 +166,7 @@ def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
 
     This is `crop_ltrb` in npz caches of image trainers; left and top are rounded down.
     """
-    is_wider = size[0] * bucket[1] > size[1] * bucket[0]  # than the bucket, whose side it takes whole
+    is_wider = size[0] * bucket[1] > size[1] * bucket[0]  # so it fills the bucket's width
     width = bucket[0] if is_wider else bucket[1] * size[0] / size[1]
     height = bucket[0] * size[1] / size[0] if is_wider else bucket[1]
     left, top = (bucket[0] - width) // 2, (bucket[1] - height) // 2
@@ -176,7 +176,7 @@ def inner_box(size: Size, bucket: Size) -> tuple[float, float, float, float]:
 def _shrink(size: Size, area: int, step: int) -> Size:
     """Return a size of about the given area and aspect ratio in which one side is a multiple of `step`.
 
-    The side is chosen so that both sides, cut to multiples of `step`, keep the aspect ratio better; the
+    The side is chosen so that the aspect ratio changes less when both are cut to multiples of `step`; the
     height wins a tie.
     """
     aspect = size[0] / size[1]

@@ -28,9 +28,9 @@ from postprocessing.tiling import compile_parts
 logger = logging.getLogger(__name__)
 
 
-MIN_OF_BOX = 0.5  # size of the blur as part of the longer side of what it covers
-MIN_SIGMA = 0.25  # as part of the blur's size: below that a Gaussian uses only the middle of it
-COARSE = 48  # pixels: larger blurs are made on a copy in which they have this size
+MIN_OF_BOX = 0.5  # minimum size of the blur, as a fraction of the box's longer side
+MIN_SIGMA = 0.25  # minimum sigma, as a fraction of the blur's size: smaller ones only use the kernel's middle
+COARSE = 48  # pixels: larger blurs are computed on a copy that is downscaled to this blur size
 
 
 def cover(pixels: Pixels, boxes: Iterable[Box], options: BlurOptions) -> Pixels:
@@ -76,13 +76,13 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
     """
     if options.method == "fill":
         return np.zeros_like(pixels[area.slices()])
-    # the size asked for, but at least half of the box: this leaves a few spots of color at any
-    # resolution; more than the whole box would only mix its surroundings in
+    # the requested size, but at least half of the box, which leaves a few spots of color at any resolution;
+    # more than the whole box would only mix in its surroundings
     longer = max(core.right - core.left, core.bottom - core.top)
     strength = options.strength | 1
     size = min(max(strength, math.ceil(longer * MIN_OF_BOX) | 1), longer | 1)
     sigma = max(options.sigmax * size / strength, MIN_SIGMA * size)
-    # blurred together with its surroundings: a crop alone would mirror its own edges
+    # blurred together with its surroundings, because the edges of a crop would be mirrored
     height, width = pixels.shape[:2]
     around = area.widened(size // 2, width, height)
     return blurred(pixels[around.slices()], size, sigma)[area.slices(around)]
@@ -169,7 +169,7 @@ class _Count:
 
     pictures: int = 0
     with_findings: int = 0  # images in which something was found
-    covered_without: int = 0  # others in which something is covered all the same
+    covered_without: int = 0  # images without a detection in which something is covered
 
     @property
     def unchanged(self) -> int:

@@ -1,6 +1,7 @@
-"""Follow boxes from picture to picture, and estimate where they are in pictures without a detection.
+"""Track boxes from image to image, and estimate their positions in images without a detection.
 
-The estimates rather cover too much: a face that the detector misses in a few frames must not be seen.
+Estimates err on the side of covering too much: a face that the detector misses in a few frames must stay
+hidden.
 """
 
 from collections import deque
@@ -14,17 +15,17 @@ from postprocessing.faces.boxes import Numbers, overlaps
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
 
-MIN_OVERLAP = 0.3  # of a box with where it was, or should be by now: it is the same thing
-REACH = 1.5  # times its longer side: the farthest that a box may be away and still match
-MOTION = 5  # sightings that tell how something moves
-MAX_MOVED = 3.0  # times its longer side: the farthest that a box is extrapolated
-GROWTH, MAX_GROWN = 0.02, 0.3  # of a box on each side, for each image from where it was seen
+MIN_OVERLAP = 0.3  # overlap with an object's last or expected box above which a box is the same object
+REACH = 1.5  # maximum distance of a matching box, in units of its longer side
+MOTION = 5  # number of sightings from which the motion is estimated
+MAX_MOVED = 3.0  # maximum distance of an extrapolated box, in units of its longer side
+GROWTH, MAX_GROWN = 0.02, 0.3  # growth of a box on each side, per image since its sighting, and its limit
 
 
 class Sighting(NamedTuple):
     """Position of an object found in one image."""
 
-    number: int  # of the image
+    number: int  # index of the image
     box: Box
 
 
@@ -34,7 +35,7 @@ class Track:
 
     sightings: deque[Sighting]  # in order
     is_new: bool  # False: the first sighting is also the last one of another track
-    is_open: bool = True  # it may be found again
+    is_open: bool = True  # whether the object may be found again
 
     @property
     def last(self) -> Sighting:
@@ -84,14 +85,15 @@ class Tracks:
     Add the boxes of each image in order. Ask for an image after adding `hold` and `lookback` further ones.
     """
 
-    hold: int  # images for which something stays covered after it was last found
-    lookback: int  # images that are covered before something is first found
-    started: int = 0  # things that were found, as far as they could be told apart
-    longest_gap: int = 0  # images in which something was missed between two sightings
+    hold: int  # number of images in which an object stays covered after its last sighting
+    lookback: int  # number of images in which it is covered before its first sighting
+    started: int = 0  # number of distinct objects so far
+    longest_gap: int = 0  # largest number of images between two sightings of an object
     _tracks: list[Track] = field(default_factory=list)
 
     def see(self, index: int, boxes: Sequence[Box]) -> None:
         """Record the boxes found in an image."""
+        # an object may be missing in at most `hold` images between two sightings of a track
         waiting = [
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
         ]
@@ -101,7 +103,7 @@ class Tracks:
             self._note_gap(track, index)
             track.sightings.append(Sighting(index, box))
         for track, box in _take_pairs(waiting, unmatched, _measure_nearness, index):
-            # it may be another object: the old position stays covered, and so does the way to the new one
+            # it may be another object, so the old position and the path to the new one are covered too
             self._note_gap(track, index)
             track.is_open = False
             self._tracks.append(Track(deque([track.last, Sighting(index, box)]), is_new=False))
@@ -117,6 +119,7 @@ class Tracks:
         """Drop what images after `index` do not need: finished tracks, and older sightings of the others."""
         self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
         for track in self._tracks:
+            # keep enough sightings to estimate the motion, and the last one up to `index`
             while len(track.sightings) > MOTION and track.sightings[1].number <= index:
                 track.sightings.popleft()
 
@@ -152,6 +155,7 @@ def _take_pairs(
 
 
 def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
+    """Return the overlap of boxes with a track's last or expected box; 0 below MIN_OVERLAP."""
     last, expected = np.array([track.last.box, track.expected(index)], np.float32)
     best = np.maximum(overlaps(last, boxes), overlaps(expected, boxes))
     return np.where(best >= MIN_OVERLAP, best, 0)

@@ -1,4 +1,4 @@
-"""Boxes in a picture, which of many overlapping ones to keep, and square pictures of the faces in them."""
+"""Boxes in an image: non-maximum suppression, and aligned square crops of the faces in them."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class FoundFace:
     box: tuple[float, float, float, float]
     score: float  # 0..1
     # 5 2, x and y in pixels: the eyes, left one in the image first, nose, corners of the mouth;
-    # None: the detector does not tell
+    # None if the detector finds none
     landmarks: NDArray[np.float32] | None
 
 
@@ -105,10 +105,10 @@ class Area:
         return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 
 
-# Where faces lie, and the square images of them that the networks restore.
+# Align faces, and crop the square images that the networks restore.
 Matrix = NDArray[np.float64]  # 2 3: places x, y, 1 in one image -> x, y in another
 
-# where the landmarks lie in a face of 512 x 512 pixels, as the networks were trained (FFHQ)
+# positions of the landmarks in an aligned face of 512 x 512 pixels, as the networks were trained (FFHQ)
 TEMPLATE_SIZE = 512
 TEMPLATE = np.array(
     [
@@ -120,8 +120,8 @@ TEMPLATE = np.array(
     ],
     dtype=np.float32,
 )
-BORDER = (132, 133, 135)  # around the image, in RGB: as the networks know it
-MIN_EYE_DISTANCE = 5.0  # pixels; nothing is gained with smaller faces
+BORDER = (132, 133, 135)  # RGB color outside the image, as in the training of the networks
+MIN_EYE_DISTANCE = 5.0  # pixels; smaller faces do not improve
 
 
 def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: bool) -> list[FoundFace]:
@@ -138,7 +138,7 @@ def restorable(faces: Sequence[FoundFace], size: tuple[int, int], only_center: b
 
     def distance_to_center(face: FoundFace) -> float:
         left, top, right, bottom = face.box
-        return math.hypot(left + right - size[0], top + bottom - size[1])  # twice the distance: only compared
+        return math.hypot(left + right - size[0], top + bottom - size[1])  # doubled: only compared
 
     return sorted(large, key=distance_to_center)[:1]
 

@@ -1,8 +1,8 @@
 """CodeFormer: restore a face from entries of a codebook of faces that a transformer picks.
 
-An encoder reads the damaged face, a transformer names a code for each place, a generator makes the face of
-the codes. How much of the encoder's features the generator sees too is the fidelity.
-Source: Zhou et al. 2022, arXiv 2206.11253; Esser et al. 2021 (VQGAN), arXiv 2012.09841.
+An encoder reads the damaged face, a transformer predicts a code for each position, a generator decodes the
+codes to a face. The fidelity weights the encoder's features that the generator gets in addition. Source: Zhou
+et al. 2022, arXiv 2206.11253; Esser et al. 2021 (VQGAN), arXiv 2012.09841.
 """
 
 import re
@@ -25,7 +25,7 @@ GROUPS, EPS = 32, 1e-6  # of group norms
 HEADS = 8
 FILES = "codeformer.pth, or a safetensors file of the same tensors,"
 RES, ATTENTION, RESIZE, NORM, CONV = "res", "attention", "resize", "norm", "conv"
-# computed in float32 whatever --dtype says: the choice of a code is a comparison of close numbers
+# always float32, regardless of --dtype: choosing a code compares close numbers
 CHOOSING = ("feat_emb.", "ft_layers.", "idx_pred_layer.", "position_emb", "quantize.")
 
 
@@ -48,7 +48,7 @@ class CodeFormerConfig:
     tokens: int  # D
     hidden: int  # width inside a layer of the transformer
     layers: int
-    codes: tuple[int, int]  # how many, and their width
+    codes: tuple[int, int]  # number of codes, and their width
     fused: tuple[int, ...]  # sizes at which the generator sees the encoder's features
 
     @property
@@ -257,7 +257,7 @@ class CodeFormer(nn.Module):
         is_doubled = False
         for block, part in zip(self.generator["blocks"], self.config.generator, strict=True):
             x = block(x)
-            if is_doubled and size in self.config.fused and fidelity > 0:  # after the block behind a doubling
+            if is_doubled and size in self.config.fused and fidelity > 0:  # after a doubling's block
                 x = self.fuse_convs_dict[str(size)](encoded[size], x, fidelity)
             is_doubled = part.kind == RESIZE
             size *= 2 if is_doubled else 1

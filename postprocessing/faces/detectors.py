@@ -19,7 +19,7 @@ from postprocessing.faces.yolo import OUTPUTS, YoloLayout, load_yolo, load_yunet
 
 logger = logging.getLogger(__name__)
 
-SIDE = 640  # of the copy of a large image that is looked at
+SIDE = 640  # side of the downscaled copy in which large images are searched
 
 
 def check_detector(path: Path, option: str = "--model", needs_landmarks: bool = False) -> None:
@@ -110,7 +110,7 @@ def _reject_pickled_yolo(path: Path, option: str) -> None:
     try:
         start = _read_pickle(path)
     except (OSError, EOFError, ValueError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError):
-        return  # said by what opens it next
+        return  # the code that opens the file next reports the error
     if b"ultralytics" in start or b"models.yolo" in start:
         raise CheckpointError(
             f"{path} is a YOLO as ultralytics saves it (AGPL-3.0): only that program can open it.\n  "

@@ -1,8 +1,8 @@
 """GFPGAN, the "clean" network of v1.2 to v1.4: restore a face with a U-Net that steers a StyleGAN2.
 
-The U-Net reads the damaged face: its deepest features become the styles, its way up becomes scales and shifts
-of half of the decoder's channels. Source: Wang et al. 2021, arXiv 2101.04061; Karras et al. 2020, arXiv
-1912.04958.
+The U-Net reads the damaged face: its deepest features become the styles, and its decoder features become
+scales and shifts of half of StyleGAN2's channels. Source: Wang et al. 2021, arXiv 2101.04061; Karras et al.
+2020, arXiv 1912.04958.
 """
 
 import math
@@ -31,7 +31,7 @@ class GfpganConfig:
 
     body: tuple[int, ...]  # channels of the U-Net, from full size down
     decoder: tuple[int, ...]  # channels of the decoder, from `SMALLEST` up
-    style: int  # numbers in a style
+    style: int  # width of a style vector
     steered: tuple[int, ...]  # channels that get a scale and a shift, at each size above `SMALLEST`
 
     @property

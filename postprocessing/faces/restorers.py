@@ -28,7 +28,7 @@ from postprocessing.tiling import Guarded, Run, compile_parts, network_dtype
 logger = logging.getLogger(__name__)
 
 
-# ParseNet: say which part of a face each pixel belongs to, so that clothes and background stay.
+# ParseNet: segment the parts of a face, so that clothes and background stay unchanged.
 #
 # Source: Chen et al. 2021 (PSFRGAN), arXiv 2009.08709, as published with facexlib.
 # Letters: B faces, C channels, h w height and width
@@ -38,7 +38,7 @@ CLASSES = 19
 # Background, hat, necklace, neck and clothes stay unchanged.
 OF_THE_FACE = (*range(1, 14), 15)
 FILES = "parsing_parsenet.pth"
-UNUSED = ("out_img_conv.*", "*.num_batches_tracked")  # what the network learned with
+UNUSED = ("out_img_conv.*", "*.num_batches_tracked")  # tensors that are only used in training
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ParseNetConfig:
     """Dimensions of a ParseNet."""
 
     down: tuple[int, ...]  # channels before and after each halving
-    blocks: int  # at the smallest size
+    blocks: int  # number of blocks at the smallest size
     up: tuple[int, ...]  # channels before and after each doubling
 
     @property
@@ -266,8 +266,8 @@ def _load(
         return load_planned(read(checkpoint), build, device=device, dtype=dtype_of, what=what)
 
 
-# Find the files that restoring faces takes: the model, and next to it the detector and ParseNet.
-# without suffix, the first that is there counts
+# Find the files for restoring faces: the model, and next to it the detector and ParseNet.
+# names without suffix; the first existing file is used
 MODELS = {
     GFPGAN: ("GFPGANv1.4", "GFPGANv1.3", "GFPGANCleanv1-NoCE-C2"),
     "codeformer": ("codeformer", "codeformer-v0.1.0"),

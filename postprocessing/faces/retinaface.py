@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 # Letters: B batch, C channels, H W height and width of the image, h w of features, N anchors
 
-MEAN = (104.0, 117.0, 123.0)  # of blue, green, red, in the images it was trained with
+MEAN = (104.0, 117.0, 123.0)  # mean blue, green and red of the training images
 STEPS = (8, 16, 32)  # pixels between the anchors of each scale
 SIZES = ((16, 32), (64, 128), (256, 512))  # sides of the anchors of each scale: two at each place
 CENTER_SCALE, SIZE_SCALE = 0.1, 0.2  # scales of the heads' output
@@ -53,7 +53,7 @@ class RetinaFaceConfig:
     """Dimensions of the network."""
 
     body: ResNetConfig | MobileNetConfig
-    width: int  # of the features that the heads see
+    width: int  # channels of the features that the heads take
 
 
 class Pyramid(nn.Module):

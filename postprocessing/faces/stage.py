@@ -1,4 +1,4 @@
-"""Restore the faces of each picture: find, align, restore, segment, paste."""
+"""The stage that restores faces: find, align, restore, segment, paste."""
 
 import logging
 import math
@@ -32,7 +32,7 @@ from postprocessing.options import FacefixOptions
 logger = logging.getLogger(__name__)
 
 
-# as a part of the distance between the eyes: larger changes are motion, not trembling
+# in units of the distance between the eyes: larger changes are motion, not jitter
 MOVED = 0.1
 Landmarks = NDArray[np.float32]  # 5 2
 
@@ -82,7 +82,7 @@ def _measure_distance(new: Landmarks, old: Landmarks) -> float:
 
 # for masks of `TEMPLATE_SIZE`, in proportion for other sizes
 BLUR, SIGMA, BLUR_TIMES = 101, 11.0, 2
-FREE = 10  # pixels at the edge of a face that are never pasted
+FREE = 10  # width in pixels of the edge of a face crop that is never pasted
 Plane = NDArray[np.float32]
 
 
@@ -91,7 +91,7 @@ class Restored:
     """A restored face and the mask for pasting it."""
 
     face: Plane  # S S 3, RGB, 0..1
-    mask: Plane  # S S, 0..1: how much of it is shown
+    mask: Plane  # S S, 0..1: opacity of the face
 
 
 def soften(is_face: NDArray[np.bool_]) -> Plane:
@@ -202,7 +202,7 @@ def _blend(values: Plane, face: Restored, matrix: NDArray[np.float64], region: A
 
 
 MIN_SCORE, MIN_SCORE_ONNX = 0.97, 0.8  # of a face; YuNet's scores are lower
-# in one pass of the networks: a crowd must not take more memory than that
+# number of faces per pass of the networks, which bounds the memory for crowds
 FACES_AT_ONCE = 4
 
 
@@ -301,7 +301,7 @@ def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
     """Load the networks. Raises CheckpointError or OptionError if the files do not fit."""
     files = restorers.find_files(options)
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
-    # float32 whatever --dtype says: scores are compared with a limit, and landmarks must not tremble
+    # always float32, regardless of --dtype: scores are compared with a limit, and landmarks must not jitter
     detector = load_detector(files.detector, device, torch.float32, option="--detection_model")
     default_least = MIN_SCORE_ONNX if may_be_onnx(files.detector) else MIN_SCORE
     minimum = options.detection_threshold or default_least

@@ -1,6 +1,6 @@
 """Detectors in ONNX files: the YOLO family (v8 and later), and YuNet for faces.
 
-None of the makers' code is used or imported: files are understood from their inputs and outputs.
+None of the makers' code is used; the layout follows from the inputs and outputs of a file.
 """
 
 import ast
@@ -23,13 +23,13 @@ from postprocessing.faces.boxes import FoundFace, Numbers, select_best, shrunk
 logger = logging.getLogger(__name__)
 
 DEFAULT_SIDE = 640  # side of the square image, if the file does not fix it
-STEPS = (8, 16, 32)  # pixels between the places where boxes are looked for
-OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large things
+STEPS = (8, 16, 32)  # strides of the detection grids, in pixels
+OTHER_STEPS = ((4, *STEPS), (*STEPS, 64))  # of variants for small and for large objects
 PADDING = 114  # gray around images that are not square
 MAX_OVERLAP = 0.7
 MAX_FOUND = 300
 BOX, POINTS = 4, 5  # numbers of a box; landmarks of a face
-FINISHED = (6, 6 + 3 * POINTS)  # numbers of each row of a file that has left out overlapping boxes itself
+FINISHED = (6, 6 + 3 * POINTS)  # values per row in files that already suppress overlapping boxes
 TASKS = ("detect", "pose", "segment")
 CLASSES_SHOWN = 8
 
@@ -38,7 +38,7 @@ CLASSES_SHOWN = 8
 class YoloLayout:
     """Layout of the rows in a YOLO's output."""
 
-    side: int  # of the square image that is looked at
+    side: int  # side of the square input image
     classes: int | None  # None: the file does not say
     landmarks: int  # numbers of each landmark; 0: no landmarks of faces
 
@@ -241,9 +241,9 @@ def _other_layout(path: Path, shapes: str) -> CheckpointError:
 
 
 # YuNet: a small detector of faces, free to use (MIT license).
-WIDTHS = {"cls": 1, "obj": 1, "bbox": 4, "kps": 2 * POINTS}  # numbers of a place
+WIDTHS = {"cls": 1, "obj": 1, "bbox": 4, "kps": 2 * POINTS}  # values per grid cell
 OUTPUTS = {f"{kind}_{step}" for kind in WIDTHS for step in STEPS}
-MAX_LOG_SIDE = 20.0  # of a box: keeps damaged numbers finite
+MAX_LOG_SIDE = 20.0  # limit of a box's log side, which keeps invalid values finite
 MAX_OVERLAP_YUNET = 0.3
 MAX_BEFORE = 5000  # best boxes that enter non-maximum suppression
 PADDED = 32  # pixels: sides are multiples of it
@@ -259,7 +259,7 @@ class YuNetDetector:
     path: Path
     network: OnnxModel
     side: int | None
-    canvas: tuple[int, int] | None = None  # width and height that the file needs; None: any do
+    canvas: tuple[int, int] | None = None  # width and height that the file requires; None for any size
 
     def find(self, pixels: NDArray[np.uint8], least_score: float) -> Sequence[FoundFace]:
         """Return the faces in an image (H W 3, RGB) with at least this score, best first."""
@@ -282,7 +282,7 @@ class YuNetDetector:
         return faces
 
     def _search(self, pixels: NDArray[np.uint8]) -> _Faces:
-        """Return what is found at all places of an image (H W 3, RGB), whatever the score."""
+        """Return the candidates of all grid cells of an image (H W 3, RGB), with any score."""
         height, width = pixels.shape[:2]
         canvas_width, canvas_height = self.canvas or (round_up(width, PADDED), round_up(height, PADDED))
         image = np.zeros((1, 3, canvas_height, canvas_width), np.float32)
@@ -314,7 +314,7 @@ class YuNetDetector:
         return _Faces(boxes.astype(np.float32), scores, points.astype(np.float32))
 
     def _read_output(self, outputs: Mapping[str, Numbers], kind: str, step: int, cells: int) -> Numbers:
-        """Return an output with a row for each cell. Raises CheckpointError if it has another form."""
+        """Return an output with a row for each cell. Raises CheckpointError if its shape differs."""
         output = outputs[f"{kind}_{step}"]
         columns = WIDTHS[kind]
         if output.size != cells * columns or not np.isfinite(output).all():
@@ -336,7 +336,7 @@ class YuNetDetector:
 def load_yunet(model: OnnxModel, side: int | None) -> YuNetDetector:
     """Return a YuNet that has been run once as a test.
 
-    Some files are made for one image size, into which all others are fitted, others for any.
+    Some files accept a single image size, to which images are fitted; others accept any size.
 
     Raises:
         CheckpointError: If it cannot be run.

@@ -145,7 +145,7 @@ def _update(name: str, weight_shape: WeightShape) -> UpdateConfig:
 OPTION = "--model"
 RAFT_FILES = ("raft-things_fp32.safetensors", "raft-things.pth")
 FLOWFORMER_FILES = ("flowformer_sintel_fp32.safetensors", "flowformer_sintel.pth")
-COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # of the networks for the flow
+COMPILED = (RaftEncoder, Twins, MotionEncoder, SeparableGru, FlowHead)  # compiled parts of flow networks
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class ModeFiles(NamedTuple):
     """The files that a mode needs."""
 
     main: Path
-    flow: Path  # of the optical flow; may be the main file
+    flow: Path  # file of the optical flow; may be the main file
     settings: Path | None  # None: the released settings
 
 

@@ -25,11 +25,11 @@ from postprocessing.interpolation.raft import (
 )
 from postprocessing.interpolation.twins import HEAD_WIDTH, StageConfig, Twins
 
-# FlowFormer's decoder: refine one estimate of the flow repeatedly, attending to the memory of each place.
+# FlowFormer's decoder: refine a flow estimate repeatedly, attending to the cost memory of each position.
 #
 # Sources: Huang et al. 2022, arXiv 2203.16194, section 3.3; Jiang et al. 2021, arXiv 2104.02409 (motion of
-# places that look alike, for those that are hidden in the second image).
-COSTS = SIDE**2  # read about each place in every iteration
+# similar positions, for positions that are occluded in the second image).
+COSTS = SIDE**2  # number of costs that each position reads per iteration
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,11 @@ class FlowDecoderConfig:
 
     memory: int  # D
     query: int
-    hidden: int  # of the recurrent unit and as much of the context; half of C
-    compared: int  # queries and keys of the attention between places that look alike
+    hidden: int  # channels of the recurrent state, and of its context; half of C
+    compared: int  # width of queries and keys of the attention between similar positions
     correlation: tuple[int, int]  # widths of the motion encoder
     flow: tuple[int, int]
-    motion: int  # with the two channels of the flow
+    motion: int  # motion channels, including the two channels of the flow
     head: int
     mask: int
 
@@ -177,7 +177,7 @@ def _apply_to_places(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 # Letters: H W sides of an image, C width of the features at an eighth of them
 
 ITERATIONS = 32  # as trained
-TABLE_BYTES = 1 << 30  # a table of all pairs of places is kept up to this size: images of 1024 x 1024
+TABLE_BYTES = 1 << 30  # largest stored table of all pairs of positions: images of 1024 x 1024
 STAGES = 2  # at a quarter and at an eighth of the sides
 UNUSED = ("*.svt.norm.*", "memory_decoder.att.pos_emb.*")
 
@@ -237,7 +237,7 @@ class FlowFormer(nn.Module):
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         """Return 1 2 H W: the motion in x and y of each pixel from the first image to the second."""
         with torch.autocast(first.matching.device.type, enabled=False):
-            # by the size alone, so that an image gives the same on every device
+            # depends on the size only, so that an image gives the same flow on every device
             keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
             costs = Correlation(first.matching, second.matching, keeps, levels=1, scale=1.0)
             memory = self.memory_encoder.cost_perceiver_encoder(costs, first.eighth)

@@ -1,4 +1,4 @@
-"""FlowFormer's encoder of cost maps: each place's map of costs becomes a few tokens, its memory.
+"""FlowFormer's cost encoder: turn the cost map of each position into a few tokens, its cost memory.
 
 Source: Huang et al. 2022, arXiv 2203.16194, section 3.2.
 """
@@ -14,7 +14,7 @@ from postprocessing.interpolation.layers import Correlation, in_parts, in_ranges
 from postprocessing.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
 
 # Shared by FlowFormer's encoder and decoder: attention of a few tokens, and sinusoidal position codes.
-HEADS = 8  # as trained, in all attentions but the trunk's; not seen in any tensor
+HEADS = 8  # as trained, in all attentions except the trunk's; tensors do not show it
 
 
 class TokenAttention(nn.Module):
@@ -75,8 +75,8 @@ def position_code(places: Tensor, width: int) -> Tensor:
     return torch.cat([waves.sin(), waves.cos()], dim=-1).flatten(-2)
 
 
-PATCH = 8  # costs on a side that become one token: three strides of two
-COARSE = 4  # places on a side that become one key, as trained
+PATCH = 8  # side of the square of costs that becomes one token: three strides of two
+COARSE = 4  # side of the square of positions that becomes one key, as trained
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class FlowEstimator(Protocol):
 
 
 CPU_BYTES = 1 << 24  # memory of a part: fits the caches, twice as fast as 256 MiB
-DEVICE_BYTES = 1 << 27  # large enough for a GPU to have all its cores at work
+DEVICE_BYTES = 1 << 27  # large enough to keep all cores of a GPU busy
 
 
 def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None = None) -> int:
@@ -80,7 +80,7 @@ def in_ranges(run: Callable[[int, int], Tensor], count: int, rows: int) -> Tenso
     first = run(0, min(rows, count))
     if rows >= count:
         return first
-    # written part by part: to put all together at the end would take twice the memory
+    # written part by part: concatenating at the end would take twice the memory
     joined = first.new_empty(count, *first.shape[1:])
     joined[:rows] = first
     for start in range(rows, count, rows):
@@ -94,7 +94,7 @@ def conv(inputs: int, outputs: int, size: int = 3, stride: int = 1) -> nn.Conv2d
     return nn.Conv2d(inputs, outputs, size, stride, size // 2)
 
 
-# Move images along optical flow: backward by sampling, forward by adding up; and resize. All in float32.
+# Warp images along optical flow, backward (sampling) and forward (splatting), and resize. All in float32.
 #
 # Sources: Jaderberg et al. 2015, arXiv 1506.02025 (sampling); Niklaus and Liu 2020, arXiv 2003.05534
 # (splatting).
@@ -132,7 +132,7 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
         1 C H W float32, 0 at positions where no pixel arrives.
     """
     weighted = torch.cat([image * weight, weight], dim=1).float()
-    # H*W rows: one place each, so that what arrives is added in whole rows
+    # H*W rows, one for each position, so that arriving pixels are added as whole rows
     total = _sum_arrivals(weighted[0].flatten(1).t().contiguous(), flow)
     colors = total[:, :-1]
     norm = total[:, -1:]
@@ -201,9 +201,9 @@ def resize(image: Tensor, factor: float) -> Tensor:
 
 # Compare the features of two images around given places, at four scales.
 #
-# The usual way keeps the products of all pairs of places, which takes memory with the fourth power of the
-# side. Averaging and sampling are linear, so that the same numbers come from averaging the second image's
-# features and multiplying only those around each place; all offsets share the same four neighbors. Source
+# The usual implementation stores the products of all pairs of positions, whose memory grows with the fourth
+# power of the side. Averaging and sampling are linear, so the same values result from averaging the second
+# image's features and multiplying only those around each position. All offsets share four neighbors. Source
 # of the lookup: Teed and Deng 2020, arXiv 2003.12039.
 # Letters: C channels, h w height and width of the features, P places (h times w), N places of a chunk
 
@@ -211,7 +211,7 @@ LEVELS = 4  # each half as large as the one before
 RADIUS = 4
 SIDE = 2 * RADIUS + 1  # offsets in x and y
 CHANNELS = LEVELS * SIDE**2
-REACH = SIDE + 1  # whole places that the offsets fall between
+REACH = SIDE + 1  # number of grid positions that surround the offsets, in x and y
 VOLUME_BYTES = 3 << 29  # bytes up to which the products of all pairs are stored: 720p with all scales
 
 
@@ -245,7 +245,7 @@ class Correlation:
             pyramid.append(avg_pool2d(pyramid[-1], 2, stride=2))
         self._sizes = [features.shape[-2:] for features in pyramid]
         if keeps_volume is None:
-            # decided by the size alone, so that a clip gives the same images on every device
+            # depends on the size only, so that a clip gives the same images on every device
             height, width = self._size
             keeps_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume
@@ -266,7 +266,7 @@ class Correlation:
             places: Positions in the second image's features, 1 2 h w, x and y.
         """
         centers = rearrange(places.float(), "1 two h w -> (h w) two")
-        # a place that is not finite lies outside; so far outside that nothing near the edge is meant
+        # positions that are not finite are moved far outside, so that no offset reaches the image
         centers = centers.nan_to_num(-1e6, -1e6, -1e6).clamp(-1e6, 1e6)
         products = [self._look_around(level, centers / 2**level) for level in range(len(self._levels))]
         height, width = self._size

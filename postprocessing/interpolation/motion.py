@@ -1,4 +1,4 @@
-"""The motion between two pictures at any time between them: GIMM, a function of time and place.
+"""GIMM: the motion between two images at any time between them, as a function of time and position.
 
 Source: Guo et al. 2024, arXiv 2407.08680. All in float32: half precision has too few steps for a flow.
 Attributes of the modules are named as in the released files.
@@ -139,7 +139,7 @@ class MotionField(nn.Module):
 
     def _weigh(self, flow: Tensor, opposite: Tensor) -> Tensor:
         """Return the weights of an image, 1 1 H W, from its flow and the flow back to it, 1 2 H W each."""
-        # the flow back, at the place that the flow points to, should be the opposite
+        # the backward flow at the target of the flow should be its negative
         disagreement = (-warp(opposite, flow) - flow).abs().mean(dim=1, keepdim=True)
         # the standard deviation of the flow around each pixel, the mean of x and y
         mean = _blur(flow)

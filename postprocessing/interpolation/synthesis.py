@@ -1,4 +1,4 @@
-"""Make the picture at a time between two pictures from their flow: refine the flow, then blend.
+"""Synthesize the image at a time between two images from their flow: refine the flow, then blend.
 
 Source: Li et al. 2023 (AMT), arXiv 2304.09790. Attributes of the module are named as in the released files of
 GIMM-VFI. Layers compute in their weights' dtype; flows, correlations and warps in float32.
@@ -70,7 +70,7 @@ class Residual(nn.Module):
         """Return the refined features, B C H W."""
         inner = x
         for of_all, part in ((self.conv1, self.conv2), (self.conv3, self.conv4)):
-            for layer in of_all:  # one by one and in place: at full size each tensor is large
+            for layer in of_all:  # in place, because tensors are large at full size
                 inner = layer(inner)
             inner[:, -self._side :] = part(inner[:, -self._side :])
         inner = self.conv5(inner).add_(x)
@@ -152,13 +152,13 @@ class SynthesisConfig:
     """Widths of the layers."""
 
     projections: tuple[tuple[int, int], ...]  # (in, out) of quarter, eighth and matching maps; or none
-    quarter: int  # channels of the maps as the decoders take them
+    quarter: int  # channels of the feature maps that the decoders take
     eighth: int
     first: RefinementConfig
     last: RefinementConfig
     low: UpdateConfig
     high: UpdateConfig
-    mixed: int  # width of the last mix
+    mixed: int  # width of the last combining layers
 
     @property
     def feature(self) -> int:

@@ -1,4 +1,4 @@
-"""The first stages of a Twins-SVT trunk: features of a picture by attention in windows and to a coarse grid.
+"""The first stages of a Twins-SVT trunk: image features by attention in windows and to a coarse grid.
 
 Source: Chu et al. 2021, arXiv 2104.13840; layout of the tensors as in FlowFormer's files (`svt`).
 """
@@ -12,7 +12,7 @@ from torch.nn.functional import gelu, pad, scaled_dot_product_attention
 
 from postprocessing.interpolation.layers import in_parts
 
-WINDOW = 7  # places on a side, as trained; not seen in any tensor
+WINDOW = 7  # side of a window in positions, as trained; tensors do not show it
 HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256
 
 
@@ -20,9 +20,9 @@ HEAD_WIDTH = 32  # as trained: 4 and 8 heads of the published widths 128 and 256
 class StageConfig:
     """Dimensions of one stage."""
 
-    patch: int  # side of the square of places that becomes one place
+    patch: int  # side of the square of positions that is merged into one
     width: int
-    reduction: int  # places on a side that become one key of the attention to the coarse grid
+    reduction: int  # side of the square of positions that becomes one key of the coarse attention
 
 
 class TwinsMlp(nn.Module):

@@ -27,7 +27,7 @@ from postprocessing.upscaling.swinir import SwinIR, SwinirConfig
 
 OPTION = "--model"
 FILES = "a SwinIR, ESRGAN, BSRGAN or Real-ESRGAN file (.pth or .safetensors)"
-# of whole files, by what saved them
+# prefixes of all tensor names, which depend on the program that saved the file
 PREFIXES = ("module.", "params_ema.", "params.", "state_dict.", "module.", "netG_A.", "netG.", "net_g.")
 META = torch.device("meta")
 Config = SwinirConfig | RrdbConfig | CompactConfig
@@ -48,7 +48,7 @@ MIDDLE_NAMES: Names = (
 SWINIR_NAME = "layers.0.residual_group.blocks.0.attn.relative_position_bias_table"
 BUFFERS = ("*.attn_mask", "*.relative_position_index")  # of SwinIR; computed here
 
-HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # besides all of SwinIR's
+HAT_NAME = "layers.0.residual_group.overlap_attn.relative_position_bias_table"  # HAT only
 
 
 @dataclass(frozen=True)
@@ -225,11 +225,11 @@ class _SwinirEnd:
 
     upsampler: str  # their kind
     ups: Sequence[int] = ()  # factor of each enlargement
-    features: int = 0  # channels meanwhile
+    features: int = 0  # channels during upsampling
 
 
 def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
-    """Read how a SwinIR enlarges, by the names of the layers behind its last block."""
+    """Return how a SwinIR upsamples, from the names of the layers after its last block."""
     if "conv_before_upsample.0.weight" in sources:
         features = shape.of("conv_before_upsample.0.weight", 4)[0]
         shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)

@@ -15,7 +15,7 @@ from modules.layers.convolution import repeat_pixels
 
 COLOURS = 3
 SLOPE = 0.2  # of every leaky ReLU
-SHARE = 0.2  # of a block's result that is added to its input
+SHARE = 0.2  # factor on a block's result before it is added to the input
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The stage that enlarges pictures."""
+"""The stage that upscales images."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 SIZES = (32, 64)  # side of the test images
-OUTSIDE = 3 + 3 * 2  # float32 numbers per pixel of a result: its colors, and their copies while resizing
+OUTSIDE = 3 + 3 * 2  # float32 values per pixel of a result: its colors, and their copies while resizing
 
 
 @lru_cache(maxsize=16)
@@ -55,7 +55,7 @@ def result_bytes(config: Config, width: int, height: int) -> int:
     return 4 * OUTSIDE * width * height * config.factor**2
 
 
-PLENTY = 1 << 16  # bytes per pixel of the input, more than any released network takes
+PLENTY = 1 << 16  # bytes per input pixel, more than any released network needs
 MAX_AT_ONCE = 16  # largest batch that is chosen automatically
 BATCH_PIXELS = 1 << 19  # pixels of the input that keep a GPU busy; more would only take memory
 

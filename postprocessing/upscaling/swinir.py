@@ -1,4 +1,4 @@
-"""SwinIR: a picture's features refined by attention inside small windows, which shift from block to block.
+"""SwinIR: image restoration by attention within small windows, which shift from block to block.
 
 Source: Liang et al. 2021, arXiv 2108.10257; windows and shifts: Liu et al. 2021, arXiv 2103.14030.
 """
@@ -21,9 +21,9 @@ from modules.layers.convolution import repeat_pixels
 from modules.layers.norms import Float32LayerNorm
 
 COLOURS = 3
-MEAN = (0.4488, 0.4371, 0.4040)  # of the images of DIV2K, as trained; the files do not hold it
+MEAN = (0.4488, 0.4371, 0.4040)  # mean color of DIV2K, as trained; not stored in files
 EPSILON = 1e-5
-APART = -100.0  # added to the score of two tokens that shifting has put into one window
+APART = -100.0  # attention bias of two tokens that only share a window because of the cyclic shift
 WINDOWS_ON_CPU = 16  # windows per thread, computed together: their features stay in the caches
 WINDOWS = 1 << 12  # windows on other devices: bounds the memory
 CUDA_WIDTH = 8  # CUDA's fused attention needs a multiple of this as head width; released models have 30
@@ -38,11 +38,11 @@ class SwinirConfig:
     depths: tuple[int, ...]  # blocks of each layer
     window: int  # S
     hidden: int  # width inside the two linear layers of a block
-    convolutions: int  # after each layer and after all: 1, or 3 narrower ones
+    convolutions: int  # number of convolutions after each layer and at the end: 1, or 3 narrower ones
     upsampler: str  # nearest+conv, pixelshuffle, pixelshuffledirect, none
     ups: tuple[int, ...]  # factor of each enlargement
     features: int  # channels while enlarging; not used by pixelshuffledirect and none
-    pixel_range: float  # the network computes with pixels of 0..1 or 0..255
+    pixel_range: float  # largest pixel value in the network: 1 or 255
 
     @property
     def factor(self) -> int:
@@ -277,7 +277,7 @@ class SwinIR(nn.Module):
         super().__init__()
         self.config = config
         self.conv_first = convolution(COLOURS, config.dim)
-        # one deeper, as in the files
+        # nested, because files have one more level in the name
         self.patch_embed = nn.ModuleDict({"norm": Float32LayerNorm(config.dim, EPSILON, affine=True)})
         self.layers = nn.ModuleList(
             Layer(config, heads, depth) for heads, depth in zip(config.heads, config.depths, strict=True)

@@ -13,8 +13,8 @@ from project.foreign.project import ForeignProject
 from project.options import RUN_FILE
 from project.script_facts import check_options
 
-MAX_TURNS = 12  # values that one after the other are refused; more are no mistake of a few settings
-# a file of the model that `run --download` loads first, or that `new` has still to write
+MAX_TURNS = 12  # maximum number of rejected values
+# message about a file that `run --download` or `new` will still create
 NOT_THERE = re.compile(r"no such file|there is no|not found|is missing", re.IGNORECASE)
 
 

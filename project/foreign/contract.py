@@ -1,4 +1,4 @@
-"""What a program's file says of a training: a record with a rule for each key. No torch."""
+"""Records that describe how to read a trainer's file: a rule for each key. No torch."""
 
 import contextlib
 import math
@@ -13,27 +13,27 @@ from modules.option_values import split_pairs
 from modules.output_files import check_output_name
 from project.options import check_trigger
 
-# where a value goes: an option of `new`, a key of [training] in run.toml or of the tables in dataset.toml, or
+# target of a value: an option of `new`, a key of [training] in run.toml or of a table in dataset.toml, or
 NEW, TRAINING, DATA = "new", "training", "data"
-MODEL = "model"  # the name of a model: a task is looked for
-FILE = "file"  # a file of a model: its name may be that of a released file
-FOLDER = "folder"  # with images or clips
-EPOCHS = "epochs"  # they become steps; name: which of epochs and steps counts there
-PER_EPOCH = "per epoch"  # something is done after so many epochs; name: the option with steps
+MODEL = "model"  # the name of a model, which is matched to a task
+FILE = "file"  # a model file; its name may match a released file
+FOLDER = "folder"  # a folder with images or clips
+EPOCHS = "epochs"  # epochs, converted to steps; name: precedence (below)
+PER_EPOCH = "per epoch"  # an interval in epochs; name: the option in steps
 SHARE = "share"  # the warm-up as a fraction of the run
-NETWORK = "network"  # kind of it: a LoRA, or another one
+NETWORK = "network"  # kind of network: a LoRA or another one
 ARGUMENT = "argument"  # an argument of the optimizer; `name` is the argument's name
-ARGUMENTS = "arguments"  # several, as KEY=VALUE
-NETWORK_ARGUMENT = "network argument"  # name: its own
-LEFT = "left"  # it is not taken; the rule says why
+ARGUMENTS = "arguments"  # several arguments of the optimizer, as KEY=VALUE
+NETWORK_ARGUMENT = "network argument"  # an argument of the network; `name` is its name
+LEFT = "left"  # left out, with the reason in the rule
 
-# precedence of EPOCHS: before a number of steps, after it, or the run ends with whichever comes first
+# precedence of EPOCHS: over a number of steps, below it, or the run ends at whichever comes first
 FIRST, LAST, SOONEST = "first", "last", "soonest"
 MAX_STEPS = 10_000_000
 
 
 class KeyRule(NamedTuple):
-    """What becomes of a key. `read` converts its value to ours, or raises ValueError with a reason."""
+    """How to handle a key. `read` converts its value to ours, or raises ValueError with a reason."""
 
     to: str
     name: str = ""  # name of the option or key; for LEFT, the reason
@@ -43,12 +43,12 @@ class KeyRule(NamedTuple):
 class ForeignRun(NamedTuple):
     """What a project trains."""
 
-    kind: str  # a name of `new --train`
-    said: str  # the key and the value that say it, for messages
+    kind: str  # a value of `new --train`
+    said: str  # key and value that select it, for messages
 
 
 class NotSaid(ValueError):
-    """Raised by readers for a text with which the program's page means that nothing is set."""
+    """Raised by readers for a text that stands for an unset value in the program's page."""
 
 
 class NoRun(Exception):
@@ -59,7 +59,7 @@ class NoRun(Exception):
 class Parts:
     """Which networks of a model learn, and how fast."""
 
-    keys: tuple[str, ...] = ()  # that say it
+    keys: tuple[str, ...] = ()  # keys that select the networks
     trains_dit: bool = True  # the transformer or U-Net
     dit_rate: float | None = None  # None: the learning rate of the run
     # rate of each text encoder; 0 freezes it; () if none is trained
@@ -72,12 +72,12 @@ class Parts:
 
 
 def train_lora(values: Mapping[str, Any]) -> ForeignRun:
-    """Say that every file of the program trains a LoRA."""
+    """Return a LoRA run, for a program whose files only train LoRAs."""
     return ForeignRun("lora", "")
 
 
 def say_no_parts(values: Mapping[str, Any]) -> Parts:
-    """Return nothing about parts, for a program whose files cannot select them."""
+    """Return the default parts, for a program whose files cannot select parts."""
     return Parts()
 
 
@@ -101,31 +101,31 @@ class Program:
 
     title: str
     suffixes: tuple[str, ...]
-    marks: tuple[str, ...]  # keys of which each of its files has at least one
+    marks: tuple[str, ...]  # keys that identify the program: each of its files has one
     rules: Mapping[str, KeyRule]
     models: Mapping[str, tuple[str, str | None]]  # the program's name of a model -> family and task
     alpha: float | None  # default alpha of a LoRA; None for its rank
-    companions: tuple[str, ...] = ()  # keys that name a further file, whose keys follow KEY:
-    # keys that its files may lack -> the value that counts there then, where `new` would choose another one
+    companions: tuple[str, ...] = ()  # keys naming an additional file; its keys get the prefix KEY:
+    # keys missing in a file -> the program's default, if `new` would choose another value
     usual: Mapping[str, Any] = field(default_factory=dict)
     units: Mapping[str, str] = field(default_factory=dict)  # key of a number -> key of its unit
     knows_options: bool = False  # whether other keys are options of the training script
     find_run: Callable[[Mapping[str, Any]], ForeignRun] = train_lora  # raises NoRun
     find_parts: Callable[[Mapping[str, Any]], Parts] = say_no_parts
-    # arguments of an optimizer that it gives by itself, by our name of the optimizer
+    # our name of an optimizer -> arguments that the program passes by default
     arguments: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    # keys with values that do nothing there
+    # returns the keys that have no effect in the program
     find_idle: Callable[[Mapping[str, Any]], set[str]] = say_nothing_idle
-    # keys of a dataset in a list that say that it is not learned: with one of these values
+    # keys that exclude a dataset from training -> the values that do
     unused: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
-    # such a key, and its value if repeats are the number of files that are drawn in an epoch
+    # key and value that make repeats the number of files drawn per epoch
     counted: Mapping[str, Any] = field(default_factory=dict)
-    # keys that say which of several models of a kind is meant -> the key of the kind; `models` has both, with
-    # a blank between them
+    # keys with a variant of a model -> the key with the kind of model; `models` has both names, with
+    # a space between them
     variants: Mapping[str, str] = field(default_factory=dict)
-    # the family and task of a file that names no model, by its other keys
+    # guesses family and task from other keys if the file names no model
     guess_model: Callable[[Mapping[str, Any]], tuple[str, str] | None] = guess_nothing
-    # the values of its file under the keys that `rules` has, if these depend on other values
+    # renames values to the keys in `rules`, if the names depend on other values
     name_keys: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
 
 
@@ -158,7 +158,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
     """Return a reader of numbers within limits."""
 
     def read(value: Any) -> float:
-        if isinstance(value, str):  # YAML takes 1e-4 for a text, and the fields of a page are texts
+        if isinstance(value, str):  # YAML reads 1e-4 as a text, and web forms send texts
             with contextlib.suppress(ValueError):
                 value = float(value)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
@@ -232,7 +232,7 @@ _OPTIMIZERS = {
     **{name: name for name in ("adafactor", "prodigy", "radamschedulefree", "sgd", "adam", "rmsprop")},
     **{name: name for name in ("adagrad", "nadam", "radam")},
 }
-# arguments of optimizers that have them here, by our name of the optimizer
+# our name of an optimizer -> arguments that it accepts here
 _OF_ADAM = frozenset({"betas", "eps", "weight_decay", "amsgrad"})
 OPTIMIZER_ARGUMENTS: Mapping[str, frozenset[str]] = {
     **dict.fromkeys(("adamw", "adam"), _OF_ADAM),
@@ -320,7 +320,7 @@ def read_largest(value: Any) -> tuple[int, int]:
     return max(sizes, key=lambda size: size[0] * size[1])
 
 
-_NETWORKS: Mapping[str, str | None] = {  # spellings of a network -> its module; None: a LoRA, the usual one
+_NETWORKS: Mapping[str, str | None] = {  # spelling of a network -> module; None: a LoRA
     **dict.fromkeys(
         ("lora", "standard", "flux1", "locon", "kohyalocon", "lycorislocon", "lierla", "lorapeft")
     ),

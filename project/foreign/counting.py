@@ -20,7 +20,7 @@ from project import describing
 from project.media import Media
 from project.options import WRITTEN
 
-DEFAULT_STEP = 8  # pixels: of autoencoders whose file would say it
+DEFAULT_STEP = 8  # pixels; used until the autoencoder's file is available
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def count_steps_of_epoch(choice: describing.Choice) -> int:
                     lengths = [1] if item is None or not item.is_clip else _lengths(choice, table, item)
                     bucket = _bucket(choice, table, source.path, None if item is None else item.size)
                     files += [CountedFile(table, (*bucket, length)) for length in lengths]
-        except UserError:  # `new` reports what is wrong with the files
+        except UserError:  # `new` reports errors of the files
             return max(len(choice.media), 1)
     accumulated = choice.training.get("gradient_accumulation_steps", 1)
     return ceil_div(count_batches(files), accumulated)

@@ -1,4 +1,4 @@
-"""The JSON that the GUI of kohya_ss saves. Its keys are options of the scripts that it starts."""
+"""Rules for the JSON that the GUI of kohya_ss saves; most keys are options of sd-scripts."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -50,7 +50,7 @@ def _is_lllite(values: Mapping[str, Any]) -> bool:
 
 
 def _guess_model(values: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Return the model of a file that names none: Anima by the fields of its page, else the oldest."""
+    """Guess the model of a file that names none: Anima for its LLLite, SD 1.5 if `v2` is a key, else None."""
     if _is_lllite(values) and any(key.startswith("anima_") for key in values):
         return "anima", "base"
     return ("stable_diffusion", "1.5") if "v2" in values else None
@@ -129,7 +129,7 @@ def _find_idle(values: Mapping[str, Any]) -> set[str]:
         idle.discard("flux1_checkbox")
     if is_off(values.get("min_snr_gamma")) or values.get("min_snr_gamma") == 0:
         idle.add("min_snr_gamma")
-    if str(values.get("max_token_length")) == "75":  # what the text encoder has
+    if str(values.get("max_token_length")) == "75":  # the text encoder's default length
         idle.add("max_token_length")
     if str(values.get("clip_skip")) in {"0", "1"}:  # the last layer
         idle.add("clip_skip")

@@ -1,4 +1,4 @@
-"""Which networks of a model learn, and at which rates: as a project has it, or why not."""
+"""Select the trained networks and their learning rates from another trainer's project."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -120,7 +120,7 @@ def _teach_texts_of_model(
     names = ["learning_rate_te"]
     if "learning_rate_te" not in script.known:
         names = ["learning_rate_te1", "learning_rate_te2"]
-    rates_of_all = (*rates, *rates[-1:])  # a second encoder without a rate of its own has that of the first
+    rates_of_all = (*rates, *rates[-1:])  # a second encoder defaults to the rate of the first
     report = ""
     for name, rate in zip(names, rates_of_all, strict=False):
         if rate is not None and name in script.known:

@@ -1,4 +1,4 @@
-"""The YAML of ltx-trainer, the trainer of LTX-2's makers."""
+"""Rules for the YAML of ltx-trainer, the official trainer of LTX-2."""
 
 import re
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from project.foreign.contract import (
 )
 
 _STRATEGY = "training_strategy"
-# a key of a condition; its type takes the place of its number, so that each type has rules
+# key of a condition; its list index is replaced by its type, so that each type has its own rules
 _CONDITION = re.compile(rf"({_STRATEGY}\.(?:video|audio)\.conditions)\[\d+\]\.")
 _FRAMES = whole(0, 100_000)
 _SHARE = number(0, 1)
@@ -56,7 +56,7 @@ def _read_on(_: Any) -> bool:
 
 
 def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
-    """Return the rules of parts at the start or end of clips that are given; `kind` begins our options."""
+    """Return the rules for conditioning on the start or end of clips; `kind` is the prefix of our options."""
     found = {}
     for end in ("prefix", "suffix"):
         start = f"{_STRATEGY}.{stream}.conditions.{end}"
@@ -92,7 +92,7 @@ PROGRAM = Program(
     name_keys=_name_conditions,
     rules={
         "model.training_mode": left("it says what is trained"),
-        "model.model_path": rules.OWN_FILES,  # both tasks of a release have the same file
+        "model.model_path": rules.OWN_FILES,  # both tasks of a release use the same file
         "model.text_encoder_path": rules.OWN_FILES,
         "model.load_checkpoint": rules.START,
         "lora.rank": rules.RANK,

@@ -1,4 +1,4 @@
-"""Keys of another trainer's file that are options of the script, or keys of dataset.toml, by their names."""
+"""Take over keys of another trainer's file that are named like our options or keys of dataset.toml."""
 
 import math
 from collections.abc import Collection
@@ -14,7 +14,7 @@ from project.foreign.project import ForeignProject, show
 from project.new_options import NewOptions
 from project.script_facts import AskedOption, ScriptOptions
 
-_OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # which tables can have, too
+_OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # also keys of dataset tables
 
 
 def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
@@ -78,7 +78,7 @@ def _take_option(project: ForeignProject, option: AskedOption, key: str, value: 
     """
     if option.reaches_out:
         raise ValueError(f"only who types --{key} with the training may say it")
-    # "off" says something about a switch that would be on otherwise; of other options, nothing
+    # an "off" value matters only for a switch that is on by default
     turns_off = option.kind == "switch" and (is_chosen or option.default is True)
     is_empty = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})
     if is_empty and not turns_off:

@@ -1,4 +1,4 @@
-"""Find the model that the keys of another trainer's file name."""
+"""Find the model that another trainer's file names."""
 
 import re
 from collections.abc import Mapping
@@ -11,16 +11,16 @@ from project.foreign.contract import KeyRule, Program
 from project.foreign.project import ForeignProject, show
 from project.options import find_models
 
-# what a key says of the model: a variant says more than a file or repository, and that more than a kind
+# how specific a key is: a variant is more specific than a file or repository, and that than a kind
 _VARIANT, _FILE, _KIND = range(3)
 
 
 class FileModel(NamedTuple):
     """A model that a key names."""
 
-    source: int  # one of the three above
+    source: int  # _VARIANT, _FILE or _KIND
     family: str
-    task: str | None  # None: the key names the family alone
+    task: str | None  # None: the key names only the family
 
 
 def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mapping[str, KeyRule]) -> None:
@@ -40,7 +40,7 @@ def read_models(project: ForeignProject, values: Mapping[str, Any], rules: Mappi
         if guessed is not None:
             models.append(FileModel(_KIND, *guessed))
             project.changed.append(f"no key says another model: --family {guessed[0]} --task {guessed[1]}")
-    if has_unknown_variant:  # the usual variant of that kind of model is another one
+    if has_unknown_variant:  # do not use the default variant instead
         models = [model._replace(task=None) if model.source == _KIND else model for model in models]
     if not models:
         return
@@ -60,7 +60,7 @@ def _read_model(
         return None
     name = f"{key.split('.')[-1]}=True" if value is True else str(value)
     source = _FILE if rule.to == contract.FILE else _KIND
-    if key in project.program.variants:  # a variant has a meaning only with its kind of model
+    if key in project.program.variants:  # variant names are only unique within a kind of model
         name = f"{values.get(project.program.variants[key])} {value}"
         source = _VARIANT
     named = _find_named(project.program, name)

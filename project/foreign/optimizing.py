@@ -1,4 +1,4 @@
-"""What becomes of another trainer's optimizer: its name, its arguments, and rates that it takes."""
+"""Convert another trainer's optimizer: its name, its arguments and its learning rates."""
 
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -8,9 +8,9 @@ from modules.installation import DISTRIBUTIONS
 from project.foreign.contract import OPTIMIZER_ARGUMENTS, is_off, is_on
 from project.foreign.project import ForeignProject
 
-_ON_CARDS = {"adamw8bit": "adamw", "pagedadamw8bit": "adamw", "lion8bit": "lion"}  # -> the one for a CPU
-_PACKAGES = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> the module that has it
-# optimizers that take one learning rate for all that learns
+_ON_CARDS = {"adamw8bit": "adamw", "pagedadamw8bit": "adamw", "lion8bit": "lion"}  # -> optimizer for a CPU
+_PACKAGES = {"lion": "lion_pytorch", "prodigy": "prodigyopt"}  # optimizer -> package
+# optimizers that support only one learning rate for all parameters
 OF_ONE_RATE = frozenset({"prodigy"})
 _OWN_RATE = "Adafactor with relative_step finds its own rate, there and here"
 _OWN_WARMUP = "Adafactor with relative_step has its own warm-up, warmup_init"

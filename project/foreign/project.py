@@ -1,4 +1,4 @@
-"""What another trainer's file asks for, in our terms, and what is told of each of its keys."""
+"""The settings of another trainer's file in our terms, and the report about each of its keys."""
 
 import contextlib
 import difflib
@@ -11,10 +11,10 @@ from modules.control_codes import shorten
 from modules.text_files import real_path
 from project.foreign.contract import ForeignRun, Parts, Program, is_off
 
-# folders around that of the file in which a further file may lie: paths begin where the program is started
+# number of parent folders searched for files: paths are relative to the program's working folder
 MAX_AROUND = 4
 NO_REASON = "this program has no such thing"
-MISSPELT = 0.85  # how alike two keys are, of which one seems to be the other
+MISSPELT = 0.85  # minimum similarity of a misspelled key
 
 
 class FileEpochs(NamedTuple):
@@ -32,8 +32,8 @@ class ForeignDataset:
     path: Path | None = None
     key: str = ""
     data: dict[str, Any] = field(default_factory=dict)
-    said: dict[str, str] = field(default_factory=dict)  # key here -> the key there, as it is told
-    num_drawn: int | None = None  # files of an epoch; None: all, as often as num_repeats says
+    said: dict[str, str] = field(default_factory=dict)  # our key -> key in the file
+    num_drawn: int | None = None  # files drawn per epoch; None: all, repeated num_repeats times
     is_unused: bool = False
 
 
@@ -43,7 +43,7 @@ class ForeignProject:
 
     path: Path
     program: Program
-    keys: frozenset[str] = frozenset()  # all that the file has
+    keys: frozenset[str] = frozenset()  # all keys of the file
     # options of the script and keys of dataset.toml, for a program with the same names
     options: frozenset[str] = frozenset()
     run: ForeignRun = ForeignRun("lora", "")
@@ -57,21 +57,21 @@ class ForeignProject:
     folders: dict[str, Path] = field(default_factory=dict)  # by key
     epochs: list[FileEpochs] = field(default_factory=list)
     per_epoch: dict[str, FileEpochs] = field(default_factory=dict)  # by the option with steps
-    warmup_share: tuple[str, float] | None = None  # the key, and the share of the steps
-    others: dict[str, Any] = field(default_factory=dict)  # keys without a rule, of a program that knows ours
-    said: dict[str, str] = field(default_factory=dict)  # option or key here -> the key there
-    # keys that name a model -> value, if it is not known
+    warmup_share: tuple[str, float] | None = None  # key and fraction of the steps
+    others: dict[str, Any] = field(default_factory=dict)  # keys without a rule that may be our options
+    said: dict[str, str] = field(default_factory=dict)  # our option or key -> key in the file
+    # keys that name a model -> unknown value
     models: dict[str, str] = field(default_factory=dict)
-    has_other_optimizer: bool = False  # than the one that is taken
-    keeps_few: bool = False  # saves have gigabytes
-    assumed: dict[str, Any] = field(default_factory=dict)  # keys that the file lacks -> their usual values
-    taken: list[str] = field(default_factory=list)  # keys whose values stay
+    has_other_optimizer: bool = False  # the project's optimizer differs from the one used
+    keeps_few: bool = False  # saves are large, so keep few
+    assumed: dict[str, Any] = field(default_factory=dict)  # missing keys -> the program's defaults
+    taken: list[str] = field(default_factory=list)  # keys with unchanged values
     changed: list[str] = field(default_factory=list)  # lines
     left: list[str] = field(default_factory=list)  # lines
-    reasons: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys that are left for it
-    idle: list[str] = field(default_factory=list)  # keys that do nothing there, and nothing here
+    reasons: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys left out for it
+    idle: list[str] = field(default_factory=list)  # keys without effect in the other program
     empty: list[str] = field(default_factory=list)  # keys without a value
-    unknown: list[str] = field(default_factory=list)  # keys of which nothing is known
+    unknown: list[str] = field(default_factory=list)  # unknown keys
 
     @property
     def title(self) -> str:
@@ -118,7 +118,7 @@ class ForeignProject:
         """Return the report about the file, with every key once. `folder` is the described folder."""
         lines = [f"{self.path} is a project of {self.title}; nothing of it is run."]
 
-        # a key that names the described folder is taken; other folders are left out
+        # a key with the described folder is used; keys with other folders are left out
         taken = [*self.taken]
         other_folders: list[str] = []
         for key, other_folder in self.folders.items():
@@ -180,7 +180,7 @@ def find_beside(file: Path, name: str) -> Path | None:
         return None
     around = [file.parent, *list(real_path(file).parents)[1:MAX_AROUND], Path()]
     for parent in around:
-        with contextlib.suppress(OSError, ValueError):  # a name that no file can have
+        with contextlib.suppress(OSError, ValueError):  # an impossible file name
             if (parent / name).exists():
                 return parent / name
     return None

@@ -1,4 +1,4 @@
-"""Recognize another trainer's file, and take its values or note why they are left. Nothing of it is run."""
+"""Recognize another trainer's file, and convert its values or note why not. No code in it is run."""
 
 import itertools
 import re
@@ -35,7 +35,7 @@ PROGRAMS: tuple[Program, ...] = (
 MAX_BYTES = 1 << 20  # maximum size of a file; real ones have less than a hundredth of this
 MAX_KEYS = 5000
 MAX_DEPTH = 12
-# keys of files of options of sd-scripts and musubi-tuner, which the training scripts read themselves
+# keys in sd-scripts' and musubi-tuner's option files, which the training scripts read themselves
 _OF_SCRIPTS = re.compile(r"(?:^|\.)(?:network_module|pretrained_model_name_or_path|dit|optimizer_type)$")
 
 
@@ -91,9 +91,9 @@ def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, K
     of_models: dict[str, KeyRule] = {}
     for key, value in values.items():
         if key in program.companions and isinstance(value, str):
-            continue  # the further file was read before
+            continue  # the additional file was read before
         if key in project.parts.keys:
-            continue  # `settle` decides what becomes of these keys
+            continue  # `settle` handles these keys
         rule = find_rule(program, key)
         if key in idle:
             project.idle.append(show(key))
@@ -122,7 +122,7 @@ def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
     elif is_empty(value):
         project.empty.append(show(key))
     elif key.startswith("optimizer.") and (value is False or value == 0):
-        project.idle.append(show(key))  # an argument of another optimizer: files contain those of all
+        project.idle.append(show(key))  # an argument of another optimizer: files list those of all
     else:
         project.unknown.append(show(key))
 
@@ -185,7 +185,7 @@ def _parse(suffix: str, text: str) -> Any:
         return parse_toml(text)
     if suffix == ".json":
         return parse_json(text)
-    from modules.yaml_files import parse_yaml  # loads a parser, which only such files need
+    from modules.yaml_files import parse_yaml  # loads a parser that only YAML files need
 
     return parse_yaml(text)
 

@@ -1,4 +1,4 @@
-"""What keys mean that several trainers have: a rule each. No torch."""
+"""Rules of keys that several trainers share. No torch."""
 
 from project.foreign.contract import (
     ARGUMENT,
@@ -36,7 +36,7 @@ from project.foreign.contract import (
 MODEL_NAME = KeyRule(MODEL)
 MODEL_FILE = KeyRule(FILE)
 NETWORK_KIND = KeyRule(NETWORK, "", read_network)
-RANK = KeyRule(TRAINING, "network_dim", whole(1, 2_000_000))  # large values make LoKr train whole matrices
+RANK = KeyRule(TRAINING, "network_dim", whole(1, 2_000_000))  # LoKr trains full matrices at very large values
 ALPHA = KeyRule(TRAINING, "network_alpha", number(0, 2_000_000))
 DROPOUT = KeyRule(TRAINING, "network_dropout", number(0, 0.999))
 DORA = KeyRule(NETWORK_ARGUMENT, "dora_wd", read_switch)

@@ -1,4 +1,4 @@
-"""What becomes of another trainer's values for a model, a kind of run and the script that trains it."""
+"""Fit another trainer's values to a model, a kind of run and its training script."""
 
 import dataclasses
 from typing import Any, NamedTuple
@@ -17,9 +17,9 @@ from project.script_facts import ScriptOptions
 
 _OF_LORA = ("network_module", "network_dim", "network_alpha", "network_dropout", "network_args")
 _OF_EMBEDDING = ("init_word", "num_vectors_per_token")
-# arguments of networks that only LoRAs have, of those that other programs have
+# network arguments in other programs that only LoRAs have
 _OF_LORA_ALONE = ("dora_wd", "rank_dropout", "module_dropout")
-# keys of dataset.toml by which captions, or images, are others each time
+# keys of dataset.toml that vary captions or images at each use
 VARYING_TEXTS = frozenset(
     {"shuffle_caption", "caption_tag_dropout_rate", "caption_dropout_every_n_epochs", "token_warmup_step"}
     | {"enable_wildcard"}
@@ -32,8 +32,8 @@ class Forms(NamedTuple):
     """Which keys the tables of dataset.toml can have."""
 
     step: int  # sides are multiples of this
-    takes_subsets: bool  # the form of the image guides
-    has_subsets: bool  # it is written in any case
+    takes_subsets: bool  # the model supports [[datasets.subsets]]
+    has_subsets: bool  # this layout is used in any case
     regularizes: bool = False  # the folder has regularization images
 
 
@@ -45,7 +45,7 @@ def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
         named["train"] = project.run.kind
     if options.family not in {None, project.new.get("family")}:
         task = named.pop("task", None)
-        if task is not None and options.task is None:  # it is one of the project's family
+        if task is not None and options.task is None:  # the typed task belongs to the project's family
             project.leave_value("task", task, "--family says otherwise")
     named.pop("max_train_steps", None)  # `select_length` compares it with the epochs
     values = {}
@@ -65,7 +65,7 @@ def settle(
     memory: float,
     forms: Forms,
 ) -> None:
-    """Keep in `training` and `data` what the run accepts, and note why the rest is left out.
+    """Keep the values in `training` and `data` that the run accepts, and note why others are left out.
 
     `memory` is the card's memory in GiB; 0 means a CPU. `forms` states which keys dataset.toml can have.
     """
@@ -78,7 +78,7 @@ def settle(
         _leave_recipe(project, script)
     project.keeps_few = kind.saves_models
     if "min_snr_gamma" in script.known and "min_snr_gamma" not in project.training:
-        project.training["min_snr_gamma"] = None  # `new` gives it to models of noise
+        project.training["min_snr_gamma"] = None  # `new` sets it for models that predict noise
         project.changed.append(f"min_snr_gamma is left out, which {project.title} has only if it is said")
     for name in list(project.training):
         if name not in script.known:
@@ -165,14 +165,14 @@ def _leave_recipe(project: ForeignProject, script: ScriptOptions) -> None:
     optimizer = training.get("optimizer_type", "adafactor")
     if "fused_backward_pass" in script.known and (optimizer != "adafactor" or accumulates):
         training["fused_backward_pass"] = False
-        # only fused_backward_pass updates a block while it is on the card
+        # without fused_backward_pass, swapped blocks cannot be updated on the card
         if "blocks_to_swap" in script.known:
             training["blocks_to_swap"] = None
             project.changed.append(
                 "blocks_to_swap is left out: trained blocks are swapped only with fused_backward_pass, "
                 "which needs Adafactor without accumulation"
             )
-    # full training sets these for Adafactor; another optimizer has its usual ones
+    # full training sets these for Adafactor; other optimizers use their defaults
     if "optimizer_type" in training and optimizer != "adafactor":
         training.setdefault("optimizer_args", [])
         training.setdefault("max_grad_norm", 1.0)
@@ -198,7 +198,7 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
             project.left.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
-    # keys about shuffling do nothing unless captions vary
+    # shuffling keys have no effect unless captions vary
     without_effect = [] if VARYING_TEXTS & data.keys() else [*_OF_SHUFFLING]
     if not forms.regularizes:
         without_effect.append("prior_loss_weight")

@@ -33,7 +33,7 @@ KINDS = (
     CONTROL_NET,
     EMBEDDING,
     FULL,
-)  # of the control networks, the first is the default
+)  # the first control network is the default one
 BY_NAME = {kind.name: kind for kind in KINDS}
 
 

@@ -1,4 +1,4 @@
-"""What a kind of run is: a LoRA, or what `new --train` names in its place. Imports no torch."""
+"""Kinds of runs: a LoRA, or another value of `new --train`. Imports no torch."""
 
 import shlex
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ from typing import Any
 from downloads.catalogue import ModelSet
 from modules import installation
 
-# options of a LoRA's run that no other kind has, by the beginning of their names
+# prefixes of options that only LoRA runs have
 OF_LORA = ("network_", "lora_format")
 
 
@@ -52,22 +52,22 @@ class RunKind:
 
     name: str  # value of --train
     title: str  # in sentences: "a ControlNet"
-    # script that trains it for a model, and the options that differ from the LoRA's; none: it cannot be
+    # script that trains it, and options that differ from a LoRA's; empty if the model has no script
     find_words: Callable[[ModelSet], list[str]]
-    # why a model cannot have it on a card of so many GiB (0: a CPU); None if it can
+    # reason why it cannot be trained with so many GiB of GPU memory (0: a CPU); None if it can
     why_not: Callable[[ModelSet, float], str | None]
     # converts the options of a LoRA's run to those of this kind, for the given memory
     change: Callable[[Mapping[str, Any], float], dict[str, Any]]
-    # lines about memory, disk and data, for such a card
+    # lines about memory, disk and data, for the given memory
     describe: Callable[[ModelSet, float], list[str]] = _describe_nothing
-    ending: str = ""  # suffix of `modelspec.architecture` in its files
-    switch: str = ""  # by which its command differs from that of a LoRA, if they have one script
+    ending: str = ""  # suffix of `modelspec.architecture` in its trained files
+    switch: str = ""  # option that distinguishes its command from a LoRA's, if they share a script
     sees_controls: bool = False  # whether it is trained on pairs of an image and a control image
-    learns_word: bool = False  # the trigger word is what is trained, and all captions have it
+    learns_word: bool = False  # the trigger word itself is trained, and all captions contain it
     needs_bfloat16: bool = False  # its weights are trained in bfloat16
-    saves_models: bool = False  # each save has gigabytes: few are made and kept
-    has_targets: bool = False  # targets that keep few steps are for it
-    makes_adapter: bool = False  # it unlearns what a model was distilled for, so that other LoRAs need not
+    saves_models: bool = False  # each save has gigabytes, so few are written and kept
+    has_targets: bool = False  # it can use targets that preserve a distilled model's few steps
+    makes_adapter: bool = False  # it reverts a distillation, so that other LoRAs can be trained on top
 
     def find_script(self, model: ModelSet) -> Path | None:
         """Return the script that trains this kind for a model; None if there is none."""

@@ -7,7 +7,7 @@ from typing import Any
 from project.kinds.contract import RunKind, drop_lora_options, find_reason, read_words
 from project.kinds.whole_model import FORMS, RECIPE
 
-SWAPPING = "blocks_to_swap"  # modules of a ControlNet-LLLite see all blocks
+SWAPPING = "blocks_to_swap"  # ControlNet-LLLite needs all blocks on the card
 
 
 def _change_to_lllite(values: Mapping[str, Any], memory: float) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """`new --train whole`: train the weights of the model itself instead of a LoRA.
 
-Says which models that is possible for, which options such a run gets, and what it writes.
+Decides which models support it, which options the run gets, and how often it saves.
 """
 
 import shlex
@@ -17,7 +17,7 @@ from project.options import times_of_steps
 
 # options for the storage of frozen weights
 FORMS = frozenset(switch for form in BASE_FORMS for switch in form.switches)
-# Source: the table in docs/whole_models.md. Nearly no optimizer states, and one gradient at a time
+# Source: the table in docs/whole_models.md. Hardly any optimizer states, one gradient at a time
 RECIPE: Mapping[str, Any] = {
     "optimizer_type": "adafactor",
     "optimizer_args": ["relative_step=False", "scale_parameter=False", "warmup_init=False"],
@@ -27,9 +27,9 @@ RECIPE: Mapping[str, Any] = {
     "max_grad_norm": 0,
     "fused_backward_pass": True,
 }
-FREE = 3  # GiB of a card for activations of one image of 1024 x 1024, with checkpointing
+FREE = 3  # GiB for the activations of one 1024 x 1024 image with checkpointing
 SAVES = 4  # number of saves over the run, because each is a whole model
-KEPT = 2  # number of saved files and states that are kept in addition to the result
+KEPT = 2  # number of saves and states kept in addition to the result
 
 
 def full_words(model: ModelSet) -> list[str]:

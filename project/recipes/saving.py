@@ -29,7 +29,7 @@ from project.recipes.reading import (
 from training.config_options import OTHERS_TABLE, toml_value
 from training.reports.history import END, Start, Story, history_name, read_history, read_session
 
-DIGITS = 4  # of figures
+DIGITS = 4  # significant digits of figures
 
 
 def run_recipe_command(options: RecipeOptions) -> None:
@@ -41,7 +41,7 @@ def run_recipe_command(options: RecipeOptions) -> None:
     if options.action == LIST:
         print_lines([line for path in list_paths().values() for line in describe_recipe(read_recipe(path))])
         return
-    assert options.run is not None  # a check of the options
+    assert options.run is not None  # checked by the options
     save_recipe(options, find_history(options.run))
 
 
@@ -95,7 +95,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         raise OutputError(f"{path} is there already. Give another --name, or --overwrite")
     options.to.mkdir(parents=True, exist_ok=True)
     write_text(path, write_recipe(recipe))
-    read_recipe(path)  # what is written can be read
+    read_recipe(path)  # verify that the written file can be read
     given = name if options.to == OWN else path.as_posix()
     lines = [f"written: {path}", *describe_recipe(recipe)[1:]]
     lines.append(f"{own_command('new', 'FOLDER', '--recipe', given)} trains another folder with it")
@@ -182,7 +182,7 @@ def _select_values(
         try:
             values |= check_values({name: value}, family, task, train)
         except (ValueError, OptionError):
-            continue  # a path, or code of the user's own
+            continue  # a path, or the user's own code
     values["max_train_steps"] = start.total_steps
     return values
 

@@ -38,7 +38,7 @@ from runtime.run_blocks import Hidden, Runner, runner_of, set_runner
 
 logger = logging.getLogger(__name__)
 
-_NAME = "_block_swap"  # under which a network carries its own
+_NAME = "_block_swap"  # attribute of a network that holds its block swap
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +47,7 @@ class Unit:
 
     position: int  # among all blocks, list by list
     weights: Sequence[Parameter]
-    host: Sequence[Tensor]  # their places in host memory
+    host: Sequence[Tensor]  # copies of `weights` in host memory
 
     @property
     def learns(self) -> bool:
@@ -61,10 +61,10 @@ class Slot:
 
     # uint8, one for each weight; none while the network is parked
     memory: list[Tensor] = field(default_factory=list)
-    unit: Unit | None = None  # whose weights are in it or on the way
-    arrival: Any = None  # the moment at which its weights have arrived
-    is_entered: bool = False  # the parameters are here rather than on the host
-    is_changed: bool = False  # the host's copies are out of date
+    unit: Unit | None = None  # block whose weights are in the slot or being copied to it
+    arrival: Any = None  # moment at which the weights have arrived
+    is_entered: bool = False  # whether the parameters point to the slot rather than to host memory
+    is_changed: bool = False  # whether the copies in host memory are out of date
 
     def views(self, unit: Unit) -> list[Tensor]:
         """Return the slot's memory as tensors of the shapes and dtypes of a block's weights."""
@@ -109,7 +109,7 @@ class Kept:
     """Placeholder that autograd stores instead of a streamed weight or a view of one."""
 
     unit: Unit
-    index: int  # of the weight
+    index: int  # index of the weight in its block
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]

@@ -4,15 +4,15 @@
 overlap with the computation: an input is copied to the host while its block computes, and back while the
 following block runs its backward pass. A running copy holds its source. The source is released when the next
 input is offloaded (the copy is done by then), after the computing stream has been made to wait for the copy.
-So memory is freed in the order of that stream, and however far Python runs ahead, the device holds at most
-two inputs that are leaving or two that are returning.
+So memory is freed in the order of that stream. No matter how far Python runs ahead, the device holds at most
+two inputs that are being offloaded or two that are being fetched.
 
-A block's token-wise layers may run on a few thousand tokens at a time. A feed-forward layer widens every
-token several times. In the backward pass of a checkpointed block that is most of the live memory, although
-it is needed for one piece of the tokens at a time. So each piece is a checkpoint of its own. A nested
-checkpoint usually costs a third computation: the block, then the pieces. Here it does not: the pieces keep
-only their common inputs, which are saved once, before the first piece. At that point torch stops
-recomputing the block (its early stop), and continues piece by piece.
+A block's token-wise layers may run on a few thousand tokens at a time. The hidden layer of a feed-forward is
+several times as wide as the tokens, and is most of the live memory in the backward pass of a checkpointed
+block. It is only needed for one piece of the tokens at a time, so each piece is a checkpoint of its own. A
+nested checkpoint usually computes pieces a third time: forward, recomputing the block, recomputing the piece.
+Here it does not: the pieces keep only their common inputs, which are saved once, before the first piece. At
+that point torch stops recomputing the block (its early stop), and continues piece by piece.
 """
 
 import functools
@@ -56,7 +56,7 @@ class HostMemory:
         """
         self._make = make
         self._free: list[Tensor] = []
-        self.size_bytes = 0  # of all pieces, in use or free
+        self.size_bytes = 0  # size of all pieces, in use or free
 
     def take(self, size_bytes: int) -> Tensor:
         """Return a piece of at least that size, uint8. Give it back with `put`."""
@@ -85,7 +85,7 @@ class _Away:
     device: torch.device
     # the input before this one in the forward pass, which the backward pass needs next
     before: "weakref.ref[_Away] | None"
-    # at most one copy on its way to the device, with the moment at which it arrives
+    # at most one running copy to the device, with the moment at which it is done
     coming: list[tuple[Tensor, Any]] = field(default_factory=list)
 
 
@@ -115,7 +115,7 @@ class Offload:
     def _pack(self, tensor: Tensor) -> "Tensor | _Away":
         """Begin to move a saved input to the host, and return what stands for it in autograd's graph."""
         self._let_go()
-        # the returning copy would have other strides, which compiled code relies on
+        # the copy back would have other strides, and compiled code relies on strides
         if not tensor.is_contiguous():
             return tensor
         piece = self.memory.take(tensor.nbytes)
@@ -153,7 +153,7 @@ class Offload:
             self._leaving = None
 
     def _forget(self, piece: Tensor, coming: list[tuple[Tensor, Any]]) -> None:
-        # fetched and never used: its memory must not be reused before the copy is done
+        # fetched but never used: its memory must not be reused before the copy is done
         for _, moment in coming:
             self._transfer.wait(moment)
         self.memory.put(piece)  # safe: later copies into it run after those out of it
@@ -187,7 +187,7 @@ ATTENTION = (
     "xformers::efficient_attention_forward",
     "planned::attention",  # in dry runs
 )
-# attention without a kernel: on a CPU, for few tokens
+# operators of attention without a fused kernel, on a CPU for few tokens
 WRITTEN_OUT = ("aten::bmm", "aten::_softmax", "aten::_safe_softmax")
 # attention to fewer keys than a quarter of the queries is cheap compared with the memory of its result
 SHORT = 4
@@ -267,7 +267,7 @@ def _policy(_: SelectiveCheckpointContext, operator: Any, *inputs: Any, **named:
 # Letters: B batch, L tokens, C width
 
 
-# enough to keep a GPU busy, and to make up for reading (and dequantizing) the weights for every piece
+# enough tokens to keep a GPU busy, although every piece reads (and dequantizes) the weights again
 TOKENS = 4096
 # attribute of a layer: if it is true, the layer's block is not computed in pieces
 FULL = "sees_whole_input"
@@ -301,7 +301,7 @@ def _in_pieces(method: Method, tokens: int) -> Method:
         num_pieces = ceil_div(x.shape[1], tokens)
         if num_pieces == 1 or not (block.training and torch.is_grad_enabled()):
             return method(block, x, *inputs)
-        # compiled code decides by itself which inputs it saves, so that they need not be shared by hand
+        # compiled code chooses by itself which inputs to save, so they need not be shared here
         if torch.compiler.is_compiling():
 
             def compute(piece: Tensor) -> Tensor:

@@ -1,12 +1,13 @@
 """Lay out the processes of a run, and exchange the tokens of a clip among them (--context_parallel).
 
-Processes are laid out as micro-batches x passes of a step x tokens of a clip. Neighbors share the tokens, as
-they exchange most. Groups of them share the passes of a step (--cfg_parallel), and groups of those have
-micro-batches of their own. A transformer that is split (--shard_base) has its parts in all processes.
+Processes form a grid of micro-batches x passes of a step x tokens of a clip. Neighbors share the tokens,
+because they exchange the most data. Groups of them share the passes of a step (--cfg_parallel), and groups of
+those have their own micro-batches. A transformer that is split (--shard_base) has its parts in all processes.
 
-All processes embed the whole clip; then each takes a run of its tokens, runs the blocks, and gathers the runs
-of all. In self-attention each process has all tokens in their order, but a part of the heads: an exchange
-before it and one after it. Source: Jacobs et al. 2023, arXiv 2309.14509 (DeepSpeed-Ulysses).
+All processes embed the whole clip; then each takes a consecutive part of the tokens, runs the blocks, and
+gathers all parts. For self-attention each process has all tokens in their order but only a part of the heads,
+which takes one exchange before it and one after it. Source: Jacobs et al. 2023, arXiv 2309.14509
+(DeepSpeed-Ulysses).
 
 The layers before and after the blocks, and the loss, are computed in every process from equal inputs. Each
 divides its loss by the number of processes, and gradients are summed over them.
@@ -35,10 +36,10 @@ AXES = ("data", "passes", "context")  # the last one changes fastest
 class ProcessGrid:
     """The numbers of processes that share passes and that share tokens, and the rank of this process."""
 
-    rank: int  # of this process, from 0
-    data: int  # groups of processes with micro-batches of their own (`count_groups`)
-    passes: int = 1  # parts of a group that share the passes of a step
-    context: int = 1  # processes of a part, which share the tokens of a clip
+    rank: int  # rank of this process, from 0
+    data: int  # number of groups with their own micro-batches (`count_groups`)
+    passes: int = 1  # number of parts of a group, which share the passes of a step
+    context: int = 1  # number of processes of a part, which share the tokens of a clip
 
 
 def device_mesh(grid: ProcessGrid, device: torch.device) -> "DeviceMesh":
@@ -56,9 +57,9 @@ class TokenPart:
     """
 
     length: int  # L
-    index: int  # of this part, from 0
+    index: int  # index of this part, from 0
     count: int  # P
-    group: Any  # of the processes, in the order of the parts
+    group: Any  # process group, in the order of the parts
 
     @property
     def size(self) -> int:
@@ -125,7 +126,7 @@ class TokenPart:
             with_second: See `SecondText.combine`.
             second: The second text.
         """
-        num_image_tokens = second.before  # they come before the tokens of a text
+        num_image_tokens = second.before  # image tokens come before text tokens
         texts = torch.cat([with_first[:, num_image_tokens:], with_second[:, num_image_tokens:]], dim=1)
         # all heads of this process's tokens
         all_first = self.gather_heads(torch.cat([with_first[:, :num_image_tokens], texts], dim=1))

@@ -1,10 +1,10 @@
 """Host memory for fast copies to a device: page-locked ("pinned"), and shared by a machine's processes.
 
-torch's own pinned memory is rounded up to powers of two, which would waste up to half. Here pages are mapped
+torch rounds pinned memory up to powers of two, which would waste up to half. Here pages are mapped
 in the size needed and registered with the driver, some hundred MB at once: Windows locks about half of a
-machine's memory and refuses large pieces, WSL locks much less. Memory that the driver does not lock serves
-too: its copies are slower, and the host waits for them. Shared memory has no name in the file system: it is
-freed when the last process ends, even if it is killed.
+machine's memory and refuses large pieces, WSL locks much less. Memory that the driver refuses to lock is used
+too, but its copies are slower, and the host waits for them. Shared memory has no name in the file system: it
+is freed when the last process ends, even if it is killed.
 
 Swapping accesses a device only through this file: the copies here overlap with its computation. Networks that
 take turns are loaded when first needed and freed when others need the memory.
@@ -39,8 +39,8 @@ PIECE = 256 << 20  # bytes that are locked at once, if a tensor is not larger
 class Machine:
     """The processes of one run on this machine, if there are several."""
 
-    rank: int  # of this process among them
-    first: int  # number of the first of them among all processes
+    rank: int  # rank of this process on this machine
+    first: int  # global rank of this machine's first process
 
 
 def machine_of(environment: Mapping[str, str]) -> Machine | None:
@@ -63,7 +63,7 @@ class HostTensors:
 
     tensors: Mapping[str, Tensor]
     is_filled_here: bool = True
-    unlocked_bytes: int = 0  # of memory that was to be pinned and is not
+    unlocked_bytes: int = 0  # bytes that should be pinned but are not
 
 
 def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | None = None) -> HostTensors:
@@ -90,7 +90,7 @@ def allocate(infos: Mapping[str, TensorInfo], pinned: bool, machine: Machine | N
     return HostTensors(tensors, is_filled_here, unlocked)
 
 
-@functools.cache  # inputs of blocks come in many pieces of one size
+@functools.cache  # called with the same size for the inputs of many blocks
 def _warn_of_unlocked(size: int, total: int) -> None:
     logger.warning(
         "The driver refused to lock %.1f of %.1f GB of host memory: copies between these and the device are "
@@ -229,9 +229,9 @@ def _register(address: int, size: int) -> bool:
     driver, portable = torch.cuda.cudart(), 1  # cudaHostRegisterPortable: for all devices
     if driver.cudaHostRegister(address, size, portable) == driver.cudaError.success:
         return True
-    # take back the error that the driver keeps for this thread after a refused call: torch would report it
-    # at the next kernel, which has nothing to do with it. torch does not offer cudaGetLastError, but calls it
-    # when it starts a kernel
+    # clear the error that the driver keeps for this thread after a failed call; otherwise torch would report
+    # it at the next, unrelated kernel. torch does not offer cudaGetLastError, but calls it when it starts a
+    # kernel
     with contextlib.suppress(RuntimeError):
         torch.ones(1, device="cuda")
     return False

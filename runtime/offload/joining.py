@@ -14,7 +14,7 @@ from modules.errors import OptionError
 T = TypeVar("T")
 U = TypeVar("U")
 
-PATIENCE = timedelta(days=1)  # for a process that waits for a prompt, or writes files
+PATIENCE = timedelta(days=1)  # timeout of processes that wait for another one's prompt or files
 
 
 def take_turns(work: Callable[[U], T], item: U) -> T:
@@ -57,7 +57,7 @@ def join_processes(
     if kind not in {"cpu", "cuda"}:
         raise OptionError(f"{option}: processes do not share a model on {kind}. Use CUDA GPUs")
     chosen = select_device(f"cuda:{local}" if kind == "cuda" else "cpu")
-    # objects go between the hosts: on a GPU waiting for a prompt would keep it busy
+    # objects are sent between hosts by gloo: waiting for a prompt with NCCL would keep a GPU busy
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     distributed.init_process_group(backend, timeout=PATIENCE)
     return chosen

@@ -1,15 +1,15 @@
 """Split the blocks of a transformer over processes: each keeps a part and gathers a block to run it.
 
     shares = ShardedBlocks(device, option)  # in every process, after they have joined
-    dit = family.load_dit(Placement(device, blocks=shares))  # of each block its part stays, once it is filled
+    dit = family.load_dit(Placement(device, blocks=shares))  # keeps only a part of each filled block
     ...  # LoRA, compilation, checkpointing
     shares.finish(dit)
 
-torch's FSDP2 does the work: each process keeps an equal number of rows of each weight, a block is gathered
-while the one before it computes, and what was gathered is freed after the block, so that two whole blocks are
-there at a time (on a CPU one: it gathers and computes by turns). What is outside the blocks stays whole.
-Frozen weights have no gradients to send; the gradients of trained weights are summed in each backward pass,
-and each process gets those of its rows.
+torch's FSDP2 does the work: each process keeps an equal number of rows of each weight. A block is gathered
+while the previous one computes, and freed after it has run, so that two whole blocks are in memory at a time
+(one on a CPU, which gathers and computes by turns). Layers outside the blocks are not split. Frozen weights
+have no gradients to send; the gradients of trained weights are summed in each backward pass, and each process
+gets those of its rows.
 
 All processes have to run the same passes in the same order, each with gradients or each without, as a block
 is gathered from all of them.
@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 U = TypeVar("U")
 
-_NAME = "_sharding"  # under which a network carries its own
-TOKEN_PART = "token_part"  # attribute of a layer: which part of the tokens it gets, if it gets not all
-TOKEN_GROUP = "_token_group"  # under which it carries the processes that share its tokens
+_NAME = "_sharding"  # attribute of a network that holds its `ShardedBlocks`
+TOKEN_PART = "token_part"  # attribute of a layer: the part of the tokens that it gets, if not all
+TOKEN_GROUP = "_token_group"  # attribute of a network: the processes that share its tokens
 
 
 class ShardedBlocks:
@@ -56,7 +56,7 @@ class ShardedBlocks:
 
         self._mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         if device.type == "cpu":
-            keep_heap_small()  # else whole blocks leave holes that are as large as what was split
+            keep_heap_small()  # otherwise freed blocks fragment the heap and save no memory
 
     def watch(self, network: nn.Module) -> Callable[[str], None]:
         """Return a function to call with the name of each filled tensor; it splits complete blocks."""
@@ -117,8 +117,8 @@ class ShardedBlocks:
     def _split(self, block: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        # vectors stay whole: they are small, and each costs more to keep track of than its half. One goes
-        # with the weights, as gloo gathers weights in 8 bits only together with another dtype
+        # vectors are not split: they are small, and tracking each costs more than splitting saves. One is
+        # split with the weights, because gloo gathers 8-bit weights only together with another dtype
         vectors = [parameter for parameter in block.parameters() if parameter.ndim < 2]
         fully_shard(block, mesh=self._mesh, reshard_after_forward=True, ignored_params={*vectors[1:]})
 
@@ -203,7 +203,7 @@ def rows_here(weight: Any) -> Tensor:
 
 def gather_parts(gathered: Tensor, part: Tensor, group: "distributed.ProcessGroup | None" = None) -> None:
     """Fill `gathered` with the parts of all processes, or of the processes of a group, in their order."""
-    # the old name is deprecated where there is the new one
+    # newer versions of torch deprecate the old name
     gather = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
     gather(gathered, part, group)
 
@@ -245,7 +245,7 @@ def as_split(weight: Any, part: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     mesh = weight.device_mesh
-    if mesh.device_type != part.device.type:  # nothing is sent between processes, it only says which rows
+    if mesh.device_type != part.device.type:  # the mesh only states which rows are here; nothing is sent
         mesh = DeviceMesh(part.device.type, mesh.mesh)
     shape = {"shape": weight.shape, "stride": weight.stride()}
     return DTensor.from_local(part, mesh, weight.placements, run_check=False, **shape)

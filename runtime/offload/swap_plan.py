@@ -1,6 +1,6 @@
-"""Choose which weights of a transformer stay in host memory: numbers of blocks, and names.
+"""Choose which weights of a transformer stay in host memory: count blocks, and list tensor names.
 
-With `--blocks_to_swap N` the blocks take as much device memory as all but N of them, as in the known tuners.
+With `--blocks_to_swap N` the blocks take the device memory of all but N blocks, as in musubi-tuner.
 Some blocks stay on the device; the others are streamed through a few slots, which count towards that memory.
 Streamed blocks are spread evenly among resident ones, whose computation hides the copies.
 """
@@ -23,10 +23,10 @@ from runtime.offload.host_memory import HostTensors, Machine, allocate, machine_
 class ListPlan:
     """How the device's memory is divided among the blocks of one list."""
 
-    name: str  # of the nn.ModuleList
+    name: str  # name of the nn.ModuleList
     num_blocks: int
     streamed: tuple[int, ...]  # indices of the blocks that are copied from host memory each time
-    slots: int  # on the device, shared by the streamed blocks
+    slots: int  # number of device slots that the streamed blocks share
 
 
 def plan_list(name: str, num_blocks: int, swapped: int, slots: int = SLOTS) -> ListPlan:
@@ -67,7 +67,7 @@ def max_blocks(
     """
     if counts is None:
         return 0
-    numbers = range(sum(num_blocks), 0, -1)
+    numbers = range(sum(num_blocks), 0, -1)  # largest first
     return next((number for number in numbers if _fits(num_blocks, counts(number), unswapped)), 0)
 
 

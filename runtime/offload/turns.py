@@ -1,4 +1,4 @@
-"""Take turns on a device: frozen weights of a network stay in host memory and are copied there to work.
+"""Let networks take turns on a device: keep frozen weights in host memory, and copy them to run.
 
     place = swapped_weights(..., device, all_weights=True)  # to load from disk straight into host memory
     dit = family.load_dit(Placement(device, host=place), expert)
@@ -49,7 +49,7 @@ class HostCopy:
         """
         self._network = network
         self._is_here = False
-        # each with its memory on the host
+        # (tensor, its copy in host memory)
         self._pairs: list[tuple[Tensor, Tensor]] = []
         if device.type == "cpu" and transfer is None:
             self._transfer: Transfer | None = None

@@ -1,4 +1,4 @@
-"""Measure a CUDA device's memory: what is free, a step's peak, and whether the driver uses the host's."""
+"""Measure a CUDA device's memory: free bytes, peak of a step, and whether the driver spills to the host."""
 
 import logging
 import re
@@ -20,7 +20,7 @@ CONTEXT = 600 << 20
 # For fragmentation, and the display's share of the card. A plan that leaves less than this does not fit.
 MARGIN = 0.03
 TOLERANCE = 0.07  # a larger relative difference between prediction and measurement is reported
-FULL = 0.97  # of the device's memory; from here on the driver may spill to host memory
+FULL = 0.97  # fraction of the device's memory from which on the driver may spill to host memory
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Room:
     name: str
     total: int
     free: int
-    is_planned: bool = False  # a card that is only thought of
+    is_planned: bool = False  # whether it is a hypothetical GPU, from --plan
 
     @property
     def usable(self) -> int:
@@ -127,9 +127,9 @@ class MemoryWatch:
     predicted: int | None = None
     largest: int = 0  # elements of that batch's latents
     measured: int | None = field(default=None, init=False)  # the peak of such a step
-    _highest: int = field(default=0, init=False)  # before the present count began
+    _highest: int = field(default=0, init=False)  # before the counter was last reset
     _steps: int = field(default=0, init=False)
-    _has_seen: bool = field(default=False, init=False)  # a batch of that size, in a measured step
+    _has_seen: bool = field(default=False, init=False)  # whether a measured step had a batch of that size
     _has_warned: bool = field(default=False, init=False)
 
     @property

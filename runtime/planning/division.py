@@ -1,4 +1,4 @@
-"""Predict what a card holds that shares a step with others, from what a single card would hold."""
+"""Predict the memory of a GPU that shares a step with others, from the memory of a single GPU."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ from runtime.planning.dry_run import (
 )
 from runtime.run_blocks import Hidden, runner_of, set_runner
 
-EXCHANGED = 3  # tensors of an attention: one is in order for the others, one is sent, one arrives
+EXCHANGED = 3  # tensors of an attention's exchange: reordered, sent, received
 
 
 class TokenCounter(TorchDispatchMode):
@@ -50,7 +50,7 @@ class TokenCounter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.name() == "planned::attention":
             query, key = args[:2]
-            if query.shape[1] == key.shape[1]:  # to a text each token looks on its own card
+            if query.shape[1] == key.shape[1]:  # only self-attention; attention to a text is not shared
                 self.largest = max(self.largest, query.nbytes)
                 self.heads = math.gcd(self.heads, query.shape[2])
         return func(*args, **(kwargs or {}))

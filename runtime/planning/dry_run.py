@@ -34,13 +34,13 @@ from runtime.planning.kernels import ATTENTION_WORKSPACE, PlannedKernels
 ACCELERATOR = torch.device("cpu:0")
 HOST = torch.device("cpu")
 GRANULE = 512  # CUDA's caching allocator rounds every allocation up to a multiple of this
-SMALL = 1 << 16  # integer tensors of at most so many elements keep their values
+SMALL = 1 << 16  # integer tensors with at most this many elements keep their values
 
 WEIGHTS, NETWORK, OPTIMIZER, GRADIENTS, BATCH = "weights", "network", "optimizer", "gradients", "batch"
-ATTENTION = "attention"  # its workspace
+ATTENTION = "attention"  # workspace of attention
 TEXTS = "texts"  # weights of text encoders
-ADAPTER = "adapter"  # LoRAs that are there while training alone; those of all transformers stay on the device
-# everything else: made before the current place of the run, or in it
+ADAPTER = "adapter"  # trained LoRAs; those of all transformers stay on the device
+# all other tensors: allocated before the current place of the run, or in it
 KEPT, WORKING = "kept", "working"
 Moment = Mapping[str, int]  # bytes by kind
 
@@ -54,7 +54,7 @@ def round_up_bytes(size: int) -> int:
 class _Allocation:
     size: int
     kind: str
-    place: int  # number of the place it was made in
+    place: int  # number of the place in which it was allocated
     on_device: bool
 
 
@@ -74,12 +74,12 @@ class Ledger(TorchDispatchMode):
         self.device = device
         self.is_backward = False
         self.peaks: dict[str, Moment] = {}
-        self._place, self._number = "start", 0  # the current place: its name, and how many came before it
+        self._place, self._number = "start", 0  # name and number of the current place
         self._kind = WORKING  # kind of new tensors
         self._live: Counter[str] = Counter()  # live bytes by kind; WORKING includes KEPT
-        self._here = 0  # the part of WORKING that was made in the current place
+        self._here = 0  # bytes of WORKING that were allocated in the current place
         self._total = 0
-        self._most = 0  # largest total since `rise` began
+        self._most = 0  # highest total since `rise` began
         self._known: dict[int, tuple[weakref.ref[Any], _Allocation]] = {}  # by id of the storage
         self._guesses = False  # whether unknown numbers are read as 1
         self.counts: dict[str, int] = {}  # blocks of each list that run
@@ -286,7 +286,7 @@ def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
         device: Device on which the code inside computes.
     """
     ledger = Ledger(device)
-    # the last mode runs first: inside a piece kernels have stand-ins as everywhere
+    # the last mode is applied first, so that kernels inside of pieces are replaced too
     with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
         yield ledger
 
@@ -394,11 +394,11 @@ def _watch(
 
 
 SECOND, BEFORE_LAST = "second", "last but one"
-IN_BLOCKS = "forward of ", "backward of "  # how the places begin in which a block works
+IN_BLOCKS = "forward of ", "backward of "  # prefixes of the names of places inside a block
 
 
 Counts = tuple[int, ...]  # blocks in each list
-MIN = 3  # both ends of a list and one block like all those between
+MIN = 3  # both ends of a list, and one block in between
 
 
 def keep_blocks(

@@ -20,7 +20,7 @@ from runtime.ways.composing import divided_options
 from runtime.ways.contract import Division
 
 UNDIVIDED = divided_options(Division(1))
-# options that a way decides -> how many words follow; --plan may have one
+# options that a way sets -> number of values on the command line; --plan may have one
 DECIDED = {f"--{name}": 0 if value is False else 1 for name, value in UNDIVIDED.items()}
 DECIDED |= {"--blocks_to_swap": 1, "--plan": 1}
 
@@ -40,10 +40,10 @@ class Divided(Swappable, Protocol):
 class Rehearsed:
     """A rehearsed run on one GPU, and a function that divides it over several."""
 
-    words: tuple[str, ...]  # options that the command lacks
+    words: tuple[str, ...]  # options to add to the command
     heads: int  # number of attention heads, divided among cards that share tokens
     can_swap: bool
-    # predicts the memory of one card of a division; raises OptionError if the run cannot be divided so
+    # predicts the memory of one card of a division; raises OptionError if this division is impossible
     divide: Callable[[Division], Divided]
 
 
@@ -53,9 +53,9 @@ class Way:
 
     words: tuple[str, ...]  # options that it adds to the command
     division: Division
-    at_once: int  # micro-batches, or clips of a generation
+    at_once: int  # number of micro-batches, or of clips in a generation, that are computed at once
     memory: MemoryPlan | None = None
-    host: int = 0  # bytes of all processes
+    host: int = 0  # bytes of host memory of all processes
     fits: bool = False
     rejection: str = ""
 
@@ -101,16 +101,16 @@ def find_ways(rehearsed: Rehearsed, cards: int, room: Room, is_training: bool) -
 
 def _list_divisions(cards: int, is_training: bool) -> list[Division]:
     """Return the divisions of a run over GPUs, in the order of how little the GPUs wait for each other."""
-    # blocks arrive while others compute, and tokens are waited for; a generation makes one clip at a time if
-    # its processes share anything, and then each computes all tokens unless it shares them
+    # gathering blocks overlaps with computation, exchanging tokens does not. A generation whose processes
+    # share anything makes one clip at a time, and each process computes all tokens unless tokens are shared
     contexts = [count for count in range(2, cards + 1) if cards % count == 0] if is_training else [cards]
     blocks = [Division(cards, shards=True)]
     tokens = [Division(cards, False, count) for count in contexts]
     both = [Division(cards, True, count) for count in contexts]
     divisions = [*blocks, *tokens, *both] if is_training else [*tokens, *blocks, *both]
-    by_words: dict[tuple[str, ...], Division] = {(): Division(cards)}
+    by_words: dict[tuple[str, ...], Division] = {(): Division(cards)}  # without options: undivided
     for division in divisions:
-        by_words.setdefault(_words_of(division), division)  # without a way to divide so there is nothing new
+        by_words.setdefault(_words_of(division), division)  # equal options mean the same division
     return list(by_words.values())
 
 
@@ -161,6 +161,7 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
         assert memory is not None
         lines += _advise(fitting, added, is_training)
     else:
+        # nothing fits: show the plan that needs the least memory
         memory = min(plans, key=lambda plan: plan.device)
         lines.append(
             f"No way fits: {memory.worst.name} takes {gib(memory.device)} GiB at least. Run with --plan "
@@ -174,6 +175,7 @@ def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> 
     best = fitting[0]
     on_each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
     lines = [f"The cheapest that fits{on_each}:", f"  {command_of(best, added, sys.argv, is_training)}"]
+    # a clip is finished soonest if as many GPUs as possible share its tokens
     fastest = max(fitting, key=lambda way: way.division.context)
     if not is_training and fastest is not best:
         lines.append("One clip is made soonest by:")
@@ -227,4 +229,5 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
     words = [str(find_script(script) or script), *kept, *added, *way.words]
     if not is_training and way.at_once > 1:  # separate generations, each a process without a launcher
         return as_typed(["python", *words])
+    # LAUNCH ends with N, a placeholder for the number of processes
     return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])

@@ -1,4 +1,4 @@
-"""Compose the options of all ways to run a transformer, and act by those that have joined a run.
+"""Compose the options of all modes of running a transformer, and apply the modes that are active.
 
 Standard library only.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-OF_LAUNCHER = ("ACCELERATE_USE_", "PARALLELISM_CONFIG_")  # begin the variables that ask accelerate to split
+OF_LAUNCHER = ("ACCELERATE_USE_", "PARALLELISM_CONFIG_")  # prefixes of variables that make accelerate split
 
 
 def options_of_ways(is_training: bool) -> type[Options]:

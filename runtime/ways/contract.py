@@ -1,8 +1,8 @@
-"""What a way to run a transformer is.
+"""The contract of a mode of running a transformer (`WayToRun`).
 
-A way is one light file, and its line in `runtime/ways/__init__.py`. What it does to a network is in
-`runtime/offload/`. No phase names a way, or asks one: a way that is on joins the run (`JoinedWays`) and
-writes into it.
+A mode is one light file, and its line in `runtime/ways/__init__.py`. The code that changes a network is in
+`runtime/offload/`. Training and generation know no single mode: each active mode adds its contributions to a
+`JoinedWays`, which they read.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -49,7 +49,7 @@ class FurtherModel(NamedTuple):
     """A frozen transformer that a run loads in addition to its own."""
 
     name: str  # completes "... would not be split"
-    option: str  # that gives its file, as it is typed
+    option: str  # option that names its file
 
 
 @dataclass(frozen=True)
@@ -57,14 +57,14 @@ class RunUses:
     """Uses of a run that modes of running may conflict with: the option of each use, or "" if it is off."""
 
     takes_turns: tuple[str, ...] = ()  # options by which two transformers take turns on a device
-    # of a training: the option of the model that makes samples, and a module of a network
+    # in trainings: the option that names a separate model for samples
     samples_apart: str = ""
-    foreign_module: str = ""  # of another package
-    own_modules: Collection[str] = ()  # that can take its place
+    foreign_module: str = ""  # network module of another package
+    own_modules: Collection[str] = ()  # network modules that can replace it
     further_models: tuple[FurtherModel, ...] = ()
-    # of a generation
+    # in generations
     has_step_cache: bool = False
-    calibrates: bool = False  # a step cache
+    calibrates: bool = False  # whether a step cache is calibrated
     rewrites_prompts: bool = False
 
 
@@ -76,8 +76,8 @@ class Division:
     """
 
     processes: int
-    shards: bool = False  # the weights of the blocks
-    context: int = 1  # cards that share the tokens of a clip
+    shards: bool = False  # whether the weights of the blocks are split
+    context: int = 1  # number of GPUs that share the tokens of a clip
 
 
 class WayOptions(Options):
@@ -114,16 +114,17 @@ class WayOptions(Options):
 class WayHooks:
     """Functions that modes of running call at points of a run, in the order of the modes."""
 
-    # given --mixed_precision of a whole model that learns: raises OptionError
+    # check full training: takes --mixed_precision, raises OptionError
     whole: list[Callable[[str], None]] = field(default_factory=list)
-    check: list[Callable[[RunUses], None]] = field(default_factory=list)  # given the run: raises OptionError
-    # given the number of processes, how often they would make each prompt, and the run: raises OptionError
+    check: list[Callable[[RunUses], None]] = field(default_factory=list)  # takes the run, raises OptionError
+    # takes the number of processes, how often they would repeat each prompt, and the run; raises OptionError
     launch: list[Callable[[int, int, RunUses], None]] = field(default_factory=list)
-    # given the device: where blocks are put while loading; None: this process has them alone
+    # takes the device; returns the place into which blocks are loaded, None if this process holds all blocks
     place: "list[Callable[[torch.device], BlockPlace | None]]" = field(default_factory=list)
-    # given a network, the places of all processes and the device: acts on it after all other changes
+    # takes a network, the grid of processes and the device; changes the network after all other changes
     finish: "list[Callable[[nn.Module, ProcessGrid, torch.device], None]]" = field(default_factory=list)
-    # given the places of all processes, whether weights are split, and the device: runs the passes of a step
+    # takes the grid of processes, whether weights are split, and the device; returns what runs a step's
+    # passes
     passes: "list[Callable[[ProcessGrid, bool, torch.device], RunPasses]]" = field(default_factory=list)
 
 
@@ -132,15 +133,16 @@ class JoinedWays:
     """The contributions of the active modes to a run. Options are spelled as a user types them."""
 
     speed: SpeedOptions
-    typed: list[str] = field(default_factory=list)  # of all these ways
-    # that splits each block over processes: all run the same passes at the same time, and swap no block
+    typed: list[str] = field(default_factory=list)  # options of all active modes
+    # option that splits each block over processes: all run the same passes at the same time, and swap no
+    # block
     splits_weights: str = ""
-    divides_tokens: str = ""  # each process has some of the tokens of a clip
-    divides_passes: str = ""  # the processes that are left over share the passes of a step
-    # option -> processes that share a micro-batch, or a pass of a step
+    divides_tokens: str = ""  # option by which each process has some of the tokens of a clip; "" without
+    divides_passes: str = ""  # option by which the remaining processes share the passes of a step; "" without
+    # option -> number of processes that share a micro-batch, or a pass of a step
     peers: dict[str, int] = field(default_factory=dict)
     alone: dict[str, str] = field(default_factory=dict)  # option -> what a single process does with it
-    for_generation: dict[str, bool] = field(default_factory=dict)  # that a LoRA needs in generation as well
+    for_generation: dict[str, bool] = field(default_factory=dict)  # those that a LoRA needs in generation
     on: WayHooks = field(default_factory=WayHooks)
 
     @property
@@ -153,7 +155,7 @@ class JoinedWays:
 class WayToRun:
     """A mode of running a transformer."""
 
-    name: str  # of its option
+    name: str  # name of its option
     options: type[WayOptions]
-    is_on: Callable[[Any], bool]  # given its options
-    join: Callable[[JoinedWays, Any], None]  # given a run and its options, if it is on: raises OptionError
+    is_on: Callable[[Any], bool]  # takes the mode's options
+    join: Callable[[JoinedWays, Any], None]  # takes a run and the mode's options; raises OptionError

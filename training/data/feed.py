@@ -47,7 +47,7 @@ from training.noise_options import NOTHING, SIGMA, TIMESTEP, TimestepOptions
 from training.steps import StepPlan
 
 Key = tuple[int, int]  # epoch, micro-batch in it
-MAX_KEPT = 50_000  # items of an epoch whose readers stay for the next one
+MAX_KEPT = 50_000  # with at most so many items in an epoch, workers are kept for the next epochs
 ALIGNMENT = 64  # bytes: enough for every dtype
 
 
@@ -63,13 +63,14 @@ class BatchSources:
     """Where a run's batches come from: caches, and encoding during training."""
 
     latent: LatentSpec
-    encoders: SameEncoders = field(default_factory=SameEncoders)  # that made the caches that were read
+    encoders: SameEncoders = field(default_factory=SameEncoders)  # checks that one encoder made all caches
     stores: Stores = field(default_factory=Stores)
     tables: LiveTables = field(default_factory=dict)  # tables with a part that is not cached, by index
     media: EncodesImages | None = None  # None: all latents are cached
-    # whether batches must be made in the training process: what they need is not sent to others
+    # whether batches must be made in the training process, because workers have no encoder or memory caches
     stays: bool = False
-    empty_text: Mapping[str, Tensor] = field(default_factory=dict)  # of one sample, if not from caches
+    # the empty prompt for one sample; empty if it comes from caches
+    empty_text: Mapping[str, Tensor] = field(default_factory=dict)
 
     def read(
         self,
@@ -125,7 +126,7 @@ class BatchSources:
 class Packed:
     """A micro-batch packed for sending between processes, with all its tensors in a single one.
 
-    Each tensor costs the receiver a connection to the sender.
+    A single tensor is faster, because the receiver opens a connection to the sender for each tensor.
     """
 
     outline: NoisyBatch  # its tensors are on the meta device: dtypes and shapes
@@ -168,16 +169,16 @@ class Randomness:
     timesteps: TimestepOptions
     seed: int
     noise: NoiseSpec = FLOW
-    latent: LatentSpec | None = None  # only `NoiseSpec.vary` asks for it
+    latent: LatentSpec | None = None  # used by `NoiseSpec.vary` only
     experts: tuple[Expert, ...] = ONE_EXPERT
-    # given shape, seed and number of a micro-batch: further noise of the input
+    # functions of shape, seed and number of a micro-batch that return additional noise of the input
     on_noise: Sequence[Callable[[torch.Size, int, int], Tensor]] = ()
     weighted_by: str = TIMESTEP  # timestep or sigma: what --weighting_scheme computes the loss weight from
     audio: AudioLearning | None = None  # None: the family has no sound
-    # given this and a drawn micro-batch: the one in its place
+    # functions of this object and a drawn micro-batch that return the micro-batch to use instead
     on_batch: Sequence[Callable[["Randomness", NoisyBatch], NoisyBatch]] = ()
-    view: str = ""  # further conditions of a feature, as `Batch.view`
-    sentences: Sequence[str] = ()  # in place of captions: one is drawn for each sample
+    view: str = ""  # additional conditions of a feature, as `Batch.view`
+    sentences: Sequence[str] = ()  # replace captions: one is drawn for each sample
 
     def add(self, batch: Batch, number: int, first_sample: int) -> NoisyBatch:
         """Draw noise and timesteps for micro-batch `number` of the run.
@@ -231,8 +232,8 @@ class Randomness:
 
     def _vary(self, noise: Tensor, batch: Batch, number: int) -> Tensor:
         """Return the noise as modified for training, for example by an offset."""
-        assert self.noise.vary is not None  # else nothing calls this
-        assert self.latent is not None  # of a family that changes its noise
+        assert self.noise.vary is not None  # checked by the caller
+        assert self.latent is not None  # set for every family that varies its noise
         latents = self.latent.to_model(batch.tensor("latents"))
         return self.noise.vary(noise, latents, seed_generator(self.seed, "varied noise", number))
 
@@ -243,7 +244,7 @@ class Randomness:
 
     def _vary_inputs(self, batch: Batch, number: int) -> Batch:
         """Return the batch with its additional inputs varied as the family does at each step."""
-        assert self.noise.vary_inputs is not None  # else nothing calls this
+        assert self.noise.vary_inputs is not None  # checked by the caller
         generator = seed_generator(self.seed, "varied inputs", number)
         return replace(batch, tensors=self.noise.vary_inputs(batch.tensors, self.view, generator))
 
@@ -348,14 +349,14 @@ class Feed:
     randomness: Randomness
     plan: StepPlan
     process: int = 0
-    workers: int = 0  # as asked for; never more than there are CPUs
+    workers: int = 0  # requested number; at most one per CPU is used
     pin_memory: bool = False
-    reads_dropped: bool = False  # captions that are dropped are read too, for passes that see them
-    reads_empty: bool = False  # the empty prompt is read too, for a target that asks for it
+    reads_dropped: bool = False  # dropped captions are read too, for passes that use them
+    reads_empty: bool = False  # the empty prompt is read too, for targets that need it
     # by `DatasetTable.batch_group`; empty: all tables have the timesteps of the run
     table_times: Mapping[int, TimestepOptions] = field(default_factory=dict)
-    reads_rejected: bool = False  # latents of the worse ones of pairs, for a target that asks for it
-    checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # of the run, which begins here
+    reads_rejected: bool = False  # rejected latents of pairs are read too, for targets that need them
+    checks: CacheChecks = field(default_factory=CacheChecks, init=False)  # results for the whole run
 
     def start(self, epoch: int, position: int) -> Generator[NoisyBatch]:
         """Yield all micro-batches from a position in an epoch to the end of the run.

@@ -1,7 +1,7 @@
-"""Texts that are encoded while training.
+"""Texts that are encoded during training.
 
-Text encoders stay loaded next to the network if captions vary, if they learn, or if there are no caches;
-every process encodes the captions of its own micro-batches.
+Text encoders stay loaded if captions vary, if the encoders are trained, or if there are no caches. Every
+process encodes the captions of its own micro-batches.
 """
 
 import logging
@@ -35,10 +35,10 @@ class LiveTexts:
     """The text encoders that stay loaded. Outputs of all others come from caches."""
 
     encoders: Sequence[TextEncoder]
-    learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in their order
-    able: Sequence[str] = ()  # prefixes of all encoders that could learn, in the order of their rates
+    learning: Sequence[LearningEncoder] = ()  # encoders that get a network, in the family's order
+    able: Sequence[str] = ()  # LoRA prefixes of all trainable encoders, in the order of --text_encoder_lr
     taught: Sequence[WithNetwork] = ()  # encoders that learn the vectors of a new word
-    adds_empty: bool = False  # batches also get the empty prompt, for a target that asks for it
+    adds_empty: bool = False  # batches also get the empty prompt, for targets that need it
 
     @property
     def keys(self) -> frozenset[str]:
@@ -82,7 +82,7 @@ class LiveTexts:
         return {encoder.name: encoder.network for encoder in self.taught}
 
     def networks_for(self, is_word: bool) -> dict[str, nn.Module]:
-        """Return the networks that learn a new word, or those that are trained."""
+        """Return `taught_networks` if a new word is trained alone, else `networks`."""
         return self.taught_networks if is_word else self.networks
 
     def add_to(self, batch: Batch) -> Batch:
@@ -101,7 +101,7 @@ class LiveTexts:
         return self._add_empty(batch) if self.adds_empty else batch
 
     def _add_empty(self, batch: Batch) -> Batch:
-        """Return the batch with the outputs of these encoders for the empty prompt."""
+        """Return the batch with the outputs of these encoders for the empty prompt in `empty_text`."""
         empty_text = dict(batch.empty_text)
         for encoder in self.encoders:
             with torch.no_grad():

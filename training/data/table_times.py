@@ -1,6 +1,7 @@
-"""Noise levels of each dataset table: its keys take the place of the options of the same names.
+"""Noise levels of each dataset table: keys of a table replace the options of the same names.
 
-A micro-batch is of one group of tables (one table, or the subsets of a dataset), which has one distribution.
+A micro-batch has items of one group of tables (one table, or the subsets of a dataset), and each group has
+one distribution of timesteps.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,7 +25,7 @@ def times_of_table(options: TimestepOptions, table: DatasetTable) -> TimestepOpt
     """Return the timestep options for the items of a table.
 
     Raises:
-        DatasetError: If they contradict each other.
+        DatasetError: If keys of the table and options contradict each other.
     """
     if not table.has_own_timesteps:
         return options

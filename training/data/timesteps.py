@@ -30,11 +30,11 @@ from training.noise_options import (
     TimestepOptions,
 )
 
-SCAN = 10_000  # points at which the accepted part of a sampler is looked for
-_IDEOGRAM_SIDE = 16 / 512  # of a token: 16 of the 512 pixels at which Ideogram 4's shift is 1
-_IDEOGRAM_TOKENS = (256, 16384)  # of images of 256 and of 2048 pixels
-_FOUR_PIXELS = (1, 1, 1, 2, 2)  # latents, B C F H W, that are one token of most models
-NEARLY = 1e-6  # of a timestep: 0.57 * 1000 is 569.9999999999999
+SCAN = 10_000  # evenly spaced numbers u that are tried to find the part of a sampler that is accepted
+_IDEOGRAM_SIDE = 16 / 512  # a token is 16 pixels wide, and Ideogram 4's shift is 1 at 512 pixels
+_IDEOGRAM_TOKENS = (256, 16384)  # tokens of images with sides of 256 and 2048 pixels
+_FOUR_PIXELS = (1, 1, 1, 2, 2)  # shape of latents, B C F H W, that are one token in most models
+NEARLY = 1e-6  # tolerance in timesteps for rounding errors: 0.57 * 1000 is 569.9999999999999
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class Timesteps:
     """Noise levels of one micro-batch. All B, float32, on the CPU."""
 
     sigmas: Tensor  # share of noise in the mixture, 0..1
-    timesteps: Tensor  # what the network is fed
-    levels: Tensor  # what options count: the sigmas before `NoiseSpec.base_shift`
+    timesteps: Tensor  # input of the network
+    levels: Tensor  # sigmas before `NoiseSpec.base_shift`: options refer to these
     expert: int = 0  # index of the expert that all samples go to
 
 
@@ -123,8 +123,8 @@ def _select_expert(
 ) -> int:
     """Return the index of the expert of a noise level.
 
-    The range or the shift of a table may leave less than one of SCAN draws to an expert, too few to fill a
-    batch. Then the other expert gets the batch.
+    If the range or the shift of a table leaves an expert less than one of SCAN draws, which is too few to
+    fill a batch, the other expert gets the batch.
     """
     index = expert_at(level, experts)
     with_draws = [
@@ -185,7 +185,7 @@ def _require_shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
 
 
 def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
-    """Return the line in `SIZE_SHIFTS` of a sampler whose shift grows with the number of tokens."""
+    """Return two (tokens, mu) points of `SIZE_SHIFTS`: between them, the sampler's mu is linear."""
     sampler = options.timestep_sampling
     if sampler == "nextdit_shift":
         return SIZE_SHIFTS["flux_shift"]
@@ -197,9 +197,9 @@ def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, fl
 def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
     """Apply `shares_of` to uniform numbers, or to their normal quantiles if the sampler takes those.
 
-    With --timestep_focus P and its range from LOW to HIGH, in thousandths: numbers u below P become the noise
-    fraction (LOW + (HIGH - LOW) u / P) / 1000, and the sampler gets (u - P) / (1 - P) for the others. The
-    focus is therefore a mixture. Its range refers to the sample as trained, after any shift of the sampler.
+    --timestep_focus P with a range from LOW to HIGH (in thousandths) makes a mixture: numbers u below P
+    become the noise fraction (LOW + (HIGH - LOW) u / P) / 1000, and for the other ones the sampler gets
+    (u - P) / (1 - P). The range refers to final noise levels, after any shift of the sampler.
     """
     if options.timestep_focus is not None:
         return _focus_shares(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
@@ -207,7 +207,7 @@ def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flo
 
 
 def sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """Return the noise fractions that the sampler makes of uniform numbers, without a focus."""
+    """Map uniform numbers to noise fractions with the sampler, without --timestep_focus."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
     return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
 
@@ -301,7 +301,7 @@ def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
     """Return the noise levels of the audio in clips whose images have the noise levels `times`."""
     if noise.audio_shift == 1:
         return times
-    # from the levels: near 1 the sigmas of images have lost digits
+    # computed from the levels, because sigmas of images near 1 have lost digits
     sigmas = shift_sigmas(times.levels.double(), noise.base_shift * noise.audio_shift)
     timesteps = NUM_TIMESTEPS * sigmas + noise.training_offset
     return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())
@@ -345,7 +345,7 @@ def find_accepted_range(
 ) -> tuple[float, float]:
     """Return the smallest range of u that contains all accepted draws, slightly widened.
 
-    Restricting u to it leaves few draws to reject.
+    If u is drawn from this range, few draws are rejected.
 
     Raises:
         OptionError: If no draw is accepted.
@@ -387,7 +387,7 @@ def scan(
 
 
 def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tuple[float, float]:
-    """Return about the lowest and the highest noise level that a run draws, in thousandths.
+    """Estimate the lowest and the highest noise level that a run draws, in thousandths.
 
     Args:
         several: Timestep options of each table, which may differ.
@@ -406,13 +406,13 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
 def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bool:
     """Return whether noise levels of an expert are drawn.
 
-    Samplers that depend on the size are tried at both ends of their line.
+    Samplers that depend on the image size are tried with their smallest and their largest shift.
     """
     return any(len(scan(options, noise, shift, expert)[0]) for shift in _list_shifts(options))
 
 
 def _list_shifts(options: TimestepOptions) -> list[float]:
-    """Return the flow shifts to try; for samplers that depend on the size, those at both ends of the line."""
+    """Return the flow shifts to try: two if the sampler depends on the size, its smallest and its largest."""
     if options.timestep_sampling == IDEOGRAM_SHIFT:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
@@ -457,9 +457,9 @@ def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
 
 
 def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
-    """Return t from a mixture of samplers: the uniform number of each sample chooses one.
+    """Return t from a mixture of samplers: the uniform number of each sample selects one of them.
 
-    The position of the number within the range that chooses a sampler is uniform too, so it is that sampler's
+    The number's position within the range of the selected sampler is uniform too, so it is that sampler's
     input.
     """
     t = torch.zeros_like(numbers)
@@ -481,7 +481,7 @@ def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float
 
 
 def _stretched(rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_shift: float) -> Tensor:
-    """Return t of the sampler shifted_logit_normal, B, from uniform `uniform_numbers`."""
+    """Return t of the sampler shifted_logit_normal, B, from `uniform_numbers`."""
     uniform_fraction = rule.uniform_share if rule.is_stretched else 0.0
 
     def logit(quantiles: Tensor) -> Tensor:
@@ -489,7 +489,7 @@ def _stretched(rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_s
 
     t = logit(((uniform_numbers - uniform_fraction) / (1 - uniform_fraction)).clamp(1e-9, 1 - 1e-9))
     if rule.is_stretched:
-        # stretched so that these two quantiles become 0 and 1; what falls below the minimum is mirrored
+        # stretch t so that these two quantiles become 0 and 1; values below the minimum are mirrored
         low, high = logit(torch.tensor([0.005, 0.999], dtype=torch.float64))
         t = (t - low) / (high - low)
         t = torch.where(t < rule.minimum, 2 * rule.minimum - t, t).clamp(0, 1)
@@ -510,7 +510,7 @@ def _cut_logit(rule: CutLogit, numbers: Tensor) -> Tensor:
 
 
 def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> Tensor:
-    """Return t of the sampler `sigma`, an index into 1000 ... 1, whose bounds count from the noisy end."""
+    """Return t of the sampler `sigma`: it draws an index into 1000 ... 1, to which the bounds apply."""
     match options.weighting_scheme:
         case "logit_normal":
             u = torch.sigmoid(options.logit_mean + options.logit_std * numbers)
@@ -529,14 +529,14 @@ def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> 
 def _in_buckets(u: Tensor, num_buckets: int, seed: int, first_sample: int) -> Tensor:
     """Move each number u into one of `num_buckets` equal parts of 0..1.
 
-    Parts are assigned in rounds; each round is a permutation that depends on (seed, round) only.
+    Each round of `num_buckets` samples uses every part once, in an order that depends on (seed, round) only.
     """
     spread = torch.empty_like(u)
     orders: dict[int, Tensor] = {}
     for i in range(len(u)):
-        deal, place = divmod(first_sample + i, num_buckets)
-        if deal not in orders:
-            generator = torch.Generator().manual_seed(derive_seed(seed, "timestep buckets", deal))
-            orders[deal] = torch.randperm(num_buckets, generator=generator)
-        spread[i] = (orders[deal][place] + u[i]) / num_buckets
+        round_index, position = divmod(first_sample + i, num_buckets)
+        if round_index not in orders:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "timestep buckets", round_index))
+            orders[round_index] = torch.randperm(num_buckets, generator=generator)
+        spread[i] = (orders[round_index][position] + u[i]) / num_buckets
     return spread

@@ -1,4 +1,4 @@
-"""Compose the options of all features, and have those that are on join a run. Standard library only."""
+"""Compose the options of all features, and let the active ones join a run. Standard library only."""
 
 import contextlib
 import logging
@@ -37,7 +37,7 @@ def list_info() -> dict[str, Mapping[str, Any]]:
 
 
 def options_reaching(*reaches: str) -> dict[str, Mapping[str, Any]]:
-    """Return the declarations of feature options that reach out of the program in these ways, by name."""
+    """Return the declarations of feature options with one of these reaches (`modules.options`), by name."""
     return {name: info for name, info in list_info().items() if find_reach(info) in reaches}
 
 
@@ -47,7 +47,7 @@ def options_of_blocks() -> list[str]:
 
 
 def options_by_expert() -> list[type[Options]]:
-    """Return the feature records for the second of two transformers, by the records that contain them."""
+    """Return the option records of features for the second of two transformers."""
     hints = [hint for feature in FEATURES for hint in hints_of(feature.options).values()]
     return [record for record in map(record_of, hints) if record is not None]
 
@@ -59,7 +59,7 @@ def rejected_for_full() -> dict[str, str]:
 
 
 def options_of_run() -> type[Options]:
-    """Return a record of the feature options that `run` has too, with a field for each feature."""
+    """Return a record of the feature options that `reelsmith run` also has, with a field per feature."""
     records = {feature.name: feature.options.of_run for feature in FEATURES if feature.options.of_run}
     content: dict[str, Any] = {name: option() for name in records}
     content["__annotations__"] = records
@@ -98,7 +98,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 def begin_run(
     options: "OptionsOfRun", family: "Described", tables: "Sequence[DatasetTable]" = ()
 ) -> JoinedRun:
-    """Return a run like `join_run`, and have the features prepare what needs torch and the model."""
+    """Join a run as `join_run` does, then call `on.start` of the features, which may need torch."""
     run = join_run(options, tables)
     run.family = family
     for start in run.on.start:

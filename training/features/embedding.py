@@ -1,8 +1,8 @@
 """Learn the vectors of a new word together with a LoRA (pivotal tuning), or alone: --train_embedding.
 
-The model gets text encoders with rows for the word; `embedding_rows.py` makes these rows and lets them learn.
-They are saved in the LoRA's file, as `protocols/bundled_embeddings.py` names them. With --embedding_only they
-are what the run trains, and its files hold nothing else.
+The text encoders get embedding rows for the word, which `embedding_rows.py` creates and trains. The rows are
+saved in the LoRA's file under the names of `protocols/bundled_embeddings.py`. With --embedding_only, they
+are all that the run trains and saves.
 """
 
 import logging
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# options of LoRAs that hold for a word alone too: text encoders get none
+# LoRA options that are allowed with --embedding_only: no LoRA is added to text encoders anyway
 TRUE_ALONE = {"network_train_unet_only"}
-ALONE = "textual inversion"  # there is no network module: files say so
+ALONE = "textual inversion"  # network module in the metadata of files without a LoRA
 FLAGS = WordFlags(
     word="--train_embedding",
     count="--embedding_vectors",
@@ -122,7 +122,7 @@ class EmbeddingOptions(
     )
 
     def word(self, lora: Path | None = None) -> WordToLearn:
-        """Return the word; call only with `train_embedding`.
+        """Return the word to learn; `train_embedding` must be set.
 
         Args:
             lora: LoRA file that training continues from.
@@ -141,7 +141,7 @@ class EmbeddingOptions(
 
 
 def _teach(word: WordToLearn, family: "Family") -> "Family":
-    """Return the model with embedding rows for the word. Raises OptionError if it trains no LoRA."""
+    """Return the model with embedding rows for the word. Raises OptionError if the script trains no LoRA."""
     from protocols.family_networks import made_network_of  # torch: only with a word
 
     made = made_network_of(family)
@@ -154,7 +154,7 @@ def _teach(word: WordToLearn, family: "Family") -> "Family":
 
 
 def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
-    """Check the files that the word could start from. Raises UserError if one does not fit."""
+    """Check the files with initial vectors of the word. Raises UserError if one does not fit."""
     cast(LearnsWords, family).word_network(word).check()
 
 
@@ -177,7 +177,7 @@ def _describe(options: EmbeddingOptions) -> str:
 
 
 def _describe_alone(word: WordToLearn, family: "Described") -> "MadeNetwork":
-    """Return the word as what a run trains in place of a LoRA."""
+    """Return the network of the word, for a run that trains it instead of a LoRA."""
     network = cast(LearnsWords, family).word_network(word)
     return replace(
         network,
@@ -188,12 +188,12 @@ def _describe_alone(word: WordToLearn, family: "Described") -> "MadeNetwork":
 
 
 def _say_generation(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -> Sequence[str]:
-    """Return the command that generates with a file of the word."""
+    """Return the command that generates with an embedding file."""
     return [*base, "--textual_inversion_embeddings", str(file)]
 
 
 def _list_given(record: Options | None) -> list[str]:
-    """Return the names of the options of a record that are given, without those of records in it."""
+    """Return the names of the options in a record that are given, without those of nested records."""
     if record is None:
         return []
     own = [field for field in fields(record) if not isinstance(getattr(record, field.name), Options)]

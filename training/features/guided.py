@@ -1,4 +1,4 @@
-"""Learn away from what the network predicts for the empty prompt: --guided_target."""
+"""Train towards a target that points away from the prediction for the empty prompt: --guided_target."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -60,7 +60,7 @@ class GuidedTarget:
 
     scale: float
     audio_scale: float
-    lowest_level: float  # share of noise, 0..1, from which on it is used
+    lowest_level: float  # lowest noise fraction, 0..1, at which the target is used
 
 
 def make_guided(options: GuidedTargetOptions) -> GuidedTarget:
@@ -79,9 +79,9 @@ def guide(
 ) -> "Tensor":
     """Return u + scale * (velocity - u), where u is the network's prediction for the empty prompt.
 
-    Samples below the lowest noise level keep the velocity. So do samples with the empty prompt as text,
-    because they would be pushed away from themselves. Preserved samples keep the base model's prediction.
-    Audio has its own scale and its own levels.
+    Samples below the lowest noise level keep the velocity. So do samples whose caption is the empty prompt,
+    because u is their own prediction. Samples whose table asks for the base model's prediction are not
+    changed. Audio has its own scale and its own noise levels.
     """
     from training.targets.passes import choose, kept_samples, levels_of  # torch: only with this target
 
@@ -133,7 +133,7 @@ def guide_clip(
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return the comparisons with the guided target in the first one, which compares with the clip."""
+    """Return the comparisons, with the guided target in the first one instead of the clip's velocity."""
     clip, *others = comparisons
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 

@@ -1,7 +1,7 @@
-"""What features write into the run that they join, and what they see of it.
+"""What features contribute to a run, and what they can read of it.
 
-`JoinedRun` is what a feature gets; `Hooks` has the points that a run comes to, in order. The records before
-them say what a run and its networks are to a feature.
+A feature gets a `JoinedRun` and adds functions to its `Hooks`, which lists the points of a run in order. The
+protocols before them describe the parts of a run and its networks that features use.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -206,7 +206,7 @@ class HookedRun(Protocol):
 class Average(Protocol):
     """Moving average of the trained weights, saved next to each file and in states."""
 
-    steps: int  # that it covers
+    steps: int  # number of averaged steps
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -323,9 +323,9 @@ class MergedLoras:
 class GradientStep:
     """A step with accumulated gradients, before the weights are updated."""
 
-    loss: "Tensor"  # its mean: a number on the device
-    keys: tuple[str, ...]  # of the items of this process
-    kind: str  # its transformers, and whether it has sound: norms of different kinds are not compared
+    loss: "Tensor"  # mean loss of the step, a scalar on the device
+    keys: tuple[str, ...]  # keys of the items of this process
+    kind: str  # its transformers, and whether it has audio: norms of different kinds are not compared
 
 
 @dataclass
@@ -333,11 +333,11 @@ class RunEnd:
     """How far a run has come, for features that act at its end, even if it failed while loading."""
 
     run: "JoinedRun"
-    is_due: bool = False  # features act in this process: the first one, once all have joined
+    is_due: bool = False  # whether features act in this process: only in the first, after all have joined
     progress: "Progress | None" = None  # None: there is no plan yet
     total_steps: int | None = None  # None: not known yet
-    has_begun: bool = False  # a wrong option is an error of the run from here on
-    error: BaseException | None = None  # that has ended it
+    has_begun: bool = False  # from then on, a wrong option is an error of the run
+    error: BaseException | None = None  # the error that ended the run
 
 
 @dataclass
@@ -348,7 +348,7 @@ class Tally:
     # how the page shows them
     charts: Sequence[NumberChart] = ()
     tiles: Sequence[NumberTile] = ()
-    numbers: "Tensor | None" = None  # of the last passes, one for each name: means
+    numbers: "Tensor | None" = None  # means over the last passes, one for each name
 
     def take(self) -> "Tensor | None":
         """Return and clear the numbers of the micro-batch; None if its passes recorded none."""
@@ -362,18 +362,18 @@ class RunInfo:
     """What is shown about a run in its boxes, in its files and on its page."""
 
     in_files: dict[str, Any] = field(default_factory=dict)  # metadata of saved files, whose names get `ss_`
-    for_loading: dict[str, Any] = field(default_factory=dict)  # more, unchanged and with --no_metadata too
-    targets: list[str] = field(default_factory=list)  # lines behind those of `JoinedRun.targets`
-    at_start: dict[str, str] = field(default_factory=dict)  # lines that end the box at the start
-    commands: dict[str, Sequence[str]] = field(default_factory=dict)  # that may follow, in words, by heading
+    for_loading: dict[str, Any] = field(default_factory=dict)  # metadata without `ss_`, kept by --no_metadata
+    targets: list[str] = field(default_factory=list)  # lines after those of `JoinedRun.targets`
+    at_start: dict[str, str] = field(default_factory=dict)  # last lines of the box at the start
+    commands: dict[str, Sequence[str]] = field(default_factory=dict)  # next commands, in words, by heading
 
 
 @dataclass(frozen=True)
 class KeptAverage:
     """An average of the weights that a run maintains."""
 
-    name: str  # short
-    is_sampled: bool  # samples show it
+    name: str  # short name, such as "EMA"
+    is_sampled: bool  # whether samples are generated with the average
 
 
 class Storage(Protocol):
@@ -382,7 +382,7 @@ class Storage(Protocol):
     def make_publisher(self) -> "Publisher | None":
         """Return the publisher of saved files; None if they stay on this machine."""
 
-    # what --resume says, and a folder to write into -> the state if it is there, else None
+    # `name` is the value of --resume
     def fetch_state(self, name: str, folder: Path) -> Path | None:
         """Download the state `name` below `folder` and return its path; None if states are local."""
 
@@ -392,7 +392,7 @@ BeforeStep = Callable[[HookedRun, GradientStep, "Tensor"], str]
 OnBatch = Callable[["Randomness", "NoisyBatch"], "NoisyBatch"]
 LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager[None]]
 Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
-# the seed of the run, and whether it begins with values
+# arguments after the encoders: the seed of the run, and whether the vectors get initial values
 MakeBeside = Callable[["Mapping[str, nn.Module]", int, bool], LearnerBeside]
 # see `Hooks.media`
 OnMedia = Callable[
@@ -407,13 +407,13 @@ class Hooks:
 
     # may load torch, and puts further functions into these lists; in measurements of memory too
     start: "list[Callable[[JoinedRun], None]]" = field(default_factory=list)
-    # given the model of the run: the one in its place. Raises OptionError if it cannot be
+    # given the model of the run, return the model to use instead. Raises OptionError if that is impossible
     family: "list[Callable[[Family], Family]]" = field(default_factory=list)
     # given the model and the numbers of its blocks, which may be unknown: raises OptionError
     check: "list[Callable[[Family, Sequence[int]], None]]" = field(default_factory=list)
     # given the model and other models: raises UserError for files and packages. Loads no network
     check_files: "list[Callable[[Family, OtherFamilies], None]]" = field(default_factory=list)
-    # given the text encoders that work while training: raises OptionError
+    # given the text encoders that run during training: raises OptionError
     texts: "list[Callable[[LiveTexts | None], None]]" = field(default_factory=list)
     # given the run with its items, before a network is loaded: raises UserError; texts are encoded here
     plan: list[Callable[[PlannedRun], None]] = field(default_factory=list)
@@ -421,34 +421,35 @@ class Hooks:
     recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
     # given the loaded text encoders that learn a new word, by the prefixes of their names in LoRA files
     beside: list[MakeBeside] = field(default_factory=list)
-    # given each network to train, once its trained part is in it
+    # given each network to train, after its trained part was added
     before_dress: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
-    # given the model, its encoders, a decoded image, a key that seeds random numbers and the image's tensors:
-    # those in their place. Only of images that are encoded at each step
+    # given the model, its encoders, a decoded image, a key that seeds random numbers and the image's tensors,
+    # return the tensors to use instead. Only for images that are encoded at each step
     media: list[OnMedia] = field(default_factory=list)
-    # given the shape of latents, the seed of the run and the number of the micro-batch: further noise of the
-    # input, which is not to be predicted
+    # given the shape of latents, the seed of the run and the number of the micro-batch, return additional
+    # noise of the input, which is not to be predicted
     noise: list[OnNoise] = field(default_factory=list)
-    # given what draws a micro-batch, and the drawn one: the one in its place. Workers get these functions
+    # given a `Randomness` and a drawn micro-batch, return the micro-batch to use instead. These functions are
+    # also sent to data loader workers
     batch: list[OnBatch] = field(default_factory=list)
-    # given the passes of a step, its batch and what the prediction is compared with, the clip first: the
-    # comparisons in their place
+    # given the passes of a step, its batch and the comparisons of the prediction (first that with the clip),
+    # return the comparisons to use instead
     target: list[Compare] = field(default_factory=list)
-    validation: list[Compare] = field(default_factory=list)  # the comparisons while the run validates
-    # given the same: errors of each sample in passes with gradients that come before the usual one
+    validation: list[Compare] = field(default_factory=list)  # the same for validation
+    # given the passes and the batch, run passes with gradients before the usual one; yields their errors
     passes: list[MorePasses] = field(default_factory=list)
-    # given the DiT, its batch and the seed of the run: what a pass with gradients runs in
+    # given the DiT, its batch and the seed of the run, return the context in which a pass with gradients runs
     learning_pass: list[LearningPass] = field(default_factory=list)
-    # given the norm of the gradients before clipping: why the step is not taken, as the history has it; ""
-    # takes it. All processes answer alike. With such a hook each step waits for the device
+    # given the norm of the gradients before clipping, return why the step is skipped, for the history, or ""
+    # to take it. All processes return the same. With such a hook each step waits for the device
     before_step: list[BeforeStep] = field(default_factory=list)
-    after_step: list[Callable[[], None]] = field(default_factory=list)  # only of those that are taken
-    # given the validation loss, the same in all processes: why the run ends now; "" continues it
+    after_step: list[Callable[[], None]] = field(default_factory=list)  # only after steps that are taken
+    # given the validation loss, the same in all processes, return why the run ends now, or "" to continue
     after_validation: "list[Callable[[HookedRun, float], str]]" = field(default_factory=list)
     # given the files of a save that are written; in the main process only
     save: list[Callable[[Sequence[Path]], None]] = field(default_factory=list)
-    # the run is over, however that is; in the main process only
+    # called when the run is over, even if it failed; in the main process only
     end: list[Callable[[RunEnd], None]] = field(default_factory=list)
 
 
@@ -457,35 +458,35 @@ class JoinedRun:
     """What the active features contribute to a run. Inactive features leave nothing in it."""
 
     options: OptionsOfRun
-    # of the dataset, and the model: empty and None while they are not known, before `on.start`
+    # tables of the dataset, and the model; empty and None before `on.start`, when they are not known
     tables: "Sequence[DatasetTable]" = ()
     family: "Described | None" = None
     needs: set[str] = field(
         default_factory=set
     )  # what batches have: EMPTY_PROMPT, REJECTED_ONES and the like
     targets: list[StepTarget] = field(default_factory=list)
-    # what is learned towards, or merged, keeps or undoes that a transformer was distilled for few steps
+    # whether a target or a merged LoRA takes care of a transformer that was distilled for few steps
     keeps_steps: bool = False
-    view: str = ""  # further conditions that passes see, as `Batch.view`
-    masks_taken_by: str = ""  # the option for which masks of tables are inputs, so that they weigh no loss
-    # given all captions: says from which of them nothing is learned, "" if there are none; raises
+    view: str = ""  # additional conditions of passes, as `Batch.view`
+    masks_taken_by: str = ""  # option that uses the masks of tables as inputs instead of loss weights
+    # given all captions, return a note on those from which nothing is learned, "" if there are none; raises
     # DatasetError
     read_captions: list[Callable[[Sequence[str]], str]] = field(default_factory=list)
-    files_beside: list[str] = field(default_factory=list)  # what ends the names of further saved files
+    files_beside: list[str] = field(default_factory=list)  # suffixes of the names of additional saved files
     kept_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
-    further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, of the size of the trained
+    further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
     average: KeptAverage | None = None
-    # given a transformer: what is merged into this one, frozen or not, while it is loaded
+    # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not
     merge: "Callable[[Expert], MergedLoras] | None" = None
-    # shows something in place of a training, which then needs no data; its last argument reads the tables of
-    # the dataset, none if there is no dataset
+    # shows something instead of training, so the run needs no data; its last argument is a function that
+    # reads the tables of the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
-    # given the model: what the run trains in place of a LoRA, as a part of the encoders that learn a word
+    # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
     in_place_of_lora: "Callable[[Described], MadeNetwork] | None" = None
     storage: Storage | None = None
-    # makes the data in place of a dataset of the user
+    # creates the dataset, instead of reading one of the user
     make_data: "Callable[[], DatasetConfig] | None" = None
-    remembers: list[type] = field(default_factory=list)  # dataclasses in `Progress`, and in states
+    remembers: list[type] = field(default_factory=list)  # dataclasses kept in `Progress` and saved in states
     tallies: list[Tally] = field(default_factory=list)
     info: RunInfo = field(default_factory=RunInfo)
     on: Hooks = field(default_factory=Hooks)

@@ -1,7 +1,7 @@
-"""Train a model that repaints what a mask marks: --train_inpainting.
+"""Train an inpainting model, which repaints the masked part of an image: --train_inpainting.
 
-The network gets the mask and the latents of the image without what the mask marks, next to the noisy latents.
-Each step has new masks, so that images are encoded at each step, as those of color_aug and random_crop are.
+In addition to the noisy latents, the network gets the mask and the latents of the image without its masked
+part. Each step has new masks, so images are encoded at each step, as with color_aug and random_crop.
 """
 
 from collections.abc import Mapping
@@ -24,10 +24,10 @@ SWITCH = "--train_inpainting"
 
 
 class Inpaints(Protocol):
-    """A family whose network can be given a mask and what the mask leaves of an image."""
+    """A family whose network has a variant with a mask and a masked image as inputs."""
 
     def for_inpainting(self) -> "Family":
-        """Return the family with a network that is given both."""
+        """Return the family with this variant of the network."""
         ...
 
     def encode_masked(
@@ -42,7 +42,7 @@ class Inpaints(Protocol):
         Args:
             encoders: The loaded VAE.
             pixels: The image, 1 C H W, -1..1.
-            mask: H W; what is not 0 is repainted.
+            mask: H W; pixels that are not 0 are repainted.
             generator: Draws the sample of the posterior.
         """
         ...
@@ -84,11 +84,11 @@ def add_inputs(
 
     Args:
         options: Options of the run.
-        masks_weigh: Whether masks of the dataset weigh the loss; otherwise they are what is repainted.
+        masks_weigh: Whether masks of the dataset weight the loss; otherwise they mark the part to repaint.
         family: The model family.
         encoders: The loaded VAE.
         image: The image, cropped and mirrored.
-        key: Seeds the mask, a new one at each step.
+        key: Seed of the mask, different at each step.
         tensors: Tensors of the image.
     """
     import random
@@ -101,7 +101,7 @@ def add_inputs(
     from protocols.data import LOSS_MASK
     from training.data.feed import seed_generator
 
-    assert _can_inpaint(family)  # `_prepare` has seen to that
+    assert _can_inpaint(family)  # `_prepare` has checked this
     generator = random.Random(derive_seed("inpainting", key))
     changed = dict(tensors)
     covers_all = generator.random() < options.inpainting_full_mask_rate
@@ -120,7 +120,7 @@ def add_inputs(
 
 
 def _prepare(family: "Family") -> "Family":
-    """Return the model as one that inpaints. Raises OptionError if this script cannot train it."""
+    """Return the model's inpainting variant. Raises OptionError if this script cannot train it."""
     from protocols.family_networks import made_network_of  # torch: only with this feature
 
     if not _can_inpaint(family):

@@ -1,4 +1,4 @@
-"""The passes of LECO: latents that the network makes from noise, and a target that the model makes."""
+"""The passes of LECO: the network denoises latents for some steps; the model without it gives the target."""
 # Letters: B samples of a pair
 
 import random
@@ -23,7 +23,7 @@ from training.targets.passes import Streams, TrainingPasses, measure_plainly
 
 TRAINED_STEPS = 1000
 RESOLUTION_STEP = 64
-MAX_SCALE = 3.0  # of the size that an image is said to have had, with dynamic_crops
+MAX_SCALE = 3.0  # with dynamic_crops: largest ratio of the original size to the size, as conditions
 
 
 @dataclass(frozen=True)
@@ -49,13 +49,13 @@ class LecoTarget:
 
 @dataclass(frozen=True)
 class Walk:
-    """The schedule of DDPM by which latents are made. Source: Ho et al. 2020, arXiv 2006.11239."""
+    """The DDPM schedule with which latents are denoised. Source: Ho et al. 2020, arXiv 2006.11239."""
 
     noise: NoiseSpec
     num_steps: int
 
     def timestep(self, index: int) -> int:
-        """Return the timestep of a step: the schedule ends at 0."""
+        """Return the timestep of a step; the last step has timestep 0."""
         return (self.num_steps - 1 - index) * (TRAINED_STEPS // self.num_steps)
 
     def step(self, index: int, output: Tensor, x: Tensor, generator: torch.Generator) -> Tensor:
@@ -97,7 +97,7 @@ def encode_pairs(
 
 
 def weigh_equally(_: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a batch without the weight of its noise level, as the passes have another one."""
+    """Return a batch with loss weights of 1, because the passes draw other noise levels."""
     return replace(noisy_batch, weights=torch.ones_like(noisy_batch.weights))
 
 
@@ -109,9 +109,9 @@ def leco_passes(
 ) -> Iterator[Streams]:
     """Yield the error of one pair: |f(target) - (b(neutral) +- g (b(positive) - b(opposite)))|^2.
 
-    b is the model without the network, f with it at the strength of the pair; both see latents that f has
-    made from noise in a random number of steps. The strength stays set until the caller has computed the
-    gradients.
+    b is the model without the network, and f the model with the network at the pair's strength. Their input
+    are latents that f has denoised from pure noise for a random number of steps. The strength stays set until
+    the caller has computed the gradients.
     """
     generator = random.Random(derive_seed(passes.rule.seed, "leco", noisy_batch.number))
     pair = target.pairs[generator.randrange(len(target.pairs))]
@@ -139,14 +139,14 @@ class PairStep:
     pair: LecoPair
     passes: TrainingPasses
     sizes: Tensor  # B 6: original size, crop and size of the images that latents stand for
-    noisy_batch: NoisyBatch  # of the loop: its number, and the device
+    noisy_batch: NoisyBatch  # batch of the training loop, for its number and device
 
     @property
     def _noise(self) -> NoiseSpec:
         return self.passes.family.noise
 
     def predict(self, prompt: str, x: Tensor, time: int) -> Tensor:
-        """Return what the network predicts for a prompt, B C F h w float32."""
+        """Return the network's output for a prompt, B C F h w float32."""
         timesteps = torch.full((len(x),), float(time), device=x.device)
         set_levels(self.passes.dit, torch.full_like(timesteps, self._noise.table[time]))
         conditions = self.target.make_conditions(prompt, self.sizes, x.device)
@@ -154,7 +154,7 @@ class PairStep:
             return self.passes.family.predict(self.passes.dit, x, timesteps, conditions).float()
 
     def make_latents(self, num_done: int, height: int, width: int) -> Tensor:
-        """Return latents that the network makes from noise in `num_done` steps, B C F h w."""
+        """Denoise pure noise for `num_done` steps of the schedule; return the latents, B C F h w."""
         generator = seed_generator(self.passes.rule.seed, "leco noise", self.noisy_batch.number)
         noise = _draw_noise(self.passes.family, self.pair.batch_size, height, width, generator)
         x = noise.to(self.noisy_batch.noise.device)
@@ -169,8 +169,8 @@ class PairStep:
         return x
 
     def make_goal(self, x: Tensor, time: int) -> Tensor:
-        """Return what is to be predicted for the target, from predictions of the model alone."""
-        assert self.passes.rule.as_base is not None  # LoRAs alone are trained so
+        """Return the target of the prediction for the prompt `target`, computed without the network."""
+        assert self.passes.rule.as_base is not None  # only LoRAs are trained with LECO
         with torch.no_grad(), self.passes.rule.as_base():
             positive = self.predict(self.pair.positive, x, time)
             neutral = self.predict(self.pair.neutral, x, time)
@@ -190,7 +190,7 @@ class PairStep:
 
 
 def _draw_resolution(pair: LecoPair, rng: random.Random) -> tuple[int, int]:
-    """Return height and width of a step; with dynamic_resolution a square from half the side on."""
+    """Return height and width of a step; with dynamic_resolution a square of half to the full height."""
     if not pair.dynamic_resolution:
         return pair.height, pair.width
     sides = range(pair.height // 2 // RESOLUTION_STEP * RESOLUTION_STEP, pair.height + 1, RESOLUTION_STEP)
@@ -199,7 +199,7 @@ def _draw_resolution(pair: LecoPair, rng: random.Random) -> tuple[int, int]:
 
 
 def _draw_sizes(pair: LecoPair, height: int, width: int, rng: random.Random) -> Tensor:
-    """Return original size, crop and size of B images, B 6 float32, each as height and width."""
+    """Return the size conditions of B images, B 6 float32: original size, crop and size, height first."""
     original, crop = (height, width), (0, 0)
     if pair.dynamic_crops:
         scale = rng.uniform(1, MAX_SCALE)
@@ -210,7 +210,7 @@ def _draw_sizes(pair: LecoPair, height: int, width: int, rng: random.Random) -> 
 
 
 def _draw_noise(family: Trains, count: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """Return the noise that a walk begins with, on the CPU, with --noise_offset and the like."""
+    """Return the initial noise on the CPU, with the family's changes such as --noise_offset."""
     noise = torch.randn((count, *family.latent.shape(1, height, width)[1:]), generator=generator)
     if family.noise.vary is not None:
         noise = family.noise.vary(noise, torch.zeros_like(noise), generator)

@@ -1,7 +1,7 @@
-"""The loss of pairs of a better and a worse picture or clip, and what they need in caches: --preference.
+"""The loss of pairs of a preferred and a rejected image or clip, and a check of their caches: --preference.
 
-The network learns to predict the better one of a pair more exactly than the model without it does, and the
-worse one less exactly. Source: Diffusion-DPO, Wallace et al. 2023, arXiv 2311.12908, for a flow.
+Compared with the model without the network, the network learns to predict preferred items more exactly and
+rejected items less exactly. Source: Diffusion-DPO, Wallace et al. 2023, arXiv 2311.12908, for a flow.
 """
 
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ from training.features.hooks import Tally
 from training.loss import NoisyAudio, NoisyBatch
 from training.targets.passes import Streams, TrainingPasses, measure_plainly, velocity_of
 
-# items whose headers are read before anything is loaded; of the others when they are learned
+# number of items whose headers are read before anything is loaded; other headers are read during training
 LOOKED_AT = 1000
 
 
@@ -29,13 +29,13 @@ class Preference:
     """How strongly the chosen item of a pair is preferred; see `compare_pairs`."""
 
     beta: float
-    data_weight: float = 0.0  # factor on the usual loss of the better one, which is added
+    data_weight: float = 0.0  # factor on the usual loss of the preferred item, which is added
 
 
 def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: CachingCommands) -> None:
-    """Raise DatasetError or CacheError if an item for training has no rejected one. Reads headers only.
+    """Raise DatasetError or CacheError if a training item has no rejected counterpart.
 
-    It checks about LOOKED_AT items, spread over all tables.
+    Only the headers of about LOOKED_AT items, spread over all tables, are read.
     """
     for table in {item.table.index: item.table for item in items}.values():
         if table.directory is not None and table.worse_directory is None:
@@ -60,7 +60,7 @@ def require_pairs(items: Sequence[TrainingItem], stores: Stores, commands: Cachi
 def pair_passes(
     preference: Preference, tally: Tally, passes: TrainingPasses, noisy_batch: NoisyBatch
 ) -> Iterator[Streams]:
-    """Yield the losses of the pairs of a batch, B, weighted like the samples of any other target."""
+    """Yield the losses of the pairs of a batch, B; the caller weights them like those of samples."""
     pairs = join_pairs(noisy_batch)
     passes = replace(passes, latents=passes.family.latent.to_model(pairs.batch.tensor("latents")))
     target = velocity_of(passes, pairs)
@@ -74,7 +74,7 @@ def pair_passes(
 def join_pairs(noisy_batch: NoisyBatch) -> NoisyBatch:
     """Return a batch of twice the size: the chosen items, then the rejected ones with all else equal."""
     batch = noisy_batch.batch
-    assert batch.rejected is not None  # this target makes the feed read it
+    assert batch.rejected is not None  # the feed reads them because the feature needs REJECTED_ONES
     tensors = {name: _repeat(value) for name, value in batch.tensors.items()}
     tensors["latents"] = torch.cat([batch.tensor("latents"), batch.rejected])
     doubled = replace(

@@ -20,7 +20,7 @@ from training.data.timesteps import Timesteps, draw, loss_weights
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 TITLE_LENGTH = 100  # characters above a diagram
-SHOWN_LATENTS = (1, 16, 1, 128, 128)  # of an image of 1024 x 1024 pixels
+SHOWN_LATENTS = (1, 16, 1, 128, 128)  # shape for an image of 1024 x 1024 pixels, B C F H W
 
 
 def show_timesteps(
@@ -98,9 +98,9 @@ def timestep_statistics(
     noise: NoiseSpec = FLOW,
     experts: Sequence[Expert] = ONE_EXPERT,
 ) -> tuple[Tensor, Tensor]:
-    """Return how many draws fall on each of 1000 timesteps, and the loss weight of each."""
+    """Return the number of draws at each of 1000 timesteps, and the loss weight of each timestep."""
     counts = torch.zeros(NUM_TIMESTEPS, dtype=torch.float64)
-    # all batches together have this distribution, whichever expert each of them goes to
+    # with one expert for all levels, a batch has the distribution that all batches have together
     lowest_expert = [min(experts, key=lambda expert: expert.lowest)]
     for number in range(num_batches):
         times = draw(
@@ -114,7 +114,7 @@ def timestep_statistics(
             experts=lowest_expert,
         )
         shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.levels
-        # float32 holds 0.7 as 0.69999999
+        # in float32, 0.7 is 0.69999999
         index = (shares.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
         counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
     timesteps = torch.arange(NUM_TIMESTEPS).float()

@@ -1,7 +1,7 @@
-"""Leave out steps that went wrong: --skip_bad_steps and --skip_spikes.
+"""Skip bad steps: --skip_bad_steps and --skip_spikes.
 
-The decision needs the loss and the norm of the gradients on the host before the weights are stepped, so that
-each step waits for the device. A run without these options does not wait, and has none of this.
+The decision needs the loss and the gradient norm on the host before the weights are stepped, so each step
+waits for the device. A run without these options does not wait.
 """
 
 import logging
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_FACTOR = 1_000_000.0  # beyond any spike
-TAKEN, BAD, SPIKE, FATAL = 0, 1, 2, 3  # outcomes; of several processes the largest counts
-NAMES = {BAD: "bad", SPIKE: "spike"}  # in the history
-WINDOW = 100  # norms of taken steps that the median is of
-LEAST = 20  # of them, before any step is a spike
-MAX_SPIKES = 20  # in a row; more of them are no spikes
-REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # of the error without it
+TAKEN, BAD, SPIKE, FATAL = 0, 1, 2, 3  # outcomes; the largest one among the processes counts
+NAMES = {BAD: "bad", SPIKE: "spike"}  # names in the history
+WINDOW = 100  # number of norms of taken steps in the median
+LEAST = 20  # number of norms that are needed before a step can be a spike
+MAX_SPIKES = 20  # after so many spikes in a row, their size is accepted as normal
+REMEDY = "--skip_bad_steps 3 leaves out up to three such steps in a row."  # in the error without the option
 
 
 class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, facts=HABIT):
@@ -56,9 +56,9 @@ class SkipOptions(FeatureOptions, title="steps that go wrong", at=AT_WEIGHTS, fa
 class SkipProgress:
     """State of step skipping; `norms` and `spikes_in_a_row` are kept by kind of step."""
 
-    bad_in_a_row: int = 0  # of the last steps
+    bad_in_a_row: int = 0  # number of bad steps directly before
     spikes_in_a_row: dict[str, int] = field(default_factory=dict)
-    norms: dict[str, list[float]] = field(default_factory=dict)  # of the last taken steps
+    norms: dict[str, list[float]] = field(default_factory=dict)  # norms of the last taken steps
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Skipping:
 
     options: SkipOptions
     progress: SkipProgress
-    has_scaler: bool  # of fp16: a norm that is not finite is the scaler's matter, which lowers its scale
+    has_scaler: bool  # fp16: the gradient scaler handles norms that are not finite
 
     def judge(self, loss: float, norm: float, kind: str) -> int:
         """Return the outcome of a step: TAKEN, SPIKE, BAD or FATAL. Counters change only in `note`.
@@ -101,8 +101,8 @@ class Skipping:
     def note(self, outcome: int, norm: float, kind: str) -> bool:
         """Record the outcome of a step: taken, bad or a spike.
 
-        Returns whether this spike is the last one in a row that is skipped: so many spikes are a new level of
-        the norms, so the median starts over with the next step.
+        Returns whether this spike is the last of MAX_SPIKES in a row: so many spikes are a new level of the
+        norms, so the median starts over with the next step.
         """
         progress = self.progress
         progress.bad_in_a_row = progress.bad_in_a_row + 1 if outcome == BAD else 0
@@ -144,7 +144,7 @@ def judge_step(run: "HookedRun", step: "GradientStep", gradient_norm: "Tensor") 
         from training.bad_steps import explain_bad_step  # only when the run ends
 
         num_skipped = progress.bad_in_a_row
-        remedy = "" if num_skipped else REMEDY  # it names --skip_bad_steps, which is then in use
+        remedy = "" if num_skipped else REMEDY  # not if --skip_bad_steps is in use
         raise explain_bad_step(number, loss, norm, step.keys, remedy=remedy, before=num_skipped)
     is_new_level = skipping.note(outcome, norm, step.kind)
     if outcome == TAKEN:

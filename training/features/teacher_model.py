@@ -24,12 +24,12 @@ if TYPE_CHECKING:  # only with LoRA files
 
 @dataclass(frozen=True)
 class TeacherModel:
-    """A transformer with the LoRAs whose effect is taught."""
+    """A transformer with the LoRAs of --teacher_lora."""
 
     family: Trains
     dit: nn.Module
-    loras: "AddedLoras"  # switched off
-    # if the transformer is the trained one, which teaches without its network and without its adapters
+    loras: "AddedLoras"  # disabled outside of `predict`
+    # the trained model if its transformer teaches, without the trained network and the adapters; else None
     trained: HookedModel | None = None
 
     def predict(self, passes: TrainingPasses, noisy_batch: NoisyBatch, has_loras: bool) -> Tensor:
@@ -54,10 +54,10 @@ class TeacherModel:
         return self.predict(passes, noisy_batch, has_loras=True)
 
     def teach_change(self, passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the target b + T' - T, in which only the effect of the LoRAs is taught.
+        """Return the target b + T' - T, which teaches only the effect of the LoRAs.
 
         b is the prediction of the trained model without its network; T' and T are the teacher's predictions
-        with and without its LoRAs. Other differences of the teacher from the model cancel out.
+        with and without its LoRAs. Other differences between the teacher and the model cancel out.
         """
         changed = self.predict(passes, noisy_batch, has_loras=True)
         change = changed - self.predict(passes, noisy_batch, has_loras=False)
@@ -66,7 +66,7 @@ class TeacherModel:
 
 @dataclass
 class OtherTeacher:
-    """Load the model of --teacher dit, and let it teach."""
+    """Load the model of --teacher dit and use it as the teacher."""
 
     options: TeacherOptions
     teaching: Teaching
@@ -79,7 +79,7 @@ class OtherTeacher:
             self.loras.append(self._add_loras(network))
 
     def load(self, model: HookedModel) -> None:
-        """Load the teacher, or reuse the frozen trained model with other LoRAs, and teach with it."""
+        """Load the teacher, or use the trained model with the LoRAs, and set it in `teaching`."""
         plan = model.plan
         if self.options.teacher_dit is None:
             teacher = TeacherModel(
@@ -146,7 +146,7 @@ def check_other_teacher(options: TeacherOptions, family: Family, others: OtherFa
 
 @contextlib.contextmanager
 def _naming(option: str) -> Iterator[None]:
-    """Name another option in errors of the block, which name the option of the trained transformer."""
+    """Replace --dit by `option` in the messages of CheckpointErrors during the block."""
     try:
         yield
     except CheckpointError as error:
@@ -163,7 +163,7 @@ def _check_loras(model: Family, options: TeacherOptions) -> None:
     from networks.loading import read_use
 
     (expert,) = model.experts
-    with quiet():  # all warnings come again when they are added
+    with quiet():  # adding the LoRAs logs all warnings again
         uses = [read_use(path, expert.name, multiplier) for path, multiplier in options.loras()]
         for use in uses:
             reject_magnitudes(use.lora, "--teacher_lora")

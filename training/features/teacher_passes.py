@@ -29,7 +29,7 @@ from training.targets.passes import (
 )
 
 THOUSAND = 1000
-BALANCE = "anchor"  # in the notes of a batch: the factor on the anchor
+BALANCE = "anchor"  # key in `NoisyBatch.notes`: factor on the loss outside of the teacher's band
 
 Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
 
@@ -37,7 +37,7 @@ Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's 
 def install_teacher(run: JoinedRun, options: TeacherOptions) -> "Teaching":
     """Add the comparison with the teacher to a run.
 
-    Until another model is loaded, as during the prediction of memory, the trained model stands in for it.
+    Until the teacher is loaded, and when memory is predicted, the trained model is used in its place.
     """
     teaching = Teaching(make_target(options), rehearse_change if options.teacher_delta else teach_as_base)
     run.on.target.append(teaching.compare)
@@ -62,9 +62,9 @@ class Band:
 class TeacherTarget:
     """How the network is compared with a frozen model."""
 
-    weight: float  # share in the loss, 0..1
-    band: Band | None = None  # None: the teacher knows more at all levels
-    anchor_weight: float = 1.0  # factor outside the band
+    weight: float  # fraction of the loss, 0..1
+    band: Band | None = None  # None: all levels
+    anchor_weight: float = 1.0  # factor on the loss outside of the band
     split: Split | None = None  # None: squared differences, or those of --loss_type
     view: str = ""  # `Batch.view` inside the band
 
@@ -99,8 +99,8 @@ class Teaching:
     ) -> list[TargetComparison]:
         """Return the comparisons with the teacher's part of the loss; the clip's comparison keeps the rest.
 
-        Inside of its band the teacher gets all known inputs. Outside of it the teacher is an anchor with the
-        same inputs as the network. Samples that stay with the base model take part in neither.
+        Inside of its band, the teacher gets all known inputs. Outside of it, the teacher is an anchor with
+        the same inputs as the network. Samples whose target is the base model's prediction have neither loss.
         """
         clip, *others = comparisons
         shares = [0.0 if is_kept else self.target.weight for is_kept in kept_samples(passes, noisy_batch)]
@@ -114,8 +114,8 @@ class Teaching:
         teacher = self.target
         full_batch = tell_teacher(passes.family, noisy_batch, teacher.view)
         band = teacher.band
-        # for each sample: whether its noise level is inside, or outside, of the band; neither if the sample
-        # stays with the base model
+        # for each sample: whether its noise level is inside, or outside, of the band; both are False if its
+        # target is the base model's prediction
         is_inside = []
         is_outside = []
         samples = zip(levels_of(noisy_batch), kept_samples(passes, noisy_batch), strict=True)
@@ -142,7 +142,7 @@ class Teaching:
 
 
 def balance_anchor(band: tuple[int, int], drawn: Randomness, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Record the factor that compensates for more or fewer draws outside of the band by --timestep_focus."""
+    """Add a note with the factor that corrects the number of draws outside of the band (--timestep_focus)."""
     balance = find_balance(
         drawn.timesteps,
         *band,
@@ -212,7 +212,7 @@ def tell_teacher(family: Trains, noisy_batch: NoisyBatch, view: str) -> NoisyBat
 
 
 def teach_as_base(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the prediction of the base model, for runs whose teacher is the trained model itself."""
+    """Return the prediction of the base model, for runs in which it is the teacher."""
     return passes.base(noisy_batch)
 
 

@@ -1,4 +1,4 @@
-"""Which trackers get the numbers and samples of a run, and whether they can."""
+"""Options of the trackers that receive the values and samples of a run, and their checks."""
 
 import logging
 import os
@@ -14,13 +14,13 @@ logger = logging.getLogger(__name__)
 
 NEEDS_FOLDER = ("tensorboard", "aim")  # they write into --logging_dir
 CHOICES = ("tensorboard", "wandb", "trackio", "aim", "mlflow", "swanlab", "comet_ml")  # accelerate's names
-# tracker -> its settings in a working folder
+# tracker -> files with its settings in a working folder
 SETTINGS_OF_FOLDER = {
     "wandb": ("wandb/settings",),
     "comet_ml": (".comet.config", ".env"),
     "swanlab": (".swanlab",),
 }
-NO_GIT = {  # variables of trackers
+NO_GIT = {  # environment variables that keep trackers from running git
     "WANDB_DISABLE_GIT": "true",
     "COMET_AUTO_LOG_GIT_METADATA": "false",
     "COMET_AUTO_LOG_GIT_PATCH": "false",
@@ -31,7 +31,7 @@ _IF_WANDB = {"wandb is not used without --log_with wandb": lambda options: "wand
 
 
 class RunTrackerOptions(Options):
-    """Options of `run` that it passes to its training."""
+    """Options that `reelsmith run` passes to its training."""
 
     logging_dir: Path | None = option(
         "folder for TensorBoard's files, anywhere; default: that of run.toml, in the folder",
@@ -55,7 +55,7 @@ class TrackerOptions(FeatureOptions, title="logs", at=AT_LOGS, facts=FREE, of_ru
     log_with: str | None = option(
         "default: tensorboard if --logging_dir is given; all: tensorboard and wandb",
         choices=(*CHOICES, "all"),
-        # those that need no folder write and send where they like
+        # trackers that do not write to --logging_dir may send data anywhere
         facts={**SENDS, **OF_RUN, "stays": NEEDS_FOLDER, "permission": "gives its losses to {}"},
     )
     log_prefix: str | None = option(
@@ -120,9 +120,9 @@ def check_trackers(options: TrackerOptions) -> None:
 
 
 def _reject_settings_of_folder(trackers: Sequence[str], folder: Path) -> None:
-    """Raise OptionError if a working folder has settings of where a tracker sends data, and as whom.
+    """Raise OptionError if the working folder has settings of a tracker, such as its server and account.
 
-    It also keeps trackers from running git in that folder, whose settings can name programs.
+    Also set variables that keep trackers from running git in the folder, whose git settings can run programs.
     """
     for tracker in trackers:
         for name in SETTINGS_OF_FOLDER.get(tracker, ()):

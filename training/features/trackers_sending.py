@@ -1,4 +1,4 @@
-"""Send the numbers and samples of a run through the trackers of accelerate."""
+"""Send the logged values and samples of a run through the trackers of accelerate."""
 
 import contextlib
 import logging
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PROJECT = "network_train"  # of LoRA training; as in other tuners
-FLUSH_SECONDS = 10  # how old the data in TensorBoard may be
+PROJECT = "network_train"  # project name for LoRA training, as in other trainers
+FLUSH_SECONDS = 10  # maximum age of the data in TensorBoard
 
 
 @dataclass
@@ -36,13 +36,13 @@ class Trackers:
 
     accelerator: "Accelerator"
     options: TrackerOptions
-    project: str = PROJECT  # used if the options give none
+    project: str = PROJECT  # used if no option names the project
     config: Mapping[str, Any] = field(default_factory=dict)  # stored with the run, from `public_config`
     now: Callable[[], float] = time.monotonic  # seconds
     started: datetime = field(default_factory=datetime.now)  # names the folder of TensorBoard's files
     _flushed: float = field(default=0.0, init=False)
-    _is_lost: bool = field(default=False, init=False)  # a tracker takes no more numbers
-    _hook: Any = field(default=None, init=False)  # of threads, as it was
+    _is_lost: bool = field(default=False, init=False)  # whether a tracker has failed; nothing is sent then
+    _hook: Any = field(default=None, init=False)  # the previous `threading.excepthook`
 
     def __enter__(self) -> "Trackers":
         """Start the trackers, and watch for errors in their threads."""
@@ -71,7 +71,7 @@ class Trackers:
 
     def __exit__(self, *error: object) -> None:
         try:
-            with self._guarded(Exception):  # all that can be lost is lost
+            with self._guarded(Exception):  # no error may end a finished training
                 for tracker in self.accelerator.trackers:
                     tracker.finish()
         finally:
@@ -109,7 +109,7 @@ class Trackers:
             if now - self._flushed >= FLUSH_SECONDS:
                 tracker.writer.flush()
                 self._flushed = now
-        else:  # some take no other signs in names than letters, numbers, blanks, _, - and /
+        else:  # names in some trackers may only have letters, digits, blanks, _, - and /
             tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
 
     def note_samples(

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 CARD = "README.md"
 MAX_PROMPTS = 8
 _END = re.compile(r"(?s)(.*)<!-- reelsmith card ([0-9a-f]{12}) ([0-9a-f]{64}) -->\s*")
-SETTINGS = {  # what the text says of a run: metadata -> words
+SETTINGS = {  # settings of a run in the text: key of the metadata -> words
     "ss_network_module": "network",
     "ss_network_dim": "rank",
     "ss_network_alpha": "alpha",
@@ -49,7 +49,7 @@ SETTINGS = {  # what the text says of a run: metadata -> words
     "ss_seed": "seed",
     "ss_training_comment": "comment",
 }
-# identifiers of the hub that a user may have meant
+# license identifiers of the hub that are kept if a user gives one
 # fmt: off
 HUB_LICENSES = {
     "apache-2.0", "mit", "bsd-3-clause", "gpl-3.0", "unlicense", "openrail", "cc0-1.0",
@@ -77,8 +77,7 @@ def write_card(
         release: The released model.
         metadata: Metadata of the trained file.
         prompts: Prompts of the samples.
-        files: Files that are saved together, by the transformer that each is for; the key is None for a file
-            of the whole run.
+        files: Files of one save by the name of their expert; the key is "" for a file for all of them.
     """
     spec = {key.removeprefix("modelspec."): text for key, text in metadata.items()}
     base = release.repositories[0]
@@ -197,7 +196,7 @@ def _as_block(line: str) -> str:
 def _escape(text: str) -> str:
     """Return text as a single line without active Markdown or HTML."""
     line = html.escape(_one_line(text), quote=False)
-    # what starts a heading, a list or a quotation means that only at the start
+    # signs of headings, lists and quotations are special at the start of a line only
     return re.sub(r"([\\`*_{}\[\]()!|~$]|^[#+=:-])", r"\\\1", line)
 
 
@@ -246,7 +245,7 @@ class Uploads:
     card: Callable[[Path], str | None] | None = None
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(max_workers=1))
     _sent_cards: set[str] = field(default_factory=set)
-    _rejections: list[str] = field(default_factory=list)  # why no card is sent any more
+    _rejections: list[str] = field(default_factory=list)  # once there is a reason, no more cards are uploaded
 
     def about(self, run: PublishedRun) -> "Uploads":
         """Return the same uploads with the model card of a run."""

@@ -1,4 +1,4 @@
-"""The nodes of a workflow for ComfyUI that makes a run's samples: the heavy half of `workflow.py`.
+"""The nodes of a ComfyUI workflow that generates a run's samples; loaded by `workflow.py` when needed.
 
 A file is in ComfyUI's API form: nodes by number, each with `class_type` and `inputs`; a link is the number of
 a node and that of its output. ComfyUI opens this form too, and places the nodes itself. Source: ComfyUI's
@@ -31,25 +31,25 @@ logger = logging.getLogger(__name__)
 
 FLAG = "--save_workflow"
 Link = list[str | int]
-# what of a request is in the nodes; `typed` and `settings` are of command lines
+# fields of `Request` that the nodes can represent; `typed` and `settings` only concern command lines
 _HELD = {
     *("prompt", "seed", "width", "height", "frames", "steps", "guidance_scale", "embedded_guidance"),
     *("flow_shift", "solver", "fps", "negative_prompt", "expert_guidance", "typed", "settings"),
 }
-_READ = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}  # endings of files that ComfyUI lists
-CONVERTED = "_comfyui"  # what ends the name of a LoRA that `convert_lora.py` has made
+_READ = {".safetensors", ".sft", ".ckpt", ".pt", ".pth", ".bin"}  # suffixes of files that ComfyUI lists
+CONVERTED = "_comfyui"  # suffix of the name of a LoRA that `convert_lora.py` has converted
 
 
 @dataclass(frozen=True)
 class ComfyLora:
     """A LoRA as a node loads it."""
 
-    name: str  # of its file
+    name: str  # name of the file
     strength: float = 1.0
 
 
 class TellsNodes(Protocol):
-    """A family that knows the nodes of ComfyUI that make its samples."""
+    """A family that knows which ComfyUI nodes generate its samples."""
 
     def comfy_model(self) -> ComfyModel:
         """Return how ComfyUI runs this model.
@@ -64,7 +64,7 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
     """Return how ComfyUI runs the model of a run.
 
     Raises:
-        OptionError: If that is not known, or if samples are not made with the trained transformers alone.
+        OptionError: If the nodes are not known, or if samples use transformers that are not trained.
     """
     if others.sampling is not None:
         raise OptionError(
@@ -82,7 +82,7 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
 
 
 def plan_workflows(plan: PlannedRun) -> "Workflows":
-    """Return what writes the workflows of a run.
+    """Return the writer of a run's workflows.
 
     Raises:
         OptionError: If ComfyUI reads no LoRA of the kind, or if no sample can be made there.
@@ -127,10 +127,10 @@ class Workflows:
     prompts: Path
     is_read: bool  # ComfyUI reads the LoRA files as they are saved
     needs_weights: bool = False  # converting them takes the model
-    more_loras: Sequence[ComfyLora] = ()  # of --sample_lora
-    samples: dict[int, Prepared] = field(default_factory=dict)  # by their place in the prompt file
-    left_out: dict[int, str] = field(default_factory=dict)  # likewise, and why
-    _text: str = ""  # of the prompt file
+    more_loras: Sequence[ComfyLora] = ()  # LoRAs of --sample_lora
+    samples: dict[int, Prepared] = field(default_factory=dict)  # by index in the prompt file
+    left_out: dict[int, str] = field(default_factory=dict)  # why a prompt is not in the workflow, by index
+    _text: str = ""  # content of the prompt file
 
     def read_samples(self) -> None:
         """Read the prompt file, which may change while the run trains; a faulty one keeps the last samples.
@@ -142,7 +142,7 @@ class Workflows:
             text = read_sample_file(self.prompts)
             if text == self._text:
                 return
-            with quiet():  # the samples themselves say the same
+            with quiet():  # the sampler logs the same warnings
                 _, requests = parse_requests(self.plan.family, text, self.prompts)
         except OptionError:
             if not self.samples:
@@ -198,7 +198,7 @@ class Workflows:
         """Return the nodes of a workflow.
 
         Args:
-            by_part: LoRA files by the transformer that each is for; "" is for all.
+            by_part: LoRA files by the name of their expert; "" for a file for all experts.
         """
         family = self.plan.family
         loras = []
@@ -219,7 +219,7 @@ class Workflows:
 
 
 def find_obstacle(model: ComfyModel, prepared: Prepared) -> str:
-    """Return why a sample cannot be made by the nodes; "" if it can."""
+    """Return why the nodes cannot generate a sample; "" if they can."""
     request = prepared.request
     plain = Request(request.prompt, request.seed)
     others = [one.name for one in fields(Request) if one.name not in _HELD]
@@ -233,15 +233,15 @@ def find_obstacle(model: ComfyModel, prepared: Prepared) -> str:
 
 @dataclass
 class ComfyGraph:
-    """Nodes by number; a node that is added again is the same one, so that samples share loaders."""
+    """Nodes by number; equal nodes are added only once, so that samples share loaders."""
 
     model: ComfyModel
-    files: Sequence[str]  # of the transformers, or the checkpoint
-    loras: Sequence[Sequence[ComfyLora]]  # of each of them
+    files: Sequence[str]  # file names of the transformers, or of the checkpoint
+    loras: Sequence[Sequence[ComfyLora]]  # LoRAs of each file
     nodes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(self, name: str, **inputs: Any) -> str:
-        """Add a node and return its number; of a node with the same inputs, return the number of that one."""
+        """Return the number of a node with these inputs; add the node if there is none."""
         node = {"class_type": name, "inputs": inputs}
         for number, other in self.nodes.items():
             if node == other:
@@ -254,9 +254,9 @@ class ComfyGraph:
         """Add the nodes of a sample.
 
         Args:
-            prepared: Its settings.
+            prepared: Settings of the sample.
             turns: Index of the transformer of each step.
-            prefix: Beginning of the name of its file.
+            prefix: Prefix of the sample's file name.
         """
         models, text_encoders, vae = self._load(prepared)
         inputs: dict[str, Any] = {
@@ -305,7 +305,7 @@ class ComfyGraph:
         return models, self._patch("clip", text_encoders, model.text_patches), vae
 
     def _load_texts(self) -> str:
-        """Add the loader of the text encoders; each number of them has a node of its own."""
+        """Add the loader of the text encoders: one node type for one encoder, another for two."""
         names, text_type = self.model.text_encoders, self.model.text_type
         if len(names) == 1:
             return self.add("CLIPLoader", clip_name=names[0], type=text_type, device="default")
@@ -314,14 +314,19 @@ class ComfyGraph:
         return self.add("DualCLIPLoader", **files, type=text_type, device="default")
 
     def _patch(self, name: str, link: Link, patches: Sequence[ComfyNode]) -> Link:
-        """Return the link behind nodes that change what it leads to, whose input has this name."""
+        """Add nodes that change the output at a link; return the link to the last one.
+
+        `name` is the name of their input and the output that they change.
+        """
         for patch in patches:
             link = [self.add(patch.name, **{name: link}, **patch.inputs), 0]
         return link
 
     def _encode(self, prepared: Prepared, text_encoders: Link, text: str) -> Link:
         """Return the link to an encoded text, with the embedded guidance if the model has one."""
-        if self.model.weighs_words and not self.model.is_weighted:  # brackets that are no weights
+        if (
+            self.model.weighs_words and not self.model.is_weighted
+        ):  # escape parentheses, which ComfyUI would read as weights
             text = text.replace("\\", "\\\\").replace("(", "\\(").replace(")", "\\)")
         encoded: Link = [self.add("CLIPTextEncode", text=text, clip=text_encoders), 0]
         guidance = prepared.embedded_guidance
@@ -330,7 +335,7 @@ class ComfyGraph:
         return [self.add(self.model.guidance, conditioning=encoded, guidance=guidance), 0]
 
     def _sample(self, prepared: Prepared, part: "ComfySteps", inputs: Mapping[str, Any]) -> Link:
-        """Return the link to the latents after some of a sample's steps."""
+        """Add a sampler for the steps of `part`; return the link to its latents."""
         sampler = self.model.samplers[prepared.solver]
         own = {
             "steps": prepared.steps,
@@ -354,7 +359,7 @@ class ComfyGraph:
 
 
 def usual_scale(prepared: Prepared, expert: int) -> float:
-    """Return the guidance scale of a transformer as the usual formula counts it, where 1 is none."""
+    """Return the guidance scale of a transformer in the usual convention: 1 means no guidance."""
     scale = prepared.guidance_scale[expert]
     return scale + 1 - prepared.rules.off_at
 
@@ -365,8 +370,8 @@ class ComfySteps:
 
     expert: int
     first: int
-    end: int  # this one not included
-    is_whole: bool  # these are all steps
+    end: int  # exclusive
+    is_whole: bool  # whether these are all steps of the sample
 
 
 def _parts_of(turns: Sequence[int]) -> Iterator[ComfySteps]:

@@ -19,10 +19,10 @@ from training.saving.states import plain_state
 logger = logging.getLogger(__name__)
 
 POLYNOMIAL_END = 1e-7  # the learning rate at which the polynomial curve ends, as in the known tuners
-INVERSE_SQRT_TIMESCALE = 10_000  # where neither a time scale nor a warm-up is given
-# what torch's schedulers change while they step
+INVERSE_SQRT_TIMESCALE = 10_000  # default without a time scale and without a warm-up
+# attributes that torch's schedulers change while they step
 COUNTS = frozenset({"last_epoch", "_step_count", "_last_lr", "T_cur", "T_i"})
-LARGEST_ARGUMENT = 1e12  # of --lr_scheduler_args; NaN is not below it either
+LARGEST_ARGUMENT = 1e12  # limit for --lr_scheduler_args; the comparison also rejects NaN
 
 
 def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_steps: int) -> "LrSchedule":
@@ -66,7 +66,7 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
 def make_curve(
     name: str, options: LrScheduleOptions, total_steps: int, learning_rate: float
 ) -> Callable[[int], float]:
-    """Return the curve with a name: a function from the step, from 0, to a factor on the learning rate.
+    """Return a curve by name: a function that maps the step, from 0, to a factor on the learning rate.
 
     Raises:
         OptionError: If an argument is unknown.
@@ -139,9 +139,9 @@ def factor_at(
     lr_end: float,
     step_rules: str,
 ) -> float:
-    """Return the factor on the learning rate at a step, from 0, of the curve of that name.
+    """Return the factor on the learning rate at a step for the curve `name`.
 
-    What follows `step` is set by options or, as `ARGUMENTS` says, by arguments.
+    Keyword arguments are set by options or, for the curves in `ARGUMENTS`, by --lr_scheduler_args.
 
     Args:
         name: Name of the curve.
@@ -228,7 +228,7 @@ def _read_rules(text: str) -> tuple[list[tuple[float, int]], float]:
         ) from None
 
 
-# the schedules: their state is plain values, restored after that of the optimizer; `go_to` is for a new one
+# Schedules. Their state has plain values and is restored after the optimizer's; `go_to` needs no state.
 
 
 class CurveSchedule(LambdaLR):
@@ -251,7 +251,7 @@ class CurveSchedule(LambdaLR):
 
     def step(self, epoch: int | None = None) -> None:
         """Advance by one optimizer step; `epoch`, part of torch's interface, is ignored."""
-        # torch's own warns where the optimizer's step is another function, as for bf16 weights
+        # torch's method would warn if another function steps the optimizer, as for bf16 weights
         self.go_to(self.last_epoch + 1)
 
     def go_to(self, step: int) -> None:
@@ -307,7 +307,7 @@ class Imported:
         if "scheduler" not in state_dict:
             raise CheckpointError(_other_schedule(self.name))
         saved = dict(state_dict["scheduler"])
-        # the rest are settings, which this run's options say
+        # the other entries are settings, which come from this run's options
         if type(self.inner).__module__ == LRScheduler.__module__:
             saved = {name: value for name, value in saved.items() if name in COUNTS}
         self.inner.load_state_dict(saved)
@@ -357,7 +357,7 @@ def _other_schedule(name: str) -> str:
 
 
 def _read_adafactor_rates(optimizer: Any, before: float) -> list[float]:
-    """Return the rate that Adafactor found for each group in its last step; `before` if it has made none."""
+    """Return Adafactor's rate of each group in its last step; `before` for a group without a step."""
     rates = []
     for group in optimizer.param_groups:
         state = optimizer.state.get(group["params"][0], {})

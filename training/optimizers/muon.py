@@ -1,8 +1,8 @@
 """Muon for the matrices of a network, AdamW for all its other weights.
 
 A step of Muon is the momentum of a matrix, made orthogonal: all its singular values become about 1. A weight
-that holds several matrices (queries, keys and values; gate and value) is stepped as if each had a weight of
-its own. Source: Jordan 2024, "Muon"; Liu et al. 2025, arXiv 2502.16982; arguments are those of
+that consists of several matrices (queries, keys and values; gate and value) is stepped as if each were a
+separate weight. Source: Jordan 2024, "Muon"; Liu et al. 2025, arXiv 2502.16982. Arguments are those of
 `torch.optim.Muon`.
 """
 
@@ -21,10 +21,10 @@ from training.trainable import Trainable
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of the Newton-Schulz steps, by Jordan
 NUM_STEPS = 5
 EPS = 1e-7
-BETAS, ADAM_EPS = (0.9, 0.95), 1e-8  # of AdamW; as in KohakuMossTrainer
-LIKE_ADAM = "match_rms_adamw"  # of adjust_lr_fn
+BETAS, ADAM_EPS = (0.9, 0.95), 1e-8  # settings of AdamW, as in KohakuMossTrainer
+LIKE_ADAM = "match_rms_adamw"  # value of adjust_lr_fn
 ADJUSTMENTS = (None, "original", LIKE_ADAM)
-PARTS = "matrices"  # of a group: how many each of its weights holds; 0: AdamW steps the weights
+PARTS = "matrices"  # key of a parameter group: number of matrices in each weight; 0: AdamW steps the weights
 
 
 class MuonWithAdam(Optimizer):
@@ -42,7 +42,7 @@ class MuonWithAdam(Optimizer):
         ns_steps: int = NUM_STEPS,
         adjust_lr_fn: str | None = None,
     ) -> None:
-        """Make the optimizer. Arguments: see `torch.optim.Muon`. Raises ValueError if one cannot be used."""
+        """Create the optimizer; arguments as in `torch.optim.Muon`. Raises ValueError for invalid ones."""
         if adjust_lr_fn not in ADJUSTMENTS:
             raise ValueError(f"adjust_lr_fn {adjust_lr_fn}: give original or {LIKE_ADAM}")
         if len(ns_coefficients) != 3 or not 0 < ns_steps < 100 or not 0 <= momentum <= 1:
@@ -86,7 +86,7 @@ class MuonWithAdam(Optimizer):
             rows.add_(direction, alpha=-rate)
 
     def _step_numbers(self, weight: Tensor, gradient: Tensor, group: Mapping[str, Any]) -> None:
-        """Step a vector or another weight that is no hidden matrix, with AdamW."""
+        """Step a weight with AdamW: a vector, or a matrix outside of the blocks."""
         state = self.state[weight]
         if not state:
             state["step"] = torch.zeros(())

@@ -43,7 +43,7 @@ NAMES = {
     "radamschedulefree": "schedulefree.RAdamScheduleFree",
     "sgdschedulefree": "schedulefree.SGDScheduleFree",
 }
-# import paths of all optimizers that have a name, by the name in small letters
+# import path of each optimizer by its lowercase name
 PATHS = {
     key.lower(): f"torch.optim.{key}"
     for key, value in vars(torch.optim).items()
@@ -59,7 +59,7 @@ UNUSABLE = {
     "LBFGS": "it computes the loss several times a step, and the loop computes it once",
     "SparseAdam": "it takes sparse gradients only, and these are dense",
 }
-# have the shape of their parameter
+# names of optimizer states with the shape of their parameter
 MOMENTS = frozenset({"exp_avg", "exp_avg_sq", "momentum_buffer", "state1", "state2"})
 
 
@@ -124,7 +124,7 @@ def check_rates(options: OptimizerOptions, rates: Mapping[str, float]) -> None:
     (_, default), *further = rates.items()
     different = [option for option, rate in further if rate != default] or [option for option, _ in further]
     error = _try_step(options, [*rates.values()])
-    # an error with one rate too has another reason, which making the real optimizer reports
+    # an error that also occurs with one rate has another reason; creating the real optimizer reports it
     if error is None or _try_step(options, [default]) is not None:
         return
     named = "it" if len(different) == 1 else "them"
@@ -262,9 +262,9 @@ def needs_no_schedule(optimizer: Optimizer) -> bool:
 
 
 def find_averaging(optimizer: Optimizer) -> Any:
-    """Return the optimizer, or the one it wraps, whose training weights differ from those to save, or None.
+    """Return the optimizer, or the one it wraps, that saves other weights than it trains; None if none does.
 
-    Such an optimizer has `train()` and `eval()`, which switch between the two, whatever its name.
+    Such an optimizer is recognized by its methods `train()` and `eval()`, which switch between the two.
     """
     averaging = (
         wrapped
@@ -324,7 +324,7 @@ def evaluation(
 def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> Iterator[None]:
     """Load the averaged weights of an averaging optimizer during the block; do nothing for others.
 
-    The optimizer's own way back to the training weights rounds, so they are copied and restored.
+    Training weights are copied and restored, because `train()` of the optimizer would round them.
     """
     averaging = find_averaging(optimizer)
     if averaging is None:
@@ -337,7 +337,7 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
     except Exception:
         if has_stepped:
             raise
-        averaging.state.clear()  # its average begins with its first step: until then the weights are it
+        averaging.state.clear()  # before the first step there is no average: the weights are used
     try:
         yield
     finally:
@@ -426,7 +426,7 @@ def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
-    """Load a `state_dict` of another program with the numbers of this run, except for the learning rates.
+    """Load a `state_dict` of another program, with parameters in this run's order; keep this run's rates.
 
     Raises:
         CheckpointError: If it does not fit.
@@ -438,7 +438,8 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         optimizer.load_state_dict(dict(state))
         for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
             group.update(group_rates)
-        for parameter, moments in optimizer.state.items():  # numbers may assign another weight's moments
+        # if the program numbers its parameters differently, they got moments of other weights
+        for parameter, moments in optimizer.state.items():
             for name in MOMENTS & moments.keys():
                 if moments[name].shape != parameter.shape:
                     shapes = list(moments[name].shape), list(parameter.shape)

@@ -1,9 +1,9 @@
-"""Step weights after the backward passes of a step, or inside the only one (--fused_backward_pass).
+"""Step weights after the backward passes of a step, or during the backward pass (--fused_backward_pass).
 
-Inside it, gradients never exist all at once. As soon as a weight's gradient is complete (all its uses are
-differentiated by then, so nothing needs the old value any more) the gradient is clipped by itself, the weight
-stepped, the gradient freed. Besides weights and optimizer state only the largest gradient needs memory.
-Without clipping the result equals that of the usual order, to the bit.
+During the backward pass, all gradients never exist at once. As soon as a weight's gradient is complete (by
+then, nothing needs the old value of the weight any more), the gradient is clipped by itself, the weight is
+stepped, and the gradient is freed. In addition to weights and optimizer states, only the largest gradient
+needs memory. Without clipping the result equals that of the usual order, to the bit.
 
 If a weight is split over processes, each process steps its rows. For an optimizer that needs whole weights,
 such as Adafactor, all processes gather one weight after the other.
@@ -61,7 +61,7 @@ ALONE: Mapping[str, frozenset[str]] = {
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
     "lion_pytorch": frozenset({"Lion"}),
 }
-# our own optimizer of this kind; it is imported only if it is chosen
+# our own optimizer that steps each parameter alone; it is imported only if it is selected
 OWN_MODULE, OWN_CLASS = "training.optimizers.muon", "MuonWithAdam"
 # end of the class name in lower case -> why it cannot step single weights
 TOGETHER: Mapping[str, str] = {
@@ -78,7 +78,7 @@ class ParameterSteps:
     optimizer: Optimizer
     names: Mapping[Tensor, str]  # of every parameter
     progress: Progress  # seed and step, for rounding
-    # rows of a weight, and the weight; gathered to step it unless the optimizer steps each number by itself
+    # this process's rows of a weight -> the split weight; rows are gathered if the optimizer needs all
     split: Mapping[Tensor, Tensor] = field(default_factory=dict)
     # states wait in host memory, except those of the parameter that is stepped
     offloads_states: bool = False
@@ -110,7 +110,7 @@ class ParameterSteps:
             self._step(parameter, parameter)
 
     def _step_precisely(self, parameter: Parameter, value: Tensor, gradient: Tensor) -> Tensor:
-        """Step a parameter by a copy in float32, of its rows or the whole weight; return the new values."""
+        """Step a float32 copy of a parameter, with its state; return the new values in float32."""
         state = self.optimizer.state
         precise = Parameter(value.float())
         precise.grad = gradient.float()
@@ -150,7 +150,7 @@ class ParameterSteps:
 
 
 def _fetch_state(optimizer: Optimizer, parameter: Parameter) -> dict[str, Tensor]:
-    """Move the states of a parameter to its device; return those that were elsewhere, by name."""
+    """Move the states of a parameter to its device; return the host tensors of the moved ones, by name."""
     state = optimizer.state.get(parameter, {})
     on_host = {name: value for name, value in state.items() if _is_moment(value)}
     on_host = {name: value for name, value in on_host.items() if value.device != parameter.device}
@@ -165,7 +165,7 @@ def _return_state(optimizer: Optimizer, parameter: Parameter, on_host: Mapping[s
     Args:
         optimizer: The optimizer.
         parameter: The parameter.
-        on_host: States that already have memory on the host.
+        on_host: Host tensors from `_fetch_state`, whose memory is used again.
     """
     state = optimizer.state.get(parameter, {})
     for name, value in state.items():
@@ -198,25 +198,19 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
     noise = torch.randint(_LOW_16, shape, dtype=torch.int32, device=values.device, generator=generator)
     if weight is not None:
         noise = rows_of(weight, noise)
-    # all bits of a GPU's NaN are set: a sum would run over, into a zero
+    # a GPU's NaN has all bits set: adding noise would overflow to zero
     noise.masked_fill_(values.isnan(), 0)
     return noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16).view(torch.float32).to(torch.bfloat16)
 
 
 def steps_alone(kind: Callable[..., Optimizer]) -> bool:
-    """Return whether the optimizer class steps each parameter independently of the others.
-
-    False if that is not known.
-    """
+    """Return whether the optimizer class is known to step each parameter independently of the others."""
     is_own = kind.__name__ == OWN_CLASS and kind.__module__.endswith(OWN_MODULE)
     return is_own or kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
 
 
 def steps_numbers(kind: Callable[..., Optimizer]) -> bool:
-    """Return whether the optimizer class steps each element independently of the others of its weight.
-
-    False if that is not known.
-    """
+    """Return whether the optimizer class is known to step each element of a weight independently."""
     return kind.__name__ in BY_NUMBER.get(kind.__module__.partition(".")[0], frozenset())
 
 
@@ -245,7 +239,7 @@ class StepAfterBackward:
         norm = norm_of_gradients(self.parameters, self.split)
         if allows is not None and not allows(norm):
             if self.scaler.is_enabled():
-                # a new step may begin, with the same scale: a skipped step does not show whether it fits
+                # keep the scale: a skipped step does not show whether it is right
                 self.scaler.update(self.scaler.get_scale())
             return norm
         if self.max_norm > 0:
@@ -254,7 +248,7 @@ class StepAfterBackward:
             network.before_optimizer_step()
         if self.alone is not None:
             for parameter in self.parameters:
-                if parameter.grad is not None:  # else it has stopped learning
+                if parameter.grad is not None:  # None: the training of this part has ended
                     self.alone.step(parameter)
         else:  # as the optimizer itself does, if the scaler is off
             self.scaler.step(self.optimizer)
@@ -274,7 +268,7 @@ class FusedBackward:
             max_norm: Limit on the norm of each gradient by itself; 0 turns clipping off.
         """
         self._steps, self._parameters, self._max_norm = steps, parameters, max_norm
-        self._norms: dict[Parameter, Tensor] = {}  # of the gradients of this pass, before clipping
+        self._norms: dict[Parameter, Tensor] = {}  # norms of the gradients of this pass, before clipping
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._complete)
 
@@ -297,7 +291,7 @@ class FusedBackward:
     @torch.no_grad()
     def _complete(self, parameter: Tensor) -> None:
         assert isinstance(parameter, Parameter)
-        if parameter.grad is None:  # of a layer that this pass left out: `finish` steps it
+        if parameter.grad is None:  # this pass skipped its layer; `finish` steps it
             return
         norm = torch.linalg.vector_norm(parameter.grad, dtype=torch.float32)
         if self._max_norm > 0:

@@ -40,10 +40,10 @@ from training.processes import largest_of_processes
 
 logger = logging.getLogger(__name__)
 
-MAX_BATCH = 16  # that --plan proposes: larger ones ask for another learning rate
+MAX_BATCH = 16  # largest batch that --plan proposes: larger ones need another learning rate
 COMPILED = "Compiled blocks usually need less than planned here."
 META = torch.device("meta")
-Shape = tuple[int, ...]  # of latents without their channels: B F H W
+Shape = tuple[int, ...]  # shape of latents without their channels: B F H W
 
 
 @dataclass(frozen=True)
@@ -52,12 +52,12 @@ class StepPrediction:
 
     options: TrainingOptions
     batch: str  # the size of the batch, in words
-    size: int  # of the batch: numbers in its latents
-    shape: Shape  # of its latents
-    moments: Mapping[str, dry.Moment]
+    size: int  # number of elements in the latents of the batch
+    shape: Shape  # shape of these latents
+    moments: Mapping[str, dry.Moment]  # bytes on the device by kind, at each part of a step
     waiting: int  # bytes of activations in host memory
-    weights: str  # their dtypes
-    swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the most that can be
+    weights: str  # dtypes of the weights
+    swaps: Sequence[memory_plan.Swapped]  # by --blocks_to_swap, from 0 to the maximum
     block_weights: tuple[memory_plan.BlockWeights, ...]
     workspace: memory_plan.MemoryPart
     offloaded: int = 0  # bytes of the optimizer's states in host memory
@@ -65,7 +65,7 @@ class StepPrediction:
     further: int = 0  # transformers that are trained, each like the one that was rehearsed
     sampled: int = 0  # transformers that only samples need
     texts: LiveTexts | None = None  # encoded in each step
-    network: str = "LoRA"  # what learns next to the transformer
+    network: str = "LoRA"  # name of the trained network
 
     def phase(self, blocks: int) -> memory_plan.Phase:
         """Return the largest moment of a step with this number of swapped blocks."""
@@ -107,7 +107,7 @@ class StepPrediction:
             swap: Effect of swapping its blocks.
         """
         count = self.further + self.sampled
-        if self.takes_turns:  # each has all its weights in host memory, also the one at work
+        if self.takes_turns:  # host memory holds all weights of each, even of the one on the device
             host = (1 + count) * weights - swap.host
             return memory_plan.MemoryPart("further transformers", 0, host, "they take turns on the device")
         device = count * (weights - swap.saved)
@@ -122,8 +122,9 @@ class StepPrediction:
         """Return the prediction for a batch with this fraction of the elements; activations scale with it."""
 
         def part(place: str, moment: dry.Moment) -> dry.Moment:
-            follows = () if place == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
-            return {kind: round(size * share) if kind in follows else size for kind, size in moment.items()}
+            # memory of the optimizer step does not depend on the batch
+            scales = () if place == STEP else (dry.KEPT, dry.WORKING, dry.BATCH)
+            return {kind: round(size * share) if kind in scales else size for kind, size in moment.items()}
 
         moments = {place: part(place, moment) for place, moment in self.moments.items()}
         return replace(self, moments=moments, waiting=round(self.waiting * share))
@@ -237,7 +238,7 @@ def _offload_states(moments: Mapping[str, dry.Moment], share: float) -> tuple[di
 
 
 def largest_batch(items: Iterable[TrainingItem], latent_side: int = 8) -> tuple[TrainingItem, ...]:
-    """Return the items of the batch with the most pixels that the dataset can give, those with audio first.
+    """Return the items of the largest possible batch by pixels; items with audio are preferred.
 
     Args:
         items: Items of the dataset.
@@ -275,7 +276,7 @@ def read_largest(
         reads_empty=EMPTY_PROMPT in options.joined.needs,
         reads_rejected=REJECTED_ONES in options.joined.needs,
     )
-    # given frames take a little more memory than none: if they may come, the largest batch has some
+    # clean conditioning frames need a little more memory: if they can be drawn, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
     if noise.gives is not None:
         noise = replace(noise, gives=noise.gives.always())
@@ -444,11 +445,14 @@ def advice(
 
 
 def cheaper(options: TrainingOptions, further: int = 0) -> list[tuple[str, TrainingOptions]]:
-    """Return unused options that save memory, each with all before it, in the order of their cost in time.
+    """Return unused options that save memory, in the order of their cost in time.
 
     Args:
         options: Options of the run.
         further: Number of trained transformers apart from the first one.
+
+    Returns:
+        Pairs of an advised option and the run's options with it and all earlier ones applied.
     """
     loop = options.loop
     is_plain = options.full_dit is None and options.speed.fp8.quantization is None

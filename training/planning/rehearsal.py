@@ -41,12 +41,12 @@ logger = logging.getLogger(__name__)
 STEP = "optimizer step"
 # Packages written in torch's operations alone. Custom kernels would write to memory that does not exist.
 REHEARSABLE = {"torch", "transformers", "prodigyopt", "lion_pytorch", "schedulefree"}
-EDGE = 512  # most rows and columns of a copy of a weight; 8-bit states begin at 4096 elements
+EDGE = 512  # maximum rows and columns of a copied weight; larger than 4096 elements, so states are 8-bit
 # Bytes of states for each element of a weight, for classes that do not run on a CPU. 8-bit states: one
 # byte a moment, and a float32 scale for every 256 elements of it. Source: bitsandbytes' documentation of
-# block-wise quantization. paged states lie in host memory
+# block-wise quantization. Paged states are in host memory.
 STATE_BYTES = {"AdamW8bit": 2 * (1 + 4 / 256), "PagedAdamW8bit": 0.0, "Lion8bit": 1 + 4 / 256}
-GUESS = 8.0  # two float32 moments
+GUESS = 8.0  # bytes per element if states cannot be measured: two float32 moments
 
 
 @dataclass
@@ -59,14 +59,14 @@ class Rehearsal:
     dit: nn.Module
     parameters: list[Parameter]
     optimizer: Optimizer
-    steps: ParameterSteps | None  # of single weights
+    steps: ParameterSteps | None  # steps single weights; None: all are stepped at once
     states: list[Tensor]  # stand-ins for the average, and for states that a rehearsal cannot make
-    blocks: Mapping[str, list[nn.Module]]  # all, by the name of their list
+    blocks: Mapping[str, list[nn.Module]]  # all blocks, by the name of their list
     texts: LiveTexts | None = None  # encoded in each step, without content
     # with --fused_backward_pass, once the optimizer has its states
     fused: FusedBackward | None = None
     tables: Sequence[DatasetTable] = ()  # of the dataset
-    # what passes with gradients run in, of features
+    # functions of features that return the context of a pass with gradients
     learning_pass: Sequence[LearningPass] = ()
 
     @property
@@ -85,7 +85,7 @@ class Rehearsal:
     def measure(self, noisy_batch: NoisyBatch, counts: dry.Counts) -> dict[str, dry.Moment]:
         """Rehearse a step with `counts` blocks of each list; return the peak memory of each of its phases.
 
-        The optimizer's step is left out: `measure_step` rehearses it. Afterwards all blocks are back.
+        `measure_step` rehearses the optimizer's step. Afterwards the DiT has all its blocks again.
         """
         dry.keep_blocks(self.dit, self.blocks, counts, self.ledger)
         if self.options.loop.gradient_accumulation_steps > 1:
@@ -187,9 +187,9 @@ def rehearse(
     watch: Callable[[nn.Module], dry.Extrapolate] = dry.plainly,
     tables: Sequence[DatasetTable] = (),
 ) -> tuple[dict[str, dry.Moment], int]:
-    """Return the largest moment at each place of a training step, and the bytes that wait on the host.
+    """Return the peak memory of each phase of a training step, and the bytes of activations on the host.
 
-    The optimizer already has its states.
+    The optimizer has its states already, as in every step after the first one.
 
     Args:
         family: The model family.
@@ -221,17 +221,17 @@ def rehearse(
 def _enter_with(
     enter: LearningPass, noisy_batch: NoisyBatch, dit: nn.Module, _: NoisyBatch, seed: int
 ) -> contextlib.AbstractContextManager[None]:
-    """Return the context of a pass with the batch on the CPU; that on the device has no values."""
+    """Return the context of a pass for the batch on the CPU; the batch on the device has no values."""
     return enter(dit, noisy_batch, seed)
 
 
 def _as_measured(moments: Mapping[str, dry.Moment], _: dry.Counts) -> Mapping[str, dry.Moment]:
-    """Return the measured moments of a run with all blocks; the number of blocks is ignored."""
+    """Return `moments`, measured with all blocks; ignore the number of blocks."""
     return moments
 
 
 def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledger: dry.Ledger) -> None:
-    """Add --training_adapter of each expert; all except the first are disabled and only take memory."""
+    """Add --training_adapter of each expert; only the first is enabled, the other ones only take memory."""
     with disable_modes():  # the file has real tensors
         uses = [read_adapter(options, expert, family.experts) for expert in family.experts]
     is_compiled = options.speed.compilation.choice is not None
@@ -298,7 +298,7 @@ def dress_trainable(
 def _single_steps(
     options: TrainingOptions, optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> ParameterSteps | None:
-    """Return the steps of single weights; None if all are stepped at once."""
+    """Return the stepper of single weights; None if all weights are stepped at once."""
     full_dit = options.full_dit
     is_stepped_alone = full_dit is not None and (
         full_dit.full_bf16 or full_dit.fused_backward_pass or full_dit.offloads_states
@@ -317,7 +317,7 @@ def _make_learning_groups(
     ledger: dry.Ledger,
     texts: LiveTexts | None,
 ) -> list[dict[str, Any]]:
-    """Add the network and the adapters, or choose the weights that learn; return the optimizer's groups."""
+    """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups."""
     learner = find_learner(family, options.network, options.joined.in_place_of_lora)
     if options.network is None or learner.make is None:
         trainable = train_full(family, options, dit, texts, writes=False)

@@ -1,7 +1,7 @@
-"""Draw the page of a training in a process of its own, which the training starts and never waits for.
+"""Draw the page of a training in a separate process, which the training starts and never waits for.
 
-The process ends with its training, however that ends: what it reads from has an end then. It draws the page
-for the last time before.
+The process ends when its training ends or is killed, because its standard input is closed then. Before, it
+draws the page for the last time.
 """
 
 import contextlib
@@ -19,11 +19,11 @@ from modules.installation import PREFIX, ROOT, program_environment
 from training.reports.history import Start, Story, history_name, read_history, read_session
 from training.reports.sections import SAMPLES, page_path
 
-REQUEST, END = b"\n", b"."  # what is written to the process: draw the page; draw it for the last time
-MAX_REQUESTS = 65_536  # that are read at once: several that wait are one
-LOWER_PRIORITY = 5  # how much lower than that of the training
-PAGE_SECONDS = 20.0  # how long a finished run's page is waited for
-PAUSE = 0.05  # seconds between two looks
+REQUEST, END = b"\n", b"."  # requests to the process: draw the page; draw it for the last time
+MAX_REQUESTS = 65_536  # maximum read at once: several waiting requests are handled as one
+LOWER_PRIORITY = 5  # how much to lower the priority below that of the training
+PAGE_SECONDS = 20.0  # how long to wait for the page of a finished run
+PAUSE = 0.05  # seconds between two checks
 
 
 class PageProcess:
@@ -33,7 +33,7 @@ class PageProcess:
         """Start the process.
 
         Args:
-            history: The history of the run, which the page is drawn from.
+            history: The history of the run, from which the page is drawn.
 
         Raises:
             OutputError: If no process can be started.
@@ -70,10 +70,10 @@ class PageProcess:
             raise OutputError(self._read_reason()) from None
 
     def close(self) -> None:
-        """Have the last page drawn. Raises OutputError if an earlier page could not be drawn."""
+        """Request the last page. Raises OutputError if an earlier page could not be drawn."""
         assert self._process.stdin is not None
         try:
-            # said, too: workers that load data may hold what is closed here for some time
+            # closing the pipe alone is not enough: data loader workers may keep it open for some time
             self._process.stdin.write(END)
             self._process.stdin.close()
         except OSError:
@@ -85,14 +85,14 @@ class PageProcess:
 
 
 def wait_for_page(history: Path, seconds: float = PAGE_SECONDS) -> Path | None:
-    """Return the page of a run that has ended, once the page shows all of its history.
+    """Wait until the page of a run that has ended shows its whole history.
 
     Args:
         history: The history of the run.
         seconds: Time after which the page is returned in any case.
 
     Returns:
-        The page; None if there is none.
+        The path of the page; None if there is no page.
     """
     page = page_path(history.parent, history_name(history))
     end = time.monotonic() + seconds
@@ -116,13 +116,12 @@ def is_page_current(history: Path) -> bool:
 def draw_page(history: Path, draw: Callable[[Path, Story], None], *, is_over: bool) -> None:
     """Draw the page of a run from its history, if there is one.
 
-    A page of a later history stays: the process of a killed run may still draw when the run that continues it
-    has drawn its page already.
+    A newer page is kept: the process of a killed run may still draw after the resumed run has drawn its page.
 
     Args:
         history: The history of the run.
         draw: Writes the page of a story to a path.
-        is_over: Whether the training has ended, even if the history does not say so: it was killed.
+        is_over: Whether the training has ended; if the history has no end, the training was killed.
     """
     session = read_session(history)
     if session is None:
@@ -135,7 +134,7 @@ def draw_page(history: Path, draw: Callable[[Path, Story], None], *, is_over: bo
     page = page_path(history.parent, history_name(history))
     drawn = temporary_name(page)
     draw(drawn, story)
-    # lines that came while it was drawn are newer than the page
+    # so that lines that were written meanwhile are newer than the page
     os.utime(drawn, ns=(read_at, read_at))
     if page.is_file() and page.stat().st_mtime_ns > read_at:
         drawn.unlink()
@@ -147,11 +146,13 @@ def main(words: Sequence[str]) -> None:
     """Draw the page of a run whenever standard input has a request, and when it ends.
 
     Args:
-        words: The history, the folder in which the training was typed, and its script as it was typed.
+        words: Path of the history, working folder of the training, and its script as it was typed.
     """
     history, folder, script = Path(words[0]), words[1], words[2]
     sys.argv[0] = script
-    with contextlib.suppress(OSError):  # the folder was removed: only the commands on the page need it
+    with contextlib.suppress(
+        OSError
+    ):  # if the folder was removed, only the commands on the page are affected
         os.chdir(folder)
     if hasattr(os, "nice"):
         os.nice(LOWER_PRIORITY)

@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 END = "-history.jsonl"
-BEFORE_TRAINING = ".run"  # behind the name of a run: what `run` did before its training
+BEFORE_TRAINING = ".run"  # suffix of the run's name for the history of what `run` did before the training
 MAX_WAITING = 2000  # lines in memory
 MAX_STEPS = 10**15
 LOSS = "validation/loss"
-NUMBERS = "pairs"  # in the line of a step: further numbers of features; so since there were some
-AVERAGE = "-ema"  # in the name of a saved file: it is the average of the weights
-WORKFLOW = ".workflow.json"  # of a workflow for ComfyUI next to the files of a save, kept as long as these
+NUMBERS = "pairs"  # key of additional values of features in the line of a step; a historical name
+AVERAGE = "-ema"  # in the name of a saved file: it contains the average of the weights
+WORKFLOW = ".workflow.json"  # suffix of a ComfyUI workflow next to the files of a save; removed with them
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
-SAMPLE_TEXTS = ("files", "prompts")  # of a line about samples: by the number of the prompt
-PASSING = {"loss", "doing"}  # lines on disk only
+SAMPLE_TEXTS = ("files", "prompts")  # keys of a line about samples; their values are by prompt number
+PASSING = {"loss", "doing"}  # keys of lines about single steps, which `History` does not keep in memory
 Row = dict[str, Any]
-Points = dict[int, float | None]  # of a curve: value by step; None: it was NaN or infinite
-SHOWN = 50  # steps whose mean seconds are shown: beside the bar, in the box at the end, on pages
+Points = dict[int, float | None]  # a curve: value by step; None: it was NaN or infinite
+SHOWN = 50  # steps whose mean duration is shown next to the bar, in the box at the end and on pages
 
 
 def find_workflow(folder: Path, saved: str) -> str:
@@ -46,7 +46,7 @@ def find_workflow(folder: Path, saved: str) -> str:
 
     Args:
         folder: Folder of the saved file.
-        saved: Its name. The files of two transformers share a workflow.
+        saved: Name of the saved file. The files of two transformers share a workflow.
     """
     stem = saved.removesuffix(".safetensors")
     stems = (stem, stem.removesuffix(f"_{LOW_NOISE}"), stem.removesuffix(f"_{HIGH_NOISE}"))
@@ -88,11 +88,11 @@ class Start:
     total_steps: int
     changed: Sequence[tuple[str, str]] = ()  # options that differ from their defaults
     unchanged: Sequence[tuple[str, str]] = ()
-    listens: bool = False  # to files that ask for something, see `Requests`
+    listens: bool = False  # whether it watches for request files, see `Requests`
     process: Mapping[str, Any] = field(default_factory=dict)  # see `describe_process`
-    written_in: str = ""  # folder of the history, with links resolved; "": an older version's
-    working_folder: str = ""  # in which the command was typed; "": an older version's
-    # of further numbers on the page
+    written_in: str = ""  # folder of the history, with links resolved; "" if an older version wrote the line
+    working_folder: str = ""  # folder of the command; "" if an older version wrote the line
+    # show additional values of features on the page
     charts: Sequence[NumberChart] = ()
     tiles: Sequence[NumberTile] = ()
 
@@ -124,20 +124,20 @@ class Story:
     """The content of a history. A repeated line counts once."""
 
     loss: Points = field(default_factory=dict)
-    seconds: Points = field(default_factory=dict)  # of steps
-    average: float | None = None  # of the last losses, at most an epoch's; None: of an older version
+    seconds: Points = field(default_factory=dict)  # duration of steps
+    average: float | None = None  # mean of the losses of the last epoch; None: an older version wrote none
     left: float | None = None  # seconds to the end as of the last step, with samples, validations and saves
     doing: str = ""  # current work between two steps: `sample 1 of 2, step 140 of 300`
     rates: dict[str, Points] = field(default_factory=dict)
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
-    numbers: dict[str, Points] = field(default_factory=dict)  # further ones of features by name
+    numbers: dict[str, Points] = field(default_factory=dict)  # additional values of features by name
     skipped: dict[int, str] = field(default_factory=dict)  # steps that were not taken, with the reason
     bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
     samples: dict[tuple[int, str], SampleRow] = field(default_factory=dict)
     saved: dict[str, int] = field(default_factory=dict)  # name in the output folder -> step
-    starts: dict[int, Start | None] = field(default_factory=dict)  # by the step; None: of an older version
-    ending: tuple[str, str] | None = None  # of a run that has ended: how, and the kind of it
+    starts: dict[int, Start | None] = field(default_factory=dict)  # by the step; None: an older version's
+    ending: tuple[str, str] | None = None  # how the run has ended, and its kind; None: it has not
     memory: list[tuple[str, str]] = field(default_factory=list)  # names and values
     commands: list[PageCommand] = field(default_factory=list)
     messages: list[tuple[int, str, str]] = field(default_factory=list)  # step, level, text
@@ -245,7 +245,7 @@ class Story:
     def usable_file(self, folder: Path, best: str | None = None) -> str | None:
         """Return the saved file to generate with: the best one, or the file of the highest step that exists.
 
-        Of several files of the highest step it is the one with the shortest name: that of the whole run.
+        If several files have the highest step, the one with the shortest name is returned: the final file.
 
         Args:
             folder: Folder of the files.
@@ -267,7 +267,7 @@ class Story:
 
     def is_average(self, name: str) -> bool:
         """Return whether a saved file is the average (EMA) of another one: its loss was not measured."""
-        # behind the mark may stand which transformer a file is for
+        # the mark may be followed by the name of a transformer
         marks = re.finditer(re.escape(AVERAGE), name)
         return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
 
@@ -297,8 +297,8 @@ class MeasuredFile:
 def select_best(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
     """Return the file with the lowest validation loss; None if there is none.
 
-    Files share the loss of the validation nearest to them. Of several files with one loss, the one saved
-    nearest to the measurement is returned, then the later one, then the one with the shortest name.
+    Several files may have the loss of the same validation. Ties are resolved in favor of the file saved
+    nearest to the validation, then the later one, then the one with the shortest name.
     """
     return min(
         files,
@@ -324,7 +324,7 @@ class History:
         self.path, self.session, self.is_written = path, session, is_written
         self._waiting: list[str] = []
         self._keeps_up_to: int | None = step  # the last step of the lines on disk that are kept; None: all
-        self.story = Story()  # of all lines but those about single steps
+        self.story = Story()  # all lines except those about single steps
         try:
             for row in _rows(path, session, step):
                 if not row.keys() & PASSING:
@@ -339,7 +339,7 @@ class History:
             OutputError: If many lines wait and cannot be written; they are dropped then.
         """
         row: Row = _finite({"step": step, **what})
-        if not row.keys() & {*PASSING, "started"}:  # the run that starts knows its own start
+        if not row.keys() & {*PASSING, "started"}:  # a running run does not read its own start
             self.story.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
@@ -484,7 +484,7 @@ def _number(value: Any) -> float | None:
 
 
 def _finite(value: Any) -> Any:
-    """Return the value with NaN and infinite numbers as None, which JSON can hold, and others shortened."""
+    """Replace NaN and infinite numbers by None for JSON, and round other numbers to 7 digits."""
     if isinstance(value, Mapping):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, float):

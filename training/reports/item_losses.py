@@ -1,8 +1,8 @@
-"""The loss of each picture and clip of a run: lines of a file, comparison of the items, the page's part.
+"""The losses of each image and clip of a run: read them, compare the items, and show them on the page.
 
-`OUTPUT_NAME-items.jsonl` has a line for each time that an item was learned; further processes write
-`OUTPUT_NAME-items-1.jsonl` and so on. A loss depends on the noise level more than on the item. So each one is
-compared with the mean of all items at its level:
+`OUTPUT_NAME-items.jsonl` has a line for each use of an item in training; other processes write
+`OUTPUT_NAME-items-1.jsonl` and so on. A loss depends on the noise level more than on the item. So each loss
+is compared with the mean of all items at its level:
 
     hardness of an item = sum of its losses / sum of the mean losses of all items at the same levels
 
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 LEVELS = 10  # ranges of noise levels that are compared
-MAX_BYTES = 256 << 20  # of a file; of a larger one only the end is read
+MAX_BYTES = 256 << 20  # only this many bytes at the end of a file are read
 MAX_HARD, MAX_EASY = 20, 5  # items on the page
 SIDE = 96  # pixels of a small image
 MAX_IMAGE = 64 << 10  # characters of one image
@@ -49,7 +49,7 @@ class ItemDraw(NamedTuple):
 
     step: int
     batch: int  # number of the micro-batch in the run
-    key: str  # of the item: the name of its cache
+    key: str  # key of the item: the name of its cache
     level: float  # share of noise, 0..1
     loss: float
 
@@ -60,16 +60,16 @@ class ItemLoss:
 
     key: str
     draws: int
-    mean: float  # of its losses
-    hardness: float  # see above
-    error: float | None  # standard error of the hardness; None: of a single draw
+    mean: float  # mean of the item's losses
+    hardness: float  # see the description of this module
+    error: float | None  # standard error of the hardness; None if there is only one loss
 
 
 @dataclass(frozen=True)
 class ItemImage:
     """A thumbnail of an item."""
 
-    name: str  # of its file
+    name: str  # name of the item's file
     data: str  # JPEG in base64
 
     @classmethod
@@ -171,7 +171,7 @@ def _compare_item(key: str, draws: Sequence[ItemDraw], means: Sequence[float]) -
     hardness = total / expected if expected > 0 else 1.0
     error = None
     if len(draws) > 1 and expected > 0:
-        # of a ratio of sums: Cochran 1977, Sampling Techniques, section 2.11
+        # standard error of a ratio of sums: Cochran 1977, Sampling Techniques, section 2.11
         squares = sum((draw.loss - hardness * means[_range_of(draw.level)]) ** 2 for draw in draws)
         error = math.sqrt(squares * len(draws) / (len(draws) - 1)) / expected
     return ItemLoss(key, len(draws), total / len(draws), hardness, error)
@@ -201,7 +201,7 @@ def read_images(folder: Path, name: str) -> dict[str, ItemImage]:
 
 @functools.lru_cache(maxsize=16)
 def _compare_files(folder: Path, name: str, marks: tuple[tuple[str, int, int], ...]) -> list[ItemLoss]:
-    """Return the items of a run whose files have these names, sizes and times of change."""
+    """Return the items of a run; `marks` (name, size and change time of each file) is the cache key."""
     return compare_items(read_draws(folder, name))
 
 

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 Tile = tuple[str, str, str]  # label, value and a note
 TEMPLATE = Path(__file__).resolve().parent / "page.html"
-MAX_COLUMNS = 10  # of the grid of samples
+MAX_COLUMNS = 10  # columns of the grid of samples
 MAX_PROMPTS = 20
 SMOOTHING = 0.9
-MIN_SMOOTHED = 20  # points of a curve: fewer are shown as they are
-MAX_DOTS = 60  # points of a curve that has a dot for each
-MAX_BINS = 600  # of a curve; more than a drawing has pixels to tell apart
+MIN_SMOOTHED = 20  # curves with fewer points are not smoothed
+MAX_DOTS = 60  # curves with fewer points may have a dot for each
+MAX_BINS = 600  # points of a curve; a drawing has too few pixels to show more
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def write_training_page(
     standing: Standing,
     load: "LoadClip | None" = None,
 ) -> None:
-    """Write the page of a run: the content of its history.
+    """Write the page of a run from the content of its history.
 
     Args:
         path: Path of the file.
@@ -59,7 +59,7 @@ def write_training_page(
         load: See `page_values`.
 
     Raises:
-        OutputError: If that fails.
+        OutputError: If the page cannot be written.
     """
     name = history_name(history)
     values = page_values(history.parent, story, standing, load=load, name=name)
@@ -81,7 +81,7 @@ def page_values(
         folder: Value of --output_dir.
         story: Content of the run's history.
         standing: State of the run: its start, its step, and how it ended.
-        load: Reads the clips, if the story has samples.
+        load: Reads the clips of samples; None shows no samples.
         maximum: Largest number of columns and rows in the grid of samples.
         name: Value of --output_name, whose scores show which file is best.
         has_sections: Whether to show the other files next to the history too; they name training images.
@@ -107,7 +107,7 @@ def page_values(
         grid = make_grid(story, load, max_columns, max_prompts)
     return {
         "live": None,
-        "is_shared": False,  # by a link: its samples are the files themselves
+        "is_shared": False,  # not a page behind a share link, so samples link to their files
         "standing": standing,
         "model": model_title(standing.start.model),
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
@@ -150,7 +150,7 @@ def list_charts(story: Story, maximum: int = MAX_BINS) -> list[Chart]:
     expert_title = say("Loss of picture and sound") if is_by_stream else say("Loss of each transformer")
     charts.append(Chart(make_curves(by_expert, maximum, SMOOTHING), "step", "loss", expert_title))
 
-    # numbers that features of the run record: with a chart that they declare, else with one of their own
+    # values that features record are drawn in the charts that the features declare, or each in its own chart
     declared = () if story.start is None else story.start.charts
     uncharted = find_uncharted([*story.numbers], declared)
     charts += [_draw_numbers(story, chart, maximum) for chart in (*declared, *uncharted)]
@@ -281,7 +281,7 @@ def _make_loss_tile(story: Story) -> Tile | None:
     """Return the tile of the training loss; None if no step had a finite one."""
     if all(loss is None for loss in story.loss.values()):
         return None
-    if story.average is not None:  # as the bar, the box at the end and the list of runs have it
+    if story.average is not None:  # same value as in the bar, the box at the end and the list of runs
         mean, note = story.average, say("average of the last steps, at most an epoch")
     else:
         bins = [*join_bins(story.loss).values()]
@@ -296,9 +296,10 @@ def _make_loss_tile(story: Story) -> Tile | None:
 
 
 def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
-    """Return the saved files that exist, by step, with equal weights together and the shortest name first.
+    """Return pairs of a step and its existing files; files of one pair have equal weights.
 
-    The last weights of a run are often saved twice: under the number of the step, and as the final file.
+    The shortest name comes first. The last weights of a run are often saved twice: with the step in the name,
+    and as the final file.
     """
     by_weights: dict[tuple[int, str], list[str]] = {}
     in_order = sorted((step, len(name), name) for name, step in story.saved.items())
@@ -313,7 +314,10 @@ def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
 
 @functools.lru_cache(maxsize=10_000)
 def _weights_mark(path: Path, changed: int, size: int) -> str:
-    """Return the SHA-256 of the tensors from a LoRA's metadata; empty if it is missing."""
+    """Return the SHA-256 of the tensors from a LoRA's metadata; empty if it is missing.
+
+    `changed` and `size` are part of the cache key only.
+    """
     try:
         return read_safetensors_texts(path).get("sshs_model_hash", "")
     except (OSError, ValueError):

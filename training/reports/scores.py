@@ -27,7 +27,7 @@ NO_TASTE = say(
     "Scores are no taste: they say how a model that describes pictures sees the samples, not which ones you "
     "like. Look at the samples before you decide."
 )
-# what is said below a table, by the names in files
+# notes below a table, by their names in files
 NOTES = {
     "unreadable": say("Files that could not be read and are left out: %(names)s."),
     "no_dataset": say("The history does not name a dataset: --dataset_config gives one for the likeness."),
@@ -63,15 +63,15 @@ class ScoreNote:
 class SampleScore:
     """Scores of one sample; None for those that were not measured."""
 
-    prompt: int  # its number
+    prompt: int  # number of the prompt
     file: str
     clip: float | None = None  # cosine of sample and prompt, -1..1
     likeness: float | None = None  # mean cosine to the nearest training images
     nearest: str = ""  # the nearest training image
     nearest_cosine: float | None = None
-    is_copied: bool = False  # it is nearly the same as the nearest one
-    is_near: bool = False  # nearer to it than training images are to each other
-    steps: int | None = None  # of denoising
+    is_copied: bool = False  # the sample is nearly the same as the nearest training image
+    is_near: bool = False  # the sample is nearer to that image than training images are to each other
+    steps: int | None = None  # denoising steps
     tag_recall: float | None = None  # fraction of the prompt's tags that a tagger sees
 
 
@@ -80,11 +80,11 @@ class StepScores:
     """Scores of the samples of one step, with the file saved at that step."""
 
     step: int
-    mark: str  # of the samples
+    mark: str  # mark in the names of the samples
     samples: tuple[SampleScore, ...]
-    saved: str = ""  # "": no file was kept
+    saved: str = ""  # name of the saved file; "": no file was kept
     loss: float | None = None  # validation loss, measured nearest to the step
-    loss_step: int | None = None  # where it was measured
+    loss_step: int | None = None  # step at which the loss was measured
 
     @property
     def clip(self) -> float | None:
@@ -135,7 +135,7 @@ class RunScores:
     near_threshold: float | None = None  # cosine from which a sample is too near; None: too few to say
     notes: tuple[ScoreNote, ...] = ()
     version: int = VERSION
-    # files without samples, which may be the best ones; not kept, as they may be removed
+    # files without samples, which may be the best ones; not written to the file, as they may be removed
     unsampled: tuple[MeasuredFile, ...] = ()
 
 
@@ -179,12 +179,12 @@ def write_scores(path: Path, scores: RunScores) -> None:
 
 
 def clip_score(cosine: float | None) -> float | None:
-    """Return 100 max(0, cosine), as torchmetrics' `clip_score` has it."""
+    """Return 100 max(0, cosine), as torchmetrics' `clip_score` does."""
     return None if cosine is None else 100 * max(0.0, cosine)
 
 
 def read_scores(path: Path) -> RunScores | None:
-    """Read the scores of a run; None if there is no such file, or another program's."""
+    """Read the scores of a run; None if there is no such file, or if another program or version wrote it."""
     try:
         values = parse_json(read_text(path, MAX_BYTES))
         if values["version"] != VERSION:
@@ -203,7 +203,7 @@ def read_scores(path: Path) -> RunScores | None:
 
 def _read_note(values: Mapping[str, Any]) -> ScoreNote:
     note = ScoreNote(str(values["kind"]), {str(name): str(text) for name, text in values["values"].items()})
-    _ = note.text  # raises LookupError if the file has another text in mind
+    _ = note.text  # raises LookupError if the kind or its values are unknown
     return note
 
 
@@ -242,7 +242,7 @@ def _number(value: Any) -> float | None:
 
 
 def list_unsampled(rows: Sequence[StepScores], story: Story, folder: Path) -> tuple[MeasuredFile, ...]:
-    """Return the saved files with a validation loss of whose steps there are no scores."""
+    """Return the saved files with a validation loss whose steps were not scored."""
     scored = {row.step for row in rows if row.saved}
     return tuple(file for file in story.measured_files(folder) if file.step not in scored)
 
@@ -250,9 +250,9 @@ def list_unsampled(rows: Sequence[StepScores], story: Story, folder: Path) -> tu
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
     """Return the best saved file; None if there is none.
 
-    With validation losses it is the choice of `select_best`. Without them it is the file whose samples are
-    most similar to the training images, among the files that match their prompts as well as the best one
-    does, within SAME. Files with copied samples count only if all files have some.
+    If there are validation losses, `select_best` chooses the file. Otherwise it is chosen among the files
+    whose samples match their prompts best (within SAME): the one with samples most similar to the training
+    images. Files with copied samples are considered only if all files have copied samples.
 
     Args:
         rows: Scores of each step.
@@ -287,7 +287,7 @@ def _find_by_loss(
 
     Args:
         rows: Scores of all steps, for trends after the best one.
-        usable: Those of the steps whose file may be chosen.
+        usable: Scores of the steps whose files may be chosen.
         unsampled: Files without samples, which may be chosen too.
     """
     measured = {
@@ -471,11 +471,11 @@ class FoundFile:
     """The best saved file of a run."""
 
     name: str
-    reasons: str = ""  # a sentence; "" if no scores tell, and it is the one of the lowest validation loss
+    reasons: str = ""  # a sentence; "" if the file was chosen by its validation loss, without scores
 
 
 def find_best_file(folder: Path, name: str, story: Story) -> FoundFile | None:
-    """Return the best saved file of a run, by its scores and losses; None if neither tells.
+    """Return the best saved file of a run by its scores, or by its losses; None if there are neither.
 
     Args:
         folder: Value of --output_dir.
@@ -491,7 +491,7 @@ def find_best_file(folder: Path, name: str, story: Story) -> FoundFile | None:
 
 
 def _is_of(row: StepScores, story: Story) -> bool:
-    """Return whether scores are those of samples of a run."""
+    """Return whether scores belong to samples of the run in the history."""
     samples = story.samples.get((row.step, row.mark))
     return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}
 
@@ -499,14 +499,14 @@ def _is_of(row: StepScores, story: Story) -> bool:
 def list_score_charts(
     folder: Path, name: str, story: Story, low: float = -math.inf, high: float = math.inf
 ) -> list[Chart]:
-    """Return the curves of a run's scores over its steps, those that have values.
+    """Return charts of a run's scores over its steps; scores without values are left out.
 
     Args:
         folder: Folder of the history.
         name: Name of the run.
         story: Content of the run's history.
-        low: The first step that is shown.
-        high: The last one.
+        low: First step that is shown.
+        high: Last step that is shown.
     """
     scores = read_present_scores(folder, name, story)
     rows = () if scores is None else tuple(row for row in scores.rows if low <= row.step <= high)

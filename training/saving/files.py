@@ -1,4 +1,4 @@
-"""Save a run: when, under which names, which older files are removed; set results of earlier runs aside."""
+"""Save the files and states of a run, remove expired ones, and move results of earlier runs aside."""
 
 import contextlib
 import logging
@@ -25,12 +25,12 @@ from training.saving.options import SavingOptions
 
 logger = logging.getLogger(__name__)
 
-WriteFile = Callable[[str, Path], None]  # what ends the file's name, see `Names.parts`; the file
+WriteFile = Callable[[str, Path], None]  # part of the model, see `Names.parts`; path of its file
 
 
 SAFETENSORS = ".safetensors"
-MAX_OF_WORD = 2 << 20  # bytes of a file with the vectors of a word
-INDEX = "model_index.json"  # of a pipeline that is saved as a folder in diffusers' layout
+MAX_OF_WORD = 2 << 20  # largest size in bytes of an embedding's file
+INDEX = "model_index.json"  # in the folder of a pipeline in diffusers' layout
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,10 @@ class Names:
 
     folder: Path
     name: str
-    # what ends the names of the files that are saved together: the names of experts; none if there is one
+    # names of experts, which end the names of the files of one save; empty if there is only one file
     parts: tuple[str, ...] = ()
-    ending: str = SAFETENSORS  # of the files; "" if each model is a folder
-    beside: tuple[str, ...] = ()  # what ends the names of further files of each save: words
+    ending: str = SAFETENSORS  # suffix of the files; "" if each model is a folder
+    beside: tuple[str, ...] = ()  # words of trained embeddings, which end the names of their files
 
     def files(self, stem: str) -> dict[str, Path]:
         """Return the files of the model's parts in one save, by part: `high_noise` -> `x-000001_high_noise`.
@@ -65,12 +65,12 @@ class Names:
         """Return the part of the name that all files of a save share."""
         stem = self.full_stem(file)
         stems = (stem.removesuffix(f"_{end}") for end in (*self.parts, *self.beside))
-        # the name of the run may itself end like that
+        # the name of the run may itself end with such a part, which is then kept
         return next((short for short in stems if short != stem and short.startswith(self.name)), stem)
 
     @property
     def pattern(self) -> str:
-        """Regular expression for what follows a name: average; part, embedding, suffix; or a workflow's."""
+        """Regular expression for the end of a saved file's name, after the name of the run and the step."""
         average = f"(?:{re.escape(AVERAGE)})?"
         parts = f"_(?:{'|'.join(self.parts)})" if self.parts else ""
         words = f"(?:_(?:{'|'.join(map(re.escape, self.beside))}))?" if self.beside else ""
@@ -84,8 +84,8 @@ class PublishedRun:
     names: Names
     is_lora: bool
     release: ModelRelease  # of the model
-    metadata: Mapping[str, str]  # of a file that is saved now
-    prompts: Sequence[str]  # of samples
+    metadata: Mapping[str, str]  # metadata of the saved file
+    prompts: Sequence[str]  # prompts of the samples
 
 
 class Publisher(Protocol):
@@ -136,7 +136,7 @@ class Saver:
     write_file: WriteFile
     write_state: Callable[[Path], None]
     publisher: Publisher | None  # None: nothing is uploaded
-    write_average: WriteFile | None = None  # of the weights, next to each file; None if it is not kept
+    write_average: WriteFile | None = None  # writes the averaged weights; None if there is no average
     is_main: bool = True
     note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
     note_removed: Callable[[], None] = lambda: None  # is called after files have expired
@@ -204,11 +204,11 @@ class Saver:
             self.note_removed()
 
     def _find_expired(self, pattern: str, every: int, newest: int) -> list[Path]:
-        """Return the saves of the run up to step or epoch `newest`.
+        """Return the files or states of the run up to step or epoch `newest`.
 
         Args:
             pattern: Regular expression of their names, in which the first group is the step or epoch.
-            every: Number of steps or epochs between two saves; others were saved for another reason.
+            every: Number of steps or epochs between two saves; saves at other numbers are kept.
             newest: Last step or epoch that expires.
         """
         expired = []
@@ -258,7 +258,7 @@ class Saver:
 
 
 def _remove_aside(entry: Path) -> None:
-    """Remove a file or a state. It is moved away first, because half a folder must not look like a state."""
+    """Remove a file or a state; rename it first, so that a partly removed folder is not taken for a state."""
     aside = entry.with_name(f".{entry.name}.removed.tmp")
     try:
         replace_file(entry, aside)
@@ -313,8 +313,8 @@ def set_aside(
         inputs: Files and states that this run reads. A file is copied instead of moved, so that the same
             command works again; a state is left where it is.
         now: Time for the name of the folder.
-        is_restarted: Whether the run looked for a state to resume from; results without saves are then its
-            own and are not moved.
+        is_restarted: Whether the run looked for a state to resume from; results without saved files are then
+            its own and are not moved.
 
     Raises:
         OutputError: If a file cannot be moved.
@@ -368,13 +368,13 @@ def find_results(names: Names) -> list[Path]:
     files = re.compile(start + number + replace(names, ending=SAFETENSORS).pattern)
     folders = re.compile(start + number + f"(?:{AVERAGE})?")  # models that are folders
     words = re.compile(start + number + f"(?:{AVERAGE})?_(.+){re.escape(SAFETENSORS)}")
-    # behind the name: epoch or step, then `sheet.png`, or the index of the prompt and the time
+    # after the name: epoch or step, then `sheet.png`, or the index of the prompt and the time
     samples = re.compile(start + r"_(e?\d{6,})_(sheet\.png|\d{2,9}_\d{14}[\w.-]*)")
     pages = {page_path(names.folder, names.name), history_path(names.folder, names.name)}
     results = []
     for entry in _entries(names.folder):
         name = entry.name
-        # a disk that ignores capitals takes `Cat` and `cat` for the same run
+        # on a case-insensitive disk, `Cat` and `cat` are the same run
         if name.casefold().startswith(names.name.casefold()):
             name = _spell_as(entry, names.name)
         if entry.is_dir():
@@ -394,9 +394,9 @@ def find_results(names: Names) -> list[Path]:
 
 
 def _spell_as(entry: Path, start: str) -> str:
-    """Return an entry's name as it would be with this start, if the disk takes both names for one.
+    """Return an entry's name with `start` in the case given, if the disk is case-insensitive.
 
-    Disks of Windows and macOS do so for capitals: a run called `Cat` would replace the results of `cat`.
+    On Windows and macOS, a run called `Cat` would replace the results of `cat`.
     """
     spelled = start + entry.name[len(start) :]
     if spelled == entry.name or spelled.casefold() != entry.name.casefold():
@@ -411,7 +411,7 @@ def is_saved_folder(folder: Path) -> bool:
 
 
 def _is_of_word(file: Path, name: str, word: str) -> bool:
-    """Return whether a file contains only a word, by its metadata.
+    """Return whether a file contains only the embedding of a word, by its metadata.
 
     Args:
         file: The file.
@@ -419,7 +419,7 @@ def _is_of_word(file: Path, name: str, word: str) -> bool:
         word: The word.
     """
     try:
-        if file.stat().st_size > MAX_OF_WORD:  # a LoRA with this name
+        if file.stat().st_size > MAX_OF_WORD:  # too large for an embedding: a LoRA
             return False
         metadata = read_safetensors_texts(file)
     except (OSError, ValueError):
@@ -434,7 +434,7 @@ def _is_state(entry: Path) -> bool:
 
 
 def _is_input(entry: Path, inputs: Collection[Path]) -> bool:
-    """Return whether one of these files and folders, by their real paths, is this entry or inside it."""
+    """Return whether one of the input paths is this entry or lies inside it; inputs are real paths."""
     real = real_path(entry)
     return any(path.is_relative_to(real) for path in inputs)
 
@@ -445,7 +445,7 @@ def state_pattern(name: str) -> re.Pattern[str]:
 
 
 def recover_states(output_dir: Path, name: str) -> None:
-    """Finish replacing states and models in folders that a killed run had moved aside."""
+    """Finish replacing states and model folders that a killed run left renamed to `.NAME.old`."""
     pattern = re.compile(rf"{re.escape(name)}(-\d{{6,}}|-step\d{{8,}})?(-state|{AVERAGE})?")
     for entry in list(output_dir.iterdir()) if output_dir.is_dir() else []:
         if entry.name.endswith(".old") and pattern.fullmatch(entry.name[1:].removesuffix(".old")):

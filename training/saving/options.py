@@ -14,13 +14,13 @@ from modules.output_files import check_output_name
 SAVE_PRECISIONS = ("float", "fp32", "fp16", "bf16")
 RESOLUTION = re.compile(r"\d+\s*([,x]\s*\d+)?")  # of --metadata_reso
 LATEST = "latest"  # --resume latest: the newest complete state of this output name, a new run without one
-LATEST_ONLY = "latest-or-fail"  # the same, an error without one: what commands that are printed say
+LATEST_ONLY = "latest-or-fail"  # the same, but an error without a state; used in printed commands
 AT_THE_END = "leave it out to save at the end only"
 KEEP_ALL = "leave it out to keep all"
 
 
 def _if_saved(kind: str, with_states: bool = False) -> dict[str, Callable[[Any], bool]]:
-    """Return the condition without which an option of saving by `kind` has no effect."""
+    """Return the `acts_if` condition of an option about saving by `kind`."""
     needed = f"--save_every_n_{kind}"
     if with_states:
         return {

@@ -1,13 +1,13 @@
 """Train a transformer that is split over processes (`*_train.py --shard_base`): its files and its states.
 
-The optimizer steps plain rows of each weight, so it must step every number by itself, or be shown whole
-weights one after the other (`optimizers/stepping.py`). A model file is gathered tensor by tensor, and is
-written by the first process.
+The optimizer steps plain rows of each weight, so it must step every element independently; otherwise whole
+weights are gathered one after the other (`optimizers/stepping.py`). A model file is gathered tensor by tensor
+and written by the first process.
 
-A state is a folder as in other runs (`states.py`), without the tensors that are split: these are written by
-`torch.distributed.checkpoint` as safetensors files, each process its rows; its usual format is read with
-pickle, which could run code. Any number of processes can read a state again, with or without --shard_base;
-all files are checked first, because rows from a missing file would silently stay as they were.
+A state is a folder as in other runs (`states.py`), but split tensors are separate safetensors files: with
+`torch.distributed.checkpoint`, each process writes its rows. Its default format is not used because it is
+read with pickle, which could run code. Any number of processes can read a state again, with or without
+--shard_base. All files are checked first, because rows from a missing file would silently stay unchanged.
 """
 
 import warnings
@@ -41,8 +41,8 @@ from training.trainable import (
     written_dtypes,
 )
 
-FILE_BYTES = 128 << 20  # about so much of a process' rows is in a file: two copies of it are made to write it
-OPTIMIZER = "optimizer"  # in addition to the parts of a state
+FILE_BYTES = 128 << 20  # approximate size of a file; small, because writing it makes two copies of it
+OPTIMIZER = "optimizer"  # prefix of the optimizer's tensors, next to the names of a state's parts
 
 
 def train_split_dit(
@@ -86,7 +86,7 @@ def _write_model(
     dtype: torch.dtype | None,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write the current weights, or the average if it is in their place. All processes must call it."""
+    """Write the current values of the weights, which may be the average. All processes must call this."""
     weights = {**dit.state_dict(), **dict(dit.named_parameters())}
     dtypes = saved_dtypes(dtypes, dtype)
 
@@ -99,7 +99,7 @@ def _write_model(
         weight: Any = weights[name]
         if not is_split(weight):
             return weight.detach().to(dtypes[name])
-        # the parameter that is trained in place of the weight; a frozen weight has none
+        # a trained weight is replaced by a parameter with its rows; a frozen weight is not
         part = rows[weight].detach() if weight in rows else rows_here(weight)
         return gather_rows(part.to(weight.device, dtypes[name]), weight)
 
@@ -143,7 +143,7 @@ def _write_files(folder: Path | None, tensors: Mapping[str, Any]) -> dict[str, i
     """Write the rows of all processes to the first one's `folder`; return the checksums of the files."""
     (folder,) = broadcast_object_list([folder])  # from the first process
     assert folder is not None
-    file_numbers = {}  # from 1, of the file that a tensor is written to
+    file_numbers = {}  # tensor -> number of its file, from 1
     total_bytes = 0
     for name, tensor in tensors.items():
         total_bytes += tensor.to_local().nbytes
@@ -159,14 +159,14 @@ def fill_state(
     split: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:
-    """Read the split tensors of a state into those of this run, and put these into the state.
+    """Load the split tensors of a state into the tensors of this run, and put these into the state.
 
     All processes must call it.
 
     Args:
         saved: The saved state.
         parts: Tensors of this run by part and name.
-        split: Names of the weights that are split here.
+        split: Weights that are split in this run, by name.
         device: Device of the run.
 
     Raises:

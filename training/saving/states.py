@@ -1,8 +1,8 @@
-"""Write to a folder all that a run needs to continue as if it had never stopped; find, check and read it.
+"""Write, find, check and read states: folders with all that a run needs to continue as if never stopped.
 
-A state folder holds one file of tensors and plain values, and its checksum. It is built next to its final
-place and renamed, so an existing one is complete. Nothing random is stored: all of it follows from the seed
-and the micro-batch.
+A state folder holds one file of tensors and plain values, and its checksum. It is written under a temporary
+name and then renamed, so an existing one is complete. Random states are not stored, because random numbers
+follow from the seed and the number of the micro-batch.
 """
 
 import contextlib
@@ -33,13 +33,15 @@ from training.steps import Progress, check_types
 logger = logging.getLogger(__name__)
 
 FILE, CHECKSUM = "state.pt", "state.crc32"
-RECORD = "state.json"  # of a state of before version 2
+RECORD = "state.json"  # in states of version 1
 VERSION = 2  # 1: a JSON record and a safetensors file for each part, which `read_old_state` reads
 SPLIT_VERSION = 3  # with files of tensors that were split over processes, see split_model.py
-AVERAGE = "ema"  # of the weights, among the parts of a state
-MAX_COUNT = 10**9  # of steps and epochs
-MAX_OF_CHECKSUM = 100  # bytes of that file
-_LONGER = 20  # times the list of a model: an optimizer has several tensors of each, an epoch its losses
+AVERAGE = "ema"  # key of the averaged weights among the parts of a state
+MAX_COUNT = 10**9  # steps or epochs
+MAX_OF_CHECKSUM = 100  # bytes of the file CHECKSUM
+# a state may have this many times the entries of a model file: several optimizer tensors for each weight,
+# and the losses of an epoch
+_LONGER = 20
 FRESH_START = "--network_weights FILE for a LoRA, --dit FILE for a whole model"
 REMEDY = (
     "Resume from another state folder, or start a new run from what was trained: --network_weights FILE or "
@@ -53,15 +55,15 @@ class SavedState:
 
     folder: Path
     progress: Progress
-    identity: dict[str, Any]  # settings that a resumed run must share
-    habits: dict[str, Any]  # settings that it may change
-    parts: dict[str, Mapping[str, Tensor]]  # state dicts of the modules that learn, and the average
+    identity: dict[str, Any]  # settings that must be equal in a resumed run
+    habits: dict[str, Any]  # settings that a resumed run may change, with a warning
+    parts: dict[str, Mapping[str, Tensor]]  # state dicts of the trained modules, and the average
     optimizer: dict[str, Any]  # see `optimizer_state`
     schedule: dict[str, Any]
     scaler: dict[str, Any] | None = None
-    average: dict[str, Any] | None = None  # what goes with the tensors of the weights' average
-    settings: dict[str, Any] = field(default_factory=dict)  # any resumed run may change these
-    # of tensors that were split over processes, with their checksums
+    average: dict[str, Any] | None = None  # values that belong to the averaged weights, such as their steps
+    settings: dict[str, Any] = field(default_factory=dict)  # a resumed run may change these without a warning
+    # files of tensors that were split over processes -> checksum
     files: dict[str, int] = field(default_factory=dict)
 
     def release(self) -> None:
@@ -188,7 +190,7 @@ def _check_files(folder: Path, checksums: Mapping[str, int]) -> None:
 
 @contextlib.contextmanager
 def one_error(folder: Path) -> Iterator[None]:
-    """Turn errors of damaged or foreign states into a CheckpointError that names the folder."""
+    """Turn errors about damaged or foreign states into a CheckpointError that names the folder."""
     try:
         yield
     except CheckpointError as error:
@@ -235,7 +237,7 @@ def plain_state(value: Any, name: str) -> Any:
 def find_latest(output_dir: Path, name: str) -> Path | None:
     """Return the complete state of run `name` with the most steps, or None.
 
-    Repairs folders that a killed run left half done.
+    Folders that a killed run left half replaced are repaired first.
     """
     recover_states(output_dir, name)
     pattern = state_pattern(name)
@@ -355,7 +357,7 @@ def _read_foreign(folder: Path) -> ForeignState:
 
 
 def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
-    """Return the fields of `SavedState`, except its folder, of a state of an older version.
+    """Read a state of an older version; return the fields of `SavedState` except its folder.
 
     Args:
         folder: Folder of the state.
@@ -393,7 +395,7 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
 
 
 def _decode_optimizer(optimizer: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Return the state of the optimizer that a state of an older version describes."""
+    """Decode the optimizer's state from a state of an older version."""
     groups = [{**_decode(group["rest"], tensors), "params": group["params"]} for group in optimizer["groups"]]
     on_host = set()  # the names of tensors that were in host memory
     for state in optimizer["states"].values():

@@ -1,4 +1,4 @@
-"""Vectors of pictures and clips, kept on disk by the content of their files: work that is stopped goes on."""
+"""Embeddings of images and clips, stored on disk by file content, so that a stopped run can continue."""
 
 import contextlib
 import hashlib
@@ -22,15 +22,15 @@ from training.scoring.model import EmbedsImages
 
 logger = logging.getLogger(__name__)
 
-SAVE_SECONDS = 20.0  # between two times that vectors are written to disk
+SAVE_SECONDS = 20.0  # minimum time between two writes to disk
 
 
 @dataclass(frozen=True)
 class Medium:
     """An image or clip whose embeddings are needed."""
 
-    name: str  # for people
-    open: Callable[[], AbstractContextManager[Path]]  # gives a file, or a folder of frames
+    name: str  # for messages
+    open: Callable[[], AbstractContextManager[Path]]  # yields a file, or a folder of frames
 
 
 @dataclass
@@ -69,7 +69,7 @@ class VectorStore:
 
 
 def vectors_path(folder: Path, model: EmbedsImages) -> Path:
-    """Return the file of the vectors of a model, in the folder of runs."""
+    """Return the path of the file with a model's vectors, in the folder of a run."""
     return folder / f".scores-{model.identity}.safetensors"
 
 
@@ -79,7 +79,7 @@ class Embedder:
 
     model: EmbedsImages
     store: VectorStore
-    num_frames: int  # of a clip
+    num_frames: int  # frames per clip
     batch_size: int
     unreadable: list[str] = field(default_factory=list)
     _waiting: list[tuple[str, list[Frame]]] = field(default_factory=list)  # keys and frames
@@ -128,10 +128,10 @@ class Embedder:
         if not batches:
             return
         vectors = torch.cat(batches)
-        place = 0
+        start = 0
         for key, frames_of_one in self._waiting:
-            self.store.add(key, vectors[place : place + len(frames_of_one)].clone())
-            place += len(frames_of_one)
+            self.store.add(key, vectors[start : start + len(frames_of_one)].clone())
+            start += len(frames_of_one)
         self._waiting.clear()
 
 

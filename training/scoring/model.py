@@ -1,6 +1,6 @@
-"""CLIP and SigLIP models of transformers: vectors of pictures and of texts, whose cosine says how they fit.
+"""CLIP and SigLIP models of transformers: embeddings of images and texts, whose cosine is their similarity.
 
-DINO models have vectors of pictures alone, which say how alike these are.
+DINO models embed images only, to compare them with each other.
 
 Code and pickles that come with a model are never run.
 """
@@ -25,15 +25,15 @@ from modules.text_files import parse_json, read_text
 CONFIG = "config.json"
 LIKENESS = "--likeness_model"
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-ENDS = 1 << 20  # bytes at both ends of a file of weights that tell it from others
+ENDS = 1 << 20  # bytes at both ends of a file of weights that are hashed to identify it
 
 
 @dataclass(frozen=True)
 class ImageTextKind:
     """How transformers names a kind of model, and how its texts are padded."""
 
-    network: str  # class of transformers
-    padding: str  # as it was trained
+    network: str  # name of the class in transformers
+    padding: str  # padding that the model was trained with
 
 
 # by `model_type` of config.json
@@ -52,7 +52,7 @@ IMAGE_KINDS: Mapping[str, str] = {
 
 
 class EmbedsImages(Protocol):
-    """A model that gives vectors of images."""
+    """A model that embeds images."""
 
     @property
     def identity(self) -> str:
@@ -72,7 +72,7 @@ class ImageModel:
 
     @torch.no_grad()
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:
-        """Return a vector of length 1 for each frame, N D float32 on the CPU: that of the class token.
+        """Return the class token's embedding of each frame, normalized to length 1: N D float32 on the CPU.
 
         Args:
             frames: Frames, each H W 3.
@@ -87,7 +87,7 @@ class ImageTextModel:
     """A loaded model with its preprocessing of images and texts."""
 
     network: Any
-    processor: Any  # of images
+    processor: Any  # preprocesses images
     tokenizer: Any
     padding: str
     max_tokens: int
@@ -115,7 +115,7 @@ class ImageTextModel:
             max_length=self.max_tokens,
             return_tensors="pt",
         )
-        # SigLIP was trained without a mask: its texts see what they are filled up with
+        # SigLIP was trained without a mask: its texts attend to the padding
         names = ("input_ids",) if self.padding == "max_length" else ("input_ids", "attention_mask")
         output = self.network.get_text_features(
             **{name: tokens[name].to(self.network.device) for name in names}
@@ -128,7 +128,7 @@ class ImageTextModel:
 
 
 def _with_length_one(vectors: Tensor) -> Tensor:
-    # in the operations of CLIPModel, so that the numbers are its own to the last bit
+    # with the same operations as CLIPModel, so that results are equal to the last bit
     squares = torch.sum(torch.pow(vectors, 2), dim=-1, keepdim=True)
     return (vectors / torch.pow(squares, 0.5)).float().cpu()
 
@@ -193,7 +193,7 @@ def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
         network = build_without_memory(network_class, config)
         require_shown(folder, option, network, shapes, is_exact=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
-        # the attention is named, as config.json may name one whose code is fetched from the hub and run
+        # set the attention, because config.json could name one whose code is downloaded from the hub and run
         network = network_class.from_pretrained(
             folder,
             dtype=torch.float32,
@@ -223,15 +223,15 @@ def _explain_loading(folder: Path, option: str, class_name: str, error: Exceptio
 
 
 def _read_kind(folder: Path) -> tuple[ImageTextKind, int]:
-    """Return the kind of the model in a folder, and how many tokens of a text it reads.
+    """Return the kind of the model in a folder, and its maximum number of text tokens.
 
     Raises:
-        CheckpointError: If it is not one of `KINDS`, or lacks files.
+        CheckpointError: If the model is not one of `KINDS`, or if files are missing.
     """
     config = _read_config(folder, "--model", tuple(KINDS))
     name = str(config.get("model_type"))
     text = config.get("text_config")
-    default = 64 if name == "siglip" else 77  # of transformers' configurations
+    default = 64 if name == "siglip" else 77  # defaults of transformers
     max_tokens = text.get("max_position_embeddings", default) if isinstance(text, dict) else default
     if type(max_tokens) is not int or not 2 < max_tokens < 1 << 20:
         raise CheckpointError(f"{folder / CONFIG}: max_position_embeddings of text_config is {max_tokens!r}")
@@ -239,7 +239,7 @@ def _read_kind(folder: Path) -> tuple[ImageTextKind, int]:
 
 
 def _read_config(folder: Path, option: str, kinds: Sequence[str]) -> Any:
-    """Return the settings of the model in a folder. Raises CheckpointError if it is none of these kinds."""
+    """Return config.json of a model folder. Raises CheckpointError if its model_type is not in `kinds`."""
     config: Any = {}
     if (folder / CONFIG).is_file():
         try:
@@ -272,7 +272,7 @@ def _read_config(folder: Path, option: str, kinds: Sequence[str]) -> Any:
 
 
 def _identify(folder: Path) -> str:
-    """Return a text that identifies a model: of its settings, and the sizes and ends of its weights."""
+    """Return a hash that identifies a model: of the sizes, beginnings and ends of its files."""
     digest = hashlib.sha256()
     for path in sorted(folder.iterdir()):
         if path.suffix not in {".json", ".safetensors", ".model"} or not path.is_file():

@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 LoadTagger = Callable[[Path, int], RecognizesTags]
 
 SOUND = ".wav"
-NO_FACES = ScoreNote("faces")  # postprocessing/faces finds and restores them
-MODEL_FOLDER = Path("models/score_clip")  # that tools/download.py fills
+NO_FACES = ScoreNote("faces")  # postprocessing/faces only finds and restores faces
+MODEL_FOLDER = Path("models/score_clip")  # tools/download.py downloads the model there
 
 
 class ScoreOptions(Options, title="what to score"):
@@ -107,14 +107,16 @@ class ScoredRun:
         return history_name(self.history)
 
     def list_samples(self) -> list[tuple[SampleRow, dict[int, Path]]]:
-        """Return the samples of each step that exist, without sounds, by the number of their prompt."""
+        """Return the existing samples of each step, except audio files: a row, and paths by prompt number."""
         rows = []
         for key in sorted(self.story.samples):
             row = self.story.samples[key]
             paths = {index: self.folder / SAMPLES / name for index, name in sorted(row.files.items())}
-            there = {index: path for index, path in paths.items() if path.suffix != SOUND and path.is_file()}
-            if there:
-                rows.append((row, there))
+            present = {
+                index: path for index, path in paths.items() if path.suffix != SOUND and path.is_file()
+            }
+            if present:
+                rows.append((row, present))
         return rows
 
 
@@ -194,9 +196,9 @@ def _write(run: ScoredRun, scores: RunScores) -> None:
 class EmbeddedRun:
     """Vectors of a run's samples and training images by one model."""
 
-    samples: Mapping[Path, Tensor | None]  # each F D; None: it cannot be read
-    training: TrainingVectors | None  # None: there are none, or they are not asked for
-    unreadable: Sequence[str]
+    samples: Mapping[Path, Tensor | None]  # each F D; None: the file cannot be read
+    training: TrainingVectors | None  # None: there are no training images, or no dataset was passed
+    unreadable: Sequence[str]  # names of files that could not be read
 
 
 def _embed(
@@ -206,7 +208,7 @@ def _embed(
     model: EmbedsImages,
     config: Path | None,
 ) -> EmbeddedRun:
-    """Return the vectors of all samples, and of the training images of a dataset file."""
+    """Return the vectors of all samples, and of the training images of a dataset file (None: no vectors)."""
     paths = [path for _, files in rows for path in files.values()]
     with VectorStore(vectors_path(run.folder, model)) as store:
         embedder = Embedder(model, store, num_frames=options.num_frames, batch_size=options.batch_size)
@@ -288,7 +290,7 @@ def open_run(place: Path) -> ScoredRun:
 
 
 def _find_histories(folder: Path, pattern: str) -> list[Path]:
-    """Return histories of trainings; those of `run` tell only what it did before its training."""
+    """Return histories of trainings, without those of `run`, which end before the training starts."""
     return [path for path in sorted(folder.glob(pattern)) if not path.name.endswith(f".run{END}")]
 
 
@@ -311,7 +313,7 @@ def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote])
 def _embed_prompts(
     model: ImageTextModel, rows: Sequence[SampleRow], notes: list[ScoreNote]
 ) -> dict[str, Tensor]:
-    """Return the vector of each prompt, D; empty prompts have none. Notes how many are cut."""
+    """Return the vector D of each prompt by its text, without empty prompts; add a note on cut prompts."""
     texts = sorted({text for row in rows for text in row.prompts.values() if text.strip()})
     if not texts:
         return {}
@@ -323,7 +325,7 @@ def _embed_prompts(
 
 
 class SampleComparison:
-    """What samples are compared with."""
+    """Compare samples with their prompts and with the training images."""
 
     def __init__(self, prompts: dict[str, Tensor], training: TrainingVectors | None, num_frames: int) -> None:
         self.prompts, self.training, self.num_frames = prompts, training, num_frames
@@ -410,7 +412,7 @@ def _score_step(
 
 
 def _find_saved(run: ScoredRun, step: int) -> str:
-    """Return the file that was saved at a step and exists, the shortest name first; "" if there is none."""
+    """Return the name of the existing file saved at a step, the shortest of several; "" if there is none."""
     names = [
         name
         for name, saved_step in run.story.saved.items()
@@ -423,7 +425,7 @@ def _find_saved(run: ScoredRun, step: int) -> str:
 
 
 def _read_steps(path: Path) -> int | None:
-    """Return with how many steps a sample was made; None if its file does not say."""
+    """Return the number of denoising steps from a sample's metadata; None if it is missing."""
     try:
         text = read_value(read_tags(path), "infer_steps") or ""
     except (OSError, ValueError, UserError):
@@ -459,7 +461,7 @@ def describe(scores: RunScores) -> str:
 
 
 def _write_page_again(run: ScoredRun) -> None:
-    """Write the page of a run that has ended and has one again, with the scores."""
+    """Write the page of a run again, now with scores, if the run has ended and has a page."""
     path = page_path(run.folder, run.name)
     if run.story.ending is None or not path.is_file():
         return

@@ -1,9 +1,9 @@
-"""The passes of a training step: those without gradients that make targets, then those that learn.
+"""The passes of a training step: first passes without gradients for targets, then passes with gradients.
 
-Passes without gradients come first, at the same noised input, and draw no random number: so swapped blocks
-keep their order, forward and backward, and all random numbers are those of a run without targets. A sample
-whose level or mask makes a target void costs no pass; where processes share a model (`LossRule.in_lockstep`)
-all run equal passes, and what is void is dropped.
+Passes without gradients come first, have the same noisy input, and draw no random numbers. So swapped blocks
+keep their order, forward and backward, and all random numbers are those of a run without targets. If a target
+does not apply to any sample of a batch, because of noise levels or masks, its pass is skipped. If processes
+share a model (`LossRule.in_lockstep`), all run equal passes, and unneeded results are dropped.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from training.loss import (
     sample_errors,
 )
 
-# numbers of each sample, B: of the image; if the batch has sound, also of that
+# one tensor B for images, and a second one for audio if the batch has any
 Streams = tuple[Tensor, ...]
 Measure = Callable[[Tensor, Tensor, NoisyBatch], Streams]  # output, target, batch -> errors
 
@@ -38,15 +38,15 @@ Measure = Callable[[Tensor, Tensor, NoisyBatch], Streams]  # output, target, bat
 class TargetComparison:
     """A target to compare the network's output with, and its weight."""
 
-    target: Tensor  # in the form of the output
+    target: Tensor  # has the shape of the output
     measure: Measure
-    noisy_batch: NoisyBatch  # whose given frames and masks count
-    weight: "float | Tensor"  # factor on the errors, of the batch or of each sample, B
+    noisy_batch: NoisyBatch  # the batch whose given frames and masks are used
+    weight: "float | Tensor"  # factor on the errors: one for the batch, or one for each sample, B
 
 
 @dataclass(frozen=True)
 class TrainingPasses:
-    """Run a network on one batch, with or without what is trained."""
+    """Run a DiT on one batch, with or without the trained network."""
 
     family: Trains
     dit: nn.Module
@@ -55,7 +55,7 @@ class TrainingPasses:
     rule: LossRule
 
     def learning(self, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the prediction with gradients."""
+        """Return the prediction, with gradients."""
         with contextlib.ExitStack() as stack:
             for enter in self.rule.learning_pass:
                 stack.enter_context(enter(self.dit, noisy_batch, self.rule.seed))
@@ -73,7 +73,7 @@ class TrainingPasses:
 
     def base(self, noisy_batch: NoisyBatch) -> Tensor:
         """Return the prediction of the model without the network, without gradients."""
-        assert self.rule.as_base is not None  # options that need it are refused where the model itself learns
+        assert self.rule.as_base is not None  # full fine-tuning rejects options that need it
         with torch.no_grad(), self.rule.as_base():
             return self._predict(noisy_batch)
 
@@ -102,7 +102,7 @@ def loss_passes(
 ) -> Iterator[Streams]:
     """Yield the weighted mean errors of each pass with gradients: one for images, and one for audio if any.
 
-    Compute the gradients of each before asking for the next one, which frees the graph; networks may change
+    Run the backward pass of each before taking the next one: this frees the graph, and networks may change
     their state between two passes.
     """
     passes = _make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule)
@@ -118,12 +118,12 @@ def _weigh_losses(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
     weights = [noisy_batch.weights]
     if noisy_batch.audio is not None:
         weights.append(noisy_batch.audio.weights)
-    # passes may have one error of both streams, which is weighted as the image
+    # a pass may return one error for both streams; it gets the weight of the image
     return tuple((error * weight).mean() for error, weight in zip(errors, weights, strict=False))
 
 
 def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the velocity from the clip to its noise; with audio, both joined."""
+    """Return the true velocity of the batch, from clean latents to noise; with audio, both joined."""
     family = passes.family
     target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
     audio = noisy_batch.audio
@@ -154,14 +154,13 @@ def measure_streams(
 ) -> Streams:
     """Return the error of each sample's images, B, and if the batch has audio, a second tensor for it.
 
-    The rule's targets decide what the output is compared with.
+    The output is compared with the velocity and with the rule's targets.
     """
     return _measure(_make_passes(family, dit, noisy_batch, autocast=autocast, rule=rule), noisy_batch)
 
 
 def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
     """Return the weighted errors of one forward pass compared with all targets."""
-    # with the velocity from the clip to its noise
     target = velocity_of(passes, noisy_batch)
     if not passes.rule.targets:
         output = passes.learning(noisy_batch)
@@ -179,7 +178,7 @@ def _measure(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Streams:
 
 
 def _add_weighted(sums: Streams, errors: Streams, weight: "float | Tensor") -> Streams:
-    """Add errors to those of the same streams. Streams that only one of the two has do not change."""
+    """Add weighted errors to sums, stream by stream; a stream that `errors` lacks keeps its sum."""
     weighted = errors
     if not isinstance(weight, float) or weight != 1.0:
         weighted = tuple(weight * error for error in errors)
@@ -208,7 +207,7 @@ def levels_of(noised: NoisyBatch | NoisyAudio) -> Sequence[float]:
 
 
 def kept_samples(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Sequence[bool]:
-    """Return whether each sample is to stay as the base model predicts it, as its table asks."""
+    """Return for each sample whether its table asks for the base model's prediction as target."""
     batch = noisy_batch.batch
     return [bool(passes.rule.kept_attributes & attributes) for attributes in batch.attributes] or [
         False
