@@ -73,7 +73,7 @@ def make_guidance(
         plan = plans[expert_at(step.timestep, experts)][step.index]
         # some models use no guidance in late steps, at low noise
         if guided_below is not None and 1 - step.sigma >= guided_below:
-            plan = PassPlan(plan.passes[:1], factor=plan.factor)
+            plan = PassPlan(plan.passes[:1], factor=plan.factor)  # only the positive pass
         if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
         calls: dict[Overrides, dict[int, Conditions]] = {}
@@ -188,7 +188,7 @@ class _StepPlanner:
             self._perturbed: rule.perturbed,
             self._isolated: 0 if self._prepared.joint is None else rule.modality - 1,
         }
-        weights = {pass_: weight for pass_, weight in weights.items() if weight}
+        weights = {pass_: weight for pass_, weight in weights.items() if weight}  # only passes with an effect
         return (guide_stream(rule, weights),) if weights else ()
 
     def _make_plain_stages(
@@ -538,7 +538,7 @@ def _name_scales(prepared: Prepared) -> dict[float, str]:
 
 def _describe_low_scale(scale: float, off: float) -> str:
     """Describe the effect of a guidance scale below `off`, the scale that turns guidance off."""
-    weight = scale + 1 - off  # in the usual formula: 1 turns guidance off, 0 is the negative prompt alone
+    weight = scale + 1 - off  # in the standard formula: 1 turns guidance off, 0 uses only the negative prompt
     effect = "leaves the prompt out"
     if weight > 0:
         effect = "weakens the prompt"

@@ -120,7 +120,7 @@ def _list_optional(prepared: Prepared, device: str | None, created: datetime | N
     }
     if request.source is not None:
         values |= request.source.in_words()
-    # prompts as typed, before wildcards were drawn
+    # original prompts, before wildcards were drawn
     values |= {f"original_{name}": text for name, text in request.typed.items()}
     for name in ("image_path", "end_image_path", "control_path"):
         path = getattr(request, name)

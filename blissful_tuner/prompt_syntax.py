@@ -262,7 +262,7 @@ def _parse_line(line: str) -> tuple[str, float]:
     if colon and NUMBER.fullmatch(number):
         text = before.strip()
         weight = float(number[:40])
-    if len(text) > 1 and text[0] == text[-1] == '"':  # they keep a number behind a colon
+    if len(text) > 1 and text[0] == text[-1] == '"':  # quotation marks protect a number after a colon
         text = text[1:-1]
     return text, weight
 

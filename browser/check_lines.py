@@ -1,6 +1,6 @@
-"""Forms of the lines that checks of datasets and model files print, for `browser/printed_lines.py`.
+"""Patterns of the lines that checks of datasets and model files print, for `browser/printed_lines.py`.
 
-A placeholder %(name)s stands for what differs. Of forms that fit one text, the first counts.
+A placeholder %(name)s matches any text. If several patterns match a line, the first one is used.
 """
 
 from modules.pages.language import say

@@ -1,4 +1,4 @@
-"""What is in a folder as a checklist: what is in order, to look at, or ends a run, each with its remedy.
+"""The checklist of a folder: what is ready, needs attention or would end a run, each with its remedy.
 
 What the folder says by itself is asked of it each time, so that a mended row is gone. What only `new` finds
 out is read of its lines; those that need nobody stand behind the list.

@@ -1,4 +1,4 @@
-"""Keys of dataset.toml in the table of all settings: the batch size, and options that the file replaces."""
+"""Keys of dataset.toml in the table of all settings: the batch size, and options that keys override."""
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence

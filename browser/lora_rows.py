@@ -1,4 +1,4 @@
-"""List the LoRA files of all runs that a model can use, and read from their headers what they are for."""
+"""List the LoRA files of all runs that a model can use, and read their purpose from their headers."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace

@@ -1,4 +1,4 @@
-"""State of released files in the models folder: which tasks use each, what is missing, what is unknown.
+"""State of released files in the models folder: tasks that use them, missing and unknown files.
 
 Paths come from the catalogue alone; a page names tasks and parts, never files.
 """

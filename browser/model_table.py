@@ -1,4 +1,4 @@
-"""The table of models on the page New: outputs, downloads and memory of each; licenses; what a file is."""
+"""The table of models on the page New, with outputs, downloads, memory and licenses; file descriptions."""
 
 import functools
 import logging

@@ -48,7 +48,7 @@ def read_texts(code: str) -> Mapping[str, str]:
 
 
 def choose_language(request: Request) -> Language:
-    """Return the language of a request: of its page, of the cookie, or the first known one of the browser.
+    """Return the language of a request: its page's, the cookie's, or the first supported one of the browser.
 
     Parts that a page requests later keep its language, even if another tab has changed the cookie.
     """

@@ -1,4 +1,4 @@
-"""List what a run.toml lets a run do before it is started, because it may come from somebody else.
+"""List what a run.toml allows its run to do, for review before the start: somebody else may have written it.
 
 `run` itself rejects what is marked as rejected here (see `modules/run_limits.py`); the list only says so
 earlier.

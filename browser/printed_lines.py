@@ -1,6 +1,6 @@
-"""Translate the lines that `new` prints, and common ones of checks and trainings.
+"""Translate the lines that `new` prints, and common lines of checks and trainings.
 
-Programs print English. A line in one of the forms listed here is shown translated, with its names and
+Programs print English. A line that matches one of the patterns below is shown translated, with its names and
 numbers; any other line is shown as it was printed.
 """
 
@@ -372,7 +372,7 @@ def is_for_terminal(line: str) -> bool:
 
 
 def translate_line(line: str) -> str:
-    """Return a printed line as a text that pages translate; a line in an unknown form unchanged."""
+    """Return a printed line as a text that pages translate; an unknown line unchanged."""
     return _find(line, (*UNREAD_LINES, *LINES, *LINES_OF_CHECKS)) or _find_fault(line) or line
 
 
@@ -426,7 +426,7 @@ def _find_fault(line: str) -> Words | None:
 
 
 def _find_part(name: str, value: str) -> str:
-    """Return the value of a placeholder, as a text that pages translate if its form is known."""
+    """Return the value of a placeholder, as a text that pages translate if it matches a known pattern."""
     if name in OF_CATALOGUE:
         return Words(value, value, {})
     if name == "kinds":  # suffixes of files that are not read
@@ -436,7 +436,7 @@ def _find_part(name: str, value: str) -> str:
 
 
 def _read_values(key: str, text: str) -> dict[str, str] | None:
-    """Return the values in the placeholders of a form; None if the text has another form.
+    """Return the values of a pattern's placeholders in a text; None if the text does not match.
 
     A placeholder ends at the first occurrence of the words after it, so that no file name can make this slow.
     """

@@ -158,7 +158,7 @@ def _list_folder(folder: Path, changed: int, earlier: Mapping[str, _Entry]) -> _
 
 
 def _read_entry(entry: "os.DirEntry[str]", earlier: _Entry | None) -> _Entry | None:
-    """Return a file as a result; None if it is none. `earlier` is the entry that had its name before."""
+    """Return a file as a result; None for other files. `earlier` is the previous entry of the same name."""
     stem, suffix = os.path.splitext(entry.name)  # noqa: PTH122 (a path takes ten times as long)
     if suffix.lower() not in KINDS or stem.startswith("latent_preview") or stem.endswith("_progress"):
         return None

@@ -34,7 +34,7 @@ class ShownSetting(NamedTuple):
 
     name: str
     value: str
-    how: str  # the option that changes it
+    how: str  # option that changes the setting
 
 
 class SettingsPages:

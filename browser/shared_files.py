@@ -71,7 +71,7 @@ def answer_shared_file(path: Path, request: Request) -> Response:
 
 
 def _read_range(header: str, size: int) -> range | None:
-    """Return the bytes that a Range header asks for; None if it asks for none that the file has."""
+    """Return the bytes that a Range header requests; None if the file has none of them."""
     match = RANGE.fullmatch(header)
     if match is None:
         return None
@@ -96,7 +96,7 @@ def _read_pieces(path: Path, blanks: list[Blank], begin: int, end: int) -> Itera
 
 
 def find_blanks(path: Path) -> list[Blank]:
-    """Return what is sent in place of a file's metadata; [] for a file without.
+    """Return the bytes to send in place of a file's metadata; [] for a file without metadata.
 
     Raises OSError if it cannot be read.
     """

@@ -1,4 +1,4 @@
-"""The secret word of the page: whoever has it may use the page, and nobody else may.
+"""The secret token of the page: only requests with the token may use the page.
 
 Without --token the page makes one, because all accounts of a machine can reach its ports. It is stored for
 this user alone, so that bookmarks and cookies work after a restart.

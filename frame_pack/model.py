@@ -41,7 +41,7 @@ class Stretch:
 
     # for each of the B samples: positions of its latents on the frame axis
     indices: tuple[tuple[int, ...], ...]
-    coarseness: int  # how many frames, rows and columns of patches one token covers
+    coarseness: int  # number of patches that one token covers along each axis
 
 
 @dataclass(frozen=True)
@@ -224,7 +224,7 @@ class Given:
     name: str  # name of the argument of `FramePackModel.embed`
     latents: Tensor
     indices: Tensor
-    times: int  # how many patches of the noisy latents one token covers along each axis
+    times: int  # number of patches of the noisy latents that one token covers along each axis
 
 
 class FramePackModel(BlockNetwork):

@@ -25,11 +25,11 @@ MAX_SECTIONS = 10_000  # hours of video; a larger number is a typing mistake
 
 
 def parse_entries(text: str, option: str) -> dict[int, str]:
-    """Return the texts by section number, always with an entry 0.
+    """Return the texts by section number, always with an entry 0; negative numbers count from the end.
 
-    Without a text for section 0, its entry is that of the lowest section counted from the start, else of the
-    section furthest from the end. If two texts are for the same section, the later one is used. `option` is
-    "--prompt" or the like, for messages. Raises OptionError for a range that runs backwards or is too long.
+    If section 0 has no text, it gets the text of the lowest number that is not negative, or else of the
+    lowest number. If two texts are for the same section, the later one is used. `option` is the name of the
+    option for messages. Raises OptionError for a range that runs backwards or is too long.
     """
     if SEPARATOR not in text:
         return {0: text}
@@ -40,7 +40,7 @@ def parse_entries(text: str, option: str) -> dict[int, str]:
     if not entries:
         return {0: ""}
     nearest = min((index for index in entries if index >= 0), default=min(entries))
-    return {0: entries[nearest], **entries}
+    return {0: entries[nearest], **entries}  # an entry 0 in `entries` takes precedence
 
 
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:

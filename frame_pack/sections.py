@@ -122,7 +122,7 @@ def pixel_frames(latent_frames: int) -> int:
 def default_paddings(sections: int) -> tuple[int, ...]:
     """Return the number of windows between the start image and each section, in the order of generation.
 
-    For a long video the released code does not count down from its length: it repeats 2.
+    These count down to 0. For more than four sections the released code uses 3, 2, ..., 2, 1, 0 instead.
     """
     if sections > 4:
         return (3, *[2] * (sections - 3), 1, 0)
@@ -170,7 +170,7 @@ def later_indices(first: int) -> Indices:
 
 
 def f1_indices(window: int) -> Indices:
-    """Return the indices of every F1 section: start image, the past from far to near, target."""
+    """Return the indices of every F1 section: start image, past frames from oldest to newest, target."""
     return Indices(
         clean=(0, HISTORY),
         clean_2x=_list_indices(1 + FRAMES_4X, FRAMES_2X),
@@ -180,7 +180,8 @@ def f1_indices(window: int) -> Indices:
 
 
 def select_entry(entries: Mapping[int, Entry], index: int, sections: int) -> Entry:
-    """Return a section's entry: by index from the end (-1 is the last), else from the start, else entry 0."""
+    """Return a section's entry: by its index from the end (-1 is the last), from the start, or entry 0."""
+    # the first existing key in this order
     return next(entries[key] for key in (index - sections, index, 0) if key in entries)
 
 

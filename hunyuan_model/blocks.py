@@ -135,7 +135,7 @@ class EmbeddedText(NamedTuple):
     """An embedded text, and what the blocks need to know about it."""
 
     tokens: Tensor  # B T C
-    lengths: Lengths | None  # how many of the video's tokens and these are real; None: all
+    lengths: Lengths | None  # number of real tokens of video and this text, per sample; None: all
     vector: Tensor  # B 1 C, as `HunyuanTokens.vector`
 
 

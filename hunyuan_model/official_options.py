@@ -198,7 +198,7 @@ def read_official(description: str | None, argv: Sequence[str] | None) -> Offici
     return options
 
 
-# options of hv_generate_video.py -> as they are typed here
+# options of hv_generate_video.py -> spelling in this script
 TYPED = {
     "--video_size": "--video-size",
     "--video_length": "--video-length",

@@ -54,7 +54,7 @@ class LtxReferences:
 class CrossInputs:
     """Inputs of a stream for the attention between the streams."""
 
-    rotary: Tensor  # by time alone, L N D/2 2
+    rotary: Tensor  # by time only, L N D/2 2
     rows: Tensor  # B S 4 C float32: by its own time, scale and shift for either direction
     gate: Tensor  # B 1 C float32, by the other stream's time
     # B 1 1: 0 for samples in which the other stream has no influence; None: it has influence in all

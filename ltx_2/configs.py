@@ -36,7 +36,7 @@ SOUND = StreamNames(
 )
 # patterns of tensors, in either layout, that a network without the audio stream leaves out
 OF_AUDIO = ("*audio*", "av_c*", "*_a2v_*")
-# likewise, one without the video's stream
+# patterns of tensors that a network without the video stream leaves out
 OF_VIDEO = (
     "*.attn[12].*",
     "*.ff.*",
@@ -177,7 +177,7 @@ DIT = DitSpec(
         ("video_to_audio_attn.to_k", "video_to_audio_attn.to_v"),
     ),
     fp8_exclude=("norm", "to_gate_logits"),
-    # as in released trainers: a LoRA is in attention alone
+    # as in released trainers: LoRAs are only on attention layers
     lora_exclude=("ff.", "to_gate_logits"),
     input_layers=(
         "patchify_proj",

@@ -247,7 +247,7 @@ class GivenRules:
         )
 
     def _choose_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["BatchGuide"]:
-        """Return latent frames of the clips themselves that are shown as keyframes. `latents`: B C F H W."""
+        """Return latent frames of the clips to use as keyframes. `latents` are B C F H W."""
         frames = latents.shape[2]
         if self.keyframes is None or frames == 1:
             return []
@@ -278,7 +278,7 @@ class GivenRules:
         return shares[:, None].short()
 
     def _mark_regions(self, rule: MaskRule, batch: Batch, grid: tuple[int, int], draws: Tensor) -> Tensor:
-        """Return what is given by the regions of the samples' tables, B H W bool."""
+        """Return which latents the regions in the samples' tables give, B H W bool."""
         marked = []
         for key, region in zip(batch.keys, batch.crop_regions or (None,) * len(batch), strict=True):
             if region is None:
@@ -351,7 +351,7 @@ def read_guides(batch: Batch) -> list[BatchGuide]:
 
 
 def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tensor:
-    """Return the shares of images, B 1 F H W, with that of a guide at its latent frame."""
+    """Set a guide's share at its latent frame; return the shares of video latents, B 1 F H W."""
     if shares is None:
         count, _, frames, rows, columns = batch.tensor("latents").shape
         shares = torch.zeros(count, 1, frames, rows, columns, dtype=torch.int16)
@@ -360,7 +360,7 @@ def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tenso
 
 
 def put_guides_in(tensors: Conditions, _: str, __: torch.Generator) -> Conditions:
-    """Return the tensors of a batch, with a guide in place of the latent frame that it replaces."""
+    """Return the tensors of a batch, with the latent frame of a guide replaced by the guide."""
     if LATENT_GUIDE not in tensors or GUIDES not in tensors:
         return tensors
     latents, guide, guides = (tensors[name] for name in ("latents", LATENT_GUIDE, GUIDES))
@@ -397,7 +397,7 @@ def _read_masks(rule: MaskRule, batch: Batch) -> Tensor:
 
 
 def _warn_of_whole(keys: Sequence[str], shares: Tensor | None) -> None:
-    """Warn of samples of which several conditions together give everything, so that nothing is learned."""
+    """Warn of samples in which the conditions together give every latent, so that nothing is learned."""
     if shares is None:
         return
     for key, share in zip(keys, shares, strict=True):

@@ -58,7 +58,7 @@ class StreamInputs:
     """Inputs of one stream of a forward pass."""
 
     names: StreamNames
-    latents: Tensor  # B Z F H W of a video, B Z M K of a sound
+    latents: Tensor  # B Z F H W of video, B Z M K of audio
     timesteps: Tensor  # B
     freq_dim: int  # width of the timesteps' sinusoids
     given_frames: int  # latent frames in front that are clean
@@ -137,7 +137,7 @@ class LtxModel(nn.Module):
 
     spec = DIT
     # LoRA files that only one stage uses, and the options that name them; the family sets them for
-    # `networks.added.add_stage_loras`
+    # `networks.gated_loras.add_stage_loras`
     stage_files: Sequence[tuple[Path, str]] = ()
 
     def __init__(self, config: LtxConfig, attention: AttentionChoice = SDPA) -> None:
@@ -208,7 +208,7 @@ class LtxModel(nn.Module):
         Args:
             noisy: Latents of the video, B Z F H W; None for audio alone.
             timesteps: B, 0..1000; 0 for a video that is given.
-            text: States for the video's stream, B T text_dim, all of which are seen.
+            text: States for the video stream, B T text_dim, without a mask.
             fps: Frame rate of the video.
             audio: Latents of the audio, B Z M K with K bins each; None for video alone, which uses no weight
                 of the audio stream.
@@ -218,8 +218,9 @@ class LtxModel(nn.Module):
                 None: all samples have audio.
             overrides: Changes to this call; their second text has arguments named text and audio_text. Their
                 given frames have the time 0, and their velocity is 0.
-            references: If they are noisy, the video's velocity is B Z N of their tokens, then its own.
-            keyframes: The last latent frames of `noisy` are single images, at these frames of the video.
+            references: References of the video. If they are noisy, the video's velocity is B Z N: the
+                velocity of their tokens, then that of the video's tokens.
+            keyframes: Frame indices in the video of the single images in the last latent frames of `noisy`.
 
         Raises:
             ValueError: If sizes do not match, or there is audio but the network has no stream for it.
@@ -344,14 +345,14 @@ class LtxModel(nn.Module):
     ) -> CrossInputs:
         """Return the inputs for a stream's attention to the other stream.
 
-        Shifts and scales follow its own times, the gate the other stream's. `influence`, B bool, says whether
-        the other stream has an effect in each sample; None: always.
+        Shifts and scales depend on the stream's own times, the gate on the other stream's. `influence`, B
+        bool, states whether the other stream has an effect in each sample; None means in all samples.
         """
         rows, _ = self._embed_times(getattr(self, inputs.names.cross_rows), inputs)
         other_waves = inputs.make_waves(other_times * self.config.gate_time)
         gate, _ = getattr(self, inputs.names.cross_gate)(other_waves)
         if influence is not None:
-            # a copy of pageable memory would wait for the device
+            # sent from pinned memory: a copy from pageable memory would wait for the device
             influence = send_ahead(influence.float(), rows.device).view(-1, 1, 1)
         rotary = self._make_rotation(inputs, fps, by_time=True)
         return CrossInputs(rotary, rows, gate, influence)
@@ -359,7 +360,7 @@ class LtxModel(nn.Module):
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
         """Project the latents of a stream to tokens, B L W, with the tokens of references in front."""
         names, latents, references = inputs.names, inputs.latents, inputs.references
-        # B F*H*W Z of a video's latents, B M Z*K of a sound's
+        # B F*H*W Z for video latents, B M Z*K for audio latents
         flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
         if references.latents:
             in_front = [reference.flatten(2).mT for reference in references.latents]

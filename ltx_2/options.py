@@ -450,7 +450,7 @@ def resolve_generation(shared: T, own_options: Ltx2GenerationOptions) -> tuple[T
     typed_names = dict(values["typed_names"])
     changes: dict[str, Any] = {"typed_names": typed_names}
     for other_name, name in _SAME.items():
-        # the frame rate is always set: the default counts as not typed
+        # the frame rate always has a value: the default counts as not given
         is_default = name == "fps" and values[name] == FPS
         shared_value = None if is_default else values[name]
         other_value = getattr(own_options, other_name)

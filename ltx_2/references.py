@@ -60,6 +60,7 @@ def thin_out(frames: Tensor, rules: ReferenceRules, frame_step: int) -> Tensor:
 
 def count_taken(frames: int, rules: ReferenceRules, frame_step: int) -> int:
     """Return how many of a reference's frames are encoded; see `thin_out`."""
+    # frame 0, then every `time_factor`-th from frame 1, cut to a whole number of latent frames
     count = 1 + len(range(1, frames, rules.time_factor))
     maximum = min(count, rules.frames or count)
     return (maximum - 1) // frame_step * frame_step + 1
@@ -82,7 +83,7 @@ def check_references(
 
 
 def check_mask_length(mask: Path, frames: int, needed: int) -> None:
-    """Raise OptionError if a mask has fewer frames than are encoded of a reference."""
+    """Raise OptionError if a mask has fewer than the `needed` frames that are encoded of a reference."""
     if frames < needed:
         raise OptionError(
             f"--conditioning-attention-mask {mask}: {frames} frames are taken of it, {needed} of a "
@@ -103,7 +104,7 @@ def references_of(cond: Conditions) -> tuple[Tensor, ...]:
 
 
 def join_tokens(references: Sequence[Tensor]) -> Tensor:
-    """Join the latents of references as tokens, B C N."""
+    """Concatenate the latents of references as tokens, B C N."""
     return torch.cat([latents.flatten(2) for latents in references], dim=2)  # B C N
 
 
@@ -262,7 +263,7 @@ def read_strengths(mask: Path, shown: Sequence[Tensor], rules: ReferenceRules, l
     steps = (latent.frame_step, latent.pixel_step, latent.pixel_step)
     for reference in shown:
         _, _, frames, height, width = reference.shape
-        size = (  # of the result; `read_pixels` reduces the mask to the size of the reference again
+        size = (  # size of the result, because `read_pixels` reduces it to the reference's size
             width * rules.size_factor,
             height * rules.size_factor,
             (frames - 1) * rules.time_factor + 1,

@@ -117,7 +117,7 @@ class TwoStages:
             solver="euler",
             guidance_scale=(1.0,),
             rules=AS_PLAIN,
-            family_record=(),  # references are for the first stage alone
+            family_record=(),  # references are only for the first stage
             added=tuple(lora.second for lora in self.loras),
             begun_by=self._plan_upscaling(shape, dtype),
         )

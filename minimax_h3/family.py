@@ -555,7 +555,7 @@ def _make_clip(frames: Tensor) -> Tensor:
 
 
 def _with_presentation(prepared: Prepared, media: H3Media, sources: H3Sources) -> Prompts:
-    r"""Return the texts of a request with what the encoder sees, and a line break for each typed `\n`."""
+    r"""Return a request's texts with the media for the encoder, and a line break in place of each `\n`."""
     prompts = prepared.prompts[0]
     positive = prompts.positive
     seen = list(media.keyframes)

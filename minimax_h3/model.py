@@ -43,7 +43,7 @@ IMAGES_LIE = 0.999  # minimum time of image conditions, nearly clean
 class H3Condition:
     """Latents at their position on the clock: a condition, clean or slightly noised, or learned latents."""
 
-    latents: Tensor  # B Z F H W of images, B Z 2 A of sound
+    latents: Tensor  # B Z F H W of images, B Z 2 A of audio
     place: ImagePlace | AudioPlace
     clean: float | None = None  # fraction of clean latents, which is its minimum time; None: as released
 

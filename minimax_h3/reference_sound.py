@@ -48,7 +48,7 @@ def resample(samples: Tensor, rate: int, wanted: int) -> Tensor:
     reach = (filters.shape[1] - step) // 2
     padded = functional.pad(samples, (reach, reach + step))
     resampled = functional.conv1d(padded.unsqueeze(1), filters.unsqueeze(1), stride=step)
-    in_order = resampled.mT.flatten(1)  # they were channels x count x S / step
+    in_order = resampled.mT.flatten(1)  # from channels x count x S / step to channels x new samples
     length = math.ceil(count * samples.shape[1] / step)
     return in_order[:, :length].contiguous()
 

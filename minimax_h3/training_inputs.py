@@ -1,4 +1,4 @@
-"""Training inputs of the network besides a noised clip and its text, and what a teacher sees in addition.
+"""Training inputs in addition to a noised clip and its text, and the additional inputs of a teacher.
 
 Keyframes and references get new noise in each step. Names are those of caches; see conditions.py.
 """

@@ -306,7 +306,7 @@ def translate(args: argparse.Namespace) -> None:
     Raises OptionError if both are given with different values, or if options contradict each other.
     """
     _read_bounds(args)
-    # name of a shared option -> the option as the user typed it, and the value for the shared one
+    # name of a shared option -> the other trainer's option that was given, and the value for the shared one
     shared: dict[str, tuple[str, Any]] = {}
     _translate_guidance(args, shared)
     _translate_teacher(args, shared)
@@ -334,7 +334,8 @@ def translate(args: argparse.Namespace) -> None:
 def trainer_changes(samplers: Collection[str], weightings: Collection[str]) -> dict[str, Any]:
     """Return how the training scripts change the shared options, for `TrainerChanges`.
 
-    `samplers` and `weightings` are all that the shared options offer.
+    `samplers` and `weightings` are all values of the shared options --timestep_sampling and
+    --weighting_scheme.
     """
     other_samplers = {*samplers} - {UNIFORM}
     other_weightings = {*weightings} - {NONE}
@@ -364,7 +365,10 @@ DEFAULT: dict[str, Any] = {
 
 
 def _give(args: argparse.Namespace, name: str, other_name: str, value: Any) -> None:
-    """Set a shared option. Raises OptionError if it is already given, with another value."""
+    """Set a shared option to the value of another trainer's option, `other_name`.
+
+    Raises OptionError if the shared option is given too, with another value.
+    """
     given = getattr(args, name)
     given = tuple(given) if isinstance(given, list) else given
     # a default value may be replaced if the user did not give the option

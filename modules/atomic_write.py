@@ -185,7 +185,7 @@ def claim_name(path: Path) -> Iterator[bool]:
     Raises:
         OutputError: If the file cannot be made.
     """
-    # different from every name of a temporary file or folder of `path`
+    # a name that no temporary file or folder of `path` has
     claim = path.with_name(f".{path.name}{_CLAIMED}")
     with explain_errors(path):
         try:
@@ -349,7 +349,7 @@ def explain_errors(path: Path) -> Iterator[None]:
         ) from error
 
 
-# the mark of earlier versions had eight random digits, which tell nothing of the writer
+# earlier versions used eight random digits, which do not identify the writer
 _MARK = re.compile(r"[0-9a-f]{8}|(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{6})[0-9a-f]{4}")
 _TEMPORARY = re.compile(rf"\.(?P<name>.+)\.(?:{_MARK.pattern})\.tmp")
 _CLAIMED = f".claim.{'0' * 8}.tmp"  # the end of a claim's name, which is the same for all processes
@@ -380,7 +380,7 @@ def _select_least_age(writer: re.Match[str], older_seconds: float) -> float:
         return -math.inf  # independent of the clock of the folder's machine
     except OSError:  # it belongs to another user
         pass
-    # the number may have been given to another process since, so age counts for living ones too
+    # another process may have the number now, so the age matters for living processes too
     return LEFTOVER_SECONDS
 
 

@@ -1,4 +1,4 @@
-"""Progress bars of one look, for loops that may take longer than a second.
+"""Progress bars in one style, for loops that may take longer than a second.
 
 On a terminal a bar appears after a second. Anywhere else (a file, a pipe) a log line is written now and then
 instead. Boxes, log lines and bars share standard error.

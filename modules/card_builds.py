@@ -21,7 +21,7 @@ NO_TORCH = "no build of PyTorch is made for it. docs/install.md lists the machin
 
 @dataclass(frozen=True)
 class BuildInfo:
-    """How much a build takes with all other packages, measured or estimated from its files on Linux."""
+    """Disk space of a build with all other packages, measured or estimated from its files on Linux."""
 
     download_gb: float
     disk_gb: float

@@ -1,4 +1,4 @@
-"""Render the chat template of a model's folder within bounds of seconds, memory and characters.
+"""Render the chat template in a model's folder, with limits on time, memory and characters.
 
 A template is a program in Jinja, and comes from whoever made the folder. Its sandbox keeps it from reaching
 anything, but not from going on for ever: so it runs in a process of its own, which is stopped. What templates

@@ -22,8 +22,8 @@ from modules.control_codes import columns_of, escape_control_codes, fold, shorte
 from modules.errors import CheckpointError, OptionError, UserError, is_of_compiler
 from modules.installation import check_requirements, command_words
 
-# loggers of packages that warn at import of what nobody asked for: bitsandbytes, on some processors
-# loggers that only show errors; the second counts at its exit, the third names each request
+# loggers with irrelevant warnings at import: bitsandbytes, on some processors
+# loggers limited to errors; the second logs counts at its exit, the third each request
 NOISY = ("bitsandbytes.backends.cpu.ops", "torch._subclasses.fake_tensor", "httpx")
 PATIENCE = 2.0  # seconds in which a launcher ends the other processes
 INTERRUPTED = 130  # the shell's code for a program ended by Ctrl-C
@@ -31,7 +31,7 @@ MAX_LINES = 3  # maximum lines of a message, including a hint below it
 MAX_OF_LINE = 2000  # characters of a line of a message
 LISTS_OPTIONS = " --help lists all options"  # hint below an error in a terminal
 MAX_OF_WORD = 240  # characters of a typed word in a message
-# numbers that a launcher of several processes sets: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
+# variables of multi-process launchers: torchrun and accelerate, Intel MPI, Open MPI, MVAPICH
 RANK = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 COUNT = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
@@ -55,7 +55,7 @@ def start_logging(level: int = logging.INFO) -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(encoding="utf-8", errors="replace")
-    # our own bound on pixels says what is too large
+    # our own limit of pixels applies instead of Pillow's
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     if logging.getLogger().handlers:
         return
@@ -120,8 +120,8 @@ class _RepeatedWarnings(logging.Filter):
         return not is_repeated
 
 
-# a script and its options within a message, which are typed as that script has them
-_COMMAND = re.compile(r"(?:\.py|(?<![\w-])(?:reelsmith [\w -]*?\w|[a-z][^\W_]*+_\w++)) --\w")
+# a command in a message, whose options must keep that script's spelling
+_COMMAND = re.compile(r"(?:\.py|(?<![\w-])(?:reelsmith [\w -]{,80}?\w|[a-z][^\W_]*+_\w++)) --\w")
 
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
@@ -141,7 +141,7 @@ def name_as_typed(names: Mapping[str, str]) -> Iterator[None]:
 
     def respell(record: logging.LogRecord) -> bool:
         if record.levelno >= logging.WARNING:
-            # a message that does not fit its values: the handler itself reports it
+            # the message does not fit its arguments, which the handler itself reports
             with contextlib.suppress(TypeError, ValueError, LookupError):
                 record.msg = respell_options(record.getMessage(), names)
                 record.args = ()
@@ -202,7 +202,7 @@ def command_line(
         if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
             hint = explain(error.path)
             both_say = "looks like" in str(error) and "looks like" in (hint or "")
-            # the command of a download, of which a message may say more
+            # the message may already contain this download command, with more options
             both_say = both_say or (hint or "-").removesuffix(" downloads it") in str(error)
             if hint and hint not in str(error) and not both_say:
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
@@ -233,7 +233,7 @@ def command_line(
             raise
         raise SystemExit(1) from None
     finally:
-        # Ctrl-C while Python waits for its threads and ends would print tracebacks of what cleans up
+        # during the exit of Python, Ctrl-C would print tracebacks
         with contextlib.suppress(ValueError):  # outside the main thread
             signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -337,8 +337,11 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
         min_similar: Minimum similarity of a name, from 0 to 1 (equal).
     """
     names = list(names)
-    similar = difflib.get_close_matches(word[:MAX_OF_WORD], names, n=1, cutoff=min_similar)
-    similar = similar or [name for name in names if sorted(name) == sorted(word)]  # transposed letters: vea
+    shown = word[:MAX_OF_WORD]  # a hostile word has megabytes
+    similar = difflib.get_close_matches(shown, names, n=1, cutoff=min_similar)
+    if not similar:
+        letters = sorted(shown)
+        similar = [name for name in names if sorted(name) == letters]  # swapped letters of a short name: vea
     if similar:
         return f" Did you mean {similar[0]}?"
     beginnings = [name for name in names if name and word.startswith(f"{name}_")]

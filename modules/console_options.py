@@ -1,4 +1,4 @@
-"""Options of log lines: how many, and where they go."""
+"""Options of log lines: their level and their destination."""
 
 import logging
 import sys
@@ -48,7 +48,7 @@ class ConsoleOptions(Options, title="log lines"):
 
 
 class _LogFile(logging.FileHandler):
-    """A file of log lines. Those that it cannot take, as on a full disk, go to the console."""
+    """A log file. Lines that cannot be written, as on a full disk, go to the console."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

@@ -1,4 +1,4 @@
-"""Make text safe for a console; take the text out of a chat model's answer. Standard library only."""
+"""Make text safe for a console; extract the text of a chat model's answer. Standard library only."""
 
 import os
 import re

@@ -23,7 +23,7 @@ GIB = 1 << 30
 Default = TypeVar("Default", torch.dtype, None)
 
 DEVICES = ("cuda", "mps", "cpu", "xpu")
-# every spelling that the known command lines accept
+# all spellings that sd-scripts and similar programs accept
 DTYPES: dict[str, torch.dtype] = {
     "float": torch.float32,
     "fp32": torch.float32,
@@ -41,7 +41,7 @@ DTYPES: dict[str, torch.dtype] = {
     },
 }
 
-# in the messages of torch's allocators and libraries, in addition to torch.OutOfMemoryError
+# texts in out-of-memory messages of torch's allocators and libraries that are not torch.OutOfMemoryError
 NO_MEMORY = (
     "can't allocate memory",
     "not enough memory",
@@ -49,7 +49,7 @@ NO_MEMORY = (
     "bad_alloc",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
-    # a convolution on CUDA, if none of cuDNN's ways finds room for its workspace (pytorch/pytorch#108645)
+    # a CUDA convolution whose cuDNN workspace does not fit into memory (pytorch/pytorch#108645)
     "unable to find an engine to execute this computation",
 )
 
@@ -63,7 +63,7 @@ def select_device(name: str | None) -> torch.device:
     Raises:
         OptionError: If the device does not exist.
     """
-    torch.backends.cudnn.allow_tf32 = False  # torch allows it for convolutions, not for matrix products
+    torch.backends.cudnn.allow_tf32 = False  # on by default for convolutions, but not for matrix products
     if name is None:
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -114,7 +114,7 @@ def send(tensor: Tensor, device: torch.device, non_blocking: bool = False) -> Te
     return tensor.to(device if is_content else "cpu", non_blocking=non_blocking and is_content)
 
 
-# bytes of a CUDA command: as much is copied from pageable memory without waiting. For more the driver needs
+# maximum bytes that CUDA copies from pageable memory without waiting. For larger copies the driver needs
 # page-locked memory, and "may synchronize with the stream": NVIDIA, API synchronization behavior
 IN_COMMAND = 64 << 10
 

@@ -1,4 +1,4 @@
-"""Receive a file from a site: continued where the connection broke, bounded, and of one version only.
+"""Download a file: resumed after broken connections, of limited size, and of a single version.
 
 Every downloader asks in its own way (`Ask`) and says what an error means to its user. `urllib3.Retry` would
 repeat a request, but not continue the data of one that broke.

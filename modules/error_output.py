@@ -1,11 +1,11 @@
-"""Find the message in what another program of ours has printed before it ended with an error."""
+"""Find the error message in the output of another program of ours that has failed."""
 
 import re
 
 from modules.command import LISTS_OPTIONS
 
 MAX_SAID = 2000  # maximum characters of a message
-# begin of the line that says why a program of ours has ended: a kind of error, or its name in a checkout
+# beginning of the line with the error: a kind of error, or the program's name in a checkout
 # (x.py) or the package (a_name, reelsmith x y)
 ERROR_LINE = re.compile(
     r"^(?:[\w.]+Error|\w+\.py: error|[^\W_]+_\w+: error|reelsmith(?: [\w-]+)+: error): ", re.MULTILINE

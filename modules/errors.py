@@ -1,4 +1,4 @@
-"""Errors that a user can correct: the fault, its place, and the remedy.
+"""Errors that a user can correct, with their location and the remedy.
 
 They end the program without a traceback.
 """

@@ -1,6 +1,6 @@
-"""Load what installed packages bring to this program, if the user has named them; else nothing of them runs.
+"""Load extensions from installed packages, but only those that the user has named.
 
-A package announces what it brings by entry points of the groups below. The user names them in the environment
+A package announces its extensions by entry points of the groups below. The user names them in the environment
 variable `REELSMITH_EXTENSIONS`, or in front of a command: `reelsmith --extensions NAME`. No file can name
 one. Standard library only; nothing here is called unless something is named.
 """
@@ -44,7 +44,7 @@ def check_named() -> None:
 
 
 def find_values(group: str) -> dict[str, str]:
-    """Return where the named extensions of a group are, as `module:attribute`, by name. None is imported."""
+    """Return the named extensions of a group, name -> `module:attribute`, without importing them."""
     return {entry.name: entry.value for entry in _find_entries(group)}
 
 

@@ -1,4 +1,4 @@
-"""Write many small files in the time of few. Standard library only."""
+"""Write many small files quickly. Standard library only."""
 
 import contextlib
 import os

@@ -1,4 +1,4 @@
-"""Locks on open files, which end with the process that holds them, however it ends.
+"""Locks on open files, which are released when the process ends, even if it is killed.
 
 `filelock` up to 3.20 waits for ever on a volume without locks, and may give one lock to two processes if its
 file is removed.

@@ -1,4 +1,4 @@
-"""What -h and --help print: one screen of the options that people use, or all options by group.
+"""The text of -h (one screen of frequently used options) and of --help (all options by group).
 
 Standard library only, so that `--help` answers at once.
 """

@@ -1,4 +1,4 @@
-"""Find whether this copy of Reelsmith is a checkout or an installed package; import modules by name.
+"""Determine whether this Reelsmith is a checkout or an installed package; import modules by name.
 
 Standard library only. In the package, all of our code is below `reelsmith` (package/staging.py). Also
 import modules that a user names in an option, and hide packages that a process has no use for.
@@ -26,31 +26,31 @@ FRONT_SCRIPT = "reelsmith.py"  # in a checkout; an installed package has the com
 SCRIPT_ROOMS = ("tools", "blissful_tuner", "networks", "finetune")  # folders that contain scripts too
 LONGEST_NAME = 100  # maximum characters of a script's name, because file systems reject longer ones
 MAX_BEFORE = 16  # maximum number of launcher arguments before the script
-# name of our package for pip, and that of another program on the package index
+# our distribution name, which another program on the package index has too
 DISTRIBUTION = "reelsmith-trainer"
 NAMESAKE = "reelsmith"
-# variable of a program that run_project.py starts: it types the next command itself, and no hint names it
+# set for programs started by run_project.py, which starts the next command itself, so they print no hint
 RUN_GOES_ON = "REELSMITH_RUN_GOES_ON"
-# variable of a program that the browser's queue starts: its command is a line of a file
+# set for programs started by the browser's queue, whose commands come from a file
 FROM_QUEUE = "REELSMITH_FROM_QUEUE"
-# variable of a generation with --interactive that the browser drives: it reads and answers in JSON
+# set for a generation with --interactive that exchanges JSON with the browser
 DRIVEN = "REELSMITH_DRIVEN"
-# variable of a script that ends once it has read its options, for the browser
+# set by the browser for a script that ends after reading its options
 ONLY_OPTIONS = "REELSMITH_ONLY_OPTIONS"
-# variable of a training that says before torch loads which options will do nothing, for the browser
+# set by the browser for a training that reports options without effect before torch loads
 TELLS_UNUSED = "REELSMITH_TELLS_UNUSED"
-# variable that names the file in which a program notes how far it is (modules/progress.py)
+# variable with the file to which a program writes its progress (modules/progress.py)
 PROGRESS = "REELSMITH_PROGRESS"
-# variable of `new` that prints the kinds of its lines, for the browser (modules/line_kinds.py)
+# set by the browser for a `new` that prints the kinds of its lines (modules/line_kinds.py)
 TELLS_KINDS = "REELSMITH_TELLS_KINDS"
-# variable that names the extensions of the user's choice (modules/extensions.py)
+# variable with the extensions that the user enables (modules/extensions.py)
 EXTENSIONS = "REELSMITH_EXTENSIONS"
 RUN_CHECKS = "checks"  # value for a training that only checks its options and files
 SOURCES_LEFT_OUT = 4  # exit code of caching for `run`: all files are cached except faulty ones
-# distribution -> what it is imported as, if that is another name
+# distribution -> import name, if it differs
 IMPORTED_AS = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
-# module that an option may name -> its distribution on PyPI, looked up there: any other name may be free for
-# anyone to take, so it is not printed as a command
+# module for an option -> its distribution on PyPI, which we have checked. Other names may be unregistered, so
+# that anyone could take them; no install command is printed for these
 DISTRIBUTIONS = {
     "adabelief_pytorch": "adabelief-pytorch",
     "adam_mini": "adam-mini",
@@ -217,7 +217,7 @@ def check_requirements() -> None:
     ]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
-        # without torch this is not the Python that was set up: no need to name the rest
+        # without torch this is the wrong Python: do not list the other packages
         what = "torch is" if "torch" in missing else f"{', '.join(missing)} {verb}"
         raise InstallationError(
             f"{what} not installed in this Python ({sys.executable}).\n  {_describe_remedy(missing)}"

@@ -1,4 +1,4 @@
-"""Divide and round whole numbers upwards."""
+"""Divide and round integers upwards."""
 
 
 def ceil_div(number: int, divisor: int) -> int:

@@ -1,4 +1,4 @@
-"""Refuse a Python that cannot run Reelsmith, and files of which an update has replaced half.
+"""Refuse a Python that cannot run Reelsmith, and files of an incomplete update.
 
 Every script imports this before anything else of ours. The checks run at import, because the next imports
 need modules and syntax of Python 3.11: this file has to be readable by older ones. Newer ones are refused

@@ -1,4 +1,4 @@
-"""All limits on what comes from outside: files, texts and answers that others made. Standard library only.
+"""Limits on input from other people: files, texts and answers of servers. Standard library only.
 
 The readers that apply them to whole files are in `text_files`; a reader of a format applies those of its
 format. Limits of options and of keys stand in their declarations.

@@ -1,7 +1,7 @@
-"""Kinds of printed lines: what a line is about, for a program that shows it otherwise than a terminal.
+"""Kinds of printed lines, such as warnings, for programs that display lines differently than a terminal.
 
-A line carries its kind from where it is written. A program that the browser starts prints the kind in front
-of the line, which the browser takes off again; in a terminal the line stands alone.
+Each line is written with its kind. A program that the browser starts prints the kind in front
+of the line, and the browser removes it; in a terminal the kind is not printed.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Bound the memory that this process may take, while it runs what a file of somebody else says."""
+"""Limit the memory of this process while it processes an untrusted file."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""Options that the image guides' minimal inference scripts share, in the words of our generation scripts.
+"""Options of the minimal inference scripts, translated to the options of our generation scripts.
 
 Standard library only.
 """

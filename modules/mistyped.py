@@ -1,4 +1,4 @@
-"""Guess what was meant by words that are no option here: other programs' names, shells, quotes.
+"""Guess the intention behind unknown words: other programs' options, shell syntax, quotes.
 
 Standard library only.
 """
@@ -18,8 +18,8 @@ SWITCHES = {"true", "false", "yes", "no", "on", "off", "1", "0"}
 NUMBER_TYPES = (int, float)
 Flags = Mapping[str, argparse.Action]
 
-# our name: theirs. Keys of the dataset file and choices are among them; a name may stand in several lines, of
-# which the first counts that a script has.
+# our name: other programs' names, including dataset keys and choices. If a name is in several lines, the
+# first line that fits the script is used.
 _THEIRS = """
 learning_rate: lr unet_lr transformer_lr dit_lr
 network_dim: rank dim lora_rank lora_dim network_rank oft_block_size
@@ -83,8 +83,8 @@ flux_shift: flux
 adamw8bit: adamw_8bit
 """
 
-# Options of the scripts here that mean the same: a script that lacks the typed one has another of its line.
-# What takes two options is joined by +.
+# Options of our scripts with the same meaning: a script without the typed one has another of its line.
+# Two options that are needed together are joined by +.
 _SAME = """
 lora_weight network_weights lora_weights
 lora_multiplier network_mul
@@ -132,7 +132,7 @@ distilled_lora distilled_lora_path
 """
 _TYPING_MISTAKE = 0.75  # similarity of a mistyped name and the intended one; 1: equal
 
-# options of other trainers that nothing here stands for, and why
+# options of other trainers without a counterpart here, and the reason
 _NOTHING = {
     "cache_latents cache_latents_to_disk cache_text_encoder_outputs cache_text_encoder_outputs_to_disk": (
         "the caching scripts make caches before a training"
@@ -173,8 +173,8 @@ _NOTHING = {
 }
 
 
-# options of models' files, by what the files are, without the model's name and number in front: a script has
-# those of its own model
+# options for model files by kind of file, without the model's name and number as prefix: a script has
+# only its own model's options
 _ROLES = (
     "t5 t5xxl umt5 text_encoder text_encoder1 text_encoder2 gemma gemma2 gemma_root llm qwen qwen3 "
     "qwen2_5_vl mistral clip_l byt5 text_encoder_checkpoint text_encoder_path",
@@ -220,7 +220,7 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
     ours = options.get(ours_for(name, options)) or _option_known_as(flags, name)
     if ours:
         return _suggest_option(flags, ours)
-    # two options here that together mean it
+    # two of our options have this meaning together
     pairs = [same.split("+") for line in _lines_with(name) for same in line if "+" in same]
     for height, width in pairs:
         if height in options and width in options:

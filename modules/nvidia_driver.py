@@ -1,4 +1,4 @@
-"""Ask the NVIDIA driver for its cards, and say why torch does not see them. Standard library only."""
+"""List the cards of the NVIDIA driver, and explain why torch does not see them. Standard library only."""
 
 import os
 import shutil
@@ -62,7 +62,7 @@ def read_nvidia_cards(text: str) -> list[NvidiaCard]:
 
 
 def explain_unseen_card(torch_version: str, cuda: str | None) -> str | None:
-    """Return why a torch without CUDA devices has none although the driver lists a card; None without one.
+    """Return why torch has no CUDA device although the driver lists a card; None if it lists none.
 
     Args:
         torch_version: `torch.__version__` and `torch.version.cuda`, which is None for builds without CUDA.

@@ -1,4 +1,4 @@
-"""Files that another program has open, which Windows does not replace meanwhile."""
+"""Replace files that other programs may have open, which Windows refuses meanwhile."""
 
 import os
 import time

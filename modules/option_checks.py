@@ -1,4 +1,4 @@
-"""Check the values of options against their facts, whether a record has them or a table.
+"""Check the values of options against their facts, from a record or a table.
 
 Facts are those of `option` (modules/options.py): limits, choices, what an option needs and excludes, and what
 a path has to be. Standard library only.
@@ -15,7 +15,7 @@ from modules.option_values import check_path, show_number
 from modules.output_files import reject_replacing
 
 Info = Mapping[str, Any]
-# public names of options -> those of them that are given and not turned off
+# public names of options -> the names of options that are given and not turned off
 ListGiven = Callable[[Collection[str]], list[str]]
 
 
@@ -30,7 +30,7 @@ LIMITS: Mapping[str, _Limit] = {
     "maximum": _Limit("of at most", operator.le),
     "below": _Limit("below", operator.lt),
 }
-# facts that this file checks, and which a table has too
+# facts that this file checks, also contained in tables
 CHECKED_INFO = (*LIMITS, "one_of", "hint", "needs", "excludes", "off", "place", "must_not_replace")
 
 

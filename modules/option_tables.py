@@ -1,6 +1,6 @@
 """Read the options of every script from one file, which `make tables` compiles from the records of options.
 
-A table has all that the parser of a script knows (modules/table_parser.py). Standard library only.
+A table contains a script's complete parser (modules/table_parser.py). Standard library only.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Values of options: converted from typed words, and checked. Standard library only."""
+"""Convert typed words to values of options, and check them. Standard library only."""
 
 import argparse
 import ast
@@ -41,7 +41,7 @@ class FillIn(str):
 
 
 def check_characters(option: str, value: Any) -> None:
-    """Check that the texts of an option's value hold no character that no text or file name can have.
+    """Check that the texts of an option's value have no characters that are invalid in texts and file names.
 
     Raises:
         OptionError: If one does.
@@ -74,7 +74,7 @@ def to_path(option: str, text: str) -> Path:
 
 
 def height_width(joined: re.Match[str]) -> tuple[str, str]:
-    """Return height and width of a match of `JOINED`; with an x people write the width first."""
+    """Return height and width of a match of `JOINED`; sizes with an x have the width first."""
     is_width_first = joined[2].strip(", :") != ""
     return (joined[3], joined[1]) if is_width_first else (joined[1], joined[3])
 

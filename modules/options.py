@@ -1,4 +1,4 @@
-"""Declare options once, as the fields of a record; parser, checks and messages follow from it.
+"""Declare options once, as fields of a record, for the parser, the checks and the messages.
 
     class SavingOptions(Options, title="saving"):
         output_dir: Path | None = option("folder to save into", often=True)

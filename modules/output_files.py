@@ -1,4 +1,4 @@
-"""Check the name of a file before it is written, and ask about files that exist. Standard library only."""
+"""Check the names of output files, and ask before replacing existing files. Standard library only."""
 
 import logging
 import re
@@ -64,12 +64,12 @@ def find_error_on_windows(name: str) -> str:
 
 
 def is_windows_device(name: str) -> bool:
-    """Return whether a file of this name cannot be on Windows: it would be a device, with any ending."""
+    """Return whether Windows reserves this name for a device, with any suffix."""
     return WINDOWS_DEVICE.fullmatch(name) is not None
 
 
 def fold_name(name: str) -> str:
-    """Return a name of a file in the form in which all names are equal that some disk takes for one.
+    """Return a file name normalized so that names which some disks treat as the same are equal.
 
     Disks of Windows and macOS tell neither capitals nor forms of a character apart.
     """

@@ -1,4 +1,4 @@
-"""The parser of a script's options, light: put records into argparse, and answer mistakes."""
+"""Parse a script's options: add records to argparse, and explain mistakes. Imports no torch."""
 
 import argparse
 import logging

@@ -121,7 +121,7 @@ def path_exists(path: Path) -> bool:
 
 
 def explain_path(text: str) -> str | None:
-    """Explain the usual mistake in a path that names nothing; None if it shows none."""
+    """Explain the likely mistake in a path that does not exist; None if it shows no known mistake."""
     if escaped := [character for character in dict.fromkeys(text) if character in _ESCAPES]:
         signs = ", ".join(_ESCAPES[character] for character in escaped)
         meant = "".join(_ESCAPES.get(character, character) for character in text)
@@ -219,7 +219,7 @@ def protocol_of(address: str) -> str:
 
 
 def split_address(address: str) -> SplitResult:
-    """Take an address apart. An impossible one (`http://[::1`) counts as a path; requesting it fails."""
+    """Split an address. An invalid one (`http://[::1`) counts as a path; requesting it fails."""
     try:
         return urlsplit(address)
     except ValueError:
@@ -259,7 +259,7 @@ def address_name(address: str) -> str:
 
 
 def short_hash(identity: str, digits: int = 12) -> str:
-    """Return hexadecimal digits that stand for a text: with 12, a million texts differ (1 in 500 fails)."""
+    """Return a short hash of a text. With 12 digits, a million texts collide with probability 1 in 500."""
     import hashlib  # imported here, because all options import this file
 
     return hashlib.sha256(identity.encode("utf-8", "surrogatepass")).hexdigest()[:digits]

@@ -1,4 +1,4 @@
-"""Name everything private of torch that this project uses, to check it in one place with a new release.
+"""Collect all private names of torch that this project uses, to check them in one place at new releases.
 
 Slow imports stand inside functions.
 """

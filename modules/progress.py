@@ -1,4 +1,4 @@
-"""Note how far a program is in a small file, for the program that has started it: `run` shows it in a page.
+"""Write a program's progress to a small file for the program that started it, such as `run`.
 
 The environment variable `PROGRESS` names the file; without it nothing is written. It is replaced at most once
 a second.
@@ -29,7 +29,7 @@ class NotedProgress(NamedTuple):
 
 
 class ProgressFile:
-    """Write the progress of one loop after another into the file that `PROGRESS` names, if it does."""
+    """Write the progress of successive loops into the file named by `PROGRESS`, if that is set."""
 
     def __init__(self) -> None:
         name = os.environ.get(PROGRESS)
@@ -37,7 +37,7 @@ class ProgressFile:
         self._written = -EVERY_SECONDS
 
     def note(self, done: float, total: float | None, unit: str) -> None:
-        """Note a progress, unless the last one was written less than a second ago and this is not the end."""
+        """Write the progress, at most once a second except at the end."""
         now = time.monotonic()
         if self.path is None or (now - self._written < EVERY_SECONDS and done != total):
             return

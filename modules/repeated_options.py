@@ -1,4 +1,4 @@
-"""Repeat the options of one command in the command that follows it, under the names that it has there.
+"""Repeat the options of one command in the next command, under the names that they have there.
 
 Standard library only.
 """

@@ -1,4 +1,4 @@
-"""Limit what a run of a described folder may do: the folder may be somebody else's. Standard library only.
+"""Limit what a run of a described folder may do, if somebody else wrote it. Standard library only.
 
 `run_project.py` sets the limits for itself and for the commands that it starts, in variables of the
 environment, and so does the browser for commands that its buttons start for a folder. Everything that is
@@ -19,10 +19,10 @@ from modules.text_files import real_path
 FOLDERS = "REELSMITH_RUN_FOLDERS"  # JSON list of folders; the first one is the run's
 COMMAND = "REELSMITH_RUN_COMMAND"  # command line of the run; "" for other commands
 TYPED = "REELSMITH_RUN_TYPED"  # options that the user typed for the run, separated by spaces
-# option of a command -> the option of `run` that allows a folder of it to lie elsewhere
+# option of a command -> the option of `run` that allows its folder to be elsewhere
 ALLOWED_BY = {"output_dir": "output_dir", "logging_dir": "logging_dir", "to": "models"}
 ANY = "may_write"  # any other folder
-# folder of the browser's queue, below a folder that it shows: its files say what is started
+# folder of the browser's queue, below a root: its files contain the commands to start
 QUEUE_FOLDER = "reelsmith-queue"
 
 

@@ -1,4 +1,4 @@
-"""Find out whether this machine has a screen that a person sits at. Standard library only."""
+"""Determine whether a user sits at a screen of this machine. Standard library only."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""Read the options of the running script: from its table if that has read them, else by its records."""
+"""Read the options of the running script, from its table if it was used, else by its records."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence

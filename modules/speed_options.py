@@ -69,7 +69,7 @@ def text_form_option() -> Any:
 
 
 class TextEncoderOptions(Options):
-    """The language model that encodes texts, and how it runs. Families say which, and name its fp8."""
+    """The language model that encodes texts, and how it runs. Families define the model and its fp8."""
 
     text_encoder: Path | None = option("text encoder: file or folder", often=True)
     text_encoder_tokenizer: Path | None = option(
@@ -167,7 +167,7 @@ class TrainingAttentionOptions(Options, title="attention"):
 
     @property
     def choice(self) -> AttentionChoice:
-        """The back end that is switched on, sdpa if none is."""
+        """The enabled back end; sdpa if none is enabled."""
         modes = (mode for mode, flag in TRAINING_FLAGS.items() if getattr(self, flag.removeprefix("--")))
         return AttentionChoice(next(modes, "sdpa"), self.split_attn)
 
@@ -200,7 +200,7 @@ def flag_of(mode: str, training: bool) -> str:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Form of weights stored in 8 or 4 bits, and the arithmetic of the layers that use them."""
+    """Storage format of weights in 8 or 4 bits, and the arithmetic of the layers that use them."""
 
     # scales of fp8. cast: none; tensor, rows: values are divided by one scale per weight or per row
     kind: str
@@ -238,7 +238,7 @@ _NF4 = "keep the linear layers of the model's blocks in 4 bits (nf4): a quarter 
 
 @dataclass(frozen=True)
 class BaseForm:
-    """A form in which frozen weights can be kept; its arithmetic is in `checkpoints/stored/`."""
+    """A storage format for frozen weights; its arithmetic is in `checkpoints/stored/`."""
 
     name: str  # file name in checkpoints/stored
     switches: tuple[str, ...]  # training options that select it; generation has --fp8 for --fp8_base
@@ -295,7 +295,7 @@ class TrainingFp8Options(Options):
         return Quantization(kind, float32_scales=self.upcast_quantization, fp8_matmul=self.fp8_fast)
 
     def say_for_generation(self) -> dict[str, bool]:
-        """Return the options of generation for the same form, by flag: a LoRA learned to correct it."""
+        """Return generation's options for the same format, by flag, because the LoRA was trained with it."""
         return {
             "--fp8": self.fp8_base and not self.fp8_scaled,
             "--fp8_scaled": self.fp8_scaled,

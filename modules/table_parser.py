@@ -1,4 +1,4 @@
-"""Build the parser of a script from its table, and describe a parser as a table.
+"""Build the parser of a script from its table, and convert a parser to a table.
 
 The parser knows what one does that is built from the records, and `check_arguments` the facts by which
 records check their values: help, wrong options and the settings of the page need no record, and nothing that
@@ -204,7 +204,7 @@ def _find_public_name(action: argparse.Action) -> str:
 
 
 def _is_given(action: argparse.Action | None, name: str, arguments: argparse.Namespace) -> bool:
-    """Return whether an option has another value than the default of its record, and is not turned off."""
+    """Return whether an option's value differs from its record's default and does not turn it off."""
     value = getattr(arguments, name.replace("-", "_"), None)
     if action is None:  # the script lacks the option; the record may have a value
         return bool(value)
@@ -221,7 +221,7 @@ def _name_after(flags: Sequence[str]) -> str:
 
 
 def _help_of(rejection: Rejection) -> str:
-    """Return the help that an option of other programs has if it has no other."""
+    """Return the default help of an option of other programs."""
     return rejection.reason.replace("%", "%%") or f"not needed: {rejection.instead}"
 
 

@@ -1,4 +1,4 @@
-"""Text files that a user names: regular, of a bounded size, parsed without recursion errors.
+"""Read text files named by users: only regular files of limited size, parsed without recursion errors.
 
 Standard library only. Errors are raised as OSError or ValueError; callers make a UserError of them that names
 the option or table.
@@ -213,7 +213,7 @@ def looks_like_object(text: str) -> bool:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """Return the JSON object that a text is, such as a caption. Raises ValueError: "it is no JSON (...)"."""
+    """Return a text's JSON object, such as a caption. Raises ValueError: "it is no JSON (...)"."""
     try:
         content = parse_json(text)
     except ValueError as error:
@@ -224,7 +224,7 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def read_if_object(text: str) -> dict[str, Any] | None:
-    """Return the JSON object that a text is; None if it is a plain one, such as a choice {a|b} of words."""
+    """Return a text's JSON object; None for a plain text, such as a choice {a|b} of words."""
     try:
         return read_object(text) if looks_like_object(text) else None
     except ValueError:
@@ -312,7 +312,7 @@ def _explain_json(following: str, before: str) -> str:
 
 
 def bad_character(text: str) -> str | None:
-    r"""Describe the first character that no text can hold: NUL, or half of a surrogate pair.
+    r"""Describe the first invalid character of a text: NUL, or half of a surrogate pair.
 
     Halves come from a JSON escape such as \ud800, or from a name that is not UTF-8. None if there is no such
     character.
@@ -327,7 +327,7 @@ def bad_character(text: str) -> str | None:
 
 
 def check_depth(content: Any) -> None:
-    """Raise ValueError if lists and tables stand in one another more than MAX_DEPTH deep."""
+    """Raise ValueError if lists and tables are nested more than MAX_DEPTH deep."""
     level = [content]
     for _ in range(MAX_DEPTH + 1):
         inner = [
@@ -342,7 +342,7 @@ def check_depth(content: Any) -> None:
 
 
 def check_numbers(content: Any) -> None:
-    """Raise ValueError if a whole number is too large for a float, which readers make of numbers."""
+    """Raise ValueError if an integer is too large for a float, because readers convert numbers to floats."""
     waiting = [content]
     while waiting:
         value = waiting.pop()

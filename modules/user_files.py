@@ -1,4 +1,4 @@
-"""Keep small files for the user of this machine, outside of all folders that they work in.
+"""Store small files for the user of this machine, outside of the user's working folders.
 
 Only that user can read them. Standard library only.
 """

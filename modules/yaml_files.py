@@ -1,4 +1,4 @@
-"""YAML texts of somebody else: bounded in size, nodes, nesting and numbers; nothing of them is run."""
+"""Parse untrusted YAML: limited in size, nodes, nesting and numbers; no code in it is run."""
 
 from collections.abc import Iterator
 from typing import Any

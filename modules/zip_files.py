@@ -7,13 +7,13 @@ MAX_LISTED_BYTES = 1 << 26  # maximum size of the central directory: half a mill
 
 
 class BoundedFile(io.FileIO):
-    """A file of which no piece is read that is larger than the list of members may be.
+    """A file that rejects reads larger than the maximum size of the central directory.
 
     `zipfile` reads that list at once, and the file says how long it is.
     """
 
     def read(self, size: int | None = -1) -> bytes:
-        """Read as any file does.
+        """Read like any file.
 
         Raises:
             BadZipFile: For a piece that is too large.

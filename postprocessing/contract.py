@@ -27,7 +27,7 @@ class Clip:
     width: int
     height: int
     rate: Fraction | None  # images a second on average; None: a single image
-    frames: int | None  # as its file says, for progress; None: not known
+    frames: int | None  # frame count in the file's header, for progress bars; None if unknown
     is_deep: bool  # whether results have 16 bits per channel instead of 8
 
 

@@ -1,4 +1,4 @@
-"""Run tools on videos and pictures: read, stage after stage, write, as one stream."""
+"""Run tools on videos and images: read, process stage after stage, and write, as one stream."""
 
 import gc
 import logging

@@ -1,4 +1,4 @@
-"""Read ahead and write behind in threads of their own, with bounded queues in between.
+"""Read ahead and write behind in separate threads, with bounded queues in between.
 
 The work in between (stages with their networks) stays in the thread that calls. An error in any thread ends
 all of them and is raised there.

@@ -1,4 +1,4 @@
-"""Run networks on pictures of any size: pad by mirroring, blend tiles, use less memory if it runs out.
+"""Run networks on images of any size: pad by mirroring, blend tiles, use less memory if it runs out.
 
 A network here is a function from B C H W to B C' fH fW; H and W must be multiples of its step. It may
 compute in half precision, with float32 where that is not enough.

@@ -1,7 +1,7 @@
-"""Remember that a check of a folder has found nothing, so that the run that follows does not make it again.
+"""Remember that a check of a folder found no errors, so that the following run does not repeat it.
 
-What is remembered is a fingerprint of all that the checks read: the three files, names, sizes and times of
-the media, and the files of the model. If anything differs, the checks are made.
+A fingerprint of everything that the checks read is stored: the three files, names, sizes and times of
+the media, and the files of the model. If anything differs, the checks are repeated.
 """
 
 import hashlib

@@ -1,4 +1,4 @@
-"""Recognize pairs of pictures and control pictures, which ControlNets learn from and LoRAs do not."""
+"""Recognize pairs of images and control images, which train ControlNets but not LoRAs."""
 
 import contextlib
 import re

@@ -141,7 +141,7 @@ def _print_report(
     """Print what was found and chosen, and the next commands.
 
     Args:
-        choice: The chosen model and its material.
+        choice: The chosen model, its media and all derived values.
         remarks: Lines about how the model was chosen.
         texts: Texts of the written files.
         taken: Lines about values of another trainer's project, or of a recipe.

@@ -1,6 +1,6 @@
 """Remember which folders this user has described or read here, outside of these folders. No torch.
 
-What a folder's own files say of it proves nothing: they may be somebody else's.
+A folder's own files prove nothing, because they may come from somebody else.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The files of a model: released ones, those that --model_file names, and what a checkpoint has inside."""
+"""The files of a model: released files, files of --model_file, and networks inside a checkpoint."""
 
 import shlex
 from collections.abc import Collection, Mapping

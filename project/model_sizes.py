@@ -1,4 +1,4 @@
-"""Say how large a released model is, and whether it fits a card. Light: loads no torch, as pages ask too."""
+"""Compute sizes of released models, and whether they fit a card. No torch, because pages use it too."""
 
 import shlex
 import shutil
@@ -95,7 +95,7 @@ def describe_fit(model: ModelSet, memory: float) -> str:
 
 
 def _left_over(model: ModelSet, memory: float) -> float:
-    """Return how many GiB of the network in 8 bits do not fit on a card of `memory` GiB."""
+    """Return how many GiB of the network in 8 bits exceed a card of `memory` GiB; below 0 if it fits."""
     is_in_8_bits = not model.data["fp8"]  # the released file itself has 8 bits
     size = transformer_bytes(model) / (1 if is_in_8_bits else 2)
     return size / 2**30 - max(memory - IN_USE, 0)

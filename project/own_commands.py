@@ -1,4 +1,4 @@
-"""How to make a training adapter: its length, and a model's own images from the captions of a folder."""
+"""Commands for a training adapter: its length, and a model's own images from a folder's captions."""
 
 import shlex
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Images that a model generated itself, as data for a training adapter: `new --train adapter`."""
+"""Use images that a model generated as data for a training adapter: `new --train adapter`."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,6 +1,6 @@
-"""Make one file of a described folder: media, captions, caches and settings, without paths of this machine.
+"""Pack a described folder into one file: media, captions, caches and settings, without local paths.
 
-The file is a zip archive whose members are stored as they are, so what it unpacks to is never larger than it.
+The file is a zip archive with uncompressed members, so the unpacked folder is never larger than the file.
 """
 
 import json

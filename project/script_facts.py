@@ -1,4 +1,4 @@
-"""The options of a script that trains, from its table; and what the script says of given ones."""
+"""Read the options of a training script from its table, and let the script check given options."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Tell captions that are lists of tags, as boorus and taggers write them, from sentences."""
+"""Distinguish captions that are lists of tags, as taggers write them, from sentences."""
 
 import os
 import re

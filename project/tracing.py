@@ -45,7 +45,7 @@ def describe_step(words: Sequence[str]) -> str:
 
 
 def describe_progress(progress: NotedProgress) -> str:
-    """Return a progress in words: `11.2 GB of 34.8 GB`, `40 of 120`."""
+    """Describe a progress: `11.2 GB of 34.8 GB`, `40 of 120`."""
     show = gigabytes if progress.unit == BYTES else "{:,}".format
     done = show(int(progress.done))
     return done if progress.total is None else f"{done} of {show(int(progress.total))}"

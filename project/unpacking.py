@@ -1,6 +1,6 @@
-"""Make the folder of a packed file again.
+"""Restore the folder of a packed file.
 
-The file may be somebody else's: all is checked before anything is written.
+The file may come from somebody else, so everything is checked before anything is written.
 """
 
 import contextlib

@@ -14,57 +14,57 @@ from modules.errors import CacheError
 from modules.media.lengths import ClipLengths
 from protocols.rules import ONE_EXPERT, Expert, NpzFormat, ShownMedium
 
-# What a network gets in addition to the noisy latents. A list where lengths differ per sample (as T5's). Keys
-# are the tensor names of the caches (`t5`, `clip`, `llama_vec`); entries have a batch dimension, a list one
-# entry per sample.
+# Inputs of a network in addition to the noisy latents, by the tensor names of the caches (`t5`, `clip`,
+# `llama_vec`). A tensor has a batch dimension. If lengths differ per sample (T5), the value is a list with
+# one tensor per sample.
 Conditions = Mapping[str, Tensor | list[Tensor]]
 
 
-# key of the mask of the loss in batches and caches: 1 is learned, 0 is not; F H W of the latents
+# key of the loss mask in batches and caches: 1 is learned, 0 is ignored; F H W of the latents
 LOSS_MASK = "reelsmith_loss_mask"
-CONTROL_MASK = "vace_mask"  # uint8, 255 is made anew; for a clip without one, everything is
+CONTROL_MASK = "vace_mask"  # uint8, 255 where pixels are generated; without a mask all of them are
 
-# inputs of a model that a sample in training may lack (`Described.fuller`)
+# conditions that a teacher may get and the trained model does not (`Described.fuller`)
 CAPTION, FIRST_FRAME = "the caption before dropout", "the first frame"
 REFERENCE = "the reference pictures before dropout"
-# latents of a control video or a reference image, in caches and conditions; of several with _0, _1, ...
+# latents of a control video or a reference image, in caches and conditions; several have _0, _1, ... appended
 CONTROL = "latents_control"
-# control image of a network that sees pixels, 3 H W uint8, in caches; with samples' strength in conditions
+# control image for a network that takes pixels: 3 H W uint8 in caches; conditions also have its strength
 CONTROL_PIXELS, CONTROL_STRENGTH = "control_pixels", "control_strength"
-IMAGE_LATENTS = "latents_image"  # of one frame with frames of all control images
-# latents of references other than control media, with _0, _1, ...
+IMAGE_LATENTS = "latents_image"  # condition of image-to-video: latents of start, end or control images
+# latents of references other than control media, with _0, _1, ... appended
 REFERENCE_LATENTS = "latents_reference"
 
-# latents of images that guide a clip, C 1 H W in caches: keyframes, with _0, _1, ..., and one that replaces a
-# latent frame; what batches say of them in this order, B G 2 int64: index of the frame or of the latent
-# frame, and how much is given, as in `steps.GivenTokens`
+# Images that guide a clip. In caches, latents C 1 H W: keyframes (with _0, _1, ... appended), and an image
+# that replaces a latent frame. In batches, GUIDES has B G 2 int64 for these images in this order: index of
+# the frame (or latent frame), and the share in `steps.GivenTokens`
 KEYFRAME_LATENTS, LATENT_GUIDE, GUIDES = "latents_keyframe", "latents_guide", "guides"
-# latents of the worse one of a pair, in caches only: of the form of `latents`
+# latents of the rejected sample of a pair, in caches only; shaped like `latents`
 REJECTED_LATENTS = "latents_worse"
 
-# latents of a clip's sound, in caches (C T M), batches and conditions (B C T M)
+# latents of a clip's audio, in caches (C T M), batches and conditions (B C T M)
 SOUND = "audio_latents"
-# the same in the cache of a clip's latents (`AudioSpec.is_inside`), and whether it is more than silence: 1, 0
+# the same inside the cache of a clip's latents (`AudioSpec.is_inside`); 1 if it is not just silence, else 0
 INNER_AUDIO, IS_HEARD = "latents_audio", "audio_present"
-# which samples have sound, in batches and conditions: B bool, on the host; without sound in any sample, this
-# and the latents are absent
+# which samples have audio, in batches and conditions: B bool, on the host. Missing, like the audio latents,
+# if no sample has audio
 HAS_AUDIO = "has_sound"
-# frames per second of a clip: in caches one number; in batches and conditions B integers, in thousandths,
+# frames per second of a clip: one number in caches; in batches and conditions B integers, in thousandths,
 # because integers stay on the host
 FPS = "reelsmith_fps"
 
-# numbers that a model gets about each image, in batches B 6 float32: height and width of its file, top and
-# left of `modules.media.buckets.inner_box`, height and width that it is trained at
+# size conditions of each image (as in SDXL), in batches B 6 float32: height and width of the file, top and
+# left of `modules.media.buckets.inner_box`, height and width in training
 SIZES = "reelsmith_sizes"
-# in caches of other programs, if they say so: width and height of the file, left, top, right and bottom of
-# that box
+# the same in caches of other programs that record it: width and height of the file; left, top, right and
+# bottom of the box
 STATED_SIZES = "reelsmith_said_sizes"
 
-# places in time of latent frames that do not follow each other (an image and its control images, which are
-# then frames of its latents): in caches F, in batches and conditions B F, on the host
+# time indices of latent frames that are not consecutive (an image and its control images as frames of one
+# latent): F in caches, B F in batches and conditions, on the host
 PLACES = "f_indices"
 
-LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `MadeBy.part` of caches of latents, and of those of sound
+LATENTS_MADE, AUDIO_MADE = "latents", "sound"  # `MadeBy.part` for caches of latents and of audio
 
 
 def name_texts(conditions: Conditions, names: Mapping[str, str], device: torch.device) -> dict[str, Tensor]:
@@ -114,14 +114,14 @@ def name_text_and_mask(
 
 @dataclass(frozen=True)
 class MadeBy:
-    """The encoder that made a cache file, as the file's record states it."""
+    """The encoder that wrote a cache file, according to the file's metadata."""
 
     path: Path
     part: str  # LATENTS_MADE, AUDIO_MADE, or the name of a text encoder
     encoder: Mapping[str, str]  # `Family.media_identity`, `audio_identity` or `TextEncoder.identity`
-    own_clocks: bool = False  # of a version that read control clips and masks by clocks of their own
-    windows: int = 0  # how many items its clip gives; 0: the cache does not say
-    as_shown: int | None = None  # the mark of how an earlier version read clips; None: they are read so today
+    own_clocks: bool = False  # written by a version that read control clips and masks by their own timestamps
+    windows: int = 0  # number of items from the same clip; 0: not recorded
+    as_shown: int | None = None  # mark of an earlier version's way to read clips; None: the current way
 
 
 @dataclass(frozen=True)
@@ -133,25 +133,26 @@ class Batch:
 
     tensors: Conditions
     captions: tuple[str, ...]
-    keys: tuple[str, ...]  # which items, for messages
-    made_by: tuple[MadeBy, ...] = ()  # of all files that say so
+    keys: tuple[str, ...]  # names of the items, for messages
+    made_by: tuple[MadeBy, ...] = ()  # of all cache files that record their encoder
     loss_weights: tuple[float, ...] = ()  # factors on the samples' losses in training; () if all are 1
-    # custom_attributes that are on in the table of each sample; () if no table has some
+    # custom_attributes that are enabled in the table of each sample; () if no table has any
     attributes: tuple[frozenset[str], ...] = ()
-    # of the table of each sample: what training may keep clean, top, left, bottom, right in pixels; () if no
-    # table has some
+    # region of each sample that training may keep clean, from its table: top, left, bottom, right in pixels;
+    # () if no table has one
     crop_regions: tuple[tuple[int, ...] | None, ...] = ()
-    # likewise beginnings and ends of its audio, in seconds of the clip; () if no table names files of them
+    # start and end of the parts of each sample's audio that training may keep clean, in seconds of the clip;
+    # () if no table names files with them
     given_times: tuple[tuple[tuple[float, float], ...] | None, ...] = ()
     # dropped tensors, for a teacher: encoded captions before dropout, latents of reference images
     undropped: Conditions = field(default_factory=dict)
-    network_multiplier: float = 1.0  # strength of the network while it learns this batch
-    # what a teacher sees with it (--teacher_sees), for `batch_conditions`; "": the network's own conditions
+    network_multiplier: float = 1.0  # multiplier of the network in training steps with this batch
+    # for `batch_conditions`: the conditions of a teacher (--teacher_sees); "": those of the trained network
     view: str = ""
-    empty_text: Conditions = field(default_factory=dict)  # the empty prompt's, for a target that asks for it
-    # latents of the worse one of each pair, if a target asks for them; like `latents`
+    empty_text: Conditions = field(default_factory=dict)  # of the empty prompt, for targets that need them
+    # latents of the rejected sample of each pair, for targets that need them; shaped like `latents`
     rejected: Tensor | None = None
-    has_empty_text: tuple[bool, ...] = ()  # whether each sample's text is the empty prompt; () if none is
+    has_empty_text: tuple[bool, ...] = ()  # whether each sample has the empty prompt; () if no sample has
     # plain metadata of each sample's text cache, which other programs write too; () if texts are encoded live
     text_metadata: tuple[Mapping[str, str], ...] = ()
 
@@ -238,22 +239,22 @@ class Batch:
 
 @dataclass(frozen=True)
 class MediaTable:
-    """Info about the items of a dataset table, for families that need more than the clip or the image."""
+    """Properties of a dataset table, for families that need more than the clip or the image."""
 
     name: str = ""  # for messages: "data.toml, [[datasets]] 2 (clips)"
     kind: str = "video"  # or "image"
     has_control: bool = False
-    has_references: bool = False  # those of reference_directory
-    # lengths that clips are cut to; () if clips keep their own length, and for images
+    has_references: bool = False  # whether it has a reference_directory
+    # lengths in frames to which clips are cut; () if clips keep their length, and for images
     target_frames: tuple[int, ...] = ()
-    max_frames: int | None = None  # of the longest clip, if clips keep their own length
+    max_frames: int | None = None  # limit for clips that keep their length
     window: int = 9  # latent frames that are denoised together, if a clip has several sections
-    clean_indices: tuple[int, ...] = ()  # places in time of the control images; those without one stand at 0
-    target_index: int | None = None  # place in time of the target
-    has_post: bool = True  # one black frame behind the control images
-    flips: bool = False  # mirrored latents are cached too
-    guides: tuple[str, ...] = ()  # names of the latents of the last `MediaBatch.references`, which are guides
-    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # of each source, `MediaBatch.shown`; () if none has any
+    clean_indices: tuple[int, ...] = ()  # time index of each control image; 0 for further ones
+    target_index: int | None = None  # time index of the target
+    has_post: bool = True  # whether a black frame follows the control images
+    flips: bool = False  # whether mirrored latents are cached too
+    guides: tuple[str, ...] = ()  # names for the latents of guides, the last of `MediaBatch.references`
+    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # `MediaBatch.shown` of each source; () if none has any
 
 
 @dataclass(frozen=True)
@@ -263,24 +264,25 @@ class MediaBatch:
     frames: Tensor  # B F H W C uint8, RGB; RGBA for a family with `LatentSpec.has_alpha`
     keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
     spans: tuple[tuple[int, int], ...]  # (first kept frame, number of frames) of each crop; (0, 1) for images
-    # each B F H W C uint8; C = 4 if a control image has alpha. Reference pictures: B 1 H W C, each of its own
-    # size; C = 4 as that of `frames`
+    # control media, each B F H W C uint8; C = 4 if a control image has alpha. Reference images are B 1 H W C,
+    # each with its own size and with the C of `frames`
     control: tuple[Tensor, ...] = ()
-    alpha: Tensor | None = None  # B H W uint8: of images that are transparent somewhere
+    alpha: Tensor | None = None  # B H W uint8, if an image has transparent pixels
     table: MediaTable = MediaTable()
-    # of reference_directory, as `ReferenceRules.clips` says: each B f h w 3 uint8, f = 1 or F; then guides
+    # references from reference_directory (see `ReferenceRules.clips`), each B f h w 3 uint8 with f = 1 or F,
+    # followed by guides
     references: tuple[Tensor, ...] = ()
-    control_mask: Tensor | None = None  # B F H W uint8: 255 is made anew
-    # of clips, for a family with `AudioSpec.is_inside`: B C S float32, zeros where nothing is heard
+    control_mask: Tensor | None = None  # B F H W uint8: 255 where pixels are generated
+    # audio of clips, for a family with `AudioSpec.is_inside`: B C S float32, zeros for silence
     audio: Tensor | None = None
-    heard: tuple[bool, ...] = ()  # which of them have sound
-    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # the references of each item, of its row in a list
+    heard: tuple[bool, ...] = ()  # whether each clip has audio
+    shown: tuple[tuple[ShownMedium, ...], ...] = ()  # references of each item, from its row in a list
 
     def split_for(self, device: torch.device) -> "list[MediaBatch]":
         """Split the items into batches for an encoder on `device`: single items on a CPU, else one batch.
 
-        A CPU gains nothing from batches, and an item encoded alone has values that do not depend on which
-        items an interrupted run left to do.
+        Batches are not faster on a CPU, and the values of an item that is encoded alone do not depend on the
+        items that remain after an interruption.
         """
         if device.type != "cpu":
             return [self]
@@ -306,20 +308,20 @@ class MediaBatch:
 
 @dataclass(frozen=True)
 class MomentsBatch:
-    """Posteriors of a VAE that were computed before, instead of frames. All items are of one size."""
+    """Precomputed posteriors of a VAE, used instead of frames. All items have the same size."""
 
     # B 2C F H W, before any normalization: means, then logarithms of variances, on the channel axis
     moments: Tensor
     keys: tuple[str, ...]  # item names, for messages and for seeding a posterior sample
-    image: Tensor | None = None  # B 2C 1 H W: of each clip's first frame alone
+    image: Tensor | None = None  # B 2C 1 H W: moments of each clip's first frame alone
 
 
 @dataclass(frozen=True)
 class MomentsRules:
     """Whether a family's caches can be made from moments instead of frames."""
 
-    rejection: str | None = None  # why they cannot: completes "load_tensors cannot be used: ..."
-    with_image: bool = False  # whether those of the first frame alone are needed too
+    rejection: str | None = None  # completes "load_tensors cannot be used: ..."; None: moments can be used
+    with_image: bool = False  # whether moments of the first frame alone are needed too
 
 
 @dataclass(frozen=True)
@@ -331,11 +333,11 @@ class CacheEntry:
     """
 
     tensors: Mapping[str, Tensor]
-    section: int | None = None  # which section of the clip, from its start, where each has a file
-    grid: tuple[int, int, int] | None = None  # F, H, W in the names of all latents; None: each tensor's own
-    start: int = 0  # which latent frame of the clip the first of `latents` is
+    section: int | None = None  # index of the section, if each section of a clip has a file
+    grid: tuple[int, int, int] | None = None  # F, H, W for the names of all latents; None: each tensor's size
+    start: int = 0  # index in the clip of the first latent frame
     variable: frozenset[str] = frozenset()  # names of tensors whose length differs per item
-    # of the file, in addition to what all caches say
+    # metadata of the file, in addition to those of all caches
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -383,36 +385,36 @@ class LatentSpec:
     shift: float = 0.0
     preview_factors: tuple[tuple[float, float, float], ...] = ()  # channels x RGB, latent to color
     preview_bias: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    # clips are learned in sections, whose length is the model's: the dataset's fp_... keys count
+    # whether clips are trained in sections of a fixed length, which the dataset's fp_... keys configure
     in_sections: bool = False
-    npz: NpzFormat | None = None  # the caches of other trainers; None: there are none
-    # cache files hold an image's latents as C H W, without the axis of its one frame
+    npz: NpzFormat | None = None  # npz caches of other trainers; None: there are none
+    # whether cache files hold an image's latents as C H W, without the frame axis
     flat_in_caches: bool = False
-    # latents of images are 0 where these are transparent; else they are laid on white
+    # whether latents are 0 where images are transparent; otherwise images are composited on white
     masks_latents: bool = False
-    # pixels have a fourth channel, alpha, which images and their references keep; 255 if a file has none
+    # whether pixels of images and references have a fourth channel, alpha; 255 for files without one
     has_alpha: bool = False
-    has_layers: bool = False  # frames are an image and its layers, from back to front, each encoded alone
-    has_full: bool = True  # with layers: the first frame is the whole image, not the lowest layer
-    names_frames: bool = True  # names of latents in cache files say F x H x W; else H x W
-    # in training the latents of an item's references stand in front of its clip's, the last one first
+    has_layers: bool = False  # whether frames are an image and its layers, back to front, each encoded alone
+    has_full: bool = True  # with layers: whether the first frame is the full image, not the lowest layer
+    names_frames: bool = True  # whether cache files name latents by F x H x W; otherwise by H x W
+    # whether training puts the latents of references before those of the clip, the last reference first
     references_first: bool = False
-    # frames per second of clips in other programs' caches, if these do not state it; else None
+    # frames per second assumed for other programs' caches that do not record it; None: no assumption
     unsaid_fps: float | None = None
-    clip: int = 0  # frames of a clip that is encoded separately; 0: a video is encoded whole
-    tail: int = 1  # frames of a video behind its whole clips
+    clip: int = 0  # a video is encoded in separate clips of this number of frames; 0: in one piece
+    tail: int = 1  # number of frames that follow the complete clips of a video
     holds_audio: bool = False  # see `AudioSpec.is_inside`
-    # metadata that other programs give caches of the same name for another use: name, value of this run
+    # metadata (name, value of this run) that tell apart caches of the same name for different uses
     declared: tuple[tuple[str, str], ...] = ()
-    has_size_conditions: bool = False  # batches have `SIZES`
-    # caches of images hold means: those of another model are these if its autoencoder is the same
+    has_size_conditions: bool = False  # whether batches have `SIZES`
+    # whether image caches (means of the posterior) of another model with the same autoencoder can be used
     shares_caches: bool = False
-    # what follows from these
-    # images keep their alpha channel; otherwise they are composited on white
+    # --- derived
+    # whether images keep their alpha channel; otherwise they are composited on white
     keeps_alpha: bool = field(init=False, repr=False, compare=False)
-    # time is not compressed, as in a model that generates only single images
+    # whether time is not compressed, as in models that generate only single images
     is_of_images: bool = field(init=False, repr=False, compare=False)
-    lengths: ClipLengths = field(init=False, repr=False, compare=False)  # frames that a clip can have
+    lengths: ClipLengths = field(init=False, repr=False, compare=False)  # possible numbers of frames
 
     def __post_init__(self) -> None:
         lengths = ClipLengths(self.clip, self.tail) if self.clip else ClipLengths(self.frame_step)
@@ -477,15 +479,16 @@ class Joint:
 class AudioSpec:
     """Properties of a family's audio latents."""
 
-    rate: int  # samples in a second, as the encoder takes them
+    rate: int  # samples per second of the encoder's input
     channels: int
-    # frames of the clip, frames in a second -> C T M of the latents. No lambda: workers receive it
+    # (frames of the clip, frames per second) -> C T M of the latents. It must be picklable, because workers
+    # receive it: no lambda
     shape: Callable[[int, float], tuple[int, int, int]]
-    modules: str = "audio"  # in the path of each module that only clips with sound reach
-    without: str = "another model"  # what to give for a run without sound: an option
-    is_alone: bool = False  # nothing is learned of clips but their sound
-    time_axis: int = 1  # of the three axes of a shape: that which grows with the length of the clip
-    # caches of latents hold the sound of their clip too, silence without any: `INNER_AUDIO` and `IS_HEARD`
+    modules: str = "audio"  # part of the path of each module that only clips with audio use
+    without: str = "another model"  # for messages: the option for a run without audio
+    is_alone: bool = False  # whether only the audio of clips is trained
+    time_axis: int = 1  # index of the axis of C T M that depends on the length of the clip
+    # whether caches of latents also hold the clip's audio, or silence: `INNER_AUDIO` and `IS_HEARD`
     is_inside: bool = False
 
 
@@ -505,19 +508,19 @@ class SamplingDefaults:
     fps: float
     guidance_scale: float
     embedded_guidance: float | None
-    flow_shift: float | None  # None: the family finds it from the size, and training samples cannot change it
+    flow_shift: float | None  # None: the family computes it from the size; training samples cannot set it
     solver: str
     width: int
     height: int
     frames: int
-    noise_on_cpu: bool = False  # as released: the same on every device, whatever --cpu_noise says
-    one_batch: bool = False  # passes of a step are one batch, as in the script that generates with the model
-    # guidance scales of experts that have one of their own, by name
+    noise_on_cpu: bool = False  # always draw noise on the CPU, as the released code does
+    one_batch: bool = False  # always batch the passes of a step, as the released script does
+    # name of an expert -> its own guidance scale
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
-    experts: tuple[Expert, ...] = ONE_EXPERT  # that the model has, given or not, by their lowest timestep
-    sized_by_references: bool = False  # a request without a size takes that of its first reference
-    extras: tuple[str, ...] = ()  # what it reads of `Request.extra`, of a line of a training's samples
-    # names of its own solvers, which its sections bring (`Section.solver`); (): it has those of every model
+    experts: tuple[Expert, ...] = ONE_EXPERT  # all experts of the model, even if a run has only some of them
+    sized_by_references: bool = False  # a request without a size gets the size of its first reference
+    extras: tuple[str, ...] = ()  # keys of `Request.extra` that lines of training samples may set
+    # names of the family's own solvers (`Section.solver`); (): the solvers that all models share
     solvers: tuple[str, ...] = ()
 
 

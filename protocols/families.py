@@ -34,31 +34,31 @@ CLIPS, IMAGES = "it encodes the clips", "it encodes the pictures"
 class FamilyEntry:
     """The folder, scripts and option records of a family."""
 
-    room: str  # its folder; functions and records of its options.py have the same names in each
-    own_files: bool = True  # there is files.py with `identify`; else its files are another family's
-    script: str = ""  # what the names of its scripts begin with
-    cache: str = ""  # what the names of its caching scripts begin with
-    trained: str = "dit"  # field of its option records that names the file whose weights a training changes
-    trainer: str = ""  # its training script, if that is not `{script}_train_network`
+    room: str  # its folder; each options.py has the same names of functions and records
+    own_files: bool = True  # whether it has a files.py with `identify`, not another family's
+    script: str = ""  # prefix of its scripts' names
+    cache: str = ""  # prefix of its caching scripts' names
+    trained: str = "dit"  # field of its option records that names the file of the trained weights
+    trainer: str = ""  # its training script; "": `{script}_train_network`
     makes: str = "image"  # end of its generation script's name
-    record: str = ""  # what the names of its option records begin with
-    # files that encode latents: name of the value, how the option is typed, what for
+    record: str = ""  # prefix of its option records' names
+    # files that encode latents: name of the value, spelling of the option, purpose
     encoders: tuple[tuple[str, str, str], ...] = (("vae", "--vae", CLIPS),)
-    # options of the files that encode texts, with a word for the path of each, in a command that is shown;
-    # if they depend on the release, `text_encoder_options` of options.py says them
+    # options for text encoder files, each followed by a placeholder for its path, for suggested commands; if
+    # they depend on the release, `text_encoder_options` in options.py returns them instead
     texts: str = ""
-    training: tuple[str, ...] = ()  # likewise, of its training script
-    # shared options of generation that its page spells otherwise: name -> flag; "": it has none
+    training: tuple[str, ...] = ()  # the same for its training script
+    # shared generation options that it spells differently: name, flag ("": it has no such option)
     spelled: tuple[tuple[str, str], ...] = ()
-    # further models that its scripts run, as outputs and LoRA files name them
+    # other models that its scripts run, by their names in outputs and LoRA files
     further_models: tuple[str, ...] = ()
-    own_latents: tuple[str, ...] = ()  # of these, the ones with latents of their own
-    same_latents: str = ""  # the family whose autoencoder it has too
-    notice: str = ""  # what its scripts say before anything else: terms of the license that exclude many
-    captions: str = ""  # file of its folder with the `FORMAT` of its captions, if they are JSON objects
-    # what follows from these
-    training_script: str = field(init=False)  # that trains a LoRA, without `.py`
-    generation_script: str = field(init=False)  # that generates an image or a video, without `.py`
+    own_latents: tuple[str, ...] = ()  # those of `further_models` with a different latent space
+    same_latents: str = ""  # family with the same autoencoder; "": none
+    notice: str = ""  # license terms that exclude many users, logged by its scripts at the start
+    captions: str = ""  # module in its folder with the `FORMAT` of its captions, if they are JSON objects
+    # --- derived
+    training_script: str = field(init=False)  # script that trains a LoRA, without `.py`
+    generation_script: str = field(init=False)  # script that generates an image or a video, without `.py`
     # flags of shared generation options that the generation script spells differently, by name
     spellings: Mapping[str, str] = field(init=False)
 
@@ -136,7 +136,7 @@ class FamilyEntry:
             family_options: Options of the training.
             dataset_config: Dataset file of the training.
             switches: Additional options for the command that caches latents.
-            typed: Spelling that the user typed, by public name of the option.
+            typed: Public name of an option -> the user's spelling of it.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
@@ -156,14 +156,14 @@ class FamilyEntry:
     def generation_words(
         self, family_options: Any, sample: Mapping[str, Any], typed: Mapping[str, str] | None = None
     ) -> list[str]:
-        """Return the script and the options that generate with the models of a training.
+        """Return the words of a generation command that uses the same models as a training.
 
         Options of the training are repeated if the generation script has them too.
 
         Args:
             family_options: Options of the training.
             sample: Settings of a sample, by the field names of `Request`; may be empty.
-            typed: Spelling that the user typed, by public name of the option.
+            typed: Public name of an option -> the user's spelling of it.
         """
         from modules.repeated_options import join_options, repeat_given  # not for --help
 
@@ -181,8 +181,8 @@ class FamilyEntry:
         return getattr(import_own(f"{self.room}.family"), f"family_for_{kind}")(family_options)
 
 
-# family -> its folder, where names.py has `ENTRY`, `LORA` and `MARKS`. A family whose layers another has too
-# stands before it: of equal names of LoRA modules, and of `SHARED_MARKS`, the first family's count
+# family -> its folder, whose names.py has `ENTRY`, `LORA` and `MARKS`. The order matters: if families have
+# equal names of LoRA modules, or equal `SHARED_MARKS`, the first one is chosen
 FOLDERS: Mapping[str, str] = {
     "wan": "wan",
     "hunyuan_video": "hunyuan_model",
@@ -260,14 +260,14 @@ def list_same_latents(name: str) -> frozenset[str]:
 
 @cache
 def family_marks() -> Marks:
-    """Return the tensors that identify families: first those that only one family has, then shared ones."""
+    """Return the tensors that identify families: those unique to a family first, then shared ones."""
     read = [import_own(f"{folder}.names") for folder in FOLDERS.values()]
     marks = (mark for names in read for mark in names.MARKS)
     return (*marks, *(mark for names in read for mark in vars(names).get("SHARED_MARKS", ())))
 
 
 def identify(path: Path, family: str | None = None) -> str | None:
-    """Return one line that says what a checkpoint or LoRA file really is, as a hint below an error.
+    """Return one line that describes what a checkpoint or LoRA file contains, as a hint below an error.
 
     Args:
         path: The file.
@@ -333,7 +333,7 @@ class Script(partial[None]):
     Its argument is the list of words after the script's name; None stands for those of the command line.
     """
 
-    family: str | None = None  # whose models it runs; None: it is of no family
+    family: str | None = None  # family whose models it runs; None: it belongs to no family
 
     @classmethod
     def of_family(cls, family: str, main: Callable[..., None]) -> "Script":

@@ -41,69 +41,69 @@ if TYPE_CHECKING:  # a generation fits no images to buckets
 
 
 class GivesTokens(Protocol):
-    """Which latents of a micro-batch training keeps clean, beside first frames. Workers get a copy."""
+    """Rule by which training keeps some latents clean, in addition to first frames. Workers get a copy."""
 
     def draw(self, batch: Batch, generator: torch.Generator) -> GivenTokens | None:
-        """Draw them for each sample; None if there are none.
+        """Draw the clean latents of each sample; None if there are none.
 
         Raises:
-            DatasetError: If everything would be given.
+            DatasetError: If all latents of a sample would be clean.
         """
 
     def always(self) -> "GivesTokens":
-        """Return the same with all probabilities at 1, for measurements of memory."""
+        """Return the rule with all probabilities at 1, for measurements of memory."""
 
 
 @dataclass(frozen=True)
 class NoiseSpec:
     """Noise conventions of a family; the defaults are those of the video families.
 
-    Without a table the model is a rectified flow: noisy = (1 - sigma) latents + sigma noise, sigma from 0 to
-    1. With one it predicts noise, in k-diffusion's form: noisy = latents + sigma noise, sigma from the table.
-    In both, the velocity that `predict` returns is the derivative of `noisy` by sigma: `noise - latents`, or
-    `noise`.
+    Without `table`, the model is a rectified flow: noisy = (1 - sigma) latents + sigma noise, sigma from 0 to
+    1. With `table`, it predicts noise in k-diffusion's form: noisy = latents + sigma noise, sigma from the
+    table. In both cases `predict` returns the derivative of `noisy` by sigma: `noise - latents` or `noise`.
 
-    With `keeps_variance` the mixture is that of DDPM: noisy = sqrt(1 - sigma^2) latents + sigma noise, sigma
-    from the table, up to 1. `predict` returns the noise, or with `predicts_v` v = sqrt(1 - sigma^2) noise -
-    sigma latents.
+    With `keeps_variance`, noise is added as in DDPM: noisy = sqrt(1 - sigma^2) latents + sigma noise, sigma
+    from the table, up to 1. `predict` returns the noise, or, with `predicts_v`,
+    v = sqrt(1 - sigma^2) noise - sigma latents.
     """
 
-    training_offset: float = 1.0  # training feeds 1000 sigma + this, except with --timestep_sampling sigma
+    # the network's timestep in training is 1000 sigma + this, except with --timestep_sampling sigma
+    training_offset: float = 1.0
     # sign of the velocity in the network's own output: -1 for latents - noise, which `predict` negates. It
     # matters only for --model_prediction_type, which mixes the output with other tensors
     output_sign: float = 1.0
-    integer_timesteps: bool = False  # the timestep fed to the network is cut to a whole number
+    integer_timesteps: bool = False  # whether timesteps are truncated to integers
     table_is_shifted: bool = False  # --discrete_flow_shift shifts --timestep_sampling sigma too
-    # shape of the latents, B C F H W or B C T M of sound -> number of tokens, for shifts that follow the
-    # size. No lambda: workers receive it
+    # shape of the latents (B C F H W, or B C T M of audio) -> number of tokens, for shifts that depend on
+    # the size. It must be picklable, because workers receive it: no lambda
     tokens: Callable[[Sequence[int]], int] | None = None
-    table: tuple[float, ...] = ()  # the sigma of each of the 1000 timesteps, for a model that predicts noise
-    keeps_variance: bool = False  # with a table: see above
-    predicts_v: bool = False  # with `keeps_variance`: v in place of the noise
+    table: tuple[float, ...] = ()  # sigma of each of the 1000 timesteps, for a model that predicts noise
+    keeps_variance: bool = False  # only with `table`: see above
+    predicts_v: bool = False  # only with `keeps_variance`: `predict` returns v instead of the noise
     # factor on the loss of each of the 1000 timesteps; (): all are 1
     loss_factors: tuple[float, ...] = ()
-    # what training makes of its noise before it is mixed in, from the noise, the latents in model space (both
-    # B C F H W) and a generator; None: nothing. No lambda: workers receive it
+    # changes the noise of training before it is added: (noise, latents in model space, generator) -> noise,
+    # all B C F H W; None: the noise is used as drawn. It must be picklable, because workers receive it
     vary: Callable[[Tensor, Tensor, torch.Generator], Tensor] | None = None
     # probability that a batch of clips trains with its first latent frame clean (`Overrides.given_frames`)
     first_frame_probability: float = 0.0
-    gives: GivesTokens | None = None
-    shifted_logit: rules.ShiftedLogit | None = None  # of the sampler with this name, for a model that has it
-    cut_logit: rules.CutLogit | None = None  # of the sampler cut_logit_normal
-    # by which the noise levels of an image are shifted to those of its sound; 1: they are the same
+    gives: GivesTokens | None = None  # which other latents stay clean in training; None: none
+    shifted_logit: rules.ShiftedLogit | None = None  # settings of the sampler shifted_logit_normal
+    cut_logit: rules.CutLogit | None = None  # settings of the sampler cut_logit_normal
+    # time shift from the noise levels of images to those of their audio; 1: they are the same
     audio_shift: float = 1.0
-    # a shift behind all samplers: options and draws count levels before it, which the model's generations
-    # visit evenly
+    # time shift applied after every sampler. Options and draws refer to levels before it, over which the
+    # model's generations are evenly spaced
     base_shift: float = 1.0
-    # what training makes of the further inputs of a batch (its tensors, by name), new at each step: from
-    # them, what a teacher sees (`Batch.view`; "": there is none) and a generator. No lambda: workers get it
+    # changes the conditions of a training batch anew at each step: (conditions, `Batch.view`, generator) ->
+    # conditions. It must be picklable, because workers receive it: no lambda
     vary_inputs: Callable[[Conditions, str, torch.Generator], Conditions] | None = None
 
     def data_shares(self, sigmas: Tensor) -> Tensor:
-        """Return the factor of the latents in the noisy mixture, shaped like `sigmas`, float32."""
+        """Return the factor of the clean latents in `noisy`, shaped like `sigmas`, float32."""
         shares = 1 - sigmas.float()
         if self.keeps_variance:
-            return (shares * (1 + sigmas.float())).sqrt()  # 1 - sigma^2 would round near 1
+            return (shares * (1 + sigmas.float())).sqrt()  # (1 - sigma)(1 + sigma) is more exact near sigma 1
         return torch.ones_like(shares) if self.table else shares
 
     def velocity(self, latents: Tensor, noise: Tensor, sigmas: Tensor) -> Tensor:
@@ -130,20 +130,20 @@ def count_image_tokens(shape: Sequence[int]) -> int:
     return (shape[-2] // 2) * (shape[-1] // 2)
 
 
-# of the video families; as in other tuners the length of a video does not count towards its shift
+# for the video families; as in other trainers, the shift does not depend on the length of a video
 FLOW = NoiseSpec(tokens=count_image_tokens)
 
 
 @dataclass(frozen=True)
 class NumberedBlocks:
-    """Blocks of a network, as --network_args counts them to set ranks and learning rates per block."""
+    """Numbering of a network's blocks in --network_args that set ranks and learning rates per block."""
 
-    count: int  # of the numbers in block_dims and the like
-    sides: tuple[tuple[str, int, int], ...]  # argument of rates, its first block, how many it has
-    starts: tuple[tuple[str, int], ...]  # how the path of a module begins -> number of its block
+    count: int  # how many numbers block_dims and the like have
+    sides: tuple[tuple[str, int, int], ...]  # argument with learning rates, its first block, number of blocks
+    starts: tuple[tuple[str, int], ...]  # prefix of a module's path, number of its block
 
     def number_of(self, path: str) -> int | None:
-        """Return the block number of a module; None if the module is outside of all blocks."""
+        """Return the block number of a module; None if the module is not in a block."""
         return next((number for start, number in self.starts if path.startswith(f"{start}.")), None)
 
 
@@ -152,44 +152,46 @@ class DitSpec:
     """Names inside a DiT, for code that changes it from outside."""
 
     block_lists: tuple[str, ...]  # attribute names of the nn.ModuleLists that hold the blocks
-    # the last of two lists, if its blocks are those of a second stream (`Hidden.side`): each runs before the
-    # first of an equal share of the other list's blocks
+    # the second of two lists, if its blocks process a second stream (`Hidden.side`). They are spread evenly:
+    # each runs before the first block of its share of the other list
     side_list: str = ""
-    has_additions: bool = False  # what a ControlNet next to it adds to all tokens (`Hidden.added`)
-    fp8_exclude: tuple[str, ...] = ()  # parts of parameter names never stored in fp8
-    # the same for other forms, by the form's name, if it differs
+    has_additions: bool = False  # whether a ControlNet adds to all tokens (`Hidden.added`)
+    fp8_exclude: tuple[str, ...] = ()  # parts of parameter names that are never stored in fp8
+    # storage form -> parts of parameter names, for other forms with different exclusions
     form_exclude: Mapping[str, tuple[str, ...]] = field(default_factory=dict, compare=False)
-    # parts of module paths in blocks, with a "." in front, on which a LoRA is put only if asked for
+    # parts of module paths in blocks, with a leading ".", that get a LoRA only on request
     lora_exclude: tuple[str, ...] = ()
-    # patterns of module paths in blocks; a LoRA is put on those that match one, if there are any
+    # patterns of module paths in blocks; if there are any, only modules that match one get a LoRA
     lora_choice: tuple[str, ...] = ()
-    lora_lists: tuple[str, ...] = ()  # further parts of the network that a LoRA may be put on
-    # parts of module paths, with a "." in front, that get a LoRA only if convolutions larger than 1 x 1 get
-    # one (conv_dim): of U-Nets, their residual blocks
+    lora_lists: tuple[str, ...] = ()  # other parts of the network whose modules may get a LoRA
+    # parts of module paths, with a leading ".", that get a LoRA only with conv_dim, that is, if convolutions
+    # larger than 1 x 1 get one: the residual blocks of U-Nets
     with_convolutions: tuple[str, ...] = ()
-    numbered: NumberedBlocks | None = None  # None: block_dims and the like are not for this model
+    numbered: NumberedBlocks | None = None  # None: this model does not support block_dims and the like
     keep_float32: tuple[str, ...] = ()
-    # list of layers in blocks: if sizes may change, these are compiled, and what is around them is not
+    # attribute of a list of layers in blocks: with changing sizes, only these layers are compiled
     compiled_list: str = ""
-    # endings of paths of layers in blocks whose weights hold several matrices of equal height -> how many
+    # ending of the path of a layer in blocks -> number of equally high matrices fused in its weight
     fused: Mapping[str, int] = field(default_factory=dict, compare=False)
-    # modules that get the same tensor, in each group the endings of their paths: LoRAs multiply it once
+    # groups of modules with the same input, as endings of their paths: LoRAs multiply the input only once
     shared_inputs: tuple[tuple[str, ...], ...] = ()
-    # list of layers in blocks; where it has several, each of them is recomputed by itself, not the block
+    # attribute of a list of layers in blocks: if it has several layers, each is checkpointed instead of the
+    # block
     recomputed_list: str = ""
-    further_blocks: tuple[str, ...] = ()  # lists of further blocks, such as those over the text alone
-    # layers that turn inputs into tokens, if they are large: for --img_in_txt_in_offloading
+    further_blocks: tuple[str, ...] = ()  # other lists of blocks, such as those for the text alone
+    # large layers that turn inputs into tokens, for --img_in_txt_in_offloading
     input_layers: tuple[str, ...] = ()
-    # --blocks_to_swap -> how many of each list; None: no block of this network can be swapped
+    # --blocks_to_swap -> number of swapped blocks in each list; None: no block can be swapped
     swap_counts: Callable[[int], tuple[int, ...]] | None = lambda blocks: (blocks,)
-    # blocks of each list that it cannot swap, as in the known tuners; a list of two can swap one all the same
+    # blocks of each list that stay on the device, as in other trainers; a list of two can still swap one
     unswapped: int = 1
-    # methods of blocks, those that have them, that treat each token (axis 1 of the first input) alone
+    # methods of some blocks that process each token (axis 1 of the first input) independently
     token_wise: tuple[str, ...] = ()
-    # method of the blocks of the first list: their input (x, tokens) -> what their attention gets, B L C;
-    # what TeaCache compares between steps. None: the model has none
+    # method of the first list's blocks: block input (x, tokens) -> input of its attention, B L C, which
+    # TeaCache compares between steps; None: TeaCache is not supported
     modulated_input: str | None = None
-    # polynomial from that input's relative change to the output's, highest power first; (): calibrate first
+    # polynomial from the relative change of that input to that of the output, highest power first; (): it
+    # has to be calibrated first
     teacache_coefficients: tuple[float, ...] = ()
 
     def count_matrices(self, weight: str) -> int:
@@ -217,7 +219,8 @@ class DitSpec:
         if not self.side_list:
             return places
         main, side = counts
-        share = ceil_div(main, max(side, 1))
+        share = ceil_div(main, max(side, 1))  # blocks of the main list per block of the side list
+        # side block k gets the sort key k * share - 0.5, just before main block k * share
         return sorted(places, key=lambda place: place if place < main else (place - main) * share - 0.5)
 
     def in_order(self, dit: nn.Module) -> list[nn.Module]:
@@ -238,15 +241,15 @@ class NoiseSource(Protocol):
 class EncoderAbilities:
     """Abilities that only some text encoders have."""
 
-    learn: bool = False  # it is a `LearningEncoder`
-    have_side: bool = False  # an `EncoderWithSide`
-    wait: bool = False  # a `LayeredEncoder`
-    divide: bool = False  # a `DividedEncoder`
-    see: bool = False  # a `SeeingEncoder`
-    mark: bool = False  # a `MarkingEncoder`
-    take_words: bool = False  # an `encoders.new_words.WordEncoder`
-    # it sees the frames of the clip that a caption belongs to (`Prompt.clip`), or the media of its row
-    # (`Prompt.media`): a caption is encoded for each clip, and cached for one item of it
+    learn: bool = False  # the encoder is a `LearningEncoder`
+    have_side: bool = False  # the encoder is an `EncoderWithSide`
+    wait: bool = False  # the encoder is a `LayeredEncoder`
+    divide: bool = False  # the encoder is a `DividedEncoder`
+    see: bool = False  # the encoder is a `SeeingEncoder`
+    mark: bool = False  # the encoder is a `MarkingEncoder`
+    take_words: bool = False  # the encoder is an `encoders.new_words.WordEncoder`
+    # the encoder also reads the clip of a caption (`Prompt.clip`), or the media of its row (`Prompt.media`):
+    # a caption is encoded once per clip, and cached for one item of the clip
     see_clip: bool = False
     see_media: bool = False
 
@@ -272,9 +275,9 @@ class TextEncoder(Protocol):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything apart from the text that an output depends on, determined without loading the weights.
+        """Everything except the text that an output depends on, determined without loading the weights.
 
-        Caches record it and are made again when it changes.
+        Caches record the identity and are rebuilt when it changes.
         """
 
     def token_counter(self) -> rules.CountTokens:
@@ -349,7 +352,7 @@ def is_layered(encoder: TextEncoder) -> TypeGuard[LayeredEncoder]:
 
 
 class DividedEncoder(TextEncoder, Protocol):
-    """A text encoder whose blocks can be split over processes, which then have to encode the same texts."""
+    """A text encoder whose blocks can be split over processes; all of them must encode the same texts."""
 
     blocks: BlockPlace | None  # set before `load`
 
@@ -403,23 +406,23 @@ def can_mark(encoder: TextEncoder) -> TypeGuard[MarkingEncoder]:
 class Abilities:
     """Abilities that only some families have."""
 
-    hear: bool = False  # it is a `HearsAudio`: its clips can have sound, in some runs
-    rate: bool = False  # the frame rate is an input of the model, in runs without sound too
-    tell_few_steps: bool = False  # it is a `KnowsFewSteps`
-    keep_time: bool = False  # without source_fps, clips are read by their times, as with source_fps = "auto"
-    show_media: bool = False  # rows of lists have `references` (`MediaBatch.shown`)
-    sample_apart: str = ""  # its option of a transformer that makes samples of a training and does not learn
+    hear: bool = False  # the family is a `HearsAudio`: in some runs its clips can have audio
+    rate: bool = False  # the frame rate is an input of the model, in runs without audio too
+    tell_few_steps: bool = False  # the family is a `KnowsFewSteps`
+    keep_time: bool = False  # clips are read by their timestamps by default, as with source_fps = "auto"
+    show_media: bool = False  # rows of lists may have `references` (`MediaBatch.shown`)
+    sample_apart: str = ""  # option that names a separate, frozen transformer for training samples
     guide: bool = False  # clips are trained with images that guide them (`data.GUIDES`)
-    references: str = ""  # which of its variants takes references of clips, and how to ask for it
-    views: tuple[str, ...] = ()  # further conditions that it can have in a training (`Batch.view`)
-    one_sample: str = ""  # why a batch of a training has one sample: completes "batch_size 2: ..."
-    bring_empty: bool = False  # it is a `BringsEmptyText`
-    rate_parts: bool = False  # it is a `RatesParts`
-    bring_texts: bool = False  # its checkpoint has the text encoders too, so that a training knows them
-    train_checkpoint: bool = False  # it is a `protocols.whole.TrainsCheckpoint`
-    make_network: bool = False  # it is a `protocols.made_networks.MakesNetwork`
-    inpaint: bool = False  # it is an `Inpaints` of the feature inpainting
-    fit_captions: bool = False  # it is a `FitsCaptions`
+    references: str = ""  # for messages: the variant that takes references of clips, and how to select it
+    views: tuple[str, ...] = ()  # additional conditions that a training can use (`Batch.view`)
+    one_sample: str = ""  # why training batches have one sample: completes "batch_size 2: ..."
+    bring_empty: bool = False  # the family is a `BringsEmptyText`
+    rate_parts: bool = False  # the family is a `RatesParts`
+    bring_texts: bool = False  # the checkpoint contains the text encoders, which a training can then use
+    train_checkpoint: bool = False  # the family is a `protocols.full_model.TrainsCheckpoint`
+    make_network: bool = False  # the family is a `protocols.family_networks.MakesNetwork`
+    inpaint: bool = False  # the family is an `Inpaints` of the training feature for inpainting
+    fit_captions: bool = False  # the family is a `FitsCaptions`
     tell_nodes: bool = False  # it has `comfy_model`, see `TellsNodes` in training/features/workflow_nodes.py
 
 
@@ -456,7 +459,7 @@ class Described(Protocol):
 
     @property
     def caching_switches(self) -> tuple[str, ...]:
-        """Caching options for latents that follow from the checkpoint of a training."""
+        """Caching options that latents need for the checkpoint of this training."""
 
     @property
     def fuller(self) -> tuple[str, ...]:

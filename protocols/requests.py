@@ -35,21 +35,21 @@ class Prompt:
     text: str
     spans: Spans = ()
     second: str | None = None  # for the second text encoder of a family that has two; None: the same text
-    is_negative: bool = False  # set by families that read negative prompts in another way
-    # set by families whose prompts have marks that captions do not have (brackets are weights): of this many
-    # chunks of tokens; None: the text is read as a caption
+    is_negative: bool = False  # set by families that encode negative prompts differently
+    # set by families whose prompts may have syntax that captions lack (brackets for weights): the maximum
+    # number of chunks of tokens; None: the text is encoded like a caption
     marked_chunks: int | None = None
-    # reference images that an encoder sees with the text, in order; it reads and resizes them itself
+    # reference images that the encoder sees with the text, in order; it reads and resizes the files itself
     pictures: tuple[Path, ...] = ()
-    # width and height that each of these is to cover; None: as the encoder reads them
+    # width and height that each of `pictures` has to cover; None: the encoder's own size
     image_size: tuple[int, int] | None = None
-    # their pixels, H W C uint8 each, if they are settled; (): the encoder reads and resizes the files
+    # pixels of `pictures`, H W C uint8 each, if they are already resized; (): the encoder reads the files
     frames: "tuple[Tensor, ...]" = field(default=(), compare=False)
-    # of a caption that is cached: frames of its clip as they are learned, F H W C uint8, and its references
+    # for a caption that is cached: frames of its clip in training, F H W C uint8, and its references
     clip: "Tensor | None" = field(default=None, compare=False)
     media: tuple[Any, ...] = ()
-    further_text: str | None = None  # of such a caption: read with its references, in place of it
-    # images, clips and sounds that the family presents in front of the text, in order: its own records
+    further_text: str | None = None  # for a caption that is cached: encoded with its references instead of it
+    # images, clips and audio that the family puts in front of the text, in order, as its own records
     presented: tuple[Any, ...] = ()
 
 
@@ -60,12 +60,12 @@ class Prompts:
     positive: Prompt
     negative: Prompt | None = None
     blank: Prompt | None = None  # the empty prompt
-    nag: Prompt | None = None  # what attention is steered away from
+    nag: Prompt | None = None  # negative text of normalized attention guidance (NAG)
 
 
 @dataclass(frozen=True)
 class Request:
-    """One video or image as requested. `Family.prepare` makes a `Prepared` of it.
+    """One video or image as the user requested it; `Family.prepare` resolves it to a `Prepared`.
 
     None stands for a value that the user did not set.
     """
@@ -84,25 +84,25 @@ class Request:
     negative_prompt: str | None = None
     second_prompt: str | None = None  # for the second text encoder of a family that has two
     cfg_schedule: str | None = None
-    nag_prompt: str | None = None  # what attention is steered away from; None: the negative prompt
+    nag_prompt: str | None = None  # text of normalized attention guidance; None: the negative prompt
     image_path: Path | None = None
     end_image_path: Path | None = None
     control_path: Path | None = None
     control_images: tuple[Path, ...] = ()  # reference images, in their order (--control_image_path)
     source: Source | None = None  # what denoising starts from; None: noise
-    # options of the family as text, which only `prepare` reads
+    # the family's own options as text, which only `prepare` reads
     extra: Mapping[str, str] = field(default_factory=dict)
-    # texts as they were typed, by their options, if something was drawn in them
+    # option -> text as the user typed it, for texts that were changed by wildcards
     typed: Mapping[str, str] = field(default_factory=dict)
-    step_cache: StepCaching | None = None  # which passes are skipped; None: none
-    # settings that a prompt line gives in place of the command line's, by name
+    step_cache: StepCaching | None = None  # rule for skipped passes; None: no pass is skipped
+    # options of the command line that a prompt line overrides, by name
     settings: Mapping[str, Any] = field(default_factory=dict)
-    # guidance scales of experts that have one of their own, by name
+    # name of an expert -> its own guidance scale
     expert_guidance: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def first_image(self) -> Path | None:
-        """Return the image that an image-to-video model starts from, or the video with its first frame."""
+        """Return the start image of an image-to-video model, or the video whose first frame is the start."""
         if self.image_path is None and self.source is not None and self.source.option == VIDEO:
             return self.source.path
         return self.image_path
@@ -125,43 +125,43 @@ class Box(NamedTuple):
 class Prepared:
     """One video or image with all settings resolved and parsed, as `Family.prepare` returns it."""
 
-    request: Request  # without the media that the model does not take
+    request: Request  # the request without media that the model cannot use
     seed: int
-    prompts: Mapping[int, Prompts]  # by section; 0 is always there
+    prompts: Mapping[int, Prompts]  # index of the first section that uses them -> texts; 0 always exists
     negative_prompt: str
     width: int  # pixels
     height: int
     frames: int
-    steps: int  # of the solver's schedule
+    steps: int  # steps of the solver's schedule, of which `num_steps` are run
     fps: float
     solver: str  # as `modules.flow.solvers` names it
     flow_shift: float
     guidance_scale: tuple[float, ...]  # one for each of `Family.experts`, in their order; 1: no guidance
     embedded_guidance: float | None  # None: the model has no input for it
-    slow_frames: "Slow | None" = None  # a frequency of the frames' positions, for a long video
-    first_step: int = 0  # to be made; above 0 if denoising starts from a video; set by the shared loop
-    rules: GuidanceRules = AS_PLAIN  # of the model's guidance
-    joint: Joint | None = None  # the latents are those of an image and its sound
-    audio_shift: float = 1.0  # by which noise levels of an image are shifted to those of its sound
-    levels: tuple[float, ...] = ()  # noise levels of all steps, then 0, in place of the solver's own
-    # what the network is fed at the beginning of each step, if a source is given and the sections bring their
-    # own solver; (): as the solver's name and the other settings say
+    slow_frames: "Slow | None" = None  # slowed frequency of the frames' positions (RIFLEx), for long videos
+    first_step: int = 0  # first step that is run; above 0 for video-to-video; set by the shared loop
+    rules: GuidanceRules = AS_PLAIN  # the model's own guidance rules
+    joint: Joint | None = None  # shapes of image and audio latents; None: there is no audio
+    audio_shift: float = 1.0  # time shift from the noise levels of images to those of audio
+    levels: tuple[float, ...] = ()  # noise levels of all steps, then 0; (): those of the solver
+    # timestep at the beginning of each step, if there is a source and the sections have their own solver;
+    # (): computed from the solver's name and the other settings
     timesteps: tuple[float, ...] = ()
-    # requests that are made one after the other, each from the result of the one before it; guidance and step
-    # caches of the options apply to the first
+    # requests that run one after another, each from the result of the previous one; the guidance and step
+    # cache options apply to the first
     stages: tuple["Prepared", ...] = ()
-    # strengths of the network's LoRAs for stages (`networks.added.add_stage_loras`); (): it needs none
+    # strength of each of the network's stage LoRAs (`networks.gated_loras.add_stage_loras`); (): none
     added: tuple[float, ...] = ()
-    # functions that load further networks, which make what denoising starts from; the shapes of their inputs
+    # for the memory plan: loaders of networks that produce the start of a stage, with their input shapes
     begun_by: tuple[tuple[Callable[[Any], Any], tuple[int, ...]], ...] = ()
     family_record: Any = None  # the family's own settings, which only the family reads
-    name_end: str = ""  # behind the names of its files
-    shown: Box | None = None  # the part of the decoded pixels that is the result; None: all of them
-    own_metadata: Mapping[str, str] = field(default_factory=dict)  # what outputs say of it, by name
+    name_end: str = ""  # appended to the names of output files
+    shown: Box | None = None  # region to which decoded pixels are cropped; None: all pixels
+    own_metadata: Mapping[str, str] = field(default_factory=dict)  # additional metadata of outputs
 
     @property
     def is_audio_alone(self) -> bool:
-        """Whether the request generates audio without images."""
+        """Return whether the request generates audio without images."""
         return self.joint is not None and not self.joint.picture[1]
 
     @property
@@ -178,15 +178,15 @@ class Prepared:
 logger = logging.getLogger(__name__)
 
 
-# for `keep_usable_media`: of a model that makes images from texts alone
+# `usable` of `keep_usable_media` for a model that takes only text
 NO_MEDIA = dict.fromkeys(("image_path", "end_image_path", "control_path", "control_images"), False)
-_OPTIONS = {"control_images": "control_image_path"}  # of media whose option has another name
+_OPTIONS = {"control_images": "control_image_path"}  # field of a request -> option, if the names differ
 
-REMEMBERED = 256  # files that were decoded to check them
-MAX_PIXELS = 1 << 34  # made at once: 2000 frames of 4K, whose latents alone take 4 GiB
+REMEMBERED = 256  # number of files whose decoding check is cached
+MAX_PIXELS = 1 << 34  # denoised together: 2000 frames of 4K, whose latents alone take 4 GiB
 
 
-# field of a request -> its option, its letter in a prompt line, the most
+# field of a request -> its option, its letter in a prompt line, its maximum
 COUNTS = {
     "width": ("--video_size, width", "w", MAX_SIDE),
     "height": ("--video_size, height", "h", MAX_SIDE),
@@ -223,10 +223,10 @@ def settle(
         usual: Default settings of the family.
         size: Width, height and number of frames.
         flow_shift: Time shift of the schedule.
-        default_negative: Negative prompt of requests without one. With None such a request runs without
-            guidance, which is reported as a warning.
-        experts: Networks of the model. Each uses its own guidance scale from the request or the defaults,
-            else the scale of the model.
+        default_negative: Negative prompt for requests without one; None: such a request runs without
+            guidance, with a warning.
+        experts: Networks of the model. Each uses its own guidance scale from the request or the defaults; if
+            there is none, it uses the shared scale.
     """
     width, height, frames = size
     shared_scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
@@ -270,7 +270,7 @@ def keep_usable_media(request: Request, usable: Mapping[str, bool], why_not: str
 
     Args:
         request: The request.
-        usable: Whether the model can use the media, by field of the request, such as `image_path`.
+        usable: Field of the request, such as `image_path` -> whether the model can use these media.
         why_not: Reason for the warning, such as "--task t2v-1.3B does not take it".
 
     Raises:

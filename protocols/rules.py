@@ -16,8 +16,8 @@ class Expert:
     """One network of a model, used from its lowest timestep up to where the next network begins."""
 
     name: str  # "high_noise": in options, file names and messages; "" if it is the only one
-    lowest: float  # timestep, 0..1000, from which on it is used
-    highest: float = math.inf  # this one not included
+    lowest: float  # lowest timestep, 0..1000, at which it is used
+    highest: float = math.inf  # used below this timestep
 
     @property
     def words(self) -> str:
@@ -34,7 +34,7 @@ _WORDS = {"high": HIGH_NOISE, "low": LOW_NOISE}
 _IN_FULL = re.compile(r"(?:^|_)(high|low)_?noise(?=_|$)")
 
 
-# `HIGH` alone: at the end, or before a size, a dtype, a version and the like
+# `HIGH` without `noise`: at the end of the name, or before a size, a dtype, a version and the like
 _IN_SHORT = re.compile(
     r"(?:^|_)(high|low)(?=$|_(?:lora|model|fp\d+|bf16|rank\d*|r\d|v\d|e\d|ep\d|epoch|step\d|\d))"
 )
@@ -44,6 +44,7 @@ def named_expert(name: str) -> str | None:
     """Return the expert that the name of a file (without suffix) or folder indicates, or None."""
     plain = re.sub(r"[^a-z0-9]+", "_", name.lower())
     experts = set(_IN_FULL.findall(plain))
+    # the short form counts only if the name does not contain both words
     if not experts and not _WORDS.keys() <= set(plain.split("_")):
         experts = set(_IN_SHORT.findall(plain))
     return _WORDS[experts.pop()] if len(experts) == 1 else None
@@ -82,12 +83,12 @@ def noisiest(experts: Sequence[Expert]) -> int:
 class Projection:
     """Settings of adaptive projected guidance (Sadat et al. 2024, arXiv 2410.02416), and its first step."""
 
-    after_step: int  # the last step, from 0, that is guided by the plain formula
-    scale: float  # in place of the guidance scale
-    momentum: float  # of the average of differences; negative: the change of direction counts
-    norm_limit: float  # of a difference, over all but the batch
-    eta: float = 0.0  # share of the part along the positive velocity
-    rescale: float = 0.0  # in place of --guidance_rescale
+    after_step: int  # last step, from 0, that still uses plain guidance
+    scale: float  # replaces the guidance scale
+    momentum: float  # of the running average of differences; negative values emphasize changes of direction
+    norm_limit: float  # maximum norm of a sample's difference
+    eta: float = 0.0  # weight of the component parallel to the positive velocity
+    rescale: float = 0.0  # replaces --guidance_rescale
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ class StreamGuidance:
     text: float | None = None  # None: the guidance scale of the request; 1: none
     perturbed: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
     modality: float = 1.0  # i: image and audio do not attend to each other; 1: none
-    rescale: float = 0.0  # 0..1, how far the result gets the standard deviation of c
+    rescale: float = 0.0  # 0..1, how far the standard deviation of the result is moved to that of c
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class NegativeSkips:
     blocks: frozenset[int] = frozenset()
     start: float = 0.0
     end: float = 1.0
-    option: str = ""  # that asks for it, for messages; "": none does
+    option: str = ""  # option that sets the blocks, for messages; "": the blocks are not from an option
 
     def acts(self, index: int, num_steps: int) -> bool:
         """Return whether the blocks are skipped in a step.
@@ -128,18 +129,19 @@ class NegativeSkips:
 class GuidanceRules:
     """Rules for the guidance of one request."""
 
-    # the guidance scale that turns guidance off, from which the model counts: 1 of the usual formula
+    # guidance scale at which guidance has no effect: 1 in the usual formula
     off_at: float = 1.0
-    # guidance only while the share of data, 1 - sigma, is below it; later the positive pass alone
+    # guidance is used only while 1 - sigma is below this value, later only the positive pass; None: always
     below_share: float | None = None
-    # largest norm of a guided velocity, in norms of the positive one; None: no limit
+    # maximum norm of a guided velocity, as a multiple of the positive velocity's norm; None: no limit
     norm_limit: float | None = None
-    # a guided velocity gets the norm of the positive one, in each square of so many latent pixels a side
+    # in each square with this side in latent pixels, a guided velocity gets the norm of the positive one;
+    # None: norms are not changed
     token_side: int | None = None
-    projection: Projection | None = None
-    # in place of the usual formula: of the image, and of its sound; empty: the usual formula in each
+    projection: Projection | None = None  # None: plain guidance
+    # separate guidance of images and audio; (): the usual formula for both
     streams: tuple[StreamGuidance, ...] = ()
-    perturbed_blocks: frozenset[int] = frozenset()  # of `StreamGuidance.perturbed`
+    perturbed_blocks: frozenset[int] = frozenset()  # blocks of the pass in `StreamGuidance.perturbed`
     negative_skips: NegativeSkips = NegativeSkips()
 
 
@@ -153,11 +155,11 @@ class ConsistencyRules:
     All other parts are reset to the original.
     """
 
-    threshold: float  # mean difference over the channels of latents
-    is_relative: bool = False  # the threshold is a share of the largest difference
-    kernel_size: int = 3  # latent pixels that differences are blurred over, an odd number
-    dilate_size: int = 0  # latent pixels that changed parts grow by
-    saves: bool = False  # write what is changed at each step
+    threshold: float  # for the mean difference over the channels of latents
+    is_relative: bool = False  # whether the threshold is a fraction of the largest difference
+    kernel_size: int = 3  # odd size of the blur over differences, in latent pixels
+    dilate_size: int = 0  # dilation of changed parts, in latent pixels
+    saves: bool = False  # whether the changed parts of each step are written to a file
 
 
 @dataclass(frozen=True)
@@ -172,17 +174,17 @@ class NpzFormat:
     texts: str  # "_flux_te"
     # arrays of a text file that are not tensors of ours: name -> the value that a valid file has
     constants: Mapping[str, bool | int | float] = field(default_factory=dict)
-    # arrays of a text file that are all zeros: name -> the array with as many rows, and the columns; "": one
-    # row of so many numbers, without an axis for rows
+    # arrays of a text file that are all zeros: name -> (array with the same number of rows, columns); with ""
+    # the array is a single vector of this length
     zeros: Mapping[str, tuple[str, int]] = field(default_factory=dict)
-    # arrays of a text file that hold a setting of the table, for other programs: a training here has its own.
-    # Name of the array -> that of the setting
+    # arrays of a text file that store a setting of the table for other programs; our trainings ignore them.
+    # Name of the array -> name of the setting
     of_table: Mapping[str, str] = field(default_factory=dict)
     # arrays of a text file whose length differs per caption
     variable_length: frozenset[str] = frozenset()
-    # names of arrays of latents end in the size, so that a file has those of several resolutions
+    # whether names of latent arrays end in the size, so that a file may hold several resolutions
     has_resolutions: bool = True
-    # older programs call the latents of an image STEM.npz, without size and model
+    # whether older programs name the latents of an image STEM.npz, without size and model
     has_nameless: bool = False
 
 
@@ -190,11 +192,11 @@ class NpzFormat:
 class ModelRelease:
     """A released model: its repositories on the Hugging Face hub and the license of its weights."""
 
-    repositories: tuple[str, ...]  # "owner/name"; several where they cannot be told apart
+    repositories: tuple[str, ...]  # "owner/name"; several if their files are indistinguishable
     licence: str
-    license_key: str  # the hub's identifier of it, "other" for those that have none
+    license_key: str  # the hub's identifier of the license, "other" if it has none
     license_url: str
-    # False: other checkpoints of the kind, with licenses of their own, are trained more often
+    # False if users mostly train other checkpoints of this architecture, with their own licenses
     covers_all: bool = True
 
 
@@ -204,12 +206,12 @@ class Source:
 
     option: str  # VIDEO, IMAGE or LATENTS
     path: Path
-    denoise: float  # 0..1; 1 keeps nothing of it where the schedule begins with pure noise
-    share: str = "strength"  # the option that says so, for messages and metadata
-    # "traditional": `denoise` is a share of the steps; "direct": the noise level of the first step
+    denoise: float  # 0..1; 1 keeps nothing of the source if the schedule begins with pure noise
+    share: str = "strength"  # the option that sets `denoise`, for messages and metadata
+    # "traditional": `denoise` is a fraction of the steps; "direct": the noise level of the first step
     noise_mode: str = "traditional"
-    pad_mode: str | None = None  # how a short video is filled up, "front" or "end"; None: it is refused
-    extra_noise: float = 0.0  # added to the mixture with noise
+    pad_mode: str | None = None  # where a short video is padded, "front" or "end"; None: it is rejected
+    extra_noise: float = 0.0  # factor of additional noise at the start
 
     @property
     def extra_option(self) -> str:
@@ -218,7 +220,7 @@ class Source:
 
     @property
     def needs_vae(self) -> bool:
-        """Whether the source has to be encoded first, as everything except latents."""
+        """Return whether the VAE has to encode the source: all sources except latents."""
         return self.option != LATENTS
 
     def in_words(self) -> Mapping[str, object]:
@@ -236,28 +238,28 @@ class Source:
 class SourceRules:
     """Rules for how a family uses the starting point of a video."""
 
-    takes: tuple[str, ...]  # of VIDEO, IMAGE, LATENTS
-    who: str  # that takes it, for messages: "--task t2v-14B"
-    stretches: bool  # frames are stretched to the size, bicubic; else scaled to cover it, and cropped
-    latents_of: frozenset[str]  # models, as outputs name them, whose latents are in the same space
+    takes: tuple[str, ...]  # supported kinds: VIDEO, IMAGE, LATENTS
+    who: str  # the model in messages, such as "--task t2v-14B"
+    stretches: bool  # whether frames are stretched to the size (bicubic), not scaled to cover it and cropped
+    latents_of: frozenset[str]  # names in outputs' metadata of models with the same latent space
 
 
 @dataclass(frozen=True)
 class MagCache:
     """Skip passes while the size of the blocks' residual is known to change little."""
 
-    # size of what the blocks add, against the step before; resampled to the number of steps
+    # magnitude of the blocks' residual relative to the previous step; resampled to the number of steps
     ratios: tuple[float, ...]
-    retention: float  # share of the steps at the start of which none is skipped
-    threshold: float  # largest sum of errors over the passes skipped in a row
-    max_skips: int  # in a row
+    retention: float  # fraction of the steps, at the start, in which no pass is skipped
+    threshold: float  # maximum sum of errors over consecutive skipped passes
+    max_skips: int  # maximum number of consecutive skipped passes
 
 
 @dataclass(frozen=True)
 class TeaCache:
     """Skip passes while the input of the first block has changed little since the last computed pass."""
 
-    threshold: float  # at which the sum of predicted changes makes the next pass computed
+    threshold: float  # a pass is computed once the sum of predicted changes reaches this value
     # polynomial from change of the input to change of the output, highest power first; None: the family's
     coefficients: tuple[float, ...] | None
 
@@ -287,7 +289,7 @@ class TokenCount:
     tokens: int
     limit: int
     num_read: int  # characters of `text` that are read
-    size_bytes: int = 0  # of its cache, if the encoder tells
+    size_bytes: int = 0  # size of its cache; 0 if unknown
 
     @property
     def is_cut(self) -> bool:
@@ -300,7 +302,7 @@ class TokenCount:
         return self.text[self.num_read :]
 
 
-# where a token stands in a text, as its first character and the one behind its last; None: not in the text
+# start and end of a token in a text, in characters; None for special tokens, which are not in the text
 Place = tuple[int, int] | None
 
 CountTokens = Callable[[str], TokenCount]
@@ -352,11 +354,11 @@ class ShiftedLogit:
     mu grows with the number of tokens of a clip. Source: LTX-2's trainer, timestep_samplers.py.
     """
 
-    mus: tuple[float, float] = (0.95, 2.05)  # at 1024 and at 4096 tokens, on a line that continues beyond
-    is_clamped: bool = False  # mu stays between the two
-    is_stretched: bool = True  # nearly all draws fill 0..1: those of 0.5 % and 99.9 % become 0 and 1
-    minimum: float = 1e-3  # smaller stretched draws are mirrored there
-    uniform_share: float = 0.1  # of stretched draws are uniform
+    mus: tuple[float, float] = (0.95, 2.05)  # mu at 1024 and 4096 tokens; linear between and beyond them
+    is_clamped: bool = False  # whether mu is limited to the range of `mus`
+    is_stretched: bool = True  # whether the 0.5 % and 99.9 % quantiles of the draws are mapped to 0 and 1
+    minimum: float = 1e-3  # stretched draws below this value are reflected at it
+    uniform_share: float = 0.1  # fraction of stretched draws that are replaced by uniform ones
 
     def shift(self, tokens: int) -> float:
         """Return e^mu."""
@@ -372,23 +374,23 @@ class CutLogit:
     Values above `cut` are drawn again; the others are divided by it and rounded up to whole thousandths.
     """
 
-    mean: float  # of n; positive: more noise
+    mean: float  # mean of n; positive values give more noise
     std: float
     cut: float = 1.0
-    uniform_share: float = 0.0  # of draws are uniform
+    uniform_share: float = 0.0  # fraction of draws that are uniform
 
 
-IMAGE_STREAM, AUDIO_STREAM = "video", "audio"  # of a clip with sound: in logs
+IMAGE_STREAM, AUDIO_STREAM = "video", "audio"  # names in logs for the two parts of a clip with audio
 
 
 @dataclass(frozen=True)
 class AudioLearning:
     """Loss weights of a clip's audio and images in training, and their noise levels."""
 
-    image_weight: float = 1.0  # of the loss, of images without sound too
+    image_weight: float = 1.0  # loss weight of images, also without audio
     audio_weight: float = 1.0
-    has_own_times: bool = False  # the noise level of the sound is drawn separately; else it is the image's
-    given: str = ""  # the stream that stays clean and is not learned, where a clip has sound
+    has_own_times: bool = False  # whether the noise level of audio is drawn separately from the images'
+    given: str = ""  # stream that is kept clean and not trained, for clips with audio; "": none
 
 
 @dataclass(frozen=True)
@@ -399,24 +401,24 @@ class ReferenceRules:
     family uses clips as references, only `maximum`, `clips` and the fields below `clips` count.
     """
 
-    maximum: int  # of one item or request
+    maximum: int  # maximum number of references per item or request
     step: int = 16  # sides are multiples of this, in pixels
-    seen_by_text: bool = False  # by a text encoder: a changed one makes texts stale
-    # text encoders see each of an item as it is encoded to latents, in its size, crop and colors
+    seen_by_text: bool = False  # whether a text encoder sees them: changed images then need new text caches
+    # whether text encoders see references exactly as the VAE does, with the same size, crop and colors
     as_encoded: bool = False
-    edits: bool = False  # the model was trained to have one: a request without any is warned of
-    # one of an item keeps its shape, whatever the target's, and is reduced to `area`
+    edits: bool = False  # whether the model was trained for edits: a request without a reference is warned of
+    # whether a single reference keeps its own aspect ratio and is reduced to `area`
     own_shape: bool = False
-    area: int | None = None  # pixels at most; None: as many as the target has
-    # it takes references of reference_directory and reference_path, in addition to control media: a clip has
+    area: int | None = None  # maximum number of pixels; None: that of the target
+    # whether reference_directory and reference_path are supported, in addition to control media: a clip has
     # as many frames as its target, an image is one frame
     clips: bool = False
-    size_factor: int = 1  # by which their sides are smaller than their target's
-    time_factor: int = 1  # the first of their frames is taken, then one of each so many
-    frames: int = 0  # at most; 0: as many as the target has
-    dropped: float = 0.0  # share of batches that are trained without those of clips
-    on_white: bool = False  # each is one image, whole on white of that size; of a clip its first frame
-    control_masks: bool = False  # control_mask_directory and control_mask_path too: white is made anew
+    size_factor: int = 1  # sides of references are smaller than those of the target by this factor
+    time_factor: int = 1  # the first frame is kept, then one frame of each group of this many
+    frames: int = 0  # maximum number of frames; 0: that of the target
+    dropped: float = 0.0  # fraction of batches that are trained without references of clips
+    on_white: bool = False  # whether each is a single image (a clip's first frame), padded with white
+    control_masks: bool = False  # whether control_mask_directory and control_mask_path are supported
 
     @property
     def factors(self) -> tuple[int, int, int]:
@@ -430,5 +432,5 @@ class ShownMedium:
 
     kind: str  # "image", "video" or "audio"
     path: Path
-    audio: Path | None = None  # the file with the sound of a clip; None: the clip itself, if any
-    is_silent: bool = False  # the sound of a clip is left out
+    audio: Path | None = None  # file with the audio of a clip; None: the clip's own audio, if it has any
+    is_silent: bool = False  # whether the audio of a clip is ignored

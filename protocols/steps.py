@@ -50,20 +50,20 @@ DecodePart = Callable[[MediaEncoders, Tensor], Iterator[Tensor]]
 
 @dataclass(frozen=True)
 class Piece:
-    """The part that a section added to a growing video, for its preview."""
+    """The part that a section adds to a video generated in sections, for the preview."""
 
-    latents: Tensor  # B C F H W, to decode by themselves
-    overlap: int  # how many of its frames show what is there already and fade into it; 0 for the first piece
-    in_front: bool  # it is played before the video so far; else after it
-    decode: DecodePart  # makes its pixels, before they fade into what is there
-    so_far: Tensor  # B C F H W, on the CPU: latents of all sections made until now, in playing order
+    latents: Tensor  # B C F H W, which can be decoded on their own
+    overlap: int  # frames that are blended with the end of the video so far; 0 for the first piece
+    in_front: bool  # whether the piece is played before the video so far, not after it
+    decode: DecodePart  # decodes the latents to pixels, before blending
+    so_far: Tensor  # B C F H W, on the CPU: latents of all finished sections, in playing order
 
 
 @dataclass(frozen=True)
 class NagText:
     """The negative text of normalized attention guidance (NAG); a pass attends to it too."""
 
-    text: Conditions  # under the names that the family's text encoders give; in a network as its arguments
+    text: Conditions  # by the family's cache names; inside a network, by names of its arguments
     steer: "Steer"
 
 
@@ -71,34 +71,34 @@ class NagText:
 class Turn:
     """The step and the pass of a network call, for code that keeps state between steps."""
 
-    step: int  # from 0, of those that are made
+    step: int  # index among the steps that are run, from 0
     num_steps: int
-    timestep: float  # what the network is fed
-    next_timestep: float  # what it is fed in the next step; 0 in the last one
-    which: Hashable  # equal for the same pass of all steps of a section, and for no other pass of it
+    timestep: float  # timestep that the network gets
+    next_timestep: float  # timestep of the next step; 0 in the last step
+    which: Hashable  # identifies the pass: the same in all steps of a section, different for other passes
 
 
-WHOLE = 1000  # share of a latent that is entirely given
+WHOLE = 1000  # value in `GivenTokens` for a latent that is entirely clean
 
 
 @dataclass(frozen=True, eq=False)
 class GivenTokens:
-    """How much of each latent of a clip is given: 0 is noisy, WHOLE is clean.
+    """How clean each latent of a clip is, as an integer n from 0 (noisy) to WHOLE (clean).
 
-    At a noise level sigma, a latent with the share s = n / WHOLE has the level (1 - s) sigma. The tensors are
-    int16, which stays on the host.
+    At noise level sigma, a latent with the share s = n / WHOLE has the level (1 - s) sigma. The tensors are
+    int16, so that they stay on the host.
 
-    Keyframes are images at frames of the clip, `places`, that the network sees besides it. In training they
-    are `keyframes`, clean, of which `keyframe_shares` are given; in a generation they are the last frames of
-    the noisy latents, and of `image`.
+    Keyframes are additional images for the network, at the clip's frames `places`. In training they are
+    `keyframes`, with the shares `keyframe_shares`. In a generation they are the last frames of the noisy
+    latents and of `image`.
     """
 
-    image: Tensor | None = None  # B 1 F H W; None: nothing is given
-    audio: Tensor | None = None  # B 1 T 1
-    keyframes: Tensor | None = None  # B C K H W, in the form of latents in caches
-    places: tuple[int, ...] = ()  # of K keyframes
-    keyframe_shares: tuple[int, ...] = ()  # of `keyframes`, as above
-    keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all are given entirely
+    image: Tensor | None = None  # B 1 F H W; None: all latents are noisy
+    audio: Tensor | None = None  # B 1 T 1; None: all audio latents are noisy
+    keyframes: Tensor | None = None  # clean latents, B C K H W, with the values that caches store
+    places: tuple[int, ...] = ()  # frame of the clip for each of the K keyframes
+    keyframe_shares: tuple[int, ...] = ()  # share of each of `keyframes`, 0 to WHOLE
+    keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all keyframes are clean
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
         """Return a copy with `move` applied to every tensor."""
@@ -115,7 +115,7 @@ def clean_share(given: Tensor, like: Tensor) -> Tensor:
 class Overrides:
     """Changes to a single call of the network.
 
-    Equal only to itself, so that it may be a key and hold tensors.
+    Compared by identity, so that a record with tensors can be a dictionary key.
     """
 
     skip_blocks: frozenset[int] = frozenset()  # these blocks pass their input through (skip-layer guidance)
@@ -123,19 +123,20 @@ class Overrides:
     skip_self_attention: frozenset[int] = frozenset()
     isolated: bool = False  # image and audio do not attend to each other
     nag: NagText | None = None
-    slow_frames: "Slow | None" = None  # one frequency of the frames' rotary positions (RIFLEx)
-    embedded_guidance: bool = True  # False: the network's input for it is left out
-    # latent frames in front that are clean, not noisy: the network knows this, and their velocity is 0
+    slow_frames: "Slow | None" = None  # slows one frequency of the frames' rotary positions (RIFLEx)
+    embedded_guidance: bool = True  # False: the network gets no embedded guidance
+    # number of clean latent frames at the start; the network knows them, and their velocity is 0
     given_frames: int = 0
-    given: GivenTokens | None = None  # likewise single latents; velocities are multiplied by 1 - their share
-    joint: Joint | None = None  # the noisy latents are B N of an image and its sound; timesteps B or B 2
-    # what a network keeps between the passes of a section; None: it may keep nothing
+    # which other latents are clean; their velocity is multiplied by 1 - share
+    given: GivenTokens | None = None
+    joint: Joint | None = None  # set if the latents are video and audio, B N; timesteps are then B or B 2
+    # results that a network may cache between the passes of a section; None: it must not cache
     section_cache: dict[Any, Any] | None = None
     turn: Turn | None = None  # set by the denoising loop
 
     @property
     def leaves_out(self) -> bool:
-        """Return whether a part of the network is skipped, which makes the pass weaker."""
+        """Return whether a part of the network is skipped, as in the weak pass of skip-layer guidance."""
         return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
 
     def rename_nag(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
@@ -165,7 +166,7 @@ class Overrides:
         return [text, {name: second.get(name) for name in text}]
 
     def within(self, all_passes: "Overrides") -> "Overrides":
-        """Combine these overrides of a pass with those for all passes of its section."""
+        """Merge these overrides of one pass with those for all passes; where both set a value, these win."""
         if all_passes is NO_OVERRIDES:
             return self
         return replace(
@@ -188,10 +189,10 @@ NO_OVERRIDES = Overrides()
 
 @dataclass(frozen=True)
 class Anchor:
-    """A clean image that parts of the denoised image are reset to where nothing changes."""
+    """A clean image to which the unchanged parts of an edited image are reset at each step."""
 
     latents: Tensor  # B C F H W
-    changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: as `rules` find at each step
+    changed: Tensor | None = None  # B 1 F H W, above 0 where it changes; None: `rules` decide at each step
     rules: ConsistencyRules | None = None
 
     def to(self, device: torch.device) -> "Anchor":
@@ -202,21 +203,21 @@ class Anchor:
 
 @dataclass(frozen=True, eq=False)
 class HeldLatents:
-    """Clean latents, some of which are kept while denoising; tensors have the form of the noisy latents."""
+    """Clean latents that are kept, in part or entirely, while denoising; shaped like the noisy latents."""
 
     clean: Tensor
-    shares: Tensor  # float32, 0..1 of each latent; a clean prediction is mixed with as much of `clean`
+    shares: Tensor  # float32, 0..1: fraction of `clean` in the clean prediction of each latent
 
     def to(self, device: torch.device) -> "HeldLatents":
         """Return the record with its tensors on `device`."""
         return HeldLatents(self.clean.to(device), self.shares.to(device))
 
     def put_whole(self, latents: Tensor) -> Tensor:
-        """Return the latents with those inserted that are kept entirely."""
+        """Return the latents with `clean` inserted wherever the share is 1."""
         return torch.where(self.shares == 1, self.clean, latents)
 
     def mix_prediction(self, step: "Step", velocity: Tensor) -> Tensor:
-        """Return the velocity of a step by which the clean prediction has its share of `clean`."""
+        """Return the velocity for which the clean prediction contains `clean` by `shares`."""
         return (1 - self.shares) * velocity + self.shares * (step.noisy - self.clean) / step.sigma
 
 
@@ -228,35 +229,36 @@ class Section:
     positive: Conditions
     negative: Conditions | None = None
     blank: Conditions | None = None
-    place: int = 0  # of its first latent frame in the video
-    source: Tensor | None = None  # clean latents to start from, B C F H W; set by the shared loop
-    nag: Conditions | None = None  # of a text alone, without media
-    overrides: Overrides = NO_OVERRIDES  # of every pass
-    # clean latents of its first frames, B C f H W, which the loop keeps in their place;
-    # `overrides.given_frames` tells the network
+    place: int = 0  # index of its first latent frame in the video
+    source: Tensor | None = None  # clean latents of a source video, B C F H W; set by the shared loop
+    nag: Conditions | None = None  # conditions of the NAG text alone, without media
+    overrides: Overrides = NO_OVERRIDES  # for every pass
+    # clean latents of its first frames, B C f H W, which the loop keeps fixed; the network is told by
+    # `overrides.given_frames`
     given: Tensor | None = None
-    given_audio: Tensor | None = None  # clean latents of its whole sound, B C T M, kept likewise
-    held: HeldLatents | None = None  # single latents that are kept; `overrides.given` tells the network
-    anchor: Anchor | None = None
-    previous: Piece | None = None  # what the section before this one added to the video
-    label: str = ""  # which one it is of several ("section 2 of 4"), for the progress bar
-    count: int = 1  # how many sections the clip is made in
-    stage: int = 0  # of `Prepared.stages`
-    # a solver of the family's own; None: the one that the request names
+    given_audio: Tensor | None = None  # clean latents of its entire audio, B C T M, also kept fixed
+    held: HeldLatents | None = None  # other fixed latents; the network is told by `overrides.given`
+    anchor: Anchor | None = None  # original of an edited image; None: the image may change everywhere
+    previous: Piece | None = None  # what the previous section added to the video
+    label: str = ""  # such as "section 2 of 4", for the progress bar
+    count: int = 1  # number of sections of the clip
+    stage: int = 0  # index into `Prepared.stages`
+    # the family's own solver; None: the solver of the request
     solver: "OwnSolver | None" = None
-    shown: int | None = None  # latent frames of the image; those behind them are not part of the clip
+    shown: int | None = None  # number of latent frames in the clip; later ones are not shown. None: all
 
     @property
     def clean_streams(self) -> tuple[bool, bool]:
-        """Return whether all images are given instead of denoised, and whether all audio is."""
+        """Return whether all images are fixed instead of denoised, and whether all audio is."""
         joint, frames = self.overrides.joint, self.given
         has_image = joint is not None and frames is not None and frames.shape[2] == joint.picture[1]
         return has_image, self.given_audio is not None
 
 
-Predict = Callable[..., tuple[Tensor, ...]]  # predict(*conditions, tweaks=...) -> one velocity per condition
-Calls = Mapping[Overrides, Mapping[int, Conditions]]  # the passes of a step, conditions by their identity
-Made = Mapping[tuple[Overrides, int], Tensor]  # the velocity of each
+# predict(*conditions, overrides=...) -> one velocity per condition
+Predict = Callable[..., tuple[Tensor, ...]]
+Calls = Mapping[Overrides, Mapping[int, Conditions]]  # the passes of a step: overrides -> id -> conditions
+Made = Mapping[tuple[Overrides, int], Tensor]  # (overrides, id of the conditions) -> velocity of the pass
 RunPasses = Callable[[Calls, Predict, Section], Made]
 
 DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
@@ -266,24 +268,24 @@ DitAt = Callable[[float], nn.Module]  # timestep -> the expert to call
 class Step:
     """A step of the denoising loop, before the network is called."""
 
-    index: int  # from 0, of those that are made
-    num_steps: int  # that are made
+    index: int  # index among the steps that are run, from 0
+    num_steps: int  # number of steps that are run
     sigma: float  # noise level of `noisy`
-    timestep: float  # what the network is fed
-    noisy: Tensor  # B C F H W, float32; B N of an image and its sound
-    audio_sigma: float | None = None  # noise level of the sound; None: as the image's
-    next_timestep: float = 0.0  # what the network is fed in the next step; 0 in the last one
+    timestep: float  # timestep that the network gets
+    noisy: Tensor  # B C F H W, float32; B N for video with audio
+    audio_sigma: float | None = None  # noise level of the audio; None: that of the images
+    next_timestep: float = 0.0  # timestep of the next step; 0 in the last step
 
 
 class OwnSolver(Protocol):
-    """A family's own `modules.flow.solvers.Solver`, whose samples have a form of their own."""
+    """A family's own `modules.flow.solvers.Solver`, which may define noisy samples differently."""
 
     @property
     def schedule(self) -> "Schedule":
         """Noise levels of the steps."""
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Run the step `index` from a velocity and a sample, and return the next sample."""
+        """Take the step `index` with a velocity from a sample, and return the next sample."""
 
     def begin(self, clean: Tensor) -> tuple[Tensor, int]:
         """Return the noisy sample to start from, and the index of its step in the schedule.
@@ -331,10 +333,10 @@ class StepDone:
         return latents[:, :, : self.section.shown]
 
 
-# Makes the velocity of a step, shaped like `Step.noisy`, from the network passes that it requests.
+# Runs the network passes of a step and combines them to its velocity, shaped like `Step.noisy`.
 Guidance = Callable[[Step, Predict, Section], Tensor]
 
 
-# Called with each step. True: enough, take `StepDone.clean` as the result of the section. Raising ends the
-# loop without a result.
+# Called after each step. Returning True ends the section with `StepDone.clean` as its result. An exception
+# ends the loop without a result.
 Watcher = Callable[[StepDone], bool]

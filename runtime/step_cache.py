@@ -162,7 +162,8 @@ def run_around(dit_at: DitAt, run: Callable[[Runner, nn.Module, Hidden, Override
     finally:
         for dit in wrapped:
             wrapper = cast("functools.partial[None]", runner_of(dit))
-            # the network's own runner is the last argument; if `run` is a partial, its arguments come first
+            # the network's own runner is the last bound argument: if `run` is a partial itself, its arguments
+            # come first
             set_runner(dit, wrapper.args[-1])
 
 

@@ -64,6 +64,7 @@ class Seeds:
             yield self.single
         if self.round_seed is not None:
             yield self.round_seed
+            # additional images of a prompt get the same seeds for every prompt of the round
             of_round = Random(self.round_seed)
             while True:
                 yield _draw(of_round)
@@ -85,6 +86,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
     prompts = options.prompts
     seeds = Seeds(Random(prompts.seed))
     if lines is not None and len(lines) == 1 and prompts.n_iter == 1:
+        # all variants of `{e$$...}` groups have the same seed
         needs_one = prompts.images_per_prompt == 1 or (not lines[0].is_plain and enumerates(lines[0].text))
         seeds.single = prompts.seed if needs_one else None
     return seeds
@@ -205,6 +207,7 @@ def with_line(options: GenImgOptions, values: Mapping[str, Any]) -> GenImgOption
     Raises:
         OptionError: If a value cannot be used.
     """
+    # seeds and multipliers are read elsewhere
     names = {option.key for option in LINE_OPTIONS.values()} - {SEEDS, MULTIPLIERS}
     return override_options(options, {name: value for name, value in values.items() if name in names})
 

@@ -158,7 +158,7 @@ class UnetCall:
     timestep: float
     sample: Tensor  # R c h w, scaled as the sampler wants it
     context: Tensor  # R L C
-    negative_rows: int  # how many of the rows, from the end, belong to negative or empty texts
+    negative_rows: int  # number of rows of negative or empty texts, which come last
     added: Mapping[str, Tensor] = field(default_factory=dict)  # SDXL: text_embeds, time_ids
     # residuals of ControlNets: (one tensor for each skip connection, one for the middle)
     residuals: Any = None

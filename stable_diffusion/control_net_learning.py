@@ -1,4 +1,4 @@
-"""A ControlNet in training: a copy of the first half of the U-Net, which sees the control picture.
+"""A ControlNet in training: a copy of the first half of the U-Net that also takes a control image.
 
 Source: Zhang et al. 2023, arXiv 2302.05543. The network is diffusers'.
 """

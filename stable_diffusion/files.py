@@ -1,4 +1,4 @@
-"""Tell which kind of Stable Diffusion a checkpoint is, from the names of its tensors alone.
+"""Recognize the kind of Stable Diffusion of a checkpoint from its tensor names.
 
 Released single files have the names of the training code (LDM): the U-Net, the autoencoder and the text
 encoders each under a prefix, and the prefixes of the text encoders tell the kind.

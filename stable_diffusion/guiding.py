@@ -36,7 +36,7 @@ from stable_diffusion.tokenizers import SIZE, cut_into_chunks, parse_weights
 logger = logging.getLogger(__name__)
 
 
-# VGG16's features of pictures, from torchvision's file: convolutions with a ReLU each, and poolings.
+# VGG16's features of images, with torchvision's weights: convolutions with ReLUs, and poolings.
 #
 # Layers have torchvision's numbers (`features.19` is conv4_2, 20 its ReLU), and all sizes are read off the
 # file: where it has no weights, a ReLU follows a convolution and a pooling follows a ReLU. Source: Simonyan
@@ -197,7 +197,7 @@ class Guides:
                     clean = alpha * x - step.sigma * prompted
                 else:
                     clean = (x - step.sigma * prompted) / alpha
-                # the less noise there is, the more of the noisy latents themselves is shown to the networks
+                # at lower noise levels the networks get more of the noisy latents themselves
                 shown = step.sigma * clean + (1 - step.sigma) * x
                 loss = measure(_decode(model, shown))
                 (gradient,) = torch.autograd.grad(loss, x)

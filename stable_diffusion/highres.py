@@ -16,7 +16,7 @@ from stable_diffusion.making import ImageGenerator
 from stable_diffusion.sampling_options import HighresOptions
 from stable_diffusion.starting import STRIDE, fit, latent_size, vae_batch
 
-# Modules that enlarge the first stage's pictures (--highres_fix_upscaler): ours or the user's own.
+# Modules that upscale the first stage's images (--highres_fix_upscaler): ours or the user's.
 #
 # Such a module has `create_upscaler(**args)`. What it returns has `upscale(vae, imgs, latents, dtype, width,
 # height, batch_size, vae_batch_size)`, which returns as many images (PIL) or latents (B 4 h w, as the U-Net

@@ -1,4 +1,4 @@
-"""Enlarge the first stage's pictures by a network on latents, as sd-scripts' tools.latent_upscaler does.
+"""Upscale the first stage's images with a network on latents, like sd-scripts' tools.latent_upscaler.
 
 For --highres_fix_upscaler tools.latent_upscaler --highres_fix_upscaler_args weights=FILE. Pictures are
 enlarged by Lanczos and encoded; the network then adds what is lost. It is for latents of Stable Diffusion 1.x

@@ -92,7 +92,7 @@ LINE_OPTIONS: Mapping[str, prompt_lines.LineOption] = {
     "glus": prompt_lines.LineOption("gradual_latent_unsharp_params", _read_unsharp),
 }
 
-# names of options in lines of the other scripts -> ours
+# option names in prompt lines of the other scripts -> ours
 _LONG_NAMES = {
     "video_size_width": LINE_OPTIONS["w"],
     "video_size_height": LINE_OPTIONS["h"],
@@ -172,7 +172,7 @@ def split_seeds(line: str) -> tuple[int, ...] | None:
 JOINER = ", "
 _GROUP = re.compile(r"(?<!\\)\{((?:[^{}\\]|\\.)*)\}", re.DOTALL)
 _COUNTS = re.compile(r"(?:(\d{1,9})|(\d{0,9})-(\d{0,9}))\$\$(?:((?:(?!\$\$)[^|])*)\$\$)?")
-_EACH = re.compile(r"[eE]\$\$")
+_EACH = re.compile(r"[eE]\$\$")  # three characters, see `enumerates`
 
 
 def enumerates(text: str) -> bool:
@@ -216,7 +216,7 @@ def _expand_groups(text: str, random: Random) -> Iterator[str]:
             state = random.getstate()
             group = _read_group(match[1][each.end() :])
             for size in range(group.minimum, group.maximum + 1):
-                for chosen in combinations(group.choices, size):
+                for chosen in combinations(group.choices, size):  # each with the same random numbers
                     random.setstate(state)
                     yield from _expand_groups(before + group.separator.join(chosen) + after, random)
             return
@@ -267,6 +267,7 @@ class Inputs:
         """Return the guides of image `number`: one for each ControlNet, or a single one for all."""
         if len(self.guides) <= 1:
             return self.guides
+        # guides come in groups, one guide per ControlNet; images use the groups in turn
         first = number % (len(self.guides) // self.guides_at_once) * self.guides_at_once
         return self.guides[first : first + self.guides_at_once]
 

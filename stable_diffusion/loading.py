@@ -314,6 +314,6 @@ def check_attention(options: ModelOptions, device: torch.device) -> None:
     try:
         check_backend(AttentionChoice("xformers"), device, lambda: _select_dtype(options), training=True)
     except OptionError as error:
-        # the message names --xformers: show the flag that the user typed
+        # the message names --xformers; replace it by the flag that was given
         flag = "--xformers" if options.xformers else "--diffusers_xformers"
         raise OptionError(str(error).replace("--xformers", flag)) from error

@@ -227,7 +227,8 @@ class ImageGenerator:
         settings = pictures[0].settings
         prompts = [self._split_parts(picture) for picture in pictures]
         avoided = [self._list_avoided(picture) for picture in pictures]
-        # with a mask of regions part i has LoRA i alone, in the negative text too; without one, all LoRAs
+        # with a mask of regions part i is encoded with LoRA i only, also for negative texts; otherwise with
+        # all
         is_regional = settings.parts > 1 and pictures[0].mask is not None
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 

@@ -10,7 +10,7 @@ from modules.script_options import parse_options
 from stable_diffusion.sampling_options import LARGEST_SIDE, MAX_STEPS, STEPS_HINT
 
 SIDE_STEP = 64  # pixels
-# options of gen_img.py -> as they are typed here
+# options of gen_img.py -> spelling in this script
 TYPED = {
     "--ckpt": "--ckpt_path",
     "--image_path": "--image",

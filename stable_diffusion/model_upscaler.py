@@ -1,4 +1,4 @@
-"""Enlarge the first stage's pictures by a SwinIR or ESRGAN file.
+"""Upscale the first stage's images with a SwinIR or ESRGAN file.
 
 For --highres_fix_upscaler stable_diffusion.model_upscaler --highres_fix_upscaler_args model=4x.safetensors;
 more arguments are those of blissful_tuner/upscaler.py: dtype, tile, tile_overlap, batch_size, compile.

@@ -26,7 +26,7 @@ class ModelOptions(Options, title="model"):
         "folder with openai_clip-vit-large-patch14 and laion_CLIP-ViT-bigG-14-laion2B-39B-b160k, the files "
         "of the tokenizers"
     )
-    # what the user says the file is; it is compared with its keys
+    # kind of the checkpoint according to the user; compared with the file's tensors
     sdxl: bool = option(
         "the checkpoint is Stable Diffusion XL; read from the file if not given",
         excludes=("v1", "v2"),

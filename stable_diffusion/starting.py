@@ -23,7 +23,7 @@ from stable_diffusion.contract import ImageSettings, Model, RequestedImage, Seco
 from stable_diffusion.samplers import MakeStep, SchedulerSolver
 from stable_diffusion.sampling_options import StartNoiseOptions
 
-# Start noise that is changed for some pictures: pyramid noise and noise offset (--pyramid_noise_prob,
+# Changes to the start noise of some images: pyramid noise and noise offset (--pyramid_noise_prob,
 # --noise_offset_prob).
 #
 # All numbers come from the image's own generator, and options that are off draw none. So an image does not
@@ -195,7 +195,7 @@ def begin(
     if find_strength(pictures[0], start) is None:
         return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
     is_painted = is_masked(pictures[0])
-    # the first step of inpainting at full strength is noise alone
+    # inpainting at full strength starts from pure noise
     from_noise = is_painted and settings.strength == 1
     pixels = _start_pixels(pictures, start)
     clean: Tensor | None = None

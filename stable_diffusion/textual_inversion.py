@@ -158,8 +158,8 @@ def _learn(tower: TextTower, words: Sequence[LearnedWord], index: int) -> TextTo
     embeddings = tower.network.embeddings
     ids = list_ids(words, embeddings.token_embedding.num_embeddings)
     embeddings.token_embedding = add_rows(embeddings.token_embedding, words, index)
-    # a word of --XTI_embeddings has as many vectors for each cross-attention, one layer after the other:
-    # the stride leads from a vector's row to that for the next cross-attention
+    # a word of --XTI_embeddings has the same number of vectors for each cross-attention, stored layer by
+    # layer; the stride is the distance from a vector's row to the row for the next cross-attention
     strides = torch.zeros(embeddings.token_embedding.num_embeddings, dtype=torch.int64)
     for word in words:
         if word.layers > 1:
@@ -205,7 +205,7 @@ def with_words(
         position = 0
         for match in pattern.finditer(text):
             tokens += tokenize(text[position : match.start()])
-            assert match.lastindex is not None
+            assert match.lastindex is not None  # each word is one group of the pattern
             tokens += ids[match.lastindex - 1]
             position = match.end()
         return tokens + tokenize(text[position:])
@@ -265,6 +265,7 @@ def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
     content = read_embedding(path, XTI_OPTION)
     tensors = {name: content[name] for name in layers if isinstance(content.get(name), Tensor)}
     if tensors.keys() != content.keys() or len(tensors) != len(layers):
+        # missing layers, or if there are none, unexpected tensors
         strange = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
         raise _reject_extended(path, XTI_OPTION, f"{shorten(strange[0], 60)} is missing or strange")
     vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
@@ -292,7 +293,7 @@ def _reject_extended(path: Path, option: str, why: str) -> CheckpointError:
 def _select_tensors(
     path: Path, option: str, content: Mapping[str, Any]
 ) -> tuple[dict[str, Tensor], str | None]:
-    """Return the vectors for each text encoder, in order, and the word in the file (None: it has none)."""
+    """Return the vectors by tensor name, in the order of the text encoders, and the file's word or None."""
     inner = content.get(TABLE)
     if isinstance(inner, Mapping):
         embeddings = list_tensors(inner)  # placeholder -> vectors; usually the placeholder is "*", no word

@@ -63,7 +63,8 @@ _NOISE = {
     "num_train_timesteps": 1000,
     "steps_offset": 1,
 }
-# PNDM cannot start from noise alone. Source: Lin et al. 2023, arXiv 2305.08891
+# other settings for zero terminal SNR, because PNDM cannot start from pure noise. Source: Lin et al. 2023,
+# arXiv 2305.08891
 _ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 

@@ -352,9 +352,10 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 def find_boundary(
     options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
 ) -> float | None:
-    """Return the timestep where the high-noise expert begins: by option, else release, else task.
+    """Return the timestep from which on the high-noise expert works: by option, else release, else task.
 
-    Raises OptionError if the task has no high-noise expert.
+    `of_release` is the boundary that a release's files state. The result is None if none of the three has a
+    boundary. Raises OptionError if --dit_high_noise is given for a task with one expert.
     """
     task = files.task
     if files.dit_high_noise is not None and task.boundary is None:
@@ -363,7 +364,7 @@ def find_boundary(
             "or use --task t2v-A14B or i2v-A14B"
         )
     sample_dit = options.sample_dit_other if isinstance(options, WanTrainingOptions) else None
-    boundary = options.experts.timestep_boundary  # a timestep, or a fraction of noise
+    boundary = options.experts.timestep_boundary  # a timestep, or up to 1 a fraction of MAX_TIMESTEP
     if boundary is not None and files.dit_high_noise is None and sample_dit is None:
         logger.warning("--timestep_boundary is ignored because there is no --dit_high_noise")
     if boundary is not None and boundary <= 1:

@@ -59,12 +59,12 @@ def _round_side(side: float, step: int) -> int:
 def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int]:
     """Return a size of at most `area` pixels, in multiples of `step`, near the image's aspect ratio.
 
-    Two sizes (width, height) are computed: in each, one side is rounded down first, and the other is then as
-    long as the area allows. The size with the nearer aspect ratio is returned. Source: the released code of
-    TI2V-5B.
+    Two candidates (width, height) are computed: one side is rounded down first, and the other side is as long
+    as the area then allows. The candidate with the nearer aspect ratio is returned. Source: the released code
+    of TI2V-5B.
     """
     aspect = image[0] / image[1]
-    # add a little because the root of an exact square may come out just below it
+    # 1e-6: the root of an exact square may come out just below it
     width = _round_side((area * aspect) ** 0.5 + 1e-6, step)
     height = _round_side((area * (1 / aspect)) ** 0.5 + 1e-6, step)
     sizes = [
@@ -78,7 +78,8 @@ def nearest_size(image: tuple[int, int], area: int, step: int) -> tuple[int, int
 
     # rounding up to one step may exceed the area; if both sizes do, take the nearer one anyway
     fitting = [size for size in sizes if size[0] * size[1] <= area] or sizes
-    # if both are equally near, the one whose height was rounded first, as released: `min` returns the first
+    # on a tie the release takes the size whose height was rounded first. `min` returns the first of equal
+    # items, so the list is reversed
     return min(reversed(fitting), key=stretch)
 
 

@@ -107,11 +107,12 @@ class WanTokens:
 
     grid: tuple[int, int, int]  # tokens along frames, rows, columns; L is their product
     rotary: Tensor  # rotations by position, L 1 D/2 2 in the model's `precision`
-    # B T C each, usually one; and T float32: how many equal rows each row stands for, None: one each
+    # (B T C, T float32) for each text, usually one. The second counts the equal rows that a row represents;
+    # None: one each
     texts: tuple[tuple[Tensor, Tensor | None], ...]
     image: Tensor | None  # B I C
     time: Tensor  # B S C in the model's `precision`
-    modulation: Tensor  # B S 6 C likewise
+    modulation: Tensor  # B S 6 C in the model's `precision`
     num_given: int  # number of tokens of clean frames, which come first; S is 2 if there are any
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice

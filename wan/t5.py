@@ -69,17 +69,17 @@ def clean_spans(text: str, spans: Spans) -> tuple[str, Spans]:
     the last letter of a part), positions may be off by a character or two.
     """
     cleaned = clean_text(text).strip()
-    edges = [0]  # of all parts of the text, weighted or not
+    edges = [0]  # starts and ends of all parts, plain and weighted
     for start, end, _ in spans:
         edges += [start, end]
     edges.append(len(text))
-    length = 0  # of the cleaned parts so far
+    length = 0  # length of the cleaned parts so far
     cleaned_ends = []
     for start, end in itertools.pairwise(edges):
         part = clean_text(text[start:end])
         length += len(part.lstrip() if length == 0 else part)  # white space at the start is dropped
         cleaned_ends.append(min(length, len(cleaned)))
-    # plain and weighted parts alternate: a weighted part begins at the end of the plain part before it
+    # plain and weighted parts alternate, so a weighted part starts where the plain part before it ends
     starts = cleaned_ends[0::2]
     ends = cleaned_ends[1::2]
     weights = [weight for _, _, weight in spans]

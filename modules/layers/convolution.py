@@ -1,4 +1,4 @@
-"""Convolutions over clips: a 3D one that is also fast on a CPU, memory layouts, and enlarging by repeating.
+"""Convolutions over clips: a 3D convolution that is fast on CPUs too, memory layouts, nearest upsampling.
 
 With channels last, a frame or the last frames of a clip are one contiguous piece of memory, and convolutions
 are faster on CPUs and CUDA devices.

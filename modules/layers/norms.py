@@ -1,4 +1,4 @@
-"""Normalization layers of the transformers, the dtype that a layer computes in, and two layers in a row.
+"""Normalization layers of the transformers, compute dtypes of layers, and two-layer networks.
 
 Norms compute in float32, because bf16 sums over a thousand channels lose precision.
 """

@@ -1,4 +1,4 @@
-"""Encode sound again, and repack subtitles, for files that cannot hold them as they are."""
+"""Re-encode audio and convert subtitles for files that cannot hold them unchanged."""
 
 import re
 import struct
@@ -9,11 +9,11 @@ from typing import Any
 
 from modules.media.opening import av
 
-# what FFmpeg's encoder takes
+# sampling rates of FFmpeg's AAC encoder
 _AAC_RATES = (96000, 88200, 64000, 48000, 44100, 32000, 24000, 22050, 16000, 12000, 11025, 8000, 7350)
 _LAYOUTS = {1: "mono", 2: "stereo", 3: "3.0", 4: "4.0", 5: "5.0", 6: "5.1", 8: "7.1"}  # by channels
-BITS_PER_CHANNEL = 128_000  # a second; transparent to most ears
-# seconds: a gap in the times of the sound that is filled with silence; less is rounding
+BITS_PER_CHANNEL = 128_000  # bits per second; inaudible losses for most people
+# seconds; longer gaps are filled with silence, shorter ones are rounding
 SHORTEST_GAP, LONGEST_GAP = Fraction(1, 20), 3600
 
 
@@ -36,7 +36,7 @@ def add_aac(target: Any, source: Any) -> tuple[Any, Callable[[Any], Iterator[Any
     Returns the new stream, and a function that converts packets of `source`, up to the empty last one, to
     packets to write.
     """
-    context = source.codec_context  # by number: raw sound in Matroska has no name of its layout
+    context = source.codec_context  # use the channel count, because raw audio in Matroska has no layout
     stream = add_aac_stream(target, context.channels, context.sample_rate)
     gapless = _Gapless(source.time_base)
 
@@ -55,7 +55,7 @@ class _Gapless:
 
     def __init__(self, time_base: Fraction) -> None:
         self._time_base = time_base
-        self._next: int | None = None  # number of the sample that comes next
+        self._next: int | None = None  # index of the next sample
 
     def follow(self, frame: Any) -> Iterator[Any]:
         """Yield a frame, renumbered to follow the previous one, after silence for any missing samples."""
@@ -91,7 +91,7 @@ def _make_silence(like: Any, samples: int) -> Any:
 # MP4 has such packets at negative times. FFmpeg would move everything else behind them, unless the stream
 # says how many samples they are; PyAV gives such a stream only for a Matroska file. So one is made in
 # memory.
-# Matroska's names of codecs, by those of FFmpeg's decoders
+# FFmpeg's decoder -> Matroska's name of the codec
 _CODECS = {
     "aac": b"A_AAC",
     "mp3": b"A_MPEG/L3",
@@ -113,13 +113,13 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
     if context is None or context.name not in _CODECS or context.delay:
         return None
     doc_type = _encode_element(0x4282, b"matroska")
-    # of the format, and the least to read it
+    # version of the format, and minimum version to read it
     versions = _encode_number(0x4287, 4) + _encode_number(0x4285, 2)
     head = _encode_element(0x1A45DFA3, doc_type + versions)
     clock = _encode_element(0x1549A966, _encode_number(0x2AD7B1, 1_000_000))  # times are in milliseconds
     track = _encode_element(0xAE, _track_info(context, samples))
     tracks = _encode_element(0x1654AE6B, track)
-    packet = _encode_element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without any cannot be opened
+    packet = _encode_element(0xA3, b"\x81\0\0\x80" + bytes(8))  # a file without packets cannot be opened
     cluster = _encode_element(0x1F43B675, _encode_number(0xE7, 0) + packet)
     segment = _encode_element(0x18538067, clock + tracks + cluster)
     try:
@@ -130,7 +130,7 @@ def open_delayed(stream: Any, samples: int) -> Any | None:
 
 def _track_info(context: Any, samples: int) -> bytes:
     """Return the Matroska elements that describe a track: number, codec, delay and audio format."""
-    numbers = _encode_number(0xD7, 1) + _encode_number(0x73C5, 1)  # of the track, and its identity
+    numbers = _encode_number(0xD7, 1) + _encode_number(0x73C5, 1)  # number and id of the track
     audio_type = _encode_number(0x83, 2)  # 1 is video, 2 is audio
     codec = _encode_element(0x86, _CODECS[context.name])
     private = _encode_element(0x63A2, bytes(context.extradata)) if context.extradata else b""
@@ -153,11 +153,11 @@ def _encode_number(name: int, value: int) -> bytes:
     return _encode_element(name, value.to_bytes(8, "big"))
 
 
-# Repack subtitles of text between files that hold text in different ways; styles are dropped.
+# Convert text subtitles between formats that store text differently; styles are dropped.
 _TEXT = {"subrip", "srt", "ass", "ssa", "webvtt", "mov_text", "text"}
 _ENCODERS = {".mkv": "srt", ".mp4": "mov_text", ".mov": "mov_text"}
-_ASS_FIELDS = 8  # before the text: order, layer, style, name, three margins, effect
-# what the encoders want to know of the looks of the text, before there is any
+_ASS_FIELDS = 8  # fields before the text: order, layer, style, name, three margins, effect
+# style header that the encoders require before any text
 _HEADER = b"""[Script Info]
 ScriptType: v4.00+
 

@@ -1,6 +1,6 @@
-"""Vary pictures each time they are trained: colors, place of the crop, mirroring.
+"""Augment images at each training step: colors, crop position, mirroring.
 
-Pictures are H W C uint8 RGB. All draws come from the generator that is passed in.
+Images are H W C uint8 RGB. All random numbers come from the given generator.
 """
 
 import random
@@ -13,8 +13,8 @@ import numpy as np
 from modules.media.buckets import Fit, Size, how_to_resize
 from modules.media.reading import Frame
 
-COLOR_RATE = 1 / 3  # of images whose colors change, as image trainers do it
-MAX_HUE = 8  # of 180 steps of a color wheel, either way
+COLOR_RATE = 1 / 3  # fraction of images whose colors change, as in image trainers
+MAX_HUE = 8  # of 180 hue steps, in both directions
 GAMMAS = (0.95, 1.05)
 
 _FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")
@@ -24,7 +24,7 @@ _FACE = re.compile(r"_(\d+)_(\d+)_(\d+)_(\d+)$")
 class Face:
     """Position and size of a face in an image, in pixels."""
 
-    x: int  # of its middle
+    x: int  # x of its center
     y: int
     width: int
     height: int
@@ -87,7 +87,7 @@ def fit_face(
         """
         side = bucket[axis]
         first = middle - side / 2
-        if anywhere and length < side:  # from the face at the end of the crop to the face at its start
+        if anywhere and length < side:  # any start that keeps the face inside
             first = rng.uniform(middle + length / 2 - side, middle - length / 2)
         return min(max(0, round(first)), resized[axis] - side)
 

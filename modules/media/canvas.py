@@ -1,4 +1,4 @@
-"""A reference picture on a white canvas of its clip's size."""
+"""Place a reference image on a white canvas of the clip's size."""
 
 import numpy
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor
 from modules.media.pixels import to_pixels
 from modules.media.reading import resize_frame
 
-STEP = 8  # pixels, of a latent
+STEP = 8  # pixels per latent
 
 
 def on_white(frame: NDArray[numpy.uint8], width: int, height: int) -> Tensor:

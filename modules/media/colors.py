@@ -1,9 +1,9 @@
-"""Turn an opened picture into the colors that a viewer shows: sRGB, and white behind what is transparent.
+"""Convert an opened image to the colors that a viewer shows: sRGB, on white where it is transparent.
 
-A picture is turned band by band: beside its pixels as Pillow decodes them, and those that are returned, only
-some MiB are held.
+An image is converted in bands of rows, so that only some MiB are needed in addition to the decoded and the
+returned pixels.
 
-Browsers are the model: a color profile counts, then the chunk sRGB of a PNG, then gAMA and cHRM; EXIF's
+As in browsers, a color profile takes precedence, then a PNG's chunk sRGB, then gAMA and cHRM; EXIF's
 color space is ignored.
 """
 
@@ -23,24 +23,24 @@ logger = logging.getLogger(__name__)
 
 Frame = NDArray[np.uint8]  # H W C
 
-# what caches note of how pixels were read. 0: without transparency and color profiles; 1, or true: with
-# these, without colors that clips and AVIFs name by codes, and with pixels of clips that are not square;
-# 2: with all of these, without the mirroring of clips, and with frames of folders in the order of texts
+# version of reading pixels, recorded in caches. 0: without transparency and color profiles; 1, or true: with
+# these, without color codes of clips and AVIFs, and with non-square pixels of clips;
+# 2: with all of these, without mirrored clips, and with frames of folders sorted as text
 AS_SHOWN = 3
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
-# Pillow's modes that count as gray when a profile is chosen. Browsers let profiles of RGB count for gray
+# Pillow's modes that count as gray when a profile is selected. Browsers apply RGB profiles to gray
 # images too
 _GRAY = frozenset({"1", "L", "LA", "La"})
-_LEVELS = 2  # of 255, by which conversions of sRGB to sRGB differ between the many profiles that are sRGB
-_SCREEN = 2.2  # value of 1 / gAMA that browsers take for the curve of sRGB
-_NEAR = 0.05  # how far the product of gAMA and _SCREEN may be from 1
+_LEVELS = 2  # of 255; sRGB profiles differ by up to this when converted to sRGB
+_SCREEN = 2.2  # value of 1 / gAMA that browsers treat as the curve of sRGB
+_NEAR = 0.05  # maximum difference of gAMA * _SCREEN from 1
 # x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
 _SRGB_PLACES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
-# codes of ITU-T H.273, as cICP and videos have them: primaries, and exponents as in gAMA; None: the curve of
-# sRGB, which browsers take those of television for too
+# codes of ITU-T H.273 (cICP and videos): primaries, and exponents as in gAMA. None stands for the curve of
+# sRGB, which browsers also use for television curves
 _CICP = "cicp"
 _INVERTED = "inverted"
-_PHOTOMETRIC = 262  # the tag of TIFF
+_PHOTOMETRIC = 262  # TIFF tag
 _PLACES = {
     1: _SRGB_PLACES,
     9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
@@ -49,11 +49,11 @@ _PLACES = {
 _GAMMAS = {**dict.fromkeys((1, 6, 13, 14, 15)), 4: 1 / 2.2, 5: 1 / 2.8, 8: 1.0}
 _UNSAID = 2
 HDR = {16: "PQ", 18: "HLG"}
-# in Pillow's names; photos with a map of their brightness (MPO) have several images, and do not move
+# Pillow's formats of animations; MPO photos have several images too, but are not animated
 _ANIMATED_FORMATS = {"AVIF", "GIF", "PNG", "WEBP"}
-_BOX_BYTES = 1 << 16  # at the start of an AVIF file, searched for the box of its colors
-_BAND_PIXELS = 1 << 18  # that are turned at a time
-_D50 = np.array([0.9642, 1.0, 0.8249])  # white of profiles (ICC.1)
+_BOX_BYTES = 1 << 16  # bytes at the start of an AVIF file that are searched for its color box
+_BAND_PIXELS = 1 << 18  # pixels converted at a time
+_D50 = np.array([0.9642, 1.0, 0.8249])  # white point of profiles (ICC.1)
 _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 
 
@@ -61,27 +61,27 @@ _BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0
 class Colors:
     """What the file of an image or a clip states about its colors."""
 
-    is_transparent: bool  # somewhere
-    is_converted: bool  # its numbers are not those of sRGB
-    fault: str | None = None  # why its profile is not used
+    is_transparent: bool  # whether any pixel is transparent
+    is_converted: bool  # its colors differ from sRGB and are converted
+    fault: str | None = None  # reason why its profile is not used
     hdr: str | None = None  # "PQ" or "HLG"
     is_interlaced: bool = False
-    by_codes: bool = False  # it is converted, by codes of a clip or of an AVIF
-    is_square: bool = True  # its pixels are
-    is_animated: bool = False  # it is an image of several frames, shown one after the other
+    by_codes: bool = False  # converted according to color codes of a clip or an AVIF
+    is_square: bool = True  # whether its pixels are square
+    is_animated: bool = False  # an image with several frames
 
 
 @dataclass(frozen=True)
 class _Profile:
     data: bytes
-    mode: str  # of the picture: "L", "RGB" or "CMYK"
-    path: Path = field(compare=False)  # of the first image that has it, for a message
+    mode: str  # mode of the image: "L", "RGB" or "CMYK"
+    path: Path = field(compare=False)  # first image with the profile, for messages
 
 
 def upright(file: Image.Image) -> Image.Image:
     """Apply the EXIF orientation to an opened image, and return the image."""
     _note_info(file)
-    ImageOps.exif_transpose(file, in_place=True)  # without a copy of its pixels
+    ImageOps.exif_transpose(file, in_place=True)  # in place, to save memory
     return file
 
 
@@ -94,10 +94,10 @@ def _note_info(file: Image.Image) -> None:
         # Pillow scales pixels to 8 bits, but not this color: 2 bits by 255 / 3, 4 bits by 255 / 15
         factor = {"L;2": 85, "L;4": 17}.get(raw_mode, 1)
         file.info["transparency"] = transparent * factor if factor > 1 else transparent
-        if raw_mode == "RGB;16B":  # of pixels only the high bytes are read
+        if raw_mode == "RGB;16B":  # Pillow reads only the high bytes
             file.info["transparency"] = tuple(value >> 8 for value in transparent)
     if file.mode.startswith("I;16") and getattr(file, "tag_v2", {}).get(_PHOTOMETRIC) == 0:
-        file.info[_INVERTED] = True  # white is 0, which Pillow handles for 8 bits only
+        file.info[_INVERTED] = True  # 0 is white, which Pillow handles only for 8 bits
     readers = {"PNG": _read_cicp, "AVIF": _read_nclx}
     codes = readers[file.format](file) if file.format in readers else None
     if codes is not None:
@@ -109,7 +109,7 @@ def shown_pixels(path: Path, image: Image.Image, alpha: bool) -> NDArray[np.uint
 
     `image` comes from `upright`. `path` is for messages only.
     """
-    image.load()  # which may change the mode
+    image.load()  # loading may change the mode
     keeps_alpha = alpha and _may_be_transparent(image)
     pixels = np.empty((image.height, image.width, 4 if keeps_alpha else 3), np.uint8)
     for rows, band in split_bands(image):
@@ -223,7 +223,7 @@ def _read_opacity(image: Image.Image) -> NDArray[np.uint8] | None:
 
 def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
     """Return the colors of an image as sRGB, H W 3, also below transparent pixels."""
-    if image.mode.startswith("I;16"):  # Pillow would clip 16 bit gray instead of scaling it
+    if image.mode.startswith("I;16"):  # Pillow would clip 16-bit gray instead of scaling it
         info = image.info
         gray = (np.asarray(image) >> 8).astype(np.uint8)  # the upper 8 of 16 bits
         image = Image.fromarray(~gray if _INVERTED in info else gray)
@@ -240,9 +240,9 @@ def _convert_to_srgb(path: Path, image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _in_mode(image: Image.Image, mode: str) -> Image.Image:
-    if image.mode in {"La", "RGBa"}:  # colors that are multiplied by their alpha
+    if image.mode in {"La", "RGBa"}:  # premultiplied colors
         image = image.convert("LA" if image.mode == "La" else "RGBA")
-    elif image.mode == "P" and "transparency" in image.info:  # else Pillow warns
+    elif image.mode == "P" and "transparency" in image.info:  # otherwise Pillow warns
         image = image.convert("RGBA")
     return image if image.mode == mode else image.convert(mode)
 
@@ -252,7 +252,7 @@ def _in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     """Return the ICC profile of an image, or one made from its PNG chunks; None if it has neither."""
-    if image.mode == "LAB":  # which Pillow converts to sRGB
+    if image.mode == "LAB":  # Pillow converts LAB to sRGB
         return None
     primaries, transfer = image.info.get(_CICP, (0, 0))
     content: bytes | None
@@ -316,7 +316,7 @@ def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
     return bool(abs(transformed - expected).max() <= _LEVELS)
 
 
-# What PNGs say in chunks of their own
+# Color chunks of PNG
 
 
 def _read_gamma(info: dict[Any, Any]) -> float | None:
@@ -328,7 +328,7 @@ def _read_gamma(info: dict[Any, Any]) -> float | None:
 def _read_cicp(file: Image.Image) -> tuple[int, int] | None:
     """Return primaries and transfer function of a PNG's chunk cICP, which Pillow ignores; None without it."""
     stream: Any = getattr(file, "fp", None)
-    if stream is None:  # its pixels are read
+    if stream is None:  # its pixels have been read
         return None
     position = stream.tell()
     try:
@@ -399,7 +399,7 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
 
 def _with_header(tags: dict[bytes, bytes]) -> bytes:
     """Return a profile of a display with these tags. Source of the layout: ISO 15076-1 (ICC.1), version 4."""
-    start = 132 + 12 * len(tags)  # of the tags' contents: behind the header and the table of tags
+    start = 132 + 12 * len(tags)  # offset of the tags' contents, after the header and the tag table
     table, body = b"", b""
     for name, content in tags.items():
         position = start + len(body)

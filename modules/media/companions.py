@@ -1,4 +1,4 @@
-"""Take all but the pictures from one video into another: sound, subtitles, attachments, chapters, tags.
+"""Copy all but the images from one video to another: audio, subtitles, attachments, chapters, tags.
 
 Packets are copied as they are. Streams that the new file's format cannot hold are converted or left out, and
 logged by name and reason.
@@ -22,20 +22,20 @@ from modules.media.reading import without_images
 
 logger = getLogger(__name__)
 
-# tags in which a writing program describes itself and its file
+# tags about the program that wrote the file
 _NOISE = re.compile(
     r"encoder|major_brand|minor_version|compatible_brands|duration|vendor_id|number_of_(frames|bytes)|bps"
     r"|_statistics_.*|rotate",
     re.IGNORECASE,
 )
 _NO_NAMES = {"SoundHandler", "VideoHandler", "SubtitleHandler", "DataHandler"}
-# codecs of sound that the format allows, but that few programs play
+# audio codecs that the format allows, but few programs play
 _UNPLAYED = {".mp4": re.compile("pcm_|vorbis"), ".mov": re.compile("vorbis")}
 _COVERS = {"mjpeg": ("cover.jpg", "image/jpeg"), "png": ("cover.png", "image/png")}
 _BEGINNING = 1000  # packets
-_DISCARD_ALL = 48  # FFmpeg's mark of streams that it reads itself
+_DISCARD_ALL = 48  # FFmpeg's flag: discard all packets of a stream
 
-Convert = Callable[[Any], Iterable[Any]]  # a packet, or the empty last one -> packets to write
+Convert = Callable[[Any], Iterable[Any]]  # a packet (the last one is empty) -> packets to write
 
 
 @dataclass
@@ -69,8 +69,8 @@ class Companions:
         self._tracks: dict[int, _Track] = {}
         self._packets: Iterator[Any] = iter(())
         self._waiting: Any = None
-        self._sent = 0  # packets that FFmpeg has taken, but may not have written
-        self._failed = 0  # of those
+        self._sent = 0  # packets passed to FFmpeg, which may buffer them
+        self._failed = 0  # packets among them that failed
 
     @property
     def tags(self) -> dict[str, str]:
@@ -140,7 +140,7 @@ class Companions:
         track = self._tracks[packet.stream.index]
         try:
             converted = list(track.convert(packet))
-        except av.FFmpegError:  # of a decoder
+        except av.FFmpegError:  # error of a decoder
             track.lost += 1
             return
         for new_packet in converted:
@@ -166,7 +166,7 @@ class Companions:
             self._add_attachment(target, stream, name)
         elif stream.type == "data" and (
             int(stream.discard) >= _DISCARD_ALL or "timecode" in stream.metadata
-        ):  # chapters or a time code, which FFmpeg writes anew in MP4 and MOV
+        ):  # chapters or a time code, which FFmpeg generates for MP4 and MOV
             return
         elif self._can_hold(stream):
             self._add_copy(target, stream, name)
@@ -222,7 +222,7 @@ class Companions:
             with open_container(self._path) as again:
                 first = _read_first_packet(again, stream.index)
             if first is not None and first.pts is not None:
-                before = self._origin - first.pts * first.time_base  # what comes before time 0
+                before = self._origin - first.pts * first.time_base  # duration before time 0
                 samples = round(before * stream.codec_context.sample_rate)
                 delayed = open_delayed(stream, samples) if samples > 0 else None
         if delayed is None:
@@ -243,7 +243,7 @@ class Companions:
             with open_container(self._path) as again, av.open(BytesIO(), "w", MUXERS[self._suffix]) as trial:
                 added = trial.add_stream_from_template(stream, opaque=True)
                 trial.start_encoding()
-                # text may begin anywhere in a long file
+                # the first text may come late in a long file
                 first = None if stream.type == "subtitle" else _read_first_packet(again, stream.index)
                 if first is not None:
                     first.stream = added
@@ -259,7 +259,7 @@ class Companions:
     def _describe(self, target: Any, source: Any) -> None:
         """Copy language, title and purpose of a stream to the new one."""
         tags = self._clean_tags(source.metadata)
-        title = tags.pop("name", None)  # as FFmpeg calls the title in MP4
+        title = tags.pop("name", None)  # FFmpeg's name of the title in MP4
         if title is not None:
             tags.setdefault("title", title)
         if tags.get("handler_name") in _NO_NAMES:
@@ -271,7 +271,7 @@ class Companions:
 
     def _clean_tags(self, tags: Mapping[str, str]) -> dict[str, str]:
         cleaned = {name: value for name, value in tags.items() if not _NOISE.fullmatch(name)}
-        # FFmpeg fails at time codes that leave frames out (;), unless the rate is 29.97 or a multiple of it
+        # FFmpeg fails at drop-frame time codes (;), unless the rate is a multiple of 29.97
         if ";" in cleaned.get("timecode", "") and round(self._rate) % 30:
             del cleaned["timecode"]
         return cleaned if self._covers else without_images(self._path, cleaned)

@@ -1,4 +1,4 @@
-"""Decode a video file or an animation picture by picture, and notice when it ends early."""
+"""Decode a video file or an animation frame by frame, and detect truncated files."""
 
 import re
 import struct
@@ -17,12 +17,12 @@ from modules.limits import MAX_PIXELS
 from modules.media.colors import blend_on_white, shown_pixels
 from modules.media.opening import av, open_image, open_video, reading, reject_cut, select_thread_type
 
-# decoders that read transparency, which FFmpeg's own do not, by the codec
+# codec -> decoder that reads transparency, unlike FFmpeg's default one
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
-MAX_RATIO = 4  # of the sides of a pixel: files with more are damaged
-NEARLY_SQUARE = 0.005  # a ratio that differs from 1 by less is a rounding error
-_DISPLAY_MATRIX = "DISPLAYMATRIX"  # PyAV's name of it among the side data of a frame
-TAIL = 64  # bytes; programs that fetch files may claim their whole length at once, in zeros
+MAX_RATIO = 4  # maximum aspect ratio of a pixel; files with more are damaged
+NEARLY_SQUARE = 0.005  # smaller differences of the ratio from 1 are rounding errors
+_DISPLAY_MATRIX = "DISPLAYMATRIX"  # PyAV's name of the display matrix in a frame's side data
+TAIL = 64  # bytes; download programs may fill a file with zeros first
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Orientation:
     """How a stored frame is rotated and mirrored for display: transposed first, then mirrored."""
 
     is_transposed: bool = False  # rows become columns
-    flips_columns: bool = False  # left and right change places
-    flips_rows: bool = False  # top and bottom change places
+    flips_columns: bool = False  # mirror left and right
+    flips_rows: bool = False  # mirror top and bottom
 
     @property
     def is_mirrored(self) -> bool:
@@ -42,7 +42,7 @@ class Orientation:
 AS_STORED = Orientation()
 
 
-# by the value of EXIF's orientation, which animated WebPs may have
+# value of EXIF's orientation, which animated WebPs may have -> orientation
 EXIF_ORIENTATION = 0x0112
 _BY_EXIF = {
     2: Orientation(flips_columns=True),
@@ -89,7 +89,7 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
         MediaError: If the file is damaged, ends before the length that it states, or has no frame.
     """
     stream.thread_type = select_thread_type(stream.codec_context)
-    decoder: Any = None  # for packets with transparency, if the stream's own decoder would drop it
+    decoder: Any = None  # decoder for transparency, if the default one drops it
     orientation = AS_STORED
     if hides_alpha(stream):
         decoder = _open_alpha_decoder(path, stream.codec_context.name)
@@ -99,13 +99,13 @@ def decode_frames(path: Path, container: Any, stream: Any) -> Iterator[TimedFram
             orientation = read_orientation(first)
     default_seconds = 1 / float(stream.average_rate) if stream.average_rate else 0.0
     num_frames = 0
-    end_seconds = 0.0  # from which the last frame is shown
+    end_seconds = 0.0  # end time of the last frame
     for packet in container.demux(stream):
         if packet.is_corrupt:
             raise MediaError(
                 f"{path} is damaged or cut short: only {count_of(num_frames, 'frame')} could be read"
             )
-        # the last packet, which has no data, makes the decoder give what it holds back
+        # the empty last packet flushes the decoder
         content = packet if packet.size else None
         frames = packet.decode() if decoder is None else decoder.decode(content)
         for frame in frames:
@@ -180,7 +180,7 @@ def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = Fals
     With `deep`, return 16 bits a channel, else 8.
     """
     kind, transparent = ("rgb48le", "rgba64le") if deep else ("rgb24", "rgba")
-    # in one thread: with several, swscale at times damages rows
+    # in one thread, because swscale with several threads sometimes damages rows
     if not has_alpha(frame):
         pixels: NDArray[Any] = frame.to_ndarray(format=kind, threads=1)
         return pixels
@@ -188,7 +188,7 @@ def frame_pixels(frame: Any, stream: Any, deep: bool = False, alpha: bool = Fals
     if alpha:
         return with_alpha
     opacity = with_alpha[..., 3:]
-    # the fourth byte of bare pixels in AVI is mostly nothing, often 0
+    # the fourth byte of raw pixels in AVI is usually unused, not alpha
     is_bare = stream.codec_context.name == "rawvideo" and stream.container.format.name == "avi"
     pixels = frame.to_ndarray(format=kind, threads=1)
     if is_bare or opacity.min() == np.iinfo(opacity.dtype).max:
@@ -289,7 +289,7 @@ def time_origin(container: Any) -> Fraction:
 
     Recordings of broadcasts begin anywhere, cut files where they were cut.
     """
-    if not container.start_time:  # in microseconds, rounded
+    if not container.start_time:  # start time in rounded microseconds
         return Fraction(0)
     rounded = Fraction(container.start_time, 1_000_000)
     exact = [
@@ -305,7 +305,7 @@ def time_origin(container: Any) -> Fraction:
 # Frame counts and durations come from the block headers, without decoding; Pillow decodes and applies the
 # disposal of frames. Every failure is a MediaError with the file and the reason.
 ANIMATION_SUFFIXES = frozenset({".gif", ".webp"})
-SHORTEST = 0.011  # seconds; browsers show frames that state less for USUAL, and so do their makers expect
+SHORTEST = 0.011  # seconds; browsers show shorter frames for DEFAULT instead
 DEFAULT = 0.1
 _CUT = "is damaged or cut short: it ends before its last frame does"
 

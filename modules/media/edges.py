@@ -1,4 +1,4 @@
-"""Draw the edges of a picture, as ControlNets of edges take them."""
+"""Draw the edges of an image, as input for edge ControlNets."""
 
 import cv2
 import numpy as np

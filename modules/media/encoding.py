@@ -1,6 +1,6 @@
-"""Encode pictures to a video stream: the one encoder of all videos that are written.
+"""Encode images to a video stream. All videos are written with this encoder.
 
-It counts pictures; its output does not depend on their times. Packets are given their times afterwards.
+It numbers the images; its output does not depend on their times. Packets get their times afterwards.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from modules.media.opening import av, open_container
 
 logger = getLogger(__name__)
 
-# tags that MP4 has fields of its own for; any other needs `use_metadata_tags`
+# tags with standard fields in MP4; all others need `use_metadata_tags`
 _MP4_TAGS = frozenset((
     "title", "artist", "album_artist", "composer", "album", "date", "comment", "genre", "copyright",
     "grouping", "lyrics", "description", "synopsis", "show", "episode_id", "network", "keywords",
@@ -66,15 +66,15 @@ class Codec:
     options: Mapping[str, str]
     has_crf: bool  # whether it has the options crf and preset
     suffixes: tuple[str, ...]
-    threads: int = 0  # that work on whole images; 0: one for each core, where the bytes are the same
+    threads: int = 0  # threads; 0: one per core, if that does not change the bytes
 
 
-# One thread that looks ahead, as several divide images and judge each part alone. With AVX-512, x264's
-# macroblock tree also adds up lanes behind the end of a row, which nobody wrote: equal images would become
+# One lookahead thread, because several divide images and analyze each part alone. With AVX-512, x264's
+# macroblock tree also adds uninitialized lanes after the end of a row: equal images would become
 # different files. Whatever has AVX-512 has AVX2; without the tree files are much larger (docs/decisions.md)
-_AVX512F = 13  # CV_CPU_AVX_512F, which OpenCV has for C++ only
+_AVX512F = 13  # CV_CPU_AVX_512F, which OpenCV defines only in C++
 X264 = {"x264-params": "lookahead-threads=1" + (":asm=avx2" if cv2.checkHardwareSupport(_AVX512F) else "")}
-# A fixed number of threads: with one for each core, what they make depends on the machine
+# A fixed number of threads: with one per core, the result depends on the machine
 _CODECS = {
     "h264": Codec(
         encoder="libx264",
@@ -100,7 +100,7 @@ _CODECS = {
         suffixes=(".mkv", ".mov"),
     ),
 }
-LONE_COLUMN = 64  # pixels: where libx265 has one column of blocks, its result differs from run to run
+LONE_COLUMN = 64  # pixels; with one column of blocks, libx265 is not deterministic
 
 # width, height: with 40 x 64, 48 x 48 or 48 x 32 pixels libx265 damages memory, which at times ends the
 # process; from 64 x 40 on it did not in many trials
@@ -198,7 +198,7 @@ def add_video_stream(
     context.colorspace = context.color_primaries = context.color_trc = colors.Colorspace.ITU709.value
     context.color_range = colors.ColorRange.MPEG.value
     if kind.encoder == "libx265" and container.format.name in ("mp4", "mov"):
-        context.codec_tag = "hvc1"  # common players open no other
+        context.codec_tag = "hvc1"  # common players require it
     context.thread_type, context.thread_count = "FRAME", kind.threads
     if kind.encoder == "libx265" and stream.width <= LONE_COLUMN:
         stream.options["x265-params"] += ":ctu=32"  # smaller blocks, so that there are two columns
@@ -236,13 +236,13 @@ def encode_images(stream: Any, pictures: Iterable[Pixels]) -> Iterator[Any]:
             format=stream.pix_fmt,
             dst_colorspace=colors.Colorspace.ITU709,
             dst_color_range=colors.ColorRange.MPEG,
-            threads=1,  # with several, swscale at times damages rows where their parts meet
+            threads=1,  # swscale with several threads sometimes damages rows
         )
         converted.pts = index
         converted.time_base = 1 / stream.codec_context.framerate
-        # ProRes takes them from the frames
+        # ProRes reads the colors from the frames
         converted.colorspace = converted.color_primaries = converted.color_trc = bt709
-        del even, exact, frame  # before the encoder takes memory
+        del even, exact, frame  # free memory before encoding
         with _name_encoder(stream):
             packets = stream.encode(converted)
         yield from packets

@@ -1,12 +1,12 @@
-"""Names of files that are no pictures to learn. Standard library only.
+"""Names of files that accompany training images. Standard library only.
 
-OneTrainer lays them next to a picture `cat.png`: its mask `cat-masklabel.png`, and the image that it is made
+OneTrainer stores them next to an image `cat.png`: its mask `cat-masklabel.png`, and the image that it is made
 from, `cat-condlabel.png`. There are folders of masks too.
 """
 
 MASK_LABEL, CONDITION_LABEL = "-masklabel", "-condlabel"
 MASK_FOLDERS = frozenset({"mask", "masks"})  # names of folders that hold masks and no images, lower case
-MASKS_BEFORE = ".before"  # in a folder of masks that this program has made or changed
+MASKS_BEFORE = ".before"  # subfolder in a folder of masks that this program has generated or changed
 LABELS = (MASK_LABEL, CONDITION_LABEL)
 
 

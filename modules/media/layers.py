@@ -1,4 +1,4 @@
-"""A picture as a stack of transparent layers: one file for each, and what they show together."""
+"""An image as a stack of transparent layers: a file for each layer, and their composition."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count
@@ -10,13 +10,13 @@ from numpy.typing import NDArray
 from modules.media.colors import Frame
 from modules.media.writing import write_png
 
-LAYER, COMPOSITE = "_layer{}", "_composite"  # behind the name of a result; layer 0 is the whole image
+LAYER, COMPOSITE = "_layer{}", "_composite"  # suffixes of a result's name; layer 0 is the whole image
 
 
 def compose_layers(layers: Sequence[Frame]) -> Frame:
     """Lay images, H W 4 uint8 with plain colors, one over the other, the first one lowest: H W 4 uint8."""
     height, width, _ = layers[0].shape
-    colors: NDArray[np.float64] = np.zeros((height, width, 3))  # times opacity
+    colors: NDArray[np.float64] = np.zeros((height, width, 3))  # colors multiplied by opacity
     opacity: NDArray[np.float64] = np.zeros((height, width, 1))
     for layer in layers:
         alpha = layer[..., 3:] / 255.0

@@ -19,7 +19,7 @@ class ClipLengths:
         return self.first if self.first > 1 else self.first + self.step
 
     def fit(self, frames: int) -> int:
-        """Return the largest length up to `frames`, which are at least 1."""
+        """Return the largest length that is at most `frames`, which is at least 1."""
         if 0 < frames < self.first:
             return 1
         return (frames - self.first) // self.step * self.step + self.first

@@ -1,4 +1,4 @@
-"""Measure pictures and clips: brightness, black, static, sharpness, hashes of copies, and cuts of scenes.
+"""Measure images and clips: brightness, black, stillness, sharpness, hashes of copies, and scene cuts.
 
 A frame is `H W 3` uint8 RGB; the frames of a clip are a sequence of those, all of one size, for example some
 that were sampled evenly (F H W 3 works too). Equal frames give equal numbers. All measures are taken at a
@@ -24,24 +24,24 @@ Gray = NDArray[np.float32]  # h w, 0..1
 # Rec. 601, as in FFmpeg and Pillow
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
-BLACK_PIXEL = 0.10  # of the range, and the share of such pixels: FFmpeg's blackdetect
+BLACK_PIXEL = 0.10  # as fraction of the range, and fraction of such pixels, as in FFmpeg's blackdetect
 BLACK_SHARE = 0.98
 BLACK_SIDE = 128
 
-# Of the range. A keyframe of a compressed still differs from its neighbors by up to 0.006 in a cell.
+# Fraction of the range. A keyframe of a compressed still differs from neighbors by up to 0.006 in a cell.
 STATIC_CHANGE = 0.012
-CELLS = 32  # of the shorter side: a mouth that talks fills several in a portrait
+CELLS = 32  # cells along the shorter side; in a portrait, a talking mouth fills several
 
-SHARP_SIDE = 512  # about what models are trained on: blur that is gone at this size does no harm
-SMOOTHING = 1.0  # pixels, before the Laplacian: else rounding and noise count as sharp
+SHARP_SIDE = 512  # about the training size: blur that vanishes at this size is harmless
+SMOOTHING = 1.0  # pixels, before the Laplacian, so that rounding and noise do not count as sharp
 TILES = 8  # rows and columns
-SHARP_SHARE = 0.25  # of the tiles: a portrait before a soft background is sharp
+SHARP_SHARE = 0.25  # fraction of tiles: a portrait with a blurred background is sharp
 # twenty photographs in focus have 0.0065 to 0.2; Gaussian blur of 0.6 % of their width leaves less in most
 BLURRED = 0.002
 
 FLAT = 0.008  # standard deviation of gray values below which there is no structure: two of 255 steps
 HASH_SIDE, HASH_BLOCK = 32, 8
-NEAR = 6  # bits that differ between copies, at most; images that have nothing in common differ in about 31
+NEAR = 6  # maximum differing bits of copies; unrelated images differ in about 31
 CLIP_FRAMES = 4  # frames whose hashes make up a clip's
 
 
@@ -122,7 +122,7 @@ def perceptual_hash(frame: Frame) -> int:
     if gray.std() < FLAT:
         return 0
     terms = cv2.dct(gray)[:HASH_BLOCK, :HASH_BLOCK].ravel()[1:]
-    # rounded, so that terms that differ from 0 by rounding errors only give 0 everywhere
+    # rounded, so that rounding errors count as 0 on every machine
     is_above = np.round(terms, 4) > round(float(np.median(terms)), 4)
     return int("".join("1" if bit else "0" for bit in is_above), 2)
 
@@ -166,12 +166,12 @@ def _reduce(frame: Frame, factor: float) -> Gray:
 #
 # A cut changes both the structure and the colors at once. Motion moves things and keeps the colors; a flash
 # or a fade changes the brightness and leaves everything in its place. So both distances have to be large.
-LONG_SIDE = 32  # of a thumbnail
-MAX_SHIFT = 6  # cells that all may have moved together, in x and y
-BINS = 16  # of the histogram of each color
-SMALL_CHANGE = 0.05  # of the range: images that differ less on average count less
+LONG_SIDE = 32  # longer side of a thumbnail
+MAX_SHIFT = 6  # maximum shift of the image in cells, in x and y
+BINS = 16  # histogram bins per color
+SMALL_CHANGE = 0.05  # fraction of the range; smaller average differences reduce the distance
 FLAT_SCENE = 0.005  # deviation of the gray values below which there is no structure to compare
-WHITE = 245  # of 255
+WHITE = 245  # of 255; at least this counts as white
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class Thumbnail:
     """Reduced image for comparisons."""
 
     grey: NDArray[np.float32]  # h w, 0..1
-    is_white: NDArray[np.bool_]  # h w: a color is at its upper end
+    is_white: NDArray[np.bool_]  # h w: some color is at its maximum
     histogram: NDArray[np.float32]  # 3 BINS, each of a sum of 1
 
 
@@ -215,14 +215,14 @@ def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) ->
     colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
     change = float(np.abs(first.grey - second.grey).mean())
     smallness = min(1.0, change / SMALL_CHANGE)
-    max_structure = 2.0  # of images that are each other's negatives
+    max_structure = 2.0  # structure distance of an image and its negative
     if colors * smallness == 0 or float(np.sqrt(max_structure * colors)) * smallness < minimum:
         return 0.0
     height, width = first.grey.shape
     max_y = min(MAX_SHIFT, height // 4)
     max_x = min(MAX_SHIFT, width // 4)
     best = _correlate(first, second, 0, 0)
-    if best is None:  # the structure counts 0
+    if best is None:  # structure cannot be compared: count it as 0
         return 0.0
     for y in range(-max_y, max_y + 1):
         for x in range(-max_x, max_x + 1):

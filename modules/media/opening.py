@@ -1,4 +1,4 @@
-"""Open images and videos that others made: formats that hold their own pixels, no other file, no absurd size.
+"""Open untrusted images and videos: only self-contained formats, no other files, no excessive sizes.
 
 FFmpeg and Pillow choose a reader by a file's content, not by its suffix: a clip may be a list of other files
 (concat, HLS), a name a pattern for many (image2), a picture a program for Ghostscript (EPS). None is opened.
@@ -25,17 +25,17 @@ from modules.limits import (
 )
 from modules.text_files import require_regular_file
 
-# FFmpeg's names of formats that hold their own pixels; the last two lines: bare streams, and single images
+# FFmpeg's names of self-contained formats; the last two lines: raw streams, and single images
 VIDEO_FORMATS = (
     "mov", "matroska", "avi", "flv", "asf", "mpeg", "mpegts", "ogg",
     "gif", "apng", "nut", "mxf", "rm", "wtv", "dv", "swf",
     "mpegvideo", "m4v", "h264", "hevc", "ivf", "obu", "mjpeg", "yuv4mpegpipe",
     "png_pipe", "jpeg_pipe", "bmp_pipe", "webp_pipe", "tiff_pipe",
 )  # fmt: skip
-# suffixes of sound files, lower case
+# suffixes of audio files, lower case
 AUDIO_SUFFIXES = frozenset({".wav", ".flac", ".mp3", ".m4a", ".aac", ".ogg", ".oga", ".opus", ".aif"})
 AUDIO_SUFFIXES |= {".aiff", ".wma", ".mka", ".ac3"}
-# FFmpeg's names of the formats above, and of those that hold only sound
+# FFmpeg's names of the formats above, and of audio formats
 AUDIO_FORMATS = (
     *VIDEO_FORMATS,
     "wav", "w64", "flac", "mp3", "aac", "ac3", "eac3", "aiff", "caf", "au", "amr", "dts", "tta", "wv", "ape",
@@ -45,21 +45,21 @@ IMAGE_FORMATS = (
     "PNG", "JPEG", "MPO", "WEBP", "BMP", "AVIF", "HEIF", "JXL",
     "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "ICO", "TGA",
 )  # fmt: skip
-# bytes for each pixel that are held while an image of a format is decoded and turned, as measured; others
+# measured bytes per pixel while an image of a format is decoded and rotated; other formats
 # take at most DECODED_BYTES: 4 as Pillow holds them, 8 as a decoder does or as they are returned
 DECODER_BYTES = {"WEBP": 17, "JPEG2000": 25, "AVIF": 30, "HEIF": 30, "JXL": 40}
 DECODED_BYTES = 12
-# no other file and no network, whatever a file asks for; the last two for MOV's external data references
+# open no other files and no network; the last two disable MOV's external data references
 _ALONE = {
     "protocol_whitelist": "file",
     "enable_drefs": "0",
     "use_absolute_path": "0",
 }
-LARGE_FRAME_BYTES = 1 << 25  # of a decoded frame: above 4K of 10 bits
-_LONE_CODECS = frozenset({"png", "ffv1"})  # whose frames stand alone, though FFmpeg does not say so
-ATTACHED_IMAGE = 1 << 10  # FFmpeg's mark of covers, which are streams of images to it
+LARGE_FRAME_BYTES = 1 << 25  # of a decoded frame; larger than 10-bit 4K
+_LONE_CODECS = frozenset({"png", "ffv1"})  # intra-only codecs that FFmpeg does not mark as such
+ATTACHED_IMAGE = 1 << 10  # FFmpeg's flag of cover images, which it treats as video streams
 
-# what Pillow and its plugins raise for files that are damaged or made to do harm
+# errors of Pillow and its plugins for damaged or malicious files
 _DAMAGE: tuple[type[Exception], ...] = (
     OSError, ValueError, SyntaxError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
 )  # fmt: skip
@@ -119,7 +119,7 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         if stream is None:
             kinds = ", ".join(stream.type for stream in container.streams) or "nothing"
             raise MediaError(f"{path} has no video stream, only {kinds}")
-        if is_cover(stream):  # of a song
+        if is_cover(stream):  # cover image of a song
             raise MediaError(f"{path} has no video stream, only sound and a cover picture")
         if stream.codec_context is None:
             raise MediaError(f"{path} is damaged, or its video is of a kind that FFmpeg here does not know")
@@ -150,9 +150,9 @@ def select_thread_type(codec: Any) -> str:
     return "SLICE" if is_large else "AUTO"
 
 
-# kinds of boxes that MP4 and MOV files begin with
+# types of the first box in MP4 and MOV files
 _FIRST_BOXES = frozenset({b"ftyp", b"moov", b"mdat", b"wide", b"free", b"skip", b"pnot"})
-_MAX_BOXES = 100_000  # of a file in fragments
+_MAX_BOXES = 100_000  # maximum number of boxes in a fragmented file
 
 
 def reject_cut(path: Path) -> None:
@@ -161,7 +161,7 @@ def reject_cut(path: Path) -> None:
     Source: ISO/IEC 14496-12, 4.2.
     """
     size = path.stat().st_size
-    position = 0  # where the next box begins
+    position = 0  # offset of the next box
     kinds: set[bytes] = set()
     with path.open("rb") as file:
         for _ in range(_MAX_BOXES):
@@ -171,7 +171,7 @@ def reject_cut(path: Path) -> None:
             kind = head[4:8]
             if not kinds and kind not in _FIRST_BOXES:
                 return
-            if not head or length == 0 and len(head) > 7:  # the last one may go to the end of the file
+            if not head or length == 0 and len(head) > 7:  # the last box may extend to the end of the file
                 break
             kinds.add(kind)
             if length == 1:
@@ -198,7 +198,7 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
     try:
         # without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol
         return av.open(f"file:{path}", metadata_errors="replace", options=options)
-    except av.ArgumentError:  # what FFmpeg answers for a format that is not in the list
+    except av.ArgumentError:  # FFmpeg's error for a format that is not in the list
         kind, such = ("video", ".mp4, .mov, .mkv") if formats is VIDEO_FORMATS else ("sound", ".wav, .flac")
         raise MediaError(
             f"{path} is in no {kind} format that is read here, or it is a list of other files, which is not "
@@ -259,15 +259,15 @@ def reading(path: Path) -> Iterator[None]:
         if _is_video(path):
             raise MediaError(f"{path} is a video, and an image is needed") from None
         raise MediaError(f"{path} is no image that can be read, or it is damaged") from None
-    except Image.DecompressionBombError:  # Pillow looks at the size first, by a bound above ours
+    except Image.DecompressionBombError:  # Pillow checks the size first, with a limit above ours
         raise MediaError(
             f"{path} has more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read. Make the picture "
             "smaller."
         ) from None
-    # FFmpeg's errors are known if its package has been imported by now
+    # catch FFmpeg's errors only if its package has been imported
     except (*_DAMAGE, getattr(sys.modules.get("av"), "FFmpegError", OSError)) as error:
         reason = getattr(error, "strerror", None) or str(error)
-        if "truncated" in reason.lower():  # in Pillow's words: Truncated File Read
+        if "truncated" in reason.lower():  # Pillow's message: Truncated File Read
             reason = "the file is cut short"
         raise MediaError(f"{path} cannot be read: {reason}") from error
 

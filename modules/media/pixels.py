@@ -1,4 +1,4 @@
-"""Images and videos on disk as the pixels that a VAE encodes, B 3 F H W float32 in -1..1, and back to frames.
+"""Read images and videos as pixels for a VAE, B 3 F H W float32 in -1..1, and convert pixels to frames.
 
 The media libraries are imported with the first file, so that networks also run without them, for example in
 benchmarks.
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from modules.errors import MediaError
 
-if TYPE_CHECKING:  # the type alone
+if TYPE_CHECKING:  # only for type hints
     from modules.media.buckets import Size
 
 logger = getLogger(__name__)

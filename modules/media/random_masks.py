@@ -1,4 +1,4 @@
-"""Random masks for inpainting: clouds, polygons and shapes. True is repainted.
+"""Random masks for inpainting: clouds, polygons and shapes. True is to be repainted.
 
 Shares and sizes are those of sd-scripts, so that models learn the same masks.
 """
@@ -14,14 +14,14 @@ from numpy.typing import NDArray
 
 BoolMask = NDArray[np.bool_]  # H W
 
-CLOUD, POLYGON, SHAPE = 0.40, 0.35, 0.25  # how often each kind is drawn
+CLOUD, POLYGON, SHAPE = 0.40, 0.35, 0.25  # probability of each kind
 UNITED = 0.33  # fraction of clouds with a polygon or a shape in addition
 OCTAVES = 4
-CELLS = 16  # of the first octave, along each side
+CELLS = 16  # cells of the first octave along each side
 CLOUD_AREA = (0.1, 0.3)  # fraction of the image
-AREA = (0.1, 0.6)  # of the circle that has the corners of a polygon, and of a shape
+AREA = (0.1, 0.6)  # area of a polygon's circle, and of a shape, as fraction of the image
 CORNERS = 6
-MIN_RADIUS = 0.6  # of a corner, as a fraction of the polygon's
+MIN_RADIUS = 0.6  # minimum distance of a corner, as fraction of the maximum
 
 
 def draw_mask(height: int, width: int, rng: random.Random) -> BoolMask:
@@ -54,7 +54,7 @@ def draw_cloud(height: int, width: int, rng: random.Random) -> BoolMask:
 def draw_polygons(height: int, width: int, rng: random.Random) -> BoolMask:
     """Draw one or two polygons with corners at even angles and random distances, H W.
 
-    The area of a circle of the mean radius is a random fraction of the image, within AREA.
+    The area of a circle of the maximum distance is a random fraction of the image, within AREA.
     """
     mask = np.zeros((height, width), np.uint8)
     area = height * width

@@ -48,7 +48,7 @@ TIFF_SUFFIXES = frozenset({".tif", ".tiff"})
 # suffixes of images that Pillow always reads, lower case
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"}) | TIFF_SUFFIXES
 
-# at which share of a frame's time at a new rate its image is looked up: away from the edges of images at
+# fraction of a frame's duration at a new rate at which its image is selected: away from image boundaries at
 # the usual rates, because files round their times to milliseconds
 PLACE_IN_FRAME = 0.3
 
@@ -63,9 +63,9 @@ OPENCV_METHODS = {
     "lanczos4": cv2.INTER_LANCZOS4,
 }
 
-PROGRESSIVE = 1  # FFmpeg's orders of fields: 0 unknown, above 1 interlaced
-ONE_COLOR = 2  # of 255, by which one color may differ: programs round what is transparent
-TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # tags of an image as it is stored
+PROGRESSIVE = 1  # FFmpeg's field orders: 0 unknown, above 1 interlaced
+ONE_COLOR = 2  # of 255; tolerance of one color, because programs round transparent pixels
+TIFF_WIDTH, TIFF_HEIGHT = 0x0100, 0x0101  # TIFF tags of the stored size
 
 
 @dataclass(frozen=True)
@@ -177,12 +177,12 @@ def media_colors(path: Path) -> Colors:
 
 
 def read_mask(path: Path) -> Frame:
-    """Read a mask, H W 3: white counts; if it is drawn by transparency, opaque does.
+    """Read a mask, H W 3, white where it is set. A mask drawn by transparency is set where it is opaque.
 
     Raises MediaError if it cannot be read.
     """
     look = MaskLook()
-    on_white, opacity = look.add(read_image(path, alpha=True))  # which alone holds the frame: it is large
+    on_white, opacity = look.add(read_image(path, alpha=True))  # keeps no second large frame
     return np.repeat(opacity[..., None], 3, axis=2) if look.is_drawn else on_white
 
 
@@ -227,7 +227,7 @@ def image_size(path: Path) -> Size:
     """
     with open_image(path) as image:
         width, height = image.size
-        if image.format == "TIFF":  # whose size Pillow has turned already
+        if image.format == "TIFF":  # Pillow has already rotated its size
             width, height = (int(image.getexif()[tag]) for tag in (TIFF_WIDTH, TIFF_HEIGHT))
         is_sideways = image.getexif().get(decoding.EXIF_ORIENTATION, 1) >= 5
         return (height, width) if is_sideways else (width, height)
@@ -385,7 +385,7 @@ def frames_at(
     moment = next(moments)
     file_start = 0.0
     shown: Frame | None = None
-    start = 0.0  # of the shown frame
+    start = 0.0  # start time of the shown frame
     end = 0.0
     number = -1
     is_first = True
@@ -403,7 +403,7 @@ def frames_at(
         start = frame_start
         end = frame_end
         number += 1
-    assert shown is not None  # else `timed_frames` raises
+    assert shown is not None  # otherwise `timed_frames` raises
     _check_shown(path, end - start)
     while is_first or moment < end - file_start:
         yield shown, number, moment
@@ -435,7 +435,7 @@ def video_info(path: Path) -> VideoInfo:
         height = first.height
         if decoding.is_sideways(first):
             width, height = height, width
-        # a header may claim any number of frames; each takes a byte at least
+        # headers may be wrong, but each frame takes at least a byte
         frames = stream.frames if 0 < stream.frames <= path.stat().st_size else None
         fps = float(stream.average_rate) if stream.average_rate else None
         if frames and fps:
@@ -508,12 +508,12 @@ def _check_shown(path: Path, seconds: float) -> None:
         )
 
 
-# The texts that images and videos carry.
+# Metadata texts of images and videos.
 logger = logging.getLogger(__name__)
 
-# metadata of cameras and editors, which hold a small image written as letters, and any text like that
+# metadata of cameras and editors that may contain a thumbnail as text, and similar texts
 _OF_IMAGES = re.compile(r"xmp|exif|raw profile|thumb|coverart|metadata_block_picture", re.IGNORECASE)
-# what a tool did to a finished file, counted on; mkv stores names in upper case
+# numbered processing steps of a finished file; mkv stores names in upper case
 TOOL_TAG = re.compile(r"post_(\d{1,6})", re.IGNORECASE)
 _CODED = re.compile(r"(?:[A-Za-z0-9+/=_-]{40,}\s){9}|[A-Za-z0-9+/=_-]{400}")
 

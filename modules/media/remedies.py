@@ -1,4 +1,4 @@
-"""Say what to do with files of kinds that nothing here reads. Standard library only."""
+"""Advice for kinds of files that this program does not read. Standard library only."""
 
 # what to do with files of other kinds
 REMEDIES = {

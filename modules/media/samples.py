@@ -1,4 +1,4 @@
-"""Read the sound of a part of a file: decoded, resampled, at its place in time, silence where it has none."""
+"""Read the audio of a section of a file, decoded and resampled; missing audio is silence."""
 
 import contextlib
 import errno
@@ -20,10 +20,10 @@ logger = getLogger(__name__)
 
 Samples = NDArray[np.float32]  # channels S
 
-EARLIER = 1  # seconds before a section at which reading begins: decoders need some packets to settle
-ROUNDING = Fraction(1, 20)  # seconds; times of sound that are off by less are rounded, not gaps
-LAYOUTS = {1: "mono", 2: "stereo"}  # that samples are converted to, by channels
-# bare streams, whose times behind a jump are guessed from the bit rate
+EARLIER = 1  # seconds of audio decoded before a section, because decoders need some packets
+ROUNDING = Fraction(1, 20)  # seconds; smaller time differences are rounding, not gaps
+LAYOUTS = {1: "mono", 2: "stereo"}  # channels -> FFmpeg layout of the result
+# raw streams: after a seek, FFmpeg guesses their times from the bit rate
 _WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"})
 
 
@@ -34,8 +34,8 @@ class TrackInfo:
     rate: int  # samples in a second
     channels: int
     start: Fraction
-    end: Fraction | None  # None: it is not known
-    tracks: int  # how many there are; FFmpeg chooses the default one, or the best
+    end: Fraction | None  # None if unknown
+    tracks: int  # number of tracks; FFmpeg selects the default or best one
 
 
 def track_info(path: Path) -> TrackInfo | None:
@@ -208,7 +208,7 @@ def _decode(
             )
             first = next(numbered, None)
             if seeks and (first is None or first[0] > 0):
-                continue  # a file that cannot be searched: read from its beginning
+                continue  # the file cannot be searched: read from its beginning
             if first is not None:
                 yield first
                 yield from numbered

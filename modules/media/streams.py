@@ -1,4 +1,4 @@
-"""Read a video as a stream of pictures with exact times, for results that keep its timing.
+"""Read a video as a stream of images with exact times, for results that keep its timing.
 
 Times are fractions of a second from the moment at which the file begins to play. Containers round them, for
 example Matroska to milliseconds: a rounded time of a constant rate is given back exactly.
@@ -22,10 +22,10 @@ from modules.media.reading import image_size
 
 logger = getLogger(__name__)
 
-DEFAULT_RATE = Fraction(25)  # of files that state none, as FFmpeg assumes for streams without times
-RATE_TOLERANCE = Fraction(1, 10_000)  # a tenth of what is between 24 and 24000/1001
-START_TOLERANCE = Fraction(1, 1000)  # seconds, to which MP4 cuts the start of a stream
-FALL_SECONDS = 1  # times that fall by more than this begin anew: two recordings joined to one file
+DEFAULT_RATE = Fraction(25)  # for files without a rate, as in FFmpeg
+RATE_TOLERANCE = Fraction(1, 10_000)  # a tenth of the difference between 24 and 24000/1001
+START_TOLERANCE = Fraction(1, 1000)  # seconds; resolution of start times in MP4
+FALL_SECONDS = 1  # a larger drop of times means that two recordings were joined
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class SourceInfo:
     width: int
     height: int
     rate: Fraction  # images a second on average
-    frames: int | None  # by the header, or by duration and rate; for progress only
-    is_deep: bool  # more than 8 bits a channel
+    frames: int | None  # from the header, or from duration and rate; only for progress
+    is_deep: bool  # more than 8 bits per channel
 
 
 def source_info(path: Path) -> SourceInfo:
@@ -60,7 +60,7 @@ def source_info(path: Path) -> SourceInfo:
 
 def _count_frames(path: Path, container: Any, stream: Any, rate: Fraction) -> int | None:
     """Return the number of frames from the header, else from the duration; None if neither is plausible."""
-    maximum = path.stat().st_size  # a header may claim any number; each takes a byte at least
+    maximum = path.stat().st_size  # headers may be wrong, but each frame takes at least a byte
     count = int(stream.frames)
     if 0 < count <= maximum:
         return count
@@ -113,7 +113,7 @@ def _read_animation(path: Path) -> Iterator[Picture]:
 
 
 def _round_animation_seconds(duration: float) -> Fraction:
-    return Fraction(duration).limit_denominator(1000)  # GIF counts hundredths, WebP thousandths
+    return Fraction(duration).limit_denominator(1000)  # GIF stores hundredths of a second, WebP thousandths
 
 
 def _turn_pixels(timed: decoding.TimedFrame, stream: Any, deep: bool) -> NDArray[Any]:
@@ -137,7 +137,7 @@ def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
             base = frame.time_base or stream.time_base
             if index == 0:
                 _warn_of_hdr(path, frame)
-                if container.format.name == "avi":  # it has no times: FFmpeg guesses a delay of its decoder
+                if container.format.name == "avi":  # AVI has no times, and FFmpeg guesses a decoder delay
                     origin = (frame.pts or 0) * base
             time = None
             if frame.pts is not None:
@@ -149,7 +149,7 @@ def _read_timed(path: Path, deep: bool) -> Iterator[Picture]:
                 declared = Fraction(frame.duration * base)
             seconds = clock.duration(declared)
             if end is not None and end - start > seconds + 1 / rate:
-                seconds = end - start  # of the last one; of the others it is not known yet
+                seconds = end - start  # duration of the last frame; others are not known yet
             yield Picture(pixels, start, seconds)
 
 
@@ -163,7 +163,7 @@ def _find_end(container: Any, stream: Any) -> Fraction | None:
         end = ((stream.start_time or 0) + stream.duration) * Fraction(stream.time_base)
     if end is None or not container.duration:
         return None
-    # tags stay as they were when a file is cut, its own length does not
+    # cutting a file may leave old tags, but updates its stated length
     microseconds = (container.start_time or 0) + container.duration
     return min(end, Fraction(microseconds, 1_000_000))
 
@@ -188,9 +188,9 @@ class Clock:
         `rate` is in images per second; `tick` is the resolution of the file's times.
         """
         self._step = 1 / rate
-        # coarser ticks are the grid of the images themselves
+        # coarse ticks are the frame times themselves, so nothing is rounded
         self._tolerance = tick if 4 * tick <= self._step else Fraction(0)
-        self._origin: Fraction | None = None  # of the grid of a constant rate
+        self._origin: Fraction | None = None  # origin of the time grid of a constant rate
         self._previous = -self._step
         self._shift = Fraction(0)
 
@@ -210,7 +210,7 @@ class Clock:
             time = self._previous + self._step
         nearest = self._origin + round((time - self._origin) / self._step) * self._step
         snapped = nearest if abs(nearest - time) <= self._tolerance else time
-        # images that claim the same moment are shown one after the other, before the next one's turn
+        # images with equal times are shown one after the other, before the next image
         later = [moment for moment in (snapped, time) if moment > self._previous]
         self._previous = later[0] if later else self._previous + self._step / 4
         return self._previous
@@ -219,7 +219,7 @@ class Clock:
         """Return the origin of the grid of frame times; `time` is the first frame's time in the file."""
         nearest = round(time / self._step) * self._step
         near = abs(nearest - time)
-        if self._tolerance < near <= START_TOLERANCE:  # MP4: the start is rounded, the images are not
+        if self._tolerance < near <= START_TOLERANCE:  # MP4 rounds only the start time
             self._shift = nearest - time
         return nearest if near <= max(self._tolerance, START_TOLERANCE) else time
 

@@ -1,4 +1,4 @@
-"""Put a generated track next to the pictures of a new video, or into a WAV file."""
+"""Write a generated audio track into a new video or a WAV file."""
 
 import json
 import os
@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from modules.atomic_write import atomic_path
 from modules.media.opening import av
 
-Track = tuple[NDArray[np.float32], int]  # samples C S in -1..1, and how many are played in a second
-LOUDEST = 32767  # of 16 bits
+Track = tuple[NDArray[np.float32], int]  # samples C S in -1..1, and their rate per second
+LOUDEST = 32767  # maximum of 16 bits
 
 
 class TrackAudio:
@@ -32,7 +32,7 @@ class TrackAudio:
 
     def add_streams(self, target: Any, _: Any) -> None:
         """Add a stream of AAC to the new file."""
-        from modules.media.audio import add_aac_stream  # few models make sound
+        from modules.media.audio import add_aac_stream  # imported here, because few models generate audio
 
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 

@@ -1,4 +1,4 @@
-"""Write uint8 frames to image and video files, join videos, and take the sound of a part of one.
+"""Write uint8 frames to image and video files, join videos, and extract audio of a section.
 
 Videos are joined without encoding them again. Sound of a part is decoded and encoded again (AAC): a packet of
 sound holds some 20 milliseconds and cannot be cut.
@@ -24,7 +24,7 @@ from modules.media.decoding import is_animation, time_origin
 from modules.media.opening import av, open_container, reading
 from modules.media.tracks import Track, TrackAudio
 
-if TYPE_CHECKING:  # it is loaded only if streams of another video go along
+if TYPE_CHECKING:  # imported below, only if another video's streams are copied
     from modules.media.companions import Companions
 
 
@@ -103,7 +103,7 @@ class SectionAudio:
         yield from stream.encode(None)
 
 
-DEFAULT_TICKS = 90_000  # a second, of broadcasts: milliseconds are whole in it, too
+DEFAULT_TICKS = 90_000  # ticks per second, as in broadcasting; milliseconds are integers too
 MAX_TICKS = 1_000_000
 MIN_TICKS = 10_000
 
@@ -166,7 +166,7 @@ class Timing:
         Each packet is held back until the next one arrives, because the last packet is treated differently.
         """
         waiting = None
-        first: int | None = None  # when the first packet is stored, in ticks
+        first: int | None = None  # time of the first packet in ticks
         ahead: int | None = None  # ticks between packets that are stored before the first image is shown
         for packet in packets:
             shown = round(packet.pts * packet.time_base * self._make_rate)
@@ -177,24 +177,24 @@ class Timing:
                 packet.dts = self._shown[stored].start
             else:  # counted backwards from the first image
                 if ahead is None:
-                    # the shortest image so far: a mean of long ones would make the file begin too early
+                    # the shortest duration so far, as a mean of long ones would make the file begin too early
                     ahead = min(entry.length for entry in self._shown.values())
                 packet.dts = round(self._begin * self._ticks) + stored * ahead
             if first is None:
                 first = packet.dts
             for number in [number for number in self._shown if number < stored]:
-                del self._shown[number]  # no later packet is stored or shown before this one
+                del self._shown[number]  # later packets are stored and shown after it
             if waiting is not None:
                 yield waiting
             waiting = packet
         if waiting is None:
             return
         assert first is not None
-        # stored so late that all together last as long as the images are shown: MP4 counts from one packet
-        # to the next one stored, and would lose what the encoder is ahead of an image held near the end
+        # Store the last packet so late that the file lasts as long as the images: MP4 measures from a stored
+        # packet to the next, and would lose the encoder's delay if an image near the end is shown for long.
         end = first + round(self.seconds * self._ticks)
         waiting.dts = max(waiting.dts, min(waiting.pts, end - waiting.duration))
-        # and, if another image is shown after it, as long as is missing, but not beyond the end of all
+        # If another image is shown after it, extend its duration by the missing time, at most to the end.
         last = round(self._end * self._ticks)
         waiting.duration = max(waiting.duration, min(end - waiting.dts, last - waiting.pts))
         yield waiting
@@ -319,7 +319,7 @@ def write_shown(
             if writer is not None:
                 writer.add_streams(container, stream)
             images = timing.note(itertools.chain(iter([first]), remaining))
-            del first  # else it lives as long as the video grows; so it would in a list above
+            del first  # free the frame: it would stay in memory during the whole encoding
             for packet in timing.with_times(encoding.encode_images(stream, images)):
                 if writer is not None:
                     writer.write(container, packet.dts * packet.time_base)
@@ -333,14 +333,14 @@ def write_shown(
 
 
 def _replace_tags(old: Mapping[str, str], new: Mapping[str, str]) -> dict[str, str]:
-    replaced = {name.lower() for name in new}  # whatever their case, which .mkv does not keep
+    replaced = {name.lower() for name in new}  # in any case, because .mkv changes it
     return {name: text for name, text in old.items() if name.lower() not in replaced} | dict(new)
 
 
 def _select_muxing(suffix: str, rate: Fraction, tags: Mapping[str, str]) -> dict[str, str]:
-    options = {"max_interleave_delta": "1000000"}  # microseconds: gaps in subtitles hold nothing up
+    options = {"max_interleave_delta": "1000000"}  # microseconds; gaps in subtitles must not delay writing
     if suffix != ".mkv":
-        options["movie_timescale"] = str(ticks_per_second(rate))  # of the start; usually milliseconds
+        options["movie_timescale"] = str(ticks_per_second(rate))  # for the start time; default: milliseconds
         options["movflags"] = "+faststart" + "+use_metadata_tags" * encoding.needs_own_tags(tags)
     return options
 
@@ -413,7 +413,7 @@ def join_segments(
     Raises:
         OutputError: If the file cannot be written.
     """
-    options = {"movflags": "use_metadata_tags"}  # else only names known to the format are stored
+    options = {"movflags": "use_metadata_tags"}  # otherwise MP4 stores only its standard tags
     stream: Any = None
     number = itertools.count()
     with (

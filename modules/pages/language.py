@@ -1,4 +1,4 @@
-"""Show a text in the language of the page that is made: English, or what a table has in its place.
+"""Show a text in the language of the current page: English, or its translation from a table.
 
 `say("step %(step)s", step=200)` is the English text, and remembers what it was made of. Programs compare,
 keep and log it in English; a page shows its translation. So a text that a background job has made is read in

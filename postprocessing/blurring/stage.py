@@ -82,7 +82,7 @@ def _make_cover(pixels: Pixels, core: Area, area: Area, options: BlurOptions) ->
     strength = options.strength | 1
     size = min(max(strength, math.ceil(longer * MIN_OF_BOX) | 1), longer | 1)
     sigma = max(options.sigmax * size / strength, MIN_SIGMA * size)
-    # blurred together with its surroundings: a crop alone would mirror its own edges
+    # blurred together with its surroundings, because the edges of a crop would be mirrored
     height, width = pixels.shape[:2]
     around = area.widened(size // 2, width, height)
     return blurred(pixels[around.slices()], size, sigma)[area.slices(around)]

@@ -1,4 +1,4 @@
-"""Follow boxes from picture to picture, and estimate where they are in pictures without a detection.
+"""Track boxes from image to image, and estimate their positions in images without a detection.
 
 Estimates err on the side of covering too much: a face that the detector misses in a few frames must stay
 hidden.
@@ -93,6 +93,7 @@ class Tracks:
 
     def see(self, index: int, boxes: Sequence[Box]) -> None:
         """Record the boxes found in an image."""
+        # an object may be missing in at most `hold` images between two sightings of a track
         waiting = [
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
         ]
@@ -118,6 +119,7 @@ class Tracks:
         """Drop what images after `index` do not need: finished tracks, and older sightings of the others."""
         self._tracks = [track for track in self._tracks if track.last.number + self.hold > index]
         for track in self._tracks:
+            # keep enough sightings to estimate the motion, and the last one up to `index`
             while len(track.sightings) > MOTION and track.sightings[1].number <= index:
                 track.sightings.popleft()
 
@@ -153,6 +155,7 @@ def _take_pairs(
 
 
 def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
+    """Return the overlap of boxes with a track's last or expected box; 0 below MIN_OVERLAP."""
     last, expected = np.array([track.last.box, track.expected(index)], np.float32)
     best = np.maximum(overlaps(last, boxes), overlaps(expected, boxes))
     return np.where(best >= MIN_OVERLAP, best, 0)

@@ -105,10 +105,10 @@ class Area:
         return slice(self.top - y, self.bottom - y), slice(self.left - x, self.right - x)
 
 
-# Where faces lie, and the square images of them that the networks restore.
+# Align faces, and crop the square images that the networks restore.
 Matrix = NDArray[np.float64]  # 2 3: places x, y, 1 in one image -> x, y in another
 
-# where the landmarks lie in a face of 512 x 512 pixels, as the networks were trained (FFHQ)
+# positions of the landmarks in an aligned face of 512 x 512 pixels, as the networks were trained (FFHQ)
 TEMPLATE_SIZE = 512
 TEMPLATE = np.array(
     [

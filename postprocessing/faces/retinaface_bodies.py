@@ -22,7 +22,7 @@ class ResNetConfig:
     """Widths of a ResNet made of bottleneck blocks."""
 
     stem: int
-    blocks: tuple[int, ...]  # how many, of each of four layers
+    blocks: tuple[int, ...]  # number of blocks of each of the four layers
     inner: tuple[int, ...]  # width inside the blocks of each layer
     outer: tuple[int, ...]  # width between them
 

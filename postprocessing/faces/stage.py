@@ -1,4 +1,4 @@
-"""Restore the faces of each picture: find, align, restore, segment, paste."""
+"""The stage that restores faces: find, align, restore, segment, paste."""
 
 import logging
 import math

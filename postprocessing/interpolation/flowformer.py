@@ -237,7 +237,7 @@ class FlowFormer(nn.Module):
     def flow(self, first: EncodedImage, second: EncodedImage) -> Tensor:
         """Return 1 2 H W: the motion in x and y of each pixel from the first image to the second."""
         with torch.autocast(first.matching.device.type, enabled=False):
-            # by the size alone, so that an image gives the same on every device
+            # depends on the size only, so that an image gives the same flow on every device
             keeps = 4 * first.matching[0, 0].numel() ** 2 <= self.table_bytes
             costs = Correlation(first.matching, second.matching, keeps, levels=1, scale=1.0)
             memory = self.memory_encoder.cost_perceiver_encoder(costs, first.eighth)

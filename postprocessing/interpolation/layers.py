@@ -245,7 +245,7 @@ class Correlation:
             pyramid.append(avg_pool2d(pyramid[-1], 2, stride=2))
         self._sizes = [features.shape[-2:] for features in pyramid]
         if keeps_volume is None:
-            # decided by the size alone, so that a clip gives the same images on every device
+            # depends on the size only, so that a clip gives the same images on every device
             height, width = self._size
             keeps_volume = _count_volume_bytes(height, width, levels) <= VOLUME_BYTES
         self._keeps_volume = keeps_volume

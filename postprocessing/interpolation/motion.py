@@ -1,4 +1,4 @@
-"""The motion between two pictures at any time between them: GIMM, a function of time and place.
+"""GIMM: the motion between two images at any time between them, as a function of time and position.
 
 Source: Guo et al. 2024, arXiv 2407.08680. All in float32: half precision has too few steps for a flow.
 Attributes of the modules are named as in the released files.

@@ -1,4 +1,4 @@
-"""The stage that adds pictures between those of a stream."""
+"""The stage that interpolates images of a stream."""
 
 import logging
 import math
@@ -103,7 +103,7 @@ class Interpolator:
         if count == 1:
             raise MediaError(f"{clip.path} has one picture: pictures can be made between two or more only.")
         last = before.picture
-        # at an even rate the last image is shown for one step of the new rate; if it is shown longer, it is
+        # at a constant rate the last image lasts one step of the new rate; if it lasts longer, it is
         # shortened by one step of the old rate at most
         default = 1 / clip.rate if clip.rate else last.seconds
         shown = max(last.seconds / self._options.factor, last.seconds - default)

@@ -1,4 +1,4 @@
-"""Make the picture at a time between two pictures from their flow: refine the flow, then blend.
+"""Synthesize the image at a time between two images from their flow: refine the flow, then blend.
 
 Source: Li et al. 2023 (AMT), arXiv 2304.09790. Attributes of the module are named as in the released files of
 GIMM-VFI. Layers compute in their weights' dtype; flows, correlations and warps in float32.

@@ -1,4 +1,4 @@
-"""The first stages of a Twins-SVT trunk: features of a picture by attention in windows and to a coarse grid.
+"""The first stages of a Twins-SVT trunk: image features by attention in windows and to a coarse grid.
 
 Source: Chu et al. 2021, arXiv 2104.13840; layout of the tensors as in FlowFormer's files (`svt`).
 """

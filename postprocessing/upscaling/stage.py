@@ -1,4 +1,4 @@
-"""The stage that enlarges pictures."""
+"""The stage that upscales images."""
 
 import logging
 from collections.abc import Callable, Iterator

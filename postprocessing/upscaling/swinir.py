@@ -1,4 +1,4 @@
-"""SwinIR: a picture's features refined by attention inside small windows, which shift from block to block.
+"""SwinIR: image restoration by attention within small windows, which shift from block to block.
 
 Source: Liang et al. 2021, arXiv 2108.10257; windows and shifts: Liu et al. 2021, arXiv 2103.14030.
 """

@@ -1,4 +1,4 @@
-"""AI Toolkit's YAML files of a job."""
+"""Rules for AI Toolkit's YAML job files."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -77,7 +77,7 @@ def train_lora(values: Mapping[str, Any]) -> ForeignRun:
 
 
 def say_no_parts(values: Mapping[str, Any]) -> Parts:
-    """Return nothing about parts, for a program whose files cannot select them."""
+    """Return the default parts, for a program whose files cannot select parts."""
     return Parts()
 
 

@@ -1,4 +1,4 @@
-"""diffusion-pipe's TOML, and its file of data."""
+"""Rules for diffusion-pipe's TOML and its dataset file."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""The JSON that the GUI of kohya_ss saves. Its keys are options of the scripts that it starts."""
+"""Rules for the JSON that the GUI of kohya_ss saves; most keys are options of sd-scripts."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""Which networks of a model learn, and at which rates: as a project has it, or why not."""
+"""Select the trained networks and their learning rates from another trainer's project."""
 
 import dataclasses
 from collections.abc import Sequence

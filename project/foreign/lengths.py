@@ -27,14 +27,14 @@ def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
     `in_epoch` is the number of steps per epoch with the dataset.toml that is written.
     """
     epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
-    said_steps = _take_said_steps(project)
-    epochs = [said for said in project.epochs if said.number]
-    project.idle += [said.key for said in project.epochs if not said.number]
+    file_steps = _take_file_steps(project)
+    epochs = [file_epochs for file_epochs in project.epochs if file_epochs.number]
+    project.idle += [file_epochs.key for file_epochs in project.epochs if not file_epochs.number]
     if _is_typed(options):
-        _leave_length(project, epochs, said_steps, options.max_train_steps)
+        _leave_length(project, epochs, file_steps, options.max_train_steps)
         steps = options.max_train_steps
     else:
-        steps = _select_steps(project, epochs, said_steps, epoch) or options.max_train_steps
+        steps = _select_steps(project, epochs, file_steps, epoch) or options.max_train_steps
     _resolve_periods(project, epoch)
     _resolve_warmup(project, steps)
     return dataclasses.replace(options, max_train_steps=steps)
@@ -53,7 +53,7 @@ def _is_typed(options: NewOptions) -> bool:
     return options.max_train_steps != NewOptions(folder=options.folder).max_train_steps
 
 
-def _take_said_steps(project: ForeignProject) -> int | None:
+def _take_file_steps(project: ForeignProject) -> int | None:
     """Return the number of steps that a project sets; None if it sets none, or 0."""
     steps: int | None = project.new.get("max_train_steps") or None
     if steps is None and "max_train_steps" in project.new:
@@ -64,29 +64,29 @@ def _take_said_steps(project: ForeignProject) -> int | None:
 
 
 def _leave_length(
-    project: ForeignProject, epochs: Sequence[FileEpochs], said_steps: int | None, typed: int
+    project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, typed: int
 ) -> None:
     """Note that the project's length is not used, because another one was typed."""
-    for said in epochs:
-        project.leave_value(said.key, said.number, _TYPED)
-    if said_steps is not None and said_steps != typed:
-        _leave_steps(project, said_steps, _TYPED)
+    for file_epochs in epochs:
+        project.leave_value(file_epochs.key, file_epochs.number, _TYPED)
+    if file_steps is not None and file_steps != typed:
+        _leave_steps(project, file_steps, _TYPED)
 
 
 def _select_steps(
-    project: ForeignProject, epochs: Sequence[FileEpochs], said_steps: int | None, epoch: Epoch
+    project: ForeignProject, epochs: Sequence[FileEpochs], file_steps: int | None, epoch: Epoch
 ) -> int | None:
     """Return the number of steps that applies: the project's own number, or the steps of its epochs."""
-    chosen = _select_epochs(epochs, said_steps, epoch.steps)
+    chosen = _select_epochs(epochs, file_steps, epoch.steps)
     counted = project.key_of("max_train_steps") if chosen is None else chosen.key
     reason = f"{counted} counts, as in {project.title}"
-    for said in epochs:
-        if said is not chosen:
-            project.leave_value(said.key, said.number, reason)
+    for file_epochs in epochs:
+        if file_epochs is not chosen:
+            project.leave_value(file_epochs.key, file_epochs.number, reason)
     if chosen is None:
-        return said_steps
-    if said_steps is not None:
-        _leave_steps(project, said_steps, reason)
+        return file_steps
+    if file_steps is not None:
+        _leave_steps(project, file_steps, reason)
     steps = min(chosen.number * epoch.steps, contract.MAX_STEPS)
     source = f", as {project.title} has it" if chosen.key in project.assumed else ""
     project.changed.append(
@@ -96,16 +96,16 @@ def _select_steps(
     return steps
 
 
-def _select_epochs(epochs: Sequence[FileEpochs], said_steps: int | None, in_epoch: int) -> FileEpochs | None:
+def _select_epochs(epochs: Sequence[FileEpochs], file_steps: int | None, in_epoch: int) -> FileEpochs | None:
     """Return the number of epochs that applies; None if a number of steps applies instead."""
-    for said in epochs:
-        if said.counts == contract.FIRST:
-            return said
-    if said_steps is None:
+    for file_epochs in epochs:
+        if file_epochs.counts == contract.FIRST:
+            return file_epochs
+    if file_steps is None:
         return next(iter(epochs), None)
-    for said in epochs:
-        if said.counts == contract.SOONEST and said.number * in_epoch < said_steps:
-            return said
+    for file_epochs in epochs:
+        if file_epochs.counts == contract.SOONEST and file_epochs.number * in_epoch < file_steps:
+            return file_epochs
     return None
 
 
@@ -120,16 +120,16 @@ def _leave_steps(project: ForeignProject, steps: int, reason: str) -> None:
 def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
     """Convert intervals in epochs or steps, such as the interval of saves, to steps of this run."""
     training = project.training
-    for name, said in project.per_epoch.items():
-        if not said.number:
-            project.idle.append(said.key)
+    for name, interval in project.per_epoch.items():
+        if not interval.number:
+            project.idle.append(interval.key)
         elif training.get(name):
-            project.leave_value(said.key, said.number, f"{project.said[name]} says it")
+            project.leave_value(interval.key, interval.number, f"{project.said[name]} says it")
         else:
             if name in training:  # 0 steps means never: use the interval in epochs
                 project.drop(name, "")
-            training[name] = min(said.number * epoch.steps, contract.MAX_STEPS)
-            project.note_change(said.key, said.number, f"{name} = {training[name]}")
+            training[name] = min(interval.number * epoch.steps, contract.MAX_STEPS)
+            project.note_change(interval.key, interval.number, f"{name} = {training[name]}")
     for name in ("save_every_n_steps", "sample_every_n_steps"):
         if training.get(name) == 0:
             project.drop(name, "")

@@ -1,4 +1,4 @@
-"""The YAML of ltx-trainer, the trainer of LTX-2's makers."""
+"""Rules for the YAML of ltx-trainer, the official trainer of LTX-2."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Keys of another trainer's file that are options of the script, or keys of dataset.toml, by their names."""
+"""Take over keys of another trainer's file that are named like our options or keys of dataset.toml."""
 
 import math
 from collections.abc import Collection

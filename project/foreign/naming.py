@@ -1,4 +1,4 @@
-"""Find the model that the keys of another trainer's file name."""
+"""Find the model that another trainer's file names."""
 
 import re
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""The datasets of a list in another trainer's file, and the folders that are described."""
+"""Match the datasets listed in another trainer's file with the described folders."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Recognize another trainer's file, and take its values or note why they are left. Nothing of it is run."""
+"""Recognize another trainer's file, and convert its values or note why not. No code in it is run."""
 
 import itertools
 import re

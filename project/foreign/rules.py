@@ -1,4 +1,4 @@
-"""What keys mean that several trainers have: a rule each. No torch."""
+"""Rules of keys that several trainers share. No torch."""
 
 from project.foreign.contract import (
     ARGUMENT,

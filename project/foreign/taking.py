@@ -1,4 +1,4 @@
-"""Take the value of a key by its rule, or note why it is left."""
+"""Convert the value of a key by its rule, or note why it is left out."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -27,17 +27,17 @@ class FileValue:
 def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
     """Take over a value, or note why it is left out."""
     dataset = _find_place(project, key, value)
-    said = FileValue(rule, show(key), value, dataset)
+    setting = FileValue(rule, show(key), value, dataset)
     if rule.to == contract.LEFT:
-        _leave(project, said)
+        _leave(project, setting)
         return
     try:
-        _TAKERS[rule.to](project, said, rule.read(value))
+        _TAKERS[rule.to](project, setting, rule.read(value))
     except NotSaid:
-        project.idle.append(said.key)
+        project.idle.append(setting.key)
     except (UserError, ValueError, TypeError, OverflowError) as error:
         project.has_other_optimizer |= rule.name == "optimizer_type"
-        project.leave_value(said.key, value, shorten(str(error), 200))
+        project.leave_value(setting.key, value, shorten(str(error), 200))
 
 
 def find_rule(program: Program, key: str) -> KeyRule | None:
@@ -74,71 +74,71 @@ def _find_table(program: Program, key: str) -> str | None:
     return None
 
 
-def _leave(project: ForeignProject, said: FileValue) -> None:
-    if is_off(said.value):
-        project.idle.append(said.key)
+def _leave(project: ForeignProject, setting: FileValue) -> None:
+    if is_off(setting.value):
+        project.idle.append(setting.key)
     else:
-        project.leave(said.key, said.rule.name)
+        project.leave(setting.key, setting.rule.name)
 
 
-def _take_network(project: ForeignProject, said: FileValue, module: str | None) -> None:
+def _take_network(project: ForeignProject, setting: FileValue, module: str | None) -> None:
     """Set the kind of network. `module` is our module that implements it; None for a LoRA."""
     if module is None:
-        project.taken.append(said.key)
+        project.taken.append(setting.key)
         return
     project.training["network_module"] = module
-    project.said["network_module"] = said.key
-    project.note_change(said.key, said.value, f"network_module = {module}")
+    project.said["network_module"] = setting.key
+    project.note_change(setting.key, setting.value, f"network_module = {module}")
 
 
-def _take_folder(project: ForeignProject, said: FileValue, folder: Any) -> None:
-    project.folders[said.key] = folder
-    if said.place is not None:
-        said.place.path = folder
-        said.place.key = said.key
+def _take_folder(project: ForeignProject, setting: FileValue, folder: Any) -> None:
+    project.folders[setting.key] = folder
+    if setting.place is not None:
+        setting.place.path = folder
+        setting.place.key = setting.key
 
 
-def _take_epochs(project: ForeignProject, said: FileValue, number: Any) -> None:
-    project.epochs.append(FileEpochs(said.key, number, said.rule.name))
+def _take_epochs(project: ForeignProject, setting: FileValue, number: Any) -> None:
+    project.epochs.append(FileEpochs(setting.key, number, setting.rule.name))
 
 
-def _take_per_epoch(project: ForeignProject, said: FileValue, number: Any) -> None:
-    project.per_epoch[said.rule.name] = FileEpochs(said.key, number, said.rule.name)
+def _take_per_epoch(project: ForeignProject, setting: FileValue, number: Any) -> None:
+    project.per_epoch[setting.rule.name] = FileEpochs(setting.key, number, setting.rule.name)
 
 
-def _take_share(project: ForeignProject, said: FileValue, percent: Any) -> None:
-    project.warmup_share = (said.key, percent / 100)
+def _take_share(project: ForeignProject, setting: FileValue, percent: Any) -> None:
+    project.warmup_share = (setting.key, percent / 100)
 
 
-def _take_argument(project: ForeignProject, said: FileValue, value: Any) -> None:
-    project.arguments[said.rule.name] = value
-    project.said[said.rule.name] = said.key
+def _take_argument(project: ForeignProject, setting: FileValue, value: Any) -> None:
+    project.arguments[setting.rule.name] = value
+    project.said[setting.rule.name] = setting.key
 
 
-def _take_arguments(project: ForeignProject, said: FileValue, pairs: Mapping[str, str]) -> None:
+def _take_arguments(project: ForeignProject, setting: FileValue, pairs: Mapping[str, str]) -> None:
     for name, text in pairs.items():
         project.arguments[name] = text
-        project.said[name] = said.key
+        project.said[name] = setting.key
 
 
-def _take_network_argument(project: ForeignProject, said: FileValue, value: Any) -> None:
-    project.network_arguments[said.rule.name] = value
-    project.said[said.rule.name] = said.key
+def _take_network_argument(project: ForeignProject, setting: FileValue, value: Any) -> None:
+    project.network_arguments[setting.rule.name] = value
+    project.said[setting.rule.name] = setting.key
 
 
-def _take_of_new(project: ForeignProject, said: FileValue, value: Any) -> None:
-    _set(project, project.new, project.said, said, value)
+def _take_of_new(project: ForeignProject, setting: FileValue, value: Any) -> None:
+    _set(project, project.new, project.said, setting, value)
 
 
-def _take_of_training(project: ForeignProject, said: FileValue, value: Any) -> None:
-    _set(project, project.training, project.said, said, value)
+def _take_of_training(project: ForeignProject, setting: FileValue, value: Any) -> None:
+    _set(project, project.training, project.said, setting, value)
 
 
-def _take_of_data(project: ForeignProject, said: FileValue, value: Any) -> None:
-    if said.place is None:
-        _set(project, project.data, project.said, said, value)
+def _take_of_data(project: ForeignProject, setting: FileValue, value: Any) -> None:
+    if setting.place is None:
+        _set(project, project.data, project.said, setting, value)
     else:
-        _set(project, said.place.data, said.place.said, said, value)
+        _set(project, setting.place.data, setting.place.said, setting, value)
 
 
 _TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
@@ -157,25 +157,25 @@ _TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
 
 
 def _set(
-    project: ForeignProject, target: dict[str, Any], keys: dict[str, str], said: FileValue, value: Any
+    project: ForeignProject, target: dict[str, Any], keys: dict[str, str], setting: FileValue, value: Any
 ) -> None:
     """Set an option or key, unless another key of the file has set it to something else.
 
     `keys` maps each target that is set to the key of the file that set it.
     """
-    name = said.rule.name
-    first = keys.setdefault(name, said.key)
-    if first in project.assumed and said.key not in project.assumed:  # explicit values override assumed ones
+    name = setting.rule.name
+    first = keys.setdefault(name, setting.key)
+    if first in project.assumed and setting.key not in project.assumed:  # explicit values take precedence
         target.pop(name, None)
-        keys[name] = said.key
+        keys[name] = setting.key
     if target.setdefault(name, value) != value:
-        project.leave_value(said.key, said.value, f"{name} is {target[name]} already, from another key")
-    elif said.key in project.assumed:
+        project.leave_value(setting.key, setting.value, f"{name} is {target[name]} already, from another key")
+    elif setting.key in project.assumed:
         return
-    elif _is_same(value, said.value):
-        project.taken.append(said.key)
+    elif _is_same(value, setting.value):
+        project.taken.append(setting.key)
     else:
-        project.note_change(said.key, said.value, f"{name} = {value}")
+        project.note_change(setting.key, setting.value, f"{name} = {value}")
 
 
 def _is_same(read: Any, value: Any) -> bool:

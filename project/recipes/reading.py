@@ -1,4 +1,4 @@
-"""Read recipes: TOML files with values of a training, which may be somebody else's.
+"""Read recipes: TOML files with training values, which may come from somebody else.
 
 A recipe sets options that decide what is learned: numbers, switches, and names from our own lists. Any other
 key is refused by its name, so no recipe names a path, a program, a module or an address.
@@ -51,7 +51,7 @@ _NAME = re.compile(r"\w[\w-]{0,80}")
 
 @dataclass(frozen=True)
 class TrainingRecipe:
-    """Values of a training, what they were tried on, and the figures of that."""
+    """Training values, with the model and data of the trial and its figures."""
 
     name: str
     title: str

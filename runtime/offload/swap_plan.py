@@ -67,7 +67,7 @@ def max_blocks(
     """
     if counts is None:
         return 0
-    numbers = range(sum(num_blocks), 0, -1)
+    numbers = range(sum(num_blocks), 0, -1)  # largest first
     return next((number for number in numbers if _fits(num_blocks, counts(number), unswapped)), 0)
 
 

@@ -74,7 +74,7 @@ class Ledger(TorchDispatchMode):
         self.device = device
         self.is_backward = False
         self.peaks: dict[str, Moment] = {}
-        self._place, self._number = "start", 0  # the current place: its name, and how many came before it
+        self._place, self._number = "start", 0  # name and number of the current place
         self._kind = WORKING  # kind of new tensors
         self._live: Counter[str] = Counter()  # live bytes by kind; WORKING includes KEPT
         self._here = 0  # bytes of WORKING that were allocated in the current place
@@ -286,7 +286,7 @@ def dry_run(device: torch.device = ACCELERATOR) -> Iterator[Ledger]:
         device: Device on which the code inside computes.
     """
     ledger = Ledger(device)
-    # the last mode runs first: inside a piece kernels have stand-ins as everywhere
+    # the last mode is applied first, so that kernels inside of pieces are replaced too
     with FakeTensorMode(allow_non_fake_inputs=True), PlannedKernels(), OneOfManyPieces(ledger), ledger:
         yield ledger
 

@@ -127,6 +127,7 @@ def plan_swapped_bytes(dit: nn.Module, plan: SwapPlan) -> Swapped:
     def size(names: Iterable[str]) -> int:
         return sum(dry_run.round_up_bytes(dit.get_parameter(name).nbytes) for name in names)
 
+    # input layers move one at a time; each list of blocks has slots of the size of its largest block
     ring = max((size(big_weights(dit, name)) for name in plan.input_layer_names(dit)), default=0)
     for list_plan in plan.lists(dit):
         blocks = [size(big_weights(dit, f"{list_plan.name}.{index}")) for index in list_plan.streamed]
@@ -179,7 +180,7 @@ def weights_by_block(dit: nn.Module, spec: DitSpec) -> tuple[BlockWeights, ...]:
     for block in chain.from_iterable(spec.blocks(dit).values()):
         weights = sorted(block.parameters(), key=lambda weight: weight.ndim < 2)  # vectors last
         matrices = sum(weight.ndim > 1 for weight in weights)
-        split = weights[: matrices + 1]
+        split = weights[: matrices + 1]  # all matrices, and one vector
         by_block.append(tuple((len(weight) if weight.ndim else 1, weight.nbytes) for weight in split))
     return tuple(by_block)
 
@@ -244,7 +245,7 @@ def dtypes_of(dit: nn.Module) -> str:
         name = str(tensor.dtype).removeprefix("torch.")
         sizes[name] = sizes.get(name, 0) + dry_run.round_up_bytes(tensor.nbytes)
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
-    # sizes that round to 0.00 are left out, unless there is nothing else
+    # sizes below 0.005 GiB, which round to 0.00, are left out, unless there is nothing else
     shown = [(name, size) for name, size in ordered if size >= GIB // 200] or ordered[:1]
     return ", ".join(f"{gib(size)} {name}" for name, size in shown)
 

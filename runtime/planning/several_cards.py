@@ -108,7 +108,7 @@ def _list_divisions(cards: int, is_training: bool) -> list[Division]:
     tokens = [Division(cards, False, count) for count in contexts]
     both = [Division(cards, True, count) for count in contexts]
     divisions = [*blocks, *tokens, *both] if is_training else [*tokens, *blocks, *both]
-    by_words: dict[tuple[str, ...], Division] = {(): Division(cards)}
+    by_words: dict[tuple[str, ...], Division] = {(): Division(cards)}  # without options: undivided
     for division in divisions:
         by_words.setdefault(_words_of(division), division)  # equal options mean the same division
     return list(by_words.values())
@@ -161,6 +161,7 @@ def print_ways(runs: Iterable[Rehearsed], cards: int, room: Room, is_training: b
         assert memory is not None
         lines += _advise(fitting, added, is_training)
     else:
+        # nothing fits: show the plan that needs the least memory
         memory = min(plans, key=lambda plan: plan.device)
         lines.append(
             f"No way fits: {memory.worst.name} takes {gib(memory.device)} GiB at least. Run with --plan "
@@ -174,6 +175,7 @@ def _advise(fitting: Sequence[Way], added: Sequence[str], is_training: bool) -> 
     best = fitting[0]
     on_each = "" if is_training or best.at_once == 1 else ", on each card with its own prompts (--device)"
     lines = [f"The cheapest that fits{on_each}:", f"  {command_of(best, added, sys.argv, is_training)}"]
+    # a clip is finished soonest if as many GPUs as possible share its tokens
     fastest = max(fitting, key=lambda way: way.division.context)
     if not is_training and fastest is not best:
         lines.append("One clip is made soonest by:")
@@ -227,4 +229,5 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
     words = [str(find_script(script) or script), *kept, *added, *way.words]
     if not is_training and way.at_once > 1:  # separate generations, each a process without a launcher
         return as_typed(["python", *words])
+    # LAUNCH ends with N, a placeholder for the number of processes
     return as_typed([*LAUNCH.split()[:-1], str(way.division.processes), *words])
