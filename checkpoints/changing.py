@@ -1,6 +1,6 @@
-"""Plan another file with the tensors of a model: other dtypes, other names, fewer tensors, several files.
+"""Plan a changed copy of a model file: other dtypes, other names, fewer tensors, several files.
 
-Nothing is read before it is asked for, so that a file of any size is written tensor by tensor
+Tensors are read only when they are written, so that a file of any size can be written tensor by tensor
 (`checkpoints.writing`, for several files `checkpoints.shards`).
 """
 
@@ -41,8 +41,8 @@ logger = logging.getLogger(__name__)
 
 LISTED = 3  # names in a message
 NO_NAME = "__metadata__"  # reserved in the header of a safetensors file
-_MARKER = "scaled_fp8"  # a tensor that says that weights have scales
-# ends of the names of a layer's tensors in 8 bits, other than its weight and scale
+_MARKER = "scaled_fp8"  # name of a tensor that marks files with scaled weights
+# suffixes of the other tensors of an 8-bit layer
 _COMPANIONS = (".scale_input", ".input_scale", MARK)
 
 
@@ -50,7 +50,7 @@ _COMPANIONS = (".scale_input", ".input_scale", MARK)
 class Selection:
     """Selects tensors by parts of their names."""
 
-    targets: tuple[str, ...] = ()  # empty: all
+    targets: tuple[str, ...] = ()  # (): all names
     excluded: tuple[str, ...] = ()
 
     def takes(self, name: str) -> bool:
@@ -67,23 +67,23 @@ ALL = Selection()
 
 @dataclass(frozen=True)
 class CheckpointChange:
-    """What the new file changes. Tensors are selected by their names in the old file."""
+    """Changes to make. Tensors are selected by their names in the old file."""
 
-    dtype: torch.dtype | None = None
-    cast: Selection = ALL  # what is cast to it
-    written: Selection = ALL  # what is written at all
-    strip: tuple[str, ...] = ()  # beginnings of names to cut off, one after the other
-    add: str = ""  # what all names begin with then
+    dtype: torch.dtype | None = None  # None: dtypes are kept
+    cast: Selection = ALL  # tensors that are cast to `dtype`
+    written: Selection = ALL  # tensors that the new file has
+    strip: tuple[str, ...] = ()  # prefixes to remove from names, one after the other
+    add: str = ""  # prefix to add to all names afterwards
 
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written, with names in the old file's order. `read` returns the tensor of a name."""
+    """A file to be written; tensors are in the order of the old file, and `read` returns one by name."""
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     read: Callable[[str], Tensor]
-    notes: tuple[str, ...]  # what the user should know of it
+    notes: tuple[str, ...]  # notes for the user
 
     @property
     def size_bytes(self) -> int:
@@ -92,7 +92,7 @@ class NewFile:
 
 
 def reject_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the file stores weights packed in another shape: these cannot be copied."""
+    """Raise CheckpointError if the file has weights packed in another shape, which cannot be copied."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
@@ -112,15 +112,15 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
 
     Raises:
         OptionError: If a selection or a prefix matches no name, or if two tensors would get one name.
-        CheckpointError: If weights are packed in a way that cannot be copied, or if dtypes are to be changed
-            and the file's quantization is unknown.
+        CheckpointError: If the file has packed weights, or if dtypes change and the file's quantization is
+            unknown.
     """
     reject_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
     plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = find_scales(checkpoint.tensors)
-    # fp8 weights that are cast are multiplied by their scales; integer weights keep their scales
+    # fp8 weights that are cast are multiplied by their scales, which are dropped; integer weights keep scales
     unscaled = set()
     for name in names:
         if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name):
@@ -160,12 +160,12 @@ def _is_cast_fp8(checkpoint: Checkpoint, change: CheckpointChange, name: str) ->
 
 
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
-    """Return the names without the scales of the weights in `unscaled`, which have been applied to them."""
+    """Return the names without scales and companions of the weights in `unscaled`, which need none."""
     unneeded = {scales[weight] for weight in unscaled}
     for weight in unscaled:
         layer = weight.removesuffix(".weight")
         unneeded |= {layer + ending for ending in _COMPANIONS}
-    still_scaled = set(scales) & set(names) - unscaled
+    still_scaled = set(scales) & set(names) - unscaled  # weights that keep their scales
     if unscaled and not still_scaled:
         unneeded |= {name for name in names if name.endswith(_MARKER)}
     return [name for name in names if name not in unneeded]
@@ -174,7 +174,7 @@ def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: s
 def _check_pairs(
     checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]
 ) -> None:
-    """Raise OptionError if only one of a weight in 8 bits and its scale is among the names."""
+    """Raise OptionError if an 8-bit weight is kept without its scale, or a scale without its weight."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)
@@ -188,7 +188,7 @@ def _plan_names(names: Sequence[str], change: CheckpointChange) -> dict[str, str
     """Map each new tensor name to the old one.
 
     Raises:
-        OptionError: If two tensors would have one name.
+        OptionError: If two tensors would have the same name.
     """
     old_names: dict[str, str] = {}
     for name in names:
@@ -209,7 +209,7 @@ def rename(name: str, change: CheckpointChange) -> str:
 
 
 def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
-    """Raise OptionError if options select no tensor, or if prefixes fit no name or make an impossible one."""
+    """Raise OptionError if options select no tensor, or if a prefix matches or leaves nothing."""
     if not names:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.takes(name) for name in names):
@@ -230,7 +230,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
 def _as_dtype(
     checkpoint: Checkpoint, name: str, *, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """Cast a tensor, multiplied by its scale if it has one; raise CheckpointError if it then overflows."""
+    """Multiply a tensor by its scale, if any, and cast it; raise CheckpointError if values overflow."""
     if scale is None and tensor.dtype == dtype:
         return tensor
     try:
@@ -254,7 +254,7 @@ def _as_dtype(
 def _make_metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the metadata of the new file, and notes on the old metadata that are left out."""
+    """Return the metadata of the new file, and notes on metadata that are left out."""
     metadata = {}
     notes = []
     for key, text in checkpoint.metadata.items():
@@ -274,16 +274,16 @@ def _make_metadata(
             raise CheckpointError(
                 f"{checkpoint.path}: its record of quantization cannot be read ({error!r}).", checkpoint.path
             ) from error
-    return {"format": "pt", **metadata}, notes  # transformers loads no file without a format
+    return {"format": "pt", **metadata}, notes  # transformers rejects files without a format
 
 
 def _rename_layers(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], layers: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return ComfyUI's record of 8-bit layers: only layers that remain in 8 bits, under their new names."""
+    """Return ComfyUI's record of 8-bit layers by new name, without layers that are no longer in 8 bits."""
     renamed = {}
     for layer, how in layers.items():
-        # layer names in the record lack the prefix that the model's tensors may have: find the tensor
+        # tensor names may have a prefix that layer names in the record lack
         pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
         weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
         if len(weights) != 1:
@@ -297,9 +297,9 @@ def _rename_layers(
 
 
 def existing_shards(path: Path) -> list[Path]:
-    """Return the files of an earlier sharded model of this name: its index, if any, then all of its shards.
+    """Return the files of an existing sharded model of this name: its index, if any, then all shards.
 
-    Remove them in this order, so that the index never names files that are gone.
+    Remove them in this order, so that the index never names missing files.
     """
     digits = "[0-9]" * 5
     shards = [
@@ -318,32 +318,32 @@ def write_shards(
     metadata: Mapping[str, str],
     max_bytes: int,
 ) -> list[Path]:
-    """Write files of at most `max_bytes` and their index, all of them or none; return their paths.
+    """Write shards of at most `max_bytes` and their index, all of them or none; return their paths.
 
-    Files of an earlier model of this name are replaced; `existing_shards` lists its remaining files. If the
-    process is killed, an incomplete set may be left, which is rejected when it is opened, but never a mixture
-    of two models. `path` is the name that a single file would have; `read` returns a tensor by name.
+    Files of an existing model of this name are replaced; `existing_shards` lists further files of it. If the
+    process is killed, an incomplete set may remain, which `open_checkpoint` rejects, but never a mixture of
+    two models. `path` is the name that a single file would have; `read` returns a tensor by name.
 
     Raises:
         OutputError: If a file cannot be written.
-        OptionError: If there would be too many.
+        OptionError: If there would be too many shards.
     """
     plan = plan_shards(path, tensors, max_bytes, "--shard_size")
     paths = [path.with_name(name) for name in plan.files]
     index_path = path.with_name(plan.index_name)
     with atomic_files(path, plan.total_bytes) as folder:
         write_planned(folder, plan, read, metadata)
-        # an old index must not lead to new files, nor old files lie among new ones; the new index is last
+        # old files are removed first, so that old and new files never mix; the new index is moved last
         for old in (index_path, *paths):
             old.unlink(missing_ok=True)
     return [*paths, index_path]
 
 
 def gather(path: Path) -> Checkpoint:
-    """Open a model file, any shard of one, an index of shards, or a folder.
+    """Open a model file, any shard of a model, an index of shards, or a folder.
 
-    In a folder, the index lists the files of the model; without an index, all model files in the folder are
-    one model. A tensor may be in two files if it is the same in both.
+    If a folder has no index, all model files in it are one model. A tensor may be in two files if it is the
+    same in both.
 
     Raises:
         CheckpointError: If a file is missing, damaged or of another kind, if files contradict each other, or
@@ -386,7 +386,7 @@ def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
     if not indexes and files:
         require_all_shards(files)
         return files, None
-    parts = checkpoint_paths(path)  # raises for no index, and for several
+    parts = checkpoint_paths(path)  # raises an error unless there is exactly one index
     index = indexes[0]
     for file in sorted(set(files) - set(parts)):
         logger.info("%s is not in %s and is left out", file.name, index.name)
@@ -394,7 +394,7 @@ def _find_parts_and_index(path: Path) -> tuple[list[Path], Path | None]:
 
 
 def _check_index(checkpoint: Checkpoint, index: Path) -> None:
-    """Raise CheckpointError if tensors of the index are in none of the files."""
+    """Raise CheckpointError if the files lack tensors that the index names."""
     names = parse_json(read_text(index))["weight_map"]
     missing = [name for name in names if name not in checkpoint.tensors]
     if missing:

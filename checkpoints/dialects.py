@@ -1,6 +1,6 @@
-"""Translate names of model files to ours, join tensors that are stored in parts, read dimensions off them.
+"""Translate tensor names of model files to ours, join and split tensors, and read dimensions from shapes.
 
-Also name the kind of a foreign file.
+Also load a network by a plan, and report files of another kind.
 """
 
 import functools
@@ -33,19 +33,19 @@ from protocols.loading import BlockPlace, HostPlace, TensorSource
 
 Config = TypeVar("Config")
 Network = TypeVar("Network", bound=nn.Module)
-Names = Sequence[tuple[str, str]]  # pattern of a whole name in the file -> our name
-# pattern -> our names of the tensors that are stacked in it, each with as many rows, in their order
+Names = Sequence[tuple[str, str]]  # (pattern of a full name in the file, our name)
+# (pattern, our names of the tensors that are stacked in it, in order and with equal numbers of rows)
 Cuts = Sequence[tuple[str, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """Plan of loading a network: dimensions, the source of each tensor, and names that may stay unused."""
+    """Plan for loading a network."""
 
-    config: Config
-    checkpoint: Checkpoint  # without prefixes
-    sources: Mapping[str, TensorSource]
-    ignore: tuple[str, ...] = ()
+    config: Config  # dimensions of the network
+    checkpoint: Checkpoint  # names have no prefix
+    sources: Mapping[str, TensorSource]  # by our name
+    ignore: tuple[str, ...] = ()  # patterns of names in the file that may be unused
 
 
 def load_planned(
@@ -58,18 +58,18 @@ def load_planned(
     host: HostPlace | None = None,
     blocks: BlockPlace | None = None,
 ) -> Network:
-    """Load the network of a plan, whose file is open, to a device, in eval mode and without gradients.
+    """Load the network of a plan to a device, in eval mode and without gradients.
 
     Args:
-        plan: The plan.
+        plan: The plan; its checkpoint must be open.
         build: Makes the network from the plan's dimensions; called on the meta device.
         device: Device of the network.
         dtype: Dtype of all tensors, or a function of our name and the dtype in the file that returns it.
         what: Option or name of the network, for messages.
-        form: Module of `checkpoints.stored` in whose form linear layers are stored; None for the file's form,
-            except that fp8 is dequantized.
+        form: Module of `checkpoints.stored` that quantizes linear layers; None keeps the file's form, except
+            that fp8 is dequantized.
         host: Keeps some of the tensors in host memory.
-        blocks: Receives each block when it is loaded.
+        blocks: Splits blocks over processes; None for all blocks here.
 
     Raises:
         CheckpointError: If tensors are missing, unexpected, misshaped, NaN or infinite, or if the file stores
@@ -79,13 +79,13 @@ def load_planned(
         network = build(plan.config)
     dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
     stored = None
-    linear: frozenset[str] = frozenset()  # weights that may be stored in a form
+    linear: frozenset[str] = frozenset()  # weights that may be quantized
     if form is not None or any(source.as_stored is not None for source in plan.sources.values()):
         linear = linear_weights(network)
     already_stored = linear and find_stored_weights(
         linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
     )
-    if form is not None:  # only linear layers are rounded; weights that the file stores in a form keep it
+    if form is not None:  # weights that are quantized in the file are kept; other linear layers are quantized
         _reject_other_forms(plan, already_stored, form)
         stored_form = form_of(prepare(text_quantization(form), device))
         stored = StoredLoading(stored_form, linear - already_stored, already_stored)
@@ -118,9 +118,9 @@ def text_quantization(form: str) -> Quantization:
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
-    """Return the number of bytes that a tensor takes once loaded.
+    """Return the size of a tensor in bytes once it is loaded.
 
-    `form` is the module of `checkpoints.stored` in whose form linear weights are stored, or None.
+    `form` is the module of `checkpoints.stored` that quantizes linear weights, or None.
     """
     source = plan.sources[name]
     tensors = plan.checkpoint.tensors
@@ -159,23 +159,23 @@ def translate_name(name: str, table: Names) -> str:
     return name
 
 
-@functools.cache  # of each table
+@functools.cache
 def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Join patterns to one that matches what any of them does; they must not refer to groups."""
+    """Compile one pattern that matches if any of the patterns does; they must have no backreferences."""
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
 
 def rename_sources(
     sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
 ) -> dict[str, TensorSource]:
-    """Return the sources by the new names that `name_of` returns for the old ones."""
+    """Return the sources by new name; `name_of` maps an old name to a new name."""
     return {name_of(name): source for name, source in sources.items()}
 
 
 def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
-    """Count the distinct beginnings of names that match the pattern, such as `blocks.0`, `blocks.1`.
+    """Count the distinct prefixes of names that match the pattern `start`, such as `blocks.0`, `blocks.1`.
 
-    `path` is the file that the CheckpointError names if there are more than any model has.
+    Raises CheckpointError, which names `path`, if there are more than any model has.
     """
     pattern = re.compile(rf"({start})\.")
     starts = {match[1] for match in map(pattern.match, names) if match}
@@ -218,17 +218,17 @@ def shapes_of(
 
 @dataclass(frozen=True)
 class DitShapes:
-    """The shapes of a transformer's tensors, from which its dimensions are read."""
+    """Shapes of a transformer's tensors, to read its dimensions from."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]  # published name -> shape
     model: str  # for messages: HunyuanVideo
 
     def of(self, name: str, axes: int = 2) -> tuple[int, ...]:
-        """Return the shape of a tensor with this many axes; leading sides of 1 may be left out in the file.
+        """Return the shape of a tensor with `axes` axes; the file may lack leading axes of length 1.
 
         Raises:
-            CheckpointError: If the file has no tensor of that name, or one with other axes.
+            CheckpointError: If the tensor is missing or has another number of axes.
         """
         if name not in self.shapes:
             raise CheckpointError(
@@ -246,9 +246,9 @@ class DitShapes:
         return shape
 
     def patches(self, name: str) -> tuple[int, int, tuple[int, int, int]]:
-        """Return the width of the model, the number of latent channels, and the size of a patch.
+        """Return the width of the model, the number of latent channels, and the size of a patch (F, H, W).
 
-        `name` is the layer that turns latents into tokens.
+        `name` is the weight of the layer that turns latents into tokens.
         """
         dim, in_dim, frames, rows, columns = self.of(name, axes=5)
         return dim, in_dim, (frames, rows, columns)
@@ -259,7 +259,7 @@ class DitShapes:
 
 
 def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
-    """Return the error for a file that holds another kind of model than its option takes.
+    """Return the error for a file with another kind of model than its option takes.
 
     `give` describes the files of the right kind.
 
@@ -282,11 +282,11 @@ def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) 
 def join_parts(
     stored: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
 ) -> dict[str, TensorSource]:
-    """Map each of our names to how its tensor is made from those of a file.
+    """Return sources by our names; parts of a tensor in the file are concatenated along rows.
 
-    `stored` is keyed by the file's names. `table` translates the names of the file's dialect; a name that
-    ends in #n is the nth of the parts that our tensor stacks by rows. `swapped` are our names of tensors
-    whose two halves are in the opposite order in the file.
+    `stored` has the sources by name in the file. `table` translates these names; a translated name that ends
+    in #n is the n-th part of a tensor. `swapped` are our names of tensors whose two halves are in the
+    opposite order in the file.
     """
     parts: dict[str, dict[int, TensorSource]] = {}
     for theirs, source in stored.items():
@@ -301,7 +301,7 @@ def join_parts(
 
 
 def stack_heads(rows: Tensor, head_width: int) -> Tensor:
-    """Return rows in the order [all q; all k; all v] from [q0; k0; v0; q1; k1; v1; ...], by head."""
+    """Reorder rows from [q0; k0; v0; q1; k1; v1; ...], one per head, to [all q; all k; all v]."""
     return rows.unflatten(0, (-1, 3, head_width)).transpose(0, 1).flatten(0, 2)
 
 
@@ -329,7 +329,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
             start = end
 
     def build(*tensors: Tensor) -> Tensor:
-        """Concatenate values; in float32 if some are in 8 bits, which cannot be cast to each other."""
+        """Concatenate values, in float32 if some are in 8 bits, which cannot be cast to each other."""
         rows = [part.make(group) for part, group in by_part(tensors)]
         dtype = rows[0].dtype
         if any(row.dtype.itemsize == 1 for row in rows):
@@ -337,7 +337,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
         return torch.cat([row.to(dtype) for row in rows])
 
     def as_stored(*tensors: Tensor) -> Stored | None:
-        """Concatenate quantized weights; None if they are not all in one form."""
+        """Concatenate quantized weights; None if they do not all have the same form."""
         rows: list[Stored] = []
         for part, group in by_part(tensors):
             stored = part.make_stored(group)
@@ -377,6 +377,7 @@ def parted_shapes(shapes: Mapping[str, tuple[int, ...]], cuts: Cuts) -> dict[str
 
 
 def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
+    """Return our names of the parts of a tensor; () if the tensor is not split."""
     for pattern, parts in cuts:
         match = re.fullmatch(pattern, name)
         if match:
@@ -387,7 +388,7 @@ def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
     """Return the source of one of `count` equal parts of the rows of a tensor."""
 
-    # a tensor whose rows cannot be divided is returned uncut: its wrong shape is reported afterwards
+    # if the rows cannot be divided, the tensor is returned whole, and its wrong shape is reported later
     def build(*tensors: Tensor) -> Tensor:
         all_rows = source.make(tensors)
         return (all_rows if len(all_rows) % count else all_rows.chunk(count)[index]).contiguous()

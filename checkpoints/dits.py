@@ -1,4 +1,4 @@
-"""Load transformers of every family: prefixes of names, the dtype of weights, filling a network."""
+"""Load transformers of all families: remove prefixes, choose dtypes, fill the network."""
 
 import contextlib
 import functools
@@ -40,7 +40,7 @@ PREFIXES = (
     "transformer.",
     "net.",
 )
-# all-in-one
+# prefixes of other networks in all-in-one files
 OTHER_NETWORKS = (
     "vae.",
     "first_stage_model.",
@@ -52,9 +52,9 @@ OTHER_NETWORKS = (
     "text_embedding_projection.",
     "scaled_fp8",
 )
-# Rounding errors of the last blocks go straight into the velocity, while later blocks even out those of
-# earlier ones. In the pocket model two of eight blocks make three quarters of the loss that fp8 adds; in Wan
-# 14B two of forty are 5 % of the gain.
+# Rounding errors of the last blocks go directly into the velocity, while later blocks compensate for errors
+# of earlier blocks. In the pocket model, two of eight blocks cause three quarters of the loss that fp8 adds;
+# in Wan 14B, two of forty blocks are 5 % of what fp8 gains.
 LAST_IN_16_BITS = 2
 FP8_COMPUTE = torch.bfloat16  # compute dtype of an fp8 file
 
@@ -80,8 +80,8 @@ class DitHeader(Generic[Config]):
     """Facts about a transformer file that can be read from its header."""
 
     config: Config
-    dialect: str  # official, diffusers, ... as the family calls them
-    block_dtype: torch.dtype  # of the block weights in the file
+    dialect: str  # naming scheme in the file, such as official or diffusers
+    block_dtype: torch.dtype  # dtype of block weights in the file
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -97,19 +97,20 @@ def _no_rows(*_: object) -> Mapping[str, Callable[[Tensor], Tensor]]:
 class DitFormat(Generic[Config, Dit]):
     """Description of a family's transformer files: how to recognize and read them."""
 
-    read_bare: Callable[[Checkpoint], DitHeader[Config]]  # of bare names; CheckpointError for another file
+    # takes a checkpoint without prefixes; raises CheckpointError for files of other families
+    read_bare: Callable[[Checkpoint], DitHeader[Config]]
     describe: Callable[[DitHeader[Config]], str]  # for messages: "a FLUX.1 dev transformer"
     network: Callable[..., Dit]  # takes the config, the attention, and further arguments of `load`
-    # published name -> how its tensor is made of the file's
+    # returns how each tensor is made from the file, by published name
     sources: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, TensorSource]]
     option: str = "--dit"
-    ignore: tuple[str, ...] = ()  # tensors in files that the network does not have
-    # name in the file -> what gives the tensor the rows that a single file of the same names has. Shards of
+    ignore: tuple[str, ...] = ()  # patterns of tensors in files that the network does not have
+    # returns functions, by name in the file, that order the rows of a tensor as in a single file: shards of
     # some releases have another order
     single_rows: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, Callable[[Tensor], Tensor]]] = (
         _no_rows
     )
-    # joins the tensors of a model's two files, the first with bare names; None: both have the names of one
+    # joins the two files of a model, the first without prefixes; None: `Checkpoint.join`
     add_second: Callable[[Checkpoint, Checkpoint], Checkpoint] | None = None
 
     def read_header(self, checkpoint: Checkpoint) -> DitHeader[Config]:
@@ -119,14 +120,14 @@ class DitFormat(Generic[Config, Dit]):
             CheckpointError: If the file is not a supported transformer.
         """
         checkpoint = bare_names(checkpoint)
-        # first, since some have all the tensors of a network of ours
+        # checked first, because some unsupported models have all the tensors of a supported one
         kind = next((what for mark, what in OF_OTHERS if mark in checkpoint.tensors), None)
         if kind is None:
             reject_quantized(checkpoint)
             try:
                 return self.read_bare(checkpoint)
             except CheckpointError:
-                kind = kind_of(checkpoint.tensors, OF_OTHERS)  # behind other prefixes
+                kind = kind_of(checkpoint.tensors, OF_OTHERS)  # names may have unknown prefixes
                 if kind is None:
                     raise
         raise CheckpointError(
@@ -152,12 +153,12 @@ class DitFormat(Generic[Config, Dit]):
         Args:
             path: File of the transformer.
             placement: Device, dtypes and patch. The patch is called with published parameter names.
-            *settings: Further settings of the family, passed to the functions that read the header.
+            *settings: Further arguments of `network`.
             second_file: File with additional tensors of the transformer, if any.
 
         Raises:
-            CheckpointError: If the file holds another model, is incomplete or has unknown tensors, or if fp8
-                weights would have to be rounded again.
+            CheckpointError: If the file contains another model, is incomplete or has unknown tensors, or if
+                fp8 weights would have to be rounded again.
         """
         with contextlib.ExitStack() as opened:
             checkpoint = opened.enter_context(self._open(path, second_file))
@@ -239,24 +240,24 @@ def _select_saved_dtypes(
 
 
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
-    """Return the tensors of a file whose names are the published ones."""
+    """Return the sources of a file that has published names."""
     return plain_sources(checkpoint)
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:
-    """Remove the prefixes that trainers and all-in-one files put before a transformer's names."""
+    """Remove the prefixes of a transformer's names that trainers and all-in-one files add."""
     return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
 
 
 def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
-    """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else that of the file's blocks."""
+    """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else the dtype in the file."""
     if block_dtype.itemsize == 1:
         block_dtype = placement.fp8_compute_dtype or FP8_COMPUTE
     return placement.compute_dtype or placement.storage_dtype or block_dtype
 
 
 def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:
-    """Set --dit_dtype in a placement if the caller sets no dtype."""
+    """Return a placement with --dit_dtype as compute dtype, unless it already has a dtype."""
     asks = placement.compute_dtype is not None or placement.storage_dtype is not None
     return placement if asks else replace(placement, compute_dtype=dit_dtype)
 
@@ -269,7 +270,7 @@ def stored_layers(
     placement: Placement,
     spec: DitSpec,
 ) -> StoredLoading | None:
-    """Return the linear layers that are stored in 8 or 4 bits: as in the file, else as the family selects.
+    """Return which linear layers are in 8 or 4 bits: those of the file, else those that the family selects.
 
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
     """
@@ -306,7 +307,7 @@ def stored_layers(
 
 
 def _list_wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
-    """Return the beginnings of the names of the last blocks, in the order that they run; () of few blocks."""
+    """Return the name prefixes of the last `LAST_IN_16_BITS` blocks to run; () if there are few blocks."""
     counts = []
     names = []
     for name, blocks in spec.blocks(dit).items():
@@ -319,10 +320,7 @@ def _list_wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
 
 
 def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointError:
-    """Return the error for a file that would be rounded a second time.
-
-    `flag` is the option that asks for it.
-    """
+    """Return the error for a file that the option `flag` would round a second time."""
     state = "quantized"
     instead = "layers stay as the file has them."
     if not is_packed:

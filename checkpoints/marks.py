@@ -1,7 +1,7 @@
-"""Recognize packed weights by what a file says of its layers: ComfyUI's marks, bitsandbytes' states.
+"""Recognize packed weights by the marks of ComfyUI and the states of bitsandbytes in a file.
 
-A weight's `TensorInfo` then has the shape of the value, and a `Packing`. Sources: ComfyUI's `quant_ops.py`,
-comfy-kitchen's layouts, bitsandbytes' `QuantState`.
+The `TensorInfo` of such a weight gets the shape of the unpacked weight, and a `Packing`. Sources:
+ComfyUI's `quant_ops.py`, comfy-kitchen's layouts, bitsandbytes' `QuantState`.
 """
 
 import logging
@@ -26,15 +26,15 @@ from protocols.loading import Packing, TensorInfo
 
 logger = logging.getLogger(__name__)
 
-FP8 = ("float8_e4m3fn", "float8_e5m2")  # read as any scaled fp8 weight
-_MAX_BYTES = 1 << 16  # of a mark
-_MAX_GROUP = 1 << 16
+FP8 = ("float8_e4m3fn", "float8_e5m2")  # loaded like other scaled fp8 weights
+_MAX_BYTES = 1 << 16  # largest mark or state
+_MAX_GROUP = 1 << 16  # largest group of columns
 
 
 def find_packed(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, TensorInfo]:
-    """Return changed tensor infos: of packed weights, and of companions that hold 8-bit floats as bytes.
+    """Return new tensor infos by name, for packed weights and for companions with fp8 stored as uint8.
 
     `read` returns a tensor by name. Raises ValueError, naming the layer, if a form is unknown or incomplete.
     """
@@ -96,7 +96,7 @@ def _read_marks(
 
 
 def _find_prefix(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the prefix of tensor names that names in the header lack, as some writers leave it off."""
+    """Return the prefix that tensor names have but layer names in the header do not; "" if none."""
     first = next((f"{layer}.weight" for layer in header if layer not in tensors), None)
     if first is None or first in tensors:
         return ""
@@ -105,6 +105,7 @@ def _find_prefix(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def _require_table(value: Any) -> dict[str, Any]:
+    """Return a value of a record if it is a dict; raise ValueError if it is not."""
     if not isinstance(value, dict):
         raise ValueError(f"its record of quantization has {str(value)[:60]!r} in place of a table")
     return value
@@ -118,6 +119,7 @@ def _read_settings(mark: Any) -> dict[str, Any]:
 
 
 def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
+    """Return the JSON object that a tensor contains as text. Raises ValueError if it has no such text."""
     info = tensors[name]
     if info.dtype != torch.uint8 or info.size_bytes > _MAX_BYTES:
         raise ValueError(f"{name} is no text: {info.dtype} of {info.size_bytes:,} bytes")
@@ -133,9 +135,9 @@ def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A quantized layer that a file marks: the infos of its tensors, and the changed ones in `new_infos`."""
+    """A marked layer: its settings, the infos of all tensors, and `new_infos`, to which it adds changes."""
 
-    stem: str
+    stem: str  # name of the layer in the file
     settings: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
     new_infos: dict[str, TensorInfo]
@@ -145,12 +147,14 @@ class _Layer:
         return self.tensors[f"{self.stem}.weight"]
 
     def number(self, key: str, usual: int) -> int:
+        """Return a setting that is a positive integer, `usual` by default."""
         value = self.settings.get(key, usual)
         if type(value) is not int or not 0 < value <= _MAX_GROUP:
             raise ValueError(f"has the {key} {str(value)[:60]!r}")
         return value
 
     def rotation(self, columns: int, usual: int = 256) -> int:
+        """Return the number of columns that are rotated together (ConvRot)."""
         size = self.number("convrot_groupsize", usual)
         if size not in GROUPS or columns % size:
             raise ValueError(
@@ -162,7 +166,7 @@ class _Layer:
         """Return rows and columns of the weight in the file.
 
         Raises:
-            ValueError: If its dtype is another.
+            ValueError: If the weight has another dtype or is not a matrix.
         """
         info = self.weight
         if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
@@ -172,12 +176,12 @@ class _Layer:
     def companion(
         self, end: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """Return the shape of a companion tensor.
+        """Return the shape of a companion tensor with the suffix `end`.
 
-        Tensors of plain bytes (uint8) count as the first dtype of the list.
+        A uint8 tensor is reinterpreted as the first of `dtypes` if that has 8 bits.
 
         Raises:
-            ValueError: For another dtype.
+            ValueError: If the tensor is missing or does not have one of these dtypes and shapes.
         """
         name = f"{self.stem}.{end}"
         info = self.tensors.get(name)
@@ -190,7 +194,7 @@ class _Layer:
         return info.shape
 
     def scale(self, *shapes: tuple[int, ...], optional: bool = False) -> str:
-        """Return the end of the name of the layer's scale."""
+        """Return the suffix of the layer's scale, which must have one of `shapes` unless it is `optional`."""
         for end in ("weight_scale", "scale_weight"):
             if f"{self.stem}.{end}" in self.tensors:
                 if not optional:
@@ -201,6 +205,7 @@ class _Layer:
     def set(
         self, shape: tuple[int, ...], companions: tuple[str, ...], keep: Callable[..., Stored], pad: int = 1
     ) -> None:
+        """Record that the weight is packed; `shape` is its unpacked shape, `keep` builds the `Stored`."""
         info = self.weight
         packing = Packing(info.shape, companions, keep, pad)
         self.new_infos[f"{self.stem}.weight"] = TensorInfo(info.dtype, shape, packing)
@@ -211,10 +216,10 @@ _E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Return a scale of a layer, whole or by row, as N 1 float32.
+    """Return a scale, one per layer or per row, as N 1 float32 for N rows.
 
     Raises:
-        ValueError: If it is not positive.
+        ValueError: If a scale is not positive and finite.
     """
     if scale.device.type != "meta" and not (scale.float().isfinite() & (scale > 0)).all():
         raise ValueError("has scales that are zero, negative, NaN or infinite")
@@ -230,7 +235,7 @@ def _set_int8(layer: _Layer) -> None:
     columns = math.prod(shape[1:])
     scale_shapes: list[tuple[int, ...]] = [(rows, *[1] * (len(shape) - 1)), (rows, 1), (rows,)]
     rotation = layer.rotation(columns) if layer.settings.get("convrot") else 0
-    if not rotation or rows == 1:  # else one scale for all would be wrong
+    if not rotation or rows == 1:  # a single scale for all rows is allowed only without rotation
         scale_shapes += [(), (1,)]
     end = layer.scale(*scale_shapes)
     in_16_bits = bool(layer.settings.get("full_precision_matrix_mult"))
@@ -282,7 +287,7 @@ def _set_nvfp4(layer: _Layer) -> None:
 def _keep_nvfp4(weight: Tensor, scales: Tensor, scale: Tensor, of_input: Tensor | None = None) -> Stored:
     rows, half = weight.shape
     form = RowForm("nvfp4", ("scale_blocks", "scale_weight", "scale_of_input"), packed.nvfp4_rows)
-    if of_input is not None:  # it lacks columns that only fill the weight up
+    if of_input is not None:  # it has no values for padding columns
         missing = 2 * half - len(of_input)
         of_input = functional.pad(of_input.float(), (0, missing), value=1.0).reshape(1, -1)
     scale_blocks = packed.untile(scales, rows, half // 8)
@@ -301,11 +306,11 @@ def _keep_w4a4(rotation: int, weight: Tensor, scale: Tensor) -> Stored:
 
 
 def _set_w4a8(layer: _Layer) -> None:
-    """Recognize a weight of 4 or 6 bits with scales of its rows, and relative ones of groups of columns."""
+    """Mark a layer as 4 or 6 bits with scales per row and relative scales per group of columns."""
     rows, width = layer.pair(torch.int8, torch.uint8)
     if f"{layer.stem}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
-    # the bits are not stated: the number of relative scales gives the columns, and the bytes then the bits
+    # the file does not state the bits: relative scales give the number of columns, bytes per column the bits
     shape = layer.companion("weight_s_rel", (_E4M3, torch.float32))
     columns = math.prod(shape[1:]) * layer.number("group_size", 16)
     bits = 8 * width // max(columns, 1)
@@ -371,7 +376,7 @@ def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
     blocks = rows * columns // block
     ends = ["weight.absmax"]
     peak_dtypes: tuple[torch.dtype, ...] = _FLOATS
-    if "nested_offset" in state:  # double quantization: the blocks' maxima are in 8 bits themselves
+    if "nested_offset" in state:  # double quantization: the maxima of blocks are quantized to 8 bits, too
         ends += ["weight.nested_absmax", "weight.nested_quant_map"]
         peak_dtypes = (torch.uint8,)
         groups = ceil_div(blocks, layer.number("nested_blocksize", 256))
@@ -383,7 +388,7 @@ def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
 
 
 def _set_four_bits(layer: _Layer, shape: tuple[int, int], ends: tuple[str, ...], quant_map: Tensor) -> None:
-    """Set the packing of a 4-bit weight of bitsandbytes; `ends` are the endings of its companions' names."""
+    """Mark a layer as 4 bits of bitsandbytes; `ends` are the suffixes of its companions."""
     levels = tuple(quant_map.float().tolist())
     offset = float(layer.settings.get("nested_offset", 0))
     nested = layer.number("nested_blocksize", 256)
@@ -394,7 +399,7 @@ def _set_four_bits(layer: _Layer, shape: tuple[int, int], ends: tuple[str, ...],
 
 
 def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None:
-    """Raise ValueError if a 4-bit weight of bitsandbytes does not match the form and shape in its state."""
+    """Raise ValueError if a 4-bit weight of bitsandbytes does not match its state."""
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
@@ -416,8 +421,8 @@ def _keep_four_bits(
     largest: Tensor,
     *nested_tensors: Tensor,
 ) -> Stored:
-    """Return a weight of bitsandbytes as stored; with nested scales, first compute those of the blocks."""
-    if nested_tensors:  # the largest magnitudes are in 8 bits themselves
+    """Return a 4-bit weight of bitsandbytes; double-quantized scales are dequantized first."""
+    if nested_tensors:  # the maxima of blocks are quantized to 8 bits
         scales, levels = nested_tensors
         coded = levels.float()[largest.int()] * scales.float().repeat_interleave(nested)[: len(largest)]
         largest = coded + offset

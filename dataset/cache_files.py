@@ -1,7 +1,7 @@
-"""Cache files: their names, the names of their tensors, reading and writing; what keeps them is a store.
+"""Cache files: names of files and tensors, reading and writing, and the protocol of a store of cache files.
 
-Names and tensors are those of existing tuners, so that files can be exchanged. The metadata also record a
-file's origin (see records.py).
+Names and tensors are those of musubi-tuner, so that files can be exchanged. The metadata also record the
+origin of a file (see records.py).
 """
 
 import os
@@ -26,31 +26,31 @@ from modules.text_files import read_tensor_header
 from protocols.data import SOUND, LatentSpec
 from protocols.loading import TensorInfo
 
-FORMAT_VERSION = "1.0.1"  # of the known tuners' caches
+FORMAT_VERSION = "1.0.1"  # as in caches of musubi-tuner
 SUFFIX = ".safetensors"
-PART = ".part"  # behind the name of a text cache that some of the text encoders have yet to add to
-VARIABLE = "varlen_"  # before the key of a tensor whose length differs per item
+PART = ".part"  # suffix of a text cache that some of the text encoders have not written yet
+VARIABLE = "varlen_"  # prefix of the name of a tensor with variable length
 
-FLIPPED = "_flipped"  # behind the key of mirrored latents
-AUDIO_LENGTH = "audio_lengths"  # next to the latents of sound: their T; other programs read it
-EMPTY = -1  # instead of the number of a caption: the empty prompt
+FLIPPED = "_flipped"  # suffix of the keys of mirrored latents
+AUDIO_LENGTH = "audio_lengths"  # number of frames T of audio latents, which other programs read
+EMPTY = -1  # index of the empty prompt, in place of the index of a caption
 
 Grid = tuple[int, int, int]  # F, H, W of latents
 
 
 class NpzNames(NamedTuple):
-    """What the names of a family's caches in npz files depend on."""
+    """Facts about a family that are needed to read its caches in npz files."""
 
-    tag: str  # its cache_tag
+    tag: str  # cache_tag of the family
     latent: LatentSpec
-    text_keys: frozenset[str]  # of a whole text cache
+    text_keys: frozenset[str]  # keys of a complete text cache
 
 
 _DTYPE = r"(?:bfloat16|float(?:16|32|64|8_e4m3fn|8_e5m2)|u?int(?:8|16|32|64)|bool)"
 _TENSOR_NAME = re.compile(rf"(?:{VARIABLE})?\w+(?:_mask|_{_DTYPE})", re.ASCII)
 _AUDIO_NAME = re.compile(rf"{SOUND}_\d+x\d+x\d+_{_DTYPE}", re.ASCII)
 _LATENT_NAME = re.compile(rf"(latents(?:_\w+?)?)_(?:(\d+)x)?(\d+)x(\d+)_{_DTYPE}", re.ASCII)
-# latents of any family, and those of sound; then texts: the first, further ones, the empty prompt, unfinished
+# latents or audio latents of any family; texts: first or further captions, the empty prompt; unfinished texts
 _CACHE_NAME = re.compile(
     r"(.+_[0-9]+x[0-9]+_[a-z0-9]+(_audio)?|.+_[a-z0-9]+_te(\.caption[0-9]+)?|(.+_)?[a-z0-9]+_te\.empty)"
     r"\.safetensors(\.part)?",
@@ -58,7 +58,7 @@ _CACHE_NAME = re.compile(
 )
 _MORE_TEXT = re.compile(r"(.+)_([a-z0-9]+)_te\.caption([2-9]|[1-9][0-9]{1,5})\.safetensors", re.DOTALL)
 _BAD_CHARACTER = re.compile(r"[/\\:\x00]" if os.name == "nt" else r"[/\x00]")
-_FIRST_BYTES = 16 * 1024  # holds the header of nearly every entry
+_FIRST_BYTES = 16 * 1024  # bytes of a first read, enough for the header of nearly every entry
 _SPAN = re.compile(r"(\d+)-(\d+)(?:-(\d+))?")
 _SIZE = re.compile(r"(\d+)x(\d+)")
 
@@ -86,7 +86,7 @@ class LatentName:
 
 
 def audio_tag(tag: str) -> str:
-    """Return the tag in file names of sound latents: `clip_..._ltx2_audio` next to `clip_..._ltx2`."""
+    """Return the tag in file names of audio latents: `clip_..._ltx2_audio` next to `clip_..._ltx2`."""
     return f"{tag}_audio"
 
 
@@ -115,15 +115,15 @@ def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
 
 
 def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
-    """Yield (file name, stem, the rest) of the latent caches of a family among names, in their order.
+    """Yield (file name, stem, other fields) of the latent caches of a family among names, in order.
 
-    The rest is what `parse_latent_name` returns, but without the stem: each distinct ending is parsed once,
-    and names with the same ending share the object.
+    The other fields are a `LatentName` whose stem is meaningless: for speed, each distinct ending is parsed
+    once, and names with the same ending share the object.
     """
     family_end = f"_{tag}{SUFFIX}"
     num_ends = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
     ends: dict[str, LatentName | None] = {}
-    # the end of the name before, and its meaning: mostly those of the next name, too
+    # the ending of the previous name and its fields; most names have the same ending as the previous name
     ending = family_end + "?"
     parsed: LatentName | None = None
     for name in names:
@@ -147,8 +147,8 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
     """Return the name of a text cache, such as `clip_wan_te.safetensors`, which all items of a source share.
 
     `number` is the index of the caption. Additional captions are in `clip_wan_te.caption2.safetensors` and so
-    on; other programs take these names for neither text caches nor latent caches. EMPTY stands for the empty
-    prompt of a source whose reference images an encoder sees, in `clip_wan_te.empty.safetensors`.
+    on; other programs ignore these names. EMPTY means the empty prompt of a source whose reference images an
+    encoder sees, in `clip_wan_te.empty.safetensors`.
     """
     if number == EMPTY:
         return f"{stem}_{empty_text_name(tag)}"
@@ -161,7 +161,7 @@ def empty_text_name(tag: str) -> str:
 
 
 def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
-    """Parse the file name of an additional caption: return stem and number, from 1; None for other names."""
+    """Return stem and index (1 or more) from the file name of a further caption; None for other names."""
     match = _MORE_TEXT.fullmatch(file_name)
     is_one = match is not None and match[2] == tag and not file_name.startswith(".")
     return (match[1], int(match[3]) - 1) if match is not None and is_one else None
@@ -169,7 +169,7 @@ def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
 
 def is_text_name(file_name: str, tag: str) -> bool:
     """Return whether a file name belongs to any text cache of the family."""
-    if "_te." not in file_name:  # of a million names, half are of latents
+    if "_te." not in file_name:  # fast path: half of a million names are latents
         return False
     return (
         parse_text_name(file_name, tag) is not None
@@ -179,13 +179,13 @@ def is_text_name(file_name: str, tag: str) -> bool:
 
 
 def is_empty_text_name(file_name: str, tag: str) -> bool:
-    """Return whether a file is a cache of the empty prompt, also one with a name in front."""
+    """Return whether a file is a cache of the empty prompt, of a folder or of a single source."""
     name = empty_text_name(tag)
     return file_name == name or (file_name.endswith(f"_{name}") and not file_name.startswith("."))
 
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
-    """Return the stem of the source whose caption a file is the cache of; None if it is no text cache."""
+    """Return the stem of a source from the name of its first text cache; None for other names."""
     end = f"_{tag}_te{SUFFIX}"
     return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
 
@@ -203,9 +203,10 @@ def is_safe_name(name: str) -> bool:
 def tensor_name(
     key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None, has_frames: bool = True
 ) -> str:
-    """Return the name in a file of the tensor that is `key` in batches.
+    """Return the name in a file of the tensor with the key `key` in batches.
 
-    `grid` is F, H, W to write instead of the latents' own. With `has_frames`, write F too.
+    `grid` is F, H, W for the name, instead of the shape of the latents. `has_frames` says whether the name
+    includes F.
     """
     if variable:
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
@@ -222,7 +223,7 @@ def tensor_name(
 
 
 def tensor_key(name: str) -> str:
-    """Return the key for a tensor's name in a file, the inverse of `tensor_name`.
+    """Return the key in batches for a tensor name in a file, the inverse of `tensor_name`.
 
     `latents_image_5x8x8_bfloat16` -> `latents_image`, `varlen_t5_bfloat16` -> `t5`; masks are unchanged.
     """
@@ -236,7 +237,7 @@ def tensor_key(name: str) -> str:
 
 
 def grid_in_name(name: str) -> Grid | None:
-    """Return F, H, W from the name of a tensor of latents; F is 1 if the name says H x W."""
+    """Return F, H, W from the name of a latents tensor, F is 1 if it has only H x W; None for others."""
     latents = _LATENT_NAME.fullmatch(name)
     return None if latents is None else (int(latents[2] or 1), int(latents[3]), int(latents[4]))
 
@@ -245,10 +246,11 @@ def grid_in_name(name: str) -> Grid | None:
 class Entry:
     """The contents of a cache file, or only the information in its header."""
 
-    place: Path | str  # its path: of a million only a few are asked for
+    place: Path | str  # path of the file; str for speed, see `path`
     metadata: Mapping[str, str]
-    shapes: Mapping[str, tuple[int, ...]]  # of the tensors, by their names in the file
-    named: Mapping[str, Tensor] = field(default_factory=dict, repr=False)  # none if only the header was read
+    shapes: Mapping[str, tuple[int, ...]]  # shapes of tensors, by name in the file
+    # tensors by name in the file; {} if only the header was read
+    named: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def of(place: Path | str, metadata: Mapping[str, str], named: Mapping[str, Tensor]) -> "Entry":
@@ -257,12 +259,12 @@ class Entry:
 
     @property
     def path(self) -> Path:
-        """Path of the file, made only when it is asked for, as there may be millions of entries."""
+        """Path of the file, created on access because there may be millions of entries."""
         return Path(self.place)
 
     @property
     def keys(self) -> frozenset[str]:
-        """Names of the tensors without sizes and dtype."""
+        """Keys of the tensors in batches."""
         return frozenset(map(tensor_key, self.shapes))
 
     @property
@@ -272,18 +274,18 @@ class Entry:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors by key in batches; latents get the axis of frames that some files lack."""
+        """Tensors by key in batches; latents get an axis of frames if the file lacks it."""
         tensors = {}
         for name, tensor in self.named.items():
             key = tensor_key(name)
-            # C H W, as latents of images are in some caches; sound is C 2 T
+            # latents of images are C H W in some caches; audio latents, C 2 T, have no frames
             is_flat = tensor.ndim == 3 and not key.endswith("_audio") and grid_in_name(name) is not None
             tensors[key] = tensor.unsqueeze(1) if is_flat else tensor
         return tensors
 
     @property
     def variable(self) -> frozenset[str]:
-        """Names of the tensors whose length differs per item."""
+        """Keys of the tensors with variable length."""
         return frozenset(tensor_key(name) for name in self.named if name.startswith(VARIABLE))
 
 
@@ -300,14 +302,14 @@ class CacheStore(Protocol):
 
     @property
     def holds_only_caches(self) -> bool:
-        """Whether the folder holds only caches, so that a damaged entry may be removed."""
+        """Whether the folder contains only caches, so that a damaged entry may be removed."""
 
     @property
     def is_shared(self) -> bool:
-        """Whether other programs have entries in the folder; these are used if they fit, and never stale."""
+        """Whether other programs may have entries in the folder; these are used if they fit, never stale."""
 
     def names(self) -> Collection[str]:
-        """Return the names of all entries, and of other files that are next to them."""
+        """Return the names of all entries, and of other files in the folder."""
 
     def __contains__(self, name: str) -> bool:
         """Return whether an entry of that name exists, valid or damaged."""
@@ -329,13 +331,13 @@ class CacheStore(Protocol):
         """Remove an entry if it exists."""
 
     def close(self, is_last: bool = False) -> None:
-        """Make sure that all written entries survive; a writer calls this last, but may write again.
+        """Flush all written entries; a writer calls this at the end, but may write again.
 
         Args:
-            is_last: All writers of a run have finished, and this process puts the store in order.
+            is_last: Whether all writers of a run have finished and this process may tidy the store.
 
         Raises:
-            OutputError: If there is no room for it; nothing is lost then.
+            OutputError: If there is not enough disk space; no entry is lost then.
         """
 
 
@@ -362,12 +364,12 @@ def read_entry(path: Path | str, is_full: bool = True) -> Entry:
 
 
 def unpack(path: Path | str, data: bytes) -> Entry:
-    """Return the tensors of a cache file's bytes, sorted by name.
+    """Return the entry of a cache file's bytes, with tensors sorted by name.
 
     `path` is for messages only.
 
     Raises:
-        CacheError: If they are not safetensors.
+        CacheError: If the bytes are not a safetensors file.
     """
     try:
         tensors = load(data)
@@ -379,12 +381,12 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 
 
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
-    """Return the metadata and tensor names of a cache file of `size` bytes; its tensors are not read.
+    """Return the entry of a cache file of `size` bytes with metadata and shapes, but without tensors.
 
     `read` returns the next N bytes of the file.
 
     Raises:
-        CacheError: If they are not safetensors.
+        CacheError: If the bytes are not a safetensors file.
     """
     try:
         metadata, content, start = read_tensor_header(read, size, _FIRST_BYTES)
@@ -400,7 +402,7 @@ def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a cache file, completely or not at all; `tensors` are keyed by their names in the file.
 
-    Equal contents give equal bytes, while the safetensors library would write metadata in varying order.
+    Equal contents give equal bytes; the safetensors library would write metadata in varying order.
     """
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_tensors(path, infos, tensors.__getitem__, dict(sorted(metadata.items())))
@@ -419,7 +421,7 @@ def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> boo
     Args:
         entry: Entry or its header.
         architecture: The family's name.
-        audio: Check for a cache of a clip's sound.
+        audio: Whether to check for an audio cache instead.
     """
     return (
         (SOUND in entry.keys if audio else bool(entry.grids))

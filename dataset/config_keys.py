@@ -1,7 +1,7 @@
-"""The keys of dataset configurations: how a file and a value are read, and which are allowed.
+"""Types of the keys in dataset configurations, and reading of files and values.
 
-A key is declared once: those of a `[[datasets]]` table as fields of `DatasetTable` (dataset/table.py), those
-of the image guides' form in `SUBSET_KEYS` (dataset/subset_options.py). Standard library only.
+A key is declared once: keys of a `[[datasets]]` table are fields of `DatasetTable` (dataset/table.py), keys
+of the layout of sd-scripts are in `SUBSET_KEYS` (dataset/subset_options.py). Standard library only.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from modules.text_files import bad_character, parse_json, parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
-# of frame_extraction; what they do: dataset/sources/frames.py
+# values of frame_extraction; see dataset/sources/frames.py
 MODES = ("head", "chunk", "slide", "uniform", "full")
 CACHE_FORMATS = ("files", "shards", "npz")
-# of audio: a clip without sound is a fault, or silent; or sound is of no interest
+# values of `audio`: a clip without audio is an error, or is silent; or audio is ignored
 REQUIRED, IF_PRESENT, IGNORE = "required", "if_present", "ignore"
-AUTO = "auto"  # as source_fps: the times of the frames in each clip's file
-# beyond these a number is a slip of the finger, or meant to fill the memory
-FAR = 10_000  # latent frames; places in time stay far below
+AUTO = "auto"  # value of source_fps: use the timestamps in each file
+# limits that catch typing errors and values that would exhaust memory
+FAR = 10_000  # latent frames; positions in time are far below
 MAX_COUNT = 10**9
 MAX_REPEATS = 100_000
 MAX_SAMPLES = 10_000  # spans of a clip
@@ -45,7 +45,7 @@ class Unfit(Exception):
 
 
 class Form(NamedTuple):
-    """Kind of values of a key: `read` converts a value or raises Unfit; `allowed` describes the values."""
+    """Type of a key's value: `read` converts a value or raises Unfit; `allowed` describes valid values."""
 
     read: Callable[[Any], Any]
     allowed: str
@@ -57,10 +57,10 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Return the form for values of certain types; `fits` returns whether a value is allowed."""
+    """Return the form for values of the types `kinds`; `fits` returns whether a value is allowed."""
 
     def read(value: Any) -> Any:
-        is_switch = isinstance(value, bool) and kinds is not bool  # true is an int in Python, but no number
+        is_switch = isinstance(value, bool) and kinds is not bool  # bool is a subclass of int
         if is_switch or not isinstance(value, kinds) or not fits(value):
             raise Unfit
         return convert(value)
@@ -88,7 +88,7 @@ def one_of(values: tuple[str, ...]) -> Form:
 def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
     """Return the form of a list of at least one value.
 
-    With `or_one`, a single value may be written without a list.
+    `or_one` allows a single value without a list.
     """
 
     def read(value: Any) -> tuple[Any, ...]:
@@ -126,7 +126,7 @@ def _is_text(value: str) -> bool:
     return bool(value.strip()) and not bad_character(value)
 
 
-# endings of files that systems, shells, Python or browsers run: no caption is written under them
+# extensions of files that systems, shells, Python or browsers execute: captions never get these
 PROGRAMS = frozenset(
     [
         "py", "pyc", "pyw", "pth", "so", "sh", "bash", "zsh", "bat", "cmd", "ps1", "exe", "com", "dll",
@@ -136,12 +136,12 @@ PROGRAMS = frozenset(
 
 
 def _is_of_programs(extension: str) -> bool:
-    """Return whether a file with this extension may be in another folder, or be run."""
+    """Return whether an extension would name another folder, or a file that may be executed."""
     return bool(set(extension) & set("/\\\0")) or extension.rpartition(".")[2].strip().lower() in PROGRAMS
 
 
 def is_short(value: str) -> bool:
-    """Return whether a text is short and without control characters, as part of a prompt or a name."""
+    """Return whether a text is short and has no control characters."""
     return len(value) <= MAX_WORDS and not bad_character(value)
 
 
@@ -207,7 +207,7 @@ EXTENSION = form_of(
     lambda value: _is_text(value) and "." in value and not _is_of_programs(value),
     'an extension with its dot, such as ".txt"; no folder, and none of programs or pages',
 )
-# an empty one overrides [general]
+# may be empty, to override [general]
 WORDS = form_of(
     str,
     lambda value: is_short(value) and len(value.splitlines()) < 2,
@@ -224,18 +224,18 @@ BOTH = ("image", "video")
 
 
 class Stale(enum.Flag):
-    """Which caches become stale if a key's value changes. Every key states it, so that none is forgotten.
+    """Which caches become stale if a key's value changes; it has no default, so that no key is forgotten.
 
-    Changes of captions and images themselves are found by comparing their contents.
+    Changes of captions and images themselves are detected by comparing their contents.
     """
 
     NOTHING = 0
-    FRAMES = enum.auto()  # latents: other frames of a clip are taken
-    LATENTS = enum.auto()  # by their size, their mask, or what they are made from
+    FRAMES = enum.auto()  # latents: other frames of a clip are used
+    LATENTS = enum.auto()  # latents: their size, mask or source changes
     SECTIONS = enum.auto()  # latents of a family with sections
     REFERENCES = enum.auto()  # latents of images that have references
-    TEXTS = enum.auto()  # the embeddings of captions
-    LEARNING = enum.auto()  # no cache, but a run that continues from a state
+    TEXTS = enum.auto()  # embeddings of captions
+    LEARNING = enum.auto()  # no cache, but a training state that a run resumes from
 
 
 NOTHING, FRAMES, LATENTS, SECTIONS = Stale.NOTHING, Stale.FRAMES, Stale.LATENTS, Stale.SECTIONS
@@ -248,7 +248,7 @@ class TableKey:
 
     Attributes:
         kinds: Kinds of tables that may have it.
-        of_some_forms: Only tables of the forms of data that name it take it.
+        of_some_forms: Only tables of data forms that list the key may have it.
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
 
@@ -262,7 +262,7 @@ class TableKey:
 
 
 def key(form: Form, default: Any = None, *, stale: Stale, **facts: Any) -> Any:
-    """Return a field of `DatasetTable` that is also a key, with the same name, in dataset files.
+    """Return a dataclass field that is also a key of the same name in dataset files.
 
     `facts` are additional fields of `TableKey`.
     """
@@ -274,7 +274,7 @@ def of_kind(form: Form) -> Any:
     return dataclasses.field(default=None, metadata={"source": form})
 
 
-# keys as other tuners spell them, mostly for one model
+# spellings of other trainers, mostly for one model -> our keys
 SPELLINGS: Mapping[str, str] = {
     "loss_mask_directory": "mask_directory",
     "loss_mask_use_alpha": "alpha_mask",
@@ -302,7 +302,7 @@ NO_KEYS: Mapping[str, str] = {
 }
 
 
-# keys of that fork that are taken and need nothing, and why
+# keys of that fork that are ignored because they are not needed, and why
 UNNEEDED: Mapping[str, str] = dict.fromkeys(
     (
         *("reference_cache_directory", "reference_cache_directories", "latent_idx_guide_cache_directory"),
@@ -313,7 +313,7 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
 
 
 def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Return the content of a configuration without the keys of UNNEEDED; a line in the log names them."""
+    """Return the content of a configuration without the keys of UNNEEDED, which are logged."""
     datasets = content.get("datasets")
     tables = [content.get("general"), *(datasets if isinstance(datasets, list) else ())]
     given = {name for table in tables if isinstance(table, dict) for name in table if name in UNNEEDED}
@@ -349,21 +349,21 @@ KINDS = {
 
 
 class HasForm(Protocol):
-    """A key of any form of files."""
+    """A key of any layout of dataset files."""
 
     @property
     def form(self) -> Form:
         """Form of the key's value."""
 
 
-BAD = object()  # marks a value that has been reported
+BAD = object()  # stands for an invalid value that has been reported
 
 
 def parse_config(path: Path) -> dict[str, Any]:
     """Return the content of a .toml or .json file.
 
     Raises:
-        DatasetError: If it cannot be read or parsed.
+        DatasetError: If the file cannot be read or parsed.
     """
     if path.is_dir():
         raise DatasetError(f"{path} is a folder. {_advise_file(path)}")
@@ -405,14 +405,14 @@ def _advise_file(folder: Path) -> str:
 
 
 def other_trainers() -> ModuleType:
-    """Return the module that knows files of other trainers, imported for messages about mistakes only."""
+    """Import the module about files of other trainers, which only error messages need."""
     from dataset import other_trainers as module  # only for mistakes
 
     return module
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
-    """Return a table without the keys whose value is null, which JSON has; {} if it is not a table."""
+    """Return a table without keys whose value is null (JSON); {} and an error if it is not a table."""
     if isinstance(table, dict):
         return {key: value for key, value in table.items() if value is not None}
     if table is not None:
@@ -433,22 +433,22 @@ def read_keys(
     ignored: tuple[str, ...] = (),
     of_other_layout: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the values of the keys in a table, by the keys' own names; BAD for one that is not allowed.
+    """Return the values of a table by the names of keys; BAD for an invalid value.
 
     Args:
         keys: Keys that may be in the table, by name.
         table: The table.
         where: Name of the table, for messages.
-        problems: Each mistake adds a line.
-        misplaced: Keys that may be in other tables only; each with the reason, which follows the value in the
+        problems: List to which errors are added.
+        misplaced: Keys that only other tables may have, with the reason, which follows the value in the
             message.
-        names: Names of keys by their other spellings.
+        names: Other spellings -> names of keys.
         ignored: Keys that are read elsewhere.
-        of_other_layout: Keys of tables in another layout; each with the reason, as above.
+        of_other_layout: Keys of tables in another layout, with the reason, as in `misplaced`.
     """
     layout_reasons = of_other_layout or {}
     values: dict[str, Any] = {}
-    spellings: dict[str, str] = {}  # the name that each key has in the table
+    spellings: dict[str, str] = {}  # name of a key -> its spelling in the table
     for spelling, value in table.items():
         name = (names or {}).get(spelling, spelling)
         if spelling in ignored:
@@ -473,7 +473,7 @@ def read_keys(
 
 
 def _explain(name: str, value: Any, allowed: str, why: str) -> str:
-    """Describe a wrong value: its type, what is allowed, and how to mend it."""
+    """Return the message for an invalid value: its type, the allowed values, and a hint."""
     hint = f"; but {why}" if why else ""
     if not why and name == "frame_extraction" and isinstance(value, str):
         similar = difflib.get_close_matches(value, MODES, 1)
@@ -485,7 +485,7 @@ def _explain(name: str, value: Any, allowed: str, why: str) -> str:
 
 
 def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
-    """Return the message for a key that is not known or not supported, with a similar known one."""
+    """Return the message for an unknown or unsupported key, with a similar known key."""
     if name in NO_KEYS:
         return f"{name} = {show(value)} is not supported: {NO_KEYS[name]}. Leave it out"
     allowed = list(allowed)
@@ -494,7 +494,7 @@ def unknown(name: str, value: Any, allowed: Iterable[str]) -> str:
 
 def show(value: Any) -> str:
     """Format a value as JSON for messages, without passwords, in at most 80 characters."""
-    import json  # here: all training scripts read this file, few show a wrong value
+    import json  # only for errors: all training scripts import this module
 
     text = paths.hide_secrets(json.dumps(value, ensure_ascii=False, default=str))
     return text if len(text) <= 80 else text[:77] + "..."

@@ -1,4 +1,4 @@
-"""Read the image guides' form of a dataset to tables: `[[datasets.subsets]]`, or folders without a file.
+"""Read datasets in the layout of sd-scripts: `[[datasets.subsets]]`, or folders without a file.
 
 A value is taken from the subset, else its `[[datasets]]`, else `[general]`, else the command line.
 Standard library only.
@@ -26,19 +26,19 @@ from modules.text_files import real_path
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)  # of a folder: repeats and class
+_NAME = re.compile(r"(\d+)_(.*)", re.DOTALL)  # name of a folder: repeats and class
 
 
 @dataclasses.dataclass(frozen=True)
 class FolderName:
-    """The name of a folder of images as image trainers read it: `10_ohwx man`."""
+    """Parts of the name of an image folder, as sd-scripts reads them: `10_ohwx man`."""
 
     repeats: int
-    words: str  # the caption of images without one; "": none
+    words: str  # caption of images without a caption; "": none
 
 
 def read_folder_name(name: str) -> FolderName | None:
-    """Return the repeats and words that image trainers read in a folder's name; None if it has none."""
+    """Return the repeats and words in the name of a folder; None if it does not begin with repeats."""
     match = _NAME.fullmatch(name)
     if match is None or int(match[1]) == 0:
         return None
@@ -48,15 +48,15 @@ def read_folder_name(name: str) -> FolderName | None:
 def read_subsets(
     path: Path, content: Mapping[str, Any], typed: SubsetOptions | None, problems: list[str]
 ) -> tuple[DatasetTable, ...]:
-    """Return the tables of a file's subsets, in order.
+    """Return one table for each subset of a file, in order.
 
-    A key that a subset lacks has the value of its [[datasets]], then of [general], of the command line, and
-    then the default.
+    If a subset lacks a key, the value comes from its [[datasets]], else from [general], else from the command
+    line, else it is the default.
 
     Args:
         path: Path of the dataset file.
         content: Its parsed content.
-        typed: Values of the command line; None means the keys' defaults.
+        typed: Values from the command line; None means the keys' defaults.
         problems: Errors are added to this list.
     """
     defaults = {name: key.default for name, key in SUBSET_KEYS.items()}
@@ -79,7 +79,7 @@ def read_subsets(
     defaults |= _read_level(general, "[general]", problems, DATASET)
     is_masked = typed is not None and typed.masked_loss
     tables: list[DatasetTable] = []
-    all_values: list[Table] = []  # of the subsets whose keys can all be read
+    all_values: list[Table] = []  # values of each subset without invalid keys
     for group, entry in enumerate(entries):
         for subset in _subsets_of(entry, group, defaults, problems):
             values = subset.values
@@ -94,7 +94,7 @@ def read_subsets(
             table = DatasetTable(path, len(tables), "image", group=group, subset=subset.number, **fields)
             tables.append(table)
     if tables:
-        from dataset.idle_keys import warn_idle  # only of this form
+        from dataset.idle_keys import warn_idle  # only for this layout
 
         warn_idle(path, content, tables)
         if typed is not None:
@@ -103,7 +103,7 @@ def read_subsets(
 
 
 def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequence[Table], path: Path) -> None:
-    """Warn about each option whose value in `defaults` no subset of the file has."""
+    """Warn about each option on the command line whose value every subset of the file overrides."""
     for name, option in typed_options(typed).items():
         if all(values[name] != defaults[name] for values in all_values):
             logger.warning("%s is ignored because %s gives another value everywhere", option, path)
@@ -113,16 +113,13 @@ def _warn_of_replaced(typed: SubsetOptions, defaults: Table, all_values: Sequenc
 class _Subset:
     """The values of all keys of one subset."""
 
-    number: int  # in its [[datasets]], from 0
-    place: str  # in the file
+    number: int  # index in its [[datasets]], from 0
+    place: str  # position in the file, for messages
     values: Table
 
 
 def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) -> Iterator[_Subset]:
-    """Yield the subsets of one [[datasets]].
-
-    `defaults` is the values of keys that it lacks.
-    """
+    """Yield the subsets of one [[datasets]]; `defaults` has the values of keys that it lacks."""
     place = f"[[datasets]] {group + 1}"
     dataset = without_nulls(entry, place, problems)
     subsets = dataset.get("subsets")
@@ -142,7 +139,7 @@ def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) ->
 
 
 def typed_options(typed: SubsetOptions) -> dict[str, str]:
-    """Return the options that have another value than their default, by the keys that they stand for."""
+    """Return the options that do not have their default value, such as `--flip_aug`, by key."""
     defaults = _read_option_values(SubsetOptions.usual())
     options = {}
     for name, value in _read_option_values(typed).items():
@@ -152,7 +149,7 @@ def typed_options(typed: SubsetOptions) -> dict[str, str]:
 
 
 def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
-    """Return the command line's values of keys, in the form of a dataset file."""
+    """Return the values of options by key, as they would be in a dataset file."""
     if typed is None:
         return {}
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
@@ -190,7 +187,7 @@ def _read_level(
 
 
 def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
-    """Return the fields of a table by the keys of a subset."""
+    """Return the fields of a `DatasetTable` from the values of a subset's keys."""
     if values["cache_info"]:
         logger.info("cache_info is not needed: sizes and captions are kept with the caches")
     by_record = _fields_by_record(values)
@@ -220,7 +217,7 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
 
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
-    """Return the fields of a table's records that keys name, by record; "" for the table itself."""
+    """Return the fields that keys set, by record of the table; "" stands for the table itself."""
     by_record: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
     for name, key in SUBSET_KEYS.items():
         record, _, inner = key.field.rpartition(".")
@@ -230,10 +227,7 @@ def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
 
 
 def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
-    """Return the rule with limits that are multiples of its step.
-
-    With `warns`, log if they change.
-    """
+    """Round the limits of a rule to multiples of its step; `warns` logs a warning if they change."""
     step = rule.step
     minimum = max(step, rule.minimum // step * step)
     maximum = round_up(rule.maximum, step)
@@ -249,7 +243,7 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
 
 
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
-    """Return a line for each missing key of a subset, and for keys that conflict."""
+    """Return an error line for each missing key of a subset, and for keys that conflict."""
     errors = []
     conditioning, masks = values["conditioning_data_dir"], values["mask_directory"]
     from_json = values["metadata_file"] is not None
@@ -279,7 +273,7 @@ def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
 
 
 def _size_errors(values: Table) -> list[str]:
-    """Return a line if a subset has no resolution, and for each limit of its buckets that excludes it."""
+    """Return an error line if the resolution is missing, and for each bucket limit that excludes it."""
     size, low, high = values["resolution"], values["min_bucket_reso"], values["max_bucket_reso"]
     if size is None:
         return ["resolution is missing in its [[datasets]], such as 1024 (training also takes --resolution)"]
@@ -297,7 +291,7 @@ def _size_errors(values: Table) -> list[str]:
 
 
 def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
-    """Raise DatasetError if there are `keys`, with which the items to cache change each time."""
+    """Raise DatasetError if `keys`, which change items at random, are not empty: caching is impossible."""
     if keys:
         raise DatasetError(
             f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
@@ -306,10 +300,10 @@ def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None
 
 
 def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, ...]:
-    """Give each table without a cache_directory its own folder: `1024x768` next to its images.
+    """Set the cache_directory of tables without one: the subfolder `1024x768` of their image folder.
 
-    Several datasets may have one folder of images; if their resolutions are equal too, the later one gets
-    `1024x768_2`. Caches that other programs share, which hold many resolutions, are next to the images.
+    If several tables have the same image folder and resolution, the second gets `1024x768_2`. Caches shared
+    with other programs, which have several resolutions, are in the image folder.
     """
     used: Counter[tuple[str, str]] = Counter()
     changed = []
@@ -332,10 +326,10 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
 
 
 def folders_config(typed: SubsetOptions) -> DatasetConfig:
-    """Return the dataset that --train_data_dir and its companions describe: one group of tables.
+    """Return the dataset of --train_data_dir and related options: one group of tables.
 
     Raises:
-        DatasetError: If there is no folder to train on, or with all values that are not allowed.
+        DatasetError: If there is no folder to train on, or if values are invalid.
     """
     folder = typed.train_data_dir
     assert folder is not None  # `typed.replaces_toml`
@@ -359,9 +353,9 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
 
 
 def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
-    """Return a subset for each folder whose name begins with a number of repeats.
+    """Return a subset for each subfolder whose name begins with a number of repeats.
 
-    A warning names other folders with images. `known` is a folder that another option reads.
+    A warning names other subfolders with images, except `known`, which another option reads.
     """
     try:
         with os.scandir(folder) as entries:
@@ -400,7 +394,7 @@ def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None)
 
 
 def _warn_left_out(folder: Path, option: str) -> None:
-    """Warn that a folder is left out, if it has images, or folders that say how often each is repeated."""
+    """Warn that a folder is ignored if it has images, or subfolders whose names begin with repeats."""
     if _has_repeats(folder):
         logger.warning(
             "%s: %s is left out because its name does not begin with a number of repeats. If the folders in "
@@ -427,7 +421,7 @@ def _warn_left_out(folder: Path, option: str) -> None:
 
 
 def _has_repeats(folder: Path) -> bool:
-    """Return whether a folder has one whose name begins with a number of repeats."""
+    """Return whether a folder has a subfolder whose name begins with a number of repeats."""
     try:
         return any(entry.is_dir() and read_folder_name(entry.name) is not None for entry in folder.iterdir())
     except OSError:  # such as one of another user

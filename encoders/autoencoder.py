@@ -1,11 +1,11 @@
-"""The autoencoder of FLUX.1, which Chroma and Lumina-Image-2.0 share: pixels to latents and back.
+"""The autoencoder of FLUX.1, also used by Chroma and Lumina-Image-2.0.
 
-A picture is a clip of one frame. Latents are those of the model and of cache files: shifted and scaled.
-Pictures of a batch are computed one after the other, so that memory does not grow with their number and no
-result depends on the rest of the batch. Tiles bound the memory of large pictures and change the result a
-little: neighbors share a quarter, as in diffusers.
+An image is a clip of one frame. Latents are in model space, as in cache files: shifted and scaled. Images of
+a batch are computed one after the other, so that memory does not grow with their number and no result depends
+on the rest of the batch. Tiles limit the memory for large images and change the result slightly; neighbors
+overlap by a quarter, as in diffusers.
 
-Our modules have the names of the released ae.safetensors. diffusers' AutoencoderKL has its own.
+Modules are named as in the released ae.safetensors; names of diffusers' AutoencoderKL are translated.
 """
 
 import logging
@@ -30,25 +30,25 @@ from modules.layers.convolution import Compute, lay_out, layouts
 from modules.media.pixels import check_clip, from_bytes
 from protocols.loading import TensorSource
 
-LEVELS = 4  # resolutions, each half of the one before: 8 pixels are one latent pixel
-GROUPS = 32  # in a group norm, as released; cannot be read from the tensors
+LEVELS = 4  # resolutions; each level after the first halves it, so that 8 pixels are one latent pixel
+GROUPS = 32  # of group norms, as released; tensors do not show it
 
 
 @dataclass(frozen=True)
 class AutoencoderKind:
-    """One of the autoencoders with FLUX's layers: what distinguishes it, and its name in messages."""
+    """Facts about one of the released autoencoders with FLUX's layers."""
 
     what: str = "the autoencoder of FLUX"
     option: str = "--ae"
     release: str = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
     channels: int = 16  # of the latents
-    is_quantized: bool = False  # whether a quant_conv follows the encoder, and another leads the decoder
-    classes: tuple[str, ...] = ("AutoencoderKL",)  # in a config.json next to the file
+    is_quantized: bool = False  # has a quant_conv after the encoder and a post_quant_conv before the decoder
+    classes: tuple[str, ...] = ("AutoencoderKL",)  # allowed classes in a config.json next to the file
 
 
 FLUX_KIND = AutoencoderKind()
 
-DIFFUSERS: dialects.Names = (  # which counts the decoder's levels from the latents: see `_our_name`
+DIFFUSERS: dialects.Names = (  # for decoder levels, which diffusers numbers in reverse, see `_our_name`
     (r"encoder\.down_blocks\.(\d+)\.(.+)", r"encoder.down.\1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.0\.(.+)", r"\1.mid.block_1.\2"),
     (r"(encoder|decoder)\.mid_block\.resnets\.1\.(.+)", r"\1.mid.block_2.\2"),
@@ -74,9 +74,9 @@ def read_autoencoder(
     """Plan how to load an autoencoder from a released file, diffusers' layout or an all-in-one file.
 
     Raises:
-        CheckpointError: If the file holds another model or is incomplete.
+        CheckpointError: If the file contains another model or is incomplete.
     """
-    prefixes = ("first_stage_model.", "vae.")  # of the autoencoder in all-in-one files
+    prefixes = ("first_stage_model.", "vae.")  # prefixes in all-in-one files
     other_networks = [start for start in ALL_IN_ONE if start not in prefixes]
     checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
     sources = plain_sources(checkpoint)
@@ -132,6 +132,7 @@ def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is
 
 
 def _our_name(name: str, levels: int) -> str:
+    """Translate a name of diffusers; `levels` is the number of decoder levels."""
     up = re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.+)", name)
     if up:
         name = f"decoder.up.{levels - 1 - int(up[1])}.{up[2]}"
@@ -141,9 +142,9 @@ def _our_name(name: str, levels: int) -> str:
 
 
 def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
-    """Turn 1x1 convolutions of a file into linear layers, in `sources`.
+    """Convert weights of 1x1 convolutions in `sources` to weights of linear layers, in place.
 
-    `layers` is a regular expression for the names of their weights.
+    `layers` is a regular expression for the names of these weights.
     """
     for name, source in sources.items():
         if re.fullmatch(layers, name):
@@ -155,19 +156,19 @@ def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
 
 logger = logging.getLogger(__name__)
 
-SHIFT, SCALE = 0.1159, 0.3611  # of the latents: the released FLUX.1, `shift_factor` and `scale_factor`
+SHIFT, SCALE = 0.1159, 0.3611  # of latents: `shift_factor` and `scaling_factor` of the released FLUX.1
 PIXELS = 8  # height and width of one latent pixel, in pixels
 
 
 class ImageVae(nn.Module):
-    """Encoder and decoder of images, which are clips of one frame. Subclasses set both networks.
+    """Base class of image autoencoders; images are clips of one frame. Subclasses set both networks.
 
-    Build it on the meta device. tile: edge of a tile in pixels, a multiple of `stride`; larger images are
-    cut, which changes the result a little. None: they are computed whole.
+    Build it on the meta device. `tile` is the edge of a tile in pixels, a multiple of `stride`; larger images
+    are computed in tiles, which changes the result slightly. None means no tiles.
     """
 
     stride: ClassVar[int]  # height and width of one latent pixel, in pixels
-    limits: ClassVar[tuple[float, float] | None] = None  # of the logarithms of variances
+    limits: ClassVar[tuple[float, float] | None] = None  # bounds of log-variances; None: not clamped
     encoder: nn.Module
     decoder: nn.Module
 
@@ -189,12 +190,12 @@ class ImageVae(nn.Module):
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Return a sample of the posterior, or its mean if `generators` is None.
 
-        `pixels` is B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W multiples of the stride.
-        `generators` are one for each image; the noise is drawn in float32. Returns B Z 1 h w, float32, on
-        the VAE's device.
+        `pixels` is B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W are multiples of the stride.
+        `generators` has one for each image; noise is drawn in float32. Returns B Z 1 h w, float32, on the
+        VAE's device.
 
         Raises:
-            ValueError: For other sizes.
+            ValueError: If sizes are not multiples of the stride, or the number of generators is wrong.
         """
         if generators is not None and len(generators) != len(pixels):
             raise ValueError(f"{len(generators)} generators for {len(pixels)} pictures")
@@ -205,12 +206,12 @@ class ImageVae(nn.Module):
 
     @torch.no_grad()
     def moments(self, pixels: Tensor) -> Tensor:
-        """Return means and logarithms of variances, B 2Z 1 h w float32, as the network outputs them."""
+        """Return the network's means and log-variances, B 2Z 1 h w float32."""
         return self.in_tiles(self._moments, pixels, unit_in=self.stride, unit_out=1, device=self.device)
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W float32, -1..1, on the device, or host with tiles.
+        """Return pixels B 3 1 H W float32, -1..1, on the device, or on the CPU if computed in tiles.
 
         Args:
             latents: B Z 1 h w.
@@ -227,9 +228,9 @@ class ImageVae(nn.Module):
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to x, B C 1 H W, in tiles if x is larger than one. Returns B C' 1 H' W'.
+        """Apply `compute` to x, B C 1 H W, in tiles if x is larger than a tile. Returns B C' 1 H' W'.
 
-        `unit_in` and `unit_out` are the pixels of input and result for one latent pixel.
+        `unit_in` and `unit_out` are the sides of one latent pixel in pixels of input and result.
         """
         if x.ndim != 5 or x.shape[2] != 1:
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
@@ -295,7 +296,7 @@ def load_autoencoder(
         tile: Size of the tiles that large images are processed in, as `Autoencoder` takes it.
 
     Raises:
-        CheckpointError: If the file is damaged or holds another model.
+        CheckpointError: If the file is damaged or contains another model.
     """
     path = inside(path, "vae")
     with open_checkpoint(path) as checkpoint:

@@ -1,6 +1,6 @@
-"""What families with one transformer share: their files, and the description that follows from these.
+"""Base classes for families with one transformer: `TransformerFiles` and `OneTransformer`.
 
-A family derives its files from `TransformerFiles` and itself from `OneTransformer`.
+The files of a family derive from the first class, the family itself from the second.
 """
 
 import contextlib
@@ -46,26 +46,26 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class TransformerFiles(ABC):
-    """Paths and dtypes of a transformer and a VAE, as the options give them.
+    """Paths and dtypes of a transformer and a VAE, from the options.
 
-    The path properties raise OptionError or CheckpointError, naming the option. Encoders compute in their
-    default dtype, or in float32 if the transformer does.
+    The path properties raise OptionError or CheckpointError with the name of the option. Encoders compute in
+    their default dtype, or in float32 if the transformer does.
     """
 
     dit: Path | None = None
-    dit_dtype: torch.dtype | None = None  # None: as the file says
+    dit_dtype: torch.dtype | None = None  # None: the dtype of the file
     dit_option: str = "--dit"
     vae: Path | None = None
     vae_dtype: torch.dtype | None = None
     vae_tile: int | None = None
     text_dtype: torch.dtype | None = None
-    words: tuple[ModelWord, ...] = ()  # that the text encoders read in addition
+    words: tuple[ModelWord, ...] = ()  # additional words of the text encoders
 
-    format: ClassVar[DitFormat[Any, Any]]  # of the transformer's file
+    format: ClassVar[DitFormat[Any, Any]]  # format of the transformer's file
     vae_option: ClassVar[str] = "--vae"
-    vae_folder: ClassVar[str] = ""  # of the VAE in a whole release, which may be given too
-    usual: ClassVar[torch.dtype] = torch.bfloat16  # of encoders, as released
-    vae_default: ClassVar[torch.dtype | None] = None  # of the VAE, if that was released in another one
+    vae_folder: ClassVar[str] = ""  # subfolder of the VAE in a release; "": releases have none
+    usual: ClassVar[torch.dtype] = torch.bfloat16  # dtype of the released encoders
+    vae_default: ClassVar[torch.dtype | None] = None  # dtype of the released VAE; None: `usual`
 
     def add_dit(self, dit: Path | None, dtype: str | None) -> Self:
         """Return a copy with the options of the transformer; `dtype` is the value of --dit_dtype."""
@@ -78,27 +78,27 @@ class TransformerFiles(ABC):
 
     @property
     def dit_path(self) -> Path:
-        """Path of the transformer, which exists."""
+        """Path of the transformer; raises an error if it is missing."""
         return require_file(self.dit, self.dit_option, "the transformer checkpoint")
 
     @property
     def vae_path(self) -> Path:
-        """Path of the VAE, which exists; of a released folder the subfolder with the VAE."""
+        """Path of the VAE, or of its subfolder in a release; raises an error if it is missing."""
         path = require_file(self.vae, self.vae_option, "it turns pixels into latents and back")
         return inside(path, self.vae_folder) if self.vae_folder else path
 
     def dit_header(self) -> DitHeader[Any]:
-        """Return the transformer's header, which is read once per file and process."""
+        """Return the transformer's header; each file is read once per process."""
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
-        """Return the dtype that the options ask for, else that of the file; None without a transformer."""
+        """Return --dit_dtype, else the compute dtype of the file; None if no transformer is set."""
         if self.dit_dtype or self.dit is None:
             return self.dit_dtype
         return self.dit_header().compute_dtype
 
     def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
-        """Return an encoder's dtype: `chosen`, float32 with a float32 transformer, or the usual one."""
+        """Return an encoder's dtype: `chosen`, else float32 with a float32 transformer, else the default."""
         in_float32 = self.compute_dtype() == torch.float32
         if chosen:
             return chosen
@@ -109,7 +109,7 @@ class TransformerFiles(ABC):
         """Load the VAE."""
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return everything apart from the pixels that latents depend on."""
+        """Return entries of cache records: all that latents depend on except pixels."""
         dtype = dtype_name(self.encoder_dtype(self.vae_dtype, self.vae_default))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
@@ -123,16 +123,16 @@ class TransformerFiles(ABC):
 
     @abstractmethod
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the given text encoders, or all of them if they are needed.
+        """Check the text encoders that options name, or all of them if they are needed.
 
-        `config` is the configuration of the transformer, or None if there is none.
+        `config` is the configuration of the transformer; None if its option is not set.
         """
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the files that are given or needed ("dit", "vae", "texts") without loading them.
+        """Check the files that options name or that are needed ("dit", "vae", "texts"), without loading them.
 
         Raises:
-            OptionError: If a needed file is not given.
+            OptionError: If the option of a needed file is not set.
             CheckpointError: If a file is missing, or if its network is of a kind or size that the transformer
                 cannot use.
         """
@@ -142,7 +142,7 @@ class TransformerFiles(ABC):
         self.check_texts(config, "texts" in needed)
 
 
-_METADATA = attrgetter("metadata")  # of a checkpoint
+_METADATA = attrgetter("metadata")  # of a checkpoint; one object, as key of `read_once`
 
 
 def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
@@ -157,11 +157,11 @@ def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
 
 
 class OneTransformer:
-    """Base of the families with a single transformer: what follows from its files."""
+    """Base class of families with a single transformer; most properties follow from its files."""
 
     can: ClassVar[Abilities] = Abilities(tell_few_steps=True)
     named: ClassVar[Mapping[str, str]] = {}  # names of the model in saved files, if they are always the same
-    few_steps: ClassVar[FewSteps] = FewSteps()  # its releases of few steps
+    few_steps: ClassVar[FewSteps] = FewSteps()  # releases distilled to few steps
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
@@ -198,13 +198,13 @@ class OneTransformer:
 
     @property
     def word_names(self) -> tuple[str, ...]:
-        """Return the words that text encoders read in addition to those of their tokenizers."""
+        """Return the additional words of the text encoders."""
         return tuple(word.text for word in self.files.words)
 
     def with_words(self, files: "WordsByFile", option: str) -> Self:
-        """Return a copy whose text encoders read the words of files: embeddings, and LoRAs that bring words.
+        """Return a copy whose text encoders have the words of embedding files and of LoRAs with words.
 
-        Of files that have the same word, the first is used, with a warning.
+        If several files have the same word, the first is used, with a warning.
 
         Args:
             files: Words with their vectors, by file.
@@ -220,7 +220,7 @@ class OneTransformer:
         return self._with_model_words([*words.values()])
 
     def with_word_in_texts(self, word: "WordToLearn") -> Self:
-        """Return a copy with rows for a trained word in its text encoders."""
+        """Return a copy whose text encoders have rows for a word to train."""
         return self._with_model_words([*self.files.words, ModelWord(word.text, word.count)])
 
     def _with_model_words(self, words: Sequence[ModelWord]) -> Self:
@@ -229,7 +229,7 @@ class OneTransformer:
         return copy
 
     def word_network(self, word: "WordToLearn") -> "MadeNetwork":
-        """Return the network that holds the vectors of a trained word."""
+        """Return the trainable vectors of a word."""
         from encoders.inversion import invert_encoders  # only to train one
 
         return invert_encoders(word, self.files.text_encoders())
@@ -251,7 +251,7 @@ class OneTransformer:
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Name what a teacher sees and a training sample may lack: the caption, and reference images."""
+        """Names of conditions that a teacher sees and a training sample may lack: caption and references."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:
@@ -273,11 +273,11 @@ class OneTransformer:
 
     @property
     def moments(self) -> MomentsRules:
-        """Refuse moments, for families that have no use for them."""
+        """Rules for precomputed moments; by default, they are rejected."""
         return MomentsRules(f"the model {self.name} is given clips alone. Leave out load_tensors")
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Raise DatasetError with the family's reason, because its caches cannot be made from moments."""
+        """Raise DatasetError: by default, caches cannot be made from moments."""
         raise DatasetError(f"load_tensors: {self.moments.rejection}.")
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
@@ -285,7 +285,7 @@ class OneTransformer:
         return None
 
     def media_encoders(self, device: torch.device, images: bool = True) -> MediaEncoders:
-        """Load the VAE. There is no image encoder that `images` could ask for."""
+        """Load the VAE; `images` is ignored because there is no image encoder."""
         return MediaEncoders(self.files.load_vae(device))
 
     @property
@@ -295,7 +295,7 @@ class OneTransformer:
         return (self.files.dit_path,)
 
     def file_beside(self, dit: Path) -> Path | None:
-        """Return None: all tensors are in the transformer's own file."""
+        """Return None: no second file is needed."""
         return None
 
     def block_counts(self) -> tuple[int, ...]:
@@ -317,7 +317,7 @@ class OneTransformer:
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
-        """Return metadata: `names`, and the file names of transformer and VAE if these are given."""
+        """Return `names` and the file names of transformer and VAE, if their options are set, as metadata."""
         files = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
         return {**names, **{key: path.name for key, path in files.items() if path is not None}}
 

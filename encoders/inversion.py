@@ -1,6 +1,6 @@
-"""Textual inversion: the vectors of a new word that learn, for each text encoder of a model.
+"""Textual inversion: train the embedding vectors of a new word for each text encoder of a model.
 
-Only the new rows of the tables of token embeddings learn, and only they are in the optimizer.
+Only the new rows of the token embeddings are trained, and only these are in the optimizer.
 Source: Gal et al. 2022, arXiv 2208.01618.
 """
 # Letters: V vectors of the word, C width of a text encoder
@@ -38,12 +38,12 @@ from protocols.new_tokens import WordToLearn
 logger = logging.getLogger(__name__)
 
 CALLED = "textual inversion"
-DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # a vector moves by about the rate at each step
-LOUD = 3.0  # a vector that exceeds the mean norm by this factor drowns out the other words of a prompt
+DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # each step changes a vector by about the learning rate
+LOUD = 3.0  # warn if a vector's norm is this multiple of the mean norm: it dominates the prompt
 
 
 class LearntRows(nn.Module):
-    """The vectors of a word, V C for each text encoder, by their names in files."""
+    """Trained vectors of a word: one parameter, V C, for each name in files."""
 
     def __init__(self, word: WordToLearn, rows: Mapping[str, Tensor]) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class LearntRows(nn.Module):
         return [{"params": [*self.parameters()], "lr": learning_rate}], [CALLED]
 
     def join(self, names: Sequence[str]) -> Tensor:
-        """Return the vectors of several names, one after the other."""
+        """Concatenate the vectors of several names."""
         return torch.cat([self.get_parameter(name) for name in names])
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Do nothing: texts are encoded before a pass, so no pass can do without the word."""
+        """Do nothing: texts are encoded before the forward pass, so the word cannot be scaled in it."""
 
     def log_norms(self) -> None:
-        """Log the norm of each row and the mean norm of the table; warn of rows that are much longer."""
+        """Log the norm of each vector and the mean norm of the table; warn if a vector is much longer."""
         for name, rows in self.named_parameters():
             norms = rows.detach().float().norm(dim=1).tolist()
             default = self.default_norms[name]
@@ -117,17 +117,17 @@ def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -
 
 @dataclass(frozen=True)
 class WordTower:
-    """A text encoder as the learning of a word sees it; it need not be loaded."""
+    """Facts about a text encoder that textual inversion needs; it need not be loaded."""
 
-    key: str  # of its vectors in files
+    key: str  # key of its vectors in files
     embedding: str  # name of the weight of its token embeddings
-    tokenize: Callable[[str], list[int]]  # without tokens around a text; [] for a text that it cannot read
-    # of vectors for each of several layers of the model that is trained, V C each; (): the word has one set
+    tokenize: Callable[[str], list[int]]  # without special tokens; [] if the text has no tokens
+    # keys of separate vectors for several layers of the trained model, V C each; (): one set of vectors
     names: tuple[str, ...] = ()
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """Names of all sets of vectors in files."""
+        """Keys of all sets of vectors in files."""
         return self.names or (self.key,)
 
 
@@ -140,14 +140,14 @@ class Inversion:
         towers: Sequence[WordTower],
         read_vectors: Callable[[Path, str], Mapping[str, Tensor] | None],
     ) -> None:
-        """Describe an inversion; nothing is read.
+        """Set up an inversion; no file is read.
 
         Args:
             word: The word to learn.
             towers: The text encoders, in their order.
-            read_vectors: Returns the vectors in a file of the word or in a LoRA that brings it, V C by the
-                keys of the towers; None for a LoRA without the word. The second argument is the option that
-                names the file.
+            read_vectors: Reads the vectors from an embedding file or from a LoRA with the word; returns them,
+                each V C, by the keys of the towers, or None for a LoRA without the word. The second argument
+                is the option that names the file.
         """
         self.asked = word
         self.towers = towers
@@ -179,13 +179,13 @@ class Inversion:
         )
 
     def make(self, encoders: nn.Module, with_values: bool) -> LearntRows:
-        """Create the rows, and let the text encoders use them.
+        """Create the vectors, and let the text encoders use them.
 
-        Random rows are drawn from torch's generator.
+        Random vectors are drawn from torch's default generator.
 
         Args:
             encoders: Networks of the text encoders.
-            with_values: Whether to initialize the rows; otherwise they are zero, as on the meta device.
+            with_values: Whether to initialize the vectors; otherwise they are zero.
 
         Raises:
             UserError: As in `check`, and if the vectors of a file have another width.
@@ -217,10 +217,10 @@ class Inversion:
         return rows
 
     def _make_starts(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the first rows of each text encoder, V C.
+        """Return the initial vectors, V C, by key of the towers.
 
         Args:
-            tables: Table of token embeddings of each text encoder, by its key.
+            tables: Token embeddings of each text encoder, by key of the tower.
         """
         count = self.word.count
         brought = self._read_weights()
@@ -262,7 +262,7 @@ class Inversion:
         return ids
 
     def _read_weights(self) -> Mapping[str, Tensor] | None:
-        """Read the initial vectors from a textual inversion or a LoRA; None without a file.
+        """Read the initial vectors from an embedding file or a LoRA; None if no file has them.
 
         Raises:
             CheckpointError: If the file does not fit the text encoders or the options.
@@ -300,7 +300,7 @@ class Inversion:
                 )
 
     def check(self) -> None:
-        """Raise UserError if the word is already a token, or its vectors cannot be initialized as asked."""
+        """Raise UserError if the word is already a token, or if its vectors cannot be initialized."""
         for tower in self.towers:
             if len(tower.tokenize(self.word.text)) == 1:
                 raise OptionError(
@@ -312,7 +312,7 @@ class Inversion:
         self._read_weights()
 
     def check_captions(self, captions: Sequence[str]) -> str:
-        """Return a sentence about captions that lack the word.
+        """Return a sentence about captions that lack the word; "" if all have it.
 
         Raises:
             DatasetError: If no caption has the word.
@@ -335,7 +335,7 @@ class Inversion:
 
 
 def find_in_lora(path: Path, word: str) -> WordContent | None:
-    """Return what a LoRA file holds of a word; None if it is no LoRA file or has no such word."""
+    """Return the vectors of a word in a LoRA file; None if it is not a file or does not have the word."""
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
     with open_checkpoint(path) as checkpoint:
@@ -344,21 +344,21 @@ def find_in_lora(path: Path, word: str) -> WordContent | None:
 
 
 def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> MadeNetwork:
-    """Return the network of a word's vectors for text encoders that describe themselves.
+    """Return the trainable vectors of a word for text encoders that support additional words.
 
     Args:
         word: The word to learn.
-        encoders: All text encoders of a model; those that cannot be given additional words read it as text.
+        encoders: All text encoders of a model; those without this ability tokenize the word as text.
     """
     able = [encoder for encoder in encoders if takes_words(encoder)]
 
     def read_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
         content = find_in_lora(path, word.text)
         if content is None:
-            if word.weights is None:  # a LoRA that training continues from need not bring the word
+            if word.weights is None:  # a LoRA to continue training from need not have the word
                 return None
             content = read_embedding(path, option)
-        with quiet():  # it is not about prompts
+        with quiet():  # its log lines are about prompts
             return select_vectors(ModelWord(word.text, content=content, source=path, option=option), able)
 
     towers = [WordTower(encoder.word_keys[0], encoder.embedding, encoder.tokenize_word) for encoder in able]

@@ -1,8 +1,8 @@
-"""Pictures in prompts: the vision tower of a language model, what it is given, and where its tokens stand.
+"""Images in prompts: the vision tower of a language model, its inputs, and the positions of its tokens.
 
-The tower is the class of transformers; its files are those of the language model next to it.
+The tower is a class of the library transformers; its weights are in the file of the language model.
 """
-# Letters: B prompts, L tokens, P patches of all images, K numbers of a patch, C width of the language model
+# Letters: B prompts, L tokens, P patches of all images, K values of a patch, C width of the language model
 
 import importlib
 import math
@@ -26,12 +26,12 @@ from modules.media.reading import read_image, resize_cover, resize_stretched
 from protocols.loading import TensorSource
 
 Shown = TypeVar("Shown")
-MIN_SIDE = 28  # pixels that reducing leaves of a side
-MAX_RATIO = 200  # of the sides of an image, for the released image processor
+MIN_SIDE = 28  # least side in pixels of an image that is shrunk
+MAX_RATIO = 200  # largest aspect ratio that the released image processor accepts
 
 
 def read_rgb(path: Path, size: Size | None = None) -> Tensor:
-    """Read an image in its own size, or covering `size`: H W 3 uint8.
+    """Read an image, H W 3 uint8, in its own size, or resized and cropped to `size`.
 
     Raises:
         MediaError: If the image cannot be read.
@@ -53,32 +53,32 @@ def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
 
 @dataclass(frozen=True)
 class ImageUse:
-    """Settings with which a family shows images to the text encoder, as parts of the prompt."""
+    """Settings of a family for images in prompts."""
 
-    text: str  # that stands for each in front of the prompt: {number} from 1, {tokens} of the image
-    alone: str = ""  # the text for an image that is the only one, if that differs
-    token: str = "<|image_pad|>"
-    # an image as it is shown, of `Prompt.image_size` if that is given: H W 3 uint8; MediaError
+    text: str  # text for each image before the prompt; {number}: from 1, {tokens}: placeholder tokens
+    alone: str = ""  # text for a single image; "": `text`
+    token: str = "<|image_pad|>"  # placeholder token of images
+    # reads an image, at `Prompt.image_size` if that is set: H W 3 uint8; raises MediaError
     read: Callable[[Path, Size | None], Tensor] = read_rgb
-    # pixels of `Prompt.frames`, H W C uint8, as they are shown: H W 3
+    # converts an image of `Prompt.frames`, H W C uint8, to H W 3
     show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
-    # hashes of `Prompt.frames`, for caches: n 32 uint8; None: there are none
+    # returns hashes of `Prompt.frames` for caches, n 32 uint8; None: caches have no hashes
     hash_images: Callable[[Sequence[Tensor]], Tensor] | None = None
-    shown: int | None = None  # the first images that are shown; None: all
-    fewest: int = 3136  # pixels; smaller images are enlarged
-    maximum: int = 12845056  # pixels; larger images are reduced
-    between: str = ""  # text between two of them
-    always: bool = True  # prompts have some; else the tower is loaded when one does
+    shown: int | None = None  # number of images to use, from the first; None: all
+    fewest: int = 3136  # least number of pixels; smaller images are enlarged
+    maximum: int = 12845056  # largest number of pixels; larger images are shrunk
+    between: str = ""  # text between two images
+    always: bool = True  # load the tower with the encoder; False: when a prompt has images
 
     def choose(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
-        """Return the images that the text encoder is shown: the first `shown` of them."""
+        """Return the first `shown` images."""
         return pictures[: self.shown]
 
     def write(self, number: int, tokens: int, count: int = 2) -> str:
-        """Return the text that stands for an image in a prompt.
+        """Return the text for an image in a prompt.
 
-        `number` is the number of the image, from 1, and `count` the number of images; `tokens` is the number
-        of tokens of this image.
+        `number` is the number of the image, from 1, `tokens` its number of tokens, and `count` the number of
+        images.
         """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text
@@ -87,7 +87,7 @@ class ImageUse:
 
 @dataclass(frozen=True)
 class ReadImages:
-    """The images of a prompt as the vision tower takes them."""
+    """The images of a prompt as input of the vision tower."""
 
     patches: Tensor  # P K float32
     sides: tuple[tuple[int, int], ...] = ()  # rows and columns of tokens of each image
@@ -107,10 +107,10 @@ class VisionConfig:
 
 
 def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[VisionConfig]:
-    """Plan how to load the vision tower of a model, which may stand under any prefix.
+    """Plan how to load the vision tower of a model; its names may have any prefix.
 
     Raises:
-        CheckpointError: If the file has none, or one of another model.
+        CheckpointError: If the file has no vision tower, or that of another model.
     """
     path = checkpoint.path
     tower = model.tower
@@ -140,7 +140,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
 def _read_sizes(
     tower: VisionTower, network: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError
 ) -> dict[str, int]:
-    """Return the settings of a tower that its tensors show. Raises `wrong` if they are another tower's."""
+    """Return the settings of a tower that its tensors show; raise `wrong` if the shapes do not fit."""
     shape = shapes_of(network, sources, wrong)
     dim, _, frames, patch, columns = shape(PATCHES, 5)
     merged_layer, out_layer = tower.merger
@@ -161,13 +161,13 @@ def _read_sizes(
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """Build the vision tower with its class of transformers; call it in `on_meta_device`."""
+    """Build the vision tower, a class of transformers; call this inside of `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
     config_class, tower_class = kind.classes
     transformers_config = getattr(module, config_class)(**config.settings, attn_implementation="sdpa")
     tower: Any = getattr(module, tower_class)(transformers_config)
-    # the rotary frequencies are in no checkpoint, so they are computed now, not left on the meta device
+    # rotary frequencies are not in checkpoints: compute them on the CPU, not on the meta device
     rotary_class = type(tower.rotary_pos_emb)
     with torch.device("cpu"):
         try:
@@ -200,11 +200,11 @@ def read_images(
 ) -> ReadImages:
     """Resize images to multiples of a token's size, normalize their colors, and cut them into patches.
 
-    `pictures` are H W 3 uint8 RGB each. `colors` are mean and standard deviation in place of the tower's own
+    Each of `pictures` is H W 3 uint8 RGB. `colors` overrides mean and standard deviation of the tower
     (`VisionTower.colors`).
 
     Raises:
-        MediaError: If the sides of an image differ by a factor of 200 or more.
+        MediaError: If the aspect ratio of an image is above MAX_RATIO.
     """
     from PIL import Image
 
@@ -237,7 +237,7 @@ def read_images(
 
 def _import_processor() -> Any:
     """Return transformers' image processor of Qwen2-VL that works without torchvision."""
-    try:  # that of transformers 5 under the older name needs torchvision
+    try:  # in transformers 5, the class with the older name needs torchvision
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         return Qwen2VLImageProcessorPil
@@ -251,14 +251,14 @@ class ImageTokens(NamedTuple):
     """Embeddings of prompts in which image features replace the placeholder tokens of images."""
 
     tokens: Tensor  # embeddings, B L C
-    places: Tensor | None  # positions, 3 B L int64, or 1 L of all; None: 0, 1, 2, ...
-    added: list[Tensor]  # to the outputs of the first layers, each B L C, 0 for words
+    places: Tensor | None  # positions, 3 B L int64, or 1 L for all prompts; None: 0, 1, 2, ...
+    added: list[Tensor]  # states to add to the outputs of the first layers, each B L C, 0 for words
 
 
 def embed_images(
     tower: nn.Module, tokens: Tensor, ids: Tensor, pictures: Sequence[ReadImages], token: int
 ) -> ImageTokens:
-    """Replace the placeholder tokens of images by the features that the vision tower computes.
+    """Replace the placeholder tokens of images by features of the vision tower.
 
     Args:
         tower: The vision tower.
@@ -284,13 +284,13 @@ def embed_images(
 
 
 def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the states of all images' tokens, and the states that are added after the first layers."""
+    """Return the features of all image tokens, and those to add after the first layers (DeepStack)."""
     weight = tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
     grids = [(1, rows * merge, columns * merge) for prompt in prompts for rows, columns in prompt.sides]
     patches = torch.cat([prompt.patches for prompt in prompts]).to(weight)
     output = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
-    if isinstance(output, tuple):  # transformers 4, of a tower with states that are added later
+    if isinstance(output, tuple):  # transformers 4, a tower with DeepStack
         states, deep_states = output
         return states, deep_states or ()
     # transformers 4: the states alone
@@ -300,8 +300,8 @@ def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor,
 def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: int) -> Tensor:
     """Return the positions of a prompt's tokens in time, rows and columns: 3 L int64.
 
-    Each word advances all three by one. The tokens of an image share a time and form a grid; the next word
-    follows after the longer side of the grid.
+    Each word advances all three positions by one. The tokens of an image have the same time and form a grid;
+    the next word follows after the longer side of the grid.
     """
     remaining = list(sides)
     start = 0

@@ -1,4 +1,4 @@
-"""What families of picture models share besides `encoders/files.py`, and colors of latents for previews."""
+"""Base class of families of image models, helpers for reference images, and preview colors of latents."""
 
 import logging
 from abc import abstractmethod
@@ -51,8 +51,8 @@ from protocols.steps import EncodedPrompts, Section
 
 logger = logging.getLogger(__name__)
 
-GUIDANCE = "guidance"  # the guidance that is built in, in conditions
-# Least squares fit of latents in model space to colors (R, G, B), which all known tools use
+GUIDANCE = "guidance"  # key of the embedded guidance in conditions
+# Least squares fit of FLUX latents in model space to colors (R, G, B); the same values as in other tools
 PREVIEW_FACTORS = (
     (-0.0346, 0.0244, 0.0681),
     (0.0034, 0.0210, 0.0687),
@@ -96,7 +96,7 @@ class AutoencoderFiles(TransformerFiles):
 def encode_images(
     media: MediaBatch, device: torch.device, encode: Callable[[Tensor], Tensor]
 ) -> list[list[CacheEntry]]:
-    """Return the cache entry of each image, with its references as `latents_control_0`, ...
+    """Return the cache entries of each image (one), with its references as `latents_control_0`, ...
 
     `encode` maps pixels, B 1 H W 3 uint8, to latents, B C 1 h w.
     """
@@ -121,7 +121,7 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
         remedy: Command that caches again, for messages.
 
     Raises:
-        CacheError: If latents have another shape.
+        CacheError: If latents have an unexpected shape.
     """
     references = {name: batch.tensor(name) for name in batch.tensors if name.startswith(CONTROL)}
     sides = " with even sides" if patch > 1 else ""
@@ -147,9 +147,9 @@ def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
 
 
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
-    """Read a reference, 1 1 H W 3 uint8: reduced to at most `area` pixels and cropped at the center.
+    """Read a reference image, 1 1 H W 3 uint8, shrink it to at most `area` pixels and crop its center.
 
-    With `area` None the image is not reduced. Its sides become multiples of `step`. Source: the released code
+    None means that the image is not shrunk. Its sides become multiples of `step`. Source: the released code
     of FLUX.2.
     """
     from modules.media.reading import fit_frame, read_image
@@ -160,9 +160,9 @@ def read_reference(path: Path, area: int | None, step: int) -> Tensor:
 
 
 def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> Prepared:
-    """Return the request with its reference images in all prompts.
+    """Return the request with its reference images added to all prompts.
 
-    `size` becomes `Prompt.image_size`, the size that the images have for the text encoder.
+    `size` becomes `Prompt.image_size`, the size at which the text encoder sees the images.
     """
     paths = prepared.request.control_images
     texts = prepared.prompts[0]
@@ -186,15 +186,15 @@ def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
 
 
 class ModelOfImages(OneTransformer):
-    """Base of the families that generate images, with what they have in common."""
+    """Base class of families that generate images."""
 
     moments: MomentsRules = NO_MOMENTS
-    to_edit: ClassVar[str] = "remove them"  # what to do about control images that are not taken
-    # cached latents are drawn from the VAE's posterior; False: they are its mean
+    to_edit: ClassVar[str] = "remove them"  # remedy for control images that the model does not take
+    # cached latents are samples of the VAE's posterior; False: its mean
     draws_latents: ClassVar[bool] = True
-    # its VAE is made for clips: it takes pixels of -1..1 in place of bytes, and decodes in parts
+    # the VAE is a video VAE: it takes pixels of -1..1 instead of bytes, and decodes in chunks
     vae_of_clips: ClassVar[bool] = False
-    noise_dtype: torch.dtype | None = None  # that noise is drawn in; None: the transformer's, as released
+    noise_dtype: torch.dtype | None = None  # dtype of drawn noise; None: the dtype of the transformer
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
 
@@ -234,10 +234,10 @@ class ModelOfImages(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each image.
+        """Return the cache entries of each image (one).
 
-        It is a posterior sample, seeded by its name, float32; or, with references, the posterior's mean
-        together with the means of the references.
+        Latents are posterior samples in float32, seeded by the image's name. If `draws_latents` is False,
+        they are the posterior mean, as are the latents of references.
         """
         entries = []
         vae = encoders.vae
@@ -249,13 +249,13 @@ class ModelOfImages(OneTransformer):
         return entries
 
     def latents_from_moments(self, media: MomentsBatch) -> list[CacheEntry]:
-        """Raise AssertionError: `NO_MOMENTS` refuses moments of images earlier."""
+        """Raise AssertionError: tables with moments have been rejected by `NO_MOMENTS`."""
         raise AssertionError(NO_MOMENTS.rejection)
 
     # generation
 
     def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
-        """Fill open fields of a request for one image, cut its size to whole patches, check files.
+        """Fill in defaults of a request for one image, round its size down to whole patches, check files.
 
         `flow_shift` and `negative` are defaults for the request.
         """
@@ -271,7 +271,7 @@ class ModelOfImages(OneTransformer):
         """Return the request without media that the model does not take; `who` names the model in messages.
 
         Raises:
-            OptionError: If the model takes reference images, and those of the request cannot be used.
+            OptionError: If the model takes reference images, but those of the request cannot be used.
         """
         rules = self.references
         takes = {**NO_MEDIA, "control_images": rules is not None}
@@ -292,7 +292,7 @@ class ModelOfImages(OneTransformer):
         return bool(prepared.request.control_images)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Return no conditions: an image has none apart from its texts."""
+        """Return no conditions: an image has only text conditions."""
         return {0: {}}
 
     @property
@@ -308,7 +308,7 @@ class ModelOfImages(OneTransformer):
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
         """Encode an image, 1 1 H W 3 uint8, in model space, 1 C 1 h w.
 
-        `seed` is where latents are drawn.
+        `seed` is used if latents are sampled.
         """
         clips = to_pixels(frames) if self.vae_of_clips else byte_clips(frames)
         vae = encoders.vae
@@ -339,13 +339,13 @@ class ModelOfImages(OneTransformer):
         return (yield prompts[0].section(self.draw_noise(prepared, noise), conditions))
 
     def decode(self, encoders: MediaEncoders, latents: Tensor) -> Iterator[Tensor]:
-        """Decode latents to pixels, 1 C F H W; a VAE of clips brings them in chunks."""
+        """Decode latents to pixels, 1 C F H W; a video VAE yields them in chunks."""
         decoded = encoders.vae.decode(latents)
         yield from decoded if self.vae_of_clips else (decoded,)
 
 
 def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:
-    """Raise OptionError if the model cannot use the reference images. They are known to be readable."""
+    """Raise OptionError if there are too many reference images or if one is too small; all are readable."""
     from modules.media.reading import image_size  # only with reference images
 
     option = "--control_image_path (--ci in a prompt line)"

@@ -121,7 +121,7 @@ class _RepeatedWarnings(logging.Filter):
 
 
 # a command in a message, whose options must keep that script's spelling
-_COMMAND = re.compile(r"(?:\.py|(?<![\w-])(?:reelsmith [\w -]*?\w|[a-z][^\W_]*+_\w++)) --\w")
+_COMMAND = re.compile(r"(?:\.py|(?<![\w-])(?:reelsmith [\w -]{,80}?\w|[a-z][^\W_]*+_\w++)) --\w")
 
 _FLAG = re.compile(r"(?<![\w-])--[A-Za-z][\w-]*")
 _TWICE = re.compile(rf"({_FLAG.pattern}) \(\1\)")
@@ -337,8 +337,11 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
         min_similar: Minimum similarity of a name, from 0 to 1 (equal).
     """
     names = list(names)
-    similar = difflib.get_close_matches(word[:MAX_OF_WORD], names, n=1, cutoff=min_similar)
-    similar = similar or [name for name in names if sorted(name) == sorted(word)]  # transposed letters: vea
+    shown = word[:MAX_OF_WORD]  # a hostile word has megabytes
+    similar = difflib.get_close_matches(shown, names, n=1, cutoff=min_similar)
+    if not similar:
+        letters = sorted(shown)
+        similar = [name for name in names if sorted(name) == letters]  # swapped letters of a short name: vea
     if similar:
         return f" Did you mean {similar[0]}?"
     beginnings = [name for name in names if name and word.startswith(f"{name}_")]

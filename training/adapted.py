@@ -1,4 +1,4 @@
-"""What goes wrong when a training adapter meets other options or another model: --training_adapter."""
+"""Warnings if --training_adapter does not fit the targets of a run or its model."""
 
 from collections.abc import Mapping
 
@@ -33,7 +33,7 @@ def describe_adapted(family: Family, options: TrainingOptions) -> str:
         try:
             metadata = read_safetensors_texts(path)
         except (OSError, ValueError, UserError):
-            metadata = {}  # what is wrong with the file is said where it is read
+            metadata = {}  # errors of the file are reported when it is loaded
     says = _describe_other_base(family, metadata)
     if says:
         warnings.append(
@@ -44,7 +44,7 @@ def describe_adapted(family: Family, options: TrainingOptions) -> str:
 
 
 def _describe_other_base(family: Family, metadata: Mapping[str, str]) -> str:
-    """Return how metadata of an adapter name another model than the trained one; "" if they do not."""
+    """Return a clause if the adapter's metadata name another model than the trained one, else ""."""
     made_for = metadata.get(MADE_FOR, "")
     if made_for:
         bases = [name_base(file) for file in family.dit_files]

@@ -25,14 +25,14 @@ from modules.text_files import parse_toml, read_text
 
 logger = logging.getLogger(__name__)
 
-OTHERS_TABLE = "reelsmith"  # what run_project.py keeps in the file
-OUR_NETWORKS = "networks."  # modules of ours begin so
+OTHERS_TABLE = "reelsmith"  # table with settings of run_project.py
+OUR_NETWORKS = "networks."  # prefix of our own network modules
 LOG_SUFFIXES = (".log", ".txt")
-TYPING_MISTAKE = 0.9  # similarity of a mistyped name and the intended one; 1: equal
+TYPING_MISTAKE = 0.9  # minimum similarity of a mistyped name and the intended one; 1: equal
 
 
 class ConfigOptions(Options):
-    """Options in a file."""
+    """The option for a file with options."""
 
     config_file: str | None = option(
         "TOML file with options by name; tables only group them; the command line overrides it"
@@ -83,7 +83,7 @@ def read_config_file(name: str, parser: argparse.ArgumentParser) -> dict[str, An
 
 
 def _reject_starting(path: Path, key: str, action: argparse.Action) -> None:
-    """Raise OptionError for an option that starts a program: somebody else may have written the file."""
+    """Raise OptionError for an option that starts a program, because the file may come from someone else."""
     if getattr(action, "reach", "") == STARTS["reach"]:
         raise OptionError(
             f"{path}: {key} starts a program, and no file may do that, which somebody else may have "
@@ -99,7 +99,7 @@ def _reject_misspelled(path: Path, key: str, actions: Mapping[str, argparse.Acti
 
 
 def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
-    """Raise OptionError if a file asks to append to a file that is not a log, such as a shell script."""
+    """Raise OptionError if the config file names a file to append to that is no log, e.g. a shell script."""
     is_appended = getattr(action, "reach", "") == APPENDS["reach"]
     if is_appended and value is not None and Path(value).suffix.lower() not in LOG_SUFFIXES:
         raise OptionError(
@@ -110,12 +110,12 @@ def _check_log(path: Path, action: argparse.Action, value: Any) -> None:
 
 
 def _is_empty(value: Any) -> bool:
-    """Return whether a value is an empty text or a list of empty texts, which pages write for "not given"."""
+    """Return whether a value is "" or a list of "", which GUIs write for options that are not set."""
     return value == "" or (isinstance(value, list) and value != [] and all(item == "" for item in value))
 
 
 def _map_actions_by_key(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """Return the options that a file may set, by their name and their alternative spellings."""
+    """Return the options that a file may set, by name and by alternative spelling."""
     named = {action.dest: action for action in parser._actions if action.dest not in {"help", "config_file"}}
     spelled: dict[str, argparse.Action] = {}
     for action in named.values():
@@ -216,8 +216,8 @@ def _convert(path: Path, action: argparse.Action, value: Any) -> Any:
 
 
 def _convert_single(path: Path, action: argparse.Action, value: Any) -> Any:
-    """Convert a value of a file to what the option has if it is typed on the command line."""
-    if value is False and action.default in (None, ""):  # what other programs write for "not given"
+    """Convert one value of a file to the value that the option has if it is typed on the command line."""
+    if value is False and action.default in (None, ""):  # other programs write false for "not set"
         return action.default
     if isinstance(value, (bool, list)) or (action.type is None and not isinstance(value, str)):
         raise _explain_wrong_value(path, action, value)

@@ -1,6 +1,6 @@
-"""Prompts of samples that are edited while a training runs: each round of samples takes the file as it is.
+"""Sample prompts that are edited during a training: each round of samples reads the file again.
 
-A run whose file does not change reads it and does nothing else.
+If the file has not changed, nothing else is done.
 """
 
 import logging
@@ -22,8 +22,8 @@ from training.samples import Sample, Sampler, encode_samples, parse_requests, pr
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 4 << 20  # bytes of a prompt file; what is larger was put there by mistake
-LONGEST = 600  # letters of a fault in the warning
+LARGEST = 4 << 20  # bytes of a prompt file; a larger file is a mistake
+LONGEST = 600  # characters of an error in the warning
 
 
 def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[str], None]) -> Sampler:
@@ -47,7 +47,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[st
         return sampler
     sampler = replace(sampler, source=replace(source, text=text, fault=error))
     if text == source.text and not error:
-        return sampler  # an earlier error of reading is gone; the text is the same
+        return sampler  # only an earlier reading error has disappeared
     edited = sampler
     if not error:
         try:
@@ -59,7 +59,7 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[st
             )
         except (UserError, OSError, MemoryError) as failure:
             error = str(failure)
-    # one process without memory is enough to keep the earlier prompts in all of them
+    # if one process fails, all processes keep the earlier prompts
     errors = [error] if num_processes == 1 else gather_object([error])
     error = next(filter(None, errors), "")
     if source.process != 0:
@@ -96,7 +96,7 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
     """Return a sampler for the edited prompt file; unchanged entries keep their encoded texts.
 
     Raises:
-        UserError: If an entry cannot be used, or an encoder not be loaded.
+        UserError: If an entry cannot be used, or if an encoder cannot be loaded.
     """
     source, session = sampler.source, sampler.session
     entries, all_prepared = parse_requests(session.family, source.text, source.path)

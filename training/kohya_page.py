@@ -1,9 +1,9 @@
-"""Explain keys of the page of kohya_ss that no training script declares."""
+"""Explain keys in files of the kohya_ss GUI that no training script declares."""
 
 from collections.abc import Mapping
 from typing import Any
 
-# what to do instead
+# advice for each key; {key} and {value} are replaced
 _TO_NETWORK = 'it is no option of the training; write network_args = ["{key}={value}"]'
 _TO_LAUNCHER = "it is for accelerate launch: type it there"
 _OTHER_FORM = "it is a choice of the page, which network_module and network_args stand for"

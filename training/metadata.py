@@ -25,13 +25,13 @@ from training.plan import TrainingPlan
 from training.resuming import describe_adapter, recorded_values
 from training.training_run import TrainedModel
 
-# of files of the known tuners of video and of image models; `Family.metadata` has that of others
+# as in the files of other video and image trainers; `Family.metadata` may have another resolution
 RESOLUTION = "1280x720"
 IMAGE_RESOLUTION = "1024x1024"
 
 
 def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
-    """Return rank and alpha of a network that continues from a file or a state, if they are not the options'.
+    """Return rank and alpha of a network that continues from a file or state, if they are not the options'.
 
     Args:
         model: The loaded networks.
@@ -57,7 +57,7 @@ def continued_sizes(model: TrainedModel, part: str) -> dict[str, str]:
 
 
 def _hash_files(family: Family) -> dict[str, str]:
-    """Return the hashes by which other programs know the model's files: those of A1111, old and new."""
+    """Return the hashes of the model's files that other programs use: the old and the new hash of A1111."""
     hashes: dict[str, str] = {}
     for name, path in family.hashed_files.items():
         hashes[f"ss_{name}_hash"] = short_hash(path)
@@ -70,8 +70,8 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
 
     `Family.metadata` has architecture, implementation, sd_model_name and vae_name; resolution if it is not
     the default; base_model_version if files name the model differently; `modelspec.*` that loading needs;
-    trained_for if a model has several uses that its files do not distinguish; and `ss_*` that its known
-    trainer writes. A fully trained DiT has no `ss_network_*`, because these identify a LoRA.
+    trained_for if a model has several uses that its files do not distinguish; and additional `ss_*` that
+    other trainers of the model write. A fully trained DiT has no `ss_network_*`, which identify a LoRA.
 
     Args:
         plan: The plan of the run.
@@ -142,13 +142,13 @@ def file_metadata(
     tables: Sequence[DatasetTable] = (),
     ending: str = "lora",
 ) -> dict[str, str]:
-    """Return the metadata of a file saved now: that of the run, its progress, and `modelspec.*`.
+    """Return the metadata of a file that is saved now: entries of the run, its progress, and `modelspec.*`.
 
     Hashes of a LoRA are added when its tensors are written. Source of `modelspec.*`:
     https://github.com/Stability-AI/ModelSpec.
 
     Args:
-        run: Metadata that stay the same over the run.
+        run: Entries that are the same for all files of the run.
         options: Options of the run.
         family_metadata: `Family.metadata`.
         step: Number of the optimizer step.
@@ -164,11 +164,11 @@ def file_metadata(
         architecture = f"{architecture}/{ending}"
     default = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
     resolution = family_metadata.get("resolution", default)
-    if texts.resolution is not None:  # one number is for a square
+    if texts.resolution is not None:  # one number means a square
         width, *height = re.findall(r"\d+", texts.resolution)
         resolution = f"{width}x{height[0] if height else width}"
     spec = {
-        # as the known trainers of each kind write it
+        # as other trainers of image and of video models write it
         "sai_model_spec": "1.0.1" if options.is_for_images else "1.0.0",
         "architecture": architecture,
         "implementation": family_metadata.get("implementation"),

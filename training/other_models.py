@@ -1,4 +1,4 @@
-"""Models that a run loads besides the one that it trains."""
+"""Models that a run loads in addition to the trained one."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from protocols.family import Family
 from protocols.loading import Placement
 
 Shapes = Mapping[str, tuple[int, ...]]
-UNUSED = Placement(torch.device("meta"))  # of networks of which nothing but headers is read
+UNUSED = Placement(torch.device("meta"))  # for networks of which only the headers are read
 
 
 def _make_none(dit: Path) -> Family:
@@ -22,10 +22,10 @@ def _make_none(dit: Path) -> Family:
 
 @dataclass(frozen=True)
 class OtherFamilies:
-    """The models of a run apart from the trained one."""
+    """The models of a run in addition to the trained one."""
 
-    sampling: Family | None = None  # that samples are made with, if it has transformers that are not trained
-    # the trained model with another transformer; all other options are equal
+    sampling: Family | None = None  # model of samples; None: samples use only trained transformers
+    # returns the trained model with another transformer; all other options are equal
     with_dit: Callable[[Path], Family] = _make_none
 
 
@@ -55,7 +55,7 @@ def require_equal_shapes(other: Family, trained: Family, option: str, consequenc
 
 
 def shapes_of(network: nn.Module) -> Shapes:
-    """Return the shapes of a network's parameters, by their names; of packed weights, those of the values."""
+    """Return the shapes of a network's parameters by name; packed weights have their unpacked shapes."""
     shapes = {name: tuple(parameter.shape) for name, parameter in network.named_parameters()}
     for name, module in network.named_modules():
         if isinstance(module, nn.Linear):

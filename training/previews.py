@@ -46,7 +46,7 @@ if TYPE_CHECKING:  # only with --check
     from data_tools.report.findings import TableFindings
 
 WITHOUT_WORD = "word to learn is not in all captions"
-# of --debug_dataset: windows, or files where there are none
+# for --debug_dataset: show windows, or write files if there is no display
 DEBUG_VIEW = DebugOptions(debug_mode="image", console_width=80, console_back=None, console_num_images=None)
 
 
@@ -64,7 +64,7 @@ def show_preview(
         options: Options of the run.
         learner: What the training would train.
         commands: Commands to show if caches are missing.
-        others: Models apart from the trained one.
+        others: Models in addition to the trained one.
     """
     show = options.joined.show
     if show is not None:
@@ -127,7 +127,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
             audio=audio_of(family),
             validation=validation,
         )
-    else:  # some are yet to be encoded by the training itself
+    else:  # the training itself will encode some of the caches
         result = check.check_caching(
             family,
             config,
@@ -160,12 +160,12 @@ def _encode_texts(plans: Sequence[TablePlan]) -> bool:
 
 
 def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
-    """Return a title with indented lines; nothing without lines."""
+    """Return a title and indented lines; an empty list if there are no lines."""
     return [title, *(f"  {line}" for line in lines)] if lines else []
 
 
 def _add_words(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
-    """Add to the findings of a check that captions lack the word which is to be learned."""
+    """Add a remark to the findings if captions lack the word to learn."""
     from training.token_captions import check_source_captions  # only to learn a word
 
     try:
@@ -178,7 +178,7 @@ def _add_words(read: ReadCaptions, tables: "Sequence[TableFindings]") -> None:
 
 
 def _describe_plans(plans: Sequence[TablePlan]) -> list[str]:
-    """Return a line for each table: where the training has its latents and texts from."""
+    """Return a line for each table on where its latents and caption embeddings come from."""
     lines = []
     for plan in plans:
         latents = f"latents are {plan.latents.value}"

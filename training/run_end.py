@@ -1,4 +1,4 @@
-"""Start a command when a run is over, with what it can read about the run, and wait a little for it."""
+"""Start a command when a run is over, describe the run in environment variables, and wait a little."""
 
 import logging
 import os
@@ -15,15 +15,16 @@ from modules.errors import OptionError, UserError
 logger = logging.getLogger(__name__)
 
 FINISHED, STOPPED, FAILED = "finished", "stopped", "failed"
-PATIENCE = 60.0  # seconds that the command is waited for
-MAX_OF_ERROR = 1000  # characters
-# what a launcher of several processes sets: a training that the command starts is not one of them
+PATIENCE = 60.0  # seconds to wait for the command
+MAX_OF_ERROR = 1000  # characters of the error
+# variables of a multi-process launcher, removed so that a training in the command is not taken for one of its
+# processes
 OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 
 @dataclass(frozen=True)
 class EndedRun:
-    """What the command can find out about the run."""
+    """What the command is told about the run."""
 
     folder: Path  # --output_dir
     name: str  # --output_name
@@ -31,7 +32,7 @@ class EndedRun:
     steps: int | None  # in total; None: not known
     is_finished: bool
     page: Path | None  # None: there is none
-    error: str = ""  # of a program that the run has started
+    error: str = ""  # error of a program that the run has started
 
 
 def start_command(
@@ -45,15 +46,15 @@ def start_command(
 ) -> None:
     """Start the command of an option when a run is over, and wait for it; log a warning if it fails.
 
-    Nothing that the command does changes how this program ends.
+    The command does not affect the exit code of this program.
 
     Args:
         option: Flag of the option.
         words: Arguments of the command.
         facts: What is known of the run.
         error: Error that ended the run.
-        has_begun: Whether the run itself has begun. Before that, wrong options start nothing, because
-            somebody has just typed them.
+        has_begun: Whether the run itself has begun. Before that, wrong options do not start the command,
+            because the user has just typed them and sees the error.
         patience: Seconds to wait for its end.
     """
     code = exit_code_of(error)
@@ -63,7 +64,7 @@ def start_command(
 
 
 def exit_code_of(error: BaseException | None) -> int:
-    """Return the exit code of a program of ours that this error ends."""
+    """Return the exit code with which this error ends one of our programs."""
     if error is None:
         return 0
     if isinstance(error, UserError):
@@ -112,7 +113,7 @@ def _start_program(option: str, words: Sequence[str], variables: dict[str, str],
         for name, value in os.environ.items()
         if name not in LAUNCHED and not name.startswith(OF_LAUNCHERS)
     }
-    program = words[0]  # the words behind it may hold a key
+    program = words[0]  # log only the program: its arguments may contain a key
     logger.info("%s: starting %s.", option, program)
     try:
         process = subprocess.Popen(words, env={**inherited, **variables}, stdin=subprocess.DEVNULL)

@@ -1,4 +1,4 @@
-"""Make the training scripts of a family: read its options, then hand it to the training loop."""
+"""Create the training scripts of a family: read the options, then start the training."""
 
 import contextlib
 import logging
@@ -54,7 +54,7 @@ def training_script(
         script: File of the script, if it is not `..._train.py` with `full_dit`.
         kind: Kind of the family's options, see `FamilyEntry.options_record`.
         images: Differences between image families; None for video.
-        extra_options: Records of options apart from the family's.
+        extra_options: Records of options in addition to the family's.
         check: Raises OptionError if the family's options do not fit together.
         samplers: Choices of --timestep_sampling for video.
         changes: Changes of shared options, and options of the family that are rejected.
@@ -111,7 +111,7 @@ def training_script(
 
 
 def _make_other_families(entry: FamilyEntry, sample_apart: str, family_options: Any) -> "OtherFamilies":
-    """Return what makes families for other transformers: that of samples, and a teacher.
+    """Return the family with the transformers for samples, and a function that makes the family of a teacher.
 
     Args:
         entry: Entry of the trained family.
@@ -137,7 +137,7 @@ def _warn_of_unused(options: TrainingOptions, family_options: Any) -> None:
     from training.unused_options import list_without_effect
 
     if options.loop.dataset_config is not None:
-        with contextlib.suppress(UserError):  # what is wrong with the dataset is found by its own check
+        with contextlib.suppress(UserError):  # errors of the dataset are reported by another check
             load_dataset_config(options.loop.dataset_config, options.subset)
     for line in list_without_effect(options, family_options):
         logger.warning(line)

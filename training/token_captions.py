@@ -1,4 +1,4 @@
-"""Check that captions have the word that a training learns."""
+"""Check that captions contain the new word that a training learns."""
 
 import logging
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ def check_captions(read: ReadCaptions, items: Sequence[TrainingItem]) -> None:
     captions = [
         _complete(item.kind.caption(item.source_stem, number), item.table)
         for item in items
-        if not item.table.is_reg  # which a LoRA next to it learns from
+        if not item.table.is_reg  # regularization images are for the LoRA only
         for number in range(item.captions)
     ]
     remark = read(captions)
@@ -48,8 +48,8 @@ def check_source_captions(
 
 
 def _complete(caption: str, table: DatasetTable) -> str:
-    """Return a caption with the additions of each step, if captions vary."""
-    if not table.changes.is_raw:  # the source has it as it is trained
+    """Return a caption with the additions that each step makes, if captions vary."""
+    if not table.changes.is_raw:  # the caption is already complete
         return caption
     if not table.changes.wildcards:
         caption = next(iter(lines_of(caption)), "")

@@ -1,4 +1,4 @@
-"""The record that the training loop works with, and requests to it from outside: signals and files."""
+"""The record that the training loop works with, and requests to a running training: signals and files."""
 
 import contextlib
 import logging
@@ -45,17 +45,18 @@ if TYPE_CHECKING:  # loaded where they are made
 logger = logging.getLogger(__name__)
 
 SAMPLE, SAVE, STOP = "sample", "save", "stop"
-EVERY_SECONDS = 1.0  # looking takes microseconds on a disk, and milliseconds in a network folder
-LARGEST = 64  # bytes; what a shell writes into a new file is less, and a larger one holds somebody's data
+EVERY_SECONDS = 1.0  # time between two checks: one takes microseconds, in a network folder milliseconds
+LARGEST = 64  # bytes of a request file, enough for what a shell writes; larger files are the user's data
 SIGNALS = [signal.SIGINT, signal.SIGTERM]
 if sys.platform == "win32":
-    SIGNALS.append(signal.SIGBREAK)  # what another process can send in place of Ctrl-C
+    SIGNALS.append(signal.SIGBREAK)  # another process can send this instead of Ctrl-C
 
 
 def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
-    """Return the request files of a run, with their requests.
+    """Return the paths of a run's request files, with the request that each makes.
 
-    `my_lora.sample` asks the run `my_lora`; with `also_plain`, `sample` asks any run in the folder.
+    `my_lora.sample` is a request to the run `my_lora`; with `also_plain`, `sample` is one to every run in the
+    folder.
     """
     starts = (f"{names.name}.", "") if also_plain else (f"{names.name}.",)
     return {names.folder / f"{start}{kind}": kind for kind in (SAMPLE, SAVE, STOP) for start in starts}
@@ -63,21 +64,21 @@ def trigger_paths(names: Names, also_plain: bool) -> dict[Path, str]:
 
 @dataclass
 class Requests:
-    """Collect requests to a run from outside: signals, request files, and a clock.
+    """Collect requests to a run: from signals, request files, and a clock.
 
-    Signals (Ctrl-C, SIGTERM) end the run after its step; a second one ends it immediately. Files may also ask
-    for samples and saves, and the clock asks for saves. A file is removed only after its request was served,
-    so that the next run serves it if this one is killed before.
+    Signals (Ctrl-C, SIGTERM) end the run after its step; a second one ends it immediately. Files may also
+    request samples and saves, and the clock requests saves. A file is removed only after its request was
+    served, so that the next run serves it if this one is killed before.
     """
 
-    paths: Mapping[Path, str] = field(default_factory=dict)  # none: no file is watched
+    paths: Mapping[Path, str] = field(default_factory=dict)  # request by file; empty: no file is watched
     can_sample: bool = True
     now: Callable[[], float] = time.monotonic  # seconds
     clock: MinuteClock | None = None  # of --save_every_n_minutes
     ends: bool = field(default=False, init=False)  # the run was asked to end
-    agreed: bool = field(default=False, init=False)  # all processes know of it
-    _looked: float | None = field(default=None, init=False)
-    _found: dict[Path, int] = field(default_factory=dict, init=False)  # with their time of change
+    agreed: bool = field(default=False, init=False)  # all processes know that the run was asked to end
+    _looked: float | None = field(default=None, init=False)  # time of the last check
+    _found: dict[Path, int] = field(default_factory=dict, init=False)  # request files -> time of change
     _passed: dict[Path, int] = field(
         default_factory=dict, init=False
     )  # ignored files, with their time of change
@@ -108,19 +109,19 @@ class Requests:
         )
 
     def asks_for(self, kind: str) -> bool:
-        """Return whether a file asks for SAMPLE, SAVE or STOP. Looks at the folder once a second at most."""
+        """Return whether a file requests SAMPLE, SAVE or STOP. Checks the files at most once a second."""
         if self.paths and (self._looked is None or self.now() - self._looked >= EVERY_SECONDS):
             self._looked = self.now()
             for path, request in self.paths.items():
                 with contextlib.suppress(OSError):
                     status = path.lstat()
-                    # a folder of this name holds samples
+                    # not a folder: the folder of samples has such a name
                     if stat.S_ISREG(status.st_mode) and path not in self._found:
                         self._take(path, request, status)
         return any(self.paths[path] == kind for path in self._found)
 
     def _take(self, path: Path, kind: str, status: os.stat_result) -> None:
-        """Note a request that a file in the folder makes; a file is used once, until it changes."""
+        """Record the request of a file, unless the same version of the file was ignored before."""
         changed = status.st_mtime_ns
         if self._passed.get(path) == changed:
             return
@@ -138,7 +139,7 @@ class Requests:
     def finish(self, kind: str) -> None:
         """Remove the files whose request, SAMPLE, SAVE or STOP, was served.
 
-        A file that was touched again in the meantime stays, as a new request.
+        A file that was changed in the meantime is kept, as a new request.
         """
         served = [path for path in self._found if self.paths[path] == kind]
         for path in served:
@@ -158,14 +159,14 @@ class TrainedModel:
     """The loaded networks of a plan with the optimizer, its schedule and what features add."""
 
     plan: TrainingPlan
-    dits: ExpertNetworks  # of the experts that are trained
-    sample_dits: ExpertNetworks  # those, or more that only samples are made with
-    loading: NetworkLoading  # loads further ones
+    dits: ExpertNetworks  # networks of the trained experts
+    sample_dits: ExpertNetworks  # networks that generate samples, some of which may not be trained
+    loading: NetworkLoading  # loads additional networks
     trainable: Trainable
     optimizer: Optimizer
     optimizer_name: str  # for metadata
     schedule: LrSchedule
-    scaler: torch.amp.GradScaler  # of fp16 gradients; off for others
+    scaler: torch.amp.GradScaler  # enabled for fp16 only
     stepping: StepAfterBackward | FusedBackward
     average: Average | None = None  # of the trained weights; None: no feature keeps one
 
@@ -187,12 +188,12 @@ class TrainedModel:
 
     @property
     def adapters(self) -> "Sequence[AddedLoras]":
-        """Return the LoRAs of --training_adapter in these."""
+        """Return the LoRAs of --training_adapter in these networks."""
         return self.dits.loras
 
     @property
     def takes_part_in_saving(self) -> bool:
-        """Whether this process calls the saver: the main one and all that hold a part of the weights."""
+        """Whether this process calls the saver: the main process, and all that hold a part of the weights."""
         return self.plan.accelerator.is_main_process or self.plan.splits_model
 
     @property
@@ -211,16 +212,16 @@ class TrainingRun:
     model: TrainedModel
     feed: Feed
     rule: LossRule
-    validation: "Validation | None"  # None: there are no items for it
-    sampler: "Sampler | None"  # None: no samples are made
+    validation: "Validation | None"  # None: there are no validation items
+    sampler: "Sampler | None"  # None: no samples are generated
     memory: MemoryWatch | None  # None: the device has no counters, or this is not the main process
     logs: Logs
-    reporter: RunReporter  # to the page
-    requests: Requests  # its files and its clock are watched by the main process only
+    reporter: RunReporter
+    requests: Requests  # only the main process watches its files and its clock
     saver: Saver | None  # None: another process saves
     readings: Readings = field(default_factory=Readings)
-    is_done: bool = False  # before its last step, as a feature says
-    # of the model's plan, which was made before networks were loaded
+    is_done: bool = False  # a feature has ended the run before its last step
+    # values of the model's plan
     plan: TrainingPlan = field(init=False)
     options: TrainingOptions = field(init=False)
     joined: JoinedRun = field(init=False)
@@ -229,9 +230,9 @@ class TrainingRun:
     progress: Progress = field(init=False)  # the object is changed while training, never replaced
     device: torch.device = field(init=False)  # where steps are computed; swapped weights may be elsewhere
     autocast: Autocast = field(init=False)  # opens the autocast context of a pass
-    parameters: list[Parameter] = field(init=False)  # that are trained, in the optimizer's order
+    parameters: list[Parameter] = field(init=False)  # trained parameters in the optimizer's order
     of_audio: frozenset[Tensor] = field(init=False)  # parameters that only clips with audio train
-    parts: tuple[str, ...] = field(init=False)  # that have separate losses: experts, or images and audio
+    parts: tuple[str, ...] = field(init=False)  # names of separate losses: experts, or images and audio
     layout: RowLayout = field(init=False)
 
     def __post_init__(self) -> None:
@@ -251,7 +252,7 @@ class TrainingRun:
             self.parts = tuple(expert.name for expert in experts)
         elif audio is not None and not plan.joined.joins_streams:
             self.parts = (IMAGE_STREAM, AUDIO_STREAM)
-        # of rows of steps, which hold sum and count of loss parts, then of the numbers of features
+        # columns for the losses of parts, then for the values of features
         self.layout = RowLayout(
             [*self.parts, *(name for tally in self.joined.tallies for name in tally.names)]
         )

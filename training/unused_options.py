@@ -1,4 +1,4 @@
-"""List the given options of a training that have no effect together with the others, without the model."""
+"""List the options of a training that have no effect in combination with other options or defaults."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -72,7 +72,7 @@ def _list_idle(record: Any, reasons: Mapping[str, str], typed: Collection[str]) 
     Args:
         record: The options.
         reasons: Reason by option name, for options without effect because of something outside their record.
-        typed: Arguments that are given even if they have their default values.
+        typed: Names of options that were typed, which count as given even with their default values.
     """
     for field in fields(record):
         name = option_name(field)

@@ -1,4 +1,4 @@
-"""Train the networks of a checkpoint that holds more than the transformer, and write whole checkpoints."""
+"""Train networks of a checkpoint that also contains text encoders and VAE, and write whole checkpoints."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -30,7 +30,7 @@ def train_full(
         options: Options of the run.
         dit: The transformer.
         texts: The loaded text encoders.
-        writes: Whether files are written; the source of the checkpoint is then opened.
+        writes: Whether files will be written; if so, the original checkpoint is opened.
 
     Raises:
         OptionError: If no weight is trained.
@@ -54,7 +54,7 @@ def train_full(
 
 @dataclass
 class _Groups:
-    """Collect trained weights into groups of the optimizer, by their names in logs."""
+    """Collect trained weights into groups of the optimizer, by the group names in logs."""
 
     params: dict[str, list[Parameter]] = field(default_factory=dict)
     rates: dict[str, float] = field(default_factory=dict)

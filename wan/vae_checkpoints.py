@@ -192,12 +192,6 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
             layer_frames, layer_rows, _ = FACTORS[layer.kind]
             frames *= layer_frames
             side *= layer_rows
-            if layer.layers and not _has_shortcut(layer, half == "encoder"):
-                raise CheckpointError(
-                    f"{path}: a stage from {layer.width_in} to {layer.width_out} channels can have no "
-                    f"shortcut. It holds another model.\n  Give {release.files} to --vae.",
-                    path,
-                )
         if (frames, side) != (frame_stride, side_stride):
             raise CheckpointError(
                 f"{path}: its {half} scales time by {frames} and space by {side}, that of "
@@ -205,6 +199,13 @@ def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )
+        for layer in layers:  # after the scales, which name what is missing
+            if layer.layers and not _has_shortcut(layer, half == "encoder"):
+                raise CheckpointError(
+                    f"{path}: a stage from {layer.width_in} to {layer.width_out} channels can have no "
+                    f"shortcut. It holds another model.\n  Give {release.files} to --vae.",
+                    path,
+                )
 
 
 def _make_vae_error(path: Path, difference: str) -> CheckpointError:

@@ -1,4 +1,4 @@
-"""Run tools/caption_dataset.py after its options are read: name missing captions, write or edit them."""
+"""Run tools/caption_dataset.py once its options are parsed: list, write or edit captions."""
 
 import contextlib
 import hashlib
@@ -60,31 +60,32 @@ from protocols.families import caption_formats
 
 logger = logging.getLogger(__name__)
 
-LISTED = 50  # how many missing and failed captions are listed
-LISTED_EDITS = 20
-SHOWN = 160  # characters of a caption
-GIVE_UP = 20  # failures before the first caption, after which the cause is not a single file
-SERVER_GONE = 5  # images or clips in a row for which a server failed again and again
+LISTED = 50  # most missing or failed captions to list
+LISTED_EDITS = 20  # most edits to list
+SHOWN = 160  # characters of a caption in messages
+GIVE_UP = 20  # stop after this number of failures if no file got a caption
+SERVER_GONE = 5  # stop after the server failed for this number of files in a row
 
 
 @dataclass(frozen=True)
 class CaptionMaker:
     """The model or server that makes captions, and the selection of captions to write."""
 
-    name: str  # for people
-    pass_id: str  # equal for runs with equal options
+    name: str  # for messages
+    pass_id: str  # hash of the options
     rewritten: WhichCaptions
     load: Callable[[], Answerer]
     look: Look  # Raises MediaError if a file cannot be read.
-    finish: Callable[[CaptionPlace, str], str]  # the text to write, of an answer; "": none is left
-    describe_unsaid: Callable[[], str | None] = lambda: None  # what answers left out, when all are written
+    finish: Callable[[CaptionPlace, str], str]  # returns the caption for an answer; "": nothing remains
+    # called at the end: describes what the answers left out; None: nothing
+    describe_unsaid: Callable[[], str | None] = lambda: None
 
 
 def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
     """Write or edit captions.
 
     Raises:
-        UserError: If something is unusable, or captions failed.
+        UserError: If an option or the dataset is invalid, or if captions failed.
     """
     for table in config.datasets:
         for name in ("caption_prefix", "caption_suffix"):
@@ -110,7 +111,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
         look=lambda place: look_at(place, ask.num_frames, ask.max_pixels),
         finish=lambda place, answer: reword(answer, options.wording),
     )
-    if format is not None:  # captions that are JSON objects are checked, and reworded by the asker
+    if format is not None:  # the asker checks and rewords captions that are JSON objects
         _reject_edits(config, options)
         asker = ObjectAsker(format, options.wording, ask.prompt, tells_plain=options.convert_plain)
         maker = replace(
@@ -128,7 +129,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def _reject_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
-    """Raise OptionError if a table teaches edits, whose captions say what is changed."""
+    """Raise OptionError if a table is for training edits: its captions describe changes."""
     lists = tuple(table for table in config.datasets if table.jsonl_file is not None)
     listed = find_all_sources(replace(config, datasets=lists), captions=False)
     for table in config.datasets:
@@ -147,13 +148,13 @@ def _pass_of(options: CaptioningOptions) -> str:
 
 
 def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) -> None:
-    """Write the missing captions of a dataset, and those that are to be made again.
+    """Write the missing captions of a dataset, and replace those that the options select.
 
-    With `dry_run`, print what would be made instead. The model is loaded only if there is something to write.
-    Each caption is written as soon as it is made, so the same command continues after a kill.
+    With `dry_run`, print what would be written instead. The model is loaded only if there is something to
+    write. Each caption is written at once, so that the same command continues an interrupted run.
 
     Raises:
-        DatasetError: If the dataset cannot be used, and at the end if there are sources without a caption.
+        DatasetError: If the dataset cannot be used, or at the end if sources got no caption.
     """
     start = time.monotonic()
     replaces = maker.rewritten.ours or maker.rewritten.all
@@ -177,7 +178,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
         for record in replaced_records:
             record.begin_pass(maker.pass_id)
         failures, num_changed = _make_captions(answerer, jobs, records, maker)
-    if not failures:  # otherwise the pass is not over: the same command tries only the failures again
+    if not failures:  # with failures the pass stays open: the same command then retries only these
         for record in replaced_records:
             record.end_pass()
     num_written = len(jobs) - len(failures) - num_changed
@@ -200,19 +201,19 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
 
 
 def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionPlace, str], num_kept: int) -> None:
-    """Print what would be captioned, for --dry_run."""
+    """Print which captions would be written, for --dry_run."""
     counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
     lines = [f"{place.source.path} ({why}): {place}" for place, why in jobs.items()]
     _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
 
 
 def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None:
-    """Make the captions of a few files and print each below the path of its file; write nothing.
+    """Make captions for `count` files and print each below the path of its file; write nothing.
 
     Files without a caption come first.
 
     Raises:
-        DatasetError: If the dataset cannot be used, or if files got none.
+        DatasetError: If the dataset cannot be used, or if files got no caption.
     """
     places = sorted(find_places(config, texts=False), key=lambda place: place.has_caption)[:count]
     answerer = maker.load()
@@ -260,9 +261,9 @@ def _show_start(
     num_kept: int,
     num_done: int,
 ) -> None:
-    """Show what is captioned with what.
+    """Show the plan: data, numbers of captions, and the model.
 
-    `num_done` is the captions that an interrupted run has remade.
+    `num_done` is the number of captions that an interrupted run has already replaced.
     """
     reasons = Counter(jobs.values())
     counts = [f"{len(jobs)} to make", f"{num_kept} kept"]
@@ -281,7 +282,7 @@ def _show_start(
 
 
 def _load_answerer(options: CaptioningOptions, ask: AskOptions) -> Answerer:
-    """Return the function that makes captions: with a server, or with the local model, which is loaded."""
+    """Return the function that makes captions: it asks a server, or the local model, which is loaded."""
     if options.api.api_base is None:
         return load_model(options.model, ask).answer
     return ApiServer(options.api, ask).answer
@@ -293,12 +294,12 @@ def _make_captions(
     records: Mapping[Path, MadeCaptions],
     maker: CaptionMaker,
 ) -> tuple[list[Failure], int]:
-    """Make captions, and write each one when it arrives.
+    """Make captions, and write each at once.
 
-    Returns the failures, and the number of captions that were not replaced because they changed meanwhile.
+    Returns the failures, and the number of captions not replaced because they were changed meanwhile.
 
     Raises:
-        UserError: If the server or the model fails again and again.
+        UserError: If the server or the model fails repeatedly.
     """
     failures: list[Failure] = []
     num_changed = 0
@@ -317,7 +318,7 @@ def _make_captions(
             if isinstance(error, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(place.source, error))
                 logger.warning("%s", failures[-1])
-            elif error is not None:  # it ends the answerer: SystemExit too
+            elif error is not None:  # ends the run; may be SystemExit
                 raise error
             if isinstance(error, NoCaptionError):
                 rejections.add(error)
@@ -326,12 +327,12 @@ def _make_captions(
 
 
 class _Rejections:
-    """Count readable sources that get no caption; end the run if nearly all of them get none."""
+    """Count readable sources that get no caption, to stop the run if nearly all of them fail."""
 
     def __init__(self) -> None:
         self._has_answer = False
         self._total = 0
-        self._of_server = 0  # in a row
+        self._of_server = 0  # server failures in a row
 
     def clear(self) -> None:
         """Note that an answer has arrived."""
@@ -367,21 +368,21 @@ class _Edit:
 
     place: CaptionPlace
     old: str
-    new: str  # empty if it, or one of several captions, would become empty
-    change: Change = ({}, {})  # of a line in a list
+    new: str  # "" if a caption would become empty
+    change: Change = ({}, {})  # old and new values, for a line in a list
 
 
 def edit_captions(
     config: DatasetConfig, wording: WordingOptions, dry_run: bool, format: CaptionFormat | None = None
 ) -> None:
-    """Apply `wording` to all captions of a dataset; each file that changes is kept as .bak.
+    """Apply `wording` to all captions of a dataset; each changed file is backed up as .bak.
 
     With `dry_run`, print the changes instead. `format` is the format of captions that are JSON objects. A
     caption that would become empty is not changed.
 
     Raises:
         DatasetError: If the dataset cannot be used, or at the end if captions would have become empty.
-        OptionError: If words are to be put around a JSON object whose format is unknown.
+        OptionError: If words should be added to a JSON object of unknown format.
     """
     places = find_places(config, texts=True)
     records = read_made(places)
@@ -418,7 +419,7 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
     for edit in edits:
         place = edit.place
         record = records[place.file.parent]
-        if record.has(place.name, edit.old):  # it stays one of this program
+        if record.has(place.name, edit.old):  # still counts as written by this program
             record.add(place.name, edit.new)
         if place.lines is None:
             keep_backup(place.file)
@@ -432,7 +433,7 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
 def _list_edits(
     places: Sequence[CaptionPlace], wording: WordingOptions, format: CaptionFormat | None
 ) -> Iterator[_Edit]:
-    """Yield the captions that `wording` changes."""
+    """Yield an edit for each caption that `wording` changes."""
 
     def reword_text(place: CaptionPlace, caption: str) -> str:
         """Apply the wording options to a caption: to a plain text, or to the texts in a JSON object."""
@@ -458,7 +459,7 @@ def _list_edits(
 def _check_words_around(
     place: CaptionPlace, content: Mapping[str, Any], wording: WordingOptions, format: CaptionFormat | None
 ) -> None:
-    """Raise OptionError if words are to be put around a JSON caption without a known main text."""
+    """Raise OptionError if words should be added to a JSON caption without a known main text."""
     if not (wording.trigger_word or wording.caption_prefix or wording.caption_suffix):
         return
     what = f"{place.media}: its caption is a JSON object, which --trigger_word, --caption_prefix and "

@@ -1,4 +1,4 @@
-"""`--check`: report totals and all faults of a configuration, before a long run."""
+"""`--check`: report totals and all errors of a configuration before a long run."""
 
 import contextlib
 import itertools
@@ -74,11 +74,11 @@ UNREADABLE = "cannot be read"
 
 
 def check_script(family: Caches, config: DatasetConfig, options: CachingOptions, of_texts: bool) -> int:
-    """Run --check of a script that caches latents, or texts; returns the exit code."""
+    """Run --check of a script that caches latents or texts, and return the exit code."""
     if options.repair_captions is not None:
         _print_lines(repair_captions(config, options.repair_captions))
     parts: tuple[str, ...] = (MEDIA, LATENTS)
-    if of_texts:  # the page shows the media too
+    if of_texts:  # the HTML page needs the media, too
         parts = (TEXTS,) if options.page.html is None else (MEDIA, TEXTS)
     workers = workers_of(options)
     result = check_caching(
@@ -101,7 +101,7 @@ def print_check(
     page: CheckPageOptions,
     workers: int,
 ) -> int:
-    """Print the findings, and write the page if it is asked for; returns the exit code."""
+    """Print the findings, write the page if --html is set, and return the exit code."""
     _print_lines(result.lines)
     if page.html is not None:
         write_check_page(
@@ -139,7 +139,7 @@ Encoders = list[tuple[TextEncoder, dict[str, str]]]  # each encoder with its ide
 
 @dataclass(frozen=True)
 class _Identified:
-    """Identities of the encoders, which caches are compared with, and lines about their files to report."""
+    """Identities of the encoders, to compare caches with, and report lines about their files."""
 
     media: Mapping[str, str]  # identity of the media encoders; empty if not needed
     texts: Encoders
@@ -156,16 +156,16 @@ def check_caching(
     validation: tuple[float, int] = (0.0, 0),
     counters: Counters | None = None,
 ) -> CheckResult:
-    """Report what caching would do. Nothing is encoded or written, and no encoder is loaded.
+    """Report what caching would do, without encoding or writing anything and without loading encoders.
 
     Args:
         family: Family that would cache.
         config: The dataset.
         workers: Number of threads.
         skip_existing: Whether caching would skip existing files.
-        verify: Whether to read all cache files again.
-        parts: What to check. MEDIA checks the sources; those whose records are missing or outdated are
-            decoded. LATENTS checks their caches and needs a family made with the options of latent caching.
+        verify: Whether to read the tensors of all cache files.
+        parts: What to check. MEDIA checks the sources; sources with missing or outdated records are decoded.
+            LATENTS checks caches of latents and needs a family made with the options of latent caching.
             TEXTS checks caches of captions, and captions that are too long for an encoder; without the
             encoders' files it checks only the captions.
         validation: Validation fraction and seed for tables that do not state their own.
@@ -248,7 +248,7 @@ def _describe_training(tables: Sequence[TableFindings]) -> str:
 
 
 def _identify(family: Caches, scope: _Scope) -> _Identified:
-    """Read which encoders the family has; an encoder whose files are missing is not compared."""
+    """Read the identities of the family's encoders; an encoder whose files are missing is left out."""
     media: Mapping[str, str] = {}
     texts: Encoders = []
     lines: list[str] = []
@@ -259,7 +259,7 @@ def _identify(family: Caches, scope: _Scope) -> _Identified:
     except OptionError as error:
         lines.append(f"caches are not compared: {error}")
     if scope.texts:
-        with contextlib.suppress(OptionError):  # an encoder is missing: `Counters` says which
+        with contextlib.suppress(OptionError):  # an encoder is missing: `Counters` reports it
             texts = [(encoder, dict(encoder.identity)) for encoder in family.text_encoders()]
         for _, identity in texts:
             lines += describe_identity(identity)
@@ -267,7 +267,7 @@ def _identify(family: Caches, scope: _Scope) -> _Identified:
 
 
 def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
-    """Add faults for folders whose caches have the form that the table does not ask for."""
+    """Add faults for folders whose caches are not in the cache_format of the table."""
     if (scope.latents or scope.texts) and may_be_mixed(findings.table):
         lines = other_form(findings.table, family.cache_tag)
         findings.faults += [Fault("folders of caches are in the other form", line) for line in lines]
@@ -276,7 +276,7 @@ def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
 def _check_text_caches(
     findings: TableFindings, family: Caches, encoders: Encoders, stores: Stores
 ) -> Iterable[str]:
-    """Add a line for each text encoder: the numbers of valid caches and of caches to make.
+    """Add a line with the numbers of valid and missing caches for each text encoder.
 
     Returns the names of the encoders that have captions to encode.
     """
@@ -292,13 +292,13 @@ def _check_text_caches(
 
 
 def _check_objects(findings: TableFindings, family: Caches) -> None:
-    """Add faults for captions that are JSON objects, and are wrong."""
+    """Add faults for captions that are invalid JSON objects."""
     if not fits_captions(family):
         return
     for source in findings.sources:
         captions = [] if source.caption is None else [source.caption, *source.more_captions]
         for caption in filter(family.names_places, captions):
-            with contextlib.suppress(MediaError, OSError):  # the check of media reports it
+            with contextlib.suppress(MediaError, OSError):  # the check of media reports errors
                 place = source.caption_path or source.path
                 for line in family.find_caption_errors(caption, image_size(source.path)):
                     findings.faults.append(Fault(WRONG_OBJECTS, f"{place}: {line}", source.stem))
@@ -324,10 +324,10 @@ def _check_media(
 
 
 def _check_family(findings: TableFindings, family: Caches) -> None:
-    """Let the family check what a table has.
+    """Let the family check the media of a table.
 
     Raises:
-        DatasetError: For what it cannot cache.
+        DatasetError: If the family cannot cache them.
     """
     table, sources = findings.table, findings.sources
     has_control = any(source.control for source in sources)
@@ -354,7 +354,7 @@ def _check_table_audio(
 
 
 def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> list[SourcePlan]:
-    """Compare sources with their caches, and return the plans; sources without a record are decoded."""
+    """Check the sources of a table and return their plans; sources without a record are decoded."""
     table = findings.table
     plans, unreadable = _plan_sources(findings, recipe, workers)
     unreadable += find_unusable_layers(plans, workers)
@@ -384,7 +384,7 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, recipe: Recipe, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Plan all sources of a table; sources without a record of their frames are decoded, and come last."""
+    """Return plans and failures of all sources; sources without a record are decoded and come last."""
     table = findings.table
     existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
@@ -417,7 +417,7 @@ def _plan_sources(
 
 
 def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
-    """Add the items of all plans; a source whose references cannot be read is a fault and has none."""
+    """Add the items of all plans; if references cannot be read, add a fault and no items."""
     table = findings.table
     sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
     if table.references is not None:
@@ -427,14 +427,14 @@ def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: 
         if isinstance(sizes, Failure):
             findings.faults.append(Fault(UNREADABLE, str(sizes), sizes.stem))
             continue
-        # items of a batch must be equal
+        # items of a batch must have references of equal sizes
         sides = tuple(itertools.chain(*sizes)) if table.batch_size > 1 else ()
         for item in plan.items:
             findings.add_items([plan.source.stem], (*item, *sides))
 
 
 def _measure_references(plan: SourcePlan) -> tuple[Size, ...] | Failure:
-    """Return the size of each reference of a source. Only headers are read."""
+    """Return the size of each reference of a source, from headers."""
     if not plan.items:
         return ()
     width, height = plan.items[0][:2]
@@ -537,7 +537,7 @@ def _check_caches(
     latent: LatentSpec,
     encoders: SameEncoders,
 ) -> None:
-    """Read every cached item of a table; add a fault for each that cannot be trained on."""
+    """Read every cached item of a table; add a fault for each item that cannot be used."""
     _add_missing_caches(findings, cached)
     if not items:
         text = f"{findings.table.name}: look in {findings.table.cache_directory}"
@@ -572,7 +572,7 @@ def _add_missing_caches(findings: TableFindings, cached: FoundItems) -> None:
 
 
 def _list_captions(items: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
-    """Yield every caption that a training reads, as an item and the index of its caption, or EMPTY."""
+    """Yield (item, caption index or EMPTY) for every caption that a training reads."""
     for item in items:
         for number in range(item.captions):
             yield item, number
@@ -593,7 +593,7 @@ def _compare_sources(
 ) -> None:
     """Add warnings about sources without a cache, a caption or cached audio.
 
-    Sources that are gone cause no warning, because training does not need them.
+    Missing sources cause no warning, because training does not need them.
     """
     if form_of(findings.table).list_addresses(findings.table):  # listing such sources would download files
         name = form_of(findings.table).name

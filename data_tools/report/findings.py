@@ -31,7 +31,7 @@ from modules.text_files import bad_character, read_content
 from protocols.family import TextEncoder
 from protocols.rules import CountTokens, TokenCount
 
-BACKUP = ".bak"  # behind the name of a caption that is rewritten
+BACKUP = ".bak"  # suffix of the backup of a rewritten caption
 LISTED = 50  # most lines of one kind
 UNUSABLE = "tables cannot be used"
 NO_CAPTION = "have no caption"
@@ -39,30 +39,30 @@ OFFLINE = "tokenizers are missing, and nothing is downloaded while HF_HUB_OFFLIN
 
 
 class BucketRow(NamedTuple):
-    """Numbers of a bucket of a table."""
+    """Counts for one bucket of a table."""
 
     bucket: tuple[int, ...]
     items: int
-    batches: int  # of an epoch
-    last_batch: int  # items in it
+    batches: int  # batches in an epoch
+    last_batch: int  # items in the last batch
 
 
 @dataclass
 class TableFindings:
-    """What a check found out about one table; each step of the check adds to it."""
+    """Results of a check for one table; each step of the check adds to them."""
 
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
     sources: Sequence[MediaSource] = ()
-    # items by (width, height), (width, height, frames), or these followed by the size of each reference
+    # numbers of items by (width, height), (width, height, frames), or (width, height) and sizes of references
     buckets: Counter[tuple[int, ...]] = field(default_factory=Counter)
-    held_back: Counter[tuple[int, ...]] = field(default_factory=Counter)  # those for validation
+    held_back: Counter[tuple[int, ...]] = field(default_factory=Counter)  # items for validation
     places: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)  # source and bucket of each item
-    faults: list[Fault] = field(default_factory=list)  # must be corrected
-    remarks: list[Fault] = field(default_factory=list)  # left out or cut off: worth knowing
+    faults: list[Fault] = field(default_factory=list)  # errors
+    remarks: list[Fault] = field(default_factory=list)  # warnings
     caches: list[str] = field(default_factory=list)  # lines about its cache files
-    times: float = 1.0  # factor of its repeats: regularization images balance the others
-    looks: list[Look] = field(default_factory=list)  # of its sources, if they were measured
+    times: float = 1.0  # factor on num_repeats of regularization images, see `balance`
+    looks: list[Look] = field(default_factory=list)  # one per source, if sources were measured
 
     def unusable(self, error: DatasetError) -> None:
         """Add the error that makes the entire table unusable."""
@@ -71,7 +71,7 @@ class TableFindings:
     def texts_by_stem(self, name: str, with_kind: bool = False) -> dict[str | None, list[str]]:
         """Return the texts of `faults` or `remarks` by the stem of their source.
 
-        With `with_kind`, each text begins with its kind.
+        `with_kind` prefixes each text with its kind.
         """
         texts: dict[str | None, list[str]] = {}
         errors: list[Fault] = getattr(self, name)
@@ -125,7 +125,7 @@ class TableFindings:
 
 
 def references_in_words(bucket: tuple[int, ...]) -> str:
-    """Describe the sizes of references in a bucket, as words that follow its own size; "" without any."""
+    """Describe the sizes of references in a bucket, to append to its size; "" if there are none."""
     sizes = [f"{width}x{height}" for width, height in zip(bucket[2::2], bucket[3::2], strict=False)]
     return f" with {' and '.join(sizes)}" if sizes else ""
 
@@ -135,8 +135,8 @@ class Counters:
     """Token counters of the text encoders, and lines about those that are missing."""
 
     by_name: tuple[tuple[str, CountTokens], ...] = ()
-    missing: tuple[str, ...] = ()  # lines
-    # reasons by the names of encoders that no run can use: nothing is downloaded, and a tokenizer is missing
+    missing: tuple[str, ...] = ()  # report lines
+    # encoder name -> error, for encoders whose tokenizer is missing and cannot be downloaded (offline)
     unreachable: Mapping[str, str] = field(default_factory=dict)
 
     def find_unreachable(self, names: Iterable[str]) -> list[Fault]:
@@ -144,7 +144,7 @@ class Counters:
         return [Fault(OFFLINE, self.unreachable[name]) for name in names if name in self.unreachable]
 
     def count(self, caption: str) -> list[tuple[str, TokenCount]]:
-        """Return the tokens of a caption for each encoder, by the encoder's name."""
+        """Return (encoder name, token count of a caption) for each encoder."""
         return [(name, count(caption)) for name, count in self.by_name]
 
 
@@ -224,7 +224,7 @@ def hold_back(tables: Sequence[TableFindings], share: float, seed: int) -> None:
 
 
 def balance(tables: Sequence[TableFindings]) -> None:
-    """Set how often regularization images are repeated in an epoch, so that they match the other images.
+    """Set `times` of regularization images so that they are as many as other images in an epoch.
 
     Args:
         tables: Findings for all tables of a configuration.
@@ -241,7 +241,7 @@ def balance(tables: Sequence[TableFindings]) -> None:
 
 
 def count_batches(tables: Iterable[TableFindings]) -> int:
-    """Return the batches of an epoch, without those of validation. Subsets of a dataset share them.
+    """Return the number of training batches in an epoch; subsets of a dataset share batches.
 
     With regularization images the number is approximate, because they are assumed to be spread evenly over
     sizes.
@@ -259,15 +259,15 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
 
 
 def indent(lines: Iterable[str]) -> list[str]:
-    """Return the lines with two blanks in front."""
+    """Indent lines by two spaces."""
     return [f"  {line}" for line in lines]
 
 
 def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
-    """List the sources of a table, with all errors of the listing and with unused files next to them.
+    """Start the findings of a table with its sources, all errors of listing them, and unused files.
 
-    `folders` knows the folders of all tables. Unused files are named if they look as if they were meant to be
-    used.
+    Unused files are reported only if they look as if they were meant to be used. `folders` has the folders of
+    all tables.
     """
     findings = TableFindings(table)
     try:
@@ -276,7 +276,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
         findings.unusable(error)
         return findings
     findings.remarks += find_encodings(findings.sources)
-    with contextlib.suppress(DatasetError):  # the listing has reported it
+    with contextlib.suppress(DatasetError):  # already reported by the listing
         findings.remarks += find_unused(table)
     if table.references is not None:
         _add_references(findings)
@@ -297,7 +297,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
 
 
 def _add_references(findings: TableFindings) -> None:
-    """Count the reference images; add a warning for each image without one if others have some."""
+    """Count reference images; if only some images have references, add a warning for each other image."""
     counts = count_references(findings.sources)
     if not counts:
         return
@@ -310,7 +310,7 @@ def _add_references(findings: TableFindings) -> None:
 
 
 def count_references(sources: Iterable[MediaSource]) -> list[tuple[int, int]]:
-    """Count the sources by their number of references; empty if no source has any."""
+    """Return (number of references, number of sources) pairs, sorted; [] if no source has references."""
     counts = Counter(len(source.control) for source in sources)
     return sorted(counts.items()) if any(counts) else []
 
@@ -343,9 +343,9 @@ def load_counters(text_encoders: Callable[[], Sequence[TextEncoder]]) -> Counter
 def check_captions(
     findings: TableFindings, counters: Counters = NO_COUNTERS, are_cached: bool = True
 ) -> None:
-    """Add the errors in the captions of a table's sources; the listing has reported unreadable captions.
+    """Add findings about the captions of a table; unreadable captions are reported by the listing.
 
-    `are_cached` says that outputs of text encoders are cached, so that their size is reported.
+    `are_cached` says that text encoder outputs are cached, so that their size is reported.
     """
     missing = [source for source in findings.sources if source.caption is None and not is_unused(source)]
     for line, source in zip(missing_captions(missing), missing, strict=True):
@@ -369,7 +369,7 @@ def check_captions(
 
 
 def is_unused(source: MediaSource) -> bool:
-    """Return whether a caption file exists but could not be read; the listing has reported it."""
+    """Return whether a caption file exists but could not be read, which the listing has reported."""
     return source.caption_path is not None and path_exists(source.caption_path)
 
 
@@ -378,10 +378,10 @@ def is_unused(source: MediaSource) -> bool:
 
 
 def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
-    """Rewrite the captions of all tables that are not UTF-8; the old file stays next to each as .bak.
+    """Convert the captions of all tables that are not UTF-8; old files are kept as .bak.
 
-    `encoding` is a Python codec name, or GUESS; with GUESS, a file of uncertain encoding is not changed.
-    Returns report lines about what was done.
+    `encoding` is a Python codec name, or GUESS, which does not change files of uncertain encoding. Returns
+    report lines.
 
     Raises:
         OutputError: If a file cannot be written.
@@ -403,7 +403,7 @@ def repair_captions(config: DatasetConfig, encoding: str) -> list[str]:
 
 
 def _is_other_encoding(path: Path) -> bool:
-    """Return whether a caption file may be text in another encoding than UTF-8."""
+    """Return whether a caption file may have another encoding than UTF-8."""
     try:
         file = read_caption_file(path)
     except DatasetError:
@@ -412,7 +412,7 @@ def _is_other_encoding(path: Path) -> bool:
 
 
 def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str], left: list[str]) -> None:
-    """Rewrite a caption as UTF-8 if its encoding is sure; add a line to `converted` or `left`."""
+    """Convert a caption to UTF-8 if its encoding is certain; add a line to `converted` or `left`."""
     if guess is None or bad_character(guess.text):
         left.append(f"  {path}: unchanged: it is not text in that encoding")
         return

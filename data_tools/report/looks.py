@@ -1,4 +1,4 @@
-"""Read a source once, as caching does: facts, measures of its frames, drawings of it and its references."""
+"""Decode a source once, as caching does, to get facts, measures of its frames, and drawings."""
 # Letters: H, W height and width of a frame
 
 import contextlib
@@ -42,13 +42,13 @@ from protocols.data import LatentSpec
 
 T = TypeVar("T")
 
-MAX_FRAMES = 12  # frames of a clip that are measured or shown
+MAX_FRAMES = 12  # frames of a clip that are measured or drawn
 GAP = 4  # pixels between frames
-EDGE = np.array((255, 140, 0), np.uint8)  # of the part that is kept
+EDGE = np.array((255, 140, 0), np.uint8)  # color of the frame around the part that is kept
 SHADE = 0.3  # brightness of the part that is cut off
-SMALL = 150  # longer side in a group of copies
-COLOR_SIDE = 4  # side of the small images that tell copies from images of equal shapes in other colors
-DIGITS = 4  # of measures
+SMALL = 150  # longer side of images in groups of duplicates, in pixels
+COLOR_SIDE = 4  # side of small images that distinguish duplicates from images of other colors
+DIGITS = 4  # decimals of measures
 
 
 @dataclass(frozen=True)
@@ -71,29 +71,29 @@ class Measures:
     is_black: bool  # all frames are black
     is_static: bool  # a clip in which nothing moves, and which is not black
     is_blurred: bool  # most frames are blurred
-    is_flat: bool  # all frames have one color, so that their hash says nothing
+    is_flat: bool  # all frames have a single color, so that their hashes are meaningless
     hashes: tuple[int, ...]  # one for an image, four for a clip
-    colors: bytes  # the same frames as 4 x 4 RGB, one after the other
+    colors: bytes  # the hashed frames as 4 x 4 RGB, concatenated
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
     """Facts from reading a source; None or empty if unreadable. Kept small, as there may be a million."""
 
-    fit: Fit | None = None  # how a frame of `size` becomes what the model sees
+    fit: Fit | None = None  # how a frame of `size` is resized and cropped
     size: tuple[int, int] | None = None  # width, height
     bytes: int | None = None
     fps: float | None = None  # of the file
-    frames: int | None = None  # in the file, as its header says
-    used: int = 0  # frames that are used at the model's rate, as far as they are needed
-    lengths: tuple[tuple[int, int], ...] = ()  # frames of an item, how many such items
+    frames: int | None = None  # number of frames in the header
+    used: int = 0  # number of frames used, at the model's frame rate
+    lengths: tuple[tuple[int, int], ...] = ()  # (frames of an item, number of such items)
     short: str | None = None  # the target_frames for which it is too short
-    none: str | None = None  # why it gives no item, though it can be read
+    none: str | None = None  # why it gives no item although it is readable
     problem: str | None = None  # why it cannot be read
-    size_change: str | None = None  # where its frames change their size
+    size_change: str | None = None  # where frames change size
     rate_remark: str | None = None  # if the table's source_fps does not fit the file's rate
     measures: Measures | None = None
-    audio: Heard | None = None  # the sound of a clip; None: not looked for
+    audio: Heard | None = None  # audio of a clip; None: not checked
     # only for sources that a page shows
     spans: tuple[Span, ...] = ()
     strip: Markup | None = None
@@ -107,7 +107,7 @@ class Look:
 
     @property
     def enlarged(self) -> float:
-        """Factor by which the image is enlarged; below 1 it is reduced."""
+        """Factor by which the image is resized; above 1 it is enlarged."""
         return 1.0 if self.fit is None or self.size is None else self.fit.resized[0] / self.size[0]
 
     @property
@@ -123,7 +123,7 @@ def cut_percent(fit: Fit) -> float:
 
 def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Decode a source as caching does, with its control media and mask, and measure the frames it uses."""
-    size: tuple[int, int] | None = None  # all frames are reduced to it; the first frame selects it
+    size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
     def reduce(frame: Frame) -> Frame:
         nonlocal size
@@ -137,7 +137,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     look = _look_over(source, fps, latent, sample.add)
     has_companions = bool(source.control) or source.mask_from is not None
     if has_companions and look.problem is None:
-        # decoded again as for caching, only to find out whether the control media and the mask fit
+        # decoded again as for caching, to check the control media and the mask
         try:
             decode_source(
                 source,
@@ -167,8 +167,8 @@ def _select_measured_size(frame: Frame) -> tuple[int, int]:
 def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
     """Decode a source and draw its frames; only a few small frames are kept in memory.
 
-    With `hears`, the audio of a clip is drawn too. If a part cannot be read, `problem` of the result says so,
-    and the frames before it are shown.
+    With `hears`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result has a
+    `problem`, and the frames before that part are drawn.
     """
     is_clip = source.table.kind == "video"
     height = sizes.clip_height if is_clip else sizes.image_height
@@ -199,11 +199,11 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
 
 
 def _with_audio(look: Look, source: MediaSource, fps: float) -> Look:
-    """Return the look at a clip with the sound of its used frames, and a drawing of it."""
+    """Return the look with the audio of the used frames and a drawing of its waveform."""
     audio = _listen(source)
     wave: Markup | None = None
     if audio is not None and audio.track is not None:
-        with contextlib.suppress(MediaError, OSError):  # damaged, as caching says
+        with contextlib.suppress(MediaError, OSError):  # caching reports damaged files
             wave = draw_audio(source, fps, look.used)
     return replace(look, audio=audio, wave=wave)
 

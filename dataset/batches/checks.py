@@ -1,4 +1,4 @@
-"""Check that cached entries fit their table, model and sources of now, and were made by equal encoders."""
+"""Check that caches fit the current table, model and sources, and were made by the same encoders."""
 
 import logging
 import re
@@ -33,7 +33,7 @@ from modules.errors import CacheError
 from modules.option_values import as_shape
 from protocols import data
 
-if TYPE_CHECKING:  # it is loaded only if sources are compared
+if TYPE_CHECKING:  # loaded only if sources are compared
     from dataset.listing import CompanionCounts
 
 logger = logging.getLogger(__name__)
@@ -47,12 +47,12 @@ def check_channels(
 ) -> None:
     """Raise CacheError, with the caching command, if latents were encoded with the VAE of another model.
 
-    Only the header of one file for each table and size is read, because caches of two models in one folder
-    usually differ in size. Caches without a frame rate cause a warning. Items that are encoded while training
-    are skipped. `stores` are the stores of the run.
+    Only one header is read for each table and size, because caches of two models in one folder usually differ
+    in size. Logs a warning for caches without a frame rate. Skips items that are encoded while training.
+    `stores` are the stores of the run.
     """
     stores = stores or Stores()
-    without_fps: list[Path] = []  # of other programs
+    without_fps: list[Path] = []  # caches of other programs
     for group in group_items(items).values():
         item = group[-1]
         if item.kind.sizes is not None:  # encoded while training: there is no cache
@@ -89,10 +89,10 @@ def other_space(channels: int, latent: data.LatentSpec) -> str:
 def text_errors(
     item: TrainingItem, number: int, records: Mapping[str, TextRecord], is_shared: bool, checks: CacheChecks
 ) -> Iterator[str]:
-    """Yield the changes to the table or the caption file since a caption was encoded.
+    """Yield how the table or the caption file has changed since a caption was encoded.
 
-    `number` is the index of the caption. `is_shared` says that another program, which writes no record, may
-    have made the cache.
+    `number` is the index of the caption. `is_shared` says that another program may have made the cache, which
+    then has no record.
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
@@ -101,7 +101,7 @@ def text_errors(
         settings |= table.seen_settings(item.bucket[:2])
     recorded = [record.settings for record in records.values()]
     if not recorded and not is_shared:
-        recorded = [{}]  # our file without a record was made with the default keys, or by hand
+        recorded = [{}]  # a file without a record was made with default keys (early versions), or by hand
     for recorded_settings in recorded:
         now = {**settings, **_sight_now(item, recorded_settings)}
         changed = difference({**defaults, **recorded_settings}, now)
@@ -113,7 +113,7 @@ def text_errors(
     for record in records.values():
         folders = [table.control_directory] * len(record.references)
         if CLIP in record.settings:
-            folders[0] = table.directory  # the encoder saw the clip or image itself, which comes first
+            folders[0] = table.directory  # the first reference is the clip or image itself
         file = checks.changed_file(folders, record.references)
         if file is not None:
             yield f"{file} has changed since its encoder saw it"
@@ -129,9 +129,9 @@ def text_errors(
 
 
 def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the current values of the recorded settings that decide which media text encoders see.
+    """Return the current values of the recorded settings about media that text encoders see.
 
-    If the sources are gone, the recorded media are assumed.
+    If the sources are missing, the recorded values are returned for the media of the row.
     """
     companions = _companions_now(item) if MEDIA in recorded else None
     sees_clip = CLIP in recorded
@@ -143,7 +143,7 @@ def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any
 
 
 def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRecord]) -> Iterator[str]:
-    """Yield a line if a text encoder saw fewer reference images than the item has."""
+    """Yield an error if a text encoder saw fewer reference images than the item has."""
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
         return
@@ -162,7 +162,7 @@ def latent_errors(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the reasons why cached latents are not what the table and the model ask for.
+    """Yield the reasons why cached latents do not fit the table and the model.
 
     `record` is None if the cache has no record. `is_shared` says that another program may have made it.
     """
@@ -190,11 +190,11 @@ def latent_errors(
 def _mask_errors(
     item: TrainingItem, tensors: Mapping[str, Tensor], record: LatentRecord | None, is_shared: bool
 ) -> Iterator[str]:
-    """Yield a line if the mask of the loss is not from where the table has it."""
+    """Yield an error if the loss mask does not have the origin that the table requires."""
     table = item.table
     if record is not None:
         made_from = record.options.get("mask")
-    else:  # other programs make no mask but from transparency
+    else:  # other programs make masks only from transparency
         made_from = FROM_ALPHA if is_shared and data.LOSS_MASK in tensors else None
     allowed: set[str | None]  # origins that the table permits; None stands for no mask
     if table.alpha_mask:
@@ -252,7 +252,7 @@ def _find_companion_errors(
 def _key_errors(
     table: DatasetTable, tensors: Iterable[str], options: Mapping[str, Any], latent: data.LatentSpec
 ) -> Iterator[str]:
-    """Yield the changed keys of sections, references and their factors.
+    """Yield the table keys about sections and references that have changed since caching.
 
     `options` are the options in the cache's record.
     """
@@ -273,7 +273,7 @@ def _key_errors(
 def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> Iterator[str]:
     """Yield an error if the factors of a clip's references have changed.
 
-    `recorded` holds the number of references, then their factors.
+    `recorded` is the number of references, followed by their factors.
     """
     _, *factors = recorded
     if factors != [*factors_now]:
@@ -288,7 +288,7 @@ def _describe_factors(factors: Sequence[int]) -> str:
 
 
 def _recorded(options: Mapping[str, Any], stale: Stale) -> dict[str, Any]:
-    """Return the recorded options that are table keys and whose change makes caches stale in this way."""
+    """Return the recorded options that are table keys with one of these `stale` flags."""
     keys = defaults_of(stale)
     return {key: option for key, option in options.items() if key in keys}
 
@@ -301,14 +301,14 @@ def audio_errors(
     checks: CacheChecks,
     is_shared: bool,
 ) -> Iterator[str]:
-    """Yield the reasons why cached latents of sound are not what the table and the model ask for."""
+    """Yield the reasons why cached audio latents do not fit the table and the model."""
     table = item.table
     shape = tuple(tensors[data.SOUND].shape)
     if item.audio and shape != item.audio:
         yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio}"
     if record is None:
         return
-    is_from_file = len(record.files) > 1  # the clip, and an audio file of its own
+    is_from_file = len(record.files) > 1  # the clip and a separate audio file
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
         yield f"it was made from {source}, which {table.name} does not use now"
@@ -320,7 +320,7 @@ def _source_errors(
 ) -> Iterator[str]:
     """Yield the differences between an item's sources and its record.
 
-    `folders` are the folders of the files in the record.
+    `folders` has the folder of each file in the record.
     """
     table = item.table
     rate = record.options.get("source_fps")
@@ -333,9 +333,9 @@ def _source_errors(
 
 
 def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield the reasons why latents of reference images are not what a table asks for.
+    """Yield the reasons why cached reference images do not fit the table.
 
-    Deleted image files are not a fault; images that a list no longer names are one.
+    Deleted image files are not an error; images that a list no longer names are an error.
     """
     table, rules = item.table, item.table.references
     if table.clip_references is not None and table.directory is not None:
@@ -355,7 +355,7 @@ def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
 
 
 def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[str]:
-    """Yield an error if a clip in a folder has another number of references than its cached latents."""
+    """Yield an error if a clip of a folder has more or fewer references than its cache."""
     table = item.table
     num_cached = _count_unmirrored(tensors, data.REFERENCE_LATENTS)
     if not num_cached and table.reference_directory is None:
@@ -375,7 +375,7 @@ def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
 
 
 def _references_now(item: TrainingItem) -> int | None:
-    """Return the number of an item's reference images, even if the model takes fewer; None if unknown."""
+    """Return the current number of an item's reference images, uncapped; None if unknown."""
     if item.table.directory is not None and item.table.control_directory is None:
         return None
     companions = _companions_now(item)
@@ -383,7 +383,7 @@ def _references_now(item: TrainingItem) -> int | None:
 
 
 def _companions_now(item: TrainingItem) -> "CompanionCounts | None":
-    """Return an item's entry in `companions_now`; None without one, or if listing could download files."""
+    """Return an item's current companions; None if it is not listed, or if listing could download files."""
     table = item.table
     if not form_of(table).is_listed_in_training:
         return None
@@ -395,10 +395,10 @@ def _companions_now(item: TrainingItem) -> "CompanionCounts | None":
 # --- encoders
 # ------------------------------------------------------------------------------------------------------------
 
-# of a network's file: `checkpoints.opening.fingerprint`
+# result of `checkpoints.opening.fingerprint`
 _FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")
 SHORTENED = r"\1..."
-# key of `Family.media_identity` for the conditions stored with the latents, in which tables may differ
+# keys of `Family.media_identity` for conditions cached with the latents, which only some tables have
 _BESIDE_LATENTS = frozenset({"image", "sections"})
 
 
@@ -406,13 +406,13 @@ _BESIDE_LATENTS = frozenset({"image", "sections"})
 class SameEncoders:
     """Compare the encoders of cached batches, and warn once for each part (latents, each encoder's texts).
 
-    A difference is never an error: two files with different fingerprints may hold the same network, and the
-    small difference of another dtype is harmless. Files of other programs do not record their encoders.
+    A difference is never an error: files with different fingerprints may contain the same network, and
+    another dtype makes only a small difference. Files of other programs do not record their encoders.
     """
 
     commands: CachingCommands = NO_COMMANDS
-    _first: dict[str, data.MadeBy] = field(default_factory=dict)  # by part
-    _warned: set[str] = field(default_factory=set)  # parts
+    _first: dict[str, data.MadeBy] = field(default_factory=dict)  # first origin of each part
+    _warned: set[str] = field(default_factory=set)  # parts with a warning
 
     def warn(self, made_by: Iterable[data.MadeBy]) -> None:
         """Log a warning if the batch's encoders differ from those of earlier batches."""
@@ -421,16 +421,14 @@ class SameEncoders:
             logger.warning(warning)
 
     def difference(self, made_by: Iterable[data.MadeBy]) -> str | None:
-        """Return the text of the warning; None if there is nothing new."""
+        """Return the text of the warning; None if there is no new difference."""
         lines: list[str] = []
         has_latents = has_texts = False  # among the parts that differ
         has_other_networks = False
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
             names = origin.encoder.keys() | first.encoder.keys()
-            if (
-                origin.part == data.LATENTS_MADE
-            ):  # only encoders of both: not all tables have image conditions
+            if origin.part == data.LATENTS_MADE:  # only common encoders: not all tables have image conditions
                 names = (origin.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
             keys = [name for name in sorted(names) if first.encoder.get(name) != origin.encoder.get(name)]
             if origin.part in self._warned or not keys:

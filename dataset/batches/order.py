@@ -1,7 +1,7 @@
-"""Order of batches and the text of each sample: functions of names and a seed; which items are validated on.
+"""Order of batches, selection of captions and validation items: functions of names and a seed.
 
-All draws come from generators made of the seed of the run, the number of a micro-batch and the place of a
-sample in it. Captions may be another text each time: parts shuffled or left out, wildcards, several lines.
+All random numbers come from generators seeded by the seed of the run, the number of the micro-batch and the
+position of the sample in it. Captions may vary: parts shuffled or dropped, wildcards, several lines.
 """
 
 import dataclasses
@@ -31,22 +31,22 @@ T = TypeVar("T")
 
 
 class BatchOrder:
-    """Order of batches of every epoch, a function of the items' names and the seed only.
+    """Order of batches of every epoch, which depends only on the items' names and the seed.
 
-    Each epoch is shuffled anew: first the items within each bucket, then the batches. A bucket holds the
+    Each epoch is shuffled separately: first the items within each bucket, then the batches. A bucket has the
     items of one size in a table or a group of tables. Items occur `num_repeats` times, regularization images
     as often as `repeat_regularization` computes. The last batch of a bucket may be smaller.
     """
 
     def __init__(self, items: Iterable[TrainingItem], seed: int) -> None:
         self._seed = seed
-        # in order of (table, key), by two stable sorts: a million pairs as sort keys would need much memory
+        # sorted by (table, key) with two stable sorts, because a million tuples as sort keys need much memory
         self._items = sorted(items, key=lambda item: item.key)
         self._items.sort(key=lambda item: item.table.index)
         self._pools = repeat_items(self._items)
         if any(item.table.is_reg for item in self._items):
             self._warn_of_unused()
-        self.num_items = sum(map(len, self._pools.values()))  # of an epoch, repeats included
+        self.num_items = sum(map(len, self._pools.values()))  # items of an epoch, including repeats
         self.num_batches = sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in self._pools.values())
         self._last = -1  # the epoch whose batches are cached; -1: none
         self._batches: list[tuple[TrainingItem, ...]] = []
@@ -55,7 +55,7 @@ class BatchOrder:
         self._group_starts = array("q")
 
     def _warn_of_unused(self) -> None:
-        """Warn of regularization images that no epoch contains."""
+        """Warn about regularization images that no epoch contains."""
         used = {id(item) for pool in self._pools.values() for item in pool}
         unused = len(self._items) - len(used)
         if unused:
@@ -78,7 +78,7 @@ class BatchOrder:
         """Return the batches of an epoch (counted from 0) in order; the most recent epoch is cached."""
         if self._last != number:
             self._last = -1
-            self._batches = []  # freed before the new ones are made
+            self._batches = []  # freed before the next epoch is built
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
             with pause_collection():
@@ -99,7 +99,7 @@ class BatchOrder:
         return epoch * self.num_items + self._starts[index]
 
     def group_items_before(self, epoch: int, index: int) -> int:
-        """Return the number of items of a batch's group that the run trains before the batch."""
+        """Return the number of items in the group of a batch that are trained before it, in all epochs."""
         batches = self.epoch(epoch)
         if not self._group_starts:
             counts: Counter[int] = Counter()
@@ -112,10 +112,10 @@ class BatchOrder:
 
 
 def repeat_regularization(repeats: Sequence[int], learned: int) -> list[int]:
-    """Return the repeats in an epoch of each regularization image, which sum to at least `learned`.
+    """Return the number of repeats of each regularization image in an epoch; the sum is at least `learned`.
 
-    Images are taken with the repeats of their tables until there are enough; the remaining images are left
-    out. If all together are too few, further repeats are added one at a time, from the first image on.
+    Images are taken in order, with the repeats of their tables, until there are enough; the remaining images
+    get 0. If all images are not enough, repeats are added evenly, beginning with the first image.
 
     Args:
         repeats: Repeats of each image, from its table, in order.
@@ -133,15 +133,15 @@ def repeat_regularization(repeats: Sequence[int], learned: int) -> list[int]:
 
 
 class Grouped(Protocol):
-    """Protocol of what an epoch is made of: an item of a table, and those that it can share a batch with."""
+    """Protocol of an item that `repeat_items` can group: its table, and the key of its group."""
 
     @property
     def table(self) -> DatasetTable:
-        """Table of the dataset file, whose keys say how often the item occurs."""
+        """Table of the item, with `num_repeats`."""
 
     @property
     def group(self) -> tuple[int, ...]:
-        """Values that the items of one batch have in common."""
+        """Key that is equal for items that can share a batch."""
 
 
 G = TypeVar("G", bound=Grouped)
@@ -154,9 +154,10 @@ def count_batches(items: Sequence[Grouped]) -> int:
 
 
 def repeat_items(items: Sequence[G]) -> dict[tuple[int, ...], list[G]]:
-    """Return the items that can share a batch, each as often as it is trained in an epoch; no empty groups.
+    """Return the repeated items of an epoch by group; items of a group can share a batch.
 
-    If all items of a group occur equally often, the whole list is repeated: this keeps the batches of a seed.
+    Empty groups are left out. If all items of a group have the same repeats, the whole list is repeated, so
+    that a seed keeps giving the same batches.
     """
     counts = [item.table.num_repeats for item in items]
     if any(item.table.is_reg for item in items):
@@ -184,8 +185,8 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
     """Return the number of times that each item is trained in an epoch with regularization images."""
     counts = [item.table.num_repeats for item in items]
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
-        reg_indices: list[int] = []  # places of the images
-        learned = 0
+        reg_indices: list[int] = []  # indices of regularization images
+        learned = 0  # number of other images, with repeats
         for index, item in enumerate(items):
             if item.table.batch_group != group:
                 continue
@@ -200,10 +201,10 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
 
 
 def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
-    """Return a shuffled list, in the order of `random.shuffle`.
+    """Return a shuffled list, in the same order as `random.shuffle`.
 
-    `draw_bits` is `getrandbits` of the generator. The algorithm is written out because later versions of
-    Python must give the same batches; it is also a fifth faster.
+    `draw_bits` is `getrandbits` of the generator. The algorithm is written out so that all versions of Python
+    give the same batches; this is also a fifth faster.
     """
     shuffled = list(values)
     for place in range(len(shuffled) - 1, 0, -1):
@@ -223,13 +224,13 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
     Validation gets the tables marked `validation`, and a fraction of the sources of all other tables. Sources
     are selected by name only, so that all crops of a clip, in all tables, are on the same side. A fraction
-    above 0 selects at least one source and leaves at least one. Subsets of image trainers' dataset files are
-    split separately, by their own fraction and seed if they have any.
+    above 0 selects at least one source and leaves at least one. Subsets (the layout of
+    sd-scripts) are split separately, by their own fraction and seed if they have them.
 
     Args:
         items: Items of all tables.
         fraction: Fraction of the sources that is held out.
-        seed: Chooses the sources of subsets that state no seed.
+        seed: Seed for subsets without validation_seed.
 
     Returns:
         Items for training, and items for validation.
@@ -256,10 +257,10 @@ def _digest(stem: str) -> bytes:
 
 
 def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list[S], list[S]]:
-    """Split the subsets of the image guides, each by itself; regularization images are all trained on.
+    """Split each subset separately; all regularization images are for training.
 
-    The sorted names of a subset are shuffled by the seed; those after the first ceil(n (1 - fraction)) are
-    validated on, once each, unchanged and with whole captions.
+    The sorted names of a subset are shuffled by the seed. Those after the first ceil(n (1 - fraction)) are
+    for validation: once each, without augmentation or caption changes.
     """
     chosen: dict[int, tuple[frozenset[str], DatasetTable]] = {}  # by index of the table
     for table in tables_of(items):
@@ -269,7 +270,7 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
         names = sorted({item.source_stem for item in items if item.table.index == table.index})
         table_seed = seed if table.validation_seed is None else table.validation_seed
         random.Random(table_seed).shuffle(names)
-        # rounded first: 10 * (1 - 0.7) is a little above 3
+        # rounded because 10 * (1 - 0.7) is slightly above 3
         held_back = frozenset(names[math.ceil(round(len(names) * (1 - share), 9)) :])
         changes = dataclasses.replace(
             table.changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
@@ -304,9 +305,9 @@ def changed_caption(
     total_steps: int,
     generator: random.Random,
 ) -> str:
-    """Return the text that a sample is trained with in this step, unless its caption is dropped.
+    """Apply the random caption changes of a table for one step.
 
-    `select_captions` decides which captions are dropped.
+    Captions that `select_captions` drops are not passed to this function.
 
     Args:
         caption: Caption of the source (`MediaSource.caption`).
@@ -316,13 +317,13 @@ def changed_caption(
         total_steps: Number of steps of the run, for a warm-up that is a fraction of it.
         generator: Source of random numbers.
     """
-    if not changes.is_raw:  # the source has it as it is trained
+    if not changes.is_raw:  # the caption of the source is final
         return caption
     lines = lines_of(caption) or [""]
     text = generator.choice(lines) if changes.wildcards else lines[0]
     prefix, suffix = table.caption_prefix, table.caption_suffix
     if changes.wildcards:
-        from dataset.sources.wildcards import fill_wildcards  # few tables have any
+        from dataset.sources.wildcards import fill_wildcards  # few tables have wildcards
 
         prefix = fill_wildcards(prefix, generator).text
         text = fill_wildcards(text, generator).text
@@ -331,9 +332,9 @@ def changed_caption(
     if not changes.moves_parts:
         return join_parts(text, changes)
 
-    # parts between the fixed ones are shuffled; parts beyond the warm-up, or dropped at random, are left out
+    # parts between the fixed parts are shuffled, and dropped at random or by the warm-up
     first, moving, last = _split_parts(text, changes)
-    # the number of moving parts grows evenly from warmup_min to all of them
+    # the number of moving parts grows linearly from warmup_min to all
     end = math.floor(changes.warmup_step * total_steps) if changes.warmup_step < 1 else changes.warmup_step
     if step < end:
         num_added = math.floor(step * (len(moving) - changes.warmup_min) / end)
@@ -366,26 +367,26 @@ def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[st
 class RunPlace:
     """Position of a micro-batch in a run."""
 
-    seed: int  # of the run
-    number: int  # of the micro-batch, in the whole run
-    step: int  # of the optimizer, from 0
+    seed: int  # seed of the run
+    number: int  # index of the micro-batch in the run
+    step: int  # optimizer step, from 0
     total_steps: int
 
 
 def select_captions(
     items: Sequence[TrainingItem], seed: int, number: int, epoch: int = 0, drops: bool = True
 ) -> tuple[int, ...]:
-    """Select the caption of each item: return its index, from 0, or EMPTY.
+    """Return the index of the caption of each item, from 0, or EMPTY.
 
     All captions of an item are equally likely. EMPTY is selected with the probability caption_dropout_rate of
-    the table, and in epochs in which all captions are empty.
+    the table, and always in the epochs of caption_dropout_every_n_epochs.
 
     Args:
         items: Items of the batch.
         seed: Seed of the run.
         number: Index of the micro-batch in the run.
         epoch: Epoch, counted from 0.
-        drops: Whether captions are dropped at all; False does not change the selection of other captions.
+        drops: Whether captions are dropped; captions that are not dropped are the same with True and False.
     """
     selected = []
     for position, item in enumerate(items):
@@ -413,10 +414,10 @@ def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> b
 def change_captions(
     items: Sequence[TrainingItem], texts: Sequence[str], chosen: Sequence[int], run: RunPlace
 ) -> tuple[str, ...]:
-    """Return the texts that samples are trained with, after the random changes that their tables ask for.
+    """Apply the random caption changes of the tables to all samples of a batch.
 
-    `texts` are the captions of the sources, and `chosen` their indices; a caption with the index EMPTY stays
-    empty.
+    `texts` are the captions of the sources, and `chosen` their indices; a caption with index EMPTY becomes
+    "".
     """
     changed = []
     for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True)):
@@ -437,7 +438,7 @@ def change_captions(
 
 
 def select_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
-    """Return whether each item is trained mirrored, which is every other time if its table asks for it."""
+    """Return whether each item is mirrored: with probability 0.5 if its table has flip_aug."""
     return tuple(
         item.table.augmentation.flip
         and random.Random(derive_seed(seed, "flip", number, place)).random() < 0.5

@@ -1,8 +1,8 @@
-"""Records of a cache file's origin, kept in its metadata, and the check that they still hold.
+"""Records of a cache file's origin in its metadata, and checks that they are still valid.
 
-A JSON text under `reelsmith_record` holds the options, the encoders, the source files (size, mtime, content
-hash), the caption of a text cache, and a checksum of every tensor. `reelsmith_record_crc32` is the checksum
-of that text. Other programs ignore both.
+The key `reelsmith_record` has a JSON text with the options, the encoders, the source files (size, mtime,
+content hash), the caption of a text cache, and a checksum of every tensor. `reelsmith_record_crc32` is the
+checksum of that text. Other programs ignore both.
 """
 
 import contextlib
@@ -49,12 +49,12 @@ from protocols.data import LatentSpec
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
-# the parts of a record's text (`record_metadata`) that differ between items of a table
+# parts of a record's text (`record_metadata`) that differ between the items of a table
 _OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
-MAX_CHECKED = 1 << 16  # items that are remembered as unchanged: a few megabytes
+MAX_CHECKED = 1 << 16  # most items to remember as unchanged, a few megabytes
 
 
-# in the options of a record: the frames of control clips and masks were chosen by the clip's clock
+# key in the options of a record: frames of control clips and masks were selected by the clip's timestamps
 CLOCK = "one_clock"
 
 
@@ -77,12 +77,12 @@ class TextRecord:
 
     encoder: Mapping[str, str]  # TextEncoder.identity
     caption: str
-    file: FileIdentity | None  # of the caption; None if it is in a JSONL list
+    file: FileIdentity | None  # caption file; None if the caption is in a list
     crc32: Mapping[str, str]
-    # the table's additions to captions, and the number of captions; without default values
+    # keys of the table about captions, and the number of captions; default values are left out
     settings: Mapping[str, Any] = field(default_factory=dict)
-    references: tuple[FileIdentity, ...] = ()  # images that the encoder saw with it
-    as_shown: int = 0  # and saw as a viewer shows them
+    references: tuple[FileIdentity, ...] = ()  # images that the encoder saw with the caption
+    as_shown: int = 0  # version of reading these images; 0: early versions, or no images
 
 
 def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str, str]:
@@ -97,7 +97,7 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
         content["texts"] = {}
         for name, text_record in record.items():
             texts = content["texts"][name] = dataclasses.asdict(text_record)
-            for key in ("settings", "references", "as_shown"):  # which early versions lacked
+            for key in ("settings", "references", "as_shown"):  # left out if empty, as in early versions
                 if not texts[key]:
                     del texts[key]
     text = json.dumps(content, sort_keys=True, ensure_ascii=False)
@@ -105,7 +105,7 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
 
 
 def latent_record(entry: Entry) -> LatentRecord | None:
-    """Return the record of a latent cache; None if it has none (made by another program).
+    """Return the record of a latent cache; None if it was made by another program.
 
     Raises:
         CacheError: If the record is damaged.
@@ -127,9 +127,9 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 
 
 def _clip_info(content: Any) -> ClipInfo:
-    """Return the information in a record.
+    """Return the `ClipInfo` in a record.
 
-    Raises ValueError, or an error of a wrong type, if it is damaged.
+    Raises ValueError, TypeError or KeyError if it is damaged.
     """
     kept_frames = content["kept_frames"]
     if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
@@ -139,15 +139,15 @@ def _clip_info(content: Any) -> ClipInfo:
 
 
 def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
-    """Split the record of a latent cache into the texts around its checksums and files, and the files.
+    """Split the record of a latent cache into text without checksums and files, and the files.
 
-    Records with equal texts differ in checksums and files only.
+    Records with equal texts differ only in checksums and files.
 
     Returns:
-        None if the record cannot be split that simply.
+        The pieces of text and the files; None if the record is missing, damaged or cannot be split.
     """
     text = entry.metadata.get(RECORD_KEY, "")
-    # texts around the checksums and the files; at index 3 the list of files, which the pattern captures
+    # pieces of text, and at index 3 the list of files, which the pattern captures
     parts = _OF_ITEM.split(text)
     if len(parts) != 5 or _crc(text) != entry.metadata.get(CHECK_KEY):
         return None
@@ -159,10 +159,10 @@ def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] 
 
 
 def text_records(entry: Entry) -> dict[str, TextRecord]:
-    """Return the records of a text cache by encoder name; empty if it has none.
+    """Return the records of a text cache by encoder name; {} if it has none.
 
     Raises:
-        CacheError: If they are damaged.
+        CacheError: If the records are damaged.
     """
     records: dict[str, TextRecord] = {}
     with _content(entry, "texts") as data:
@@ -215,7 +215,7 @@ def verify_tensors(entry: Entry, crc32: Mapping[str, str]) -> None:
 
 
 def require_finite(tensor: Tensor, item: str, key: str) -> None:
-    """Raise CacheError if a value is NaN or infinite: cached, it would spread through all of training."""
+    """Raise CacheError if a value is NaN or infinite, because it would ruin the training."""
     if is_finite(tensor):
         return
     wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
@@ -226,7 +226,7 @@ def require_finite(tensor: Tensor, item: str, key: str) -> None:
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
-    """Describe how two mappings of JSON values differ; None if they do not."""
+    """Describe how two mappings of JSON values differ; None if they are equal."""
     if then == now:
         return None
     then, now = json.loads(json.dumps(dict(then))), json.loads(json.dumps(dict(now)))
@@ -253,7 +253,7 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
         MediaError: If a folder has no images any more.
     """
     if isinstance(origin, Remote) and not path.exists():
-        return then.name == path.name  # it holds a hash of the address
+        return then.name == path.name  # the name includes a hash of the address
     size_bytes, mtime_ns = stamp_of(path, origin)
     if size_bytes != then.size_bytes:
         return False
@@ -261,7 +261,7 @@ def is_unchanged(then: FileIdentity, path: Path, origin: Origin | None = None) -
 
 
 def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
-    """Return size and modification time of a file; of a folder, the sum and the latest time of its images.
+    """Return size and modification time of a file; for a folder, total size and latest time of its images.
 
     `origin` is the origin of a file inside a tar or table, which has the modification time of the container.
 
@@ -270,7 +270,7 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
         MediaError: If a folder has no images.
     """
     if origin is not None and not isinstance(origin, Remote):
-        # a third faster than a Path, a million times
+        # os.stat is a third faster than Path.stat; called up to a million times
         return origin.size_bytes, os.stat(origin.container).st_mtime_ns  # noqa: PTH116
     info = os.stat(path)  # noqa: PTH116
     if not stat.S_ISDIR(info.st_mode):

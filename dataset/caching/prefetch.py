@@ -27,13 +27,13 @@ from modules.media.reading import video_info
 
 logger = logging.getLogger(__name__)
 
-LISTED = 200  # lines about sources; in a list of a million all may be missing
-NAMED = 3  # how many of the clips that give fewer items
+LISTED = 200  # most lines about sources in a message
+NAMED = 3  # most clips that a warning names
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A source that gave no item, and the reason."""
+    """A source with a problem, and the reason."""
 
     path: Path
     reason: str
@@ -42,10 +42,7 @@ class Failure:
 
     @staticmethod
     def of(source: MediaSource, reason: object) -> "Failure":
-        """Make the failure of a source.
-
-        `reason` is a text or the exception.
-        """
+        """Make the failure of a source; `reason` is a text or an exception."""
         return Failure(source.path, str(reason), source.table.index, source.stem)
 
     def __str__(self) -> str:
@@ -57,11 +54,11 @@ SIZE_CHANGES = "have frames of several sizes: those of another shape than the fi
 
 @dataclass(frozen=True)
 class CacheReport:
-    """Results of a caching run, with counts of cache files."""
+    """Results of a caching run; counts are numbers of cache files."""
 
     written: int = 0
     kept: int = 0
-    # files in use that another program made, at least in part: they have no record
+    # valid files of another program, which have no record
     foreign: int = 0
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
@@ -69,8 +66,8 @@ class CacheReport:
     shortened: tuple[Failure, ...] = ()  # clips too short for some of target_frames
     resized: tuple[Failure, ...] = ()  # clips whose frames change their size
     silent: tuple[Failure, ...] = ()  # clips without sound, of a model with audio
-    share: int = 0  # how many of the sources or captions this run looked at
-    whole: int = 0  # how many there are
+    share: int = 0  # number of sources or captions in the share of this run
+    whole: int = 0  # number of all sources or captions
     is_main: bool = True  # whether this process reports for all
     # table index and name of each valid entry
     right: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
@@ -80,15 +77,12 @@ class SourceListing(NamedTuple):
     """All sources of a dataset."""
 
     sources: list[MediaSource]
-    report: CacheReport  # of unreadable parts, such as the end of a tar
-    complete_tables: list[DatasetTable]  # that were listed completely: only these can have stale entries
+    report: CacheReport  # failures: unreadable parts, such as the end of a tar
+    complete_tables: list[DatasetTable]  # tables without failures: only these can have stale entries
 
 
 def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
-    """List all sources.
-
-    With `captions`, read them.
-    """
+    """List all sources; `captions` says whether to read captions."""
     skipped: list[tuple[DatasetTable, Fault]] = []
     sources = find_all_sources(config, captions, skipped=skipped)
     failures = [Failure(table.source, error.text, table.index, error.stem or "") for table, error in skipped]
@@ -98,7 +92,7 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
-    """Return the report of several shares of the sources together, with failures sorted by path."""
+    """Merge the reports of several shares of the sources; failures are sorted by path."""
     fields: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
         fields[name] = sum(getattr(report, name) for report in reports)
@@ -111,8 +105,8 @@ def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
     """Show the results.
 
-    `rows` and `commands` are additional lines of the box. If RUN_GOES_ON says that this caching is a step of
-    a longer run, no commands are shown, and sources that failed have an exit code of their own.
+    `rows` and `commands` are additional lines of the box. If the variable RUN_GOES_ON says that this caching
+    is a step of a longer run, no commands are shown, and failures have a separate exit code.
 
     Raises:
         DatasetError: If a source failed; in processes other than the main one, SystemExit with its code.
@@ -156,7 +150,7 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
 
 
 def first_lines(things: Sequence[object], maximum: int) -> list[str]:
-    """Return the first lines of a long list, indented, and a line that counts those that are left out."""
+    """Return the first `maximum` items of a list as indented lines, and a line with the number of others."""
     lines = [f"  {line}" for line in things[:maximum]]
     if len(things) > maximum:
         lines.append(f"  ... and {len(things) - maximum} more")
@@ -166,7 +160,7 @@ def first_lines(things: Sequence[object], maximum: int) -> list[str]:
 def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
     """Return the error for the failures of a run, to be raised at its end.
 
-    `things` is the plural noun for what failed.
+    `things` is a plural noun, such as "sources".
     """
     lines = "\n".join(first_lines(failures, LISTED))
     return DatasetError(
@@ -178,19 +172,19 @@ def failure_error(failures: Sequence[Failure], things: str) -> DatasetError:
 T = TypeVar("T")
 R = TypeVar("R")
 
-AHEAD_PER_WORKER = 2  # results waiting for each worker, so that one slow clip does not stop the encoder
-WRITES_BEHIND = 4
-MANY = 4096  # entries: of so many the values are not read to compare them, which training does
-AT_ONCE = 64  # values that a thread of `map_ahead` takes
+AHEAD_PER_WORKER = 2  # waiting results per worker, so that one slow clip does not stall the encoder
+WRITES_BEHIND = 4  # pending writes per thread
+MANY = 4096  # from this number of sources on, tensor values are not read to compare caches: training does
+AT_ONCE = 64  # most values that a thread of `map_ahead` takes at a time
 
 
 def workers_of(options: CachingOptions) -> int:
-    """Return the number of decoding threads: the option's value, else one less than the CPU has."""
+    """Return the number of decoding threads: the option's value, else one less than the number of CPUs."""
     return options.num_workers or max(1, (os.cpu_count() or 2) - 1)
 
 
 def _log_clips(clips: Sequence[Failure], text: str, level: int) -> None:
-    """Log how many clips a text applies to, with the first ones."""
+    """Log the number of clips that a text applies to, and the first of them."""
     first = "; ".join(map(str, clips[:NAMED]))
     logger.log(level, "%s. The first: %s", count_words(len(clips), text), first)
 
@@ -234,16 +228,16 @@ def run_ahead(
 def map_ahead(values: Sequence[T], work: Callable[[T], R], workers: int, bar: Bar) -> Iterator[R]:
     """Yield the results of small pieces of work in the order of `values`, while threads do the next ones.
 
-    A thread takes many at once: handing over each would take as long as the work.
+    A thread takes a group of values at a time, because passing single values would take as long as the work.
     """
-    # small enough that each thread gets several groups, so that all of them finish at about the same time
+    # each thread gets several groups, so that all threads finish at about the same time
     group_size = min(AT_ONCE, max(1, len(values) // (4 * workers)))
     groups = [values[start : start + group_size] for start in range(0, len(values), group_size)]
     ahead = run_ahead(
         groups,
         work=lambda group: list(map(work, group)),
         workers=workers,
-        size_bytes=lambda _: 0,  # the results are small: memory sets no limit
+        size_bytes=lambda _: 0,  # results are small, so memory need not be limited
         limit_bytes=1,
     )
     with bar, contextlib.closing(ahead):
@@ -284,10 +278,10 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     max_bytes: int,
 ) -> Iterator[list[T]]:
-    """Yield items of one group together, as soon as there are `max_of` them.
+    """Collect items by group, and yield a batch of a group once it has `max_of(item)` items.
 
-    If the waiting items take more than `max_bytes` together, the largest group is yielded early. At the end,
-    all incomplete groups are yielded.
+    If all waiting items together take more than `max_bytes`, the largest group is yielded early. Incomplete
+    groups are yielded at the end.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
@@ -304,7 +298,7 @@ def fill_batches(
 
 
 DECODED_BYTES = 3 << 29  # 1.5 GiB of frames that wait for their consumer
-FASTEST_FPS = 30.0  # of the known families; faster sources lose frames
+FASTEST_FPS = 30.0  # highest frame rate of the families; frames of faster sources are dropped
 UNKNOWN_FRAMES = 256  # assumed for a clip whose header has no count
 
 
@@ -318,8 +312,7 @@ def read_ahead(
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Yield (job, result or Failure) in order while threads work on later jobs.
 
-    With `decodes`, `work` decodes its source, and waiting frames are limited to DECODED_BYTES; otherwise
-    `work` needs little memory.
+    `decodes` says that `work` decodes its source; waiting frames are then limited to DECODED_BYTES.
     """
     ahead = run_ahead(
         jobs,
@@ -343,7 +336,7 @@ def read_ahead(
 def estimate_decoded_bytes(source: MediaSource) -> int:
     """Estimate the bytes of a source's decoded frames.
 
-    Reads its header only if the table uses the whole clip.
+    The header is read only if the table uses the whole clip.
     """
     table = source.table
     if source.tensors is not None:
@@ -364,7 +357,7 @@ def _estimate_frames(source: MediaSource) -> float:
     table = source.table
     if source.origins:  # not fetched yet; `check_memory` looks again once the file is local
         return UNKNOWN_FRAMES
-    if table.is_of_audio:  # samples take about as much memory as frames at this rate
+    if table.is_of_audio:  # audio samples take about as much memory as frames at this rate
         from dataset.sources.audio import count_frames  # only for tables of audio
 
         with contextlib.suppress(UserError):

@@ -1,9 +1,9 @@
-"""Encode the captions without a valid text cache.
+"""Encode the captions that have no valid text cache.
 
-One file per caption serves all items of its source and holds the tensors of all encoders. Each text encoder
-runs in a pass of its own, because two of them would not fit into memory. Until the last pass, outputs go to a
-`.part` next to the file; the last pass joins everything, writes the file, and then removes the `.part`. A
-file is always complete, even if several processes work on it: when the `.part` is gone, the file exists.
+A caption has one file for all items of its source, with the tensors of all encoders. Each text encoder runs
+in a separate pass, because two of them would not fit into memory. Until the last pass, outputs are in a
+`.part` next to the file; the last pass merges all outputs, writes the file, and then removes the `.part`. A
+file is therefore always complete, even if several processes work on it.
 """
 
 import contextlib
@@ -70,9 +70,9 @@ TextBatch = Sequence[CaptionFile]  # texts that are encoded together
 
 
 class TextWork:
-    """The texts of a dataset, in the batches in which they are encoded.
+    """Encode the texts of a dataset, in batches (`pieces`).
 
-    An encoder is freed when the next one is loaded, the last one by `free`.
+    An encoder is released when the next encoder is loaded, and the last one by `free`.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class TextWork:
     ) -> None:
         """List existing cache entries and all captions.
 
-        `stores` replaces the caches that the tables name.
+        `stores` replaces the cache directories of the tables.
 
         Raises:
             DatasetError: If the dataset cannot be used or a caption is missing.
@@ -129,14 +129,14 @@ class TextWork:
         self._family, self._config, self._device = family, config, device
         self._workers = workers_of(options)
         self._loaded: TextEncoder | None = None
-        # texts that cannot be encoded, or whose reference images are unusable, by the name of their file
+        # texts that cannot be encoded, or whose reference images are unusable, by name of the cache file
         self._failed: dict[str, Failure] = {}
 
     def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
-        """Encode every caption of some batches that has no valid entry, one encoder after the other.
+        """Encode the captions of `pieces` that have no valid cache entry, one encoder after the other.
 
         An encoder without work is not loaded. `who` is the name of this share of the work, for progress bars;
-        None means show none.
+        None means no progress bars.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
@@ -148,7 +148,7 @@ class TextWork:
             show_box("Caching texts", [("data", data), ("device", str(self._device))])
         files = [file for batch in pieces for file in batch]
         files = plan_texts(files, self._encoders, self.stores, self._workers)
-        planned = iter(files)  # as many as before, to be cut into the same batches
+        planned = iter(files)  # same order and number as in `pieces`: split into the same batches
         batches = [tuple(itertools.islice(planned, len(batch))) for batch in pieces]
         self._failed.clear()
         for file in files:
@@ -175,9 +175,9 @@ class TextWork:
         )
 
     def _finish_part(self, file: CaptionFile) -> None:
-        """Finish a text that no encoder adds to, or remove its `.part` if that is not needed."""
+        """Write a text to which no encoder has to add outputs, or remove its `.part` if it is not needed."""
         part = file.file_name + PART
-        if file.in_part:  # an earlier run was stopped before it could do so
+        if file.in_part:  # an earlier run was stopped before it wrote the file
             unfinished, encoders = self._find(file, in_part=True)
             self._finish(file, unfinished, encoders)
         elif part in self._parts and not self.stores.trusts:
@@ -188,10 +188,10 @@ class TextWork:
     ) -> int:
         """Remove the entries of a table that belong to no caption; return their number.
 
-        With `keep_cache`, only additional captions are removed, of sources that now have fewer captions.
+        With `keep_cache`, only entries of further captions are removed, if a source now has fewer captions.
         """
         names = {file.file_name for file in self._files if file.table.index == table.index}
-        # unfinished ones too
+        # `.part` entries, too
         stale = [name for name in self._existing[table.index] if name.removesuffix(PART) not in names]
         stale.sort()
         if keep_cache:
@@ -201,7 +201,7 @@ class TextWork:
         return remove_caches(store, stale, is_ours) if stale else 0
 
     def _further_captions(self, table: DatasetTable, names: Sequence[str]) -> list[str]:
-        """Return the names that are of a source's second caption or a later one."""
+        """Return the names of entries of the second and further captions of current sources."""
         stems = {source.stem for source in self._sources if source.table.index == table.index}
         further = []
         for name in names:
@@ -226,23 +226,22 @@ class TextWork:
         to_do: list[CaptionFile],
         shows: bool,
     ) -> None:
-        """Encode every incomplete batch, and write the missing outputs.
+        """Encode every batch that lacks outputs, and write the missing outputs.
 
-        Complete batches are encoded even if only some outputs are missing, because the last bits of an
-        embedding depend on its neighbors. So an interrupted and continued run gives the same files as an
-        uninterrupted one.
+        All texts of such a batch are encoded, because the last bits of an embedding depend on the other texts
+        in the batch. A resumed run therefore writes the same files as an uninterrupted run.
         """
         with write_behind() as write:
             submit = partial(self._submit, write, encoder, identity)
             if any(file.embeds is not None for file in to_do):
-                from dataset.caching.given import take_embeds  # few tables have any
+                from dataset.caching.given import take_embeds  # few tables have precomputed embeddings
 
                 to_do = take_embeds(to_do, encoder, identity, submit)
                 if not to_do:
                     return
             if self._loaded is not encoder:
                 self.free()
-                self._loaded = encoder  # before it is loaded: what a failure leaves is freed too
+                self._loaded = encoder  # set before loading, so that `free` also works after a failure
                 encoder.load(self._device)
             warn_cut_captions(
                 encoder, [(file.caption_path or file.name, file.caption or "") for file in to_do]
@@ -261,8 +260,8 @@ class TextWork:
     def _encode_batch(self, encoder: TextEncoder, batch: TextBatch) -> list[tuple[CaptionFile, Conditions]]:
         """Return the texts of a batch with their outputs.
 
-        If a reference image or a text cannot be used, the texts are encoded one by one, and only the unusable
-        one becomes a failure.
+        If a reference image or a text cannot be used, the texts are encoded one by one, and only the invalid
+        text becomes a failure.
         """
         rules = self._family.references
         sees_encoded = rules is not None and rules.as_encoded
@@ -298,10 +297,10 @@ class TextWork:
             return []
 
     def _show_item(self, prompt: Prompt, source: MediaSource) -> Prompt:
-        """Return the prompt with what encoders see of the item of a source.
+        """Return the prompt with the frames, control images and reference media of a source.
 
         Raises:
-            MediaError: If it cannot be used, or if a clip has several items, which would share a text cache.
+            MediaError: If the source cannot be used, or has several items, which would share a text cache.
         """
         media = self._decode(source)
         if len(media.spans) != 1:
@@ -327,16 +326,16 @@ class TextWork:
         """Return a source's reference images as the VAE encodes them, each H W C.
 
         Raises:
-            MediaError: If one cannot be used.
+            MediaError: If an image cannot be used.
         """
         media = self._decode(source)
         return tuple(torch.from_numpy(frames[0]) for frames in media.control)
 
     def _decode(self, source: MediaSource) -> DecodedMedia:
-        """Read the pixels of a source that are encoded to latents.
+        """Read the pixels of a source as they are encoded to latents.
 
         Raises:
-            MediaError: If it cannot be used.
+            MediaError: If the source cannot be used.
         """
         latent = self._family.latent
         return decode_source(
@@ -359,7 +358,7 @@ class TextWork:
         """Schedule the writing of a caption's cache.
 
         `identity` identifies the encoder in the record. `conditions` are the encoder's outputs by name; an
-        output whose length varies is a list of one tensor.
+        output of variable length is a list of one tensor.
         """
         named = {}
         for key, output in conditions.items():
@@ -380,7 +379,7 @@ class TextWork:
             references=references,
             as_shown=AS_SHOWN if references else 0,
         )
-        marks: Mapping[str, str] = {}  # entries of the file's header that the encoder asks for
+        marks: Mapping[str, str] = {}  # additional header entries of this encoder
         if can_mark(encoder):
             marks = encoder.cache_metadata(record.caption, [image.sha256 for image in references])
         write(partial(self._write, file, named, encoder.name, record, marks=marks))
@@ -393,14 +392,13 @@ class TextWork:
         record: TextRecord,
         marks: Mapping[str, str],
     ) -> None:
-        """Write one encoder's tensors (by their names in the file) to a `.part`, or with it to the file.
+        """Add one encoder's tensors (by name in the file) to the `.part`, or finish the file.
 
-        `marks` are additional metadata. Other tensors, other metadata and the records of other encoders are
-        kept.
+        `marks` are additional metadata. Tensors, metadata and records of other encoders are kept.
 
         Raises:
             OutputError: If writing fails.
-            CacheError: If the outputs of other encoders are gone.
+            CacheError: If the outputs of other encoders are missing.
         """
         store = self.stores.of_texts(file.table)
         sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
@@ -416,20 +414,20 @@ class TextWork:
         part, encoders = self._find(file, in_part=True)
         if part is not None:
             new = _join(part, new)
-        if encoder == file.missing[-1]:  # no other encoder adds anything
+        if encoder == file.missing[-1]:  # the last encoder that adds outputs
             self._finish(file, new, {encoder, *encoders})
         else:
             store.write(file.file_name + PART, new.named, new.metadata)
 
     def _finish(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
-        """Join an entry with the file, if there is one; write the file, then remove its `.part`.
+        """Merge an entry into the existing file, if any; write the file, then remove its `.part`.
 
-        `encoders` are the encoders with valid outputs in the entry. A changed caption is replaced with a
-        warning.
+        `encoders` are the names of encoders with valid outputs in the entry. A changed caption is
+        replaced with a warning.
 
         Raises:
             OutputError: If writing fails.
-            CacheError: If the outputs of other encoders are gone; an incomplete file is never written.
+            CacheError: If the outputs of other encoders are missing; an incomplete file is never written.
         """
         store = self.stores.of_texts(file.table)
         path = store.folder / file.file_name
@@ -459,7 +457,7 @@ class TextWork:
 def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBatch]:
     """Group consecutive texts of one table and kind into batches.
 
-    `size` is the batch size; None takes that of the table.
+    `size` is the batch size; None means the batch_size of the table.
     """
     batches: list[TextBatch] = []
     for _, group in itertools.groupby(files, lambda file: (file.table.index, file.pass_over)):
@@ -470,10 +468,10 @@ def _make_batches(files: Sequence[CaptionFile], size: int | None) -> list[TextBa
 
 
 def _join(old: Entry, new: Entry) -> Entry:
-    """Join two entries; the new one takes precedence for tensors and texts that both have.
+    """Merge two entries; `new` takes precedence for tensors and metadata that both have.
 
-    Each encoder of the new entry replaces all tensors that it wrote into the old one, even those that it
-    writes no more.
+    If an encoder has a record in both entries, all its tensors in `old` are dropped, even if `new` has no
+    tensor of that name.
     """
     old_records = text_records(old)
     new_records = text_records(new)

@@ -1,7 +1,7 @@
-"""The latents of a dataset, in parts that any process on any machine can make by itself.
+"""Encode the latents of a dataset, in shares that processes on any machine can work on independently.
 
-Existing caches are listed before the sources, so that entries and sources that are added meanwhile never
-count as stale.
+Existing caches are listed before the sources, so that entries and sources added in the meantime never count
+as stale.
 """
 
 import contextlib
@@ -38,12 +38,12 @@ from protocols.data import FPS, CacheEntry, MediaEncoders
 from protocols.family import Caches, audio_of, trains_audio
 from protocols.rules import ShownMedium
 
-if TYPE_CHECKING:  # it is loaded only for families with audio
+if TYPE_CHECKING:  # loaded only for families with audio
     from dataset.caching.audio import AudioWork, HearingFamily
 
 logger = logging.getLogger(__name__)
 
-NUMBER_BYTES = 2  # of a latent; float32 ones take twice as much
+NUMBER_BYTES = 2  # bytes of a latent value, for an estimate: float32 takes 4
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
@@ -88,25 +88,25 @@ def _check_table(
 ) -> None:
     """Raise DatasetError if a family cannot use a table.
 
-    `companions` are sources with references or masks of control clips, `shown` the media of rows.
+    `companions` are the sources with references or control masks. `shown` has the reference media of rows.
     """
     if table.group is not None:
         reject_changing(table, table.augmentation.varying_keys, "latents")
-    # first: given latents ignore the keys that a family's own check would have changed
+    # checked first: precomputed latents ignore keys that the family's own check rejects
     if table.gives_latents:
-        from dataset.caching.given import reject_moments  # few tables have any
+        from dataset.caching.given import reject_moments  # few tables have precomputed latents
 
         reject_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
     family.check_table(media_table(table, has_control, bool(companions), table.has_guides, shown))
     if companions:
-        from dataset.sources.companions import reject_companions  # few tables have any
+        from dataset.sources.companions import reject_companions  # few tables have companions
 
         reject_companions(table, companions)
 
 
 def _check_audio(table: DatasetTable, learns_audio_alone: bool) -> None:
-    """Raise DatasetError for a table of images in an audio-only run, or of audio in any other run."""
+    """Raise DatasetError if a table has no audio in an audio-only run, or only audio in another run."""
     if learns_audio_alone and (table.kind == "image" or table.audio == IGNORE):
         why = "it has pictures" if table.kind == "image" else 'audio = "ignore" leaves none'
         raise DatasetError(f"{table.name}: this run learns sound alone, and {why}. Leave it out")
@@ -120,7 +120,7 @@ def _check_audio(table: DatasetTable, learns_audio_alone: bool) -> None:
 def _check_sources(
     family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]
 ) -> Sequence[MediaSource]:
-    """Check the sources and the family's files before anything is encoded; return what is encoded of them."""
+    """Check sources and the family's files before anything is encoded; return the sources to encode."""
     _check_tables(family, config, sources)
     warn_captions(sources)
     # only lists and tables have columns, and only models that edit take reference images
@@ -128,7 +128,7 @@ def _check_sources(
         warn_unused(config, sources)
     family.check_given_files()
     if any(source.tensors is not None for source in sources):
-        from dataset.caching.given import use_moments  # few tables have any
+        from dataset.caching.given import use_moments  # few tables have precomputed latents
 
         return use_moments(family, sources)
     return sources
@@ -137,8 +137,8 @@ def _check_sources(
 class MediaWork:
     """Encode the latents of a dataset.
 
-    Encoders are loaded when they are first needed and stay loaded until `free` is called. Encoders of video
-    and of audio replace each other on the device.
+    Encoders are loaded when they are first needed and stay loaded until `free` is called. Video and
+    audio encoders are never on the device at the same time.
     """
 
     def __init__(
@@ -151,11 +151,11 @@ class MediaWork:
     ) -> None:
         """List existing cache entries and all sources.
 
-        `stores` replaces the caches that the tables name.
+        `stores` replaces the cache directories of the tables.
 
         Raises:
             DatasetError: If the dataset cannot be used.
-            CheckpointError: If a file of an encoder is wrong.
+            CheckpointError: If the file of an encoder cannot be used.
         """
         self.stores = stores = dataclasses.replace(
             stores or Stores(npz_names(family)), skip_existing=options.skip_existing, verify=options.verify
@@ -166,7 +166,7 @@ class MediaWork:
         }
         self._audio: AudioWork | None = None
         if not family.latent.holds_audio and trains_audio(family):
-            from dataset.caching import audio  # only of families with audio
+            from dataset.caching import audio  # only for families with audio
 
             hearing = cast("HearingFamily", family)
             self._audio = audio.AudioWork(
@@ -201,10 +201,10 @@ class MediaWork:
         self._encoders: MediaEncoders | None = None
 
     def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
-        """Encode every item of some sources that has no valid entry.
+        """Encode the items of `pieces` that have no valid cache entry.
 
-        A source that cannot be read becomes a failure of the report and does not stop the run. `who` is the
-        name of this share of the work, for progress bars; None means show none.
+        A source that cannot be read becomes a failure in the report and does not stop the run. `who` is the
+        name of this share of the work, for progress bars; None means no progress bars.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
@@ -220,7 +220,7 @@ class MediaWork:
             show_progress=shows,
         )
         if self._family.latent.shares_caches:
-            from dataset.caching.taking_over import OtherCaches  # few models share theirs
+            from dataset.caching.taking_over import OtherCaches  # few models share caches
 
             others = OtherCaches(self._family, self._recipe)
             plans = [plan if plan.missing == () else others.take_source(plan) for plan in plans]
@@ -228,8 +228,8 @@ class MediaWork:
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
         sources = [plan.source for plan in to_do]
         recipe = self._recipe
-        errors: list[Fault] = []  # of sources whose rate, order or colors may be wrong
-        # source_fps decides, as a file's header may be wrong
+        errors: list[Fault] = []  # sources whose frame rate, order or colors may be wrong
+        # only if source_fps is a number is the rate not taken from the files
         if any(table.declared_fps is not None for table in self._config.datasets):
             errors += find_wrong_rates(sources)
         errors += find_media_warnings(sources, recipe.latent, recipe.fps, recipe.has_rates)
@@ -248,7 +248,7 @@ class MediaWork:
                     written |= self._write(batch, write)
                     del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
-        if len(reasons) > len(of_another_kind):  # so that the extra work is explained
+        if len(reasons) > len(of_another_kind):  # not all reasons have been logged: explain the extra work
             logger.info(
                 "%d sources had outdated cache files, which were made again. The first: %s",
                 len(reasons),
@@ -269,8 +269,8 @@ class MediaWork:
     ) -> int:
         """Remove the entries of a table that belong to no item; return their number.
 
-        `right` are the valid files of all processes. `failed` are the stems of sources that failed, whose
-        entries are kept.
+        `right` has table index and name of the valid files of all processes. `failed` has the stems of
+        sources that failed; their entries are kept.
         """
         if keep_cache:
             return 0
@@ -283,7 +283,7 @@ class MediaWork:
         return of_audio + (remove_caches(store, stale, is_ours) if stale else 0)
 
     def free(self) -> None:
-        """Release the encoders of media and of sound, if they are loaded."""
+        """Release the video and audio encoders, if they are loaded."""
         if self._encoders is not None:
             self._encoders = None
             free_memory(self._device)
@@ -331,7 +331,7 @@ class MediaWork:
         Files of sections that an item no longer has are removed afterwards.
         """
         if self._encoders is None and not batch[0].moments:
-            self.free()  # the networks of images and of sound take turns
+            self.free()  # video and audio encoders are not loaded at the same time
             self._encoders = latents.load_encoders(self._family, self._device)
         names = []
         for item in batch:
@@ -407,10 +407,7 @@ class MediaWork:
             write(partial(remove_caches, store, surplus, is_ours))
 
     def _show(self, to_do: Sequence[SourcePlan], num_sources: int, who: str) -> None:
-        """Show the plan of a share of the work.
-
-        `who` is its name.
-        """
+        """Show the plan of the share of the work with the name `who`."""
         sources = count_of(num_sources, "source")
         rows: list[Row] = [
             ("data", str(self._config.path)),
@@ -434,7 +431,7 @@ class MediaWork:
             latent_frames = latent.count_latents(frames)
             latent_pixels = (height // height_stride) * (width // width_stride)
             num_values += latent.channels * latent_frames * latent_pixels
-        # sources whose size is not known yet are assumed to be like the others
+        # sources of unknown size are assumed to have the average size
         needed = num_values * NUMBER_BYTES * len(plans) / num_with_sizes
         free = free_bytes(self._config.datasets[0].cache_directory)
         return f"about {as_size(needed)}, more with control or start images; {as_size(free)} free"
@@ -447,7 +444,7 @@ MASKS_HINT = (
 
 
 def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path, object]]) -> str:
-    """Return size and time of the files of an item by path, as metadata of other programs have them."""
+    """Return size and modification time of an item's files by path, as JSON in the form of other programs."""
     stamps = {}
     for identity, (path, _) in zip(files, parts, strict=True):
         stamps[str(path.absolute())] = f"{identity.size_bytes}-{identity.mtime_ns}"
@@ -463,7 +460,7 @@ def _report_of(
 ) -> prefetch.CacheReport:
     """Return the report of this process.
 
-    `share` is the number of sources of this process, and `total` the number of all sources.
+    `share` is the number of sources of this process, `total` the number of all sources.
     """
     valid = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
     dropped, shortened, resized, silent = [], [], [], []
@@ -492,7 +489,7 @@ def _report_of(
 
 
 def _warn_of_outdated(reasons: Sequence[str]) -> None:
-    """Warn of unfit caches before they are replaced, because they may be meant for another model."""
+    """Warn before caches of another kind are replaced, because they may be meant for another model."""
     logger.warning(
         "%s, which this command replaces. If they are to stay, press Ctrl-C, and give another "
         "cache_directory or the options that made them. The first: %s",

@@ -1,12 +1,12 @@
-"""Caches in npz files next to the pictures, in the layout that image trainers of the known family share.
+"""Caches in npz files next to the images, in the layout of sd-scripts.
 
-Latents of a picture: `STEM_WWWWxHHHH_TAG.npz`, W and H of the picture, with the arrays `latents`,
-`latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` of every resolution, each with the suffix
-`_{h}x{w}` in latent pixels, or of one resolution without it (`NpzFormat.has_resolutions`). Older programs
-call such a file `STEM.npz` (`NpzFormat.has_nameless`), which is read if there is no other. Texts:
-`STEM_TAG_te.npz`. Other programs read and write these files too: theirs count if they fit, and nothing is
-removed as stale. Ours have one more array for each resolution, the record of its sources, which other
-programs ignore.
+Latents of an image are in `STEM_WWWWxHHHH_TAG.npz` (W, H: size of the image). For each resolution, the file
+has the arrays `latents`, `latents_flipped`, `alpha_mask`, `original_size` and `crop_ltrb` with the suffix
+`_{h}x{w}` in latent pixels; without `NpzFormat.has_resolutions`, it has one resolution and no suffix. Files
+of older programs are called `STEM.npz` (`NpzFormat.has_nameless`) and are read if there is no other. Texts
+are in `STEM_TAG_te.npz`. Other programs read and write these files, too: their files are used if they fit,
+and never removed as stale. Our files have one more array for each resolution, the record of its sources,
+which other programs ignore.
 """
 
 import logging
@@ -51,10 +51,10 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 NPZ = ".npz"
-LOCK = ".reelsmith-npz.lock"  # while a file of the folder gets one resolution more
+LOCK = ".reelsmith-npz.lock"  # held while a resolution is added to a file of the folder
 ALPHA, MIRRORED = "alpha_mask", "latents" + cache_files.FLIPPED
 _KNOWN = ("latents", MIRRORED)
-# how names of files end that say what they hold
+# suffixes of file names that state their content; other files may be `STEM.npz`
 _OTHER_END = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 
 
@@ -67,18 +67,18 @@ class NpzStore:
     """
 
     table: DatasetTable
-    tag: str  # of the family
+    tag: str  # cache_tag of the family
     latent: LatentSpec
-    text_keys: frozenset[str]  # of a whole text cache
+    text_keys: frozenset[str]  # keys of a complete text cache
     folder: Path
-    # images that a list names, which may be in many folders: stem -> path without suffix
+    # images of a list, which may be in several folders: stem -> path without suffix
     image_paths: Mapping[str, Path] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # names of files
+    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # file that was warned about
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = True
 
     def names(self) -> Collection[str]:
-        """Return the names that the entries in all npz files of the table's folders have."""
+        """Return the names of the entries in all npz files in the folders of the table."""
         stems = {path: stem for stem, path in self.image_paths.items()}
         names = []
         for folder in {self.folder, *(path.parent for path in stems)}:
@@ -94,11 +94,11 @@ class NpzStore:
         return self._file_of(name).is_file()
 
     def read(self, name: str, is_full: bool = True) -> cache_files.Entry:
-        """Read an entry, always completely, because opening the file takes most of the time."""
+        """Read an entry; `is_full` is ignored, because opening the file takes most of the time."""
         return self._read_text(name) if self._is_text(name) else self._read_latents(name)
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a text to its own file, or latents of one resolution into the file of their image."""
+        """Write a text to its file, or add latents of one resolution to the file of their image."""
         if self._is_text(name):
             self._write_text(name, tensors, metadata)
         else:
@@ -134,7 +134,7 @@ class NpzStore:
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
-        """Return the .npz file of a cache, which may lie next to its image."""
+        """Return the path of the npz file of an entry."""
         finished = name.removesuffix(cache_files.PART)
         part = name[len(finished) :]
         stem = _replace_end(finished.removesuffix(cache_files.SUFFIX), self._ends())
@@ -146,7 +146,7 @@ class NpzStore:
         return place.with_name(place.name + file.removeprefix(source))
 
     def _file_of(self, name: str) -> Path:
-        """Return the file to read an entry from, or the file by an older program if there is no other."""
+        """Return the file to read an entry from: that of `_path`, else `STEM.npz` of an older program."""
         path = self._path(name)
         source = self._source_stem(name)
         if not self.form.has_nameless or self._is_text(name) or not source or path.is_file():
@@ -166,7 +166,7 @@ class NpzStore:
         return nameless
 
     def _find_nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the name of the latents in a file of an older program, `STEM.npz`; None if it has none."""
+        """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none."""
         stem = file.removesuffix(NPZ)
         if not self.form.has_nameless or not file.endswith(NPZ) or _OTHER_END.search(stem):
             return None
@@ -196,7 +196,7 @@ class NpzStore:
         return cache_files.parse_text_name(finished, self.tag) or ""
 
     def _find_entry_name(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
-        """Return the name of the entry in a file; None if it belongs to another family.
+        """Return the entry name of a file; None if the file is not of this family or table.
 
         `stems` maps the paths, without suffix, of images that a list names to their stems.
         """
@@ -211,18 +211,18 @@ class NpzStore:
         source = self._source_stem(name)
         if folder / source in stems:
             name = stems[folder / source] + name.removeprefix(source)
-        elif folder != self.folder or source in self.image_paths:  # of an image that left the list
+        elif folder != self.folder or source in self.image_paths:  # the image is no longer in the list
             return None
         return name + part
 
     def _ends(self) -> tuple[tuple[str, str], ...]:
-        """Return pairs of endings: of an entry's name, without suffix, and of the file."""
+        """Return pairs of endings, of entry names (without suffix) and of the names of their files."""
         return (f"_{self.tag}_te", self.form.texts), (f"_{self.tag}", self.form.latents)
 
     # --- latents ---
 
     def _bucket(self, name: str) -> tuple[Size, Size]:
-        """Return the size of an image, and its size in the table's bucket."""
+        """Return the size of an image and of its bucket, from the entry name."""
         parsed = cache_files.parse_latent_name(name, self.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
@@ -230,18 +230,20 @@ class NpzStore:
         return parsed.size, bucket_of(self.table, parsed.size, step, self._path(name))
 
     def _grid(self, name: str) -> tuple[int, int]:
+        """Return height and width of latents, from the entry name."""
         _, (width, height) = self._bucket(name)
         *_, latent_height, latent_width = self.latent.shape(1, height, width)
         return latent_height, latent_width
 
     def _suffix(self, name: str) -> str:
+        """Return the suffix of array names of an entry's resolution; "" if the format has none."""
         if not self.form.has_resolutions:
             return ""
         height, width = self._grid(name)
         return f"_{height}x{width}"
 
     def _read_latents(self, name: str) -> cache_files.Entry:
-        """Read the latents of one bucket from a file, which may have those of several buckets."""
+        """Read the latents of one bucket from a file, which may have several buckets."""
         path, suffix = self._file_of(name), self._suffix(name)
         members = read_arrays(path, lambda array: array.endswith(suffix))
         arrays = {array.removesuffix(suffix): member for array, member in members.items()}
@@ -251,7 +253,7 @@ class NpzStore:
             raise CacheError(f"{path}: it has no latents{suffix}, but those of {sizes or 'nothing'}")
 
         def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # a mask in pixels, not in latents
+            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # a mask in pixels, not latent pixels
                 return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)
 
@@ -262,7 +264,7 @@ class NpzStore:
     def _read_foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
-        """Return latents that another program wrote, if they fit the table."""
+        """Return latents that another program wrote; raise CacheError if they do not fit the table."""
         needed_by = {"latents": ""}
         if self.table.augmentation.flip:
             needed_by[MIRRORED] = "flip_aug"
@@ -279,7 +281,7 @@ class NpzStore:
                 mask = self._read_foreign_mask(path, tensor, grid)
                 named[cache_files.tensor_name(LOSS_MASK, mask)] = mask
                 continue
-            if tensor.ndim == 4 and tensor.shape[1] == 1:  # older programs keep the axis of the one frame
+            if tensor.ndim == 4 and tensor.shape[1] == 1:  # older programs keep the axis of frames
                 tensor = tensor[:, 0]
             if tensor.shape != shape or not tensor.is_floating_point():
                 raise CacheError(
@@ -326,7 +328,7 @@ class NpzStore:
             write_members(path, members_in_file)
 
     def _add_arrays_of_others(self, name: str, arrays: dict[str, Array]) -> None:
-        """Add the arrays that other programs ask for."""
+        """Add the arrays that other programs need."""
         size, bucket = self._bucket(name)
         if self.table.alpha_mask and ALPHA not in arrays:  # opaque
             width, height = bucket
@@ -338,16 +340,16 @@ class NpzStore:
         """Return name and values of the array that holds a tensor of a latent entry."""
         if key in _KNOWN and tensor.shape[1] == 1:
             return key, as_array(tensor, keep_half=False)[:, 0]
-        if key == LOSS_MASK and self.table.alpha_mask:  # 1 H W of latents; averages to the same
+        if key == LOSS_MASK and self.table.alpha_mask:  # from latent pixels to pixels
             _, down, across = self.latent.stride
             mask = tensor[0].repeat_interleave(down, 0).repeat_interleave(across, 1)
             return ALPHA, as_array(mask, keep_half=False)
         return f"{OURS}_{key}", as_array(tensor, keep_half=False)
 
     def _other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
-        """Return the members of a file that are of other resolutions; none if it is damaged.
+        """Return the members of other resolutions in a file; {} if the file is damaged.
 
-        `suffix` is the end of the names of this resolution's members.
+        `suffix` is the suffix of members of this resolution.
         """
         if not path.is_file():
             return {}
@@ -382,7 +384,7 @@ class NpzStore:
         return cache_files.Entry.of(path, {}, named)
 
     def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
-        """Raise CacheError if texts were made with other settings than this training's."""
+        """Raise CacheError if texts were made with other settings than those of this training."""
         for name, expected in self.form.constants.items():
             array = arrays.get(name)
             is_number = array is not None and array.tensor.numel() == 1
@@ -392,7 +394,7 @@ class NpzStore:
                 raise CacheError(f"{path}: it was made with {name} {shown}, this training has {expected}")
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a text's outputs, and the constant arrays that the other program expects with them."""
+        """Write a text's outputs, and the constant arrays that other programs expect."""
         tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
         arrays: dict[str, Array] = {}
         for key, tensor_name in tensor_names.items():
@@ -405,12 +407,12 @@ class NpzStore:
         write_members(self._path(name), members)
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
-        """Return what the other program's form has besides the outputs: constants, settings and zeros."""
+        """Return the arrays that other programs expect in addition to outputs: constants, settings, zeros."""
         added: dict[str, Array] = {name: np.array(value) for name, value in self.form.constants.items()}
         for setting, key in self.form.of_table.items():
             added[setting] = np.array(getattr(self.table, key), np.float32)
         for zeros, (like, columns) in self.form.zeros.items():
-            if like in arrays:  # as many rows as that output has
+            if like in arrays:  # same number of rows as this output
                 added[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
             elif not like:
                 added[zeros] = np.zeros(columns, np.float32)
@@ -418,10 +420,10 @@ class NpzStore:
 
 
 def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
-    """Return `STATED_SIZES` of another program's latents.
+    """Return `STATED_SIZES` for latents of another program.
 
     Raises:
-        CacheError: If it is not in the file.
+        CacheError: If the file lacks a size.
     """
     numbers: list[float] = []
     for name, count in (("original_size", 2), ("crop_ltrb", 4)):
@@ -434,7 +436,7 @@ def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
 
 
 def _replace_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
-    """Replace the ending of a name by its counterpart; a name with none of the endings is unchanged."""
+    """Replace the first matching ending of a name; return other names unchanged."""
     for end, replacement in ends:
         if stem.endswith(end):
             return stem.removesuffix(end) + replacement

@@ -1,9 +1,8 @@
-"""Choose the frames of a video and the size of a picture.
+"""Select the frames of a video, the bucket of an image, and read loss masks.
 
-Frames are dropped to reach a rate, then spans are cut in one of five ways.
-
-A span is (first frame, number of frames), counted in kept frames. Below: masks of the loss, whose white areas
-are learned and black ones not; from a file (`mask_directory`, `mask_path`) or transparency (`alpha_mask`).
+Frames are dropped to reach a frame rate, then spans are cut as frame_extraction says. A span is (first frame,
+number of frames), counted in kept frames. White areas of a loss mask are learned, black areas are not; masks
+come from a file (`mask_directory`, `mask_path`) or from transparency (`alpha_mask`).
 """
 
 import functools
@@ -35,12 +34,12 @@ from protocols.rules import ShownMedium
 
 Span = tuple[int, int]
 
-TOLERANCE = 0.02  # of a rate: 29.97 is 30
-LOOKED_AT = 1000  # clips of a dataset whose headers are read for their rates
+TOLERANCE = 0.02  # relative difference of equal frame rates: 29.97 counts as 30
+LOOKED_AT = 1000  # most clips of a dataset whose headers are read for their frame rates
 
 
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
-    """Return the spans of a clip with `kept_frames` frames; none if it is too short for every target.
+    """Return the spans of a clip with `kept_frames` frames; () if it is too short for all target_frames.
 
     `lengths` are the clip lengths of the family, to which "full" rounds down. Spans are sorted by target,
     then by start, without duplicates.
@@ -57,10 +56,7 @@ def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_
 
 
 def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
-    """Return the first frames of spans of `target` frames.
-
-    `last` is the last frame at which one can begin.
-    """
+    """Return the first frames of spans of `target` frames; `last` is the last possible first frame."""
     match table.frame_extraction:
         case "head":
             return (0,)
@@ -69,7 +65,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
         case "slide":
             return range(0, last + 1, table.frame_stride)
         case "uniform":
-            # in float64, rounded down: so caches agree with those of other tuners
+            # float64, rounded down, as in musubi-tuner, so that caches agree
             starts: list[int] = np.linspace(0, last, table.frame_sample).astype(int).tolist()
             return starts
         case mode:
@@ -77,7 +73,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Name the target_frames for which a clip with these spans is too short; None if for none, or for all."""
+    """Describe for which target_frames a clip is too short; None if for none of them or for all."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
@@ -122,7 +118,7 @@ def media_table(
 
 
 def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
-    """Return the names of the latents of a table's guides in caches."""
+    """Return the tensor names of a table's guides in caches."""
     return tuple(
         f"{KEYFRAME_LATENTS}_{number}" if guide.is_keyframe else LATENT_GUIDE
         for number, guide in enumerate(guides)
@@ -130,7 +126,7 @@ def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
 
 
 def one_frame_words(table: DatasetTable) -> str:
-    """Return the value of --one_frame_inference that matches a table of single frames; "" for others."""
+    """Return the value of --one_frame_inference that matches a table with fp_1f keys; "" for others."""
     words = []
     if table.fp_1f_target_index is not None:
         words.append(f"target_index={table.fp_1f_target_index}")
@@ -142,11 +138,10 @@ def one_frame_words(table: DatasetTable) -> str:
 
 
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
-    """Yield, for an endless sequence of frames, whether to keep each when `source_fps` becomes `target_fps`.
+    """Yield for each frame, without end, whether to keep it when `source_fps` is reduced to `target_fps`.
 
-    Frames are only dropped, never repeated: all frames of a slower source, or without source_fps, are kept.
-    The running sum must be float64, because its rounding decides about some frames in users'
-    existing caches.
+    Frames are dropped, never repeated: all frames are kept if the source is slower or `source_fps` is None.
+    The running sum must be float64, because its rounding decides about some frames in existing caches.
     """
     ratio = 1.0 if source_fps is None else target_fps / source_fps
     position = 0.0
@@ -159,7 +154,7 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
 
 
 def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
-    """Return the indices of the frames that are kept, of `num_frames` decoded frames."""
+    """Return the indices of the kept frames among `num_frames` decoded frames."""
     return tuple(
         index
         for index, keep in zip(range(num_frames), keep_pattern(source_fps, target_fps), strict=False)
@@ -167,7 +162,7 @@ def resample_indices(num_frames: int, source_fps: float | None, target_fps: floa
     )
 
 
-# --- rates of clips that their table does not state
+# --- frame rates of files
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -191,8 +186,8 @@ def kept_rate(source: MediaSource, fps: float) -> float:
 
     Args:
         source: The fetched source.
-        fps: Frame rate of the family, which dropping frames approaches. Images and folders of images have
-            this rate too.
+        fps: Frame rate of the family, to which frames are dropped. Images and folders of images have this
+            rate, too.
 
     Raises:
         MediaError: If a clip cannot be read.
@@ -207,7 +202,7 @@ def kept_rate(source: MediaSource, fps: float) -> float:
 
 
 def compare_rates(rate: float | None, declared: object, fps: float) -> str | None:
-    """Return the fault if a file's rate differs from the stated one or, without one, from the model's."""
+    """Describe how a file's frame rate differs from source_fps, or from the model's rate without it."""
     if isinstance(declared, (int, float)):
         expected = float(declared)
         cause = f"source_fps says {declared:g}"
@@ -223,7 +218,7 @@ def compare_rates(rate: float | None, declared: object, fps: float) -> str | Non
 def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     """Return an error for each clip whose frame rate differs from its table's source_fps.
 
-    Only headers of local clips are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
+    Reads the headers of at most LOOKED_AT local clips. Unreadable files are reported elsewhere.
     """
     clips = [clip for clip in sources if isinstance(clip.table.source_fps, float) and not clip.origins]
     step = ceil_div(len(clips), LOOKED_AT) or 1
@@ -241,13 +236,13 @@ def find_wrong_rates(sources: Sequence[MediaSource]) -> list[Fault]:
     return errors
 
 
-FAR = 2.0  # times by which a clip is faster or slower than a model sees others
+FAR = 2.0  # warn if a frame rate differs from the model's by more than this factor
 
 
 def find_far_rates(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
-    """Warn of each clip without source_fps whose frame rate is far from `fps`, the model's rate.
+    """Return a warning for each clip without source_fps whose frame rate is far from the model's, `fps`.
 
-    Only headers of local clips are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
+    Reads the headers of at most LOOKED_AT local clips. Unreadable files are reported elsewhere.
     """
     clips = []
     for source in sources:
@@ -296,9 +291,9 @@ def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) ->
 def read_moving(
     path: Path, frames: Iterator[Frame], place: Place, size: buckets.Size, num_frames: int
 ) -> Mask:
-    """Turn the frames of a mask clip, H W 3 or 4, into masks.
+    """Turn the frames of a mask clip, H W 3 or 4, into `num_frames` masks.
 
-    A longer clip is cut, a shorter one repeats its last frame.
+    A longer clip is cut; the last frame of a shorter clip is repeated.
     """
     look = MaskLook()
     masks: list[Frame] = []
@@ -315,8 +310,8 @@ def read_moving(
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
     """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
 
-    `stride` and `clip` are fields of the family's LatentSpec. In time, the first frame of a video, or of each
-    clip of it, is a separate latent frame, and each following group of `stride[0]` frames is one.
+    `stride` and `clip` are fields of the family's LatentSpec. In time, the first frame of a video, or of
+    each part of `clip` frames, is one latent frame, and so is each following group of `stride[0]` frames.
     """
     frame_stride, down, across = stride
     weights = mask.float().unsqueeze(1) / 255
@@ -340,7 +335,7 @@ def _gray(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:
-    """Return the size that an image of `size` is resized to; precomputed latents keep theirs.
+    """Return the bucket of an image of `size`; precomputed latents keep their size.
 
     `path` is for messages only.
 

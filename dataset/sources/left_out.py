@@ -1,4 +1,4 @@
-"""Find files and folders inside the folders of tables that nothing reads, with what to do."""
+"""Find files and subfolders in the folders of tables that are not read, with hints for each."""
 
 import itertools
 import os
@@ -17,8 +17,9 @@ from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.remedies import remedy_of
 
-LOOKED_INTO = 1000  # names of a folder inside a folder
-# files that are usual next to media and are not read: files of runs and caches, captions of other programs
+LOOKED_INTO = 1000  # most names of a subfolder to search
+# files that are usual next to media and are not reported: files of runs and caches, captions of other
+# programs
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
 _EXPECTED = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
 _EXPECTED |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
@@ -26,21 +27,21 @@ _EXPECTED |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
 CAPTION_ENDINGS = frozenset({".txt", ".caption", ".cap", ".tags", ".tag", ".text"})
 FOLDERS_OF_RUNS = {"cache", "output"}
 _KINDS = ("image", "video")
-_Named = tuple["os.DirEntry[str]", str, str]  # a file or folder, its stem and suffix
+_Named = tuple["os.DirEntry[str]", str, str]  # entry, stem, suffix
 
 
 class TableFolders:
-    """The folders of all tables of a configuration; the real path of each is found once."""
+    """The folders of all tables of a configuration; the real path of each is resolved once."""
 
     def __init__(self, config: DatasetConfig) -> None:
-        self._ids: dict[int, str] = {}  # by index of the table
-        self._sharing: dict[str, list[DatasetTable]] = {}
+        self._ids: dict[int, str] = {}  # `folder_id` by index of the table
+        self._sharing: dict[str, list[DatasetTable]] = {}  # tables by `folder_id`
         for table in config.datasets:
             if table.directory is not None:
                 place = folder_id(table.directory)
                 self._ids[table.index] = place
                 self._sharing.setdefault(place, []).append(table)
-        # folders that belong to the media of all tables
+        # other folders that tables read or write
         keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
         keys += ["reference_directory", "control_mask_directory", "worse_directory"]
         folders = [getattr(table, key) for table in config.datasets for key in keys]
@@ -55,7 +56,7 @@ class TableFolders:
         Files that are usual next to media are not counted.
 
         Returns:
-            None if there are none, or if an earlier table has the same folder.
+            The line; None if there are no such files, or if an earlier table has the same folder.
 
         Raises:
             DatasetError: If the folder cannot be listed.
@@ -91,7 +92,7 @@ class TableFolders:
         return f"{table.directory}: {_describe(counts)}" if counts else None
 
     def left_out_folders(self, tables: Iterable[DatasetTable]) -> Iterator[str]:
-        """Yield a line for each folder inside a table's folder that holds its kind of media and is unread."""
+        """Yield a line for each unread subfolder of a table's folder with media of the table's kind."""
         used = self._others | {*self._sharing}
         for table in tables:
             if table.directory is None or not table.directory.is_dir():
@@ -116,7 +117,7 @@ class TableFolders:
 
 
 def _describe(counts: Mapping[str, Counter[str]]) -> str:
-    """Return the counts of `_count_unused` as a text, the largest first."""
+    """Return the counts of `_count_unused` as a text, largest first."""
     num_files = sum(of_endings.total() for of_endings in counts.values())
     verb = "file is" if num_files == 1 else "files are"
     parts = []
@@ -129,14 +130,14 @@ def _describe(counts: Mapping[str, Counter[str]]) -> str:
 def _count_unused(
     table: DatasetTable, folder: Path, rules: "_UnusedRules", *, entries: Sequence[_Named], stems: set[str]
 ) -> dict[str, Counter[str]]:
-    """Count the files of a folder that nothing reads, by what to do and by suffix.
+    """Count the files of a folder that are not read, by hint and then by suffix.
 
-    `entries` are the files and folders in it, `stems` those of media.
+    `entries` are the entries of the folder, `stems` the stems of its media files.
     """
     pictures = _all_suffixes(["image"])
     captions = _find_captions(table, entries, rules)
     handled = {name for names in captions.values() for name in names}
-    # by what to do with the files, then by suffix
+    # hint -> number of files by suffix
     counts = {why: Counter(split_name(name)[1] for name in names) for why, names in captions.items()}
     for entry, stem, suffix in entries:
         if entry.name in handled:
@@ -160,7 +161,7 @@ def _count_unused(
 
 
 def _is_used(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_UnusedRules") -> bool:
-    """Return whether an entry is read as media, or is nothing that could be: a folder, or a shard's part."""
+    """Return whether an entry is read as media, or can be no media file: a folder, or part of a shard."""
     if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
@@ -169,10 +170,10 @@ def _is_used(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_Unus
 
 
 class CaptionOwners:
-    """The images or clips of a folder, by which a caption under another name finds the one that it is of."""
+    """Media files of a folder, to find the file that a misnamed caption belongs to."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        """Remember the names of the media files, with their suffixes."""
+        """Index the names of media files, which include suffixes."""
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
         for name in names:
@@ -180,27 +181,27 @@ class CaptionOwners:
             self._by_stem[_as_read(Path(name).stem)] = name
 
     def find(self, stem: str) -> str | None:
-        """Return the file that a caption probably belongs to; None if there is none.
+        """Return the name of the media file that a caption probably belongs to; None if there is none.
 
-        The names may differ in capitals or Unicode form, and the caption's name may contain the file's suffix
-        (`cat.png.txt`). `stem` is the name of the caption without its suffix.
+        Names may differ in case or Unicode normalization, and the name of the caption may include the suffix
+        of the media file (`cat.png.txt`). `stem` is the name of the caption without its suffix.
         """
         key = _as_read(stem)
         return self._by_name.get(key) or self._by_stem.get(key)
 
 
 def _as_read(name: str) -> str:
-    """Return a name in the form that is the same for all names that people read as equal."""
+    """Return a name in normalized form: equal for names that look the same except for case."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _find_captions(
     table: DatasetTable, entries: Sequence[_Named], rules: "_UnusedRules"
 ) -> dict[str, list[str]]:
-    """Return the names of caption files that nothing reads, by what to do with them.
+    """Return the names of unread caption files by hint.
 
-    Each belongs to an image or clip without a caption, and has another suffix than the table reads, or
-    another name than its image or clip.
+    Each file belongs to an image or clip without a caption, but does not have the caption_extension of the
+    table, or does not have the name of its image or clip.
     """
     if not rules.caption_suffixes:
         return {}
@@ -214,7 +215,7 @@ def _find_captions(
         and not any(f"{stem}{caption}" in names for caption in rules.caption_suffixes)
     )
     by_suffix: dict[str, list[str]] = {}
-    misnamed: list[tuple[str, str]] = []  # caption, and the media file that it is of
+    misnamed: list[tuple[str, str]] = []  # (caption file, its media file)
     for entry, stem, suffix in entries:
         if suffix.lower() not in rules.caption_endings | CAPTION_ENDINGS or entry.name.lower() in NO_MEDIA:
             continue
@@ -239,7 +240,7 @@ def _find_captions(
 
 
 def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
-    """Return the option, or the key of the dataset file, that makes a table read captions with a suffix."""
+    """Return the option or table key with which captions of this suffix are read."""
     if table.config_path.is_dir():  # the dataset is given as a folder
         return f"--caption_extension {suffix}"
     return f'caption_extension = "{suffix}"'
@@ -247,16 +248,16 @@ def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
 
 @dataclass(frozen=True)
 class _UnusedRules:
-    """Rules for the files of a folder that are read, or usually are next to media."""
+    """Which files of a folder are read or expected next to media."""
 
-    kinds: set[str]  # what the tables with the folder hold
-    read: frozenset[str]  # endings, in lower case
-    caption_suffixes: set[str]  # as tables have them
-    caption_endings: set[str]  # in lower case
-    read_labels: frozenset[str]  # of files next to media
+    kinds: set[str]  # kinds of media of the tables with this folder
+    read: frozenset[str]  # suffixes of media that are read, in lower case
+    caption_suffixes: set[str]  # as written in the tables
+    caption_endings: set[str]  # the same in lower case
+    read_labels: frozenset[str]  # labels in file names, such as that of masks, that are read
 
     def is_expected(self, name: str, suffix: str, has_media: bool) -> bool:
-        """Return whether a file that is not media is no surprise next to media: its caption, for example.
+        """Return whether a file is expected next to media, such as a caption, and not worth reporting.
 
         `has_media` says that the folder has media with the same stem.
         """
@@ -266,7 +267,7 @@ class _UnusedRules:
         return ending not in self.caption_endings and ending in _EXPECTED
 
     def may_be_still(self, ending: str) -> bool:
-        """Return whether files with this ending may be images, which no table of the folder reads."""
+        """Return whether files with this suffix may be still images, which no table of the folder reads."""
         return self.kinds == {"video"} and ending in ANIMATION_SUFFIXES
 
 
@@ -281,7 +282,7 @@ def _is_still(path: Path) -> bool:
     """Return whether a file with the suffix of an animation is a still image."""
     try:
         return not is_animation(path)
-    except MediaError:  # which decoding reports
+    except MediaError:  # decoding reports the error
         return False
 
 
@@ -299,7 +300,7 @@ def _explain(ending: str, kinds: set[str]) -> str:
 
 
 def describe_entries(table: DatasetTable) -> str:
-    """Describe the content of a folder without usable files."""
+    """Describe the contents of a table's folder that has no usable files, for an error message."""
     assert table.directory is not None
     suffixes = [path.suffix.lower() for path in table.directory.iterdir() if path.is_file()]
     kind = table.holds
@@ -314,10 +315,7 @@ def describe_entries(table: DatasetTable) -> str:
 
 
 def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
-    """Describe the contents of a folder.
-
-    `suffixes` are those of its files.
-    """
+    """Describe the contents of a folder; `suffixes` has the suffix of each file."""
     folders = [path.name for path in folder.iterdir() if path.is_dir()]
     if suffixes:
         most_common = Counter(suffixes).most_common(3)
@@ -327,17 +325,14 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
 
 
 def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
-    """Return whether a folder, or one inside it, has such files.
-
-    `used` are the folders to leave out.
-    """
+    """Return whether a folder or a subfolder, except those in `used`, has files with these suffixes."""
     num_names = 0
     for place, folders, all_names in os.walk(folder):
         names = list(itertools.islice(all_names, LOOKED_INTO))
         if any(Path(name).suffix.lower() in suffixes for name in names):
             return True
         num_names += len(names) + len(folders)
-        # the walk goes into these only
+        # os.walk descends only into the remaining folders
         folders[:] = [name for name in folders if name[0] != "." and folder_id(Path(place, name)) not in used]
         if num_names > LOOKED_INTO:
             break

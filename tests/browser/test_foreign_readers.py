@@ -35,6 +35,7 @@ PARSERS = frozenset(
 # files that call one of them for what this program has written or ships itself
 OWN = {
     "downloads/catalogue.py": "the list of released files",
+    "extras/comfyui_reelsmith/nodes.py": "run.toml and samples of a run of ours",
     "modules/environment.py": "pyproject.toml",
     "modules/version.py": "pyproject.toml",
     "modules/media/companions.py": "a clip that it writes",

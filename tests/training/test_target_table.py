@@ -455,7 +455,8 @@ OPTIONS_OF: dict[type[Options], dict[str, set[str]]] = {
 OF_NO_TARGET = {
     *("LoopOptions", "CheckPageOptions", "ValidationOptions", "OptimizerOptions", "LrScheduleOptions"),
     *("TimestepOptions", "AcceleratorOptions", "SavingOptions", "SampleOptions", "PreviewOptions"),
-    *("EmaOptions", "SkipOptions", "LogOptions", "EndOptions", "MetadataOptions", "UploadOptions"),
+    *("EarlyStoppingOptions", "EmaOptions", "SkipOptions", "LogOptions", "EndOptions"),
+    *("MetadataOptions", "UploadOptions"),
     *("TrackerOptions", "BaseWeightsOptions", "ShowTimestepsOptions", "WorkflowOptions"),
     *("TrainingSpeedOptions", "TrainingAttentionOptions", "TrainingFp8Options", "SwapOptions"),
     *(

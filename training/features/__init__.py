@@ -1,55 +1,55 @@
 """Features of training, each in one file that can be deleted together with its lines below.
 
-adapter: make a LoRA that others are trained with
-base_weights: merge LoRAs into the transformers before
-blank_prior: hold the network to the model for the empty prompt
-composing: options of all features; those that are on join
-contract: what a feature is, and how one is written
+adapter: train a training adapter
+base_weights: merge LoRAs into the transformers before training
+blank_prior: keep the base model's prediction for the empty prompt
+composing: options of all features; active features join a run
+contract: what a feature is, and how to write one
 early_stopping: end when the validation loss no longer falls
 ema: keep an average of the trained weights
-ema_weights: how this average is computed
-embedding: learn the vectors of a new word too
-embedding_rows: these vectors, next to the network
-encoded_captions: captions that are encoded once, before
-guided: learn away from what is predicted for the empty prompt
-hooks: where features act in a run, and what they see
-inpainting: train a model that repaints what a mask marks
-ip_noise: mix in further noise, which is not to be predicted
-item_losses: record the loss of each picture and clip
-item_losses_recording: how, without waiting, with small pictures
+ema_weights: compute this average
+embedding: train embedding vectors of a new word
+embedding_rows: these vectors and their parameter group
+encoded_captions: captions that are encoded before the network loads
+guided: target away from the prediction for the empty prompt
+hooks: what features add to a run, and what they can read of it
+inpainting: train an inpainting model
+ip_noise: add noise to the input that is not predicted
+item_losses: record the loss of each image and clip
+item_losses_recording: write these losses without waiting for the device
 leco: learn from prompts alone
-leco_file: a file of such prompts
-leco_options: which prompts, and how latents are made
-leco_passes: their latents and passes
-mask_prior: hold the network to the model outside masks
+leco_file: read a file of such prompts
+leco_options: options of LECO
+leco_passes: latents and passes of LECO
+mask_prior: keep the base model's prediction outside of masks
 on_end: start a command when the run is over
-output_preservation: let samples of some tables stay as they are
-preference: learn from pairs of a better and a worse one
+output_preservation: keep the base model's prediction for some tables
+preference: learn from pairs of a preferred and a rejected item
 preference_pairs: the loss of such pairs
 score_samples: score samples while the run trains
 score_samples_starting: the process that scores them
-show_timesteps: show which timesteps would be drawn
-show_timesteps_drawing: count and draw them
-skip: leave out steps that went wrong, and remember them
+show_timesteps: show the distribution of timesteps
+show_timesteps_drawing: count and draw timesteps
+skip: skip bad steps
 slider: slide between the captions of a file
-slider_file: a file of captions to slide between
+slider_file: read a file of captions to slide between
 slider_passes: the passes of a slider
-step_targets: targets besides the clip, and their passes
+step_targets: additional targets, and their passes
 teacher: learn from a frozen model
-teacher_balance: what makes up for a focus in the teacher's band
-teacher_errors: size and direction of two predictions, compared apart
+teacher_balance: correct the teacher's loss for --timestep_focus
+teacher_errors: compare magnitude and direction of two predictions
 teacher_model: another frozen model as a teacher, with its LoRAs
-teacher_options: which model teaches, and how it is compared
-teacher_passes: the comparison with the teacher, in its band and outside
-tread: let tokens pass by the middle blocks
-tread_routes: which tokens pass by the middle blocks
-tread_runner: the runner of such a pass
-trackers: send numbers and samples to TensorBoard, wandb and others
-trackers_options: which trackers get numbers, and whether they can
-trackers_sending: what sends them through the trackers of accelerate
-uploads: send what is saved to the Hugging Face hub
+teacher_options: options of the teacher
+teacher_passes: compare with the teacher inside and outside of its band
+tread: let tokens bypass the middle blocks
+tread_routes: draw the tokens that bypass the middle blocks
+tread_runner: run the blocks of such a pass
+trackers: send values and samples to TensorBoard, wandb and others
+trackers_options: options of trackers, and their checks
+trackers_sending: send values through the trackers of accelerate
+uploads: upload saved files to the Hugging Face hub
 uploads_hub: the client of the hub, and the model card
-uploads_options: what is uploaded, and whether a state is there
+uploads_options: options of uploads and downloads
 workflow: write a workflow for ComfyUI next to each LoRA
 workflow_nodes: the nodes of such a workflow
 """
@@ -83,7 +83,7 @@ from training.features.tread import TREAD
 from training.features.uploads import UPLOADS
 from training.features.workflow import WORKFLOW
 
-# in the order in which they act, one a line
+# in the order in which they act, one per line
 # fmt: off
 FEATURES: tuple[Feature, ...] = (
     BASE_WEIGHTS,

@@ -1,9 +1,9 @@
 """Train a training adapter: --make_adapter.
 
-A training adapter is a LoRA that has unlearned the distillation of a model. It is trained as any LoRA of the
-distilled model, and other LoRAs are trained with it (--training_adapter) and used without it. So the option
-changes nothing of what is learned: saved files say which model the adapter is for and what it was trained on,
-and the run neither warns that few steps are unlearned nor accepts what would keep them.
+A training adapter is a LoRA that undoes the distillation of a model. It is trained like any LoRA of the
+distilled model; other LoRAs are trained with it (--training_adapter) and used without it. So the option does
+not change the training: saved files record the adapter's model and its training images, the run does not warn
+that the ability of few steps is lost, and it rejects targets that would keep this ability.
 """
 
 from functools import partial
@@ -21,7 +21,7 @@ NO_LORA = "a training adapter is a LoRA, and the model itself is trained"
 
 
 class AdapterOptions(FeatureOptions, title="network", at=AT_NETWORK, facts=HABIT, why_not_full=NO_LORA):
-    """Options of a LoRA that others are trained with."""
+    """Whether the LoRA is saved as a training adapter."""
 
     make_adapter: str | None = option(
         "save as a training adapter, made from such images",

@@ -1,6 +1,6 @@
 """Merge LoRAs into the transformers before they are trained: --base_weights.
 
-They are merged while a transformer is loaded; how is in `networks/apply.py`.
+They are merged while a transformer is loaded, by `networks/apply.py`.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class HighNoiseBaseOptions(Options, title="two transformers"):
 
 
 class BaseWeightsOptions(FeatureOptions, title="network", at=AT_NETWORK, why_not_full=MERGED_BEFORE):
-    """Which LoRAs are merged before a training, and how strongly."""
+    """Which LoRAs are merged before the training, and with which strength."""
 
     base_weights: tuple[Path, ...] | None = option(
         "LoRA files added to the model before training", place="there", facts=HABIT_OF_NAMES

@@ -1,4 +1,4 @@
-"""Hold the network to the model without it for the empty prompt: --blank_prior_weight."""
+"""Keep predictions for the empty prompt close to those of the base model: --blank_prior_weight."""
 
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -35,9 +35,9 @@ class BlankPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETW
 
 
 def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch") -> "Iterator[Streams]":
-    """Yield the errors against the base model for the empty prompt, with the weight of this prior.
+    """Yield the weighted errors against the base model for the empty prompt.
 
-    Masks are about the clip, so all positions count here.
+    Masks only apply to the clip as target, so all positions count here.
     """
     from training.targets.passes import measure_plainly, without_masks  # torch: only with this target
 

@@ -130,7 +130,7 @@ def _note_unused(tables: "Sequence[DatasetTable]") -> None:
 
 @contextlib.contextmanager
 def end_of_run(run: JoinedRun) -> Iterator[RunEnd]:
-    """Have features act when the block ends; yields a record for what is known about the run."""
+    """Call the features' `on.end` when the block ends; yields the record that they get."""
     end = RunEnd(run, total_steps=run.options.loop.known_steps)
     try:
         yield end
@@ -141,7 +141,7 @@ def end_of_run(run: JoinedRun) -> Iterator[RunEnd]:
 
 
 def act_at_end(end: RunEnd, error: BaseException | None) -> None:
-    """Have features act on the end of a run, once.
+    """Call the features' `on.end` functions, only once for a run.
 
     Args:
         end: How far the run has come.

@@ -1,8 +1,8 @@
-"""What a feature of a training is, and how one is written.
+"""What a feature of a training is, and how to write one.
 
-A feature is one light file, or one with a heavy half next to it, and its two lines in
-`training/features/__init__.py`. Without these every script does all the rest as before. No phase of a run
-asks a feature anything: a feature that is on joins the run and writes into it, and phases read what is there.
+A feature is one file without torch, or two (the second one with torch), and two lines in
+`training/features/__init__.py`. Without these lines, everything else works as before. Phases of a run never
+call a feature by name: an active feature adds values and functions to the run, and phases use these.
 
     class BlurOptions(FeatureOptions, title="blur", at=AT_NOISE, facts=HABIT):
         blur: float | None = option("blur the noise by this much", above=0, hint="0.1 is usual")
@@ -15,21 +15,21 @@ asks a feature anything: a feature that is on joins the run and writes into it, 
 
     BLUR = Feature("blur", BlurOptions, is_on=lambda options: options.blur is not None, join=_join)
 
-`_join` is called as soon as the options are read, so that what cannot be is refused at once: it raises
-OptionError, and loads no torch. What needs torch joins in a function of `run.on.start`. What a run takes is
-in `JoinedRun` (`hooks.py`): what its batches need, its targets, what is told of it (`info`), and the
-functions of `on`, at the points that a run comes to:
+`_join` is called as soon as the options are read, so that impossible combinations are rejected at once: it
+raises OptionError, and does not import torch. A function in `run.on.start` may. `JoinedRun` (`hooks.py`) has
+what a feature can add: needs of batches, targets, information about the run (`info`), and functions for the
+points of a run (`on`):
 
-    what it does not go with              raise OptionError; `on.check` of the model, `on.check_files`
+    conflicts with options or models      raise OptionError; `on.check`, `on.check_files`
     another part of batches               `needs`; `on.plan` of the run with its items
-    another thing to learn towards        `targets`, with `on.target` or `on.passes`
+    another target of the loss            `targets`, with `on.target` or `on.passes`
     around a pass with gradients          `on.learning_pass`
     before and after a step               `on.before_step`, `on.after_step`
-    something that learns beside          `on.beside`
-    numbers of each step                  `tallies`, which say how the page shows them
-    what states remember                  `remembers`
-    entries of saved files, lines, boxes  `info`
-    next to each saved file               `on.save`
+    more trained parameters               `on.beside`
+    logged values of each step            `tallies`, which say how the page shows them
+    values in saved states                `remembers`
+    metadata of files, lines, boxes       `info`
+    after files were saved                `on.save`
     when the run is over                  `on.end`
 """
 
@@ -42,39 +42,39 @@ from modules.options import Options, is_given, option_name
 from training.features.hooks import JoinedRun
 from training.learning_options import NO_FROZEN_MODEL
 
-# of `FeatureOptions.place`: in --help behind the options of the network, which whole models refuse; of
-# timesteps; of the loss; of saving and samples; before those of the page; behind them; of metadata
+# values of `FeatureOptions.place`, the position in --help: after the options of the network (rejected by full
+# fine-tuning), of timesteps, of the loss, of saving and samples; before and after those of the page; metadata
 AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
 AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "metadata"
 
-# of `JoinedRun.needs`: what batches have besides images and captions
+# values of `JoinedRun.needs`: additional parts of batches
 EMPTY_PROMPT, REJECTED_ONES = "the empty prompt", "the worse one of each pair"
 DROPPED_CAPTIONS = "captions as they are before dropout"
-# of `JoinedRun.needs` too: batches may need the model without the network
+# further values of `JoinedRun.needs`: predictions of the model without the network
 BASE_MODEL = "the model without the network"
-# of `JoinedRun.needs` too: text encoders work while training, as they learn a new word
+# text encoders run during training, because they learn a new word
 LIVE_TEXTS = "text encoders that learn a word"
-# of `JoinedRun.needs` too: images are encoded at each step, as their tensors differ each time
+# the run has no dataset; or images are encoded at each step, because they differ each time
 NO_DATASET = "no dataset, as what is learned comes from prompts"
 LIVE_MEDIA = "images that are encoded at each step"
 
-# of `custom_attributes` of a table: its samples stay as the model without the network predicts them
+# key in `custom_attributes` of a table: the target of its samples is the base model's prediction
 KEPT = "diff_output_preservation"
 
-# of an option's facts: what it does against a loss or norm that is NaN or infinite, as a sentence
+# key in an option's facts: a sentence on how it helps against a NaN or infinite loss or norm
 AGAINST_BAD_STEPS = "against bad steps"
 
 
 class FeatureOptions(Options):
-    """Base class of a feature's options; the parser, --config_file and --help are composed of all of them.
+    """Base class of a feature's options; the parser, --config_file and --help include those of all features.
 
     Attributes:
-        at: Where the options stand in --help, one of the constants AT_... above.
+        at: Position of the options in --help, one of the constants AT_... above.
         facts: Facts that hold for all options of the record, such as whether resuming may change them (HABIT,
             FREE).
         why_not_full: Reason why full fine-tuning rejects options at AT_NETWORK.
         attribute: Key of a table's `custom_attributes` that turns the feature on.
-        of_run: Record of those options that `run` has too and passes to its training.
+        of_run: Record of the options that `reelsmith run` also has and passes to its training.
     """
 
     place: ClassVar[str]

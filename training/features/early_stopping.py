@@ -1,7 +1,7 @@
 """End a run once its validation loss no longer falls: --early_stopping_patience.
 
-The final files are saved as at the last step, and say that the run ended early, so that `run` does not
-continue it. All processes decide alike, as they have the same losses.
+The final files are saved as after the last step. Their metadata record that the run ended early, so that
+`reelsmith run` does not continue it. All processes have the same losses, so they make the same decision.
 """
 
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ class EarlyStoppingOptions(FeatureOptions, title="early stopping", at=AT_WEIGHTS
 
 @dataclass
 class EarlyStoppingProgress:
-    """The lowest validation loss of a run; the names of the fields are those in states."""
+    """The lowest validation loss of a run; states use the names of the fields."""
 
     lowest_loss: float = float("inf")
     lowest_step: int = 0
@@ -40,7 +40,7 @@ class EarlyStoppingProgress:
 def judge(run: "HookedRun", loss: float, patience: int, info: "RunInfo") -> str:
     """Return why the run ends after a validation with this loss; "" if it continues.
 
-    Files that are saved afterwards say it, too: `info` has their metadata.
+    The step of the lowest loss is added to the metadata of files, in `info`.
     """
     progress = run.progress.of(EarlyStoppingProgress)
     if loss < progress.lowest_loss:

@@ -1,6 +1,6 @@
 """Keep an exponential moving average (EMA) of the trained weights: --ema_decay.
 
-How it is computed is in `ema_weights.py`. It is saved next to each file, and in states.
+`ema_weights.py` computes it. It is saved next to each file, and in states.
 """
 
 from functools import partial

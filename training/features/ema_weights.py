@@ -1,9 +1,9 @@
 """The exponential moving average (EMA) of the trained weights.
 
 average <- decay * average + (1 - decay) * weights, in float32. The decay rises with the number of steps n, as
-min(--ema_decay, (1 + n) / (10 + n)): the average forgets the untrained weights it begins with, and covers
-about the last ninth of the steps until the decay is reached.
-Source of the rise: tf.train.ExponentialMovingAverage, `num_updates`.
+min(--ema_decay, (1 + n) / (10 + n)). So the average forgets the untrained weights it begins with, and covers
+about the last ninth of the steps until --ema_decay is reached.
+Source of the rising decay: tf.train.ExponentialMovingAverage, `num_updates`.
 """
 
 import contextlib
@@ -51,8 +51,8 @@ class WeightAverage:
 
     def begin(self) -> None:
         """Restart the average from the current weights, as float32 copies."""
-        self.steps = 0  # since it began
-        self.values.clear()  # before there is another
+        self.steps = 0  # number of averaged steps
+        self.values.clear()  # first, so that memory never holds two averages
         resolve_all(self._dits)
         for weight in self._parameters:
             device = "cpu" if self.on_host else weight.device
@@ -128,8 +128,10 @@ def make_average(
         dits: The trained transformers.
         trainable: The trained parameters.
         optimizer: The optimizer.
-        keeps: Whether this process writes files or samples with the average; if not, the result is None for a
-            full model.
+        keeps: Whether this process writes files or samples with the average.
+
+    Returns:
+        The average; None for a full model in a process that does not need it.
 
     Raises:
         OptionError: If the optimizer computes an average itself.
@@ -141,6 +143,6 @@ def make_average(
     is_full = any(module in dits for module in trainable.modules.values())
     if is_full and not keeps:
         return None
-    # swapped weights must be settled before they are averaged; the parameters of a LoRA are never swapped,
-    # and settling the base model would only empty the swap's slots after each step
+    # swapped weights must be in place before they are averaged. A LoRA is never swapped, so it needs no
+    # `dits`: resolving the base model would only empty the swap's slots after each step
     return WeightAverage(decay, every, dits=dits if is_full else (), trainable=trainable, on_host=is_full)

@@ -1,4 +1,4 @@
-"""The vectors of a word that text encoders learn next to the network of a training: --train_embedding."""
+"""The embedding vectors of a new word, which are trained together with a network: --train_embedding."""
 
 import logging
 import math
@@ -20,17 +20,17 @@ from training.trainable import Trainable, WrittenFile
 
 logger = logging.getLogger(__name__)
 
-WORD = "word"  # their part in states
+WORD = "word"  # name of the vectors' part in states
 
 
 @dataclass(frozen=True)
 class WordRows:
-    """The vectors of a word that text encoders learn alongside a network."""
+    """The embedding vectors of a word, trained together with a network."""
 
     word: WordToLearn
-    network: MadeNetwork  # of its vectors
-    module: nn.Module  # its state dict is what a file of the word alone holds
-    has_file: bool = False  # they are saved alone too
+    network: MadeNetwork  # describes the module with the vectors
+    module: nn.Module  # its state dict is the content of an embedding file
+    has_file: bool = False  # whether an embedding file is saved next to each LoRA
 
     def list_in_lora(self) -> dict[str, Tensor]:
         """Return the vectors under their names in a LoRA file; log what users of the file have to know."""
@@ -42,7 +42,7 @@ class WordRows:
         return bundle_word(self.word.text, self.module.state_dict())
 
     def write(self, path: Path, dtype: torch.dtype | None, metadata: Mapping[str, str]) -> None:
-        """Write a file with the word alone.
+        """Write an embedding file, which contains only the word.
 
         Args:
             path: Path of the file.
@@ -60,7 +60,7 @@ class WordRows:
             learning_rate: Learning rate of the network.
         """
         rate = self.word.rate
-        # no decay: it would pull the word towards zero, where no known word is
+        # no weight decay: it would pull the vectors towards zero, far from those of known words
         return {
             "params": [*self.module.parameters()],
             "lr": learning_rate if rate is None else rate,
@@ -99,13 +99,13 @@ def make_word_rows(
     seed: int,
     with_values: bool,
 ) -> WordRows:
-    """Create the vectors of a word on the CPU, and make text encoders read them.
+    """Create the embedding vectors of a word on the CPU, and add them to the text encoders.
 
     Args:
         word: Word to learn.
-        network: Network of its vectors.
-        has_file: Whether the vectors are also saved alone.
-        encoders: The loaded networks of the text encoders that learn the word, in their order.
+        network: Describes the module with the vectors.
+        has_file: Whether the vectors are also saved in an embedding file.
+        encoders: The loaded networks of the text encoders that learn the word, in the family's order.
         seed: Seed of the run.
         with_values: Whether the vectors start with the values of a file, see `MakeNetwork`.
     """

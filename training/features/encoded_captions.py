@@ -20,7 +20,7 @@ class EncodedCaptions:
     """Captions with the outputs of all text encoders."""
 
     encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU
-    variable_length: frozenset[str]  # outputs that are lists in batches
+    variable_length: frozenset[str]  # names of outputs that are lists in batches
 
 
 def encode_captions(family: Family, texts: Sequence[str], device: torch.device) -> EncodedCaptions:

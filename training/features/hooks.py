@@ -362,7 +362,7 @@ class RunInfo:
     """What is shown about a run in its boxes, in its files and on its page."""
 
     in_files: dict[str, Any] = field(default_factory=dict)  # metadata of saved files, whose names get `ss_`
-    for_loading: dict[str, Any] = field(default_factory=dict)  # metadata without `ss_`, kept by --no_metadata
+    for_loading: dict[str, Any] = field(default_factory=dict)  # entries without the prefix, always written
     targets: list[str] = field(default_factory=list)  # lines after those of `JoinedRun.targets`
     at_start: dict[str, str] = field(default_factory=dict)  # last lines of the box at the start
     commands: dict[str, Sequence[str]] = field(default_factory=dict)  # next commands, in words, by heading

@@ -1,4 +1,4 @@
-"""Mix further noise into the input, which the model does not have to predict: --ip_noise_gamma.
+"""Add noise to the input that the model does not have to predict: --ip_noise_gamma.
 
 Source: Ning et al. 2023, arXiv 2301.11706.
 """

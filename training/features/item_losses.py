@@ -1,6 +1,6 @@
-"""Record the loss of each picture and clip: --item_losses.
+"""Record the loss of each image and clip: --item_losses.
 
-How it is recorded is in `item_losses_recording.py`; `training/reports/item_losses.py` compares and shows it.
+`item_losses_recording.py` records the losses; `training/reports/item_losses.py` compares and shows them.
 """
 
 from typing import TYPE_CHECKING

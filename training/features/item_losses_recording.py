@@ -1,7 +1,7 @@
-"""Record the loss of each picture and clip without waiting for the device, with small pictures of the hard.
+"""Record the loss of each image and clip without waiting for the device, with thumbnails of the hardest.
 
-A loss goes to the host as soon as it is computed, and is read a step later, when the run has read the numbers
-of that step anyway. No pass is added, and no number of the training changes.
+A loss is copied to the host as soon as it is computed, and read a step later, when the run has read the
+values of that step anyway. No pass is added, and the training itself does not change.
 """
 
 import contextlib
@@ -45,16 +45,16 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-WRITE_SECONDS = 3.0  # between two times that lines are written
+WRITE_SECONDS = 3.0  # minimum seconds between two writes
 
 
 def _not_begun() -> Progress:
-    """Return the progress while memory is measured."""
+    """Return a placeholder progress, for predictions of memory."""
     return Progress(0, 0, 0.0)
 
 
 def keep_draws(folder: Path, name: str, process: int, session: int, step: int) -> None:
-    """Start the file of a process: keep the lines up to a step if it belongs to this run, else empty it.
+    """Start the file of a process; keep its lines up to `step` if it belongs to this run.
 
     Raises OutputError if the file cannot be written.
     """
@@ -87,7 +87,7 @@ class ArrivingLosses:
     """Losses of a micro-batch that are being copied to the host."""
 
     step: int
-    number: int  # of the micro-batch in the run
+    number: int  # index of the micro-batch in the run
     keys: tuple[str, ...]
     levels: Sequence[float]
     losses: Tensor  # B
@@ -101,7 +101,7 @@ class ItemLossRecorder:
     name: str
     progress: Progress = field(default_factory=_not_begun)
     now: Callable[[], float] = time.monotonic
-    _process: int | None = None  # None: not in a run, as while memory is measured
+    _process: int | None = None  # None: not in a run, such as when memory is predicted
     _tables: Sequence[DatasetTable] = ()
     _tag: str = ""
     _total_steps: int = 0
@@ -109,14 +109,14 @@ class ItemLossRecorder:
     _draws: list[ItemDraw] = field(default_factory=list)  # read, but not written yet
     _written: float = 0.0
     _has_images: bool = False
-    _count: int = 0  # micro-batches that were seen
-    _is_lost: bool = False  # the file takes no more lines
+    _count: int = 0  # number of recorded micro-batches
+    _is_lost: bool = False  # whether recording has stopped after an error
 
     def join_run(self, plan: "PlannedRun", records: Sequence[Any]) -> "ItemLossRecorder":
-        """Take what is known about a run.
+        """Prepare to record a run, and return this recorder.
 
         Raises:
-            OptionError: If its processes run passes for each other.
+            OptionError: If processes share the transformer or the tokens of a clip.
         """
         if plan.steps.in_lockstep or plan.steps.peers > 1:
             raise OptionError(
@@ -147,7 +147,7 @@ class ItemLossRecorder:
     def observe(
         self, passes: TrainingPasses, noisy_batch: "NoisyBatch", comparisons: list[TargetComparison]
     ) -> list[TargetComparison]:
-        """Return the comparisons; the first one, with the clip, also records its errors."""
+        """Return the comparisons; the first one, which compares with the clip, now records its errors."""
         if self._process is None:
             return comparisons
         clip, *others = comparisons
@@ -171,14 +171,14 @@ class ItemLossRecorder:
         step = self.progress.step + 1
         self._count += 1
         self._waiting.append(ArrivingLosses(step, noisy_batch.number, keys, levels=levels, losses=losses))
-        # the run waits for the numbers of each step one step later, so those of two steps ago are on the host
+        # the run reads the values of each step one step later, so those of two steps ago are on the host
         self._attempt(functools.partial(self._advance, step - 2))
         return errors
 
     def note_values(self, values: Mapping[str, float], step: int) -> None:
-        """Read and write the losses up to a step whose values have been read."""
+        """Read and write the losses up to `step`, whose values the run has already read."""
         self._attempt(functools.partial(self._advance, step))
-        if step >= self._total_steps:  # before the page of the run is written the last time
+        if step >= self._total_steps:  # before the last page of the run is drawn
             self._attempt(self._write, self._write_images)
 
     def note_samples(
@@ -198,7 +198,7 @@ class ItemLossRecorder:
         )
 
     def _advance(self, step: int) -> None:
-        """Read the losses up to a step, which are on the host by now; write lines from time to time."""
+        """Read the losses up to `step`, which are already on the host; write lines from time to time."""
         while self._waiting and self._waiting[0].step <= step:
             waiting = self._waiting.pop(0)
             losses = waiting.losses.tolist()
@@ -227,13 +227,13 @@ class ItemLossRecorder:
         write_images(self.folder, self.name, images)
 
     def _attempt(self, *works: Callable[[], None]) -> None:
-        """Run these functions. After an error, which becomes a warning, nothing more is recorded."""
+        """Run these functions; after an error, log a warning and record nothing more."""
         if self._is_lost:
             return
         try:
             for work in works:
                 work()
-        except Exception as error:  # of a disk, or a device: a training does not end for it
+        except Exception as error:  # an error of a disk or device must not end the training
             self._is_lost = True
             self._waiting.clear()
             logger.warning("--item_losses records no more, the training continues: %s", error)

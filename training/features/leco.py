@@ -1,7 +1,7 @@
 """Learn from prompts alone, without images (LECO): --prompts_file.
 
-The network learns at latents that the model itself makes from noise: their prediction for a prompt moves
-toward another prompt, or away from it. The file is read in `leco_file.py`, the passes are in
+The network is trained on latents that the model itself denoises from noise: its prediction for a prompt moves
+toward that for another prompt, or away from it. The file is read in `leco_file.py`, the passes are in
 `leco_passes.py`.
 Source of the target: LECO, after Gandikota et al. 2023, arXiv 2303.07345.
 """
@@ -32,19 +32,19 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-PREVIEWED = 16  # entries that files name
-SIDE = 64  # of the image that stands for the dataset
+PREVIEWED = 16  # number of pairs in the metadata of saved files
+SIDE = 64  # side in pixels of the placeholder image of the dataset
 
 
 @dataclass
 class LecoProgress:
-    """What states remember of the prompts."""
+    """State of the feature in saved states."""
 
     leco_pairs: str = ""  # a hash of the pairs; "" before the first step
 
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
-    """Return the model. Raises OptionError if it cannot learn from prompts in this way."""
+    """Return the model unchanged. Raises OptionError if LECO does not support it or the pairs' sizes."""
     from protocols.family_networks import made_network_of  # torch: only with this feature
 
     made = made_network_of(family)
@@ -69,7 +69,7 @@ def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "F
 
 @functools.cache
 def make_blank_dataset() -> "DatasetConfig":
-    """Return a dataset of a single gray image, which is encoded once and never learned."""
+    """Return a placeholder dataset: a gray image, which is encoded once and not used for training."""
     import numpy as np  # only with this feature, as what follows
 
     from dataset.config import load_dataset_config
@@ -86,7 +86,7 @@ def make_blank_dataset() -> "DatasetConfig":
 
 
 def _encode(run: "JoinedRun", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun") -> None:
-    """Encode the prompts before the network is loaded, and have each step learn them in place of clips."""
+    """Encode the prompts before the network is loaded, and add the passes that replace those of clips."""
     progress = plan.progress.of(LecoProgress)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     if progress.leco_pairs not in {"", digest}:
@@ -124,7 +124,7 @@ def _join(run: "JoinedRun", options: LecoOptions) -> None:
         StepTarget(
             option=f"--prompts_file {path}",
             words=f"prompts of {path}: {len(pairs)} pairs",
-            # in place of the usual pass; half of the schedule on average, with guidance, and three targets
+            # on average half of the schedule with two passes each for guidance, then three for the target
             passes=StepPasses(with_gradients=0, without=options.max_denoising_steps + 3),
             alone="LECO learns from its prompts alone",
         )

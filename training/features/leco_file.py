@@ -1,4 +1,4 @@
-"""The prompts file of a LECO training: pairs of prompts, and sliders, which become pairs."""
+"""Read the prompts file of a LECO training: pairs of prompts, and sliders, which are expanded to pairs."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,12 +10,12 @@ from modules.errors import OptionError
 from modules.text_files import parse_toml, read_text
 
 ERASE, ENHANCE = "erase", "enhance"
-SIDE_STEP = 8  # pixels of a latent
+SIDE_STEP = 8  # sides are multiples of this number of pixels, one latent
 MAX_FACTOR = 1000.0
 MAX_SIDE = 8192
 YAML = {".yaml", ".yml"}
 
-# of pairs and sliders
+# keys of pairs and sliders
 SHARED = (
     *("resolution", "dynamic_resolution", "dynamic_crops", "batch_size", "multiplier", "weight"),
     "guidance_scale",
@@ -28,9 +28,9 @@ TOP = (*dict.fromkeys((*PAIR, *SLIDER)), "prompts", "slider", "targets")
 
 @dataclass(frozen=True)
 class LecoPair:
-    """Prompts from which one direction is learned: neutral plus or minus guidance * (positive - opposite)."""
+    """Prompts of one direction: the target moves to neutral +- guidance * (positive - opposite)."""
 
-    target: str  # what is denoised, and learns
+    target: str  # prompt with which latents are denoised, and whose prediction is trained
     positive: str
     unconditional: str  # the opposite of `positive`
     neutral: str
@@ -38,10 +38,10 @@ class LecoPair:
     guidance_scale: float = 1.0
     height: int = 512  # pixels
     width: int = 512
-    dynamic_resolution: bool = False  # square sides from half of it on
-    dynamic_crops: bool = False  # sizes and crops of images, as models with such conditions know them
+    dynamic_resolution: bool = False  # draw a square side from half to the full resolution
+    dynamic_crops: bool = False  # draw the size and crop conditions of models that have them
     batch_size: int = 1
-    multiplier: float = 1.0  # strength of the LoRA that learns
+    multiplier: float = 1.0  # strength of the trained LoRA
     weight: float = 1.0  # factor on the loss
 
     @property
@@ -59,7 +59,7 @@ def read_pairs(path: Path) -> tuple[LecoPair, ...]:
     """Read a prompts file, TOML or YAML. Raises OptionError that names the file, the place and the remedy."""
     place = f"--prompts_file {path}"
     content = _parse(place, path)
-    if isinstance(content, list):  # YAML of LECO's first program: entries alone
+    if isinstance(content, list):  # YAML files of the original LECO program are a list of entries
         content = {"prompts": content}
     if not isinstance(content, Mapping):
         raise OptionError(f"{place}: it is empty, or has no entries. Write [[prompts]] with a target")
@@ -95,7 +95,7 @@ def _parse(place: str, path: Path) -> Any:
 def _read_sliders(
     place: str, path: Path, content: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
-    """Yield the pairs of [slider], of `targets`, and of a file that is one slider."""
+    """Yield the pairs of [slider], of `targets`, and of a file whose top level is a slider."""
     slider = content.get("slider")
     if slider is not None:
         where = f"{place}, [slider]"
@@ -133,7 +133,7 @@ def _reject_unknown(place: str, table: Mapping[str, Any], known: Sequence[str]) 
 def _read_pair(
     place: str, path: Path, entry: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
-    """Yield the pair of an entry of [[prompts]]; `default` has the keys above all tables."""
+    """Yield the pair of an entry of [[prompts]]; `default` has the keys at the top level."""
     _reject_unknown(place, entry, PAIR)
     values = {**default, **entry}
     target = _read_text(place, values, "target")
@@ -162,7 +162,7 @@ def _read_pair(
 def _read_slider(
     place: str, path: Path, entry: Mapping[str, Any], default: Mapping[str, Any]
 ) -> Iterator[LecoPair]:
-    """Yield the pairs of a slider: for each neutral prompt, for each size."""
+    """Yield the pairs of a slider, for each combination of a neutral prompt and a size."""
     _reject_unknown(place, entry, SLIDER)
     values = {**default, **entry}
     target = _read_text(place, values, "target_class")
@@ -180,7 +180,7 @@ def _read_slider(
     strength = _read_number(place, values, "multiplier", signed=True)
     for neutral, (height, width) in product(neutrals, sides):
         shared = _read_shared(place, values, height == width)
-        # a slider is learned at positive and negative strength, each towards one of its ends
+        # a slider is trained at positive and at negative strength, each toward one of its ends
         for toward, opposite, action, side in _expand(positive, negative):
             yield LecoPair(
                 target=target,
@@ -196,7 +196,7 @@ def _read_slider(
 
 
 def _expand(positive: str, negative: str) -> list[tuple[str, str, str, int]]:
-    """Return the pairs of a slider: positive, its opposite, action, and the sign of the strength."""
+    """Return tuples of a slider's pairs: positive, its opposite, action, and the sign of the strength."""
     if positive and negative:
         return [
             (negative, positive, ERASE, 1),
@@ -210,7 +210,7 @@ def _expand(positive: str, negative: str) -> list[tuple[str, str, str, int]]:
 
 
 def _list_neutrals(place: str, path: Path, values: Mapping[str, Any]) -> list[str]:
-    """Return the neutral prompts of a slider; the empty one if there are none."""
+    """Return the neutral prompts of a slider; by default, one empty prompt."""
     single = _read_text(place, values, "neutral")
     neutrals = [] if single is None else [single]
     several = values.get("neutrals", [])
@@ -230,7 +230,7 @@ def _list_neutrals(place: str, path: Path, values: Mapping[str, Any]) -> list[st
 
 
 def _read_shared(place: str, values: Mapping[str, Any], is_square: bool) -> dict[str, Any]:
-    """Return the fields that pairs and sliders have."""
+    """Return the values of the fields that pairs and sliders share, by name."""
     switches = {key: values.get(key, False) for key in ("dynamic_resolution", "dynamic_crops")}
     for key, value in switches.items():
         if not isinstance(value, bool):

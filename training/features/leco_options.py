@@ -1,4 +1,4 @@
-"""Options of learning from prompts alone (LECO). Standard library only."""
+"""Options of LECO, which learns from prompts alone. Standard library only."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from training.features.contract import AT_NETWORK, FeatureOptions
 
 
 class LecoOptions(FeatureOptions, title="prompts in place of images (LECO)", at=AT_NETWORK, facts=HABIT):
-    """Which prompts are learned from, and how their latents are made."""
+    """The prompts to learn from, and how latents are denoised."""
 
     prompts_file: Path | None = option(
         "TOML or YAML file of prompts to erase, enhance or slide between, without images. Each step denoises "

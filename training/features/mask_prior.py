@@ -1,4 +1,4 @@
-"""Hold the network to the model without it where masks leave a picture or clip out: --mask_prior_weight."""
+"""Keep predictions outside of masks close to those of the base model: --mask_prior_weight."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWORK, facts=HABIT):
-    """How strongly the network is held to the base model's predictions outside of masks."""
+    """Strength of the term that keeps predictions outside of masks close to the base model's."""
 
     mask_prior_weight: float | None = option(
         "outside masks, keep the prediction close to that of the model without the network, with this "
@@ -43,7 +43,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
 
 
 def _require_masks(run: "JoinedRun", options: MaskPriorOptions, plan: "PlannedRun") -> None:
-    """Raise OptionError if no item for training has a mask that weighs its loss."""
+    """Raise OptionError if no training item has a mask that weights its loss."""
     if run.masks_taken_by and not any(item.table.alpha_mask for item in plan.training):
         raise OptionError(
             f"--mask_prior_weight {options.weight:g} with {run.masks_taken_by}: masks are inputs of the "
@@ -63,7 +63,7 @@ def _has_masks(items: "Sequence[TrainingItem]", stores: "Stores") -> bool:
         return True
     from protocols.data import LOSS_MASK  # torch: only with this target
 
-    for item in items:  # masks of lists are named line by line
+    for item in items:  # in lists, each line may name a mask
         if item.kind.sizes is None and LOSS_MASK in stores.of(item.table).read(item.file_name, False).keys:
             return True
     return False

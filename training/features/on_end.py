@@ -1,7 +1,7 @@
 """Start a command when a training is over: --on_end.
 
-How it is read is in `modules/typed_command.py`, how it is started in `training/run_end.py`: `run` has such an
-option too, for the whole of its commands.
+`modules/typed_command.py` reads the command and `training/run_end.py` starts it. They are separate because
+`reelsmith run` also has such an option, which acts after all its commands.
 """
 
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
 
 
 def start_at_end(end: "RunEnd") -> None:
-    """Start the command with the info about the run."""
+    """Start the command with information about the run."""
     from training.reports.drawing import wait_for_page  # only with --on_end, as what starts programs
     from training.reports.history import history_path
     from training.run_end import EndedRun, start_command

@@ -1,7 +1,7 @@
-"""Let what the model makes of some captions stay as it is: diff_output_preservation of a table.
+"""Keep the model's output for the captions of some tables: diff_output_preservation of a table.
 
-Samples of such a table are compared with the prediction of the model without the network, in validation too,
-whatever other targets a run has: see `kept_samples` in `training/targets/passes.py`.
+The target of such a table's samples is the prediction of the model without the network, also in validation
+and with other targets: see `kept_samples` in `training/targets/passes.py`.
 """
 
 from dataclasses import replace
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class OutputPreservationOptions(FeatureOptions, at=AT_NETWORK, attribute=KEPT):
-    """No options: tables turn this on."""
+    """No options: an attribute of a table turns the feature on."""
 
 
 def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocity: "Tensor") -> "Tensor":
@@ -39,7 +39,7 @@ def preserve_output(passes: "TrainingPasses", noisy_batch: "NoisyBatch", velocit
 def preserve(
     passes: "TrainingPasses", noisy_batch: "NoisyBatch", comparisons: "list[TargetComparison]"
 ) -> "list[TargetComparison]":
-    """Return the comparisons with preserved samples excluded from the first one, with the clip."""
+    """Return the comparisons; in the first, preserved samples have the base model's prediction as target."""
     clip, *others = comparisons
     return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
 
@@ -60,6 +60,6 @@ def _join(run: "JoinedRun", options: OutputPreservationOptions) -> None:
 OUTPUT_PRESERVATION = Feature(
     name="output_preservation",
     options=OutputPreservationOptions,
-    is_on=lambda options: False,  # tables alone ask for it
+    is_on=lambda options: False,  # only a table's attribute turns it on
     join=_join,
 )

@@ -1,6 +1,7 @@
-"""Learn from pairs of a better and a worse picture or clip: --preference.
+"""Learn from pairs of a preferred and a rejected image or clip: --preference.
 
-The worse ones stand in caches, by worse_directory of a table. The passes are in `preference_pairs.py`.
+Caches contain the rejected ones, which a table names with worse_directory. The passes are in
+`preference_pairs.py`.
 """
 
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from protocols.family import Family
     from training.features.hooks import JoinedRun, PlannedRun
 
-# numbers of each step, by their names in logs
+# logged values of each step: errors of preferred and rejected items, fraction of pairs in the right order
 BETTER, REJECTED, RIGHT = "preference/better", "preference/worse", "preference/right"
 
 

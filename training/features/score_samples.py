@@ -1,7 +1,7 @@
 """Score the samples of each saved checkpoint while the run trains: --score_samples.
 
-A process of its own, tools/score.py, computes the scores whenever samples were made; what starts it is in
-`score_samples_starting.py`. The page shows them, and the best file is chosen by them.
+A separate process, tools/score.py, computes the scores after each round of samples;
+`score_samples_starting.py` starts it. The page shows the scores, and they determine the best file.
 """
 
 from pathlib import Path
@@ -42,7 +42,7 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
 
 
 def _start(run: "JoinedRun") -> None:
-    """Have samples scored by another process each time that some are saved."""
+    """Add the recorder that starts a scoring process after each round of samples."""
     from training.features.score_samples_starting import SampleScorer  # starts processes: only in a training
 
     folder, name = run.options.saving.place

@@ -25,26 +25,26 @@ SCRIPT = Path("tools/score.py")
 class SampleScorer:
     """Score the samples of a run: a recorder of the main process.
 
-    A process scores all samples that there are; what it computed for earlier ones is kept on disk. Samples
-    that are made while one runs are scored by the next one. If one fails, a warning says why, and the
-    training continues without scores.
+    A process scores all existing samples; embeddings of earlier samples are stored on disk. Samples that are
+    generated while a process runs are scored by the next process. If a process fails, a warning says why, and
+    the training continues without scores.
     """
 
     folder: Path  # --output_dir
     name: str  # --output_name
     models: Mapping[str, Path | None]  # options of the script that name a model
     device: str
-    program: Sequence[str] = ()  # in place of the script, for tests
+    program: Sequence[str] = ()  # replaces the script in tests
     _process: "subprocess.Popen[bytes] | None" = None
-    _said: "IO[bytes] | None" = None  # what the process writes
-    _is_due: bool = False  # samples were made since the last process was started
+    _said: "IO[bytes] | None" = None  # standard error of the process
+    _is_due: bool = False  # whether there are samples that no process has scored
     _has_failed: bool = False
 
     def __enter__(self) -> "SampleScorer":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Score what is not scored yet, and wait for it, so that the last page shows it.
+        """Score the remaining samples, and wait for the scores, so that the last page shows them.
 
         A run that was asked to end at once does not wait.
         """
@@ -65,11 +65,11 @@ class SampleScorer:
         strips: "Mapping[int, Frame]",
         prompts: Mapping[int, str],
     ) -> None:
-        """Have the samples scored: after the next step, when the history names them."""
+        """Request scores; the process starts after the next step, when the history names the samples."""
         self._is_due = True
 
     def note_values(self, values: Mapping[str, float], step: int) -> None:
-        """Start a process if samples wait for one and none runs."""
+        """Start a process if there are samples to score and no process runs."""
         if self._process is not None and self._process.poll() is not None:
             self._end()
         if self._is_due and self._process is None:

@@ -1,6 +1,6 @@
-"""Show which timesteps would be drawn, in place of a training: --show_timesteps.
+"""Show the distribution of timesteps instead of training: --show_timesteps.
 
-They are counted and drawn in `show_timesteps_drawing.py`.
+`show_timesteps_drawing.py` counts and draws it.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", a
 def _show(
     options: "OptionsOfRun", family: "Family", read_tables: "Callable[[], Sequence[DatasetTable]]"
 ) -> None:
-    """Draw the distribution of timesteps, then end: nothing is trained."""
+    """Print or draw the distribution of timesteps."""
     from training.features.show_timesteps_drawing import show_timesteps  # torch: only in place of a training
 
     kind = options.of(ShowTimestepsOptions).show_timesteps

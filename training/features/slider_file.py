@@ -22,7 +22,7 @@ class Slider:
     positive: str
     negative: str
     neutral: str
-    anchor: str | None  # whose result stays as it is at both strengths
+    anchor: str | None  # caption whose prediction must not change at either strength; None: no anchor
     weight: float  # factor on the loss
     anchor_weight: float
 

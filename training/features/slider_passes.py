@@ -24,14 +24,14 @@ class SliderTarget:
 
     file: SliderFile
     encoded: Mapping[str, Conditions]  # by caption, without batch dimension, on the CPU
-    variable_length: frozenset[str]  # outputs that are lists in batches
+    variable_length: frozenset[str]  # names of outputs that are lists in batches
 
     def slider_of(self, number: int) -> Slider:
         """Return the slider of a micro-batch; sliders take turns."""
         return self.file.sliders[number % len(self.file.sliders)]
 
     def tell(self, batch: Batch, caption: str, device: torch.device) -> Batch:
-        """Return a batch with its captions replaced by this one."""
+        """Return the batch with all captions replaced by `caption` and its encoder outputs."""
         tensors = dict(batch.tensors)
         for name, value in self.encoded[caption].items():
             stacked = stack_texts([value] * len(batch), name in self.variable_length)
@@ -52,7 +52,7 @@ def slider_passes(
 
     With d = b(positive) - b(negative) of the base model, G the guidance and f the network at a strength:
     1/2 |f(neutral) - (b(neutral) + strength * G * d)|^2 + anchor_weight * |f(anchor) - b(anchor)|^2, times
-    the slider's weight. The strength stays set until the caller has computed the gradients, because
+    the slider's weight. The strength remains set until the caller has computed the gradients, because
     checkpointed blocks run their forward pass again.
     """
     slider = target.slider_of(noisy_batch.number)

@@ -1,9 +1,9 @@
-"""What a run learns towards besides the clip, and the passes that this takes. Standard library only."""
+"""Targets of a training in addition to the clip, and the passes that they need. Standard library only."""
 
 from dataclasses import dataclass
 
-# time of a pass without gradients as a share of one with: a LoRA's backward pass takes as long as the forward
-# pass; with checkpointed blocks, or if the model itself learns, twice as long
+# time of a pass without gradients, as a fraction of a pass with gradients. The backward pass of a LoRA takes
+# as long as the forward pass (1/2); with checkpointing, or for a full model, it takes twice as long (1/3)
 SHARES = 1 / 3, 1 / 2
 
 
@@ -13,7 +13,7 @@ class StepPasses:
 
     with_gradients: int = 1
     without: int = 0
-    size: int = 1  # of a pass, in micro-batches
+    size: int = 1  # batch size of a pass, in micro-batches
 
     def plus(self, further: "StepPasses") -> "StepPasses":
         """Add the passes of another target; the factors on the batch size are multiplied."""
@@ -36,11 +36,11 @@ class StepPasses:
 class StepTarget:
     """A target of the training apart from the clip."""
 
-    option: str  # that asks for it, as it is typed
-    words: str  # its line among the targets in the box at the start of a run
+    option: str  # option that adds the target, as it is typed
+    words: str  # its line in the box at the start of a run
     passes: StepPasses  # in addition to the usual ones
-    replaces_clip: bool = False  # it says what to learn in place of the clip, which only one target may
-    # why no other target goes with it: its passes with gradients then are in place of the usual one
+    replaces_clip: bool = False  # the target replaces the clip; only one target of a run may do so
+    # why the target excludes all others; if not "", its passes with gradients replace the usual one
     alone: str = ""
-    keeps_guidance: bool = False  # it teaches the guidance that the model was distilled with
-    joins_streams: bool = False  # its passes have one loss of image and sound
+    keeps_guidance: bool = False  # the target teaches the guidance that was distilled into the model
+    joins_streams: bool = False  # its passes have a single loss for images and audio

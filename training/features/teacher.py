@@ -1,7 +1,7 @@
 """Learn from a frozen model: --teacher.
 
-The comparison with it is in `teacher_passes.py`, its errors of size and direction are in `teacher_errors.py`,
-another model as a teacher is in `teacher_model.py`.
+`teacher_passes.py` compares with its predictions, `teacher_errors.py` measures errors of magnitude and
+direction, and `teacher_model.py` loads another model as the teacher.
 """
 
 from collections.abc import Sequence
@@ -76,7 +76,7 @@ def _start(options: TeacherOptions, run: "JoinedRun") -> None:
 
     teaching = install_teacher(run, options)
     if options.teacher == OTHER_DIT:
-        from training.features.teacher_model import OtherTeacher  # only with another one
+        from training.features.teacher_model import OtherTeacher  # only with another model
 
         other = OtherTeacher(options, teaching, run.options.speed.compilation.choice is not None)
         run.on.before_dress.append(other.add_to_trained)

@@ -1,7 +1,7 @@
-"""How --timestep_focus changes the share of the draws that fall on a band of noise levels.
+"""How --timestep_focus changes the fraction of the draws that fall into a band of noise levels.
 
-A loss term that acts in a band alone would pull less, or more, with a focus, because fewer or more draws fall
-there. `find_balance` returns factors that make up for it.
+With a focus, a loss term that acts only in a band would have less or more influence, because fewer or more
+draws fall into the band. `find_balance` returns factors that compensate for this.
 """
 
 import functools
@@ -20,8 +20,8 @@ from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 class FocusBalance:
     """Factors on terms that act only inside, or only outside, of a band of noise levels.
 
-    Each factor is the fraction of the draws there without the focus, divided by the fraction with it. It is 1
-    if no draw with the focus falls there; both are 1 without a focus.
+    Each factor is the fraction of the draws in its region without the focus, divided by the fraction with the
+    focus. It is 1 if no draw with the focus falls into the region. Both factors are 1 without a focus.
     """
 
     inside: float = 1.0
@@ -68,7 +68,7 @@ def find_balance(
         inside=(1 - focus) * unfocused.inside + focus * in_range.inside,
         trained=(1 - focus) * unfocused.trained + focus * in_range.trained,
     )
-    if not unfocused.trained:  # draws of the focus alone are trained
+    if not unfocused.trained:  # only draws of the focus are trained
         return NO_FOCUS
     before, after = unfocused.inside / unfocused.trained, focused.inside / focused.trained
     return FocusBalance(inside=_ratio(before, after), outside=_ratio(1 - before, 1 - after))
@@ -76,16 +76,16 @@ def find_balance(
 
 @dataclass(frozen=True)
 class _BandShares:
-    """Fractions of all draws inside and outside of a band."""
+    """Fractions of all draws."""
 
-    inside: float  # trained, and in the band
-    trained: float
+    inside: float  # trained draws in the band
+    trained: float  # draws at the noise levels of the expert
 
 
 def _compute_default_shares(
     options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
 ) -> _BandShares:
-    """Return the fractions of the draws of the sampler without its focus."""
+    """Return the fractions for the sampler without --timestep_focus."""
     shares = sample_shares(options, spread_evenly(), noise, flow_shift)
     levels = NUM_TIMESTEPS * shares[is_accepted(options, shares, noise, ONE_EXPERT[0])]
     is_trained = (levels >= expert.lowest) & (levels < expert.highest)

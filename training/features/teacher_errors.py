@@ -1,4 +1,4 @@
-"""Compare the size and the direction of two predictions apart."""
+"""Compare the magnitude and the direction of two predictions separately."""
 
 from dataclasses import dataclass
 
@@ -18,16 +18,16 @@ EVEN_SPLIT = Split(1.0, 1.0)
 
 
 def split_errors(output: Tensor, target: Tensor, split: Split, has_channels: bool) -> Tensor:
-    """Return the error of each sample, B: that of the size and that of the direction.
+    """Return the error of each sample, B: the sum of errors of magnitude and of direction.
 
-    With r = output - target, p' = output - (1 - sqrt(colour_weight)) * (mean of r of each channel), N
+    With r = output - target, p' = output - (1 - sqrt(color_weight)) * (mean of r of each channel), N
     elements in a sample, and |p'| without gradient in the second term:
 
         (size_weight * (|p'| - |target|)^2 + 2 |p'| |target| (1 - cos(p', target))) / N
 
-    At weights of 1 its value is the mean squared difference; its gradient is not: a prediction cannot lower
-    its error by losing size where the direction is uncertain. Source: the teacher matching of musubi-tuner's
-    MiniMax-H3 training (docs/minimax_h3.md there).
+    With weights of 1, the value is the mean squared difference, but the gradient differs: a prediction cannot
+    lower its error by getting smaller if its direction is uncertain. Source: the teacher matching of
+    musubi-tuner's MiniMax-H3 training (docs/minimax_h3.md there).
 
     Args:
         output: The network's output, B C ... float32.

@@ -1,6 +1,6 @@
-"""Send the numbers and samples of a run to TensorBoard, wandb and others: --logging_dir, --log_with.
+"""Send the logged values and samples of a run to TensorBoard, wandb etc.: --logging_dir, --log_with.
 
-Each is reached through the tracker of accelerate, in `trackers_sending.py`; only the main process sends.
+`trackers_sending.py` uses the trackers of accelerate; only the main process sends.
 """
 
 from typing import TYPE_CHECKING

@@ -1,6 +1,6 @@
-"""Let tokens pass by the middle blocks in training: --tread. Standard library only.
+"""Let some tokens bypass the middle blocks in training: --tread. Standard library only.
 
-Which tokens these are is drawn in `tread_routes.py`; the runner of such a pass is `tread_runner.py`.
+`tread_routes.py` draws these tokens; `tread_runner.py` runs the blocks in such a pass.
 Source: Krause et al. 2025, arXiv 2501.04765.
 """
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from training.features.hooks import JoinedRun
     from training.loss import NoisyBatch
 
-MIDDLE = (2, -2)
+MIDDLE = (2, -2)  # first and last bypassed block, as in --tread_blocks
 
 
 class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT):
@@ -46,12 +46,12 @@ class TreadOptions(FeatureOptions, title="fewer tokens", at=AT_LOSS, facts=HABIT
 
     @property
     def share(self) -> float:
-        """Return the fraction of tokens, 0..1, that skip the middle blocks."""
+        """Return the fraction of tokens, 0..1, that bypass the middle blocks."""
         return self.tread or 0.0
 
 
 def check_tread(options: TreadOptions, family: "Family", counts: Sequence[int]) -> None:
-    """Raise OptionError if the model's blocks cannot process a subset of the tokens, or if there are too few.
+    """Raise OptionError if the model's blocks cannot leave out tokens, or if --tread_blocks is wrong.
 
     Args:
         options: Options of the run.

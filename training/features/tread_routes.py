@@ -1,5 +1,5 @@
 """Which tokens of a micro-batch go through the middle blocks (--tread)."""
-# Letters: B batch, L tokens of the grid of an image or video, K those that take part, F H W latents
+# Letters: B batch, L tokens of the grid of an image or video, K tokens in the middle blocks, F H W latents
 
 import torch
 from torch import Tensor
@@ -14,10 +14,10 @@ from training.loss import NoisyBatch, place_weights
 def select_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
     """Return the indices of the tokens that pass through the middle blocks, B K on the CPU, ascending.
 
-    They are drawn for each sample. Given frames always take part, and so do positions inside of a mask if the
-    mask excludes more than half of the sample. If too few other tokens remain, fewer than `share` skip the
-    blocks, the same number in each sample. The indices have values even in a rehearsal of memory, in which
-    other tensors have none.
+    The tokens are drawn for each sample. Given frames always pass through the blocks, and so do positions
+    inside of a mask that covers less than half of the sample. If too few other tokens remain, fewer than
+    `share` bypass the blocks; the number is the same for all samples. When memory is rehearsed on empty
+    tensors, the indices still have values.
 
     Args:
         noisy_batch: Batch with noise and timesteps.
@@ -50,7 +50,7 @@ def _given_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
 
 
 def _find_needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
-    """Return a mask of the tokens that always take part, B L bool on the CPU."""
+    """Return a mask of the tokens that always pass through the blocks, B L bool on the CPU."""
     needed = torch.zeros(len(noisy_batch.noise), sizes[0] * sizes[1] * sizes[2], dtype=torch.bool)
     weights = place_weights(noisy_batch.batch, noisy_batch.noise)
     if weights is not None:

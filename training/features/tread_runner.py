@@ -1,13 +1,13 @@
-"""Have some tokens pass by the middle blocks of a transformer, where they stay as they are.
+"""Let some tokens bypass the middle blocks of a transformer without a change.
 
     with routed(dit, route):
         velocity = dit(noisy, timesteps, text)
 
-The route is made from the sizes of the tokens, which are known when the network has embedded its inputs.
-Source: Krause et al. 2025, arXiv 2501.04765 (TREAD). It wraps the runner of the network's blocks, so that it
-goes with swapped, checkpointed and compiled blocks: these see fewer tokens.
+The tokens are selected when their grid is known, after the network has embedded its inputs. The runner of the
+network's blocks is wrapped, so this works with swapped, checkpointed and compiled blocks, which get fewer
+tokens. Source: Krause et al. 2025, arXiv 2501.04765 (TREAD).
 """
-# Letters: B batch, L tokens, K those of them that go through the middle blocks, C width
+# Letters: B batch, L tokens, K tokens that go through the middle blocks, C width
 
 import functools
 from collections.abc import Callable, Iterator
@@ -21,20 +21,20 @@ from torch import Tensor, nn
 from protocols.steps import Overrides
 from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
-# from the sizes of a grid of image tokens to the places in it that take part, B K rising
+# returns the indices of the tokens that go through the blocks, B K ascending, for the sizes of the token grid
 SelectPlaces = Callable[[tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True)
 class Route:
-    """A range of blocks, and the tokens that pass through them."""
+    """A range of blocks, and the tokens that go through them."""
 
-    first: int  # number of a block, from 0; negative: from the end
-    last: int  # number of a block, as `first`; it belongs to the route
+    first: int  # index of the first block; negative: from the end
+    last: int  # index of the last block, inclusive; negative: from the end
     choose: SelectPlaces
 
     def blocks_of(self, count: int) -> range:
-        """Return the first and the last index of the routed blocks in a network of `count` blocks."""
+        """Return the range of indices of the routed blocks in a network of `count` blocks."""
         return range(block_number(self.first, count), block_number(self.last, count) + 1)
 
 
@@ -50,7 +50,7 @@ def block_number(number: int, count: int) -> int:
 
 @contextmanager
 def routed(dit: nn.Module, route: Route) -> Iterator[None]:
-    """Route only the selected tokens through the middle blocks, for as long as the `with` block lasts."""
+    """Route only the selected tokens through the middle blocks during the `with` block."""
     before = runner_of(dit)
     set_runner(dit, functools.partial(_run_routed, before, route))
     try:
@@ -67,7 +67,7 @@ def _run_routed(inner: Runner, route: Route, dit: nn.Module, hidden: Hidden, ove
 
 
 class _Parting:
-    """The tokens of one forward pass that wait while the others pass through the middle blocks."""
+    """The tokens of one forward pass that wait while the selected ones go through the middle blocks."""
 
     def __init__(self, route: Route, blocks: range) -> None:
         self._route = route

@@ -1,4 +1,4 @@
-"""Upload what is saved to the Hugging Face hub, and continue from a state there: --huggingface_repo_id.
+"""Upload saved files to the Hugging Face hub, or resume from a state there: --huggingface_repo_id.
 
 The client and the model card are in `uploads_hub.py`.
 """
@@ -23,7 +23,7 @@ class Hub:
     options: UploadOptions
 
     def make_publisher(self) -> "Publisher | None":
-        """Return what uploads saved files; None without --huggingface_repo_id."""
+        """Return the uploader of saved files; None without --huggingface_repo_id."""
         if self.options.huggingface_repo_id is None:
             return None
         from training.features.uploads_hub import make_uploads  # only with uploads

@@ -1,6 +1,6 @@
 """Write a workflow for ComfyUI next to each saved LoRA: --save_workflow.
 
-The nodes are made in `workflow_nodes.py`; a family says in its `workflow.py` what they are.
+`workflow_nodes.py` creates the nodes; a family describes them in its `workflow.py`.
 """
 
 from functools import partial

@@ -1,7 +1,7 @@
-"""Read states of other programs' optimizers, whose tensors have numbers, and find the layer of each tensor.
+"""Read optimizer states of other programs, whose tensors are numbered, and find the layer of each tensor.
 
-The numbers follow the parameter groups, within them the order in which that program registers its layers, and
-within a layer the order of its factors.
+Tensors are numbered by parameter group, then in the order in which the program registers its layers, then in
+the order of the factors of a layer.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from networks.names.layouts import OURS, TRAINED_ON
 from training.optimizers.optimizer import MOMENTS
 
 Groups = Sequence[Sequence[Parameter]]
-Place = Callable[[Parameter], tuple[int, ...]]  # of a parameter, in the order of that program
+Place = Callable[[Parameter], tuple[int, ...]]  # sort key of a parameter in the other program's order
 
 
 def renumber(
@@ -26,7 +26,7 @@ def renumber(
     version: str,
     ordered: Sequence[str] = (),
 ) -> dict[str, Any] | str:
-    """Renumber the parameters in another program's optimizer state dict; or return why that is not possible.
+    """Renumber the parameters in another program's optimizer state; return the reason if that is impossible.
 
     Args:
         state: State dict of the other program's optimizer.
@@ -49,7 +49,7 @@ def renumber(
         return (
             "it is of other tensors. Use the --optimizer_type, --network_args and learning rates of that run"
         )
-    # several orders may fit, because layers have equal shapes; the state is clear if all assign it alike
+    # several orders may fit, because layers have equal shapes: accept them if all give the same assignment
     numberings = []
     for renumbered in fitting:
         numberings.append({number: id(moments) for number, moments in renumbered["state"].items()})
@@ -59,8 +59,8 @@ def renumber(
 
 
 def _by_list(names: Mapping[Tensor, str], ordered: Sequence[str]) -> Place:
-    places = {name: place for place, name in enumerate(ordered)}
-    return lambda parameter: (places[names[parameter].partition(".")[2]],)
+    positions = {name: position for position, name in enumerate(ordered)}
+    return lambda parameter: (positions[names[parameter].partition(".")[2]],)
 
 
 def _by_names(groups: Groups, names: Mapping[Tensor, str], version: str) -> list[Place]:

@@ -1,4 +1,4 @@
-"""Compare the ways in which several cards can train: `--plan 2x24` of a training script."""
+"""Compare the ways to train on several GPUs: `--plan 2x24` of a training script."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,7 +32,7 @@ def plan_ways(
     texts: LiveTexts | None,
     tables: Sequence[DatasetTable],
 ) -> None:
-    """Print the ways to use `cards` cards, and the cheapest that fits.
+    """Print the memory of each way to divide a training over `cards` GPUs, and the cheapest one that fits.
 
     Args:
         family: The model family.
@@ -87,7 +87,7 @@ def _divide_prediction(
         family: The model family.
         options: Options of the run.
         prediction: The prediction for a single card.
-        counter: Has counted the tokens of that step.
+        counter: The counter of tokens that watched the step.
         cards: Number of cards.
         division: How the cards divide the work.
 

@@ -1,12 +1,11 @@
-"""Report a run: a progress bar, and the numbers of its steps to what features record them with.
+"""Report a run: show a progress bar, and pass the values of its steps to recorders.
 
-Only the main process reports. Numbers that a step leaves on the device are read one step later, so that the
-host never waits for them. They form one row: the loss; the requests of processes (`WISHES`); for each part,
-if there are several (experts, or picture and sound), the sum of its losses and its count of micro-batches; at
-the end the norms.
+Only the main process reports. Values of a step on the device are read one step later, so that the host never
+waits for them. They form one row: the loss; the requests of processes (`WISHES`); the sum of losses and the
+number of micro-batches of each part, if there are several (experts, or images and audio); and last the norms.
 
-A step is timed from the end of the step before it, or from the end of a pause, to its own end on the device.
-The host reads its numbers later: after the next step, or at once if a pause follows.
+A step is timed from the end of the previous step or pause to its own end on the device. The host reads its
+values later: after the next step, or at once if a pause follows.
 """
 
 import contextlib
@@ -38,19 +37,19 @@ from training.reports.pauses import StepClock
 
 logger = logging.getLogger(__name__)
 
-SHOW_EVERY = 0.2  # seconds between two changes of the numbers beside the bar
+SHOW_EVERY = 0.2  # seconds between two updates of the values next to the bar
 BAR = "{l_bar}{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-NARROWEST = 10  # columns of the bar, for which numbers make room, the first of these first
+NARROWEST = 10  # minimum width of the bar in columns; if it is narrower, values are dropped in this order:
 DROPPED = ("lr", "avr_loss", "keys_scaled", "average_key_norm", "mem", "sample", "s/it")
-PRIVATE = "resume"  # may be a path; so may every option of that type
-WISHES = slice(1, 4)  # of a row: how many processes ask to end, to save, and for samples
+PRIVATE = "resume"  # text option that may be a path; options with a path type are private too
+WISHES = slice(1, 4)  # columns of a row: numbers of processes that request an end, a save, and samples
 
 
 class RowLayout:
     """The columns of a step's row. The norms are appended to it."""
 
     def __init__(self, parts: Sequence[str] = ()) -> None:
-        """Lay out the columns of a run whose `parts` have losses of their own; () if there is only one."""
+        """Lay out the columns of a run. `parts` are the names of separate losses; () if there is only one."""
         self.parts = parts
         counts = WISHES.stop + len(parts)
         self.size = counts + len(parts)  # number of values in a row before the norms
@@ -70,25 +69,25 @@ class StepReport:
     step: int  # from 1
     rates: Mapping[str, float]  # learning rates as `name_rates` gives them
     keys: tuple[str, ...] = ()  # the items this process trained on
-    sizes: Hashable = None  # of the items: steps that share them take as long
+    sizes: Hashable = None  # sizes of the items: steps with equal sizes take equally long
     row: tuple[float, ...] = ()
-    seconds: float | None = None  # that the step took, without pauses; None: the clock was not started
+    seconds: float | None = None  # duration of the step, without pauses; None: the clock was not started
     loss: float = 0.0
-    average: float = 0.0  # of the losses of the last epoch-length window
+    average: float = 0.0  # mean loss of the last steps, at most one epoch
     gradient_norm: float | None = None  # before clipping
     norms: NormReport | None = None  # of --scale_weight_norms
-    skipped: str = ""  # why the step was not taken, as `skipping.NAMES` has it; "": it was taken
+    skipped: str = ""  # why the step was skipped, for the history; "" if it was taken
     # losses of the parts that had micro-batches in the step, by name: experts, or image and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
-    # means of the further numbers of features, by name
+    # means of additional values of features, by name
     numbers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Readings:
-    """Keep the row of the last step until it has arrived. `now` returns seconds.
+    """Keep the row of the last step until it has arrived on the host. `now` returns seconds.
 
-    A moment is a time in seconds, or an event of a CUDA device that may still be pending.
+    A "moment" is a time in seconds, or an event of a CUDA device that may still be pending.
     """
 
     now: Callable[[], float] = time.monotonic
@@ -100,7 +99,7 @@ class Readings:
         kind = row.device.type
         if row.is_cuda:
             row = empty_pinned(row.shape, row.dtype).copy_(row, non_blocking=True)
-        # on other devices: known when the numbers have arrived
+        # other devices: the time is taken when the values have arrived
         ended = self.moment(kind) if kind in {"cuda", "cpu"} else None
         before = self.flush()
         self._waiting = (step, row, ended)
@@ -145,11 +144,11 @@ class Recorder(Protocol):
     def note_values(self, values: Mapping[str, float], step: int) -> None:
         """Record the numbers of a step; called in the main process only."""
 
-    # called in the main process only, with files and their frames side by side (H W 3) by index of the prompt
+    # called in the main process only; a strip has a sample's frames side by side, H W 3
     def note_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
     ) -> None:
-        """Record samples: by index, the written files, strips of their frames, and prompts."""
+        """Record samples: their files, strips of their frames, and prompts, each by index of the prompt."""
 
 
 @dataclass
@@ -159,9 +158,9 @@ class Logs:
     accelerator: Accelerator
     total_steps: int
     first_step: int = 0
-    recorders: Sequence[Recorder] = ()  # of features: they get all numbers
+    recorders: Sequence[Recorder] = ()  # recorders of features, which get all values
     now: Callable[[], float] = time.monotonic  # seconds
-    # what else the bar shows at a step, by name: memory, the next sample
+    # returns additional values for the bar at a step, by name: memory, the next sample
     extras: Callable[[int], Mapping[str, str]] = lambda _: {}
     clock: StepClock = field(default_factory=StepClock)
     bar: "tqdm[Any]" = field(init=False)
@@ -187,7 +186,7 @@ class Logs:
         self._stack.close()
         try:
             self.accelerator.end_training()
-        except Exception as error_at_end:  # nothing can be lost any more
+        except Exception as error_at_end:  # everything was saved already
             logger.warning("The processes could not be ended: %s", error_at_end)
 
     def step(self, report: StepReport) -> None:
@@ -203,7 +202,7 @@ class Logs:
                 self.bar.set_postfix(self._fitting(self._numbers(report)), refresh=False)
             self.bar.update(report.step - self.bar.n)
         elif self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
-            if self._shown > -math.inf:  # a line now and then
+            if self._shown > -math.inf:  # without a terminal, a line from time to time
                 numbers = ", ".join(f"{name} {text}" for name, text in self._numbers(report).items())
                 logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
             self._shown = now
@@ -211,7 +210,7 @@ class Logs:
             self.values(_list_tracked_values(report), report.step)
 
     def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
-        """Return as many of the numbers as fit next to a bar of the given width."""
+        """Drop values in the order of DROPPED until the rest fits next to the bar."""
         fitting = dict(numbers)
         bar = self.bar.format_dict
         elapsed = tqdm.format_interval(bar["elapsed"])
@@ -223,7 +222,7 @@ class Logs:
         return fitting
 
     def _numbers(self, report: StepReport) -> dict[str, str]:
-        """Return the numbers behind the progress bar."""
+        """Return the texts after the progress bar, by name."""
         shown = {}
         seconds = self.clock.seconds_per_step
         left = self.clock.left(report.step, self.total_steps)
@@ -239,14 +238,14 @@ class Logs:
         return {**shown, **self.extras(report.step)}
 
     def values(self, values: Mapping[str, float], step: int) -> None:
-        """Report other numbers at a step: `loss/epoch`, validation losses."""
+        """Send other values of a step to the recorders: `loss/epoch`, validation losses."""
         if self.accelerator.is_main_process:
             for recorder in self.recorders:
                 recorder.note_values(values, step)
 
 
 def _list_tracked_values(report: StepReport) -> dict[str, float]:
-    """Return the numbers of a step by the names that trackers show."""
+    """Return the values of a step by their names in trackers."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
     values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
     values |= report.numbers
@@ -262,7 +261,7 @@ def _list_tracked_values(report: StepReport) -> dict[str, float]:
 
 
 def public_config(*records: Any) -> dict[str, int | float | str | bool]:
-    """Return all options of these records by name, without secret keys and folders."""
+    """Return all options of these records by name, without secrets and paths."""
     config: dict[str, int | float | str | bool] = {}
     for record in records:
         hints = typing.get_type_hints(type(record))

@@ -1,4 +1,4 @@
-"""Time the steps of a run, what interrupts them (samples, validations, saves), and what is still to come."""
+"""Time the steps of a run and its pauses (samples, validations, saves), and estimate the remaining time."""
 
 import statistics
 import time
@@ -10,12 +10,12 @@ from dataclasses import dataclass, field
 from training.reports.history import SHOWN
 
 SAMPLES, VALIDATION, SAVING = "samples", "validation", "saving"
-# slow steps are reported
-SEEN = 10  # steps before a median means something
-KEPT = 200  # steps that the median is taken over: a run changes
-LEAST = 1.0  # seconds of a step that is worth a line
+# when slow steps are reported
+SEEN = 10  # number of steps before the median is used
+KEPT = 200  # the median is taken over the last steps only, because a run may change its speed
+LEAST = 1.0  # faster steps, in seconds, are not reported
 FACTOR = 2.0  # report steps slower than the median by this factor
-PAUSE = 50  # steps between two such lines
+PAUSE = 50  # minimum number of steps between two reports
 
 CAUSES = (
     "Usual causes: reading caches (a slow disk, few "
@@ -26,7 +26,7 @@ CAUSES = (
 
 @dataclass
 class StepClock:
-    """Measure the seconds of steps and of pauses by kind; compare each step with steps of the same sizes.
+    """Measure the seconds of steps, and of pauses by kind; compare each step with steps of equal item sizes.
 
     A step after a pause is not compared if `skips` is set. Kinds of pauses that have not occurred yet are not
     part of the remaining time.

@@ -1,4 +1,4 @@
-"""Let the commands of a run name saved files that exist, after some were removed."""
+"""Replace deleted files in a run's commands by saved files that exist."""
 
 import shlex
 from dataclasses import replace
@@ -31,7 +31,7 @@ def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCom
 
 
 def _with_present_files(command: PageCommand, story: Story, folder: Path, best: str | None) -> PageCommand:
-    """Replace files of the run in a command that are gone, or not the best, by the best one that exists."""
+    """Replace a file in a command by the best existing one if it was deleted or is not the best any more."""
     start = story.start
     base = Path(start.working_folder) if start is not None and start.working_folder else None
     try:
@@ -63,12 +63,12 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
 
 
 def _find_kin(name: str, story: Story, folder: Path, best: str | None) -> str | None:
-    """Return the file to use in place of one that is gone: that of the best step, else of the last step.
+    """Return the existing file to use instead of another: that of the best step, else of the last step.
 
-    It is of the same kind: an average, a file of one expert, or an embedding, if the lost file was one.
+    It has the same kind: an average, a file of one expert, or an embedding, if the replaced file is one.
 
     Args:
-        name: Name of the file that is gone.
+        name: Name of the file to replace.
         story: Content of the run's history.
         folder: Folder of the files.
         best: File of the best step; None if it is not known.

@@ -1,4 +1,4 @@
-"""Pass the events of a run to its history and have its page drawn. No failure here ends a training."""
+"""Write the events of a run to its history and request its page. No failure here ends a training."""
 
 import logging
 import math
@@ -19,16 +19,16 @@ from training.reports.sections import SAMPLES, page_path, scores_path
 
 logger = logging.getLogger(__name__)
 
-PAUSE = 120.0  # seconds between two pages without new samples at least
-SHARE = 0.003  # of the time, that writing the history to disk may take
-FLUSH_SECONDS = 3.0  # how old the history on disk may be, if writing it takes at most that share
-DOING_SECONDS = 10.0  # between two lines on what a pause does
+PAUSE = 120.0  # minimum seconds between two pages without new samples
+SHARE = 0.003  # maximum fraction of the time for writing the history to disk
+FLUSH_SECONDS = 3.0  # seconds between two writes of the history; more if a write is slow, see SHARE
+DOING_SECONDS = 10.0  # minimum seconds between two lines on the work in a pause
 MAX_MESSAGES, MAX_CHARACTERS = 1000, 2000
 
 
 @dataclass
 class RunReporter:
-    """Report one run. Use it as a context manager: leaving it has the last page drawn.
+    """Report one run. Use it as a context manager: leaving it requests the last page.
 
     In processes other than the main one, the history is not written.
     """
@@ -40,15 +40,15 @@ class RunReporter:
     memory: Callable[[], Sequence[tuple[str, str]]]
     now: Callable[[], float] = time.monotonic
     start_page: Callable[[Path], PageProcess] = PageProcess  # given the history
-    page: PageProcess | None = field(default=None, init=False)  # None: it cannot be drawn, or shall not
+    page: PageProcess | None = field(default=None, init=False)  # None: no page, or its process did not start
     folder: Path = field(init=False)  # --output_dir
     name: str = field(init=False)  # --output_name
     path: Path = field(init=False)  # of the page
     _messages: "_Messages" = field(init=False)
-    _drawn: float = field(init=False)  # when the page was last asked for
-    _flushed: float = 0.0  # when the history was last written to disk after a step
-    _flush_seconds: float = 0.0  # that this took
-    _noted: dict[str, Any] = field(default_factory=dict)  # memory and commands, as last noted
+    _drawn: float = field(init=False)  # time of the last request for the page
+    _flushed: float = 0.0  # time of the last write to disk after a step
+    _flush_seconds: float = 0.0  # duration of this write
+    _noted: dict[str, Any] = field(default_factory=dict)  # last recorded lines of memory and commands
     _has_warned: bool = False
     _doing: float = -math.inf  # when work between steps was last recorded
 
@@ -65,12 +65,12 @@ class RunReporter:
         if self.history.is_written:
             with self._guarded():
                 self.page = self.start_page(self.history.path)
-        self._draw()  # the first box names it
+        self._draw()  # the box at the start names the page
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         logging.getLogger().removeHandler(self._messages)
-        if error is None or isinstance(error, Exception):  # else the run was asked to end at once
+        if error is None or isinstance(error, Exception):  # other errors end the run at once
             self._note_end(error)
         if self.page is not None:
             with self._guarded():
@@ -115,7 +115,7 @@ class RunReporter:
 
         Args:
             report: Numbers of the step.
-            left: Seconds to the end of the run, including what interrupts the steps; None if unknown.
+            left: Seconds to the end of the run, including pauses; None if unknown.
         """
         self.step = report.step
         if self.history.is_written:
@@ -153,7 +153,7 @@ class RunReporter:
     def note_samples(
         self, step: int, mark: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
     ) -> None:
-        """Pass on the samples that all processes have made, and write a sheet of them and the page.
+        """Record the samples of all processes, write a sheet of them, and request the page.
 
         Args:
             step: Number of the optimizer step.
@@ -187,7 +187,7 @@ class RunReporter:
         )
         with self._guarded():
             title = f"{self.name}, step {step:,}"
-            # sorts behind the samples on it
+            # the name sorts after those of the samples
             sheet = self.folder / SAMPLES / f"{self.name}_{mark}_sheet.png"
             sample_files.write_sheet(sheet, title, strips, by_file)
         self._draw()
@@ -195,7 +195,7 @@ class RunReporter:
     def note_saved(self, paths: Sequence[Path], step: int) -> None:
         """Record all files of a save, and request the page unless it was drawn a short time ago.
 
-        After the last step, the end of the run does that.
+        After the last step no page is requested, because the end of the run does so.
         """
         for path in paths:
             self._note(step, saved=path.name)
@@ -210,7 +210,7 @@ class RunReporter:
     def note_files(self) -> None:
         """Record the commands again if they name other files now, because files were saved or removed.
 
-        Before the run has started there are none.
+        Does nothing before the run has started, when no commands are recorded yet.
         """
         if self.history.is_written and self._noted:
             with self._guarded():
@@ -222,7 +222,7 @@ class RunReporter:
             self.history.add(step, **what)
 
     def _draw(self) -> None:
-        """Have the page drawn from the lines of the history up to now."""
+        """Write the history to disk, and request the page."""
         if not self.history.is_written:
             return
         self._drawn = self.now()
@@ -258,10 +258,10 @@ class RunReporter:
 
 
 def name_best_file(folder: Path, name: str, story: Story) -> str | None:
-    """Return the name of the best saved file of a run; None if nothing tells. See `find_best_file`."""
+    """Return the name of the best saved file, see `find_best_file`; None without scores and losses."""
     if not scores_path(folder, name).is_file():
         return story.best_file(folder) if story.validations else None
-    from training.reports.scores import find_best_file  # it draws, too; few runs are scored
+    from training.reports.scores import find_best_file  # slow to import; few runs are scored
 
     best = find_best_file(folder, name, story)
     return None if best is None else best.name

@@ -1,4 +1,4 @@
-"""Find the samples of a run by their names and read them reduced; draw sheets and the grid of the page."""
+"""Find the samples of a run and read them in reduced size; draw sheets and the grid of the page."""
 
 import itertools
 import re
@@ -23,15 +23,15 @@ from modules.pages.page import embed_clip, link, reduce_frame
 from training.reports.history import SampleRow, Story
 
 SIDE = 256  # pixels of the longer side
-MAX_FRAMES = 96  # of a clip; longer ones keep every second frame, or fewer, at the same speed
-AUDIO_RATE = 8000  # at which a sound is read to be drawn
+MAX_FRAMES = 96  # frames of a clip; longer clips keep every 2nd, 4th, ... frame, at the same speed
+AUDIO_RATE = 8000  # sample rate at which audio is read for its image
 LIGHT, DARK = np.array([250, 250, 250]), np.array([24, 24, 27])
 STRIP_GAP = 4  # pixels between the frames of a strip
-GAP = 8  # pixels of a sheet
+GAP = 8  # pixels between the parts of a sheet
 TITLE_SIZE, TEXT_SIZE = 18, 14
-MAX_ROWS = 40  # an image of more would be too tall to look at
-MIN_WIDTH = 480  # so that a prompt can be read
-# file of a sample, prompt, step -> the clip, or why there is none
+MAX_ROWS = 40  # rows of a sheet; with more it would be too tall
+MIN_WIDTH = 480  # minimum width in pixels, so that prompts are readable
+# loads the clip of a sample from its file name, prompt and step; returns the reason if that fails
 LoadClip = Callable[[str, str, int], Markup | str]
 
 
@@ -44,9 +44,9 @@ class ReducedClip:
 
 
 def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
-    """Return the files of the samples with this mark by the number of their prompt, the newest of each.
+    """Return the newest sample file of each prompt with this mark, by the prompt's number.
 
-    Of an image with layers it is the file that shows them together.
+    For an image with layers, it is the file of the composed image.
     """
     end = rf"(_\d+)?(_000|{COMPOSITE})?\.(png|mp4|wav)"
     pattern = re.compile(rf"{re.escape(name)}_{mark}_(\d{{2,9}})_(\d{{14}}){end}")
@@ -72,7 +72,7 @@ def read_reduced(path: Path) -> ReducedClip:
         return ReducedClip([_draw_audio(path)], 1.0)
     frames: list[Frame] = []
     stride = 1
-    # the length is not known before the end: when there are too many frames, every second one is dropped
+    # the length is not known in advance: if there are too many frames, every second one is dropped
     for index, frame in enumerate(video_frames(path)):
         if index % stride:
             continue
@@ -155,7 +155,7 @@ def _load_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(str(Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"), size)
 
 
-MAX_CLIP_BYTES = 300_000  # as base64; a clip beyond that is noise, and is made smaller
+MAX_CLIP_BYTES = 300_000  # in base64; a larger clip is mostly noise, and is reduced to SMALL_SIDE
 SMALL_SIDE = 128
 
 
@@ -167,7 +167,7 @@ class ClipStore:
     clips: dict[str, Markup] = field(default_factory=dict)
 
     def for_page(self) -> LoadClip:
-        """Return the function that loads clips for a page. Clips that the last page lacked are freed."""
+        """Return the function that loads clips for a page; only clips of the previous page are kept."""
         before = self.clips
         self.clips = {}
 
@@ -187,9 +187,9 @@ class ClipStore:
         """Encode a clip that was read.
 
         Raises:
-            UserError: If that fails.
+            UserError: If the clip cannot be encoded.
         """
-        text = f"{prompt}, step {step}"  # for those who cannot see it
+        text = f"{prompt}, step {step}"  # alternative text of the image
         for side in (SIDE, SMALL_SIDE):
             self.clips[name] = embed_clip(clip.frames, clip.fps, text, side)
             if len(self.clips[name]) <= MAX_CLIP_BYTES:
@@ -199,7 +199,7 @@ class ClipStore:
 def select_columns(rows: Sequence[SampleRow], best_step: int | None, maximum: int) -> list[SampleRow]:
     """Return at most `maximum` rows: the first, the last, the nearest to the best step, and others evenly.
 
-    "Evenly" is every 2nd, 4th, 8th, ... row, so that most of the chosen rows stay when the list grows.
+    "Evenly" means every 2nd, 4th, 8th, ... row, so that most of the rows remain when the list grows.
     """
     if len(rows) <= maximum:
         return list(rows)
@@ -242,7 +242,7 @@ def make_grid(story: Story, load: LoadClip, max_columns: int, max_prompts: int) 
     for index, row in enumerate(columns):
         title = _format_column_title(row)
         titles.append({"title": title, "is_best": row is best_column, "is_further": index not in few})
-    # a prompt that was changed during the run has rows of its own
+    # if a prompt was changed during the run, each version has a row
     prompts = {(index, row.prompts.get(index, "")) for row in rows for index in row.files}
     grid_rows: list[dict[str, Any]] = []
     for index, prompt in sorted(prompts)[:max_prompts]:

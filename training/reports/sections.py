@@ -1,4 +1,4 @@
-"""Further parts of a run's page, each a heading with notes and a table; names of their files."""
+"""Additional sections of a run's page, each a heading with notes and a table; names of their files."""
 
 import re
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ SAMPLES = "sample"  # folder of samples, in the output folder
 
 @dataclass(frozen=True)
 class PageSection:
-    """A part of a run's page. Texts are escaped; images are Markup."""
+    """A section of a run's page. Texts are escaped; images are Markup."""
 
-    key: str  # of its address on the page
+    key: str  # anchor of its address on the page
     title: str
     notes: Sequence[str] = ()
     headings: Sequence[str] = ()
@@ -42,17 +42,17 @@ def scores_path(folder: Path, name: str) -> Path:
 
 
 def items_path(folder: Path, name: str, process: int = 0) -> Path:
-    """Return the file of the losses of items that a process of a run has seen."""
+    """Return the file to which a process of a run writes the losses of its items."""
     return folder / f"{name}-items{f'-{process}' if process else ''}.jsonl"
 
 
 def images_path(folder: Path, name: str) -> Path:
-    """Return the file of small images of these items."""
+    """Return the file with thumbnails of items."""
     return folder / f"{name}-items.json"
 
 
 def is_section_file(file: str, name: str) -> bool:
-    """Return whether a file next to the history of a run is one of these."""
+    """Return whether `file` is the name of a run's file of scores, item losses or thumbnails."""
     return (
         re.fullmatch(rf"{re.escape(name)}-(scores\.json|items\.json|items(-\d+)?\.jsonl)", file) is not None
     )

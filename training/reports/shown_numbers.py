@@ -1,13 +1,13 @@
-"""Say how the page of a run shows further numbers of its steps: as curves, and at its top.
+"""How the page of a run shows additional values of its steps: as curves, and as tiles at its top.
 
-A run notes this in its history, so that whoever shows the page need not know what recorded the numbers.
+A run records this in its history, so that the code of the page need not know the features.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-MAX_SHOWN = 20  # charts, and tiles, of a history
+MAX_SHOWN = 20  # maximum number of charts, and of tiles
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,12 @@ class NumberChart:
     """A diagram of numbers."""
 
     title: str
-    unit: str  # of the numbers
-    curves: Mapping[str, str]  # what a curve is called -> the name of its number
+    unit: str  # unit of the values
+    curves: Mapping[str, str]  # title of a curve -> name of its value in the history
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "NumberChart":
-        """Read what a history has of one. Raises TypeError, AttributeError or LookupError."""
+        """Parse a chart from a history. Raises TypeError, AttributeError or LookupError."""
         curves = {str(label): str(name) for label, name in facts["curves"].items()}
         return cls(str(facts["title"]), str(facts["unit"]), curves)
 
@@ -30,17 +30,17 @@ class NumberTile:
     """The mean of a number over the latest steps, as a percentage at the top of the page."""
 
     title: str
-    number: str  # its name
-    note: str  # in front of how many steps it is the mean of
+    number: str  # name of the value in the history
+    note: str  # first part of the note; the number of averaged steps follows
 
     @classmethod
     def of(cls, facts: Mapping[str, Any]) -> "NumberTile":
-        """Parse the record of a chart in a history. Raises TypeError or LookupError."""
+        """Parse a tile from a history. Raises TypeError or LookupError."""
         return cls(str(facts["title"]), str(facts["number"]), str(facts["note"]))
 
 
 def find_uncharted(names: Sequence[str], charts: Sequence[NumberChart]) -> list[NumberChart]:
-    """Return diagrams of the numbers that no chart has, a diagram for each word in front of a /."""
+    """Return charts for the values that no chart has; `group/label` values share one chart per group."""
     charted = {name for chart in charts for name in chart.curves.values()}
     curves: dict[str, dict[str, str]] = {}
     for name in names:

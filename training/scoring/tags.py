@@ -8,7 +8,7 @@ from torch import Tensor
 
 from training.scoring.model import EmbedsImages
 
-MIN_PROBABILITY = 0.35  # from which a tag is seen: the default of tools/tag.py
+MIN_PROBABILITY = 0.35  # from this probability on, a tag is seen; the default of tools/tag.py
 
 
 class RecognizesTags(EmbedsImages, Protocol):
@@ -25,7 +25,7 @@ def number_tags(names: Sequence[str]) -> dict[str, int]:
 
 
 def find_tags(prompt: str, indices: Mapping[str, int]) -> list[int]:
-    """Return the indices of a prompt's tags that are known: of its parts between commas."""
+    """Return the indices of a prompt's comma-separated tags that the tagger knows."""
     parts = dict.fromkeys(_spell(part) for part in prompt.split(","))
     return [indices[part] for part in parts if part in indices]
 

@@ -1,4 +1,4 @@
-"""The pictures and clips that a run learned from: which are nearest to a sample, and is it a copy of one?"""
+"""Find the training images and clips that are most similar to a sample, and whether it is a copy of one."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -22,18 +22,18 @@ from training.scoring.embeddings import Medium, read_frames
 
 logger = logging.getLogger(__name__)
 
-NEAREST = 3  # training images that the likeness is the mean of, as far as there are so many
-# A sample is very near to a training image if so many of 100 training images are less like the training
-# image that is most like them. A fixed cosine says little: in a dataset of one person all are alike.
+NEAREST = 3  # the likeness is the mean over this number of training images, or over all if there are fewer
+# A sample is very near to a training image if its cosine is above this quantile of the training images'
+# cosines to their own nearest image. A fixed cosine says little: in a dataset of one person, all are similar.
 NEAR_SHARE = 0.99
-MIN_TO_COMPARE = 8  # training images, below which this share says nothing
-ROWS = 1024  # of a product of all with all
+MIN_TO_COMPARE = 8  # with fewer training images, the quantile says nothing
+ROWS = 1024  # rows of a block, when all vectors are multiplied with all
 
 
 class Neighbor(NamedTuple):
     """A training image and its cosine to a sample."""
 
-    place: int  # among the media
+    place: int  # index in `TrainingVectors.media`
     cosine: float
 
 
@@ -42,12 +42,12 @@ class TrainingVectors:
     """Vectors of all frames of the training images and clips."""
 
     media: Sequence[Medium]
-    vectors: Tensor  # M D: of all frames, one medium after the other
-    owners: Tensor  # M: the medium of each frame
+    vectors: Tensor  # M D: vectors of all frames, one medium after the other
+    owners: Tensor  # M: index of the medium of each frame
 
     @classmethod
     def of(cls, media: Sequence[Medium], vectors: Sequence[Tensor | None]) -> "TrainingVectors | None":
-        """Join the vectors of media; those that could not be read are left out. None if none is left."""
+        """Join the vectors of media, without media that could not be read; None if no medium is left."""
         kept = [(medium, rows) for medium, rows in zip(media, vectors, strict=True) if rows is not None]
         if not kept:
             return None
@@ -55,7 +55,7 @@ class TrainingVectors:
         return cls([medium for medium, _ in kept], torch.cat([rows for _, rows in kept]), torch.cat(owners))
 
     def compare(self, frames: Tensor) -> Tensor:
-        """Return the likeness of a sample to each medium, one number for each.
+        """Return the similarity of a sample to each medium, one number per medium.
 
         It is the mean over the sample's frames of the largest cosine to a frame of the medium.
 
@@ -73,7 +73,7 @@ class TrainingVectors:
         return [Neighbor(*pair) for pair in zip(places.tolist(), values.tolist(), strict=True)]
 
     def near_threshold(self) -> float | None:
-        """Return the cosine from which a sample is very close, see NEAR_SHARE; None for too few images."""
+        """Return the cosine above which a sample is very near, see NEAR_SHARE; None for too few images."""
         if len(self.media) < MIN_TO_COMPARE:
             return None
         highest = torch.full((len(self.media),), -2.0)
@@ -113,7 +113,7 @@ def _open_source(source: MediaSource) -> Iterator[Path]:
 def are_copies(sample: Sequence[Frame], picture: Sequence[Frame]) -> bool:
     """Return whether a frame of a sample is nearly the same as a frame of a training image or clip.
 
-    The rule is that of the dataset's page: the same shapes and colors, in any size and brightness.
+    As on the dataset's page, copies have the same shapes and colors in any size and brightness.
     """
     frames = [[frame] for frame in (*sample, *picture)]
     measures = [measure_frames(frame, is_clip=False) for frame in frames]
