@@ -1,9 +1,9 @@
-"""Load the networks that denoise, a model's experts, and let them take turns on the device.
+"""Load the experts of a model, the networks that denoise, and let them take turns on the device.
 
-An expert is loaded to the device when its steps begin. If the plan names it, a thread reads it into host
-memory while the expert before it works, so that at the boundary only a copy to the device is left. An expert
-that leaves the device waits in host memory if it is needed again and the host has room; else it is freed.
-Experts stay on the device together if it has room for all, or if it is the CPU and the host has room.
+An expert is loaded onto the device when its steps begin. If the plan lists it, a thread already reads it into
+host memory while the previous expert runs, so that only the copy to the device remains. An expert that leaves
+the device waits in host memory if it is needed again and the host has room; otherwise it is freed. Experts
+stay on the device together if it has room for all, or if it is the CPU and the host has room.
 """
 
 import logging
@@ -30,7 +30,7 @@ from runtime.planning.device_memory import bytes_on, host_room, spare_bytes
 logger = logging.getLogger(__name__)
 
 
-PAUSE = 0.2  # seconds after which waiting looks whether someone pressed Ctrl-C, which Windows needs
+PAUSE = 0.2  # seconds between checks for Ctrl-C while waiting, which Windows needs
 
 Check = Callable[[], None]  # called now and then while loading; may raise `ReadingStopped`
 
@@ -70,7 +70,7 @@ class ReadingAhead:
 
     expert: int
     reading: Future[tuple[nn.Module, WaitingNetwork]]
-    stop: threading.Event  # set when nobody wants it any more
+    stop: threading.Event  # set if the expert is not needed any more
 
     def join(self) -> None:
         """Wait until the thread has ended, in short waits that Ctrl-C can interrupt."""
@@ -100,22 +100,22 @@ class DitTurns:
     experts: Sequence[Expert]
     device: torch.device
     load: LoadDit
-    load_aside: LoadAside | None = None  # loads one into host memory; None: nothing is loaded ahead
-    keep: bool = False  # they are needed again after the phase, for the next prompt
-    never_beside: bool = False  # one on the device, even if it has room for more (--offload_inactive_dit)
-    lazy: bool = False  # load each when its steps begin, free it after them (--lazy_loading)
-    together: bool = False  # all stay, as each process has a part of them
+    load_aside: LoadAside | None = None  # loads an expert into host memory; None: nothing is loaded ahead
+    keep: bool = False  # whether experts are needed again after the phase, for the next prompt
+    never_beside: bool = False  # whether to keep only one on the device (--offload_inactive_dit)
+    lazy: bool = False  # whether to load each when its steps begin, and free it afterwards (--lazy_loading)
+    together: bool = False  # whether all stay on the device, because each process holds only a part of them
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = _copy_to_host
-    # bytes of the device, when something was allowed next to them
+    # largest expected device memory, in bytes, of other work next to the experts
     max_beside: int = field(default=0, init=False)
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # the loaded experts
     _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of experts that have one
     _working: set[int] = field(default_factory=set)  # experts on the device
     _ahead: ReadingAhead | None = None
-    _plan: Sequence[int] = ()  # who works when, as far as it is known
-    _place: int = 0  # in the plan
+    _plan: Sequence[int] = ()  # order of the experts; () if unknown
+    _place: int = 0  # index in the plan of the current turn
     _logged: set[int] = field(default_factory=set)  # experts logged as not read ahead
 
     @contextmanager
@@ -129,7 +129,7 @@ class DitTurns:
         """
         self._plan = plan
         self._place = 0
-        free_memory(self.device)  # of networks that callers of the phase before held until they returned
+        free_memory(self.device)  # callers of the previous phase may have held networks until they returned
         try:
             self._bring(plan[0] if plan else noisiest(self.experts))
             yield lambda timestep: self._bring(expert_at(timestep, self.experts))
@@ -195,7 +195,7 @@ class DitTurns:
 
         Experts on the device are moved away first, unless all of them fit.
         """
-        # go on to the expert's next turn; turns in between belong to requests that failed or ended early
+        # continue with the expert's next turn; skipped turns belong to requests that failed or ended early
         remaining_turns = range(self._place, len(self._plan))
         self._place = next((turn for turn in remaining_turns if self._plan[turn] == expert), self._place)
         if expert not in self._working:

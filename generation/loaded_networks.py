@@ -1,7 +1,7 @@
-"""Hold the networks of a family over a run: loaded when first needed, one kind at a time on the device.
+"""Keep the networks of a run: each kind is loaded when first needed, and only one kind is on the device.
 
 The kinds are the text encoders, the media encoders (VAE and image encoder) and the DiT. Between its phases a
-kind is kept on the CPU or freed. If the DiT has several experts, they take turns (`generation.experts`).
+kind waits on the CPU or is freed. If the DiT has several experts, they take turns (`generation.experts`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -68,14 +68,14 @@ class Session:
 
     family: Family
     device: torch.device
-    dits: DitTurns  # their `keep`: all networks stay on the CPU between their phases, for the next prompt
+    dits: DitTurns  # with its `keep`, all networks wait on the CPU between phases, for the next prompt
     text_loras: "TextLoras | None" = None
     blocks: BlockPlace | None = None  # splits text encoders over processes, which encode the same texts
     _encoded: Texts = field(default_factory=dict)
     _text_encoders: Sequence[TextEncoder] | None = None
     _media: MediaEncoders | None = None
     _has_image_encoder: bool = False
-    _logged_media: set[bool] = field(default_factory=set)  # `images` of loads that the log has already
+    _logged_media: set[bool] = field(default_factory=set)  # values of `images` whose load was logged
 
     def texts(self, prompts: Sequence[Mapping[int, Prompts]]) -> list[Mapping[int, EncodedPrompts]]:
         """Encode the texts of each section, as listed by `wanted_texts`.
@@ -114,7 +114,7 @@ class Session:
                 else:
                     encoder.free()
                 free_memory(self.device)
-        self._encoded.update(outputs)  # only now: an interrupted text is not there by half
+        self._encoded.update(outputs)  # after all encoders, so that interrupted texts are not kept in part
         return [gather_encoded(by_section, self._encoded) for by_section in prompts]
 
     def count_new(self, prompts: Iterable[Mapping[int, Prompts]]) -> int:
@@ -140,8 +140,8 @@ class Session:
 
         Args:
             images: Whether to include the image encoder.
-            again: Whether they are needed again later. They then wait on the CPU; if the CPU is the device,
-                they are freed and loaded again.
+            again: Whether the encoders are needed again later. They then wait on the CPU; if the CPU is the
+                device, they are freed and loaded again.
         """
         try:
             if self._media is None or (images and not self._has_image_encoder):
@@ -156,7 +156,7 @@ class Session:
                 _move(self._media, self.device, images)
             with torch.no_grad():
                 yield self._media
-        finally:  # also where Ctrl-C comes in the middle of a move
+        finally:  # also if Ctrl-C interrupts a move
             stays_in_host_memory = self.dits.keep or (again and self.device != CPU)
             if self._media is not None and stays_in_host_memory:
                 _move(self._media, CPU, images=True)

@@ -1,4 +1,4 @@
-"""Load the networks of a generation with their LoRAs, and put the options' features around them."""
+"""Load the networks of a generation with LoRAs, quantization, compilation and swapping."""
 
 import contextlib
 import logging
@@ -38,7 +38,7 @@ if TYPE_CHECKING:  # loaded only for LoRA files, and for networks that take turn
     from networks.loading import LoraUse
     from runtime.offload.turns import HostCopy
 
-LorasByExpert = Sequence[Sequence["LoraUse"]]  # of each of `Family.experts`, in their order
+LorasByExpert = Sequence[Sequence["LoraUse"]]  # LoRAs for each of `Family.experts`, in the same order
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class DitLoader:
     device: torch.device
     options: GenerationOptions
     quantization: Quantization | None
-    # by expert: notes the weights while they are loaded, in place of merging
+    # for each expert, keeps the original weights for switching LoRAs; None: LoRAs are merged
     originals: "Sequence[OriginalWeights] | None" = None
 
     def aside(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
@@ -167,12 +167,12 @@ def dit_loader(
 
 logger = logging.getLogger(__name__)
 
-# option by the expert whose LoRAs it names; "": the first one's, which may be the only one
+# key of an expert -> option for its LoRAs; "": the first expert, or the only one
 LORA_OPTIONS = {"": "--lora_weight", HIGH_NOISE: "--lora_weight_high_noise"}
 
 
 def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]]:
-    """Return the LoRA files and their strengths by expert: each option names the files of one expert."""
+    """Return the LoRA files and their strengths, by the keys of `LORA_OPTIONS`."""
     files = options.experts.lora_weight_high_noise or ()
     high = multipliers_for(files, options.experts.lora_multiplier_high_noise, "--lora_multiplier_high_noise")
     low = zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True)
@@ -180,12 +180,12 @@ def list_loras(options: GenerationOptions) -> dict[str, list[tuple[Path, float]]
 
 
 def key_of(expert: Expert) -> str:
-    """Return the key of an expert's LoRA options; "" for the options that apply to all experts."""
+    """Return the key in `LORA_OPTIONS` for an expert."""
     return expert.name if expert.name in LORA_OPTIONS else ""
 
 
 def _select_shared(other_uses: "Sequence[LoraUse]", own_uses: "Sequence[LoraUse]") -> "list[LoraUse]":
-    """Return the files of other experts' options that also have a LoRA for this expert."""
+    """Return the files in other experts' options that hold a LoRA for each expert and are not listed here."""
     own_paths = {use.lora.path for use in own_uses}
     return [use for use in other_uses if use.lora.parts and use.lora.path not in own_paths]
 
@@ -195,8 +195,8 @@ def expert_loras(
 ) -> "tuple[tuple[LoraUse, ...], ...]":
     """Return the LoRAs of each of the family's experts, in order; warn about LoRAs for a different expert.
 
-    A file with a LoRA for each expert is used in both, whichever option names it. Patterns are counted over
-    the files of --lora_weight, then of --lora_weight_high_noise.
+    A file that holds a LoRA for each expert is used in both, no matter which option names it. Patterns apply
+    to the files of --lora_weight first, then to those of --lora_weight_high_noise.
 
     Args:
         family: The model family.
@@ -205,7 +205,7 @@ def expert_loras(
             supports them.
 
     Raises:
-        OptionError: If LoRAs are given for an expert that is not given.
+        OptionError: If LoRAs are given for an expert that the run does not have.
         CheckpointError: If a LoRA file is not valid or does not fit the model.
     """
     experts = family.experts
@@ -242,11 +242,11 @@ def expert_loras(
 
 
 def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
-    """Raise OptionError if LoRAs are given for an expert that is not given.
+    """Raise OptionError if LoRAs are given for an expert that the run does not have.
 
     Args:
         uses_by_key: LoRA files by key of the expert.
-        keys: Keys of the experts that are given.
+        keys: Keys of the run's experts.
     """
     for key, uses in uses_by_key.items():
         if key in keys:
@@ -262,7 +262,7 @@ def _check_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequenc
 
 
 def _warn_of_missing_experts(uses_by_key: "Mapping[str, Sequence[LoraUse]]", keys: Sequence[str]) -> None:
-    """Warn about LoRAs that were trained in all experts and are given to only some of them."""
+    """Warn about LoRAs that were trained for all experts but are used in only some of them."""
     paths = {key: {use.lora.path for use in uses} for key, uses in uses_by_key.items()}
     for key, uses in uses_by_key.items():
         for use in uses:

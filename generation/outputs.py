@@ -31,17 +31,17 @@ LATENT_SUFFIX = "_latent.safetensors"
 PREVIEW_SUFFIX = "_progress.mp4"
 LAST_FRAME_SUFFIX = "_last.png"
 AUDIO_SUFFIX = ".wav"
-# of every kind of output
+# suffixes of all kinds of output
 SUFFIXES = (
     LATENT_SUFFIX, PREVIEW_SUFFIX, LAST_FRAME_SUFFIX, AUDIO_SUFFIX,
     ".mp4", ".mkv", ".png", "_000.png", "",
 )  # fmt: skip
 
 
-# names of latent files that begin with a time
+# names of latent files that we wrote: they begin with a time
 OWN_LATENTS = re.compile(r"(\D*\d{8}[-_]\d{6}.*)_latent", re.DOTALL)
-NAMED_CHARACTERS = 40  # of a prompt in a file's name
-NAMED_BYTES = 100  # in UTF-8: names have 255 at most
+NAMED_CHARACTERS = 40  # maximum number of a prompt's characters in a file name
+NAMED_BYTES = 100  # the same in UTF-8 bytes, of which file names may have 255
 
 
 class FrameTools(Protocol):
@@ -107,9 +107,9 @@ def output_stem(
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
     """Return the name of a job's output without its suffix, following the script's naming rules."""
-    if output.naming == "time":  # as the image guides' scripts do
+    if output.naming == "time":  # as in sd-scripts
         return f"{when:%Y%m%d_%H%M%S}"
-    if output.naming == "released":  # as HunyuanVideo's own does, without characters that some disks refuse
+    if output.naming == "released":  # as in HunyuanVideo's code, without characters that file systems reject
         allowed = re.sub(r'[\x00-\x1f<>:"/\\|?*]', "", prompt)
         start = allowed[:100].encode("utf-8")[:150].decode("utf-8", errors="ignore").strip(" .")
         return f"{when:%Y-%m-%d-%H-%M-%S}_seed{seed}_{start}"

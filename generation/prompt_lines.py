@@ -36,15 +36,15 @@ SOLVERS = {  # --sample_solver -> as `modules.flow.solvers` names it
     "dpm++sde": "dpm++sde",
     "lcm": "lcm",
 }
-# what may stand in place of a value: of a text nothing at all; of a path what cancels the command line's
+# values that unset an option of the command line: empty quotes; for texts also nothing at all
 CANCELS = ('""', "''")
 NO_TEXT = ("", *CANCELS)
 PROMPT = "prompt"  # the option that names the prompt, in lines of the Web UI
-# a whole value in quotation marks. Behind it the line ends, or another option begins
+# a quoted value, followed by the end of the line or another option
 _QUOTED = re.compile(r"""("(?:[^"\\]|\\.)*"|'[^']*')(?=\s*$|\s+--)""")
-_WORD = re.compile(r"\S*\s+")  # of an option
-_ESCAPED = re.compile(r'\\(["\\])')  # of a text in double quotation marks, as a shell reads it
-MAX_FPS = 1000  # more is a slip of the finger
+_WORD = re.compile(r"\S*\s+")  # name of an option
+_ESCAPED = re.compile(r'\\(["\\])')  # escapes in a double-quoted text, as in a shell
+MAX_FPS = 1000  # a higher value must be a typing error
 
 
 @dataclass(frozen=True)
@@ -56,8 +56,8 @@ class LineOption:
 
     key: str
     read: Callable[[str], Value]
-    empty: tuple[str, ...] = ()  # texts that are not values, and may be meant
-    repeats: bool = False  # each use adds to a list; otherwise the last one wins
+    empty: tuple[str, ...] = ()  # accepted empty values, which unset the option
+    repeats: bool = False  # whether each use adds to a list; otherwise the last use wins
     # keys of the command line that the option replaces, unless the line gives them too
     instead_of: tuple[str, ...] = ()
 
@@ -68,7 +68,7 @@ def read_seed(text: str) -> int:
     Raises ValueError if the seed is out of range.
     """
     seed = text_to_seed(text)
-    if seed == -1:  # of other programs: a random one
+    if seed == -1:  # it means a random seed in other programs
         logger.warning("seed -1 is a seed like any other here: leave it out for a random one")
     if not re.fullmatch(r"[+-]?[0-9]+", text.strip()):
         logger.info("Seed of the text %r: %d", text, seed)
@@ -174,7 +174,7 @@ EMBEDDED_GENERATION_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# of models that take reference images
+# additional option for models that take reference images
 REFERENCES = {"ci": LineOption("control_image_path", read_path, CANCELS, repeats=True)}
 
 
@@ -205,7 +205,7 @@ EMBEDDED_IMAGE_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# what generation lines know by the name on the command line only
+# options of generation lines that have only the long name of the command line
 NAMED_OPTIONS: Mapping[str, LineOption] = {
     **dict.fromkeys(("video_size", "image_size"), LineOption("video_size", read_size)),
     "fps": LineOption("fps", _read_rate),
@@ -216,9 +216,9 @@ NAMED_OPTIONS: Mapping[str, LineOption] = {
 }
 
 
-# options that a line of some generation script has, by name and by letter
+# options of the lines of all generation scripts, by name and by letter
 OF_ALL_SCRIPTS: Mapping[str, LineOption] = {
-    # a letter that means two things has the names of both
+    # a letter may have different meanings; `option.key` keeps all names
     **{option.key: option for option in SECTIONED_GENERATION_OPTIONS.values()},
     **SECTIONED_GENERATION_OPTIONS,
     **IMAGE_GENERATION_OPTIONS,
@@ -233,7 +233,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
         return option
     by_name = {**NAMED_OPTIONS, **{option.key: option for option in options.values()}}
     name = word.lower().replace("-", "_")
-    # an option of other scripts' lines is not another name of one here: seconds would be taken for frames
+    # do not guess another name for an option of other scripts' lines: seconds would be taken for frames
     if name not in by_name and any(name == option.key for option in OF_ALL_SCRIPTS.values()):
         return None
     key = key_of(word, by_name)

@@ -1,4 +1,4 @@
-"""Make a `Request` from options, a prompt line and defaults; prepare it; make it a job of a run."""
+"""Build a `Request` from options and a prompt line, prepare it, and make a `GenerationJob` from it."""
 
 import logging
 import re
@@ -41,19 +41,19 @@ if TYPE_CHECKING:  # they are loaded only if options ask for them
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-LorasInWords = Mapping[str, Sequence[tuple[str, float]]]  # file name and strength of each, by expert
+LorasInWords = Mapping[str, Sequence[tuple[str, float]]]  # expert -> file name and strength of each LoRA
 
 _LORA_TAG = re.compile(r"<(?:lora|lyco|hypernet):[^<>]*>", re.IGNORECASE)
 
-TURN = 0.9  # share of a period that a slowed frequency covers over the length of the video
+TURN = 0.9  # fraction of a period that RIFLEx's slowed frequency completes over the video
 
 
 def draw_seed() -> int:
-    """Draw a seed from the system's entropy; all processes that have joined get the first one's seed."""
+    """Draw a seed from the system's entropy; processes that generate together use that of the first one."""
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
-    from runtime.offload.joining import agree  # of no use to a single process
+    from runtime.offload.joining import agree  # only with several processes
 
     return agree(seed)
 
@@ -70,7 +70,7 @@ def seed_of(text: str) -> int:
         raise OptionError(f"--seed {error}") from None
 
 
-# options that are texts, in the order in which `prompts` draws in them
+# text options, in the order in which wildcards are drawn (all from one seed)
 TEXTS = ("prompt", "negative_prompt", "prompt_2", "nag_prompt")
 
 
@@ -81,7 +81,7 @@ def make_request(
 ) -> Request:
     """Return the request of the command line, overridden by a prompt line (`parse_generation_line`).
 
-    Without a seed each call draws a new one. Missing values stay None.
+    Without a seed, each call draws a new one. Values that are set nowhere are None.
 
     Args:
         options: Options of the run.
@@ -141,7 +141,7 @@ def make_request(
 
 
 def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) -> Mapping[str, str | None]:
-    """Return texts with wildcards drawn and with JSON files in place of their names.
+    """Return texts with wildcards replaced, and with `@file` replaced by the JSON object in the file.
 
     Raises:
         OptionError: If a wildcard cannot be drawn or a file cannot be read.
@@ -158,7 +158,7 @@ def _expand(texts: Mapping[str, str | None], prompts: PromptOptions, seed: int) 
 
 
 def _select_media_path(options: RequestOptions, line: Mapping[str, Any], name: str) -> Path | None:
-    """Return the file of a shared option; None if it is empty or if the family declares the option itself."""
+    """Return the path in a shared option; None if it is empty or if the family has its own option."""
     value = None if name in options.extras else line.get(name, getattr(options, name))
     return None if value is None or str(value) == "" else to_path(f"--{name}", str(value))
 
@@ -169,7 +169,7 @@ def _list_control_images(options: RequestOptions, line: Mapping[str, Any]) -> tu
 
 
 def _collect_extras(options: RequestOptions, line: Mapping[str, Any]) -> dict[str, str]:
-    """Return settings that only the family reads, as text; a list gives one line per entry."""
+    """Return the family's own settings as text, by their keys; lists are joined by line breaks."""
     extra = {}
     for name, (key, option_value) in options.extras.items():
         value = line.get(name, option_value)
@@ -205,16 +205,16 @@ def _select_source(options: SourceOptions, line: Mapping[str, Any]) -> Source | 
 
 
 def find_edit_loras(paths: Iterable[Path]) -> Iterator[tuple[Path, str]]:
-    """Yield the LoRA files that were trained to edit images, according to their metadata.
+    """Yield the LoRA files whose metadata show that they were trained to edit images.
 
-    With each file comes the training option in brackets; "" if the metadata names none.
+    Each path comes with the training option in brackets, or "" if the metadata do not name it.
     """
     for path, metadata in texts_of_files(paths):
         if metadata.get("ss_edit") == "True":
             yield path, " (--edit)"
             continue
         if metadata.get("ss_edit") == "False" and metadata.get("ss_model_version", "None") == "None":
-            continue  # this model takes images only if it was trained with --edit
+            continue  # a LoRA of this model learned edits only with --edit
         try:
             tables = parse_json(metadata.get("ss_datasets", ""))
         except ValueError:
@@ -325,13 +325,13 @@ class GenerationJob:
 
     label: str
     prepared: Prepared
-    stem: str | None = None  # of its files; None: the time, the seed and what the options add
-    # of all its files. None: as the run says; once it is denoised: none, as with --no_metadata
+    stem: str | None = None  # name of its files without suffix; None: time, seed and what the options add
+    # metadata of its files. None before denoising: those of the run; None after denoising: no metadata
     metadata: Mapping[str, str] | None = None
-    latents: Tensor | None = None  # 1 C F H W, on the CPU, once it is denoised
-    audio: Tensor | None = None  # its latents, 1 C T M
-    latent_path: Path | None = None  # where the latents are kept until the pixels are written
-    preview: Path | None = None  # of the video while it is made, if there is one
+    latents: Tensor | None = None  # 1 C F H W, on the CPU, after denoising
+    audio: Tensor | None = None  # audio latents, 1 C T M, after denoising
+    latent_path: Path | None = None  # file of the latents
+    preview: Path | None = None  # path of the preview; the file may not exist
 
 
 @dataclass(frozen=True)
@@ -341,19 +341,19 @@ class GenerationRun:
     family: Family
     options: GenerationOptions
     session: Session
-    predicted: Peaks | None = None  # where it is known
+    predicted: Peaks | None = None  # None if the peaks are unknown
     rewriter: "PromptRewriter | None" = None
     previews: "LatentPreviews | None" = None
-    post: FrameTools | None = None  # what decoded frames go through
-    fatal: tuple[type[Exception], ...] = ()  # errors that end the run, whatever is left to make
-    run_passes: RunPasses = run_passes  # of a step
-    processes: int = 1  # that share the passes of a step
-    watchers: Sequence[Watcher] = ()  # called after each step, besides the bars and previews
-    on_phase: Callable[[str], None] = lambda _: None  # called with what begins now
+    post: FrameTools | None = None  # tools that process decoded frames (--post)
+    fatal: tuple[type[Exception], ...] = ()  # errors that end the run even if other jobs remain
+    run_passes: RunPasses = run_passes  # runs the passes of a step
+    processes: int = 1  # number of processes that share the passes of a step
+    watchers: Sequence[Watcher] = ()  # called after each step, in addition to bars and previews
+    on_phase: Callable[[str], None] = lambda _: None  # called with the name of each phase that begins
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
-        """Return the run with the previews that the options ask for. May load a decoder of 20 MB."""
+        """Return the run with latent previews as the options select. May load a decoder of 20 MB."""
         from blissful_tuner.latent_preview import make_previews  # only with previews
 
         previews = make_previews(
@@ -434,7 +434,7 @@ def map_lines(
         make: Makes the result of a line.
 
     Raises:
-        CheckpointError: If a model file is not valid, which would make every line fail.
+        CheckpointError: If a model file is invalid, because every line would then fail.
     """
     results: dict[str, T] = {}
     path = run.options.from_file

@@ -30,7 +30,7 @@ logger = getLogger(__name__)
 LARGEST_HASHED = 4 << 30  # bytes; hashes precede the data in a file, so hashed files are built in memory
 NOTE = "ss_post_hoc_ema"
 _TARGETS = {KNOWN: "default", COMFYUI: "comfyui", DIFFUSERS: "diffusers"}  # of convert_lora.py
-# of a profile that weighs all files alike; Karras et al. 2023, arXiv 2312.02696, equation 123 at gamma = 0
+# sigma_rel at which all files have equal weight; Karras et al. 2023, arXiv 2312.02696, eq. 123 at gamma = 0
 LARGEST_SIGMA = 12**-0.5
 
 
@@ -92,8 +92,8 @@ class AveragingOptions(Options):
 def average_files(options: AveragingOptions) -> None:
     """Write the weighted average of the files, in the dtypes and with the metadata of the last one.
 
-    Sums are computed in float64. Alphas, and tensors of whole numbers, are not averaged but have to be equal.
-    Memory: the result; if it is larger than a LoRA, one tensor, and hashes are left out.
+    Sums are computed in float64. Alphas and integer tensors are not averaged and must be equal. The result is
+    held in memory; above `LARGEST_HASHED` only one tensor is, and the file gets no hashes.
 
     Raises:
         CheckpointError: If the files are not of one network or hold NaN or infinite values.
@@ -131,7 +131,7 @@ def _sort_by_step(files: list[Checkpoint]) -> None:
 
 
 def _note(files: Sequence[Checkpoint], weights: Sequence[float], options: AveragingOptions) -> str:
-    """Return the rule of the average and the share of each file, JSON for the metadata."""
+    """Return the rule of the average and the weight of each file as JSON, for the metadata."""
     rule: dict[str, object] = {"sigma_rel": options.sigma_rel}
     if options.sigma_rel is None:
         rule = {"beta": options.beta, "beta2": options.beta2}
@@ -140,10 +140,10 @@ def _note(files: Sequence[Checkpoint], weights: Sequence[float], options: Averag
 
 
 def file_weights(count: int, options: AveragingOptions) -> list[float]:
-    """Return the share of each of `count` files in the average; the sum is 1.
+    """Return the weight of each of `count` files in the average; the sum is 1.
 
-    At file k (from 2 on) the average so far is multiplied by a decay, and the file by 1 - decay. The decay is
-    --beta, moving to --beta2; or (1 - 1/k)^(gamma + 1) with the gamma of --sigma_rel.
+    For each file k from 2 on, the average so far is multiplied by a decay, and the file by 1 - decay. The
+    decay goes from --beta to --beta2; with --sigma_rel it is (1 - 1/k)^(gamma + 1).
     """
     merges = range(count - 1)
     if options.sigma_rel is not None:
@@ -159,7 +159,7 @@ def file_weights(count: int, options: AveragingOptions) -> list[float]:
 
 
 def exponent_of(sigma_rel: float) -> float:
-    """Return the gamma >= 0 for which t^gamma has a standard deviation of `sigma_rel`, as a share of the run.
+    """Return the gamma >= 0 for which t^gamma has the standard deviation `sigma_rel` on 0..1, by bisection.
 
     Inverts sigma_rel = sqrt(gamma + 1) / ((gamma + 2) sqrt(gamma + 3)), which falls as gamma rises.
     """

@@ -1,4 +1,4 @@
-"""Convert networks of other kinds to plain LoRAs, for tools that do not know these."""
+"""Convert networks of other kinds (LoKr, DoRA, ...) to plain LoRAs, for tools that only support LoRAs."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,7 +51,7 @@ class Baking:
 
     rank: int | None
     device: torch.device
-    models: Sequence[Path] = ()  # its transformer, then its text encoders
+    models: Sequence[Path] = ()  # files of the model: the transformer, then text encoders
 
 
 class Baked(NamedTuple):
@@ -68,7 +68,7 @@ class StoredWeight(NamedTuple):
     source: TensorSource
 
 
-# module as in LoRA files (without prefix if the file does not name the network) -> its weights
+# module name in LoRA files (without prefix if a model file does not show the network) -> possible weights
 Weights = Mapping[str, Sequence[StoredWeight]]
 
 
@@ -126,7 +126,7 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
 
 
 def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
-    """Return the metadata of a LoRA whose modules have become plain ones."""
+    """Return the metadata of a LoRA after its modules were converted to plain LoRAs."""
     ranks = {len(factors[DOWN]) for factors in modules.values() if DOWN in factors}
     shown = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
     network_module = metadata.get("ss_network_module", _PLAIN)
@@ -205,7 +205,7 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
     for module in dict.fromkeys((name, alone, bare)):
         for stored in weights.get(module, ()):
             weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])
-            if rows in (None, len(weight)):  # text encoders in files of their own share names
+            if rows in (None, len(weight)):  # separate files of text encoders may have equal module names
                 return weight, stored.checkpoint.path
     raise CheckpointError(
         f"{lora.path}: the weight that {name} was trained for is not in the files of --dit.\n  Give the "

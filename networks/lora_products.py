@@ -24,8 +24,8 @@ from modules.private_torch import disable_dynamo
 def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """Return x, to be passed to a frozen layer, and x @ down^T, ... R.
 
-    The frozen layer must be linear and the only user of the first result: the gradient that it computes for
-    its input is changed in place to the sum of both gradients.
+    The frozen layer must be linear, and nothing else may use the first result: the gradient of the layer's
+    input is overwritten by the sum of both gradients.
 
     Args:
         x: Input, ... in.
@@ -60,11 +60,13 @@ class _Branch(torch.autograd.Function):
 
 
 def hold(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ()) -> Tensor | None:
-    """Save the tensors for the backward pass of `add_up`. Call before the frozen layer, with equal arguments.
+    """Save tensors for the backward pass of `add_up`; call with the same arguments before the frozen layer.
 
-    Activation checkpointing recomputes up to the last saved tensor. As a LoRA's tensors are saved before its
-    frozen layer runs, recomputing a block does not repeat the product of its last layer.
-    Returns a tensor of the output's shape that takes no memory; None without gradients.
+    Activation checkpointing recomputes up to the last saved tensor. Because a LoRA's tensors are saved before
+    its frozen layer runs, recomputing a block does not repeat the product of its last layer.
+
+    Returns:
+        A tensor of the output's shape that takes no memory; None if no gradients are needed.
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
         return None

@@ -1,8 +1,8 @@
-"""Describe a kind of network in one record, from which each tool and each phase of a training reads its part.
+"""The record that describes a kind of network (LoRA, LoKr, DoRA, ...) to tools and trainings.
 
-A kind is one light file, or one with a heavy half next to it, and its lines in `networks/kinds/__init__.py`.
-Without these, every script does everything else as before. No tool names a kind except LoRA: questions to all
-kinds are in `composing.py`.
+A kind is a file that does not import torch (with a second file for code that does), and its lines in
+`networks/kinds/__init__.py`. If these are removed, everything else still works. No tool names a kind except
+LoRA; functions that ask all kinds are in `composing.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 from modules.errors import OptionError
 from networks.kinds.factors import Factors
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help must not import torch
     from pathlib import Path
 
     from torch import Tensor, nn
@@ -34,8 +34,8 @@ class Target(NamedTuple):
     module: LoraModule
     rank: int
     alpha: float
-    split_sizes: tuple[int, ...]  # of parts that get factors of their own
-    rate_factor: float = 1.0  # on its learning rate
+    split_sizes: tuple[int, ...]  # rows of the parts that get separate factors; () for one pair of factors
+    rate_factor: float = 1.0  # multiplies its learning rate
 
 
 class TranslatedModules(NamedTuple):
@@ -77,7 +77,7 @@ class Settings(Protocol):
 
 
 class RankRule(Protocol):
-    """How many ranks of a LoRA act on a sample, by its level of noise. It can be compared and hashed."""
+    """How many ranks of a LoRA are active for a sample at its noise level. It is comparable and hashable."""
 
     @property
     def kind(self) -> "NetworkKind":
@@ -96,67 +96,67 @@ class RankRule(Protocol):
 
 
 class NetworkKind:
-    """A kind of network. Whatever a kind does not define is as for a plain LoRA, or does not exist."""
+    """A kind of network. The defaults are those of a plain LoRA, or mean that the kind lacks the feature."""
 
-    name: str  # as in messages
+    name: str  # for messages
     article = "a"
 
     # --- tensors
-    parts: tuple[str, ...] = ()  # ends of their names, which no other kind has
-    marks: tuple[str, ...] = ()  # each of its modules has one of these parts
-    pairs: tuple[tuple[str, str], ...] = ()  # parts that need each other
-    rank_parts: tuple[str, ...] = ()  # parts with the rank as first axis; the first that there is counts
-    magnitudes = ""  # its part that `Algebra.magnitudes` is about. One kind has such a part
-    cores: tuple[str, ...] = ()  # parts of its tensor form, which no training here has
+    parts: tuple[str, ...] = ()  # endings of tensor names that no other kind has
+    marks: tuple[str, ...] = ()  # each of its modules has at least one of these parts
+    pairs: tuple[tuple[str, str], ...] = ()  # parts that are only valid together
+    rank_parts: tuple[str, ...] = ()  # parts whose first axis is the rank; the first existing one is used
+    magnitudes = ""  # part for `Algebra.magnitudes`; only one kind has it
+    cores: tuple[str, ...] = ()  # parts of its Tucker form, which is not trained here
     # raises CheckpointError if a file with its modules was written for a variant that cannot be read
     check_file: Callable[["Path"], None] | None = None
-    needs_weight = False  # its change depends on the weight
+    needs_weight = False  # whether its change depends on the frozen weight
 
     # --- names in files
-    starts: Mapping[str, str] = MappingProxyType({})  # of names -> dialect
-    word = ""  # in names of its tensors in any program's files: a regular expression
-    ends: Mapping[str, str] = MappingProxyType({})  # ends of other programs' names -> our parts
-    flat = ""  # in names whose tensor is to become a column: a regular expression
-    spellings: Mapping[str, str] = MappingProxyType({})  # a regular expression -> what takes its place
-    unread: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # other forms, by ends of names
-    read_form = ""  # the form that is read, if there are others
+    starts: Mapping[str, str] = MappingProxyType({})  # prefix of names -> dialect
+    word = ""  # regular expression that matches names of its tensors in any program's files
+    ends: Mapping[str, str] = MappingProxyType({})  # ending in other programs' names -> our part
+    flat = ""  # regular expression for names whose tensor is reshaped to a column
+    spellings: Mapping[str, str] = MappingProxyType({})  # regular expression -> replacement
+    unread: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # unsupported form -> endings of names
+    read_form = ""  # the supported form, if there are several
 
     # --- networks that are trained
-    network_module = ""  # of ours; "": it is trained by no module of its own
-    module_note = ""  # behind the module's name in --help
-    dropout_note = ""  # what --network_dropout is, in --help
-    size_word = "rank"  # what --network_dim is
+    network_module = ""  # its --network_module; "": it has no module of its own
+    module_note = ""  # follows the module's name in --help
+    dropout_note = ""  # meaning of --network_dropout, in --help
+    size_word = "rank"  # meaning of --network_dim
     default_size: int | None = None
-    is_sized_by_rank = False  # its files grow with --network_dim
+    is_sized_by_rank = False  # whether its files grow with --network_dim
     has_alpha = True
-    takes_all_settings = False  # else `check_settings` says which it does not support
-    has_norms = True  # of changes, for --scale_weight_norms
+    takes_all_settings = False  # otherwise `check_settings` rejects unsupported settings
+    has_norms = True  # whether --scale_weight_norms is supported
     is_for_texts = True
     is_for_convolutions = True
-    other_modules: Mapping[str, str] = MappingProxyType({})  # not built here -> what to use instead
-    algorithms: tuple[str, ...] = ()  # `algo` of LyCORIS for the same network
-    # orders of a layer's parameters in states of optimizers, here and in other programs
+    other_modules: Mapping[str, str] = MappingProxyType({})  # unsupported module -> what to use instead
+    algorithms: tuple[str, ...] = ()  # `algo` values of LyCORIS for the same network
+    # orders of a layer's parameters in optimizer states, here and in other programs
     orders: tuple[tuple[str, ...], ...] = ()
-    # of a kind that arguments of a LoRA ask for: the switch, and numbers by type (integers from 1 on)
+    # for a kind that --network_args of a LoRA enable: the switch, and other arguments -> type (integers >= 1)
     switch = ""
     numbers: Mapping[str, type[int] | type[float]] = MappingProxyType({})
-    is_with_file = False  # whether these act with --dim_from_weights
-    merged = ""  # what merging loses, as a sentence behind the file's path
+    is_with_file = False  # whether these arguments have an effect with --dim_from_weights
+    merged = ""  # what a merge loses, as a sentence that follows the file's path
 
     # --- other programs
-    not_in_comfyui = ""  # why a module has no form there
-    rejection_by_comfyui = ""  # of a file: the message behind its path
-    no_two_experts = ""  # why a file in diffusers' dialect cannot hold those of two experts
-    is_for_comfyui_alone = False  # which reads its files as they are
+    not_in_comfyui = ""  # why ComfyUI cannot express a module
+    rejection_by_comfyui = ""  # message, after a file's path, if ComfyUI cannot read it
+    no_two_experts = ""  # why a file in diffusers' dialect cannot hold the networks of two experts
+    is_for_comfyui_alone = False  # whether only ComfyUI reads its files without conversion
     elsewhere = ""  # what other programs do with its files
-    plain_title = ""  # of the command that makes plain LoRAs, if other programs need these
+    plain_title = ""  # title of the command that makes plain LoRAs, if other programs need them
 
     def load_algebra(self) -> "Algebra | None":
         """Return the computations with a module's factors; None if the kind has no factors of its own."""
         return None
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether a file of ComfyUI is of the form `FROZEN_NORMS` without saying so."""
+        """Return whether a file of ComfyUI has the form `FROZEN_NORMS` although its metadata lack it."""
         return False
 
     def bring_norms(
@@ -166,14 +166,14 @@ class NetworkKind:
         return lora
 
     def size_of(self, factors: Factors) -> int | None:
-        """Return what --network_dim was for these factors, if it is no rank."""
+        """Return the --network_dim of these factors if it is not a rank; else None."""
         return None
 
     def read_arguments(self, arguments: dict[str, Any]) -> Any:
-        """Take its own arguments out of --network_args and return what `make_layers` needs of them.
+        """Remove the kind's own arguments from --network_args; return their values for `make_layers`.
 
         Raises:
-            OptionError: If one is out of range.
+            OptionError: If a value is out of range.
         """
         return None
 
@@ -182,7 +182,7 @@ class NetworkKind:
 
         Args:
             settings: All settings.
-            of_loras: Whether some of the settings in `FOR_LORAS` are given.
+            of_loras: Whether any of the settings in `FOR_LORAS` is given.
 
         Raises:
             OptionError: If the kind does not support one of the settings.
@@ -218,7 +218,7 @@ class NetworkKind:
         """Change the layer of a LoRA whose arguments or factors ask for this kind."""
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> "RankRule | None":
-        """Return which ranks act, by the values of --network_args; None: all.
+        """Return the rule for active ranks from the values of --network_args; None: all are active.
 
         Raises:
             OptionError: If a value is out of range.

@@ -12,33 +12,34 @@ from functools import cached_property
 
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
-REST, SWAPPED, BEFORE_REST = -1, -2, -3
-OURS, OF_LTX_FORK = "lora_unet_", "lora_unet_model_"  # before names in LoRA files of ours; of musubi's fork
-IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # before module paths in LoRA files for either
+REST, SWAPPED, BEFORE_REST = -1, -2, -3  # special values of `WeightPart.index`
+OURS, OF_LTX_FORK = "lora_unet_", "lora_unet_model_"  # prefixes of names in our LoRA files; of musubi's fork
+IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # prefixes of module paths in LoRA files
 UNET_IN_DIFFUSERS = "unet."
-# whose names saved LoRAs have (--lora_format): those of the known tuners, of ComfyUI, of diffusers
+# values of --lora_format: names of the established trainers, of ComfyUI, of diffusers
 KNOWN, COMFYUI, DIFFUSERS = "known", "comfyui", "diffusers"
-# first layers; how many channels they take differs between models of a family
+# first layers, whose number of input channels differs between models of a family
 FIRST_LAYERS = (
     "patch_embedding.weight",
     "img_in.proj.weight",
     "x_embedder.proj.weight",
-    "conv_in.weight",  # of U-Nets, as the next; more channels for inpainting
+    "conv_in.weight",  # this one and the next: U-Nets, with more channels for inpainting
     "input_blocks.0.0.weight",
 )
-TRAINED_ON = "ss_base_model_version"  # the metadata of a LoRA file that name its family
-TRAINED_EXPERT = "ss_wan_expert"  # metadata of a LoRA file that name its expert, with one of these values
-# metadata of a LoRA file: which of a model's uses it has learned, in words (`Family.metadata` as trained_for)
+# --- metadata keys of LoRA files
+TRAINED_ON = "ss_base_model_version"  # the family
+TRAINED_EXPERT = "ss_wan_expert"  # the expert: a key of EXPERT_VALUES, or FOR_BOTH
+# which use of the model was trained, in words (key trained_for of `Family.metadata`)
 TRAINED_FOR = "reelsmith_trained_for"
-# metadata of a training adapter: name and hash of the distilled transformer that it is for
+# of a training adapter: name and hash of the distilled transformer that it is for
 MADE_FOR = "ss_training_adapter_for"
-LORA_FORMAT = "ss_lora_format"  # metadata of a LoRA file: whose names it has, a value of --lora_format
-# metadata of our files without alphas, JSON: rank -> alpha / rank that was folded into factors of this rank
+LORA_FORMAT = "ss_lora_format"  # format of the names, a value of --lora_format
+# of our files without alphas, JSON: rank -> alpha / rank that was folded into factors of this rank
 FOLDED = "reelsmith_folded"
 EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
-# of text encoders: how the names of their layers begin
+# prefixes of the layers' names in text encoders
 OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
-FOR_BOTH = "both"  # another value: one LoRA that was trained in both
+FOR_BOTH = "both"  # value of TRAINED_EXPERT for one LoRA that was trained in both experts
 
 
 @dataclass(frozen=True)
@@ -47,28 +48,27 @@ class WeightPart:
 
     theirs: str  # path in the other layout
     ours: str
-    # None: all rows; n: the nth group of as many rows as the part has; REST: the last rows; BEFORE_REST: the
-    # last but as many rows as the part has; SWAPPED: all rows, with the two halves swapped
+    # None: all rows; n: rows n * h to (n + 1) * h for a part of h rows; REST: the last h rows; BEFORE_REST:
+    # the h rows before the last h; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
     default_height: int = 1  # height as a multiple of the lowest part's, in every published model
 
 
-# The order in which known trainers number the modules of a LoRA, as states of their optimizers do: (start,
-# endings), all blocks of the first start, one after the other, then those of the next. It is the order in
-# which the trainer's network registers its layers. Source: lists of modules recorded with the trainers
-# (`tests/golden`), the published model code
+# Order of a LoRA's modules in other trainers, which their optimizer states rely on, as (prefix, endings): all
+# blocks of the first prefix, then those of the next. Networks there register their layers in this order.
+# Source: lists of modules recorded with the trainers (`tests/golden`), the published model code
 Numbering = tuple[tuple[str, str], ...]
 Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.sides`
-# (width of a block, {list of blocks in our layout: how many it has}) of published models
+# published models: (width of a block, (list of blocks in our layout, number of blocks) for each list)
 Released = tuple[tuple[int, tuple[tuple[str, int], ...]], ...]
-# of blocks with two streams in diffusers' layout
+# `sides` of blocks with two streams in diffusers' layout
 IN_TWO_STREAMS: Sides = (
     *((f".to_{x}", 1, 1) for x in ("q", "k", "v", "out.0", "add_out")),
     *((f".add_{x}_proj", 1, 1) for x in "qkv"),
     (".net.0.proj", 4, 1),
     (".net.2", 1, 4),
 )
-# of `Numbering`, in blocks with two streams in diffusers' layout
+# endings for `Numbering`, in blocks with two streams in diffusers' layout
 NUMBERED_ATTENTION = (
     "attn.to_q attn.to_k attn.to_v attn.add_k_proj attn.add_v_proj attn.add_q_proj attn.to_out.0"
 )
@@ -76,32 +76,33 @@ NUMBERED_ATTENTION = (
 
 @dataclass(frozen=True)
 class LoraRules:
-    """Arguments of a single family that select among the modules that its `DitSpec` allows for LoRAs.
+    """Arguments of --network_args that only one family has; they select among the modules of its `DitSpec`.
 
-    Paths are module paths in the network; the values of `choices` are beginnings of such paths.
+    Paths are module paths in the network; the values of `choices` are prefixes of such paths.
     """
 
-    # (argument, kinds of modules that get this rank), in order: the first given one that matches counts
+    # (argument with a rank, types of modules that it is for). A type is a tuple of words, all of which occur
+    # in the module's path. The first given argument that matches a module is used
     types: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> "double_blocks."
     indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
-    outside: str = ""  # argument: the ranks of modules that are in no block, for `outside_paths` in order
-    outside_paths: tuple[str, ...] = ()
-    # endings of paths of fused layers -> how many parts, see `networks.lora_products.fused_sizes`
+    outside: str = ""  # argument with the ranks of `outside_paths`, in order
+    outside_paths: tuple[str, ...] = ()  # modules that are not in a block
+    # ending of a fused layer's path -> number of parts, see `networks.lora_products.fused_sizes`
     fused: Mapping[str, int] = field(default_factory=dict)
-    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder it switches on
+    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder that it switches on
     # argument -> the part of `DitSpec.lora_exclude` that it switches on
     switches: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RowsByHead:
-    """Layers whose rows one program's LoRAs have by head, [q0 k0 v0, q1 k1 v1, ...]; ours are [q; k; v]."""
+    """Layers whose rows another program orders by head, [q0 k0 v0, q1 k1 v1, ...]; ours are [q; k; v]."""
 
-    mark: str  # regular expression that finds some name in these files, and in no other program's
-    ending: str  # of our paths of the layers
-    norm_ending: str  # of our paths of norms that are as wide as a head, in models' files
-    head_width: int  # of released models, because no LoRA shows it
+    mark: str  # regular expression that matches a name only in that program's files
+    ending: str  # ending of our paths of the layers
+    norm_ending: str  # ending of our paths of norms with the width of a head, in model files
+    head_width: int  # width of a head in released models, because LoRAs do not show it
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,11 @@ class GrownBlocks:
     """
 
     blocks: str  # name of the list in our layout
-    also_called: tuple[str, ...]  # in other layouts
+    also_called: tuple[str, ...]  # names of the list in other layouts
     depths: tuple[int, ...]  # number of blocks of each variant; each adds one more copy of the copied blocks
-    copied: frozenset[int]  # blocks of the first variant that the others repeat
-    keys: tuple[str, ...]  # metadata of a LoRA file that say for how many blocks it is, ours first
-    maximum: int = 1000  # that a file may name
+    copied: frozenset[int]  # blocks of the first variant that deeper variants repeat
+    keys: tuple[str, ...]  # metadata keys with the number of blocks that a LoRA is for, ours first
+    maximum: int = 1000  # largest valid number of blocks in metadata
 
     def originals(self, depth: int) -> list[int]:
         """Return, for each block of a variant, the index of the block that it copies in the shortest one."""
@@ -154,73 +155,74 @@ class GrownBlocks:
 class FamilyNames:
     """Module paths of one network."""
 
-    name: str  # as in `ss_base_model_version`
-    architecture: str  # as in `modelspec.architecture`, before its "/lora"
+    name: str  # value of `ss_base_model_version`
+    architecture: str  # value of `modelspec.architecture`, without its "/lora"
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
-    parts: tuple[WeightPart, ...] = ()  # of a layout that splits some of our modules
-    # of a layout that stacks some of our modules: here `theirs` is our module, and `ours` the stacked one
+    parts: tuple[WeightPart, ...] = ()  # parts in a layout that splits some of our modules
+    # parts in a layout that fuses some of our modules: here `theirs` is our module, and `ours` the fused one
     joined: tuple[WeightPart, ...] = ()
-    # whether ComfyUI reads LoRAs under the names of that layout, of stacked modules and of `aliases`, alone
+    # whether ComfyUI reads LoRAs only under the names of that layout (fused modules, and `aliases`)
     stacked_in_comfyui: bool = False
-    network_module: str = ""  # ours that trains its LoRAs, as --network_module names it
-    rules: LoraRules | None = None  # of that module's own arguments
-    takes: tuple[str, ...] = ()  # families whose LoRAs are of use here too
-    start: str = IN_COMFYUI  # of the LoRA files that other tools read
-    # tools that read LoRAs under our names only after conversion; "": all tools read them so
+    network_module: str = ""  # our --network_module that trains its LoRAs
+    rules: LoraRules | None = None  # arguments that only `network_module` has
+    takes: tuple[str, ...] = ()  # other families whose LoRAs are useful for this model too
+    start: str = IN_COMFYUI  # prefix in LoRA files for other tools
+    # tools that read LoRAs under our names only after conversion; "": all tools read them unconverted
     converted_for: str = ""
-    default_format: str = KNOWN  # of the files that a training saves, without --lora_format
-    not_in_comfyui: str = ""  # why ComfyUI reads no LoRA for it; "": it does
-    not_in_diffusers: tuple[tuple[str, str], ...] = ()  # (kind of networks, why diffusers does not read it)
-    # starts of the names of the text encoders that diffusers' pipelines take LoRAs for
+    default_format: str = KNOWN  # format of saved files without --lora_format
+    not_in_comfyui: str = ""  # why ComfyUI cannot read its LoRAs; "": it can
+    not_in_diffusers: tuple[tuple[str, str], ...] = ()  # (kind of network, why diffusers cannot read it)
+    # prefixes of the text encoders for which diffusers' pipelines load LoRAs
     texts_in_diffusers: tuple[str, ...] = ()
-    # (start of our names for a text encoder, start of its paths in ComfyUI); others are read under our names
+    # (our prefix of a text encoder, prefix of its paths in ComfyUI); others are read under our names
     texts_in_comfyui: tuple[tuple[str, str], ...] = ()
-    # whether ComfyUI reads LoRAs by underscored names, those of `aliases` among them: its paths differ from
-    # ours in dots too
+    # whether ComfyUI reads LoRAs only by underscored names, including `aliases`, because its dotted paths
+    # differ from ours
     underscored: bool = False
-    # kinds of networks besides LoRA that diffusers reads, under the names that ComfyUI reads
+    # kinds of networks besides LoRA that diffusers reads under ComfyUI's names
     kinds_in_diffusers: tuple[str, ...] = ()
-    # whether our paths are those of diffusers; then `aliases` are another layout's
+    # whether our paths are those of diffusers; `aliases` then belong to another layout
     is_as_in_diffusers: bool = False
-    # names that every tool but diffusers gives to LoRAs for it: underscored ones, "ours" or "aliases"; ""
-    # if they differ
+    # underscored names that all tools except diffusers use for its LoRAs: "ours" or "aliases"; "": tools
+    # differ
     always_underscored: str = ""
-    # parameters that are no module's weight or bias, as aliases; LoRA files write `{path}.diff` for them
+    # parameters that are not a module's weight or bias, like `aliases`; `{path}.diff` in LoRA files
     parameters: tuple[tuple[str, str], ...] = ()
-    optional: tuple[str, ...] = ()  # our paths, also of parameters, that only some models have
-    optional_words: str = ""  # description of these, for messages
-    # what others write in `ss_base_model_version`, if it is not the name; `ss_network_module` too then
+    optional: tuple[str, ...] = ()  # our paths (also of parameters) that only some models have
+    optional_words: str = ""  # description of `optional`, for messages
+    # `ss_base_model_version` in files of other trainers, if it is not `name`; `ss_network_module` then
+    # follows them too
     written_version: str = ""
-    versions: tuple[str, ...] = ()  # how else `ss_base_model_version` may begin, in lower case
-    # (regular expression of metadata that tell a LoRA that cannot be used, why): networks/loading.py
+    versions: tuple[str, ...] = ()  # other prefixes of `ss_base_model_version`, in lower case
+    # (regular expression for metadata of a LoRA that cannot be used, reason): see networks/loading.py
     refused: tuple[tuple[str, str], ...] = ()
-    # releases whose LoRAs have the same names: a regular expression that finds one in such metadata, and the
-    # newest with a parameter that only it has
+    # for releases whose LoRAs have the same names: a regular expression that finds the release in these
+    # metadata, and (newest release, parameter that only this release has)
     release_pattern: str = ""
     newest: tuple[str, str] = ("", "")
-    # text encoders that LoRAs change: (start of their modules' names in LoRA files, how their layers' names
-    # begin); of several with the same layers the first one counts as the first
+    # text encoders that LoRAs change: (prefix in LoRA files, prefix of their layers' names). Encoders with
+    # equal layers are listed in the order of their numbers
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
-    # by which families with equal names are told apart: (end of "." and our path, rows and columns of the
-    # weight in widths of a block; 0: not told), and the published models. Of U-Nets it is the texts' width.
+    # sizes that distinguish families with equal names: (ending of "." + our path, rows and columns of the
+    # weight in widths of a block; 0: any), and the published models. For U-Nets, the width is that of texts
     sides: Sides = ()
     released: Released = ()
-    # (what a pipeline of diffusers calls an expert's network, the expert), if there are several
+    # (name of an expert's network in diffusers' pipelines, the expert), if there are several experts
     experts: tuple[tuple[str, str], ...] = ()
-    more_experts: tuple[tuple[str, str], ...] = ()  # how else files that hold several call them
-    further: tuple[str, ...] = ()  # our paths that no other layout has
+    more_experts: tuple[tuple[str, str], ...] = ()  # the same with other names in files with several experts
+    further: tuple[str, ...] = ()  # our paths that have no counterpart in another layout
     numbered: Numbering = ()
-    # beginnings of our paths that belong to the text encoder's side of the model here, and what they are
+    # prefixes of our paths of modules that are loaded with the text encoder, and their description
     text_side: tuple[str, ...] = ()
     text_side_words: str = ""
-    # beginnings of names in diffusers' dialect besides "transformer.", of networks with the same modules
+    # other prefixes than "transformer." in diffusers' dialect, for networks with the same modules
     more_starts: tuple[str, ...] = ()
     rows_by_head: RowsByHead | None = None
-    # whether a file with an underscored name of no module is refused, rather than used in part
+    # whether a file is rejected if an underscored name belongs to no module; otherwise it is used in part
     rejects_strangers: bool = False
-    # beginnings of paths, of any layout, that files write without the prefix of the transformer
+    # prefixes of paths, in any layout, that files write without the prefix of the transformer
     unprefixed: tuple[str, ...] = ()
-    grown: GrownBlocks | None = None  # whose LoRAs fit deeper variants too (`networks.depths`)
+    grown: GrownBlocks | None = None  # deeper variants for the same LoRAs: `networks.depth_variants`
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -230,7 +232,7 @@ class FamilyNames:
 
 
 def with_endings(start: str, endings: str) -> tuple[str, ...]:
-    """Return the paths that begin with `start` and end with one of the words of `endings`."""
+    """Return `start` + ending for each word of `endings`."""
     return tuple(start + ending for ending in endings.split())
 
 
@@ -261,7 +263,7 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return pattern and our names, in the order of the rows, of each weight that a checkpoint stacks."""
+    """Return (pattern, our names in the order of the rows) for each weight that a checkpoint fuses."""
     replacements: dict[str, list[str]] = {}
     for part in names.joined:
         pattern = _pattern(part.ours) + r"\.weight"
@@ -282,7 +284,7 @@ def _replacement(path: str) -> str:
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
     """Return (pattern, replacement) for the tensors of a checkpoint in the family's other layout.
 
-    A replacement that ends in #n is the nth of the parts that are stacked by rows in our tensor.
+    A replacement with the suffix #n is the nth of the parts that form the rows of our tensor.
     """
     parts = names.parts or tuple(WeightPart(theirs, ours) for theirs, ours in names.aliases)
     counts: dict[str, int] = {}
