@@ -1,7 +1,7 @@
-"""Read files of named tensors: safetensors, and torch's zip or pickle files without running code.
+"""Read files of named tensors: safetensors, and zip or pickle files of torch without running code.
 
-Each reader lists its tensors without reading them and lends one at a time, to be copied, so that no file
-stays mapped and a file on a slow or vanishing volume gives an error instead of a crash.
+Each reader lists its tensors without reading them. `borrow` then returns one at a time, to be copied, so that
+a file on an unreliable volume causes an error instead of the crash of a memory-mapped file.
 """
 
 import itertools
@@ -34,14 +34,14 @@ from modules.limits import (
 from modules.text_files import read_tensor_header, require_regular_file
 from protocols.loading import TensorInfo
 
-# the first bytes of what `torch.save` writes, now and in its older format
+# first bytes of files of `torch.save`, in its current and its older format
 ZIP, PICKLE = b"PK\x03\x04", b"\x80"
-# marks of quantized layers: ComfyUI's, also in the metadata, and bitsandbytes'
+# marks of quantized layers: ComfyUI's suffix and metadata key, and part of bitsandbytes' names
 MARK, HEADER, BNB_STATE = ".comfy_quant", "_quantization_metadata", ".quant_state.bitsandbytes__"
 
 # keys under which trainers store the tensors
 WRAPPERS = (
-    # averages first: they are what is published
+    # averaged weights first, because these are published
     "params_ema", "params-ema", "params", "module", "model_state_dict", "ema", "model", "state_dict",
 )  # fmt: skip
 
@@ -63,12 +63,12 @@ SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "F32": torch.float32,
     "F64": torch.float64,
 }
-# of the format, but of no model that can be used here: 4 and 6 bits, complex numbers
+# further dtypes of safetensors, which are not supported: 4 and 6 bits, complex numbers
 OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 def check_count(path: Path, tensors: int) -> None:
-    """Raise CheckpointError if a file has more tensors than any model: each is looked at many times."""
+    """Raise CheckpointError if a file has more tensors than any model, because loops over them take time."""
     if tensors > MAX_TENSORS:
         raise CheckpointError(
             f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
@@ -82,13 +82,13 @@ class HeaderFile:
 
     left_out: Sequence[str] = ()
     header = "header"  # for messages
-    faults: tuple[type[Exception], ...] = (ValueError,)  # that reading a damaged header raises
+    faults: tuple[type[Exception], ...] = (ValueError,)  # errors raised by reading a damaged header
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
-        self._places: dict[str, int] = {}  # name -> the byte at which a tensor begins
+        self._places: dict[str, int] = {}  # name -> offset of the tensor in the file
         self._file = path.open("rb")
         self.close = self._file.close
         try:
@@ -108,7 +108,7 @@ class HeaderFile:
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor to be copied from at once; its bytes may be in `scratch` (uint8)."""
+        """Return a tensor that must be copied at once; it may be a view of `scratch` (uint8)."""
         info, place = self.tensors[name], self._places[name]
         return info.read(self._file, place, scratch=scratch, path=self.path, name=name)
 
@@ -122,7 +122,7 @@ class SafetensorsFile(HeaderFile):
     faults = (ValueError, TypeError, KeyError, AttributeError)
 
     def _read_header(self, size: int) -> None:
-        """Read the header of a safetensors file; raise ValueError if its numbers contradict each other."""
+        """Read the header of a safetensors file; raise ValueError if its numbers are inconsistent."""
         self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
         check_count(self.path, len(header))
         # raises UnicodeEncodeError for lone surrogates, which an escape in JSON may give
@@ -138,10 +138,10 @@ class SafetensorsFile(HeaderFile):
             raise ValueError(f"the file has {size} bytes, it describes {described}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
-        """Return the dtype, shape and position of a tensor. `entry` is the tensor's object in the header.
+        """Return the dtype and shape of a tensor from its JSON object in the header.
 
         Raises:
-            ValueError: If they do not agree.
+            ValueError: If dtype, shape and offsets are inconsistent.
         """
         if len(name) > MAX_TENSOR_NAME:
             raise ValueError(f"a tensor has a name of {len(name)} characters, {shorten(name, 60)}")
@@ -160,7 +160,7 @@ class SafetensorsFile(HeaderFile):
         return info
 
     def _make_dtype_error(self, name: str, kind: str) -> Exception:
-        """Return the error for a tensor of a type that is not read."""
+        """Return the error for a tensor with an unsupported dtype."""
         if kind in OTHER_DTYPES:
             return CheckpointError(
                 f"{self.path} is quantized: {name} is of type {kind}, which is not supported. "
@@ -210,7 +210,7 @@ class TorchFile:
         size = path.stat().st_size
         try:
             "".join(self.tensors).encode("utf-8")
-        except UnicodeEncodeError as error:  # it could not be shown, nor written again
+        except UnicodeEncodeError as error:  # such a name can be neither displayed nor written
             raise _make_damage_error(path, f"a tensor's name is no text ({error})") from error
         for name, info in self.tensors.items():
             if len(name) > MAX_TENSOR_NAME:
@@ -218,7 +218,7 @@ class TorchFile:
                 raise _make_damage_error(path, what)
             if info.dtype not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
-            # a few bytes repeated over a shape that no memory holds, or a tensor without data
+            # strides of 0 can give a few bytes a huge shape; or the tensor has no data
             if info.size_bytes > size:
                 raise CheckpointError(
                     f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path
@@ -226,7 +226,7 @@ class TorchFile:
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor of the mapped file; `scratch` is not used."""
-        # mapped: its pages belong to the file; bytes that are floats of 8 bits are taken as these
+        # `tensors` may have replaced uint8 by an fp8 dtype
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 
     def close(self) -> None:
@@ -241,7 +241,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
     """Load a file of `torch.save` with tensors in plain containers; memory-mapped if the format allows.
 
     Code in the file is rejected, never run. `times` multiplies the allowed length of the pickle program,
-    which is set for files of weights.
+    whose default is for files of weights.
 
     Raises:
         CheckpointError: If the file contains code or unusual tensors (such as sparse ones), or is damaged.
@@ -257,7 +257,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
         if start and not is_zip and start[:1] != PICKLE:
             raise CheckpointError(f"{path} {describe_kind(start)}", path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # notes on the pickle protocol, of no use to a user
+            warnings.simplefilter("ignore")  # about the pickle protocol
             if is_zip:
                 _check_program(path, times)
                 content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -285,7 +285,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
 
 
 class _Counted:
-    """A file that allows a limited number of reads, as torch reads a pickle one instruction at a time."""
+    """A file with a limited number of reads: torch reads a pickle one instruction at a time."""
 
     def __init__(self, file: BinaryIO, times: int) -> None:
         self._file = file
@@ -306,7 +306,7 @@ _TOO_LONG = "its list of tensors and values is longer than that of any model"
 
 
 def _check_program(path: Path, times: int) -> None:
-    """Raise ValueError if the list of tensors in a zip file takes too long to read, or too much memory."""
+    """Raise ValueError if the pickle program in a zip file takes too long to run or too much memory."""
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
             if info.filename.rpartition("/")[2] == "data.pkl" and info.file_size > SHORT_PICKLE_BYTES:
@@ -322,9 +322,9 @@ _PLAIN = "Only plain weights can be read: save them as dense tensors, best in a 
 
 
 def _check_plain(content: Any, path: Path) -> None:
-    """Raise CheckpointError if a tensor in these containers is sparse, nested, quantized or without data."""
+    """Raise CheckpointError if a tensor in a container is sparse, nested, quantized or without data."""
     waiting: list[tuple[str, Any]] = [("", content)]
-    visited: set[int] = set()  # a harmful file may put a container in itself
+    visited: set[int] = set()  # a malicious file may nest a container in itself
     while waiting:
         name, value = waiting.pop()
         if isinstance(value, (dict, list, tuple, set, frozenset)) and id(value) not in visited:

@@ -15,7 +15,7 @@ other_trainers: translate data files of other trainers in messages
 scripts: make the caching scripts of a family
 sources/: media and captions on disk
 subset_options: keys of subsets; options that stand for them
-subsets: the image guides' form of a dataset, as tables
+subsets: datasets in the layout of sd-scripts, as tables
 table: one table: a `[[datasets]]` entry or a subset
 timestep_keys: keys of a table's noise levels
 """

@@ -68,7 +68,7 @@ def find_sources(
         sources = limit_references(table, sources)
     _check_stems(table, sources, errors)
     if table.multiple_target:
-        from dataset.sources.layers import find_layer_errors  # few tables have any
+        from dataset.sources.layers import find_layer_errors  # few tables have layers
 
         errors += find_layer_errors(table, sources)
     if faults is not None:
@@ -85,16 +85,16 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
         return form_of(table).list_sources(table, faults)
     sources = list_table_folder(table, captions, faults)
     if table.worse_directory is not None:
-        from dataset.sources.pairs import add_rejected  # few tables have any
+        from dataset.sources.pairs import add_rejected  # few tables have pairs
 
         sources = add_rejected(table, sources, faults)
     if table.has_guides:
-        from dataset.sources.guides import add_guides  # few tables have any
+        from dataset.sources.guides import add_guides  # few tables have guides
 
         sources = add_guides(table, sources, faults)
     if table.reference_directory is None and table.control_mask_directory is None:
         return sources
-    from dataset.sources.companions import add_companions  # few tables have any
+    from dataset.sources.companions import add_companions  # few tables have companions
 
     return add_companions(table, sources, faults)
 

@@ -44,7 +44,7 @@ def decode(
     source, latent = plan.source, recipe.latent
     rate: float | None = None
     if source.tensors is not None:
-        from dataset.caching.given import decode_moments  # few tables have any
+        from dataset.caching.given import decode_moments  # few tables have moments
 
         media = decode_moments(source, latent)
         if recipe.has_rates:

@@ -314,7 +314,7 @@ class Planning:
             return unknown if size is None else self.compare(size, [(0, self.source.num_images)])
         clip = self._read_recorded_clip() if self.existing else None
         if self.source.tensors is not None:
-            from dataset.sources.moments import full_span, measure_source  # few tables have any
+            from dataset.sources.moments import full_span, measure_source  # few tables have moments
 
             clip = clip or measure_source(self.source, latent)
             return self.compare(clip.size, [full_span(clip, latent.lengths)])

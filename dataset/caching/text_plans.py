@@ -1,6 +1,6 @@
-"""List the texts to encode, and plan their caches.
+"""List the texts to encode, and find out which encoders still have to run for each.
 
-The plan says which outputs of the encoders are valid, in finished and partial caches.
+Outputs may be valid in finished files and in unfinished ones (`.part`).
 """
 
 import logging
@@ -26,15 +26,15 @@ from protocols.family import Caches, TextEncoder, can_mark, fits_captions
 
 logger = logging.getLogger(__name__)
 
-# in the order of their passes, each with its identity
+# (encoder, its identity), in the order in which they run
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class Sight(NamedTuple):
-    """Parts of a caption's item that text encoders see, apart from reference images."""
+    """What text encoders see in addition to captions and reference images."""
 
-    clip: bool = False  # its frames
-    media: bool = False  # the references of its row
+    clip: bool = False  # the frames of the item
+    media: bool = False  # the reference media in its row (`ShownMedium`)
 
 
 BLIND = Sight()
@@ -45,28 +45,28 @@ class CaptionFile:
     """One text, the cache file of its embeddings, and the work left to do. There may be a million."""
 
     table: DatasetTable
-    file_name: str  # of the cache file
-    name: str  # for messages
+    file_name: str  # name of the cache file
+    name: str  # name of the source, for messages
     caption: str | None
-    caption_path: Path | None  # the text file it is from, there or not
+    caption_path: Path | None  # caption file, which need not exist
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
     pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
-    embeds: Path | None = None  # what text encoders gave for it, computed before
-    source: MediaSource | None = None  # whose reference images, or what `sight` says, an encoder sees with it
-    references: Sequence[tuple[Path, Origin | None]] = ()  # these files
+    embeds: Path | None = None  # file with precomputed outputs of text encoders
+    source: MediaSource | None = None  # set if an encoder sees media of the source with the caption
+    references: Sequence[tuple[Path, Origin | None]] = ()  # files of these media
     sight: "Sight" = BLIND
-    # what `plan_texts` finds: encoders that must encode it, in order
+    # the following are set by `plan_texts`: names of the encoders that must run, in order
     missing: tuple[str, ...] = ()
-    in_part: bool = False  # whether some of the others are valid in the unfinished file only
-    is_foreign: bool = False  # whether valid outputs have no record: another program made them
+    in_part: bool = False  # valid outputs of some other encoders are only in the unfinished file
+    is_foreign: bool = False  # valid outputs have no record, because another program made them
 
 
-FitText = Callable[[MediaSource, str], str]  # a caption -> as it is encoded, with the places in its bucket
-FITTED = "fitted"  # setting of captions that name places: their record has them as they were encoded
+FitText = Callable[[MediaSource, str], str]  # (source, caption) -> caption with positions in the bucket
+FITTED = "fitted"  # setting in records of captions whose positions were changed to those in the bucket
 
 
 def caption_fitter(family: Caches) -> FitText | None:
-    """Return the function that fits positions in captions to the image; None if captions name none."""
+    """Return the function that converts positions in captions to the bucket; None if it is not needed."""
     step = family.latent.pixel_step
     if not fits_captions(family):
         return None
@@ -90,8 +90,8 @@ def list_caption_files(
 ) -> list[CaptionFile]:
     """Return the texts of all sources, by table: first captions, additional ones, then the empty prompt.
 
-    First captions come first, so that their batches are the same as without additional texts. `sight`
-    describes the media that text encoders see. `fit` is the result of `caption_fitter`.
+    Batches of first captions are thereby the same as without other texts. `sight` says which media text
+    encoders see. `fit` is the result of `caption_fitter`.
     """
     by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
@@ -185,7 +185,7 @@ def _files_of_table(
 
 
 def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
-    """Return the files that an encoder sees: the clip, or the image with its control images."""
+    """Return the files that an encoder sees: clip or image, control images, reference media of the row."""
     files = source.parts[: 1 + len(source.control)] if sight.clip else ()
     if not sight.media:
         return files
@@ -194,30 +194,30 @@ def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Ori
 
 
 def _list_seen_settings(source: MediaSource) -> dict[str, Any]:
-    """Return the settings that decide how text encoders see a source's reference images, from its header.
+    """Return `DatasetTable.seen_settings` for a source, whose bucket is read from its header.
 
-    The size is unknown if the source has to be downloaded or cannot be read.
+    The bucket is () if the source has to be downloaded, and (0, 0) if it cannot be read.
     """
     table = source.table
     if source.origins or table.references is None or not table.references.as_encoded:
         return table.seen_settings(())
     try:
         bucket = fit_of(table, image_size(source.path), table.references.step, source.path).bucket
-    except (MediaError, OSError):  # encoding it says why
+    except (MediaError, OSError):  # encoding reports the reason
         bucket = (0, 0)
     return table.seen_settings(bucket)
 
 
 def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[CaptionFile]:
-    """Remove texts that share a file with a text of an earlier table.
+    """Return the texts without those that share a cache file with a text of an earlier table.
 
     Raises:
-        DatasetError: If the captions of two such texts differ.
+        DatasetError: If two texts with the same file have different captions.
     """
     by_entry: dict[tuple[Path | int, str], CaptionFile] = {}
     for file in files:
         store = stores.of_texts(file.table)
-        owner = store.folder if store.is_shared else file.table.index  # of the entry
+        owner = store.folder if store.is_shared else file.table.index
         first = by_entry.setdefault((owner, file.file_name), file)
         if first is not file and first.caption != file.caption:
             raise DatasetError(
@@ -232,7 +232,7 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
 def why_outdated(record: TextRecord, identity: Mapping[str, str], file: CaptionFile) -> str | None:
     """Return why a cached text has to be encoded again; None if it is up to date.
 
-    The encoder, the caption, the settings and the reference images are compared.
+    Compares encoder, caption, settings and reference images.
     """
     changed = (
         difference(record.encoder, identity)
@@ -265,15 +265,15 @@ def plan_texts(
 
 
 def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: bool) -> CaptionFile:
-    """Compare a text's cache, complete or not, with the required outputs, without changing anything.
+    """Return a text with the encoders that still have to run, from its finished and unfinished cache.
 
-    With `reads_values`, values are compared with their checksums too.
+    With `reads_values`, tensors are compared with their checksums, too.
     """
     store = stores.of_texts(file.table)
     if stores.trusts and store.is_shared and file.file_name in store:
         return file
     find = partial(find_outputs, file, encoders, stores)
-    # by encoder with valid outputs: whether these have a record, which caches of other programs lack
+    # names of encoders with valid outputs -> whether these have a record
     _, has_record = find(reads_values=reads_values)
     if len(has_record) == len(encoders):  # the unfinished file, if there is one, is not needed
         return file if all(has_record.values()) else replace(file, is_foreign=True)
@@ -290,8 +290,8 @@ def find_outputs(
 ) -> tuple[Entry | None, Mapping[str, bool]]:
     """Find the valid outputs in a text's cache.
 
-    With `in_part`, the unfinished file is searched. If anything in it was made with other encoders or another
-    caption, nothing is found, because joining it would corrupt valid outputs. Without `reads_values`, only
+    With `in_part`, the unfinished file is searched. If any output in it is outdated, no outputs are returned,
+    because merging the file would corrupt valid outputs. Without `reads_values`, only
     the header is read.
 
     Returns:

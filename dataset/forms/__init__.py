@@ -11,9 +11,9 @@ delimited_rows: read CSV and TSV row by row
 folder: images or clips in a folder
 jsonl: lists with a JSON object on each line
 jsonl_rows: read JSONL row by row, and list its sources
-metadata: a JSON file of image trainers with captions
+metadata: a JSON file of sd-scripts with captions
 metadata_listing: find the pictures of such a file
-npz: caches that image trainers share
+npz: caches shared with sd-scripts
 npz_files: read npz files without trust, write them completely
 npz_store: caches in npz files next to the pictures
 parquet: tables in Parquet, a file or a folder of parts

@@ -1,4 +1,4 @@
-"""Find the pictures that a metadata JSON of image trainers names."""
+"""Find the images that a metadata JSON of sd-scripts names."""
 
 import logging
 from pathlib import Path

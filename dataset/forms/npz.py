@@ -1,4 +1,4 @@
-"""Caches that image trainers share: npz files next to the images, with arrays of several resolutions."""
+"""Caches shared with sd-scripts: npz files next to the images, with arrays of several resolutions."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING

@@ -377,7 +377,7 @@ def _decode_image(
     placed = fit_to_bucket(image)
     frames = (add_alpha(placed) if has_alpha else placed)[None]
     if source.layers:
-        from dataset.sources.layers import read_layers  # few images have any
+        from dataset.sources.layers import read_layers  # few images have layers
 
         frames = np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
         mask = None if mask is None else np.repeat(mask, len(frames), axis=0)
@@ -435,7 +435,7 @@ def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Fra
 
     `size` is the original size of the chosen image.
     """
-    from dataset.sources.pairs import require_equal_size  # few images have any
+    from dataset.sources.pairs import require_equal_size  # few images have a rejected one
 
     assert source.rejected is not None
     rejected = read_image(source.rejected, has_alpha and not source.table.alpha_mask)

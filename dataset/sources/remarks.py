@@ -61,11 +61,11 @@ def find_media_warnings(
     if have_companions or any(source.table.directory is None for source in sources):
         remarks += find_reordered(sources)
     if any(source.references or source.control or source.layers for source in sources):
-        from dataset.sources.numbering import find_number_gaps  # few tables have any
+        from dataset.sources.numbering import find_number_gaps  # few tables have numbered files
 
         remarks += find_number_gaps(sources)
     if any(source.references or source.control for source in sources):
-        from dataset.sources.companions import find_moving_references  # few tables have any
+        from dataset.sources.companions import find_moving_references  # few tables have references
 
         remarks += find_moving_references(sources)
     return remarks + find_colors(sources, latent.keeps_alpha)
