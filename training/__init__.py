@@ -1,7 +1,7 @@
 """From options to saved files: training; read run.py first, then loop.py.
 
-adapted: warnings about --training_adapter
-bad_steps: the error for a step with a NaN or infinite loss
+adapted: warnings about runs with --training_adapter
+bad_steps: the error for a NaN or infinite loss
 caching_inside: caches made by the training command itself
 checks: check options and headers before gigabytes are loaded
 config_options: --config_file: options from a TOML file

@@ -7,19 +7,19 @@ composing: options of all features; active features join a run
 contract: what a feature is, and how to write one
 early_stopping: end when the validation loss no longer falls
 ema: keep an average of the trained weights
-ema_weights: compute this average
+ema_weights: compute this average of the weights
 embedding: train embedding vectors of a new word
 embedding_rows: these vectors and their parameter group
 encoded_captions: captions that are encoded before the network loads
 guided: target away from the prediction for the empty prompt
-hooks: what features add to a run, and what they can read of it
+hooks: what features add to and read of a run
 inpainting: train an inpainting model
 ip_noise: add noise to the input that is not predicted
 item_losses: record the loss of each image and clip
 item_losses_recording: write these losses without waiting for the device
 leco: learn from prompts alone
 leco_file: read a file of such prompts
-leco_options: options of LECO
+leco_options: options of LECO's scripts
 leco_passes: latents and passes of LECO
 mask_prior: keep the base model's prediction outside of masks
 on_end: start a command when the run is over
@@ -30,7 +30,7 @@ score_samples: score samples while the run trains
 score_samples_starting: the process that scores them
 show_timesteps: show the distribution of timesteps
 show_timesteps_drawing: count and draw timesteps
-skip: skip bad steps
+skip: skip steps with a bad loss
 slider: slide between the captions of a file
 slider_file: read a file of captions to slide between
 slider_passes: the passes of a slider
