@@ -1,9 +1,9 @@
-"""Show the progress of a run: boxes at its start and end, lines, and a growing preview of the video.
+"""Show the progress of a run: boxes at its start and end, log lines, and a growing preview of the video.
 
-The preview of a video in sections is `<stem>_progress.mp4`, updated after each. Each piece is decoded by
-itself. Frames that show the same moments as the piece before are cross-faded with it, as in the finished
-video. Frames that no later piece can change are encoded once and kept in memory as an .mp4, a few per cent of
-their size; only the other frames of the newest piece wait as pixels.
+The preview of a video in sections is `<stem>_progress.mp4`, updated after each section. Each piece is decoded
+on its own and cross-faded with the previous piece where they overlap, as in the finished video. Final frames
+are encoded once and kept in memory as an .mp4, a few percent of their size; only frames that the next piece
+may change are kept as pixels.
 """
 
 import logging
@@ -32,7 +32,7 @@ from protocols.steps import Piece
 logger = logging.getLogger(__name__)
 
 PROMPT_LENGTH = 100  # characters of a prompt in a line
-NAMING = ("model_type", "task", "sd_model_name")  # metadata of a model by which users know it
+NAMING = ("model_type", "task", "sd_model_name")  # keys of a family's metadata that name the model to users
 FLOAT_BYTES = 4  # latent files are float32
 
 
@@ -147,7 +147,7 @@ def turns_in_words(family: Family, prepared: Prepared) -> str:
 
 
 def show_end(paths: Sequence[Path], seconds: float, device: torch.device, failed: int = 0) -> None:
-    """Log the results with time and memory. If there are several, their paths were logged before."""
+    """Log the results with time and memory; the path only if there is a single result."""
     files = [file for path in paths for file in (path.iterdir() if path.is_dir() else [path])]
     size = as_size(sum(file.stat().st_size for file in files))
     rows: list[Row] = [
@@ -167,7 +167,7 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
         label: Label of the request.
         requests: Requests of the run.
         begun: Number of requests before this one.
-        seconds: Seconds that these took.
+        seconds: Seconds that those requests took.
     """
     done = sum(map(measure_work, requests[:begun]))
     to_do = sum(map(measure_work, requests[begun:]))
@@ -222,7 +222,7 @@ class GrowingVideo:
     session: Session
     path: Path
     fps: float
-    # bytes that decoding takes on the device, if known: where they are free the DiT stays there meanwhile
+    # device memory for decoding in bytes: if so much is free, the DiT stays on the device; None: unknown
     needed: int | None = None
     tags: Mapping[str, str] = field(default_factory=dict)  # stored in the preview
     join: Callable[..., None] = join_segments
@@ -266,7 +266,7 @@ class GrowingVideo:
             logger.info(
                 "Too little memory to decode next to the transformer: it leaves the device during decoding"
             )
-            self.needed = None  # from now on it leaves
+            self.needed = None  # from now on, the DiT leaves the device before decoding
             return None
 
     def _decode_without_dit(self, piece: Piece) -> Tensor | None:

@@ -1,7 +1,7 @@
-"""Show clips side by side, in rows and columns; comparison sheets of one prompt.
+"""Arrange clips in grids of rows and columns, and generate comparison sheets of one prompt.
 
-A sheet has all values of one or two options, as one labeled picture or video. Each cell equals the result
-of a single run with its values, to the bit, and is saved like it; the sheet is drawn from the saved files.
+A sheet shows all values of one or two options as one labeled image or video. Each cell is equal to the bit to
+the result of a single run with its values, and is saved like it; the sheet is drawn from the saved files.
 All cells of all sheets are one batch: texts and models are loaded once.
 """
 
@@ -33,13 +33,13 @@ from modules.pages.page import embed_clip, write_page
 logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).resolve().parent / "compare.html"
-CELL, NARROWEST_CELL, WIDEST = 256, 64, 3840  # pixels: a cell's longer side, and the whole grid
+CELL, NARROWEST_CELL, WIDEST = 256, 64, 3840  # pixels: longer side of a cell, its minimum; width of a grid
 BACKGROUND, EMPTY = "white", (225, 225, 225)
-HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: above columns, above rows, letters
-SQUARE, SQUARE_SHADES = 10, (187, 238)  # pixels, and grays: of the checkerboard below transparent images
-NARROWEST_COLUMN = 128  # pixels: for its label
-MAX_FRAMES = 2000  # of a clip that are shown
-MAX_PLAYING, TALLEST = 100, 4096  # files open at once and pixels, of the video
+HEAD, LINE, FONT_SIZE = 20, 24, 13  # pixels: height of column labels and of row labels, size of letters
+SQUARE, SQUARE_SHADES = 10, (187, 238)  # size in pixels and grays of the checkerboard behind transparency
+NARROWEST_COLUMN = 128  # pixels, so that the label is readable
+MAX_FRAMES = 2000  # maximum number of frames shown of a clip
+MAX_PLAYING, TALLEST = 100, 4096  # limits of a video: files open at once, height in pixels
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Row:
     paths: tuple[Path | None, ...]
     facts: str = ""
     strength: str = ""
-    commands: tuple[str, ...] = ()  # by column: the options that make the clip with the generation script
+    commands: tuple[str, ...] = ()  # for each column, the options of the generation script for its clip
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class ClipGrid:
     columns: tuple[str, ...]  # their headings
     rows: tuple[Row, ...]
     title: str = ""  # a line above the columns
-    cell: int = CELL  # pixels: the longer side of a clip that is not smaller
+    cell: int = CELL  # maximum length of a cell's longer side in pixels; smaller clips are not enlarged
 
     @property
     def clips(self) -> list[Path]:

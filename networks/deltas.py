@@ -1,7 +1,7 @@
-"""The factors of a network's modules: how they are grouped, their ranks and strengths.
+"""Group the factors of a network by module; find their ranks, alphas and biases.
 
-What they add to weights is in `networks.delta`. The factors of a module are named by the ends of their tensor
-names in files.
+`networks.delta` computes the change of the weight. The factors of a module are named by the ends of their
+tensor names in files.
 """
 
 import math
@@ -18,14 +18,14 @@ from protocols.loading import TensorInfo
 CPU, META = torch.device("cpu"), torch.device("meta")
 
 LORA = (DOWN, UP)
-SET = "set_weight"  # ComfyUI's: takes the place of the model's weight at any strength but 0
-# rows (first, last + 1) of the factors' change that are the module's: it is a part of a layer that other
-# programs join, and a LoKr has no factor with these rows. No file holds it.
+SET = "set_weight"  # ComfyUI's: replaces the model's weight at any strength except 0
+# rows (first, last + 1) of the factors' change that belong to the module, if it is a part of a layer that
+# other programs fuse and its kind (LoKr) cannot be cut by rows. Only used in memory.
 ROWS = "reelsmith_rows"
 PARTS = (*composing.PARTS, "alpha", "diff", "diff_b", SET, ROWS)
 OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
-OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # of plain LoRAs: two matrices change the weight
-# of networks that are products of factors: what is added but not trained: cores, magnitudes and whole changes
+OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # parts of plain LoRAs
+# parts of files that our networks of other kinds do not train: Tucker cores, magnitudes, full differences
 UNTRAINED = {*composing.CORES, MAGNITUDES, "diff", "diff_b"}
 
 
@@ -54,7 +54,7 @@ def hollow(like: Tensor | TensorInfo) -> Tensor:
 
 
 def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors in our order; factors with a rank and without alpha get alpha = rank, an integer."""
+    """Return the tensors by module; factors with a rank but no alpha get alpha = rank, as an integer."""
     modules = group_by_module(tensors)
     for module, factors in modules.items():
         rank = None if "alpha" in factors else rank_of(factors)
@@ -64,7 +64,7 @@ def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors without non-finite alphas of modules without a rank, where alpha scales nothing."""
+    """Drop NaN or infinite alphas of modules without a rank, in which alpha has no effect."""
     usable = dict(tensors)
     for module, factors in group_by_module(tensors).items():
         if len(factors) > 1 and rank_of(factors) is None and not is_number(factors.get("alpha")):
@@ -118,7 +118,7 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
 
 
 def rows_in(factors: Factors) -> tuple[int, int]:
-    """Return the first and the last row, as stored, to which the factors of a part belong."""
+    """Return `ROWS` of a part: its first row in the joined layer, and the row after its last one."""
     first, last = factors[ROWS].tolist()
     return int(first), int(last)
 
@@ -132,10 +132,10 @@ def strength(factors: Factors) -> float:
 
 
 def split_strength(strength: float) -> tuple[float, float]:
-    """Return factors for the down and the up matrix whose product is `strength`, of similar size.
+    """Split alpha / rank into a scale of the down and one of the up matrix, of similar size.
 
-    The factor of the up matrix is a power of two, and so is the other one if `strength` is: then folding it
-    into the matrices is exact.
+    The scale of the up matrix is a power of two. If `strength` is a power of two, both scales are, and
+    multiplying the matrices by them is exact.
     """
     down = strength
     up = 1.0

@@ -1,4 +1,4 @@
-"""The names of tensors in LoRA files: what programs write before and behind a module's path.
+"""The names of tensors in LoRA files: the prefixes and endings that programs add to a module's path.
 
 ours        lora_unet_blocks_0_self_attn_q.lora_down.weight   .lora_up.weight   .alpha
 other       diffusion_model.blocks.0.self_attn.q.lora_A.weight   .lora_B.weight   (ComfyUI; alpha is optional)
@@ -8,13 +8,13 @@ LTX-2       lora_unet_model_transformer_blocks_0_attn1_to_q.lora_down.weight (mu
 VideoX-Fun  lora_unet__blocks_0_self_attn_q.lora_down.weight
 DiffSynth   pipe.dit.blocks.0.self_attn.q.lora_A.default.weight
             blocks.0.attn.qkv_proj.lora_B.default.weight (MiniMax-H3, with the rows by head)
-ComfyUI     also diffusion_model.blocks.0.norm3.set_weight, which takes the place of the model's weight
+ComfyUI     also diffusion_model.blocks.0.norm3.set_weight, which replaces the model's weight
 LightX2V    as other, with diffusion_model.blocks.0.norm3.diff   .diff_b   diffusion_model.blocks.0.diff_m
 U-Nets      unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight, also with
             attn1.processor.to_q_lora.down.weight (diffusers before PEFT); input_blocks_1_1_... in place of
             down_blocks_0_attentions_0_... (LDM, sd-scripts for SDXL)
 
-`split_key` and `split_text` take such names apart; `writing.py` makes them with the same starts and ends.
+`split_key` and `split_text` parse such names; `writing.py` writes them with the same prefixes and endings.
 """
 
 import os
@@ -40,8 +40,8 @@ from networks.names.layouts import (
 )
 from networks.names.texts import TEXT_PROJECTION
 
-IN_OUR_NAMES = "ours"  # dialect of the names that the known tuners write
-# names that begin so are named after whose these are, although the rest is taken off singly
+IN_OUR_NAMES = "ours"  # dialect of the names that established trainers write
+# long prefix -> dialect to report, although its parts are removed one by one like other prefixes
 _SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
 # parts of a path added by wrappers of modules: torch.compile, checkpointing, FSDP
 _WRAPPERS = re.compile(
@@ -53,24 +53,25 @@ _IN_WORDS = {
     "other": "ComfyUI",
     "without prefix": "files without a prefix",
 }
-# starts of names of text encoders, with a number or name of the encoder
+# prefixes of text encoders' names, with the number or name of the encoder
 _TEXT = re.compile(
     r"(?:lora_|lycoris_)te(?P<ours>[1-4]?)[_.]|lora_(?:clip|t5)[_-]|te(?P<short>[1-4])[_.]|text_encoder(?:_(?P<pipeline>[2-4]))?[_.]"
     r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
 _TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.", "qwen3.")
-# encoders whose files have no prefix at all
+# beginnings of names in files of single encoders, which have no prefix
 _OF_CLIP_ALONE = ("encoder_layers_", "embeddings_", "final_layer_norm")
 _BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
-_OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))  # of no known family
-# what programs call the factors of a LoRA -> ours
+# encoders to assume if the family is unknown
+_OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))
+# names of the LoRA factors in other programs -> ours
 FACTORS = {"A": "lora_down", "B": "lora_up", "a": "lora_down", "b": "lora_up"}
 FACTORS |= {"down": "lora_down", "up": "lora_up"}
-# our parts -> the ends that PEFT, diffusers and ComfyUI have for them
+# our parts -> their endings in PEFT, diffusers and ComfyUI
 PEFT_ENDS = {f"{FACTORS[x]}.{leaf}": f"lora_{x}.{leaf}" for x in "AB" for leaf in ("weight", "bias")}
-# diffusers' alone
+# ending of DoRA magnitudes, only in diffusers
 MAGNITUDES_END = next((end.removeprefix(".") for end, part in ENDS.items() if part == MAGNITUDES), "")
-# ends -> our parts
+# ending in any program -> our part
 _ENDINGS = {
     **ENDS,
     ".w_norm": "diff",  # LyCORIS, of norms
@@ -79,29 +80,29 @@ _ENDINGS = {
     **{f".{part}": part for part in PARTS},
 }
 _BY_LENGTH = sorted(_ENDINGS, key=len, reverse=True)
-# `.lora_A.weight`, `.lora.down.weight`, `.lora_linear_layer.up.weight`; `.lora_A`, which is a parameter;
-# PEFT's `.lora_A.default.weight`, with any name in place of `default`, which a saved adapter has lost
+# `.lora_A.weight`, `.lora.down.weight`, `.lora_linear_layer.up.weight`; `.lora_A`, a bare parameter; PEFT's
+# `.lora_A.default.weight`, with any adapter name instead of `default` (files saved by PEFT itself lack it)
 _FACTOR = re.compile(
     r"\.lora(?:_linear_layer)?[._]?(?:lora_)?(?P<factor>[ABab]|down|up)(?:(?:\.[^.]+)*?(?P<leaf>\.weight|\.bias))?$"
 )
-# diffusers before PEFT: factors of the attention, not of its layers
+# diffusers before PEFT: factors belong to the attention module, not to its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _OF_PROCESSOR = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-_MODULATION = ".diff_m"  # LightX2V: of `modulation` in a block or in the head, whose path stands before
+_MODULATION = ".diff_m"  # LightX2V: `modulation` of the block (or head) whose path precedes it
 
 
 class _Starts(NamedTuple):
-    """Prefixes of names -> their dialect if they show it; they are removed, in any order, until none fits."""
+    """Known prefixes of names, with the dialect that each shows ("": none); several may be combined."""
 
-    everywhere: Mapping[str, str]
-    dotted: Mapping[str, str]  # of names with dots alone
-    of_tools: tuple[str, ...]  # what follows has "_" for "."
-    further: Mapping[str, str]  # of further networks of a pipeline -> the expert
+    everywhere: Mapping[str, str]  # prefixes of all names
+    dotted: Mapping[str, str]  # prefixes of names with dots
+    of_tools: tuple[str, ...]  # prefixes that are followed by an underscored name
+    further: Mapping[str, str]  # prefix of a pipeline's second network -> its expert
 
 
 @cache
 def find_networks() -> Mapping[str, str]:
-    """Return the experts' networks in pipelines of diffusers, which are also prefixes of tensor names.
+    """Return prefix of tensor names -> expert, for the networks in diffusers' pipelines.
 
     This reads the names of all families, as `find_expert_starts` does.
     """
@@ -117,7 +118,7 @@ def find_expert_starts() -> Mapping[str, str]:
 
 @cache
 def _find_starts() -> _Starts:
-    """Return the first parts of names in LoRA files, with the program or the expert that each stands for."""
+    """Return the known prefixes of names in LoRA files."""
     expert_starts = find_expert_starts()
     # of networks in pipelines of diffusers with the same modules
     more_starts = tuple(start for family in FAMILIES for start in family.more_starts)
@@ -153,8 +154,8 @@ def _find_starts() -> _Starts:
 class Place(NamedTuple):
     """The parts of the name of a tensor of a LoRA for a DiT."""
 
-    path: str  # of the module as the file writes it, without prefixes: `blocks.0.attn1.to_q`
-    full_path: str  # the same with its prefixes
+    path: str  # path of the module in the file, without prefixes: `blocks.0.attn1.to_q`
+    full_path: str  # path of the module in the file, with prefixes
     part: str  # our name of the part: `lora_down.weight`
     dialect: str
 
@@ -163,19 +164,19 @@ class TextPlace(NamedTuple):
     """The parts of the name of a tensor of a text encoder's LoRA."""
 
     start: str  # prefix that shows the encoder
-    number: int  # of the encoder, from 1
-    path: str  # what follows
+    number: int  # number of the encoder, from 1
+    path: str  # rest of the name
 
 
 class Bare(NamedTuple):
-    """A path without some of its prefixes, and the dialect that they show."""
+    """A path after removal of some prefixes, and the dialect that these show."""
 
     path: str
     dialect: str
 
 
 def split_key(key: str) -> Place | None:
-    """Split a key into its parts; None if it is no tensor of a LoRA. Not for names of text encoders."""
+    """Split a key for a transformer into its parts; None if it does not belong to a LoRA."""
     key = _PROCESSOR.sub(lambda match: f".{_OF_PROCESSOR[match['layer']]}.lora_{match['factor']}.weight", key)
     if key.endswith(_MODULATION):
         key = f"{key.removesuffix(_MODULATION)}.modulation.diff"
@@ -284,7 +285,7 @@ def name_text(place: TextPlace, family: FamilyNames | None) -> str | None:
 def _text_layer(path: str) -> tuple[str, str]:
     """Return the kind of encoder ("" if unknown) and the underscored name of the layer.
 
-    Prefixes are removed one by one until the layer is known; if it never is, none are.
+    Prefixes are removed one by one until the layer is known. An unknown layer keeps all prefixes.
     """
     unknown = ""
     while True:
@@ -317,7 +318,7 @@ def _text_prefix(place: TextPlace, kind: str, family: FamilyNames | None) -> str
     if prefixes:
         return prefixes[min(place.number, len(prefixes)) - 1]
     if kind and label in dict(encoders):
-        return None  # another encoder than that of this name
+        return None  # the family has another kind of encoder under this prefix
     return label
 
 

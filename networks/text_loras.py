@@ -1,4 +1,4 @@
-"""Add LoRAs of text encoders to loaded encoders, and to single files that also hold a U-Net."""
+"""Merge LoRAs into loaded text encoders, and into full checkpoints of U-Net and text encoders."""
 
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -29,7 +29,7 @@ logger = getLogger(__name__)
 def uses_for(
     uses: Iterable[LoraUse], prefix: str = "", prefixes: Collection[str] | None = None
 ) -> list[LoraUse]:
-    """Return the parts of LoRAs for one network, under transformer names; skip LoRAs without such parts.
+    """Return the LoRAs for one network, with names as for a transformer; skip LoRAs without changes of it.
 
     Args:
         uses: LoRA files with their strengths.
@@ -65,7 +65,7 @@ def uses_for(
 
 
 class TextLoras:
-    """Add LoRAs to text encoders after loading, once each, and to modules that are loaded with them."""
+    """Merge LoRAs into text encoders, and into layers loaded with them, once after each encoder is loaded."""
 
     def __init__(self, uses: Sequence[LoraUse], rounding: str = NEAREST) -> None:
         """Prepare to add LoRAs to text encoders.
@@ -77,7 +77,7 @@ class TextLoras:
         self._rounding = LoraRounding(rounding)
         self._uses = [use for use in uses if use.lora.text_tensors]
         self._on_side = on_side(uses, True)
-        self._prefixes: set[str] = set()  # of the encoders that the model is known to have
+        self._prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
         self._done: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     @property
@@ -86,7 +86,7 @@ class TextLoras:
         return not self._uses and not self._on_side
 
     def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
-        """Warn of parts for text encoders that the model does not have, or that cannot take them."""
+        """Warn of changes for text encoders that the model lacks or that do not support LoRAs."""
         prefixes = {encoder.lora_prefix for encoder in encoders if can_learn(encoder)}
         self._prefixes |= prefixes
         for use in self._uses:
@@ -107,7 +107,7 @@ class TextLoras:
             )
 
     def add_to(self, encoder: TextEncoder) -> None:
-        """Add the encoder's LoRAs to its weights, unless that was done before or there are none.
+        """Merge the encoder's LoRAs into its weights, unless that was done before or there are none.
 
         Raises:
             CheckpointError: If a LoRA does not fit, or if the encoder is in 8 bits.
@@ -120,7 +120,7 @@ class TextLoras:
             self._add(self._on_side, encoder.text_side, encoder.name)
 
     def _add(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
-        """Add the LoRAs to a network once. Raises CheckpointError if weights in 8 bits would change."""
+        """Merge the LoRAs into a network once. Raises CheckpointError if weights in 8 bits would change."""
         if not uses or network in self._done:
             return
         patch = LoraPatch(uses, rounding=self._rounding)
@@ -163,11 +163,11 @@ _HF_START = "text_model."
 
 @dataclass(frozen=True)
 class TensorPiece:
-    """A tensor of a network, or a third of one in which the file stacks three."""
+    """A tensor in a checkpoint, or one third of a tensor that fuses q, k and v."""
 
     network: str  # "" for the U-Net, else the prefix of the text encoder in LoRA files
-    name: str  # as in LoRA files, with "."; the U-Net's as in the file
-    third: int | None = None  # of the rows; None: all
+    name: str  # dotted name as in LoRA files; for the U-Net, the name in the checkpoint
+    third: int | None = None  # which third of the rows, 0 to 2; None: all rows
     is_transposed: bool = False
 
     def of(self, tensor: Tensor) -> Tensor:
@@ -229,7 +229,7 @@ class FullPatch:
             self._patches[prefix] = LoraPatch(text_uses, model=model, rounding=rounding)
 
     def touches(self, name: str) -> bool:
-        """Whether any file changes the tensor of this name."""
+        """Return whether any file changes the tensor of this name."""
         return any(patch.touches(piece.name) for piece, patch in self._of(name))
 
     def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
@@ -239,7 +239,7 @@ class FullPatch:
         return tensor
 
     def check(self) -> None:
-        """Report changes that found no weight, for each network of the checkpoint."""
+        """Call `LoraPatch.check` for each network of the checkpoint."""
         for patch in self._patches.values():
             patch.check()
 
@@ -248,7 +248,7 @@ class FullPatch:
 
 
 def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str]) -> list[LoraUse]:
-    """Return LoRAs with the names of a model's text encoders; warn of parts for other encoders.
+    """Rename LoRAs to the prefixes of a model's text encoders; warn of changes for other encoders.
 
     Args:
         uses: LoRA files with their strengths.
@@ -256,7 +256,7 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
         prefixes: Prefixes of the model's text encoders in LoRA files.
 
     Raises:
-        CheckpointError: If a LoRA has no part for these encoders.
+        CheckpointError: If a LoRA changes only other text encoders.
     """
     fitting: list[LoraUse] = []
     for use in uses:
