@@ -94,6 +94,7 @@ class ShardedBlocks:
             runner = functools.partial(_keep_no_copies, runner)
             # sum the gradients: the loss is already divided by the micro-batches of all processes
             for block in blocks:
+                block.register_forward_pre_hook(_fill_gradients, with_kwargs=True)
                 block.set_gradient_divide_factor(1.0)  # type: ignore[operator]
                 block.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
         is_cpu = self._mesh.device_type == "cpu"
@@ -140,6 +141,36 @@ class _Root(nn.Module):
 def _gather_alone(block: nn.Module, _: object) -> None:
     """Gather a block just before it runs, and not earlier, while the previous block is still gathered."""
     block.unshard(async_op=True)  # type: ignore[operator]
+
+
+class _FillGradients(torch.autograd.Function):
+    """Pass an input of a block through; in the backward pass, give its unused weights gradients of 0.
+
+    A clip without audio uses no weights of audio. FSDP2 exchanges only gradients that exist, so processes
+    whose clips differ in this would exchange tensors of different sizes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, block: nn.Module) -> Tensor:
+        ctx.block = block
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        for parameter in ctx.block.parameters():
+            if parameter.requires_grad and parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        return gradients[0], None
+
+
+def _fill_gradients(
+    block: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Lead the first input with gradients through `_FillGradients`. FSDP2's own hook has gathered the block."""
+    for index, value in enumerate(args):
+        if isinstance(value, Tensor) and value.requires_grad:
+            return (*args[:index], _FillGradients.apply(value, block), *args[index + 1 :]), named
+    return None
 
 
 def _run_inside(root: nn.Module, forward: Callable[..., Any], *args: Any, **named: Any) -> Any:
