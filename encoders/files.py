@@ -289,6 +289,11 @@ class OneTransformer:
         return MediaEncoders(self.files.load_vae(device))
 
     @property
+    def has_dit_files(self) -> bool:
+        """Whether options name the transformer."""
+        return self.files.dit is not None
+
+    @property
     def dit_files(self) -> tuple[Path, ...]:
         """The checkpoint of the transformer, whose header has been checked."""
         self.files.dit_header()

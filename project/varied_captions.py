@@ -46,8 +46,8 @@ STYLES = (
 
 def make_captions(count: int = COUNT, seed: int = 0) -> list[str]:
     """Return distinct captions, the same ones for the same seed."""
-    numbers = random.Random(seed)
-    cycles = [_cycle(words, numbers) for words in (SUBJECTS, PLACES, LIGHTS, STYLES)]
+    rng = random.Random(seed)
+    cycles = [_cycle(words, rng) for words in (SUBJECTS, PLACES, LIGHTS, STYLES)]
     captions: dict[str, None] = {}
     while len(captions) < count:
         subject, place, light, style = (next(cycle) for cycle in cycles)
@@ -55,7 +55,7 @@ def make_captions(count: int = COUNT, seed: int = 0) -> list[str]:
     return list(captions)
 
 
-def _cycle(words: Sequence[str], numbers: random.Random) -> Iterator[str]:
+def _cycle(words: Sequence[str], rng: random.Random) -> Iterator[str]:
     """Yield words without end: all of them in a random order, then all in another one."""
     while True:
-        yield from numbers.sample(words, len(words))
+        yield from rng.sample(words, len(words))

@@ -702,6 +702,10 @@ class Predicts(Passes, Protocol):
         """The networks that divide the noise levels, lowest first; ONE_EXPERT for a single network."""
 
     @property
+    def has_dit_files(self) -> bool:
+        """Whether options name a transformer. `--check` works without one, where `dit_files` is an error."""
+
+    @property
     def dit_files(self) -> tuple[Path, ...]:
         """The checkpoint of each expert."""
 

@@ -393,6 +393,11 @@ class StableDiffusion(ModelOfImages):
         self.files.check()
 
     @property
+    def has_dit_files(self) -> bool:
+        """Return True: the checkpoint, which is required, contains the U-Net or names its folder."""
+        return True
+
+    @property
     def dit_files(self) -> tuple[Path, ...]:
         """File of the U-Net, which the checkpoint may contain."""
         return (self.files.unet_path,)

@@ -1,6 +1,5 @@
 """Preview a run without training: --debug_dataset, --check, --plan, and what features show."""
 
-import contextlib
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -145,10 +144,9 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     if options.samples.sample_prompts is not None or _encode_texts(plans):
         result.tables[0].faults += counters.find_unreachable(counters.unreachable)
     lines = describe_run(options, learner=learner, num_validation=result.num_held)
-    with contextlib.suppress(OptionError):  # a check needs no transformer, so a command may name none
-        few_steps = describe_few_steps(family, options)
-        if few_steps:
-            lines.append(few_steps)
+    few_steps = describe_few_steps(family, options) if family.has_dit_files else ""
+    if few_steps:
+        lines.append(few_steps)
     above = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
     above += _describe_each("Targets:", joined.describe_targets())
     result = replace(result, tail=(*result.tail, *above, *lines))

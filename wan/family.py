@@ -255,6 +255,11 @@ class Wan(OneTransformer):
     # the network
 
     @property
+    def has_dit_files(self) -> bool:
+        """Whether options name an expert."""
+        return self.files.dit is not None or self.files.dit_high_noise is not None
+
+    @property
     def dit_files(self) -> tuple[Path, ...]:
         """Transformer files in the order of the experts, checked against --task."""
         self.files.check_dits()

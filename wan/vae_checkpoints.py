@@ -177,7 +177,7 @@ def _read_layers(
 
 
 def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
-    """Raise CheckpointError if a VAE is of neither generation. `colours` are the first layer's inputs."""
+    """Raise CheckpointError if a VAE is of neither generation. The first layer has `colors` inputs."""
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")

@@ -192,6 +192,8 @@ class ToyFamily:
     def block_counts(self) -> tuple[int, ...]:
         return (2,)
 
+    has_dit_files = True
+
     @property
     def dit_files(self) -> tuple[Path, ...]:
         return ()

@@ -167,6 +167,8 @@ class ToyFamily:
     def block_counts(self) -> tuple[int, ...]:
         return ()
 
+    has_dit_files = True
+
     @property
     def dit_files(self) -> tuple[Path, ...]:
         return ()
