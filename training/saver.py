@@ -58,7 +58,7 @@ def make_saver(
     model: TrainedModel,
     publisher: Publisher | None,
     prompts: Sequence[str],
-    note_saved: Callable[[Sequence[Path], int], None],
+    log_saved: Callable[[Sequence[Path], int], None],
     note_removed: Callable[[], None],
 ) -> Saver | None:
     """Return the saver of the run and remove expired files; None in processes that do not save.
@@ -67,7 +67,7 @@ def make_saver(
         model: The loaded networks.
         publisher: Publishes what is saved.
         prompts: Prompts of the samples, for the publisher.
-        note_saved: Called with the files of each save, and the step.
+        log_saved: Called with the files of each save, and the step.
         note_removed: Called after older files were removed.
     """
     if not model.takes_part_in_saving:
@@ -91,7 +91,7 @@ def make_saver(
         """Have features act on the files of a save, then note them."""
         for act in plan.joined.on.save:
             act(paths)
-        note_saved(paths, progress.step)
+        log_saved(paths, progress.step)
 
     saver = Saver(
         plan.saving,
@@ -101,7 +101,7 @@ def make_saver(
         publisher=publisher,
         write_average=None if model.average is None else writer.write_average,
         is_main=is_main,
-        note_saved=note,
+        log_saved=note,
         note_removed=note_removed,
     )
     saver.remove_leftovers()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from training.features.step_targets import StepPasses, StepTarget
-from training.reports.shown_numbers import NumberChart, NumberTile
+from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:  # features are loaded one by one, and without torch
     import torch
@@ -346,14 +346,14 @@ class Tally:
 
     names: tuple[str, ...]
     # how the page shows them
-    charts: Sequence[NumberChart] = ()
-    tiles: Sequence[NumberTile] = ()
-    numbers: "Tensor | None" = None  # means over the last passes, one for each name
+    charts: Sequence[MetricChart] = ()
+    tiles: Sequence[MetricTile] = ()
+    metrics: "Tensor | None" = None  # means over the last passes, one for each name
 
     def take(self) -> "Tensor | None":
         """Return and clear the numbers of the micro-batch; None if its passes recorded none."""
-        taken = self.numbers
-        self.numbers = None
+        taken = self.metrics
+        self.metrics = None
         return taken
 
 

@@ -20,7 +20,7 @@ from modules.media.layers import COMPOSITE
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.pages.language import say
 from modules.pages.page import embed_clip, link, reduce_frame
-from training.reports.history import SampleRow, Story
+from training.reports.history import RunHistory, SampleRow
 
 SIDE = 256  # pixels of the longer side
 MAX_FRAMES = 96  # frames of a clip; longer clips keep every 2nd, 4th, ... frame, at the same speed
@@ -228,10 +228,10 @@ def select_few(num_columns: int, best: int | None, maximum: int = 4) -> set[int]
     return chosen
 
 
-def make_grid(story: Story, load: LoadClip, max_columns: int, max_prompts: int) -> dict[str, Any]:
+def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_prompts: int) -> dict[str, Any]:
     """Return the values of the grid of samples: steps as columns, prompts as rows."""
-    rows = [story.samples[key] for key in sorted(story.samples)]
-    best_step = None if story.lowest is None else story.lowest[0]
+    rows = [run_history.samples[key] for key in sorted(run_history.samples)]
+    best_step = None if run_history.lowest is None else run_history.lowest[0]
     columns = select_columns(rows, best_step, max_columns)
     best_column: SampleRow | None = None
     if best_step:
