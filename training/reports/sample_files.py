@@ -212,7 +212,7 @@ def select_columns(rows: Sequence[SampleRow], best_step: int | None, maximum: in
     return [rows[index] for index in sorted(chosen)]
 
 
-def select_few(num_columns: int, best: int | None, maximum: int = 4) -> set[int]:
+def select_first_shown(num_columns: int, best: int | None, maximum: int = 4) -> set[int]:
     """Return the columns that a row shows first: the first, the last, the best, and others between them.
 
     Args:
@@ -237,7 +237,7 @@ def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_pro
     if best_step:
         best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)
     best_index = None if best_column is None else columns.index(best_column)
-    few = select_few(len(columns), best_index)
+    few = select_first_shown(len(columns), best_index)
     titles = []
     for index, row in enumerate(columns):
         title = _format_column_title(row)

@@ -43,7 +43,7 @@ from training.reports.sample_files import (
     find_samples,
     read_reduced,
     select_columns,
-    select_few,
+    select_first_shown,
     write_sheet,
 )
 
@@ -383,7 +383,7 @@ def test_the_grid_keeps_the_first_the_last_and_the_best_column(count: int) -> No
 def test_a_row_shows_the_first_the_best_the_last_and_one_between(
     count: int, best: int | None, few: set[int]
 ) -> None:
-    assert select_few(count, best) == few
+    assert select_first_shown(count, best) == few
 
 
 def test_a_sheet_shows_all_prompts_of_a_step_and_sorts_behind_their_samples(
