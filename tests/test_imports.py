@@ -212,7 +212,7 @@ _LIGHT = {
         "names/layouts",
     ),
     "postprocessing": ("chain_options",),
-    "training/reports": ("shown_numbers",),
+    "training/reports": ("metric_charts",),
     "runtime/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
     "training/features": (
         "adapter",
