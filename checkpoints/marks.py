@@ -3,8 +3,9 @@
 The `TensorInfo` of a packed weight gets the shape of the unpacked weight, and a `Packing`. Sources:
 ComfyUI's `quant_ops.py`, comfy-kitchen's layouts, bitsandbytes' `QuantState`.
 
-For each layout there are two functions: `_set_...` checks the tensors of a layer and records how it is packed,
-and `_keep_...` later makes a `Stored` from them. A suffix is what follows the layer in a tensor's name.
+For each layout there are two functions: `_set_...` checks the tensors of a layer and records how it is
+packed, and `_keep_...` later makes a `Stored` from them. A suffix is what follows the layer in a tensor's
+name.
 """
 # Letters: N rows (output channels) of a weight, K columns (input channels)
 
