@@ -61,7 +61,10 @@ def read_orientation(frame: Any) -> Orientation:
     Any other angle is rounded to the nearest of the eight orientations, and scaling is ignored. Source:
     FFmpeg's libavutil/display.h.
     """
-    stored = frame.side_data.get(_DISPLAY_MATRIX)
+    # `frame.side_data` would form a reference cycle with the frame, so that hundreds of frames would stay in
+    # memory until the garbage collector runs
+    side_data: Any = av.sidedata.sidedata
+    stored = side_data.SideDataContainer(frame).get(_DISPLAY_MATRIX)
     if stored is None:
         return AS_STORED
     # a pixel at column x and row y is shown at column a * x + c * y, row b * x + d * y

@@ -286,6 +286,7 @@ def _is_video(path: Path) -> bool:
 # Import PyAV, which brings FFmpeg, at its first use: reading images or caches does not need it.
 if TYPE_CHECKING:
     import av as av
+    import av.sidedata.sidedata
 else:
 
     class _WhenUsed:
