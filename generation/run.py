@@ -518,7 +518,7 @@ def check_models(run: GenerationRun) -> None:
     run.family.check_given_files()
     counts = run.family.block_counts()
     if counts:
-        if run.options.speed.swap.number:
+        if run.options.speed.swap.blocks_to_swap:
             check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
         num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)

@@ -143,23 +143,19 @@ def _locate_script(words: list[str]) -> list[str]:
     """Return a command in which the path of the script is valid in the user's working folder."""
     if words[:1] not in (["python"], ["accelerate"]):
         return words
-    for index, word in enumerate(words[:MAX_BEFORE]):
-        script = find_script(word)
-        if script is not None:
-            return [*words[:index], str(_find_typed_folder() / script), *words[index + 1 :]]
-    return words
-
-
-def _find_typed_folder() -> Path:
-    """Return the folder of this checkout as the running script's path was typed; "." if none was running."""
-    typed = Path(sys.argv[0])
+    typed = Path(sys.argv[0])  # of the running script
     try:
         inside = real_path(typed).relative_to(ROOT)
     except ValueError:
         inside = Path(typed.name)
-    if find_script(inside.as_posix()) is None:
-        return Path()
-    return typed.parent if len(inside.parts) == 1 else typed.parent.parent
+    folder = Path()  # of this checkout, as it was typed; "." if no script of it is running
+    if find_script(inside.as_posix()) is not None:
+        folder = typed.parent if len(inside.parts) == 1 else typed.parent.parent
+    for index, word in enumerate(words[:MAX_BEFORE]):
+        script = find_script(word)
+        if script is not None:
+            return [*words[:index], str(folder / script), *words[index + 1 :]]
+    return words
 
 
 def find_front_words() -> list[str]:

@@ -360,21 +360,9 @@ class Loading:
         Raises:
             MemoryPlanError: If the device has too little memory for the next network.
         """
-        device = self.plan.accelerator.device
-        dit, family = network.dit, network.family
-        self._add_frozen_loras(network)
-        self.dress_blocks(network)
-        if self.plan.quantization is not None and device.type == "cpu":
-            keep_heap_small()  # else temporary whole weights fragment the heap
-        if self.takes_turns:
-            self.copies[dit] = HostCopy(dit, device, network.host)
-        elif network.index + 1 < len(family.experts) and device.type == "cuda":
-            _require_room(bytes_on(dit, device), spare_bytes(device))
-
-    def dress_blocks(self, network: UndressedNetwork) -> None:
-        """Compile, checkpoint and swap the blocks of a network; divide its tokens among processes."""
         options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
+        self._add_frozen_loras(network)
         experts.dress(
             dit,
             family.dit,
@@ -384,8 +372,14 @@ class Loading:
             host=network.host,
             blocks=network.blocks,
         )
-        if options.speed.joined.on.finish:
+        if options.speed.joined.on.finish:  # divides its tokens among processes
             finish_network(dit, options.speed, device)
+        if self.plan.quantization is not None and device.type == "cpu":
+            keep_heap_small()  # else temporary whole weights fragment the heap
+        if self.takes_turns:
+            self.copies[dit] = HostCopy(dit, device, network.host)
+        elif network.index + 1 < len(family.experts) and device.type == "cuda":
+            _require_room(bytes_on(dit, device), spare_bytes(device))
 
     def _add_frozen_loras(self, network: UndressedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all disabled."""
