@@ -515,7 +515,6 @@ def check_models(run: GenerationRun) -> None:
 
         check_preview(run.options.preview, run.family.latent)
     run.family.check_files(media=run.options.output.output_type not in UNDECODED)
-    run.family.check_given_files()
     counts = run.family.block_counts()
     if counts:
         if run.options.speed.swap.blocks_to_swap:
