@@ -271,9 +271,10 @@ class SteadierOptions(Options, title="longer videos"):
         RIFLEX,
         default=0,
     )
-    # set by the script for its family; not on the command line
+    # set by the script for its family; not on the command line. The second is a number of frames: shorter
+    # videos are not changed
     riflex_frequencies: int = option(default=0, facts={**NO_PIXELS, **BY_SCRIPT})
-    riflex_beyond: int = option(default=0, facts={**NO_PIXELS, **BY_SCRIPT})  # frames: shorter videos are not changed
+    riflex_beyond: int = option(default=0, facts={**NO_PIXELS, **BY_SCRIPT})
 
     def __post_init__(self) -> None:
         if not 0 <= self.riflex_index <= self.riflex_frequencies:

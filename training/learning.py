@@ -362,7 +362,24 @@ class Loading:
         """
         options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
-        self._add_frozen_loras(network)
+        if family is self.plan.family:
+            for add in self.plan.joined.on.before_dress:
+                add(network)
+        has_samples = options.samples.sample_prompts is not None
+        if has_samples or options.frozen.training_adapter is not None:
+            self._add_frozen_loras(network, has_samples)
+        self.dress_blocks(network)
+        if self.plan.quantization is not None and device.type == "cpu":
+            keep_heap_small()  # else temporary whole weights fragment the heap
+        if self.takes_turns:
+            self.copies[dit] = HostCopy(dit, device, network.host)
+        elif network.index + 1 < len(family.experts) and device.type == "cuda":
+            _require_room(bytes_on(dit, device), spare_bytes(device))
+
+    def dress_blocks(self, network: UndressedNetwork) -> None:
+        """Compile, checkpoint and swap the blocks of a network; divide its tokens among processes."""
+        options, device = self.plan.options, self.plan.accelerator.device
+        dit, family = network.dit, network.family
         experts.dress(
             dit,
             family.dit,
@@ -372,29 +389,20 @@ class Loading:
             host=network.host,
             blocks=network.blocks,
         )
-        if options.speed.joined.on.finish:  # divides its tokens among processes
+        if options.speed.joined.on.finish:
             finish_network(dit, options.speed, device)
-        if self.plan.quantization is not None and device.type == "cpu":
-            keep_heap_small()  # else temporary whole weights fragment the heap
-        if self.takes_turns:
-            self.copies[dit] = HostCopy(dit, device, network.host)
-        elif network.index + 1 < len(family.experts) and device.type == "cuda":
-            _require_room(bytes_on(dit, device), spare_bytes(device))
 
-    def _add_frozen_loras(self, network: UndressedNetwork) -> None:
-        """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all disabled."""
+    def _add_frozen_loras(self, network: UndressedNetwork, has_samples: bool) -> None:
+        """Add --training_adapter and, for samples, --sample_lora and the LoRAs of a family's stages.
+
+        All of them are disabled.
+        """
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert
         is_compiled = options.speed.compilation.choice is not None
         adapter = None
-        if family is self.plan.family:
-            if options.frozen.training_adapter is not None:
-                adapter = experts.read_adapter(options, expert, family.experts)
-            for add in self.plan.joined.on.before_dress:
-                add(network)
-        has_samples = (
-            options.samples.sample_prompts is not None
-        )  # without samples, LoRAs of --sample_lora are not loaded
+        if family is self.plan.family and options.frozen.training_adapter is not None:
+            adapter = experts.read_adapter(options, expert, family.experts)
         sample_files = options.samples.loras() if has_samples else []
         has_stages = has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:
