@@ -298,7 +298,7 @@ class Loading:
     def load(self, family: Family, index: int) -> UnpreparedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
 
-        A network to train gets the training dtype. Its trained part is added before `dress`.
+        A network to train gets the training dtype. Its trained part is added before `set_up_network`.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
