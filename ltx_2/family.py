@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from ltx_2.audio_reference_options import AUTO, NEGATIVE, STRATEGIES, ReferenceStrategy
+from ltx_2.audio_reference_options import AUTO, IDENTITY_SCALE, NEGATIVE, STRATEGIES, ReferenceStrategy
 from ltx_2.audio_references import (
     FALSE,
     OPTION,
@@ -23,6 +23,8 @@ from ltx_2.audio_references import (
 )
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
+from ltx_2.configs import SOUND as SOUND_NAMES
+from ltx_2.configs import VIDEO as VIDEO_NAMES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
 from ltx_2.given import make_given_rules, put_guides_in, take_masks
 from ltx_2.given_media import (
@@ -327,9 +329,13 @@ class Ltx2(Ltx2Media):
             audio_timesteps=audio_times,
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
             overrides=overrides.rename_nag(arguments_of),
-            references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
+            references={
+                VIDEO_NAMES: self._make_network_references(
+                    references, denoised, cond.get(STRENGTHS), noisy.device
+                ),
+                SOUND_NAMES: self.audio_references.select(cond, overrides),
+            },
             keyframes=given.places,
-            audio_references=self.audio_references.select(cond, overrides),
             **arguments_of(cond),
         )
         if not self.files.has_images:
@@ -499,6 +505,8 @@ class Ltx2(Ltx2Media):
         images = references.images
         if references.audio is not None:
             metadata[OPTION] = references.audio.name
+            if self.audio_references.identity_scale:
+                metadata[IDENTITY_SCALE] = f"{self.audio_references.identity_scale:g}"
         if images:
             metadata["reference_video"] = ", ".join(path.name for path in images)
         if images and self.reference_strength < 1:
@@ -629,16 +637,13 @@ class Ltx2(Ltx2Media):
     def _encode_audio_reference(self, vae: Any, prepared: Prepared) -> Tensor:
         """Return the latents of the audio reference, 1 C T M, on the CPU."""
         assert self.audio is not None  # `prepare` checks it
-        reference = read_reference(
-            prepared.family_record.audio,
-            frames=prepared.frames,
-            fps=prepared.fps,
-            rate=self.audio.rate,
-            channels=self.audio.channels,
-        )
+        rate = self.audio.rate
+        seconds = prepared.frames / prepared.fps
+        samples = read_reference(prepared.family_record.audio, seconds, rate, self.audio.channels)
         networks = self.audio_networks(_device_of(vae), decodes=False)
-        samples = torch.from_numpy(reference.samples)[None]
-        return self.encode_audio(networks, samples, reference.frames, prepared.fps).float().cpu()
+        # its own length, in samples
+        latents = self.encode_audio(networks, torch.from_numpy(samples)[None], samples.shape[1], rate)
+        return latents.float().cpu()
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the latents of references, and how strongly the video attends to them."""

@@ -41,7 +41,8 @@ from protocols.steps import NO_OVERRIDES, WHOLE, Overrides
 from runtime.run_blocks import Hidden, run_blocks
 
 DEFAULT_FPS = 24.0
-NO_REFERENCES, NO_AUDIO_REFERENCES = LtxReferences(), LtxAudioReferences()
+References = Mapping[StreamNames, LtxReferences]  # by stream; audio has `LtxAudioReferences`
+NO_REFERENCES: References = MappingProxyType({})
 Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one for each sample, on the host
 
 
@@ -210,9 +211,8 @@ class LtxModel(nn.Module):
         audio_text: Tensor | None = None,
         has_sound: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
-        references: LtxReferences = NO_REFERENCES,
+        references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
-        audio_references: LtxAudioReferences = NO_AUDIO_REFERENCES,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the velocities of video and audio in float32; None for a stream that is not given.
 
@@ -229,10 +229,9 @@ class LtxModel(nn.Module):
                 None: all samples have audio.
             overrides: Changes to this call; their second text has arguments named text and audio_text. Their
                 given frames have the time 0, and their velocity is 0.
-            references: References of the video. If they are noisy, the video's velocity is B Z N: the
-                velocity of their tokens, then that of the video's tokens.
+            references: References of video and audio. If those of the video are noisy, its velocity is B Z N:
+                the velocity of their tokens, then that of the video's tokens.
             keyframes: Frame indices in the video of the single images in the last latent frames of `noisy`.
-            audio_references: References of the audio.
 
         Raises:
             ValueError: If sizes do not match, or there is audio but the network has no stream for it.
@@ -251,7 +250,7 @@ class LtxModel(nn.Module):
             fps=fps,
             has_sound=has_sound,
             overrides=overrides,
-            references={VIDEO: references, SOUND: audio_references},
+            references=references,
             keyframes=keyframes,
         )
         run_blocks(self, hidden, overrides)
@@ -266,7 +265,7 @@ class LtxModel(nn.Module):
         fps: Fps = DEFAULT_FPS,
         has_sound: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
-        references: Mapping[StreamNames, LtxReferences] = MappingProxyType({}),
+        references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
@@ -289,7 +288,7 @@ class LtxModel(nn.Module):
                 timesteps=timesteps[names],
                 freq_dim=self.config.freq_dim,
                 given_frames=overrides.given_frames if is_video else 0,
-                references=references.get(names, NO_REFERENCES),
+                references=references.get(names, LtxReferences()),
                 keyframes=keyframes if is_video else (),
             )
             if overrides.given is not None:
@@ -313,7 +312,7 @@ class LtxModel(nn.Module):
             dtype=dtype,
             attention=self.attention,
             combine=overrides.steer,
-            keeps_references=VIDEO in references and references[VIDEO].share > 0,
+            keeps_references=VIDEO in streams and references.get(VIDEO, LtxReferences()).share > 0,
         )
         return Hidden(tokens.join(parts), tokens)
 

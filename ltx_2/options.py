@@ -60,7 +60,7 @@ VERSIONS = ("2.0", "2.3", "2.5")
 # values of --lora_target_preset: the modules of a block that get a LoRA
 PRESETS = (
     *("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "v2v", "full"),
-    *("audio_ref_ic", "audio_ref_only_ic", "av_ic", "video_ref_only_av"),
+    *("audio_ref_ic", "av_ic", "video_ref_only_av"),
 )
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
@@ -254,7 +254,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         default="t2v",
         choices=PRESETS,
         refused={"lycoris": "--network_module chooses LoHa, LoKr or LyCORIS, and this option their modules"},
-        facts={**IDENTITY, "same_as": OLDER},
+        facts=IDENTITY,
         often=True,
     )
     video_loss_weight: float = option("weight of the video loss", default=1.0, minimum=0, facts=HABIT)

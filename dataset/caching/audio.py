@@ -29,7 +29,7 @@ from dataset.sources.media_source import FileIdentity, MediaSource, Origin
 from modules.bars import Bar
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
-from modules.media.samples import ReferenceAudio, read_reference
+from modules.media.samples import read_reference
 from protocols.data import REFERENCE_AUDIO, SOUND
 from protocols.family import Caches, HearsAudio
 
@@ -51,7 +51,7 @@ class AudioPlan:
     files: tuple[FileIdentity, ...] = ()  # that the sound is from
     rate: float = 0.0  # frames in a second
     samples: tuple[Tensor, ...] = ()  # of each missing item, channels S
-    references: tuple[ReferenceAudio, ...] = ()  # of each missing item; () without references
+    references: tuple[Tensor, ...] = ()  # of each missing item, channels S; () without references
     silent: str | None = None  # why there is none
 
 
@@ -248,15 +248,7 @@ class AudioWork:
                 path = find_audio(here)
                 rate = kept_rate(here, self._family.defaults.fps)
                 samples = read_audios(path, spans, rate, self.spec)
-            reference = plan.source.reference_audio
-            references: list[ReferenceAudio] = []
-            if reference is not None:
-                for _, frames in spans:
-                    references.append(
-                        read_reference(
-                            reference, frames, rate, rate=self.spec.rate, channels=self.spec.channels
-                        )
-                    )
+            references = self._read_references(plan.source, [frames / rate for _, frames in spans])
         except NoAudio as reason:
             if plan.source.table.audio == REQUIRED or self.spec.is_alone:
                 asks = "sound alone is learned" if self.spec.is_alone else 'audio = "required" asks for it'
@@ -264,6 +256,19 @@ class AudioWork:
             return replace(plan, silent=str(reason))
         files = tuple(itertools.starmap(records.identify, _parts(plan.source)))
         return replace(plan, files=files, rate=rate, samples=tuple(samples), references=tuple(references))
+
+    def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
+        """Return the audio that the audio of each item is made after; [] without it.
+
+        `seconds` are the lengths of the items. Raises MediaError if it cannot be read.
+        """
+        if source.reference_audio is None:
+            return []
+        references = []
+        for length in seconds:
+            samples = read_reference(source.reference_audio, length, self.spec.rate, self.spec.channels)
+            references.append(torch.from_numpy(samples))
+        return references
 
     def _encode(
         self, file: str, name: cache_files.LatentName, index: int, plan: AudioPlan
@@ -282,9 +287,9 @@ class AudioWork:
         length = torch.tensor(expected[1], dtype=torch.int32)
         tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
         if plan.references:
-            reference = plan.references[index]
-            samples = torch.from_numpy(reference.samples)[None]
-            (encoded,) = self._family.encode_audio(self._networks, samples, reference.frames, plan.rate)
+            samples = plan.references[index][None]
+            # its own length, in samples
+            (encoded,) = self._family.encode_audio(self._networks, samples, samples.shape[-1], self.spec.rate)
             tensors[REFERENCE_AUDIO] = encoded.detach().cpu().contiguous()
         record = records.LatentRecord(
             encoder=self._family.audio_identity,

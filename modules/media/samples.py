@@ -149,37 +149,26 @@ def read_beginning(
     return TrackBeginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :maximum]), rate)
 
 
-@dataclass(frozen=True)
-class ReferenceAudio:
-    """The beginning of a file, after which the audio of a clip is made."""
-
-    samples: Samples  # channels S
-    frames: int  # number of the clip's frames in the same time
-
-
-def read_reference(path: Path, frames: int, fps: float, rate: int, channels: int) -> ReferenceAudio:
-    """Read the beginning of a file's audio as a reference; it lasts at most as long as the clip.
+def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samples:
+    """Read the beginning of a file's audio as a reference: channels S, of at most `seconds`.
 
     Args:
         path: Path of the file.
-        frames: Number of frames of the clip.
-        fps: Frames per second of the clip.
+        seconds: Length of the clip that is made after it.
         rate: Samples per second of the result.
         channels: Number of channels of the result.
 
     Raises:
-        MediaError: If there is no audio, if it is shorter than SHORTEST, or if it cannot be read.
+        MediaError: If there is no audio, if it is shorter than SHORTEST and the clip, or if it is damaged.
     """
-    beginning = read_beginning(path, frames / fps, channels, rate)
-    seconds = 0.0 if beginning is None else beginning.samples.shape[1] / rate
-    if beginning is None or seconds < min(SHORTEST, int(frames / fps * rate) / rate):
+    beginning = read_beginning(path, seconds, channels, rate)
+    count = 0 if beginning is None else beginning.samples.shape[1]
+    if beginning is None or count < int(min(SHORTEST, seconds) * rate):
         raise MediaError(
-            f"{path}: it has {seconds:.2g} s of sound, and is a reference for sound. Give a file with at "
-            f"least {SHORTEST} s"
+            f"{path}: it has {count / rate:.2g} s of sound, and is a reference for sound. Give a file with "
+            f"at least {SHORTEST} s"
         )
-    samples = np.broadcast_to(beginning.samples, (channels, beginning.samples.shape[1]))
-    lasts = max(1, round(seconds * fps))
-    return ReferenceAudio(np.ascontiguousarray(samples), min(frames, lasts))
+    return np.broadcast_to(beginning.samples, (channels, count)).copy()
 
 
 def _track(container: Any) -> Any | None:
