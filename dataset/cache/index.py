@@ -54,7 +54,7 @@ _OF_FAMILY = (
 _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder", "conditioning_directory"})
 
 
-def is_heard_apart(table: DatasetTable, audio: AudioSpec) -> bool:
+def has_audio_caches(table: DatasetTable, audio: AudioSpec) -> bool:
     """Return whether the audio of a table's clips is in separate cache files."""
     return not audio.is_inside and table.kind == "video" and table.audio != IGNORE
 
@@ -64,7 +64,7 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
 
     The table must be a folder or a JSONL list, cached in single files, whose texts are captions only.
     """
-    has_audio_files = audio is not None and is_heard_apart(table, audio)
+    has_audio_files = audio is not None and has_audio_caches(table, audio)
     has_other_parts = has_audio_files or table.texts_see_references
     return table.own is None and table.cache_format == "files" and not has_other_parts
 

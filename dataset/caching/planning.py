@@ -15,8 +15,8 @@ from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.cache_files import Entry, LatentName
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
-from dataset.sources.clock import has_companions, kept_one_clock
-from dataset.sources.colors import has_codes, shown_otherwise
+from dataset.sources.clock import has_companions, has_one_clock
+from dataset.sources.colors import has_codes, reading_difference
 from dataset.sources.decoding import plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
 from dataset.sources.media_source import (
@@ -141,7 +141,7 @@ class Recipe:
         recorded = dict(record.options)
         if FLIP not in options:
             recorded.pop(FLIP, None)  # unused mirrored latents do no harm
-        if records.CLOCK in options and records.CLOCK not in recorded and kept_one_clock(source, self.fps):
+        if records.CLOCK in options and records.CLOCK not in recorded and has_one_clock(source, self.fps):
             recorded[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder)
         if self.audio is not None and self.audio.is_alone:
@@ -532,7 +532,9 @@ class Planning:
         """Describe how the version that wrote a record read the source differently; None if it did not."""
         mark = record.as_shown
         if mark not in self._reading_changes:
-            self._reading_changes[mark] = shown_otherwise(self.source, self.recipe.latent.keeps_alpha, mark)
+            self._reading_changes[mark] = reading_difference(
+                self.source, self.recipe.latent.keeps_alpha, mark
+            )
         return self._reading_changes[mark]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:

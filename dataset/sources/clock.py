@@ -225,7 +225,7 @@ def has_companions(source: MediaSource) -> bool:
     return source.table.kind == "video" and source.tensors is None and has_any
 
 
-def kept_one_clock(source: MediaSource, fps: float) -> bool:
+def has_one_clock(source: MediaSource, fps: float) -> bool:
     """Return whether an old cache, made before companions were timed by their clip, equals one made now.
 
     Only headers are read, also those of files at addresses and in tars. Raises MediaError if one cannot be

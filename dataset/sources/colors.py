@@ -31,7 +31,7 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
     return by_family or source.table.alpha_mask, by_family
 
 
-def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
+def reading_difference(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
     """Describe a file of a source that an earlier version read differently; None if there is none.
 
     `as_shown` is the mark of that version in a record. Files that still have to be downloaded count as equal.
