@@ -26,7 +26,7 @@ from torch import Tensor
 from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import ClipSourceOptions, EncodingOptions, PrepareOptions, ShapeOptions
 from dataset.cache.records import require_finite
-from dataset.caching.given import describe_embeds, embeds_note
+from dataset.caching.precomputed import describe_embeds, embeds_note
 from dataset.caching.prefetch import DECODED_BYTES, Failure, fill_batches, run_ahead, write_behind
 from dataset.config import DatasetTable
 from dataset.forms.cogvideox_keys import CogVideoXKeys

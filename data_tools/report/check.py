@@ -33,12 +33,12 @@ from dataset.batches.finding import FoundItems, find_items, learn_no_references
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
-from dataset.cache.form import list_shard_errors, other_form
+from dataset.cache.form import list_format_errors, list_shard_errors
 from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.cache_files import EMPTY
 from dataset.caching.audio import AudioWork, HearingFamily
-from dataset.caching.given import use_moments
 from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
+from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
 from dataset.config import DatasetConfig
@@ -269,7 +269,7 @@ def _identify(family: Caches, scope: _Scope) -> _Identified:
 def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
     """Add faults for folders whose caches are not in the cache_format of the table."""
     if (scope.latents or scope.texts) and may_be_mixed(findings.table):
-        lines = other_form(findings.table, family.cache_tag)
+        lines = list_format_errors(findings.table, family.cache_tag)
         findings.faults += [Fault("folders of caches are in the other form", line) for line in lines]
 
 

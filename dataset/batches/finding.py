@@ -220,9 +220,12 @@ def _select_listed(
 
 
 def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    from dataset.cache.form import list_shard_errors, other_form  # few folders have caches in two formats
+    from dataset.cache.form import (
+        list_format_errors,
+        list_shard_errors,
+    )  # few folders have caches in two formats
 
-    for line in (*other_form(table, tag), *list_shard_errors(table)):
+    for line in (*list_format_errors(table, tag), *list_shard_errors(table)):
         listing.unsound.append((table, line))
 
 
