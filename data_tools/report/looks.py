@@ -224,9 +224,9 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
 def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Return the information in the header of a source; decode a clip whose header has no frame count."""
     try:
-        with fetch(source) as here:
-            plan = plan_source(here, fps, latent.pixel_step, latent.lengths)
-            info = video_info(here.path) if source.table.holds == "video" else None
+        with fetch(source) as local:
+            plan = plan_source(local, fps, latent.pixel_step, latent.lengths)
+            info = video_info(local.path) if source.table.holds == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Look(problem=str(error))
     return Look(
@@ -254,8 +254,8 @@ def _look_over(source: MediaSource, fps: float, latent: LatentSpec, take: Callab
         if source.tensors is not None:  # the clip itself is not read and may be missing
             _read_tensors(source, latent, facts)
         else:
-            with fetch(source) as here:
-                _read_frames(here, fps, latent, take=take, facts=facts)
+            with fetch(source) as local:
+                _read_frames(local, fps, latent, take=take, facts=facts)
             _select_spans(source.table, latent, facts)
         facts["lengths"] = _count_lengths(facts["spans"])
     except (MediaError, DatasetError, OSError) as error:
@@ -421,10 +421,10 @@ def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) ->
         return ()
     names = [escape_control_codes(path.name) for path in source.control]
     try:
-        with fetch(source) as here:
+        with fetch(source) as local:
             return [
                 _show_reference(source.table, path, name, image=image, sizes=sizes)
-                for path, name in zip(here.control, names, strict=True)
+                for path, name in zip(local.control, names, strict=True)
             ]
     except MediaError as error:  # a download
         return [ShownReference(name, text=str(error), is_bad=True) for name in names]

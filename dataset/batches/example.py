@@ -9,7 +9,7 @@ from pathlib import Path
 from dataset.batches.items import TrainingItem
 from dataset.cache.records import latent_record, text_records
 from dataset.cache.store import Stores
-from dataset.sources.frames import one_frame_words
+from dataset.sources.frames import one_frame_settings
 from modules.console import quiet
 from modules.errors import UserError
 
@@ -41,7 +41,7 @@ def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     example = ExampleItem(
         _read_caption(item, stores),
         cached=cached,
-        places=one_frame_words(table) if table.kind == "image" else "",
+        places=one_frame_settings(table) if table.kind == "image" else "",
     )
     with contextlib.suppress(UserError, OSError), quiet():
         # files that belong to an item; only a listing of the table finds their names
