@@ -454,8 +454,10 @@ def is_text_cache(entry: Entry, architecture: str) -> bool:
 
 
 def _all_cache_names(entry: Entry) -> bool:
+    """Return whether all tensors of a file are named like those of a cache."""
     return bool(entry.shapes) and all(map(_TENSOR_NAME.fullmatch, entry.shapes))
 
 
 def _damage_error(path: Path | str, error: Exception) -> CacheError:
+    """Return the exception for a damaged cache file."""
     return CacheError(f"{path}: damaged, cannot be read as safetensors ({error})")

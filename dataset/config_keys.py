@@ -67,6 +67,7 @@ def form_of(
     """
 
     def read(value: Any) -> Any:
+        """Return the value to keep. Raises Unfit."""
         is_wrong_bool = isinstance(value, bool) and kinds is not bool  # bool is a subclass of int
         if is_wrong_bool or not isinstance(value, kinds) or not fits(value):
             raise Unfit
@@ -101,6 +102,7 @@ def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
     """
 
     def read(value: Any) -> tuple[Any, ...]:
+        """Return the values to keep. Raises Unfit."""
         values = [value] if or_one and not isinstance(value, list) else value
         if not isinstance(values, list) or not values:
             raise Unfit
@@ -123,6 +125,7 @@ def _path(value: str) -> Path:
 
 
 def _size(value: Any) -> tuple[int, int]:
+    """Read a resolution: a side, or width and height. Raises Unfit."""
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
         raise Unfit
@@ -133,6 +136,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _is_text(value: str) -> bool:
+    """Return whether a text has visible characters and none that could not be shown."""
     return bool(value.strip()) and not bad_character(value)
 
 
@@ -346,6 +350,7 @@ def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
         logger.info("%s: %s is not needed: %s", path, name, UNNEEDED[name])
 
     def clean(table: Any) -> Any:
+        """Return a table without the removed keys."""
         if not isinstance(table, dict):  # an error, which is reported later
             return table
         return {name: value for name, value in table.items() if name not in found}

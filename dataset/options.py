@@ -21,6 +21,7 @@ COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white"
 
 
 def _dataset_keys() -> Collection[str]:
+    """Return the known keys of a dataset configuration."""
     from dataset.config import KNOWN_KEYS  # only error messages need them
 
     return KNOWN_KEYS

@@ -515,6 +515,7 @@ def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
+    """Return a value as JSON can hold it; of a path, the name is enough."""
     if isinstance(value, Path):
         return value.name
     if isinstance(value, tuple):

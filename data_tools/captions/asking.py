@@ -71,6 +71,7 @@ def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> 
     """
 
     def shrink(frame: Frame) -> Frame:
+        """Return a frame with at most `max_pixels` pixels."""
         return _shrink(frame, max_pixels)
 
     if is_image:

@@ -82,6 +82,7 @@ class ObjectAsker:
         """Wrap an answerer so that its captions are checked; an invalid answer is requested once more."""
 
         def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
+            """Yield the caption of each location; ask again if an answer cannot be read as an object."""
             # location with its question -> location as the caller knows it
             questions = {
                 dataclasses.replace(location, question=self.make_question(location)): location
@@ -129,6 +130,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     replacements = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
 
     def reword_value(value: Any) -> Any:
+        """Return a value of the object with its texts reworded, at any depth."""
         if isinstance(value, str):
             return reword(value, replacements)
         if isinstance(value, list):

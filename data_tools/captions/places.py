@@ -184,6 +184,7 @@ class _Stamp(NamedTuple):
 
 
 def _stamp_of(path: Path) -> _Stamp:
+    """Return what changes when a file is changed."""
     state = path.stat()
     return _Stamp(state.st_mtime_ns, state.st_size)
 
@@ -289,12 +290,18 @@ def _with_media_only(table: DatasetTable) -> DatasetTable:
 
 
 def _locate_in_file(source: MediaSource, file: Path, reads_text: bool) -> CaptionLocation:
+    """Return the location of a caption in a file of its own."""
     has_caption = source.caption is not None
     text = read_caption(file) if reads_text and has_caption else None
     return CaptionLocation(source, file, lines=None, entry="", caption=text, has_caption=has_caption)
 
 
 def _locate_in_list(source: MediaSource, lines: CaptionList) -> CaptionLocation:
+    """Return the location of a caption in a line of a list.
+
+    Raises:
+        DatasetError: If the list has changed since the source was found.
+    """
     entry = lines.entries.get(source.path)
     if entry is None:
         raise DatasetError(f"{lines.path}: the line of {source.path} cannot be found again. Run again.")
@@ -384,6 +391,7 @@ class MadeCaptions:
             self._append({"end": True})
 
     def _append(self, entry: dict[str, Any]) -> None:
+        """Append an entry to the file, and apply it."""
         append_text(self.path, f"{self._start}{json.dumps(entry)}\n")
         self._start = ""
         self._apply(entry)

@@ -362,6 +362,7 @@ class _Rejections:
 
 
 def _print(lines: Sequence[str]) -> None:
+    """Print lines. Control codes, which a caption may hold, are made visible."""
     sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 

@@ -64,7 +64,8 @@ class _Session(requests.Session):
     """A session that follows no redirects, because the other address would get the key."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
+        """Return no address, so that the library follows none."""
+        return
 
 
 class ApiServer:

@@ -118,6 +118,7 @@ def print_check(
 
 
 def _print_lines(lines: Sequence[str]) -> None:
+    """Print lines, folded to the width of the terminal, with control codes made visible."""
     text = escape_control_codes("\n".join(lines))
     sys.stdout.write(fold(text, columns_of(sys.stdout)) + "\n")
 
@@ -220,6 +221,7 @@ def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, sc
     """
 
     def sections(table: MediaTable, frames: int) -> int | None:
+        """Return the number of sections that the family learns of an item; None if it is unknown."""
         # only the options of latent caching say how an image is divided into sections
         if table.kind == "image" and not scope.latents:
             return None
@@ -375,6 +377,7 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
 
 
 def _count_caches(plans: Sequence[SourcePlan]) -> str:
+    """Return a line with the numbers of valid and missing caches of latents."""
     num_valid = sum(len(plan.kept) for plan in plans)
     num_missing = sum(len(plan.missing or ()) for plan in plans)
     needs = count_words(num_missing, "items need encoding")

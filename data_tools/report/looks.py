@@ -126,6 +126,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
     def reduce(frame: Frame) -> Frame:
+        """Reduce a frame to the size at which measures are taken: that of the first frame."""
         nonlocal size
         if size is None:
             size = _select_measured_size(frame)
@@ -174,6 +175,7 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
     height = sizes.clip_height if is_clip else sizes.image_height
 
     def reduce(frame: Frame) -> Frame:
+        """Scale a frame to the size of its thumbnail."""
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
         return _scale(frame, height, sizes.width, method)
 
@@ -241,6 +243,7 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
 
 def _listen(source: MediaSource) -> Heard | None:
+    """Return information about a clip's audio; None if it is not trained or cannot be read."""
     if is_heard(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
             return listen(source)
@@ -311,10 +314,12 @@ def _read_frames(
 
 
 def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+    """Return pairs of length in frames and number of items, by length."""
     return tuple(sorted(Counter(length for _, length in spans).items()))
 
 
 def _size_bytes(source: MediaSource) -> int | None:
+    """Return the size of a source's file; None for a folder, or if it cannot be read."""
     try:
         path = source.path if source.tensors is None else source.tensors.moments
         return None if path.is_dir() else path.stat().st_size
@@ -392,6 +397,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
 
 
 def _small_colors(frame: Frame) -> bytes:
+    """Return the colors of a frame reduced to a few pixels, to compare frames."""
     small = cv2.resize(frame, (COLOR_SIDE, COLOR_SIDE), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.uint8).tobytes()
 

@@ -129,6 +129,7 @@ def write_report_page(
 
 
 def _cards_of(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
+    """Return the cards of a table's sources."""
     return [card for card in cards if card.source.table is table]
 
 
@@ -185,6 +186,7 @@ class _CardPlace:
 
     @property
     def source(self) -> MediaSource:
+        """The source of the card."""
         return self.findings.sources[self.index]
 
 
@@ -310,6 +312,7 @@ def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[Ca
 
 
 def _shorten(text: str, maximum: int) -> str:
+    """Return at most `maximum` characters of a text, and how many are left out."""
     return (
         text
         if len(text) <= maximum
@@ -389,4 +392,5 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
 
 
 def _number(value: float) -> str:
+    """Return a number with separators of thousands, or with three digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

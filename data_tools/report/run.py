@@ -118,6 +118,7 @@ def _select_latents(options: ReportOptions) -> LatentSpec:
 
 
 def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
+    """Write the report's numbers to a file, or print them."""
     # ASCII, so that no text from outside reaches a terminal unescaped
     text = json.dumps(numbers, indent=2) + "\n"
     if prints:
@@ -160,6 +161,7 @@ def _measure_table(
         return findings
 
     def read(source: MediaSource) -> Look:
+        """Read the header of a source, or measure it, as the options ask."""
         remote_paths = (path for path, origin in source.parts if isinstance(origin, Remote))
         if options.no_download and not all(path.exists() for path in remote_paths):
             raise MediaError("not downloaded yet; caching does that")
@@ -333,6 +335,7 @@ def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
 
 
 def _read_colors(measures: Sequence[Measures]) -> _Colors:
+    """Stack the colors of measured sources, to compare all at once."""
     num_frames = len(measures[0].hashes)
     images = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
     is_flat = np.array([measured.is_flat for measured in measures])
@@ -369,6 +372,7 @@ class _Centered(NamedTuple):
 
 
 def _center(pictures: NDArray[np.float32]) -> _Centered:
+    """Return images without their mean brightness, which does not tell images apart."""
     mean = pictures.mean(axis=(1, 2))
     centered = pictures - mean[:, None, None]
     return _Centered(centered, mean, power=np.square(centered).mean(axis=(1, 2)))

@@ -47,6 +47,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     dropped: list[Failure] = []
 
     def decode(source: MediaSource) -> DecodedMedia:
+        """Decode a source as caching does."""
         # a randomly changed image is shown in one of its variants
         return decode_source(
             source,
@@ -101,6 +102,7 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
 
 
 def _log_item(media: DecodedMedia, span: Span) -> None:
+    """Print an item as training sees it: name, size and caption."""
     width, height = media.bucket
     size = f"{media.size[0]}x{media.size[1]}"
     frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
@@ -162,6 +164,7 @@ def _caption(source: MediaSource) -> str:
 
 
 def _make_rng(source: MediaSource) -> random.Random:
+    """Return a random source that shows the same variant of an image each time."""
     return random.Random(derive_seed(0, source.stem))
 
 
@@ -207,6 +210,7 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
 
 
 def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
+    """Return a character that shows two pixels in a terminal, one above the other."""
     return f"\033[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀"
 
 
@@ -220,4 +224,5 @@ def _shade_pixel(pixel: NDArray[np.uint8], back: int) -> str:
 
 
 def _rgb(pixel: NDArray[np.uint8]) -> str:
+    """Return a color as the terminal's codes take it."""
     return ";".join(str(int(value)) for value in pixel)

@@ -46,6 +46,7 @@ class Tagger:
         """Return the function that answers with the tags of each location, joined by a separator."""
 
         def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
+            """Yield the tags of each location."""
             yield from answer_in_batches(
                 locations,
                 lambda location: tuple(map(self.fit, look(location))),

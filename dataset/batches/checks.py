@@ -293,6 +293,7 @@ def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> 
 
 
 def _describe_factors(factors: Sequence[int]) -> str:
+    """Name the factors of a low-resolution control."""
     return "size factor {}, time factor {} and {} frames (0: all)".format(*factors)
 
 
@@ -380,6 +381,7 @@ def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
 
 
 def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
+    """Return how many tensors start with a name and are not the mirrored ones."""
     return sum(key.startswith(start) and not key.endswith(FLIPPED) for key in tensors)
 
 

@@ -183,6 +183,7 @@ def _add_table(
 
 
 def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: int) -> TrainingItem:
+    """Return the training item of a latent cache file."""
     return TrainingItem(
         file_name=file.file,
         stem_length=len(file.stem),
@@ -220,6 +221,7 @@ def _select_listed(
 
 
 def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
+    """Add lines about caches in another format than the table's."""
     from dataset.cache.form import (
         list_format_errors,
         list_shard_errors,
@@ -291,6 +293,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
 
 def _may_have_references(table: DatasetTable) -> bool:
+    """Return whether items of a table could have references; only then are records read."""
     if table.references or table.fp_1f_clean_indices:
         return True
     has_source = table.reference_directory or table.control_directory or table.directory is None

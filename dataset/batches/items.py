@@ -149,6 +149,7 @@ class CachingCommands:
 
 
 def _name_scripts() -> tuple[str, str]:
+    """Return words for the scripts, where no family names them."""
     return "the latent caching script", "the text caching script"
 
 

@@ -262,6 +262,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
 
 def _digest(stem: str) -> bytes:
+    """Return bytes by which stems are put in an arbitrary order that never changes."""
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -368,6 +369,7 @@ def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[st
     """Split a caption into a fixed beginning, parts that may be shuffled, and a fixed end."""
 
     def split(section: str) -> list[str]:
+        """Return the parts of a caption that are shuffled."""
         return [part.strip() for part in section.split(changes.separator)]
 
     separator = changes.keep_tokens_separator

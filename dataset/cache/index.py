@@ -95,6 +95,7 @@ def mark_space(table: DatasetTable, latent: LatentSpec) -> str:
 
 
 def _hash(text: str) -> str:
+    """Return a short digest of a text; file names may hold bytes that are no UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 

@@ -336,6 +336,7 @@ def _content(entry: Entry, key: str) -> Iterator[Any]:
 
 
 def _crc(text: str) -> str:
+    """Return a checksum of a text."""
     return f"{zlib.crc32(text.encode()):08x}"
 
 

@@ -151,6 +151,7 @@ class ShardStore:
                 merge_shards(self.folder, self._shard_bytes)
 
     def _finish(self) -> None:
+        """Finish the shard that is being written."""
         writer = self._writer
         if writer is not None:
             self._writer = None
@@ -179,6 +180,7 @@ class ShardStore:
         return self._catalog
 
     def _forget(self) -> None:
+        """Drop what was read of the shards, because they have changed."""
         self._catalog = None
         self._opened = {}
 

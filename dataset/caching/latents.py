@@ -222,6 +222,7 @@ def _add_all_rejected(
 
 
 def _add_rejected(entry: data.CacheEntry, rejected: data.CacheEntry) -> data.CacheEntry:
+    """Return a cache entry that also has the latents of the rejected image."""
     tensors = {**entry.tensors, data.REJECTED_LATENTS: rejected.tensors["latents"]}
     return dataclasses.replace(entry, tensors=tensors)
 
@@ -240,6 +241,7 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
 
 
 def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
+    """Return a cache entry that also has the tensors of the mirrored item."""
     tensors = dict(entry.tensors)
     for key, tensor in mirrored.tensors.items():
         is_mirrored = key.startswith("latents") or key == data.CONTROL_PIXELS

@@ -191,6 +191,7 @@ def plan_all(
     reads_values = recipe.stores.verify or len(sources) < MANY
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
+        """Plan a source, or return why it cannot be read."""
         try:
             planning = Planning(source, existing[source.table.index].of(source.stem), recipe, reads_values)
             # if all files are read, or none, nothing is saved by comparing shapes
@@ -540,11 +541,13 @@ class Planning:
         return self.recipe.latent.shape(num_frames, height, width)[2:]
 
     def _read_header(self, file: str) -> Entry:
+        """Read the header of a cache file once."""
         if file not in self._headers:
             self._headers[file] = self.store.read(file, is_full=False)
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:
+        """Read the record in a cache file once."""
         if file not in self._records:
             self._records[file] = records.latent_record(self._read_header(file))
         return self._records[file]

@@ -254,4 +254,5 @@ def _read_declared_shapes(
 
 
 def _shape_of(tensor: Tensor) -> dict[str, Any]:
+    """Describe a tensor for a record."""
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}

@@ -274,6 +274,7 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
 
         def write(work: Callable[[], object]) -> None:
+            """Write in another thread; wait if it is too far behind."""
             while len(waiting) > WRITES_BEHIND * threads or (waiting and waiting[0].done()):
                 waiting.popleft().result()  # waits, and raises the error of that write
             waiting.append(pool.submit(work))

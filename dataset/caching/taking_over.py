@@ -111,6 +111,7 @@ class OtherCaches:
         return channels == {self._recipe.latent.channels}
 
     def _read_maker(self, store: CacheStore, file: str) -> str:
+        """Return the name of the program that made a cache file."""
         return store.read(file, is_full=False).metadata.get("architecture", "another program")
 
     def _copy(self, store: CacheStore, file: str, tag: str) -> str:

@@ -77,6 +77,7 @@ def caption_fitter(family: Caches) -> FitText | None:
     fitting_family = family  # of the narrower type, also inside the function
 
     def fit(source: MediaSource, caption: str) -> str:
+        """Return a caption whose places are those of the resized image."""
         if not fitting_family.names_places(caption):
             return caption
         try:

@@ -320,6 +320,7 @@ class MediaWork:
         """
 
         def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
+            """Decode the media of a plan."""
             return latents.decode(plan, self._existing[plan.source.table.index], self._recipe)
 
         ahead = prefetch.read_ahead(

@@ -16,6 +16,7 @@ CSV, TSV = "CSV", "TSV"
 
 
 def _kind_of(path: Path) -> str:
+    """Return whether a file's values are separated by commas or by tabs."""
     return CSV if path.suffix.lower() == ".csv" else TSV
 
 

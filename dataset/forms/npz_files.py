@@ -142,6 +142,11 @@ def _list_names(file: zipfile.ZipFile) -> list[str]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a cache file.
+
+    Raises:
+        CacheError: If it is missing or damaged.
+    """
     if not path.is_file():
         raise CacheError(f"{path}: no such cache file")
     try:

@@ -133,6 +133,7 @@ class NpzStore:
     # --- names ---
 
     def _is_text(self, name: str) -> bool:
+        """Return whether a file is a text cache."""
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
@@ -255,6 +256,7 @@ class NpzStore:
             raise CacheError(f"{path}: it has no latents{suffix}, but those of {sizes or 'nothing'}")
 
         def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
+            """Return a tensor in the shape that training takes."""
             if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # stored in pixels for other programs
                 return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)

@@ -350,6 +350,7 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
             return [True] * (starts[group + 1] - starts[group])
 
     def find_cell(number: int) -> ParquetCell | None:
+        """Return the cell of a row, numbered from 1; None if it has no value."""
         group = bisect.bisect_right(starts, number - 1) - 1  # the last one that starts at or before the row
         row = number - 1 - starts[group]
         has_value = not may_be_null[group] or is_filled(group)[row]

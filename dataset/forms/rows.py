@@ -493,6 +493,7 @@ def check_controls(
 
 
 def _show(value: Any) -> str:
+    """Return the beginning of a value for a message, without passwords in addresses."""
     return hide_secrets(json.dumps(value, default=repr)[:80])
 
 

@@ -190,6 +190,7 @@ class _Pair:
         self.companion = self._measure(path)
 
     def _measure(self, path: Path) -> _Timing:
+        """Read the frames, rate and duration of a clip."""
         info = reading.video_info(path)
         rate = info.fps or self._default_rate
         seconds = (info.frames or 0) / rate if info.seconds is None else info.seconds

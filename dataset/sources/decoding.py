@@ -149,6 +149,7 @@ class DecodedMedia:
             references.append(reference.copy())
 
         def cut_copy(array: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+            """Return a copy of the frames, so that the whole clip can be freed."""
             return None if array is None else array[start:end].copy()
 
         return dataclasses.replace(

@@ -441,6 +441,7 @@ class ControlFolder:
 
 
 def _ends_in(path: Path, suffixes: Container[str]) -> bool:
+    """Return whether a file has one of the suffixes."""
     return path.suffix.lower() in suffixes
 
 
@@ -533,6 +534,7 @@ def _warn_of_files(table: DatasetTable, paths: Sequence[Path], problem: str) -> 
 
 
 def _has_pages(path: Path) -> bool:
+    """Return whether an image file has several frames."""
     with open_image(path) as image:
         return int(getattr(image, "n_frames", 1)) > 1
 

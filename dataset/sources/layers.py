@@ -50,9 +50,11 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
     stems = {path.stem for path in paths}
 
     def has_caption(path: Path) -> bool:
+        """Return whether an image has a caption of its own: then it is no layer."""
         return extension is not None and path.with_name(f"{path.stem}{extension}").is_file()
 
     def is_numbered(path: Path) -> bool:
+        """Return whether a file is named like a layer: an image's name and a number."""
         owner, _, number = path.stem.rpartition("_")
         return owner in stems and number.isdecimal()
 

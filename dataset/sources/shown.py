@@ -80,4 +80,5 @@ def _locate(text: Any, file: Path, where: str) -> Path:
 
 
 def _show(value: Any) -> str:
+    """Return the beginning of a value for a message."""
     return json.dumps(value, default=repr)[:MAX_SHOWN]
