@@ -303,7 +303,8 @@ class Cutter:
         if foreign_names:
             raise OutputError(
                 f"{', '.join(foreign_names[:MAX_NAMED])} in {self.output} would be written, and there are "
-                "files of these names that this command has not made. Move them away, or choose another --output."
+                "files of these names that this command has not made. Move them away, or choose another "
+                "--output."
             )
         if old is not None:
             # first, the record says that the clips are incomplete: after a kill, the next run continues
