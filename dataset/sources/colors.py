@@ -158,8 +158,8 @@ def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
         warnings["are transparent and filled with white"] = ""
     if colors.is_converted:
         warnings[CONVERTED] = ""
-    if colors.fault is not None:
-        warnings["have a color profile that is not used"] = f": {colors.fault}"
+    if colors.rejection is not None:
+        warnings["have a color profile that is not used"] = f": {colors.rejection}"
     if colors.hdr is not None:
         warnings[PALE] = f": {colors.hdr}"
     if colors.is_interlaced:
