@@ -84,7 +84,6 @@ def make_guidance(
             plan = PassPlan(plan.passes[:1], factor=plan.factor)  # only the positive pass
         if not plan.passes:  # CFG-Zero* with a factor of 0: the first steps do not move
             return torch.zeros_like(step.noisy)
-
         calls: dict[Overrides, dict[int, Conditions]] = {}
         # overrides and conditions of each pass; passes that share both are computed once
         keys: dict[Pass, tuple[Overrides, int]] = {}
@@ -94,7 +93,6 @@ def make_guidance(
             overrides = resolve_overrides(pass_, plan, section)
             calls.setdefault(overrides, {})[id(conditions)] = conditions
             keys[pass_] = overrides, id(conditions)
-
         velocity_by_key = run(calls, predict, section)
         velocities = {pass_: velocity_by_key[key] for pass_, key in keys.items()}
         return plan.combine(velocities, step, section)
