@@ -316,6 +316,26 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     there are none, the one with the smallest download is chosen. If only models of other scripts have the
     file, the sentence says so, with the smallest download for these scripts.
     """
+    downloads = _list_downloads(path)
+    for_scripts = [download for download in downloads if download.runs_with(scripts)]
+    chosen = _select_smallest(for_scripts or downloads)
+    if chosen is None:
+        return None
+    if for_scripts:
+        return f"{chosen.command} downloads it"
+    # the file belongs to models of other scripts: name a download of a model of these scripts
+    all_downloads = [_Download(model, False, chosen.folder) for model in model_sets()]
+    own = _select_smallest([download for download in all_downloads if download.runs_with(scripts)])
+    if own is None:
+        return f"{chosen.command} downloads it"
+    return (
+        f"{path.name} is a file of {chosen.model.title}, and of no model of this script. {own.command} "
+        "downloads files that fit"
+    )
+
+
+def _list_downloads(path: Path) -> list[_Download]:
+    """Return the downloads that include a file, to the folder in which its path ends with a released one."""
     downloads = []
     for in_fp8 in (False, True):
         for model in model_sets(in_fp8):
@@ -323,18 +343,7 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
                 parts = component.path.parts
                 if component.option is not None and path.parts[-len(parts) :] == parts:
                     downloads.append(_Download(model, in_fp8, path.parents[len(parts) - 1]))
-    of_scripts = [download for download in downloads if download.runs_with(scripts)]
-    chosen = _select_smallest(of_scripts or downloads)
-    if chosen is None:
-        return None
-    of_own = [_Download(model, False, chosen.folder) for model in model_sets()]
-    own = _select_smallest([download for download in of_own if download.runs_with(scripts)])
-    if of_scripts or own is None:
-        return f"{chosen.command} downloads it"
-    return (
-        f"{path.name} is a file of {chosen.model.title}, and of no model of this script. {own.command} "
-        "downloads files that fit"
-    )
+    return downloads
 
 
 def _select_smallest(downloads: Sequence[_Download]) -> _Download | None:

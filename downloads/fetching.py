@@ -198,18 +198,7 @@ def download_file(
         if target.is_file() and target.stat().st_size == remote.size_bytes:
             return
         partial = partial_path(remote, target)
-        for is_last in (False, True):
-            _receive(remote, partial, wait, note)
-            damage = find_damage(partial, remote)
-            if damage is None:
-                break
-            partial.unlink()
-            if is_last:
-                raise DownloadError(
-                    f"{remote.page}: {target.name} arrived damaged twice: {damage}. Nothing was kept. Try "
-                    "another connection, or --source."
-                )
-            logger.warning("%s arrived damaged: %s. It is downloaded again.", target.name, damage)
+        _receive_undamaged(remote, partial, wait, note)
         error = find_other_kind(partial, target.name)
         if error is not None:
             partial.unlink()
@@ -221,6 +210,30 @@ def download_file(
         # partial downloads of other versions are of no use any more
         for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
             old.unlink(missing_ok=True)
+
+
+def _receive_undamaged(
+    remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
+) -> None:
+    """Download what is missing of a file, and all of it once more if its checksum is wrong.
+
+    Raises:
+        DownloadError: If the data arrive damaged twice, or as `_receive` does.
+        OutputError: If the disk is full.
+    """
+    name = _display_name(partial)
+    for is_last in (False, True):
+        _receive(remote, partial, wait, note)
+        damage = find_damage(partial, remote)
+        if damage is None:
+            return
+        partial.unlink()
+        if is_last:
+            raise DownloadError(
+                f"{remote.page}: {name} arrived damaged twice: {damage}. Nothing was kept. Try another "
+                "connection, or --source."
+            )
+        logger.warning("%s arrived damaged: %s. It is downloaded again.", name, damage)
 
 
 def partial_path(remote: RemoteFile, target: Path) -> Path:

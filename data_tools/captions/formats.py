@@ -94,18 +94,14 @@ class ObjectAsker:
                     for with_question, text in answers:
                         location = questions[with_question]
                         try:
-                            yield location, self.read_answer(text) if isinstance(text, str) else text
+                            result = self.read_answer(text) if isinstance(text, str) else text
                         except NoCaptionError as error:
-                            if attempt == TIMES:
-                                yield (
-                                    location,
-                                    NoCaptionError(f"{attempt} answers are wrong, the last: {error}"),
-                                )
+                            if attempt < TIMES:
+                                logger.warning("%s: %s. It is asked again", location.media, error)
+                                again[_add_error(with_question, error)] = location
                                 continue
-                            logger.warning("%s: %s. It is asked again", location.media, error)
-                            wrong = _WRONG.format(fault=error)
-                            question = f"{with_question.question}\n{wrong}"
-                            again[dataclasses.replace(with_question, question=question)] = location
+                            result = NoCaptionError(f"{attempt} answers are wrong, the last: {error}")
+                        yield location, result
                 questions = again
 
         return answer
@@ -114,6 +110,11 @@ class ObjectAsker:
         """Describe which keys answers lacked, and how many answers; None if no key was missing."""
         counts = ", ".join(f"{name} in {count}" for name, count in self.unsaid.most_common())
         return counts or None
+
+
+def _add_error(location: CaptionLocation, error: NoCaptionError) -> CaptionLocation:
+    """Return the location with a question that also says what was wrong with the last answer."""
+    return dataclasses.replace(location, question=f"{location.question}\n{_WRONG.format(fault=error)}")
 
 
 def write_object(caption: dict[str, Any]) -> str:

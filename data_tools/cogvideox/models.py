@@ -79,13 +79,7 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
     hint = "Give the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
     if not (folder / "text_encoder").is_dir():
         raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
-    config_path = folder / "vae" / "config.json"
-    try:
-        config = parse_json(read_text(config_path))
-        vae_class = str(config["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{config_path} does not say what the VAE is ({type(error).__name__}: {error})"
-        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", config_path) from error
+    vae_class = _read_vae_class(folder, hint)
     if vae_class == COGVIDEOX:
         return make_cogvideox(folder, options)
     if vae_class not in KNOWN:
@@ -98,6 +92,16 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
             f"--max_sequence_length {options.max_sequence_length}: {tokens}. Leave the option out."
         )
     return _make_of_family(family, folder, options, texts)
+
+
+def _read_vae_class(folder: Path, hint: str) -> str:
+    """Return the class of a pipeline's VAE, which tells the model. `hint` ends the message of an error."""
+    path = folder / "vae" / "config.json"
+    try:
+        return str(parse_json(read_text(path))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{path} does not say what the VAE is ({type(error).__name__}: {error})"
+        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
 
 
 def _make_of_family(

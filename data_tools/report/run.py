@@ -38,9 +38,9 @@ from protocols.rules import ReferenceRules
 
 logger = logging.getLogger(__name__)
 
-NAMED = 10  # faults of one kind in the log
-# latent channels and strides by (--pixel_step, --frame_step): Wan2.2 TI2V-5B and LTX-2; USUAL for all
-# others
+MAX_NAMED = 10  # faults of one kind in the log
+# latent channels and strides by (--pixel_step, --frame_step): of Wan2.2 TI2V-5B and LTX-2; all other models
+# have DEFAULT
 LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 4): (48, (4, 16, 16)),
     (32, 8): (128, (8, 32, 32)),
@@ -85,7 +85,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     if options.files:
         numbers["files"] = list_files(tables, options.fps, latent, workers)
     if errors:
-        text = "\n  ".join(list_errors(errors, NAMED))
+        text = "\n  ".join(list_errors(errors, MAX_NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
         write_report_page(
@@ -135,7 +135,7 @@ def _find_warnings(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """
     remarks = find_other_lengths(sources, fps) + find_reordered(sources)
     for remark in find_colors(sources):
-        # a card shows only the text
+        # the page shows only the text of a warning, so the kind is added to it
         remarks.append(replace(remark, text=f"{remark.text} ({remark.kind})"))
     return remarks
 
@@ -198,12 +198,12 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
     for length, count in look.lengths:
         bucket = look.fit.bucket if is_image else (*look.fit.bucket, length)
         findings.buckets[bucket] += count
-    for kind, remark in _warnings_of(look).items():
+    for kind, remark in _list_warnings(look).items():
         if remark is not None:
             findings.remarks.append(Fault(kind, remark, source.stem))
 
 
-def _warnings_of(look: Look) -> dict[str, str | None]:
+def _list_warnings(look: Look) -> dict[str, str | None]:
     """Return the warnings about a source by their kind; None for kinds that do not apply."""
     remarks = {
         "give no item": look.none,
