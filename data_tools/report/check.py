@@ -41,7 +41,7 @@ from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
 from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
-from dataset.config import DatasetConfig
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.forms.composing import form_of
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.audio import list_silent
@@ -179,9 +179,10 @@ def check_caching(
     identified = _identify(family, scope)
     stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
     recipe = _make_recipe(family, identified.media, stores, scope)
-    tables = []
     folders = TableFolders(config)
-    for table in config.datasets:
+
+    def check_table(table: DatasetTable) -> TableFindings:
+        """Return the findings of a table."""
         findings = find_table(config, table, folders)
         _check_form(findings, family, scope)
         if scope.media and findings.sources:
@@ -197,7 +198,9 @@ def check_caching(
         findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"
         if scope.media:
             findings.title += f", {count_of(findings.num_items, 'item')}"
-        tables.append(findings)
+        return findings
+
+    tables = [check_table(table) for table in config.datasets]
     sources = [source for findings in tables for source in findings.sources]
     log_lone_controls(sources)
     if scope.media:
