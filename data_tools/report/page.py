@@ -60,7 +60,7 @@ class Card:
     remarks: Sequence[str]
     counts: Sequence[tuple[str, TokenCount]]  # of the first caption
     texts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
-    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # of `_windows`
+    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # of `_place_spans`
     marks: Sequence[str]  # classes by which the page filters
     references: Sequence[ShownReference]  # of an image; empty for clips
 
