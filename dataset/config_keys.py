@@ -377,7 +377,7 @@ KINDS = {
 
 
 class HasForm(Protocol):
-    """A key of any layout of dataset files."""
+    """What the keys of this program's dataset files and those of other programs share."""
 
     @property
     def form(self) -> Form:

@@ -14,13 +14,8 @@ from modules.command import as_typed
 STEPS = ("latents", "texts", "train", "generate")
 TRAINING_ADAPTER = "--training_adapter"
 WITH_ADAPTER = "-adapter"  # end of the task of a set with one
-OTHER_KINDS = (
-    "whole",
-    "lllite",
-    "lllite_inpainting",
-    "controlnet",
-    "embedding",
-)  # kinds of runs that take no training adapter
+# kinds of runs that take no training adapter
+OTHER_KINDS = ("whole", "lllite", "lllite_inpainting", "controlnet", "embedding")
 
 
 @dataclass(frozen=True)

@@ -122,15 +122,20 @@ def text_errors(
         file = checks.changed_file(folders, record.references)
         if file is not None:
             yield f"{file} has changed since its encoder saw it"
-        if record.file is None:
-            continue
-        path = table.directory / record.file.name
-        text = read_caption(path)
-        # a slice, because the file may have fewer captions than when it was cached
-        if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
-            continue
-        if stamp_of(path)[1] <= checks.started_ns:  # an edit during the run is not an error
-            yield f"made from the caption {record.caption!r}, which now is {text!r}"
+        if record.file is not None:
+            yield from _find_caption_change(table, table.directory / record.file.name, number, record, checks)
+
+
+def _find_caption_change(
+    table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
+) -> Iterator[str]:
+    """Yield a line if a caption file now has another caption than the encoded one at index `number`."""
+    text = read_caption(path)
+    # a slice, because the file may have fewer captions than when it was cached
+    if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
+        return
+    if stamp_of(path)[1] <= checks.started_ns:  # an edit during the run is not an error
+        yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
 
 def _current_sight(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:

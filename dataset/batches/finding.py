@@ -222,10 +222,8 @@ def _select_listed(
 
 def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
     """Add lines about caches in another format than the table's."""
-    from dataset.cache.form import (
-        list_format_errors,
-        list_shard_errors,
-    )  # few folders have caches in two formats
+    # imported here, because few folders have caches in two formats
+    from dataset.cache.form import list_format_errors, list_shard_errors
 
     for line in (*list_format_errors(table, tag), *list_shard_errors(table)):
         listing.unsound.append((table, line))

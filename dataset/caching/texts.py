@@ -239,9 +239,8 @@ class TextWork:
         with write_behind() as write:
             submit = partial(self._submit, write, encoder, identity)
             if any(file.embeds is not None for file in to_do):
-                from dataset.caching.precomputed import (
-                    submit_embeds,
-                )  # few tables have precomputed embeddings
+                # imported here, because few tables have precomputed embeddings
+                from dataset.caching.precomputed import submit_embeds
 
                 to_do = submit_embeds(to_do, encoder, identity, submit)
                 if not to_do:

@@ -407,14 +407,8 @@ def make_source(
     caption, more_captions = first_and_more(captions, where)
     masks = [part for part in (mask, control_mask) if part is not None]
     all_rejected = [] if rejected is None else [rejected]
-    parts = (
-        media,
-        *controls,
-        *masks,
-        *references,
-        *all_rejected,
-        *layers,
-    )  # in the order of `MediaSource.parts`
+    # in the order of `MediaSource.parts`
+    parts = (media, *controls, *masks, *references, *all_rejected, *layers)
     origins = tuple(origin for _, origin in parts)
     media_path, _ = media
     return media_source.MediaSource(

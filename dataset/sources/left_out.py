@@ -217,7 +217,7 @@ def _find_captions(
         and label_of(stem) is None
         and not any(f"{stem}{caption}" in names for caption in rules.caption_suffixes)
     )
-    by_suffix: dict[str, list[str]] = {}
+    by_suffix: dict[str, list[str]] = {}  # caption files that differ from the wanted ones in the suffix alone
     misnamed: list[tuple[str, str]] = []  # (caption file, its media file)
     for entry, stem, suffix in entries:
         if suffix.lower() not in rules.caption_endings | CAPTION_ENDINGS or entry.name.lower() in NO_MEDIA:
@@ -229,13 +229,23 @@ def _find_captions(
             misnamed.append((entry.name, owner))
         elif suffix not in rules.caption_suffixes:
             by_suffix.setdefault(suffix, []).append(entry.name)
+    return _describe_captions(table, by_suffix, misnamed, wanted_suffix=min(rules.caption_suffixes))
+
+
+def _describe_captions(
+    table: DatasetTable,
+    by_suffix: Mapping[str, list[str]],
+    misnamed: Sequence[tuple[str, str]],
+    wanted_suffix: str,
+) -> dict[str, list[str]]:
+    """Return the names of caption files that are not read, by a hint at how to have them read."""
     by_hint: dict[str, list[str]] = {}
     for suffix, captions in by_suffix.items():
         setting = _name_suffix_setting(table, suffix)
         by_hint[f"captions of {table.holds}s without another one, which {setting} reads"] = captions
     if misnamed:
         caption, owner = misnamed[0]
-        wanted = f"{split_name(owner)[0]}{min(rules.caption_suffixes)}"
+        wanted = f"{split_name(owner)[0]}{wanted_suffix}"
         example = f"{caption} of {owner}, which reads {wanted}"
         hint = f"captions under another name than their {table.holds}: {example}; rename them"
         by_hint[hint] = [name for name, _ in misnamed]
