@@ -134,19 +134,29 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
             '  Cache again with cache_format = "shards", which repairs them, then convert again.'
         )
     if not dry_run and not keep:
-        _require_equal(names, folder)
-        catalog = Catalog(folder)
-        if set(catalog.names()) != set(names):
-            raise CacheError(
-                f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
-            )
-        busy = next((name for name in catalog.shards if name.endswith(".writing")), None)
-        if busy is not None:
-            raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")
-        with explain_errors(folder):
-            for name in (*OLD_INDEXES, *catalog.shards):
-                (folder / name).unlink(missing_ok=True)
+        _remove_shards(folder, names)
     return converted
+
+
+def _remove_shards(folder: Path, names: Sequence[str]) -> None:
+    """Remove the shards of a folder whose entries, `names`, have been written as files.
+
+    Raises:
+        CacheError: If a file differs from its entry, or if another process has written shards meanwhile.
+        OutputError: If a file cannot be removed.
+    """
+    _require_equal(names, folder)
+    catalog = Catalog(folder)
+    if set(catalog.names()) != set(names):
+        raise CacheError(
+            f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
+        )
+    busy = next((name for name in catalog.shards if name.endswith(".writing")), None)
+    if busy is not None:
+        raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")
+    with explain_errors(folder):
+        for name in (*OLD_INDEXES, *catalog.shards):
+            (folder / name).unlink(missing_ok=True)
 
 
 ByteStore = SingleFiles | ShardStore

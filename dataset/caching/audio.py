@@ -136,16 +136,7 @@ class AudioWork:
                     write(self._encode(file, name, samples, plan))
                     files.append(file)
                 valid |= {(job.source.table.index, file) for file in files}
-                silent: tuple[Failure, ...] = ()
-                if plan.silent is not None:
-                    silent = (Failure.of(job.source, plan.silent),)
-                report = replace(
-                    report,
-                    written=report.written + len(plan.samples),
-                    kept=report.kept + len(plan.kept),
-                    foreign=report.foreign + plan.foreign,
-                    silent=report.silent + silent,
-                )
+                report = _add_plan(report, plan)
                 del plan  # frees its samples before waiting for the next source
         return replace(report, valid=frozenset(valid))
 
@@ -301,6 +292,18 @@ class AudioWork:
             record=record,
             additional_metadata={"frame_count": str(frames)},
         )
+
+
+def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
+    """Return the report with the numbers of a clip's files, and with the clip if it has no audio."""
+    silent = () if plan.silent is None else (Failure.of(plan.source, plan.silent),)
+    return replace(
+        report,
+        written=report.written + len(plan.samples),
+        kept=report.kept + len(plan.kept),
+        foreign=report.foreign + plan.foreign,
+        silent=report.silent + silent,
+    )
 
 
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:

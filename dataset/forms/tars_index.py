@@ -162,6 +162,15 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
                 f"{tar} is no tar, or it is damaged at its beginning. Make it again."
             ) from None
         index.damage = _describe_damage(damage, groups, last_key)
+    _add_samples(index, groups, rules)
+    return index
+
+
+_Group = dict[str, Member | str]  # files of a sample: name after the first dot -> member, or its text
+
+
+def _add_samples(index: TarIndex, groups: Mapping[str, _Group], rules: TarRules) -> None:
+    """Make a sample of each group of files, and add it, or its error, to the index."""
     for key, group in groups.items():
         try:
             sample = _make_sample(key, group, rules)
@@ -174,10 +183,6 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
             index.num_others += 1
             if not index.others:
                 index.others.append(key)
-    return index
-
-
-_Group = dict[str, Member | str]  # files of a sample: name after the first dot -> member, or its text
 
 
 def _reject_compressed(file: BinaryIO, tar: Path) -> None:

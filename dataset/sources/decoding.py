@@ -333,6 +333,33 @@ def planned_bytes(source: MediaSource) -> int:
     return total if total > SMALL_IMAGE else 0
 
 
+def _fit_alpha_and_mask(
+    source: MediaSource,
+    alpha: NDArray[np.uint8] | None,
+    size: tuple[int, int],
+    fit_to_bucket: Callable[[Frame], Frame],
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
+    """Return the transparency that the model sees and the mask of the loss, both fitted, or None.
+
+    With the table's alpha_mask, transparency is the mask instead, and the model does not see it.
+
+    Args:
+        source: The fetched source.
+        alpha: Transparency of the image, H W; None if it has none.
+        size: Width and height of the image.
+        fit_to_bucket: Resizes and crops a frame like the image.
+    """
+    fitted_alpha: NDArray[np.uint8] | None = None
+    if alpha is not None and alpha.min() < 255:
+        fitted_alpha = fit_to_bucket(alpha)
+    if not source.table.alpha_mask:
+        mask = None if source.mask is None else read_still(source.mask, fit_to_bucket, size, 1)
+        return fitted_alpha, mask
+    if fitted_alpha is None or fitted_alpha.min() == 255:  # the crop may be opaque
+        return None, None
+    return None, fitted_alpha[None]
+
+
 def _read_companions(
     local: MediaSource,
     size: Size,
@@ -395,22 +422,14 @@ def _decode_image(
     if has_alpha and not table.alpha_mask and alpha is not None:
         # the model takes transparency as a fourth channel
         image, alpha = np.dstack([image, alpha]), None
-    fitted_alpha: NDArray[np.uint8] | None = None
-    if alpha is not None and alpha.min() < 255:
-        fitted_alpha = fit_to_bucket(alpha)
-    mask = None if source.mask is None else read_still(source.mask, fit_to_bucket, size, 1)
-    if table.alpha_mask:  # transparency is the mask of the loss; the model does not see it
-        mask = None
-        if fitted_alpha is not None and fitted_alpha.min() < 255:  # the crop may be opaque
-            mask = fitted_alpha[None]
-        fitted_alpha = None
+    fitted_alpha, mask = _fit_alpha_and_mask(source, alpha, size, fit_to_bucket)
     fitted = fit_to_bucket(image)
     frames = (add_alpha(fitted) if has_alpha else fitted)[None]
     if source.layers:
         from dataset.sources.layers import read_layers  # few images have layers
 
         frames = np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
-        if mask is not None:  # the same mask for all layers
+        if mask is not None:  # all layers have the mask of their image
             mask = np.repeat(mask, len(frames), axis=0)
     companions = ClipCompanions()
     if source.references or source.control_mask is not None:

@@ -30,9 +30,8 @@ def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
                 f"{table.name}: {who} learns pictures with their layers. Give the table multiple_target = "
                 "true, and each picture cat.png its layers cat_1.png, cat_2.png, ... from back to front"
             )
-        elif (
-            has_layers and table.control_directory is not None
-        ):  # else missing control images would be reported
+        elif has_layers and table.control_directory is not None:
+            # without this message, missing control images would be reported
             errors.append(
                 f"{table.name}: control_directory: {who} takes no control images, as the picture itself is "
                 "taken apart. Leave it out"
