@@ -141,7 +141,7 @@ def _make_dtype_error(name: str) -> OptionError:
 
 
 @dataclass(frozen=True)
-class ModelInfo:
+class ModelSummary:
     """What is known about a model without reading its weights."""
 
     path: Path
@@ -184,7 +184,7 @@ def count_dtypes(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]
     return [(name, counts[name], size) for name, size in sizes.most_common()]
 
 
-def format_info(model: ModelInfo, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
+def format_info(model: ModelSummary, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
     """Yield readable lines about a model: kind, files, dtypes, metadata and listed tensors.
 
     Args:
@@ -211,7 +211,7 @@ def format_info(model: ModelInfo, listed: Mapping[str, TensorInfo] | None) -> It
 
 
 def format_json(
-    model: ModelInfo,
+    model: ModelSummary,
     listed: Mapping[str, TensorInfo] | None,
     hashes: Sequence[dict[str, str]],
     of_lora: Mapping[str, str],
@@ -388,7 +388,7 @@ def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
     """Print what a file is, as text or JSON, with its tensors and checksums if they are asked for."""
-    info = ModelInfo(
+    info = ModelSummary(
         path=checkpoint.path,
         what=_identify(knowledge, checkpoint),
         files=tuple(checkpoint.parts),
