@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataset import cache_files
 from dataset.cache import records
+from dataset.cache.records import HAS_REFERENCE
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
 from dataset.caching.latents import write_entry
 from dataset.caching.prefetch import MANY, CacheReport, Failure, read_ahead, write_behind
@@ -28,7 +29,8 @@ from dataset.sources.media_source import FileIdentity, MediaSource, Origin
 from modules.bars import Bar
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
-from protocols.data import SOUND
+from modules.media.samples import read_reference
+from protocols.data import REFERENCE_AUDIO, SOUND
 from protocols.family import Caches, HearsAudio
 
 Entries = frozenset[tuple[int, str]]  # pairs of a table index and the name of an entry
@@ -50,6 +52,7 @@ class AudioPlan:
     files: tuple[FileIdentity, ...] = ()  # files that the audio was read from
     rate: float = 0.0  # frames of the clip per second
     samples: tuple[Tensor, ...] = ()  # audio of each missing item, channels S
+    references: tuple[Tensor, ...] = ()  # reference audio of each missing item, channels S; () without one
     silent: str | None = None  # why the clip has no audio
 
 
@@ -131,9 +134,9 @@ class AudioWork:
                     report = replace(report, failures=(*report.failures, plan))
                     continue
                 files = list(plan.kept)
-                for name, samples in zip(plan.missing, plan.samples, strict=False):  # no samples: silent
+                for index, name in enumerate(plan.missing[: len(plan.samples)]):  # no samples: silent
                     file = name.file_name(self._tag)
-                    write(self._encode(file, name, samples, plan))
+                    write(self._encode(file, name, index, plan))
                     files.append(file)
                 valid |= {(job.source.table.index, file) for file in files}
                 report = _add_plan(report, plan)
@@ -235,7 +238,10 @@ class AudioWork:
         source_fps = source.table.source_fps
         # without source_fps, no frames are dropped to reach the family's rate
         fps = None if source_fps is None else self._family.defaults.fps
-        return {"span": [*(name.span or ())], "source_fps": source_fps, "fps": fps}
+        options = {"span": [*(name.span or ())], "source_fps": source_fps, "fps": fps}
+        if source.reference_audio is not None:  # a key of its own, so that other caches stay valid
+            options[HAS_REFERENCE] = True
+        return options
 
     def _read(self, plan: AudioPlan) -> AudioPlan:
         """Return the plan with the decoded audio of its missing items.
@@ -252,29 +258,49 @@ class AudioWork:
                 path = find_audio(here)
                 rate = kept_rate(here, self._family.defaults.fps)
                 samples = read_audios(path, spans, rate, self.spec)
+            references = self._read_references(plan.source, [frames / rate for _, frames in spans])
         except NoAudio as reason:
             if plan.source.table.audio == REQUIRED or self.spec.is_alone:
                 asks = "sound alone is learned" if self.spec.is_alone else 'audio = "required" asks for it'
                 raise MediaError(f"{reason}; {asks}") from None
             return replace(plan, silent=str(reason))
         files = tuple(itertools.starmap(records.identify, _parts(plan.source)))
-        return replace(plan, files=files, rate=rate, samples=tuple(samples))
+        return replace(plan, files=files, rate=rate, samples=tuple(samples), references=tuple(references))
+
+    def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
+        """Return the audio that the audio of each item is made after; [] without it.
+
+        `seconds` are the lengths of the items. Raises MediaError if it cannot be read.
+        """
+        if source.reference_audio is None:
+            return []
+        references = []
+        for length in seconds:
+            samples = read_reference(source.reference_audio, length, self.spec.rate, self.spec.channels)
+            references.append(torch.from_numpy(samples))
+        return references
 
     def _encode(
-        self, file: str, name: cache_files.LatentName, samples: Tensor, plan: AudioPlan
+        self, file: str, name: cache_files.LatentName, index: int, plan: AudioPlan
     ) -> Callable[[], None]:
-        """Encode the audio of an item; return the function that writes its entry."""
+        """Encode the audio of an item, at `index` of the plan; return the function that writes its entry."""
         if self._networks is None:
             self._before_loading()
             self._networks = self._family.audio_networks(self._device, decodes=False)
         assert name.span is not None
         _, frames = name.span
-        (latents,) = self._family.encode_audio(self._networks, samples[None], frames, plan.rate)
+        samples = plan.samples[index][None]
+        (latents,) = self._family.encode_audio(self._networks, samples, frames, plan.rate)
         expected = self.spec.shape(frames, plan.rate)
         if tuple(latents.shape) != expected:  # training groups items into batches by the expected shape
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
         tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
+        if plan.references:
+            samples = plan.references[index][None]
+            # its own length, in samples
+            (encoded,) = self._family.encode_audio(self._networks, samples, samples.shape[-1], self.spec.rate)
+            tensors[REFERENCE_AUDIO] = encoded.detach().cpu().contiguous()
         record = records.LatentRecord(
             encoder=self._family.audio_identity,
             options=self._options(plan.source, name),
@@ -307,8 +333,13 @@ def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
 
 
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
-    """Return the files that cached audio depends on: the clip (for its rate), and any separate audio file."""
+    """Return the files that cached audio depends on.
+
+    These are the clip (for its rate), and separate files of its audio and of the reference for its audio.
+    """
     parts: list[tuple[Path, Origin | None]] = [source.parts[0]]
     if source.audio is not None:
         parts.append(source.audio)
+    if source.reference_audio is not None:
+        parts.append((source.reference_audio, None))
     return parts

@@ -116,6 +116,7 @@ class MediaSource:
     origins: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
     # separate audio file of a clip, and its origin if it is not on disk; None: the audio of the clip itself
     audio: tuple[Path, Remote | None] | None = None
+    reference_audio: Path | None = None  # of a clip: audio that the clip's own audio is made after
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is generated
     guides: tuple[Path, ...] = ()  # an image for each of `DatasetTable.guides`, or ()
