@@ -69,13 +69,6 @@ def make_guidance(
     guided_below = prepared.rules.below_share
     steering = _Steering(options.nag) if options.nag.is_on else None
 
-    def resolve_overrides(pass_: Pass, plan: PassPlan, section: Section) -> Overrides:
-        """Return all overrides of a pass: its own, those of the step, and those of --nag_scale."""
-        overrides = combine_overrides(pass_.overrides, plan.overrides)
-        if steering is not None and pass_.text == "positive":
-            return combine_overrides(overrides, steering.make_overrides(section))
-        return overrides
-
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
         """Return the guided velocity of a step."""
         plan = plans[expert_at(step.timestep, experts)][step.index]
@@ -90,7 +83,10 @@ def make_guidance(
         for pass_ in plan.passes:
             conditions = getattr(section, pass_.text)
             assert conditions is not None, f"the section has no {pass_.text} conditions"
-            overrides = resolve_overrides(pass_, plan, section)
+            # its own overrides, those of the step, and those of --nag_scale
+            overrides = combine_overrides(pass_.overrides, plan.overrides)
+            if steering is not None and pass_.text == "positive":
+                overrides = combine_overrides(overrides, steering.make_overrides(section))
             calls.setdefault(overrides, {})[id(conditions)] = conditions
             keys[pass_] = overrides, id(conditions)
         velocity_by_key = run(calls, predict, section)
