@@ -128,16 +128,16 @@ def test_a_model_keeps_what_its_command_fixes(model: ModelSet, tmp_path: Path) -
     words = request.command("1")
     for switch in ("--fp8_scaled", "--f1", "--split_uncond", "--sample_two_stage"):
         assert (switch in words) == (switch in typed)
-        assert (switch in request.session_words) == (switch in typed)
+        assert (switch in request.session_argv) == (switch in typed)
     assert not {"start.png", "end.png", "control.mp4"}.intersection(words)
     examples = {"--image_path": "start", "--end_image_path": "end", "--control_path": "control"}
     examples |= {"--first_frame": "start", "--last_frame": "end"}
     examples |= {"--src_video": "control", "--control_image_path": "references"}
     examples |= {"--first_frame": "start", "--last_frame": "end"}
-    assert {*recipe.needed} == {name for flag, name in examples.items() if flag in typed}
+    assert {*recipe.required_images} == {name for flag, name in examples.items() if flag in typed}
     assert recipe.missing  # no file is there
-    assert "--interactive" in request.session_words
-    assert "--prompt" not in request.session_words
+    assert "--interactive" in request.session_argv
+    assert "--prompt" not in request.session_argv
 
 
 def test_the_number_of_layers_is_a_field_of_releases_that_take_pictures_apart(tmp_path: Path) -> None:
@@ -257,7 +257,7 @@ def test_loras_of_two_experts_have_options_of_their_own(tmp_path: Path) -> None:
     assert [str(path) for path in read.lora_weight_high_noise] == ["high.safetensors"]
     assert list(read.lora_multiplier_high_noise) == [0.5]
     assert request.request("1")["strengths"] == {"": ["1"], HIGH_NOISE: ["0.5"]}
-    words = request.session_words
+    words = request.session_argv
     assert words[words.index(LORA) + 1] == "low.safetensors"
     assert words[words.index(f"{LORA}_{HIGH_NOISE}") + 1] == "high.safetensors"
 
