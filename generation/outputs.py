@@ -66,7 +66,7 @@ class FrameTools(Protocol):
             label: Name of the clip in the message.
         """
 
-    def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
+    def process(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
         """Return the processed frames and their frame rate; the first call loads the networks.
 
         Args:
@@ -215,7 +215,7 @@ def save_pixels(
     if saves_last and not hides:
         playing = remember(playing, last)
     if post is not None:
-        playing, fps = post.lead(playing, fps, is_single)
+        playing, fps = post.process(playing, fps, is_single)
     if saves_last and hides:
         playing = remember(playing, last)
     if is_image:
