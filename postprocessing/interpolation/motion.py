@@ -184,8 +184,8 @@ def normalize_flows(forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor
     """Normalize both flows by the largest movement.
 
     Returns:
-        1 2 2 H W: x and y, then the forward and the negative backward flow, 0..1 with 0.5 for no motion; and the
-        scale in pixels.
+        1 2 2 H W (x and y, then the forward and the negative backward flow), 0..1 with 0.5 for no motion; and
+        the scale in pixels.
     """
     scale = torch.maximum(forward_flow.abs().amax(), backward_flow.abs().amax())
     both = torch.stack([forward_flow, -backward_flow], dim=2) / torch.where(scale == 0, 1.0, scale)

@@ -178,7 +178,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
         title="own",
         family=recipe.family,
         fixed={**fixed, **changes},
-        usual={},
+        initial_texts={},
         folder=Path.cwd(),
     )
 
