@@ -2,10 +2,10 @@
 
 import modules.interpreter  # noqa: F401
 from anima.options import TRAINER
-from training.image_options import ImageTrainerDefaults, beside_blocks
+from training.image_options import ImageTrainerDefaults, block_control_net_trainer
 from training.scripts import training_script
 
-DEFAULTS = beside_blocks("a ControlNet-LLLite", ImageTrainerDefaults(**TRAINER))
+DEFAULTS = block_control_net_trainer("a ControlNet-LLLite", ImageTrainerDefaults(**TRAINER))
 main = training_script(
     "anima",
     __doc__,

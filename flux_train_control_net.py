@@ -2,10 +2,10 @@
 
 import modules.interpreter  # noqa: F401
 from flux.options import CONTROL_NET_REJECTED, TRAINER, join_swapped
-from training.image_options import FOREIGN, ImageTrainerDefaults, OfManyWeights, beside_transformer
+from training.image_options import FOREIGN, ImageTrainerDefaults, OfManyWeights, control_net_trainer
 from training.scripts import training_script
 
-DEFAULTS = beside_transformer(
+DEFAULTS = control_net_trainer(
     "a ControlNet",
     ImageTrainerDefaults(**{**TRAINER, "translate": join_swapped}, foreign=(*FOREIGN, OfManyWeights)),
     refused=CONTROL_NET_REJECTED,

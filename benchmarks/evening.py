@@ -47,7 +47,7 @@ from training.config_options import OTHERS_TABLE  # noqa: E402
 from training.reports.history import (  # noqa: E402
     HIGHEST,
     PREDICTED,
-    Story,
+    RunHistory,
     history_path,
     read_history,
     read_session,  # noqa: E402
@@ -175,13 +175,13 @@ def main() -> None:
         _run_phase(evening, phase, commands[phase])
     _reject_too_large(evening)
     _run_phase(evening, "training", commands["training"])
-    story = _read_story(evening)
-    _run_phase(evening, "generation", _find_generation(story, commands))
+    run_history = _read_run_history(evening)
+    _run_phase(evening, "generation", _find_generation(run_history, commands))
     score_model = args.models.absolute() / SCORE_MODEL
     if score_model.is_dir():
         words = ["python", "tools/score.py", OUTPUT, "--model", str(score_model)]
         _run_phase(evening, "scores", [words])
-    _write_result(evening, model, story)
+    _write_result(evening, model, run_history)
 
 
 def _find_model(family: str, task: str) -> ModelSet:
@@ -327,7 +327,7 @@ def _reject_too_large(evening: Evening) -> None:
         )
 
 
-def _read_story(evening: Evening) -> Story:
+def _read_run_history(evening: Evening) -> RunHistory:
     path = history_path(evening.output, NAME)
     session = read_session(path)
     if session is None:
@@ -335,41 +335,43 @@ def _read_story(evening: Evening) -> Story:
     return read_history(path, session)
 
 
-def _find_generation(story: Story, commands: Mapping[str, Sequence[Sequence[str]]]) -> list[list[str]]:
+def _find_generation(
+    run_history: RunHistory, commands: Mapping[str, Sequence[Sequence[str]]]
+) -> list[list[str]]:
     """Return the command that generates with the trained file, as its page shows it, if it is complete."""
     latents = next((words for words in commands["latents"] if "--check" not in words), None)
     if latents is None:
         return []
     script = f"{with_scripts()[script_family(latents)].generation_script}.py"
-    for command in story.commands:
+    for command in run_history.commands:
         words = shlex.split(command.bash)
         if not command.missing and len(words) > 1 and Path(words[1]).name == script:
             return [["python", script, *words[2:]]]
     return []
 
 
-def _write_result(evening: Evening, model: ModelSet, story: Story) -> None:
+def _write_result(evening: Evening, model: ModelSet, run_history: RunHistory) -> None:
     """Write the figures, and the page from the figures alone and samples of drawn data."""
     evening.result.mkdir(exist_ok=True)
-    found = collect_figures(evening, model, story)
+    found = collect_figures(evening, model, run_history)
     checked = figures.write_figures(evening.result / "figures.json", found)
-    samples = _list_samples(evening, story) if checked.data == figures.DRAWN else []
+    samples = _list_samples(evening, run_history) if checked.data == figures.DRAWN else []
     page = evening.result / "page.html"
     write_evening_page(page, checked, samples)
     print(f"\n{page} shows the evening. The folder {evening.result} can be sent: docs/proven.md says how.")
 
 
-def collect_figures(evening: Evening, model: ModelSet, story: Story) -> figures.EveningFigures:
+def collect_figures(evening: Evening, model: ModelSet, run_history: RunHistory) -> figures.EveningFigures:
     """Return the figures of a finished evening."""
     training = parse_toml(read_text(evening.data / RUN_FILE))["training"]
     plan = read_text(evening.log_of("plan"))
     shape = _STEP.search(plan)
     width, height, frames = (int(text or 1) for text in shape.groups()) if shape else (0, 0, 0)
     planned = _PLANNED.search(plan)
-    memory = dict(story.memory)
+    memory = dict(run_history.memory)
     is_drawn = evening.request["data"] is None
     evening.phases["training"].note_peaks(_parse_gib(memory.get(HIGHEST, "")), None)
-    losses = [loss for _, loss in sorted(story.loss.items()) if loss is not None]
+    losses = [loss for _, loss in sorted(run_history.loss.items()) if loss is not None]
     precision = str(training.get("mixed_precision", "no"))
     predicted = _parse_gib(memory.get(PREDICTED, ""))
     if predicted is None and planned is not None:
@@ -383,7 +385,7 @@ def collect_figures(evening: Evening, model: ModelSet, story: Story) -> figures.
         width=width,
         height=height,
         frames=frames,
-        steps=max(story.loss, default=0),
+        steps=max(run_history.loss, default=0),
         precision=precision if precision in figures.PRECISIONS else "no",
         options={
             name: training[name]
@@ -403,7 +405,7 @@ def collect_figures(evening: Evening, model: ModelSet, story: Story) -> figures.
             if (record := evening.phases.get(name)) is not None and record.is_done
         ),
         step=summarize_steps(
-            [seconds for _, seconds in sorted(story.seconds.items()) if seconds is not None]
+            [seconds for _, seconds in sorted(run_history.seconds.items()) if seconds is not None]
         ),
         training_memory=figures.MemoryFigures(predicted, _parse_gib(memory.get(MEASURED, ""))),
         generation_memory=_compare_generation(evening),
@@ -447,9 +449,9 @@ def _collect_scores(evening: Evening) -> figures.ScoreFigures | None:
     return figures.ScoreFigures(first.clip, last.clip, first.likeness, last.likeness)
 
 
-def _list_samples(evening: Evening, story: Story) -> list[ShownSample]:
+def _list_samples(evening: Evening, run_history: RunHistory) -> list[ShownSample]:
     """Return the samples of the first and the last step that has some."""
-    rows = [story.samples[key] for key in sorted(story.samples)]
+    rows = [run_history.samples[key] for key in sorted(run_history.samples)]
     shown = []
     for row in rows[:1] + rows[1:][-1:]:
         paths = [evening.output / SAMPLES / name for _, name in sorted(row.files.items())]

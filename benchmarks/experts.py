@@ -64,7 +64,7 @@ class Device:
     def _give(self, size_bytes: int) -> None:
         self.weights -= size_bytes
 
-    def note_step(self, activations: int) -> None:
+    def log_step(self, activations: int) -> None:
         """Record a step that takes `activations` bytes in addition to the weights."""
         self.maximum = max(self.maximum, self.weights + activations)
 
@@ -128,7 +128,7 @@ def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[i
             with PlannedKernels(), Ledger(HOST) as ledger:
                 predict = predictor(family, dit_at, Step(0, 4, 1.0, timestep, noise), True)
                 _ = predict(text), predict(text)
-                device.note_step(max(sum(moment.values()) for moment in ledger.peaks.values()))
+                device.log_step(max(sum(moment.values()) for moment in ledger.peaks.values()))
     return device.maximum, loads
 
 

@@ -31,7 +31,7 @@ from protocols.requests import Prepared, Request, settle
 from protocols.steps import EncodedPrompts
 from runtime.network_setup import swapped_weights
 from runtime.planning.memory_plan import workspace
-from training.experts import dress, placement_of
+from training.experts import placement_of, set_up_network
 from training.loss import NoisyAudio, NoisyBatch
 from training.optimizers.optimizer import find_averaging, make_optimizer
 from training.planning.memory import predict
@@ -75,7 +75,7 @@ def train_steps(row: Row, path: Path, device: torch.device) -> Bench:
     assert options.network is not None
     network = make_network(options.network, family.lora_module, dit, seed=SEED)
     network.module.to(device)
-    dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
+    set_up_network(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
     parameters = list(network.parameters())  # clipped at each step
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     optimizer, _ = make_optimizer(options.optimizer, groups)

@@ -88,10 +88,10 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
     reporter = RunReporter(history, start, 0, lambda best, done: [], lambda: [])
     started = time.perf_counter()
     for step, loss in enumerate(generator.random(OLD_STEPS) + 0.1, 1):
-        reporter.note_step(StepReport(step, {"lr/unet": 1e-4}, seconds=0.5, loss=float(loss), average=0.5))
+        reporter.log_step(StepReport(step, {"lr/unet": 1e-4}, seconds=0.5, loss=float(loss), average=0.5))
     note = (time.perf_counter() - started) / OLD_STEPS
     for step in range(0, OLD_STEPS, 1000):
-        reporter.note_validation(step, {"validation/loss": 0.2, "validation/loss_100": 0.3})
+        reporter.log_validation(step, {"validation/loss": 0.2, "validation/loss_100": 0.3})
     coarse = generator.integers(0, 255, (2 * prompts, 81, 15, 26, 3), np.uint8)
     seconds = []
     with reporter:
@@ -102,7 +102,7 @@ def _measure_pages(folder: Path, prompts: int) -> tuple[float, list[float]]:
                 path = folder / "sample" / f"x_{mark}_{index:02d}_20300101000000.mp4"
                 write_video(path, clip, 16.0, crf=20, preset="veryfast")
             started = time.perf_counter()
-            reporter.note_samples(int(mark), mark, texts)
+            reporter.log_samples(int(mark), mark, texts)
             seconds.append(time.perf_counter() - started)
     return note, seconds[1:]
 

@@ -94,7 +94,7 @@ def measure(folder: Path, steps: int) -> tuple[float, float]:
             return call
 
         run.logs.step = timed(run.logs.step)  # type: ignore[method-assign]
-        run.reporter.note_step = timed(run.reporter.note_step)  # type: ignore[method-assign]
+        run.reporter.log_step = timed(run.reporter.log_step)  # type: ignore[method-assign]
         groups = run.steps.groups(0)
         for _ in range(4):  # warm up
             advance(run, next(groups), micro_batches)

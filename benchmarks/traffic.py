@@ -140,14 +140,14 @@ def count_training(family: Any, options: Any, batch: Any, rates: Rates, merge: b
     `batch` is a NoisyBatch.
     """
     from training.experts import placement_of
-    from training.planning.rehearsal import dress_trainable, stand_in_batch
+    from training.planning.rehearsal import set_up_trainable, stand_in_batch
 
     choice = replace(options.speed.attention.choice, mode="sdpa")  # stands in for all kernels
     placement = replace(placement_of(options, META, options.speed.fp8.quantization), attention=choice)
     with quiet():
         dit = family.load_dit(placement)
     with quiet(), dry_run() as ledger, torch.autograd.set_detect_anomaly(True, check_nan=False):
-        rehearsal = dress_trainable(family, options, dit, ledger)
+        rehearsal = set_up_trainable(family, options, dit, ledger)
         rehearsal.measure_step()  # makes the optimizer's states
         with Counting(ledger.device) as counting:
             rehearsal.measure_step()

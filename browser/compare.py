@@ -30,7 +30,7 @@ from modules.pages.language import join, say
 from modules.pages.page import link
 from modules.text_files import read_text, real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE, with_scripts
-from training.reports.history import PageCommand, SampleRow, Story
+from training.reports.history import PageCommand, RunHistory, SampleRow
 from training.reports.page import list_files
 from training.reports.present_files import present_commands
 from training.reports.scores import find_best_file
@@ -64,7 +64,7 @@ class ComparableRun:
     """A run whose saved files can be compared, and the generation options that load its model."""
 
     run: RunSummary
-    story: Story
+    run_history: RunHistory
     family: str  # as named by tools/compare.py
     options: Mapping[str, Sequence[str]]  # option -> its arguments
     missing: Sequence[str] = ()  # placeholders that the user has to replace
@@ -110,15 +110,15 @@ class ComparableRun:
     def files(self) -> list["ComparedFile"]:
         """Saved files that still exist, sorted by step. Of several with equal weights, only one is listed."""
         folder = self.run.history.parent
-        story = self.story
-        best = find_best_file(folder, self.run.name, story)
+        run_history = self.run_history
+        best = find_best_file(folder, self.run.name, run_history)
         best_name = None if best is None else best.name
         files = []
-        for step, names in list_files(story, folder):
+        for step, names in list_files(run_history, folder):
             name = names[0]
             if f"_{HIGH_NOISE}." in name:
                 continue  # listed together with the file of the low-noise expert
-            if story.is_of_word(name):
+            if run_history.is_of_word(name):
                 continue  # the embedding of a trigger word, used together with a LoRA
             high_noise_name = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
             paths = [folder / name]
@@ -126,7 +126,7 @@ class ComparableRun:
                 paths.append(folder / high_noise_name)
             if not all(path.is_file() for path in paths):
                 continue
-            validation = None if story.is_average(name) else story.nearest(step)
+            validation = None if run_history.is_average(name) else run_history.nearest(step)
             file = ComparedFile(
                 source=self,
                 name=name,
@@ -176,10 +176,10 @@ class ComparedFile:
         A file of averaged weights matches samples only if the training sampled with averaged weights
         (`--sample_ema`), and a file of plain weights only if it did not.
         """
-        story = self.source.story
-        options = dict(story.start.changed) if story.start else {}
-        if story.is_average(self.name) == (options.get("sample_ema") == "True"):
-            yield from (row for row in story.samples.values() if row.step == self.step)
+        run_history = self.source.run_history
+        options = dict(run_history.start.changed) if run_history.start else {}
+        if run_history.is_average(self.name) == (options.get("sample_ema") == "True"):
+            yield from (row for row in run_history.samples.values() if row.step == self.step)
 
 
 @dataclass(frozen=True)
@@ -210,12 +210,12 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     Raises:
         OSError: If the history cannot be read.
     """
-    story = runs.open(run).story
+    run_history = runs.open(run).run_history
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
-    for typed in _read_commands(present_commands(story, run.history.parent, run.name), families):
+    for typed in _read_commands(present_commands(run_history, run.history.parent, run.name), families):
         return ComparableRun(
             run=run,
-            story=story,
+            run_history=run_history,
             family=families[typed.script],
             options=group_options(typed.argv),
             missing=typed.missing,
@@ -372,7 +372,7 @@ def _list_prompts(sources: Sequence[ComparableRun]) -> list[str]:
     """Return each distinct prompt that has samples."""
     prompts: dict[str, None] = {}
     for source in sources:
-        for row in source.story.samples.values():
+        for row in source.run_history.samples.values():
             prompts |= dict.fromkeys(row.prompts.values())
     return list(prompts)
 
@@ -411,7 +411,7 @@ def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) 
 def _first_tags(sources: Sequence[ComparableRun], prompt: str) -> Mapping[str, str]:
     """Return the metadata of a prompt's first sample that has any."""
     for source in sources:
-        for row in source.story.samples.values():
+        for row in source.run_history.samples.values():
             for index, name in row.files.items():
                 if row.prompts.get(index) == prompt:
                     tags = read_clip_tags(source.run.history.parent / SAMPLES / name)

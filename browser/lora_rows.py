@@ -190,7 +190,7 @@ def _find_other_networks(source: ComparableRun) -> set[str] | None:
     others: set[str] = set()
     for option, words in source.options.items():
         names = loras if option.startswith(compare.LORA) else others
-        names.update(name for word in words if (name := Path(word).name) in source.story.saved)
+        names.update(name for word in words if (name := Path(word).name) in source.run_history.saved)
     return None if others and not loras else others
 
 

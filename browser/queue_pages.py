@@ -74,7 +74,8 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
     if run is None:
         return Draft()
     with contextlib.suppress(OSError):
-        commands = present_commands(runs.open(run).story, run.history.parent, run.name)[int(index_text) :]
+        run_history = runs.open(run).run_history
+        commands = present_commands(run_history, run.history.parent, run.name)[int(index_text) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
     return Draft()

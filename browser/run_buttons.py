@@ -224,7 +224,7 @@ class RunButtons:
         if state.name not in (DIED, FAULTS):
             return ""
         with contextlib.suppress(OSError), self.site.runs.lock:
-            messages = self.site.runs.open(shown.summary).story.messages[-12:]
+            messages = self.site.runs.open(shown.summary).run_history.messages[-12:]
             return "\n".join(text for _, _, text in messages)
         return ""
 
@@ -324,7 +324,7 @@ class RunButtons:
     def find_making(self, run: RunSummary) -> MakingCommand | None:
         """Return the history's command that generates with the run's file; None if it has none."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
-            commands = present_commands(self.site.runs.open(run).story, run.history.parent)
+            commands = present_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
                 if command.title == GENERATE:
                     argv = split_arguments(command_part(command.bash))
@@ -368,7 +368,7 @@ class RunButtons:
         """Return the history's command that continues its run, with its index; None if there is none."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             for index, command in enumerate(
-                present_commands(self.site.runs.open(run).story, run.history.parent, run.name)
+                present_commands(self.site.runs.open(run).run_history, run.history.parent, run.name)
             ):
                 is_again = run.name.endswith(BEFORE_TRAINING)
                 if (RESUME in command.bash or is_again) and not command.missing:
@@ -554,7 +554,7 @@ class RunButtons:
         results = list_results(folder, run.name.removesuffix(BEFORE_TRAINING))
         if run.history.exists() and not run.name.endswith(BEFORE_TRAINING):
             with contextlib.suppress(OSError), self.site.runs.lock:
-                for name in self.site.runs.open(run).story.saved:
+                for name in self.site.runs.open(run).run_history.saved:
                     if Path(name).name == name and (folder / name).is_file():
                         results.append(folder / name)
         return results

@@ -29,7 +29,15 @@ from modules.media.reading import image_size, video_info
 from modules.pages.language import join, language, say
 from modules.pages.page import END, PRIVATE, link, render_page, show_unscripted
 from modules.text_files import read_safetensors_texts, require_regular_file
-from training.reports.history import BEFORE_TRAINING, SHOWN, WORKFLOW, Points, Start, Story, find_workflow
+from training.reports.history import (
+    BEFORE_TRAINING,
+    SHOWN,
+    WORKFLOW,
+    Points,
+    RunHistory,
+    Start,
+    find_workflow,
+)
 from training.reports.page import (
     TEMPLATE,
     Standing,
@@ -160,20 +168,21 @@ class LiveStanding:
     left: str  # remaining time in words
 
     @classmethod
-    def of(cls, run: RunSummary, story: Story, ended_at_once: str = "") -> "LiveStanding":
+    def of(cls, run: RunSummary, run_history: RunHistory, ended_at_once: str = "") -> "LiveStanding":
         """Return the current progress of the run of a history.
 
         `ended_at_once` is the reason to show for a run that the page has killed; "" for all other runs.
         """
         # histories of older versions have no start; the run's page has some of its values
-        start = story.start or Start(run.model, run.total_steps)
-        ending = story.ending
-        if ending is None and story.start is None:  # the summary also reads the page of an old history
+        start = run_history.start or Start(run.model, run.total_steps)
+        ending = run_history.ending
+        if ending is None and run_history.start is None:  # the summary also reads the page of an old history
             ending = run.ending
-        state = find_state(story.start, ending, run.changed)
+        state = find_state(run_history.start, ending, run.changed)
         step = 0
-        if story.loss or story.starts:
-            step = next(reversed(story.loss or story.starts))  # keys are steps, the last one is the latest
+        steps = run_history.loss or run_history.starts
+        if steps:
+            step = next(reversed(steps))  # keys are steps, the last one is the latest
         if ending is None:
             ending = (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
         text, kind = ending
@@ -186,17 +195,17 @@ class LiveStanding:
         if state == RUNNING:
             text = name_state(state)
             kind = ""
-            words = _describe_time(run, story, start.total_steps - step)
+            words = _describe_time(run, run_history, start.total_steps - step)
         return cls(Standing(start, step, text, kind), state, words)
 
 
-def _describe_time(run: RunSummary, story: Story, steps_left: int) -> str:
+def _describe_time(run: RunSummary, run_history: RunHistory, steps_left: int) -> str:
     """Return what a training does between two steps, or the remaining time, in words."""
-    if story.doing:
+    if run_history.doing:
         return join(" ", ("·", read_run_state(run).text))
-    if story.left:
+    if run_history.left:
         return say("· %(left)s left", left=run.left)
-    seconds = [number for number in story.seconds.values() if number is not None][-SHOWN:]
+    seconds = [number for number in run_history.seconds.values() if number is not None][-SHOWN:]
     left = describe_left(steps_left, compute_mean(seconds) if seconds else None)
     return say("· %(left)s left", left=left) if left else ""
 
@@ -232,24 +241,24 @@ def run_page(
     Raises:
         OSError: If the history cannot be read.
     """
-    story = runs.open(run).story
-    now = LiveStanding.of(run, story, ended_at_once)
+    run_history = runs.open(run).run_history
+    now = LiveStanding.of(run, run_history, ended_at_once)
     start = now.shown.start
     values = page_values(
         run.history.parent,
-        story,
+        run_history,
         now.shown,
         load=linked_clip,
         maximum=MAX_SAMPLES,
         name=run.name,
     )
-    commands = present_commands(story, run.history.parent, run.name)
+    commands = present_commands(run_history, run.history.parent, run.name)
     values["commands"] = [translate_command(command) for command in commands]
-    values["memory"] = translate_memory(story.memory)
-    sample_names = [name for row in story.samples.values() for name in row.files.values()]
+    values["memory"] = translate_memory(run_history.memory)
+    sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
     values["live"] = {
         "id": run.id,
-        "mark": mark_page(story, now),
+        "mark": mark_page(run_history, now),
         "left": now.left,
         "name": run.name,
         "can_ask": can_write and start.listens and now.state == RUNNING,
@@ -265,7 +274,7 @@ def run_page(
         "cd": format_cd(run.working_folder),
         "cd_powershell": format_cd(run.working_folder, in_powershell=True),
         "others": _list_other_runs(runs, run),
-        "messages": story.messages[-MAX_MESSAGES:],
+        "messages": run_history.messages[-MAX_MESSAGES:],
     }
     return render_page(TEMPLATE, run.name, values, POLICY)
 
@@ -300,11 +309,17 @@ def _list_other_runs(runs: Runs, run: RunSummary) -> list[tuple[str, str]]:
     return [(candidate.id, label) for candidate, label in labeled if candidate.id != run.id]
 
 
-def mark_page(story: Story, now: LiveStanding) -> str:
+def mark_page(run_history: RunHistory, now: LiveStanding) -> str:
     """Return a text that changes whenever the page of a run has to be loaded again."""
-    events = (story.samples, story.saved, story.messages, story.validations, story.starts)
+    events = (
+        run_history.samples,
+        run_history.saved,
+        run_history.messages,
+        run_history.validations,
+        run_history.starts,
+    )
     counts = [len(event) for event in events]
-    return short_digest(repr((counts, story.memory, now.shown.text)))
+    return short_digest(repr((counts, run_history.memory, now.shown.text)))
 
 
 def collect_news(
@@ -323,63 +338,63 @@ def collect_news(
         ValueError: If the steps are not numbers.
     """
     history = runs.open(run)
-    story = history.story
-    now = LiveStanding.of(run, story, ended_at_once)
+    run_history = history.run_history
+    now = LiveStanding.of(run, run_history, ended_at_once)
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
     file_number = history.status and history.status.st_ino  # a new run in this folder writes a new file
     folder = run.history.parent
     scores = scores_path(folder, run.name)
     scored = scores.stat().st_mtime_ns if scores.is_file() else 0
-    key = f"{file_number}-{scored}-{len(story.starts)}-{now.shown.step}-{low}-{high}"
+    key = f"{file_number}-{scored}-{len(run_history.starts)}-{now.shown.step}-{low}-{high}"
     news = {
         "key": key,
-        "page": mark_page(story, now),
+        "page": mark_page(run_history, now),
         "state": now.state,
         "step": now.shown.step,
         "left": now.left,
         "name": run.name,
     }
     if query.get("have") != key:
-        charts = list_charts(_narrow(story, low, high), maximum=MAX_POINTS)
+        charts = list_charts(_narrow(run_history, low, high), maximum=MAX_POINTS)
         if scored:
             charts[1:1] = list_score_charts(
-                folder, run.name, story=story, low=low, high=high
+                folder, run.name, run_history=run_history, low=low, high=high
             )  # next to the loss
         news["charts"] = [asdict(chart) for chart in charts]
-        news["tiles"] = list_tiles(now.shown, story)
+        news["tiles"] = list_tiles(now.shown, run_history)
     return news
 
 
-def _narrow(story: Story, low: float, high: float) -> Story:
-    """Return a story whose curves are limited to a range of steps."""
+def _narrow(run_history: RunHistory, low: float, high: float) -> RunHistory:
+    """Return a history whose curves are limited to a range of steps."""
 
     def cut(points: Points) -> Points:
         return {step: value for step, value in points.items() if low <= step <= high}
 
     if math.isinf(low) and math.isinf(high):
-        return story
+        return run_history
     return replace(
-        story,
-        loss=cut(story.loss),
-        seconds=cut(story.seconds),
-        validations={step: loss for step, loss in story.validations.items() if low <= step <= high},
-        rates={name: cut(points) for name, points in story.rates.items()},
-        experts={name: cut(points) for name, points in story.experts.items()},
-        numbers={name: cut(points) for name, points in story.numbers.items()},
-        bands={name: cut(points) for name, points in story.bands.items()},
+        run_history,
+        loss=cut(run_history.loss),
+        seconds=cut(run_history.seconds),
+        validations={step: loss for step, loss in run_history.validations.items() if low <= step <= high},
+        rates={name: cut(points) for name, points in run_history.rates.items()},
+        experts={name: cut(points) for name, points in run_history.experts.items()},
+        metrics={name: cut(points) for name, points in run_history.metrics.items()},
+        bands={name: cut(points) for name, points in run_history.bands.items()},
     )
 
 
 def find_run_file(runs: Runs, run: RunSummary, name: str) -> Path | None:
     """Return the path of a file that a page links (a saved file, sample or clip); None for other names."""
-    story = runs.open(run).story
+    run_history = runs.open(run).run_history
     folder = run.history.parent
-    samples = {f"{SAMPLES}/{file}" for row in story.samples.values() for file in row.files.values()}
+    samples = {f"{SAMPLES}/{file}" for row in run_history.samples.values() for file in row.files.values()}
     is_workflow = name.endswith(WORKFLOW) and any(
-        name == find_workflow(folder, saved) for saved in story.saved
+        name == find_workflow(folder, saved) for saved in run_history.saved
     )
-    is_linked = is_workflow or name in story.saved or name in samples or COMPARED.fullmatch(name)
+    is_linked = is_workflow or name in run_history.saved or name in samples or COMPARED.fullmatch(name)
     return folder / name if is_linked and runs.is_inside(folder / name) else None
 
 
@@ -455,10 +470,10 @@ def export_run(runs: Runs, path: Path) -> None:
         )
     (run,) = candidates
     try:
-        story = runs.open(run).story
+        run_history = runs.open(run).run_history
     except OSError as error:
         raise OptionError(f"{run.history} cannot be read: {error.strerror}") from None
     clips = ClipStore(run.history.parent / SAMPLES)
-    standing = LiveStanding.of(run, story).shown
-    write_training_page(path, run.history, story, standing, load=clips.for_page())
+    standing = LiveStanding.of(run, run_history).shown
+    write_training_page(path, run.history, run_history, standing, load=clips.for_page())
     share_page(path, path)  # the page is meant to be shared: remove all paths of this machine

@@ -33,8 +33,8 @@ from training.reports.history import (
     PREDICTED,
     SHOWN,
     Row,
+    RunHistory,
     Start,
-    Story,
     history_name,
     history_path,
     parse_row,
@@ -264,24 +264,24 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
     """Return the summary of a run from the content of its history."""
     tail = content[-TAIL:]
     end = tail[-LAST:]
-    story = _read_story(content, tail)
+    run_history = _read_run_history(content, tail)
     steps = LOSS.findall(end) or LOSS.findall(tail)  # long lines may follow the last step
-    step = int(steps[-1][0]) if steps else max(story.starts, default=0)
-    if story.start is not None:
-        page = PageStatus(story.start.model, None, story.start.total_steps)
+    step = int(steps[-1][0]) if steps else max(run_history.starts, default=0)
+    if run_history.start is not None:
+        page = PageStatus(run_history.start.model, None, run_history.start.total_steps)
     else:  # an older version wrote these values only into the run's page
         page = read_page_status(path) or PageStatus("", None, step)
     seconds = [float(text) for text in SECONDS.findall(end)]
     return RunSummary(
         history=path,
         changed=status.st_mtime,
-        start=story.start,
-        ending=story.ending or page.ending,
+        start=run_history.start,
+        ending=run_history.ending or page.ending,
         step=step,
         losses=_sample_losses(content),
         step_seconds=compute_mean(seconds[-SHOWN:]) if seconds else None,
-        sample=_find_newest_sample(story),
-        memory=dict(story.memory),
+        sample=_find_newest_sample(run_history),
+        memory=dict(run_history.memory),
         model=page.model,
         total_steps=page.total_steps,
         average=_read_last_number(AVERAGE, tail),
@@ -290,8 +290,8 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
     )
 
 
-def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
-    """Return a story made of the last lines about a run's start, its samples and its end."""
+def _read_run_history(content: bytes | mmap.mmap, tail: bytes) -> RunHistory:
+    """Return a history made of the last lines about a run's start, its samples and its end."""
     near_end = len(content) - NEAR_END
     ending = _read_last_row(tail, "ended", 0)
     # a resumed run has several processes; the newest one counts, wherever its line is in the file
@@ -302,7 +302,7 @@ def _read_story(content: bytes | mmap.mmap, tail: bytes) -> Story:
         ending = None  # the run was resumed after that ending
     samples = _read_last_row(content, "samples", near_end)
     memory = _read_last_row(content, "memory", near_end)
-    return Story.of(filter(None, [started, samples, memory, ending]))
+    return RunHistory.of(filter(None, [started, samples, memory, ending]))
 
 
 def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
@@ -323,9 +323,9 @@ def _sample_losses(content: bytes | mmap.mmap) -> list[float]:
     return [compute_mean(losses[index : index + width]) for index in range(0, len(losses), width)]
 
 
-def _find_newest_sample(story: Story) -> str:
+def _find_newest_sample(run_history: RunHistory) -> str:
     """Return the first name among the newest samples; "" if there are none."""
-    samples = [row.files for row in story.samples.values() if row.files]
+    samples = [row.files for row in run_history.samples.values() if row.files]
     if not samples:
         return ""
     newest = samples[-1]
@@ -362,7 +362,7 @@ class OpenHistory:
 
     path: Path
     status: os.stat_result | None = None
-    story: Story = field(default_factory=Story)
+    run_history: RunHistory = field(default_factory=RunHistory)
     _offset: int = 0
 
     def refresh(self) -> None:
@@ -371,7 +371,7 @@ class OpenHistory:
             status = os.fstat(file.fileno())
             is_same_file = self.status is not None and self.status.st_ino == status.st_ino
             if not is_same_file or status.st_size < self._offset:
-                self.story = Story()
+                self.run_history = RunHistory()
                 self._offset = 0
             self.status = status
             file.seek(self._offset)
@@ -381,9 +381,9 @@ class OpenHistory:
                 self._offset += len(line)
                 row = parse_row(line)
                 if row is not None and "session" in row:
-                    self.story = Story()
+                    self.run_history = RunHistory()
                 elif row is not None:
-                    self.story.add(row)
+                    self.run_history.add(row)
 
 
 class ListedFolder(NamedTuple):

@@ -223,13 +223,13 @@ class SharePages:
             run = self.find(request)
             if run is None or not run.history.exists():
                 return answer_text(ENDED, 401)
-            story = self.site.runs.open(run).story
+            run_history = self.site.runs.open(run).run_history
             if self.find(request) is None:  # another run began meanwhile, whose history may have been read
                 return answer_text(ENDED, 401)
-        now = LiveStanding.of(run, story)
+        now = LiveStanding.of(run, run_history)
         values: dict[str, Any] = page_values(
             run.history.parent,
-            story,
+            run_history,
             make_shared_standing(now),
             load=shared_clip,
             maximum=MAX_SHOWN,
@@ -237,7 +237,7 @@ class SharePages:
             has_sections=False,  # do not name training images
         )
         values |= {"is_shared": True, "commands": (), "makes_samples": True}
-        values["memory"] = translate_memory(story.memory)
+        values["memory"] = translate_memory(run_history.memory)
         text = drop_private(render_page(TEMPLATE, run.name, values, SHARED_POLICY))
         policy = f"{SHARED_POLICY}; frame-ancestors 'none'"  # ignored in a meta element, so sent as a header
         headers = {"content-security-policy": policy, "x-robots-tag": "noindex"}

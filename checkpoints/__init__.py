@@ -13,6 +13,7 @@ first_bytes: recognize files that are no models by how they begin
 gguf_files: read GGUF files, with bounded memory
 kinds: recognize model files by the names of tensors
 marks: recognize packed weights by what a file says
+metadata_text: print the metadata of a safetensors file
 model_files: check model files and folders given by options
 model_folders: what a folder of transformers says, held against its weights
 opening: open model files in any container
@@ -22,5 +23,6 @@ shards: cut a model into files with an index
 stored/: linear layers with weights in 8 or 4 bits
 tokenizers: find and read the tokenizer of a text encoder
 unused: tensors of a file that its network does not have
+weighted_sum: merge whole checkpoints of one model
 writing: write a safetensors file tensor by tensor
 """

@@ -39,8 +39,8 @@ from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 
-LISTED = 3  # names in a message
-NO_NAME = "__metadata__"  # reserved in the header of a safetensors file
+LISTED = 3  # number of names in a message
+NO_NAME = "__metadata__"  # not possible as a tensor name: reserved in the header of a safetensors file
 _MARKER = "scaled_fp8"  # name of a tensor that marks files with scaled weights
 # suffixes of the other tensors of an 8-bit layer
 _COMPANIONS = (".scale_input", ".input_scale", MARK)
@@ -78,21 +78,21 @@ class CheckpointChange:
 
 @dataclass(frozen=True)
 class NewFile:
-    """A file to be written; tensors are in the order of the old file, and `read` returns one by name."""
+    """A file to be written."""
 
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]  # in the order of the old file
     metadata: Mapping[str, str]
-    read: Callable[[str], Tensor]
-    notes: tuple[str, ...]  # notes for the user
+    read: Callable[[str], Tensor]  # takes the new name of a tensor
+    notes: tuple[str, ...]  # sentences for the user about what was changed or left out
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all tensors of the file."""
+        """Size of all tensors in bytes."""
         return sum(info.size_bytes for info in self.tensors.values())
 
 
 def reject_packed(checkpoint: Checkpoint) -> None:
-    """Raise CheckpointError if the file has weights packed in another shape, which cannot be copied."""
+    """Raise CheckpointError if the file has weights packed in another shape, which cannot be copied here."""
     for name, info in checkpoint.tensors.items():
         if info.packing is not None and info.packing.shape != info.shape:
             raise CheckpointError(
@@ -118,12 +118,15 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     reject_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
-    plain = plain_sources(checkpoint) if change.dtype is not None else {}
+    plain = (
+        plain_sources(checkpoint) if change.dtype is not None else {}
+    )  # without scales and other companions
     scales = find_scales(checkpoint.tensors)
     # fp8 weights that are cast are multiplied by their scales, which are dropped; integer weights keep scales
     unscaled = set()
     for name in names:
-        if name in scales and name in plain and _is_cast_fp8(checkpoint, change, name):
+        is_cast_fp8 = change.cast.takes(name) and is_fp8(checkpoint.tensors[name].dtype)
+        if name in scales and name in plain and is_cast_fp8:
             unscaled.add(name)
     names = _without_scales(names, scales, unscaled)
     _check_pairs(checkpoint, names, scales, unscaled)
@@ -141,7 +144,7 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
         name = old_names[new_name]
         scale = checkpoint.read(scales[name]) if name in unscaled else None
         tensor = checkpoint.read(name)
-        return _as_dtype(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new_name].dtype)
+        return _cast(checkpoint, name, tensor=tensor, scale=scale, dtype=tensors[new_name].dtype)
 
     metadata, notes = _make_metadata(checkpoint, change, unscaled, stale)
     if unscaled:
@@ -155,18 +158,14 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     return NewFile(tensors, metadata, read, tuple(notes))
 
 
-def _is_cast_fp8(checkpoint: Checkpoint, change: CheckpointChange, name: str) -> bool:
-    return change.cast.takes(name) and is_fp8(checkpoint.tensors[name].dtype)
-
-
 def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]) -> list[str]:
-    """Return the names without scales and companions of the weights in `unscaled`, which need none."""
+    """Return the names without the scales and companions of the weights in `unscaled`."""
     unneeded = {scales[weight] for weight in unscaled}
     for weight in unscaled:
         layer = weight.removesuffix(".weight")
         unneeded |= {layer + ending for ending in _COMPANIONS}
     still_scaled = set(scales) & set(names) - unscaled  # weights that keep their scales
-    if unscaled and not still_scaled:
+    if unscaled and not still_scaled:  # no weight is scaled any more, so the file is not marked as scaled
         unneeded |= {name for name in names if name.endswith(_MARKER)}
     return [name for name in names if name not in unneeded]
 
@@ -214,11 +213,14 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         raise OptionError("--full_target_keys and --full_exclude_keys leave no tensor: give other names")
     if change.dtype is not None and not any(change.cast.takes(name) for name in names):
         raise OptionError("--target_keys and --exclude_keys leave no tensor to cast: give other names")
-    for index, prefix in enumerate(change.strip):
-        before = replace(change, strip=change.strip[:index], add="")
-        if not any(rename(name, before).startswith(prefix) for name in names):
+    for index, prefix in enumerate(
+        change.strip
+    ):  # each prefix is looked for after the previous ones are gone
+        earlier_prefixes = replace(change, strip=change.strip[:index], add="")
+        if not any(rename(name, earlier_prefixes).startswith(prefix) for name in names):
             raise OptionError(f"--strip_prefix {prefix}: no tensor's name begins so, such as {names[0]}")
-    if change.strip and any(not rename(name, replace(change, add="")) for name in names):
+    only_strip = replace(change, add="")
+    if change.strip and any(not rename(name, only_strip) for name in names):
         raise OptionError(f"--strip_prefix {' '.join(change.strip)} leaves nothing of a tensor's name")
     if NO_NAME in {rename(name, change) for name in names}:
         raise OptionError(
@@ -227,7 +229,7 @@ def _check_selections(change: CheckpointChange, names: Sequence[str]) -> None:
         )
 
 
-def _as_dtype(
+def _cast(
     checkpoint: Checkpoint, name: str, *, tensor: Tensor, scale: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """Multiply a tensor by its scale, if any, and cast it; raise CheckpointError if values overflow."""
@@ -235,7 +237,7 @@ def _as_dtype(
         return tensor
     try:
         converted = dequantize(tensor, scale, dtype)
-    except RuntimeError as error:
+    except RuntimeError as error:  # the shapes of tensor and scale cannot be broadcast
         shape = None if scale is None else list(scale.shape)
         raise CheckpointError(
             f"{checkpoint.path}: the scale of {name} has the shape {shape}, which does not fit "
@@ -255,26 +257,26 @@ def _make_metadata(
     checkpoint: Checkpoint, change: CheckpointChange, unscaled: set[str], stale: Sequence[str]
 ) -> tuple[dict[str, str], list[str]]:
     """Return the metadata of the new file, and notes on metadata that are left out."""
-    metadata = {}
+    metadata = {"format": "pt"}  # default, because transformers rejects files without a format
     notes = []
     for key, text in checkpoint.metadata.items():
         if key.startswith(tuple(stale)):
             notes.append(f"{key} is left out: it belongs to the old tensors")
         else:
             metadata[key] = text
-    if HEADER in metadata:
+    if HEADER in metadata:  # ComfyUI's record of quantized layers
         try:
             record = parse_json(metadata[HEADER])
             layers = _rename_layers(checkpoint, change, unscaled, record["layers"])
-            if layers:
-                metadata[HEADER] = json.dumps({**record, "layers": layers})
-            else:
-                del metadata[HEADER]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(
                 f"{checkpoint.path}: its record of quantization cannot be read ({error!r}).", checkpoint.path
             ) from error
-    return {"format": "pt", **metadata}, notes  # transformers rejects files without a format
+        if layers:
+            metadata[HEADER] = json.dumps({**record, "layers": layers})
+        else:
+            del metadata[HEADER]
+    return metadata, notes
 
 
 def _rename_layers(
@@ -282,31 +284,33 @@ def _rename_layers(
 ) -> dict[str, Any]:
     """Return ComfyUI's record of 8-bit layers by new name, without layers that are no longer in 8 bits."""
     renamed = {}
-    for layer, how in layers.items():
+    for layer, settings in layers.items():
         # tensor names may have a prefix that layer names in the record lack
         pattern = re.compile(rf"(.*\.)?{re.escape(layer)}\.weight")
         weights = [name for name in checkpoint.tensors if pattern.fullmatch(name)]
-        if len(weights) != 1:
+        if len(weights) != 1:  # the layer is not in the file, or its prefix is ambiguous
             continue
         weight = weights[0]
         if change.written.takes(weight) and weight not in unscaled:
             prefix = weight.removesuffix(f"{layer}.weight")
             new_layer = rename(weight, change).removesuffix(".weight")
-            renamed[new_layer.removeprefix(prefix)] = how
+            renamed[new_layer.removeprefix(prefix)] = settings
     return renamed
 
 
 def existing_shards(path: Path) -> list[Path]:
-    """Return the files of an existing sharded model of this name: its index, if any, then all shards.
+    """Return the files of an existing sharded model: its index, if any, then all shards.
 
-    Remove them in this order, so that the index never names missing files.
+    Remove them in this order, so that the index never names missing files. `path` is the name that a single
+    file of the model would have.
     """
     digits = "[0-9]" * 5
-    shards = [
-        file
-        for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}")
-        if file.name[: -len(f"-00000-of-00000{path.suffix}")] == path.stem
-    ]
+    shard_ending = f"-00000-of-00000{path.suffix}"
+    shards = []
+    # the stem is compared instead of put into the pattern, because it may have characters such as [ or *
+    for file in path.parent.glob(f"*-{digits}-of-{digits}{path.suffix}"):
+        if file.name[: -len(shard_ending)] == path.stem:
+            shards.append(file)
     index = path.with_name(path.name + INDEX)
     return ([index] if index.exists() else []) + sorted(shards)
 
@@ -322,7 +326,14 @@ def write_shards(
 
     Files of an existing model of this name are replaced; `existing_shards` lists further files of it. If the
     process is killed, an incomplete set may remain, which `open_checkpoint` rejects, but never a mixture of
-    two models. `path` is the name that a single file would have; `read` returns a tensor by name.
+    two models.
+
+    Args:
+        path: The name that a single file would have.
+        tensors: Dtype and shape of each tensor.
+        read: Returns a tensor by name.
+        metadata: Metadata of each shard.
+        max_bytes: Maximum size of a shard.
 
     Raises:
         OutputError: If a file cannot be written.
@@ -342,22 +353,23 @@ def write_shards(
 def gather(path: Path) -> Checkpoint:
     """Open a model file, any shard of a model, an index of shards, or a folder.
 
-    If a folder has no index, all model files in it are one model. A tensor may be in two files if it is the
-    same in both.
+    If a folder has no index, all model files in it are one model. A tensor may be in two files if its values
+    are equal in both.
 
     Raises:
-        CheckpointError: If a file is missing, damaged or of another kind, if files contradict each other, or
-            if they lack tensors of the index.
+        CheckpointError: If a file is missing, damaged or no model, if two files have different values for a
+            tensor, or if tensors of the index are in no file.
     """
     parts, index = _find_parts_and_index(path)
     repeated: list[str] = []
 
     def are_equal(first: TensorFile, second: TensorFile, name: str) -> bool:
-        have_equal_info = first.tensors[name] == second.tensors[name]
-        is_repeated = have_equal_info and _hash_tensor(first, name) == _hash_tensor(second, name)
-        if is_repeated:
-            repeated.append(name)
-        return is_repeated
+        if first.tensors[name] != second.tensors[name]:  # another dtype or shape
+            return False
+        if _hash_tensor(first, name) != _hash_tensor(second, name):
+            return False
+        repeated.append(name)
+        return True
 
     checkpoint = open_checkpoint(path, parts, are_equal)
     try:
@@ -408,4 +420,5 @@ def _check_index(checkpoint: Checkpoint, index: Path) -> None:
 def _hash_tensor(file: TensorFile, name: str) -> bytes:
     info = file.tensors[name]
     tensor = file.borrow(name, torch.empty(info.size_bytes, dtype=torch.uint8)).contiguous()
-    return hashlib.sha256(memoryview(cast(Any, tensor.view(-1).view(torch.uint8).numpy()))).digest()
+    all_bytes = tensor.view(-1).view(torch.uint8).numpy()
+    return hashlib.sha256(memoryview(cast(Any, all_bytes))).digest()

@@ -1,7 +1,7 @@
 """Read files of named tensors: safetensors, and zip or pickle files of torch without running code.
 
-Each reader lists its tensors without reading them. `borrow` then returns one at a time, to be copied, so that
-a file on an unreliable volume causes an error instead of the crash of a memory-mapped file.
+Each reader lists its tensors without reading them. `borrow` then reads one at a time, to be copied at once. A
+read error on an unreliable volume is thus an exception; in a memory-mapped file it would crash the process.
 """
 
 import itertools
@@ -35,15 +35,24 @@ from modules.text_files import read_tensor_header, require_regular_file
 from protocols.loading import TensorInfo
 
 # first bytes of files of `torch.save`, in its current and its older format
-ZIP, PICKLE = b"PK\x03\x04", b"\x80"
-# marks of quantized layers: ComfyUI's suffix and metadata key, and part of bitsandbytes' names
-MARK, HEADER, BNB_STATE = ".comfy_quant", "_quantization_metadata", ".quant_state.bitsandbytes__"
+ZIP = b"PK\x03\x04"
+PICKLE = b"\x80"
+# what marks quantized layers
+MARK = ".comfy_quant"  # suffix of tensors of ComfyUI
+HEADER = "_quantization_metadata"  # metadata key of ComfyUI
+BNB_STATE = ".quant_state.bitsandbytes__"  # part of tensor names of bitsandbytes
 
-# keys under which trainers store the tensors
+# keys under which trainers store the tensors; averaged weights come first, because they are the ones to use
 WRAPPERS = (
-    # averaged weights first, because these are published
-    "params_ema", "params-ema", "params", "module", "model_state_dict", "ema", "model", "state_dict",
-)  # fmt: skip
+    "params_ema",
+    "params-ema",
+    "params",
+    "module",
+    "model_state_dict",
+    "ema",
+    "model",
+    "state_dict",
+)
 
 SAFETENSORS_DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
@@ -68,7 +77,7 @@ OTHER_DTYPES = ("F4", "F6_E2M3", "F6_E3M2", "C64")
 
 
 def check_count(path: Path, tensors: int) -> None:
-    """Raise CheckpointError if a file has more tensors than any model, because loops over them take time."""
+    """Raise CheckpointError if a file has more tensors than any model, which would take too long to list."""
     if tensors > MAX_TENSORS:
         raise CheckpointError(
             f"{path} has {tensors:,} tensors, and no model has more than {MAX_TENSORS:,}. Give the file of a "
@@ -80,15 +89,15 @@ def check_count(path: Path, tensors: int) -> None:
 class HeaderFile:
     """A file whose header lists its tensors."""
 
-    left_out: Sequence[str] = ()
-    header = "header"  # for messages
+    left_out: Sequence[str] = ()  # names of entries that are not tensors
+    header = "header"  # description of the header, for messages
     faults: tuple[type[Exception], ...] = (ValueError,)  # errors raised by reading a damaged header
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.tensors: dict[str, TensorInfo] = {}
         self.metadata: dict[str, str] = {}
-        self._places: dict[str, int] = {}  # name -> offset of the tensor in the file
+        self._offsets: dict[str, int] = {}  # name -> offset of the tensor in the file
         self._file = path.open("rb")
         self.close = self._file.close
         try:
@@ -104,13 +113,13 @@ class HeaderFile:
             ) from error
 
     def _read_header(self, size: int) -> None:
-        """Fill `tensors`, `metadata` and `_places`; `size` is the size of the file in bytes."""
+        """Fill `tensors`, `metadata` and `_offsets`; `size` is the size of the file in bytes."""
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor that must be copied at once; it may be a view of `scratch` (uint8)."""
-        info, place = self.tensors[name], self._places[name]
-        return info.read(self._file, place, scratch=scratch, path=self.path, name=name)
+        info = self.tensors[name]
+        return info.read(self._file, self._offsets[name], scratch=scratch, path=self.path, name=name)
 
 
 class SafetensorsFile(HeaderFile):
@@ -125,17 +134,17 @@ class SafetensorsFile(HeaderFile):
         """Read the header of a safetensors file; raise ValueError if its numbers are inconsistent."""
         self.metadata, header, start = read_tensor_header(self._file.read, size, no_repeats=True)
         check_count(self.path, len(header))
-        # raises UnicodeEncodeError for lone surrogates, which an escape in JSON may give
+        # raises UnicodeEncodeError (a ValueError) for lone surrogates, which an escape in JSON can produce
         "".join([*header, *self.metadata, *self.metadata.values()]).encode("utf-8")
-        places = []
+        spans = []
         for name, entry in header.items():
             self.tensors[name] = self._read_entry(name, entry)
             begin, end = entry["data_offsets"]
-            places.append((begin, end, name))
-            self._places[name] = start + begin
-        described = start + _check_places(places)
-        if described != size:
-            raise ValueError(f"the file has {size} bytes, it describes {described}")
+            spans.append((begin, end, name))
+            self._offsets[name] = start + begin
+        described_size = start + _check_spans(spans)
+        if described_size != size:
+            raise ValueError(f"the file has {size} bytes, it describes {described_size}")
 
     def _read_entry(self, name: str, entry: Any) -> TensorInfo:
         """Return the dtype and shape of a tensor from its JSON object in the header.
@@ -170,25 +179,25 @@ class SafetensorsFile(HeaderFile):
         return ValueError(f"{name} has the unknown type {kind}")
 
 
-def _check_places(places: Iterable[tuple[int, int, str]]) -> int:
+def _check_spans(spans: Iterable[tuple[int, int, str]]) -> int:
     """Check that tensors follow one another without gaps or overlaps; return the end of the data.
 
     Args:
-        places: First byte, end and name of each tensor.
+        spans: First byte, end and name of each tensor.
 
     Raises:
         ValueError: If a tensor does not begin where the previous one ends.
     """
-    last = 0
-    for begin, end, name in sorted(places):
-        if begin != last:
-            raise ValueError(f"the data of {name} begin at byte {begin}, not {last}")
-        last = end
-    return last
+    previous_end = 0
+    for begin, end, name in sorted(spans):
+        if begin != previous_end:
+            raise ValueError(f"the data of {name} begin at byte {begin}, not {previous_end}")
+        previous_end = end
+    return previous_end
 
 
 class TorchFile:
-    """A file written by `torch.save`, mapped and unpickled with tensors and plain containers only."""
+    """A file of `torch.save`, memory-mapped and unpickled without running code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -218,7 +227,7 @@ class TorchFile:
                 raise _make_damage_error(path, what)
             if info.dtype not in SAFETENSORS_DTYPES.values():
                 raise CheckpointError(f"{path}: {name} is of type {dtype_name(info.dtype)}. {_PLAIN}", path)
-            # strides of 0 can give a few bytes a huge shape; or the tensor has no data
+            # with strides of 0, a few bytes can have a huge shape
             if info.size_bytes > size:
                 raise CheckpointError(
                     f"{path} is damaged: {name} takes {info.size_bytes} bytes, the whole file {size}.", path
@@ -226,11 +235,11 @@ class TorchFile:
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor of the mapped file; `scratch` is not used."""
-        # `tensors` may have replaced uint8 by an fp8 dtype
+        # the dtype in `tensors` is fp8 if `checkpoints.marks` has recognized fp8 stored as uint8
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 
     def close(self) -> None:
-        """Release all tensors, and with them the mapping of the file."""
+        """Release all tensors, which unmaps the file."""
         self._tensors = {}
 
 
@@ -238,10 +247,9 @@ TensorFile: TypeAlias = HeaderFile | TorchFile  # one open file of named tensors
 
 
 def load_pickled(path: Path, times: int = 1) -> Any:
-    """Load a file of `torch.save` with tensors in plain containers; memory-mapped if the format allows.
+    """Load a file of `torch.save` without running code; it is memory-mapped if its format allows that.
 
-    Code in the file is rejected, never run. `times` multiplies the allowed length of the pickle program,
-    whose default is for files of weights.
+    `times` multiplies the allowed length of the pickle program, for files with more objects than a model has.
 
     Raises:
         CheckpointError: If the file contains code or unusual tensors (such as sparse ones), or is damaged.
@@ -268,6 +276,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
         _check_plain(content, path)
         return content
     except pickle.UnpicklingError as error:
+        # torch reports both damage and forbidden classes as this error, and only the text tells them apart
         damaged_opcode = re.search(r"Unsupported operand \d+", str(error))
         if damaged_opcode is not None or "weights_only" not in str(error):
             raise _make_damage_error(path, damaged_opcode[0] if damaged_opcode else str(error)) from error
@@ -285,16 +294,16 @@ def load_pickled(path: Path, times: int = 1) -> Any:
 
 
 class _Counted:
-    """A file with a limited number of reads: torch reads a pickle one instruction at a time."""
+    """A file with a limited number of reads, because torch reads a pickle one instruction at a time."""
 
     def __init__(self, file: BinaryIO, times: int) -> None:
         self._file = file
-        self._count = 0
-        self._most = times * MAX_PICKLE_STEPS
+        self._num_reads = 0
+        self._max_reads = times * MAX_PICKLE_STEPS
 
     def read(self, *size: int) -> bytes:
-        self._count += 1
-        if self._count > self._most:
+        self._num_reads += 1
+        if self._num_reads > self._max_reads:
             raise ValueError(_TOO_LONG)
         return self._file.read(*size)
 
@@ -306,16 +315,20 @@ _TOO_LONG = "its list of tensors and values is longer than that of any model"
 
 
 def _check_program(path: Path, times: int) -> None:
-    """Raise ValueError if the pickle program in a zip file takes too long to run or too much memory."""
+    """Raise ValueError if the pickle program in a zip file would take too much time or memory."""
+    max_steps = times * MAX_PICKLE_STEPS
     with zipfile.ZipFile(path) as archive:
         for info in archive.infolist():
-            if info.filename.rpartition("/")[2] == "data.pkl" and info.file_size > SHORT_PICKLE_BYTES:
-                if info.file_size > times * MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
-                    raise ValueError(_TOO_LONG)
-                steps = pickletools.genops(archive.read(info))
-                maximum = times * MAX_PICKLE_STEPS
-                if sum(1 for _ in itertools.islice(steps, maximum + 1)) > maximum:
-                    raise ValueError(_TOO_LONG)
+            is_program = info.filename.rpartition("/")[2] == "data.pkl"
+            if not is_program or info.file_size <= SHORT_PICKLE_BYTES:
+                continue
+            # torch.save does not compress, so a compressed program was made to expand in memory
+            if info.file_size > times * MAX_PICKLE_BYTES or info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(_TOO_LONG)
+            steps = pickletools.genops(archive.read(info))
+            num_steps = sum(1 for _ in itertools.islice(steps, max_steps + 1))
+            if num_steps > max_steps:
+                raise ValueError(_TOO_LONG)
 
 
 _PLAIN = "Only plain weights can be read: save them as dense tensors, best in a safetensors file."
@@ -351,15 +364,18 @@ def _name_special_kind(tensor: Tensor) -> str | None:
 
 
 def _make_damage_error(path: Path, reason: str) -> CheckpointError:
-    reason = reason.strip().splitlines()[0].split(". ")[0]
-    return CheckpointError(f"{path} is damaged or incomplete: {reason}. Download or copy it again.", path)
+    """Return the error for a damaged file; of torch's long reason, only the first sentence is shown."""
+    first_sentence = reason.strip().splitlines()[0].split(". ")[0]
+    return CheckpointError(
+        f"{path} is damaged or incomplete: {first_sentence}. Download or copy it again.", path
+    )
 
 
 def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], list[str]]:
     """Return the tensors of a file's content, and the names of all other entries.
 
-    If the content has a wrapper dictionary such as `state_dict` with tensors, only these are returned,
-    because tensors next to a wrapper may be step counts.
+    If the content has a wrapper dictionary such as `state_dict`, only the tensors in it are returned, because
+    tensors next to it may be step counts.
 
     Args:
         content: Unpickled content, or a part of it.
@@ -368,7 +384,7 @@ def _find_tensors(content: Any, visited: set[int]) -> tuple[dict[str, Tensor], l
     if not isinstance(content, dict) or id(content) in visited or len(visited) == MAX_WRAPPERS:
         return {}, []
     visited.add(id(content))
-    wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS
+    wrappers = [*WRAPPERS, *content] if len(content) == 1 else WRAPPERS  # a single entry may have any name
     for key in wrappers:
         inner, left_out = _find_tensors(content.get(key), visited)
         if inner:

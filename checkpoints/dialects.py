@@ -1,6 +1,6 @@
-"""Translate tensor names of model files to ours, join and split tensors, and read dimensions from shapes.
+"""Translate tensor names of model files, join and split tensors, and read dimensions from shapes.
 
-Also load a network by a plan, and report files of another kind.
+Also load a network by a plan, and report files of another kind. "Our" names are those of our modules.
 """
 
 import functools
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from checkpoints.filling import (
     StoredLoading,
-    add_leading_sides,
+    add_leading_axes,
     find_stored_weights,
     linear_weights,
     load_module,
@@ -40,7 +40,7 @@ Cuts = Sequence[tuple[str, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class LoadPlan(Generic[Config]):
-    """Plan for loading a network."""
+    """Everything needed to load a network from an open file."""
 
     config: Config  # dimensions of the network
     checkpoint: Checkpoint  # names have no prefix
@@ -77,29 +77,15 @@ def load_planned(
     """
     with on_meta_device():
         network = build(plan.config)
-    dtype_of = (lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype
-    stored = None
-    linear: frozenset[str] = frozenset()  # weights that may be quantized
-    if form is not None or any(source.as_stored is not None for source in plan.sources.values()):
-        linear = linear_weights(network)
-    already_stored = linear and find_stored_weights(
-        linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
-    )
-    if form is not None:  # weights that are quantized in the file are kept; other linear layers are quantized
-        _reject_other_forms(plan, already_stored, form)
-        stored_form = form_of(prepare(text_quantization(form), device))
-        stored = StoredLoading(stored_form, linear - already_stored, already_stored)
-    elif already_stored:
-        stored = StoredLoading(None, staying=already_stored)
     load_module(
         network,
         plan.checkpoint,
         plan.sources,
         device=device,
-        dtype=dtype_of,
+        dtype=(lambda *_: dtype) if isinstance(dtype, torch.dtype) else dtype,
         ignore=plan.ignore,
         what=what,
-        stored=stored,
+        stored=_select_stored(plan, network, form, device),
         host=host,
         filled=None if blocks is None else blocks.watch(network),
     )
@@ -108,25 +94,47 @@ def load_planned(
     return network.eval()
 
 
-def text_quantization(form: str) -> Quantization:
-    """Return the `Quantization` of a text encoder.
+def _select_stored(
+    plan: LoadPlan[Any], network: nn.Module, form: str | None, device: torch.device
+) -> StoredLoading | None:
+    """Select the linear layers that are quantized once the network is loaded; None if there are none.
 
-    Args:
-        form: Name of a module of `checkpoints.stored`.
+    Layers that are quantized in the file stay so. The others are quantized to `form`, if it is not None.
     """
+    if form is None and all(source.as_stored is None for source in plan.sources.values()):
+        return None
+    linear = linear_weights(network)
+    already_stored = find_stored_weights(
+        linear, plan.sources, plan.checkpoint.tensors, form_is_given=form is not None
+    )
+    if form is None:
+        return StoredLoading(None, staying=already_stored) if already_stored else None
+    _reject_other_forms(plan, already_stored, form)
+    stored_form = form_of(prepare(text_quantization(form), device))
+    return StoredLoading(stored_form, rounded=linear - already_stored, staying=already_stored)
+
+
+def text_quantization(form: str) -> Quantization:
+    """Return the `Quantization` of a text encoder; `form` names a module of `checkpoints.stored`."""
     return Quantization("rows", float32_scales=True, form=form)
 
 
 def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str | None) -> int:
-    """Return the size of a tensor in bytes once it is loaded.
+    """Return the size of a linear weight in bytes once it is loaded.
 
-    `form` is the module of `checkpoints.stored` that quantizes linear weights, or None.
+    Args:
+        plan: The plan.
+        name: Our name of the weight.
+        dtype: Dtype if the weight is not quantized.
+        form: Module of `checkpoints.stored` that quantizes linear weights, or None.
     """
     source = plan.sources[name]
     tensors = plan.checkpoint.tensors
     shape = tensors[source.names[0]].shape
     stored = stored_as(source, tensors)
-    if stored is None or (form is None and not stored.form.stays):
+    if stored is not None and form is None and not stored.form.stays:
+        stored = None  # dequantized
+    if stored is None:
         if form is None:
             return math.prod(shape) * dtype.itemsize
         stored = form_of(text_quantization(form)).empty((shape[0], shape[1]))
@@ -134,7 +142,7 @@ def loaded_bytes(plan: LoadPlan[Any], name: str, dtype: torch.dtype, form: str |
 
 
 def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) -> None:
-    """Raise CheckpointError if the file stores weights in a form other than the requested one."""
+    """Raise CheckpointError if the file stores one of the weights `names` in a form other than `form`."""
     tensors = plan.checkpoint.tensors
     for name in sorted(names):
         stored = stored_as(plan.sources[name], tensors)
@@ -149,7 +157,8 @@ def _reject_other_forms(plan: LoadPlan[Any], names: Iterable[str], form: str) ->
 
 
 def translate_name(name: str, table: Names) -> str:
-    """Translate a name in the file to ours; an unknown name is kept and later reported as unexpected."""
+    """Translate a name in the file to ours; an unknown name stays, and is later reported as unexpected."""
+    # one combined pattern first, because most names of an all-in-one file match none
     if not _join_patterns(tuple(pattern for pattern, _ in table)).fullmatch(name):
         return name
     for pattern, ours in table:
@@ -161,27 +170,34 @@ def translate_name(name: str, table: Names) -> str:
 
 @functools.cache
 def _join_patterns(patterns: tuple[str, ...]) -> re.Pattern[str]:
-    """Compile one pattern that matches if any of the patterns does; they must have no backreferences."""
+    """Compile one pattern that matches if any of `patterns` does; these must not have backreferences."""
     return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
 
 
 def rename_sources(
     sources: Mapping[str, TensorSource], name_of: Callable[[str], str]
 ) -> dict[str, TensorSource]:
-    """Return the sources by new name; `name_of` maps an old name to a new name."""
+    """Return the sources under new names; `name_of` maps an old name to the new one."""
     return {name_of(name): source for name, source in sources.items()}
 
 
 def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
-    """Count the distinct prefixes of names that match the pattern `start`, such as `blocks.0`, `blocks.1`.
+    """Count the blocks of a network by the beginnings of its tensor names.
 
-    Raises CheckpointError, which names `path`, if there are more than any model has.
+    Args:
+        names: Names of the tensors.
+        start: Pattern of a beginning with its index, such as that of `blocks.0`.
+        path: The file, for the message.
+
+    Raises:
+        CheckpointError: If there are more blocks than in any model.
     """
     pattern = re.compile(rf"({start})\.")
     starts = {match[1] for match in map(pattern.match, names) if match}
     number = len(starts)
     if number > MAX_BLOCKS:
-        # without the path: to ask every family whose file it is would read all its names a dozen times
+        # raised without the error's own path: with it, the message would look for the family of the file, and
+        # read all its names a dozen times
         raise CheckpointError(
             f"{path or 'a file'} has {number:,} layers such as {min(starts)}, more than any model has. Give "
             "the released file of the model."
@@ -192,10 +208,10 @@ def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
 def shapes_of(
     checkpoint: Checkpoint, sources: Mapping[str, TensorSource], wrong: CheckpointError | None = None
 ) -> Callable[..., tuple[int, ...]]:
-    """Return a function that maps our name and a number of axes (default 4) to a tensor's shape in the file.
+    """Return a function that takes our name and returns the tensor's shape in the file.
 
-    The function raises CheckpointError if the file lacks the tensor. It raises `wrong`, if given, if the
-    tensor has another number of axes or no values.
+    The function raises CheckpointError if the file lacks the tensor. If `wrong` is not None, the function
+    takes a number of axes too (default 4), and raises `wrong` if the tensor has another number or no values.
     """
 
     def shape(name: str, axes: int = 4) -> tuple[int, ...]:
@@ -208,7 +224,7 @@ def shapes_of(
         if wrong is None:
             return stored_shape
         if len(stored_shape) < axes:
-            stored_shape = add_leading_sides(stored_shape, axes)
+            stored_shape = add_leading_axes(stored_shape, axes)
         if len(stored_shape) != axes or 0 in stored_shape:
             raise wrong
         return stored_shape
@@ -235,7 +251,7 @@ class DitShapes:
                 f"{self.path} is an incomplete {self.model} transformer: {name} is missing. Copy it again.",
                 self.path,
             )
-        shape = add_leading_sides(self.shapes[name], axes)
+        shape = add_leading_axes(self.shapes[name], axes)
         if len(shape) != axes or 0 in shape:
             sizes = " x ".join(map(str, self.shapes[name])) or "a single number"
             raise CheckpointError(
@@ -261,10 +277,15 @@ class DitShapes:
 def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) -> CheckpointError:
     """Return the error for a file with another kind of model than its option takes.
 
-    `give` describes the files of the right kind.
+    Args:
+        checkpoint: The open file.
+        right_kind: Description of the kind that the option takes.
+        option: The option.
+        give: Description of files of the right kind.
 
     Raises:
-        CheckpointError: At once for a quantized file, because its tensors may merely have other names.
+        CheckpointError: If the file is quantized in an unsupported form, because its tensors may then be
+            those of the right kind under other names.
     """
     reject_quantized(checkpoint)
     kind = kind_of(checkpoint.tensors)
@@ -282,22 +303,29 @@ def other_kind(checkpoint: Checkpoint, right_kind: str, option: str, give: str) 
 def join_parts(
     stored: Mapping[str, TensorSource], table: Names, swapped: Iterable[str] = ()
 ) -> dict[str, TensorSource]:
-    """Return sources by our names; parts of a tensor in the file are concatenated along rows.
+    """Translate the names of sources to ours, and concatenate tensors that the file has in parts.
 
-    `stored` has the sources by name in the file. `table` translates these names; a translated name that ends
-    in #n is the n-th part of a tensor. `swapped` are our names of tensors whose two halves are in the
-    opposite order in the file.
+    Args:
+        stored: Sources by name in the file.
+        table: Translates these names. A translated name that ends in #n is the n-th part of a tensor; parts
+            are concatenated along rows.
+        swapped: Our names of tensors whose two halves are in the opposite order in the file.
     """
-    parts: dict[str, dict[int, TensorSource]] = {}
-    for theirs, source in stored.items():
-        name, _, part = translate_name(theirs, table).partition("#")
-        parts.setdefault(name, {})[int(part or 0)] = source
+    parts: dict[str, dict[int, TensorSource]] = {}  # our name -> the parts by their index
+    for stored_name, source in stored.items():
+        name, _, index = translate_name(stored_name, table).partition("#")
+        parts.setdefault(name, {})[int(index or 0)] = source
 
     def swap_halves(tensor: Tensor) -> Tensor:
         return torch.cat(tensor.chunk(2)[::-1])
 
-    sources = {name: _join([by_row[row] for row in sorted(by_row)]) for name, by_row in parts.items()}
-    return sources | {name: sources[name].then(swap_halves) for name in swapped if name in sources}
+    sources = {}
+    for name, by_index in parts.items():
+        sources[name] = _join([by_index[index] for index in sorted(by_index)])
+    for name in swapped:
+        if name in sources:
+            sources[name] = sources[name].then(swap_halves)
+    return sources
 
 
 def stack_heads(rows: Tensor, head_width: int) -> Tensor:
@@ -308,10 +336,12 @@ def stack_heads(rows: Tensor, head_width: int) -> Tensor:
 def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[str, tuple[int, ...]]:
     """Compute the shapes of our tensors after `join_parts` from the shapes in the file."""
     joined: dict[str, tuple[int, ...]] = {}
-    for theirs, shape in shapes.items():
-        name = translate_name(theirs, table).partition("#")[0]
-        above = joined.get(name)
-        joined[name] = (above[0] + shape[0], *shape[1:]) if above and shape else shape
+    for stored_name, shape in shapes.items():
+        name = translate_name(stored_name, table).partition("#")[0]
+        previous_parts = joined.get(name)
+        if previous_parts and shape:
+            shape = (previous_parts[0] + shape[0], *shape[1:])
+        joined[name] = shape
     return joined
 
 
@@ -321,7 +351,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
         return parts[0]
 
     def by_part(tensors: Sequence[Tensor]) -> Iterator[tuple[TensorSource, Sequence[Tensor]]]:
-        """Yield each part with its tensors."""
+        """Yield each part with the tensors that it is made from."""
         start = 0
         for part in parts:
             end = start + len(part.names)
@@ -329,7 +359,7 @@ def _join(parts: list[TensorSource]) -> TensorSource:
             start = end
 
     def build(*tensors: Tensor) -> Tensor:
-        """Concatenate values, in float32 if some are in 8 bits, which cannot be cast to each other."""
+        """Concatenate values, in float32 if some are fp8, because torch cannot promote fp8 dtypes."""
         rows = [part.make(group) for part, group in by_part(tensors)]
         dtype = rows[0].dtype
         if any(row.dtype.itemsize == 1 for row in rows):
@@ -359,8 +389,10 @@ def cut_parts(stored: Mapping[str, TensorSource], cuts: Cuts) -> dict[str, Tenso
     sources: dict[str, TensorSource] = {}
     for name, source in stored.items():
         parts = _list_parts(name, cuts)
-        for index, part in enumerate(parts or (name,)):
-            sources[part] = _cut(source, index, len(parts)) if parts else source
+        if not parts:
+            sources[name] = source
+        for index, part in enumerate(parts):
+            sources[part] = _cut(source, index, len(parts))
     return sources
 
 
@@ -388,10 +420,12 @@ def _list_parts(name: str, cuts: Cuts) -> tuple[str, ...]:
 def _cut(source: TensorSource, index: int, count: int) -> TensorSource:
     """Return the source of one of `count` equal parts of the rows of a tensor."""
 
-    # if the rows cannot be divided, the tensor is returned whole, and its wrong shape is reported later
+    # if the rows cannot be divided, all are returned, and the wrong shape is reported later
     def build(*tensors: Tensor) -> Tensor:
-        all_rows = source.make(tensors)
-        return (all_rows if len(all_rows) % count else all_rows.chunk(count)[index]).contiguous()
+        rows = source.make(tensors)
+        if len(rows) % count == 0:
+            rows = rows.chunk(count)[index]
+        return rows.contiguous()
 
     def as_stored(*tensors: Tensor) -> Stored | None:
         stored = source.make_stored(tensors)

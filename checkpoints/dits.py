@@ -53,8 +53,8 @@ OTHER_NETWORKS = (
     "scaled_fp8",
 )
 # Rounding errors of the last blocks go directly into the velocity, while later blocks compensate for errors
-# of earlier blocks. In the pocket model, two of eight blocks cause three quarters of the loss that fp8 adds;
-# in Wan 14B, two of forty blocks are 5 % of what fp8 gains.
+# of earlier ones. In the pocket model, two of eight blocks cause three quarters of the loss that fp8 adds. In
+# Wan 14B, two of forty blocks are 5 % of what fp8 gains.
 LAST_IN_16_BITS = 2
 FP8_COMPUTE = torch.bfloat16  # compute dtype of an fp8 file
 
@@ -77,7 +77,7 @@ Dit = TypeVar("Dit", bound=nn.Module)
 
 @dataclass(frozen=True)
 class DitHeader(Generic[Config]):
-    """Facts about a transformer file that can be read from its header."""
+    """What the header of a transformer file says: dimensions, naming scheme and dtype."""
 
     config: Config
     dialect: str  # naming scheme in the file, such as official or diffusers
@@ -105,8 +105,8 @@ class DitFormat(Generic[Config, Dit]):
     sources: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, TensorSource]]
     option: str = "--dit"
     ignore: tuple[str, ...] = ()  # patterns of tensors in files that the network does not have
-    # returns functions, by name in the file, that order the rows of a tensor as in a single file: shards of
-    # some releases have another order
+    # Some releases have rows of fused tensors in another order in their shards than in their single file.
+    # Returns functions, by name in the file, that restore the order of the single file
     single_rows: Callable[[Checkpoint, DitHeader[Config]], Mapping[str, Callable[[Tensor], Tensor]]] = (
         _no_rows
     )
@@ -147,8 +147,8 @@ class DitFormat(Generic[Config, Dit]):
     def load(self, path: Path, placement: Placement, *settings: Any, second_file: Path | None = None) -> Dit:
         """Load a transformer tensor by tensor to its device and dtype, in eval mode, without gradients.
 
-        `select_dtype` decides the dtype, except that some layers are always float32, and that with
-        `placement.keep_file_dtypes` each layer has the dtype of its weight in the file.
+        Weights have the dtype from `select_dtype`, with two exceptions: some layers are always float32, and
+        if `placement.keep_file_dtypes` is set, each layer has the dtype of its weight in the file.
 
         Args:
             path: File of the transformer.
@@ -204,22 +204,24 @@ class DitFormat(Generic[Config, Dit]):
             dit.saved_dtypes = saved  # type: ignore[assignment]
             names = dit.state_dict().keys()
             unused = {name: source for name, source in sources.items() if name not in names}
-            if unused:
-                opening = functools.partial(self._open, path, second_file)
-                dit.unused_tensors = UnusedTensors(unused, opening)  # type: ignore[assignment]
+            if unused:  # full fine-tuning copies them into its result, and opens the file again for that
+                reopen = functools.partial(self._open, path, second_file)
+                dit.unused_tensors = UnusedTensors(unused, reopen)  # type: ignore[assignment]
         return dit.eval()
 
     def _open(self, path: Path, second_file: Path | None) -> Checkpoint:
-        """Open the file or the two files of a transformer, with bare names. Closing it closes both."""
+        """Open the file or the two files of a transformer as one checkpoint, which closes both."""
         checkpoint = bare_names(open_checkpoint(path))
         if second_file is None:
             return checkpoint
-        with contextlib.ExitStack() as opened:
-            opened.push(checkpoint.__exit__)
+        try:
             second = open_checkpoint(second_file)
-            opened.pop_all()
-        add = self.add_second or (lambda first, second: first.join(bare_names(second)))
-        return add(checkpoint, second)
+        except BaseException:
+            checkpoint.close()
+            raise
+        if self.add_second is None:
+            return checkpoint.join(bare_names(second))
+        return self.add_second(checkpoint, second)
 
 
 def _select_saved_dtypes(
@@ -228,11 +230,12 @@ def _select_saved_dtypes(
     target: torch.dtype,
     block_dtype: torch.dtype,
 ) -> dict[str, torch.dtype]:
-    """Return the dtypes in which a trained 16-bit transformer is saved: those of the original file.
+    """Return the dtypes in which a trained 16-bit transformer is saved, by published name.
 
-    Layers that are float32 in memory but 16-bit in the file are narrowed again. The result is empty, so that
-    weights are saved as they are in memory, if the file's blocks or the target are not 16-bit.
+    Tensors that are float32 in the file stay so; all others are saved in `target`, also those that are
+    float32 in memory.
     """
+    # an empty result means that weights are saved in the dtypes that they have in memory
     if target.itemsize != 2 or block_dtype.itemsize != 2:
         return {}
     stored = {name: checkpoint.tensors[source.names[0]].dtype for name, source in sources.items()}
@@ -240,12 +243,12 @@ def _select_saved_dtypes(
 
 
 def own_names(checkpoint: Checkpoint, _: object) -> Mapping[str, TensorSource]:
-    """Return the sources of a file that has published names."""
+    """Return the sources of a file whose tensors already have their published names."""
     return plain_sources(checkpoint)
 
 
 def bare_names(checkpoint: Checkpoint) -> Checkpoint:
-    """Remove the prefixes of a transformer's names that trainers and all-in-one files add."""
+    """Return a checkpoint without the prefixes that trainers and all-in-one files add to tensor names."""
     return checkpoint.without_prefix(*PREFIXES, others=OTHER_NETWORKS)
 
 
@@ -258,8 +261,8 @@ def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
 
 def with_dtype(placement: Placement, dit_dtype: torch.dtype | None) -> Placement:
     """Return a placement with --dit_dtype as compute dtype, unless it already has a dtype."""
-    asks = placement.compute_dtype is not None or placement.storage_dtype is not None
-    return placement if asks else replace(placement, compute_dtype=dit_dtype)
+    has_dtype = placement.compute_dtype is not None or placement.storage_dtype is not None
+    return placement if has_dtype else replace(placement, compute_dtype=dit_dtype)
 
 
 def stored_layers(
@@ -273,6 +276,9 @@ def stored_layers(
     """Return which linear layers are in 8 or 4 bits: those of the file, else those that the family selects.
 
     If layers also multiply in 8 bits, the last `LAST_IN_16_BITS` blocks stay in 16 bits.
+
+    Raises:
+        CheckpointError: If the options would quantize weights that the file has in another quantized form.
     """
     quantization = placement.quantization
     if quantization is None and all(source.as_stored is None for source in sources.values()):
@@ -284,36 +290,36 @@ def stored_layers(
         if not already_stored:
             return None
         return StoredLoading(None, staying=_without_patched(already_stored, dit, checkpoint.path, placement))
-    blocks_in_16_bits = _list_wide_blocks(dit, spec) if quantization.fp8_matmul else ()
+    blocks_in_16_bits = _list_blocks_in_16_bits(dit, spec) if quantization.fp8_matmul else ()
 
-    def outside_wide_blocks(names: frozenset[str]) -> frozenset[str]:
+    def without_16_bit_blocks(names: frozenset[str]) -> frozenset[str]:
         return frozenset(name for name in names if not name.startswith(blocks_in_16_bits))
 
     form: StoredForm | None = form_of(quantization)
-    linear = outside_wide_blocks(linear_weights(dit, spec.block_lists))
+    linear = without_16_bit_blocks(linear_weights(dit, spec.block_lists))
     already_stored = find_stored_weights(linear, sources, checkpoint.tensors, form_is_given=True)
-    if not already_stored:
+    if not already_stored:  # the file is in 16 or 32 bits
         exclude = spec.form_exclude.get(quantization.form, spec.fp8_exclude)
-        return StoredLoading(form, outside_wide_blocks(linear_weights(dit, spec.block_lists, exclude)))
+        return StoredLoading(form, without_16_bit_blocks(linear_weights(dit, spec.block_lists, exclude)))
     if have_chosen_form(quantization, already_stored, sources, checkpoint):
         text = "%s: %s is in %s already, and stays as it is"
         logger.info(text, quantization.asked_by, checkpoint.path, quantization.form)
         form = None
-    elif quantization.kind != "cast":
+    elif quantization.kind != "cast":  # a plain cast (--fp8) leaves quantized layers as in the file
         infos = [checkpoint.tensors[sources[name].names[0]] for name in already_stored]
         is_packed = any(info.packing is not None for info in infos)
         raise _make_quantized_error(checkpoint.path, quantization.asked_by, is_packed)
     return StoredLoading(form, staying=_without_patched(already_stored, dit, checkpoint.path, placement))
 
 
-def _list_wide_blocks(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
+def _list_blocks_in_16_bits(dit: nn.Module, spec: DitSpec) -> tuple[str, ...]:
     """Return the name prefixes of the last `LAST_IN_16_BITS` blocks to run; () if there are few blocks."""
     counts = []
     names = []
     for name, blocks in spec.blocks(dit).items():
         counts.append(len(blocks))
         names += [f"{name}.{index}." for index in range(len(blocks))]
-    in_order = [names[place] for place in spec.order(counts)]
+    in_order = [names[index] for index in spec.order(counts)]
     if len(in_order) < 4 * LAST_IN_16_BITS:
         return ()
     return tuple(in_order[-LAST_IN_16_BITS:])
@@ -335,6 +341,7 @@ def _make_quantized_error(path: Path, flag: str, is_packed: bool) -> CheckpointE
     )
 
 
+# forms whose rounding is deterministic, so that stored layers equal newly rounded ones
 _SAME_FORMS = {form.name for form in BASE_FORMS if form.rounds_in_one_way}
 
 
@@ -344,7 +351,7 @@ def have_chosen_form(
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
-    """Return whether these stored weights of a file all have the form that options ask for."""
+    """Return whether quantized weights of a file all have the form that the options ask for."""
     if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
     stored = [stored_as(sources[name], checkpoint.tensors) for name in names]
@@ -354,7 +361,7 @@ def have_chosen_form(
 def _without_patched(
     names: frozenset[str], dit: nn.Module, path: Path, placement: Placement
 ) -> frozenset[str]:
-    """Return the stored weights except for those that a LoRA must change in 16 bits."""
+    """Return the names of quantized weights, without those that a LoRA is merged into, in 16 bits."""
     if placement.patch is None:
         return names
     weights = dit.state_dict()

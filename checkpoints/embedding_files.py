@@ -17,7 +17,7 @@ from modules.limits import MAX_EMBEDDING_BYTES
 from modules.paths import explain_missing
 
 _SAFETENSORS = (".safetensors", ".sft")
-TABLE = "string_to_param"  # as the Web UI and the paper's own code write a word
+TABLE = "string_to_param"  # key of the vectors in files of the Web UI and of the paper's own code
 
 
 def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
@@ -25,8 +25,8 @@ def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
 
     Args:
         path: The file.
-        option: Option that names it.
-        why: Why it is not one.
+        option: Option that names the file.
+        why: Reason, for the message.
     """
     return CheckpointError(
         f"{option} {path} is not a textual inversion: {why}. Give a file with emb_params, with clip_l and "
@@ -36,11 +36,11 @@ def reject_embedding(path: Path, option: str, why: str) -> CheckpointError:
 
 
 def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
-    """Return all entries of a file of one word: tensors, or tables of them.
+    """Return all entries of an embedding file for one word: tensors, or dictionaries of tensors.
 
     Args:
         path: The file.
-        option: Option that names it, for messages.
+        option: Option that names the file, for messages.
 
     Raises:
         CheckpointError: If the file is missing, damaged or too large, or if it holds code.
@@ -54,7 +54,7 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
     if path.suffix.lower() in _SAFETENSORS:
         with open_checkpoint(path) as checkpoint:
             return {name: checkpoint.read(name) for name in checkpoint.tensors}
-    with torch.serialization.safe_globals([ParameterDict]):  # in the files of the paper's own code
+    with torch.serialization.safe_globals([ParameterDict]):  # files of the paper's own code contain one
         content = load_pickled(path)
     if not isinstance(content, Mapping):
         raise reject_embedding(path, option, f"it holds a {type(content).__name__}")
@@ -63,7 +63,7 @@ def read_embedding(path: Path, option: str) -> Mapping[str, Any]:
         for name, value in content.items():
             tables[str(name)] = dict(value) if isinstance(value, ParameterDict) else value
         return tables
-    except Exception as error:  # a ParameterDict without its own fields fails with any
+    except Exception as error:  # a damaged ParameterDict may raise any exception
         raise reject_embedding(path, option, f"its string_to_param is damaged ({error})") from error
 
 
@@ -91,9 +91,9 @@ def to_rows(
 
     Args:
         path: The file.
-        option: Option that names it.
+        option: Option that names the file.
         tensors: Tensors of the file.
-        reject: Makes the error for a file of another kind, from the file, the option and the reason.
+        reject: Makes the error for a file of another kind, from the path, the option and the reason.
 
     Raises:
         CheckpointError: If a tensor has another shape, or values that are not finite.
@@ -101,10 +101,11 @@ def to_rows(
     for name, tensor in tensors.items():
         is_plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_nested
         is_rows = is_plain and tensor.is_floating_point() and tensor.ndim in (1, 2)
-        # no more numbers than the file can hold, as rows may share memory
-        if not is_rows or not 0 < tensor.numel() * tensor.element_size() <= MAX_EMBEDDING_BYTES:
+        # checked again, because rows with a stride of 0 share memory and may be larger than the file
+        size_bytes = tensor.numel() * tensor.element_size()
+        if not is_rows or not 0 < size_bytes <= MAX_EMBEDDING_BYTES:
             raise reject(path, option, f"{shorten(name, 60)} is no row of vectors: {tuple(tensor.shape)}")
-        if not tensor.float().isfinite().all():  # 8 bits have no such test
+        if not tensor.float().isfinite().all():  # cast, because fp8 has no isfinite
             raise CheckpointError(
                 f"{option} {path}: it holds values that are NaN or infinite. Fetch or train it again.", path
             )

@@ -24,14 +24,15 @@ ALL_IN_ONE = (
     "scaled_fp8",
 )
 
-# tensors that hold a tokenizer as bytes, in ComfyUI's files and in LTX-2.5's
-SPIECE_MODEL, TOKENIZER_JSON = "spiece_model", "tokenizer_json"
+# tensors that hold a tokenizer's file as bytes, in files of ComfyUI and of LTX-2.5
+SPIECE_MODEL = "spiece_model"
+TOKENIZER_JSON = "tokenizer_json"
 
 
 def find_network(
     checkpoint: Checkpoint, embeddings: str, layer: str, excluded: tuple[str, ...]
 ) -> Checkpoint | None:
-    """Return the network in a file that has two given tensors, with its prefix removed; None if none has.
+    """Find a network by two of its tensors and remove its prefix; return None if the file does not have them.
 
     Args:
         checkpoint: The opened file.
@@ -49,7 +50,7 @@ def find_network(
     other_prefixes = (*excluded, *ALL_IN_ONE)
     strange = [name for name in checkpoint.tensors if not name.startswith((prefix, *other_prefixes))]
     if strange:
-        reject_quantized(checkpoint)
+        reject_quantized(checkpoint)  # a better message, if they are tensors of a quantized form
         raise CheckpointError(
             f"{checkpoint.path}: besides {prefix}{embeddings} and its network it has {len(strange)} "
             f"tensors of an unknown network, such as {', '.join(strange[:3])}. Give the file "
@@ -60,31 +61,36 @@ def find_network(
 
 
 def head_width(path: Path, rows: int, config: Mapping[str, Any], default_width: int) -> int:
-    """Return the width of an attention head from the number of heads in config.json, else the default width.
+    """Return the width of an attention head.
+
+    Args:
+        path: File of the network, for messages.
+        rows: Number of rows of the query projection.
+        config: Content of config.json, which may have the number of heads.
+        default_width: Width if config.json does not have the number of heads.
 
     Raises:
-        CheckpointError: If the rows of the projection are not a multiple of the width.
+        CheckpointError: If `rows` cannot be divided among the heads.
     """
     heads = config.get("num_attention_heads")
     if heads is None and rows % default_width == 0:
         return default_width
     if isinstance(heads, int) and heads > 0 and rows % heads == 0:
         return rows // heads
-    stated = (
-        f"config.json next to it says {heads} heads"
-        if heads is not None
-        else f"heads have {default_width} channels"
-    )
+    if heads is None:
+        why = f"heads have {default_width} channels"
+    else:
+        why = f"config.json next to it says {heads} heads"
     raise CheckpointError(
-        f"{path}: {rows} rows of queries, but {stated}. Give the config.json that belongs to it.", path
+        f"{path}: {rows} rows of queries, but {why}. Give the config.json that belongs to it.", path
     )
 
 
 def read_config_json(path: Path) -> tuple[Path, Any]:
-    """Return the path and content of the config.json in a model's folder; None if there is no such file.
+    """Return the path of the config.json in a model's folder, and its content; None if the file is missing.
 
     Raises:
-        CheckpointError: If the file cannot be read.
+        CheckpointError: If config.json cannot be read.
     """
     file = (path if path.is_dir() else path.parent) / "config.json"
     try:
@@ -104,11 +110,15 @@ def read_network_config(
     defaults: Mapping[str, Any],
     written: str | None = None,
 ) -> Mapping[str, Any]:
-    """Return the settings of the network from the config.json in its folder.
+    """Return the settings of a network from config.json; {} if it is missing or belongs to another model.
 
-    Empty if the file is missing or belongs to another model. `part` is the key of the network's own settings
-    if the model has several. `kind` is the prefix of its model_type. `dim` is the width by the tensors.
-    `defaults` are the values of missing keys. `written` is the config.json that the model's file holds.
+    Args:
+        path: File or folder of the model.
+        part: Key of the network's own settings, for a config.json that describes several networks.
+        kind: Prefix of the network's model_type.
+        dim: Width of the network by its tensors.
+        defaults: Values of keys that config.json leaves out.
+        written: Content of a config.json inside the model's file; None reads the one in the folder.
 
     Raises:
         CheckpointError: If config.json cannot be read.
@@ -120,13 +130,15 @@ def read_network_config(
         if written is not None:
             content = parse_json(written)
         config = content.get(part, content)
-        named = config.get("model_type")
-        settings: dict[str, Any] = {**(defaults if named is not None else {}), **config}
+        model_type = config.get("model_type")
+        # configurations of transformers, which have a model_type, leave out keys with default values
+        settings: dict[str, Any] = {**(defaults if model_type is not None else {}), **config}
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} cannot be read as the configuration of a model ({error}).", file
         ) from error
-    if (named is not None and not str(named).startswith(kind)) or settings.get("hidden_size", dim) != dim:
+    is_other_type = model_type is not None and not str(model_type).startswith(kind)
+    if is_other_type or settings.get("hidden_size", dim) != dim:
         logger.info("%s is ignored because it does not belong to %s", file, path.name)
         return {}
     return settings
@@ -135,12 +147,12 @@ def read_network_config(
 def check_state_width(
     option: str, path: Path, width: int, dit_path: Path | None, dit_width: int | None, give: str
 ) -> None:
-    """Raise CheckpointError if the transformer takes states of another width than the encoder gives.
+    """Raise CheckpointError if the transformer takes hidden states of another width than the encoder's.
 
     Args:
         option: Option that names the encoder.
         path: File of the encoder.
-        width: Width of the encoder's states.
+        width: Width of the encoder's hidden states.
         dit_path: File of the transformer.
         dit_width: Width that the transformer takes; None without a transformer.
         give: Description of encoders that fit, for the message.
@@ -153,20 +165,22 @@ def check_state_width(
 
 
 def declared_settings(checkpoint: Checkpoint, classes: Collection[str]) -> tuple[Path, Mapping[str, Any]]:
-    """Return the path and the settings of the config.json next to the file; {} if it is another model's.
+    """Return the path and the settings of the config.json next to a file.
 
-    `classes` are the names that `_class_name` has for this model.
+    The settings are {} unless `_class_name` in config.json is one of `classes`.
 
     Raises:
-        CheckpointError: If the file cannot be read.
+        CheckpointError: If config.json cannot be read.
     """
     path, settings = read_config_json(checkpoint.path)
-    is_ours = isinstance(settings, dict) and settings.get("_class_name") in classes
-    return path, settings if is_ours else {}
+    is_of_model = isinstance(settings, dict) and settings.get("_class_name") in classes
+    return path, settings if is_of_model else {}
 
 
 def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | None:
-    """Return the number of groups from the config.json next to the file; None if it has none for this model.
+    """Return the number of groups of GroupNorm from the config.json next to a file; None if it has none.
+
+    `classes` are the values of `_class_name` that this model has.
 
     Raises:
         CheckpointError: If the config.json cannot be read, or if the number is below 1.
@@ -181,7 +195,7 @@ def declared_groups(checkpoint: Checkpoint, classes: Collection[str]) -> int | N
 
 
 def check_groups(checkpoint: Checkpoint, widths: Iterable[int], groups: int) -> None:
-    """Raise CheckpointError if one of the widths, in channels, cannot be divided into the groups."""
+    """Raise CheckpointError if GroupNorm cannot divide one of the widths, in channels, into `groups`."""
     uneven = next((width for width in widths if width % groups), None)
     if uneven is not None:
         raise CheckpointError(

@@ -1,4 +1,4 @@
-"""Hashes by which other programs know a model's file. That of the whole file is kept next to it."""
+"""Hashes by which other programs identify a model file; that of the full file is cached next to it."""
 
 import contextlib
 import hashlib
@@ -9,19 +9,20 @@ from modules.atomic_write import write_text
 from modules.errors import UserError
 from modules.text_files import read_text
 
-_START, _BYTES = 1 << 20, 1 << 16  # of the short hash
-_ENTRY = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})\n")
+_SHORT_HASH_START = 1 << 20  # offset of the bytes that the short hash covers
+_SHORT_HASH_BYTES = 1 << 16
+_ENTRY = re.compile(r"(\d+) (\d+) ([0-9a-f]{64})\n")  # size, time of the last change in ns, hash
 
 
 def short_hash(path: Path) -> str:
-    """Return the hash by which early versions of A1111 named checkpoints (of 64 KiB at offset 1 MiB)."""
+    """Return the hash of 64 KiB at offset 1 MiB, by which early versions of A1111 named checkpoints."""
     with path.open("rb") as file:
-        file.seek(_START)
-        return hashlib.sha256(file.read(_BYTES)).hexdigest()[:8]
+        file.seek(_SHORT_HASH_START)
+        return hashlib.sha256(file.read(_SHORT_HASH_BYTES)).hexdigest()[:8]
 
 
 def name_base(file: Path) -> str:
-    """Return the name and short hash of a model's file, by which an adapter's metadata name its base."""
+    """Return the name and short hash of a base model's file, as the metadata of an adapter record them."""
     return f"{file.name} {short_hash(file)}" if file.is_file() else file.name
 
 
@@ -29,7 +30,7 @@ def full_hash(path: Path) -> str:
     """Return the SHA-256 of a file.
 
     A checkpoint may have 7 GB, so the hash is cached in `.NAME.sha256` next to the file, with the file's size
-    and time, and computed again if these differ. If the folder is read-only, it is computed each time.
+    and modification time. It is computed again if these differ, and each time if the folder is read-only.
     """
     info = path.stat()
     size_and_time = f"{info.st_size} {info.st_mtime_ns}"
@@ -39,13 +40,14 @@ def full_hash(path: Path) -> str:
         return entry.split()[-1]
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    # a folder that others share, or a full disk: no reason to end a training
+    # a read-only folder or a full disk is no reason to end a training
     with contextlib.suppress(UserError, OSError):
         write_text(entry_path, f"{size_and_time} {digest}\n")
     return digest
 
 
 def _read_entry(path: Path) -> str | None:
+    """Return the content of a cache file of `full_hash`; None if the file is missing or malformed."""
     try:
         text = read_text(path, limit_bytes=1000)
     except (OSError, ValueError):

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import init
 from torch.overrides import TorchFunctionMode
 
-from checkpoints.finite import check_finite, is_finite, not_finite
+from checkpoints.finite import check_finite, is_finite, make_non_finite_error
 from checkpoints.opening import QUANT_EXTRAS, Checkpoint
 from checkpoints.stored.forms import Stored, StoredForm, attach
 from modules.bars import BYTES, track
@@ -40,11 +40,11 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredLoading:
-    """Which weights of linear layers are quantized while a network is loaded."""
+    """Which weights of linear layers are in 8 or 4 bits once a network is loaded."""
 
-    form: StoredForm | None  # form from the options; None: none is set
-    rounded: frozenset[str] = frozenset()  # names of weights that are quantized to `form`
-    staying: frozenset[str] = frozenset()  # names of weights that keep their quantized form in the file
+    form: StoredForm | None  # from the options; None if they set none
+    rounded: frozenset[str] = frozenset()  # names of weights that are quantized to `form` while loading
+    staying: frozenset[str] = frozenset()  # names of weights that keep the quantized form of the file
 
     def __contains__(self, name: str) -> bool:
         return name in self.rounded or name in self.staying
@@ -55,16 +55,20 @@ def linear_weights(
 ) -> frozenset[str]:
     """Return the names of the weights of linear layers.
 
-    If `lists` is set, only layers in these modules count. Names that contain one of `exclude` are skipped.
+    Args:
+        module: The network.
+        lists: Names of its lists of blocks, whose layers alone count; None: all layers.
+        exclude: Parts of names; weights whose names contain one are skipped.
     """
-    begin = None if lists is None else tuple(f"{name}." for name in lists)
-    return frozenset(
-        f"{name}.weight"
-        for name, layer in module.named_modules()
-        if isinstance(layer, nn.Linear)
-        and (begin is None or name.startswith(begin))
-        and not any(part in f"{name}.weight" for part in exclude)
-    )
+    prefixes = None if lists is None else tuple(f"{name}." for name in lists)
+    names = set()
+    for layer_name, layer in module.named_modules():
+        name = f"{layer_name}.weight"
+        is_in_lists = prefixes is None or name.startswith(prefixes)
+        is_excluded = any(part in name for part in exclude)
+        if isinstance(layer, nn.Linear) and is_in_lists and not is_excluded:
+            names.add(name)
+    return frozenset(names)
 
 
 def find_stored_weights(
@@ -73,10 +77,10 @@ def find_stored_weights(
     tensors: Mapping[str, TensorInfo],
     form_is_given: bool,
 ) -> frozenset[str]:
-    """Return the names of the weights that keep their quantized form in the file.
+    """Return those of the weights `names` that keep the quantized form of the file.
 
-    `form_is_given` says whether an option sets a quantized form. If not, only weights with a form that is
-    always kept (`StoredForm.stays`) are returned; others are dequantized.
+    If an option sets a quantized form (`form_is_given`), these are all quantized weights. Otherwise, only
+    weights whose form is always kept (`StoredForm.stays`) are returned; the others are dequantized.
     """
     staying = set()
     for name in names:
@@ -96,29 +100,30 @@ def stored_as(source: TensorSource, tensors: Mapping[str, TensorInfo]) -> Stored
 
 
 # Temporary tensors fragment the heap. Returning freed memory to the system takes milliseconds, so it is done
-# after so many bytes of the file, or after this fraction of it if that is more.
+# only after this many bytes of the file, or after 1 / `_TRIM_PARTS` of the file if that is more.
 _TRIM_AFTER = 8 << 20
 _TRIM_PARTS = 32
 _SAMPLED_ROWS = 64  # rows of a weight on which its rounding error is measured
 # functions that initialize weights, which modules call when they are built
-FIRST_WEIGHTS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
+INITIALIZERS = {init.constant_, init.kaiming_uniform_, init.normal_, init.uniform_}
 
 
 @contextlib.contextmanager
 def on_meta_device() -> Iterator[None]:
     """Build modules without weights; initializers are skipped, because they would load torch's compiler."""
-    with torch.device("meta"), _NoFirstWeights():
+    with torch.device("meta"), _SkipInitializers():
         yield
 
 
-class _NoFirstWeights(TorchFunctionMode):
-    """Skip functions that initialize weights."""
+class _SkipInitializers(TorchFunctionMode):
+    """Replace functions that initialize weights by ones that return the tensor unchanged."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        return kwargs["tensor"] if function in FIRST_WEIGHTS else function(*args, **kwargs)
+        # torch passes the tensor to a mode by keyword, however the initializer was called
+        return kwargs["tensor"] if function in INITIALIZERS else function(*args, **kwargs)
 
 
 def load_module(
@@ -146,14 +151,14 @@ def load_module(
         checkpoint: Open file.
         sources: How each tensor is made from tensors of the file, by name in the module's state dict.
         device: Device of the network.
-        dtype: Function of a state-dict name and the dtype in the file; it returns the target dtype.
-        patch: Function of a state-dict name, the weight before rounding, and the target dtype; it returns
-            the changed weight, for example with LoRAs added.
+        dtype: Takes a state-dict name and the dtype in the file, and returns the target dtype.
+        patch: Takes a state-dict name, the weight before rounding, and the target dtype, and returns the
+            changed weight, for example with LoRAs added.
         ignore: Patterns (`*`) of tensors in the file that may be unused.
         what: Option or network, for messages.
-        stored: Weights that are quantized to 8 or 4 bits; None: no weights.
-        host: Keeps some of the tensors in host memory; they are still computed on `device`.
-        check: Called before each tensor, instead of a progress bar; it may raise to stop loading.
+        stored: Weights that are quantized to 8 or 4 bits; None if there are none.
+        host: Keeps some of the tensors in host memory; their values are still computed on `device`.
+        check: Called before each tensor, and may raise to stop loading; replaces the progress bar.
         filled: Called with each name once its tensor is loaded.
 
     Raises:
@@ -202,7 +207,8 @@ def load_module(
             release_heap()
             untrimmed = 0
     if filling.are_finite and not all(torch.stack([*filling.are_finite.values()]).tolist()):
-        raise not_finite(checkpoint.path, [name for name, good in filling.are_finite.items() if not good])
+        bad_names = [name for name, is_good in filling.are_finite.items() if not is_good]
+        raise make_non_finite_error(checkpoint.path, bad_names)
     del filling.scratch
     release_heap()
     if device.type == "cuda":
@@ -214,20 +220,20 @@ def load_module(
 
 
 def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
-    """Log the stored forms and the rounding errors of quantized layers.
+    """Log the quantized forms of layers and their rounding errors.
 
     Raises:
-        CheckpointError: If a rounding error is NaN or infinite, because a weight was.
+        CheckpointError: If a rounding error is NaN or infinite.
     """
     for form, num_layers in Counter(filling.kept_forms).items():
         logger.info("%s: %d linear layers stay in %s as the file has them", what, num_layers, form)
     names_by_form: dict[str, list[str]] = {}
     for name in filling.errors:
         names_by_form.setdefault(filling.rounded_forms[name], []).append(name)
-    for how, names in names_by_form.items():
+    for form_text, names in names_by_form.items():
         errors = torch.stack([filling.errors[name].cpu() for name in names])
         for name, is_sound in zip(names, errors.isfinite().tolist(), strict=True):
-            if not is_sound:  # a LoRA caused it: values of the file itself are checked when they are read
+            if not is_sound:  # a LoRA must have caused it, because values of the file are checked when read
                 form_name = "" if stored.form is None else stored.form.name
                 raise CheckpointError(
                     f"{what}: {name} has NaN or infinite values, which {form_name} cannot hold. Copy "
@@ -237,7 +243,7 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
             "%s: %d linear layers %s, relative error %.2f %% (%.2f to %.2f %%)",
             what,
             len(errors),
-            how,
+            form_text,
             100 * float(errors.mean()),
             100 * float(errors.min()),
             100 * float(errors.max()),
@@ -245,11 +251,11 @@ def _log_forms(stored: StoredLoading, filling: "_Filling", what: str) -> None:
 
 
 MAX_ERRORS = 100  # lines of a message about missing and unexpected tensors
-_ALIGNMENT = 64  # bytes; where tensors begin in the buffer for reading
+_ALIGNMENT = 64  # bytes; tensors begin at multiples of it in the buffer for reading
 
 
 class _Filling:
-    """State of loading one network: makes its tensors and assigns them to its parameters."""
+    """Makes the tensors of one network and assigns them to its parameters."""
 
     def __init__(
         self,
@@ -263,7 +269,7 @@ class _Filling:
         stored: StoredLoading | None,
         host: HostPlace | None,
     ) -> None:
-        """Allocate buffers. `dtypes` has the target dtype by name; for the others see `load_module`."""
+        """Allocate memory. `dtypes` has the target dtype of each tensor; for the others see `load_module`."""
         self._module = module
         self._checkpoint = checkpoint
         self._sources = sources
@@ -282,15 +288,17 @@ class _Filling:
         self.errors: dict[str, Tensor] = {}  # relative rounding errors, by state-dict name
         self.rounded_forms: dict[str, str] = {}  # description of the form for the log, by state-dict name
         self.kept_forms: list[str] = []  # form of each weight that stays as in the file
-        # one buffer for all reads, because temporary tensors would leave holes in the heap
+        self.scratch = self._make_scratch()
+
+    def _make_scratch(self) -> Tensor:
+        """Allocate one buffer for all reads, because temporary tensors would leave holes in the heap."""
         size_bytes = 0
-        for name in dtypes if device.type != "meta" else ():
-            parts = [checkpoint.tensors[part] for part in sources[name].names]
-            size_bytes = max(size_bytes, sum(part.size_bytes + _ALIGNMENT for part in parts))
-        if device.type == "cuda":
-            self.scratch = empty_pinned([size_bytes], torch.uint8)
-        else:
-            self.scratch = torch.empty(size_bytes, dtype=torch.uint8)
+        for name in self._dtypes if self._device.type != "meta" else ():
+            infos = [self._checkpoint.tensors[part] for part in self._sources[name].names]
+            size_bytes = max(size_bytes, sum(info.size_bytes + _ALIGNMENT for info in infos))
+        if self._device.type == "cuda":
+            return empty_pinned([size_bytes], torch.uint8)
+        return torch.empty(size_bytes, dtype=torch.uint8)
 
     def _describe_target(self, name: str) -> TensorInfo:
         """Return the dtype and shape of a tensor once it is loaded."""
@@ -314,7 +322,7 @@ class _Filling:
         elif self._is_filled_here:
             self._write(name, tensor)
         elif self._patch is not None:
-            # another process writes the values; the call only lets the patch record that its weight exists
+            # another process writes the values; the patch is called only so that it records that it was used
             dtype = self._dtypes[name]
             self._patch(name, torch.empty(tensor.shape, dtype=dtype, device="meta"), dtype)
         if leaf in parent._parameters:
@@ -325,8 +333,8 @@ class _Filling:
     def _make_stored(self, name: str, layer: nn.Linear, loading: StoredLoading) -> Stored:
         """Return a quantized weight: as in the file, or quantized after the patch.
 
-        If processes on one machine share weights in host memory, one of them writes the weight. Each process
-        has its own companions (scales), which are small.
+        If processes on one machine share weights in host memory, one of them writes the packed weight. Each
+        process has its own scales, which are small.
         """
         if self._device.type == "meta":
             stored = self._make_empty(name)
@@ -338,14 +346,14 @@ class _Filling:
         form = stored.form
         if loading.form is not None:
             form = form.computing_as(loading.form)
-        weight, *companions = stored.tensors
+        weight, *scales = stored.tensors
         assert weight is not None
-        place = self.on_host.get(name)
-        if place is not None:
-            weight = place.copy_(weight) if self._is_filled_here else place
+        host_weight = self.on_host.get(name)
+        if host_weight is not None:
+            weight = host_weight.copy_(weight) if self._is_filled_here else host_weight
         elif name in loading.staying and self._device.type != "meta":
-            weight = weight.clone()  # not a view of the buffer
-        copies = [None if tensor is None else tensor.clone() for tensor in companions]
+            weight = weight.clone()  # it may be a view of the buffer, which the next tensor overwrites
+        copies = [None if tensor is None else tensor.clone() for tensor in scales]
         return Stored(form, stored.shape, (weight, *copies))
 
     def _read_stored(self, name: str, layer: nn.Linear) -> Stored:
@@ -359,9 +367,9 @@ class _Filling:
     def _round(self, name: str, form: StoredForm) -> Stored:
         """Return a weight that is quantized after the patch; record its rounding error."""
         first_part = self._sources[name].names[0]
-        plain = self._make(name, self._checkpoint.tensors[first_part].dtype)
-        stored = form.quantize(plain)
-        self.errors[name] = _measure_rounding_error(plain, stored)
+        weight = self._make(name, self._checkpoint.tensors[first_part].dtype)
+        stored = form.quantize(weight)
+        self.errors[name] = _measure_rounding_error(weight, stored)
         self.rounded_forms[name] = stored.form.how
         return stored
 
@@ -377,13 +385,13 @@ class _Filling:
         return stored
 
     def _write(self, name: str, tensor: Tensor) -> None:
-        """Load the values of a tensor into its memory, `tensor`."""
+        """Load the values of one of the network's tensors into `tensor`, its memory."""
         if tensor.device.type == "meta":
             return
         source = self._sources[name]
         part = source.names[0]
-        is_as_stored = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
-        if self._patch is not None or not is_as_stored:
+        is_unchanged = source.build is None and self._checkpoint.tensors[part].dtype == tensor.dtype
+        if self._patch is not None or not is_unchanged:
             tensor.copy_(self._make(name, tensor.dtype))
             return
         # read directly into the network's memory, without an intermediate copy
@@ -398,13 +406,14 @@ class _Filling:
         source = self._sources[name]
         tensor = source.make(self._read_parts(source))
         if tensor.ndim != len(self._shapes[name]):
-            tensor = tensor.view(add_leading_sides(tuple(tensor.shape), len(self._shapes[name])))
-        if self._checkpoint.tensors[source.names[0]].packing is not None:  # quantized weights may be padded
+            tensor = tensor.view(add_leading_axes(tuple(tensor.shape), len(self._shapes[name])))
+        if self._checkpoint.tensors[source.names[0]].packing is not None:
+            # packed weights may be padded: only the first rows and columns are the network's
             tensor = tensor[tuple(slice(length) for length in self._shapes[name])]
         if self._patch is None:
             return tensor
         if tensor.dtype.itemsize == 1 and tensor.is_floating_point():
-            # in fp8 a small delta would be rounded away
+            # fp8 would round the small change of a LoRA away
             tensor = tensor.to(target if target.itemsize > 1 else torch.float32)
         return self._patch(name, tensor, target)
 
@@ -421,9 +430,10 @@ class _Filling:
         return parts
 
     def _check_finite(self, part: str, tensor: Tensor) -> None:
-        """Check a tensor of the file for NaN and infinite values: at once on a CPU, else after loading.
+        """Check a tensor of the file for NaN and infinite values.
 
-        Copies to other devices are asynchronous, and reading the result would wait for them.
+        On a CPU, an error is raised at once. Copies to other devices are asynchronous, and reading a result
+        would wait for them, so these results are only collected, and read after loading.
         """
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)
@@ -434,13 +444,13 @@ class _Filling:
 def _measure_rounding_error(weight: Tensor, stored: Stored) -> Tensor:
     """Return sum |error| / sum |weight| of a rounded weight on some rows; NaN if a scale is not finite."""
     sample = weight[:: max(1, len(weight) // _SAMPLED_ROWS)]
-    back = stored.form.quantize(sample).value()
-    wide = sample.float()
-    # `tiny`: no division by zero if all weights are zero
-    error = (back - wide).abs().sum() / wide.abs().sum().clamp_min(torch.finfo(torch.float32).tiny)
-    for companion in stored.tensors[1:]:
-        # 0 * NaN or infinity is NaN
-        error = error if companion is None else error + 0 * companion.float().sum()
+    rounded = stored.form.quantize(sample).value()
+    exact = sample.float()
+    smallest = torch.finfo(torch.float32).tiny  # avoids a division by zero if all weights are zero
+    error = (rounded - exact).abs().sum() / exact.abs().sum().clamp_min(smallest)
+    for scale in stored.tensors[1:]:
+        if scale is not None:
+            error = error + 0 * scale.float().sum()  # 0 * NaN and 0 * infinity are NaN
     return error
 
 
@@ -452,7 +462,7 @@ def _check_fit(
     ignore: Sequence[str],
     what: str,
 ) -> None:
-    """Raise CheckpointError if tensors are missing, unexpected or misshaped; list up to MAX_ERRORS."""
+    """Raise CheckpointError, with up to MAX_ERRORS lines, if tensors are missing, unexpected or misshaped."""
     missing = set()
     for name in targets:
         parts = sources[name].names if name in sources else ()
@@ -472,7 +482,7 @@ def _check_fit(
         if sources[name].build is not None:
             shape = _infer_shape(sources[name], infos)
         if shape is not None and len(shape) < len(needed):
-            shape = add_leading_sides(shape, len(needed))
+            shape = add_leading_axes(shape, len(needed))
         packing = infos[0].packing
         if shape != needed and (packing is None or shape != packing.padded(needed)):
             lines.append(f"  {name}: the file has {_sizes(shape)}, {_sizes(needed)} is needed")
@@ -500,7 +510,7 @@ def _find_unexpected(
         parts.update(source.names)
     unexpected = []
     for name in checkpoint.tensors:
-        # companions of quantized weights are always ignored
+        # scales and marks of quantized weights are always ignored; they have no source of their own
         patterns = ignore if name in unneeded else (*ignore, *QUANT_EXTRAS)
         if name not in used and not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
             unexpected.append(name)
@@ -515,8 +525,8 @@ def _infer_shape(source: TensorSource, infos: Sequence[TensorInfo]) -> tuple[int
         return None
 
 
-def add_leading_sides(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
-    """Return a shape with leading dimensions of 1 prepended, which converters to GGUF drop."""
+def add_leading_axes(shape: tuple[int, ...], axes: int) -> tuple[int, ...]:
+    """Return a shape with leading axes of length 1, which converters to GGUF drop, up to `axes` axes."""
     return (1,) * (axes - len(shape)) + shape
 
 
@@ -527,12 +537,12 @@ def _sizes(shape: tuple[int, ...] | None) -> str:
 
 
 def compress_names(names: Iterable[str]) -> list[str]:
-    """Return sorted names; names that differ only in their first number become `blocks.{0..39}.weight`."""
+    """Return sorted names, joining those that differ only in their first number: `blocks.{0..39}.weight`."""
     groups: dict[tuple[str, str], list[int]] = {}  # text before and after the number -> numbers
     for name in names:
         match = re.search(r"(?<=\.)\d+(?=\.)", name)
         if match is None:
-            groups.setdefault((name, ""), [])
+            groups.setdefault((name, ""), [])  # a name without a number is a group of its own
         else:
             key = (name[: match.start()], name[match.end() :])
             groups.setdefault(key, []).append(int(match[0]))

@@ -1,4 +1,4 @@
-"""Find weights that are NaN or infinite while they are read.
+"""Find NaN and infinite weights while a file is read.
 
 The check is one pass over a tensor that is in memory anyway.
 """
@@ -11,9 +11,10 @@ from torch import Tensor
 
 from modules.errors import CheckpointError
 
-# fp8 has no minimum and maximum of its own: the lowest code without its sign bit that is NaN
-_LOWEST_CODES = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
-_SIGN = 0x80
+# Torch has no aminmax for fp8, so bytes are compared: without the sign bit, this byte and all above it are
+# NaN or infinite
+_FIRST_NON_FINITE = {torch.float8_e4m3fn: 0x7F, torch.float8_e5m2: 0x7C}
+_SIGN_BIT = 0x80
 
 
 def is_finite(tensor: Tensor) -> Tensor:
@@ -25,24 +26,27 @@ def is_finite(tensor: Tensor) -> Tensor:
     if not tensor.is_floating_point() or not tensor.numel():
         return torch.ones((), dtype=torch.bool, device=tensor.device)
     if tensor.dtype == torch.float8_e8m0fnu:
-        return tensor.view(torch.uint8).max() < 0xFF
-    if tensor.dtype in _LOWEST_CODES:
-        lowest = _LOWEST_CODES[tensor.dtype]
-        return (tensor.view(torch.int8).max() < lowest) & (tensor.view(torch.uint8).max() < _SIGN + lowest)
-    if tensor.dtype.itemsize == 1:
+        return tensor.view(torch.uint8).max() < 0xFF  # its only code that is not finite: NaN
+    if tensor.dtype in _FIRST_NON_FINITE:
+        bound = _FIRST_NON_FINITE[tensor.dtype]
+        # as int8, negative values are below all positive ones; as uint8, they are above
+        are_positive_finite = tensor.view(torch.int8).max() < bound
+        are_negative_finite = tensor.view(torch.uint8).max() < _SIGN_BIT + bound
+        return are_positive_finite & are_negative_finite
+    if tensor.dtype.itemsize == 1:  # other 8-bit dtypes have no aminmax either
         tensor = tensor.float()
-    return torch.isfinite(torch.stack(tensor.aminmax())).all()  # NaN wins in both
+    return torch.isfinite(torch.stack(tensor.aminmax())).all()  # minimum and maximum are NaN if any value is
 
 
 def check_finite(path: Path, name: str, tensor: Tensor) -> None:
-    """Raise CheckpointError if a tensor of a file, on the CPU, is NaN or infinite."""
+    """Raise CheckpointError if a tensor of a file, on the CPU, has NaN or infinite values."""
     if not is_finite(tensor):
-        wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
-        raise not_finite(path, [f"{name} ({wrong} of {tensor.numel()} values)"])
+        num_non_finite = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+        raise make_non_finite_error(path, [f"{name} ({num_non_finite} of {tensor.numel()} values)"])
 
 
-def not_finite(path: Path, names: Sequence[str]) -> CheckpointError:
-    """Return the error for these tensors of a file."""
+def make_non_finite_error(path: Path, names: Sequence[str]) -> CheckpointError:
+    """Return the error for tensors of a file that have NaN or infinite values."""
     tail = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
     return CheckpointError(
         f"{path} has weights that are NaN or infinite: {', '.join(names[:3])}{tail}.\n"

@@ -4,16 +4,17 @@ import re
 
 GGUF = b"GGUF"
 LFS_POINTER = b"version https://"
-ONNX = re.compile(rb"\x08[\x03-\x14]\x12")  # the number of its format, then who made it
+# an ONNX file is a protobuf message: field 1 (format version 3 to 20), then field 2 (name of the producer)
+ONNX = re.compile(rb"\x08[\x03-\x14]\x12")
 
 
 def is_pointer_or_page(start: bytes) -> bool:
-    """Return whether these are the first bytes of a Git LFS pointer or a web page, not of the real file."""
+    """Return whether the first bytes of a file are those of a Git LFS pointer or a web page."""
     return start.startswith(LFS_POINTER) or start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<"
 
 
 def describe_kind(start: bytes) -> str:
-    """Describe the kind of a file that begins like this and is not a model, with a remedy."""
+    """Describe the kind of a file that is not a model, from its first bytes, and say what to do."""
     if start.startswith(GGUF):
         return "is a GGUF file, which is not read here. Give the safetensors or .pth file of the same model."
     if ONNX.match(start):

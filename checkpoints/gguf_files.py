@@ -1,7 +1,8 @@
 """Read GGUF files: a header of keys and tensors, then aligned data.
 
-The gguf package's reader is not used: it maps the file, and never ends on a false header. Source: the
-specification in ggml's docs/gguf.md; names of text encoders: llama.cpp's `tensor_mapping.py`.
+The reader of the gguf package is not used, because it memory-maps the file and may loop forever on a damaged
+header. Sources: the specification in ggml's docs/gguf.md; for the tensor names of text encoders, llama.cpp's
+`tensor_mapping.py`.
 """
 
 import math
@@ -24,13 +25,18 @@ from modules.integers import round_up
 from modules.limits import MAX_ELEMENTS, MAX_HEADER_BYTES, MAX_TENSOR_NAME
 from protocols.loading import Packing, TensorInfo
 
+# types of tensors that are not quantized
 _PLAIN = {0: torch.float32, 1: torch.float16, 28: torch.float64, 30: torch.bfloat16}
+# types of values in the header: numbers by their code in `struct`, strings, and arrays
 _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
-_TEXT, _LIST = 8, 9
+_STRING = 8
+_ARRAY = 9
 _MAX_AXES = 8
-# before a tensor's name: its shape in the model, if it lies in another one. Converters for ComfyUI store
-# layers whose rows are not a multiple of 256 as rows of 256
+# Prefix of keys with the shape that a tensor has in the model, if it is stored in another one: converters for
+# ComfyUI store layers whose width is not a multiple of 256 as rows of 256
 _SHAPE_KEY = "comfy.gguf.orig_shape."
+
+# llama.cpp's names of layers -> names in transformers: blocks of T5, blocks of Llama, and outside the blocks
 
 _T5 = {
     **{f"attn_{letter}": f"layer.0.SelfAttention.{letter}" for letter in "qkvo"},
@@ -50,8 +56,8 @@ _OUTSIDE = {
     "enc.output_norm": "encoder.final_layer_norm",
     **{"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"},
 }
-# parts of names in files of models whose weights llama.cpp changes in ways that are not undone here
-_CHANGED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of experts"}
+# layer names of models whose weights llama.cpp changes in ways that are not undone here
+_UNSUPPORTED = {"post_attention_norm": "Gemma", "ffn_gate_exps": "a mixture of experts"}
 
 
 class GgufFile(HeaderFile):
@@ -62,48 +68,53 @@ class GgufFile(HeaderFile):
 
     def _read_header(self, size: int) -> None:
         """Read magic and version, keys and values, then name, shape, type and offset of each tensor."""
-        head = _Header(self._file, min(size, MAX_HEADER_BYTES))
-        head.take(4)
-        version = head.number("I")
+        reader = _HeaderReader(self._file, min(size, MAX_HEADER_BYTES))
+        reader.read_bytes(4)
+        version = reader.read_number("I")
         if version not in (2, 3):
             raise ValueError(f"its version is {version}, 2 and 3 are known")
-        count, keys = head.number("Q"), head.number("Q")
-        own_shapes = self._read_keys(head, keys)
+        num_tensors = reader.read_number("Q")
+        num_keys = reader.read_number("Q")
+        model_shapes = self._read_keys(reader, num_keys)
         starts: dict[str, int] = {}
-        for _ in range(count):
-            name = self._read_tensor(head, own_shapes)
-            starts[name] = head.number("Q")
+        for _ in range(num_tensors):
+            name = self._read_tensor(reader, model_shapes)
+            starts[name] = reader.read_number("Q")
         align = int(self.metadata.get("general.alignment", 32))
         if align < 1:
             raise ValueError(f"its alignment is {align}")
-        self._place_tensors(starts, round_up(head.place, align), size)
-        self._heads: dict[str, int] = {}  # of tensors whose rows are permuted within each head
+        self._place_tensors(starts, round_up(reader.offset, align), size)
+        self._heads: dict[
+            str, int
+        ] = {}  # number of heads of tensors whose rows are permuted within each head
         self._name_like_transformers()
 
-    def _read_tensor(self, head: "_Header", own_shapes: Mapping[str, tuple[int, ...]]) -> str:
+    def _read_tensor(self, reader: "_HeaderReader", model_shapes: Mapping[str, tuple[int, ...]]) -> str:
         """Read the header entry of the next tensor, except for its position; return its name."""
         check_count(self.path, len(self.tensors))
-        name = head.text(MAX_TENSOR_NAME)
-        axes = head.number("I")
+        name = reader.read_string(MAX_TENSOR_NAME)
+        axes = reader.read_number("I")
         if axes > _MAX_AXES or name in self.tensors:
             raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
-        shape = tuple(head.number("Q") for _ in range(axes))[::-1]
-        if math.prod(max(length, 1) for length in shape) > MAX_ELEMENTS:
-            raise ValueError(f"{name} has the impossible shape {shape}")
-        own_shape = own_shapes.get(name, shape)
-        if math.prod(own_shape) != math.prod(shape) or not all(length > 0 for length in own_shape):
-            raise ValueError(f"{name} lies as {shape}, and {_SHAPE_KEY} says {shorten(str(own_shape), 60)}")
-        self.tensors[name] = self._make_info(name, head.number("I"), shape, own_shape)
+        stored_shape = tuple(reader.read_number("Q") for _ in range(axes))[::-1]  # GGUF lists columns first
+        if math.prod(max(length, 1) for length in stored_shape) > MAX_ELEMENTS:
+            raise ValueError(f"{name} has the impossible shape {stored_shape}")
+        shape = model_shapes.get(name, stored_shape)
+        if math.prod(shape) != math.prod(stored_shape) or not all(length > 0 for length in shape):
+            raise ValueError(
+                f"{name} lies as {stored_shape}, and {_SHAPE_KEY} says {shorten(str(shape), 60)}"
+            )
+        self.tensors[name] = self._make_info(name, reader.read_number("I"), stored_shape, shape)
         return name
 
     def _place_tensors(self, starts: Mapping[str, int], data: int, size: int) -> None:
-        """Compute the position of each tensor in the file, and check that none overlap.
+        """Compute the offset of each tensor in the file, and check that none overlap.
 
         `starts` are offsets from `data`, the end of the header. `size` is the size of the file.
         """
         spans = []
         for name, start in starts.items():
-            self._places[name] = data + start
+            self._offsets[name] = data + start
             spans.append((data + start, data + start + self.tensors[name].size_bytes, name))
         previous_end = data
         for begin, end, name in sorted(spans):
@@ -113,28 +124,32 @@ class GgufFile(HeaderFile):
                 )
             previous_end = end
 
-    def _read_keys(self, head: "_Header", number: int) -> dict[str, tuple[int, ...]]:
-        """Read keys into `metadata`; return the original shapes of reshaped tensors, by name."""
-        own_shapes: dict[str, tuple[int, ...]] = {}
-        for _ in range(number):
-            key = head.text()
-            kind = head.number("I")
-            if key.startswith(_SHAPE_KEY) and kind == _LIST:
-                own_shapes[key.removeprefix(_SHAPE_KEY)] = head.full_numbers()
+    def _read_keys(self, reader: "_HeaderReader", num_keys: int) -> dict[str, tuple[int, ...]]:
+        """Read keys into `metadata`; return the shapes in the model of reshaped tensors, by name."""
+        model_shapes: dict[str, tuple[int, ...]] = {}
+        for _ in range(num_keys):
+            key = reader.read_string()
+            value_type = reader.read_number("I")
+            if key.startswith(_SHAPE_KEY) and value_type == _ARRAY:
+                model_shapes[key.removeprefix(_SHAPE_KEY)] = reader.read_shape()
                 continue
-            value = head.value(kind)
+            value = reader.read_value(value_type)
             if value is not None:
                 self.metadata[key] = str(value)
-        return own_shapes
+        return model_shapes
 
     def _make_info(
-        self, name: str, number: int, shape: tuple[int, ...], own_shape: tuple[int, ...]
+        self, name: str, number: int, stored_shape: tuple[int, ...], shape: tuple[int, ...]
     ) -> TensorInfo:
         """Return the metadata of a tensor.
 
-        `number` is its GGUF type, `shape` the shape in the file, and `own_shape` the shape in the model.
+        Args:
+            name: Name of the tensor.
+            number: Its GGUF type.
+            stored_shape: Its shape in the file.
+            shape: Its shape in the model, which may have been recorded in a key.
         """
-        value_shape = _restore_shape(name, shape) if own_shape == shape else own_shape
+        value_shape = _restore_shape(name, stored_shape) if shape == stored_shape else shape
         if number in _PLAIN:
             return TensorInfo(_PLAIN[number], value_shape)
         try:
@@ -152,9 +167,11 @@ class GgufFile(HeaderFile):
                 "those of the package gguf.",
                 self.path,
             )
-        if not shape or shape[-1] % kind.weights:
-            raise ValueError(f"{name} has the shape {shape}, {kind.name} is stored in rows of {kind.weights}")
-        return TensorInfo(torch.uint8, value_shape, _make_packing(kind, shape, own_shape))
+        if not stored_shape or stored_shape[-1] % kind.weights:
+            raise ValueError(
+                f"{name} has the shape {stored_shape}, {kind.name} is stored in rows of {kind.weights}"
+            )
+        return TensorInfo(torch.uint8, value_shape, _make_packing(kind, stored_shape, shape))
 
     def _name_like_transformers(self) -> None:
         """Translate llama.cpp's names of tensors to those of transformers; undo the permutation of q and k.
@@ -162,10 +179,10 @@ class GgufFile(HeaderFile):
         Raises:
             CheckpointError: If llama.cpp changes the weights of this model in a way that cannot be undone.
         """
-        if "token_embd.weight" not in self.tensors:
+        if "token_embd.weight" not in self.tensors:  # only files of llama.cpp have its names
             return
-        for mark, what in _CHANGED.items():
-            if any(f".{mark}." in name for name in self.tensors):
+        for layer, what in _UNSUPPORTED.items():
+            if any(f".{layer}." in name for name in self.tensors):
                 raise CheckpointError(
                     f"{self.path} is {what} with llama.cpp's names, which is not supported. Give the "
                     "safetensors file of the model.",
@@ -185,20 +202,21 @@ class GgufFile(HeaderFile):
         for old in [name for name in self.tensors if "." in name]:
             match = re.fullmatch(r"(?:enc\.)?blk\.(\d+)\.(\w+)\.(weight|bias)", old)
             if match is None:
-                start, _, kind = old.rpartition(".")
-                new = f"{outside_blocks.get(start, start)}.{kind}"
+                layer, _, leaf = old.rpartition(".")
+                new = f"{outside_blocks.get(layer, layer)}.{leaf}"
             else:
-                number, part, kind = match.groups()
-                new = f"{blocks}.{number}.{inside_blocks.get(part, part)}.{kind}"
-                if is_llama and part in ("attn_q", "attn_k"):
-                    self._heads[new] = self._count_heads(part, self.tensors[old])
+                number, layer, leaf = match.groups()
+                new = f"{blocks}.{number}.{inside_blocks.get(layer, layer)}.{leaf}"
+                if is_llama and layer in ("attn_q", "attn_k"):
+                    self._heads[new] = self._count_heads(layer, self.tensors[old])
             if new != old and new in self.tensors:
                 raise ValueError(f"{shorten(old, 60)} and {shorten(new, 60)} are the same tensor")
             self.tensors[new] = self.tensors.pop(old)
-            self._places[new] = self._places.pop(old)
+            self._offsets[new] = self._offsets.pop(old)
 
-    def _count_heads(self, part: str, info: TensorInfo) -> int:
-        key = "llama.attention.head_count" + ("_kv" if part == "attn_k" else "")
+    def _count_heads(self, layer: str, info: TensorInfo) -> int:
+        """Return the number of heads of Llama's attn_q or attn_k, after checking that it divides the rows."""
+        key = "llama.attention.head_count" + ("_kv" if layer == "attn_k" else "")
         heads = int(self.metadata.get(key, 0))
         if heads < 1 or len(info.shape) != 2 or info.shape[0] % (2 * heads):
             raise ValueError(f"{key} is {heads}, which does not divide rows of {info.shape} into pairs")
@@ -207,72 +225,76 @@ class GgufFile(HeaderFile):
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor whose rows are in the order of the transformers library."""
         tensor = super().borrow(name, scratch)
-        if name in self._heads:  # pairs of rows lie side by side, for transformers in halves
+        if name in self._heads:
+            # rotary pairs of rows are adjacent in the file; transformers has the first halves of all pairs,
+            # then the second halves
             tensor = tensor.unflatten(0, (self._heads[name], -1, 2)).transpose(1, 2).flatten(0, 2)
         return tensor
 
 
-class _Header:
-    """Reader of the numbers and texts in a file's header; raises ValueError beyond `maximum` bytes."""
+class _HeaderReader:
+    """Reader of the values in a file's header; raises ValueError beyond `max_bytes`."""
 
-    def __init__(self, file: BinaryIO, maximum: int) -> None:
-        self._file, self._most, self.place = file, maximum, 0
+    def __init__(self, file: BinaryIO, max_bytes: int) -> None:
+        self._file = file
+        self._max_bytes = max_bytes
+        self.offset = 0  # bytes read so far
 
-    def take(self, size: int) -> bytes:
-        self.place += size
-        if self.place > self._most:
-            raise ValueError(f"it claims more than {self._most:,} bytes")
+    def read_bytes(self, size: int) -> bytes:
+        self.offset += size
+        if self.offset > self._max_bytes:
+            raise ValueError(f"it claims more than {self._max_bytes:,} bytes")
         return self._file.read(size)
 
-    def number(self, code: str) -> Any:
-        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}")))[0]
+    def read_number(self, code: str) -> Any:
+        """Read a little-endian number; `code` is its type in `struct`."""
+        return struct.unpack(f"<{code}", self.read_bytes(struct.calcsize(f"<{code}")))[0]
 
-    def text(self, maximum: int | None = None) -> str:
-        length = self.number("Q")
-        if maximum is not None and length > maximum:
+    def read_string(self, max_length: int | None = None) -> str:
+        length = self.read_number("Q")
+        if max_length is not None and length > max_length:
             raise ValueError(f"a tensor has a name of {length} bytes")
-        return self.take(length).decode("utf-8")
+        return self.read_bytes(length).decode("utf-8")
 
-    def full_numbers(self) -> tuple[int, ...]:
-        """Read a short list of integers, such as a shape.
+    def read_shape(self) -> tuple[int, ...]:
+        """Read an array of a few integers.
 
         Raises:
-            ValueError: If the list is long or holds anything else.
+            ValueError: If the array is long or has values of another type.
         """
-        inner = self.number("I")
-        count = self.number("Q")
-        if _NUMBERS.get(inner, "f") in "fd?" or count > _MAX_AXES:
-            raise ValueError(f"a shape is a list of {count} values of the kind {inner}")
-        return tuple(self.number(_NUMBERS[inner]) for _ in range(count))
+        value_type = self.read_number("I")
+        count = self.read_number("Q")
+        if _NUMBERS.get(value_type, "f") in "fd?" or count > _MAX_AXES:
+            raise ValueError(f"a shape is a list of {count} values of the kind {value_type}")
+        return tuple(self.read_number(_NUMBERS[value_type]) for _ in range(count))
 
-    def value(self, kind: int) -> str | float | None:
-        """Read a text or a number; a list is skipped, and None returned."""
-        if kind in _NUMBERS:
-            number: float = self.number(_NUMBERS[kind])
+    def read_value(self, value_type: int) -> str | float | None:
+        """Read a string or a number, or skip an array, for which None is returned."""
+        if value_type in _NUMBERS:
+            number: float = self.read_number(_NUMBERS[value_type])
             return number
-        if kind == _TEXT:
-            return self.text()
-        if kind != _LIST:
-            raise ValueError(f"a value is of the unknown kind {kind}")
-        inner, count = self.number("I"), self.number("Q")
-        if inner in _NUMBERS:
-            self.take(count * struct.calcsize(_NUMBERS[inner]))
-        elif inner == _TEXT:
+        if value_type == _STRING:
+            return self.read_string()
+        if value_type != _ARRAY:
+            raise ValueError(f"a value is of the unknown kind {value_type}")
+        item_type = self.read_number("I")
+        count = self.read_number("Q")
+        if item_type in _NUMBERS:
+            self.read_bytes(count * struct.calcsize(_NUMBERS[item_type]))
+        elif item_type == _STRING:
             for _ in range(count):
-                self.take(self.number("Q"))
+                self.read_bytes(self.read_number("Q"))
         else:
-            raise ValueError(f"a list has values of the kind {inner}")
+            raise ValueError(f"a list has values of the kind {item_type}")
         return None
 
 
-def _make_packing(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]) -> Packing:
-    """Return the packing of a tensor.
-
-    `shape` is the shape in the file. `own_shape` is the shape in the model.
-    """
-    has_full_rows = own_shape[-1] % kind.weights == 0  # then its own rows are rows of blocks too
-    *ahead, columns = own_shape if has_full_rows else shape
-    rows = math.prod(ahead)
+def _make_packing(kind: Kind, stored_shape: tuple[int, ...], shape: tuple[int, ...]) -> Packing:
+    """Return the packing of a tensor, from its shape in the file and its shape in the model."""
+    # if each row of the model has whole quantization blocks, a layer can use them directly
+    has_full_rows = shape[-1] % kind.weights == 0
+    *leading, columns = shape if has_full_rows else stored_shape
+    rows = math.prod(leading)
     return Packing(
         shape=(rows, columns // kind.weights * kind.size),
         companions=(),
@@ -282,21 +304,22 @@ def _make_packing(kind: Kind, shape: tuple[int, ...], own_shape: tuple[int, ...]
 
 
 def _keep(kind: Kind, shape: tuple[int, int], packed: Tensor) -> Stored:
+    """Return a weight of `shape` that stays packed; raise ValueError if its scales are NaN or infinite."""
     if packed.device.type != "meta" and not kind.is_sound(packed):
         raise ValueError("has scales that are NaN or infinite")
     return Stored(RowForm(kind.name, make=kind.rows), shape, (packed,))
 
 
 def _restore_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Restore the five axes of a patch embedding that was flattened, as GGUF allows at most four axes.
+    """Restore the five axes of a flattened patch embedding, because GGUF files have at most four axes.
 
-    All released models that are concerned have patches of 1 x 2 x 2.
+    Patches are taken to be 1 x 2 x 2, as in all released models with such an embedding.
     """
     num_axes = len(shape)
     is_of_wan = name.endswith("patch_embedding.weight") and num_axes in (2, 4)
     is_of_hunyuan = name.endswith("img_in.proj.weight") and num_axes == 4 and shape[-2:] == (2, 2)
     if is_of_wan or is_of_hunyuan:
-        channels = math.prod(shape[1:]) // 4
-        if math.prod(shape[1:]) == channels * 4:
-            return (shape[0], channels, 1, 2, 2)
+        flat_size = math.prod(shape[1:])
+        if flat_size % 4 == 0:
+            return (shape[0], flat_size // 4, 1, 2, 2)
     return shape

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from protocols.families import Marks, family_marks
 
-# what trainers and exporters put before the names of one network
+# prefixes that trainers and exporters add to the tensor names of a network
 _PREFIXES = ("model.diffusion_model.", "control_model.", "model.model.", "module.", "netG.", "net_g.", "net.")
 
 _NOT_YET = "which is not supported yet"
@@ -14,8 +14,8 @@ _HUNYUAN_15 = f"the transformer of HunyuanVideo 1.5, another network than Hunyua
 _OF_LTX = "a VAE of LTX-Video or LTX-2; LTX-Video is not supported yet"
 _VOCODER = "the vocoder of LTX-2, a part of its --audio_vae"
 
-# Models of today that no script runs yet: a family that lands takes its rows out. Sources: the tensor lists
-# of released files, in their own names and in ComfyUI's
+# Current models that no script supports yet, by one of their tensors. When a family is added, its rows are
+# removed here. Sources: the tensor lists of released files, under their own names and ComfyUI's
 NOT_YET: Marks = (
     ("pooled_text_embeddings.in_layer.weight", f"a transformer of Kandinsky 5, {_NOT_YET}"),
     *(
@@ -23,8 +23,8 @@ NOT_YET: Marks = (
         for start in ("", "model.")
     ),
 )
-# Models that have all tensors of a family's and that no script runs yet: a part of the name of their files,
-# in small letters without signs between words, and what they are
+# Unsupported models with the same tensors as a supported one, by a part of their file names (in lower case,
+# letters and digits only)
 NOT_YET_BY_NAME: Marks = (
     (
         "h3image",
@@ -33,8 +33,9 @@ NOT_YET_BY_NAME: Marks = (
     ),
 )
 
-# Further models that no script runs. Before the others: some have tensors of theirs too. Sources: the classes
-# of diffusers 0.42 and the marks in its `single_file_utils`, and the tensor lists of released files
+# All models that no script supports. They are compared before the supported families, because some have all
+# tensors of one. Sources: the classes of diffusers 0.42, the keys in its `single_file_utils`, and the tensor
+# lists of released files
 OF_OTHERS: Marks = (
     ("embed_image_indicator.weight", f"the transformer of Ideogram 4, {_NOT_YET}"),
     ("audio_pooled_text_embeddings.in_layer.weight", f"the transformer of Kandinsky 6, {_NOT_YET}"),
@@ -67,7 +68,7 @@ OF_OTHERS: Marks = (
     ("layers.0.adaLN_sa_ln.weight", f"the transformer of ERNIE-Image, {_NOT_YET}"),
     ("siglip_embedder.0.weight", f"the transformer of Z-Image-Omni, {_NOT_YET}"),
 )
-# parts that several families have, and layouts that many have: behind the families' own marks
+# networks and layouts that several families share; compared after the tensors that only one family has
 OF_PARTS: Marks = (
     ("quant_conv.weight", "a VAE of another model"),
     ("encoder.down.0.block.0.conv1.weight", "a VAE for images"),
@@ -98,7 +99,8 @@ OF_PARTS: Marks = (
     ("vision_model.embeddings.class_embedding", "a CLIP image encoder (--clip)"),
 )
 
-# networks that work on finished videos, and preview decoders; of those that have two marks the first counts
+# networks that process finished videos, and preview decoders; the first row whose tensor is in the file
+# counts
 OF_TOOLS: Marks = (
     (
         "layers.0.residual_group.overlap_attn.relative_position_bias_table",
@@ -139,30 +141,35 @@ _OF_LORAS = re.compile(
 
 
 def is_lora(names: Iterable[str]) -> bool:
-    """Return whether the tensor names are those of a LoRA, LoHa, LoKr or OFT."""
+    """Return whether one of the tensor names is that of a LoRA, LoHa, LoKr or OFT."""
     return any(_OF_LORAS.search(name) for name in names)
 
 
 def kind_by_name(path: Path, is_sharded: bool) -> str | None:
-    """Return the kind of a transformer by its file name, if `NOT_YET_BY_NAME` knows the name; else None.
+    """Return the kind of an unsupported transformer by its file name; None if the name says nothing.
 
-    With `is_sharded`, the names of its folders are checked too, because folders of released models are named
-    after the models.
+    If the file is sharded, the names of its two folders are checked too: they often have the model's name,
+    while shards are called diffusion_pytorch_model.
     """
     parts = path.parts[-3:] if is_sharded else path.parts[-1:]
-    plain = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]
-    return next((what for mark, what in NOT_YET_BY_NAME if any(mark in part for part in plain)), None)
+    letters = [re.sub(r"[^a-z0-9]", "", part.lower()) for part in parts]
+    for mark, what in NOT_YET_BY_NAME:
+        if any(mark in part for part in letters):
+            return what
+    return None
 
 
 def kind_of(names: Iterable[str], marks: Marks | None = None) -> str | None:
-    """Return the kind of a file with these tensors, as "a RetinaFace face detector"; None if unknown.
+    """Return the kind of a file from its tensor names, such as "a RetinaFace face detector"; None if unknown.
 
-    `marks` is the kinds to recognize, None means all; the first that fits counts.
+    `marks` lists the kinds to recognize, each with a tensor name; the first that is in the file counts. None
+    means all known kinds.
     """
-    bare = set()
+    if marks is None:
+        marks = (*OF_OTHERS, *family_marks(), *OF_PARTS, *OF_TOOLS)
+    bare_names = set()
     for name in names:
         for prefix in _PREFIXES:
             name = name.removeprefix(prefix)
-        bare.add(name)
-    marks = (*OF_OTHERS, *family_marks(), *OF_PARTS, *OF_TOOLS) if marks is None else marks
-    return next((what for mark, what in marks if mark in bare), None)
+        bare_names.add(name)
+    return next((what for mark, what in marks if mark in bare_names), None)

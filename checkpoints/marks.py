@@ -1,8 +1,13 @@
-"""Recognize packed weights by the marks of ComfyUI and the states of bitsandbytes in a file.
+"""Recognize packed weights in a file by ComfyUI's marks and bitsandbytes' quantization states.
 
-The `TensorInfo` of such a weight gets the shape of the unpacked weight, and a `Packing`. Sources:
+The `TensorInfo` of a packed weight gets the shape of the unpacked weight, and a `Packing`. Sources:
 ComfyUI's `quant_ops.py`, comfy-kitchen's layouts, bitsandbytes' `QuantState`.
+
+For each layout there are two functions: `_set_...` checks the tensors of a layer and records how it is
+packed, and `_keep_...` later makes a `Stored` from them. A suffix is what follows the layer in a tensor's
+name.
 """
+# Letters: N rows (output channels) of a weight, K columns (input channels)
 
 import logging
 import math
@@ -27,16 +32,22 @@ from protocols.loading import Packing, TensorInfo
 logger = logging.getLogger(__name__)
 
 FP8 = ("float8_e4m3fn", "float8_e5m2")  # loaded like other scaled fp8 weights
-_MAX_BYTES = 1 << 16  # largest mark or state
+_MAX_BYTES = 1 << 16  # largest mark or quantization state
 _MAX_GROUP = 1 << 16  # largest group of columns
 
 
 def find_packed(
     tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], read: Callable[[str], Tensor]
 ) -> dict[str, TensorInfo]:
-    """Return new tensor infos by name, for packed weights and for companions with fp8 stored as uint8.
+    """Return new infos, by name, of packed weights and of scales that are fp8 but stored as uint8.
 
-    `read` returns a tensor by name. Raises ValueError, naming the layer, if a form is unknown or incomplete.
+    Args:
+        tensors: All tensors of the file.
+        metadata: Metadata of the file.
+        read: Returns a tensor by name.
+
+    Raises:
+        ValueError: If a layer's form is unknown, or if its tensors do not have that form.
     """
     new_infos: dict[str, TensorInfo] = {}
     for stem, settings in _read_marks(tensors, metadata, read).items():
@@ -44,7 +55,7 @@ def find_packed(
         try:
             name = settings["format"]
             if name in FP8:
-                layer.scale(optional=True)
+                layer.find_scale(any_shape=True)  # only checks that there is a scale
             elif name in LAYOUTS:
                 LAYOUTS[name](layer)
             else:
@@ -95,31 +106,34 @@ def _read_marks(
     return marks
 
 
-def _find_prefix(header: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
-    """Return the prefix that tensor names have but layer names in the header do not; "" if none."""
-    first = next((f"{layer}.weight" for layer in header if layer not in tensors), None)
+def _find_prefix(layers: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> str:
+    """Return the prefix that tensor names have but layer names in the metadata lack; "" if there is none."""
+    first = next((f"{layer}.weight" for layer in layers if layer not in tensors), None)
     if first is None or first in tensors:
         return ""
-    longer = [name for name in tensors if name.endswith(f".{first}")]
-    return longer[0].removesuffix(first) if len(longer) == 1 else ""
+    prefixed = [name for name in tensors if name.endswith(f".{first}")]
+    return prefixed[0].removesuffix(first) if len(prefixed) == 1 else ""
 
 
 def _require_table(value: Any) -> dict[str, Any]:
-    """Return a value of a record if it is a dict; raise ValueError if it is not."""
+    """Return the value if it is a dictionary; raise ValueError otherwise."""
     if not isinstance(value, dict):
         raise ValueError(f"its record of quantization has {str(value)[:60]!r} in place of a table")
     return value
 
 
 def _read_settings(mark: Any) -> dict[str, Any]:
-    """Return a layer's settings, with the entries of `params` moved to the top level."""
-    settings = {"format": mark} if isinstance(mark, str) else _require_table(mark)
-    parameters = _require_table(settings.get("params") or {})
-    return {key: value for key, value in settings.items() if key != "params"} | parameters
+    """Return a layer's settings from its mark: the name of a format, or a dictionary.
+
+    The entries of the inner dictionary `params` are moved to the top level.
+    """
+    settings = {"format": mark} if isinstance(mark, str) else dict(_require_table(mark))
+    parameters = _require_table(settings.pop("params", None) or {})
+    return settings | parameters
 
 
 def _parse(read: Callable[[str], Tensor], tensors: Mapping[str, TensorInfo], name: str) -> dict[str, Any]:
-    """Return the JSON object that a tensor contains as text. Raises ValueError if it has no such text."""
+    """Return the JSON object that a tensor contains as text; raise ValueError if it contains none."""
     info = tensors[name]
     if info.dtype != torch.uint8 or info.size_bytes > _MAX_BYTES:
         raise ValueError(f"{name} is no text: {info.dtype} of {info.size_bytes:,} bytes")
@@ -135,88 +149,102 @@ def _parse_json(text: str | bytes, name: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A marked layer: its settings, the infos of all tensors, and `new_infos`, to which it adds changes."""
+    """A quantized layer of a file; errors of its methods continue the sentence "the layer NAME ..."."""
 
     stem: str  # name of the layer in the file
-    settings: Mapping[str, Any]
-    tensors: Mapping[str, TensorInfo]
-    new_infos: dict[str, TensorInfo]
+    settings: Mapping[str, Any]  # what the mark of the layer says
+    tensors: Mapping[str, TensorInfo]  # all tensors of the file
+    new_infos: dict[str, TensorInfo]  # result of `find_packed`, to which methods add
 
     @property
     def weight(self) -> TensorInfo:
         return self.tensors[f"{self.stem}.weight"]
 
-    def number(self, key: str, usual: int) -> int:
-        """Return a setting that is a positive integer, `usual` by default."""
-        value = self.settings.get(key, usual)
+    def get_number(self, key: str, default: int) -> int:
+        """Return a setting; raise ValueError if it is not an integer from 1 to `_MAX_GROUP`."""
+        value = self.settings.get(key, default)
         if type(value) is not int or not 0 < value <= _MAX_GROUP:
             raise ValueError(f"has the {key} {str(value)[:60]!r}")
         return value
 
-    def rotation(self, columns: int, usual: int = 256) -> int:
+    def get_rotation(self, columns: int) -> int:
         """Return the number of columns that are rotated together (ConvRot)."""
-        size = self.number("convrot_groupsize", usual)
+        size = self.get_number("convrot_groupsize", default=256)
         if size not in GROUPS or columns % size:
             raise ValueError(
                 f"has {columns} columns, rotated in groups of {size}; those of {GROUPS} are read"
             )
         return size
 
-    def pair(self, *dtypes: torch.dtype) -> tuple[int, int]:
+    def check_matrix(self, *dtypes: torch.dtype) -> tuple[int, int]:
         """Return rows and columns of the weight in the file.
 
         Raises:
-            ValueError: If the weight has another dtype or is not a matrix.
+            ValueError: If the weight is not a matrix, or if its dtype is none of `dtypes`.
         """
         info = self.weight
         if info.dtype not in dtypes or len(info.shape) != 2 or 0 in info.shape:
             raise ValueError(f"has a weight of {info.dtype} {list(info.shape)}, which its form does not have")
         return info.shape[0], info.shape[1]
 
-    def companion(
-        self, end: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
+    def check_companion(
+        self, suffix: str, dtypes: tuple[torch.dtype, ...], *shapes: tuple[int, ...]
     ) -> tuple[int, ...]:
-        """Return the shape of a companion tensor with the suffix `end`.
+        """Return the shape of a further tensor of the layer, such as a scale.
 
-        A uint8 tensor is reinterpreted as the first of `dtypes` if that has 8 bits.
+        Some programs store fp8 as uint8: if the first of `dtypes` has 8 bits, uint8 is reinterpreted as it.
+
+        Args:
+            suffix: Name of the tensor after the layer's name.
+            dtypes: Possible dtypes.
+            *shapes: Possible shapes; none are all shapes.
 
         Raises:
-            ValueError: If the tensor is missing or does not have one of these dtypes and shapes.
+            ValueError: If the tensor is missing or has another dtype or shape.
         """
-        name = f"{self.stem}.{end}"
+        name = f"{self.stem}.{suffix}"
         info = self.tensors.get(name)
         if info is None:
             raise ValueError(f"is stored in a form whose {name} is not there")
         if info.dtype == torch.uint8 and dtypes[0].itemsize == 1:
-            info = self.new_infos[name] = replace(info, dtype=dtypes[0])
+            info = replace(info, dtype=dtypes[0])
+            self.new_infos[name] = info
         if info.dtype not in dtypes or (shapes and info.shape not in shapes):
             raise ValueError(f"has {name} of {info.dtype} {list(info.shape)}, which does not fit its weight")
         return info.shape
 
-    def scale(self, *shapes: tuple[int, ...], optional: bool = False) -> str:
-        """Return the suffix of the layer's scale, which must have one of `shapes` unless it is `optional`."""
-        for end in ("weight_scale", "scale_weight"):
-            if f"{self.stem}.{end}" in self.tensors:
-                if not optional:
-                    self.companion(end, _FLOATS, *shapes)
-                return end
+    def find_scale(self, *shapes: tuple[int, ...], any_shape: bool = False) -> str:
+        """Return the suffix of the layer's scale, which must have one of `shapes` unless `any_shape`."""
+        for suffix in ("weight_scale", "scale_weight"):
+            if f"{self.stem}.{suffix}" in self.tensors:
+                if not any_shape:
+                    self.check_companion(suffix, _FLOATS, *shapes)
+                return suffix
         raise ValueError(f"is marked as {self.settings['format']}, but {self.stem}.weight_scale is not there")
 
-    def set(
+    def set_packing(
         self, shape: tuple[int, ...], companions: tuple[str, ...], keep: Callable[..., Stored], pad: int = 1
     ) -> None:
-        """Record that the weight is packed; `shape` is its unpacked shape, `keep` builds the `Stored`."""
+        """Record that the weight is packed.
+
+        Args:
+            shape: Shape of the unpacked weight.
+            companions: Suffixes of the layer's further tensors.
+            keep: Makes a `Stored` from the weight and these tensors.
+            pad: Number whose multiples rows and columns were padded to.
+        """
         info = self.weight
         packing = Packing(info.shape, companions, keep, pad)
         self.new_infos[f"{self.stem}.weight"] = TensorInfo(info.dtype, shape, packing)
 
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_E4M3, _E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
+_E4M3 = torch.float8_e4m3fn
+_E8M0 = torch.float8_e8m0fnu
 
 
 def _expand_scale(scale: Tensor, rows: int) -> Tensor:
-    """Return a scale, one per layer or per row, as N 1 float32 for N rows.
+    """Expand one scale per layer or per row to N 1 float32.
 
     Raises:
         ValueError: If a scale is not positive and finite.
@@ -227,38 +255,43 @@ def _expand_scale(scale: Tensor, rows: int) -> Tensor:
 
 
 def _set_int8(layer: _Layer) -> None:
-    """Mark a layer as int8, rotated or not. Raises ValueError if its tensors do not have that form."""
+    """Record a layer in int8, rotated or not; raise ValueError if its tensors do not have that form."""
     shape = layer.weight.shape
     if layer.weight.dtype != torch.int8 or len(shape) < 2 or 0 in shape:
         raise ValueError(f"has a weight of {layer.weight.dtype} {list(shape)}, which its form does not have")
     rows = shape[0]
     columns = math.prod(shape[1:])
-    scale_shapes: list[tuple[int, ...]] = [(rows, *[1] * (len(shape) - 1)), (rows, 1), (rows,)]
-    rotation = layer.rotation(columns) if layer.settings.get("convrot") else 0
+    all_axes = (rows, *[1] * (len(shape) - 1))  # one scale per row, with as many axes as the weight
+    scale_shapes: list[tuple[int, ...]] = [all_axes, (rows, 1), (rows,)]
+    rotation = layer.get_rotation(columns) if layer.settings.get("convrot") else 0
     if not rotation or rows == 1:  # a single scale for all rows is allowed only without rotation
         scale_shapes += [(), (1,)]
-    end = layer.scale(*scale_shapes)
-    in_16_bits = bool(layer.settings.get("full_precision_matrix_mult"))
-    layer.set(shape, (end,), partial(_keep_int8, rotation, in_16_bits))
+    suffix = layer.find_scale(*scale_shapes)
+    multiplies_in_16_bits = bool(layer.settings.get("full_precision_matrix_mult"))
+    layer.set_packing(shape, (suffix,), partial(_keep_int8, rotation, multiplies_in_16_bits))
 
 
-def _keep_int8(rotation: int, in_16_bits: bool, weight: Tensor, scale: Tensor) -> Stored:
+def _keep_int8(rotation: int, multiplies_in_16_bits: bool, weight: Tensor, scale: Tensor) -> Stored:
     flat = weight.flatten(1)
-    form = RowForm("int8", ("scale_weight",), packed.int8_rows, rotation) if in_16_bits else Int8(rotation)
+    form: RowForm | Int8 = Int8(rotation)
+    if multiplies_in_16_bits:
+        form = RowForm("int8", ("scale_weight",), packed.int8_rows, rotation)
     return Stored(form, (flat.shape[0], flat.shape[1]), (flat, _expand_scale(scale, len(flat))))
 
 
 def _check_tiled_scale(layer: _Layer, dtype: torch.dtype, rows: int, columns: int) -> None:
-    shape = (round_up(rows, 128), round_up(columns, 4))  # padded to whole tiles
-    layer.companion("weight_scale", (dtype,), shape)
+    """Check a scale per block of columns, as Blackwell GPUs read it: in tiles of 128 rows and 4 columns."""
+    padded_shape = (round_up(rows, 128), round_up(columns, 4))
+    layer.check_companion("weight_scale", (dtype,), padded_shape)
 
 
 def _set_mxfp8(layer: _Layer) -> None:
-    rows, columns = layer.pair(_E4M3, torch.uint8)
+    """Record a layer in MXFP8: e4m3 values with an e8m0 scale for each block of 32 columns."""
+    rows, columns = layer.check_matrix(_E4M3, torch.uint8)
     if rows % 32 or columns % 32:
         raise ValueError(f"has {rows} x {columns} weights, which its form pads to multiples of 32")
     _check_tiled_scale(layer, _E8M0, rows, columns // 32)
-    layer.set((rows, columns), ("weight_scale",), _keep_mxfp8, 32)
+    layer.set_packing((rows, columns), ("weight_scale",), _keep_mxfp8, pad=32)
 
 
 def _keep_mxfp8(weight: Tensor, scales: Tensor) -> Stored:
@@ -269,35 +302,44 @@ def _keep_mxfp8(weight: Tensor, scales: Tensor) -> Stored:
 
 
 def _set_nvfp4(layer: _Layer) -> None:
-    """Mark a layer as NVFP4. Raises ValueError if its tensors do not have that form."""
-    rows, half = layer.pair(torch.uint8)
-    if rows % 16 or half % 8:
-        raise ValueError(f"has {rows} x {2 * half} weights, which its form pads to multiples of 16")
-    _check_tiled_scale(layer, _E4M3, rows, half // 8)
-    layer.companion("weight_scale_2", _FLOATS, (), (1,))
-    ends = ["weight_scale", "weight_scale_2"]
-    if f"{layer.stem}.pre_quant_scale" in layer.tensors:
-        (length,) = layer.companion("pre_quant_scale", _FLOATS)
-        if not 0 <= 2 * half - length < 16:
-            raise ValueError(f"multiplies {length} inputs, but has {2 * half} columns")
-        ends.append("pre_quant_scale")
-    layer.set((rows, 2 * half), tuple(ends), _keep_nvfp4, 16)
+    """Record a layer in NVFP4: 4-bit values, a scale per block of 16 columns, and a scale per layer.
+
+    Raises ValueError if the tensors of the layer do not have that form.
+    """
+    rows, num_bytes = layer.check_matrix(torch.uint8)
+    columns = 2 * num_bytes  # two values per byte
+    if rows % 16 or columns % 16:
+        raise ValueError(f"has {rows} x {columns} weights, which its form pads to multiples of 16")
+    _check_tiled_scale(layer, _E4M3, rows, columns // 16)
+    layer.check_companion("weight_scale_2", _FLOATS, (), (1,))
+    suffixes = ["weight_scale", "weight_scale_2"]
+    if f"{layer.stem}.pre_quant_scale" in layer.tensors:  # factors of the layer's input
+        (length,) = layer.check_companion("pre_quant_scale", _FLOATS)
+        if not 0 <= columns - length < 16:
+            raise ValueError(f"multiplies {length} inputs, but has {columns} columns")
+        suffixes.append("pre_quant_scale")
+    layer.set_packing((rows, columns), tuple(suffixes), _keep_nvfp4, pad=16)
 
 
-def _keep_nvfp4(weight: Tensor, scales: Tensor, scale: Tensor, of_input: Tensor | None = None) -> Stored:
-    rows, half = weight.shape
+def _keep_nvfp4(
+    weight: Tensor, block_scales: Tensor, scale: Tensor, input_scale: Tensor | None = None
+) -> Stored:
+    rows, num_bytes = weight.shape
+    columns = 2 * num_bytes
     form = RowForm("nvfp4", ("scale_blocks", "scale_weight", "scale_of_input"), packed.nvfp4_rows)
-    if of_input is not None:  # it has no values for padding columns
-        missing = 2 * half - len(of_input)
-        of_input = functional.pad(of_input.float(), (0, missing), value=1.0).reshape(1, -1)
-    scale_blocks = packed.untile(scales, rows, half // 8)
-    return Stored(form, (rows, 2 * half), (weight, scale_blocks, _expand_scale(scale, rows), of_input))
+    if input_scale is not None:  # has no values for padding columns
+        missing = columns - len(input_scale)
+        input_scale = functional.pad(input_scale.float(), (0, missing), value=1.0).reshape(1, -1)
+    block_scales = packed.untile(block_scales, rows, columns // 16)
+    return Stored(form, (rows, columns), (weight, block_scales, _expand_scale(scale, rows), input_scale))
 
 
 def _set_w4a4(layer: _Layer) -> None:
-    rows, half = layer.pair(torch.int8, torch.uint8)
-    end = layer.scale((rows,), (rows, 1))
-    layer.set((rows, 2 * half), (end,), partial(_keep_w4a4, layer.rotation(2 * half)))
+    """Record a rotated layer in 4 bits with a scale per row."""
+    rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
+    columns = 2 * num_bytes
+    suffix = layer.find_scale((rows,), (rows, 1))
+    layer.set_packing((rows, columns), (suffix,), partial(_keep_w4a4, layer.get_rotation(columns)))
 
 
 def _keep_w4a4(rotation: int, weight: Tensor, scale: Tensor) -> Stored:
@@ -306,23 +348,25 @@ def _keep_w4a4(rotation: int, weight: Tensor, scale: Tensor) -> Stored:
 
 
 def _set_w4a8(layer: _Layer) -> None:
-    """Mark a layer as 4 or 6 bits with scales per row and relative scales per group of columns."""
-    rows, width = layer.pair(torch.int8, torch.uint8)
+    """Record a layer in 4 or 6 bits with scales per row and relative scales per group of columns."""
+    rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
     if f"{layer.stem}.weight_correction" in layer.tensors:
         raise ValueError("has a weight_correction, which is not supported")
-    # the file does not state the bits: relative scales give the number of columns, bytes per column the bits
-    shape = layer.companion("weight_s_rel", (_E4M3, torch.float32))
-    columns = math.prod(shape[1:]) * layer.number("group_size", 16)
-    bits = 8 * width // max(columns, 1)
+    # the file says neither the number of columns nor the bits: the relative scales, one per group, give the
+    # columns; the bytes per column give the bits
+    shape = layer.check_companion("weight_s_rel", (_E4M3, torch.float32))
+    columns = math.prod(shape[1:]) * layer.get_number("group_size", default=16)
+    bits = 8 * num_bytes // max(columns, 1)
     is_one_scale_per_group = len(shape) == 2 and shape[0] == rows
-    if not is_one_scale_per_group or columns * bits != 8 * width or bits not in (4, 6):
-        raise ValueError(f"has {width} bytes for {columns} columns, in place of 4 or 6 bits for each")
-    layer.companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
-    ends = ["weight_s_rel", "weight_s_channel"]
+    if not is_one_scale_per_group or columns * bits != 8 * num_bytes or bits not in (4, 6):
+        raise ValueError(f"has {num_bytes} bytes for {columns} columns, in place of 4 or 6 bits for each")
+    layer.check_companion("weight_s_channel", _FLOATS, (rows,), (rows, 1))
+    suffixes = ["weight_s_rel", "weight_s_channel"]
     if f"{layer.stem}.weight_codebook" in layer.tensors:
-        layer.companion("weight_codebook", _FLOATS, (16,))
-        ends.append("weight_codebook")
-    layer.set((rows, columns), tuple(ends), partial(_keep_w4a8, bits, columns, layer.rotation(columns)))
+        layer.check_companion("weight_codebook", _FLOATS, (16,))
+        suffixes.append("weight_codebook")
+    keep = partial(_keep_w4a8, bits, columns, layer.get_rotation(columns))
+    layer.set_packing((rows, columns), tuple(suffixes), keep)
 
 
 def _keep_w4a8(
@@ -330,31 +374,36 @@ def _keep_w4a8(
     columns: int,
     rotation: int,
     weight: Tensor,
-    scales: Tensor,
-    scale: Tensor,
-    codes: Tensor | None = None,
+    group_scales: Tensor,
+    row_scales: Tensor,
+    codebook: Tensor | None = None,
 ) -> Stored:
     """Return a weight of 4 or 6 bits with its tensors in the order that `RowForm` reads."""
-    rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
-    form = RowForm("asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), rows, rotation)
-    codes = None if codes is None else codes.float().reshape(1, 16)
-    return Stored(form, (len(weight), columns), (weight, scales, _expand_scale(scale, len(weight)), codes))
+    read_rows = packed.w4a8_rows if bits == 4 else packed.w6a8_rows
+    form = RowForm("asym_w4a8_int8", ("scale_blocks", "scale_weight", "codebook"), read_rows, rotation)
+    if codebook is not None:
+        codebook = codebook.float().reshape(1, 16)
+    rows = len(weight)
+    return Stored(form, (rows, columns), (weight, group_scales, _expand_scale(row_scales, rows), codebook))
 
 
 def _set_awq(layer: _Layer) -> None:
-    rows, half = layer.pair(torch.int8, torch.uint8)
-    group = layer.number("group_size", 64)
-    if 2 * half % group:
-        raise ValueError(f"has {2 * half} columns, which groups of {group} do not divide")
-    for end in ("weight_scale", "weight_zeros"):
-        layer.companion(end, _FLOATS, (2 * half // group, rows))
-    layer.set((rows, 2 * half), ("weight_scale", "weight_zeros"), _keep_awq)
+    """Record a layer in 4 bits with a scale and a zero point per group of columns."""
+    rows, num_bytes = layer.check_matrix(torch.int8, torch.uint8)
+    columns = 2 * num_bytes
+    group = layer.get_number("group_size", default=64)
+    if columns % group:
+        raise ValueError(f"has {columns} columns, which groups of {group} do not divide")
+    for suffix in ("weight_scale", "weight_zeros"):
+        layer.check_companion(suffix, _FLOATS, (columns // group, rows))
+    layer.set_packing((rows, columns), ("weight_scale", "weight_zeros"), _keep_awq)
 
 
 def _keep_awq(weight: Tensor, scales: Tensor, zeros: Tensor) -> Stored:
     form = RowForm("awq_w4a16", ("scale_blocks", "zeros"), packed.awq_rows)
-    companions = scales.t().contiguous(), zeros.t().contiguous()
-    return Stored(form, (len(weight), 2 * weight.shape[1]), (weight, *companions))
+    rows, num_bytes = weight.shape
+    # the file has a row of scales per group, the form a row per row of the weight
+    return Stored(form, (rows, 2 * num_bytes), (weight, scales.t().contiguous(), zeros.t().contiguous()))
 
 
 LAYOUTS: Mapping[str, Callable[[_Layer], None]] = {
@@ -368,38 +417,44 @@ LAYOUTS: Mapping[str, Callable[[_Layer], None]] = {
 
 
 def _set_bitsandbytes(layer: _Layer, read: Callable[[str], Tensor]) -> None:
-    """Recognize a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`."""
+    """Record a 4-bit weight of bitsandbytes; `layer.settings` is its `QuantState`.
+
+    A block of weights has a scale, the largest absolute value of the block (absmax). With double
+    quantization, these scales are quantized to 8 bits, with scales per group of blocks.
+    """
     state = layer.settings
-    block = layer.number("blocksize", 64)
+    block = layer.get_number("blocksize", default=64)
     rows, columns = state["shape"]
     _check_four_bits(layer, rows, columns, block)
-    blocks = rows * columns // block
-    ends = ["weight.absmax"]
-    peak_dtypes: tuple[torch.dtype, ...] = _FLOATS
-    if "nested_offset" in state:  # double quantization: the maxima of blocks are quantized to 8 bits, too
-        ends += ["weight.nested_absmax", "weight.nested_quant_map"]
-        peak_dtypes = (torch.uint8,)
-        groups = ceil_div(blocks, layer.number("nested_blocksize", 256))
-        layer.companion("weight.nested_absmax", _FLOATS, (groups,))
-        layer.companion("weight.nested_quant_map", _FLOATS, (256,))
-    layer.companion("weight.absmax", peak_dtypes, (blocks,))
-    layer.companion("weight.quant_map", _FLOATS, (16,))
-    _set_four_bits(layer, (rows, columns), tuple(ends), read(f"{layer.stem}.weight.quant_map"))
+    num_blocks = rows * columns // block
+    suffixes = ["weight.absmax"]
+    absmax_dtypes: tuple[torch.dtype, ...] = _FLOATS
+    if "nested_offset" in state:  # double quantization
+        suffixes += ["weight.nested_absmax", "weight.nested_quant_map"]
+        absmax_dtypes = (torch.uint8,)
+        num_groups = ceil_div(num_blocks, layer.get_number("nested_blocksize", default=256))
+        layer.check_companion("weight.nested_absmax", _FLOATS, (num_groups,))
+        layer.check_companion("weight.nested_quant_map", _FLOATS, (256,))
+    layer.check_companion("weight.absmax", absmax_dtypes, (num_blocks,))
+    layer.check_companion("weight.quant_map", _FLOATS, (16,))
+    _set_four_bits(layer, (rows, columns), tuple(suffixes), read(f"{layer.stem}.weight.quant_map"))
 
 
-def _set_four_bits(layer: _Layer, shape: tuple[int, int], ends: tuple[str, ...], quant_map: Tensor) -> None:
-    """Mark a layer as 4 bits of bitsandbytes; `ends` are the suffixes of its companions."""
+def _set_four_bits(
+    layer: _Layer, shape: tuple[int, int], suffixes: tuple[str, ...], quant_map: Tensor
+) -> None:
+    """Record a 4-bit weight of bitsandbytes with its 16 levels in `quant_map`."""
     levels = tuple(quant_map.float().tolist())
     offset = float(layer.settings.get("nested_offset", 0))
-    nested = layer.number("nested_blocksize", 256)
+    group_size = layer.get_number("nested_blocksize", default=256)
     if not all(map(math.isfinite, (offset, *levels))):
         raise ValueError("its levels or its nested_offset are NaN or infinite")
     form = RowForm(layer.settings["quant_type"], ("largest",), four_bits(levels))
-    layer.set(shape, ends, partial(_keep_four_bits, form, shape, offset, nested))
+    layer.set_packing(shape, suffixes, partial(_keep_four_bits, form, shape, offset, group_size))
 
 
 def _check_four_bits(layer: _Layer, rows: Any, columns: Any, block: int) -> None:
-    """Raise ValueError if a 4-bit weight of bitsandbytes does not match its state."""
+    """Raise ValueError if a 4-bit weight of bitsandbytes does not match its `QuantState`."""
     form = layer.settings["quant_type"]
     if form not in ("nf4", "fp4"):
         raise ValueError(f"the form {str(form)[:60]!r}; nf4 and fp4 are read")
@@ -416,14 +471,15 @@ def _keep_four_bits(
     form: RowForm,
     shape: tuple[int, int],
     offset: float,
-    nested: int,
+    group_size: int,
     weight: Tensor,
-    largest: Tensor,
+    absmax: Tensor,
     *nested_tensors: Tensor,
 ) -> Stored:
-    """Return a 4-bit weight of bitsandbytes; double-quantized scales are dequantized first."""
-    if nested_tensors:  # the maxima of blocks are quantized to 8 bits
-        scales, levels = nested_tensors
-        coded = levels.float()[largest.int()] * scales.float().repeat_interleave(nested)[: len(largest)]
-        largest = coded + offset
-    return Stored(form, shape, (weight.view(shape[0], -1), largest.float().view(shape[0], -1)))
+    """Return a 4-bit weight of bitsandbytes; scales with double quantization are dequantized first."""
+    if nested_tensors:
+        group_scales, levels = nested_tensors
+        normalized = levels.float()[absmax.int()]
+        scale_of_block = group_scales.float().repeat_interleave(group_size)[: len(absmax)]
+        absmax = normalized * scale_of_block + offset
+    return Stored(form, shape, (weight.view(shape[0], -1), absmax.float().view(shape[0], -1)))

@@ -1,4 +1,4 @@
-"""Find and check model files and folders given by options; read latent files, as generation writes them."""
+"""Find and check model files and folders that options name; read latent files of generation."""
 
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -41,7 +41,7 @@ def require_file(path: Path | None, option: str, why: str, default: Path | None 
         raise OptionError(f"{option} is missing: {why}. {command} shows where it is from")
     if not path.exists():
         named = f"{option} is not given, and its default" if path == default else option
-        # `owner/name`, whose first part is no folder, and which does not end like a file
+        # `owner/name`: the first part is not a folder here, and the second has no suffix of a file
         looks_like_repository = (
             bool(re.fullmatch(r"[\w-]+/[\w.-]+", path.as_posix()))
             and not path.parent.exists()
@@ -62,10 +62,15 @@ def inside(path: Path, folder: str) -> Path:
 
 
 def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
-    """Open a file, call `read` with it and the additional arguments, and cache the result.
+    """Call `read` with an open file and further arguments, and cache the result until the file changes.
 
-    The result is cached until the file changes. `read` is a module-level function, such as `read_vae`, and
-    the arguments are hashable. Raises CheckpointError if the file holds another kind of network.
+    Args:
+        path: The file to open.
+        read: Module-level function such as `read_vae`, which takes a `Checkpoint` and `arguments`.
+        *arguments: Further arguments of `read`; they must be hashable.
+
+    Raises:
+        CheckpointError: If the file holds another kind of network.
     """
     stat = path.stat()
     stamp = (stat.st_mtime_ns, stat.st_size)
@@ -75,9 +80,17 @@ def read_once(path: Path, read: Callable[..., Found], *arguments: Any) -> Found:
 
 @lru_cache(maxsize=16)  # called for every prompt of a long list and for every batch
 def _read_once(
-    path: Path, where: Path, stamp: tuple[int, int], *, read: Callable[..., Any], arguments: tuple[Any, ...]
+    path: Path,
+    absolute_path: Path,
+    stamp: tuple[int, int],
+    *,
+    read: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> Any:
-    """Read the file. `where` and `stamp` identify the file; `path` is what messages name."""
+    """Read the file at `path`, as messages name it.
+
+    `absolute_path` and `stamp` are only keys of the cache, which identify the file and its version.
+    """
     with open_checkpoint(path) as checkpoint:
         return read(checkpoint, *arguments)
 
@@ -88,8 +101,8 @@ def find_model_folder(option: str, name: str, patterns: Sequence[str]) -> Path:
     `patterns` are the names of the files to download, with wildcards.
 
     Raises:
-        CheckpointError: If it is neither a folder nor the name of a repository.
-        DownloadError: If the hub does not give it.
+        CheckpointError: If `name` is neither a folder nor the name of a repository.
+        DownloadError: If the repository cannot be downloaded.
     """
     folder = to_path(option, name)
     if folder.is_dir():
@@ -121,14 +134,14 @@ class SavedLatents:
 
     latents: Tensor  # B C F H W
     metadata: Mapping[str, str]
-    audio: Tensor | None = None  # B C T M, if they are a clip's with sound
+    audio: Tensor | None = None  # B C T M; None for clips without audio
 
 
 def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = False) -> SavedLatents:
     """Read a latent file: safetensors, or a pickled tensor.
 
-    `option` names the file in messages. With `only_shape`, only the file's header is read, and the latents
-    are on the meta device.
+    `option` names the file in messages. With `only_shape`, only the file's header is read: the latents are on
+    the meta device, and the audio is None.
 
     Raises:
         CheckpointError: If the file is damaged or has no latents.
@@ -156,7 +169,8 @@ def load_latents(path: Path, option: str = "--latent_path", only_shape: bool = F
         )
     if latents.ndim == 4:
         latents = latents[None]
-    if latents.ndim != 5 or len(latents) != 1 or not (latents.numel() or audio is not None):
+    is_empty = latents.numel() == 0 and audio is None  # a file of audio alone has no video latents
+    if latents.ndim != 5 or len(latents) != 1 or is_empty:
         raise CheckpointError(
             f"{option} {path}: `latent` has the shape {tuple(latents.shape)}; C F H W of one video is needed",
             path,

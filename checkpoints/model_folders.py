@@ -1,8 +1,8 @@
-"""Check the folder of a model before it is loaded: its settings say nothing that its weights do not show.
+"""Check the settings in a model's folder against its weights before the model is loaded.
 
-Libraries believe what a settings file says: a size of 100,000 pixels takes gigabytes, a million layers have
-no end. Here texts are bounded, numbers are compared with the headers of the weights, and the network is
-built without memory first.
+Libraries trust a settings file: an image size of 100,000 pixels takes gigabytes, and building a million
+layers takes forever. Therefore JSON files are limited in size, their numbers are compared with the headers of
+the weights, and the network is built on the meta device first.
 """
 
 import math
@@ -18,12 +18,12 @@ from modules.text_files import parse_json, read_tensor_header, read_text
 
 CONFIG = "config.json"
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
-MAX_SIDE = 2048  # pixels of the images that a network is given; Depth Pro looks at 1536
-MAX_PIXELS = 1 << 24  # of an image for a language model; Qwen's processors say 12,845,056
-MAX_HEADS = 64  # of an attention, each with a map of all places; the networks have up to 16
-DEFAULT_NUMBER = 4096  # up to which a setting is no size that the weights have to show
-NO_SIZES = ("theta", "token_id")  # in keys of a base of frequencies, and of words
-SPARE_ELEMENTS = 1 << 20  # of a network, that are not in its weights: places, masks
+MAX_SIDE = 2048  # largest height or width of images for a network, in pixels; Depth Pro takes 1536
+MAX_PIXELS = 1 << 24  # largest image for a language model; Qwen's processors allow 12,845,056
+MAX_HEADS = 64  # attention heads, each with a map of all pairs of tokens; the networks have up to 16
+MAX_UNCHECKED = 4096  # settings up to this number are not compared with the weights
+NOT_SIZES = ("theta", "token_id")  # parts of keys whose numbers are not sizes: rotary base, token ids
+SPARE_ELEMENTS = 1 << 20  # elements that a network has in addition to its weights: position tables, masks
 
 Shape = tuple[int, ...]
 
@@ -46,17 +46,18 @@ def check_settings(folder: Path, option: str, max_side: int = MAX_SIDE) -> list[
         if path.name in PROCESSORS:
             _check_numbers(path, content, max_side, "the pictures of a network have at most")
         elif path.name == CONFIG:
-            max_number = max(DEFAULT_NUMBER, largest)
+            max_number = max(MAX_UNCHECKED, largest)
             _check_numbers(path, content, max_number, "the largest size of a tensor in its weights is")
-            _check_counts(path, content, min(len(shapes), MAX_BLOCKS), MAX_HEADS)
+            max_layers = min(len(shapes), MAX_BLOCKS)  # each layer has at least one tensor
+            _check_counts(path, content, max_layers, MAX_HEADS)
     return shapes
 
 
 def check_language_settings(folder: Path, option: str) -> list[Shape]:
-    """Check the settings of a language model with vision; return the shapes of the tensors in its weights.
+    """Check the settings of a vision language model; return the shapes of the tensors in its weights.
 
-    Some settings cannot be compared with weights, such as the maximum length of a text. `require_shown`
-    therefore compares the network that the settings describe.
+    Some settings, such as the maximum length of a text, are legitimately larger than any tensor. The caller
+    therefore also calls `require_shown` with the network that the settings describe.
 
     Args:
         folder: Folder of the model.
@@ -72,12 +73,13 @@ def check_language_settings(folder: Path, option: str) -> list[Shape]:
             _check_numbers(path, content, MAX_PIXELS, "the pictures of a language model have at most")
             _check_sides(path, content)
         elif path.name == CONFIG:
-            # not compared with the weights: transformers' defaults may name layers that a model lacks
+            # not compared with the number of tensors: default values may count layers that a model lacks
             _check_counts(path, content, MAX_BLOCKS)
     return shapes
 
 
 def _read_settings(folder: Path) -> Iterator[tuple[Path, Any]]:
+    """Yield the path and the content of each JSON file in a folder."""
     for path in sorted(folder.glob("*.json")):
         try:
             yield path, parse_json(read_text(path, MAX_TOKENIZER_BYTES))
@@ -120,11 +122,11 @@ def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shap
         option: Option that names the folder, for messages.
         network: The network, on the device "meta".
         shapes: Shapes of the tensors in the weights.
-        is_exact: Whether each parameter is a tensor of the file; otherwise tensors may be split or joined
+        is_exact: Whether each parameter is a tensor of the file. Otherwise tensors may be split or joined
             when they are loaded, and only the number of elements is compared.
     """
     parameters = dict(network.named_parameters())
-    # a fourth more is allowed, because a file stores tied weights once and leaves buffers out
+    # a quarter more is allowed, because a file stores tied weights once and leaves buffers out
     num_described = sum(tensor.numel() for tensor in (*parameters.values(), *network.buffers()))
     num_stored = sum(map(math.prod, shapes))
     if num_described > num_stored + num_stored // 4 + SPARE_ELEMENTS:
@@ -133,9 +135,9 @@ def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shap
             f"{num_stored:,}. Take both from one release",
             folder,
         )
-    known = set(shapes)
+    stored_shapes = set(shapes)
     for name, tensor in parameters.items():
-        if is_exact and tuple(tensor.shape) not in known:
+        if is_exact and tuple(tensor.shape) not in stored_shapes:
             raise CheckpointError(
                 f"{option} {folder}: by {CONFIG} {name} has the shape {list(tensor.shape)}, which none of "
                 "the tensors in its weights has. Take both from one release",
@@ -144,44 +146,47 @@ def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shap
 
 
 def build_without_memory(build: Callable[[Any], Any], config: Any) -> Any:
-    """Build the network of a transformers configuration on the device "meta"."""
+    """Build a network from a configuration of transformers on the meta device."""
     with torch.device("meta"):
         return build(config)
 
 
 def _check_numbers(path: Path, content: Any, maximum: int, reason: str) -> None:
+    """Raise CheckpointError if a size in a settings file is above `maximum`, which `reason` explains."""
     for name, number in _list_numbers(content):
-        is_size = not any(word in name for word in NO_SIZES)
-        if is_size and not abs(number) <= maximum:  # NaN too
+        is_size = not any(word in name for word in NOT_SIZES)
+        if is_size and not abs(number) <= maximum:  # written with `not`, so that NaN is rejected too
             raise CheckpointError(f"{path}: {name} is {number:,}, and {reason} {maximum:,}", path)
 
 
 def _check_sides(path: Path, content: Any) -> None:
     """Raise CheckpointError if images would have longer sides than any network accepts.
 
-    A table with both `shortest_edge` and `longest_edge` means numbers of pixels (Qwen); one of the two alone
-    is the length of a side.
+    If an object has both `shortest_edge` and `longest_edge`, these are numbers of pixels, as in Qwen's
+    processors. One of the two alone is the length of a side.
     """
-    tables = [content]
-    while tables:
-        table = tables.pop()
-        if isinstance(table, list):
-            tables += table
-        if not isinstance(table, Mapping):
+    waiting = [content]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, list):
+            waiting += value
+        if not isinstance(value, Mapping):
             continue
-        tables += table.values()
-        counts_pixels = {"shortest_edge", "longest_edge"} <= set(table)
-        sides = ("height", "width") if counts_pixels else ("height", "width", "shortest_edge", "longest_edge")
-        for name, number in _list_numbers({name: table[name] for name in sides if name in table}):
-            if not abs(number) <= DEFAULT_NUMBER:
+        waiting += value.values()
+        keys = ["height", "width"]
+        if not {"shortest_edge", "longest_edge"} <= set(value):
+            keys += ["shortest_edge", "longest_edge"]
+        sides = {key: value[key] for key in keys if key in value}
+        for name, number in _list_numbers(sides):
+            if not abs(number) <= MAX_UNCHECKED:  # written with `not`, so that NaN is rejected too
                 raise CheckpointError(
-                    f"{path}: {name} is {number:,}, and a side of a picture has at most {DEFAULT_NUMBER:,}",
+                    f"{path}: {name} is {number:,}, and a side of a picture has at most {MAX_UNCHECKED:,}",
                     path,
                 )
 
 
 def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MAX_BLOCKS) -> None:
-    """Raise CheckpointError for more layers or heads than a network can have."""
+    """Raise CheckpointError if settings ask for more layers or attention heads than a network can have."""
     for name, number in _list_numbers(content):
         if "heads" in name and number > max_heads:
             raise CheckpointError(f"{path}: {name} is {number:,}, and at most {max_heads} are taken", path)
@@ -191,7 +196,7 @@ def _check_counts(path: Path, content: Any, max_layers: int, max_heads: int = MA
 
 
 def _list_numbers(content: Any, name: str = "") -> Iterator[tuple[str, int | float]]:
-    """Yield all numbers of a JSON value, each with its key, or the key of the list that holds it."""
+    """Yield all numbers of a JSON value with their keys; a number in a list has the key of the list."""
     if isinstance(content, Mapping):
         for key, value in content.items():
             yield from _list_numbers(value, str(key)[:100])

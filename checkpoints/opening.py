@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -36,10 +37,14 @@ from modules.paths import explain_missing
 from modules.text_files import parse_json, read_text, require_regular_file
 from protocols.loading import TensorInfo, TensorSource
 
-LISTED = 8  # file names in a message
-MAX_OF_NAME = 200  # characters of a file name in a message
+LISTED = 8  # number of file names in a message
+MAX_OF_NAME = 200  # characters of a file name that a message shows
 SUFFIXES = (".safetensors", ".sft", ".gguf", ".pth", ".pt", ".bin", ".ckpt")
 _SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<suffix>\.\w+)")
+
+
+# an open file, and the name that a tensor has in it
+Location: TypeAlias = tuple[TensorFile, str]
 
 
 class Checkpoint(contextlib.ExitStack):
@@ -48,14 +53,17 @@ class Checkpoint(contextlib.ExitStack):
     def __init__(
         self,
         path: Path,
-        places: Mapping[str, tuple[TensorFile, str]],
+        locations: Mapping[str, Location],
         files: Sequence[TensorFile],
         rejection: str = "",
     ) -> None:
-        """Take over open files, which are closed with the checkpoint.
+        """Take over open files, which are closed together with the checkpoint.
 
-        `places` maps a tensor name to the file and to the name in that file. `rejection` is the reason why
-        packed weights cannot be read, or "".
+        Args:
+            path: The file or folder, for messages.
+            locations: Where each tensor is, by name.
+            files: All open files.
+            rejection: Why packed weights of the file cannot be read; "" if they can.
         """
         super().__init__()
         for file in files:
@@ -63,9 +71,9 @@ class Checkpoint(contextlib.ExitStack):
         self.path = path
         self.rejection = rejection
         self._files = files
-        self._places = dict(places)
+        self._locations = dict(locations)
         self.tensors: dict[str, TensorInfo] = {}
-        for name, (file, stored_name) in places.items():
+        for name, (file, stored_name) in locations.items():
             self.tensors[name] = file.tensors[stored_name]
         self.metadata: dict[str, str] = {}
         for file in files:
@@ -83,9 +91,12 @@ class Checkpoint(contextlib.ExitStack):
         info = self.tensors[name]
         if tensor is None:
             tensor = torch.empty((info.packing or info).shape, dtype=info.dtype)
-        # a memory-mapped file returns a view of its own memory, which is copied below
-        bytes_read = self.borrow(name, tensor.view(-1).view(torch.uint8))
-        return tensor if bytes_read.data_ptr() == tensor.data_ptr() else tensor.copy_(bytes_read)
+        # safetensors files read into the memory that is passed; a memory-mapped file returns a view of its
+        # own
+        borrowed = self.borrow(name, tensor.view(-1).view(torch.uint8))
+        if borrowed.data_ptr() != tensor.data_ptr():
+            tensor.copy_(borrowed)
+        return tensor
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
         """Return a tensor on the CPU that is valid only until the next read.
@@ -95,51 +106,55 @@ class Checkpoint(contextlib.ExitStack):
         Raises:
             CheckpointError: If the file is truncated.
         """
-        file, stored = self._places[name]
+        file, stored_name = self._locations[name]
         try:
-            return file.borrow(stored, scratch)
+            return file.borrow(stored_name, scratch)
         except OSError as error:
             why = f"{self.path} cannot be read: {error.strerror or error}."
             raise CheckpointError(why, self.path) from error
 
     def stored_name(self, name: str) -> str:
         """Return the name of a tensor in its file, including prefixes that were removed."""
-        return self._places[name][1]
+        return self._locations[name][1]
 
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
-        """Return a checkpoint with each prefix removed, if all names begin with it.
+        """Return a checkpoint with prefixes removed, each only if all tensors of the network have it.
 
-        `others` are prefixes of other networks in an all-in-one file: their tensors do not have to begin
-        with the prefix, and are left out once it is removed. Both checkpoints share the open files: close
-        only one of them.
+        Tensors that begin with one of `others`, prefixes of other networks in an all-in-one file, do not
+        count. They are left out if a prefix is removed. Both checkpoints share the open files: close only
+        one of them.
         """
-        places = self._places
+        locations: Mapping[str, Location] = self._locations
         for prefix in prefixes:
-            with_prefix = {name: place for name, place in places.items() if name.startswith(prefix)}
-            remaining = places.keys() - with_prefix.keys()
+            with_prefix = {name: where for name, where in locations.items() if name.startswith(prefix)}
+            remaining = locations.keys() - with_prefix.keys()
             if with_prefix and all(name.startswith(tuple(others)) for name in remaining):
-                places = {name.removeprefix(prefix): place for name, place in with_prefix.items()}
-        return Checkpoint(self.path, places, self._files, self.rejection)
+                locations = {name.removeprefix(prefix): where for name, where in with_prefix.items()}
+        return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def select_by_prefix(self, *prefixes: str) -> "Checkpoint":
         """Return a checkpoint of the tensors that have one of the prefixes; it shares the open files."""
-        places = {name: place for name, place in self._places.items() if name.startswith(prefixes)}
-        return Checkpoint(self.path, places, self._files, self.rejection)
+        locations = {name: where for name, where in self._locations.items() if name.startswith(prefixes)}
+        return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def rename(self, name_of: Callable[[str], str]) -> "Checkpoint":
         """Return a checkpoint with renamed tensors, without those renamed to ""; it shares the open files."""
-        places = {name_of(name): place for name, place in self._places.items() if name_of(name)}
-        return Checkpoint(self.path, places, self._files, self.rejection)
+        locations = {name_of(name): where for name, where in self._locations.items() if name_of(name)}
+        return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
         """Return a checkpoint with the tensors of both; `self` takes precedence. It shares the open files."""
-        places = {**second._places, **self._places}
+        locations = {**second._locations, **self._locations}
         files = [*self._files, *second._files]
-        return Checkpoint(self.path, places, files, self.rejection or second.rejection)
+        return Checkpoint(self.path, locations, files, self.rejection or second.rejection)
 
 
 def open_file(path: Path) -> TensorFile:
-    """Open a file by its content, not its suffix. Raises CheckpointError if it is damaged or no model."""
+    """Open a file by its content, not its suffix.
+
+    Raises:
+        CheckpointError: If the file is damaged or not a model.
+    """
     try:
         require_regular_file(path)
         with path.open("rb") as file:
@@ -156,7 +171,7 @@ def open_file(path: Path) -> TensorFile:
             return TorchFile(path)
         if is_pointer_or_page(start):
             raise CheckpointError(f"{path} {describe_kind(start)}", path)
-        if path.suffix in {".safetensors", ".sft"}:
+        if path.suffix in {".safetensors", ".sft"}:  # damaged; opening it says how
             return SafetensorsFile(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", path) from error
@@ -180,30 +195,33 @@ def open_checkpoint(
         CheckpointError: If a file is missing, incomplete, damaged, not a model, or contains code.
     """
     files: list[TensorFile] = []
-    places: dict[str, tuple[TensorFile, str]] = {}
+    locations: dict[str, Location] = {}
     try:
         for part in checkpoint_paths(path) if parts is None else parts:
             file = open_file(part)
             files.append(file)
             for name in file.tensors:
-                if name not in places:
-                    places[name] = (file, name)
-                elif not are_equal(places[name][0], file, name):
+                if name not in locations:
+                    locations[name] = (file, name)
+                    continue
+                first_file, _ = locations[name]
+                if not are_equal(first_file, file, name):
                     raise CheckpointError(
-                        f"{path}: {name} is in two files, {places[name][0].path.name} and {part.name}. Give "
+                        f"{path}: {name} is in two files, {first_file.path.name} and {part.name}. Give "
                         "one file.",
                         path,
                     )
-        if not places:
+        if not locations:
             raise CheckpointError(f"{path} holds no tensors.", path)
     except BaseException:
         for file in files:
             file.close()
         raise
-    marked = any(name.endswith(MARK) or BNB_STATE in name for name in places)
-    if not marked and not any(HEADER in file.metadata for file in files):
-        return Checkpoint(path, places, files)
-    return Checkpoint(path, places, files, _recognise(path, places, files))
+    has_marks = any(name.endswith(MARK) or BNB_STATE in name for name in locations)
+    if not has_marks and not any(HEADER in file.metadata for file in files):
+        return Checkpoint(path, locations, files)
+    rejection = _register_packed(path, locations, files)
+    return Checkpoint(path, locations, files, rejection)
 
 
 def checkpoint_paths(path: Path) -> list[Path]:
@@ -272,7 +290,7 @@ def _list_shards(name: str) -> list[str]:
 
 
 def _read_index(path: Path) -> list[Path]:
-    """Return the files that an index of shards names; they have to be in its folder or below."""
+    """Return the files that an index of shards names, all of them in the folder of the index or below."""
     try:
         names = set()
         for name in parse_json(read_text(path))["weight_map"].values():
@@ -292,10 +310,10 @@ def _read_index(path: Path) -> list[Path]:
 
 
 def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
-    """Return the paths of the shards next to an index. Raises CheckpointError if some are missing."""
+    """Return the paths of files next to `path`; raise CheckpointError if some are missing."""
     missing = []
     for name in names:
-        with contextlib.suppress(OSError):  # the name may be too long
+        with contextlib.suppress(OSError):  # a malformed index may have a name that is too long
             if (path.parent / name).is_file():
                 continue
         missing.append(name)
@@ -308,14 +326,18 @@ def _require_existing(path: Path, names: Sequence[str]) -> list[Path]:
     return [path.parent / name for name in names]
 
 
-_SAMPLES, _SAMPLE_BYTES = 16, 1 << 16  # of `fingerprint`
+# chunks that `fingerprint` hashes
+_NUM_SAMPLES = 16
+_SAMPLE_BYTES = 1 << 16
 
 
 def fingerprint(path: Path) -> str:
-    """Return a hash of parts of a model file, for cache records. Reads about 2 MB per file.
+    """Return a hash of parts of a model, for cache records.
 
-    It covers the size, the first MB, and evenly spaced chunks of each file. Raises
-    CheckpointError if the files cannot be opened.
+    The hash covers the size, the first MB, and evenly spaced chunks of each file, about 2 MB in all.
+
+    Raises:
+        CheckpointError: If a file cannot be opened.
     """
     digest = hashlib.sha256()
     for part in checkpoint_paths(path):
@@ -324,15 +346,16 @@ def fingerprint(path: Path) -> str:
                 size = part.stat().st_size
                 digest.update(size.to_bytes(8, "little"))
                 digest.update(file.read(1 << 20))  # includes a safetensors header
-                for sample in range(_SAMPLES):
-                    file.seek(max(0, size - _SAMPLE_BYTES) * sample // (_SAMPLES - 1))
+                last_start = max(0, size - _SAMPLE_BYTES)
+                for sample in range(_NUM_SAMPLES):
+                    file.seek(last_start * sample // (_NUM_SAMPLES - 1))
                     digest.update(file.read(_SAMPLE_BYTES))
         except OSError as error:
             raise CheckpointError(f"{part} cannot be read: {error.strerror or error}.", path) from error
     return digest.hexdigest()[:32]
 
 
-_SCALES = (".scale_weight", ".weight_scale")
+_SCALES = (".scale_weight", ".weight_scale")  # suffixes of scales
 # patterns of tensors that are not needed once the weights are dequantized
 QUANT_EXTRAS = (
     "scaled_fp8",
@@ -342,9 +365,9 @@ QUANT_EXTRAS = (
     "*.weight.quant_map",
     "*.weight.quant_state.*",
 )
-# suffix of a tensor name -> quantization that is not supported. Sources: files of these packages, layouts of
-# comfy-kitchen
-_FOREIGN = {
+# suffix of a tensor name -> quantization that is not supported, at least without a mark or state in the file.
+# Sources: files of these packages, layouts of comfy-kitchen
+_UNSUPPORTED = {
     ".weight_scale_2": "nvfp4",
     ".weight_s_rel": "asym_w4a8_int8",
     ".weight_zeros": "awq_w4a16",
@@ -368,44 +391,45 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
     if checkpoint.rejection:
         remedy = "Download or copy it again, or give the bf16 file of the model."
         raise CheckpointError(f"{checkpoint.path}: {checkpoint.rejection}.\n  {remedy}", checkpoint.path)
-    how = _find_form(checkpoint.tensors)
-    if how:
+    form = _find_unsupported_form(checkpoint.tensors)
+    if form:
         raise CheckpointError(
-            f"{checkpoint.path} is quantized in a way that is not supported ({how}). Give the bf16, fp16 or "
+            f"{checkpoint.path} is quantized in a way that is not supported ({form}). Give the bf16, fp16 or "
             "fp8 file of the model, or one that ComfyUI, bitsandbytes or GGUF mark.",
             checkpoint.path,
         )
 
 
-def _recognise(path: Path, places: Mapping[str, tuple[TensorFile, str]], files: Sequence[TensorFile]) -> str:
-    """Register packed weights with their files; return the reason if a packing is unknown, else ""."""
+def _register_packed(path: Path, locations: Mapping[str, Location], files: Sequence[TensorFile]) -> str:
+    """Tell files which of their tensors are packed; return the reason if a packing is unknown, else ""."""
     from checkpoints.marks import find_packed  # only for packed weights
 
-    checkpoint = Checkpoint(path, places, files)
+    checkpoint = Checkpoint(path, locations, files)
     try:
         for name, info in find_packed(checkpoint.tensors, checkpoint.metadata, checkpoint.read).items():
-            file, stored = places[name]
-            file.tensors[stored] = info
+            file, stored_name = locations[name]
+            file.tensors[stored_name] = info
     except (ValueError, RecursionError) as error:
-        return str(error)
+        return str(error)  # raised by `reject_quantized`, once weights are needed
     return ""
 
 
 def list_companions(name: str, info: TensorInfo) -> tuple[str, ...]:
-    """Return the names of the further tensors, such as scales, of a packed weight."""
+    """Return the names of the further tensors of a packed weight, such as scales."""
     assert info.packing is not None
     return tuple(name.removesuffix("weight") + end for end in info.packing.companions)
 
 
-def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
-    """Describe an unsupported quantization, with a tensor that shows it; None if there is none."""
+def _find_unsupported_form(tensors: Mapping[str, TensorInfo]) -> str | None:
+    """Describe an unsupported quantization and a tensor that shows it; return None if there is none."""
     is_packed = any(info.packing is not None for info in tensors.values())
-    unmarked = _without_marked(tensors) if is_packed else tensors
-    for ending, form in _FOREIGN.items():
+    unmarked = _without_packed(tensors) if is_packed else tensors
+    for suffix, form in _UNSUPPORTED.items():
         for name in unmarked:
-            if name.endswith(ending):
+            if name.endswith(suffix):
                 return f"{form}: it has {name}"
     for name, info in unmarked.items():
+        # supported scales are one per weight or one per row; this one has several per row
         if name.endswith(_SCALES) and len(info.shape) == 2 and min(info.shape) > 1:
             is_float = info.dtype.is_floating_point and info.dtype.itemsize > 1
             form = "fp8 in blocks" if is_float else "mxfp8"
@@ -420,37 +444,40 @@ def _find_form(tensors: Mapping[str, TensorInfo]) -> str | None:
     return None
 
 
-def _without_marked(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+def _without_packed(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """Return the tensors without packed weights of known forms and their companions."""
-    marked: set[str] = set()
+    packed: set[str] = set()
     for name, info in tensors.items():
         if info.packing is not None:
-            marked.add(name)
-            marked.update(list_companions(name, info))
-    return {name: info for name, info in tensors.items() if name not in marked}
+            packed.add(name)
+            packed.update(list_companions(name, info))
+    return {name: info for name, info in tensors.items() if name not in packed}
 
 
-_TABLES = ("_ids", "_index", "_ind")  # suffixes of integer tensors that are not quantized weights
+_TABLES = ("_ids", "_index", "_ind")  # suffixes of tables of integers, which are not quantized weights
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
     """Return whether a tensor of integers or 8-bit floats looks like a quantized weight of a layer."""
     info = tensors[name]
-    layer, inside, _ = name.partition(".weight.")  # blocks.0.q.weight.data
-    if not inside:
+    layer, separator, _ = name.partition(".weight.")  # as in blocks.0.q.weight.data
+    if not separator:
         layer = name.rpartition(".")[0]
     if not layer:
         return False
-    is_table = len(info.shape) > 1 and min(info.shape) > 1
-    if not is_table and not name.removeprefix(f"{layer}.").startswith(("weight", "qweight")):
+    is_matrix = len(info.shape) > 1 and min(info.shape) > 1
+    is_named_weight = name.removeprefix(f"{layer}.").startswith(("weight", "qweight"))
+    if not is_matrix and not is_named_weight:
         return False
+    # a layer that has its weight too is not quantized
     return f"{layer}.weight" not in tensors and not name.endswith((*_TABLES, ".weight"))
 
 
 def plain_sources(checkpoint: Checkpoint) -> dict[str, TensorSource]:
-    """Return the source of each tensor by its name in the file, without scales and packing companions.
+    """Return how each tensor is made from the file, by its name in the file.
 
-    Scaled fp8 weights are multiplied by their scales, and packed weights are unpacked.
+    Scaled fp8 weights are multiplied by their scales, and packed weights are unpacked. Scales and other
+    companions of these weights have no source of their own.
 
     Raises:
         CheckpointError: If the file's quantization is not supported.
@@ -488,13 +515,13 @@ def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource
     assert info.packing is not None
     keep = info.packing.keep
 
-    def as_stored(*tensors: Tensor) -> Stored:  # the weight in its packed form
+    def as_stored(*tensors: Tensor) -> Stored:  # returns the weight in its packed form
         try:
             return keep(*tensors)
         except ValueError as error:
             raise CheckpointError(f"{path}: {name} {error}. Download or copy it again.", path) from error
 
-    def build(*tensors: Tensor) -> Tensor:  # the weight's values
+    def build(*tensors: Tensor) -> Tensor:  # returns the weight's values
         if tensors[0].device.type == "meta":
             return torch.empty(info.shape, device="meta")
         return as_stored(*tensors).value().view(info.shape)
@@ -506,9 +533,9 @@ def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:
     """Return the names of scales by the names of their weights."""
-    return {
-        name.removesuffix(ending) + ".weight": name
-        for name in names
-        for ending in _SCALES
-        if name.endswith(ending)
-    }
+    scales = {}
+    for name in names:
+        for suffix in _SCALES:
+            if name.endswith(suffix):
+                scales[name.removesuffix(suffix) + ".weight"] = name
+    return scales

@@ -48,9 +48,9 @@ from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
 
-_STALE = ("sshs_", "modelspec.hash_sha256", HEADER)  # metadata that describe the old tensors
+_STALE = ("sshs_", "modelspec.hash_sha256", HEADER)  # prefixes of metadata that describe the old tensors
 _OF_GGUF = ("general.", "GGUF.", "comfy.gguf.")  # prefixes of metadata that only GGUF files have
-# name of a tensor in a text encoder's first block -> names of its linear layers, after the same prefix
+# pattern of a tensor that identifies a text encoder -> pattern of its linear weights, after the same prefix
 _TEXT_ENCODERS = {
     r"encoder\.block\.0\.layer\.0\.SelfAttention\.q\.weight": (
         r"encoder\.block\.\d+\.layer\.\d\.(SelfAttention\.[qkvo]|DenseReluDense\.w[io](_\d)?)\.weight"
@@ -68,8 +68,9 @@ _ARCHITECTURES = {
     **{"hunyuan_video": "hyvid", "framepack": "hyvid", "flux_2": "flux", "ltx_2": "ltxv"},
     **{"lumina": "lumina2", "z_image": "lumina2"},
 }
-# suffixes of the tensor names of a quantized layer; the third is MARK
-CODES, WEIGHT_SCALE = "", ".weight_scale"
+# kinds of tensors of a quantized layer; the third is MARK
+CODES = ""  # the rounded weight, whose name is that of the weight
+WEIGHT_SCALE = ".weight_scale"  # suffix of its scale
 GGUF = "q8_0"
 FORMS = ("int8", "convrot", "fp8", GGUF, "bf16")
 
@@ -111,12 +112,12 @@ class QuantizeOptions(Options):
 
 @dataclass(frozen=True)
 class Recognized:
-    """Network found in a file, with the layers that can be quantized."""
+    """The network of a file, and its layers that can be quantized; all names are those in the file."""
 
     what: str  # description for messages
     family: str | None  # None: a text encoder
     layers: frozenset[str]  # names of weights that can be quantized
-    shapes: Mapping[str, tuple[int, ...]]  # unpadded shapes of weights, by name
+    shapes: Mapping[str, tuple[int, ...]]  # shapes of weights in the network, without padding, by name
     # functions that reorder the rows of a tensor as in a single file (`DitFormat.single_rows`), by name
     single_rows: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
@@ -144,21 +145,21 @@ def quantize_file(options: QuantizeOptions) -> None:
     device = select_device(options.device)
     with open_checkpoint(options.model) as checkpoint:
         sources = plain_sources(checkpoint)
-        narrow = [name for name in sources if _is_narrow(checkpoint.tensors[name])]
-        model = _recognise(checkpoint, options.form)
+        quantized = [name for name in sources if _is_quantized(checkpoint.tensors[name])]
+        model = _recognize(checkpoint, options.form)
         metadata = _without_stale(checkpoint.metadata)
         if options.form == "bf16":
-            count = _widen(options, checkpoint, model, metadata=metadata, device=device)
+            write = _write_bf16
+        elif quantized:
+            form = dtype_name(checkpoint.tensors[quantized[0]].dtype)
+            raise CheckpointError(
+                f"{options.model} is quantized already ({quantized[0]}: {form}); rounding it again would "
+                "only lose more. Give the file in 16 bits.",
+                options.model,
+            )
         else:
-            if narrow:
-                form = dtype_name(checkpoint.tensors[narrow[0]].dtype)
-                raise CheckpointError(
-                    f"{options.model} is quantized already ({narrow[0]}: {form}); rounding it again would "
-                    "only lose more. Give the file in 16 bits.",
-                    options.model,
-                )
-            write = _write_gguf if options.form == GGUF else _write_marked
-            count = write(options, checkpoint, model, metadata=metadata, device=device)
+            write = _write_gguf if options.form == GGUF else _write_comfyui
+        count = write(options, checkpoint, model, metadata=metadata, device=device)
         unchanged = len(sources) - count
     size = as_size(options.output.stat().st_size)
     rows = [
@@ -171,7 +172,7 @@ def quantize_file(options: QuantizeOptions) -> None:
 
 
 def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata without entries that describe the old tensors, and log the removed keys."""
+    """Return the metadata without entries about the old tensors or the GGUF format, and log these."""
     remaining = {key: text for key, text in metadata.items() if not key.startswith((*_STALE, *_OF_GGUF))}
     stale = sorted(metadata.keys() - remaining.keys())
     if stale:
@@ -179,36 +180,34 @@ def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
     return remaining
 
 
-def _is_narrow(info: TensorInfo) -> bool:
-    """Return whether a tensor is quantized."""
+def _is_quantized(info: TensorInfo) -> bool:
     return info.packing is not None or is_fp8(info.dtype)
 
 
-def _recognise(checkpoint: Checkpoint, form: str = "") -> Recognized:
-    """Recognize the network of a file.
-
-    `form` is the value of --form; the layers that can be quantized depend on it.
+def _recognize(checkpoint: Checkpoint, form: str = "") -> Recognized:
+    """Recognize the network of a file, and find the layers that --form `form` quantizes.
 
     Raises:
         CheckpointError: If the file has neither a known transformer nor a known text encoder.
     """
     names = checkpoint.tensors
-    for mark, pattern in _TEXT_ENCODERS.items():
-        matches = (re.fullmatch(rf"(.*\.)?{mark}", name) for name in names)
+    for identifying_pattern, layer_pattern in _TEXT_ENCODERS.items():
+        matches = (re.fullmatch(rf"(.*\.)?{identifying_pattern}", name) for name in names)
         first = next(filter(None, matches), None)
         if first is not None:
             prefix = first[1] or ""
-            with_prefix = re.compile(re.escape(prefix) + pattern)
+            with_prefix = re.compile(re.escape(prefix) + layer_pattern)
             layers = frozenset(name for name in names if with_prefix.fullmatch(name))
-            return Recognized("a text encoder", None, layers, {})
+            return Recognized("a text encoder", family=None, layers=layers, shapes={})
     bare = bare_names(checkpoint)
     # in reverse order, as in `families.identify`, so that Wan is last: it accepts files of unknown models too
     for family, entry in reversed(list(FAMILIES.items())):
         files = import_own(f"{entry.room}.files") if entry.own_files else None
         dit_format: DitFormat[Any, Any] | None = getattr(files, "FORMAT", None)
+        if dit_format is None:
+            continue
         try:
-            if dit_format is not None:
-                return _recognize_transformer(checkpoint, bare, family, dit_format, form=form)
+            return _recognize_transformer(checkpoint, bare, family, dit_format, form=form)
         except CheckpointError as error:
             logger.debug("%s is not %s: %s", checkpoint.path, family, error)
     if is_lora(names):
@@ -229,13 +228,17 @@ def _recognize_transformer(
 ) -> Recognized:
     """Recognize the transformer of a family, and find the layers that `form` quantizes.
 
-    `bare` is the file with prefixes removed from the tensor names. Raises CheckpointError if it does not fit.
+    `bare` is the checkpoint with prefixes removed from the tensor names.
+
+    Raises:
+        CheckpointError: If the file is not a transformer of this family.
     """
     header = dit_format.read_header(bare)
     with on_meta_device():
         dit: Any = dit_format.network(header.config, SDPA)
     sources = dit_format.sources(bare, header)
-    exclude = dit.spec.form_exclude.get("int8" if form == "convrot" else form, dit.spec.fp8_exclude)
+    stored_form = "int8" if form == "convrot" else form  # convrot is int8 with a rotation
+    exclude = dit.spec.form_exclude.get(stored_form, dit.spec.fp8_exclude)
     linear = linear_weights(dit, dit.spec.block_lists, exclude)
     made_of: dict[str, set[str]] = {}  # tensor of the file -> tensors of the network made from it
     for our_name, source in sources.items():
@@ -262,16 +265,16 @@ def _recognize_transformer(
 
 
 def _find_prefix(checkpoint: Checkpoint, names: Sequence[str]) -> str:
-    """Return the common prefix that these names have in the file."""
+    """Return the common prefix that bare names have in the file."""
     for name in checkpoint.tensors:
         if name.endswith(names[0]):
             prefix = name.removesuffix(names[0])
-            if checkpoint.tensors.keys() >= {prefix + bare for bare in names}:
+            if checkpoint.tensors.keys() >= {prefix + bare_name for bare_name in names}:
                 return prefix
-    raise AssertionError("the names were read from this file")
+    raise AssertionError("the bare names are from this file, so they have a prefix in it")
 
 
-def _write_marked(
+def _write_comfyui(
     options: QuantizeOptions,
     checkpoint: Checkpoint,
     model: Recognized,
@@ -283,23 +286,23 @@ def _write_marked(
     A layer is read and rounded twice, for its codes and for its scale, because these are far apart in the
     file and only one tensor is held in memory.
     """
-    parts: dict[str, _MarkedPart] = {}
+    parts: dict[str, _OutputTensor] = {}
 
     def read_part(name: str) -> Tensor:
-        """Compute a tensor at the time that it is written."""
+        """Return a tensor of the new file when it is written."""
         part = parts[name]
         if part.rounding is None:
             return model.read(checkpoint, name)
-        if part.what == MARK:
+        if part.kind == MARK:
             return part.rounding.mark_bytes()
-        codes, scale = part.rounding.make(model.read(checkpoint, part.layer).to(device))
-        return scale if part.what == WEIGHT_SCALE else codes
+        codes, scale = part.rounding.round(model.read(checkpoint, part.layer).to(device))
+        return scale if part.kind == WEIGHT_SCALE else codes
 
     for name, info in checkpoint.tensors.items():
         if name in model.layers:
-            added = _mark_layer(name, _Rounding(options.form, (info.shape[0], info.shape[1])))
+            added = _plan_layer(name, _Rounding(options.form, (info.shape[0], info.shape[1])))
         else:
-            added = {name: _MarkedPart(info)}
+            added = {name: _OutputTensor(info)}
         for new_name, part in added.items():
             if new_name in parts:
                 raise CheckpointError(
@@ -312,31 +315,30 @@ def _write_marked(
 
 
 @dataclass(frozen=True)
-class _MarkedPart:
+class _OutputTensor:
     """A tensor to write; it is copied from the checkpoint if `rounding` is None."""
 
     info: TensorInfo
     rounding: "_Rounding | None" = None
-    layer: str = ""  # name of the layer's weight
-    what: str = ""  # CODES, WEIGHT_SCALE or MARK: which tensor of the quantized layer it is
+    layer: str = ""  # name of the quantized layer's weight
+    kind: str = ""  # which tensor of the quantized layer it is: CODES, WEIGHT_SCALE or MARK
 
 
-def _mark_layer(name: str, rounding: "_Rounding") -> dict[str, _MarkedPart]:
+def _plan_layer(name: str, rounding: "_Rounding") -> dict[str, _OutputTensor]:
     """Return the three tensors of a quantized layer, by name in the new file."""
     stem = name.removesuffix(".weight")
-    infos = {
-        CODES: TensorInfo(rounding.dtype, rounding.shape),
-        WEIGHT_SCALE: TensorInfo(torch.float32, rounding.scale_shape),
-        MARK: TensorInfo(torch.uint8, tuple(rounding.mark_bytes().shape)),
-    }
+    codes = TensorInfo(rounding.dtype, rounding.shape)
+    scale = TensorInfo(torch.float32, rounding.scale_shape)
+    mark = TensorInfo(torch.uint8, tuple(rounding.mark_bytes().shape))
     return {
-        name if what == CODES else stem + what: _MarkedPart(info, rounding, name, what)
-        for what, info in infos.items()
+        name: _OutputTensor(codes, rounding, layer=name, kind=CODES),
+        stem + WEIGHT_SCALE: _OutputTensor(scale, rounding, layer=name, kind=WEIGHT_SCALE),
+        stem + MARK: _OutputTensor(mark, rounding, layer=name, kind=MARK),
     }
 
 
 class _Rounding:
-    """How a layer is rounded, and the settings that the file records for it."""
+    """How a layer of a given shape is rounded, and its mark, the settings that the file records for it."""
 
     def __init__(self, form: str, shape: Shape) -> None:
         self.shape = shape
@@ -355,11 +357,11 @@ class _Rounding:
             self.mark |= {"convrot": True, "convrot_groupsize": group}
 
     def mark_bytes(self) -> Tensor:
-        """Return the settings as ComfyUI stores them: JSON as a uint8 tensor."""
+        """Return the mark as ComfyUI stores it: JSON as a uint8 tensor."""
         return torch.tensor(list(json.dumps(self.mark).encode()), dtype=torch.uint8)
 
-    def make(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the codes of a weight and its scale."""
+    def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Round a weight; return its codes and its scale."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))
@@ -394,8 +396,8 @@ def _write_gguf(
         ) from None
     kinds = gguf.GGMLQuantizationType
     infos = checkpoint.tensors
-    block = gguf.GGML_QUANT_SIZES[kinds.Q8_0][0]
-    layers = {name for name in model.layers if infos[name].shape[1] % block == 0}
+    block_width, _ = gguf.GGML_QUANT_SIZES[kinds.Q8_0]
+    layers = {name for name in model.layers if infos[name].shape[1] % block_width == 0}
     if len(layers) < len(model.layers):
         text = "%d layers are not quantized: their rows are not whole blocks of Q8_0"
         logger.info(text, len(model.layers) - len(layers))
@@ -422,7 +424,7 @@ def _write_gguf(
         for name in names:
             tensor = model.read(checkpoint, name)
             kind = stored[name]
-            if kind in (kinds.Q8_0, kinds.F32):
+            if kind in (kinds.Q8_0, kinds.F32):  # the only types that differ from those of the file
                 data = gguf.quants.quantize(tensor.float().numpy(), kind)
             else:
                 data = tensor.view(-1).view(torch.uint8).numpy()
@@ -432,7 +434,7 @@ def _write_gguf(
 
 
 def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool) -> Any:
-    """Declare a tensor to the GGUF writer, which needs all before any data; return its GGUF type."""
+    """Declare a tensor to the GGUF writer, which writes its list of tensors first; return its GGUF type."""
     import gguf
 
     info = checkpoint.tensors[name]
@@ -443,16 +445,20 @@ def _plan_in_gguf(writer: Any, checkpoint: Checkpoint, name: str, is_layer: bool
             checkpoint.path,
         )
     is_small = len(info.shape) < 2 or math.prod(info.shape) <= _SMALL_IN_GGUF
-    plain = "F32" if is_small else _GGUF_KINDS[info.dtype]
-    kind = gguf.GGMLQuantizationType["Q8_0" if is_layer else plain]
-    *rows, columns = info.shape or (1,)
-    block_weights, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    byte_shape = (*rows, columns // block_weights * block_bytes)
+    if is_layer:
+        kind = gguf.GGMLQuantizationType["Q8_0"]
+    else:
+        kind = gguf.GGMLQuantizationType["F32" if is_small else _GGUF_KINDS[info.dtype]]
+    *rows, columns = info.shape or (1,)  # the package gguf has no scalars
+    block_width, block_bytes = gguf.GGML_QUANT_SIZES[
+        kind
+    ]  # a block is one value if the type is not quantized
+    byte_shape = (*rows, columns // block_width * block_bytes)
     writer.add_tensor_info(name, byte_shape, numpy.dtype("uint8"), math.prod(byte_shape), kind)
     return kind
 
 
-def _widen(
+def _write_bf16(
     options: QuantizeOptions,
     checkpoint: Checkpoint,
     model: Recognized,
@@ -460,23 +466,27 @@ def _widen(
     device: torch.device,
 ) -> int:
     """Write quantized weights in bfloat16 and others unchanged; return the number of quantized weights."""
-    values = in_values(checkpoint, device)
-    if values is checkpoint:
+    dequantized = in_values(checkpoint, device)
+    if dequantized is checkpoint:
         text = f"{options.model} has no quantized weights. Give a file that has, or another --form."
         raise CheckpointError(text, options.model)
-    narrow = {name: info for name, info in values.tensors.items() if info is not checkpoint.tensors[name]}
-    as_bf16 = {name: replace(info, dtype=torch.bfloat16) for name, info in narrow.items()}
-    tensors = {**values.tensors, **as_bf16}
+    tensors: dict[str, TensorInfo] = {}
+    num_quantized = 0
+    for name, info in dequantized.tensors.items():
+        tensors[name] = info
+        if info is not checkpoint.tensors[name]:  # `in_values` replaces only the infos of quantized weights
+            tensors[name] = replace(info, dtype=torch.bfloat16)
+            num_quantized += 1
 
     def read(name: str) -> Tensor:
-        return model.read(values, name).to(tensors[name].dtype)
+        return model.read(dequantized, name).to(tensors[name].dtype)
 
     stream_tensors(options.output, tensors, read, {"format": "pt", **metadata})
-    return len(narrow)
+    return num_quantized
 
 
 def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Checkpoint:
-    """Return a checkpoint whose quantized tensors are read as float32, and that has no scales.
+    """Return a checkpoint that dequantizes weights to float32 when they are read, and that has no scales.
 
     Both checkpoints share the open files: close only one of them.
 
@@ -492,23 +502,23 @@ def in_values(checkpoint: Checkpoint, device: torch.device | None = None) -> Che
     """
     reject_quantized(checkpoint)
     infos = checkpoint.tensors.values()
-    if not any(map(_is_narrow, infos)):
+    if not any(map(_is_quantized, infos)):
         return checkpoint
-    is_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
-    shapes = _recognise(checkpoint).shapes if is_padded else {}
-    values: Any = _Values(checkpoint, shapes, device or torch.device("cpu"))
-    num_quantized = len(values.tensors.keys() - values.plain)
+    may_be_padded = any(info.packing is not None and info.packing.pad > 1 for info in infos)
+    shapes = _recognize(checkpoint).shapes if may_be_padded else {}
+    reader: Any = _DequantizedFile(checkpoint, shapes, device or torch.device("cpu"))
+    num_quantized = len(reader.tensors.keys() - reader.plain)
     logger.info("%s: %d quantized weights are read by their values", checkpoint.path, num_quantized)
-    return Checkpoint(checkpoint.path, {name: (values, name) for name in values.tensors}, [values])
+    return Checkpoint(checkpoint.path, {name: (reader, name) for name in reader.tensors}, [reader])
 
 
-class _Values:
-    """Reader used by `in_values`, which dequantizes tensors to float32 when they are read."""
+class _DequantizedFile:
+    """Stands in for the open file of a checkpoint, and dequantizes tensors to float32 when they are read."""
 
     def __init__(
         self, checkpoint: Checkpoint, shapes: Mapping[str, tuple[int, ...]], device: torch.device
     ) -> None:
-        """Collect the tensors; `shapes` has the unpadded shapes of weights that may be padded, by name."""
+        """List the tensors; `shapes` has the unpadded shapes of weights that may be padded, by name."""
         self.path = checkpoint.path
         self.left_out = checkpoint.left_out
         self.metadata = {
@@ -518,15 +528,16 @@ class _Values:
         self._device = device
         self._sources = plain_sources(checkpoint)
         self.tensors: dict[str, TensorInfo] = {}
-        self.plain: set[str] = set()
+        self.plain: set[str] = set()  # names of tensors that are not quantized
         for name, source in self._sources.items():
             info = checkpoint.tensors[name]
             shape = self._unpad_shape(name, info, shapes)
-            if not _is_narrow(info):
+            if not _is_quantized(info):
                 self.plain.add(name)
                 self.tensors[name] = info
                 continue
-            if source.build is None and self.path.suffix == ".pt":  # fp8 without a scale next to it
+            # `build` would multiply fp8 by its scale
+            if source.build is None and self.path.suffix == ".pt":
                 raise CheckpointError(
                     f"{self.path} stores {name} in 8 bits without its scale. Give the bf16 file.", self.path
                 )
@@ -544,9 +555,10 @@ class _Values:
         if packing is not None and packing.pad > 1:
             shape = shapes.get(name, ())
             padded_shape = packing.padded(shape)
-        else:  # a stored tensor that is larger than the network's was padded without a note in the file
+        else:
             shape = info.shape
             padded_shape = shapes.get(name, info.shape)
+        # a tensor larger than the network's was padded without a note in the file
         if math.prod(padded_shape) != math.prod(info.shape):
             raise CheckpointError(
                 f"{self.path}: {name} may be padded, and the file does not say from which size. Give a "

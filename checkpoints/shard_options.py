@@ -1,4 +1,4 @@
-"""What the files of a model in several parts are called, and their sizes as people write them.
+"""Names of the files of a sharded model, and maximum sizes as users type them.
 
 Standard library only.
 """
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from modules.errors import OptionError
 
-INDEX = ".index.json"  # what the name of an index adds to that of the single file
+INDEX = ".index.json"  # suffix of an index, after the name of the single file
 MODEL = "diffusion_pytorch_model.safetensors"  # diffusers' name of a transformer's single file
 MAX_SHARDS = 99_999  # their names have five digits
 MIN_SHARD_BYTES = 1000
@@ -31,5 +31,5 @@ def read_shard_size(option: str, text: str) -> int:
 
 
 def is_model_folder(folder: Path) -> bool:
-    """Return whether a folder has a transformer in files of diffusers' names."""
+    """Return whether a folder holds a transformer under diffusers' file names: one file, or an index."""
     return any((folder / name).is_file() for name in (MODEL, f"{MODEL}{INDEX}"))

@@ -21,29 +21,32 @@ ReadTensor = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The files that a model is cut into."""
+    """The files that a model is split into."""
 
-    files: Mapping[str, Mapping[str, TensorInfo]]  # by their names; in each its tensors
+    files: Mapping[str, Mapping[str, TensorInfo]]  # file name -> tensors of the file by name
     index_name: str
     total_bytes: int  # of all tensors
 
     def index(self) -> str:
-        """Return the content of the index: in which file each tensor is."""
+        """Return the JSON text of the index, which maps each tensor to its file."""
         weight_map = {tensor: name for name, tensors in self.files.items() for tensor in tensors}
         index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 
 
 def split(tensors: Mapping[str, TensorInfo], max_bytes: int) -> list[dict[str, TensorInfo]]:
-    """Group tensors, in their order, to at most `max_bytes`; a larger tensor is a group by itself."""
+    """Group tensors, in their order, into groups of at most `max_bytes`.
+
+    A tensor larger than `max_bytes` is a group by itself.
+    """
     groups: list[dict[str, TensorInfo]] = []
-    room = 0
+    bytes_left = 0  # in the last group
     for name, info in tensors.items():
-        if not groups or info.size_bytes > room:
+        if not groups or info.size_bytes > bytes_left:
             groups.append({})
-            room = max_bytes
+            bytes_left = max_bytes
         groups[-1][name] = info
-        room -= info.size_bytes
+        bytes_left -= info.size_bytes
     return groups
 
 
@@ -66,9 +69,9 @@ def plan_shards(path: Path, tensors: Mapping[str, TensorInfo], max_bytes: int, o
 
 
 def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Mapping[str, str]) -> None:
-    """Write the shards and, last, their index into a folder that nobody reads yet.
+    """Write the shards, then their index, into a temporary folder.
 
-    `read` returns a tensor by name. Each file gets all metadata.
+    `read` returns a tensor by name. Each shard gets all metadata.
     """
     for name, tensors in plan.files.items():
         stream_tensors(folder / name, tensors, read, metadata)
@@ -77,9 +80,9 @@ def write_planned(folder: Path, plan: ShardPlan, read: ReadTensor, metadata: Map
 
 @dataclass(frozen=True)
 class SavedForm:
-    """The form that a trained model is saved in: one file, or a folder of files with an index."""
+    """How a trained model is saved: as one file, or as a folder of shards with an index."""
 
-    max_bytes: int = 0  # of a file in a folder; 0: one file
+    max_bytes: int = 0  # largest shard; 0: one file
     option: str = "--max_shard_size"
 
     def order(self, tensors: Mapping[str, TensorInfo]) -> list[str]:
@@ -90,9 +93,9 @@ class SavedForm:
     def write(
         self, path: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]
     ) -> None:
-        """Write a model, completely or not at all; an existing model of this name is replaced.
+        """Write a model, completely or not at all; an existing model at `path` is replaced.
 
-        `path` is the file or the folder, and `read` returns a tensor by name.
+        `path` is the file, or the folder of shards. `read` returns a tensor by name.
 
         Raises:
             OutputError: If the model cannot be written.
@@ -109,9 +112,9 @@ class SavedForm:
     def write_in(
         self, file: Path, tensors: Mapping[str, TensorInfo], read: ReadTensor, metadata: Mapping[str, str]
     ) -> None:
-        """Write a network into a folder that nobody reads yet: one file if it fits, else shards.
+        """Write a network into a temporary folder: as `file` if it fits into one, else as shards.
 
-        `file` is the name of the single file.
+        The names of the shards are derived from `file`. `read` returns a tensor by name.
         """
         size_bytes = sum(info.size_bytes for info in tensors.values())
         if not self.max_bytes or size_bytes <= self.max_bytes:

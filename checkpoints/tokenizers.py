@@ -1,4 +1,4 @@
-"""Find the tokenizer of a text encoder (given, in or next to its folder, on the hub) and read it.
+"""Find the tokenizer of a text encoder (named by an option, near its weights, or on the hub) and read it.
 
 Also check by how much its normalizer may lengthen a text: a small file could turn a prompt into terabytes.
 """
@@ -28,46 +28,44 @@ SUFFIXES = (".json", ".model")
 class TokenizerFiles:
     """The files that make up the tokenizer of one text encoder, and where they may be."""
 
-    option: str  # "--t5_tokenizer"
-    names: tuple[str, ...]  # any of these files is one; the first that exists is used
-    folder: str  # its folder in the repository on the hub; "" for the top
+    option: str  # such as "--t5_tokenizer"
+    names: tuple[str, ...]  # file names; the first that exists is used
+    folder: str  # folder of the tokenizer in the repository; "" for the top
     repository: str  # on the hub
-    folders: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only in front
-    # must occur in a file that is in a shared place next to a single-file encoder
+    folders: tuple[str, ...]  # folders to search, relative to the encoder's; ".." only as the first part
+    # token that only this tokenizer has; it identifies files in folders that models share
     token: str = ""
-    on_hub: str = "tokenizer.json"  # the file that is downloaded
-    shared: tuple[str, ...] = (".",)  # of `folders`: where tokenizers of other models may be too
+    on_hub: str = "tokenizer.json"  # name of the file to download
+    shared: tuple[str, ...] = (".",)  # those of `folders` that may hold tokenizers of other models too
 
     def find(self, path: Path | None, checkpoint_path: Path) -> Path | None:
-        """Return the tokenizer's file: the option's, or the first one next to or inside the model's folder.
+        """Return the tokenizer's file, or None if no file is found.
 
-        `path` is the option's value. A file in a folder that models share has to contain the token that only
-        this tokenizer has.
-
-        Returns:
-            None if no file is found.
+        Args:
+            path: Value of the option, a file or folder; None searches `folders`.
+            checkpoint_path: File or folder of the text encoder.
 
         Raises:
-            CheckpointError: If `path` is given but is not a tokenizer.
+            CheckpointError: If `path` does not exist, or if it is a folder without a tokenizer.
         """
         if path is not None:
-            return self._describe_given(path)
+            return self._find_given(path)
         folder = checkpoint_path if checkpoint_path.is_dir() else checkpoint_path.parent
         for relative in self.folders:
-            parts = relative.split("/")
-            file = self._find_file(
-                folder.parent.joinpath(*parts[1:]) if parts[0] == ".." else folder.joinpath(*parts)
-            )
-            may_belong_to_others = relative in self.shared and not checkpoint_path.is_dir()
-            if file is not None and not (
-                may_belong_to_others and self.token.encode() not in self.read_bytes(file)
-            ):
+            first, *others = relative.split("/")
+            candidate = folder.parent if first == ".." else folder / first
+            file = self._find_file(candidate.joinpath(*others))
+            if file is None:
+                continue
+            # single-file encoders of several models may lie in one folder, together with their tokenizers
+            may_be_another_model = relative in self.shared and not checkpoint_path.is_dir()
+            if not may_be_another_model or self.token.encode() in self.read_bytes(file):
                 return file
         return None
 
     def check_given(self, path: Path) -> None:
-        """Raise CheckpointError if `path`, which the option names, is not a tokenizer by its first bytes."""
-        file = self._describe_given(path)
+        """Raise CheckpointError if the option's value `path` is not a tokenizer by its first bytes."""
+        file = self._find_given(path)
         self.check_bytes(file)
         try:
             with file.open("rb") as opened:
@@ -84,22 +82,19 @@ class TokenizerFiles:
             raise self.unreadable(file, ValueError(f"its name ends in none of {', '.join(SUFFIXES)}"))
 
     def identity(self, file: Path | None) -> str:
-        """Return a tokenizer's identity for cache records.
-
-        Args:
-            file: None for the hub's.
-        """
-        return (
-            fingerprint(file) if file is not None else "/".join(filter(None, (self.repository, self.folder)))
-        )
+        """Return a tokenizer's identity for cache records; None as `file` stands for the one on the hub."""
+        if file is not None:
+            return fingerprint(file)
+        return f"{self.repository}/{self.folder}" if self.folder else self.repository
 
     def download(self, checkpoint_path: Path, may_download: bool = True) -> Path:
-        """Return the path of the hub's tokenizer file, downloaded if the cache lacks it.
+        """Return the path of the tokenizer in the cache of the hub; download it if the cache lacks it.
 
         Raises:
-            CheckpointError: If the cache lacks it and the hub cannot be reached, or `may_download` is off.
+            CheckpointError: If the cache lacks the tokenizer, and the hub cannot be reached or `may_download`
+                is False.
         """
-        from huggingface_hub import hf_hub_download  # seldom needed, and 0.1 s to import
+        from huggingface_hub import hf_hub_download  # rarely needed, and takes 0.1 s to import
 
         try:
             return Path(
@@ -110,7 +105,7 @@ class TokenizerFiles:
                     local_files_only=not may_download,
                 )
             )
-        except Exception as error:  # no network, no such host, a proxy's answer: many classes, one remedy
+        except Exception as error:  # the hub's client raises many classes for a missing connection
             reached = f"the hub cannot be reached ({first_line(error)})"
             why = reached if may_download else "the hub's cache has none"
             raise CheckpointError(
@@ -120,28 +115,28 @@ class TokenizerFiles:
             ) from error
 
     def read(self, file: Path, content: bytes | None = None) -> Tokenizer:
-        """Read the tokenizer of a tokenizer.json, without padding and truncation.
+        """Read a tokenizer.json; the tokenizer does not pad or truncate.
 
-        `content` is the bytes of the tokenizer.json, if it is inside `file`.
+        `content` is the bytes of the tokenizer.json if it is stored inside another file, `file`.
 
         Raises:
-            CheckpointError: If it cannot be read.
+            CheckpointError: If the tokenizer cannot be read.
         """
         if content is None:
             self.check_bytes(file)
         with self.explain(file):
             tokenizer = Tokenizer.from_file(str(file)) if content is None else Tokenizer.from_buffer(content)
             if tokenizer.normalizer is not None:
-                _check(_measure_growth(json.loads(tokenizer.normalizer.__getstate__())))
+                _check_growth(_measure_growth(json.loads(tokenizer.normalizer.__getstate__())))
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return tokenizer
 
     def read_bytes(self, file: Path) -> bytes:
-        """Read a file of a tokenizer.
+        """Read a tokenizer file.
 
         Raises:
-            CheckpointError: If it is too large or cannot be read.
+            CheckpointError: If the file is too large or cannot be read.
         """
         try:
             return read_content(file, MAX_TOKENIZER_BYTES)
@@ -174,8 +169,8 @@ class TokenizerFiles:
             file,
         )
 
-    def _describe_given(self, path: Path) -> Path:
-        """Return the tokenizer's file that the option names, itself or by its folder."""
+    def _find_given(self, path: Path) -> Path:
+        """Return the tokenizer's file from the option's value, which is the file or a folder."""
         if not path.is_dir():
             try:
                 require_regular_file(path)
@@ -186,7 +181,8 @@ class TokenizerFiles:
             except OSError as error:
                 raise self.unreadable(path, OSError(error.strerror)) from error
             return path
-        # folders that begin with .. are places next to a model's file, not in a given folder
+        # folders that begin with .. are next to an encoder's folder, not inside a folder that the option
+        # names
         inner_folders = [path / folder for folder in self.folders if not folder.startswith("..")]
         for candidate in (path, *inner_folders):
             file = self._find_file(candidate)
@@ -203,12 +199,11 @@ class TokenizerFiles:
         return next((folder / name for name in self.names if (folder / name).is_file()), None)
 
     def _describe(self) -> str:
-        place = (
-            f"the folder {self.folder} of {self.repository}"
-            if self.folder
-            else f"the files of {self.repository}"
-        )
-        return f"{place} (or its {' or '.join(self.names[:2])})"
+        """Describe the right files, for the end of a message."""
+        source = f"the files of {self.repository}"
+        if self.folder:
+            source = f"the folder {self.folder} of {self.repository}"
+        return f"{source} (or its {' or '.join(self.names[:2])})"
 
 
 def first_line(error: Exception) -> str:
@@ -216,78 +211,83 @@ def first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-_PIECE = 1 << 3 | 2  # the key of a piece of the vocabulary, field 1
+# first byte of an entry of the vocabulary (a piece) in a SentencePiece model: field 1, wire type 2 (length)
+_PIECE = 1 << 3 | 2
 
 
 def check_sentencepiece(model: bytes) -> None:
     """Raise ValueError if a SentencePiece model is damaged, or could lengthen a text too much.
 
     Its normalizer may make a text at most MAX_TOKENIZER_GROWTH times longer. Source:
-    sentencepiece_model.proto, ModelProto and NormalizerSpec.
+    sentencepiece_model.proto: NormalizerSpec is field 3 of ModelProto, and precompiled_charsmap its field 2.
     """
-    for specification in _read_entries(model, 3):
-        for charsmap in _read_entries(specification, 2):
-            _check(_measure_charsmap(charsmap))
+    for specification in _read_field(model, 3):
+        for charsmap in _read_field(specification, 2):
+            _check_growth(_measure_charsmap(charsmap))
 
 
 def piece_surfaces(encoded: bytes) -> list[str]:
-    """Return the characters that each piece stands for.
+    """Return the text of each token (piece) in an encoded text.
 
     If the bytes of one character are separate pieces, only the last of these has the character. Source:
-    sentencepiece.proto.
+    sentencepiece.proto: pieces are field 2 of SentencePieceText, and the surface is field 3 of a piece.
 
     Args:
-        encoded: A SentencePieceText as bytes.
+        encoded: A serialized SentencePieceText.
     """
-    return [
-        b"".join(_read_entries(piece, 3)).decode("utf-8", "replace") for piece in _read_entries(encoded, 2)
-    ]
+    surfaces = []
+    for piece in _read_field(encoded, 2):
+        surface = b"".join(_read_field(piece, 3))
+        surfaces.append(surface.decode("utf-8", "replace"))
+    return surfaces
 
 
-def _check(growth: float) -> None:
+def _check_growth(growth: float) -> None:
+    """Raise ValueError if one character may become more than MAX_TOKENIZER_GROWTH characters."""
     if growth > MAX_TOKENIZER_GROWTH:
         raise ValueError(
             f"its normalizer makes {growth:.0f} characters of one, {MAX_TOKENIZER_GROWTH} are the most"
         )
 
 
-def _measure_growth(normaliser: Mapping[str, Any]) -> float:
-    """Return how many characters one can become at most; 1 for Unicode's forms and unknown steps."""
-    match normaliser.get("type"):
+def _measure_growth(normalizer: Mapping[str, Any]) -> float:
+    """Return how many characters a normalizer in a tokenizer.json can make of one at most."""
+    match normalizer.get("type"):
         case "Sequence":
             product = 1.0
-            for inner in normaliser["normalizers"]:
+            for inner in normalizer["normalizers"]:
                 product *= _measure_growth(inner)
             return product
         case "Replace":
-            pattern = normaliser["pattern"]
+            pattern = normalizer["pattern"]
             if "String" in pattern:
-                return max(1.0, len(normaliser["content"]) / max(1, len(pattern["String"])))
+                return max(1.0, len(normalizer["content"]) / max(1, len(pattern["String"])))
             # a regular expression may match between any two characters
-            return 1.0 + len(normaliser["content"])
+            return 1.0 + len(normalizer["content"])
         case "Prepend":
-            return 1.0 + len(normaliser["prepend"])
+            return 1.0 + len(normalizer["prepend"])
         case "Precompiled":
-            return _measure_charsmap(base64.b64decode(normaliser["precompiled_charsmap"]))
-    return 1.0
+            return _measure_charsmap(base64.b64decode(normalizer["precompiled_charsmap"]))
+    return 1.0  # Unicode normalization and case folding lengthen a text only by a small factor
 
 
 def _measure_charsmap(charsmap: bytes) -> float:
-    """Return the length of the longest replacement text in a charsmap of SentencePiece.
+    """Return the length of the longest replacement text in a charsmap of SentencePiece, in bytes.
 
-    The bytes are the size of an index, the index, and the texts, each of which ends in NUL.
+    A charsmap is the size of an index (4 bytes), the index, and the texts, each of which ends in NUL.
     """
-    texts = charsmap[4 + int.from_bytes(charsmap[:4], "little") :]
-    return float(max(map(len, texts.split(b"\0"))))
+    index_bytes = int.from_bytes(charsmap[:4], "little")
+    texts = charsmap[4 + index_bytes :].split(b"\0")
+    return float(max(map(len, texts)))
 
 
-def _read_entries(message: bytes, field: int) -> Iterator[bytes]:
-    """Yield the texts and inner messages of a field.
+def _read_field(message: bytes, number: int) -> Iterator[bytes]:
+    """Yield the values (strings or nested messages) of one field of a serialized protobuf message.
 
     Source: protobuf.dev, "Encoding".
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If the message is damaged.
     """
     offset = 0
     last = len(message) - 1
@@ -299,19 +299,20 @@ def _read_entries(message: bytes, field: int) -> Iterator[bytes]:
             if offset == last + 1:
                 return
             key, offset = read_varint(message, offset)
-            match key & 7:  # the wire type: varint, 64 bits, a length and as many bytes, or 32 bits
-                case 0:
+            wire_type = key & 7
+            match wire_type:
+                case 0:  # varint
                     _, offset = read_varint(message, offset)
-                case 1:
+                case 1:  # 64 bits
                     offset += 8
-                case 2:
+                case 2:  # a length, then so many bytes
                     length, offset = read_varint(message, offset)
-                    if key >> 3 == field:
+                    if key >> 3 == number:
                         yield message[offset : offset + length]
                     offset += length
-                case 5:
+                case 5:  # 32 bits
                     offset += 4
-                case kind:
-                    raise ValueError(f"a field of the unknown kind {kind}")
+                case _:
+                    raise ValueError(f"a field of the unknown kind {wire_type}")
     except IndexError:
         raise ValueError("it ends inside a field") from None

@@ -1,4 +1,4 @@
-"""Tensors of a transformer's file that its network does not have, and that a trained file has again."""
+"""Tensors of a transformer's file that its network does not use; a fine-tuned file has them again."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,14 +24,15 @@ class UnusedTensors:
         checkpoint = self.open()
         infos = {}
         for name, source in self.sources.items():
-            hollow = source.make([checkpoint.tensors[stored].hollow() for stored in source.names])
-            infos[name] = TensorInfo(hollow.dtype, tuple(hollow.shape))
+            # made on the meta device, to learn its dtype and shape without reading the file
+            tensor = source.make([checkpoint.tensors[stored].hollow() for stored in source.names])
+            infos[name] = TensorInfo(tensor.dtype, tuple(tensor.shape))
         return OpenedTensors(self.sources, checkpoint, infos)
 
 
 @dataclass(frozen=True, eq=False)
 class OpenedTensors:
-    """Unused tensors of a file that is kept open, so that it cannot be removed meanwhile."""
+    """Unused tensors of a file that stays open, so that it cannot be deleted before they are copied."""
 
     sources: Mapping[str, TensorSource]
     checkpoint: Checkpoint

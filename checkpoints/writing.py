@@ -16,7 +16,7 @@ from modules.errors import OutputError
 from modules.limits import MAX_HEADER_BYTES
 from protocols.loading import TensorInfo
 
-LATE_BYTES = 2048  # of metadata that are known when all tensors are written
+LATE_BYTES = 2048  # reserved in the header for metadata that are known only after all tensors are written
 _NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
@@ -32,17 +32,17 @@ def stream_tensors(
     Args:
         path: File to write.
         tensors: Dtype and shape of each tensor, from which the header is made.
-        read: Returns the tensor of a name, on any device. It is called once for each name, the largest
-            element size first, then by name, which is the order of the safetensors library.
+        read: Returns the tensor of a name, on any device. It is called once for each name, in the order of
+            the safetensors library: largest element size first, then by name.
         metadata: Metadata of the file.
-        late_metadata: Returns more metadata, up to `LATE_BYTES`, when all tensors are written.
+        late_metadata: Called after all tensors are written; returns more metadata, up to `LATE_BYTES`.
 
     Raises:
         ValueError: If `read` returns another dtype or shape.
-        OutputError: If the file cannot be written, or could not be read again.
+        OutputError: If the file cannot be written, or if its header would be too large to be read again.
     """
     spare_bytes = 0 if late_metadata is None else LATE_BYTES
-    order, header = _lay_out(tensors, metadata, path, spare_bytes)
+    order, header = _make_header(tensors, metadata, path, spare_bytes)
     size_bytes = len(header) + sum(info.size_bytes for info in tensors.values())
     with atomic_path(path, size_bytes) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -62,7 +62,7 @@ def stream_tensors(
             _write_data(file, tensor)
             del tensor  # before the next one is read
         late = {} if late_metadata is None else late_metadata()
-        if late:
+        if late:  # the header has the same length as before, thanks to the spare bytes
             file.seek(0)
             file.write(_add_metadata(header, late))
 
@@ -70,15 +70,19 @@ def stream_tensors(
 def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write tensors that are in memory, on any device, as `stream_tensors` does."""
+    """Write tensors that are already in memory, on any device, with `stream_tensors`."""
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
     stream_tensors(path, infos, tensors.__getitem__, metadata)
 
 
 def safetensors_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Return the bytes of the file that `stream_tensors` would write. Raises OutputError as it does."""
+    """Return the bytes of the file that `stream_tensors` would write.
+
+    Raises:
+        OutputError: If the header would be too large to be read again.
+    """
     infos = {name: TensorInfo(tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    order, header = _lay_out(infos, metadata, "safetensors")
+    order, header = _make_header(infos, metadata, "safetensors")
     file = io.BytesIO()
     file.write(header)
     for name in order:
@@ -91,21 +95,25 @@ def order_of(tensors: Mapping[str, TensorInfo]) -> list[str]:
     return sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
 
 
-def _lay_out(
+def _make_header(
     tensors: Mapping[str, TensorInfo],
     metadata: Mapping[str, str] | None,
     what: Path | str,
     spare_bytes: int = 0,
 ) -> tuple[list[str], bytes]:
-    """Return the names in the order of the file, and its header.
+    """Return the names in the order of the file, and the header.
 
-    `spare_bytes` is room for later metadata.
-
-    Header: 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
+    The header is 8 bytes of length, then JSON padded with spaces to a multiple of 8. Source:
     huggingface.co/docs/safetensors.
 
+    Args:
+        tensors: Dtype and shape of each tensor.
+        metadata: Metadata of the file.
+        what: The file, for messages.
+        spare_bytes: Spaces to add, which later metadata replace.
+
     Raises:
-        OutputError: If it is too large.
+        OutputError: If the header is too large.
     """
     order = order_of(tensors)
     entries: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
@@ -137,7 +145,7 @@ def _add_metadata(header: bytes, metadata: Mapping[str, str]) -> bytes:
     """Return a header of the same length with additional metadata.
 
     Raises:
-        ValueError: If the header has not enough room.
+        ValueError: If the metadata do not fit into the spaces of the header.
     """
     entries = json.loads(header[8:])
     metadata = {**entries.pop("__metadata__", {}), **metadata}

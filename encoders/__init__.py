@@ -1,4 +1,4 @@
-"""Text encoders and autoencoders that several families have: read clip_l.py for the shape of one.
+"""Text encoders and autoencoders that several families use; clip_l.py is the simplest example.
 
 autoencoder: FLUX's autoencoder: pixels to latents and back, its files
 autoencoder_blocks: layers of FLUX's autoencoder

@@ -30,18 +30,18 @@ from modules.layers.convolution import Compute, lay_out, layouts
 from modules.media.pixels import check_clip, from_bytes
 from protocols.loading import TensorSource
 
-LEVELS = 4  # resolutions; each level after the first halves it, so that 8 pixels are one latent pixel
-GROUPS = 32  # of group norms, as released; tensors do not show it
+LEVELS = 4  # resolution levels; each halves the size of the previous one, so 8 pixels are one latent pixel
+GROUPS = 32  # groups of group norms, as released; tensors do not show them
 
 
 @dataclass(frozen=True)
 class AutoencoderKind:
-    """Facts about one of the released autoencoders with FLUX's layers."""
+    """Properties of one of the released autoencoders with FLUX's layers."""
 
     what: str = "the autoencoder of FLUX"
     option: str = "--ae"
     release: str = "ae.safetensors of FLUX.1 or the folder vae of its diffusers release"
-    channels: int = 16  # of the latents
+    channels: int = 16  # latent channels
     is_quantized: bool = False  # has a quant_conv after the encoder and a post_quant_conv before the decoder
     classes: tuple[str, ...] = ("AutoencoderKL",)  # allowed classes in a config.json next to the file
 
@@ -60,7 +60,7 @@ DIFFUSERS: dialects.Names = (  # for decoder levels, which diffusers numbers in 
     (r"(post_quant_conv\..+)", r"decoder.\1"),
 )
 ATTENTION = r".+\.attn_1\.(q|k|v|proj_out)\.weight"  # 1x1 convolutions in files, linear layers here
-DIFFUSERS_LEVEL: dialects.Names = (  # inside a numbered level
+DIFFUSERS_LEVEL: dialects.Names = (  # inside a numbered level, after the names above have been translated
     (r"(.+\.\d+)\.resnets\.(.+)", r"\1.block.\2"),
     (r"(.+\.\d+)\.downsamplers\.0\.(.+)", r"\1.downsample.\2"),
     (r"(.+\.\d+)\.upsamplers\.0\.(.+)", r"\1.upsample.\2"),
@@ -76,13 +76,13 @@ def read_autoencoder(
     Raises:
         CheckpointError: If the file contains another model or is incomplete.
     """
-    prefixes = ("first_stage_model.", "vae.")  # prefixes in all-in-one files
-    other_networks = [start for start in ALL_IN_ONE if start not in prefixes]
+    prefixes = ("first_stage_model.", "vae.")  # prefixes of the autoencoder in all-in-one files
+    other_networks = [prefix for prefix in ALL_IN_ONE if prefix not in prefixes]
     checkpoint = checkpoint.without_prefix(*prefixes, others=(*other_networks, "model."))
     sources = plain_sources(checkpoint)
     if "encoder.down_blocks.0.resnets.0.conv1.weight" in sources:
         levels = dialects.count(sources, r"decoder\.up_blocks\.\d+")
-        sources = dialects.rename_sources(sources, lambda name: _our_name(name, levels))
+        sources = dialects.rename_sources(sources, lambda name: _from_diffusers(name, levels))
     wrong_model = dialects.other_kind(checkpoint, kind.what, kind.option, kind.release)
     if "encoder.down.0.block.0.conv1.weight" not in sources or "decoder.conv_in.weight" not in sources:
         raise wrong_model
@@ -131,11 +131,11 @@ def _check_kind(checkpoint: Checkpoint, kind: AutoencoderKind, channels: int, is
     )
 
 
-def _our_name(name: str, levels: int) -> str:
-    """Translate a name of diffusers; `levels` is the number of decoder levels."""
-    up = re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.+)", name)
-    if up:
-        name = f"decoder.up.{levels - 1 - int(up[1])}.{up[2]}"
+def _from_diffusers(name: str, levels: int) -> str:
+    """Translate a name of diffusers, which numbers the decoder's `levels` in reverse."""
+    match = re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(.+)", name)
+    if match:
+        name = f"decoder.up.{levels - 1 - int(match[1])}.{match[2]}"
     for table in (DIFFUSERS, DIFFUSERS_LEVEL, SHORTCUT):
         name = dialects.translate_name(name, table)
     return name
@@ -156,7 +156,9 @@ def as_matrices(sources: dict[str, TensorSource], layers: str) -> None:
 
 logger = logging.getLogger(__name__)
 
-SHIFT, SCALE = 0.1159, 0.3611  # of latents: `shift_factor` and `scaling_factor` of the released FLUX.1
+# `shift_factor` and `scaling_factor` of the latents, as released with FLUX.1
+SHIFT = 0.1159
+SCALE = 0.3611
 PIXELS = 8  # height and width of one latent pixel, in pixels
 
 
@@ -190,9 +192,13 @@ class ImageVae(nn.Module):
     def encode(self, pixels: Tensor, generators: Sequence[torch.Generator] | None = None) -> Tensor:
         """Return a sample of the posterior, or its mean if `generators` is None.
 
-        `pixels` is B 3 1 H W in -1..1, or bytes 0..255, on any device; H and W are multiples of the stride.
-        `generators` has one for each image; noise is drawn in float32. Returns B Z 1 h w, float32, on the
-        VAE's device.
+        Args:
+            pixels: B 3 1 H W in -1..1, or uint8 in 0..255, on any device; H and W are multiples of the
+                stride.
+            generators: One generator for each image; noise is drawn in float32.
+
+        Returns:
+            Latents, B Z 1 h w float32, on the VAE's device.
 
         Raises:
             ValueError: If sizes are not multiples of the stride, or the number of generators is wrong.
@@ -211,10 +217,9 @@ class ImageVae(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Return pixels B 3 1 H W float32, -1..1, on the device, or on the CPU if computed in tiles.
+        """Return pixels B 3 1 H W float32 in -1..1 for latents B Z 1 h w.
 
-        Args:
-            latents: B Z 1 h w.
+        They are on the VAE's device, or on the CPU if they are computed in tiles.
         """
         return self.decode_unclamped(latents).clamp_(-1, 1)
 
@@ -228,17 +233,31 @@ class ImageVae(nn.Module):
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to x, B C 1 H W, in tiles if x is larger than a tile. Returns B C' 1 H' W'.
+        """Apply `compute` to x, in tiles if x is larger than a tile.
 
-        `unit_in` and `unit_out` are the sides of one latent pixel in pixels of input and result.
+        Args:
+            compute: Function of an image, B C H W.
+            x: B C 1 H W.
+            unit_in: Side of a latent pixel in pixels of `x`.
+            unit_out: Side of a latent pixel in pixels of the result.
+            device: Device of the result if it is computed in tiles.
+
+        Returns:
+            Result, B C' 1 H' W'.
+
+        Raises:
+            ValueError: If the shape of `x` is wrong.
         """
         if x.ndim != 5 or x.shape[2] != 1:
             raise ValueError(f"a picture is B C 1 H W, not {tuple(x.shape)}")
         check_clip(x, 1, unit_in)
         image = x.squeeze(2)
-        if self.tile is None or max(image.shape[-2:]) <= self.tile // self.stride * unit_in:
+        if self.tile is None:
             return compute(image).unsqueeze(2)
-        cut = Cut(self.tile // self.stride, unit_in, unit_out)
+        tile_size = self.tile // self.stride  # in latent pixels
+        if max(image.shape[-2:]) <= tile_size * unit_in:
+            return compute(image).unsqueeze(2)
+        cut = Cut(tile_size, unit_in, unit_out)
         return compute_in_tiles(compute, image, cut, device).unsqueeze(2)
 
     def _moments(self, pixels: Tensor) -> Tensor:
@@ -272,7 +291,7 @@ class Autoencoder(ImageVae):
     def in_tiles(
         self, compute: Compute, x: Tensor, unit_in: int, unit_out: int, device: torch.device
     ) -> Tensor:
-        """Apply `compute` to one image at a time, in tiles as `ImageVae.in_tiles` does."""
+        """Apply `compute` to one image of the batch at a time, as `ImageVae.in_tiles` does."""
         results = []
         for image in x.split(1):
             result = super().in_tiles(compute, image, unit_in=unit_in, unit_out=unit_out, device=device)
@@ -280,7 +299,7 @@ class Autoencoder(ImageVae):
         return torch.cat(results)
 
     def _pixels(self, latents: Tensor) -> Tensor:
-        # in float32: 16 bits would tint every image
+        # in float32: rounding the shift to 16 bits would tint every image
         return super()._pixels(latents.to(self.device).float() / SCALE + SHIFT)
 
 

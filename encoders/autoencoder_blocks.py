@@ -1,4 +1,4 @@
-"""Layers of FLUX's autoencoder, whose pictures are B C H W.
+"""Layers of FLUX's autoencoder, whose images are B C H W.
 
 Module names follow the released file. Source: Esser et al. 2021, arXiv 2012.09841; the released FLUX.1.
 """
@@ -65,7 +65,7 @@ class SpatialAttention(nn.Module):
 
 
 class Middle(nn.Module):
-    """A residual block, attention, a residual block."""
+    """A residual block, attention, and another residual block, at the lowest resolution."""
 
     def __init__(self, width: int, groups: int) -> None:
         super().__init__()
@@ -78,8 +78,8 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
-class Halve(nn.Module):
-    """Halve height and width; zeros are added on the right and below only."""
+class AutoencoderDownsample(nn.Module):
+    """Halve height and width with a strided convolution; zeros are added on the right and below only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -90,8 +90,8 @@ class Halve(nn.Module):
         return self.conv(functional.pad(x, (0, 1, 0, 1)))
 
 
-class Double(nn.Module):
-    """Double height and width: each pixel twice, then a convolution."""
+class AutoencoderUpsample(nn.Module):
+    """Double height and width: repeat each pixel, then apply a convolution."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -103,7 +103,7 @@ class Double(nn.Module):
 
 
 class Level(nn.Module):
-    """Residual blocks of one resolution, then the layer that changes it if `down` or `up` is set."""
+    """Residual blocks of one resolution, then down- or upsampling if `down` or `up` is set."""
 
     def __init__(
         self, width_in: int, width: int, blocks: int, groups: int, down: bool = False, up: bool = False
@@ -112,8 +112,8 @@ class Level(nn.Module):
         self.block = nn.ModuleList(
             ResidualBlock(width_in if index == 0 else width, width, groups) for index in range(blocks)
         )
-        self.downsample = Halve(width) if down else None
-        self.upsample = Double(width) if up else None
+        self.downsample = AutoencoderDownsample(width) if down else None
+        self.upsample = AutoencoderUpsample(width) if up else None
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the features after the blocks and after the optional down- or upsampling layer."""
@@ -131,10 +131,10 @@ class AutoencoderEncoder(nn.Module):
         groups = config.groups
         last = len(config.widths) - 1
         self.conv_in = nn.Conv2d(3, widths[0], 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[max(0, level - 1)], width, config.encoder_blocks, groups, down=level < last)
-            for level, width in enumerate(widths)
-        )
+        self.down = nn.ModuleList()
+        for level, width in enumerate(widths):
+            width_in = widths[max(0, level - 1)]  # the first level keeps the width of `conv_in`
+            self.down.append(Level(width_in, width, config.encoder_blocks, groups, down=level < last))
         self.mid = Middle(widths[-1], groups)
         self.norm_out = nn.GroupNorm(groups, widths[-1], eps=EPS)
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.latent_channels, 3, padding=1)
@@ -148,7 +148,10 @@ class AutoencoderEncoder(nn.Module):
 
 
 class AutoencoderDecoder(nn.Module):
-    """Decode latents B Z h w to pixels B 3 H W. Levels are counted from the picture: the last runs first."""
+    """Decode latents B Z h w to pixels B 3 H W.
+
+    As in the released file, level 0 has the full resolution, so the last level runs first.
+    """
 
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
@@ -157,10 +160,10 @@ class AutoencoderDecoder(nn.Module):
         last = len(widths) - 1
         self.conv_in = nn.Conv2d(config.latent_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], groups)
-        self.up = nn.ModuleList(
-            Level(widths[min(last, level + 1)], width, config.decoder_blocks, groups, up=level > 0)
-            for level, width in enumerate(widths)
-        )
+        self.up = nn.ModuleList()
+        for level, width in enumerate(widths):
+            width_in = widths[min(last, level + 1)]  # the last level keeps the width of `mid`
+            self.up.append(Level(width_in, width, config.decoder_blocks, groups, up=level > 0))
         self.norm_out = nn.GroupNorm(groups, widths[0], eps=EPS)
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 

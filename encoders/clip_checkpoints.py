@@ -1,8 +1,8 @@
 """Checkpoint files of CLIP's text and image towers: recognize them, read dimensions.
 
-The text tower is published under several prefixes, alone or next to the image tower. So its prefix is
-whatever precedes the name of the token embeddings, and tensors of other networks are left out by name. Our
-modules have Hugging Face's names, without `text_model.` in front.
+The text tower is published under several prefixes, alone or next to the image tower. Its prefix is therefore
+found from the name of the token embeddings, and tensors of other networks are left out by name. Our modules
+have Hugging Face's names without the prefix `text_model.`.
 """
 
 import math
@@ -17,16 +17,16 @@ from checkpoints.tokenizers import TokenizerFiles
 from modules.errors import CheckpointError
 from protocols.loading import TensorSource
 
-CLIP_HEAD_WIDTH = 64  # of CLIP-L; cannot be read from the tensors
+CLIP_HEAD_WIDTH = 64  # channels of a head in CLIP-L; cannot be read from the tensors
 CLIP_TOKENS = 77
 # statistics of CLIP's training images, RGB in 0..1: Radford et al. 2021, arXiv 2103.00020
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 CLIP_START, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-# values that a config.json leaves out: transformers do not write what equals their default
+# values of keys that a config.json leaves out, because they are the defaults of transformers
 CLIP_DEFAULTS = {"hidden_size": 512, "num_attention_heads": 8, "layer_norm_eps": 1e-5}
 
-# beginnings of the names of tensors outside the wanted network: other parts of the same model
+# beginnings of the names of tensors in other parts of the model
 _OTHER_TENSORS = ("vision_model.", "visual_projection.", "text_projection", "logit_scale")
 _COMPUTED = ("embeddings.position_ids",)  # saved by old versions of transformers; computed here
 
@@ -49,7 +49,7 @@ def clip_tokenizer_files(option: str, folders: tuple[str, ...]) -> TokenizerFile
 
 @dataclass(frozen=True)
 class ClipUse:
-    """A family's names for its CLIP-L: in options, cache records and conditions. The defaults are FLUX's."""
+    """A family's names for its CLIP-L in options, cache records and conditions. The defaults are FLUX's."""
 
     name: str = "clip_l"  # in cache records
     pooled: str = "l_pooled"  # key of the pooled state
@@ -57,7 +57,7 @@ class ClipUse:
     what: str = "CLIP-L"  # in the log
     option: str = "--clip_l"
     release: str = "clip_l.safetensors, the folder text_encoder of FLUX.1 or clip-vit-large-patch14"
-    folder: str = "text_encoder"  # in a whole release
+    folder: str = "text_encoder"  # subfolder in a full release
     tokenizer: TokenizerFiles = clip_tokenizer_files(
         "--clip_l_tokenizer",
         (".", "clip_l", "tokenizer", "../tokenizer", "openai_clip-vit-large-patch14"),
@@ -167,9 +167,9 @@ def plan_clip_text(
     return LoadPlan(config, network, sources, (*_COMPUTED, *other_tensors))
 
 
-HEAD_WIDTH = 104  # of OpenCLIP's bigG; cannot be read from the tensors
-# values that a config.json leaves out: transformers do not write what equals their default
-DEFAULTS = {
+VISION_HEAD_WIDTH = 104  # channels of a head in OpenCLIP's bigG; cannot be read from the tensors
+# values of keys that a config.json leaves out, because they are the defaults of transformers
+VISION_DEFAULTS = {
     "hidden_size": 768,
     "num_attention_heads": 12,
     "hidden_act": "quick_gelu",
@@ -211,8 +211,8 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
         raise other_kind(checkpoint, "a CLIP image encoder with its projection", option, release)
     shape = shapes_of(checkpoint, sources)
     patches = shape("embeddings.patch_embedding.weight")
-    num_positions = shape("embeddings.position_embedding.weight")[0] - 1
-    side = math.isqrt(max(num_positions, 0))
+    num_positions = shape("embeddings.position_embedding.weight")[0] - 1  # without that of the class token
+    side = math.isqrt(max(num_positions, 0))  # patches along a side of the image
     if len(patches) != 4 or patches[1] != 3 or patches[2] != patches[3] or side * side != num_positions:
         raise CheckpointError(
             f"{checkpoint.path}: its patches ({list(patches)}) and {num_positions} places are no CLIP image "
@@ -222,12 +222,12 @@ def read_clip_vision(checkpoint: Checkpoint, option: str, release: str) -> LoadP
     dim = patches[0]
     patch = patches[2]
     config_json = read_network_config(
-        checkpoint.path, "vision_config", kind="clip", dim=dim, defaults=DEFAULTS
+        checkpoint.path, "vision_config", kind="clip", dim=dim, defaults=VISION_DEFAULTS
     )
     config = ClipVisionConfig(
         dim=dim,
         ffn_dim=shape("encoder.layers.0.mlp.fc1.weight")[0],
-        num_heads=dim // head_width(checkpoint.path, dim, config_json, HEAD_WIDTH),
+        num_heads=dim // head_width(checkpoint.path, dim, config_json, VISION_HEAD_WIDTH),
         num_layers=count(sources, r"encoder\.layers\.\d+"),
         image_size=side * patch,
         patch_size=patch,

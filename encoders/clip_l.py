@@ -1,7 +1,7 @@
-"""CLIP-L's text encoder, as the shared loops use it: each prompt gives one vector.
+"""CLIP-L's text encoder for the shared loops: it turns each prompt into one vector.
 
-A LoRA goes into the linear layers of `encoder.layers` (72 in CLIP-L): `ClipText.spec` names them. In LoRA
-files our module paths have `text_model.` in front: that of `encoder.layers.0.self_attn.q_proj` is
+A LoRA is applied to the linear layers of `encoder.layers` (72 in CLIP-L), which `ClipText.spec` names. In
+LoRA files, `text_model.` precedes our module paths: `encoder.layers.0.self_attn.q_proj` is called
 `lora_te1_text_model_encoder_layers_0_self_attn_q_proj`.
 """
 
@@ -33,8 +33,8 @@ from protocols.requests import Prompt
 
 logger = logging.getLogger(__name__)
 
-# how CLIP splits a text before merging, for files other than tokenizer.json, which states it. Source: Radford
-# et al. 2021, arXiv 2103.00020
+# How CLIP splits a text before byte pairs are merged. A tokenizer.json has this pattern, a vocab.json does
+# not. Source: Radford et al. 2021, arXiv 2103.00020
 CLIP_WORDS = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
@@ -48,13 +48,13 @@ class ClipWords:
 
 
 def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
-    """Load CLIP's tokenizer from a file that was found, without truncation.
+    """Load CLIP's tokenizer from `file`, without truncation.
 
     Raises:
-        CheckpointError: If it cannot be read or has no start or end token.
+        CheckpointError: If the file cannot be read, or if the tokenizer has no start or end token.
     """
     tokenizer = _read_clip(files, file)
-    start, end = _start_and_end(tokenizer, files, file)
+    start, end = _find_start_and_end(tokenizer, files, file)
 
     def tokenize(text: str) -> list[int]:
         with files.explain(file):
@@ -64,11 +64,11 @@ def load_clip_words(files: TokenizerFiles, file: Path) -> ClipWords:
     return ClipWords(tokenize, start, end)
 
 
-def _start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
-    """Return the ids of the tokens around a text.
+def _find_start_and_end(tokenizer: Tokenizer, files: TokenizerFiles, file: Path) -> tuple[int, int]:
+    """Return the ids of the start and end token.
 
     Raises:
-        CheckpointError: If the tokenizer lacks one.
+        CheckpointError: If the tokenizer lacks one of them.
     """
     start = tokenizer.token_to_id(CLIP_START)
     end = tokenizer.token_to_id(CLIP_END)
@@ -96,7 +96,7 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
         ]
     )
-    start, end = _start_and_end(tokenizer, files, file)
+    start, end = _find_start_and_end(tokenizer, files, file)
     tokenizer.post_processor = processors.RobertaProcessing(
         (CLIP_END, end),
         (CLIP_START, start),
@@ -110,14 +110,14 @@ def _read_clip(files: TokenizerFiles, file: Path) -> Tokenizer:
 # Letters: C = width of the model
 
 
-LORA_PREFIX = "lora_te1"  # of names in LoRA files
+LORA_PREFIX = "lora_te1"  # prefix of names in LoRA files
 CLIP_L = ClipUse()
 
 
 class PooledClip(FileTextEncoder[ClipText]):
-    """CLIP-L, which gives one vector per prompt, computed from the second text if there is one (--prompt_2).
+    """CLIP-L with one vector per prompt, computed from the second text if there is one (--prompt_2).
 
-    Weights of parts of a prompt have no effect, because the vector is the state of the end token.
+    Prompt weights have no effect, because the vector is the state of the end token.
     """
 
     can = EncoderAbilities(take_words=True)
@@ -150,21 +150,21 @@ class PooledClip(FileTextEncoder[ClipText]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything besides the text that the vector depends on: settings of the network and the dtype."""
+        """Entries of cache records: all that the vector depends on except the text."""
         with open_checkpoint(self.path) as checkpoint:
             config = read_clip_text(checkpoint, self.use).config
         settings = f"{config.num_heads} heads, {config.activation}, eps {config.eps}"
         return self.identify(self.use.name, config=settings, dtype=dtype_name(self.dtype))
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the second text unchanged, or the prompt's only text; weights of its parts are dropped."""
+        """Return the second text, or the prompt if it has none, without prompt weights."""
         text = prompt.text if prompt.second is None else prompt.second
         return Written(text, text, ())
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Raise CheckpointError unless it puts a text between two tokens."""
-        around = tokenizer.read("").ids
-        if len(around) != 2 or around[1] != tokenizer.number(CLIP_END):
+        """Raise CheckpointError unless the tokenizer puts a text between a start and an end token."""
+        ids_of_empty = tokenizer.read("").ids
+        if len(ids_of_empty) != 2 or ids_of_empty[1] != tokenizer.number(CLIP_END):
             why = ValueError(f"it does not put a text between {CLIP_START} and {CLIP_END}")
             raise self.source.files.unreadable(tokenizer.file, why)
 
@@ -177,10 +177,10 @@ class PooledClip(FileTextEncoder[ClipText]):
     def compute(
         self, network: ClipText, tokenizer: TextTokenizer, rows: Sequence[list[int]], dropped: int
     ) -> list[Conditions]:
-        """Return each prompt's pooled state, C, and its mask if the family stores one: 77 int64, 1 = real."""
+        """Return each prompt's pooled state, C, and, if the family uses one, its mask, 77 int64."""
         end = tokenizer.number(CLIP_END)
         assert end is not None  # checked when the tokenizer was loaded
-        ids, masks = fill_rows(rows, CLIP_TOKENS, end)
+        ids, masks = fill_rows(rows, CLIP_TOKENS, end)  # CLIP pads with its end token
         ends = torch.tensor([row.index(end) for row in rows])
         pooled = network(ids.to(network.device), ends.to(network.device)).cpu()
         results: list[Conditions] = []
@@ -193,7 +193,7 @@ class PooledClip(FileTextEncoder[ClipText]):
 
 
 class ClipTextEncoder(PooledClip):
-    """CLIP-L, into which a LoRA can be put."""
+    """CLIP-L that a LoRA can be trained for."""
 
     can = EncoderAbilities(learn=True, take_words=True)
     lora_prefix = LORA_PREFIX

@@ -1,7 +1,7 @@
 """CLIP's towers, and the layers that they share with SigLIP's.
 
-The text tower turns each prompt into the state of its end token, and into states of all its tokens; the image
-tower turns an image into one vector, which compares with those of texts.
+The text tower turns each prompt into a pooled state, that of its end token, and into states of all its
+tokens. The image tower turns an image into one vector in the same space as the projected pooled states.
 Module names follow Hugging Face's files. Source: Radford et al. 2021, arXiv 2103.00020.
 """
 
@@ -50,7 +50,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class LayerConfig(Protocol):
-    """The part of a tower's configuration that its layers need."""
+    """The part of a tower's configuration that its layers read."""
 
     @property
     def dim(self) -> int:
@@ -77,14 +77,11 @@ class LayerConfig(Protocol):
         """Number that layer norms add to the variance."""
 
 
-def check_activation(config: LayerConfig, path: Path, usual: str) -> None:
-    """Raise CheckpointError for an unknown activation in config.json.
-
-    `usual` is one to name in the message.
-    """
+def check_activation(config: LayerConfig, path: Path, hint: str) -> None:
+    """Raise CheckpointError, with a hint, if the activation in a config.json is unknown."""
     if config.activation not in ACTIVATIONS:
         raise CheckpointError(
-            f"{path}: its config.json asks for the activation {config.activation}; {usual}.", path
+            f"{path}: its config.json asks for the activation {config.activation}; {hint}.", path
         )
 
 
@@ -106,13 +103,12 @@ class ClipAttention(nn.Module):
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
         )  # each B N L D
-        return self.out_proj(
-            F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal).transpose(1, 2).flatten(2)
-        )
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class ClipLayer(nn.Module):
-    """Attention and feed-forward, each applied to the normed stream and added to it.
+    """Attention and feed-forward, each applied to the normed tokens and added to them.
 
     The argument `tokens`, which `run_blocks` passes to each block, is ignored.
     """
@@ -186,13 +182,13 @@ class ClipText(nn.Module):
         return len(self.encoder.layers)
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
-        """Return the pooled state B C, or B P projected.
+        """Return the pooled state of each prompt: B C, or B P if the model projects it.
 
         Attention is causal, so padding after the end token changes nothing.
 
         Args:
-            ids: B L.
-            ends: B, position of the first end token of each prompt.
+            ids: Token ids, B L.
+            ends: Position of the first end token of each prompt, B.
         """
         hidden = Hidden(self.embeddings(ids), None)
         self._run(hidden, range(self.num_layers))
@@ -225,22 +221,20 @@ class ClipText(nn.Module):
         return states, self._pool(hidden.x, ends)
 
     def _run(self, hidden: Hidden, layers: Iterable[int]) -> None:
-        run_blocks(self, hidden, Overrides(skip_blocks=frozenset(range(self.num_layers)).difference(layers)))
+        skipped = frozenset(range(self.num_layers)).difference(layers)
+        run_blocks(self, hidden, Overrides(skip_blocks=skipped))
 
     def _pool(self, x: Tensor, ends: Tensor) -> Tensor:
-        """Return the normed states of the end tokens, B C; B P if projected.
-
-        `x` is B L C of the last layer.
-        """
+        """Return the normed states of the end tokens, B C or projected B P, from the last layer's B L C."""
         pooled = self.final_layer_norm(x[torch.arange(len(x), device=x.device), ends])
         return pooled if self.text_projection is None else self.text_projection(pooled)
 
 
 def load_clip_text(path: Path, device: torch.device, dtype: torch.dtype, use: ClipUse) -> ClipText:
-    """Load the text tower, fp8 weights dequantized.
+    """Load the text tower; fp8 weights are dequantized.
 
     Raises:
-        CheckpointError: For a damaged or another file.
+        CheckpointError: If the file is damaged or holds another model.
     """
     with open_checkpoint(path) as checkpoint:
         plan = read_clip_text(checkpoint, use)
@@ -278,7 +272,7 @@ class ClipVision(nn.Module):
         super().__init__()
         self.image_size = config.image_size
         self.embeddings = ClipVisionEmbeddings(config)
-        self.pre_layrnorm = nn.LayerNorm(config.dim, config.eps)  # spelt as in the files
+        self.pre_layrnorm = nn.LayerNorm(config.dim, config.eps)  # misspelled as in the files
         self.encoder = ClipLayers(config, is_causal=False)
         self.post_layernorm = nn.LayerNorm(config.dim, config.eps)
         self.visual_projection = nn.Linear(config.dim, config.projection_dim, bias=False)
@@ -287,7 +281,7 @@ class ClipVision(nn.Module):
         """Return the projected state of the class token, B P.
 
         Args:
-            pixels: B 3 S S, as `prepare` returns them.
+            pixels: Normalized pixels, B 3 S S, as `prepare` returns them.
         """
         x = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return self.visual_projection(self.post_layernorm(x[:, 0]))
@@ -299,7 +293,7 @@ class ClipVision(nn.Module):
         return self(self.prepare(images).to(weight.device, weight.dtype))
 
     def prepare(self, images: Sequence[Image.Image]) -> Tensor:
-        """Return images as the tower sees them, B 3 S S float32: resized, cut to the middle, normalized.
+        """Return images as input of the tower, B 3 S S float32: resized, center-cropped, normalized.
 
         Pillow resizes (bicubic, antialiased) the shorter side to S, as the released model's processor does.
         """

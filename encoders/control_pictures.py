@@ -1,6 +1,7 @@
-"""Control pictures of networks that see pixels: in caches, batches, samples and conditions."""
+"""Control images of networks that take them as pixels: in caches, batches, samples and conditions."""
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from modules.control_codes import shorten
 from modules.errors import CacheError, DatasetError, OptionError
+from modules.media.random_masks import draw_mask
 from modules.media.reading import read_image, read_mask, resize_frame
 from modules.option_values import as_shape
 from protocols.data import (
@@ -28,18 +30,20 @@ from protocols.requests import Prepared, Request, check_opens
 
 logger = logging.getLogger(__name__)
 
-CONTROL, MASK = "--cn", "--mk"  # options in a line of sample prompts
-MASK_PATH = "mask_path"  # its key
-CONTROL_MASK = "control_mask"  # among conditions: B 1 H W uint8, 1 where the image is painted anew
+# options in a line of sample prompts
+CONTROL = "--cn"
+MASK = "--mk"
+MASK_PATH = "mask_path"  # key of the mask in a line of prompts
+CONTROL_MASK = "control_mask"  # key in conditions: B 1 H W uint8, 1 where the image is painted anew
 
 
 def check_controls(table: MediaTable, taker: str) -> MediaTable:
-    """Return a table for the checks of other images.
+    """Check that a table has control images; return it without them, for checks that reject control images.
 
-    `taker` is what sees the control images.
+    `taker` names the network that takes the control images.
 
     Raises:
-        DatasetError: If it has none.
+        DatasetError: If the table has no control images.
     """
     if not table.has_control:
         raise DatasetError(
@@ -50,10 +54,10 @@ def check_controls(table: MediaTable, taker: str) -> MediaTable:
 
 
 def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the cache entries of images, each with its control image as it was cropped and mirrored.
+    """Return the cache entries of images with their control images, which are cropped and mirrored like them.
 
     Raises:
-        DatasetError: If an image has several.
+        DatasetError: If an image has several control images.
     """
     if len(media.control) > 1:
         raise DatasetError(
@@ -68,9 +72,13 @@ def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> 
 
 
 def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[str, Tensor]:
-    """Return the control images of a batch, B 3 H W uint8, among its conditions.
+    """Return the control images of a batch, B 3 H W uint8, as conditions.
 
-    `stride` is the number of pixels along a side of a latent pixel. `taker` names the network that sees them.
+    Args:
+        batch: The batch.
+        latents: Its latents, B C F h w.
+        stride: Number of pixels along a side of a latent pixel.
+        taker: Name of the network that takes the control images, for messages.
 
     Raises:
         CacheError: If control images are missing or differ in size from their images.
@@ -87,14 +95,14 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[
 
 
 def check_control(option: str, path: Path) -> None:
-    """Raise OptionError, naming `option`, if its control image cannot be read."""
+    """Raise OptionError if the control image that `option` names cannot be read."""
     if not path.is_file():
         raise OptionError(f"{option} {path}: no such picture. Correct the path")
     check_opens(option.removeprefix("--"), path, is_image=True)
 
 
 def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
-    """Return the control image of a sample, 1 3 H W uint8, and its strength, 1; {} without an image.
+    """Return the control image of a sample as conditions; {} if it has none.
 
     The image is read in the same way as guide images of gen_img.py.
     """
@@ -106,7 +114,7 @@ def sample_controls(prepared: Prepared) -> dict[str, Tensor]:
 
 
 def read_control(path: Path, width: int, height: int, strength: float) -> dict[str, Tensor]:
-    """Return a control image at a size with its strength, as conditions: 1 3 H W uint8, and 1."""
+    """Return a control image, resized, and its strength as conditions: 1 3 H W uint8, and 1."""
     frame = read_image(path)
     if frame.shape[:2] != (height, width):
         frame = resize_frame(frame, (width, height), "lanczos")
@@ -115,24 +123,31 @@ def read_control(path: Path, width: int, height: int, strength: float) -> dict[s
 
 
 def read_control_mask(path: Path, width: int, height: int) -> dict[str, Tensor]:
-    """Return a mask at a size, as conditions: 1 1 H W uint8, 1 from half gray on.
+    """Return a mask, resized, as conditions: 1 1 H W uint8, which is 1 where the mask is at least half gray.
 
     Raises:
-        MediaError: If it cannot be read.
+        MediaError: If the mask cannot be read.
     """
     frame = read_mask(path)
     if frame.shape[:2] != (height, width):
         frame = resize_frame(frame, (width, height), "nearest")
-    return {CONTROL_MASK: torch.from_numpy(frame[None, None, :, :, 0] >= 128).to(torch.uint8)}
+    is_set = torch.from_numpy(frame[:, :, 0] >= 128)  # H W; a mask has equal channels
+    return {CONTROL_MASK: is_set[None, None].to(torch.uint8)}
+
+
+def draw_control_mask(width: int, height: int, seed: int) -> dict[str, Tensor]:
+    """Return a mask that a seed draws, as `read_control_mask` returns it, for a sample without one."""
+    drawn = draw_mask(height, width, random.Random(seed))
+    return {CONTROL_MASK: torch.from_numpy(drawn[None, None]).to(torch.uint8)}
 
 
 def mask_in(cond: Conditions, device: torch.device) -> Tensor | None:
-    """Return the masks in the conditions, B 1 H W float32; None without them."""
+    """Return the masks in the conditions, B 1 H W float32; None if there are none."""
     return send_tensor(cond, CONTROL_MASK, device).float() if CONTROL_MASK in cond else None
 
 
 def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, float]:
-    """Return the control images in the conditions, B 3 H W in 0..1 (or None), and their strength."""
+    """Return the control images in the conditions, B 3 H W in 0..1, and their strength; else None and 0."""
     if CONTROL_PIXELS not in cond:
         return None, 0.0
     pixels = send_tensor(cond, CONTROL_PIXELS, device)
@@ -140,7 +155,7 @@ def control_in(cond: Conditions, device: torch.device, dtype: torch.dtype) -> tu
 
 
 def strength_in(cond: Conditions) -> float:
-    """Return the strength of the control images among conditions; 1 if none is stated."""
+    """Return the strength of the control images in the conditions; 1 by default."""
     strength: Any = cond.get(CONTROL_STRENGTH)
     return 1.0 if strength is None else float(strength[0])
 
@@ -170,4 +185,6 @@ def keep_control(
         )
         return keep_media(request, model_name)
     check_control(CONTROL, control)
-    return replace(keep_media(replace(request, control_path=None), model_name), control_path=control)
+    # the model itself takes no control image, so the image is taken out before this check, and put back
+    without_control = replace(request, control_path=None)
+    return replace(keep_media(without_control, model_name), control_path=control)

@@ -48,8 +48,8 @@ logger = logging.getLogger(__name__)
 class TransformerFiles(ABC):
     """Paths and dtypes of a transformer and a VAE, from the options.
 
-    The path properties raise OptionError or CheckpointError with the name of the option. Encoders compute in
-    their default dtype, or in float32 if the transformer does.
+    If an option is not set or its file is missing, the path properties raise OptionError or CheckpointError.
+    Encoders compute in their default dtype, or in float32 if the transformer does.
     """
 
     dit: Path | None = None
@@ -88,7 +88,7 @@ class TransformerFiles(ABC):
         return inside(path, self.vae_folder) if self.vae_folder else path
 
     def dit_header(self) -> DitHeader[Any]:
-        """Return the transformer's header; each file is read once per process."""
+        """Return the header of the transformer's file, which is read only once."""
         return read_once(self.dit_path, self.format.read_header)
 
     def compute_dtype(self) -> torch.dtype | None:
@@ -97,19 +97,24 @@ class TransformerFiles(ABC):
             return self.dit_dtype
         return self.dit_header().compute_dtype
 
-    def encoder_dtype(self, chosen: torch.dtype | None, usual: torch.dtype | None = None) -> torch.dtype:
-        """Return an encoder's dtype: `chosen`, else float32 with a float32 transformer, else the default."""
-        in_float32 = self.compute_dtype() == torch.float32
+    def encoder_dtype(self, chosen: torch.dtype | None, default: torch.dtype | None = None) -> torch.dtype:
+        """Return an encoder's compute dtype.
+
+        Args:
+            chosen: Value of the encoder's option; None if it is not set.
+            default: Dtype next to a transformer that is not float32; None for `usual`.
+        """
+        is_float32 = self.compute_dtype() == torch.float32
         if chosen:
             return chosen
-        return torch.float32 if in_float32 else usual or self.usual
+        return torch.float32 if is_float32 else default or self.usual
 
     @abstractmethod
     def load_vae(self, device: torch.device) -> Any:
         """Load the VAE."""
 
     def vae_identity(self) -> Mapping[str, str]:
-        """Return entries of cache records: all that latents depend on except pixels."""
+        """Return entries of cache records: all that latents depend on except the pixels."""
         dtype = dtype_name(self.encoder_dtype(self.vae_dtype, self.vae_default))
         return {"vae": fingerprint(self.vae_path), "vae_dtype": dtype, "tile": str(self.vae_tile)}
 
@@ -123,13 +128,16 @@ class TransformerFiles(ABC):
 
     @abstractmethod
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check the text encoders that options name, or all of them if they are needed.
+        """Check the text encoders that options name; all of them must be named if they are `needed`.
 
         `config` is the configuration of the transformer; None if its option is not set.
         """
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the files that options name or that are needed ("dit", "vae", "texts"), without loading them.
+        """Check the files that options name, without loading them.
+
+        Args:
+            needed: Files whose options must be set: "dit", "vae", "texts".
 
         Raises:
             OptionError: If the option of a needed file is not set.
@@ -142,13 +150,14 @@ class TransformerFiles(ABC):
         self.check_texts(config, "texts" in needed)
 
 
-_METADATA = attrgetter("metadata")  # of a checkpoint; one object, as key of `read_once`
+# Returns the metadata of a checkpoint. One object for all calls, because `read_once` caches by function
+_METADATA = attrgetter("metadata")
 
 
 def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
-    """Return whether a transformer was distilled to few steps, and the evidence for it.
+    """Return whether a transformer was distilled to few steps, and the evidence for that.
 
-    A missing or unreadable file, which other checks report, is judged by its name.
+    A missing or unreadable file is judged by its name alone, because other checks report it.
     """
     metadata: Mapping[str, str] = {}
     with contextlib.suppress(CheckpointError, OSError):
@@ -157,10 +166,10 @@ def judge_distillation(rule: FewSteps, dit: Path) -> Verdict | None:
 
 
 class OneTransformer:
-    """Base class of families with a single transformer; most properties follow from its files."""
+    """Base class of families with a single transformer; most properties follow from their files."""
 
     can: ClassVar[Abilities] = Abilities(tell_few_steps=True)
-    named: ClassVar[Mapping[str, str]] = {}  # names of the model in saved files, if they are always the same
+    named: ClassVar[Mapping[str, str]] = {}  # metadata with the model's name, if it is always the same
     few_steps: ClassVar[FewSteps] = FewSteps()  # releases distilled to few steps
 
     if TYPE_CHECKING:  # a property would be taken as the default of a derived record's field
@@ -251,7 +260,7 @@ class OneTransformer:
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Names of conditions that a teacher sees and a training sample may lack: caption and references."""
+        """Names of conditions that a teacher gets and a training sample may lack: caption and references."""
         return (CAPTION,) if self.references is None else (CAPTION, REFERENCE)
 
     def why_few_steps(self) -> str | None:
@@ -308,7 +317,7 @@ class OneTransformer:
         config = self.files.dit_header().config
         if hasattr(config, "num_layers"):
             return (config.num_layers,)
-        return config.double_blocks, config.single_blocks
+        return config.double_blocks, config.single_blocks  # models like FLUX.1
 
     def compute_dtype(self, placement: Placement) -> torch.dtype:
         """Return the dtype of the placement, else of the options, else of the blocks in the file."""
@@ -318,14 +327,22 @@ class OneTransformer:
         """Load the transformer. --dit_dtype applies if the caller sets no dtype."""
         (path,) = self.dit_files
         network: nn.Module = self.files.format.load(path, with_dtype(placement, self.files.dit_dtype))
-        network.spec = self.dit  # type: ignore[assignment]  # a release's may differ from the network's
+        # the spec of a release may differ from that of the class
+        network.spec = self.dit  # type: ignore[assignment]
         return network
 
     def metadata_of(self, names: Mapping[str, str]) -> Mapping[str, str]:
         """Return `names` and the file names of transformer and VAE, if their options are set, as metadata."""
-        files = {"sd_model_name": self.files.dit, "vae_name": self.files.vae}
-        return {**names, **{key: path.name for key, path in files.items() if path is not None}}
+        metadata = dict(names)
+        if self.files.dit is not None:
+            metadata["sd_model_name"] = self.files.dit.name
+        if self.files.vae is not None:
+            metadata["vae_name"] = self.files.vae.name
+        return metadata
 
     def check_files(self, media: bool) -> None:
-        """Check transformer and text encoders, and with `media` the VAE."""
-        self.files.check(("dit", "texts", *(("vae",) if media else ())))
+        """Check transformer and text encoders, and the VAE if `media` is True; their options must be set."""
+        needed = ["dit", "texts"]
+        if media:
+            needed.append("vae")
+        self.files.check(needed)

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 CALLED = "textual inversion"
 DEFAULT_RATE = DefaultRate(1e-4, "1e-3", 2e-2)  # each step changes a vector by about the learning rate
-LOUD = 3.0  # warn if a vector's norm is this multiple of the mean norm: it dominates the prompt
+LOUD = 3.0  # warn if a vector's norm exceeds this multiple of the mean norm, as it then dominates the prompt
 
 
 class LearntRows(nn.Module):
@@ -48,7 +48,7 @@ class LearntRows(nn.Module):
     def __init__(self, word: WordToLearn, rows: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.word = word
-        self.default_norms: dict[str, float] = {}  # mean norm of the rows of each table
+        self.mean_norms: dict[str, float] = {}  # name -> mean norm of the rows of its token embeddings
         for name, tensor in rows.items():
             self.register_parameter(name, Parameter(tensor))
 
@@ -64,19 +64,19 @@ class LearntRows(nn.Module):
         """Do nothing: texts are encoded before the forward pass, so the word cannot be scaled in it."""
 
     def log_norms(self) -> None:
-        """Log the norm of each vector and the mean norm of the table; warn if a vector is much longer."""
+        """Log the norm of each vector and the mean norm of known tokens; warn if a vector is much longer."""
         for name, rows in self.named_parameters():
             norms = rows.detach().float().norm(dim=1).tolist()
-            default = self.default_norms[name]
+            mean_norm = self.mean_norms[name]
             text = ", ".join(f"{norm:.3g}" for norm in norms)
-            if max(norms) > LOUD * default:
+            if max(norms) > LOUD * mean_norm:
                 logger.warning(
                     "%s: the vectors of %s have the norms %s, known words %.3g on average. So loud a word "
                     "drowns the others of a prompt: lower %s, or take an earlier file.",
                     name,
                     self.word.text,
                     text,
-                    default,
+                    mean_norm,
                     self.word.flags.rate,
                 )
             else:
@@ -85,12 +85,12 @@ class LearntRows(nn.Module):
                     name,
                     self.word.text,
                     text,
-                    default,
+                    mean_norm,
                 )
 
 
 def report_rows(module: nn.Module) -> None:
-    """Log the norms of the vectors, as `LearntRows.log_norms`."""
+    """Log the norms of the vectors in a `LearntRows`."""
     assert isinstance(module, LearntRows)
     module.log_norms()
 
@@ -117,7 +117,7 @@ def _leave_command(file: Path, sample: Mapping[str, Any], base: Sequence[str]) -
 
 @dataclass(frozen=True)
 class WordTower:
-    """Facts about a text encoder that textual inversion needs; it need not be loaded."""
+    """What textual inversion needs to know about a text encoder, which need not be loaded."""
 
     key: str  # key of its vectors in files
     embedding: str  # name of the weight of its token embeddings
@@ -190,50 +190,48 @@ class Inversion:
         Raises:
             UserError: As in `check`, and if the vectors of a file have another width.
         """
-        tables = [
-            network.get_submodule(tower.embedding.removesuffix(".weight"))
-            for network, tower in zip(encoders.children(), self.towers, strict=True)
-        ]
-        grown = {}
-        for tower, table in zip(self.towers, tables, strict=True):
+        tables: dict[str, GrowingEmbedding] = {}  # by key of the tower
+        for network, tower in zip(encoders.children(), self.towers, strict=True):
+            table = network.get_submodule(tower.embedding.removesuffix(".weight"))
             assert isinstance(table, GrowingEmbedding)
-            grown[tower.key] = table
+            tables[tower.key] = table
         if with_values:
-            known = {key: table.weight.detach().float().cpu() for key, table in grown.items()}
-            starts = self._make_starts(known)
+            known_rows = {key: table.weight.detach().float().cpu() for key, table in tables.items()}
+            initial = self._make_initial(known_rows)
         else:
-            starts = {
-                name: torch.zeros(self.word.count, grown[tower.key].embedding_dim)
-                for tower in self.towers
-                for name in tower.keys
-            }
-        rows = LearntRows(self.asked, starts)
+            initial = {}
+            for tower in self.towers:
+                for name in tower.keys:
+                    initial[name] = torch.zeros(self.word.count, tables[tower.key].embedding_dim)
+        rows = LearntRows(self.asked, initial)
         for tower in self.towers:
-            table = grown[tower.key]
+            table = tables[tower.key]
             table.rows = partial(rows.join, tower.keys)
             if with_values:
                 norm = float(table.weight.detach().float().norm(dim=1).mean())
-                rows.default_norms |= dict.fromkeys(tower.keys, norm)
+                rows.mean_norms |= dict.fromkeys(tower.keys, norm)
         return rows
 
-    def _make_starts(self, tables: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the initial vectors, V C, by key of the towers.
+    def _make_initial(self, known_rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the initial vectors, each V C, by key of the towers.
+
+        They come from a file, else from the initial word, else they are random.
 
         Args:
-            tables: Token embeddings of each text encoder, by key of the tower.
+            known_rows: Token embeddings of each text encoder, by key of the tower.
         """
         count = self.word.count
-        brought = self._read_weights()
-        if brought is not None:
-            self._check_widths(brought, tables)
-            return {name: brought[name].clone() for tower in self.towers for name in tower.keys}
-        starts = {}
+        from_file = self._read_weights()
+        if from_file is not None:
+            self._check_widths(from_file, known_rows)
+            return {name: from_file[name].clone() for tower in self.towers for name in tower.keys}
+        initial = {}
         if self.asked.init_word is None:
             for tower in self.towers:
-                table = tables[tower.key]
+                table = known_rows[tower.key]
                 for name in tower.keys:
-                    starts[name] = torch.randn(count, table.shape[1]) * table.std()
-            return starts
+                    initial[name] = torch.randn(count, table.shape[1]) * table.std()
+            return initial
         for encoder_index, tower in enumerate(self.towers, 1):
             ids = self._read_init_word(tower)
             if len(ids) != count:
@@ -247,12 +245,13 @@ class Inversion:
                     count,
                     "repeated" if len(ids) < count else "cut",
                 )
-            first = tables[tower.key][[ids[index % len(ids)] for index in range(count)]]
-            starts |= {name: first.clone() for name in tower.keys}
-        return starts
+            repeated_ids = [ids[index % len(ids)] for index in range(count)]
+            vectors = known_rows[tower.key][repeated_ids]
+            initial |= {name: vectors.clone() for name in tower.keys}
+        return initial
 
     def _read_init_word(self, tower: WordTower) -> list[int]:
-        """Return the token ids of the initial words in a text encoder. Raises OptionError if it has none."""
+        """Return the token ids of the initial word; raise OptionError if a text encoder has none for it."""
         ids = tower.tokenize(self.asked.init_word or "")
         if not ids:
             raise OptionError(
@@ -262,10 +261,10 @@ class Inversion:
         return ids
 
     def _read_weights(self) -> Mapping[str, Tensor] | None:
-        """Read the initial vectors from an embedding file or a LoRA; None if no file has them.
+        """Read the initial vectors from an embedding file or a LoRA; None if options name no file with them.
 
         Raises:
-            CheckpointError: If the file does not fit the text encoders or the options.
+            CheckpointError: If the vectors of the file do not fit the text encoders or the options.
         """
         flags = self.asked.flags
         path = self.asked.weights or self.asked.lora
@@ -278,19 +277,20 @@ class Inversion:
         missing = [name for tower in self.towers for name in tower.keys if name not in vectors]
         if missing:
             raise CheckpointError(f"{option} {path}: it has no {' and no '.join(missing)}.", path)
-        stored = len(next(iter(vectors.values())))
-        if stored != self.word.count:
+        num_stored = len(next(iter(vectors.values())))
+        if num_stored != self.word.count:
             raise CheckpointError(
-                f"{option} {path}: it has {count_of(stored, 'vector')}, {flags.count} is "
-                f"{self.word.count}. Give {flags.count} {stored}.",
+                f"{option} {path}: it has {count_of(num_stored, 'vector')}, {flags.count} is "
+                f"{self.word.count}. Give {flags.count} {num_stored}.",
                 path,
             )
         return vectors
 
-    def _check_widths(self, vectors: Mapping[str, Tensor], tables: Mapping[str, Tensor]) -> None:
-        """Raise CheckpointError if vectors of a file do not have the width of the text encoder."""
+    def _check_widths(self, vectors: Mapping[str, Tensor], known_rows: Mapping[str, Tensor]) -> None:
+        """Raise CheckpointError if vectors of a file do not have the width of their text encoder."""
         for tower in self.towers:
-            width, expected = vectors[tower.keys[0]].shape[1], tables[tower.key].shape[1]
+            width = vectors[tower.keys[0]].shape[1]
+            expected = known_rows[tower.key].shape[1]
             if width != expected:
                 path = self.asked.weights or self.asked.lora
                 raise CheckpointError(
@@ -312,7 +312,7 @@ class Inversion:
         self._read_weights()
 
     def check_captions(self, captions: Sequence[str]) -> str:
-        """Return a sentence about captions that lack the word; "" if all have it.
+        """Return a warning about captions that lack the word; "" if all have it.
 
         Raises:
             DatasetError: If no caption has the word.
@@ -335,7 +335,7 @@ class Inversion:
 
 
 def find_in_lora(path: Path, word: str) -> WordContent | None:
-    """Return the vectors of a word in a LoRA file; None if it is not a file or does not have the word."""
+    """Return the vectors of a word in a LoRA file; None if `path` is not such a file or lacks the word."""
     if not path.is_file() or path.suffix.lower() != ".safetensors":
         return None
     with open_checkpoint(path) as checkpoint:
@@ -350,7 +350,7 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> MadeN
         word: The word to learn.
         encoders: All text encoders of a model; those without this ability tokenize the word as text.
     """
-    able = [encoder for encoder in encoders if takes_words(encoder)]
+    word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
 
     def read_vectors(path: Path, option: str) -> Mapping[str, Tensor] | None:
         content = find_in_lora(path, word.text)
@@ -358,8 +358,11 @@ def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> MadeN
             if word.weights is None:  # a LoRA to continue training from need not have the word
                 return None
             content = read_embedding(path, option)
-        with quiet():  # its log lines are about prompts
-            return select_vectors(ModelWord(word.text, content=content, source=path, option=option), able)
+        stored_word = ModelWord(word.text, content=content, source=path, option=option)
+        with quiet():  # `select_vectors` logs words that prompts may use
+            return select_vectors(stored_word, word_encoders)
 
-    towers = [WordTower(encoder.word_keys[0], encoder.embedding, encoder.tokenize_word) for encoder in able]
+    towers = []
+    for encoder in word_encoders:
+        towers.append(WordTower(encoder.word_keys[0], encoder.embedding, encoder.tokenize_word))
     return Inversion(word, towers, read_vectors).describe()

@@ -67,9 +67,9 @@ from runtime.planning.device_memory import spare_bytes
 logger = logging.getLogger(__name__)
 
 CPU = torch.device("cpu")
-PRE_NORM = "pre_norm"  # in records of caches: the last state is taken before the final norm
-# how Qwen splits a text before merging, and its special tokens: needed only for vocab.json, because
-# tokenizer.json has both. Source: Yang et al. 2025, arXiv 2505.09388, and its released tokenizer
+PRE_NORM = "pre_norm"  # in cache records: the last state is the one before the final norm
+# How Qwen splits a text before byte pairs are merged, and its special tokens. A tokenizer.json has both, a
+# vocab.json has neither. Source: Yang et al. 2025, arXiv 2505.09388, and its released tokenizer
 _QWEN_WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -112,14 +112,14 @@ def qwen_tokenizer(option: str, repository: str) -> TokenizerSource:
 
     Args:
         option: Option that names the tokenizer.
-        repository: Repository on the hub that holds the tokenizer.
+        repository: Repository on the hub with the tokenizer.
     """
     files = TokenizerFiles(
         option,
         names=("tokenizer.json", "vocab.json"),
         folder="tokenizer",
         repository=repository,
-        # inside the encoder's folder; next to a file; next to text_encoder
+        # in the folder of the encoder; in a subfolder of it; next to the folder text_encoder
         folders=(".", "qwen_3", "tokenizer", "../tokenizer"),
         token="<|im_start|>",
     )
@@ -136,41 +136,46 @@ def qwen3_chat(thinks: bool) -> tuple[str, str]:
     return "<|im_start|>user\n", f"<|im_end|>\n{answer}"
 
 
-@dataclass(frozen=True, eq=False)  # eq=False: hashed by identity, as a cache key; one object for each release
+# eq=False: hashed by identity, because mappings in it cannot be hashed and `read_once` caches by it
+@dataclass(frozen=True, eq=False)
 class LanguageUse:
-    """Settings of a family for a language model: the prompt template, and the states to return."""
+    """How a family uses a language model: the prompt template, and the hidden states to return."""
 
     name: str  # name of the encoder in messages and cache records
     states_key: str  # key of the states in the conditions that `encode` returns
     model: LanguageModel
     source: TokenizerSource
-    maximum: int  # longest prompt in tokens, not counting `dropped` ones
-    before: str = ""  # the template up to the prompt
-    after: str = ""
-    # number of template tokens before the prompt whose states are cut off, with the model's own tokenizer.
-    # None: count the tokens of `system` (a prefix of `before`), or of all of `before` if `system` is ""
+    maximum: int  # longest prompt in tokens, without the template tokens that `dropped` counts
+    before: str = ""  # the template before the prompt
+    after: str = ""  # the template after the prompt
+    # Number of template tokens before the prompt whose states are dropped, with the model's own tokenizer.
+    # None: the tokens of `system` (a prefix of `before`) are counted, or those of `before` if `system` is ""
     dropped: int | None = 0
     system: str = ""
     blank: str = ""  # replaces an empty prompt
-    strips: bool = False  # strip white space around a prompt
-    # which hidden states are concatenated: numbers of layers, ascending. -1 is the last state after the final
-    # norm. -2 is the state before the last layer (alone, and only for files with all layers). Or ALL_STATES
+    strips: bool = False  # whether white space around a prompt is stripped
+    # Hidden states that are concatenated, by the number of layers before them, ascending; or ALL_STATES. -1
+    # is the last state after the final norm. -2 is the state before the last layer; it must be the only one,
+    # and the file must have all layers
     states: tuple[int, ...] = (-1,)
-    stacked: tuple[int, ...] = ()  # instead of `states`: states that are stacked, L n C
-    final_norm: bool = False  # apply the final norm to the last state read even if layers follow it
-    pre_norm: bool = False  # read the last state before the final norm
-    keeps_after: bool = False  # a prompt that is too long is cut before `after`
+    stacked: tuple[int, ...] = ()  # hidden states that are stacked, L n C, instead of concatenating `states`
+    final_norm: bool = (
+        False  # whether the final norm is applied to the last of the states even if it is not -1
+    )
+    pre_norm: bool = False  # whether state -1 is the one before the final norm
+    keeps_after: bool = False  # whether `after` is kept if a prompt is too long
     # padding token: prompts are padded to `maximum` tokens, and padding has states; None: no padding
     pad: str | None = None
-    # if `pad` is set: pad to a multiple of this number of tokens instead, each prompt separately. Padding has
+    # If `pad` is set, each prompt is padded to a multiple of this number of tokens instead. Padding has
     # position 1, as in the version of transformers that models were trained with
     pads_to: int = 0
     pads_left: bool = False  # if `pad` is None: positions are those after padding on the left to `maximum`
     mask_key: str = ""  # key of the mask, 1 for real tokens; "": no mask is returned
-    at_once: int = 8  # prompts in a batch; limits memory
-    pictures: ImageUse | None = None  # how images are written into a prompt; None: prompts have no images
-    # Keys of the positions and sizes of images. If set, the states of image tokens are removed, and positions
-    # count the remaining states. Sizes are rows and columns of patches, two per token. "": states are kept
+    at_once: int = 8  # number of prompts in a batch; limits memory
+    pictures: ImageUse | None = None  # how images are put into a prompt; None: prompts have no images
+    # Keys of the positions and sizes of images. If `slots_key` is set, the states of image tokens are
+    # removed, and an image's position is the number of remaining states before it. Sizes are rows and columns
+    # of patches, of which a token has 2 x 2. "": states of image tokens are not removed
     slots_key: str = ""
     sizes_key: str = ""
     # key of the hashes of a dataset item's images (`ImageUse.hash_images`); "": no hashes
@@ -226,9 +231,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
             use: How the family uses the model.
             path: File or folder of the model, or of a release that holds it in its subfolder `text_encoder`.
             dtype: Compute dtype.
-            tokenizer: Path from the tokenizer's option; None searches the usual places.
+            tokenizer: Path from the tokenizer's option; None searches near the model.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
-            on_cpu: Whether to compute on the CPU regardless of the device of the run.
+            on_cpu: Whether to compute on the CPU, whatever the device of the run is.
         """
         super().__init__(inside(path, "text_encoder"), tokenizer, form)
         self.use = use
@@ -246,7 +251,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
 
     @property
     def state(self) -> str | None:
-        """Description of the states that are read, for `identity`."""
+        """Description of the hidden states that are used, for `identity`."""
         numbers = ", ".join(map(str, self.use.numbers)) or "all"
         if self.use.pre_norm:
             return f"{numbers}, {PRE_NORM}"
@@ -268,7 +273,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         config = self._config
         return self.identify(
             self.use.record or self.name,
-            config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}{config.further}",
+            config=f"{config.num_heads} heads, theta {config.theta}, eps {config.eps}{config.settings_text}",
             dtype=dtype_name(self.dtype),
             state=self.state,
             template=self.use.fingerprint,
@@ -280,14 +285,20 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def write(self, prompt: Prompt) -> Written:
         """Insert a prompt into the template, and shift the spans of its weights accordingly."""
         use = self.use
-        start = len(use.before)
-        text = prompt.text.strip() if use.strips else prompt.text
-        removed = len(prompt.text) - len(prompt.text.lstrip()) if use.strips else 0  # leading
+        text = prompt.text
+        num_stripped = 0  # characters of white space removed before the prompt
+        if use.strips:
+            num_stripped = len(text) - len(text.lstrip())
+            text = text.strip()
         text = text or use.blank
+        spans = []
+        for first, last, weight in prompt.spans:
+            spans.append((first - num_stripped, last - num_stripped, weight))
+        start = len(use.before)
         return Written(
             text=f"{use.before}{text}{use.after}",
             prompt=text,
-            spans=tuple((first - removed, last - removed, weight) for first, last, weight in prompt.spans),
+            spans=tuple(spans),
             start=start,
             end=start + len(text) if use.keeps_after else math.inf,
         )
@@ -299,7 +310,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return len(tokenizer.read(self.use.system or self.use.before).ids)
 
     def check_tokenizer(self, tokenizer: TextTokenizer) -> None:
-        """Warn if the tokenizer's number of template tokens before the prompt differs from `use.dropped`."""
+        """Warn if the template before the prompt does not have `use.dropped` tokens."""
         counted = len(tokenizer.read(self.use.before).ids)
         expected = self.use.dropped
         if expected and counted != expected:
@@ -321,7 +332,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         If a CUDA device has too little free memory, some of the layers stay in host memory.
         """
         use = self.use
-        # on the CPU, the layers are not split over processes
+        # a network on the CPU is not split over processes, which saves memory of devices
         blocks = None if self.on_cpu else self.blocks
         tower = None
         if use.pictures is not None and use.pictures.always:
@@ -380,11 +391,18 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         dropped: int,
         pictures: Sequence[ReadImages] = (),
     ) -> list[Conditions]:
-        """Return the states and the mask of each prompt: states [L nC], or T nC if padded.
+        """Return the states and the mask of each prompt.
 
-        L counts the tokens of the prompt and of the template after it. Stacked states are n C instead of nC.
-        `rows` are token ids. The states of the first `dropped` tokens of each row, the template before the
-        prompt, are left out. `pictures` has the images of each prompt.
+        Args:
+            network: The language model.
+            tokenizer: Its tokenizer.
+            rows: Token ids of each prompt with its template.
+            dropped: Number of template tokens at the start of each row whose states are left out.
+            pictures: Images of each prompt.
+
+        Returns:
+            States T nC if prompts are padded to `maximum`. Otherwise a list of one tensor, L nC, where L
+            counts the tokens of the prompt and of the template after it. Stacked states have n C, not nC.
         """
         use = self.use
         pad = self.find_pad(tokenizer)
@@ -421,29 +439,32 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
     def _split_images(
         self, tokenizer: TextTokenizer, states: Tensor, ids: Sequence[int], sides: Sequence[tuple[int, int]]
     ) -> dict[str, Tensor | list[Tensor]]:
-        """Return the states of words without those of images, and the images' positions and sizes, by key.
+        """Remove the states of image tokens; return the others with the images' positions and sizes, by key.
 
-        `states` are L C, possibly followed by padding; `ids` are L. `sides` has the rows and columns of
-        tokens of each image.
+        Args:
+            tokenizer: The tokenizer.
+            states: States of a prompt, L C, possibly followed by those of padding.
+            ids: Token ids, L.
+            sides: For each image, its rows and columns of tokens.
         """
         use = self.use
         assert use.pictures is not None
         token = self.find_token(tokenizer, use.pictures.token) if sides else None
         is_image = [number == token for number in ids]
-        # indices, not a mask: a memory plan runs with fake tensors, whose values cannot be counted
-        words_only = torch.tensor([index for index, shows in enumerate(is_image) if not shows])
+        # indices instead of a mask, because memory planning runs with fake tensors, which cannot be masked
+        text_indices = torch.tensor([index for index, shows in enumerate(is_image) if not shows])
         slots = []
-        position = 0  # in ids
-        num_words = 0  # tokens of words before that position
+        position = 0  # index of a token
+        num_text_tokens = 0  # text tokens before that position
         for rows, columns in sides:
             while not is_image[position]:
                 position += 1
-                num_words += 1
-            slots.append(num_words)
+                num_text_tokens += 1
+            slots.append(num_text_tokens)
             position += rows * columns
         sizes = [(2 * rows, 2 * columns) for rows, columns in sides]  # a token stands for 2 x 2 patches
         separated: dict[str, Tensor | list[Tensor]] = {
-            use.states_key: [states.index_select(0, words_only)],
+            use.states_key: [states.index_select(0, text_indices)],
             use.slots_key: [torch.tensor(slots, dtype=torch.int64)],
         }
         if use.sizes_key:
@@ -451,7 +472,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return separated
 
     def _select_length(self, rows: Sequence[list[int]], dropped: int) -> int:
-        """Return the number of tokens to which the prompts of a group are padded."""
+        """Return the number of tokens that the prompts of a group are padded to, including dropped ones."""
         use = self.use
         longest = max(map(len, rows))
         if use.pad is None:
@@ -468,9 +489,9 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         pictures: Sequence[ReadImages],
         mask: Tensor,
     ) -> ImageTokens:
-        """Return the embeddings of tokens; image embeddings replace the placeholder tokens of images.
+        """Return the embeddings of tokens, with image features in place of placeholder tokens.
 
-        `ids` and `mask` are on the CPU; the mask is 1 for real tokens.
+        `ids` and `mask`, each B L, are on the CPU; the mask is 1 for real tokens.
         """
         use = self.use
         embeddings = network.get_submodule(self.embedding.removesuffix(".weight"))
@@ -489,9 +510,10 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         return ImageTokens(tokens, positions, [])
 
     def _make_conditions(self, states: Tensor, mask: Tensor, length: int) -> dict[str, Tensor | list[Tensor]]:
-        """Return a prompt's states and mask by key: of `length` tokens, or of all if padded to `maximum`.
+        """Return a prompt's states and mask by key.
 
-        `length` includes the padding of `pads_to`. Tensors of variable length are in a list.
+        If prompts are padded to `maximum`, these are the tensors of all tokens. Otherwise they are those of
+        the first `length` tokens (including the padding of `pads_to`), each in a list.
         """
         use = self.use
         if use.pad is not None and not use.pads_to:
@@ -635,10 +657,10 @@ class LanguageModelFiles(TransformerFiles):
 
 
 def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse) -> list[ReadImages]:
-    """Return the vision tower's embeddings of the images or frames of each prompt."""
+    """Return the images of each prompt as input of the vision tower."""
     images = []
     for prompt in prompts:
-        if prompt.frames:
+        if prompt.frames:  # prompts of a dataset have decoded images
             frames = [use.show(frame) for frame in use.choose(prompt.frames)]
         else:
             frames = [use.read(path, prompt.image_size) for path in use.choose(prompt.pictures)]
@@ -647,13 +669,15 @@ def _read_all_images(tower: nn.Module, prompts: Sequence[Prompt], use: ImageUse)
 
 
 def _put_in_front(written: Written, pictures: ReadImages, use: ImageUse) -> Written:
-    """Return the prompt with the tokens of its images in front of it."""
+    """Return the prompt with the placeholder tokens of its images in front of it."""
     total = len(pictures.counts)
-    text = "".join(use.write(number, tokens, total) for number, tokens in enumerate(pictures.counts, 1))
+    inserted = ""
+    for number, num_tokens in enumerate(pictures.counts, start=1):
+        inserted += use.write(number, num_tokens, total)
     return written._replace(
-        text=written.text[: written.start] + text + written.text[written.start :],
-        start=written.start + len(text),
-        end=written.end + len(text),
+        text=written.text[: written.start] + inserted + written.text[written.start :],
+        start=written.start + len(inserted),
+        end=written.end + len(inserted),
         uncounted=sum(pictures.counts),
     )
 
@@ -666,5 +690,6 @@ def _measure_states(checkpoint: Checkpoint, use: LanguageUse) -> int:
     return len(states) * config.dim
 
 
-def _read_tower(checkpoint: Checkpoint, use: LanguageUse) -> Any:  # a `LanguageModel` cannot be hashed
+# takes a `LanguageUse`, because `read_once` caches by the arguments and a `LanguageModel` cannot be hashed
+def _read_tower(checkpoint: Checkpoint, use: LanguageUse) -> Any:
     return read_vision_tower(checkpoint, use.model)

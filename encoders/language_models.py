@@ -1,9 +1,9 @@
 """Load language models as text encoders: files in every layout, networks from the library transformers.
 
-Only the layers before the last hidden state that is read are built and loaded, without the language model
-head. Files have different prefixes, and some also have a vision tower: the prefix is whatever precedes the
-name of the token embeddings. Dimensions come from the tensors; other settings come from a config.json next to
-the file, else from the facts about the released model below.
+Only the layers up to the last hidden state that is used are built and loaded, without the language model
+head. Files have different prefixes, and some also have a vision tower; the prefix is found from the name of
+the token embeddings. Dimensions come from the tensors. Other settings come from a config.json next to the
+file, else from the released models below.
 """
 # Letters: B prompts, L tokens, C width of the model, D width of a head
 
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from checkpoints.dialects import LoadPlan, count, load_planned, loaded_bytes, other_kind, shapes_of
 from checkpoints.encoders import SPIECE_MODEL, find_network, head_width, read_network_config
 from checkpoints.opening import Checkpoint, open_checkpoint, plain_sources
-from encoders.vision_towers import PLACES as TOWER_PLACES
-from encoders.vision_towers import QWEN3_TOWER, QWEN25_TOWER, QWEN35_TOWER, VisionTower
+from encoders.vision_towers import POSITIONS, QWEN3_TOWER, QWEN25_TOWER, QWEN35_TOWER, VisionTower
 from modules.devices import send_ahead
 from modules.errors import CheckpointError, OptionError
 from protocols.family import DitSpec
@@ -32,25 +31,29 @@ from runtime.offload.swap_plan import SwapPlan, host_weights
 logger = logging.getLogger(__name__)
 
 SPEC = DitSpec(block_lists=("layers",))
-WORKING = 3 << 29  # bytes needed in addition to the weights, for prompts of the usual length
-Q_BIAS, Q_NORM = "self_attn.q_proj.bias", "self_attn.q_norm.weight"
+WORKING = 3 << 29  # bytes needed in addition to the weights, for prompts of normal length
 Q_ROWS = "self_attn.q_proj.weight"
-LINEAR = "linear_attn.A_log"  # Qwen3.5 has it: most of its layers are Gated DeltaNets
-FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma has it
-SCALAR = "layer_scalar"  # Gemma 4 has it
-# tensors of a layer that some kinds of models have
+# tensors of a layer by which models are told apart
+Q_BIAS = "self_attn.q_proj.bias"  # Qwen2.5
+Q_NORM = "self_attn.q_norm.weight"  # Qwen3 and Gemma
+FEED_NORM = "pre_feedforward_layernorm.weight"  # Gemma
+SCALAR = "layer_scalar"  # Gemma 4
+LINEAR = "linear_attn.A_log"  # Qwen3.5, most of whose layers are Gated DeltaNets
 _MARKS = (Q_BIAS, Q_NORM, FEED_NORM, SCALAR, LINEAR)
-# position embeddings of Qwen3-VL's vision tower, which tell it from Qwen3: its text layers are the same
-PLACES = f"visual.{TOWER_PLACES}"
+# position embeddings of the vision tower; only they distinguish Qwen3-VL from Qwen3
+TOWER_POSITIONS = f"visual.{POSITIONS}"
+# beginnings of names in other parts of the same model
 _PARTS = (
     "lm_head.", "mtp.", "visual.", "vision_tower.", "vision_model.", "multi_modal_projector.",
     "image_newline", "audio_projector.", "vision_embedder.", "embed_vision.", "embed_audio.",  # Gemma 4's
 )  # fmt: skip
 ALL_STATES: tuple[int, ...] = ()  # the embeddings and the states after each layer, the last one normalized
-# kinds of layers: attention to a window, attention to all previous tokens, recurrent state
-NEAR, FAR, CARRIED = "sliding_attention", "full_attention", "linear_attention"
-# prefixes of tensors outside the text network: other parts of the model, and files stored as bytes such as a
-# tokenizer
+# kinds of layers, as transformers calls them
+NEAR = "sliding_attention"  # local: attention to a window of previous tokens
+FAR = "full_attention"  # global: attention to all previous tokens
+RECURRENT = "linear_attention"
+# prefixes of tensors outside the text network: other parts of the model, and files such as a tokenizer that
+# are stored as bytes
 OTHER_TENSORS = (
     *(f"{prefix}{part}" for prefix in ("", "model.", "language_model.") for part in _PARTS),
     "tokenizer",
@@ -66,32 +69,36 @@ _COMPUTED = ("rotary_emb.inv_freq", "layers.*.rotary_emb.inv_freq")
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """Facts about a released language model that its tensors do not show."""
+    """A released language model: how its files are recognized, and settings that its tensors do not show."""
 
-    what: str  # for messages: "a Llama language model"
+    what: str  # for messages, such as "a Llama language model"
     option: str  # option for its file
     files: str  # names of suitable files, for messages
     classes: str  # classes in transformers, without "Config" and "Model"
     kind: str  # prefix of `model_type` in a config.json
     word_key: str  # key of its vectors in embedding files, as in ComfyUI
     defaults: Mapping[str, float]  # values of keys that a config.json leaves out
-    theta: float  # base of the rotary frequencies, if there is no config.json
-    eps: float  # epsilon of the norms, if there is no config.json
+    theta: float  # base of the rotary frequencies if there is no config.json
+    eps: float  # epsilon of the norms if there is no config.json
     head_width: int = 128  # if there is no config.json and the tensors do not show it
-    marks: tuple[str, ...] = ()  # tensors of `_MARKS` that its layers have, and PLACES if it has that tower
-    rope_types: tuple[str, ...] = ("default",)  # rotary types that equal the default for text
-    # frequencies for time, rows and columns in sixteenths; (): the axes alternate; None: text only
+    # those of `_MARKS` that the first layer with attention has, and TOWER_POSITIONS if its files have them
+    marks: tuple[str, ...] = ()
+    rope_types: tuple[str, ...] = ("default",)  # types of rotary embedding that equal the default for text
+    # how rotary frequencies are shared among time, rows and columns: sixteenths; (): thirds, with alternating
+    # axes; None: the model has text only
     grid_shares: tuple[int, int, int] | tuple[()] | None = None
     tower: VisionTower | None = None  # encodes images in prompts
-    skip_option: str = ""  # option that sets the number of layers after the state
-    settings: Mapping[str, Any] = field(default_factory=dict)  # further keys of the transformers config
-    # returns further keys; arguments: values of config.json ({} if there is none), number of layers to run,
-    # channels of a head, shapes of all tensors by name
+    skip_option: str = ""  # option that sets the number of layers after the state that is used
+    settings: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # further keys of the configuration in transformers
+    # returns further keys; takes the values of config.json ({} if there is none), the number of layers to
+    # run, the channels of a head, and the shapes of all tensors by name
     read_settings: Callable[
         [Mapping[str, Any], int, int, Mapping[str, tuple[int, ...]]], Mapping[str, Any]
     ] = lambda *_: {}
-    config_key: str = ""  # key of config.json in the metadata of its file; "": not there
-    since: str = ""  # first version of transformers with its classes; "": all supported versions
+    config_key: str = ""  # metadata key under which its file may contain a config.json; "": none
+    since: str = ""  # first version of transformers with its classes; "": all supported versions have them
     attention_layer: int = 0  # first layer with attention; its tensors show the number of heads
     rotated_share: float = 1.0  # fraction of a head's channels with rotary embedding
     query_parts: int = 1  # 2: the query projection also has gates of the same size
@@ -152,7 +159,7 @@ QWEN3_VL = LanguageModel(
     defaults={"hidden_size": 4096, "num_attention_heads": 32, "rope_theta": 5e6, "rms_norm_eps": 1e-6},
     theta=5e6,
     eps=1e-6,
-    marks=(Q_NORM, PLACES),
+    marks=(Q_NORM, TOWER_POSITIONS),
     rope_types=("default", "mrope"),
     grid_shares=(6, 5, 5),
     tower=QWEN3_TOWER,
@@ -164,10 +171,11 @@ def _read_delta_layers(
 ) -> Mapping[str, Any]:
     """Return the settings of Gated DeltaNet layers and the kinds of all layers, as transformers names them.
 
-    Raises ValueError if a setting is missing or invalid.
+    Raises:
+        ValueError: If a setting is missing or invalid.
     """
     _ = width  # not used: heads of DeltaNet layers have other widths than those of attention layers
-    delta = "layers.0.linear_attn."
+    delta = "layers.0.linear_attn."  # layer 0 of Qwen3.5 is a DeltaNet layer
     value_heads = shapes[f"{delta}A_log"][0]
     value_width = shapes[f"{delta}norm.weight"][0]
     key_width = config_json.get("linear_key_head_dim", value_width)
@@ -179,7 +187,7 @@ def _read_delta_layers(
         raise ValueError(f"linear_key_head_dim {key_width} for {value_heads} heads of values")
     kinds = []
     for index in range(num_layers):
-        kinds.append(CARRIED if f"layers.{index}.{LINEAR}" in shapes else FAR)
+        kinds.append(RECURRENT if f"layers.{index}.{LINEAR}" in shapes else FAR)
     return {
         "linear_num_value_heads": value_heads,
         "linear_value_head_dim": value_width,
@@ -225,7 +233,7 @@ class LanguageConfig:
     num_kv_heads: int
     head_width: int
     num_layers: int  # layers to run; those after the last state that is read are left out
-    final_norm: bool
+    final_norm: bool  # whether the final norm is applied
     theta: float = LLAMA.theta  # base of the rotary frequencies
     eps: float = LLAMA.eps
     model: LanguageModel = LLAMA
@@ -233,13 +241,13 @@ class LanguageConfig:
     settings: Mapping[str, Any] = field(default_factory=dict)  # from `LanguageModel.read_settings`
 
     @property
-    def further(self) -> str:
-        """Text of `settings` for cache records."""
+    def settings_text(self) -> str:
+        """`settings` as text for cache records, with a comma in front of each."""
         return "".join(f", {name} {value}" for name, value in self.settings.items())
 
 
-class RotaryConstants(NamedTuple):
-    """Settings of a language model that its tensors do not show: frequencies, the norms' epsilon and more."""
+class ConfigConstants(NamedTuple):
+    """Settings of a language model that its tensors do not show."""
 
     theta: float  # base of the rotary frequencies
     eps: float
@@ -261,8 +269,8 @@ def read_language_model(
     Args:
         checkpoint: The opened file.
         model: Kind of model that the file must contain.
-        states: States to use, each as the number of layers before it, ascending, or ALL_STATES. Negative
-            numbers count from the end; -1 is the last state after the final norm.
+        states: States to use in ascending order, or ALL_STATES. The number of a state is the number of layers
+            before it. Negative numbers count from the end; -1 is the last state after the final norm.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         pre_norm: Whether to leave out the final norm even if the last state is -1.
 
@@ -270,7 +278,7 @@ def read_language_model(
         CheckpointError: If the file contains another model or has too few layers.
     """
     path = checkpoint.path
-    layer = f"layers.{model.attention_layer}."
+    layer = f"layers.{model.attention_layer}."  # prefix of a layer with attention
     network = find_network(checkpoint, "embed_tokens.weight", f"{layer}{Q_ROWS}", OTHER_TENSORS)
     if network is None or model.marks != _list_marks(network, checkpoint, layer):
         raise other_kind(checkpoint, model.what, model.option, model.files)
@@ -300,7 +308,7 @@ def read_language_model(
         width = head_width(path, query_rows, config_json, _read_head_width(config_json, model))
     _check_heads(path, width, query_rows=query_rows, key_rows=key_rows, dim=dim, model=model)
     shapes = {name: network.tensors[source.names[0]].shape for name, source in sources.items()}
-    constants = _read_constants(
+    constants = _read_config_constants(
         path,
         config_json,
         model=model,
@@ -327,10 +335,7 @@ def read_language_model(
 
 
 def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ...]:
-    """Return patterns of the file's tensors that are not loaded.
-
-    `all_layers` is the number of layers in the file.
-    """
+    """Return patterns of tensors that are not loaded from a file with `all_layers` layers."""
     names = [*_COMPUTED]
     names += [f"{start}*" for start in OTHER_TENSORS]
     names += [f"layers.{index}.*" for index in range(config.num_layers, all_layers)]
@@ -340,7 +345,7 @@ def _list_unused_names(config: LanguageConfig, all_layers: int) -> tuple[str, ..
 
 
 def _read_head_width(config_json: Mapping[str, Any], model: LanguageModel) -> int:
-    """Return the width of an attention head from config.json, or of the released model if it is missing."""
+    """Return the width of an attention head from config.json, else that of the released model."""
     width = config_json.get("head_dim")
     return width if isinstance(width, int) and width > 0 else model.head_width
 
@@ -349,13 +354,13 @@ def _check_heads(
     path: Path, width: int, query_rows: int, key_rows: int, dim: int, model: LanguageModel
 ) -> None:
     """Raise CheckpointError if the rows of queries and keys cannot be divided into heads of this width."""
-    # the width must be even, because rotary frequencies come in pairs
+    # the width must be even, because rotary embedding rotates pairs of channels
     is_uneven = width < 2 or width % 2 or key_rows % width or query_rows % width
     if not is_uneven:
         heads = query_rows // width
         kv_heads = key_rows // width
         is_uneven = dim % (heads or 1) or heads % max(1, kv_heads)
-    # the heads of Qwen2.5-VL together have the width of the model
+    # in Qwen2.5-VL, all heads together have the width of the model
     if is_uneven or (Q_BIAS in model.marks and query_rows != dim):
         raise CheckpointError(
             f"{path}: {query_rows} rows of queries and {key_rows} of keys cannot be divided into heads of "
@@ -386,28 +391,28 @@ def _count_layers_before(state: int, all_layers: int, path: Path, model: Languag
 
 
 def _list_marks(network: Checkpoint, file: Checkpoint, layer: str) -> tuple[str, ...]:
-    """Return the tensors of `_MARKS` that a network has, and PLACES if the file has that vision tower.
+    """Return those of `_MARKS` that a network has, and TOWER_POSITIONS if the file has this tensor.
 
     `layer` is the prefix of the first layer with attention. LINEAR is looked up in layer 0, which has no
-    attention in models with this mark.
+    attention in models with this tensor.
     """
     marks = [mark for mark in _MARKS if f"{layer}{mark}" in network.tensors]
     if f"layers.0.{LINEAR}" in network.tensors:
-        return (*marks, LINEAR)  # the mark is unique, so the vision tower need not be looked up
-    if any(name.endswith(PLACES) for name in file.tensors):
-        marks.append(PLACES)
+        return (*marks, LINEAR)  # only one model has it, so the vision tower need not be looked up
+    if any(name.endswith(TOWER_POSITIONS) for name in file.tensors):
+        marks.append(TOWER_POSITIONS)
     return tuple(marks)
 
 
-def _read_constants(
+def _read_config_constants(
     path: Path,
     config_json: Mapping[str, Any],
     model: LanguageModel,
     num_layers: int,
     width: int,
     shapes: Mapping[str, tuple[int, ...]],
-) -> RotaryConstants:
-    """Read constants that tensors do not show from config.json, with those of the released model as defaults.
+) -> ConfigConstants:
+    """Read settings that tensors do not show from config.json; the released model's are the defaults.
 
     Raises:
         CheckpointError: If config.json is invalid or has scaled frequencies, as in Llama 3.1 and later.
@@ -432,11 +437,11 @@ def _read_constants(
             f"the transformer was trained with does not use. Give {model.files} to {model.option}.",
             path,
         )
-    return RotaryConstants(theta, eps, sections, settings)
+    return ConfigConstants(theta, eps, sections, settings)
 
 
 def _read_sections(rope: Mapping[str, Any], width: int) -> tuple[int, ...]:
-    """Return the numbers of frequencies for time, rows and columns; () if `rope` does not have them."""
+    """Return the numbers of rotary frequencies for time, rows and columns; () if `rope` has none."""
     sections = tuple(map(int, rope.get("mrope_section", ())))
     if sections and (len(sections) != 3 or min(sections) < 1 or 2 * sum(sections) != width):
         raise ValueError(f"mrope_section {list(sections)} for heads of {width} channels")
@@ -451,12 +456,12 @@ def all_states(num_layers: int) -> tuple[int, ...]:
 class HostAngles(nn.Module):
     """Rotary embedding of a transformers model, computed on the CPU in float32 and sent to the device.
 
-    On the device, products may be in TF32, which cannot distinguish positions above 1024.
+    On the device, it might be computed in TF32, which cannot distinguish positions above 1024.
     """
 
     def __init__(self, angles: nn.Module) -> None:
         super().__init__()
-        self._angles = (angles,)  # no submodule: it stays on the CPU
+        self._angles = (angles,)  # in a tuple, so that it is no submodule and stays on the CPU
 
     def forward(self, x: Tensor, position_ids: Tensor, *layers: str) -> tuple[Tensor, ...]:
         """Return cosines and sines of the rotary embedding in the dtype of x, on its device.
@@ -469,7 +474,7 @@ class HostAngles(nn.Module):
 
 
 def build_language_model(config: LanguageConfig) -> nn.Module:
-    """Build the network, a class of transformers, inside of `on_meta_device`; its names have no prefix."""
+    """Build the network, a class of transformers; call this inside `on_meta_device`."""
     import transformers
 
     settings: dict[str, Any] = {
@@ -483,6 +488,7 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
         "rms_norm_eps": config.eps,
         "rope_theta": config.theta,
         "use_cache": False,
+        # the defaults may be larger than the vocabulary of the file
         **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")),
         "attn_implementation": "sdpa",
         **config.model.settings,
@@ -499,13 +505,13 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
             f"{config.model.what} needs transformers {config.model.since} or later, not "
             f"{transformers.__version__}: pip install --upgrade transformers"
         )
-    their_config = getattr(transformers, f"{classes}Config")(**settings)
-    network: Any = getattr(transformers, f"{classes}Model")(their_config)
+    transformers_config = getattr(transformers, f"{classes}Config")(**settings)
+    network: Any = getattr(transformers, f"{classes}Model")(transformers_config)
     if not config.final_norm:
         network.norm = nn.Identity()
-    with torch.device("cpu"):  # frequencies are computed, because no file has them
-        network.rotary_emb = HostAngles(type(network.rotary_emb)(their_config))
-        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma's scale, which no file has
+    with torch.device("cpu"):  # on the meta device, these tensors would have no values, and no file has them
+        network.rotary_emb = HostAngles(type(network.rotary_emb)(transformers_config))
+        if hasattr(network.embed_tokens, "embed_scale"):  # Gemma
             network.embed_tokens.embed_scale = torch.tensor(config.dim**0.5)
     network.spec = SPEC
     built: nn.Module = network
@@ -513,15 +519,16 @@ def build_language_model(config: LanguageConfig) -> nn.Module:
 
 
 def _split_frequencies(config: LanguageConfig) -> list[int]:
-    """Return the numbers of frequencies for time, rows and columns; [] for a text-only model."""
+    """Return the numbers of rotary frequencies for time, rows and columns; [] for a text-only model."""
     if config.model.grid_shares is None:
         return []
     if config.sections:
         return list(config.sections)
     frequencies = int(config.head_width * config.model.rotated_share) // 2
     if not config.model.grid_shares:
-        # thirds; the first axes get the rest
-        return [(frequencies + 2 - axis) // 3 for axis in range(3)]
+        return [
+            (frequencies + 2 - axis) // 3 for axis in range(3)
+        ]  # thirds; the first axes get the remainder
     time_share, row_share, _ = config.model.grid_shares
     times = frequencies * time_share // 16
     rows = frequencies * row_share // 16
@@ -547,12 +554,12 @@ def load_language_model(
         model: Kind of model that the file must contain.
         device: Device to load to.
         dtype: Compute dtype.
-        states: States to use, as `read_language_model` takes them.
+        states: States to use, as in `read_language_model`.
         final_norm: Whether to apply the final norm to the last state even if it is not -1.
         form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form, except
             that fp8 weights are dequantized.
-        room: Free bytes on the device; layers that do not fit stay in host memory, and each is copied to the
-            device before it runs. None means that all fit.
+        room: Free bytes on the device. Layers that do not fit stay in host memory, and each is copied to the
+            device before it runs. None means that all layers fit.
         blocks: Splits the layers over processes; None for all layers here.
         pre_norm: Whether to leave out the final norm even if the last state is -1.
 
@@ -593,13 +600,17 @@ def streamed_layers(
 ) -> tuple[int, int]:
     """Return the number of layers that have to stay in host memory, and the size of one layer in bytes.
 
-    `dtype` and `form` describe the weights on the device. `room` is the number of free bytes on the
-    device; None means enough for all layers.
+    Args:
+        plan: The plan of the language model.
+        dtype: Dtype of weights that are not quantized.
+        form: Module of `checkpoints.stored` that quantizes the projections, or None.
+        room: Free bytes on the device; None means enough for all layers.
     """
 
     def loaded_size(name: str) -> int:
         """Return the bytes of a weight on the device; only projections are quantized."""
-        return loaded_bytes(plan, name, dtype, form if name.endswith("_proj.weight") else None)
+        is_projection = name.endswith("_proj.weight")
+        return loaded_bytes(plan, name, dtype, form if is_projection else None)
 
     config = plan.config
     if room is None or config.num_layers < 2:
@@ -607,5 +618,5 @@ def streamed_layers(
     layer_bytes = sum(loaded_size(name) for name in plan.sources if name.startswith("layers.0."))
     embedding_bytes = config.vocabulary * config.dim * dtype.itemsize
     excess = config.num_layers * layer_bytes + embedding_bytes + WORKING - room
-    streamed = max(math.ceil(excess / layer_bytes), 0)
-    return min(streamed, config.num_layers - 1), layer_bytes
+    num_streamed = max(math.ceil(excess / layer_bytes), 0)
+    return min(num_streamed, config.num_layers - 1), layer_bytes  # one layer must be on the device to run

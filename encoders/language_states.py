@@ -1,4 +1,4 @@
-"""States of language models: run the layers under a causal mask and keep what they give."""
+"""Run the layers of a language model under a causal mask and collect hidden states."""
 # Letters: B prompts, L tokens, C width of the model, n states that are joined
 
 import functools
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from encoders.language_models import CARRIED, FAR, NEAR, all_states
+from encoders.language_models import FAR, NEAR, RECURRENT, all_states
 
 
 def language_states(
@@ -19,7 +19,7 @@ def language_states(
     positions: Tensor | None = None,
     added: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Run the layers and return the states that are used, concatenated: B L nC.
+    """Run the layers and return hidden states, concatenated along channels: B L nC.
 
     States of padding are computed from the real tokens before them, as in the released pipelines.
 
@@ -27,10 +27,10 @@ def language_states(
         network: The language model.
         tokens: Embeddings, B L C.
         mask: 1 for real tokens, B L.
-        states: States that the network was loaded with.
+        states: Numbers of the states to return, as `load_language_model` took them.
         positions: Positions of the tokens in time, rows and columns, 3 B L on the CPU; None for 0, 1, 2, ...
-        added: Image features, each B L C; the nth is added to the output of the nth layer, after the state of
-            that layer was taken.
+        added: Image features, each B L C. The n-th is added to the output of the n-th layer, after the state
+            of that layer was collected (DeepStack).
     """
     layers: Any = network.layers
     states = states or all_states(len(layers))
@@ -42,9 +42,9 @@ def language_states(
     for state in states[len(earlier_states) : -1]:
         append_state = functools.partial(_append_output, earlier_states)
         hooks.append(layers[state - 1].register_forward_hook(append_state))
-    # image features go into the layers that follow; the last state is taken before they are added
+    # the last state is collected before image features are added to it, unless it is the network's output
     changed_layers = layers if states[-1] == -1 else layers[:-1]
-    for layer, addend in zip(changed_layers, added, strict=False):
+    for layer, addend in zip(changed_layers, added, strict=False):  # only the first layers have an addend
         hooks.append(layer.register_forward_hook(functools.partial(_add_to_output, addend)))
     try:
         output = network(
@@ -61,10 +61,10 @@ def language_states(
 
 
 def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
-    """Return the attention masks, B 1 L L (queries by keys), by kind of layer: FAR is global, NEAR is local.
+    """Return the attention masks by kind of layer.
 
-    CARRIED stands for recurrent layers, which take the padding mask itself, or None if all tokens are real.
-    `tokens` is B L C, `mask` is B L.
+    FAR (global) and NEAR (local) layers take masks of queries by keys, B 1 L L. RECURRENT layers take the
+    padding mask B L, or None if all tokens are real. `tokens` is B L C, `mask` is B L.
     """
     length = tokens.shape[1]
     causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
@@ -72,18 +72,24 @@ def _make_attention_masks(config: Any, tokens: Tensor, mask: Tensor) -> dict[str
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ()
     if window is not None and NEAR in kinds:
+        # a token attends to itself and to the `window - 1` tokens before it
         masks[NEAR] = masks[FAR] & torch.ones_like(causal).triu(1 - int(window))
-    if config._attn_implementation == "eager":  # transformers then adds the mask to the scores
+    if config._attn_implementation == "eager":  # this implementation adds the mask to the attention scores
         lowest = torch.finfo(tokens.dtype).min
         for kind, attended in masks.items():
             masks[kind] = tokens.new_zeros(attended.shape).masked_fill(~attended, lowest)
-    if CARRIED not in kinds:
+    if RECURRENT not in kinds:
         return dict(masks)
-    return {**masks, CARRIED: None if bool(mask.all()) else mask.bool()}
+    return {**masks, RECURRENT: None if bool(mask.all()) else mask.bool()}
+
+
+# Forward hooks. In transformers 4, the output of a layer is a tuple that begins with its states
 
 
 def _add_to_output(addend: Tensor, layer: nn.Module, inputs: Any, output: Any) -> Any:
-    return output + addend if isinstance(output, Tensor) else (output[0] + addend, *output[1:])
+    if isinstance(output, Tensor):
+        return output + addend
+    return (output[0] + addend, *output[1:])
 
 
 def _append_output(outputs: list[Tensor], layer: nn.Module, inputs: Any, output: Any) -> None:

@@ -1,6 +1,6 @@
-"""Words that text encoders read as additional rows of their tables of token embeddings.
+"""Textual inversion: words that text encoders read as additional rows of their token embeddings.
 
-A word has a file (an embedding, or a LoRA that brings it along), or its vectors learn.
+The vectors of a word come from a file (an embedding, or a LoRA that contains the word), or are trained.
 """
 # Letters: B captions, L tokens, V vectors of a word, C width
 
@@ -28,42 +28,46 @@ logger = logging.getLogger(__name__)
 
 
 def compile_words(names: Sequence[str]) -> re.Pattern[str]:
-    """Return a pattern that finds words in any case, but not inside of other words; each has its group.
+    """Return a pattern with one group per word, which ignores case and does not match inside other words.
 
-    A word may be marked as in ComfyUI: `embedding:folder/NAME.safetensors`.
+    A word may be written as in ComfyUI: `embedding:folder/NAME.safetensors`.
 
     Args:
-        names: The words; of those that begin alike, the longest first.
+        names: The words; a word must come before its own prefixes.
     """
-    return re.compile("|".join(f"({_marked(name)}|{_alone(name)})" for name in names), re.IGNORECASE)
+    groups = [f"({_comfyui_pattern(name)}|{_word_pattern(name)})" for name in names]
+    return re.compile("|".join(groups), re.IGNORECASE)
 
 
-def _marked(name: str) -> str:
-    return rf"(?<!\w)embedding:\s*(?:[^\s,()\[\]:]*[/\\])?{_alone(name)}(?:\.(?:safetensors|sft|pt|bin)\b)?"
+def _comfyui_pattern(name: str) -> str:
+    folder = r"(?:[^\s,()\[\]:]*[/\\])?"
+    suffix = r"(?:\.(?:safetensors|sft|pt|bin)\b)?"
+    return rf"(?<!\w)embedding:\s*{folder}{_word_pattern(name)}{suffix}"
 
 
-def _alone(name: str) -> str:
-    before = r"(?<!\w)" if re.match(r"\w", name) else ""
-    behind = r"(?!\w)" if re.search(r"\w\Z", name) else ""
-    return before + re.escape(name) + behind
+def _word_pattern(name: str) -> str:
+    # a word that begins or ends with a sign, such as <cat>, may directly follow or precede letters
+    no_letter_before = r"(?<!\w)" if re.match(r"\w", name) else ""
+    no_letter_after = r"(?!\w)" if re.search(r"\w\Z", name) else ""
+    return no_letter_before + re.escape(name) + no_letter_after
 
 
 @dataclass(frozen=True)
 class NewWord:
-    """A new word for a prompt. Alone it means all of its vectors; with a 1, 2, ... appended, a single one."""
+    """A new word for prompts: `cat` stands for all of its vectors, `cat1` for its second vector alone."""
 
     text: str
     count: int = 1  # number of the word's vectors
-    copies: int = 1  # of its vectors in the table, one after the other
+    copies: int = 1  # how many times the vectors are in the table, one copy after the other
     alias: str | None = None  # another name of the word
 
-    def list_ids(self, vocabulary: int) -> dict[str, list[int]]:
-        """Return the token ids of the word and of its single vectors.
+    def list_ids(self, first_id: int) -> dict[str, list[int]]:
+        """Return the token ids of the word and of its single vectors, by name.
 
-        Args:
-            vocabulary: Number of rows of the table without the word.
+        `first_id` is the id of the word's first vector: the number of rows before it.
         """
-        ids = [*range(vocabulary, vocabulary + self.count)]
+        ids = [*range(first_id, first_id + self.count)]
+
         single = {f"{self.text}{index}": [token_id] for index, token_id in enumerate(ids[1:], 1)}
         return {self.text: ids, **single}
 
@@ -73,9 +77,9 @@ class EncoderWord:
     """A word as one text encoder reads it."""
 
     word: NewWord
-    vectors: Tensor | None = None  # V C; None: they learn
+    vectors: Tensor | None = None  # V C; None: they are trained
     source: Path | None = None  # file of the vectors
-    option: str = ""  # that names the file
+    option: str = ""  # option that names the file
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,8 +87,8 @@ class ModelWord:
     """A word for all text encoders of a model."""
 
     text: str
-    count: int = 1  # number of vectors of a word that learns; a file says its own
-    content: "WordContent | None" = None  # what a file of the word holds; None: the word learns
+    count: int = 1  # number of vectors to train; those of a file are counted in it
+    content: "WordContent | None" = None  # content of the word's file; None: the word is trained
     source: Path = field(default_factory=Path)
     option: str = ""
 
@@ -93,7 +97,7 @@ class WordEncoder(TextEncoder, Protocol):
     """A text encoder that can be given vectors of additional words."""
 
     embedding: str  # name of the weight of the token embeddings in the network
-    # names of its vectors in the file of a word: the one that is written, and others that are read
+    # keys of its vectors in embedding files: first the key that is written, then others that are read
     word_keys: tuple[str, ...]
     words: Sequence[EncoderWord]
     learns_word: bool  # gradients flow through the network
@@ -121,32 +125,38 @@ def give_words(encoders: Sequence[TextEncoder], words: Sequence[ModelWord]) -> N
     Raises:
         CheckpointError: If a word's file holds vectors of another model.
     """
-    able = [encoder for encoder in encoders if takes_words(encoder)]
+    word_encoders = [encoder for encoder in encoders if takes_words(encoder)]
     for word in words:
-        vectors = {} if word.content is None else select_vectors(word, able)
-        for encoder in able:
-            rows = vectors.get(encoder.word_keys[0])  # the first key names the encoder, others are aliases
-            if word.content is None:
+        if word.content is None:
+            for encoder in word_encoders:
                 encoder.words = (*encoder.words, EncoderWord(NewWord(word.text, word.count)))
                 encoder.learns_word = True
-            elif rows is not None:
-                new = NewWord(word.text, len(rows))
-                encoder.words = (*encoder.words, EncoderWord(new, rows, word.source, word.option))
+            continue
+        vectors = select_vectors(word, word_encoders)
+        for encoder in word_encoders:
+            rows = vectors.get(encoder.word_keys[0])  # the first key names the encoder, others are aliases
+            if rows is not None:  # a file need not have vectors for all text encoders
+                new_word = NewWord(word.text, len(rows))
+                encoder.words = (*encoder.words, EncoderWord(new_word, rows, word.source, word.option))
 
 
 def select_vectors(word: ModelWord, encoders: Sequence[WordEncoder]) -> dict[str, Tensor]:
-    """Return the vectors of a file, V C each, by the first key of the text encoder that they are for."""
+    """Return the vectors of a word's file, each V C, by the first key of their text encoder.
+
+    Raises:
+        CheckpointError: If the file has no vectors for these encoders, or unequal numbers of vectors.
+    """
     assert word.content is not None
     inner = word.content.get(TABLE)
     tensors = list_tensors(inner if isinstance(inner, Mapping) else word.content)
-    found = {
-        encoder.word_keys[0]: tensors[key]
-        for encoder in encoders
-        for key in reversed(encoder.word_keys)  # so that the key that is written counts before aliases
-        if key in tensors
-    }
-    if not found and len(tensors) == len(encoders) == 1:  # then its name says nothing
-        found = dict.fromkeys(encoders[0].word_keys[:1], next(iter(tensors.values())))
+    found: dict[str, Tensor] = {}
+    for encoder in encoders:
+        key = next((key for key in encoder.word_keys if key in tensors), None)
+        if key is not None:
+            found[encoder.word_keys[0]] = tensors[key]
+    if not found and len(tensors) == len(encoders) == 1:
+        # with one text encoder and one tensor, the name of the tensor does not matter
+        found[encoders[0].word_keys[0]] = next(iter(tensors.values()))
     if not found:
         keys = " and ".join(encoder.word_keys[0] for encoder in encoders)
         raise CheckpointError(
@@ -171,35 +181,35 @@ class GrowingEmbedding(nn.Embedding):
     def __init__(self, table: nn.Embedding, count: int) -> None:
         """Wrap the table's weight. The additional rows are zero until `rows` is set."""
         super().__init__(table.num_embeddings, table.embedding_dim, _weight=table.weight)
-        self.known = table.num_embeddings  # rows of the table itself
+        self.known = table.num_embeddings  # rows of the original table
         self.num_embeddings = self.known + count
         self.count = count
-        self.scale: Tensor | None = getattr(table, "embed_scale", None)  # Gemma multiplies rows by it
-        self.rows: Callable[[], Tensor] = self._make_zeros  # V C
+        self.scale: Tensor | None = getattr(table, "embed_scale", None)  # Gemma multiplies embeddings by it
+        self.rows: Callable[[], Tensor] = self._make_zeros  # returns the additional rows, V C
 
     def _make_zeros(self) -> Tensor:
         return self.weight.new_zeros(self.count, self.embedding_dim)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the embeddings of token ids, B L C."""
-        rows = ids - self.known
-        is_new = rows >= 0
+        new_ids = ids - self.known  # indices into the additional rows; negative for known tokens
+        is_new = new_ids >= 0
         old = super().forward(ids.masked_fill(is_new, 0))
-        new = F.embedding(rows.clamp(min=0), self.rows().to(old))
+        new = F.embedding(new_ids.clamp(min=0), self.rows().to(old))
         embedded = torch.where(is_new[..., None], new, old)
         return embedded if self.scale is None else embedded * self.scale.to(embedded)
 
 
 def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord]) -> dict[str, list[int]]:
-    """Give a network rows for words, in their order, and return the token ids of all their names.
+    """Add rows for words to a network's token embeddings; return the token ids of the words by name.
 
     Args:
         network: The loaded network.
         embedding: Name of the weight of its token embeddings.
-        words: The words: those of files, or one that learns.
+        words: The words in the order of their rows: words from files, or a single word to train.
 
     Raises:
-        CheckpointError: If vectors have another width than the table.
+        CheckpointError: If vectors of a file have another width than the token embeddings.
     """
     parent, _, name = embedding.removesuffix(".weight").rpartition(".")
     module = network.get_submodule(parent)
@@ -214,9 +224,9 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
                 word.source,
             )
     grown = GrowingEmbedding(table, sum(word.word.count for word in words))
-    given = [word.vectors for word in words if word.vectors is not None]
-    if given:
-        grown.rows = partial(torch.cat, given)
+    from_files = [word.vectors for word in words if word.vectors is not None]
+    if from_files:  # otherwise `encoders.inversion` sets the rows
+        grown.rows = partial(torch.cat, from_files)
     setattr(module, name, grown)
     return name_ids([word.word for word in words], grown.known)
 
@@ -224,7 +234,7 @@ def grow_table(network: nn.Module, embedding: str, words: Sequence[EncoderWord])
 def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
     """Return the token ids of words (`cat`) and of their single vectors (`cat1`), by name.
 
-    A name that several have is the word's before it is a vector's, and an alias of a word last.
+    If a name has several meanings, a word takes precedence over a single vector, and that over an alias.
 
     Args:
         words: The words, in the order of their rows.
@@ -232,7 +242,7 @@ def name_ids(words: Sequence[NewWord], vocabulary: int) -> dict[str, list[int]]:
     """
     ids: dict[str, list[int]] = {}
     word_names = {word.text.lower() for word in words}
-    first_id = vocabulary  # of the next word
+    first_id = vocabulary  # first token id of the next word
     for word in words:
         for name, token_ids in word.list_ids(first_id).items():
             is_word = name == word.text

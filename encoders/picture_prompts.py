@@ -26,7 +26,7 @@ from modules.media.reading import read_image, resize_cover, resize_stretched
 from protocols.loading import TensorSource
 
 Shown = TypeVar("Shown")
-MIN_SIDE = 28  # least side in pixels of an image that is shrunk
+MIN_SIDE = 28  # smallest side of a shrunk image, in pixels
 MAX_RATIO = 200  # largest aspect ratio that the released image processor accepts
 
 
@@ -43,20 +43,23 @@ def read_rgb(path: Path, size: Size | None = None) -> Tensor:
 def read_within(path: Path, size: Size | None = None, *, area: int) -> Tensor:
     """Read an image as RGB and shrink it to at most `area` pixels, keeping its aspect ratio (bicubic)."""
     frame = read_rgb(path, size).numpy()
-    sides = frame.shape[1], frame.shape[0]
-    scale = math.sqrt(area / math.prod(sides))
+    height, width = frame.shape[:2]
+    scale = math.sqrt(area / (width * height))
     if scale < 1:
-        width, height = (max(round(side * scale), MIN_SIDE) for side in sides)
-        frame = resize_stretched(frame, (width, height))
+        new_width = max(round(width * scale), MIN_SIDE)
+        new_height = max(round(height * scale), MIN_SIDE)
+        frame = resize_stretched(frame, (new_width, new_height))
     return torch.from_numpy(frame)
 
 
 @dataclass(frozen=True)
 class ImageUse:
-    """Settings of a family for images in prompts."""
+    """How a family puts images into prompts."""
 
-    text: str  # text for each image before the prompt; {number}: from 1, {tokens}: placeholder tokens
-    alone: str = ""  # text for a single image; "": `text`
+    # text for each image, which precedes the prompt; with the fields {number} (from 1) and {tokens}
+    # (placeholder tokens of the image)
+    text: str
+    alone: str = ""  # text if there is a single image; "": `text`
     token: str = "<|image_pad|>"  # placeholder token of images
     # reads an image, at `Prompt.image_size` if that is set: H W 3 uint8; raises MediaError
     read: Callable[[Path, Size | None], Tensor] = read_rgb
@@ -64,11 +67,11 @@ class ImageUse:
     show: Callable[[Tensor], Tensor] = lambda frame: frame[..., :3]
     # returns hashes of `Prompt.frames` for caches, n 32 uint8; None: caches have no hashes
     hash_images: Callable[[Sequence[Tensor]], Tensor] | None = None
-    shown: int | None = None  # number of images to use, from the first; None: all
-    fewest: int = 3136  # least number of pixels; smaller images are enlarged
-    maximum: int = 12845056  # largest number of pixels; larger images are shrunk
+    shown: int | None = None  # number of images that are used, from the first on; None: all
+    fewest: int = 3136  # minimum number of pixels; smaller images are enlarged
+    maximum: int = 12845056  # maximum number of pixels; larger images are shrunk
     between: str = ""  # text between two images
-    always: bool = True  # load the tower with the encoder; False: when a prompt has images
+    always: bool = True  # load the tower together with the encoder; False: once a prompt has images
 
     def choose(self, pictures: Sequence[Shown]) -> Sequence[Shown]:
         """Return the first `shown` images."""
@@ -77,8 +80,10 @@ class ImageUse:
     def write(self, number: int, tokens: int, count: int = 2) -> str:
         """Return the text for an image in a prompt.
 
-        `number` is the number of the image, from 1, `tokens` its number of tokens, and `count` the number of
-        images.
+        Args:
+            number: Number of the image in the prompt, from 1.
+            tokens: Number of its tokens.
+            count: Number of images in the prompt.
         """
         before = self.between if number > 1 else ""
         text = self.alone if self.alone and count == 1 else self.text
@@ -89,8 +94,8 @@ class ImageUse:
 class ReadImages:
     """The images of a prompt as input of the vision tower."""
 
-    patches: Tensor  # P K float32
-    sides: tuple[tuple[int, int], ...] = ()  # rows and columns of tokens of each image
+    patches: Tensor  # of all images, P K float32
+    sides: tuple[tuple[int, int], ...] = ()  # for each image, its rows and columns of tokens
 
     @property
     def counts(self) -> list[int]:
@@ -122,7 +127,7 @@ def read_vision_tower(checkpoint: Checkpoint, model: LanguageModel) -> LoadPlan[
             path,
         )
     prefix = names[0].removesuffix(PATCHES)
-    network = checkpoint.without_prefix(prefix, others=("",))
+    network = checkpoint.without_prefix(prefix, others=("",))  # all other tensors are left out
     sources = plain_sources(network)
     what = f"its vision tower is not that of {tower.name}. Give {model.files} with its config.json."
     wrong = CheckpointError(f"{path}: {what}", path)
@@ -142,12 +147,12 @@ def _read_sizes(
 ) -> dict[str, int]:
     """Return the settings of a tower that its tensors show; raise `wrong` if the shapes do not fit."""
     shape = shapes_of(network, sources, wrong)
-    dim, _, frames, patch, columns = shape(PATCHES, 5)
+    dim, _, frames, patch, patch_width = shape(PATCHES, 5)
     merged_layer, out_layer = tower.merger
-    merged_dim = shape(merged_layer, 2)[1]
+    merged_dim = shape(merged_layer, 2)[1]  # channels of the patches that are merged into a token
     out_dim = shape(out_layer, 2)[0]
-    merge = math.isqrt(merged_dim // dim)
-    if patch != columns or merge < 1 or merge**2 * dim != merged_dim:
+    merge = math.isqrt(merged_dim // dim)  # a token stands for merge x merge patches
+    if patch != patch_width or merge < 1 or merge**2 * dim != merged_dim:
         raise wrong
     return {
         "depth": count(sources, r"blocks\.\d+"),
@@ -161,7 +166,7 @@ def _read_sizes(
 
 
 def build_vision_tower(config: VisionConfig) -> nn.Module:
-    """Build the vision tower, a class of transformers; call this inside of `on_meta_device`."""
+    """Build the vision tower, a class of transformers; call this inside `on_meta_device`."""
     kind = config.tower
     module = importlib.import_module(f"transformers.models.{kind.module}.modeling_{kind.module}")
     config_class, tower_class = kind.classes
@@ -200,8 +205,11 @@ def read_images(
 ) -> ReadImages:
     """Resize images to multiples of a token's size, normalize their colors, and cut them into patches.
 
-    Each of `pictures` is H W 3 uint8 RGB. `colors` overrides mean and standard deviation of the tower
-    (`VisionTower.colors`).
+    Args:
+        tower: The vision tower.
+        pictures: Images, each H W 3 uint8 RGB.
+        use: How the family puts images into prompts.
+        colors: Replaces the mean and standard deviation of the tower (`VisionTower.colors`).
 
     Raises:
         MediaError: If the aspect ratio of an image is above MAX_RATIO.
@@ -222,7 +230,7 @@ def read_images(
                 f"a picture of {width}x{height} is too long and narrow for {use.token}. Crop it."
             )
     tower_colors: Any = tower.colors
-    cut = processor_class(
+    processor = processor_class(
         patch_size=patch,
         temporal_patch_size=frames,
         merge_size=merge,
@@ -230,8 +238,10 @@ def read_images(
         max_pixels=use.maximum,
         **{**tower_colors, **(colors or {})},
     )
-    inputs = cut(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
-    sides = [(int(rows) // merge, int(columns) // merge) for _, rows, columns in inputs["image_grid_thw"]]
+    inputs = processor(images=[Image.fromarray(image.numpy()) for image in pictures], return_tensors="pt")
+    sides = []
+    for _, patch_rows, patch_columns in inputs["image_grid_thw"]:
+        sides.append((int(patch_rows) // merge, int(patch_columns) // merge))
     return ReadImages(inputs["pixel_values"], tuple(sides))
 
 
@@ -252,7 +262,7 @@ class ImageTokens(NamedTuple):
 
     tokens: Tensor  # embeddings, B L C
     places: Tensor | None  # positions, 3 B L int64, or 1 L for all prompts; None: 0, 1, 2, ...
-    added: list[Tensor]  # states to add to the outputs of the first layers, each B L C, 0 for words
+    added: list[Tensor]  # features to add to the outputs of the first layers, each B L C, 0 for text tokens
 
 
 def embed_images(
@@ -267,54 +277,65 @@ def embed_images(
         pictures: Images of each prompt.
         token: Id of the placeholder token.
     """
-    states, deep_states = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
+    features, deep_features = _run_tower(tower, [prompt for prompt in pictures if prompt.sides])
     has_images = torch.tensor([bool(prompt.sides) for prompt in pictures])
-    # a prompt without images has no placeholder: the token is a word that the user typed
+    # in a prompt without images, a placeholder token is text that the user typed
     ids = ids.masked_fill(~has_images[:, None], -1)
-    positions = [
-        place_tokens(row, prompt.sides, token) for row, prompt in zip(ids.tolist(), pictures, strict=True)
-    ]
+    positions = []
+    for row, prompt in zip(ids.tolist(), pictures, strict=True):
+        positions.append(place_tokens(row, prompt.sides, token))
     is_image = (ids == token).to(tokens.device)[..., None]  # B L 1
-    added = [torch.zeros_like(tokens).masked_scatter(is_image, deep.to(tokens)) for deep in deep_states]
+    added = []
+    for deep in deep_features:
+        added.append(torch.zeros_like(tokens).masked_scatter(is_image, deep.to(tokens)))
     return ImageTokens(
-        tokens=tokens.masked_scatter(is_image, states.to(tokens)),
+        tokens=tokens.masked_scatter(is_image, features.to(tokens)),
         places=torch.stack(positions, dim=1),
         added=added,
     )
 
 
 def _run_tower(tower: nn.Module, prompts: Sequence[ReadImages]) -> tuple[Tensor, Sequence[Tensor]]:
-    """Return the features of all image tokens, and those to add after the first layers (DeepStack)."""
+    """Return the features of all image tokens, and features to add after the first layers (DeepStack)."""
     weight = tower.get_parameter(PATCHES)
     merge: int = tower.config.spatial_merge_size  # type: ignore[union-attr,assignment]
-    grids = [(1, rows * merge, columns * merge) for prompt in prompts for rows, columns in prompt.sides]
+    grids = []  # frames, rows and columns of patches of each image
+    for prompt in prompts:
+        for rows, columns in prompt.sides:
+            grids.append((1, rows * merge, columns * merge))
     patches = torch.cat([prompt.patches for prompt in prompts]).to(weight)
     output = tower(patches, grid_thw=torch.tensor(grids, device=weight.device))
     if isinstance(output, tuple):  # transformers 4, a tower with DeepStack
-        states, deep_states = output
-        return states, deep_states or ()
-    # transformers 4: the states alone
-    return getattr(output, "pooler_output", output), getattr(output, "deepstack_features", None) or ()
+        features, deep_features = output
+        return features, deep_features or ()
+    if isinstance(output, Tensor):  # transformers 4, other towers
+        return output, ()
+    return output.pooler_output, getattr(output, "deepstack_features", None) or ()
 
 
 def place_tokens(ids: Sequence[int], sides: Sequence[tuple[int, int]], token: int) -> Tensor:
     """Return the positions of a prompt's tokens in time, rows and columns: 3 L int64.
 
-    Each word advances all three positions by one. The tokens of an image have the same time and form a grid;
-    the next word follows after the longer side of the grid.
+    Each text token advances all three positions by one. The tokens of an image have the same time and form a
+    grid; the next text token follows after the longer side of the grid.
+
+    Args:
+        ids: Token ids, L.
+        sides: For each image, its rows and columns of tokens.
+        token: Id of the placeholder token of images.
     """
-    remaining = list(sides)
+    remaining_sides = list(sides)
     start = 0
     positions: list[Tensor] = []
     for is_image, group in groupby(ids, lambda number: number == token):
-        length = len(list(group))
-        while length and is_image:  # a run of placeholders may stand for several images
-            rows, columns = remaining.pop(0)
-            no_time = torch.zeros(1, dtype=torch.int64)
-            grid = torch.cartesian_prod(no_time, torch.arange(rows), torch.arange(columns))
+        num_tokens = len(list(group))
+        while num_tokens and is_image:  # a run of placeholders may stand for several images
+            rows, columns = remaining_sides.pop(0)
+            same_time = torch.zeros(1, dtype=torch.int64)
+            grid = torch.cartesian_prod(same_time, torch.arange(rows), torch.arange(columns))
             positions.append(grid.T + start)
             start += max(rows, columns)
-            length -= rows * columns
-        positions.append(torch.arange(start, start + length).expand(3, -1))
-        start += length
+            num_tokens -= rows * columns
+        positions.append(torch.arange(start, start + num_tokens).expand(3, -1))
+        start += num_tokens
     return torch.cat(positions, dim=1)

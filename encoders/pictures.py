@@ -1,4 +1,4 @@
-"""Base class of families of image models, helpers for reference images, and preview colors of latents."""
+"""The base class of families of image models, reference images, and preview colors of FLUX's latents."""
 
 import logging
 from abc import abstractmethod
@@ -52,7 +52,7 @@ from protocols.steps import EncodedPrompts, Section
 logger = logging.getLogger(__name__)
 
 GUIDANCE = "guidance"  # key of the embedded guidance in conditions
-# Least squares fit of FLUX latents in model space to colors (R, G, B); the same values as in other tools
+# least-squares fit of colors (R, G, B) to FLUX's latents in model space; the values that other tools use too
 PREVIEW_FACTORS = (
     (-0.0346, 0.0244, 0.0681),
     (0.0034, 0.0210, 0.0687),
@@ -96,7 +96,7 @@ class AutoencoderFiles(TransformerFiles):
 def encode_images(
     media: MediaBatch, device: torch.device, encode: Callable[[Tensor], Tensor]
 ) -> list[list[CacheEntry]]:
-    """Return the cache entries of each image (one), with its references as `latents_control_0`, ...
+    """Return one cache entry for each image, with the latents of its references as `latents_control_0`, ...
 
     `encode` maps pixels, B 1 H W 3 uint8, to latents, B C 1 h w.
     """
@@ -117,7 +117,7 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
     Args:
         batch: The batch.
         channels: Number of latent channels.
-        patch: Number of latent pixels along a side of a token.
+        patch: Side of a token in latent pixels.
         remedy: Command that caches again, for messages.
 
     Raises:
@@ -136,26 +136,27 @@ def references_of(batch: Batch, channels: int, patch: int, remedy: str) -> dict[
 
 
 def references_in(cond: Conditions, device: torch.device) -> list[Tensor]:
-    """Return the latents of the reference images among conditions, in order, on the device."""
+    """Return the latents of the reference images in the conditions, in order, on the device."""
 
-    def number(name: str) -> int:
+    def index_of(name: str) -> int:  # sorted as numbers, because as texts 10 would precede 2
         return int(name.removeprefix(CONTROL).lstrip("_") or 0)
 
-    names = sorted((name for name in cond if name.startswith(CONTROL)), key=number)
+    names = sorted((name for name in cond if name.startswith(CONTROL)), key=index_of)
     values = [cond[name] for name in names]
     return [send(value, device) for value in values if isinstance(value, Tensor)]
 
 
 def read_reference(path: Path, area: int | None, step: int) -> Tensor:
-    """Read a reference image, 1 1 H W 3 uint8, shrink it to at most `area` pixels and crop its center.
+    """Read a reference image, 1 1 H W 3 uint8, and shrink it to at most `area` pixels, unless `area` is None.
 
-    None means that the image is not shrunk. Its sides become multiples of `step`. Source: the released code
-    of FLUX.2.
+    The image is center-cropped so that its sides are multiples of `step`. Source: the released code of
+    FLUX.2.
     """
     from modules.media.reading import fit_frame, read_image
 
     frame = read_image(path)
-    fit = fit_within((frame.shape[1], frame.shape[0]), area, step)
+    height, width = frame.shape[:2]
+    fit = fit_within((width, height), area, step)
     return torch.from_numpy(fit_frame(frame, fit)[None, None].copy())
 
 
@@ -180,7 +181,7 @@ def show_references(prepared: Prepared, size: tuple[int, int] | None = None) -> 
 
 
 def guidance_in(cond: Conditions, device: torch.device) -> Tensor | None:
-    """Return the guidance in the conditions, B float32 on the device; None if it is absent."""
+    """Return the embedded guidance in the conditions, B float32 on the device; None if there is none."""
     guidance = cond.get(GUIDANCE)
     return send_ahead(guidance, device).float() if isinstance(guidance, Tensor) else None
 
@@ -189,7 +190,7 @@ class ModelOfImages(OneTransformer):
     """Base class of families that generate images."""
 
     moments: MomentsRules = NO_MOMENTS
-    to_edit: ClassVar[str] = "remove them"  # remedy for control images that the model does not take
+    to_edit: ClassVar[str] = "remove them"  # advice about control images that the model does not take
     # cached latents are samples of the VAE's posterior; False: its mean
     draws_latents: ClassVar[bool] = True
     # the VAE is a video VAE: it takes pixels of -1..1 instead of bytes, and decodes in chunks
@@ -234,10 +235,10 @@ class ModelOfImages(OneTransformer):
             )
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entries of each image (one).
+        """Return one cache entry for each image.
 
         Latents are posterior samples in float32, seeded by the image's name. If `draws_latents` is False,
-        they are the posterior mean, as are the latents of references.
+        they are the posterior mean, as are the latents of reference images.
         """
         entries = []
         vae = encoders.vae
@@ -255,9 +256,9 @@ class ModelOfImages(OneTransformer):
     # generation
 
     def resolve_image(self, request: Request, flow_shift: float, negative: str = "") -> Prepared:
-        """Fill in defaults of a request for one image, round its size down to whole patches, check files.
+        """Resolve a request for one image: check files, fill in defaults, round its size to whole patches.
 
-        `flow_shift` and `negative` are defaults for the request.
+        `flow_shift` and `negative` (prompt) are the defaults of the model.
         """
         self.files.check()
         request = self.keep_media(request, self.called)
@@ -306,9 +307,9 @@ class ModelOfImages(OneTransformer):
         return SourceRules((IMAGE, LATENTS), self.called, False, self.same_latents)
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode an image, 1 1 H W 3 uint8, in model space, 1 C 1 h w.
+        """Encode an image, 1 1 H W 3 uint8, to latents in model space, 1 C 1 h w.
 
-        `seed` is used if latents are sampled.
+        `seed` is used if latents are samples of the posterior.
         """
         clips = to_pixels(frames) if self.vae_of_clips else byte_clips(frames)
         vae = encoders.vae
@@ -345,7 +346,7 @@ class ModelOfImages(OneTransformer):
 
 
 def _check_references(paths: Sequence[Path], rules: ReferenceRules, who: str) -> None:
-    """Raise OptionError if there are too many reference images or if one is too small; all are readable."""
+    """Raise OptionError if there are too many reference images, or if one is too small."""
     from modules.media.reading import image_size  # only with reference images
 
     option = "--control_image_path (--ci in a prompt line)"

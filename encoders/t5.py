@@ -1,14 +1,14 @@
-"""T5-XXL's text encoder, as the shared loops use it: each prompt gives a fixed number of states.
+"""T5-XXL's text encoder for the shared loops: it turns each prompt into a fixed number of states.
 
-A LoRA goes into the linear layers of `blocks` (168 in T5-XXL): `T5Network.spec` names them. LoRA files have
-Hugging Face's module paths, ours are those of Wan's umT5:
+A LoRA is applied to the linear layers of `blocks` (168 in T5-XXL), which `T5Network.spec` names. LoRA files
+have Hugging Face's module paths; ours are those of Wan's umT5:
 
     blocks.N.attn.q        encoder.block.N.layer.0.SelfAttention.q         (k, v, o likewise)
     blocks.N.ffn.gate.0    encoder.block.N.layer.1.DenseReluDense.wi_0
     blocks.N.ffn.fc1       encoder.block.N.layer.1.DenseReluDense.wi_1
     blocks.N.ffn.fc2       encoder.block.N.layer.1.DenseReluDense.wo
 
-ByT5's tokens are the bytes of a text: it encodes the letters that a picture shows.
+The tokens of ByT5 are the bytes of a text; it encodes the letters that an image shows.
 
     network = load_byt5(path, device, torch.float16)
     ids, mask = byte_rows(texts, 128)
@@ -39,9 +39,9 @@ from protocols.loading import BlockPlace
 # Letters: L tokens of a prompt with its padding, C = width of the model
 
 
-LORA_PREFIX = "lora_te3"  # of names in LoRA files
-MAX_TOKENS = 512  # with the end token, as FLUX.1 dev and Chroma were trained; schnell with 256
-PAD = 0  # the id that rows are padded with
+LORA_PREFIX = "lora_te3"  # prefix of names in LoRA files
+MAX_TOKENS = 512  # including the end token, as FLUX.1 dev and Chroma were trained; schnell with 256
+PAD = 0  # id of the padding token
 
 T5_XXL = T5Kind(
     name="T5",
@@ -55,7 +55,7 @@ T5_FILES = TokenizerFiles(
     names=("tokenizer.json", "spiece.model", "tokenizer.model"),
     folder="",
     repository="google/t5-v1_1-xxl",
-    # diffusers: FLUX.1 has it as its second, Chroma as its only one
+    # in diffusers' releases, it is FLUX.1's second tokenizer, and Chroma's only one
     folders=(
         "t5xxl",
         "t5-v1_1-xxl",
@@ -73,17 +73,14 @@ T5_FILES = TokenizerFiles(
 
 @dataclass(frozen=True)
 class T5Use:
-    """A family's names for its T5: in cache records and conditions. The defaults are FLUX's and Chroma's."""
+    """A family's names for its T5 in cache records and conditions; the defaults are FLUX's and Chroma's."""
 
     name: str = "t5"  # in cache records
     states: str = "t5_out"  # key of the states, L C
     mask: str | None = "t5_attn_mask"  # key of the mask, L int64; None: it is not returned
     kind: T5Kind = T5_XXL
-    # in a release, the first that exists
-    folders: tuple[str, ...] = (
-        "text_encoder_2",
-        "text_encoder",
-    )
+    # folders of the encoder in a release; the first that exists is used
+    folders: tuple[str, ...] = ("text_encoder_2", "text_encoder")
     tokenizer: TokenizerFiles = T5_FILES
 
     @property
@@ -100,13 +97,13 @@ USE = T5Use()
 
 
 class T5TextEncoder(FileTextEncoder[T5Network]):
-    """T5, which gives a fixed number of states per prompt. As in the release, texts are not cleaned."""
+    """T5 with a fixed number of states per prompt. As in the release, texts are not cleaned."""
 
     can = EncoderAbilities(learn=True, divide=True, take_words=True)
     lora_prefix = LORA_PREFIX
     what = "T5"
     embedding = "token_embedding.weight"
-    word_keys = ("t5xxl", "t5")  # as ComfyUI and as OneTrainer have it
+    word_keys = ("t5xxl", "t5")  # in embedding files of ComfyUI and of OneTrainer
     blocks: BlockPlace | None = None  # splits the network over processes
 
     def __init__(
@@ -143,7 +140,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 
     @property
     def identity(self) -> Mapping[str, str]:
-        """Everything besides the text that states depend on: dtype, length, mask and form of the weights."""
+        """Entries of cache records: all that states depend on except the text."""
         return self.identify(
             self.name,
             dtype="of the file" if self.dtype is None else dtype_name(self.dtype),
@@ -153,7 +150,7 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
         )
 
     def load_network(self, device: torch.device) -> T5Network:
-        """Load the network; gradients flow through 8-bit weights too."""
+        """Load the network; its 8-bit weights let gradients through."""
         return load_t5(self.path, device, self.use.kind, dtype=self.dtype, form=self.form, blocks=self.blocks)
 
     def compute(
@@ -181,8 +178,8 @@ class T5TextEncoder(FileTextEncoder[T5Network]):
 # Letters: B texts, L tokens of a text with its padding, C = width of the model
 
 
-PAD, END = 0, 1
-FIRST_BYTE = 3  # the id of byte 0; 2 is for unknown tokens
+END = 1  # id of the end token
+FIRST_BYTE = 3  # id of byte 0; id 2 is for unknown tokens
 BYT5 = T5Kind(
     name="ByT5",
     what="a ByT5 encoder",
@@ -195,7 +192,7 @@ BYT5 = T5Kind(
 def load_byt5(path: Path, device: torch.device, dtype: torch.dtype | None = None) -> T5Network:
     """Load a ByT5 encoder of any size.
 
-    `dtype` is the compute dtype; None means the file's, and bfloat16 for fp8.
+    `dtype` is the compute dtype; None is the dtype of the file, or bfloat16 if the file is in fp8.
 
     Raises:
         CheckpointError: If the file is damaged or holds another model.
@@ -211,7 +208,10 @@ def read_byt5_header(path: Path) -> T5Config:
 def byte_rows(texts: Sequence[str], length: int) -> tuple[Tensor, Tensor]:
     """Return token ids and mask, each B L int64: the bytes of each text, an end token, padding.
 
-    `length` is L; longer texts are cut, and keep the end token.
+    `length` is L; longer texts are cut before the end token.
     """
-    rows = [[FIRST_BYTE + byte for byte in text.encode()][: length - 1] + [END] for text in texts]
+    rows = []
+    for text in texts:
+        ids = [FIRST_BYTE + byte for byte in text.encode()]
+        rows.append([*ids[: length - 1], END])
     return fill_rows(rows, length, PAD)

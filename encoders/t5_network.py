@@ -1,8 +1,7 @@
 """The encoders T5 v1.1 and umT5: turn each prompt into one vector per token.
 
-Module names follow Wan's released umT5, so that file needs no table. Source: Raffel et al. 2020, arXiv
-1910.10683; Shazeer 2020, arXiv
-2002.05202 (the gate); UniMax umT5, arXiv 2304.09151.
+Module names follow Wan's released umT5, whose tensor names need no translation. Source: Raffel et al. 2020,
+arXiv 1910.10683; Shazeer 2020, arXiv 2002.05202 (the gate); UniMax umT5, arXiv 2304.09151.
 """
 
 import logging
@@ -45,21 +44,20 @@ class T5Config:
     ffn_dim: int
     num_heads: int
     num_layers: int
-    num_buckets: int  # of relative positions
-    shares_positions: bool = (
-        False  # all blocks use the table of the first one: T5; else each has its own: umT5
-    )
+    num_buckets: int  # buckets of relative positions
+    # whether all blocks use the position table of the first block (T5) or each has its own (umT5)
+    shares_positions: bool = False
 
 
 @dataclass(frozen=True)
 class T5Kind:
-    """The encoder that a family needs, and its name in messages."""
+    """The kind of encoder that a family needs, and its names in messages."""
 
-    name: str  # "umT5"
-    what: str  # "an umT5 encoder"
-    option: str  # "--t5"
-    release: str  # files that are one
-    has_own_tables: bool  # each block has its table of relative positions: umT5; else only the first: T5
+    name: str  # such as "umT5"
+    what: str  # such as "an umT5 encoder"
+    option: str  # such as "--t5"
+    release: str  # names of suitable files
+    has_own_tables: bool  # whether each block has its own position table (umT5) or only the first (T5)
 
 
 HF_T5: Names = (
@@ -89,33 +87,32 @@ _T5_UNUSED = (SPIECE_MODEL, "decoder.*", "lm_head.weight", "logit_scale")
 
 
 def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
-    """Plan how to load an encoder of a given kind, in 16 or 8 bits.
+    """Plan how to load an encoder of the given kind, in 16 or 8 bits.
 
     Tensors may have Wan's official names (also used by Kijai) or Hugging Face's (ComfyUI, transformers), in a
-    separate or an all-in-one file.
+    file of their own or an all-in-one file.
 
     Raises:
         CheckpointError: If the file holds another model.
     """
     checkpoint = checkpoint.without_prefix(*_T5_PREFIXES, others=_NOT_T5)
-    # only with the official names: in Hugging Face's the same prefix is part of the name
+    # only for official names: in Hugging Face's names, "encoder." is not a prefix but part of the name
     if "encoder.token_embedding.weight" in checkpoint.tensors:
         checkpoint = checkpoint.without_prefix("encoder.", others=_NOT_T5)
-    # transformers stores the embedding twice, as shared and as that of the encoder: one is left out
-    tied = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
+    # transformers may store the same embedding under two names; the second one is not translated, and ignored
+    duplicate = "encoder.embed_tokens.weight" if "shared.weight" in checkpoint.tensors else ""
     sources = rename_sources(
-        plain_sources(checkpoint), lambda name: name if name == tied else translate_name(name, HF_T5)
+        plain_sources(checkpoint),
+        lambda name: name if name == duplicate else translate_name(name, HF_T5),
     )
     layers = count(sources, r"blocks\.\d+", checkpoint.path)
     if "token_embedding.weight" not in sources or "blocks.0.pos_embedding.embedding.weight" not in sources:
         raise other_kind(checkpoint, kind.what, kind.option, kind.release)
     has_own_tables = "blocks.1.pos_embedding.embedding.weight" in sources
     if layers > 1 and has_own_tables != kind.has_own_tables:
-        kind_in_file = (
-            "an umT5 encoder, not a T5: each of its blocks has"
-            if has_own_tables
-            else "a T5 encoder, not an umT5: only its first block has"
-        )
+        kind_in_file = "a T5 encoder, not an umT5: only its first block has"
+        if has_own_tables:
+            kind_in_file = "an umT5 encoder, not a T5: each of its blocks has"
         raise CheckpointError(
             f"{checkpoint.path} is {kind_in_file} a table of relative positions. Give {kind.release} to "
             f"{kind.option}.",
@@ -147,7 +144,7 @@ def read_t5(checkpoint: Checkpoint, kind: T5Kind) -> LoadPlan[T5Config]:
         num_buckets=buckets,
         shares_positions=not kind.has_own_tables,
     )
-    return LoadPlan(config, checkpoint, sources, (*_T5_UNUSED, tied))
+    return LoadPlan(config, checkpoint, sources, (*_T5_UNUSED, duplicate))
 
 
 # Letters: L tokens of all prompts concatenated, n tokens of one, N heads, D head width, C = model width
@@ -159,19 +156,19 @@ MAX_DISTANCE = 128  # all larger relative positions share one bucket
 
 
 def relative_bucket(distance: Tensor, num_buckets: int) -> Tensor:
-    """Return the bucket of each relative position (key minus query), on the host.
+    """Return the bucket of each relative position (key minus query); all tensors are on the CPU.
 
-    Buckets are exact for small distances and logarithmic up to MAX_DISTANCE; each sign has half of the
-    buckets.
+    Each sign has half of the buckets. Small distances have buckets of their own; above that, the width of
+    buckets grows logarithmically up to MAX_DISTANCE.
     """
     half = num_buckets // 2
-    exact = half // 2
+    num_exact = half // 2  # distances with a bucket of their own
     size = distance.abs()
-    # 16, 32 and 64 lie on the edge of a bucket: a float32 logarithm that is off by its last digit, as on some
-    # processors, misses them
-    logarithms = torch.log(size.double().clamp_min(1) / exact).float()
-    far = (exact + (logarithms / math.log(MAX_DISTANCE / exact) * (half - exact)).long()).clamp_max(half - 1)
-    return (distance > 0).long() * half + torch.where(size < exact, size, far)
+    # 16, 32 and 64 lie on the edge of a bucket, which a float32 logarithm misses on some processors
+    logarithms = torch.log(size.double().clamp_min(1) / num_exact).float()
+    fraction = logarithms / math.log(MAX_DISTANCE / num_exact)  # 0 at num_exact, 1 at MAX_DISTANCE
+    far = (num_exact + (fraction * (half - num_exact)).long()).clamp_max(half - 1)
+    return (distance > 0).long() * half + torch.where(size < num_exact, size, far)
 
 
 class T5Norm(nn.Module):
@@ -201,9 +198,12 @@ class T5Attention(nn.Module):
     def forward(self, x: Tensor, bias: Tensor, tokens: "T5Tokens") -> Tensor:
         """Attend within each prompt, to its visible tokens.
 
-        `x` is L C, the tokens of all prompts. `bias` is N n n, for the n tokens of the longest prompt.
+        Args:
+            x: Tokens of all prompts, L C.
+            bias: Position bias, N n n, for the n tokens of the longest prompt.
+            tokens: Lengths of the prompts.
         """
-        # N L D
+        # each N L D
         heads = [
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(0, 1)
             for linear in (self.q, self.k, self.v)
@@ -212,6 +212,7 @@ class T5Attention(nn.Module):
         prompts = zip(*(tensor.split(list(tokens.lengths), dim=1) for tensor in heads), strict=True)
         for (q, k, v), visible in zip(prompts, tokens.visible, strict=True):
             mask = bias[None, :, : q.shape[1], :visible]
+            # T5 does not divide by the square root of the head width
             attended = attend_with_bias(q[None], k[None, :, :visible], v[None, :, :visible], mask, scale=1.0)
             outputs.append(attended[0])
         return self.o(torch.cat(outputs, dim=1).transpose(0, 1).flatten(1))
@@ -219,12 +220,11 @@ class T5Attention(nn.Module):
 
 @dataclass(eq=False)
 class T5Tokens:
-    """Prompts whose tokens follow one another in `Hidden.x`: their lengths, and how much attention sees."""
+    """Lengths of prompts that are concatenated in `Hidden.x`, and the position bias that blocks share."""
 
-    lengths: Sequence[int]  # of the prompts; they sum to L
-    visible: Sequence[int]  # how many tokens of each prompt attention sees, from its first
-    # N n n for the longest prompt, of the last block that has a table: all blocks may share the first one's
-    bias: Tensor | None = None
+    lengths: Sequence[int]  # number of tokens of each prompt; their sum is L
+    visible: Sequence[int]  # number of leading tokens of each prompt that attention sees
+    bias: Tensor | None = None  # N n n for the longest prompt, from the last block with a position table
 
 
 class T5Block(nn.Module):
@@ -247,18 +247,17 @@ class T5Block(nn.Module):
         self.pos_embedding = None if table is None else nn.ModuleDict({"embedding": table})
 
     def forward(self, x: Tensor, tokens: T5Tokens) -> Tensor:
-        """Return the tokens after the block, B L C as the input.
+        """Return the tokens after the block, L C as the input.
 
-        A block with a position table computes the bias of attention; it and the blocks behind it use this
-        bias.
+        A block with a position table computes the bias of attention, which the following blocks use too.
         """
-        if self.pos_embedding is not None:  # the bias of each head, by the relative position of two tokens
+        if self.pos_embedding is not None:
             table = self.pos_embedding["embedding"]
             length = max(tokens.lengths)
             weight = table.get_parameter("weight")
             buckets = relative_bucket(torch.arange(1 - length, length), len(weight))
             by_distance = table(send_ahead(buckets, weight.device)).T  # N 2n-1
-            # query i takes the window that begins at distance -i
+            # the keys of query i are at the distances from -i on: a window of n
             tokens.bias = by_distance.unfold(1, length, 1).flip(1)
         assert tokens.bias is not None
         x = _clamp_float16(x + self.attn(self.norm1(x), tokens.bias, tokens))
@@ -267,7 +266,7 @@ class T5Block(nn.Module):
 
 
 def _clamp_float16(x: Tensor) -> Tensor:
-    """Clamp a float16 residual stream, which overflows in T5. Other dtypes pass unchanged."""
+    """Clamp a float16 residual stream, which may overflow in T5; return other dtypes unchanged."""
     if x.dtype != torch.float16:
         return x
     limit = torch.finfo(torch.float16).max - 1000
@@ -308,10 +307,12 @@ class T5Network(nn.Module):
         return list(self.norm(hidden.x).split(lengths))
 
     def encode_padded(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Return the states B n C of token ids B n, on any device.
+        """Return the states, B n C, of padded prompts.
 
-        `mask` is B n, 1 for tokens, then 0 for padding; padding attends to the tokens, no token to padding.
-        None means padding counts as tokens.
+        Args:
+            ids: Token ids, B n, on any device.
+            mask: B n, 1 for tokens, then 0 for padding. No token attends to padding. None treats padding as
+                tokens.
         """
         visible = None if mask is None else [int(count) for count in mask.sum(dim=1)]
         return torch.stack(self(list(ids), visible))
@@ -325,7 +326,7 @@ def load_t5(
     form: str | None = None,
     blocks: BlockPlace | None = None,
 ) -> T5Network:
-    """Load an encoder of a given kind.
+    """Load an encoder of the given kind.
 
     Args:
         path: File or folder of the model.
@@ -342,7 +343,7 @@ def load_t5(
     with open_checkpoint(path) as checkpoint:
         plan = read_t5(checkpoint, kind)
         stored = plan.checkpoint.tensors[plan.sources["blocks.0.attn.q.weight"].names[0]].dtype
-        # fp8 cannot compute, and few CPUs compute in float16: bfloat16 instead, as the model was trained
+        # bfloat16 (as trained) instead of fp8, which cannot compute, and of float16 on CPUs, which rarely can
         keeps_dtype = stored == torch.float32 or (stored == torch.float16 and device.type != "cpu")
         compute = dtype or (stored if keeps_dtype else torch.bfloat16)
         what = f"the {kind.name} text encoder ({kind.option})"

@@ -1,7 +1,7 @@
-"""Base of text encoders: tokenizers, padded token rows, prompt weights, counting tokens, loading.
+"""The base class of text encoders: tokenizers, padded token rows, prompt weights, counting tokens, loading.
 
-tokenizer.json is read directly, because the tokenizer classes of transformers rebuild some tokenizers with
-different rules.
+A tokenizer.json is read with the library tokenizers, because the tokenizer classes of transformers rebuild
+some tokenizers with different rules.
 """
 
 import contextlib
@@ -37,7 +37,7 @@ from runtime.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
-TOKENS_AT_ONCE = 4096  # limits memory if there are many prompts
+TOKENS_AT_ONCE = 4096  # tokens of a batch of prompts; limits memory
 END = "</s>"  # end token of SentencePiece models
 
 
@@ -47,24 +47,26 @@ class Tokens(NamedTuple):
     ids: list[int]
     places: list[Place]  # character range of each token; None for tokens that the tokenizer adds
 
-    def behind(self, end: float = math.inf) -> int:
-        """Return the number of tokens at the end that `cut` must keep.
-
-        These are the tokens from character `end` on, and the end token.
-        """
-        last_places = itertools.takewhile(
-            lambda place: place is None or place[0] >= end, reversed(self.places)
-        )
-        return sum(1 for _ in last_places)
+    def count_after(self, end: float = math.inf) -> int:
+        """Return the number of tokens from character `end` on, including the end token."""
+        number = 0
+        for place in reversed(self.places):
+            if place is not None and place[0] < end:
+                break
+            number += 1
+        return number
 
     def cut(self, maximum: int, end: float = math.inf) -> "Tokens":
-        """Shorten the text to `maximum` tokens; the tokens at the end that `behind` counts are kept."""
+        """Shorten the text before character `end`, so that `maximum` tokens remain."""
         if len(self.ids) <= maximum:
             return self
-        behind = self.behind(end)
-        last = len(self.ids) - behind
-        first = maximum - behind
-        return Tokens(self.ids[:first] + self.ids[last:], self.places[:first] + self.places[last:])
+        num_after = self.count_after(end)
+        cut_end = len(self.ids) - num_after
+        cut_start = maximum - num_after
+        return Tokens(
+            ids=self.ids[:cut_start] + self.ids[cut_end:],
+            places=self.places[:cut_start] + self.places[cut_end:],
+        )
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class TextTokenizer:
 
 
 class _WordReader:
-    """Tokenize texts with additional words.
+    """Tokenize texts with additional words: the texts between the words separately, then join the tokens.
 
     The space before a word is dropped, because most tokens include the space before them.
     """
@@ -91,64 +93,64 @@ class _WordReader:
         self.read_plain = read
         self.pattern = compile_words(names)
         self.ids = [list(words[name]) for name in names]
-        around = read("a").places  # "a" is any text: counts the tokens that are added before and after it
-        self.begin = sum(1 for _ in itertools.takewhile(_is_added, around))
-        self.end = sum(1 for _ in itertools.takewhile(_is_added, reversed(around)))
+        # tokenize any text, to see which tokens are added before and after it
+        example = read("a")
+        num_before = example.places.index(next(place for place in example.places if place is not None))
+        num_after = example.count_after()
+        self.ids_before = example.ids[:num_before]
+        self.ids_after = example.ids[len(example.ids) - num_after :]
 
     def __call__(self, text: str) -> Tokens:
         """Return the tokens of a text."""
         if not self.pattern.search(text):
             return self.read_plain(text)
-        around = self.read_plain("a")
-        ids = around.ids[: self.begin]
-        places: list[Place] = [None] * self.begin
-        last = 0  # end of the previous word in characters
+        ids = list(self.ids_before)
+        places: list[Place] = [None] * len(self.ids_before)
+        start = 0  # end of the previous word, in characters
         for match in self.pattern.finditer(text):
             assert match.lastindex is not None
-            self._add(ids, places, text[last : match.start()].removesuffix(" "), last)
-            word_ids = self.ids[match.lastindex - 1]
+            self._add(ids, places, text[start : match.start()].removesuffix(" "), start)
+            word_ids = self.ids[match.lastindex - 1]  # each word has its own group in the pattern
             ids += word_ids
             places += [match.span()] * len(word_ids)
-            last = match.end()
-        self._add(ids, places, text[last:], last)
-        ids += around.ids[len(around.ids) - self.end :]
-        return Tokens(ids, [*places, *[None] * self.end])
+            start = match.end()
+        self._add(ids, places, text[start:], start)
+        ids += self.ids_after
+        places += [None] * len(self.ids_after)
+        return Tokens(ids, places)
 
     def _add(self, ids: list[int], places: list[Place], text: str, start: int) -> None:
-        """Add the tokens of the text between two words; `start` is its first character."""
+        """Append the tokens of the text between two words, whose first character is `start`."""
         if not text:
             return
         tokens = self.read_plain(text)
-        inner = slice(self.begin, len(tokens.ids) - self.end)
+        inner = slice(len(self.ids_before), len(tokens.ids) - len(self.ids_after))
         ids += tokens.ids[inner]
         for place in tokens.places[inner]:
             places.append(None if place is None else (place[0] + start, place[1] + start))
 
 
-def _is_added(place: Place) -> bool:
-    """Return whether the tokenizer added this token before or after the text."""
-    return place is None
-
-
 @dataclass(frozen=True)
 class TokenizerSource:
-    """Places to look for an encoder's tokenizer, and the special tokens to put around a text."""
+    """Where to look for an encoder's tokenizer, and which special tokens to put around a text."""
 
     files: TokenizerFiles
-    begin: str = ""  # begin token to add if the tokenizer does not
-    end: str = ""  # end token that the encoder was trained with; warn if a tokenizer.json does not add it
-    adds_own: bool = True  # whether a tokenizer.json adds its special tokens
-    may_be_inside: bool = False  # the checkpoint may contain a SentencePiece model or a tokenizer.json
+    begin: str = ""  # begin token, which is added if the tokenizer does not add it
+    end: str = ""  # end token that the encoder was trained with; a tokenizer.json without it causes a warning
+    adds_own: bool = True  # whether the special tokens of a tokenizer.json are added
+    may_be_inside: bool = (
+        False  # whether the checkpoint may contain a SentencePiece model or a tokenizer.json
+    )
     read_file: Callable[[TokenizerFiles, Path], Tokenizer] = TokenizerFiles.read
 
     def find(self, path: Path | None, checkpoint_path: Path) -> tuple[Path | None, bool]:
         """Return the tokenizer's file, and whether the tokenizer is inside the checkpoint.
 
-        The file is `path` if the option is set, else one next to the checkpoint. The file is None if the
-        tokenizer is inside the checkpoint or has to be downloaded from the hub.
+        The file is `path`, the value of the tokenizer's option; if that is None, it is one near the
+        checkpoint. The file is None if the tokenizer is inside the checkpoint or must be downloaded.
 
         Raises:
-            CheckpointError: If `path` is set and is not a tokenizer.
+            CheckpointError: If `path` is not None and not a tokenizer.
         """
         file = self.files.find(path, checkpoint_path)
         if file is not None or not self.may_be_inside:
@@ -161,8 +163,11 @@ class TokenizerSource:
         file, is_inside = self.find(path, checkpoint_path)
         if is_inside:
             return "inside the checkpoint"
+        identity = self.files.identity(file)
         merges = find_merges(file)
-        return self.files.identity(file) + ("" if merges is None else self.files.identity(merges))
+        if merges is not None:
+            identity += self.files.identity(merges)
+        return identity
 
     def load(
         self, path: Path | None, checkpoint_path: Path, what: str, may_download: bool = True
@@ -170,7 +175,7 @@ class TokenizerSource:
         """Load the tokenizer.
 
         Args:
-            path: Path from the tokenizer's option; None searches the usual places.
+            path: Path from the tokenizer's option; None searches near the checkpoint.
             checkpoint_path: Checkpoint of the encoder.
             what: Name of the encoder, for the log.
             may_download: Whether a missing tokenizer may be downloaded from the hub.
@@ -207,10 +212,10 @@ class TokenizerSource:
         begin = tokenizer.token_to_id(self.begin) if self.begin else None
         with self.files.explain(file):
             empty: list[int] = tokenizer.encode("").ids
-            tokenizer.encode("a b")  # only for its error: a tokenizer that fails for any text fails here
-        first = []  # the begin token, unless the tokenizer adds it
+            tokenizer.encode("a b")  # a tokenizer that fails for every text raises its error here
+        added_begin = []  # the begin token, unless the tokenizer adds it
         if begin is not None and empty[:1] != [begin]:
-            first.append(begin)
+            added_begin.append(begin)
         if self.end and empty[-1:] != [tokenizer.token_to_id(self.end)]:
             logger.warning(
                 "tokenizer %s does not end texts with %s, but the encoder was trained with it", file, self.end
@@ -219,10 +224,10 @@ class TokenizerSource:
         def read(text: str) -> Tokens:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
-            positions: list[Place] = [None] * len(first)
-            for position, is_added in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
-                positions.append(None if is_added else position)
-            return Tokens([*first, *encoded.ids], positions)
+            places: list[Place] = [None] * len(added_begin)
+            for place, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
+                places.append(None if is_special else place)
+            return Tokens([*added_begin, *encoded.ids], places)
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
 
@@ -236,9 +241,9 @@ class TokenizerSource:
             check_sentencepiece(model)
         except (RuntimeError, ValueError, TypeError) as error:
             raise self.files.unreadable(origin, error) from error
-        first = [processor.bos_id()] if self.begin else []
-        last = [processor.eos_id()] if self.end else []
-        if min([0, *first, *last]) < 0:
+        added_begin = [processor.bos_id()] if self.begin else []
+        added_end = [processor.eos_id()] if self.end else []
+        if min([0, *added_begin, *added_end]) < 0:  # an id of -1 means that there is no such token
             missing = f"begin token {self.begin}" if self.begin else f"end token {self.end}"
             raise CheckpointError(
                 f"{origin}: the tokenizer has no {missing}. Give the tokenizer of this encoder to "
@@ -251,12 +256,12 @@ class TokenizerSource:
                 ids: list[int] = processor.encode(text)
                 surfaces = piece_surfaces(processor.encode(text, out_type="serialized_proto"))
             # the pieces cover the text without gaps; only white space at its start may be dropped
-            start_of_text = len(text) - sum(map(len, surfaces))
-            edges = itertools.accumulate(map(len, surfaces), initial=start_of_text)
-            positions: list[Place] = [None] * len(first)
-            positions += itertools.pairwise(edges)
-            positions += [None] * len(last)
-            return Tokens([*first, *ids, *last], positions)
+            lengths = [len(surface) for surface in surfaces]
+            edges = itertools.accumulate(lengths, initial=len(text) - sum(lengths))
+            places: list[Place] = [None] * len(added_begin)
+            places += itertools.pairwise(edges)
+            places += [None] * len(added_end)
+            return Tokens([*added_begin, *ids, *added_end], places)
 
         return TextTokenizer(read, processor.piece_to_id, origin)
 
@@ -268,7 +273,9 @@ def _find_inside(checkpoint: Checkpoint) -> str | None:
 
 def find_merges(file: Path | None) -> Path | None:
     """Return the path of merges.txt next to a vocab.json; None for a tokenizer in a single file."""
-    return file.with_name("merges.txt") if file is not None and file.name == "vocab.json" else None
+    if file is None or file.name != "vocab.json":
+        return None
+    return file.with_name("merges.txt")
 
 
 def fill_rows(
@@ -285,10 +292,13 @@ def fill_rows(
 
 
 def check_ids(rows: Sequence[Sequence[int]], vocabulary: int, path: Path, option: str) -> None:
-    """Raise CheckpointError if a token id has no embedding in the encoder at `path`.
+    """Raise CheckpointError if a token id has no embedding in the encoder.
 
-    `rows` are the token ids of texts, `vocabulary` is the number of embeddings, and `option` is the
-    option of the tokenizer.
+    Args:
+        rows: Token ids of texts.
+        vocabulary: Number of embeddings.
+        path: File of the encoder, for the message.
+        option: Option of the tokenizer, for the message.
     """
     largest = max((max(row, default=0) for row in rows), default=0)
     if largest >= vocabulary:
@@ -319,10 +329,10 @@ class Written(NamedTuple):
 
     text: str  # prompt with template
     prompt: str  # cleaned prompt without template
-    spans: Spans  # weighted parts of the prompt
+    spans: Spans  # weighted parts of `prompt`
     start: int = 0  # first character of the prompt in `text`
-    end: float = math.inf  # characters of `text` from here on are kept if the prompt is too long
-    uncounted: int = 0  # tokens of images, which do not count towards the maximum
+    end: float = math.inf  # first character of `text` that is not cut off if the prompt is too long
+    uncounted: int = 0  # number of image tokens, which do not count towards the maximum
 
 
 class FileTextEncoder(ABC, Generic[Network]):
@@ -340,15 +350,15 @@ class FileTextEncoder(ABC, Generic[Network]):
     maximum: int  # longest prompt in tokens, not counting dropped template tokens
     takes_weights: str = ""  # key of the states that prompt weights multiply; "": weights are not supported
     pads_left: bool = False  # padding is on the left, up to `maximum`
-    logs_cuts: ClassVar[bool] = False  # log each prompt that is too long
+    logs_cuts: ClassVar[bool] = False  # whether each prompt that is too long is logged
     embedding: str = "embed_tokens.weight"  # name of the token embeddings in the network
     # keys of its vectors in embedding files (see `encoders.new_words.WordEncoder`)
     word_keys: tuple[str, ...] = ()
     words: Sequence[EncoderWord] = ()  # additional words (textual inversion)
-    learns_word: bool = False  # an additional word is trained: gradients flow through the network
-    # returns the number of tokens before the prompt, whose states are cut off; None: there are none
+    learns_word: bool = False  # whether an additional word is trained: gradients flow through the network
+    # returns the number of template tokens before the prompt, whose states are dropped; None: there are none
     count_dropped: Callable[[TextTokenizer], int] | None = None
-    # raises CheckpointError, or warns, if the tokenizer belongs to another model
+    # raises CheckpointError or warns if the tokenizer belongs to another model
     check_tokenizer: Callable[[TextTokenizer], None] | None = None
 
     def __init__(self, path: Path, tokenizer: Path | None = None, form: str | None = None) -> None:
@@ -356,7 +366,7 @@ class FileTextEncoder(ABC, Generic[Network]):
 
         Args:
             path: File or folder of the model.
-            tokenizer: Path from the tokenizer's option; None searches the usual places.
+            tokenizer: Path from the tokenizer's option; None searches near the model.
             form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """
         self.path = path
@@ -372,7 +382,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     @property
     @abstractmethod
     def identity(self) -> Mapping[str, str]:
-        """Entries of cache records: all that outputs depend on except the text. Reads a few MB.
+        """Entries of cache records: all that outputs depend on except the text. It reads a few MB.
 
         Raises:
             CheckpointError: If the file contains another model.
@@ -383,19 +393,22 @@ class FileTextEncoder(ABC, Generic[Network]):
         """Size in bytes of the states of one token; 0 if unknown."""
         return 0
 
-    def identify(self, name: str, **facts: str | None) -> dict[str, str]:
-        """Return entries for `identity`: fingerprints and all `facts` except None; keys begin with `name`."""
+    def identify(self, name: str, **settings: str | None) -> dict[str, str]:
+        """Return the entries of `identity`: fingerprints of the files, and all settings that are not None.
+
+        Keys begin with `name`.
+        """
         identity = {
             name: fingerprint(self.path),
             f"{name}_tokenizer": self.source.identity(self.tokenizer, self.path),
         }
-        for fact, value in facts.items():
+        for setting, value in settings.items():
             if value is not None:
-                identity[f"{name}_{fact}"] = value
+                identity[f"{name}_{setting}"] = value
         return identity
 
     def write(self, prompt: Prompt) -> Written:
-        """Return the prompt in the template; here the prompt alone."""
+        """Return the prompt in the template; by default, there is no template."""
         return Written(prompt.text, prompt.text, prompt.spans)
 
     def token_counter(self) -> CountTokens:
@@ -419,13 +432,13 @@ class FileTextEncoder(ABC, Generic[Network]):
             except CaptionError:  # reported when the text is encoded, and by --check
                 return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
-            num_behind = tokens.behind(written.end)
+            num_after = tokens.count_after(written.end)
             # a cut never drops the template and the end token after the prompt
-            droppable = tokens.places[: len(tokens.places) - num_behind]
+            droppable = tokens.places[: len(tokens.places) - num_after]
             ends = [0 if place is None else place[1] - written.start for place in droppable]
             length = len(written.prompt)
-            max_kept = dropped + self.maximum - num_behind
-            characters = kept_characters(ends, max_kept, length)
+            max_droppable = dropped + self.maximum - num_after  # how many of these tokens are read
+            characters = kept_characters(ends, max_droppable, length)
             counted = max(len(tokens.ids) - dropped, 0)
             stored = min(counted, self.maximum) if self.variable_length else self.maximum
             return TokenCount(
@@ -443,7 +456,7 @@ class FileTextEncoder(ABC, Generic[Network]):
         self._loaded.load(device, self._read, move_network)
 
     def _read(self, device: torch.device) -> tuple[Network, TextTokenizer]:
-        # first, so that a bad tokenizer is reported before gigabytes are read
+        # the tokenizer is loaded first, so that an error in it is reported before gigabytes are read
         tokenizer = self.source.load(self.tokenizer, self.path, self.what)
         if self.check_tokenizer is not None:
             self.check_tokenizer(tokenizer)
@@ -461,8 +474,8 @@ class FileTextEncoder(ABC, Generic[Network]):
         """
         with quiet():  # the tokenizer is logged when the encoder is loaded
             tokenizer = self.source.load(self.tokenizer, self.path, self.what, may_download=False)
-        # most tokens of words begin with a space
-        tokens = tokenizer.read(f" {text.strip()}")
+        tokens = tokenizer.read(f" {text.strip()}")  # inside a text, most tokens begin with a space
+        # without the tokens that the tokenizer adds, which have no place in the text
         return [number for number, place in zip(tokens.ids, tokens.places, strict=True) if place is not None]
 
     @abstractmethod
@@ -475,7 +488,11 @@ class FileTextEncoder(ABC, Generic[Network]):
     ) -> list[Conditions]:
         """Return the conditions of each prompt, on the CPU.
 
-        `rows` are the token ids of each prompt; the states of the first `dropped` tokens are left out.
+        Args:
+            network: The loaded network.
+            tokenizer: The loaded tokenizer.
+            rows: Token ids of each prompt.
+            dropped: Number of template tokens at the start of each row whose states are left out.
         """
 
     def encode(self, prompts: Sequence[Prompt]) -> list[Conditions]:
@@ -493,7 +510,7 @@ class FileTextEncoder(ABC, Generic[Network]):
     ) -> list[Conditions]:
         """Encode prompts that are already in the template.
 
-        `compute` is `self.compute`, possibly with additional arguments bound.
+        `compute` is `self.compute`, possibly as a partial with further arguments.
         """
         if not written:
             return []
@@ -536,11 +553,12 @@ class FileTextEncoder(ABC, Generic[Network]):
 
     def weigh(self, conditions: Conditions, weights: Sequence[float]) -> Conditions:
         """Multiply the states of a prompt's tokens by their weights."""
-        if self.pads_left:
+        if self.pads_left:  # padding before the prompt has weight 1
             weights = [1.0] * (self.maximum - len(weights)) + [*weights]
         states: Any = conditions[self.takes_weights]
         if isinstance(states, Tensor):
             return {**conditions, self.takes_weights: weigh_rows(states, weights)}
+        # states of variable length are in a list
         return {**conditions, self.takes_weights: [weigh_rows(rows, weights) for rows in states]}
 
     def free(self) -> None:
@@ -550,8 +568,12 @@ class FileTextEncoder(ABC, Generic[Network]):
 
 def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
     """Return the weight of each token; `places` has the character range of each token in the text."""
-    prompt_characters = range(written.start, written.start + len(written.prompt))
-    # tokens of the template have weight 1
-    prompt_places = [place if place and place[0] in prompt_characters else None for place in places]
-    spans = [(first + written.start, last + written.start, weight) for first, last, weight in written.spans]
+    start = written.start
+    prompt_characters = range(start, start + len(written.prompt))
+    prompt_places: list[Place] = []
+    for place in places:
+        is_of_prompt = place is not None and place[0] in prompt_characters
+        prompt_places.append(place if is_of_prompt else None)  # tokens of the template have weight 1
+    # positions in the prompt -> positions in the text
+    spans = [(first + start, last + start, weight) for first, last, weight in written.spans]
     return token_weights(written.text, prompt_places, spans)

@@ -1,10 +1,13 @@
-"""What encoders of pixels share: overlapping pieces joined by linear ramps, and draws from the posterior.
+"""Tiled encoding and decoding: overlapping tiles joined by linear ramps; and samples of the posterior.
 
-There are two ways to cut. `compute_in_tiles` and `compute_in_spans` cut and fade as the released VAE of
-HunyuanVideo does (`enable_tiling`): a tile begins every three quarters of a tile, however short that leaves
-the last one. In the overlap a tile fades in over the one above it, then over the one to its left. `tiles`
-cuts an axis into equal pieces, whose weights sum to 1. Sizes count units, latent frames or latent pixels,
-which input and output share; each unit is a number of frames or pixels.
+There are two ways to tile:
+- `compute_in_tiles` and `compute_in_spans` tile as the released VAE of HunyuanVideo does (`enable_tiling`). A
+  tile begins every three quarters of a tile, even if the last one is very short. In the overlap, a tile fades
+  in over the tile above it, then over the tile to its left.
+- `tiles` cuts an axis into tiles of equal size, and their weighted results are added.
+
+Sizes are in units that input and output share: latent frames or latent pixels. A unit is a number of frames
+or pixels in the input, and another number in the output.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,23 +24,19 @@ from modules.seeds import derive_seed
 
 @dataclass(frozen=True)
 class Cut:
-    """How an axis is cut into overlapping pieces.
+    """How an axis is cut into overlapping tiles."""
 
-    A piece has `size` units, and one begins every `stride` units. `unit_in` and `unit_out` are the pixels of
-    a unit in input and output.
-    """
-
-    size: int
-    unit_in: int
-    unit_out: int
+    size: int  # units of a tile
+    unit_in: int  # frames or pixels of a unit in the input
+    unit_out: int  # and in the output
 
     @property
     def stride(self) -> int:
-        """Distance between the starts of neighboring pieces; a quarter of each piece overlaps the next."""
+        """Distance between the starts of neighboring tiles; a quarter of a tile overlaps the next one."""
         return int(self.size * 0.75)
 
     def pick(self, start: int) -> slice:
-        """Return the input's slice of the piece that begins at a unit."""
+        """Return the slice of the input for the tile that begins at the unit `start`."""
         return slice(start * self.unit_in, (start + self.size) * self.unit_in)
 
 
@@ -48,9 +47,9 @@ def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device
     """
     height = x.shape[-2] // cut.unit_in
     width = x.shape[-1] // cut.unit_in
-    inside = cut.stride * cut.unit_out  # side of the part of a tile that later tiles do not overlap
-    out = torch.empty(0)
-    above: dict[int, Tensor] = {}  # by left edge: this tile's first rows as the tile above computed them
+    step = cut.stride * cut.unit_out  # distance between tiles in the output; the rest of a tile overlaps
+    out = torch.empty(0)  # allocated once the first tile shows its channels
+    above: dict[int, Tensor] = {}  # left edge -> this tile's first rows as the tile above computed them
     for top in range(0, height, cut.stride):
         on_left = torch.empty(0)  # this tile's first columns as the tile to its left computed them
         for left in range(0, width, cut.stride):
@@ -59,46 +58,47 @@ def compute_in_tiles(compute: Compute, x: Tensor, cut: Cut, device: torch.device
                 _fade_in(tile, above[left], -2)
             if left:
                 _fade_in(tile, on_left, -1)
-            above[left] = tile[..., inside:, :].clone()
-            on_left = tile[..., inside:].clone()
+            above[left] = tile[..., step:, :].clone()
+            on_left = tile[..., step:].clone()
             if not top and not left:
                 shape = (*tile.shape[:-2], height * cut.unit_out, width * cut.unit_out)
                 out = torch.empty(shape, device=device)
-            tile = tile[..., :inside, :inside]
+            tile = tile[..., :step, :step]
             remaining = out[..., top * cut.unit_out :, left * cut.unit_out :]
             remaining[..., : tile.shape[-2], : tile.shape[-1]] = tile
-            del tile  # free it before the next one is computed
+            del tile  # freed before the next one is computed
     return out
 
 
 def compute_in_spans(compute: Compute, x: Tensor, cut: Cut) -> Iterator[Tensor]:
-    """Apply `compute` to x, B C F H W, span by span of frames.
+    """Apply `compute` to x, B C F H W, in spans of frames.
 
-    Yields B C' F' H' W' in order and without overlaps. A span begins with the last frame of the units before
-    it, because a clip begins with a single frame; the result for that frame is dropped.
+    Yields B C' F' H' W' in order and without overlaps. Causal video VAEs treat the first frame of a clip as a
+    unit of its own. So each later span begins with the frame before it, whose result is dropped.
     """
-    units = (x.shape[2] - 1) // cut.unit_in  # without the first frame
-    shared = torch.empty(0)  # the end of the span before, which this span computes again
-    for start in range(0, units, cut.stride):
+    num_units = (x.shape[2] - 1) // cut.unit_in  # without the first frame
+    overlap = torch.empty(0)  # the end of the previous span, which this span computes again
+    for start in range(0, num_units, cut.stride):
         span = compute(x[:, :, start * cut.unit_in : (start + cut.size) * cut.unit_in + 1])
         if start:
             span = span[:, :, 1:]
-            _fade_in(span, shared, 2)
+            _fade_in(span, overlap, 2)
         num_first = 0 if start else 1  # only the first span still has the single first frame
         end = cut.stride * cut.unit_out + num_first
-        shared = span[:, :, end:].clone()
+        overlap = span[:, :, end:].clone()
         yield span[:, :, :end]
-        del span  # free it before the next one is computed
+        del span  # freed before the next one is computed
 
 
-def _fade_in(piece: Tensor, before: Tensor, axis: int) -> None:
-    """Blend the start of `piece` along an axis with the end of `before`, which covers the same region."""
-    length = min(piece.shape[axis], before.shape[axis])
-    head = piece.narrow(axis, 0, length)
-    shape = [1] * piece.ndim
-    shape[axis] = length
-    ramp = (torch.arange(length, device=piece.device) / max(1, length)).view(shape)
-    head.copy_(before.narrow(axis, before.shape[axis] - length, length).lerp(head, ramp))
+def _fade_in(tile: Tensor, previous: Tensor, axis: int) -> None:
+    """Blend the start of `tile` along an axis, in place, with the end of `previous`, which it overlaps."""
+    length = min(tile.shape[axis], previous.shape[axis])
+    tile_start = tile.narrow(axis, 0, length)
+    previous_end = previous.narrow(axis, previous.shape[axis] - length, length)
+    ramp_shape = [1] * tile.ndim
+    ramp_shape[axis] = length
+    ramp = (torch.arange(length, device=tile.device) / max(1, length)).view(ramp_shape)
+    tile_start.copy_(previous_end.lerp(tile_start, ramp))
 
 
 OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbor
@@ -106,12 +106,12 @@ OVERLAP = 4  # a tile shares 1 / OVERLAP of its length with its neighbor
 
 @dataclass(frozen=True)
 class Tile:
-    """One piece of an axis; positions and overlaps in latent pixels, the unit that input and output share."""
+    """One tile of an axis; all fields are in latent pixels, the unit that input and output share."""
 
     start: int
     size: int
-    before: int  # units shared with the previous tile
-    after: int  # with the next tile
+    before: int  # overlap with the previous tile
+    after: int  # overlap with the next tile
 
     def pick(self, unit: int) -> slice:
         """Return the slice of this tile along an axis with `unit` pixels per latent pixel."""
@@ -122,11 +122,12 @@ class Tile:
 
         The weights of overlapping tiles sum to 1.
         """
+        length = self.size * unit
         rise = self.before * unit
         fall = self.after * unit
-        weights = torch.ones(self.size * unit)
+        weights = torch.ones(length)
         weights[:rise] = _make_ramp(rise)
-        weights[self.size * unit - fall :] = _make_ramp(fall).flip(0)
+        weights[length - fall :] = _make_ramp(fall).flip(0)
         return weights
 
 
@@ -135,19 +136,24 @@ def _make_ramp(length: int) -> Tensor:
 
 
 def tiles(size: int, largest: int) -> tuple[Tile, ...]:
-    """Cover `size` with equal tiles of at most `largest`; neighbors share about a quarter of `largest`.
+    """Cover `size` latent pixels with equal tiles of at most `largest`.
 
-    They share at least one latent pixel if a tile has two or more.
+    Neighbors overlap by about a quarter of `largest`, and by at least one latent pixel if a tile has two or
+    more.
     """
     if size <= largest:
-        return (Tile(0, size, 0, 0),)
-    overlap = max(largest // OVERLAP, min(largest - 1, 1))
-    count = ceil((size - overlap) / (largest - overlap))
-    edge = ceil((size + (count - 1) * overlap) / count)
-    starts = [(size - edge) * index // (count - 1) for index in range(count)]
-    between = [first + edge - second for first, second in pairwise(starts)]
-    shared = [0, *between, 0]
-    return tuple(Tile(start, edge, shared[index], shared[index + 1]) for index, start in enumerate(starts))
+        return (Tile(0, size, before=0, after=0),)
+    min_overlap = max(largest // OVERLAP, min(largest - 1, 1))
+    # `count` tiles cover count * length - (count - 1) * overlap
+    count = ceil((size - min_overlap) / (largest - min_overlap))
+    length = ceil((size + (count - 1) * min_overlap) / count)
+    starts = [(size - length) * index // (count - 1) for index in range(count)]
+    # overlap before each tile, and 0 after the last one
+    overlaps = [0, *(first + length - second for first, second in pairwise(starts)), 0]
+    result = []
+    for index, start in enumerate(starts):
+        result.append(Tile(start, length, before=overlaps[index], after=overlaps[index + 1]))
+    return tuple(result)
 
 
 def add_in_tiles(
@@ -157,10 +163,14 @@ def add_in_tiles(
     units: tuple[int, int],
     out: Tensor,
 ) -> None:
-    """Add the weighted results for all tiles of x, B C F H W, to `out`, B C' F' H' W', which starts as zeros.
+    """Compute all tiles of an input and add their weighted results to `out`.
 
-    `compute` returns the frames of a tile in order, in one or several pieces. `cuts` are the tilings of
-    height and width. `units` are the sizes of a latent pixel in pixels of x and of `out`.
+    Args:
+        compute: Returns the frames of a tile in order, in one or several pieces.
+        x: Input, B C F H W.
+        cuts: Tiles of the height and of the width.
+        units: Side of a latent pixel in pixels of `x` and in pixels of `out`.
+        out: Output, B C' F' H' W', filled with zeros.
     """
     unit_in, unit_out = units
     rows, columns = cuts
@@ -185,26 +195,31 @@ def decode_in_tiles(
 ) -> Iterator[Tensor]:
     """Yield pixels, B 3 F H W, in playing order.
 
-    With several tiles, pixels are collected in host memory and yielded after the last tile. `latents` is
-    B Z f h w. `cuts` are the tilings of height and width. `stride` is the size of a latent pixel: frames,
-    height, width.
+    If there are several tiles, all pixels are collected in host memory first.
+
+    Args:
+        decode: Returns the frames of a tile in order, in one or several pieces.
+        latents: B Z f h w.
+        cuts: Tiles of the height and of the width.
+        stride: Size of a latent pixel: frames, height, width.
     """
     if all(len(cut) == 1 for cut in cuts):
         yield from decode(latents)
         return
-    step, side, _ = stride
-    batch, _, frames, height, width = latents.shape
-    pixels = torch.zeros(batch, 3, (frames - 1) * step + 1, height * side, width * side)
+    frames_per_latent, side, _ = stride
+    batch, _, latent_frames, height, width = latents.shape
+    # the first latent frame is a single frame of the clip
+    frame_counts = [1] + [frames_per_latent] * (latent_frames - 1)
+    pixels = torch.zeros(batch, 3, sum(frame_counts), height * side, width * side)
     add_in_tiles(decode, latents, cuts, units=(1, side), out=pixels)
-    yield from pixels.split([1] + [step] * (frames - 1), dim=2)
+    yield from pixels.split(frame_counts, dim=2)
 
 
 def posterior_generator(owner: int | str) -> torch.Generator:
     """Return the generator for the posterior sample of a clip or an image.
 
-    Args:
-        owner: The name of the cached item, or the seed of the generation. So an item's cache does not depend
-            on the other items of a run, and a generation depends only on its seed.
+    `owner` is the name of the cached item, so that its cache does not depend on other items of the run. In
+    generation, it is the seed.
     """
     return torch.Generator().manual_seed(derive_seed("posterior", owner))
 
@@ -222,9 +237,9 @@ def sample_posterior(
     mean, log_variance = moments.chunk(2, dim=1)
     if limits is not None:
         log_variance.clamp_(*limits)
-    # in place: even the latents of a long clip are large
+    # computed in place, because the latents of a long clip are large
     deviation = log_variance.mul_(0.5).exp_()
-    for item, generator in enumerate(generators):
+    for index, generator in enumerate(generators):
         noise = torch.randn(mean.shape[1:], generator=generator, device=generator.device)
-        mean[item] += deviation[item].mul_(noise.to(mean.device))
+        mean[index] += deviation[index].mul_(noise.to(mean.device))
     return mean.contiguous()

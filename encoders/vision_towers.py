@@ -1,4 +1,4 @@
-"""Vision towers of language models as values: their classes in transformers, and settings by their files.
+"""Vision towers of language models: their classes in transformers, and how settings are read from files.
 
 Source: Bai et al. 2025, arXiv 2502.13923 (Qwen2.5-VL), the report of Qwen3-VL, and the released
 configurations.
@@ -11,34 +11,36 @@ from typing import Any
 
 from checkpoints.dialects import count
 
-PATCHES, PLACES = "patch_embed.proj.weight", "pos_embed.weight"
-MAX_SIZE = 1 << 16  # of these in a config.json
-# as released, not to be read from the tensors. Of Qwen2.5-VL:
+PATCHES = "patch_embed.proj.weight"  # name of the patch embedding
+POSITIONS = "pos_embed.weight"  # name of the position embeddings
+MAX_SIZE = 1 << 16  # largest number of heads, windows or layers that is accepted from a config.json
+# settings of the released models, which their tensors do not show. Qwen2.5-VL:
 HEAD_WIDTH = 80
-WINDOW = 112  # pixels that layers attend within
+WINDOW = 112  # side of the windows of local attention, in pixels
 FULL_EVERY = 8  # each eighth layer attends to the whole image
-# of Qwen3-VL: heads, and by the number of layers those whose states reach the language model's first layers
+# Qwen3-VL:
 HEADS = 16
+# number of layers -> the layers whose features are added to the language model's first layers (DeepStack)
 DEEP_LAYERS = {24: [5, 11, 17], 27: [8, 16, 24]}
 
-Sizes = Mapping[str, int]  # settings of transformers' configuration
-ConfigJson = Mapping[str, Any]  # a config.json's values, {} if there is none
-Shapes = Mapping[str, tuple[int, ...]]  # of its tensors
+Sizes = Mapping[str, int]  # settings that the tensors show, by name in the configuration of transformers
+ConfigJson = Mapping[str, Any]  # values of config.json; {} if there is none
+Shapes = Mapping[str, tuple[int, ...]]  # shapes of the tensors by name
 
 
 @dataclass(frozen=True)
 class VisionTower:
     """A network that makes tokens for a language model from images, and how its files are recognized."""
 
-    name: str  # of the whole model, for messages
+    name: str  # name of the full model, for messages
     kind: str  # prefix of `model_type` in a config.json
-    module: str  # of transformers
-    classes: tuple[str, str]  # there: its configuration and its network
-    feed: str  # tensor with a row for each number between the layers of a feed-forward
-    merger: tuple[str, str]  # the two of the layers that make tokens of patches
-    # further settings; None: the tensors or the config.json are those of another tower
+    module: str  # module of transformers
+    classes: tuple[str, str]  # classes of the configuration and of the network in this module
+    feed: str  # weight of the first feed-forward layer, whose rows are the intermediate size
+    merger: tuple[str, str]  # weights of the two layers that merge patches into tokens
+    # returns further settings; None if the tensors or the config.json are those of another tower
     read: Callable[[Sizes, ConfigJson, Shapes], Mapping[str, Any] | None]
-    # mean and deviation of the colors, as transformers' image processor calls them; {}: CLIP's
+    # mean and standard deviation of the colors, by argument of transformers' image processor; {}: CLIP's
     colors: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
@@ -46,43 +48,44 @@ def _are_sizes(*values: Any) -> bool:
     return all(type(value) is int and 0 <= value < MAX_SIZE for value in values)
 
 
+def _divides_heads(dim: int, heads: int) -> bool:
+    """Return whether the width can be divided among heads whose channels rotary embedding splits in four."""
+    return heads >= 1 and dim % (4 * heads) == 0
+
+
 def _read_windows(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
-    """Read the sizes of windowed attention (default: Qwen2.5-VL's); None if they do not fit."""
+    """Return the settings of Qwen2.5-VL's windowed attention; None if they do not fit the tensors."""
     dim = sizes["hidden_size"]
-    patch = sizes["patch_size"]
     heads = config_json.get("num_heads", dim // HEAD_WIDTH or 1)
     window = config_json.get("window_size", WINDOW)
     default_full = list(range(FULL_EVERY - 1, sizes["depth"], FULL_EVERY))
     full = config_json.get("fullatt_block_indexes", default_full)
-    if not isinstance(full, list) or not _are_sizes(heads, window, *full) or heads < 1 or dim % (4 * heads):
+    if not isinstance(full, list) or not _are_sizes(heads, window, *full) or not _divides_heads(dim, heads):
         return None
-    if window < patch * sizes["spatial_merge_size"]:
+    token_side = sizes["patch_size"] * sizes["spatial_merge_size"]  # in pixels
+    if window < token_side:
         return None
     return {"num_heads": heads, "window_size": window, "fullatt_block_indexes": full}
 
 
-def _read_deep(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
+def _read_deepstack(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
     """Return Qwen3-VL's settings that tensors do not show; None if config.json contradicts the tensors.
 
-    DeepStack: features of some inner layers are merged too, and added to layers of the language model.
+    With DeepStack, features of some inner layers are merged too, and added to layers of the language model.
     """
-    dim = sizes["hidden_size"]
-    layers = sizes["depth"]
-    num_positions = shapes.get(PLACES, (0,))[0]
-    mergers = count(shapes, r"deepstack_merger_list\.\d+")
+    num_layers = sizes["depth"]
+    num_positions = _count_positions(shapes)
+    num_mergers = count(shapes, r"deepstack_merger_list\.\d+")
     heads = config_json.get("num_heads", HEADS)
-    deep_layers = config_json.get("deepstack_visual_indexes", DEEP_LAYERS.get(layers))
-    if (
-        not isinstance(deep_layers, list)
-        or not _are_sizes(heads, *deep_layers)
-        or heads < 1
-        or dim % (4 * heads)
-    ):
+    deep_layers = config_json.get("deepstack_visual_indexes", DEEP_LAYERS.get(num_layers))
+    if not isinstance(deep_layers, list) or not _are_sizes(heads, *deep_layers):
         return None
-    are_layers = len({*deep_layers} & {*range(layers)}) == len(deep_layers)
-    if not are_layers or len(deep_layers) != mergers:
+    if not _divides_heads(sizes["hidden_size"], heads) or num_positions is None:
         return None
-    if num_positions < 1 or math.isqrt(num_positions) ** 2 != num_positions:
+    are_layers = len({*deep_layers} & {*range(num_layers)}) == len(
+        deep_layers
+    )  # each exists, none is repeated
+    if not are_layers or len(deep_layers) != num_mergers:
         return None
     return {
         "num_heads": heads,
@@ -91,15 +94,22 @@ def _read_deep(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping
     }
 
 
-def _read_plain(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
-    """Return the settings of a tower with one merger, whose states reach no layer of the language model."""
-    places = shapes.get(PLACES, (0,))[0]
+def _read_single_merger(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Mapping[str, Any] | None:
+    """Return the settings of a tower without DeepStack; None if config.json contradicts the tensors."""
+    num_positions = _count_positions(shapes)
     heads = config_json.get("num_heads", HEADS)
-    if not _are_sizes(heads) or heads < 1 or sizes["hidden_size"] % (4 * heads):
+    if not _are_sizes(heads) or not _divides_heads(sizes["hidden_size"], heads):
         return None
-    if count(shapes, r"deepstack_merger_list\.\d+") or places < 1 or math.isqrt(places) ** 2 != places:
+    if count(shapes, r"deepstack_merger_list\.\d+") or num_positions is None:
         return None
-    return {"num_heads": heads, "num_position_embeddings": places}
+    return {"num_heads": heads, "num_position_embeddings": num_positions}
+
+
+def _count_positions(shapes: Shapes) -> int | None:
+    """Return the number of position embeddings; None if they are not a square grid."""
+    num_positions = shapes.get(POSITIONS, (0,))[0]
+    is_square = num_positions > 0 and math.isqrt(num_positions) ** 2 == num_positions
+    return num_positions if is_square else None
 
 
 QWEN25_TOWER = VisionTower(
@@ -118,7 +128,7 @@ QWEN3_TOWER = VisionTower(
     classes=("Qwen3VLVisionConfig", "Qwen3VLVisionModel"),
     feed="blocks.0.mlp.linear_fc1.weight",
     merger=("merger.linear_fc1.weight", "merger.linear_fc2.weight"),
-    read=_read_deep,
+    read=_read_deepstack,
     colors={"image_mean": [0.5] * 3, "image_std": [0.5] * 3},
 )
 QWEN35_TOWER = VisionTower(
@@ -128,6 +138,6 @@ QWEN35_TOWER = VisionTower(
     classes=("Qwen3_5VisionConfig", "Qwen3_5VisionModel"),
     feed="blocks.0.mlp.linear_fc1.weight",
     merger=("merger.linear_fc1.weight", "merger.linear_fc2.weight"),
-    read=_read_plain,
+    read=_read_single_merger,
     colors=QWEN3_TOWER.colors,
 )

@@ -165,7 +165,7 @@ class FluxFullTrainingOptions(OlderSwappingOptions, FluxLearningOptions, title=N
 
 DOUBLE_LAYERS, SINGLE_LAYERS = 4, 0  # default sizes of a new ControlNet
 _COPIES = "a ControlNet is a copy of the transformer's first blocks, and has no such setting. Leave it out"
-# settings of `training.image_options.beside_transformer`
+# settings of `training.image_options.control_net_trainer`
 CONTROL_NET_REJECTED: Mapping[str, str] = {
     "network_dim": _COPIES,
     "network_dropout": _COPIES,

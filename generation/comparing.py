@@ -19,8 +19,7 @@ import torch
 
 from blissful_tuner.metadata import CREATED, as_tags, lora_name
 from checkpoints.model_files import load_latents
-from generation import making
-from generation import network_setup as dressing
+from generation import making, network_setup
 from generation.embedding_marks import with_embeddings
 from generation.experts import plan_turns
 from generation.grid_options import CompareOptions
@@ -99,7 +98,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
     start = time.monotonic()
     device = select_device(options.device)
     options = _resolve_options(family, options, device)
-    loras = dressing.expert_loras(family, options, with_texts=True)
+    loras = network_setup.expert_loras(family, options, with_texts=True)
     family = with_words_of(family, loras)
     family = with_embeddings(family, options.textual_inversion_embeddings or ())
     variants = make_variants(family.experts, loras, comparison.lora_multiplier)
@@ -129,7 +128,7 @@ def compare(family: Family, options: GenerationOptions, comparison: CompareOptio
 def _make_run(family: Family, options: GenerationOptions, device: torch.device) -> GenerationRun:
     """Return the run that generates all clips; its networks are loaded column by column."""
     options, predicted = resolve_options(family, options, device, room_on(device))
-    loader = dressing.dit_loader(family, (), device, options)
+    loader = network_setup.dit_loader(family, (), device, options)
     session = make_session(family, options, loader, keep=False)
     return GenerationRun(family, options, session, predicted)
 
@@ -148,7 +147,7 @@ def _make_columns(
 def _resolve_options(family: Family, options: GenerationOptions, device: torch.device) -> GenerationOptions:
     """Return the options with the settings that a comparison overrides, and prepare the device."""
     if options.optimized:
-        options = dressing.leave_out_missing(family, options, device)
+        options = network_setup.leave_out_missing(family, options, device)
     output = replace(options.output, no_progressive_save=True)
     options = replace(options, output=output)
     if options.request.seed is None:
@@ -227,7 +226,7 @@ def _check(options: GenerationOptions) -> None:
 
 
 def make_variants(
-    experts: Sequence[Expert], uses: dressing.LorasByExpert, strengths: Sequence[float]
+    experts: Sequence[Expert], uses: network_setup.LorasByExpert, strengths: Sequence[float]
 ) -> list[Variant]:
     """Return the columns: one without LoRA, then every file at every strength.
 
@@ -259,17 +258,17 @@ def make_variants(
     return variants
 
 
-def _find_first_path(column: dressing.LorasByExpert) -> Path:
+def _find_first_path(column: network_setup.LorasByExpert) -> Path:
     """Return the file of the first expert that has one in this column."""
     return next(expert_uses[0] for expert_uses in column if expert_uses).lora.path
 
 
-def _hash_files(experts: Sequence[Expert], column: dressing.LorasByExpert) -> dict[str, str]:
+def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) -> dict[str, str]:
     """Return the SHA-256 hashes of a column's files, by their names in metadata."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
         if expert_uses:
-            name = lora_name(dressing.key_of(expert))
+            name = lora_name(network_setup.key_of(expert))
             hashes[f"{name}_sha256_0"] = _hash(expert_uses[0].lora.path)
     return hashes
 
@@ -291,7 +290,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
         line: Number of the prompt line.
     """
     loras = {
-        dressing.key_of(expert): [(use.lora.path.name, use.multiplier) for use in uses]
+        network_setup.key_of(expert): [(use.lora.path.name, use.multiplier) for use in uses]
         for expert, uses in zip(run.family.experts, variant.uses, strict=True)
     }
     metadata = dict(run.metadata(job.prepared, loras) or {})
@@ -414,12 +413,12 @@ def _load_switched_networks(
 def _begin_phase(
     run: GenerationRun,
     ready: Sequence[making.Ready],
-    uses: dressing.LorasByExpert,
+    uses: network_setup.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
     """Return a phase of denoising for these clips, in which networks are loaded with these LoRAs."""
     dits = run.session.dits
-    loader = dressing.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
+    loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader
     dits.load_to_host = loader.load_to_host
     return dits.phase(plan_turns(run.family, [cell.job.prepared for cell in ready]))
@@ -519,7 +518,7 @@ def _command(experts: Sequence[Expert], variant: Variant) -> str:
     """Return the generation script's options that select this column's LoRAs."""
     words: list[str] = []
     for expert, uses in zip(experts, variant.uses, strict=True):
-        weight = dressing.LORA_OPTIONS[dressing.key_of(expert)]
+        weight = network_setup.LORA_OPTIONS[network_setup.key_of(expert)]
         multiplier = weight.replace("weight", "multiplier")
         for use in uses:
             words += [weight, str(use.lora.path), multiplier, f"{use.multiplier:g}"]

@@ -27,7 +27,7 @@ from protocols.families import HIGH_NOISE
 from protocols.family import Family
 from protocols.loading import Placement
 from protocols.rules import Expert
-from runtime.network_setup import dress, swapped_weights
+from runtime.network_setup import set_up_network, swapped_weights
 from runtime.offload.swap_plan import HostWeights
 from runtime.options import GenerationSpeedOptions
 from runtime.run_blocks import stage_files_of
@@ -122,7 +122,9 @@ class DitLoader:
             from networks.gated_loras import add_stage_loras  # only with LoRAs of stages
 
             add_stage_loras(dit, is_compiled=speed.compilation.choice is not None)
-        dress(dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks)
+        set_up_network(
+            dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks
+        )
         if speed.joined.on.finish:
             finish_network(dit, speed, self.device)
         return dit

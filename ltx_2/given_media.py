@@ -33,7 +33,7 @@ from modules.options import override_options
 from protocols.data import AudioSpec, Conditions, Joint, LatentSpec
 from protocols.requests import Prepared, Request, check_frames, check_opens, count_frames_up_to
 from protocols.rules import ReferenceRules
-from protocols.steps import WHOLE, GivenTokens, HeldLatents, Section, clean_share
+from protocols.steps import WHOLE, GivenTokens, HeldLatents, Section, clean_fraction
 
 logger = logging.getLogger(__name__)
 # names of conditions: clean latents, and the share of each latent that is kept, as in `GivenTokens`
@@ -419,4 +419,4 @@ def _spread(clean: Any, shares: Any, start: Tensor) -> tuple[Tensor, Tensor]:
     """Return clean latents and shares, 0..1, in the shape of a stream's start; zeros if nothing is given."""
     if not isinstance(clean, Tensor):
         return torch.zeros_like(start), torch.zeros_like(start)
-    return clean.to(start.device), clean_share(shares, start).expand_as(start)
+    return clean.to(start.device), clean_fraction(shares, start).expand_as(start)

@@ -19,7 +19,7 @@ from modules.media.pixels import image_pixels
 from protocols.data import Conditions, Joint
 from protocols.family import NoiseSource
 from protocols.requests import Prepared, check_opens
-from protocols.steps import GivenTokens, HeldLatents, Section, clean_share
+from protocols.steps import GivenTokens, HeldLatents, Section, clean_fraction
 
 # names of conditions: clean latents 1 C K H W, their frame indices in the video 1 K int64, and how much of
 # each is kept, as in `GivenTokens`, 1 K int16
@@ -84,7 +84,7 @@ def append_keyframes(
     assert isinstance(shares, Tensor)
     clean = clean.to(start.device)
     shares = shares[:, None, :, None, None].expand(1, 1, *clean.shape[2:])
-    kept = clean_share(shares, clean).expand_as(clean)
+    kept = clean_fraction(shares, clean).expand_as(clean)
     levels = level * (1 - kept)
     noisy = (1 - levels) * clean + levels * noise.draw(clean.shape).to(clean.device)
 
@@ -142,7 +142,7 @@ def append_learned(
     _, _, count, rows, columns = keyframes.shape
     shares = torch.tensor(given.keyframe_shares, dtype=torch.int16).view(1, 1, count, 1, 1)
     if given.keyframe_noise is not None:
-        levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - clean_share(shares, keyframes))
+        levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - clean_fraction(shares, keyframes))
         noise = given.keyframe_noise.to(keyframes.device)
         keyframes = ((1 - levels) * keyframes + levels * noise).to(image.dtype)
     shares = shares.expand(-1, -1, -1, rows, columns)

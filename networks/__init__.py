@@ -10,6 +10,7 @@ baking: plain LoRAs from networks of other kinds
 block_numbers: ranks and rates by numbers of a model's blocks
 convert: LoRA files in another dialect; join, split experts
 check_lora_weights: command: print the size of a LoRA's weights
+convert_anima_lora_to_comfy: command: Anima LoRAs to ComfyUI's names, or back
 convert_flux_lora: command: FLUX.1 LoRAs between sd-scripts' and diffusers' names
 convert_hunyuan_image_lora_to_comfy: command: HunyuanImage-2.1 LoRAs to ComfyUI's names, or back
 convert_z_image_lora_to_comfy: command: Z-Image LoRAs to ComfyUI's names, or back

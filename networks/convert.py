@@ -53,7 +53,9 @@ from networks.writing import (
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
 logger = getLogger(__name__)
-FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(module_names.family_named, ("flux", "hunyuan_image", "z_image"))
+ANIMA, FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(
+    module_names.family_named, ("anima", "flux", "hunyuan_image", "z_image")
+)
 DIALECTS = ("sd-scripts", "ai-toolkit")
 # kinds that --bake converts to plain LoRAs: products without the model, DoRA with it
 _BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
@@ -148,7 +150,7 @@ class FluxConvertOptions(Options, must_give=True):
 
 
 class ComfyConvertOptions(Options):
-    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py`, and more for Z-Image's."""
+    """Options of `networks/convert_hunyuan_image_lora_to_comfy.py` and Anima's, and more for Z-Image's."""
 
     src_path: Path = option("LoRA file to read", positional=True, place="there")
     dst_path: Path = option(
@@ -240,6 +242,12 @@ def convert_flux(options: FluxConvertOptions) -> None:
     assert options.dst_path is not None
     target = "diffusers" if options.dst == "ai-toolkit" else "default"
     convert_file(options.src_path, options.dst_path, target, FLUX.name)
+
+
+def convert_anima(options: ComfyConvertOptions) -> None:
+    """Convert a LoRA of Anima to ComfyUI's names, or back. Raises the errors of `convert_file`."""
+    target = "default" if options.reverse else "other"
+    convert_file(options.src_path, options.dst_path, target, ANIMA.name)
 
 
 def convert_hunyuan_image(options: ComfyConvertOptions) -> None:

@@ -8,7 +8,7 @@ from types import TracebackType
 from modules.text_files import real_path
 from project.options import ON_END
 from training.reports.drawing import wait_for_page
-from training.reports.history import Story, history_path, read_history, read_session
+from training.reports.history import RunHistory, history_path, read_history, read_session
 from training.run_end import EndedRun, start_command
 
 logger = logging.getLogger(__name__)
@@ -51,20 +51,20 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
         steps: Total number of steps; None if it is not known.
         began: When the run began, in seconds since 1970. Older files are ignored as those of an earlier run.
     """
-    story = _read_story(output, name, began)
+    run_history = _read_run_history(output, name, began)
     page = wait_for_page(history_path(output, name))
     error = ""
     is_finished = _is_new(output / f"{name}.safetensors", began)
-    if story.ending is not None:
-        text, kind = story.ending
+    if run_history.ending is not None:
+        text, kind = run_history.ending
         is_finished = kind == "good"
         error = text if kind == "bad" else ""
-    if steps is None and story.start is not None:
-        steps = story.start.total_steps
+    if steps is None and run_history.start is not None:
+        steps = run_history.start.total_steps
     return EndedRun(
         folder=real_path(output),
         name=name,
-        step=max(story.loss, default=0),
+        step=max(run_history.loss, default=0),
         steps=steps,
         is_finished=is_finished,
         page=None if page is None else real_path(page),
@@ -72,17 +72,17 @@ def describe_run(output: Path, name: str, steps: int | None, began: float) -> En
     )
 
 
-def _read_story(output: Path, name: str, began: float) -> Story:
+def _read_run_history(output: Path, name: str, began: float) -> RunHistory:
     """Return the history of a training; an empty one if the training has not written any."""
     path = history_path(output, name)
     session = read_session(path)
     if session is None or not _is_new(path, began):
-        return Story()
+        return RunHistory()
     try:
         return read_history(path, session)
     except OSError as error:
         logger.debug("%s cannot be read: %s", path, error)
-        return Story()
+        return RunHistory()
 
 
 def _is_new(path: Path, began: float) -> bool:

@@ -423,7 +423,9 @@ class Abilities:
     make_network: bool = False  # the family is a `protocols.family_networks.MakesNetwork`
     inpaint: bool = False  # the family is an `Inpaints` of the training feature for inpainting
     fit_captions: bool = False  # the family is a `FitsCaptions`
-    tell_nodes: bool = False  # it has `comfy_model`, see `TellsNodes` in training/features/workflow_nodes.py
+    tell_nodes: bool = (
+        False  # it has `comfy_model`, see `HasComfyNodes` in training/features/workflow_nodes.py
+    )
 
 
 class Described(Protocol):

@@ -106,7 +106,7 @@ class GivenTokens:
         return replace(self, **moved)
 
 
-def clean_share(given: Tensor, like: Tensor) -> Tensor:
+def clean_fraction(given: Tensor, like: Tensor) -> Tensor:
     """Return shares of `GivenTokens` as 0..1, float32, on the device of another tensor."""
     return send_ahead(given, like.device).float() / WHOLE
 

@@ -41,7 +41,7 @@ def swapped_weights(
     return host_weights(plan, device, all_weights=all_weights)
 
 
-def dress(
+def set_up_network(
     dit: nn.Module,
     spec: DitSpec,
     device: torch.device,

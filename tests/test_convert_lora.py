@@ -13,7 +13,7 @@ import convert_lora
 import merge_lora
 from frame_pack.files import load_dit as load_framepack
 from modules.errors import CheckpointError, OptionError
-from networks import convert_z_image_lora_to_comfy
+from networks import convert_anima_lora_to_comfy, convert_z_image_lora_to_comfy
 from networks.apply import LoraPatch
 from networks.loading import LoraUse, read_lora
 from networks.metadata import model_hashes, save_network
@@ -335,3 +335,17 @@ def test_a_loha_of_text_encoders_and_convolutions_does_not_become_an_empty_file(
         convert(tmp_path / "x.safetensors", tmp_path / "y.safetensors", "diffusers", "--family", "sdxl")
 
     assert not (tmp_path / "y.safetensors").exists()
+
+
+def test_a_lora_of_anima_goes_to_comfyui_and_back(tmp_path: Path) -> None:
+    name = "lora_unet_blocks_0_self_attn_q_proj"
+    tensors = {f"{name}.lora_down.weight": torch.ones(2, 4), f"{name}.lora_up.weight": torch.ones(4, 2)}
+    tensors[f"{name}.alpha"] = torch.tensor(2.0)
+    save_file(tensors, tmp_path / "x.safetensors", {"ss_base_model_version": "anima"})
+    places = [str(tmp_path / f"{name}.safetensors") for name in ("x", "comfy", "back")]
+
+    convert_anima_lora_to_comfy.main(places[:2])
+    convert_anima_lora_to_comfy.main(["--reverse", *places[1:]])
+
+    assert all(name.startswith("diffusion_model.blocks.0.self_attn.q_proj.") for name in load_file(places[1]))
+    assert load_file(places[2]).keys() == tensors.keys()

@@ -117,8 +117,8 @@ FLOORS = {
     ),
     "data_tools": (
         {"folders"},
-        {"captions", "cogvideox", "controls", "cutting", "masks", "report"},
-        {"folder_dataset"},
+        {"captions", "cogvideox", "controls", "cutting", "masks", "report", "smaller_images"},
+        {"face_crops", "folder_dataset"},
         {"metadata", "tags"},
         {"bucket_latents", "cleaning", "folder_captions"},
     ),
@@ -212,7 +212,7 @@ _LIGHT = {
         "names/layouts",
     ),
     "postprocessing": ("chain_options",),
-    "training/reports": ("shown_numbers",),
+    "training/reports": ("metric_charts",),
     "runtime/ways": ("cfg_parallel", "composing", "context_parallel", "contract", "shard_base"),
     "training/features": (
         "adapter",
@@ -258,17 +258,24 @@ SCRIPTS = sorted(
 # scripts in a room, with the rights of those at the root
 _TOOLS = {
     "tools": (
-        *("cache_on_ray", "caption_dataset", "compare", "control_pictures", "convert_cache"),
-        *("dataset_report", "doctor"),
+        *("cache_on_ray", "canny", "caption_dataset", "compare", "control_pictures", "convert_cache"),
+        *("dataset_report", "detect_face_rotate", "doctor"),
         *("download", "lora_post_hoc_ema", "prepare_dataset", "quantise", "run_browser", "share_page"),
-        *("mask", "pack", "recipe", "score", "split_video", "tag", "unpack"),
+        *("mask", "merge_models", "pack", "recipe", "resize_images_to_resolution", "score"),
+        *("show_metadata", "split_video", "tag", "unpack"),
     ),
     "blissful_tuner": (
         *("GIMMVFI", "facefix", "metaview", "model_utility", "upscaler", "video_to_png", "yolo_blur"),
     ),
     "networks": (
         *("convert_flux_lora", "convert_hunyuan_image_lora_to_comfy", "convert_z_image_lora_to_comfy"),
-        *("extract_lora_from_models", "flux_extract_lora", "flux_merge_lora", "resize_lora"),
+        *(
+            "convert_anima_lora_to_comfy",
+            "extract_lora_from_models",
+            "flux_extract_lora",
+            "flux_merge_lora",
+            "resize_lora",
+        ),
         *("check_lora_weights", "merge_lora", "sdxl_merge_lora", "svd_merge_lora"),
     ),
     "finetune": (

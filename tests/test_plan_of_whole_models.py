@@ -15,7 +15,7 @@ from tests.manifests import tensor_list, write_hollow
 from training.experts import placement_of
 from training.learning_options import FullDitOptions
 from training.options import TrainingOptions, read_arguments, training_parser
-from training.planning.rehearsal import dress_trainable
+from training.planning.rehearsal import set_up_trainable
 
 GIB = 2**30
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "whole_models.md"
@@ -99,7 +99,7 @@ def test_the_plan_counts_what_the_page_says(name: str, column: int, tmp_path: Pa
     dit = family.load_dit(placement_of(options, torch.device("meta"), None))
 
     with dry.dry_run() as ledger:
-        rehearsal = dress_trainable(family, options, dit, ledger=ledger)
+        rehearsal = set_up_trainable(family, options, dit, ledger=ledger)
         moments = rehearsal.measure_step()
         moment = moments.get("optimizer step", ledger.moment)
         counted = sum(moment.get(part, 0) for part in (dry.WEIGHTS, dry.OPTIMIZER, dry.GRADIENTS))

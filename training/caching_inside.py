@@ -63,10 +63,10 @@ logger = logging.getLogger(__name__)
 SENT_AT_ONCE = 64  # cache entries per exchange between processes: a copy of all would double the memory
 
 
-class Where(Enum):
+class TensorLocation(Enum):
     """Where the latents, or the texts, of a table's items come from."""
 
-    OWN = "in the caches that the table names"
+    CACHE = "in the caches that the table names"
     NPZ = "in npz files next to the pictures"
     MEMORY = "in host memory"
     LIVE = "encoded at each step"
@@ -74,7 +74,7 @@ class Where(Enum):
     @property
     def is_made(self) -> bool:
         """Whether the training command itself makes these tensors: as npz files or in memory."""
-        return self in {Where.NPZ, Where.MEMORY}
+        return self in {TensorLocation.NPZ, TensorLocation.MEMORY}
 
 
 @dataclass(frozen=True)
@@ -82,18 +82,21 @@ class TablePlan:
     """Where the latents and the texts of a table come from."""
 
     table: DatasetTable
-    latents: Where
-    texts: Where
+    latents: TensorLocation
+    texts: TensorLocation
 
     @property
     def is_own(self) -> bool:
         """Whether latents and texts come from ordinary cache files, which need no store."""
-        return self.latents is self.texts is Where.OWN
+        return self.latents is self.texts is TensorLocation.CACHE
 
     @property
     def can_be_planned(self) -> bool:
         """Whether --plan can count the items from files: nothing is encoded live or kept in memory."""
-        return self.latents in {Where.OWN, Where.NPZ} and self.texts is not Where.MEMORY
+        return (
+            self.latents in {TensorLocation.CACHE, TensorLocation.NPZ}
+            and self.texts is not TensorLocation.MEMORY
+        )
 
 
 def prepare_sources(
@@ -215,7 +218,7 @@ def plan_tables(
         OptionError: If npz files are requested but the family has none.
     """
     if NO_DATASET in needs:
-        return [TablePlan(table, Where.MEMORY, Where.MEMORY) for table in config.datasets]
+        return [TablePlan(table, TensorLocation.MEMORY, TensorLocation.MEMORY) for table in config.datasets]
     to_disk_by_name = {
         "latents": options is not None and options.cache_latents_to_disk,
         "text_encoder_outputs": options is not None and options.cache_text_encoder_outputs_to_disk,
@@ -223,15 +226,17 @@ def plan_tables(
     for name, to_disk in to_disk_by_name.items():
         if to_disk and family.latent.npz is None:
             raise OptionError(f"--cache_{name}_to_disk: this model has no npz files; leave out _to_disk")
-    texts = Where.LIVE if live and family.text_keys.issubset(live) else Where.OWN
-    if texts is Where.OWN and options is not None and options.caches_texts:
-        texts = Where.NPZ if options.cache_text_encoder_outputs_to_disk else Where.MEMORY
+    texts = TensorLocation.LIVE if live and family.text_keys.issubset(live) else TensorLocation.CACHE
+    if texts is TensorLocation.CACHE and options is not None and options.caches_texts:
+        texts = TensorLocation.NPZ if options.cache_text_encoder_outputs_to_disk else TensorLocation.MEMORY
     if LIVE_MEDIA in needs:  # the feature that needs it has already rejected --cache_latents
-        return [TablePlan(table, Where.LIVE, texts) for table in config.datasets]
+        return [TablePlan(table, TensorLocation.LIVE, texts) for table in config.datasets]
     return [TablePlan(table, _place_latents(family, table, options), texts) for table in config.datasets]
 
 
-def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOptions | None) -> Where:
+def _place_latents(
+    family: Caches, table: DatasetTable, options: CachingInRunOptions | None
+) -> TensorLocation:
     """Return where the latents of a table come from."""
     if table.augmentation.varying_keys:
         if options is not None and options.caches_latents:
@@ -239,15 +244,15 @@ def _place_latents(family: Caches, table: DatasetTable, options: CachingInRunOpt
                 f"{table.name}: color_aug, random_crop and face_crop_aug_range change images each time, so "
                 "their latents cannot be cached: leave out these keys, or --cache_latents"
             )
-        return Where.LIVE
+        return TensorLocation.LIVE
     if options is None:
-        return Where.OWN
+        return TensorLocation.CACHE
     if options.caches_latents:
-        return Where.NPZ if options.cache_latents_to_disk else Where.MEMORY
+        return TensorLocation.NPZ if options.cache_latents_to_disk else TensorLocation.MEMORY
     # without any option, existing caches are used; if there are none, latents are encoded into memory
     names = open_store(table, npz_names(family)).names()
     has_own = any(parse_latent_name(name, family.cache_tag, table.kind) is not None for name in names)
-    return Where.OWN if has_own else Where.MEMORY
+    return TensorLocation.CACHE if has_own else TensorLocation.MEMORY
 
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
@@ -262,12 +267,12 @@ def stores_for_plan(plan: TablePlan, names: NpzNames) -> StorePair:
     """Return the stores that hold the latents and the texts of a table."""
     table = plan.table
 
-    def open_planned(where: Where) -> CacheStore:
-        if where is Where.OWN:
+    def open_planned(where: TensorLocation) -> CacheStore:
+        if where is TensorLocation.CACHE:
             return open_store(table, names)
-        if where is Where.NPZ:
+        if where is TensorLocation.NPZ:
             return open_shared(table, names, "npz", table.picture_folder)
-        return MemoryStore(table.cache_directory)  # with `Where.LIVE` it stays empty
+        return MemoryStore(table.cache_directory)  # with `TensorLocation.LIVE` it stays empty
 
     return StorePair(latents=open_planned(plan.latents), texts=open_planned(plan.texts))
 
@@ -288,7 +293,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
     full = DatasetConfig(plans[0].table.config_path, tuple(plan.table for plan in plans))
     folders = TableFolders(full)
     for plan in plans:
-        is_live = plan.latents is Where.LIVE
+        is_live = plan.latents is TensorLocation.LIVE
         if not (is_live or needs_captions):
             continue
         config = DatasetConfig(plan.table.config_path, (plan.table,))
@@ -303,7 +308,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
         live_tables[plan.table.index] = ItemKind(
             tag,
             frozenset(),
-            has_text=plan.texts is not Where.LIVE,
+            has_text=plan.texts is not TensorLocation.LIVE,
             sizes=sizes,
             sources=by_stem,
         )

@@ -102,7 +102,7 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
     entries, all_prepared = parse_requests(session.family, source.text, source.path)
     earlier: dict[int, Sample] = {}
     requests: dict[int, Prepared] = {}
-    for number in source.numbers_of(len(entries)):
+    for number in source.prompt_indices(len(entries)):
         unchanged = [sample for sample in sampler.samples if sample.entry == entries[number]]
         if unchanged:
             earlier[number] = replace(unchanged[0], index=number)

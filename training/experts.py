@@ -24,7 +24,7 @@ from protocols.families import HIGH_NOISE
 from protocols.family import DitSpec, Family, knows_few_steps
 from protocols.loading import BlockPlace, Placement
 from protocols.rules import ONE_EXPERT, Expert
-from runtime import network_setup as dressing
+from runtime import network_setup
 from runtime.offload.swap_plan import HostWeights
 from runtime.offload.turns import HostCopy
 from training.data.timesteps import levels_reached
@@ -133,7 +133,7 @@ def check_experts(family: Family, options: TrainingOptions) -> None:
         )
 
 
-def note_experts(
+def log_experts(
     family: Family,
     options: TrainingOptions,
     times: Sequence[TimestepOptions],
@@ -246,7 +246,7 @@ def expert_metadata(
     Args:
         family: The model family.
         options: Options of the run.
-        times: See `note_experts`.
+        times: See `log_experts`.
         part: Name of the expert that the file is for; empty if it is for all trained experts.
     """
     experts = family.experts
@@ -271,7 +271,7 @@ def expert_trained(family: Family, times: Sequence[TimestepOptions]) -> Expert |
 
     Args:
         family: The model family.
-        times: See `note_experts`.
+        times: See `log_experts`.
     """
     experts, default = family.experts, family.defaults.experts
     if len(experts) > 1 or len(default) == 1:
@@ -306,7 +306,7 @@ def placement_of(
     )
 
 
-def dress(
+def set_up_network(
     dit: nn.Module,
     spec: DitSpec,
     loop: LoopOptions,
@@ -330,10 +330,10 @@ def dress(
         blocks: Place that the blocks were loaded into, if they are split over processes.
     """
     on_host = loop.gradient_checkpointing_cpu_offload
-    checkpointing: dressing.Checkpointing | None = None
+    checkpointing: network_setup.Checkpointing | None = None
     if loop.gradient_checkpointing:
-        checkpointing = dressing.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
-    dressing.dress(
+        checkpointing = network_setup.Checkpointing(loop.gradient_checkpointing_keep is not None, on_host)
+    network_setup.set_up_network(
         dit,
         spec,
         device,

@@ -553,7 +553,7 @@ def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
         settings: Fields of `ImageTrainerDefaults` to replace; `refused` is added to the options refused here.
     """
     refused = {**_rejected_by_noise, **_reject_loras(called), **settings.pop("refused", {})}
-    return replace(NOISE_TRAINER, refused=refused, translate=_read_beside, **settings)
+    return replace(NOISE_TRAINER, refused=refused, translate=_read_control_net, **settings)
 
 
 def _reject_loras(called: str) -> dict[str, str]:
@@ -576,7 +576,7 @@ _TOKENS = (
 )
 
 
-def beside_blocks(called: str, defaults: ImageTrainerDefaults) -> ImageTrainerDefaults:
+def block_control_net_trainer(called: str, defaults: ImageTrainerDefaults) -> ImageTrainerDefaults:
     """Return the defaults of a script that trains a control network attached to the blocks of a transformer.
 
     Args:
@@ -590,10 +590,10 @@ def beside_blocks(called: str, defaults: ImageTrainerDefaults) -> ImageTrainerDe
         "network_dropout": "Give it to --lllite_dropout",
     }
     weights = {"network_weights": {"help": "file of a ControlNet-LLLite to start from"}}
-    return replace(beside_transformer(called, defaults, refused), settings=weights)
+    return replace(control_net_trainer(called, defaults, refused), settings=weights)
 
 
-def beside_transformer(
+def control_net_trainer(
     called: str, defaults: ImageTrainerDefaults, refused: Mapping[str, str]
 ) -> ImageTrainerDefaults:
     """Return the defaults of a script that trains a control network next to a transformer.
@@ -612,7 +612,7 @@ def beside_transformer(
     return replace(defaults, refused=reasons, translate=translate)
 
 
-def _read_beside(args: argparse.Namespace) -> None:
+def _read_control_net(args: argparse.Namespace) -> None:
     """Interpret the options of a network alongside the U-Net, whose text encoders are not trained."""
     read_as_known(args)
     args.network_train_unet_only = True

@@ -30,7 +30,7 @@ from runtime.ways.composing import finish_network, make_block_place
 from training import experts
 from training.data.feed import Feed, Randomness
 from training.features.contract import BASE_MODEL, DROPPED_CAPTIONS, EMPTY_PROMPT, REJECTED_ONES
-from training.features.hooks import LearnerBeside, MergedLoras
+from training.features.hooks import AuxiliaryLearner, MergedLoras
 from training.loss import LossRule
 from training.optimizers import stepping
 from training.optimizers.lr_schedule import make_lr_schedule
@@ -74,7 +74,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     """
     accelerator = plan.accelerator
     loading = Loading(plan, swap)
-    encoders = {} if plan.texts is None else plan.texts.taught_networks
+    encoders = {} if plan.texts is None else plan.texts.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
     besides = [make(encoders, plan.progress.seed, True) for make in plan.joined.on.beside]
     continued = None if plan.options.network is None else plan.options.network.network_weights
@@ -85,7 +85,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     for index in range(len(plan.family.experts)):
         network = loading.load(plan.family, index)
         learners.add(network.dit, network.expert)
-        loading.dress(network)
+        loading.set_up_network(network)
         networks.append(network.dit)
     sampled = _load_sampled(loading, learners, networks) if loading.samples_with_others else networks
     trainable = learners.join()
@@ -116,7 +116,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     return model
 
 
-def _check_continued(plan: TrainingPlan, lora: Path, besides: Sequence[LearnerBeside]) -> None:
+def _check_continued(plan: TrainingPlan, lora: Path, besides: Sequence[AuxiliaryLearner]) -> None:
     """Compare the LoRA of --network_weights with the model; warn about its embeddings that get lost."""
     with open_checkpoint(lora) as checkpoint:
         words = {word_of(name) for name in checkpoint.tensors} - {""}
@@ -154,7 +154,7 @@ def _load_sampled(loading: "Loading", learners: "Learners", networks: Sequence[n
             network = loading.load(plan.sampled, index)
             if not uses_trained:
                 learners.add(network.dit, network.expert)
-            loading.dress(network)
+            loading.set_up_network(network)
             network_by_file[file] = network.dit
         sampled.append(network_by_file[file].eval())
     return sampled
@@ -264,7 +264,7 @@ def _make_feed(model: TrainedModel) -> Feed:
 
 
 @dataclass(frozen=True)
-class UndressedNetwork:
+class UnpreparedNetwork:
     """A network that is loaded and frozen, before LoRAs are added and its blocks are prepared to run."""
 
     dit: nn.Module
@@ -295,7 +295,7 @@ class Loading:
         alternates = len(plan.family.experts) > 1 and plan.options.by_expert.offload_inactive_dit
         self.takes_turns = alternates or self.samples_with_others
 
-    def load(self, family: Family, index: int) -> UndressedNetwork:
+    def load(self, family: Family, index: int) -> UnpreparedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
 
         A network to train gets the training dtype. Its trained part is added before `dress`.
@@ -335,7 +335,7 @@ class Loading:
         dit.requires_grad_(False)
         if blocks is not None and plan.splits_model:
             blocks.split(dit)
-        return UndressedNetwork(dit, family, index, expert, host=host, blocks=blocks)
+        return UnpreparedNetwork(dit, family, index, expert, host=host, blocks=blocks)
 
     def _read_merged(
         self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
@@ -354,7 +354,7 @@ class Loading:
             return None, masked
         return LoraPatch(merged, rounding=LoraRounding(loras.rounding)), masked
 
-    def dress(self, network: UndressedNetwork) -> None:
+    def set_up_network(self, network: UnpreparedNetwork) -> None:
         """Add the frozen LoRAs; compile, checkpoint and swap the blocks.
 
         Raises:
@@ -363,7 +363,7 @@ class Loading:
         device = self.plan.accelerator.device
         dit, family = network.dit, network.family
         self._add_frozen_loras(network)
-        self.dress_blocks(network)
+        self.set_up_blocks(network)
         if self.plan.quantization is not None and device.type == "cpu":
             keep_heap_small()  # else temporary whole weights fragment the heap
         if self.takes_turns:
@@ -371,11 +371,11 @@ class Loading:
         elif network.index + 1 < len(family.experts) and device.type == "cuda":
             _require_room(bytes_on(dit, device), spare_bytes(device))
 
-    def dress_blocks(self, network: UndressedNetwork) -> None:
+    def set_up_blocks(self, network: UnpreparedNetwork) -> None:
         """Compile, checkpoint and swap the blocks of a network; divide its tokens among processes."""
         options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
-        experts.dress(
+        experts.set_up_network(
             dit,
             family.dit,
             options.loop,
@@ -387,7 +387,7 @@ class Loading:
         if options.speed.joined.on.finish:
             finish_network(dit, options.speed, device)
 
-    def _add_frozen_loras(self, network: UndressedNetwork) -> None:
+    def _add_frozen_loras(self, network: UnpreparedNetwork) -> None:
         """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all disabled."""
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert
@@ -396,7 +396,7 @@ class Loading:
         if family is self.plan.family:
             if options.frozen.training_adapter is not None:
                 adapter = experts.read_adapter(options, expert, family.experts)
-            for add in self.plan.joined.on.before_dress:
+            for add in self.plan.joined.on.before_setup:
                 add(network)
         has_samples = (
             options.samples.sample_prompts is not None
@@ -430,7 +430,7 @@ class Learners:
     """Create the trained part of each network in turn, and join them."""
 
     plan: TrainingPlan
-    besides: Sequence[LearnerBeside] = ()  # trained in addition to the network, such as embeddings
+    besides: Sequence[AuxiliaryLearner] = ()  # trained in addition to the network, such as embeddings
     parts: list[Trainable] = field(default_factory=list)
 
     def add(self, dit: nn.Module, expert: Expert) -> None:
@@ -463,7 +463,7 @@ class Learners:
             device=device,
             lora_format=self.plan.lora_format,
             learner=learner,
-            list_beside=self._list_beside if self.besides else dict,
+            list_beside=self._list_auxiliary_tensors if self.besides else dict,
         )
         self.parts.append(trainable)
 
@@ -483,7 +483,7 @@ class Learners:
             )
         return trainable
 
-    def _list_beside(self) -> dict[str, Tensor]:
+    def _list_auxiliary_tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name that are saved in a LoRA's file in addition to the LoRA."""
         return {name: tensor for beside in self.besides for name, tensor in beside.list_in_lora().items()}
 
@@ -529,11 +529,11 @@ def _make_stepping(
     full_dit, split = options.full_dit, trainable.split
     kind = type(optimizer)
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
-    gathers = bool(split) and not stepping.steps_numbers(kind)
+    gathers = bool(split) and not stepping.steps_each_element(kind)
     alone: stepping.ParameterSteps | None = None  # steps each parameter by itself
     offloads = full_dit is not None and full_dit.offloads_states
     if options.is_fused or gathers or is_in_bf16 or offloads:
-        if stepping.steps_alone(kind):
+        if stepping.steps_each_parameter(kind):
             alone = stepping.ParameterSteps(
                 optimizer, trainable.names, plan.progress, split, offloads_states=offloads
             )

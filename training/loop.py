@@ -89,7 +89,7 @@ def train(run: TrainingRun) -> bool:
                     break
         _note(run, run.readings.flush())
         if run.saver is not None:
-            run.reporter.note_pause(SAVING)
+            run.reporter.log_pause(SAVING)
             run.saver.save_final()
     return True
 
@@ -287,9 +287,9 @@ def _accumulate(
             is_void = is_repeat or expert != noisy_batch.expert
             loss, streams = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
             for tally in run.joined.tallies:
-                numbers = tally.take()
-                if numbers is not None and not is_void:
-                    _add_numbers(run, row, tally.names, numbers)
+                metrics = tally.take()
+                if metrics is not None and not is_void:
+                    _add_metrics(run, row, tally.names, metrics)
             if is_void:
                 continue
             row[0] += loss
@@ -377,11 +377,11 @@ def _add_parts(
         row[run.layout.part_counts.start + part] += 1
 
 
-def _add_numbers(run: TrainingRun, row: Tensor, names: Sequence[str], numbers: Tensor) -> None:
+def _add_metrics(run: TrainingRun, row: Tensor, names: Sequence[str], metrics: Tensor) -> None:
     """Add the values that a feature reports for a micro-batch to the row of the step."""
     first = run.layout.parts.index(names[0])
     columns = slice(first, first + len(names))
-    row[run.layout.part_losses][columns] += numbers
+    row[run.layout.part_losses][columns] += metrics
     row[run.layout.part_counts][columns] += 1
 
 
@@ -412,10 +412,10 @@ def _note(run: TrainingRun, step: StepReport | None) -> None:
         gradient_norm=norm,
         norms=None if run.model.trainable.max_norm is None else NormReport.of(step.row[-4:-1]),
         by_part={name: mean for name, mean in means.items() if name in run.parts},
-        numbers={name: mean for name, mean in means.items() if name not in run.parts},
+        metrics={name: mean for name, mean in means.items() if name not in run.parts},
     )
     run.logs.step(report)
-    run.reporter.note_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
+    run.reporter.log_step(report, run.logs.clock.left(report.step, run.steps.total_steps))
 
 
 def _restart_clock(run: TrainingRun) -> None:
@@ -449,7 +449,7 @@ def _after_step(run: TrainingRun, wishes: Wishes) -> None:
         if run.requests.clock is not None:
             run.requests.clock.restart()
         if run.saver is not None:
-            run.reporter.note_pause(SAVING)
+            run.reporter.log_pause(SAVING)
             with run.logs.clock.pause(SAVING):
                 run.saver.save_step(progress.step)
     if wishes.saves:
@@ -491,7 +491,7 @@ def _after_epoch(run: TrainingRun) -> None:
     is_due = _is_due(run.plan.saving.save_every_n_epochs, epoch)
     saves = is_complete and is_due and epoch < run.steps.num_epochs  # the last epoch is the final file
     if saves and run.saver is not None:
-        run.reporter.note_pause(SAVING)
+        run.reporter.log_pause(SAVING)
         with run.logs.clock.pause(SAVING):
             run.saver.save_epoch(epoch)
     if progress.sample_pending:
@@ -508,7 +508,7 @@ def _after_epoch(run: TrainingRun) -> None:
 def _save_for_resuming(run: TrainingRun) -> None:
     """Save a state after Ctrl-C or a request to end."""
     if run.saver is not None:
-        run.reporter.note_pause(SAVING)
+        run.reporter.log_pause(SAVING)
         run.saver.save_step(run.progress.step, with_state=True)
     logger.info(
         "Ended after step %d of %d; continue with --resume latest-or-fail.",
@@ -534,7 +534,7 @@ def _sample(run: TrainingRun) -> None:
             logger.info("Samples of step %d will be made after resuming.", progress.step)
             run.requests.agreed = True
             return
-        run.reporter.note_samples(
+        run.reporter.log_samples(
             progress.step,
             progress.sample_pending,
             prompts=run.sampler.prompts,
@@ -563,17 +563,17 @@ def _make_samples(run: TrainingRun, sampler: "Sampler") -> bool:
     in_evaluation = evaluation(model.modules, model.optimizer, run.parameters)
     try:
         with pause:
-            sampler = take_edited_prompts(sampler, run.steps.num_processes, run.reporter.note_pause)
+            sampler = take_edited_prompts(sampler, run.steps.num_processes, run.reporter.log_pause)
             run.sampler = sampler
             if sampler.samples:
-                run.reporter.note_pause(f"sample 1 of {len(sampler.samples)}")
+                run.reporter.log_pause(f"sample 1 of {len(sampler.samples)}")
             with in_evaluation, _as_sampled(run):
                 sampler.make(
                     model.sample_dits.at,
                     run.autocast,
                     mark=run.progress.sample_pending,
                     check=check,
-                    note=run.reporter.note_doing,
+                    note=run.reporter.log_activity,
                 )
     except SamplingStopped:
         return False
@@ -595,7 +595,7 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
 def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     """Measure and log the validation loss; `occasion` is STEP or EPOCH."""
     in_evaluation = evaluation(run.model.modules, run.model.optimizer, run.parameters)
-    run.reporter.note_pause("validating")
+    run.reporter.log_pause("validating")
     with run.logs.clock.pause(VALIDATION), in_evaluation:
         losses = validation.measure(run.model.dits.at, run.autocast)
     step = run.progress.step
@@ -608,7 +608,7 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     previous = f"{earlier[max(earlier)]:.5f} -> " if earlier else ""
     lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
     logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, lowest)
-    run.reporter.note_validation(step, losses)
+    run.reporter.log_validation(step, losses)
     for judge in run.joined.on.after_validation:
         reason = judge(run, loss)
         if reason and step < run.steps.total_steps:

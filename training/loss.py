@@ -15,7 +15,7 @@ from modules.flow.schedule import TRAIN_TIMESTEPS, add_noise
 from networks.rank_masks import set_levels
 from protocols.data import LOSS_MASK, SOUND, Batch, Conditions, Joint
 from protocols.family import NoiseSpec, Trains
-from protocols.steps import NO_OVERRIDES, GivenTokens, Overrides, clean_share
+from protocols.steps import NO_OVERRIDES, GivenTokens, Overrides, clean_fraction
 from training.noise_options import ADDITIVE, L2, RAW, WITH_THRESHOLD, LossOptions
 
 Autocast = Callable[[], AbstractContextManager[object]]  # mixed precision around the network only
@@ -180,7 +180,7 @@ def mean_of_noisy(errors: Tensor, given: Tensor) -> Tensor:
         errors: Error of each element, B C F H W, or B C T M of audio.
         given: Shares as in `GivenTokens`, B 1 F H W or B 1 T 1.
     """
-    is_noisy = (clean_share(given, errors) == 0).expand_as(errors).flatten(1)
+    is_noisy = (clean_fraction(given, errors) == 0).expand_as(errors).flatten(1)
     sums = torch.where(is_noisy, errors.flatten(1), 0).sum(1)
     return sums / is_noisy.sum(1).clamp(min=1)
 
@@ -306,7 +306,7 @@ def keep_given(noisy: Tensor, clean: Tensor, given: Tensor | None) -> Tensor:
     """
     if given is None:
         return noisy
-    share = clean_share(given, noisy)
+    share = clean_fraction(given, noisy)
     return share * clean + (1 - share) * noisy
 
 

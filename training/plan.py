@@ -36,7 +36,7 @@ from training.checks import (
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.data.table_times import check_times, list_times, times_by_group
-from training.experts import check_computing, module_of, note_experts
+from training.experts import check_computing, log_experts, module_of
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, KEPT, LIVE_TEXTS, REJECTED_ONES
 from training.features.hooks import JoinedRun
@@ -48,12 +48,12 @@ from training.other_models import NO_OTHERS, OtherFamilies
 from training.processes import make_accelerator
 from training.resuming import (
     RunSettings,
+    apply_changes,
     check_resumable,
     describe_adapter,
     find_state,
     first_progress,
     settings_of,
-    take_over,
 )
 from training.run_options import StartOptions
 from training.saving.files import SAFETENSORS, Names, hold_name
@@ -197,7 +197,7 @@ def make_plan(
     if options.loop.known_steps is None:
         check_schedule(options, steps.total_steps)
     if is_main:
-        note_experts(
+        log_experts(
             family,
             options,
             list_times(options.timesteps, config.datasets),
@@ -252,7 +252,7 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
     changes = check_resumable(saved, plan.settings, plan.options, plan.saving)
     steps = plan.steps
     if changes and isinstance(saved, SavedState):
-        take_over(changes, plan.progress, saved)
+        apply_changes(changes, plan.progress, saved)
         # the changes may have started a new plan in the middle of the run
         steps = _plan_steps(plan.options, plan.order, plan.accelerator.num_processes, plan.progress)
     return replace(plan, changes=changes, steps=steps)

@@ -23,7 +23,7 @@ from protocols.family import Family, audio_of
 from runtime.planning.device_memory import room_on
 from training.caching_inside import (
     TablePlan,
-    Where,
+    TensorLocation,
     find_live_texts,
     list_live_tables,
     open_stores,
@@ -156,7 +156,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
 
 def _encode_texts(plans: Sequence[TablePlan]) -> bool:
     """Return whether the training encodes captions itself."""
-    return any(plan.texts in {Where.MEMORY, Where.LIVE} for plan in plans)
+    return any(plan.texts in {TensorLocation.MEMORY, TensorLocation.LIVE} for plan in plans)
 
 
 def _describe_each(title: str, lines: Sequence[str]) -> list[str]:
@@ -272,7 +272,7 @@ def _read_for_plan(
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
     live = () if texts is None else texts.keys
     plans = plan_tables(family, config, options.caching, live, needs=options.joined.needs)
-    if any(plan.latents is Where.LIVE for plan in plans):
+    if any(plan.latents is TensorLocation.LIVE for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches, and images of this training are encoded at each step. "
             "Plan without what changes them; the VAE then takes memory too"

@@ -329,7 +329,7 @@ def listed_settings(options: TrainingOptions, saving: SavingOptions) -> dict[str
     return {f"--{name}": config[name] for name in LISTED}
 
 
-def take_over(changes: Mapping[str, str], progress: Progress, saved: states.SavedState) -> None:
+def apply_changes(changes: Mapping[str, str], progress: Progress, saved: states.SavedState) -> None:
     """Apply the changes to the run's progress, and start a new plan of steps if necessary.
 
     If the clips changed, the current epoch starts again in their order; if only the size of a step changed,

@@ -163,8 +163,8 @@ def prepare_run(
             model,
             publisher,
             () if sampler is None else sampler.prompts,
-            note_saved=reporter.note_saved,
-            note_removed=reporter.note_files,
+            log_saved=reporter.log_saved,
+            note_removed=reporter.log_files,
         )
         run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
         closing = contextlib.closing(publisher) if publisher is not None else contextlib.nullcontext()
@@ -174,7 +174,7 @@ def prepare_run(
                 yield run
             accelerator.wait_for_everyone()
         if accelerator.is_main_process and plan.progress.step >= plan.steps.total_steps:
-            show_end(run, reporter.history.story, following)
+            show_end(run, reporter.history.run_history, following)
 
 
 def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:

@@ -85,16 +85,16 @@ class PromptSource:
     text: str = ""  # contents of the file when it was last read
     fault: str = ""  # why the last attempt to read it failed; empty if it did not
 
-    def numbers_of(self, count: int) -> list[int]:
+    def prompt_indices(self, count: int) -> list[int]:
         """Return the indices of the prompts that this process generates, if the file has `count` prompts."""
-        numbers = list(range(count))
-        return numbers if self.together else numbers[self.process :: self.processes]
+        indices = list(range(count))
+        return indices if self.together else indices[self.process :: self.processes]
 
 
 Renew = Callable[[Mapping[int, Prompts], Mapping[int, EncodedPrompts]], Mapping[int, EncodedPrompts]]
 
 
-def draw_alone() -> int:
+def draw_local_seed() -> int:
     """Draw a seed without asking other processes."""
     return secrets.randbelow(1 << 32)
 
@@ -115,7 +115,7 @@ class Sampler:
     # encodes texts again with the trained text encoders; None if no text encoder is trained
     renew: Renew | None = None
     # draws the seed of a sample that has none; processes that make it together agree on one
-    draw_seed: Callable[[], int] = draw_alone
+    draw_seed: Callable[[], int] = draw_local_seed
     writes: bool = True  # False: another process writes the files, and this one only helps to generate
 
     @property
@@ -344,8 +344,8 @@ def prepare_samples(
         warn_of_unused(entries, family, prompt_file)
         _remove_unfinished(folder, name)
     session = Session(family, device, DitTurns(family.experts, device, _no_dit), blocks=blocks)
-    numbers = source.numbers_of(len(entries))
-    requests = {number: all_prepared[number] for number in numbers}
+    indices = source.prompt_indices(len(entries))
+    requests = {index: all_prepared[index] for index in indices}
     writes = not together or process == 0
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
     samples = encode_samples(session, entries, requests, writes=writes, loads_media=writes)
@@ -364,7 +364,7 @@ def prepare_samples(
         weights=weights,
         prompts=prompts_of(entries),
         previews=previews,
-        draw_seed=draw_together if together else draw_alone,
+        draw_seed=draw_together if together else draw_local_seed,
         writes=writes,
     )
 

@@ -23,7 +23,7 @@ from training.optimizers.optimizer import (
     restore_foreign_optimizer,
     restore_optimizer,
 )
-from training.optimizers.stepping import steps_numbers
+from training.optimizers.stepping import steps_each_element
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import listed_settings
@@ -58,7 +58,7 @@ def make_saver(
     model: TrainedModel,
     publisher: Publisher | None,
     prompts: Sequence[str],
-    note_saved: Callable[[Sequence[Path], int], None],
+    log_saved: Callable[[Sequence[Path], int], None],
     note_removed: Callable[[], None],
 ) -> Saver | None:
     """Return the saver of the run and remove expired files; None in processes that do not save.
@@ -67,7 +67,7 @@ def make_saver(
         model: The loaded networks.
         publisher: Publishes what is saved.
         prompts: Prompts of the samples, for the publisher.
-        note_saved: Called with the files of each save, and the step.
+        log_saved: Called with the files of each save, and the step.
         note_removed: Called after older files were removed.
     """
     if not model.takes_part_in_saving:
@@ -91,7 +91,7 @@ def make_saver(
         """Have features act on the files of a save, then note them."""
         for act in plan.joined.on.save:
             act(paths)
-        note_saved(paths, progress.step)
+        log_saved(paths, progress.step)
 
     saver = Saver(
         plan.saving,
@@ -101,7 +101,7 @@ def make_saver(
         publisher=publisher,
         write_average=None if model.average is None else writer.write_average,
         is_main=is_main,
-        note_saved=note,
+        log_saved=note,
         note_removed=note_removed,
     )
     saver.remove_leftovers()
@@ -141,9 +141,9 @@ class _ModelWriter:
         if self.model.plan.splits_model:
             from training.saving.split_model import write_split_state  # only if it is split
 
-            write_split_state(folder, take_state(self.model))
+            write_split_state(folder, collect_state(self.model))
         else:
-            states.write_state(folder, take_state(self.model))
+            states.write_state(folder, collect_state(self.model))
 
 
 def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) -> dict[str, str]:
@@ -182,7 +182,7 @@ def file_dtype(options: TrainingOptions, dit: nn.Module) -> torch.dtype | None:
     return None if options.network is None else dtype_of(dit)
 
 
-def take_state(model: TrainedModel) -> states.SavedState:
+def collect_state(model: TrainedModel) -> states.SavedState:
     """Return everything that resuming needs, not copied.
 
     Call between steps, while the training weights are loaded.
@@ -318,7 +318,7 @@ def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
 
     Empty if no weight is split, or if the optimizer needs whole weights.
     """
-    if not steps_numbers(type(model.optimizer)):
+    if not steps_each_element(type(model.optimizer)):
         return {}
     names = model.trainable.names
     return {names[parameter]: weight for parameter, weight in model.trainable.split.items()}

@@ -257,7 +257,7 @@ def _times(every: Mapping[str, float | None]) -> list[str]:
     ]
 
 
-def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> None:
+def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextSteps) -> None:
     """Show the result of a finished run, and the commands that can follow."""
     names = run.plan.names
     losses = run.progress.losses
@@ -266,8 +266,8 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     for path in names.files(names.name).values():
         if path.exists():
             rows.append(("result", f"{path} ({as_size(_size_of(path))})"))
-    if story.validations:
-        rows.append(("best by validation", describe_best(story, names.folder, names.name)))
+    if run_history.validations:
+        rows.append(("best by validation", describe_best(run_history, names.folder, names.name)))
     clock = run.logs.clock
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
     rows.append(("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"))
@@ -287,7 +287,7 @@ def show_end(run: TrainingRun, story: history.Story, following: NextSteps) -> No
     if os.environ.get(RUN_GOES_ON):  # `reelsmith run` started this in a folder that the user did not type
         rows.append(("commands", f"typed in {Path.cwd()}"))
     # the last command starts this run again
-    file = find_usable_file(story, names.folder, names.name)
+    file = find_usable_file(run_history, names.folder, names.name)
     *commands, _ = following.commands(file, is_finished=True)
     is_windows = sys.platform == "win32"
     following_rows: list[Row] = [
@@ -303,15 +303,15 @@ def _size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def describe_best(story: history.Story, folder: Path, name: str) -> str:
+def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> str:
     """Return the step with the lowest validation loss and the best file that exists."""
-    assert story.lowest is not None
-    lowest_step, lowest_loss = story.lowest
-    best = name_best_file(folder, name, story)
+    assert run_history.lowest is not None
+    lowest_step, lowest_loss = run_history.lowest
+    best = name_best_file(folder, name, run_history)
     text = f"step {lowest_step}, loss {lowest_loss:.5f}"
     if best is None:
         return f"{text}, not saved"
-    if story.saved[best] == lowest_step:
+    if run_history.saved[best] == lowest_step:
         return f"{text}: {folder / best}"
     return f"{text}, not saved; best file: {folder / best}"
 

@@ -220,21 +220,21 @@ def _decode_resampled(
 ) -> Iterator[tuple[int, Samples]]:
     """Yield resampled blocks as `_decode` does; restart the resampler if times or the format jump."""
     resampler = None
-    form = None  # format of the samples that the resampler takes
+    input_format = None  # format of the samples that the resampler takes
     next_index = 0  # index of the next sample, counted from `begin`
     decoded_end = Fraction(0)  # end of the audio that was decoded so far, in seconds
     try:
         for frame in _decode_frames(container, stream, lenient):
             time = None if frame.pts is None else frame.pts * (frame.time_base or stream.time_base) - begin
-            frame_form = (frame.format.name, frame.layout.name, frame.sample_rate)
+            frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
             jumps = time is not None and abs(time - decoded_end) >= ROUNDING
-            if resampler is None or frame_form != form or jumps:
+            if resampler is None or frame_format != input_format or jumps:
                 if resampler is not None:
                     yield from _number_samples(resampler.resample(None), next_index)
                 if time is not None:
                     decoded_end = time
                 resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-                form = frame_form
+                input_format = frame_format
                 next_index = round(decoded_end * rate)
             frame.pts = None
             decoded_end += Fraction(frame.samples, frame.sample_rate)

@@ -215,6 +215,29 @@ def write_png(path: Path, frame: Frame, text: Mapping[str, str] | None = None) -
         Image.fromarray(frame).save(temporary, format="PNG", pnginfo=chunks)
 
 
+# suffix -> Pillow's format and settings: nothing is lost, but in JPEG, which keeps all of its colors
+STILL_FORMATS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    ".png": ("PNG", {}),
+    ".jpg": ("JPEG", {"quality": 100, "subsampling": 0}),
+    ".jpeg": ("JPEG", {"quality": 100, "subsampling": 0}),
+    ".webp": ("WEBP", {"lossless": True}),
+    ".bmp": ("BMP", {}),
+}
+
+
+def write_still(path: Path, frame: Frame) -> None:
+    """Write one frame (H W 3, or H W 4 as PNG or WebP) in the format of its suffix, one of `STILL_FORMATS`.
+
+    The file is written completely or not at all.
+
+    Raises:
+        OutputError: If the file cannot be written.
+    """
+    name, settings = STILL_FORMATS[path.suffix.lower()]
+    with atomic_path(path, frame.nbytes) as temporary:
+        Image.fromarray(frame).save(temporary, format=name, **settings)
+
+
 def write_video(
     path: Path,
     frames: Iterable[Frame],

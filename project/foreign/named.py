@@ -7,7 +7,7 @@ from typing import Any
 from dataset.config import KEYS
 from dataset.config_keys import Unfit
 from dataset.subset_options import SUBSET_KEYS
-from modules.mistyped import ours_for
+from modules.mistyped import find_our_option
 from modules.options import info_of
 from project.foreign.contract import is_off, is_on, number
 from project.foreign.project import ForeignProject, show
@@ -22,9 +22,9 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
 
     `chosen` are the options for which `new` writes a value of its own.
     """
-    datasets: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
+    known_names: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
     if project.program.knows_options:
-        project.options = frozenset(datasets)
+        project.options = frozenset(known_names)
     for key, value in project.others.items():
         if value is None or value in ("", []):
             project.empty.append(show(key))
@@ -37,7 +37,7 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
             elif key in script.refused:
                 _leave_rejected(project, key, value, script.refused[key])
             else:
-                _note_unknown(project, key, value, datasets)
+                _note_unknown(project, key, value, known_names)
         except Unfit as error:
             allowed = SUBSET_KEYS[key].form.allowed
             project.leave_value(key, value, str(error) or f"it has to be {allowed}")
@@ -46,9 +46,9 @@ def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collec
     project.others = {}
     # now that the script is known, a key without a rule may be similar to one of its options
     for key in list(project.unknown):
-        if _find_ours(key, datasets) is not None:
+        if _find_ours(key, known_names) is not None:
             project.unknown.remove(key)
-            _note_unknown(project, key, True, datasets)
+            _note_unknown(project, key, True, known_names)
 
 
 def _adopt_key(project: ForeignProject, key: str, value: Any) -> None:
@@ -100,9 +100,9 @@ def _leave_rejected(project: ForeignProject, key: str, value: Any, reason: str) 
         project.leave_value(key, value, reason)
 
 
-def _note_unknown(project: ForeignProject, key: str, value: Any, datasets: Collection[str]) -> None:
+def _note_unknown(project: ForeignProject, key: str, value: Any, known_names: Collection[str]) -> None:
     """Note a key that has no rule, with our name for it if there is one."""
-    ours = _find_ours(key, datasets)
+    ours = _find_ours(key, known_names)
     if is_off(value):
         project.without_effect.append(show(key))
     elif ours is not None:
@@ -111,8 +111,8 @@ def _note_unknown(project: ForeignProject, key: str, value: Any, datasets: Colle
         project.unknown.append(show(key))
 
 
-def _find_ours(key: str, datasets: Collection[str]) -> str | None:
+def _find_ours(key: str, known_names: Collection[str]) -> str | None:
     last = key.split(".")[-1].split(":")[-1]
-    if last in datasets:
+    if last in known_names:
         return last
-    return ours_for(last, datasets) or None
+    return find_our_option(last, known_names) or None

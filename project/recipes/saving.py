@@ -27,7 +27,7 @@ from project.recipes.reading import (
     read_recipe,
 )
 from training.config_options import OTHERS_TABLE, toml_value
-from training.reports.history import END, Start, Story, history_name, read_history, read_session
+from training.reports.history import END, RunHistory, Start, history_name, read_history, read_session
 
 DIGITS = 4  # significant digits of figures
 
@@ -73,9 +73,9 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         OutputError: If the file exists and may not be replaced.
     """
     session = read_session(history)
-    story = Story() if session is None else read_history(history, session)
-    start = story.start
-    if start is None or story.ending is None or story.ending[1] != "good":
+    run_history = RunHistory() if session is None else read_history(history, session)
+    start = run_history.start
+    if start is None or run_history.ending is None or run_history.ending[1] != "good":
         raise OptionError(f"{history}: this run has not finished. A recipe is made of a finished one")
     typed = dict(start.changed)
     family, task, train = _find_model(history, typed, start)
@@ -88,7 +88,7 @@ def save_recipe(options: RecipeOptions, history: Path) -> None:
         train=train,
         tried_on=options.tried_on or _name_model_file(typed, family, task),
         training=_select_values(typed, family, task=task, train=train, start=start),
-        figures=_list_figures(story, start),
+        figures=_list_figures(run_history, start),
     )
     path = options.to / f"{name}.toml"
     if path.exists() and not options.overwrite:
@@ -196,15 +196,15 @@ def _read_number(text: str) -> int | float | str:
     return text
 
 
-def _list_figures(story: Story, start: Start) -> dict[str, str]:
+def _list_figures(run_history: RunHistory, start: Start) -> dict[str, str]:
     """Return the figures of a run: losses and seconds."""
     figures = {}
-    if story.average is not None:
-        figures["average loss at the end"] = f"{story.average:.{DIGITS}g}"
-    if story.lowest is not None:
-        step, loss = story.lowest
+    if run_history.average is not None:
+        figures["average loss at the end"] = f"{run_history.average:.{DIGITS}g}"
+    if run_history.lowest is not None:
+        step, loss = run_history.lowest
         figures["lowest validation loss"] = f"{loss:.{DIGITS}g} at step {step}"
-    seconds = sorted(value for value in story.seconds.values() if value is not None)
+    seconds = sorted(value for value in run_history.seconds.values() if value is not None)
     if seconds:
         figures["seconds a step, median"] = f"{seconds[len(seconds) // 2]:.3g}"
     return figures

@@ -90,7 +90,7 @@ def list_value_errors(path: Path) -> Iterator[str]:
 def list_chart_titles() -> Iterator[str]:
     """Yield the titles of the charts of numbers that features record."""
     for path in (ROOT / "training/features").glob("*.py"):
-        for call in find_calls(path, {"NumberChart"}):
+        for call in find_calls(path, {"MetricChart"}):
             yield ast.literal_eval(call.args[0])
 
 

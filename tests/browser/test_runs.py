@@ -53,12 +53,12 @@ def test_the_time_left_has_pauses_and_a_pause_says_what_is_made(tmp_path: Path) 
     runs = Runs((tmp_path,))
     (run,) = runs.list_all()
     assert run.left == "1 h"
-    assert LiveStanding.of(run, runs.open(run).story).left == "· 1 h left"
+    assert LiveStanding.of(run, runs.open(run).run_history).left == "· 1 h left"
 
     history.add(5, doing="sample 1 of 2, step 140 of 300")
     history.flush()
     (run,) = runs.list_all()
-    assert LiveStanding.of(run, runs.open(run).story).left == "· sampling 1 of 2, step 140 of 300"
+    assert LiveStanding.of(run, runs.open(run).run_history).left == "· sampling 1 of 2, step 140 of 300"
 
 
 def ended_process() -> dict[str, Any]:

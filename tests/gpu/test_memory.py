@@ -31,7 +31,7 @@ from runtime.planning.dry_run import ACCELERATOR, dry_run
 from runtime.planning.memory_plan import workspace
 from tests.gpu.measuring import peak_of, release_cuda
 from tests.manifests import tensor_list, write_hollow
-from training.experts import dress, placement_of
+from training.experts import placement_of, set_up_network
 from training.loss import NoisyBatch
 from training.optimizers.optimizer import make_optimizer
 from training.options import read_training
@@ -212,7 +212,7 @@ def training_step(path: Path, case: Case, device: torch.device) -> tuple[float, 
     dit = family.load_dit(replace(placement, host=host)).requires_grad_(False)
     network = make_network(options.network, family.lora_module, dit, seed=0)
     network.module.to(device)
-    dress(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
+    set_up_network(dit, family.dit, options.loop, device, options.speed.compilation.choice, host)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
     optimizer, _ = make_optimizer(options.optimizer, groups)
     autocast, on_device = autocast_of(options, device), batch.to(device)

@@ -70,7 +70,7 @@ def test_a_run_that_ended_at_a_check_leaves_a_trace(
     runs = Runs([tmp_path])
     [run] = runs.list_all()
     assert (run.state, run.ending and run.ending[0]) == (state, reason)
-    [command] = runs.open(run).story.commands
+    [command] = runs.open(run).run_history.commands
     assert command.bash.endswith(f"reelsmith.py run {tmp_path} --download")
 
 

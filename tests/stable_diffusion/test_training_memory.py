@@ -16,7 +16,7 @@ from modules.compile_options import Compilation
 from networks.own_kinds import NetworkArguments
 from networks.own_modules import build_network
 from protocols.loading import Placement
-from runtime.network_setup import Checkpointing, dress
+from runtime.network_setup import Checkpointing, set_up_network
 from runtime.offload.checkpointing import Offload, checkpoint_blocks, offload_to_host
 from stable_diffusion.family import StableDiffusion
 from tests.stable_diffusion.test_training_step import make_batch, make_family
@@ -111,7 +111,7 @@ def test_layers_of_a_block_are_recomputed_one_by_one_unless_it_is_compiled_as_a_
     family = make_family("sdxl", tmp_path)
     unet = family.load_dit(Placement(CPU))
 
-    dress(unet, family.dit, CPU, compilation=compilation, checkpointing=Checkpointing())
+    set_up_network(unet, family.dit, CPU, compilation=compilation, checkpointing=Checkpointing())
 
     for block in family.dit.in_order(unet):
         layers: Any = getattr(block, "transformer_blocks", [])
@@ -131,7 +131,7 @@ def test_another_bucket_compiles_nothing_unless_each_size_is_asked_for(
     family = make_family("sd1", tmp_path)
     unet, compiled = load_learning(family), load_learning(family)
     choice = Compilation("eager", dynamic=dynamic)
-    dress(compiled, family.dit, CPU, compilation=choice, checkpointing=Checkpointing())
+    set_up_network(compiled, family.dit, CPU, compilation=choice, checkpointing=Checkpointing())
     generator = torch.Generator().manual_seed(0)
     conditions = {"hidden_state": torch.randn(2, 77, 64, generator=generator)}
 
@@ -169,7 +169,7 @@ def test_steps_of_a_lora_in_bf16_are_compiled_once(tmp_path: Path) -> None:
     unet = family.load_dit(Placement(CPU)).train()
     network = build_network("networks.lora", NetworkArguments(2, 1.0), unet, {})
     network.attach()
-    dress(unet, family.dit, CPU, compilation=Compilation("eager"), checkpointing=Checkpointing())
+    set_up_network(unet, family.dit, CPU, compilation=Compilation("eager"), checkpointing=Checkpointing())
     batch = make_batch(family, TIMESTEPS).batch
 
     graphs = []

@@ -24,7 +24,7 @@ from protocols.rules import CountTokens, NpzFormat, TokenCount
 from tests.dataset.toy_family import options as caching_options
 from tests.training.toy import ToyTextEncoder, same
 from tests.training.toy_images import LATENT, ImageFamily
-from training.caching_inside import Where, plan_tables, prepare_sources
+from training.caching_inside import TensorLocation, plan_tables, prepare_sources
 from training.data.feed import BatchSources
 from training.data.live import LiveTexts
 from training.image_options import ImageTrainerDefaults, read_image_training
@@ -162,7 +162,7 @@ def test_without_options_latents_are_held_in_memory_and_texts_not(tmp_path: Path
     path = make(tmp_path)
     (plan,) = plan_tables(family(), config_of(tmp_path), read(tmp_path).caching, ("letters",))
 
-    assert (plan.latents, plan.texts) == (Where.MEMORY, Where.LIVE)
+    assert (plan.latents, plan.texts) == (TensorLocation.MEMORY, TensorLocation.LIVE)
     assert not list((path.parent / "pictures").glob("*.npz"))
 
 

@@ -14,7 +14,7 @@ from modules.errors import OptionError
 from protocols.loading import Placement
 from tests.training import toy
 from tests.training.optimizers.test_lr_schedule import Descent
-from training.optimizers.stepping import ALONE, ParameterSteps, stochastic_bfloat16
+from training.optimizers.stepping import PER_PARAMETER, ParameterSteps, stochastic_bfloat16
 from training.steps import Progress
 
 FUSED = "--fused_backward_pass"
@@ -62,7 +62,7 @@ OPTIMIZERS = [
     ["Adafactor", "relative_step=False", "beta1=0.9", "weight_decay=0.1"],
     ["AdamW", "amsgrad=True", "foreach=True"],
     ["torch.optim.Adafactor"],
-    *([name] for name in sorted(ALONE["torch"] - {"Adafactor", "Muon"})),
+    *([name] for name in sorted(PER_PARAMETER["torch"] - {"Adafactor", "Muon"})),
     ["AdamW8bit"],
     ["Lion8bit"],
     ["Lion", "weight_decay=0.1"],

@@ -22,7 +22,7 @@ from training.features.item_losses_recording import (
     keep_draws,
     write_images,
 )
-from training.reports.history import Story
+from training.reports.history import RunHistory
 from training.reports.item_losses import (
     ItemDraw,
     ItemImage,
@@ -129,7 +129,7 @@ def test_the_page_has_small_pictures_of_the_files(tmp_path: Path) -> None:
     keep_draws(tmp_path / "output", "x", process=0, session=1, step=0)
     append_draws(tmp_path / "output", "x", 0, [ItemDraw(1, 1, key, 0.5, 1.0)])
 
-    section = make_section(tmp_path / "output", "x", Story())
+    section = make_section(tmp_path / "output", "x", RunHistory())
     assert section is not None
     assert section.rows[0][0].startswith('<img src="data:image/jpeg;base64,')
     assert section.rows[0][1] == "a b ü.png"

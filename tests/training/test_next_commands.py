@@ -305,8 +305,8 @@ def test_a_killed_run_names_the_file_that_was_saved_last(removed: tuple[object, 
 
     *_, newest = sorted((tmp_path / "output").glob("x-step*.safetensors"))
     path = tmp_path / "output" / "x-history.jsonl"
-    story = read_history(path, read_session(path) or 0)
-    (generate,) = [command for command in story.commands if command.title == "Generate with it"]
+    run_history = read_history(path, read_session(path) or 0)
+    (generate,) = [command for command in run_history.commands if command.title == "Generate with it"]
     words = words_of(generate)
     assert words[words.index("--lora_weight") + 1] == str(newest)
 

@@ -50,10 +50,10 @@ def calls(folder: Path, count: int) -> Sequence[str]:
 
 def test_samples_that_come_meanwhile_are_scored_by_the_next_process(tmp_path: Path) -> None:
     scorer = make_scorer(tmp_path)
-    scorer.note_values({}, 1)
+    scorer.log_values({}, 1)
     for step in (2, 3, 4):
-        scorer.note_samples(step, {}, {}, {})
-        scorer.note_values({}, step)
+        scorer.log_samples(step, {}, {}, {})
+        scorer.log_values({}, step)
     words = f"{tmp_path / 'output' / 'x-history.jsonl'} --model clip --device cpu"
     assert calls(tmp_path, 1) == [words]
 
@@ -69,7 +69,7 @@ def test_a_failure_is_said_once_and_nothing_is_started_again(
     (tmp_path / "go").touch()
     scorer = make_scorer(tmp_path, device="no such device")
     for _ in range(2):
-        scorer.note_samples(1, {}, {}, {})
+        scorer.log_samples(1, {}, {}, {})
         scorer.__exit__(None)
     assert len(calls(tmp_path, 1)) == 1
     (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
@@ -78,7 +78,7 @@ def test_a_failure_is_said_once_and_nothing_is_started_again(
 
 def test_a_run_that_was_ended_at_once_waits_for_nothing(tmp_path: Path) -> None:
     scorer = make_scorer(tmp_path)
-    scorer.note_samples(1, {}, {}, {})
+    scorer.log_samples(1, {}, {}, {})
     scorer.__exit__(KeyboardInterrupt)
     assert not (tmp_path / "calls").exists()
 

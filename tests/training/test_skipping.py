@@ -43,7 +43,7 @@ from training.features.skip import (
 )
 from training.loop import take_step
 from training.optimizers.stepping import StepAfterBackward
-from training.reports.history import Story, parse_row
+from training.reports.history import RunHistory, parse_row
 from training.run import prepare_run
 from training.saving.states import SavedState, read_state
 
@@ -128,8 +128,8 @@ def test_weights_are_those_of_plain_torch_without_these_steps(
     assert [int(re.findall(r"Step (\d+) is skipped", line)[0]) for line in lines] == skipped
     assert all("Its items: clip2_0032x0032_toy" in line for line in lines)
     kind = "bad" if decide is is_finite else "spike"
-    story = Story.of(row for row in rows_of(tmp_path) if "session" not in row)
-    assert story.skipped == dict.fromkeys(skipped, kind)
+    run_history = RunHistory.of(row for row in rows_of(tmp_path) if "session" not in row)
+    assert run_history.skipped == dict.fromkeys(skipped, kind)
     page = read_run_page(tmp_path / "output")
     assert "Skipped steps" in page
     metadata = toy.metadata_of(tmp_path / "output" / "x.safetensors")

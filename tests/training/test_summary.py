@@ -188,7 +188,7 @@ def test_the_best_step_is_named_with_its_file(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
 
     def best() -> str:
-        return describe_best(history.story, tmp_path, "x")
+        return describe_best(history.run_history, tmp_path, "x")
 
     for step, loss in ((2, 0.5), (4, 0.25), (7, 0.3)):
         history.add(step, validation={"validation/loss": loss})

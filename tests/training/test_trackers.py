@@ -201,7 +201,7 @@ def test_wandb_gets_files_with_their_prompts(tmp_path: Path, monkeypatch: pytest
 
     recorder = Trackers(SimpleNamespace(trackers=[tracker]), options("--log_with wandb"))  # type: ignore[arg-type]
 
-    recorder.note_samples(5, files, {}, {0: "a cat", 1: "a dog"})
+    recorder.log_samples(5, files, {}, {0: "a cat", 1: "a dog"})
 
     video = ("video", str(files[0]), {"caption": "a cat", "format": "mp4"})
     image = ("image", str(files[1]), {"caption": "a dog"})

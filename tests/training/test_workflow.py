@@ -271,7 +271,7 @@ def test_the_page_links_the_workflow(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "x.workflow.json").write_text("{}", encoding="utf-8")
     page = tmp_path / "x.html"
-    write_training_page(page, history.path, history.story, Standing(Start("toy", 8), 4))
+    write_training_page(page, history.path, history.run_history, Standing(Start("toy", 8), 4))
     text = page.read_text(encoding="utf-8")
     assert text.count("workflow for ComfyUI") == 1
     assert 'href="./x.workflow.json"' in text

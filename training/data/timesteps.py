@@ -1,7 +1,7 @@
 """Choose how noisy each training sample is: draw timesteps, and weight losses.
 
-Letters: u is uniform in 0..1, n standard normal, t the share of noise (sigma). Every sampler is a function of
-one number per sample, so draws can be spread evenly by spreading u.
+Letters: u is uniform in 0..1, n standard normal, t the fraction of noise (sigma). Every sampler is a function
+of one number per sample, so draws can be spread evenly by spreading u.
 """
 
 import functools
@@ -41,7 +41,7 @@ NEARLY = 1e-6  # tolerance in timesteps for rounding errors: 0.57 * 1000 is 569.
 class Timesteps:
     """Noise levels of one micro-batch. All B, float32, on the CPU."""
 
-    sigmas: Tensor  # share of noise in the mixture, 0..1
+    sigmas: Tensor  # fraction of noise in the mixture, 0..1
     timesteps: Tensor  # input of the network
     levels: Tensor  # sigmas before `NoiseSpec.base_shift`: options refer to these
     expert: int = 0  # index of the expert that all samples go to
@@ -91,7 +91,7 @@ def draw(
 
     # fractions are noise levels from 0 (clean) to 1, which samplers compute from uniform numbers u
     def fractions_between(u: Tensor, low: float, high: float) -> Tensor:
-        return shares_of_uniform(options, low + u * (high - low), noise, flow_shift)
+        return fractions_of_uniform(options, low + u * (high - low), noise, flow_shift)
 
     def draw_again(fractions: Tensor, expert: Expert, low: float, high: float) -> Tensor:
         """Replace samples that the expert does not accept, until all are accepted."""
@@ -194,31 +194,31 @@ def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, fl
     return SIZE_SHIFTS[sampler]
 
 
-def shares_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
-    """Apply `shares_of` to uniform numbers, or to their normal quantiles if the sampler takes those.
+def fractions_of_uniform(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+    """Apply `noise_fractions` to uniform numbers, or to their normal quantiles if the sampler takes those.
 
     --timestep_focus P with a range from LOW to HIGH (in thousandths) makes a mixture: numbers u below P
     become the noise fraction (LOW + (HIGH - LOW) u / P) / 1000, and for the other ones the sampler gets
     (u - P) / (1 - P). The range refers to final noise levels, after any shift of the sampler.
     """
     if options.timestep_focus is not None:
-        return _focus_shares(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
-    return sample_shares(options, u, noise, flow_shift)
+        return _focus_fractions(options, options.timestep_focus, u.double(), noise, flow_shift=flow_shift)
+    return sample_fractions(options, u, noise, flow_shift)
 
 
-def sample_shares(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def sample_fractions(options: TimestepOptions, u: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
     """Map uniform numbers to noise fractions with the sampler, without --timestep_focus."""
     u = u.double().clamp(1e-9, 1 - 1e-9)
-    return shares_of(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
+    return noise_fractions(options, torch.special.ndtri(u) if takes_normal(options) else u, noise, flow_shift)
 
 
-def _focus_shares(
+def _focus_fractions(
     options: TimestepOptions, focus: float, u: Tensor, noise: NoiseSpec, *, flow_shift: float
 ) -> Tensor:
     """Return noise fractions with a focus, from uniform numbers `u`, B float64."""
     low, high = options.timestep_focus_range
     in_range = (low + (high - low) * u / focus) / NUM_TIMESTEPS
-    unfocused = sample_shares(options, (u - focus) / (1 - focus), noise, flow_shift)
+    unfocused = sample_fractions(options, (u - focus) / (1 - focus), noise, flow_shift)
     return torch.where(u < focus, in_range, unfocused)
 
 
@@ -234,7 +234,7 @@ def takes_normal(options: TimestepOptions) -> bool:
     }
 
 
-def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def noise_fractions(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
     """Return the noise fraction t, or the position in the family's table of noise levels: B float64, 0..1.
 
     Args:
@@ -272,29 +272,31 @@ def shares_of(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_
     return t
 
 
-def times_at(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
+def times_at(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
     """Return sigmas and timesteps at these noise fractions.
 
     Timesteps are 1000 times the fraction, plus the family's offset.
 
     Args:
         options: Options of the run.
-        shares: Fractions of noise, B, 0..1; for a family with a table of sigmas, positions in the table.
+        fractions: Fractions of noise, B, 0..1; for a family with a table of sigmas, positions in the table.
         noise: How the family numbers its noise levels.
     """
     if noise.table:
-        # the share t in ((i - 1) / 1000, i / 1000] is entry i - 1 of the table
-        indices = ((NUM_TIMESTEPS * shares.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
+        # the fraction t in ((i - 1) / 1000, i / 1000] is entry i - 1 of the table
+        indices = (
+            ((NUM_TIMESTEPS * fractions.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
+        )
         sigmas = torch.tensor(noise.table)[indices]
         return Timesteps(sigmas, indices.float(), levels=sigmas)
     # the sampler `sigma` already draws whole timesteps, and needs no offset
     offset = 0 if options.timestep_sampling == "sigma" else noise.training_offset
-    shifted = shares.double()
+    shifted = fractions.double()
     if noise.base_shift != 1:
         shifted = shift_sigmas(shifted, noise.base_shift)
     timesteps = NUM_TIMESTEPS * shifted + offset
     timesteps = (timesteps + NEARLY).floor() if noise.integer_timesteps else timesteps
-    return Timesteps(shifted.float(), timesteps.float(), levels=shares.float())
+    return Timesteps(shifted.float(), timesteps.float(), levels=fractions.float())
 
 
 def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
@@ -307,22 +309,22 @@ def times_of_audio(times: Timesteps, noise: NoiseSpec) -> Timesteps:
     return replace(times, sigmas=sigmas.float(), timesteps=timesteps.float())
 
 
-def is_in_range(options: TimestepOptions, shares: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
+def is_in_range(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec = FLOW) -> Tensor:
     """Return a mask of the noise fractions between --min_timestep and --max_timestep: B bool.
 
     For the sampler `sigma` these bounds count from the noisy end.
     """
-    shares = shares.float().double()
+    fractions = fractions.float().double()
     if options.timestep_sampling == "sigma":
         if noise.table_is_shifted:
-            shares = shift_sigmas(shares, 1 / options.flow_shift)
-        index = (NUM_TIMESTEPS - NUM_TIMESTEPS * shares).round()
+            fractions = shift_sigmas(fractions, 1 / options.flow_shift)
+        index = (NUM_TIMESTEPS - NUM_TIMESTEPS * fractions).round()
         return (index >= options.lowest) & (index < options.highest)
-    timesteps = NUM_TIMESTEPS * shares
+    timesteps = NUM_TIMESTEPS * fractions
     return (timesteps >= options.lowest) & (timesteps <= options.highest)
 
 
-def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, expert: Expert) -> Tensor:
+def is_accepted(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec, expert: Expert) -> Tensor:
     """Return which drawn noise levels may be used, B bool.
 
     A level must lie in the range of the expert and, with --preserve_distribution_shape, between the minimum
@@ -330,13 +332,13 @@ def is_accepted(options: TimestepOptions, shares: Tensor, noise: NoiseSpec, expe
 
     Args:
         options: Options of the timestep distribution.
-        shares: Fraction of noise of each draw, B, 0..1.
+        fractions: Fraction of noise of each draw, B, 0..1.
         noise: How the family numbers its timesteps.
         expert: The network that the batch trains, with its range of timesteps.
     """
-    levels = NUM_TIMESTEPS * shares.double()
+    levels = NUM_TIMESTEPS * fractions.double()
     fits = (levels >= expert.lowest) & (levels < expert.highest)
-    return fits & is_in_range(options, shares, noise) if options.preserve_distribution_shape else fits
+    return fits & is_in_range(options, fractions, noise) if options.preserve_distribution_shape else fits
 
 
 @functools.cache
@@ -381,9 +383,9 @@ def scan(
 ) -> tuple[Tensor, Tensor]:
     """Try SCAN evenly spaced numbers u. Returns the accepted ones and their noise fractions."""
     u = spread_evenly()
-    shares = shares_of_uniform(options, u, noise, flow_shift)
-    fits = is_accepted(options, shares, noise, expert)
-    return u[fits], shares[fits]
+    fractions = fractions_of_uniform(options, u, noise, flow_shift)
+    fits = is_accepted(options, fractions, noise, expert)
+    return u[fits], fractions[fits]
 
 
 def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tuple[float, float]:
@@ -397,10 +399,10 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
     for options in several:
         flow_shift = 1.0 if options.follows_size else options.flow_shift
         drawn.append(scan(options, noise, flow_shift)[1])
-    shares = torch.cat(drawn)
-    if not len(shares):
+    fractions = torch.cat(drawn)
+    if not len(fractions):
         return 0.0, 0.0
-    return NUM_TIMESTEPS * float(shares.min()), NUM_TIMESTEPS * float(shares.max())
+    return NUM_TIMESTEPS * float(fractions.min()), NUM_TIMESTEPS * float(fractions.max())
 
 
 def is_reached(options: TimestepOptions, noise: NoiseSpec, expert: Expert) -> bool:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from modules.errors import OptionError
 from modules.options import FREE, OF_SAMPLES, option
 from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
-from training.features.hooks import KeptAverage
+from training.features.hooks import AverageInfo
 
 if TYPE_CHECKING:
     from training.features.hooks import HookedModel, JoinedRun
@@ -60,7 +60,7 @@ def _join(run: "JoinedRun", options: EmaOptions) -> None:
             "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "
             "with the ...-ema.safetensors file"
         )
-    run.average = KeptAverage("EMA", is_sampled=options.sample_ema)
+    run.average = AverageInfo("EMA", is_sampled=options.sample_ema)
     run.on.after_load.append(partial(_keep_average, run, options))
 
 

@@ -38,7 +38,7 @@ FLAGS = WordFlags(
 )
 
 
-class LearnsWords(Protocol):
+class LearnsEmbeddings(Protocol):
     """A family whose text encoders can learn the vectors of a new word alongside a network."""
 
     def with_word_in_texts(self, word: WordToLearn) -> "Family":
@@ -150,19 +150,19 @@ def _teach(word: WordToLearn, family: "Family") -> "Family":
             f"--train_embedding learns a word next to a LoRA, and this script trains {made.called}. Leave it "
             "out"
         )
-    return cast(LearnsWords, family).with_word_in_texts(word)
+    return cast(LearnsEmbeddings, family).with_word_in_texts(word)
 
 
 def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
     """Check the files with initial vectors of the word. Raises UserError if one does not fit."""
-    cast(LearnsWords, family).word_network(word).check()
+    cast(LearnsEmbeddings, family).word_network(word).check()
 
 
 def _start(word: WordToLearn, has_file: bool, run: "JoinedRun") -> None:
     """Prepare a run that trains vectors of a word."""
     from training.features.embedding_rows import make_word_rows  # torch: only with a word
 
-    network = cast(LearnsWords, run.family).word_network(word)
+    network = cast(LearnsEmbeddings, run.family).word_network(word)
     if has_file:
         run.files_beside.append(word.text)
     run.read_captions.append(network.check_captions)
@@ -178,7 +178,7 @@ def _describe(options: EmbeddingOptions) -> str:
 
 def _describe_alone(word: WordToLearn, family: "Described") -> "MadeNetwork":
     """Return the network of the word, for a run that trains it instead of a LoRA."""
-    network = cast(LearnsWords, family).word_network(word)
+    network = cast(LearnsEmbeddings, family).word_network(word)
     return replace(
         network,
         generate=_say_generation,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from training.features.step_targets import StepPasses, StepTarget
-from training.reports.shown_numbers import NumberChart, NumberTile
+from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:  # features are loaded one by one, and without torch
     import torch
@@ -225,7 +225,7 @@ class Average(Protocol):
         """Load the average from a saved state."""
 
 
-class LearnerBeside(Protocol):
+class AuxiliaryLearner(Protocol):
     """Something trained alongside the network of a run, saved in its files and in states."""
 
     @property
@@ -265,7 +265,7 @@ class NetworkLoading(Protocol):
     def load(self, family: "Family", index: int) -> FrozenNetwork:
         """Load the network of the expert at `index` and freeze it."""
 
-    def dress_blocks(self, network: Any) -> None:
+    def set_up_blocks(self, network: Any) -> None:
         """Compile, checkpoint and swap the blocks of a network from `load`, as the options ask."""
 
 
@@ -346,14 +346,14 @@ class Tally:
 
     names: tuple[str, ...]
     # how the page shows them
-    charts: Sequence[NumberChart] = ()
-    tiles: Sequence[NumberTile] = ()
-    numbers: "Tensor | None" = None  # means over the last passes, one for each name
+    charts: Sequence[MetricChart] = ()
+    tiles: Sequence[MetricTile] = ()
+    metrics: "Tensor | None" = None  # means over the last passes, one for each name
 
     def take(self) -> "Tensor | None":
         """Return and clear the numbers of the micro-batch; None if its passes recorded none."""
-        taken = self.numbers
-        self.numbers = None
+        taken = self.metrics
+        self.metrics = None
         return taken
 
 
@@ -369,7 +369,7 @@ class RunInfo:
 
 
 @dataclass(frozen=True)
-class KeptAverage:
+class AverageInfo:
     """An average of the weights that a run maintains."""
 
     name: str  # short name, such as "EMA"
@@ -393,7 +393,7 @@ OnBatch = Callable[["Randomness", "NoisyBatch"], "NoisyBatch"]
 LearningPass = Callable[["nn.Module", "NoisyBatch", int], AbstractContextManager[None]]
 Compare = Callable[["TrainingPasses", "NoisyBatch", "list[TargetComparison]"], "list[TargetComparison]"]
 # arguments after the encoders: the seed of the run, and whether the vectors get initial values
-MakeBeside = Callable[["Mapping[str, nn.Module]", int, bool], LearnerBeside]
+MakeAuxiliaryLearner = Callable[["Mapping[str, nn.Module]", int, bool], AuxiliaryLearner]
 # see `Hooks.media`
 OnMedia = Callable[
     ["Caches", "MediaEncoders", "DecodedMedia", str, "Mapping[str, Tensor]"], "dict[str, Tensor]"
@@ -420,9 +420,9 @@ class Hooks:
     # given the records of all options, as they are resolved: entered before the first step
     recorders: list[Callable[[PlannedRun, Sequence[Any]], "Recorder"]] = field(default_factory=list)
     # given the loaded text encoders that learn a new word, by the prefixes of their names in LoRA files
-    beside: list[MakeBeside] = field(default_factory=list)
+    beside: list[MakeAuxiliaryLearner] = field(default_factory=list)
     # given each network to train, after its trained part was added
-    before_dress: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
+    before_setup: list[Callable[[FrozenNetwork], None]] = field(default_factory=list)
     after_load: list[Callable[[HookedModel], None]] = field(default_factory=list)
     # given the model, its encoders, a decoded image, a key that seeds random numbers and the image's tensors,
     # return the tensors to use instead. Only for images that are encoded at each step
@@ -475,7 +475,7 @@ class JoinedRun:
     files_beside: list[str] = field(default_factory=list)  # suffixes of the names of additional saved files
     kept_attributes: set[str] = field(default_factory=set)  # see `kept_samples` in targets/passes.py
     further_models: "list[FurtherModel]" = field(default_factory=list)  # frozen, as large as the trained one
-    average: KeptAverage | None = None
+    average: AverageInfo | None = None
     # given a transformer's expert, return the LoRAs to merge while it is loaded, whether it is trained or not
     merge: "Callable[[Expert], MergedLoras] | None" = None
     # shows something instead of training, so the run needs no data; its last argument is a function that

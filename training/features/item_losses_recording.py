@@ -175,13 +175,13 @@ class ItemLossRecorder:
         self._attempt(functools.partial(self._advance, step - 2))
         return errors
 
-    def note_values(self, values: Mapping[str, float], step: int) -> None:
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Read and write the losses up to `step`, whose values the run has already read."""
         self._attempt(functools.partial(self._advance, step))
         if step >= self._total_steps:  # before the last page of the run is drawn
             self._attempt(self._write, self._write_images)
 
-    def note_samples(
+    def log_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
     ) -> None:
         """Do nothing: samples have no loss."""

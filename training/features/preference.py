@@ -13,7 +13,7 @@ from modules.options import HABIT, option
 from training.features.contract import AT_NETWORK, KEPT, REJECTED_ONES, Feature, FeatureOptions, given_values
 from training.features.hooks import Tally
 from training.features.step_targets import StepPasses, StepTarget
-from training.reports.shown_numbers import NumberChart, NumberTile
+from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:
     from protocols.family import Family
@@ -103,10 +103,10 @@ def _join(run: "JoinedRun", options: PreferenceOptions) -> None:
     tally = Tally(
         (BETTER, REJECTED, RIGHT),
         charts=[
-            NumberChart("Error at both of a pair", "error", {"better one": BETTER, "worse one": REJECTED}),
-            NumberChart("Share of pairs that are right", "share", {"right": RIGHT}),
+            MetricChart("Error at both of a pair", "error", {"better one": BETTER, "worse one": REJECTED}),
+            MetricChart("Share of pairs that are right", "share", {"right": RIGHT}),
         ],
-        tiles=[NumberTile("Pairs that are right", RIGHT, "the better one is learned more")],
+        tiles=[MetricTile("Pairs that are right", RIGHT, "the better one is learned more")],
     )
     run.tallies.append(tally)
     run.on.check.append(partial(_check, options))

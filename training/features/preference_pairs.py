@@ -67,7 +67,7 @@ def pair_passes(
     base_errors = add_streams(measure_plainly(passes, passes.base(pairs), target, pairs), pairs)
     passes.restart(noisy_batch)
     errors = add_streams(measure_plainly(passes, passes.learning(pairs), target, pairs), pairs)
-    losses, tally.numbers = compare_pairs(errors, base_errors, preference)
+    losses, tally.metrics = compare_pairs(errors, base_errors, preference)
     yield (losses,)
 
 

@@ -58,7 +58,7 @@ class SampleScorer:
             logger.info("The last samples are scored")
             self._end()
 
-    def note_samples(
+    def log_samples(
         self,
         step: int,
         files: Mapping[int, Path],
@@ -68,7 +68,7 @@ class SampleScorer:
         """Request scores; the process starts after the next step, when the history names the samples."""
         self._is_due = True
 
-    def note_values(self, values: Mapping[str, float], step: int) -> None:
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Start a process if there are samples to score and no process runs."""
         if self._process is not None and self._process.poll() is not None:
             self._end()

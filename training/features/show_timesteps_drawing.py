@@ -58,7 +58,7 @@ def show_timesteps(
     for label, times in by_label.items():
         counts, weights = timestep_statistics(times, seed, noise=noise, experts=experts)
         counts_by_label[label] = counts
-        fractions_by_label[label] = shares_in_words(counts, experts)
+        fractions_by_label[label] = describe_fractions(counts, experts)
     if not is_weighted:
         weights = torch.ones_like(weights)
     if kind == "console":
@@ -76,7 +76,7 @@ def show_timesteps(
     sys.stdout.write(escape_control_codes("".join(lines)))
 
 
-def shares_in_words(counts: Tensor, experts: Sequence[Expert]) -> str:
+def describe_fractions(counts: Tensor, experts: Sequence[Expert]) -> str:
     """Return a line for each expert with its fraction of the draws; empty for a model with one expert."""
     if experts[0] == ONE_EXPERT[0]:
         return ""
@@ -113,9 +113,9 @@ def timestep_statistics(
             shape=SHOWN_LATENTS,
             experts=lowest_expert,
         )
-        shares = times.timesteps / NUM_TIMESTEPS if noise.table else times.levels
+        fractions = times.timesteps / NUM_TIMESTEPS if noise.table else times.levels
         # in float32, 0.7 is 0.69999999
-        index = (shares.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
+        index = (fractions.double() * NUM_TIMESTEPS + 1e-4).long().clamp(0, NUM_TIMESTEPS - 1)
         counts += torch.bincount(index, minlength=NUM_TIMESTEPS)
     timesteps = torch.arange(NUM_TIMESTEPS).float()
     levels = timesteps / NUM_TIMESTEPS
@@ -147,8 +147,8 @@ def draw_statistics(drawn: Mapping[str, Tensor], weights: Tensor, boundaries: Se
     matplotlib.rcdefaults()  # without the matplotlibrc of the working folder: it may be somebody else's
     rows = []
     for title, counts in drawn.items():
-        shares = 100 * counts / counts.sum()
-        by_tens = shares.view(-1, 10).sum(1).repeat_interleave(10)
+        fractions = 100 * counts / counts.sum()
+        by_tens = fractions.view(-1, 10).sum(1).repeat_interleave(10)
         rows.append((by_tens, "% of the draws, per 10 timesteps", shorten(title, TITLE_LENGTH)))
     rows.append((weights, "loss weight", ""))
     figure = Figure(figsize=(10, 3.5 * len(rows)), layout="constrained")

@@ -79,7 +79,7 @@ def _start(options: TeacherOptions, run: "JoinedRun") -> None:
         from training.features.teacher_model import OtherTeacher  # only with another model
 
         other = OtherTeacher(options, teaching, run.options.speed.compilation.choice is not None)
-        run.on.before_dress.append(other.add_to_trained)
+        run.on.before_setup.append(other.add_to_trained)
         run.on.after_load.append(other.load)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from protocols.family import FLOW, NoiseSpec
 from protocols.rules import ONE_EXPERT, Expert
-from training.data.timesteps import is_accepted, sample_shares, spread_evenly
+from training.data.timesteps import is_accepted, sample_fractions, spread_evenly
 from training.noise_options import NUM_TIMESTEPS, TimestepOptions
 
 
@@ -59,12 +59,14 @@ def find_balance(
     if focus is None:
         return NO_FOCUS
     lowest, highest = expert.lowest, min(expert.highest, NUM_TIMESTEPS)
-    unfocused = _compute_default_shares(options, low, high, noise=noise, flow_shift=flow_shift, expert=expert)
-    in_range = _BandShares(
-        inside=_share_of_range(options, max(low, lowest), min(high, highest)),
-        trained=_share_of_range(options, lowest, highest),
+    unfocused = _compute_default_fractions(
+        options, low, high, noise=noise, flow_shift=flow_shift, expert=expert
     )
-    focused = _BandShares(
+    in_range = _BandFractions(
+        inside=_fraction_of_range(options, max(low, lowest), min(high, highest)),
+        trained=_fraction_of_range(options, lowest, highest),
+    )
+    focused = _BandFractions(
         inside=(1 - focus) * unfocused.inside + focus * in_range.inside,
         trained=(1 - focus) * unfocused.trained + focus * in_range.trained,
     )
@@ -75,29 +77,29 @@ def find_balance(
 
 
 @dataclass(frozen=True)
-class _BandShares:
+class _BandFractions:
     """Fractions of all draws."""
 
     inside: float  # trained draws in the band
     trained: float  # draws at the noise levels of the expert
 
 
-def _compute_default_shares(
+def _compute_default_fractions(
     options: TimestepOptions, low: float, high: float, *, noise: NoiseSpec, flow_shift: float, expert: Expert
-) -> _BandShares:
+) -> _BandFractions:
     """Return the fractions for the sampler without --timestep_focus."""
-    shares = sample_shares(options, spread_evenly(), noise, flow_shift)
-    levels = NUM_TIMESTEPS * shares[is_accepted(options, shares, noise, ONE_EXPERT[0])]
+    fractions = sample_fractions(options, spread_evenly(), noise, flow_shift)
+    levels = NUM_TIMESTEPS * fractions[is_accepted(options, fractions, noise, ONE_EXPERT[0])]
     is_trained = (levels >= expert.lowest) & (levels < expert.highest)
     is_inside = is_trained & (levels >= low) & (levels <= high)
-    return _BandShares(inside=_mean(is_inside), trained=_mean(is_trained))
+    return _BandFractions(inside=_mean(is_inside), trained=_mean(is_trained))
 
 
 def _mean(fits: Tensor) -> float:
     return float(fits.double().mean())
 
 
-def _share_of_range(options: TimestepOptions, low: float, high: float) -> float:
+def _fraction_of_range(options: TimestepOptions, low: float, high: float) -> float:
     """Return the fraction of --timestep_focus_range between `low` and `high`."""
     first, last = options.timestep_focus_range
     return max(0.0, min(high, last) - max(low, first)) / (last - first)

@@ -92,7 +92,7 @@ class OtherTeacher:
             family = plan.others.with_dit(self.options.teacher_dit)
             network = model.loading.load(family, 0)
             loras = self._add_loras(network)
-            model.loading.dress_blocks(network)
+            model.loading.set_up_blocks(network)
             network.dit.eval()
             teacher = TeacherModel(family, network.dit, loras)
         teacher.loras.place_on(plan.accelerator.device, model.compute_dtype)

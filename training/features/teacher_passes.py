@@ -10,7 +10,7 @@ from torch import Tensor
 from modules.devices import numbers_on
 from protocols.data import FIRST_FRAME
 from protocols.family import Trains
-from protocols.steps import clean_share
+from protocols.steps import clean_fraction
 from training.data.feed import Randomness
 from training.data.timesteps import find_shift
 from training.features.hooks import JoinedRun
@@ -188,9 +188,9 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
         audios.append(audio)
     given = noisy_batch.given
     if given is not None and given.image is not None:
-        prediction = prediction * (clean_share(given.image, prediction) == 0)
+        prediction = prediction * (clean_fraction(given.image, prediction) == 0)
     if given is not None and given.audio is not None:
-        audios = [audio * (clean_share(given.audio, audio) == 0) for audio in audios]
+        audios = [audio * (clean_fraction(given.audio, audio) == 0) for audio in audios]
     weights = place_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()

@@ -66,7 +66,7 @@ class Trackers:
             config=dict(self.config) or None,
             init_kwargs=arguments,
         )
-        self._hook, threading.excepthook = threading.excepthook, self._note_thread
+        self._hook, threading.excepthook = threading.excepthook, self._log_thread_error
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -78,12 +78,12 @@ class Trackers:
             self.accelerator.trackers.clear()  # accelerate would finish them again
             threading.excepthook = self._hook
 
-    def _note_thread(self, error: threading.ExceptHookArgs) -> None:
+    def _log_thread_error(self, error: threading.ExceptHookArgs) -> None:
         """Print an error of a thread, except one of TensorBoard's writer, which raises it again later."""
         if not type(error.thread).__module__.startswith("tensorboard."):
             self._hook(error)
 
-    def note_values(self, values: Mapping[str, float], step: int) -> None:
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Send the numbers of a step to every tracker, unless an earlier failure has disabled them."""
         if not self._is_lost:
             with self._guarded():
@@ -112,7 +112,7 @@ class Trackers:
         else:  # names in some trackers may only have letters, digits, blanks, _, - and /
             tracker.log({name.replace("*", "-"): value for name, value in values.items()}, step=step)
 
-    def note_samples(
+    def log_samples(
         self, step: int, files: Mapping[int, Path], strips: "Mapping[int, Frame]", prompts: Mapping[int, str]
     ) -> None:
         """Send the samples of a step to TensorBoard and wandb.

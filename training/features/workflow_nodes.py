@@ -48,7 +48,7 @@ class ComfyLora:
     strength: float = 1.0
 
 
-class TellsNodes(Protocol):
+class HasComfyNodes(Protocol):
     """A family that knows which ComfyUI nodes generate its samples."""
 
     def comfy_model(self) -> ComfyModel:
@@ -76,7 +76,7 @@ def find_model(family: Family, others: OtherFamilies) -> ComfyModel:
             f"{FLAG}: which nodes of ComfyUI make the samples of {family.name} is not certain. Leave it out"
         )
     try:
-        return cast("TellsNodes", family).comfy_model()
+        return cast("HasComfyNodes", family).comfy_model()
     except OptionError as error:
         raise OptionError(f"{FLAG}: of the nodes of ComfyUI, {error}. Leave it out") from None
 

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 from modules.errors import CheckpointError, OptionError
 from training.learning_options import ADAFACTOR, LrScheduleOptions
 from training.optimizers.optimizer import check_arguments, import_object, needs_no_schedule
-from training.saving.states import plain_state
+from training.saving.states import to_builtin_types
 
 logger = logging.getLogger(__name__)
 
@@ -42,14 +42,14 @@ def make_lr_schedule(options: LrScheduleOptions, optimizer: Optimizer, total_ste
                 f"{type(optimizer).__name__} needs no schedule: --lr_scheduler and its warm-up are ignored; "
                 "some of these optimizers take --optimizer_args warmup_steps=N."
             )
-        return OwnRates(
+        return OptimizerRates(
             "schedule-free", optimizer, lambda: [float(group["lr"]) for group in optimizer.param_groups]
         )
     if options.lr_scheduler_type:
         return Imported(options.lr_scheduler_type, _import_scheduler(options, optimizer))
     name, _, first_rate = options.lr_scheduler.partition(":")
     if optimizer.defaults.get("relative_step"):  # an Adafactor that sets its rate from the step
-        return OwnRates(
+        return OptimizerRates(
             ADAFACTOR, optimizer, lambda: _read_adafactor_rates(optimizer, float(first_rate or 0))
         )
     if name == ADAFACTOR:
@@ -294,7 +294,7 @@ class Imported:
     def state_dict(self) -> dict[str, Any]:
         """Return the wrapped scheduler's state without its functions, as plain values that need no pickle."""
         plain = {key: value for key, value in self.inner.state_dict().items() if not callable(value)}
-        return {"scheduler": plain_state(plain, "scheduler")}
+        return {"scheduler": to_builtin_types(plain, "scheduler")}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore the wrapped scheduler.
@@ -321,7 +321,7 @@ class Imported:
 
 
 @dataclass(frozen=True)
-class OwnRates:
+class OptimizerRates:
     """Report the learning rates of an optimizer that sets its own."""
 
     name: str
@@ -346,7 +346,7 @@ class OwnRates:
         """Do nothing."""
 
 
-LrSchedule = CurveSchedule | Imported | OwnRates
+LrSchedule = CurveSchedule | Imported | OptimizerRates
 
 
 def _other_schedule(name: str) -> str:

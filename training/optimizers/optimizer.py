@@ -24,7 +24,7 @@ from modules.errors import CheckpointError, OptionError
 from modules.installation import EXTENSIONS, describe_missing, reject_standard_module
 from protocols.family import DitSpec
 from training.learning_options import OptimizerOptions
-from training.saving.states import plain_state
+from training.saving.states import to_builtin_types
 from training.trainable import Trainable
 
 logger = logging.getLogger(__name__)
@@ -361,10 +361,10 @@ def optimizer_state(optimizer: Optimizer, names: Mapping[Tensor, str]) -> dict[s
         for parameter in group["params"]:
             if parameter in optimizer.state:
                 name = names[parameter]
-                states[name] = plain_state(dict(optimizer.state[parameter]), name)
+                states[name] = to_builtin_types(dict(optimizer.state[parameter]), name)
     groups = [
         {
-            **plain_state(_settings(group), "group"),
+            **to_builtin_types(_settings(group), "group"),
             "params": [names[parameter] for parameter in group["params"]],
         }
         for group in optimizer.param_groups

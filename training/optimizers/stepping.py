@@ -33,7 +33,7 @@ from training.processes import norm_of_gradients
 from training.steps import Progress
 
 # package -> classes whose step of each number depends only on it, its gradient and its own moments
-BY_NUMBER: Mapping[str, frozenset[str]] = {
+PER_ELEMENT: Mapping[str, frozenset[str]] = {
     "torch": frozenset(
         {
             # fmt: off
@@ -55,8 +55,8 @@ BY_NUMBER: Mapping[str, frozenset[str]] = {
     "schedulefree": frozenset({"AdamWScheduleFree", "RAdamScheduleFree", "SGDScheduleFree"}),
 }
 # package -> classes whose step of a parameter depends on that parameter, its gradient and its own state alone
-ALONE: Mapping[str, frozenset[str]] = {
-    "torch": BY_NUMBER["torch"] | {"Adafactor", "Muon"},
+PER_PARAMETER: Mapping[str, frozenset[str]] = {
+    "torch": PER_ELEMENT["torch"] | {"Adafactor", "Muon"},
     "transformers": frozenset({"Adafactor"}),
     "bitsandbytes": frozenset({"AdamW8bit", "PagedAdamW8bit", "Lion8bit"}),
     "lion_pytorch": frozenset({"Lion"}),
@@ -95,7 +95,7 @@ class ParameterSteps:
         gradient = parameter.grad
         weight = self.split.get(parameter)  # None: the parameter is not split over processes
         assert gradient is not None
-        if weight is not None and not steps_numbers(type(self.optimizer)):
+        if weight is not None and not steps_each_element(type(self.optimizer)):
             # the optimizer needs the whole matrix, of which each process then keeps its rows
             value = gather_rows(value, weight)
             gradient = gather_rows(gradient, weight)
@@ -203,15 +203,15 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
     return noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16).view(torch.float32).to(torch.bfloat16)
 
 
-def steps_alone(kind: Callable[..., Optimizer]) -> bool:
+def steps_each_parameter(kind: Callable[..., Optimizer]) -> bool:
     """Return whether the optimizer class is known to step each parameter independently of the others."""
     is_own = kind.__name__ == OWN_CLASS and kind.__module__.endswith(OWN_MODULE)
-    return is_own or kind.__name__ in ALONE.get(kind.__module__.partition(".")[0], frozenset())
+    return is_own or kind.__name__ in PER_PARAMETER.get(kind.__module__.partition(".")[0], frozenset())
 
 
-def steps_numbers(kind: Callable[..., Optimizer]) -> bool:
+def steps_each_element(kind: Callable[..., Optimizer]) -> bool:
     """Return whether the optimizer class is known to step each element of a weight independently."""
-    return kind.__name__ in BY_NUMBER.get(kind.__module__.partition(".")[0], frozenset())
+    return kind.__name__ in PER_ELEMENT.get(kind.__module__.partition(".")[0], frozenset())
 
 
 @dataclass(frozen=True)
@@ -308,7 +308,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
             f"--fused_backward_pass with {processes} processes: their gradients would have to be summed "
             "before any weight is stepped. Use one process, or leave it out"
         )
-    if not steps_alone(find_optimizer(optimizer_type)):
+    if not steps_each_parameter(find_optimizer(optimizer_type)):
         _reject("--fused_backward_pass", optimizer_type)
 
 
@@ -321,7 +321,7 @@ def check_offload(optimizer_type: str) -> None:
             f"{option} with --optimizer_type {optimizer_type}: its states are in host memory already, and "
             f"come to the GPU page by page. Leave {option} out"
         )
-    if not steps_alone(kind):
+    if not steps_each_parameter(kind):
         _reject(option, optimizer_type)
 
 
@@ -344,7 +344,7 @@ def check_split(option: str, optimizer_type: str) -> None:
             "Update torch"
         )
     kind = find_optimizer(optimizer_type)
-    if not (steps_numbers(kind) or steps_alone(kind)):
+    if not (steps_each_element(kind) or steps_each_parameter(kind)):
         _reject(option, optimizer_type)
 
 

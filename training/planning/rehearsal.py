@@ -23,13 +23,18 @@ from protocols.family import Trains
 from runtime.offload.checkpointing import recomputed_parts
 from runtime.planning import dry_run as dry
 from training.data.live import LiveTexts
-from training.experts import AUTOCAST, TRAINING_ADAPTER, dress, read_adapter
+from training.experts import AUTOCAST, TRAINING_ADAPTER, read_adapter, set_up_network
 from training.features.composing import begin_run
 from training.features.hooks import LearningPass
 from training.learner import find_learner
 from training.loss import Autocast, LossRule, NoisyBatch
 from training.optimizers.optimizer import arrange_weights, find_averaging, make_optimizer
-from training.optimizers.stepping import FusedBackward, ParameterSteps, StepAfterBackward, steps_alone
+from training.optimizers.stepping import (
+    FusedBackward,
+    ParameterSteps,
+    StepAfterBackward,
+    steps_each_parameter,
+)
 from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
 from training.steps import Progress
@@ -201,7 +206,7 @@ def rehearse(
         tables: Tables of the dataset.
     """
     with dry.dry_run() as ledger:
-        rehearsal = dress_trainable(family, options, dit, ledger=ledger, texts=texts)
+        rehearsal = set_up_trainable(family, options, dit, ledger=ledger, texts=texts)
         rehearsal.tables = tables
         moments = rehearsal.measure_step()
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
@@ -244,7 +249,7 @@ def _add_adapters(family: Trains, options: TrainingOptions, dit: nn.Module, ledg
         layer.is_on = True
 
 
-def dress_trainable(
+def set_up_trainable(
     family: Trains,
     options: TrainingOptions,
     dit: nn.Module,
@@ -261,7 +266,7 @@ def dress_trainable(
     blocks = family.dit.blocks(dit)
     dry.keep_kernels(recomputed_parts(dit, family.dit))
     dry.watch_blocks(blocks, ledger)
-    dress(dit, family.dit, options.loop, ledger.device)
+    set_up_network(dit, family.dit, options.loop, ledger.device)
     # outside of the dry run, because bitsandbytes reads values of a table that it creates
     with disable_modes():
         optimizer, _ = make_optimizer(options.optimizer, groups)
@@ -303,7 +308,7 @@ def _single_steps(
     is_stepped_alone = full_dit is not None and (
         full_dit.full_bf16 or full_dit.fused_backward_pass or full_dit.offloads_states
     )
-    if not (is_stepped_alone and steps_alone(type(optimizer))):
+    if not (is_stepped_alone and steps_each_parameter(type(optimizer))):
         return None
     names: dict[Tensor, str] = {parameter: str(index) for index, parameter in enumerate(parameters)}
     return ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
@@ -337,7 +342,7 @@ def _make_learning_groups(
     dry.place(network.module, ledger, dry.NETWORK)
     _add_adapters(family, options, dit, ledger)
     groups, _ = network.parameter_groups(options.optimizer.learning_rate)
-    word_encoders = {} if texts is None else texts.taught_networks
+    word_encoders = {} if texts is None else texts.networks_with_new_word
     for make in begin_run(options, family).on.beside:
         beside = make(word_encoders, 0, False)
         dry.place(beside.module, ledger, dry.NETWORK)

@@ -11,5 +11,5 @@ reporter: pass a run's events to history and page
 sample_files: find a run's samples, draw sheets, fill the page's grid
 scores: scores of samples; the best file of a run
 sections: further parts of a run's page
-shown_numbers: how the page shows further numbers of steps
+metric_charts: how the page shows additional metrics of steps
 """

@@ -16,7 +16,7 @@ from pathlib import Path
 from modules.atomic_write import give_name, temporary_name
 from modules.errors import OutputError
 from modules.installation import PREFIX, ROOT, program_environment
-from training.reports.history import Start, Story, history_name, read_history, read_session
+from training.reports.history import RunHistory, Start, history_name, read_history, read_session
 from training.reports.sections import SAMPLES, page_path
 
 REQUEST, END = b"\n", b"."  # requests to the process: draw the page; draw it for the last time
@@ -113,27 +113,27 @@ def is_page_current(history: Path) -> bool:
     return False
 
 
-def draw_page(history: Path, draw: Callable[[Path, Story], None], *, is_over: bool) -> None:
+def draw_page(history: Path, draw: Callable[[Path, RunHistory], None], *, is_over: bool) -> None:
     """Draw the page of a run from its history, if there is one.
 
     A newer page is kept: the process of a killed run may still draw after the resumed run has drawn its page.
 
     Args:
         history: The history of the run.
-        draw: Writes the page of a story to a path.
+        draw: Writes the page of a run history to a path.
         is_over: Whether the training has ended; if the history has no end, the training was killed.
     """
     session = read_session(history)
     if session is None:
         return
     read_at = history.stat().st_mtime_ns
-    story = read_history(history, session)
-    if is_over and story.ending is None:
-        step = max(story.loss, default=0)
-        story.ending = f"died after step {step:,}, without a word", "bad"
+    run_history = read_history(history, session)
+    if is_over and run_history.ending is None:
+        step = max(run_history.loss, default=0)
+        run_history.ending = f"died after step {step:,}, without a word", "bad"
     page = page_path(history.parent, history_name(history))
     drawn = temporary_name(page)
-    draw(drawn, story)
+    draw(drawn, run_history)
     # so that lines that were written meanwhile are newer than the page
     os.utime(drawn, ns=(read_at, read_at))
     if page.is_file() and page.stat().st_mtime_ns > read_at:
@@ -161,12 +161,12 @@ def main(words: Sequence[str]) -> None:
 
     clips = ClipStore(history.parent / SAMPLES)
 
-    def draw(path: Path, story: Story) -> None:
-        start = story.start or Start("", 0)
-        text, kind = story.ending or ("running", "")
-        step = max((*story.loss, *story.starts), default=0)
-        load = clips.for_page() if story.samples else None
-        write_training_page(path, history, story, Standing(start, step, text, kind), load=load)
+    def draw(path: Path, run_history: RunHistory) -> None:
+        start = run_history.start or Start("", 0)
+        text, kind = run_history.ending or ("running", "")
+        step = max((*run_history.loss, *run_history.starts), default=0)
+        load = clips.for_page() if run_history.samples else None
+        write_training_page(path, history, run_history, Standing(start, step, text, kind), load=load)
 
     try:
         is_over = False

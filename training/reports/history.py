@@ -19,7 +19,7 @@ from modules.atomic_write import append_text, atomic_path, identify_machine, mak
 from modules.limits import MAX_LINE_CHARACTERS
 from modules.text_files import require_regular_file
 from protocols.families import HIGH_NOISE, LOW_NOISE
-from training.reports.shown_numbers import MAX_SHOWN, NumberChart, NumberTile
+from training.reports.metric_charts import MAX_SHOWN, MetricChart, MetricTile
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ BEFORE_TRAINING = ".run"  # suffix of the run's name for the history of what `ru
 MAX_WAITING = 2000  # lines in memory
 MAX_STEPS = 10**15
 LOSS = "validation/loss"
-NUMBERS = "pairs"  # key of additional values of features in the line of a step; a historical name
+METRICS = "pairs"  # key of additional values of features in the line of a step; a historical name
 AVERAGE = "-ema"  # in the name of a saved file: it contains the average of the weights
 WORKFLOW = ".workflow.json"  # suffix of a ComfyUI workflow next to the files of a save; removed with them
 # lines on memory, as the page names them
@@ -93,8 +93,8 @@ class Start:
     written_in: str = ""  # folder of the history, with links resolved; "" if an older version wrote the line
     working_folder: str = ""  # folder of the command; "" if an older version wrote the line
     # show additional values of features on the page
-    charts: Sequence[NumberChart] = ()
-    tiles: Sequence[NumberTile] = ()
+    charts: Sequence[MetricChart] = ()
+    tiles: Sequence[MetricTile] = ()
 
     @classmethod
     def of(cls, facts: Row) -> "Start":
@@ -114,13 +114,13 @@ class Start:
             process=dict(facts["process"]),
             written_in=str(facts.get("written_in", "")),
             working_folder=str(facts.get("working_folder", "")),
-            charts=[NumberChart.of(chart) for chart in facts.get("charts", ())[:MAX_SHOWN]],
-            tiles=[NumberTile.of(tile) for tile in facts.get("tiles", ())[:MAX_SHOWN]],
+            charts=[MetricChart.of(chart) for chart in facts.get("charts", ())[:MAX_SHOWN]],
+            tiles=[MetricTile.of(tile) for tile in facts.get("tiles", ())[:MAX_SHOWN]],
         )
 
 
 @dataclass
-class Story:
+class RunHistory:
     """The content of a history. A repeated line counts once."""
 
     loss: Points = field(default_factory=dict)
@@ -130,7 +130,7 @@ class Story:
     doing: str = ""  # current work between two steps: `sample 1 of 2, step 140 of 300`
     rates: dict[str, Points] = field(default_factory=dict)
     experts: dict[str, Points] = field(default_factory=dict)  # losses of the experts by name
-    numbers: dict[str, Points] = field(default_factory=dict)  # additional values of features by name
+    metrics: dict[str, Points] = field(default_factory=dict)  # additional values of features by name
     skipped: dict[int, str] = field(default_factory=dict)  # steps that were not taken, with the reason
     bands: dict[str, Points] = field(default_factory=dict)  # validation losses by noise level
     validations: dict[int, float] = field(default_factory=dict)  # step -> loss
@@ -143,12 +143,12 @@ class Story:
     messages: list[tuple[int, str, str]] = field(default_factory=list)  # step, level, text
 
     @classmethod
-    def of(cls, rows: Iterable[Row]) -> "Story":
-        """Build a story from the rows of a history file."""
-        story = cls()
+    def of(cls, rows: Iterable[Row]) -> "RunHistory":
+        """Build the record from the rows of a history file."""
+        run_history = cls()
         for row in rows:
-            story.add(row)
-        return story
+            run_history.add(row)
+        return run_history
 
     def add(self, row: Row) -> None:
         """Add a row, whose key determines its kind. A start clears the ending of an earlier run."""
@@ -190,8 +190,8 @@ class Story:
             self.rates.setdefault(name, {})[step] = _number(rate)
         for name, loss in (row.get("experts") or {}).items():
             self.experts.setdefault(name, {})[step] = _number(loss)
-        for name, number in (row.get(NUMBERS) or {}).items():
-            self.numbers.setdefault(name, {})[step] = _number(number)
+        for name, number in (row.get(METRICS) or {}).items():
+            self.metrics.setdefault(name, {})[step] = _number(number)
 
     def _add_validation(self, step: int, losses: Mapping[str, Any]) -> None:
         for name, value in losses.items():
@@ -324,23 +324,23 @@ class History:
         self.path, self.session, self.is_written = path, session, is_written
         self._waiting: list[str] = []
         self._keeps_up_to: int | None = step  # the last step of the lines on disk that are kept; None: all
-        self.story = Story()  # all lines except those about single steps
+        self.run_history = RunHistory()  # all lines except those about single steps
         try:
             for row in _rows(path, session, step):
                 if not row.keys() & PASSING:
-                    self.story.add(row)
+                    self.run_history.add(row)
         except OSError as error:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
     def add(self, step: int, **what: Any) -> None:
-        """Add a line with one of the keys that `Story.add` reads.
+        """Add a line with one of the keys that `RunHistory.add` reads.
 
         Raises:
             OutputError: If many lines wait and cannot be written; they are dropped then.
         """
         row: Row = _finite({"step": step, **what})
         if not row.keys() & {*PASSING, "started"}:  # a running run does not read its own start
-            self.story.add(row)
+            self.run_history.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
         self._waiting += [line] if self.is_written else []
@@ -416,13 +416,13 @@ def read_session(path: Path) -> int | None:
     return None if row is None else row.get("session")
 
 
-def read_history(path: Path, session: int) -> Story:
+def read_history(path: Path, session: int) -> RunHistory:
     """Return the content of all lines of a run on disk.
 
     Raises:
         OSError: If they cannot be read.
     """
-    return Story.of(_rows(path, session))
+    return RunHistory.of(_rows(path, session))
 
 
 def _rows(path: Path, session: int, step: int | None = None) -> Iterator[Row]:
@@ -465,7 +465,7 @@ def parse_row(line: bytes) -> Row | None:
         if not all(Path(name).name == name and "\\" not in name for name in names):
             return None
         if "session" not in row:
-            Story.of([row])  # fails here, not in a reader of the run, if a user's edit broke the line
+            RunHistory.of([row])  # fails here, not in a reader of the run, if a user's edit broke the line
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError, OverflowError):
         return None
     return row

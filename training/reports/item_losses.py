@@ -30,7 +30,7 @@ from modules.media.colors import Frame
 from modules.pages.language import counted, say
 from modules.pages.page import reduce_frame
 from modules.text_files import parse_json, read_text, require_regular_file
-from training.reports.history import Story
+from training.reports.history import RunHistory
 from training.reports.sections import PageSection, images_path, is_section_file, items_path
 
 logger = logging.getLogger(__name__)
@@ -205,13 +205,13 @@ def _compare_files(folder: Path, name: str, marks: tuple[tuple[str, int, int], .
     return compare_items(read_draws(folder, name))
 
 
-def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
+def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSection | None:
     """Return the section about losses of items for the page of a run; None without such losses.
 
     Args:
         folder: Folder of the history.
         name: Name of the run.
-        story: Content of the run's history.
+        run_history: Content of the run's history.
     """
     marks = []
     for path in _list_files(folder, name):

@@ -80,7 +80,7 @@ class StepReport:
     # losses of the parts that had micro-batches in the step, by name: experts, or image and sound
     by_part: Mapping[str, float] = field(default_factory=dict)
     # means of additional values of features, by name
-    numbers: Mapping[str, float] = field(default_factory=dict)
+    metrics: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -141,11 +141,11 @@ class Recorder(Protocol):
 
     def __exit__(self, *error: Any) -> bool | None: ...
 
-    def note_values(self, values: Mapping[str, float], step: int) -> None:
+    def log_values(self, values: Mapping[str, float], step: int) -> None:
         """Record the numbers of a step; called in the main process only."""
 
     # called in the main process only; a strip has a sample's frames side by side, H W 3
-    def note_samples(
+    def log_samples(
         self, step: int, files: Mapping[int, Path], strips: Mapping[int, Frame], prompts: Mapping[int, str]
     ) -> None:
         """Record samples: their files, strips of their frames, and prompts, each by index of the prompt."""
@@ -199,19 +199,19 @@ class Logs:
         if not self.bar.disable:
             if now - self._shown >= SHOW_EVERY:
                 self._shown = now
-                self.bar.set_postfix(self._fitting(self._numbers(report)), refresh=False)
+                self.bar.set_postfix(self._fitting(self._format_metrics(report)), refresh=False)
             self.bar.update(report.step - self.bar.n)
         elif self.accelerator.is_main_process and now - self._shown >= LINE_EVERY:
             if self._shown > -math.inf:  # without a terminal, a line from time to time
-                numbers = ", ".join(f"{name} {text}" for name, text in self._numbers(report).items())
-                logger.info("Step %d of %d: %s", report.step, self.total_steps, numbers)
+                metrics = ", ".join(f"{name} {text}" for name, text in self._format_metrics(report).items())
+                logger.info("Step %d of %d: %s", report.step, self.total_steps, metrics)
             self._shown = now
         if self.recorders:
             self.values(_list_tracked_values(report), report.step)
 
-    def _fitting(self, numbers: Mapping[str, str]) -> dict[str, str]:
+    def _fitting(self, metrics: Mapping[str, str]) -> dict[str, str]:
         """Drop values in the order of DROPPED until the rest fits next to the bar."""
-        fitting = dict(numbers)
+        fitting = dict(metrics)
         bar = self.bar.format_dict
         elapsed = tqdm.format_interval(bar["elapsed"])
         around = f"steps: 100%|| {self.total_steps}/{self.total_steps} [{elapsed}]"
@@ -221,7 +221,7 @@ class Logs:
                 fitting.pop(name, None)
         return fitting
 
-    def _numbers(self, report: StepReport) -> dict[str, str]:
+    def _format_metrics(self, report: StepReport) -> dict[str, str]:
         """Return the texts after the progress bar, by name."""
         shown = {}
         seconds = self.clock.seconds_per_step
@@ -241,14 +241,14 @@ class Logs:
         """Send other values of a step to the recorders: `loss/epoch`, validation losses."""
         if self.accelerator.is_main_process:
             for recorder in self.recorders:
-                recorder.note_values(values, step)
+                recorder.log_values(values, step)
 
 
 def _list_tracked_values(report: StepReport) -> dict[str, float]:
     """Return the values of a step by their names in trackers."""
     values = {"loss/current": report.loss, "loss/average": report.average, **report.rates}
     values |= {f"loss/{name}": loss for name, loss in report.by_part.items()}
-    values |= report.numbers
+    values |= report.metrics
     if report.gradient_norm is not None:
         values["grad_norm"] = report.gradient_norm
     if report.seconds:

@@ -16,8 +16,8 @@ from modules.pages.language import counted, say, say_duration
 from modules.pages.page import link, write_page
 from modules.text_files import read_safetensors_texts
 from protocols.rules import AUDIO_STREAM, IMAGE_STREAM
-from training.reports.history import SHOWN, Points, Start, Story, find_workflow, history_name
-from training.reports.shown_numbers import NumberChart, NumberTile, find_uncharted
+from training.reports.history import SHOWN, Points, RunHistory, Start, find_workflow, history_name
+from training.reports.metric_charts import MetricChart, MetricTile, find_uncharted
 
 if TYPE_CHECKING:
     from training.reports.sample_files import LoadClip  # only with samples
@@ -45,7 +45,7 @@ class Standing:
 def write_training_page(
     path: Path,
     history: Path,
-    story: Story,
+    run_history: RunHistory,
     standing: Standing,
     load: "LoadClip | None" = None,
 ) -> None:
@@ -54,7 +54,7 @@ def write_training_page(
     Args:
         path: Path of the file.
         history: File of the run's history.
-        story: Content of the run's history.
+        run_history: Content of the run's history.
         standing: State of the run: its start, its step, and how it ended.
         load: See `page_values`.
 
@@ -62,13 +62,13 @@ def write_training_page(
         OutputError: If the page cannot be written.
     """
     name = history_name(history)
-    values = page_values(history.parent, story, standing, load=load, name=name)
+    values = page_values(history.parent, run_history, standing, load=load, name=name)
     write_page(path, TEMPLATE, f"{name}: training", values)
 
 
 def page_values(
     folder: Path,
-    story: Story,
+    run_history: RunHistory,
     standing: Standing,
     load: "LoadClip | None" = None,
     maximum: tuple[int, int] = (MAX_COLUMNS, MAX_PROMPTS),
@@ -79,7 +79,7 @@ def page_values(
 
     Args:
         folder: Value of --output_dir.
-        story: Content of the run's history.
+        run_history: Content of the run's history.
         standing: State of the run: its start, its step, and how it ended.
         load: Reads the clips of samples; None shows no samples.
         maximum: Largest number of columns and rows in the grid of samples.
@@ -91,88 +91,88 @@ def page_values(
     from training.reports.scores import find_best_file, list_score_charts
     from training.reports.scores import make_section as make_scores
 
-    best = find_best_file(folder, name, story)
+    best = find_best_file(folder, name, run_history)
     best_name = None if best is None else best.name
-    sections = (
-        [make(folder, name, story) for make in (make_scores, make_items)] if has_sections and name else []
-    )
-    charts = list_charts(story)
+    sections = []
+    if has_sections and name:
+        sections = [make(folder, name, run_history) for make in (make_scores, make_items)]
+    charts = list_charts(run_history)
     if name:
-        charts[1:1] = list_score_charts(folder, name, story)  # next to the loss, which is the first
+        charts[1:1] = list_score_charts(folder, name, run_history)  # next to the loss, which is the first
     grid = None
     if load:
         from training.reports.sample_files import make_grid  # only with samples
 
         max_columns, max_prompts = maximum
-        grid = make_grid(story, load, max_columns, max_prompts)
+        grid = make_grid(run_history, load, max_columns, max_prompts)
     return {
         "live": None,
         "is_shared": False,  # not a page behind a share link, so samples link to their files
         "standing": standing,
         "model": model_title(standing.start.model),
         "written": f"{datetime.now():%Y-%m-%d %H:%M:%S}",
-        "tiles": list_tiles(standing, story),
+        "tiles": list_tiles(standing, run_history),
         "grid": grid,
         "makes_samples": "sample_prompts" in dict(standing.start.changed),
         "charts": [draw_chart(chart) for chart in charts],
         "sections": [section for section in sections if section is not None],
-        "files": _files(story, folder, best_name),
-        "advice": (best and best.reasons) or describe_best(story, best_name),
-        "memory": story.memory,
-        "commands": story.commands,
+        "files": _files(run_history, folder, best_name),
+        "advice": (best and best.reasons) or describe_best(run_history, best_name),
+        "memory": run_history.memory,
+        "commands": run_history.commands,
     }
 
 
-def _draw_losses(story: Story, maximum: int) -> Chart:
+def _draw_losses(run_history: RunHistory, maximum: int) -> Chart:
     """Return the diagram of the training's loss and the validation loss."""
-    losses = make_curves({say("loss"): story.loss}, maximum, SMOOTHING)
-    if story.validations:
-        steps = sorted(story.validations)
-        values = [story.validations[step] for step in steps]
+    losses = make_curves({say("loss"): run_history.loss}, maximum, SMOOTHING)
+    if run_history.validations:
+        steps = sorted(run_history.validations)
+        values = [run_history.validations[step] for step in steps]
         lowest = values.index(min(values))
         has_dots = len(steps) < MAX_DOTS
         losses.append(Curve(say("validation"), steps, values, has_dots=has_dots, best=lowest))
     return Chart(losses, "step", "loss", say("Loss"))
 
 
-def list_charts(story: Story, maximum: int = MAX_BINS) -> list[Chart]:
+def list_charts(run_history: RunHistory, maximum: int = MAX_BINS) -> list[Chart]:
     """Return the diagrams of a run.
 
     Args:
-        story: Content of the run's history.
+        run_history: Content of the run's history.
         maximum: Approximate number of points of a curve.
     """
-    charts = [_draw_losses(story, maximum)]
+    charts = [_draw_losses(run_history, maximum)]
 
-    by_expert = {name.replace("_", " "): story.experts[name] for name in sorted(story.experts)}
+    by_expert = {name.replace("_", " "): run_history.experts[name] for name in sorted(run_history.experts)}
     # families with audio record losses by stream in place of losses by expert
     is_by_stream = by_expert.keys() <= {IMAGE_STREAM, AUDIO_STREAM}
     expert_title = say("Loss of picture and sound") if is_by_stream else say("Loss of each transformer")
     charts.append(Chart(make_curves(by_expert, maximum, SMOOTHING), "step", "loss", expert_title))
 
     # values that features record are drawn in the charts that the features declare, or each in its own chart
-    declared = () if story.start is None else story.start.charts
-    uncharted = find_uncharted([*story.numbers], declared)
-    charts += [_draw_numbers(story, chart, maximum) for chart in (*declared, *uncharted)]
+    declared = () if run_history.start is None else run_history.start.charts
+    uncharted = find_uncharted([*run_history.metrics], declared)
+    charts += [_draw_metrics(run_history, chart, maximum) for chart in (*declared, *uncharted)]
 
     rates: dict[str, Points] = {}
-    for name, points in story.rates.items():
+    for name, points in run_history.rates.items():
         rates[name.removeprefix("lr/").replace("unet", "transformer")] = points
     charts.append(Chart(make_curves(rates, maximum), "step", "learning rate", say("Learning rate")))
 
-    seconds = make_curves({say("seconds"): story.seconds}, maximum)
+    seconds = make_curves({say("seconds"): run_history.seconds}, maximum)
     charts.append(Chart(seconds, "step", "seconds", say("Seconds per step")))
 
     by_timestep: dict[str, Points] = {}
-    for name, points in story.bands.items():
+    for name, points in run_history.bands.items():
         by_timestep[f"timestep {name.rpartition('_')[2]}"] = points
     validations = make_curves(by_timestep, maximum, has_dots=True)
     charts.append(Chart(validations, "step", "loss", say("Validation loss by noise")))
     return [chart for chart in charts if chart.curves]
 
 
-def _draw_numbers(story: Story, chart: NumberChart, maximum: int) -> Chart:
-    points = {label: story.numbers.get(name, {}) for label, name in chart.curves.items()}
+def _draw_metrics(run_history: RunHistory, chart: MetricChart, maximum: int) -> Chart:
+    points = {label: run_history.metrics.get(name, {}) for label, name in chart.curves.items()}
     return Chart(make_curves(points, maximum, SMOOTHING), "step", chart.unit, say(chart.title))
 
 
@@ -214,39 +214,40 @@ def join_bins(points: Points, maximum: int = MAX_BINS) -> dict[float, list[float
     return bins
 
 
-def list_tiles(standing: Standing, story: Story) -> list[Tile]:
+def list_tiles(standing: Standing, run_history: RunHistory) -> list[Tile]:
     """Return the numbers at the top of the page: label, value and note."""
+    declared = () if run_history.start is None else run_history.start.tiles
     tiles = [
-        _step_tile(standing, story),
-        _make_loss_tile(story),
-        _validation_tile(story),
-        *[_number_tile(story, tile) for tile in (() if story.start is None else story.start.tiles)],
-        _skip_tile(story),
-        _make_seconds_tile(story),
+        _step_tile(standing, run_history),
+        _make_loss_tile(run_history),
+        _validation_tile(run_history),
+        *[_make_metric_tile(run_history, tile) for tile in declared],
+        _skip_tile(run_history),
+        _make_seconds_tile(run_history),
     ]
     return [tile for tile in tiles if tile is not None]
 
 
-def _number_tile(story: Story, tile: NumberTile) -> Tile | None:
-    shares = [share for share in story.numbers.get(tile.number, {}).values() if share is not None]
-    if not shares:
+def _make_metric_tile(run_history: RunHistory, tile: MetricTile) -> Tile | None:
+    values = [value for value in run_history.metrics.get(tile.number, {}).values() if value is not None]
+    if not values:
         return None
-    last = shares[-SHOWN:]
+    last = values[-SHOWN:]
     note = f"{tile.note}; mean of the last {count_of(len(last), 'step')}"
     return tile.title, f"{sum(last) / len(last):.0%}", note
 
 
-def _skip_tile(story: Story) -> Tile | None:
-    if not story.skipped:
+def _skip_tile(run_history: RunHistory) -> Tile | None:
+    if not run_history.skipped:
         return None
-    last = [f"{step:,}" for step in sorted(story.skipped)[-3:]]
+    last = [f"{step:,}" for step in sorted(run_history.skipped)[-3:]]
     note = say("not taken; the last: %(steps)s", steps=", ".join(last))
-    return say("Skipped steps"), f"{len(story.skipped):,}", note
+    return say("Skipped steps"), f"{len(run_history.skipped):,}", note
 
 
-def _step_tile(standing: Standing, story: Story) -> Tile:
+def _step_tile(standing: Standing, run_history: RunHistory) -> Tile:
     """Return title, value and note of the tile with the current step."""
-    resumed = [f"{step:,}" for step in story.starts if step > 0]
+    resumed = [f"{step:,}" for step in run_history.starts if step > 0]
     note = say("resumed at step %(steps)s", steps=", ".join(resumed[-3:])) if resumed else ""
     shown = say(
         "%(step)s of %(total_steps)s",
@@ -256,15 +257,15 @@ def _step_tile(standing: Standing, story: Story) -> Tile:
     return say("Step"), shown, note
 
 
-def _validation_tile(story: Story) -> Tile | None:
-    if story.lowest is None:
+def _validation_tile(run_history: RunHistory) -> Tile | None:
+    if run_history.lowest is None:
         return None
-    step, loss = story.lowest
+    step, loss = run_history.lowest
     return say("Best validation loss"), f"{loss:.4g}", say("at step %(step)s", step=f"{step:,}")
 
 
-def _make_seconds_tile(story: Story) -> Tile | None:
-    seconds = [number for number in story.seconds.values() if number is not None]
+def _make_seconds_tile(run_history: RunHistory) -> Tile | None:
+    seconds = [number for number in run_history.seconds.values() if number is not None]
     if not seconds:
         return None
     last = seconds[-SHOWN:]
@@ -277,32 +278,32 @@ def _make_seconds_tile(story: Story) -> Tile | None:
     return say("Seconds per step"), f"{sum(last) / len(last):.3g}", note
 
 
-def _make_loss_tile(story: Story) -> Tile | None:
+def _make_loss_tile(run_history: RunHistory) -> Tile | None:
     """Return the tile of the training loss; None if no step had a finite one."""
-    if all(loss is None for loss in story.loss.values()):
+    if all(loss is None for loss in run_history.loss.values()):
         return None
-    if story.average is not None:  # same value as in the bar, the box at the end and the list of runs
-        mean, note = story.average, say("average of the last steps, at most an epoch")
+    if run_history.average is not None:  # same value as in the bar, the box at the end and the list of runs
+        mean, note = run_history.average, say("average of the last steps, at most an epoch")
     else:
-        bins = [*join_bins(story.loss).values()]
+        bins = [*join_bins(run_history.loss).values()]
         last_bins = bins[-max(1, len(bins) // 10) :]
         latest = [loss for losses in last_bins for loss in losses]
         mean = sum(latest) / len(latest)
         note = counted(len(latest), "mean of the last %(n)s step", "mean of the last %(n)s steps")
-    num_not_finite = sum(loss is None for loss in story.loss.values())
+    num_not_finite = sum(loss is None for loss in run_history.loss.values())
     if num_not_finite:
         note = say("%(mean)s; %(n)s steps without a finite loss", mean=note, n=f"{num_not_finite:,}")
     return say("Loss"), f"{mean:.4g}", note
 
 
-def list_files(story: Story, folder: Path) -> list[tuple[int, list[str]]]:
+def list_files(run_history: RunHistory, folder: Path) -> list[tuple[int, list[str]]]:
     """Return pairs of a step and its existing files; files of one pair have equal weights.
 
     The shortest name comes first. The last weights of a run are often saved twice: with the step in the name,
     and as the final file.
     """
     by_weights: dict[tuple[int, str], list[str]] = {}
-    in_order = sorted((step, len(name), name) for name, step in story.saved.items())
+    in_order = sorted((step, len(name), name) for name, step in run_history.saved.items())
     for step, _, name in in_order:
         with contextlib.suppress(OSError):
             status = (folder / name).stat()
@@ -324,13 +325,13 @@ def _weights_mark(path: Path, changed: int, size: int) -> str:
         return ""
 
 
-def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
+def _files(run_history: RunHistory, folder: Path, best: str | None) -> list[Mapping[str, Any]]:
     """Return the rows of the table of saved files, with the validation loss nearest to each."""
     rows: list[Mapping[str, Any]] = []
-    for step, (name, *twins) in list_files(story, folder):
+    for step, (name, *twins) in list_files(run_history, folder):
         path = folder / name
         workflow = find_workflow(folder, name)
-        validated = story.nearest(step)
+        validated = run_history.nearest(step)
         loss = "" if validated is None else f"{validated.loss:.4g}"
         if validated is not None and validated.step != step:
             loss = say("%(loss)s (at step %(step)s)", loss=loss, step=f"{validated.step:,}")
@@ -340,7 +341,7 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
                 "href": link(name),
                 "workflow": workflow and link(workflow),
                 "step": f"{step:,}",
-                "loss": say("not measured (average)") if story.is_average(name) else loss,
+                "loss": say("not measured (average)") if run_history.is_average(name) else loss,
                 "size": as_size(path.stat().st_size),
                 "twins": twins,
                 "is_best": best in (name, *twins),
@@ -349,9 +350,9 @@ def _files(story: Story, folder: Path, best: str | None) -> list[Mapping[str, An
     return rows
 
 
-def describe_best(story: Story, best: str | None) -> str:
+def describe_best(run_history: RunHistory, best: str | None) -> str:
     """Return the advice on the best file, or how to find it."""
-    lowest = story.lowest
+    lowest = run_history.lowest
     if lowest is None:
         return say(
             "No validation loss was measured, so the page cannot say which file is best. Add "
@@ -363,7 +364,7 @@ def describe_best(story: Story, best: str | None) -> str:
         return say(
             "The lowest validation loss is %(loss)s at step %(step)s; no file has been saved yet.", **values
         )
-    if story.saved[best] == step:
+    if run_history.saved[best] == step:
         return say("Best file by validation loss: %(best)s.", best=best)
     return say(
         "Best file by validation loss: %(best)s. The lowest loss of all is %(loss)s at step %(step)s, where "

@@ -6,33 +6,35 @@ from pathlib import Path
 
 from modules.command import quote_for_powershell
 from protocols.families import HIGH_NOISE, LOW_NOISE
-from training.reports.history import PageCommand, Story
+from training.reports.history import PageCommand, RunHistory
 from training.reports.scores import find_best_file
 
 GENERATE = "Generate with it"  # title of the command that takes the best file
 
 
-def present_commands(story: Story, folder: Path, name: str = "") -> list[PageCommand]:
+def present_commands(run_history: RunHistory, folder: Path, name: str = "") -> list[PageCommand]:
     """Return the commands of a run; a deleted saved file is replaced by an existing one of its kind.
 
     The generating command uses the best file, which a score or a later validation may have changed.
 
     Args:
-        story: Content of the run's history.
+        run_history: Content of the run's history.
         folder: Folder of the run's files; if it is "", scores are not read.
         name: Name of the run's files.
     """
-    found = find_best_file(folder, name, story) if name else None
+    found = find_best_file(folder, name, run_history) if name else None
     best = None if found is None else found.name
     return [
-        _with_present_files(command, story, folder, best if command.title == GENERATE else None)
-        for command in story.commands
+        _with_present_files(command, run_history, folder, best if command.title == GENERATE else None)
+        for command in run_history.commands
     ]
 
 
-def _with_present_files(command: PageCommand, story: Story, folder: Path, best: str | None) -> PageCommand:
+def _with_present_files(
+    command: PageCommand, run_history: RunHistory, folder: Path, best: str | None
+) -> PageCommand:
     """Replace a file in a command by the best existing one if it was deleted or is not the best any more."""
-    start = story.start
+    start = run_history.start
     base = Path(start.working_folder) if start is not None and start.working_folder else None
     try:
         words = shlex.split(command.bash)
@@ -42,16 +44,16 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
     for index, word in enumerate(words):
         path = Path(word)
         # a relative path counts from the folder in which the training was started, if that is known
-        if path.name not in story.saved or not (path.is_absolute() or base):
+        if path.name not in run_history.saved or not (path.is_absolute() or base):
             continue
         if (base or folder) / path.parent != folder:
             continue  # a file of the same name in another folder
-        best_step = None if best is None else story.saved[best]
+        best_step = None if best is None else run_history.saved[best]
         is_there = (folder / path.name).exists()
-        if is_there and best_step in {None, story.saved[path.name]}:
+        if is_there and best_step in {None, run_history.saved[path.name]}:
             continue
-        present = _find_kin(path.name, story, folder, best)
-        if present is None or (is_there and story.saved[present] != best_step):
+        present = _find_kin(path.name, run_history, folder, best)
+        if present is None or (is_there and run_history.saved[present] != best_step):
             continue  # nothing to use, or nothing better than the file that is there
         words[index] = str(path.with_name(present))
         reason = "is not the best file" if is_there else "is not there any more"
@@ -62,24 +64,24 @@ def _with_present_files(command: PageCommand, story: Story, folder: Path, best: 
     return replace(command, bash=shlex.join(words), powershell=quote_for_powershell(words), note=note)
 
 
-def _find_kin(name: str, story: Story, folder: Path, best: str | None) -> str | None:
+def _find_kin(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
     """Return the existing file to use instead of another: that of the best step, else of the last step.
 
     It has the same kind: an average, a file of one expert, or an embedding, if the replaced file is one.
 
     Args:
         name: Name of the file to replace.
-        story: Content of the run's history.
+        run_history: Content of the run's history.
         folder: Folder of the files.
         best: File of the best step; None if it is not known.
     """
-    best = best or story.best_file(folder)
-    best_step = None if best is None else story.saved[best]
+    best = best or run_history.best_file(folder)
+    best_step = None if best is None else run_history.saved[best]
     candidates = [
         (step != best_step, -step, len(candidate), candidate)
-        for candidate, step in story.saved.items()
-        if story.is_average(candidate) == story.is_average(name)
-        and story.is_of_word(candidate) == story.is_of_word(name)
+        for candidate, step in run_history.saved.items()
+        if run_history.is_average(candidate) == run_history.is_average(name)
+        and run_history.is_of_word(candidate) == run_history.is_of_word(name)
         and _part_of(candidate) == _part_of(name)
         and (folder / candidate).is_file()
     ]

@@ -13,7 +13,7 @@ from typing import Any
 from modules.control_codes import shorten_lines
 from modules.media.reading import Frame
 from training.reports.drawing import PageProcess
-from training.reports.history import NUMBERS, History, PageCommand, Start, Story, history_name
+from training.reports.history import METRICS, History, PageCommand, RunHistory, Start, history_name
 from training.reports.logs import Recorder, StepReport
 from training.reports.sections import SAMPLES, page_path, scores_path
 
@@ -71,12 +71,12 @@ class RunReporter:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         logging.getLogger().removeHandler(self._messages)
         if error is None or isinstance(error, Exception):  # other errors end the run at once
-            self._note_end(error)
+            self._log_end(error)
         if self.page is not None:
             with self._guarded():
                 self.page.close()
 
-    def _note_end(self, error: Exception | None) -> None:
+    def _log_end(self, error: Exception | None) -> None:
         """Record how the run has ended, and its commands from then on.
 
         Args:
@@ -93,10 +93,10 @@ class RunReporter:
         self._note(self.step, ended=standing, kind=ending)
         if self.history.is_written:
             with self._guarded():
-                self._note_changes(is_finished=ending == "good")
+                self._log_changes(is_finished=ending == "good")
                 self.history.flush()
 
-    def note_doing(self, text: str) -> None:
+    def log_activity(self, text: str) -> None:
         """Record work between steps, as `sample 1 of 2, step 140 of 300`, at most every DOING_SECONDS."""
         if self.now() - self._doing >= DOING_SECONDS:
             self._doing = self.now()
@@ -104,13 +104,13 @@ class RunReporter:
             with self._guarded():
                 self.history.flush()
 
-    def note_pause(self, text: str) -> None:
+    def log_pause(self, text: str) -> None:
         """Record at once what the run does between two steps, such as `saving`, which may take minutes."""
         self._doing = -math.inf
-        self.note_doing(text)
+        self.log_activity(text)
         self._doing = -math.inf
 
-    def note_step(self, report: StepReport, left: float | None = None) -> None:
+    def log_step(self, report: StepReport, left: float | None = None) -> None:
         """Write a step into the history.
 
         Args:
@@ -121,7 +121,7 @@ class RunReporter:
         if self.history.is_written:
             experts = {"experts": dict(report.by_part)} if report.by_part else {}
             skipped = {"skipped": report.skipped} if report.skipped else {}
-            numbers = {NUMBERS: dict(report.numbers)} if report.numbers else {}
+            metrics = {METRICS: dict(report.metrics)} if report.metrics else {}
             rates = dict(report.rates)
             self._note(
                 report.step,
@@ -132,7 +132,7 @@ class RunReporter:
                 left=left,
                 **experts,
                 **skipped,
-                **numbers,
+                **metrics,
             )
             started = self.now()
             if started - self._flushed >= max(FLUSH_SECONDS, self._flush_seconds / SHARE):
@@ -144,13 +144,13 @@ class RunReporter:
     @property
     def validations(self) -> Mapping[int, float]:
         """Validation losses by step, from the history."""
-        return self.history.story.validations
+        return self.history.run_history.validations
 
-    def note_validation(self, step: int, losses: Mapping[str, float]) -> None:
+    def log_validation(self, step: int, losses: Mapping[str, float]) -> None:
         """Write the losses of a validation into the history."""
         self._note(step, validation=dict(losses))
 
-    def note_samples(
+    def log_samples(
         self, step: int, mark: str, prompts: Sequence[str] = (), recorders: Sequence[Recorder] = ()
     ) -> None:
         """Record the samples of all processes, write a sheet of them, and request the page.
@@ -176,7 +176,7 @@ class RunReporter:
                 strips[index] = sample_files.join_strip(sample_files.read_reduced(path))
         with self._guarded():
             for recorder in recorders:
-                recorder.note_samples(step, files, strips, by_file)
+                recorder.log_samples(step, files, strips, by_file)
         if not self.history.is_written:
             return
         self._note(
@@ -192,7 +192,7 @@ class RunReporter:
             sample_files.write_sheet(sheet, title, strips, by_file)
         self._draw()
 
-    def note_saved(self, paths: Sequence[Path], step: int) -> None:
+    def log_saved(self, paths: Sequence[Path], step: int) -> None:
         """Record all files of a save, and request the page unless it was drawn a short time ago.
 
         After the last step no page is requested, because the end of the run does so.
@@ -205,16 +205,16 @@ class RunReporter:
             if self.now() - self._drawn >= PAUSE:
                 self._draw()
             else:
-                self.note_files()
+                self.log_files()
 
-    def note_files(self) -> None:
+    def log_files(self) -> None:
         """Record the commands again if they name other files now, because files were saved or removed.
 
         Does nothing before the run has started, when no commands are recorded yet.
         """
         if self.history.is_written and self._noted:
             with self._guarded():
-                self._note_changes(is_finished=False)
+                self._log_changes(is_finished=False)
                 self.history.flush()
 
     def _note(self, step: int, **what: Any) -> None:
@@ -227,14 +227,14 @@ class RunReporter:
             return
         self._drawn = self.now()
         with self._guarded():
-            self._note_changes(is_finished=False)
+            self._log_changes(is_finished=False)
             self.history.flush()
             if self.page is not None:
                 self.page.draw()
 
-    def _note_changes(self, is_finished: bool) -> None:
+    def _log_changes(self, is_finished: bool) -> None:
         """Record lines about memory and commands if they have changed since the last time."""
-        file = find_usable_file(self.history.story, self.folder, self.name)
+        file = find_usable_file(self.history.run_history, self.folder, self.name)
         commands = self.commands(file, is_finished)
         lines = {"memory": self.memory(), "commands": [*map(astuple, commands)]}
         for name, line in lines.items():
@@ -257,19 +257,19 @@ class RunReporter:
                 )
 
 
-def name_best_file(folder: Path, name: str, story: Story) -> str | None:
+def name_best_file(folder: Path, name: str, run_history: RunHistory) -> str | None:
     """Return the name of the best saved file, see `find_best_file`; None without scores and losses."""
     if not scores_path(folder, name).is_file():
-        return story.best_file(folder) if story.validations else None
+        return run_history.best_file(folder) if run_history.validations else None
     from training.reports.scores import find_best_file  # slow to import; few runs are scored
 
-    best = find_best_file(folder, name, story)
+    best = find_best_file(folder, name, run_history)
     return None if best is None else best.name
 
 
-def find_usable_file(story: Story, folder: Path, name: str) -> Path | None:
+def find_usable_file(run_history: RunHistory, folder: Path, name: str) -> Path | None:
     """Return a saved file to generate with; None if there is none. Arguments: see `name_best_file`."""
-    file = story.usable_file(folder, name_best_file(folder, name, story))
+    file = run_history.usable_file(folder, name_best_file(folder, name, run_history))
     return None if file is None else folder / file
 
 

@@ -20,7 +20,7 @@ from modules.media.layers import COMPOSITE
 from modules.media.reading import Frame, read_image, video_frames, video_info
 from modules.pages.language import say
 from modules.pages.page import embed_clip, link, reduce_frame
-from training.reports.history import SampleRow, Story
+from training.reports.history import RunHistory, SampleRow
 
 SIDE = 256  # pixels of the longer side
 MAX_FRAMES = 96  # frames of a clip; longer clips keep every 2nd, 4th, ... frame, at the same speed
@@ -212,7 +212,7 @@ def select_columns(rows: Sequence[SampleRow], best_step: int | None, maximum: in
     return [rows[index] for index in sorted(chosen)]
 
 
-def select_few(num_columns: int, best: int | None, maximum: int = 4) -> set[int]:
+def select_first_shown(num_columns: int, best: int | None, maximum: int = 4) -> set[int]:
     """Return the columns that a row shows first: the first, the last, the best, and others between them.
 
     Args:
@@ -228,16 +228,16 @@ def select_few(num_columns: int, best: int | None, maximum: int = 4) -> set[int]
     return chosen
 
 
-def make_grid(story: Story, load: LoadClip, max_columns: int, max_prompts: int) -> dict[str, Any]:
+def make_grid(run_history: RunHistory, load: LoadClip, max_columns: int, max_prompts: int) -> dict[str, Any]:
     """Return the values of the grid of samples: steps as columns, prompts as rows."""
-    rows = [story.samples[key] for key in sorted(story.samples)]
-    best_step = None if story.lowest is None else story.lowest[0]
+    rows = [run_history.samples[key] for key in sorted(run_history.samples)]
+    best_step = None if run_history.lowest is None else run_history.lowest[0]
     columns = select_columns(rows, best_step, max_columns)
     best_column: SampleRow | None = None
     if best_step:
         best_column = min(columns, key=lambda row: abs(row.step - best_step), default=None)
     best_index = None if best_column is None else columns.index(best_column)
-    few = select_few(len(columns), best_index)
+    few = select_first_shown(len(columns), best_index)
     titles = []
     for index, row in enumerate(columns):
         title = _format_column_title(row)

@@ -14,7 +14,7 @@ from modules.atomic_write import make_storable, write_text
 from modules.pages.charts import Chart, Curve
 from modules.pages.language import counted, join, say
 from modules.text_files import parse_json, read_text
-from training.reports.history import MeasuredFile, Story, select_best
+from training.reports.history import MeasuredFile, RunHistory, select_best
 from training.reports.sections import PageSection, scores_path
 
 VERSION = 1
@@ -241,10 +241,12 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def list_unsampled(rows: Sequence[StepScores], story: Story, folder: Path) -> tuple[MeasuredFile, ...]:
+def list_unsampled(
+    rows: Sequence[StepScores], run_history: RunHistory, folder: Path
+) -> tuple[MeasuredFile, ...]:
     """Return the saved files with a validation loss whose steps were not scored."""
     scored = {row.step for row in rows if row.saved}
-    return tuple(file for file in story.measured_files(folder) if file.step not in scored)
+    return tuple(file for file in run_history.measured_files(folder) if file.step not in scored)
 
 
 def find_best(rows: Sequence[StepScores], unsampled: Sequence[MeasuredFile] = ()) -> BestFile | None:
@@ -418,20 +420,20 @@ def _list_warnings(row: StepScores) -> list[str]:
     return remarks
 
 
-def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
+def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSection | None:
     """Return the scores of a run for its page; None if it was not scored.
 
     Args:
         folder: Folder of the history.
         name: Name of the run.
-        story: Content of the run's history.
+        run_history: Content of the run's history.
     """
-    scores = read_present_scores(folder, name, story)
+    scores = read_present_scores(folder, name, run_history)
     if scores is None:
         return None
     best = find_best(scores.rows, scores.unsampled)
     notes = [say("No saved file has samples.") if best is None else best.text, NO_TASTE]
-    missing = len(story.samples.keys() - {(row.step, row.mark) for row in scores.rows})
+    missing = len(run_history.samples.keys() - {(row.step, row.mark) for row in scores.rows})
     if missing:
         notes.append(
             counted(
@@ -451,7 +453,7 @@ def make_section(folder: Path, name: str, story: Story) -> PageSection | None:
     )
 
 
-def read_present_scores(folder: Path, name: str, story: Story) -> RunScores | None:
+def read_present_scores(folder: Path, name: str, run_history: RunHistory) -> RunScores | None:
     """Return the scores of a run's samples, with the files that exist; None if it was not scored."""
     scores = read_scores(scores_path(folder, name))
     if scores is None:
@@ -459,11 +461,11 @@ def read_present_scores(folder: Path, name: str, story: Story) -> RunScores | No
     rows = tuple(
         row if (folder / row.saved).is_file() else replace(row, saved="")
         for row in scores.rows
-        if _is_of(row, story)  # a run of the same name may have replaced the samples
+        if _is_of(row, run_history)  # a run of the same name may have replaced the samples
     )
     if not rows:
         return None
-    return replace(scores, rows=rows, unsampled=list_unsampled(rows, story, folder))
+    return replace(scores, rows=rows, unsampled=list_unsampled(rows, run_history, folder))
 
 
 @dataclass(frozen=True)
@@ -474,41 +476,41 @@ class FoundFile:
     reasons: str = ""  # a sentence; "" if the file was chosen by its validation loss, without scores
 
 
-def find_best_file(folder: Path, name: str, story: Story) -> FoundFile | None:
+def find_best_file(folder: Path, name: str, run_history: RunHistory) -> FoundFile | None:
     """Return the best saved file of a run by its scores, or by its losses; None if there are neither.
 
     Args:
         folder: Value of --output_dir.
         name: Value of --output_name; "" if no scores are read.
-        story: Content of the run's history.
+        run_history: Content of the run's history.
     """
-    scores = read_present_scores(folder, name, story) if name else None
+    scores = read_present_scores(folder, name, run_history) if name else None
     scored = None if scores is None else find_best(scores.rows, scores.unsampled)
     if scored is not None:
         return FoundFile(scored.name, str(scored.text))
-    file = story.best_file(folder)
+    file = run_history.best_file(folder)
     return None if file is None else FoundFile(file)
 
 
-def _is_of(row: StepScores, story: Story) -> bool:
+def _is_of(row: StepScores, run_history: RunHistory) -> bool:
     """Return whether scores belong to samples of the run in the history."""
-    samples = story.samples.get((row.step, row.mark))
+    samples = run_history.samples.get((row.step, row.mark))
     return samples is not None and {sample.file for sample in row.samples} <= {*samples.files.values()}
 
 
 def list_score_charts(
-    folder: Path, name: str, story: Story, low: float = -math.inf, high: float = math.inf
+    folder: Path, name: str, run_history: RunHistory, low: float = -math.inf, high: float = math.inf
 ) -> list[Chart]:
     """Return charts of a run's scores over its steps; scores without values are left out.
 
     Args:
         folder: Folder of the history.
         name: Name of the run.
-        story: Content of the run's history.
+        run_history: Content of the run's history.
         low: First step that is shown.
         high: Last step that is shown.
     """
-    scores = read_present_scores(folder, name, story)
+    scores = read_present_scores(folder, name, run_history)
     rows = () if scores is None else tuple(row for row in scores.rows if low <= row.step <= high)
     prompts = _make_curve(say("samples and prompts"), [(row.step, row.clip) for row in rows])
     likeness = _make_curve(say("samples and training pictures"), [(row.step, row.likeness) for row in rows])

@@ -138,7 +138,7 @@ class Saver:
     publisher: Publisher | None  # None: nothing is uploaded
     write_average: WriteFile | None = None  # writes the averaged weights; None if there is no average
     is_main: bool = True
-    note_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
+    log_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
     note_removed: Callable[[], None] = lambda: None  # is called after files have expired
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
@@ -249,7 +249,7 @@ class Saver:
             if self.publisher is not None:
                 for path in written:
                     self.publisher.publish(path)
-            self.note_saved(written)
+            self.log_saved(written)
         if with_state:
             self.write_state(state)
             logger.info("Saved %s", state)

@@ -108,7 +108,7 @@ def write_state(
     content |= {name: value for name, value in vars(state).items() if name not in skipped}
     for name, value in content.items():
         if name != "parts":
-            content[name] = plain_state(value, name)
+            content[name] = to_builtin_types(value, name)
     content["parts"] = {part: _as_bytes(tensors) for part, tensors in state.parts.items()}
     check_space(folder, sum(tensor.nbytes for tensors in state.parts.values() for tensor in tensors.values()))
     with atomic_folder(folder) as temporary:
@@ -204,7 +204,7 @@ def one_error(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"{folder} is damaged: {reason}.\n  {REMEDY}", folder) from error
 
 
-def plain_state(value: Any, name: str) -> Any:
+def to_builtin_types(value: Any, name: str) -> Any:
     """Return a copy with plain containers and values only, which can be read without running code.
 
     Args:
@@ -217,9 +217,12 @@ def plain_state(value: Any, name: str) -> Any:
     if isinstance(value, Tensor):
         return value.detach()
     if isinstance(value, Mapping):
-        return {plain_state(key, name): plain_state(item, f"{name}/{key}") for key, item in value.items()}
+        return {
+            to_builtin_types(key, name): to_builtin_types(item, f"{name}/{key}")
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        items = [plain_state(item, f"{name}/{index}") for index, item in enumerate(value)]
+        items = [to_builtin_types(item, f"{name}/{index}") for index, item in enumerate(value)]
         return tuple(items) if isinstance(value, tuple) else items
     for kind in (bool, int, float, str):  # subclasses, such as numpy's float, become the plain type
         if isinstance(value, kind):

@@ -16,7 +16,15 @@ from modules.errors import MediaError, NothingFoundError, OptionError, UserError
 from modules.media.reading import read_tags
 from modules.options import Options, option
 from modules.text_files import real_path
-from training.reports.history import END, SampleRow, Start, Story, history_name, read_history, read_session
+from training.reports.history import (
+    END,
+    RunHistory,
+    SampleRow,
+    Start,
+    history_name,
+    read_history,
+    read_session,
+)
 from training.reports.page import Standing, write_training_page
 from training.reports.sample_files import ClipStore
 from training.reports.scores import (
@@ -94,7 +102,7 @@ class ScoredRun:
     """A run that is scored."""
 
     history: Path
-    story: Story
+    run_history: RunHistory
 
     @property
     def folder(self) -> Path:
@@ -109,8 +117,8 @@ class ScoredRun:
     def list_samples(self) -> list[tuple[SampleRow, dict[int, Path]]]:
         """Return the existing samples of each step, except audio files: a row, and paths by prompt number."""
         rows = []
-        for key in sorted(self.story.samples):
-            row = self.story.samples[key]
+        for key in sorted(self.run_history.samples):
+            row = self.run_history.samples[key]
             paths = {index: self.folder / SAMPLES / name for index, name in sorted(row.files.items())}
             present = {
                 index: path for index, path in paths.items() if path.suffix != SOUND and path.is_file()
@@ -178,7 +186,7 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
         num_training=0 if training is None else len(training.media),
         near_threshold=comparison.threshold,
         notes=tuple(notes),
-        unsampled=list_unsampled(scored_rows, run.story, run.folder),
+        unsampled=list_unsampled(scored_rows, run.run_history, run.folder),
     )
     _write(run, scores)
 
@@ -251,7 +259,7 @@ def _list_notes(run: ScoredRun, unreadable: Sequence[str], comparison: "SampleCo
     if training is not None and comparison.threshold is None:
         few = {"n": str(len(training.media)), "least": str(MIN_TO_COMPARE)}
         notes.append(ScoreNote("few", few))
-    if any(name.endswith(SOUND) for row in run.story.samples.values() for name in row.files.values()):
+    if any(name.endswith(SOUND) for row in run.run_history.samples.values() for name in row.files.values()):
         notes.append(ScoreNote("sounds"))
     return [*notes, NO_FACES]
 
@@ -283,10 +291,10 @@ def open_run(place: Path) -> ScoredRun:
         session = read_session(place)
         if session is None:
             raise OptionError(f"{place}: this is not the history of a training")
-        story = read_history(place, session)
+        run_history = read_history(place, session)
     except OSError as error:
         raise OptionError(f"{place} cannot be read: {error.strerror or error}") from None
-    return ScoredRun(place, story)
+    return ScoredRun(place, run_history)
 
 
 def _find_histories(folder: Path, pattern: str) -> list[Path]:
@@ -298,7 +306,7 @@ def _find_dataset(options: ScoreOptions, run: ScoredRun, notes: list[ScoreNote])
     """Return the dataset of the training images; None with a note if it is not there."""
     if options.dataset_config is not None:
         return options.dataset_config
-    start = run.story.start
+    start = run.run_history.start
     typed = None if start is None else dict(start.changed).get("dataset_config")
     if start is None or typed is None:
         notes.append(ScoreNote("no_dataset"))
@@ -400,7 +408,7 @@ def _score_step(
         if frames is not None:
             prompt = row.prompts.get(index, "")
             samples.append(comparison.score(index, path, prompt, frames, looks[path]))
-    validated = run.story.nearest(row.step)
+    validated = run.run_history.nearest(row.step)
     return StepScores(
         step=row.step,
         mark=row.mark,
@@ -415,10 +423,10 @@ def _find_saved(run: ScoredRun, step: int) -> str:
     """Return the name of the existing file saved at a step, the shortest of several; "" if there is none."""
     names = [
         name
-        for name, saved_step in run.story.saved.items()
+        for name, saved_step in run.run_history.saved.items()
         if saved_step == step
-        and not run.story.is_average(name)
-        and not run.story.is_of_word(name)
+        and not run.run_history.is_average(name)
+        and not run.run_history.is_of_word(name)
         and (run.folder / name).exists()
     ]
     return min(names, key=lambda name: (len(name), name), default="")
@@ -463,11 +471,11 @@ def describe(scores: RunScores) -> str:
 def _write_page_again(run: ScoredRun) -> None:
     """Write the page of a run again, now with scores, if the run has ended and has a page."""
     path = page_path(run.folder, run.name)
-    if run.story.ending is None or not path.is_file():
+    if run.run_history.ending is None or not path.is_file():
         return
-    text, kind = run.story.ending
-    step = next(reversed(run.story.loss), 0)
-    standing = Standing(run.story.start or Start("", step), step, text, kind)
-    load = ClipStore(run.folder / SAMPLES).for_page() if run.story.samples else None
-    write_training_page(path, run.history, run.story, standing, load=load)
+    text, kind = run.run_history.ending
+    step = next(reversed(run.run_history.loss), 0)
+    standing = Standing(run.run_history.start or Start("", step), step, text, kind)
+    load = ClipStore(run.folder / SAMPLES).for_page() if run.run_history.samples else None
+    write_training_page(path, run.history, run.run_history, standing, load=load)
     logger.info("wrote %s", path)

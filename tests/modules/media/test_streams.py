@@ -1,5 +1,6 @@
 """Videos as streams of pictures with exact times; the sound of a part of a video, as long as its pictures."""
 
+import gc
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -21,6 +22,7 @@ from tests.sound_media import Track, clicks_in, write_media
 FILM, NTSC = Fraction(24000, 1001), Fraction(30000, 1001)
 MUXERS = {".mkv": "matroska", ".mp4": "mp4", ".avi": "avi", ".flv": "flv"}
 MILLISECOND = Fraction(1, 1000)
+AT_ONCE = 8  # frames of FFmpeg: two that wait, their conversions, and those with which a decoder ends
 
 
 @pytest.mark.parametrize("suffix", MUXERS)
@@ -37,6 +39,18 @@ def test_a_constant_rate_has_exact_times_whatever_the_container_rounds(
     info = source_info(path)
     assert (info.rate, info.width, info.height, info.is_deep) == (rate, SIZE[1], SIZE[0], False)
     assert info.frames in (20, None)
+
+
+def test_frames_are_freed_without_the_garbage_collector(tmp_path: Path) -> None:
+    """Their memory is FFmpeg's, which the collector does not count: it would run after hundreds of frames."""
+    path = write_source(tmp_path / "clip.mp4", Source("mp4", Fraction(16), 20))
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in shown_frames(path):
+            assert sum(isinstance(each, av.VideoFrame) for each in gc.get_objects()) <= AT_ONCE
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("suffix", [".mkv", ".mp4"])

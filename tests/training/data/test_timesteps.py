@@ -24,10 +24,10 @@ from training.data.timesteps import (
     check_reaches,
     draw,
     find_shift,
+    fractions_of_uniform,
     is_in_range,
     loss_weights,
-    shares_of,
-    shares_of_uniform,
+    noise_fractions,
     takes_normal,
     times_at,
 )
@@ -47,7 +47,9 @@ def from_numbers(
     made: TimestepOptions, numbers: Tensor, noise: NoiseSpec = FLOW, shape: Sequence[int] = ()
 ) -> Timesteps:
     """The deterministic part of the samplers. numbers: normal where `takes_normal`, else uniform."""
-    return times_at(made, shares_of(made, numbers.double(), noise, find_shift(made, noise, shape)), noise)
+    return times_at(
+        made, noise_fractions(made, numbers.double(), noise, find_shift(made, noise, shape)), noise
+    )
 
 
 IMAGE_NOISE = {
@@ -210,7 +212,7 @@ def test_a_range_that_nothing_falls_into_is_an_error() -> None:
 @pytest.mark.parametrize("sampling", ["sigmoid", "shift", "logsnr", "sigma", "uniform"])
 def test_extreme_uniform_numbers_stay_finite(sampling: str) -> None:
     made = options(f"--timestep_sampling {sampling} --sigmoid_scale 0")
-    assert torch.isfinite(shares_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
+    assert torch.isfinite(fractions_of_uniform(made, torch.tensor([0.0, 1.0]), FLOW, made.flow_shift)).all()
 
 
 TWO = (Expert(LOW_NOISE, 0.0, 875.0), Expert(HIGH_NOISE, 875.0))

@@ -96,7 +96,7 @@ def counted(
     monkeypatch.setattr(rehearsal.dry, "place", see_all)
     dit, *others = (family.load_dit(placement(options, "cpu"), index) for index in range(len(family.experts)))
     with PlannedKernels(), Ledger(HOST) as ledger:
-        real = rehearsal.dress_trainable(family, options, dit, ledger)
+        real = rehearsal.set_up_trainable(family, options, dit, ledger)
         for other in others:
             if not options.by_expert.offload_inactive_dit:  # else it waits on the host
                 see_all(other, ledger)

@@ -10,7 +10,7 @@ import pytest
 
 from modules.errors import OutputError
 from training.reports.drawing import draw_page, is_page_current
-from training.reports.history import LOSS, History, Story, history_path, read_history
+from training.reports.history import LOSS, History, RunHistory, history_path, read_history
 from training.reports.page import MAX_BINS, join_bins
 from training.reports.sections import page_path
 
@@ -47,7 +47,7 @@ def test_a_resumed_run_has_all_of_its_past(tmp_path: Path) -> None:
     assert after == before
     assert (after.seconds[1], after.bands.keys()) == (0.5, {"validation/loss_100"})
     assert after.samples[5, "000005"].files == {0: "x_5.mp4"}
-    told = resumed.story
+    told = resumed.run_history
     assert (told.validations, told.saved) == (after.validations, after.saved)
 
 
@@ -74,7 +74,7 @@ def test_a_run_that_begins_anew_and_another_run_have_no_past(tmp_path: Path, ses
     anew.add(1, loss=3.0)
 
     assert steps_of(anew) == [1]
-    assert anew.story == Story()
+    assert anew.run_history == RunHistory()
 
 
 @pytest.mark.parametrize("left", [1, 8, 22, 43])
@@ -124,7 +124,7 @@ def test_lines_that_are_not_ours_are_left_out_and_told_once(
 
     history = History(path, SESSION, 10)
 
-    assert history.story.starts == {0: None}
+    assert history.run_history.starts == {0: None}
     (said,) = caplog.messages
     assert steps_of(history) == [1, 2, 4]
     assert "lines cannot be read and are left out" in said
@@ -136,7 +136,7 @@ def test_a_history_that_cannot_be_read_is_none(tmp_path: Path, caplog: pytest.Lo
     with caplog.at_level(logging.WARNING):
         history = History(tmp_path / "h.jsonl", SESSION, 10)
 
-    assert history.story == Story()
+    assert history.run_history == RunHistory()
     assert "the page begins at step 10" in caplog.text
     with pytest.raises(OutputError):
         history.flush()
@@ -173,9 +173,9 @@ def test_numbers_that_are_not_finite_are_counted_and_stored_as_nothing(tmp_path:
     history.add(4, validation={"validation/loss": math.nan})
     history.flush()
 
-    story = read_history(history.path, history.session)
-    assert story.loss == {1: 1.0, 2: None, 3: None, 4: 2.0}
-    assert story.validations == {}
+    run_history = read_history(history.path, history.session)
+    assert run_history.loss == {1: 1.0, 2: None, 3: None, 4: 2.0}
+    assert run_history.validations == {}
     for line in path.read_text(encoding="utf-8").splitlines():
         json.loads(line, parse_constant=pytest.fail)
 
@@ -219,7 +219,7 @@ def test_the_file_to_use_is_one_that_exists(
     for name in there:
         (tmp_path / f"{name}.safetensors").touch()
 
-    file = Story.of(rows).usable_file(tmp_path)
+    file = RunHistory.of(rows).usable_file(tmp_path)
 
     assert file == (None if expected is None else f"{expected}.safetensors")
 
@@ -230,16 +230,16 @@ def test_a_page_that_is_drawn_of_an_earlier_history_replaces_no_later_one(tmp_pa
     history.add(1, started={"total_steps": 8}, loss=0.5)
     history.flush()
 
-    def draw(path: Path, story: Story) -> None:
-        path.write_text(f"until step {max(story.loss)}", encoding="utf-8")
+    def draw(path: Path, run_history: RunHistory) -> None:
+        path.write_text(f"until step {max(run_history.loss)}", encoding="utf-8")
 
-    def draw_slowly(path: Path, story: Story) -> None:
+    def draw_slowly(path: Path, run_history: RunHistory) -> None:
         history.add(2, loss=0.4)
         history.flush()
         later = history.path.stat().st_mtime_ns + 10**9  # clocks of files may tick rarely
         os.utime(history.path, ns=(later, later))
         draw_page(history.path, draw, is_over=True)
-        draw(path, story)
+        draw(path, run_history)
 
     draw_page(history.path, draw_slowly, is_over=True)
 

@@ -43,7 +43,7 @@ from training.reports.sample_files import (
     find_samples,
     read_reduced,
     select_columns,
-    select_few,
+    select_first_shown,
     write_sheet,
 )
 
@@ -189,10 +189,10 @@ def test_the_page_is_written_once_for_a_save_for_samples_and_at_the_end(tmp_path
     with reporter:
         for moment, step, name in [(1, 2, "a"), (3, 3, "b"), (5, 4, "x")]:
             clock[0] = 1000.0 * moment  # late enough for another one
-            reporter.note_saved([tmp_path / f"{name}{end}.safetensors" for end in ("", "-ema")], step)
+            reporter.log_saved([tmp_path / f"{name}{end}.safetensors" for end in ("", "-ema")], step)
             if step == 3:
                 clock[0] += 1000
-                reporter.note_samples(step, "000003")
+                reporter.log_samples(step, "000003")
         clock[0] = 7000.0
 
     assert written == [0, 1000, 3000, 4000, 7000]
@@ -229,12 +229,12 @@ def test_a_page_that_cannot_be_drawn_is_one_warning_while_the_run_goes_on(
     reporter = RunReporter(History(tmp_path / "x-history.jsonl", 1), Start("toy", 4), 0, lambda *_: [], list)
 
     def is_said_after_samples() -> bool:
-        reporter.note_samples(1, "000001")
+        reporter.log_samples(1, "000001")
         return "is not complete" in caplog.text
 
     with reporter:
         wait_for(is_said_after_samples)
-        reporter.note_samples(2, "000002")
+        reporter.log_samples(2, "000002")
 
     (message,) = [record.getMessage() for record in caplog.records]
     assert message.startswith(f"{tmp_path / 'x.html'} is not complete, the training continues: ")
@@ -287,8 +287,8 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
     history.add(5, loss=0.7, rates={}, seconds=1.0, skipped="loss", pairs={"preference/right": None})
     history.flush()
 
-    story = read_history(history.path, history.session)
-    drawn = list_charts(story)
+    run_history = read_history(history.path, history.session)
+    drawn = list_charts(run_history)
     charts = {chart.title: {curve.name: curve.y for curve in chart.curves} for chart in drawn}
 
     assert charts["Error at both of a pair"] == {
@@ -296,7 +296,7 @@ def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Pa
         "worse one": [2, 2, 2, 2],
     }
     assert charts["Share of pairs that are right"] == {"right": [0.25, 0.5, 0.75, 1]}
-    listed = list_tiles(Standing(Start("toy", 9), 5), story)
+    listed = list_tiles(Standing(Start("toy", 9), 5), run_history)
     tiles = {label: (value, note) for label, value, note in listed}
     assert tiles["Pairs that are right"][0] == "62%"
     assert tiles["Skipped steps"] == ("1", "not taken; the last: 5")
@@ -327,7 +327,7 @@ def page_with(folder: Path, saved: Mapping[str, int], validations: Mapping[int, 
         if name != "b.safetensors":
             (folder / name).write_bytes(b"x" * 2000)
     stands = Standing(Start("toy", 100), 9)
-    write_training_page(folder / "x.html", history.path, history.story, stands)
+    write_training_page(folder / "x.html", history.path, history.run_history, stands)
     return text_of((folder / "x.html").read_text(encoding="utf-8"))
 
 
@@ -383,7 +383,7 @@ def test_the_grid_keeps_the_first_the_last_and_the_best_column(count: int) -> No
 def test_a_row_shows_the_first_the_best_the_last_and_one_between(
     count: int, best: int | None, few: set[int]
 ) -> None:
-    assert select_few(count, best) == few
+    assert select_first_shown(count, best) == few
 
 
 def test_a_sheet_shows_all_prompts_of_a_step_and_sorts_behind_their_samples(
@@ -449,7 +449,7 @@ def test_only_a_run_without_prompts_says_how_to_get_samples(
 ) -> None:
     history = History(tmp_path / "h.jsonl", 1)
     stands = Standing(Start("toy", 100, changed), 0)
-    write_training_page(tmp_path / "x.html", history.path, history.story, stands)
+    write_training_page(tmp_path / "x.html", history.path, history.run_history, stands)
     page = text_of((tmp_path / "x.html").read_text(encoding="utf-8"))
     assert "No samples yet." in page
     assert ("--sample_every_n_steps" in page) == is_explained

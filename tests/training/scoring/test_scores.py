@@ -269,10 +269,10 @@ def test_the_page_of_the_run_shows_the_scores_until_other_samples_replace_them(
     assert "Best file: my_lora-step00000010.safetensors: validation loss lowest at step 10; " in text
     assert "Scores are no taste" in text
     assert text.count('src="data:image/svg') >= 3  # the curves of the loss, the prompts and the likeness
-    story = open_run(history).story
-    assert make_section(history.parent, NAME, story) is not None
-    story.samples.clear()
-    assert make_section(history.parent, NAME, story) is None
+    run_history = open_run(history).run_history
+    assert make_section(history.parent, NAME, run_history) is not None
+    run_history.samples.clear()
+    assert make_section(history.parent, NAME, run_history) is None
     (history.parent / f"{NAME}-scores.json").write_text('{"version": 1, "rows": 5}', encoding="utf-8")
     assert read_scores(history.parent / f"{NAME}-scores.json") is None
 
@@ -309,23 +309,28 @@ def test_page_score_and_commands_choose_one_file(tmp_path: Path) -> None:
     for step in (50, 100, 150):
         history.add(step, saved=f"x-{step}.safetensors")
         (tmp_path / f"x-{step}.safetensors").touch()
-    story = history.story
+    run_history = history.run_history
     rows = [
         replace(make_row(step, 0.5), saved=f"x-{step}.safetensors", loss_step=100) for step in (50, 100, 150)
     ]
     best = find_best(rows)
     assert best is not None
-    assert best.name == story.best_file(tmp_path) == story.usable_file(tmp_path) == "x-100.safetensors"
+    assert (
+        best.name
+        == run_history.best_file(tmp_path)
+        == run_history.usable_file(tmp_path)
+        == "x-100.safetensors"
+    )
     assert "validation loss lowest at step 100;" in best.text
 
     (tmp_path / "x-100.safetensors").unlink()  # 50 and 150 are as near: the later one
     rows = [row for row in rows if row.step != 100]
     best = find_best(rows)
     assert best is not None
-    assert best.name == story.best_file(tmp_path) == "x-150.safetensors"
+    assert best.name == run_history.best_file(tmp_path) == "x-150.safetensors"
     assert "validation loss lowest at step 100, measured nearest to it" in best.text
 
-    best = find_best(rows[:1], list_unsampled(rows[:1], story, tmp_path))  # there are no samples of 150
+    best = find_best(rows[:1], list_unsampled(rows[:1], run_history, tmp_path))  # there are no samples of 150
     assert best is not None
     assert best.name == "x-150.safetensors"
     assert "it has no samples of its step" in best.text
@@ -346,12 +351,12 @@ def test_a_tagger_says_how_many_tags_of_the_prompt_a_sample_shows(tmp_path: Path
     assert [row["tag_recall"] for row in rows] == [0.5, 1.0]
     assert "tags seen" in said
     output = tmp_path / "output"
-    story = open_run(output).story
-    titles = [chart.title for chart in list_score_charts(output, NAME, story)]
+    run_history = open_run(output).run_history
+    titles = [chart.title for chart in list_score_charts(output, NAME, run_history)]
     assert "Tags of the prompts that a tagger sees" in titles
-    (curve,) = list_score_charts(output, NAME, story, low=15)[-1].curves
+    (curve,) = list_score_charts(output, NAME, run_history, low=15)[-1].curves
     assert (curve.x, curve.y) == ([20], [1.0])
-    values = page_values(output, story, Standing(Start("toy", 20), 20), name=NAME)
+    values = page_values(output, run_history, Standing(Start("toy", 20), 20), name=NAME)
     assert "Tags of the prompts" in str(values["charts"])
 
 
@@ -382,20 +387,20 @@ def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> N
         rows.append(StepScores(step, f"{step:06d}", (sample,), saved=name, loss=loss, loss_step=step))
     typed = f"python wan_generate_video.py --lora_weight {tmp_path / 'x-50.safetensors'}"
     history.add(100, commands=[["Generate with it", typed, typed]])
-    story = history.story
-    assert find_best_file(tmp_path, "x", story) == FoundFile("x-50.safetensors")
+    run_history = history.run_history
+    assert find_best_file(tmp_path, "x", run_history) == FoundFile("x-50.safetensors")
     write_scores(scores_path(tmp_path, "x"), RunScores("clip", tuple(rows)))
 
     best = "x-100.safetensors"
-    found = find_best_file(tmp_path, "x", story)
+    found = find_best_file(tmp_path, "x", run_history)
     assert found is not None
     assert found.name == best
     assert bool(found.reasons)
-    values = page_values(tmp_path, story, Standing(Start("toy", 100), 100), name="x")
+    values = page_values(tmp_path, run_history, Standing(Start("toy", 100), 100), name="x")
     assert [file["name"] for file in values["files"] if file["is_best"]] == [best]
     assert f"Best file: {best}" in str(values["advice"])
     assert best in str(values["sections"][0].notes[0])
-    assert best in describe_best(story, tmp_path, "x")
-    (command,) = present_commands(story, tmp_path, "x")
+    assert best in describe_best(run_history, tmp_path, "x")
+    (command,) = present_commands(run_history, tmp_path, "x")
     assert str(tmp_path / best) in command.bash
     assert "x-50.safetensors is not the best file" in command.note

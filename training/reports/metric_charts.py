@@ -11,7 +11,7 @@ MAX_SHOWN = 20  # maximum number of charts, and of tiles
 
 
 @dataclass(frozen=True)
-class NumberChart:
+class MetricChart:
     """A diagram of numbers."""
 
     title: str
@@ -19,14 +19,14 @@ class NumberChart:
     curves: Mapping[str, str]  # title of a curve -> name of its value in the history
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "NumberChart":
+    def of(cls, facts: Mapping[str, Any]) -> "MetricChart":
         """Parse a chart from a history. Raises TypeError, AttributeError or LookupError."""
         curves = {str(label): str(name) for label, name in facts["curves"].items()}
         return cls(str(facts["title"]), str(facts["unit"]), curves)
 
 
 @dataclass(frozen=True)
-class NumberTile:
+class MetricTile:
     """The mean of a number over the latest steps, as a percentage at the top of the page."""
 
     title: str
@@ -34,12 +34,12 @@ class NumberTile:
     note: str  # first part of the note; the number of averaged steps follows
 
     @classmethod
-    def of(cls, facts: Mapping[str, Any]) -> "NumberTile":
+    def of(cls, facts: Mapping[str, Any]) -> "MetricTile":
         """Parse a tile from a history. Raises TypeError or LookupError."""
         return cls(str(facts["title"]), str(facts["number"]), str(facts["note"]))
 
 
-def find_uncharted(names: Sequence[str], charts: Sequence[NumberChart]) -> list[NumberChart]:
+def find_uncharted(names: Sequence[str], charts: Sequence[MetricChart]) -> list[MetricChart]:
     """Return charts for the values that no chart has; `group/label` values share one chart per group."""
     charted = {name for chart in charts for name in chart.curves.values()}
     curves: dict[str, dict[str, str]] = {}
@@ -47,4 +47,4 @@ def find_uncharted(names: Sequence[str], charts: Sequence[NumberChart]) -> list[
         if name not in charted:
             group, _, label = name.rpartition("/")
             curves.setdefault(group or label, {})[label] = name
-    return [NumberChart(group, "", of_group) for group, of_group in curves.items()]
+    return [MetricChart(group, "", of_group) for group, of_group in curves.items()]

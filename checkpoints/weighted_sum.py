@@ -1,0 +1,226 @@
+"""Merge whole checkpoints of one model into their weighted sum, tensor by tensor."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from checkpoints.finite import check_finite
+from checkpoints.opening import Checkpoint, open_checkpoint
+from checkpoints.quantizing import in_values
+from checkpoints.writing import stream_tensors
+from modules.console import as_size, count_of, list_some, show_box
+from modules.devices import select_device
+from modules.errors import CheckpointError, OptionError
+from modules.options import Options, not_needed, option
+from protocols.loading import TensorInfo
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+UNET = "model.diffusion_model."
+AVERAGES = "model_ema."
+# names of the first layer of a U-Net, in single files and in diffusers' folders
+FIRST_LAYERS = ("model.diffusion_model.input_blocks.0.0.weight", "conv_in.weight")
+ROUNDED_SUM = 1e-4  # the ratios may differ from a sum of 1 by so much, as 0.33333 0.33333 0.33333 do
+_STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the first model
+
+
+class MergeModelsOptions(Options, title="what to do"):
+    """Options of tools/merge_models.py."""
+
+    models: tuple[Path, ...] = option(
+        "at least two checkpoints of one model, in one layout. The first one's names and metadata are those "
+        "of the result",
+        nargs="+",
+        place="there",
+        required=True,
+    )
+    output: Path = option("file to write", place="safetensors", must_not_replace="models", required=True)
+    ratios: tuple[float, ...] | None = option(
+        "share of each file of --models, in the same order. Their sum is 1, and a share may be negative: "
+        "1 1 -1 adds to the first model what distinguishes the second from the third. Default: equal shares",
+        nargs="+",
+    )
+    unet_only: bool = option("merge the U-Net alone; text encoders and the VAE are those of the first model")
+    device: str = option("device that computes, such as cuda", default="cpu")
+    saving_precision: str = option("type of the numbers to write", default="float", choices=tuple(DTYPES))
+    show_skipped: bool = option("list the tensors that are not merged because the first model lacks them")
+    precision = not_needed("it is computed in float.", choices=tuple(DTYPES))
+
+    def __post_init__(self) -> None:
+        if len(self.models) < 2:
+            raise OptionError("--models names one file: give two or more to merge")
+        if self.ratios is None:
+            return
+        if len(self.ratios) != len(self.models):
+            raise OptionError(
+                f"--ratios has {len(self.ratios)} numbers for {len(self.models)} files of --models: give one "
+                "for each, in the same order"
+            )
+        if not all(map(math.isfinite, self.ratios)):
+            raise OptionError("--ratios: give numbers, such as 0.5 0.5; nan and inf are none")
+        total = sum(self.ratios)
+        if abs(total - 1) > ROUNDED_SUM:
+            raise OptionError(
+                f"--ratios add up to {total:g}, so all weights of the result would have {total:g} times "
+                "their size, and its images would be noise. Give numbers whose sum is 1, such as 0.5 0.5"
+            )
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Return the share of each model; equal ones by default."""
+        return self.ratios or (1 / len(self.models),) * len(self.models)
+
+
+def merge_models(options: MergeModelsOptions) -> None:
+    """Write the weighted sum of several checkpoints. One tensor of each is in memory at a time.
+
+    Raises:
+        CheckpointError: If a file cannot be read, or is a checkpoint of another model.
+        OutputError: If the result cannot be written.
+    """
+    device = select_device(options.device)
+    dtype = DTYPES[options.saving_precision]
+    with ExitStack() as opened:
+        models = [in_values(opened.enter_context(open_checkpoint(path))) for path in options.models]
+        first, *others = models
+        averages = [name for name in first.tensors if name.startswith(AVERAGES)]
+        kept = {name: info for name, info in first.tensors.items() if not name.startswith(AVERAGES)}
+        merged = {name for name, info in kept.items() if info.dtype.is_floating_point}
+        if options.unet_only:
+            merged = {name for name in merged if name.startswith(UNET)}
+        for other in others:
+            _check_fits(first, other, merged, options.unet_only)
+        _warn_of_skipped(models, kept, options)
+        if averages:
+            what = count_of(len(averages), "average")
+            verb = "is" if len(averages) == 1 else "are"
+            logger.info("%s of %s %s left out: they would not be merged", what, first.path, verb)
+        written = {
+            name: replace(info, dtype=dtype) if info.dtype.is_floating_point else info
+            for name, info in kept.items()
+        }
+        terms = [_Term(model, share) for model, share in zip(models, options.shares, strict=True)]
+
+        def read(name: str) -> Tensor:
+            tensor = first.read(name)
+            check_finite(first.path, name, tensor)
+            if name in merged:
+                tensor = _add_up(name, tensor.to(device), terms)
+            return tensor.to(written[name].dtype)
+
+        stream_tensors(options.output, written, read, _make_metadata(models))
+    _show(options, len(merged))
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A checkpoint and its share of the sum."""
+
+    model: Checkpoint
+    share: float
+
+
+def _add_up(name: str, of_first: Tensor, terms: Sequence[_Term]) -> Tensor:
+    """Return the weighted sum of a tensor in float32.
+
+    Where a model lacks the tensor, or input channels of it, the first model's values have its share.
+    """
+    first = of_first.float()
+    total = first * terms[0].share
+    for term in terms[1:]:
+        values = first
+        if name in term.model.tensors:
+            tensor = term.model.read(name)
+            check_finite(term.model.path, name, tensor)
+            values = tensor.to(first.device, torch.float32)
+        if values.shape != first.shape:  # an inpainting model's first layer, which has more input channels
+            values = torch.cat([values, first[:, values.shape[1] :]], dim=1)
+        total += values * term.share
+    return total
+
+
+def _check_fits(first: Checkpoint, other: Checkpoint, merged: set[str], unet_only: bool) -> None:
+    """Raise CheckpointError if a checkpoint is none of the same model and layout as the first."""
+    common = merged & other.tensors.keys()
+    if not common:
+        what = "tensors of a U-Net, model.diffusion_model," if unet_only else "tensors"
+        raise CheckpointError(
+            f"{other.path} and {first.path} have no {what} in common: they are different models, or one is "
+            "a single file and the other in diffusers' layout. Give single files of one model.",
+            other.path,
+        )
+    wrong = [name for name in sorted(common) if not _has_fitting_shape(first, other, name)]
+    if not wrong:
+        return
+    shapes = (first.tensors[wrong[0]].shape, other.tensors[wrong[0]].shape)
+    hint = "They are different models. Give checkpoints of one model."
+    if wrong[0] in FIRST_LAYERS and len(wrong) == 1:
+        hint = f"{other.path.name} is an inpainting model: give it as the first of --models."
+    raise CheckpointError(
+        f"{other.path} does not fit {first.path}: {count_of(len(wrong), 'tensor')} of other sizes, such as "
+        f"{wrong[0]}, {list(shapes[1])} and not {list(shapes[0])}. {hint}",
+        other.path,
+    )
+
+
+def _has_fitting_shape(first: Checkpoint, other: Checkpoint, name: str) -> bool:
+    """Return whether a tensor has the first one's shape, or fewer input channels in the first layer."""
+    shape = first.tensors[name].shape
+    its_shape = other.tensors[name].shape
+    if shape == its_shape:
+        return True
+    return (
+        name in FIRST_LAYERS
+        and len(shape) == len(its_shape) == 4
+        and its_shape[1] < shape[1]
+        and (its_shape[0], *its_shape[2:]) == (shape[0], *shape[2:])
+    )
+
+
+def _warn_of_skipped(
+    models: Sequence[Checkpoint], kept: Mapping[str, TensorInfo], options: MergeModelsOptions
+) -> None:
+    """Say which tensors are in some of the models only."""
+    first, *others = models
+    for other in others:
+        skipped = [
+            name for name in sorted(other.tensors) if name not in kept and not name.startswith(AVERAGES)
+        ]
+        if skipped:
+            shown = ", ".join(skipped) if options.show_skipped else list_some(skipped, 3)
+            logger.warning(
+                "%s: %s not in %s, and skipped: %s",
+                other.path,
+                count_of(len(skipped), "tensor"),
+                *(first.path, shown),
+            )
+        missing = [name for name in sorted(kept) if name not in other.tensors]
+        if missing:
+            logger.warning(
+                "%s lacks %s, where %s has its share: %s",
+                *(other.path, count_of(len(missing), "tensor"), first.path, list_some(missing, 3)),
+            )
+
+
+def _make_metadata(models: Sequence[Checkpoint]) -> dict[str, str]:
+    """Return the first model's metadata, without hashes, and the names of the merged files."""
+    metadata = {key: text for key, text in models[0].metadata.items() if not key.startswith(_STALE)}
+    metadata["modelspec.merged_from"] = ", ".join(model.path.name for model in models)
+    return metadata
+
+
+def _show(options: MergeModelsOptions, num_merged: int) -> None:
+    shares = zip(options.models, options.shares, strict=True)
+    rows = [
+        ("models", "\n".join(f"{path}, share {share:g}" for path, share in shares)),
+        ("merged", count_of(num_merged, "tensor")),
+        ("result", f"{options.output} ({as_size(options.output.stat().st_size)})"),
+    ]
+    show_box("The models are merged", rows)

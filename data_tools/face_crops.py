@@ -1,0 +1,284 @@
+"""Cut faces out of the images of a folder, upright if asked for, as tools/detect_face_rotate.py does."""
+
+import logging
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data_tools.masks.options import FACE_FILE
+from dataset.caching.prefetch import Failure, failure_error
+from modules.atomic_write import make_folder
+from modules.bars import track
+from modules.console import Row, count_of, list_some, show_box
+from modules.devices import select_device
+from modules.errors import CheckpointError, DatasetError, MediaError, OptionError
+from modules.limits import MAX_SIDE
+from modules.media.reading import Frame, image_suffixes, is_still, read_image, resize_frame
+from modules.media.writing import write_png
+from modules.options import Options, option
+from modules.text_files import real_path
+from postprocessing.faces.boxes import Detector, FoundFace
+from postprocessing.faces.detectors import load_detector
+
+logger = logging.getLogger(__name__)
+
+FRAME_COLOR = (255, 0, 255)  # of the rectangle of --debug
+_PAIR = re.compile(r"\s*(\d{1,5}(?:\.\d{1,4})?)\s*,\s*(\d{1,5}(?:\.\d{1,4})?)\s*")
+
+
+class CropFacesOptions(Options, title="what to do"):
+    """Options of tools/detect_face_rotate.py."""
+
+    src_dir: Path = option("folder of images", place="folder", required=True)
+    dst_dir: Path = option("folder to write to", place="new folder", required=True)
+    model: Path = option(
+        "detector of faces: YuNet or RetinaFace, and without --rotate a YOLO for faces as ONNX, which drawn "
+        "faces need",
+        default=FACE_FILE,
+    )
+    least_score: float = option("how sure the detector has to be", default=0.5, minimum=0, maximum=1)
+    rotate: bool = option("turn each image around the face, until the line between its eyes is level")
+    resize_fit: bool = option(
+        "scale each image so that what is cut just covers --crop_size", needs="crop_size"
+    )
+    resize_face_size: int | None = option(
+        "scale each image so that the longer side of its face has this many pixels",
+        minimum=1,
+        maximum=MAX_SIDE,
+        excludes="resize_fit",
+        hint="both of them say by how much images are scaled",
+    )
+    crop_size: str | None = option("cut this size, with the face at its center", metavar="WIDTH,HEIGHT")
+    crop_ratio: str | None = option(
+        "cut these multiples of the face's width and height, with the face at its center",
+        metavar="ACROSS,DOWN",
+    )
+    min_size: int | None = option("leave out faces whose longer side is shorter, in pixels", minimum=1)
+    max_size: int | None = option("leave out faces whose longer side is this long or longer", minimum=1)
+    multiple_faces: bool = option("write an image for each face, not for the largest one alone")
+    debug: bool = option("draw a rectangle around the face")
+    device: str | None = option("cuda, cuda:1, mps or cpu; default: the best one available")
+
+    def __post_init__(self) -> None:
+        self.crop_pixels()
+        self.crop_factors()
+        if self.min_size is not None and self.max_size is not None and self.min_size >= self.max_size:
+            raise OptionError(
+                f"--min_size {self.min_size} --max_size {self.max_size} leave no face: use a larger maximum"
+            )
+
+    def crop_pixels(self) -> tuple[int, int] | None:
+        """Return width and height of --crop_size. Raises OptionError if it is no such pair."""
+        pair = _read_pair("--crop_size", self.crop_size, "512,512")
+        if pair is None:
+            return None
+        width, height = map(int, pair)
+        if (width, height) != pair or not 1 <= min(pair) <= max(pair) <= MAX_SIDE:
+            raise OptionError(f"--crop_size {self.crop_size}: give whole pixels, from 1 to {MAX_SIDE}")
+        return width, height
+
+    def crop_factors(self) -> tuple[float, float] | None:
+        """Return the factors of --crop_ratio. Raises OptionError if it is no such pair."""
+        pair = _read_pair("--crop_ratio", self.crop_ratio, "2,3")
+        if pair is not None and min(pair) <= 0:
+            raise OptionError(f"--crop_ratio {self.crop_ratio}: give numbers above 0, such as 2,3")
+        return pair
+
+
+def _read_pair(name: str, text: str | None, example: str) -> tuple[float, float] | None:
+    """Return the two numbers of an option. Raises OptionError if it holds anything else."""
+    if text is None:
+        return None
+    match = _PAIR.fullmatch(text)
+    if match is None:
+        raise OptionError(
+            f"{name} {text[:40]}: give two numbers with a comma between them, such as {example}"
+        )
+    return float(match[1]), float(match[2])
+
+
+@dataclass
+class Portrait:
+    """An image, and where its face is."""
+
+    image: Frame  # H W 3
+    center: tuple[float, float]  # x, y of the face in pixels
+    size: tuple[float, float]  # width and height of the face in pixels
+
+    def rotate(self, degrees: float) -> None:
+        """Turn the image around the face, counterclockwise for positive angles; its size stays.
+
+        Corners that the image does not reach repeat its edges.
+        """
+        height, width = self.image.shape[:2]
+        matrix = cv2.getRotationMatrix2D(self.center, degrees, 1)
+        turned = cv2.warpAffine(
+            self.image, matrix, (width, height), flags=cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE
+        )
+        self.image = np.asarray(turned, np.uint8)
+
+    def scale(self, factor: float) -> None:
+        """Resize the image. Raises MediaError if a side would be too long."""
+        height, width = self.image.shape[:2]
+        size = (max(1, round(width * factor)), max(1, round(height * factor)))
+        if size == (width, height):
+            return
+        if max(size) > MAX_SIDE:
+            raise MediaError(
+                f"the face is so small that the scaled image would have {size[0]}x{size[1]} pixels"
+            )
+        self.image = resize_frame(self.image, size, "area" if factor < 1 else "lanczos4")
+        across, down = size[0] / width, size[1] / height
+        self.center = (self.center[0] * across, self.center[1] * down)
+        self.size = (self.size[0] * across, self.size[1] * down)
+
+    def crop(self, width: int, height: int) -> None:
+        """Cut a rectangle around the face. At an edge it is moved inwards; it ends where the image ends."""
+        image_height, image_width = self.image.shape[:2]
+        width, height = min(width, image_width), min(height, image_height)
+        left = min(max(0, round(self.center[0] - width / 2)), image_width - width)
+        top = min(max(0, round(self.center[1] - height / 2)), image_height - height)
+        self.image = self.image[top : top + height, left : left + width].copy()
+        self.center = (self.center[0] - left, self.center[1] - top)
+
+    def draw_frame(self) -> None:
+        """Draw a rectangle around the face."""
+        (x, y), (width, height) = self.center, self.size
+        corners = (round(x - width / 2), round(y - height / 2)), (round(x + width / 2), round(y + height / 2))
+        image = np.ascontiguousarray(self.image)
+        cv2.rectangle(image, *corners, FRAME_COLOR, thickness=max(1, round(width / 20)))
+        self.image = image
+
+
+def crop_faces(options: CropFacesOptions) -> None:
+    """Write what is around the faces of a folder's images; the names say where the face is.
+
+    --face_crop_aug_range of a training reads these names.
+
+    Raises:
+        DatasetError: If the folder has no images; at the end, if images could not be read.
+        CheckpointError: If the detector cannot be used.
+        OptionError: If the results would be written among the images.
+    """
+    source, target = real_path(options.src_dir), real_path(options.dst_dir)
+    if source == target:
+        raise OptionError(f"--dst_dir {options.dst_dir} is the folder of the images. Give another folder")
+    images = [path for path in sorted(source.iterdir()) if path.suffix.lower() in image_suffixes()]
+    images = [path for path in images if path.is_file() and is_still(path) and not path.name.startswith(".")]
+    if not images:
+        raise DatasetError(f"{options.src_dir} has no images. Folders in it are not looked into")
+    detector = _load_detector(options)
+    make_folder(target, "--dst_dir")
+    failures: list[Failure] = []
+    without: list[str] = []
+    num_written = 0
+    for path in track(images, "Faces", len(images), unit="image"):
+        try:
+            image = read_image(path)
+            faces = _choose(detector.find(image, options.least_score), options)
+            _write_faces(path, target, image, faces, options)
+        except MediaError as error:
+            failures.append(Failure(path, str(error), 0, path.stem))
+            continue
+        num_written += len(faces)
+        if not faces:
+            without.append(path.name)
+    if without:
+        logger.warning(
+            "%s without a face that is large and certain enough: %s. A lower --least_score finds more.",
+            count_of(len(without), "image"),
+            list_some(without),
+        )
+    rows: list[Row] = [("written", count_of(num_written, "image")), ("folder", str(options.dst_dir))]
+    show_box("Faces", rows)
+    if failures:
+        raise failure_error(failures, count_of(len(images), "image"))
+
+
+def _load_detector(options: CropFacesOptions) -> Detector:
+    """Load the detector.
+
+    Raises:
+        CheckpointError: If there is no such file, or if it is no detector.
+    """
+    if not options.model.is_file():
+        raise CheckpointError(
+            f"--model {options.model}: no such file. Give YuNet or RetinaFace; python tools/download.py "
+            "--family tools --task yunet --to models downloads one, after its size and license.",
+            options.model,
+        )
+    return load_detector(options.model, select_device(options.device))
+
+
+def _choose(found: Sequence[FoundFace], options: CropFacesOptions) -> list[FoundFace]:
+    """Return the faces to write, the largest first."""
+    faces = []
+    for face in found:
+        longest = max(_measure(face))
+        is_small = options.min_size is not None and longest < options.min_size
+        is_large = options.max_size is not None and longest >= options.max_size
+        if not is_small and not is_large and min(_measure(face)) > 0:
+            faces.append(face)
+    faces.sort(key=lambda face: -max(_measure(face)))
+    return faces if options.multiple_faces else faces[:1]
+
+
+def _measure(face: FoundFace) -> tuple[float, float]:
+    """Return width and height of a face in pixels."""
+    left, top, right, bottom = face.box
+    return right - left, bottom - top
+
+
+def _write_faces(
+    path: Path, folder: Path, image: Frame, faces: Sequence[FoundFace], options: CropFacesOptions
+) -> None:
+    """Write an image for each face."""
+    for number, face in enumerate(faces, start=1):
+        portrait = make_portrait(image, face, options)
+        if options.debug:
+            portrait.draw_frame()
+        which = f"_{number}" if options.multiple_faces else ""
+        places = "_".join(f"{max(0, round(value)):04d}" for value in (*portrait.center, *portrait.size))
+        write_png(folder / f"{path.stem}{which}_{places}.png", portrait.image)
+
+
+def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> Portrait:
+    """Return what is written for a face.
+
+    Raises:
+        CheckpointError: If the image is to be turned, and the detector does not say where the eyes are.
+        MediaError: If the image would become too large.
+    """
+    left, top, right, bottom = face.box
+    portrait = Portrait(image, ((left + right) / 2, (top + bottom) / 2), _measure(face))
+    if options.rotate:
+        if face.landmarks is None:
+            raise CheckpointError(
+                f"--model {options.model} says where faces are, but not where their eyes are, which --rotate "
+                "needs. Give YuNet or RetinaFace, or leave out --rotate."
+            )
+        portrait.rotate(_measure_tilt(face.landmarks))
+    pixels, factors = options.crop_pixels(), options.crop_factors()
+    if options.resize_face_size is not None:
+        portrait.scale(options.resize_face_size / max(portrait.size))
+    if factors is not None:
+        cut = (max(1, round(portrait.size[0] * factors[0])), max(1, round(portrait.size[1] * factors[1])))
+        portrait.crop(*cut)
+    if pixels is not None:
+        if options.resize_fit:
+            height, width = portrait.image.shape[:2]
+            portrait.scale(max(pixels[0] / width, pixels[1] / height))
+        portrait.crop(*pixels)
+    return portrait
+
+
+def _measure_tilt(landmarks: NDArray[np.float32]) -> float:
+    """Return the angle of the line between the eyes in degrees; positive if its right end is lower."""
+    across, down = (landmarks[1] - landmarks[0]).tolist()
+    return math.degrees(math.atan2(down, across))
