@@ -180,9 +180,8 @@ class DitTurns:
         if self.device.type == "cpu":
             return True
         if self.device.type == "cuda" and needed is not None and needed <= self.spare_bytes(self.device):
-            self.max_shared_bytes = max(
-                self.max_shared_bytes, torch.cuda.memory_allocated(self.device) + needed
-            )
+            used = torch.cuda.memory_allocated(self.device)
+            self.max_shared_bytes = max(self.max_shared_bytes, used + needed)
             return True
         return False
 

@@ -78,10 +78,7 @@ class DitLoader:
     def __call__(
         self, expert: int, host_weights: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
-        """Load an expert onto the device, or as `load_to_host` does.
-
-        Raises OptionError if a LoRA does not fit.
-        """
+        """Load an expert, by default onto the device. Raises OptionError if a LoRA does not fit."""
         family = self.family
         speed = self.options.speed
         uses, masked = self._split(self.uses[expert] if self.uses else ())

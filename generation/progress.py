@@ -174,9 +174,8 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
     left = f", about {in_words(seconds * to_do / done)} left" if done else ""
     where = f"{begun + 1} of {len(requests)}{left}"
     prepared = requests[begun]
-    logger.info(
-        "%s (%s): %s: %s", where, label, size_in_words(prepared), shorten_prompt(prepared.request.prompt)
-    )
+    prompt = shorten_prompt(prepared.request.prompt)
+    logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), prompt)
 
 
 def measure_work(prepared: Prepared) -> float:

@@ -440,8 +440,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         family.experts,
         loader.device,
         loader,
-        # blocks that are split over processes are read by all of them together, so not by a thread of one
-        loader.load_to_host if blocks is None else None,
+        loader.load_to_host if blocks is None else None,  # all processes read split blocks together
         keep=keep,
         one_at_a_time=one_at_a_time,
         lazy=lazy,
@@ -522,8 +521,7 @@ def check_models(run: GenerationRun) -> None:
         if run.options.speed.swap.number:
             check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
-        # the last list may be a side list, whose blocks are never skipped
-        num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)
+        num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)  # without side blocks
         if layers and max(layers) >= num_blocks:
             raise OptionError(
                 f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {num_blocks - 1}"
