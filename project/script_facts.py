@@ -17,14 +17,14 @@ from modules.table_parser import build_parser
 from project.foreign.contract import integer, number, read_switch
 
 SECONDS = 60  # time limit for a script to read its options
-NUMBERS = {"integer": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
+NUMBERS = {"whole": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 
 @dataclass(frozen=True)
 class AskedOption:
     """An option of a script."""
 
-    kind: str  # kind of value: switch, integer, number, text or other
+    kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
     default: Any  # None without a default
     reaches_out: bool  # it may name code, or files and addresses elsewhere
