@@ -173,9 +173,8 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
     to_do = sum(map(measure_work, requests[begun:]))
     left = f", about {in_words(seconds * to_do / done)} left" if done else ""
     where = f"{begun + 1} of {len(requests)}{left}"
-    prepared = requests[begun]
-    prompt = shorten_prompt(prepared.request.prompt)
-    logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), prompt)
+    prompt = shorten_prompt(requests[begun].request.prompt)
+    logger.info("%s (%s): %s: %s", where, label, size_in_words(requests[begun]), prompt)
 
 
 def measure_work(prepared: Prepared) -> float:
