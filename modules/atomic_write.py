@@ -223,8 +223,8 @@ def remove_leftovers(
     """Remove temporary files and folders of killed runs. Files of running processes are left alone.
 
     `is_removable` takes the final name of a temporary file and returns whether to remove the file. If the
-    name does not show whether the writing process runs, the file must have been unchanged for `older_seconds`.
-    Machines that share the folder need clocks that agree to within an hour.
+    name does not show whether the writing process runs, the file must have been unchanged for
+    `older_seconds`. Machines that share the folder need clocks that agree to within an hour.
     """
     now = time.time()
     with os.scandir(folder) as entries:

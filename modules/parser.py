@@ -417,8 +417,9 @@ def add_options(
     A nested record that is optional (`Record | None`) is declared only if it is in `records` too. All
     mappings are keyed by the public names of options. `without` are options that the script does not have;
     their records hold the default. `defaults` and `settings` replace those of the declaration; `settings` are
-    arguments of `add_argument`, such as `help`, or `flags` (additional spellings) and `refused` (see `option`). `refused` gives the reason
-    why the script rejects an option. `group` gets the options of records without a heading.
+    arguments of `add_argument`, such as `help`, or `flags` (additional spellings) and `refused` (see
+    `option`). `refused` gives the reason why the script rejects an option. `group` gets the options of
+    records without a heading.
     """
     changes = _ScriptChanges(without, defaults or {}, settings or {}, refused or {})
     for cls in records:

@@ -119,8 +119,8 @@ def video_pixels(
     """Read the first frames of a video or image folder, scaled to cover: 1 3 F+E H W float32 in -1..1.
 
     `option` names the video in messages, such as "--video_path". `frames` is F. `end_frames` (E) is the
-    number of additional frames for an end image; at least one of them must exist, and the last existing one is
-    repeated for the missing ones.
+    number of additional frames for an end image; at least one of them must exist, and the last existing one
+    is repeated for the missing ones.
 
     Raises:
         MediaError: If the video is too short.
