@@ -127,7 +127,7 @@ def _reject_loras(models: Sequence[Checkpoint]) -> None:
         if is_lora(model.tensors):
             raise CheckpointError(
                 f"{model.path} is a LoRA or the like, and not a whole checkpoint. Use "
-                "networks/sdxl_merge_lora.py, merge_lora.py or networks/svd_merge_lora.py",
+                "networks/merge_lora.py or networks/svd_merge_lora.py",
                 model.path,
             )
 

@@ -515,10 +515,9 @@ def check_models(run: GenerationRun) -> None:
 
         check_preview(run.options.preview, run.family.latent)
     run.family.check_files(media=run.options.output.output_type not in UNDECODED)
-    run.family.check_given_files()
     counts = run.family.block_counts()
     if counts:
-        if run.options.speed.swap.number:
+        if run.options.speed.swap.blocks_to_swap:
             check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
         num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)

@@ -731,7 +731,7 @@ class Generates(Protocol):
     """Generation around the network, from a request to pixels: for generation and for training samples."""
 
     def check_files(self, media: bool) -> None:
-        """Check the files that a generation needs, without loading them.
+        """Check the files that a generation needs or that options name, without loading them.
 
         Args:
             media: Whether VAE and image encoder are needed too.

@@ -22,6 +22,7 @@ Samples = NDArray[np.float32]  # channels S
 
 EARLIER = 1  # seconds of audio decoded before a section, because decoders need some packets
 ROUNDING = Fraction(1, 20)  # seconds; smaller time differences are rounding, not gaps
+SHORTEST = 0.1  # seconds of a reference
 LAYOUTS = {1: "mono", 2: "stereo"}  # channels -> FFmpeg layout of the result
 # raw streams: after a seek, FFmpeg guesses their times from the bit rate
 _WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"})
@@ -108,11 +109,14 @@ class TrackBeginning:
     rate: int
 
 
-def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning | None:
-    """Read at most `seconds` of a file's audio at its own sampling rate, without silence after its end.
+def read_beginning(
+    path: Path, seconds: float, channels: int, rate: int | None = None
+) -> TrackBeginning | None:
+    """Read at most `seconds` of a file's audio, without silence after its end.
 
-    A single channel is kept; several channels are mixed to `channels`. Times count as in `read_track`.
-    Returns None if there is no track. Raises MediaError as `read_track`.
+    It is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept; several
+    channels are mixed to `channels`. Times count as in `read_track`. Returns None if there is no track.
+    Raises MediaError as `read_track`.
     """
     with reading(path):
         with open_container(path, AUDIO_FORMATS) as container:
@@ -121,7 +125,7 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
                 return None
             index = stream.index
             begin = _find_origin(container)
-            rate = stream.codec_context.sample_rate
+            rate = rate or int(stream.codec_context.sample_rate)
             layout = LAYOUTS[1 if stream.codec_context.channels == 1 else channels]
         maximum = int(seconds * rate)
         parts = []
@@ -143,6 +147,28 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
     if not parts:
         return None
     return TrackBeginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :maximum]), rate)
+
+
+def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samples:
+    """Read the beginning of a file's audio as a reference: channels S, of at most `seconds`.
+
+    Args:
+        path: Path of the file.
+        seconds: Length of the clip that is made after it.
+        rate: Samples per second of the result.
+        channels: Number of channels of the result.
+
+    Raises:
+        MediaError: If there is no audio, if it is shorter than SHORTEST and the clip, or if it is damaged.
+    """
+    beginning = read_beginning(path, seconds, channels, rate)
+    count = 0 if beginning is None else beginning.samples.shape[1]
+    if beginning is None or count < int(min(SHORTEST, seconds) * rate):
+        raise MediaError(
+            f"{path}: it has {count / rate:.2g} s of sound, and is a reference for sound. Give a file with "
+            f"at least {SHORTEST} s"
+        )
+    return np.broadcast_to(beginning.samples, (channels, count)).copy()
 
 
 def _track(container: Any) -> Any | None:
