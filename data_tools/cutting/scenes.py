@@ -102,7 +102,7 @@ class SceneDetector:
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
         """Track runs of frames of one color. Returns whether this frame is one."""
-        pixels = now.grey[~now.is_white]
+        pixels = now.gray[~now.is_white]
         # a frame of one color besides white has no structure that `scene_distance` could compare
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
             if self._plain_since is None:
@@ -151,7 +151,7 @@ class _Dissolves:
         `is_break` says that the frame follows a cut or has a single color.
         """
         self._images.append(now)
-        self._variances.append(float(now.grey.var()))
+        self._variances.append(float(now.gray.var()))
         if is_break:
             self._last_break = number
         for reach in self._reaches:
@@ -186,11 +186,11 @@ class _Dissolves:
 
     def _count_second_shares(self, offset: int, reach: int) -> list[float]:
         """Return the share of the second scene in each frame from `offset` on."""
-        begin = self._images[offset].grey
-        direction = self._images[-1].grey - begin
+        begin = self._images[offset].gray
+        direction = self._images[-1].gray - begin
         length = max(float(np.square(direction).sum()), 1e-12)
         shares = []
         for position in range(2 * reach + 1):
-            progress = ((self._images[offset + position].grey - begin) * direction).sum()
+            progress = ((self._images[offset + position].gray - begin) * direction).sum()
             shares.append(float(progress) / length)
         return shares
