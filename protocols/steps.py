@@ -100,7 +100,7 @@ class GivenTokens:
     # share of each of `keyframes` in each clip, 0 to WHOLE, B K int16; 0: noise alone takes its place
     keyframe_shares: Tensor | None = None
     keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all keyframes are clean
-    # how many of the last latent frames are keyframes that a generation makes from noise; the network marks them
+    # number of the last latent frames that are keyframes made from noise; the network marks them
     num_generated: int = 0
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
