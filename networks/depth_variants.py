@@ -110,14 +110,14 @@ def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> L
             f"same there. Use the model with {source} blocks.",
             lora.path,
         )
-    copies = grown.places(source, depth)
+    blocks = grown.map_blocks(source, depth)
     tensors = {}
     for name, tensor in lora.tensors.items():
         match = re.match(rf"({OURS}{re.escape(grown.blocks)}_)(\d+)(_.*)", name)
         if match is None:
             tensors[name] = tensor
             continue
-        for index in copies[int(match[2])]:
+        for index in blocks[int(match[2])]:
             tensors[f"{match[1]}{index}{match[3]}"] = tensor
     logger.info(
         "%s is for %d blocks, the model has %d: what a block has learned is used in its copies too",
