@@ -167,6 +167,6 @@ PRODUCT = Product(
     add=add_loha,
     convolve=convolve_loha,
     norm=_norm,
-    set_first_values=_initialize,
+    initialize=_initialize,
     is_scaled=_is_scaled,
 )

@@ -153,6 +153,6 @@ PRODUCT = Product(
     add=add_lokr,
     convolve=convolve_lokr,
     norm=_norm,
-    set_first_values=_initialize,
+    initialize=_initialize,
     is_scaled=_is_scaled,
 )
