@@ -110,11 +110,9 @@ class Change:
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
         if shape == expected and change.delta.normalization is None:
             return change
-        error_words = change._describe_error(shape, expected)
-        if error_words:
-            raise CheckpointError(
-                f"{option}{path} does not fit {model}: for {name} it has {error_words}", path
-            )
+        reason = change._describe_error(shape, expected)
+        if reason:
+            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {reason}", path)
         return change
 
     def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":

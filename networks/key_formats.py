@@ -104,9 +104,8 @@ def to_native(
         family_hint: Family that the user or the metadata name.
         with_texts: Whether to rename tensors of text encoders too.
     """
-    internal = tuple(
-        key for key in tensors if ROWS in key
-    )  # our internal marker, which files must not contain
+    # files must not contain our internal marker
+    internal = tuple(key for key in tensors if ROWS in key)
     rewritten = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
     if any(MARKS.search(key) for key in rewritten.tensors):
         rewritten = rewrite(rewritten.tensors)
@@ -134,11 +133,6 @@ def to_native(
     for key, name in (names | text_names).items():
         if first_keys.setdefault(name, key) != key:
             repeated[key] = first_keys[name]
-    stacked: dict[str, int] = {}
-    for key, count in rewritten.stacked.items():
-        if key in names:
-            module, _, _ = names[key].partition(".")
-            stacked[module] = count
     unknown_names = ""
     if not families:
         unknown_names = describe_unknown(parsed.full_path for parsed in keys.in_dit.values())
@@ -151,11 +145,26 @@ def to_native(
         repeated=repeated,
         clash=_find_clash(repeated, rewritten.tensors),
         paths={modules[parsed.path]: parsed.path for parsed in keys.in_dit.values()},
-        stacked=stacked,
+        stacked=_count_stacked(rewritten.stacked, names),
         families=tuple(families),
         family_name=family_name,
         unknown_names=unknown_names,
     )
+
+
+def _count_stacked(stacked: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
+    """Return the numbers of joined factors by our module names.
+
+    Args:
+        stacked: Key of a joined factor -> number of factors that were joined into it.
+        names: Key -> our name of the tensor.
+    """
+    counts: dict[str, int] = {}
+    for key, count in stacked.items():
+        if key in names:
+            module = names[key].partition(".")[0]
+            counts[module] = count
+    return counts
 
 
 def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
