@@ -345,7 +345,7 @@ class KeptChange:
         """Norm of the kept change divided by the norm of the change; 1 if nothing changed."""
         if self.total == 0:
             return 1.0
-        # kept and lost change are orthogonal (a truncated SVD), so their squares sum to the total
+        # kept and lost change are orthogonal in a truncated SVD, so their squares sum to the total
         return max(1 - self.lost / self.total, 0.0) ** 0.5
 
     def add(self, change: Tensor, product: Tensor) -> None:
