@@ -15,6 +15,7 @@ from generation.prompt_lines import (
 )
 from generation.script_options import IMAGE_OUTPUTS, ScriptDefaults
 from generation.scripts import generation_script
+from ltx_2.audio_reference_options import IDENTITY_SCALE
 from ltx_2.model_options import VIDEO
 from ltx_2.options import Ltx2GenerationOptions, resolve_generation
 from modules.errors import OptionError
@@ -38,6 +39,7 @@ DEFAULTS = ScriptDefaults(
         "im": LineOption("inpaint_mask", read_path, CANCELS),
         "ii": LineOption("inpaint_invert", read_switch),
         "it": LineOption("inpaint_threshold", read_fraction),
+        "ra": LineOption("reference_audio", read_path, CANCELS),
         "gk": LineOption("keyframe", read_path, CANCELS, repeats=True),
         "gl": LineOption("latent_frame", read_path, CANCELS, repeats=True),
     },
@@ -60,6 +62,13 @@ def settle(
     if is_about_references and paths is None and not (shared.from_file or shared.interactive):
         options = "--reference_strength, --conditioning-attention-mask"
         raise OptionError(f"{options}: no reference is given. Give --reference_video")
+    audio = family_options.audio_references
+    if (
+        audio.identity_scale
+        and audio.reference_audio is None
+        and not (shared.from_file or shared.interactive)
+    ):
+        raise OptionError(f"--{IDENTITY_SCALE}: no reference is given. Give --reference_audio")
     # of the latter two, the family's options have what the command line says
     of_lines = {name: (name, None) for name in ("inpaint_invert", "inpaint_threshold")}
     extras = {**shared.request.extras, **of_lines, "reference_videos": ("reference_video", paths)}
@@ -67,11 +76,16 @@ def settle(
     shared = replace(shared, request=request)
     if not (paths or shared.lora.lora_weight):
         return shared, family_options
-    from ltx_2.references import resolve_factors  # with references or a LoRA
+    from ltx_2.audio_references import resolve_positions  # with references or a LoRA
+    from ltx_2.references import resolve_factors
 
     # prompt lines may have references too
-    factors = resolve_factors(references, [Path(weight) for weight in shared.lora.lora_weight or ()])
-    family_options = replace(family_options, references=factors)
+    loras = [Path(weight) for weight in shared.lora.lora_weight or ()]
+    family_options = replace(
+        family_options,
+        references=resolve_factors(references, loras),
+        audio_references=resolve_positions(audio, loras),
+    )
     if family_options.stages.sample_two_stage and not family_options.stages.skip_stage_2:
         from ltx_2.stages import keep_for_first_stage  # with two stages
 

@@ -214,12 +214,12 @@ class Anima(ModelOfImages):
             if controls and mask is not None and self.takes_mask:
                 controls |= control_pictures.read_control_mask(Path(mask), *size)
             elif controls and self.takes_mask:
-                logger.warning(
-                    "%r has no mask (%s): it is made by the base alone",
+                logger.info(
+                    "%r has no mask (%s): its seed draws one",
                     shorten(prepared.request.prompt, 60),
                     control_pictures.MASK,
                 )
-                controls = {}
+                controls |= control_pictures.draw_control_mask(*size, seed=prepared.seed)
             return {0: controls}
         if not isinstance(self.options, AnimaGenerationOptions) or self.options.control_image is None:
             return {0: {}}

@@ -23,7 +23,7 @@ from blissful_tuner.guidance_formulas import (
     PassPlan,
     Velocities,
     active_steps,
-    add_skipped_layers,
+    add_difference,
     cfg_zero,
     guide_stream,
     keep_norms,
@@ -146,6 +146,7 @@ class _StepPlanner:
         self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
         self._perturbed = Pass("positive", Overrides(skip_self_attention=self._rules.perturbed_blocks))
         self._isolated = Pass("positive", Overrides(isolated=True))
+        self._unreferenced = Pass("positive", Overrides(drops_audio_reference=True))
         self._guided_overrides = NO_OVERRIDES
         if options.disable_embedded_for_cfg:
             self._guided_overrides = Overrides(embedded_guidance=False)
@@ -189,7 +190,10 @@ class _StepPlanner:
             self._isolated: 0 if self._prepared.joint is None else rule.modality - 1,
         }
         weights = {pass_: weight for pass_, weight in weights.items() if weight}  # only passes with an effect
-        return (guide_stream(rule, weights),) if weights else ()
+        stages = [guide_stream(rule, weights)] if weights else []
+        if rule.identity:
+            stages.append(add_difference(self._unreferenced, rule.identity))
+        return tuple(stages)
 
     def _make_plain_stages(
         self, index: int, scale: float, momentum: Momentum | None
@@ -218,7 +222,7 @@ class _StepPlanner:
             else:  # earlier steps use the standard formula, but already add to the momentum
                 stages = [watched(stages[0], momentum, negative)]
         if weakens and options.slg_mode == "original" and options.slg_scale != 0:
-            stages.append(add_skipped_layers(self._weakened, options.slg_scale))
+            stages.append(add_difference(self._weakened, options.slg_scale))
         if not stages:  # without guidance there is nothing to rescale
             return ()
         if rescale_fraction != 0:
@@ -317,7 +321,8 @@ def guidance_scales(prepared: Prepared, options: GuidanceOptions) -> list[tuple[
 
 def _has_guidance(stream: StreamGuidance) -> bool:
     """Return whether images or audio have any guidance in addition to the prompt's scale."""
-    return bool(stream.perturbed) or stream.modality != 1 or stream.text not in (None, 1)
+    has_weights = bool(stream.perturbed or stream.identity)
+    return has_weights or stream.modality != 1 or stream.text not in (None, 1)
 
 
 def select_applied_steps(mode: str, ratio: float, num_steps: int) -> tuple[bool, ...]:

@@ -165,13 +165,14 @@ def active_steps(options: GuidanceOptions, num_steps: int) -> range:
     return range(int(options.slg_start * num_steps), int(options.slg_end * num_steps))
 
 
-def add_skipped_layers(weakened: Pass, scale: float) -> GuidanceStage:
-    """Make the stage of `--slg_mode original`: add the positive pass minus a weakened negative one.
+def add_difference(weakened: Pass, scale: float) -> GuidanceStage:
+    """Make the stage that adds the positive pass minus a weakened one, to what guidance made so far.
 
-    The other mode, "uncond", has no stage: there guidance uses the weakened pass as the negative one.
+    This is `--slg_mode original`; the other mode, "uncond", has no stage: there guidance uses the weakened
+    pass as the negative one. It is also the identity guidance of ID-LoRA (arXiv 2603.10256).
 
     Args:
-        weakened: The negative pass without the layers.
+        weakened: The negative pass without some layers, or the positive one without an audio reference.
         scale: Factor on the difference.
     """
 

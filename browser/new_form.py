@@ -44,6 +44,7 @@ KIND_TITLES = {  # name of a kind of run -> title
     "lora": say("a LoRA"),
     "adapter": say("a training adapter"),
     "lllite": say("a ControlNet-LLLite"),
+    "lllite_inpainting": say("a ControlNet-LLLite for inpainting"),
     "controlnet": say("a ControlNet"),
     "embedding": say("an embedding"),
     "whole": say("the whole model"),
@@ -60,6 +61,10 @@ KIND_NOTES = {
     "lllite": say(
         "Small networks that follow control pictures: edges, depth or poses. These lie in a folder "
         "conditioning inside this one, under the names of the pictures."
+    ),
+    "lllite_inpainting": say(
+        "Small networks that repaint what a mask marks. They learn from the pictures alone: each step marks "
+        "a random part of one."
     ),
     "controlnet": say(
         "A copy of half of the model that follows control pictures: edges, depth or poses. These lie in a "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.finite import check_finite
+from checkpoints.kinds import is_lora
 from checkpoints.opening import Checkpoint, open_checkpoint
 from checkpoints.quantizing import in_values
 from checkpoints.writing import stream_tensors
@@ -90,6 +91,7 @@ def merge_models(options: MergeModelsOptions) -> None:
     with ExitStack() as opened:
         models = [in_values(opened.enter_context(open_checkpoint(path))) for path in options.models]
         first, *others = models
+        _reject_loras(models)
         averages = [name for name in first.tensors if name.startswith(AVERAGES)]
         kept = {name: info for name, info in first.tensors.items() if not name.startswith(AVERAGES)}
         merged = {name for name, info in kept.items() if info.dtype.is_floating_point}
@@ -117,6 +119,17 @@ def merge_models(options: MergeModelsOptions) -> None:
 
         stream_tensors(options.output, written, read, _make_metadata(models))
     _show(options, len(merged))
+
+
+def _reject_loras(models: Sequence[Checkpoint]) -> None:
+    """Raise CheckpointError if a file is a LoRA: the mean of its factors is not the mean of its changes."""
+    for model in models:
+        if is_lora(model.tensors):
+            raise CheckpointError(
+                f"{model.path} is a LoRA or the like, and not a whole checkpoint. Use "
+                "networks/merge_lora.py or networks/svd_merge_lora.py",
+                model.path,
+            )
 
 
 @dataclass(frozen=True)

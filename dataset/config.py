@@ -248,7 +248,36 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
             f"{guided[0]}: this model is not trained with guides (keyframe_guide_directory, "
             "latent_idx_guide_directory). Leave these keys out"
         )
-    return with_references(config, family.references, family.can.references)
+    config = with_references(config, family.references, family.can.references)
+    has_audio_references = any(table.reference_audio_directory is not None for table in config.datasets)
+    return _with_audio_references(config, family) if has_audio_references and not for_texts else config
+
+
+def _with_audio_references(config: DatasetConfig, family: "Caches") -> DatasetConfig:
+    """Return a configuration whose audio references follow a family's rules.
+
+    Raises:
+        DatasetError: If the run takes no audio as reference.
+    """
+    from protocols.family import audio_of  # loads torch, which the family has loaded
+
+    audio = audio_of(family)
+    tables = []
+    for table in config.datasets:
+        if table.reference_audio_directory is not None:
+            if audio is None:
+                raise DatasetError(
+                    f"{table.name}: reference_audio_directory: this run has no sound that could be made "
+                    "after it. Give the mode of the model that has sound, or leave the key out"
+                )
+            if not audio.takes_references:
+                raise DatasetError(
+                    f"{table.name}: reference_audio_directory: this run takes no sound as reference. Leave "
+                    "it out, or change the option that says which references are learned"
+                )
+            table = replace(table, reference_dropout_rate=audio.dropped_references)
+        tables.append(table)
+    return replace(config, datasets=tuple(tables))
 
 
 def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:

@@ -290,8 +290,12 @@ NO_KEYS: Mapping[str, str] = {
     "audio_jsonl_file": "it lists sounds without clips. audio_path in a list of clips names their sound",
     **dict.fromkeys(LENGTHS, "sound is as long as its clip"),
     **dict.fromkeys(
-        ("reference_audio_directory", "reference_audio_cache_directory"),
-        "sounds as references are not built. reference_directory has clips and pictures",
+        (
+            *("reference_audio_directories", "reference_audio_cache_directories"),
+            *("reference_directories",),
+        ),
+        "a clip has one audio as reference, of reference_audio_directory; several clips and images are "
+        "numbered in reference_directory: cat_0.mp4, cat_1.mp4",
     ),
     "separate_audio_buckets": "clips without sound do not affect the sound of other clips in their batch",
     "bucket_batch_sizes": "batch_size is that of all sizes; make a [[datasets]] table for each",
@@ -307,6 +311,7 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
     (
         *("reference_cache_directory", "reference_cache_directories", "latent_idx_guide_cache_directory"),
         *("keyframe_guide_cache_directory", "keyframe_guide_extra_cache_directories"),
+        "reference_audio_cache_directory",
     ),
     "caches of references and guides are with those of their clips, in cache_directory",
 )

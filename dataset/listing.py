@@ -92,6 +92,10 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
         from dataset.sources.guides import add_guides  # few tables have guides
 
         sources = add_guides(table, sources, faults)
+    if table.reference_audio_directory is not None:
+        from dataset.sources.reference_audio import add_reference_audio  # few tables have them
+
+        sources = add_reference_audio(table, sources, faults)
     if table.reference_directory is None and table.control_mask_directory is None:
         return sources
     from dataset.sources.companions import add_companions  # few tables have companions
@@ -125,6 +129,7 @@ class CompanionCounts(NamedTuple):
     num_controls: int
     num_references: int
     has_mask: bool
+    has_reference_audio: bool
     shown: tuple[ShownMedium, ...]  # `references` of its row
     further_text: str | None  # of its row
 
@@ -145,6 +150,7 @@ def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
             num_controls=len(source.control),
             num_references=len(source.references),
             has_mask=source.mask is not None,
+            has_reference_audio=source.reference_audio is not None,
             shown=source.shown,
             further_text=source.further_text,
         )

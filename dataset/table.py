@@ -177,6 +177,10 @@ class DatasetTable:
     # for models with audio: whether clips need audio, and the folder of separate audio files
     audio: str = key(forms.AUDIO, forms.IF_PRESENT, kinds=VIDEO, stale=LEARNING, rank=5)
     audio_directory: Path | None = key(forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6)
+    # audio that the audio of clips is made after, such as another recording of the same voice
+    reference_audio_directory: Path | None = key(
+        forms.PATH, kinds=VIDEO, of_some_forms=True, stale=LEARNING, rank=6
+    )
     # transparent parts are not learned
     alpha_mask: bool = key(forms.YES_NO, False, stale=LATENTS | LEARNING, rank=4)
     validation: bool = key(forms.YES_NO, False, stale=NOTHING)  # not trained on

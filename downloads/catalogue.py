@@ -14,7 +14,13 @@ from modules.command import as_typed
 STEPS = ("latents", "texts", "train", "generate")
 TRAINING_ADAPTER = "--training_adapter"
 WITH_ADAPTER = "-adapter"  # end of the task of a set with one
-OTHER_KINDS = ("whole", "lllite", "controlnet", "embedding")  # kinds of runs that take no training adapter
+OTHER_KINDS = (
+    "whole",
+    "lllite",
+    "lllite_inpainting",
+    "controlnet",
+    "embedding",
+)  # kinds of runs that take no training adapter
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Control images of networks that take them as pixels: in caches, batches, samples and conditions."""
 
 import logging
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from modules.control_codes import shorten
 from modules.errors import CacheError, DatasetError, OptionError
+from modules.media.random_masks import draw_mask
 from modules.media.reading import read_image, read_mask, resize_frame
 from modules.option_values import as_shape
 from protocols.data import (
@@ -131,6 +133,12 @@ def read_control_mask(path: Path, width: int, height: int) -> dict[str, Tensor]:
         frame = resize_frame(frame, (width, height), "nearest")
     is_set = torch.from_numpy(frame[:, :, 0] >= 128)  # H W; a mask has equal channels
     return {CONTROL_MASK: is_set[None, None].to(torch.uint8)}
+
+
+def draw_control_mask(width: int, height: int, seed: int) -> dict[str, Tensor]:
+    """Return a mask that a seed draws, as `read_control_mask` returns it, for a sample without one."""
+    drawn = draw_mask(height, width, random.Random(seed))
+    return {CONTROL_MASK: torch.from_numpy(drawn[None, None]).to(torch.uint8)}
 
 
 def mask_in(cond: Conditions, device: torch.device) -> Tensor | None:

@@ -28,9 +28,9 @@ def key_of(word: str, keys: Collection[str]) -> str | None:
     name = SIDES.get(name, name)
     if name in keys:
         return name
-    from modules.mistyped import ours_for  # only names of other programs need it
+    from modules.mistyped import find_our_option  # only names of other programs need it
 
-    return ours_for(name, keys) or None
+    return find_our_option(name, keys) or None
 
 
 def known_names(letters: Collection[str], keys: Collection[str], find: Callable[[str], object]) -> list[str]:

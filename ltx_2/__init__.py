@@ -1,5 +1,7 @@
 """LTX-2, 2.3 and 2.5, video with sound: read family.py first, then model.py.
 
+audio_reference_options: options of voices, and which references are learned
+audio_references: voices that a clip's sound is made after
 blocks: blocks of two streams, video and sound, and their attention
 checkpoints: transformer files: what one is, and loading
 configs: dimensions of a transformer, latents, names of parts, LoRA presets

@@ -51,6 +51,20 @@ class LtxReferences:
 
 
 @dataclass(frozen=True)
+class LtxAudioReferences(LtxReferences):
+    """References of audio, B Z T K each, clean, whose tokens come before the audio's."""
+
+    is_before: bool = False  # they end before the audio begins; else they begin with it
+    is_hidden_from_video: bool = False  # the video does not attend to them
+    is_without_text: bool = False  # they do not attend to the text
+
+    @property
+    def counts(self) -> list[int]:
+        """Number of tokens of each reference."""
+        return [latents.shape[2] for latents in self.latents]
+
+
+@dataclass(frozen=True)
 class CrossInputs:
     """Inputs of a stream for the attention between the streams."""
 
@@ -78,6 +92,8 @@ class Stream:
     part: "TokenPart | None" = None  # the tokens that this process has; None if it has all
     # from `dim_references`, for all tokens; None: no attention is dimmed
     dimmed: tuple[Tensor, Tensor] | None = None
+    num_hidden: int = 0  # number of tokens in front, of all, to which the other stream does not attend
+    num_without_text: int = 0  # number of tokens in front that do not attend to the text
 
     @property
     def length(self) -> int:
@@ -94,6 +110,7 @@ class Stream:
             rotary=part.rows(self.rotary),
             cross=cross,
             split=part.take(split) if isinstance(split, Tensor) else part.of_first(split),
+            num_without_text=part.of_first(self.num_without_text),
             part=part,
         )
 
@@ -107,7 +124,7 @@ class LtxTokens:
 
     streams: dict[StreamNames, Stream]
     grid: tuple[int, ...]  # latent frames, rows, columns; empty without video
-    bins: int  # frequency bins of a latent audio frame; 0 without audio
+    audio_grid: tuple[int, ...]  # latent audio frames and their frequency bins; empty without audio
     dtype: torch.dtype  # dtype of activations between layers
     attention: AttentionChoice
     combine: Callable[..., Tensor] | None  # combines attentions to several texts, B L N D; None: one text
@@ -339,7 +356,11 @@ class LtxBlock(nn.Module):
             texts = tuple(modulate(text, shift, scale, tokens.dtype) for text in texts)
         query = layer.queries(x)
         attended = [_attend(query, layer.keys(text), layer.values(text), tokens) for text in texts]
-        return layer.project(x, attended[0] if tokens.combine is None else tokens.combine(*attended))
+        combined = attended[0] if tokens.combine is None else tokens.combine(*attended)
+        if stream.num_without_text:  # attention to nothing is 0
+            without, combined = combined.tensor_split([stream.num_without_text], dim=1)
+            combined = torch.cat([torch.zeros_like(without), combined], dim=1)
+        return layer.project(x, combined)
 
     def _see_other(
         self, names: StreamNames, other: StreamNames, x: Tensor, other_x: Tensor, tokens: LtxTokens
@@ -353,11 +374,13 @@ class LtxBlock(nn.Module):
         query = layer.queries(x, stream.cross.rotary)
         key = layer.keys(other_x, other_stream.cross.rotary)
         value = layer.values(other_x)
+        first = other_stream.num_hidden  # of the tokens that are seen
         if stream.part is None or other_stream.part is None:
-            return layer.project(x, _attend(query, key, value, tokens))
+            return layer.project(x, _attend(query, key[:, first:], value[:, first:], tokens))
         (query,) = stream.part.gather_tokens(query)
         key, value = other_stream.part.gather_tokens(key, value)
-        return layer.project(x, stream.part.gather_heads(_attend(query, key, value, tokens)))
+        attended = _attend(query, key[:, first:], value[:, first:], tokens)
+        return layer.project(x, stream.part.gather_heads(attended))
 
     def _split_rows(self, names: StreamNames, stream: Stream) -> Sequence[Tensor]:
         """Return the shifts, scales and gates of a stream's layers, each B S C float32."""

@@ -205,4 +205,6 @@ LORA_PRESETS: dict[str, tuple[str, ...]] = {
     "audio": _AUDIO,
     "audio_v2a": (*_AUDIO, _CROSS[SOUND.cross_attn]),
     "full": (".*",),
+    "audio_ref_ic": (*_AUDIO, *_CROSS.values()),
+    **dict.fromkeys(("av_ic", "video_ref_only_av"), (_ATTENTIONS, _ALL_FFN)),
 }

@@ -9,8 +9,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ltx_2.audio_reference_options import AUTO, IDENTITY_SCALE, NEGATIVE, STRATEGIES, ReferenceStrategy
+from ltx_2.audio_references import (
+    FALSE,
+    OPTION,
+    TRUE,
+    AudioReferenceRules,
+    RequestReferences,
+    check_batch,
+    find_audio_reference,
+    make_audio_rules,
+    warn_of_unused,
+)
 from ltx_2.blocks import LtxReferences
 from ltx_2.configs import DIT, LORA_PRESETS, NEGATIVE_PROMPT, NOISE, RELEASES
+from ltx_2.configs import SOUND as SOUND_NAMES
+from ltx_2.configs import VIDEO as VIDEO_NAMES
 from ltx_2.files import Ltx2Files, check_version, files_of, shifted_logit
 from ltx_2.given import make_given_rules, put_guides_in, take_masks
 from ltx_2.given_media import (
@@ -65,6 +79,7 @@ from ltx_2.upscaler import TEMPORAL, enlarge
 from modules.errors import DatasetError, OptionError
 from modules.media.pixels import image_pixels, to_pixels, video_pixels
 from modules.media.reading import is_still
+from modules.media.samples import read_reference
 from modules.option_values import to_path
 from modules.options import NO_OPTIONS, in_one_spelling
 from protocols import rules
@@ -72,7 +87,9 @@ from protocols.data import (
     FIRST_FRAME,
     FPS,
     HAS_AUDIO,
+    REFERENCE_AUDIO,
     REFERENCE_LATENTS,
+    AudioSpec,
     Batch,
     CacheEntry,
     Conditions,
@@ -107,6 +124,7 @@ LINE_EXTRAS = (
     "keyframe",
     "latent_frame",
     *("inpaint_mask", "inpaint_invert", "inpaint_threshold"),
+    OPTION,
 )
 FIRST = "first_latents"  # key of a condition: clean latents of the given first frames, B C F H W
 SOLVER = "euler-tenth"
@@ -133,6 +151,9 @@ class Ltx2(Ltx2Media):
     references: rules.ReferenceRules | None = rules.ReferenceRules(MAX_REFERENCES, clips=True)
     reference_strength: float = 1.0  # for generations; below 1, references are denoised too
     reference_attention: tuple[Path | None, float] = (None, 1.0)  # mask and strength
+    strategy: ReferenceStrategy = STRATEGIES[AUTO]
+    audio_references: AudioReferenceRules = AudioReferenceRules()
+    dropped_references: float = 0.0  # fraction of training batches without their references
 
     can: ClassVar = Abilities(hear=True, rate=True, tell_few_steps=True, guide=True)
     name: str = field(default="ltx2_v1", init=False)
@@ -148,6 +169,16 @@ class Ltx2(Ltx2Media):
     def vae_dtype(self) -> torch.dtype:
         """Compute dtype of the VAE, in which latents are cached."""
         return self.files.encoder_dtype(self.files.vae_dtype)
+
+    @property
+    def audio(self) -> AudioSpec | None:
+        """Format of the audio latents; None if the run has no audio."""
+        audio = super().audio
+        if audio is None:
+            return None
+        return replace(
+            audio, takes_references=self.strategy.takes_audio, dropped_references=self.dropped_references
+        )
 
     @property
     def version(self) -> str:
@@ -193,9 +224,12 @@ class Ltx2(Ltx2Media):
             names |= in_one_spelling(Ltx2TrainingOptions, {"ltx_mode": self.options.model.ltx_mode})
         strategy = getattr(self.options, "ic_lora_strategy", None)
         preset = getattr(self.options, "lora_target_preset", None)
-        is_v2v = "v2v" in (strategy, preset)
+        is_v2v = "v2v" in (strategy, preset) or VIDEO in self.strategy.needs
         if self.references is not None and (is_v2v or self.references.factors[:2] != (1, 1)):
             names |= factor_metadata(self.references)
+        is_before = self.audio_references.is_before
+        if AUDIO in self.strategy.needs or (self.strategy.takes_audio and is_before):
+            names[NEGATIVE] = TRUE if is_before else FALSE
         return self.metadata_of(names)
 
     # encoding
@@ -252,7 +286,9 @@ class Ltx2(Ltx2Media):
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: texts, frame rates, and which samples have audio."""
-        names = [*self.files.check_cached_texts(batch), FPS, HAS_AUDIO]
+        if isinstance(self.options, Ltx2TrainingOptions):
+            check_batch(batch, self.strategy, self.options.strategy_option)
+        names = [*self.files.check_cached_texts(batch), FPS, HAS_AUDIO, REFERENCE_AUDIO]
         names += [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]
         return {name: batch.tensors[name] for name in names if name in batch.tensors}
 
@@ -293,7 +329,12 @@ class Ltx2(Ltx2Media):
             audio_timesteps=audio_times,
             has_sound=has_sound if isinstance(has_sound, Tensor) else None,
             overrides=overrides.rename_nag(arguments_of),
-            references=self._make_network_references(references, denoised, cond.get(STRENGTHS), noisy.device),
+            references={
+                VIDEO_NAMES: self._make_network_references(
+                    references, denoised, cond.get(STRENGTHS), noisy.device
+                ),
+                SOUND_NAMES: self.audio_references.select(cond, overrides),
+            },
             keyframes=given.places,
             **arguments_of(cond),
         )
@@ -351,7 +392,9 @@ class Ltx2(Ltx2Media):
         width, height, frames = size_of(request, self.defaults)
         frames = full_frames(frames, latent)
         check_size((width, height, frames), latent)
-        references = self._resolve_references(request, media)
+        references = RequestReferences(
+            self._resolve_references(request, media), find_audio_reference(request)
+        )
         minimum = 2 * latent.pixel_step
         if min(width, height) < minimum and self.version == "2.0":
             raise OptionError(
@@ -372,21 +415,39 @@ class Ltx2(Ltx2Media):
             raise OptionError(
                 f"--drive_video {self.drive_video}: a single picture has no sound. Make it longer"
             )
+        if references.audio is not None:
+            self._check_audio_reference(references.audio, joint, media)
         prepared = replace(
             prepared,
             joint=joint,
-            rules=self._resolve_guidance(request),
+            rules=self._resolve_guidance(request, references),
             solver=SOLVER if prepared.solver == "euler" else prepared.solver,
             family_record=references,
             own_metadata=self._make_output_metadata(references, media),
         )
         if self.stages is not None:
             prepared = self.stages.split(prepared, self.latent, self.vae_dtype)
-        self._check_references(prepared, references)
+        self._check_references(prepared, references.images)
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
         check_media(media, prepared, self.latent)
         return prepared
+
+    def _check_audio_reference(self, path: Path, joint: Joint | None, media: Ltx2GivenMedia) -> None:
+        """Raise OptionError if a request's audio reference has no use."""
+        if not self.strategy.takes_audio:
+            raise OptionError(
+                f"--{OPTION} {path}: --ic_lora_strategy does not take it. Leave one of them out"
+            )
+        if joint is None:
+            raise OptionError(
+                f"--{OPTION} {path}: no sound is made after it. Give --ltx2_mode av, and more than one frame"
+            )
+        if media.drive_audio is not None:
+            raise OptionError(
+                f"--{OPTION} {path} and --drive_audio {media.drive_audio}: the latter is all of the sound. "
+                "Give one of them"
+            )
 
     def _check_media(self, request: Request, media: Ltx2GivenMedia) -> None:
         """Raise OptionError if the image or the driving video cannot be opened or used."""
@@ -426,24 +487,31 @@ class Ltx2(Ltx2Media):
         image = (channels, 0 if is_alone else length, rows, columns)
         return Joint(image, audio.shape(prepared.frames, prepared.fps))
 
-    def _resolve_guidance(self, request: Request) -> rules.GuidanceRules:
+    def _resolve_guidance(self, request: Request, references: RequestReferences) -> rules.GuidanceRules:
         (num_blocks,) = self.block_counts()
+        has_audio_reference = references.audio is not None
         return guidance_rules(
             self.guidance,
             scale=request.guidance_scale,
             num_blocks=num_blocks,
             perturbed=RELEASES[self.version].perturbed,
             is_alone=not self.files.has_images,
+            identity=self.audio_references.identity_scale if has_audio_reference else 0.0,
         )
 
-    def _make_output_metadata(self, references: Sequence[Path], media: Ltx2GivenMedia) -> dict[str, str]:
+    def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
         """Return metadata of outputs about given media, references and stages."""
         metadata = media.metadata
-        if references:
-            metadata["reference_video"] = ", ".join(path.name for path in references)
-        if references and self.reference_strength < 1:
+        images = references.images
+        if references.audio is not None:
+            metadata[OPTION] = references.audio.name
+            if self.audio_references.identity_scale:
+                metadata[IDENTITY_SCALE] = f"{self.audio_references.identity_scale:g}"
+        if images:
+            metadata["reference_video"] = ", ".join(path.name for path in images)
+        if images and self.reference_strength < 1:
             metadata["reference_strength"] = f"{self.reference_strength:g}"
-        if references and self.reference_attention != (None, 1):
+        if images and self.reference_attention != (None, 1):
             mask, strength = self.reference_attention
             words = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
             metadata["conditioning_attention_mask"] = words
@@ -521,7 +589,7 @@ class Ltx2(Ltx2Media):
         return (
             prepared.request.image_path is not None
             or self.drive_video is not None
-            or bool(prepared.family_record)
+            or prepared.family_record.are_given
             or bool(media.image_files or media.audio_files)
         )
 
@@ -540,6 +608,8 @@ class Ltx2(Ltx2Media):
     def _encode_request(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the media conditions of a request without stages."""
         conditions = self._encode_references(vae, prepared)
+        if prepared.family_record.audio is not None:
+            conditions[REFERENCE_AUDIO] = self._encode_audio_reference(vae, prepared)
         conditions |= self._encode_given(vae, prepared)
         pixels = self._read_frames(prepared)
         if pixels is None:
@@ -557,21 +627,32 @@ class Ltx2(Ltx2Media):
         given |= encode_keyframes(media.keyframes, prepared, encode_pixels, self._crf)
         if self.audio is None or not (media.audio_files or media.retake):
             return given
-        device = torch.device("cpu") if vae is None else vae.device
-        networks = self.audio_networks(device, decodes=False)
+        networks = self.audio_networks(_device_of(vae), decodes=False)
 
         def encode(samples: Tensor, frames: int, fps: float) -> Tensor:
-            return self.encode_audio(networks, samples.to(device), frames, fps)
+            return self.encode_audio(networks, samples, frames, fps)
 
         return {**given, **encode_given_audio(media, prepared, encode, self.audio)}
+
+    def _encode_audio_reference(self, vae: Any, prepared: Prepared) -> Tensor:
+        """Return the latents of the audio reference, 1 C T M, on the CPU."""
+        assert self.audio is not None  # `prepare` checks it
+        rate = self.audio.rate
+        seconds = prepared.frames / prepared.fps
+        samples = read_reference(prepared.family_record.audio, seconds, rate, self.audio.channels)
+        networks = self.audio_networks(_device_of(vae), decodes=False)
+        # its own length, in samples
+        latents = self.encode_audio(networks, torch.from_numpy(samples)[None], samples.shape[1], rate)
+        return latents.float().cpu()
 
     def _encode_references(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
         """Return the latents of references, and how strongly the video attends to them."""
         reference_rules = self.references
-        if not prepared.family_record or reference_rules is None:
+        images = prepared.family_record.images
+        if not images or reference_rules is None:
             return {}
         size = (prepared.width, prepared.height, prepared.frames)
-        pixels = [read_pixels(path, size, reference_rules, self.latent) for path in prepared.family_record]
+        pixels = [read_pixels(path, size, reference_rules, self.latent) for path in images]
         conditions = {}
         for index, clip in enumerate(pixels):
             conditions[reference_key(index)] = vae.encode(clip.to(vae.device)).float().cpu()
@@ -668,6 +749,12 @@ class Ltx2(Ltx2Media):
         return (yield from sections)
 
 
+def _device_of(vae: Any) -> torch.device:
+    """Return the device of the video VAE, which the audio VAE is loaded to; the CPU without images."""
+    device: torch.device = torch.device("cpu") if vae is None else vae.device
+    return device
+
+
 def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
     """Return the texts among the conditions under the names of the network's arguments."""
     names = {"text": prompt_key(VIDEO), "audio_text": prompt_key(AUDIO)}
@@ -697,7 +784,14 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
     check_version(files, options)
     # if only audio is trained, video latents are placeholders, and the noise level depends on the audio
     is_alone = not files.has_images
-    log_ignored(files.streams, options, options.vae, options.references, options.guidance)
+    log_ignored(
+        files.streams,
+        options,
+        options.vae,
+        options.references,
+        options.guidance,
+        options.audio_references,
+    )
     learning = rules.AudioLearning(
         options.video_loss_weight,
         options.audio_loss_weight,
@@ -711,7 +805,10 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         gives=make_given_rules(options.given),
         vary_inputs=take_masks if options.given.ltx2_inpaint_mask else put_guides_in,
     )
-    takes_references = options.ic_lora_strategy != "none" and not is_alone
+    strategy = options.strategy
+    takes_images = strategy.takes_images and not is_alone
+    if not strategy.takes_audio:
+        warn_of_unused(options.audio_references, options.strategy_option)
     return Ltx2(
         files,
         guidance=options.guidance,
@@ -722,20 +819,25 @@ def family_for_training(options: Ltx2TrainingOptions) -> Ltx2:
         makes_audio=not options.silent,
         stages=two_stages(options.stages),
         options=options,
-        references=_resolve_training_references(options) if takes_references else None,
+        references=_resolve_training_references(options) if takes_images else None,
+        strategy=strategy,
+        audio_references=make_audio_rules(options.audio_references),
+        dropped_references=1 - options.ic_lora_ref_probability,
     )
 
 
 def _resolve_training_references(options: Ltx2TrainingOptions) -> rules.ReferenceRules:
     dropped = 1 - options.ic_lora_ref_probability
-    edits = dropped > 0 or "v2v" in (options.lora_target_preset, options.ic_lora_strategy)
+    is_v2v = options.strategy is STRATEGIES["v2v"]
+    edits = dropped > 0 or is_v2v or VIDEO in options.strategy.needs
     return replace(make_rules(options.references), dropped=dropped, edits=edits)
 
 
 def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
     """Describe the family for ltx2_generate_video.py."""
     streams = (VIDEO,) if options.silent else options.streams
-    log_ignored(streams, options, options.vae, options.guidance)
+    log_ignored(streams, options, options.vae, options.guidance, options.audio_references)
+    given = options.audio_references
     return Ltx2(
         files_of(options, streams),
         options.guidance,
@@ -746,6 +848,8 @@ def family_for_generation(options: Ltx2GenerationOptions) -> Ltx2:
         references=None if options.ic_lora_strategy == "none" else make_rules(options.references),
         reference_strength=options.references.strength,
         reference_attention=options.references.attention,
+        strategy=STRATEGIES["none" if options.ic_lora_strategy == "none" else AUTO],
+        audio_references=AudioReferenceRules(bool(given.is_before), identity_scale=given.identity_scale),
     )
 
 

@@ -3,6 +3,8 @@
 Source: the released pipelines.
 """
 
+from dataclasses import replace
+
 from ltx_2.model_options import AUDIO, VIDEO, Ltx2GuidanceOptions
 from modules.errors import OptionError
 from protocols.rules import GuidanceRules, StreamGuidance
@@ -14,6 +16,7 @@ def guidance_rules(
     num_blocks: int,
     perturbed: int,
     is_alone: bool = False,
+    identity: float = 0.0,
 ) -> GuidanceRules:
     """Return the weights of guidance: the options' values, else the released ones.
 
@@ -23,6 +26,7 @@ def guidance_rules(
         num_blocks: Number of blocks of the network.
         perturbed: Block whose self-attention the release skips.
         is_alone: Audio is generated without video.
+        identity: Weight of identity guidance, of the audio alone.
 
     Raises:
         OptionError: If --stg_blocks names a block that does not exist.
@@ -45,7 +49,7 @@ def guidance_rules(
         )
 
     image = StreamGuidance(text=1.0) if is_alone else guidance_of(VIDEO)
-    audio = guidance_of(AUDIO)
+    audio = replace(guidance_of(AUDIO), identity=identity)
     return GuidanceRules(streams=(image, audio), perturbed_blocks=frozenset(skipped))
 
 

@@ -8,17 +8,27 @@ of the other one. `blocks` lists the steps in float32.
 # W of the wider one
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
-from ltx_2.blocks import CrossInputs, LtxBlock, LtxReferences, LtxTokens, Stream, dim_references, gelu
+from ltx_2.blocks import (
+    CrossInputs,
+    LtxAudioReferences,
+    LtxBlock,
+    LtxReferences,
+    LtxTokens,
+    Stream,
+    dim_references,
+    gelu,
+)
 from ltx_2.configs import DIT, EPS, SOUND, VIDEO, LtxConfig, StreamNames
 from ltx_2.rope import Places, make_tables
 from modules.devices import send_ahead
@@ -31,7 +41,8 @@ from protocols.steps import NO_OVERRIDES, WHOLE, Overrides
 from runtime.run_blocks import Hidden, run_blocks
 
 DEFAULT_FPS = 24.0
-NO_REFERENCES = LtxReferences()
+References = Mapping[StreamNames, LtxReferences]  # by stream; audio has `LtxAudioReferences`
+NO_REFERENCES: References = MappingProxyType({})
 Fps = float | Sequence[float] | Tensor  # frames a second: one number, or one for each sample, on the host
 
 
@@ -200,7 +211,7 @@ class LtxModel(nn.Module):
         audio_text: Tensor | None = None,
         has_sound: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
-        references: LtxReferences = NO_REFERENCES,
+        references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
     ) -> tuple[Tensor | None, Tensor | None]:
         """Return the velocities of video and audio in float32; None for a stream that is not given.
@@ -218,8 +229,8 @@ class LtxModel(nn.Module):
                 None: all samples have audio.
             overrides: Changes to this call; their second text has arguments named text and audio_text. Their
                 given frames have the time 0, and their velocity is 0.
-            references: References of the video. If they are noisy, the video's velocity is B Z N: the
-                velocity of their tokens, then that of the video's tokens.
+            references: References of video and audio. If those of the video are noisy, its velocity is B Z N:
+                the velocity of their tokens, then that of the video's tokens.
             keyframes: Frame indices in the video of the single images in the last latent frames of `noisy`.
 
         Raises:
@@ -254,12 +265,13 @@ class LtxModel(nn.Module):
         fps: Fps = DEFAULT_FPS,
         has_sound: Tensor | None = None,
         overrides: Overrides = NO_OVERRIDES,
-        references: LtxReferences = NO_REFERENCES,
+        references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
-        References come before the video's tokens; attention depends on positions only, not on the order.
+        References come before the tokens of their stream; attention depends on positions only, not on the
+        order.
         """
         self._check(latents, texts)
         first = next(iter(latents.values()))
@@ -276,7 +288,7 @@ class LtxModel(nn.Module):
                 timesteps=timesteps[names],
                 freq_dim=self.config.freq_dim,
                 given_frames=overrides.given_frames if is_video else 0,
-                references=references if is_video else NO_REFERENCES,
+                references=references.get(names, LtxReferences()),
                 keyframes=keyframes if is_video else (),
             )
             if overrides.given is not None:
@@ -296,11 +308,11 @@ class LtxModel(nn.Module):
         tokens = LtxTokens(
             streams,
             grid=tuple(latents[VIDEO].shape[2:]) if VIDEO in latents else (),
-            bins=latents[SOUND].shape[3] if SOUND in latents else 0,
+            audio_grid=tuple(latents[SOUND].shape[2:]) if SOUND in latents else (),
             dtype=dtype,
             attention=self.attention,
             combine=overrides.steer,
-            keeps_references=references.share > 0,
+            keeps_references=VIDEO in streams and references.get(VIDEO, LtxReferences()).share > 0,
         )
         return Hidden(tokens.join(parts), tokens)
 
@@ -310,6 +322,11 @@ class LtxModel(nn.Module):
         `texts` are embedded, B T C each.
         """
         rows, time = self._embed_times(self._get_layer(inputs.names, "adaln_single"), inputs)
+        references = inputs.references
+        num_hidden, num_without_text = 0, 0
+        if isinstance(references, LtxAudioReferences):
+            num_hidden = sum(references.counts) * references.is_hidden_from_video
+            num_without_text = sum(references.counts) * references.is_without_text
         return Stream(
             rotary=self._make_rotation(inputs, fps, by_time=False),
             texts=tuple(texts),
@@ -319,6 +336,8 @@ class LtxModel(nn.Module):
             split=inputs.num_given if inputs.times is None else inputs.times.indices,
             fractions=None if inputs.times is None else inputs.times.fractions,
             dimmed=inputs.dim_references(),
+            num_hidden=num_hidden,
+            num_without_text=num_without_text,
         )
 
     def _embed_texts(self, names: StreamNames, texts: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -360,10 +379,9 @@ class LtxModel(nn.Module):
     def _project(self, inputs: StreamInputs, dtype: torch.dtype) -> Tensor:
         """Project the latents of a stream to tokens, B L W, with the tokens of references in front."""
         names, latents, references = inputs.names, inputs.latents, inputs.references
-        # B F*H*W Z for video latents, B M Z*K for audio latents
-        flat = latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
+        flat = _flatten(names, latents)
         if references.latents:
-            in_front = [reference.flatten(2).mT for reference in references.latents]
+            in_front = [_flatten(names, reference) for reference in references.latents]
             flat = torch.cat([*in_front, flat], dim=1)
         tokens = in_own_dtype(self._get_layer(names, "patchify_proj"), flat).to(dtype)
         if names is not VIDEO or not self.config.marks_first:
@@ -422,8 +440,13 @@ class LtxModel(nn.Module):
         width = self.config.cross_dim if by_time else self.config.streams[inputs.names].dim
         tables = self._rotary[inputs.names, by_time]
         if inputs.names is SOUND:
-            _, _, length, _ = latents.shape
-            return tables.get_table((Places(width, (length,), by_time=by_time),), latents.device)
+            references = inputs.references
+            is_before = isinstance(references, LtxAudioReferences) and references.is_before
+            grids = [
+                Places(width, (count,), by_time=by_time, is_before=is_before) for count in references.counts
+            ]
+            grids.append(Places(width, (latents.shape[2],), by_time=by_time))
+            return tables.get_table(tuple(grids), latents.device)
         places_of = partial(Places, width, fps=_list_distinct_rates(fps), by_time=by_time)
         places = []
         for reference in inputs.references.latents:
@@ -452,6 +475,11 @@ class LtxModel(nn.Module):
                 raise ValueError(f"{numbers} numbers in a token of {what}, the model takes {config.channels}")
 
 
+def _flatten(names: StreamNames, latents: Tensor) -> Tensor:
+    """Return latents as tokens: B Z F H W of video as B F*H*W Z, B Z M K of audio as B M Z*K."""
+    return latents.flatten(2).mT if names is VIDEO else latents.transpose(1, 2).flatten(2)
+
+
 def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tensor:
     """Return the velocity of a stream in the shape of its latents, from tokens B L Z.
 
@@ -469,7 +497,9 @@ def _shape_velocity(out: Tensor, names: StreamNames, tokens: LtxTokens) -> Tenso
         num_given = stream.split
         out = torch.cat([torch.zeros_like(out[:, :num_given]), out[:, num_given:]], dim=1)
     if names is SOUND:
-        return out.unflatten(2, (-1, tokens.bins)).transpose(1, 2)
+        length, bins = tokens.audio_grid
+        out = out[:, -length:]  # without references
+        return out.unflatten(2, (-1, bins)).transpose(1, 2)
     out = out[:, -math.prod(tokens.grid) :]  # without references
     return out.transpose(1, 2).unflatten(2, tokens.grid)
 

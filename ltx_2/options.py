@@ -7,6 +7,16 @@ from logging import getLogger
 from pathlib import Path
 from typing import Any, TypeVar
 
+from ltx_2.audio_reference_options import (
+    AUTO,
+    IDENTITY_SCALE,
+    OLDER,
+    STRATEGIES,
+    Ltx2AudioReferences,
+    Ltx2GivenAudioReference,
+    ReferenceStrategy,
+    find_strategy,
+)
 from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.given_options import Ltx2GivenParts, check_value, read_recipe
 from ltx_2.model_options import (
@@ -48,8 +58,10 @@ logger = getLogger(__name__)
 NAME = "LTX-2"
 VERSIONS = ("2.0", "2.3", "2.5")
 # values of --lora_target_preset: the modules of a block that get a LoRA
-PRESETS = ("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "v2v", "full")
-_REFERENCES = "it is for sounds as references, which are not built; v2v has clips and pictures"
+PRESETS = (
+    *("t2v", "video_sa", "video_sa_ff", "video_sa_ca_ff", "audio", "audio_v2a", "v2v", "full"),
+    *("audio_ref_ic", "av_ic", "video_ref_only_av"),
+)
 _TIMES = "--show_timesteps draws the distribution of timesteps."
 _ONE_FILE = "one LoRA file is saved, with the names of --lora_format; convert_lora.py makes others of it."
 FPS = 24.0  # frame rate of the release
@@ -58,11 +70,10 @@ _OF_IMAGES = {
     "video_loss_weight",
     "independent_audio_timestep",
     "first_frame_probability",
-    "ic_lora_strategy",
-    "ic_lora_ref_probability",
     "reference_downscale",
     "reference_temporal_scale",
     "reference_frames",
+    "is_hidden_from_video",
     "video_cfg_scale",
     "video_modality_scale",
     "audio_modality_scale",
@@ -81,6 +92,10 @@ _OF_AUDIO = {
     "video_modality_scale",
     "audio_modality_scale",
     "audio_rescale_scale",
+    "is_before",
+    "is_hidden_from_video",
+    "is_without_text",
+    "identity_scale",
 }
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}  # values of --mixed_precision
 
@@ -94,8 +109,7 @@ def _given_first() -> Any:
 
 
 def _strategy(text: str, facts: Any) -> Any:
-    refused = dict.fromkeys(("av_ic", "video_ref_only_av", "audio_ref_ic"), _REFERENCES)
-    return option(text, default="auto", choices=("auto", "none", "v2v"), refused=refused, facts=facts)
+    return option(text, default=AUTO, choices=tuple(STRATEGIES), facts={**facts, "same_as": OLDER})
 
 
 def _precision(dtype: str, **facts: Any) -> Any:
@@ -234,13 +248,12 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         "modules that get a LoRA. t2v: all attention of the trained streams, and between them; full: "
         "feed-forward too; video_sa, video_sa_ff, video_sa_ca_ff: self-attention (feed-forward, "
         "attention to texts) of images; v2v: all of images, for references; audio: all of audio; "
-        "audio_v2a: and its attention to images",
+        "audio_v2a: and its attention to images; audio_ref_ic: all of audio, and attention between the "
+        "streams; av_ic, video_ref_only_av: all attention and feed-forward. Names of --ic_lora_strategy "
+        "imply it",
         default="t2v",
         choices=PRESETS,
-        refused={
-            **dict.fromkeys(("audio_ref_ic", "av_ic", "video_ref_only_av"), _REFERENCES),
-            "lycoris": "--network_module chooses LoHa, LoKr or LyCORIS, and this option their modules",
-        },
+        refused={"lycoris": "--network_module chooses LoHa, LoKr or LyCORIS, and this option their modules"},
         facts=IDENTITY,
         often=True,
     )
@@ -280,10 +293,12 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
     given: Ltx2GivenParts = option(facts=HABIT)
     references: Ltx2ReferenceOptions = option(facts=HABIT)
     ic_lora_strategy: str = _strategy(
-        "what references are: auto and v2v: clips or images, of tables with reference_directory; none: "
-        "reject such tables",
+        "what clips are made from. auto: what their tables have; none: reject tables with references; v2v, "
+        "video_ref_only_av: clips and images of reference_directory, the latter with sound of their own; "
+        "audio_ref_ic: sound of reference_audio_directory; av_ic: both, in each batch",
         HABIT,
     )
+    audio_references: Ltx2AudioReferences = option(facts=HABIT)
     ic_lora_ref_probability: float = option(
         "fraction of batches that see their references", default=1.0, minimum=0, maximum=1, facts=HABIT
     )
@@ -307,6 +322,7 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
         preset, direction = self.lora_target_preset, self.ltx2_train_direction
         needs = {  # at least one of these streams has to be trained
             f"--lora_target_preset {preset}": {"a": {AUDIO}, "v": {VIDEO}}.get(preset[0], set()),
+            self.strategy_option: {*self.strategy.streams},
             f"--ltx2_train_direction {direction}": set() if direction == "joint" else {VIDEO, AUDIO},
             "--video_loss_weight 0": set() if self.video_loss_weight else {AUDIO},
             "--audio_loss_weight 0": set() if self.audio_loss_weight else {VIDEO},
@@ -327,8 +343,23 @@ class Ltx2TrainingOptions(Ltx2TransformerOptions, title=NAME):
                     f"--ltx2_train_direction {direction}: all of {what} is given. Leave the options of given "
                     "parts out"
                 )
+        if AUDIO in self.strategy.needs and direction == "a2v":
+            raise OptionError(
+                f"{self.strategy_option} and --ltx2_train_direction a2v: all of the audio is given, and none "
+                "is made after a reference. Leave one of them out"
+            )
         if self.given.ltx2_conditioning_config is not None:
             with_recipe(self)
+
+    @property
+    def strategy(self) -> ReferenceStrategy:
+        """Which references are taken: by --ic_lora_strategy, else by the preset of its name."""
+        return find_strategy(self.ic_lora_strategy, self.lora_target_preset)[1]
+
+    @property
+    def strategy_option(self) -> str:
+        """The option that says so, with its value."""
+        return find_strategy(self.ic_lora_strategy, self.lora_target_preset)[0]
 
 
 def with_recipe(options: R) -> R:
@@ -377,6 +408,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     guidance: Ltx2GuidanceOptions
     stages: Ltx2OfficialStages
     references: Ltx2GivenReferences
+    audio_references: Ltx2GivenAudioReference
     given: Ltx2GivenMedia
     silent: bool = _silent()
     sample_audio_only: bool = option("make audio alone: the same as --ltx2_mode audio")
@@ -394,7 +426,7 @@ class Ltx2GenerationOptions(Ltx2TransformerOptions, title=NAME):
     flash3: bool = option("the same as --attn_mode flash3", facts=NO_PIXELS)
     sage_attn: bool = option("the same as --attn_mode sageattn", facts=NO_PIXELS)
     xformers: bool = option("the same as --attn_mode xformers", facts=NO_PIXELS)
-    ic_lora_strategy: str = _strategy("auto and v2v: as references are given; none: refuse them", NO_PIXELS)
+    ic_lora_strategy: str = _strategy("none: refuse references; else as they are given", NO_PIXELS)
     output_name: str | None = option("start of file names, before time and seed", facts=NO_PIXELS)
     image_crf: int | None = option(
         "compress the first image like a frame of a video of this H.264 quality, because the model "
@@ -531,7 +563,8 @@ def text_encoder_options(options: Ltx2LatentCachingOptions) -> dict[str, Any]:
 def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that generate with the models of a training; see `FamilyEntry.generation_words`."""
     latents, texts = caching_options(options)
-    reference = (sample.get("extra") or {}).get("reference_video")
+    extra = sample.get("extra") or {}
+    reference = extra.get("reference_video")
     example = sample.get("example")
     if example is not None:
         reference = next(iter(example.references), None)
@@ -541,6 +574,8 @@ def generation_options(options: Ltx2TrainingOptions, sample: Mapping[str, Any]) 
         # the reference factors are in the LoRA's metadata
         **dict.fromkeys(options.references.words()),
         "--reference_video": reference,
+        "--reference_audio": extra.get("reference_audio"),
+        f"--{IDENTITY_SCALE}": options.audio_references.identity_scale or None,
         # the sample's own size replaces these
         **dict.fromkeys(("--height", "--width", "--sample_num_frames")),
         **texts,

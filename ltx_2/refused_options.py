@@ -50,10 +50,8 @@ RATES = (
     "rates and ranks of some modules are set by their names: --network_args network_reg_lrs=audio=1e-5 "
     "network_reg_dims=audio=16"
 )
-REFERENCES = (
-    "references are clips or pictures (--reference_video; in training reference_directory); sounds as "
-    "references are not built"
-)
+ONE_AUDIO = "a clip has one sound as reference. Give it by reference_audio_directory of its table"
+APART = "a sample's video has what was made alone; references are files that one can look at beside it"
 REPORTS = "--log_with, --show_timesteps and --check report on a run"
 RESUMING = "--resume STATE_FOLDER continues a whole state, --network_weights starts a new run from a LoRA"
 AUDIO_DTYPE = "sound is cached in float32, as its VAE computes"
@@ -196,11 +194,8 @@ TRAINING: Table = {
         sample_use_default_negative_prompt? sample_sigma_schedule=auto sample_sampler=auto
         sample_disable_flash_attn
     """,
-    REFERENCES: """
-        av_multi_ref?=False audio_ref_use_negative_positions?=False sample_include_reference
-        audio_ref_mask_cross_attention_to_reference?=False audio_ref_identity_guidance_scale=0.0
-        audio_ref_mask_reference_from_text_attention?=False
-    """,
+    ONE_AUDIO: "av_multi_ref?=False",
+    APART: "sample_include_reference",
     REPORTS: """
         log_cuda_memory_every_n_steps:int log_grad_metrics log_timestep_distribution_interval=100
         debug_dataset ltx2_validate_training_tensors audio_metrics audio_metrics_args*:str
@@ -285,9 +280,7 @@ GENERATION: Table = {
         use_default_negative_prompt,sample_use_default_negative_prompt? sample_sigma_schedule=auto
         sample_sampler=auto av_bimodal_cfg? av_bimodal_scale:float sample_disable_flash_attn
     """,
-    REFERENCES: """
-        sample_include_reference reference_audio:str
-    """,
+    APART: "sample_include_reference",
     DURATION: "ltx2_duration_head,duration-head-path:str",
     SPEED: """
         cudnn_attn split_attn_target*:str split_attn_mode:str

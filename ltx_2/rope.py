@@ -29,6 +29,7 @@ class Places(NamedTuple):
     # factors on the sides and the seconds of a reference, so that it covers the same range as its target
     factors: tuple[int, int] = (1, 1)
     frame: int | None = None  # frame index of a keyframe; None for a clip that starts at frame 0
+    is_before: bool = False  # audio that ends one latent before second 0; else it begins there
 
 
 def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) -> Tensor:
@@ -47,7 +48,10 @@ def make_table(config: LtxConfig, places: Places, /, *, device: torch.device) ->
 def _time_latents(config: LtxConfig, places: Places) -> list[Tensor]:
     """Return start and end of each latent in seconds: a tensor for each frame rate, or one for audio."""
     if not places.fps:
-        return [place_latents(places.grid[0], MEL_STRIDE, is_causal=True) / MEL_RATE]
+        frames = place_latents(places.grid[0], MEL_STRIDE, is_causal=True)
+        if places.is_before:
+            frames = frames - frames[-1, 1] - MEL_STRIDE
+        return [frames / MEL_RATE]
     if places.frame is not None:
         return [(place_latents(1, 1) + places.frame) / fps for fps in places.fps]
     _, time_factor = places.factors

@@ -18,6 +18,7 @@ from einops import rearrange
 from torch import Tensor
 
 from checkpoints.model_files import read_once, require_file
+from ltx_2.audio_references import RequestReferences
 from ltx_2.references import read_factors, split_audio
 from ltx_2.stage_options import Ltx2OfficialStages, Ltx2StageOptions
 from ltx_2.upscaler import SPATIAL, TEMPORAL, UpscalerGrowth, factors, is_upscaler, load_upscaler
@@ -117,7 +118,7 @@ class TwoStages:
             solver="euler",
             guidance_scale=(1.0,),
             rules=AS_PLAIN,
-            family_record=(),  # references are only for the first stage
+            family_record=RequestReferences(),  # references are only for the first stage
             added=tuple(lora.second for lora in self.loras),
             begun_by=self._plan_upscaling(shape, dtype),
         )

@@ -190,16 +190,16 @@ def claim_name(path: Path) -> Iterator[bool]:
     with explain_errors(path):
         try:
             claim.touch(exist_ok=False)
-            is_ours = True
+            is_of_this_machine = True
         except FileExistsError:
-            is_ours = False
+            is_of_this_machine = False
     try:
-        if is_ours:
+        if is_of_this_machine:
             with explain_errors(path):
-                claim.write_text(_mark_of_writer(), encoding="ascii")
-        yield is_ours
+                claim.write_text(_make_writer_id(), encoding="ascii")
+        yield is_of_this_machine
     finally:
-        if is_ours:
+        if is_of_this_machine:
             claim.unlink(missing_ok=True)
 
 
@@ -247,7 +247,7 @@ def _read_claim(entry: os.DirEntry[str]) -> re.Match[str] | None:
         return None
     try:
         with Path(entry.path).open(encoding="ascii", errors="replace") as file:
-            return _MARK.fullmatch(file.read(100))
+            return _WRITER_ID.fullmatch(file.read(100))
     except OSError:
         return None
 
@@ -350,18 +350,18 @@ def explain_errors(path: Path) -> Iterator[None]:
 
 
 # earlier versions used eight random digits, which do not identify the writer
-_MARK = re.compile(r"[0-9a-f]{8}|(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{6})[0-9a-f]{4}")
-_TEMPORARY = re.compile(rf"\.(?P<name>.+)\.(?:{_MARK.pattern})\.tmp")
+_WRITER_ID = re.compile(r"[0-9a-f]{8}|(?P<machine>[0-9a-f]{8})(?P<process>[0-9a-f]{6})[0-9a-f]{4}")
+_TEMPORARY = re.compile(rf"\.(?P<name>.+)\.(?:{_WRITER_ID.pattern})\.tmp")
 _CLAIMED = f".claim.{'0' * 8}.tmp"  # the end of a claim's name, which is the same for all processes
 _PROC = Path("/proc")
 
 
 def temporary_name(path: Path) -> Path:
     """Return the path that this process writes to before it renames the file to `path`."""
-    return path.with_name(f".{path.name}.{_mark_of_writer()}.tmp")
+    return path.with_name(f".{path.name}.{_make_writer_id()}.tmp")
 
 
-def _mark_of_writer() -> str:
+def _make_writer_id() -> str:
     return f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
 
 
@@ -371,8 +371,8 @@ def _select_least_age(writer: re.Match[str], older_seconds: float) -> float:
     `writer` is the match of the writing process in the file's name. The result is -inf if that process has
     ended, and `older_seconds` if it runs on another or an unknown machine.
     """
-    is_ours = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
-    if not is_ours or os.name == "nt":  # on Windows, os.kill would end the process
+    is_of_this_machine = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
+    if not is_of_this_machine or os.name == "nt":  # on Windows, os.kill would end the process
         return older_seconds
     try:
         os.kill(int(writer["process"], 16), 0)

@@ -169,9 +169,9 @@ def respell_options(text: str, names: Mapping[str, str]) -> str:
     lines = []
     for line in text.split("\n"):
         if not _COMMAND.search(line):
-            for name, shown in names.items():
+            for name, typed_name in names.items():
                 if " " in name:
-                    line = re.sub(rf"{re.escape(name)}(?![\w-])", shown, line)
+                    line = re.sub(rf"{re.escape(name)}(?![\w-])", typed_name, line)
             line = _FLAG.sub(lambda flag: names.get(flag[0], flag[0]), line)
             line = _TWICE.sub(r"\1", line)  # --dit (--dit)
         lines.append(line)
@@ -198,23 +198,23 @@ def command_line(
         wait_for_first_process()
         message = plain_message(f"{type(error).__name__}: {error}", sys.argv)
         print(fold(message, columns_of(sys.stderr)), file=sys.stderr)
-        has_room = str(error).count("\n") + 1 < MAX_LINES
-        if isinstance(error, CheckpointError) and error.path is not None and explain is not None and has_room:
+        is_short = str(error).count("\n") + 1 < MAX_LINES
+        if isinstance(error, CheckpointError) and error.path is not None and explain is not None and is_short:
             hint = explain(error.path)
-            both_say = "looks like" in str(error) and "looks like" in (hint or "")
+            is_said_already = "looks like" in str(error) and "looks like" in (hint or "")
             # the message may already contain this download command, with more options
-            both_say = both_say or (hint or "-").removesuffix(" downloads it") in str(error)
-            if hint and hint not in str(error) and not both_say:
+            is_said_already = is_said_already or (hint or "-").removesuffix(" downloads it") in str(error)
+            if hint and hint not in str(error) and not is_said_already:
                 print(plain_message(f"  {error.path.name}: {hint}.", sys.argv), file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except OSError as error:
         if error.errno in (errno.EMFILE, errno.ENFILE):
-            what = "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
+            cause = "too many files are open at once. Allow more of them (ulimit -n 4096) and run again."
         elif "usable temporary directory" in str(error):  # message of Python's `tempfile`
-            what = f"{error.strerror}. Free some space, or set TMPDIR to a folder that can be written."
+            cause = f"{error.strerror}. Free some space, or set TMPDIR to a folder that can be written."
         else:
             raise
-        print(plain_message(f"OSError: {what}"), file=sys.stderr)
+        print(plain_message(f"OSError: {cause}"), file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stop:  # its text may say what is kept
         print(f"Interrupted. {stop}".rstrip(), file=sys.stderr)
@@ -270,9 +270,9 @@ def explain_compilation(error: Exception) -> str | None:
             f"{folder} has a blank in its path, which breaks the compiler's command: use a folder without one"
         )
     first_line = lines[0] if lines else "no reason is given"
-    what = reason or first_line
+    cause = reason or first_line
     return (
-        f"compiling the blocks failed: {shorten(what, MAX_OF_WORD)}\n"
+        f"compiling the blocks failed: {shorten(cause, MAX_OF_WORD)}\n"
         f"  {remedy}. Or leave --compile, --dynamo_backend and --optimized out"
     )
 
@@ -337,10 +337,10 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
         min_similar: Minimum similarity of a name, from 0 to 1 (equal).
     """
     names = list(names)
-    shown = word[:MAX_OF_WORD]  # a hostile word has megabytes
-    similar = difflib.get_close_matches(shown, names, n=1, cutoff=min_similar)
+    compared = word[:MAX_OF_WORD]  # a hostile word has megabytes
+    similar = difflib.get_close_matches(compared, names, n=1, cutoff=min_similar)
     if not similar:
-        letters = sorted(shown)
+        letters = sorted(compared)
         similar = [name for name in names if sorted(name) == letters]  # swapped letters of a short name: vea
     if similar:
         return f" Did you mean {similar[0]}?"
@@ -351,23 +351,23 @@ def did_you_mean(word: str, names: Iterable[str], min_similar: float = 0.6) -> s
     return f" Did you mean {continuations[0]}?" if len(continuations) == 1 else ""
 
 
-def as_typed(words: Sequence[str]) -> str:
+def as_typed(argv: Sequence[str]) -> str:
     """Return a command as a user types it, quoted for this system's shell.
 
     In the installed package, scripts are its console commands.
     """
-    return quote_for_shell(command_words(words))
+    return quote_for_shell(command_words(argv))
 
 
-def quote_for_shell(words: Sequence[str]) -> str:
+def quote_for_shell(argv: Sequence[str]) -> str:
     """Return words as a command line that this system's shell reads as the same words."""
-    return shlex.join(words) if os.name != "nt" else quote_for_windows(words)
+    return shlex.join(argv) if os.name != "nt" else quote_for_windows(argv)
 
 
-def quote_for_windows(words: Sequence[str]) -> str:
+def quote_for_windows(argv: Sequence[str]) -> str:
     """Return a command for cmd and PowerShell: in double quotes, unless PowerShell reads a sign in them."""
     quoted = []
-    for word in words:
+    for word in argv:
         if PLAIN_IN_POWERSHELL.fullmatch(word):
             quoted.append(word)
         elif re.search('["$`\u201c-\u201e]', word):
@@ -378,13 +378,13 @@ def quote_for_windows(words: Sequence[str]) -> str:
     return " ".join(quoted)
 
 
-def quote_for_powershell(words: Sequence[str]) -> str:
+def quote_for_powershell(argv: Sequence[str]) -> str:
     """Return a command quoted for PowerShell: inside single quotes only the quote is special."""
     return " ".join(
         word
         if PLAIN_IN_POWERSHELL.fullmatch(word)
         else "'" + re.sub("(['\u2018-\u201b])", r"\1\1", word) + "'"
-        for word in words
+        for word in argv
     )
 
 

@@ -59,11 +59,11 @@ _ARGS = (
 )
 
 
-def _args_option(usual: tuple[str, ...]) -> Any:
+def _args_option(default: tuple[str, ...]) -> Any:
     """Declare --compile_args with its default words."""
     return option(
-        _ARGS.format(" ".join(usual)),
-        default=usual,
+        _ARGS.format(" ".join(default)),
+        default=default,
         nargs=4,
         metavar=COMPILE_ARGS,
         needs="compile",
@@ -102,16 +102,16 @@ class CompileOptions(Options):
         facts={**NO_PIXELS, **FREE},
     )
 
-    def compilation(self, usual: tuple[str, ...]) -> Compilation:
+    def compilation(self, default: tuple[str, ...]) -> Compilation:
         """Return the settings for compiling blocks.
 
         Args:
-            usual: The default of --compile_args.
+            default: The default of --compile_args.
 
         Raises:
             OptionError: If a word is unknown, or if two options say the same.
         """
-        named = dict(zip(COMPILE_ARGS, self.compile_args, strict=True)) | self._words(usual)
+        named = dict(zip(COMPILE_ARGS, self.compile_args, strict=True)) | self._values_of_options(default)
         backend, mode, dynamic, fullgraph = named.values()
         is_dynamic = None
         if dynamic.strip().lower() not in {"auto", "none"}:
@@ -124,7 +124,7 @@ class CompileOptions(Options):
             variants=self.compile_cache_size_limit,
         )
 
-    def _words(self, usual: tuple[str, ...]) -> dict[str, str]:
+    def _values_of_options(self, default: tuple[str, ...]) -> dict[str, str]:
         """Return the values of the separate options, by their names in `COMPILE_ARGS`."""
         values = {
             "BACKEND": self.compile_backend if self.compile_backend != INDUCTOR else None,
@@ -133,7 +133,7 @@ class CompileOptions(Options):
             "FULLGRAPH": "true" if self.compile_fullgraph else None,
         }
         words = {name: value for name, value in values.items() if value is not None}
-        if words and self.compile_args != usual:
+        if words and self.compile_args != default:
             raise OptionError(
                 f"--compile_args and --compile_{next(iter(words)).lower()} both say how to compile: give "
                 "either all four words to --compile_args, or an option for each"

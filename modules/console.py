@@ -31,9 +31,9 @@ def show_box(title: str, rows: Iterable[Row], commands: Sequence[Row] = ()) -> N
     """
     filled = [(escape_control_codes(label), escape_control_codes(text)) for label, text in rows if text]
     lines_below = []
-    for what, text in commands:
+    for heading, text in commands:
         if text:
-            lines_below += [f"{escape_control_codes(what)}:", f"  {escape_control_codes(text)}"]
+            lines_below += [f"{escape_control_codes(heading)}:", f"  {escape_control_codes(text)}"]
     title = escape_control_codes(title)
     width = max((count_columns(label) for label, _ in filled), default=0)
     lines = [title]
@@ -131,12 +131,12 @@ def as_size(size_bytes: float) -> str:
     return f"{round(size_bytes)} bytes"
 
 
-def count_of(number: int, what: str) -> str:
+def count_of(number: int, noun: str) -> str:
     """Return a count with its noun: `1 clip`, `2 clips`, `2 batches`."""
     if number == 1:
-        return f"1 {what}"
-    plural_ending = "es" if what.endswith(("tch", "sh", "x")) else "s"
-    return f"{number} {what}{plural_ending}"
+        return f"1 {noun}"
+    plural_ending = "es" if noun.endswith(("tch", "sh", "x")) else "s"
+    return f"{number} {noun}{plural_ending}"
 
 
 def list_some(names: Sequence[str], maximum: int = SHOWN) -> str:

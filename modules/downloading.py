@@ -66,7 +66,7 @@ Ask = Callable[[int, str | None], AbstractContextManager[Answer]]
 
 
 def receive(
-    ask: Ask,
+    request: Ask,
     path: Path,
     tries: int,
     wait: Callable[[float], None],
@@ -79,7 +79,7 @@ def receive(
     """Download to `path`, which may hold the beginning of a file of known size; stop beyond `max_bytes`.
 
     Args:
-        ask: Requests the file, from a position on.
+        request: Requests the file, from a position on.
         path: File to write.
         tries: Number of consecutive attempts that may make little progress.
         wait: Called with the seconds to wait before another attempt.
@@ -103,7 +103,7 @@ def receive(
         try:
             if size_bytes is not None and have >= size_bytes:
                 return
-            with ask(have, version) as answer:
+            with request(have, version) as answer:
                 version = answer.version
                 check(answer)
                 received = _write(path, answer, max_bytes, progress)
@@ -208,8 +208,10 @@ def ask_http(
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
             raise RejectedBySite("it is not an address that can be asked for") from None
         # without its text, which may contain the address
-        what = "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
-        raise BrokenTry(f"the {what} ({type(error).__name__})") from None
+        problem = (
+            "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
+        )
+        raise BrokenTry(f"the {problem} ({type(error).__name__})") from None
 
 
 def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:

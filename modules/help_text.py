@@ -135,26 +135,27 @@ def short_help(parser: argparse.ArgumentParser) -> str:
     about = f"{parser.description or ''}\n".splitlines()[0]
     lines = [formatter.format_help() + about, ""]
     for action in often:
-        shown = getattr(parser, "shown_flags", {}).get(action.dest, (action.option_strings or [""])[-1])
-        lines += _in_short(formatter, action, width, shown)
+        last_spelling = (action.option_strings or [""])[-1]
+        shortest_flag = getattr(parser, "shown_flags", {}).get(action.dest, last_spelling)
+        lines += _in_short(formatter, action, width, shortest_flag)
     return "\n".join([*lines, "", f"{len(actions) - len(often)} more options, by group: --help"]) + "\n"
 
 
 def _in_short(
-    formatter: argparse.HelpFormatter, action: argparse.Action, width: int, shown: str
+    formatter: argparse.HelpFormatter, action: argparse.Action, width: int, shortest_flag: str
 ) -> list[str]:
     """Return the lines of an option in the short help: full clauses, its choices and its default.
 
-    `shown` is the flag to show if there is no room for all spellings.
+    `shortest_flag` is the flag to show if there is no room for all spellings.
     """
     names = [*map(str, action.choices or ())]
     is_long = len(" ".join(names)) > LONGEST_CHOICES
     value = ""
     if action.nargs != 0:
         value = "NAME" if is_long else formatter._format_args(action, action.dest.upper())
-    words = f"{' or '.join(action.option_strings)} {value}".strip()
-    if len(words) > COLUMN - 4 and len(action.option_strings) > 1:
-        words = f"{shown} {value}".strip()
+    invocation = f"{' or '.join(action.option_strings)} {value}".strip()
+    if len(invocation) > COLUMN - 4 and len(action.option_strings) > 1:
+        invocation = f"{shortest_flag} {value}".strip()
     help_text = (action.help or "").replace("%%", "%")
     text = _shorten_clauses(help_text)
     if is_long:
@@ -167,7 +168,7 @@ def _in_short(
     return wrap(
         text,
         width,
-        initial_indent=f"  {words:{COLUMN - 4}}  ",
+        initial_indent=f"  {invocation:{COLUMN - 4}}  ",
         subsequent_indent=" " * COLUMN,
         break_on_hyphens=False,
     )
@@ -202,13 +203,13 @@ def _rank_group(group: argparse._ArgumentGroup) -> int:
 def _format_usage(parser: argparse.ArgumentParser) -> str:
     """Return the usage line with the required options only."""
     formatter = HelpFormatter(parser.prog)
-    words = []
+    parts = []
     for action in parser._actions:
         if not action.option_strings:
-            words.append(formatter._format_args(action, action.dest))
+            parts.append(formatter._format_args(action, action.dest))
         elif action.required:
             value = formatter._format_args(action, action.dest.upper())
-            words.append(f"{action.option_strings[-1]} {value}".strip())
+            parts.append(f"{action.option_strings[-1]} {value}".strip())
         elif getattr(action, "by_place", False):
-            words.append(f"[{action.dest.upper()}{'' if action.nargs is None else ' ...'}]")
-    return " ".join(["%(prog)s", *(word.replace("%", "%%") for word in words), "[options]"])
+            parts.append(f"[{action.dest.upper()}{'' if action.nargs is None else ' ...'}]")
+    return " ".join(["%(prog)s", *(part.replace("%", "%%") for part in parts), "[options]"])

@@ -118,48 +118,48 @@ def own_name(name: str) -> str:
     return PREFIX + name if file.with_suffix(".py").is_file() or (file / "__init__.py").is_file() else name
 
 
-def command_words(words: Sequence[str]) -> list[str]:
+def command_words(argv: Sequence[str]) -> list[str]:
     """Translate a command of ours into the form that the user types in this installation.
 
-    `words` is the command in a checkout: `python wan_train_network.py ...` or `accelerate launch ...
+    `argv` is the command in a checkout: `python wan_train_network.py ...` or `accelerate launch ...
     wan_train_network.py ...`. In the package it becomes `wan_train_network ...` (for scripts without a model,
     `reelsmith compare ...`) or `accelerate launch ... -m reelsmith.wan_train_network ...`.
     """
-    words = list(words)
+    argv = list(argv)
     if not PREFIX:
-        return _locate_script(words)
-    if words[:2] == ["python", FRONT_SCRIPT]:
-        return ["reelsmith", *words[2:]]
-    if words[:1] == ["python"] and any(map(find_script, words[1:2])):
-        return [*console_words(Path(words[1]).stem), *words[2:]]
-    for index, word in enumerate(words):
+        return _locate_script(argv)
+    if argv[:2] == ["python", FRONT_SCRIPT]:
+        return ["reelsmith", *argv[2:]]
+    if argv[:1] == ["python"] and any(map(find_script, argv[1:2])):
+        return [*console_words(Path(argv[1]).stem), *argv[2:]]
+    for index, word in enumerate(argv):
         script = find_script(word)
-        if words[:2] == ["accelerate", "launch"] and script is not None:
-            return [*words[:index], *program_words(script), *words[index + 1 :]]
-    return words
+        if argv[:2] == ["accelerate", "launch"] and script is not None:
+            return [*argv[:index], *program_words(script), *argv[index + 1 :]]
+    return argv
 
 
-def _locate_script(words: list[str]) -> list[str]:
+def _locate_script(argv: list[str]) -> list[str]:
     """Return a command in which the path of the script is valid in the user's working folder."""
-    if words[:1] not in (["python"], ["accelerate"]):
-        return words
-    for index, word in enumerate(words[:MAX_BEFORE]):
+    if argv[:1] not in (["python"], ["accelerate"]):
+        return argv
+    for index, word in enumerate(argv[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*words[:index], str(_find_typed_folder() / script), *words[index + 1 :]]
-    return words
+            return [*argv[:index], str(_find_typed_folder() / script), *argv[index + 1 :]]
+    return argv
 
 
 def _find_typed_folder() -> Path:
     """Return the folder of this checkout as the running script's path was typed; "." if none was running."""
     typed = Path(sys.argv[0])
     try:
-        inside = real_path(typed).relative_to(ROOT)
+        relative = real_path(typed).relative_to(ROOT)
     except ValueError:
-        inside = Path(typed.name)
-    if find_script(inside.as_posix()) is None:
+        relative = Path(typed.name)
+    if find_script(relative.as_posix()) is None:
         return Path()
-    return typed.parent if len(inside.parts) == 1 else typed.parent.parent
+    return typed.parent if len(relative.parts) == 1 else typed.parent.parent
 
 
 def find_front_words() -> list[str]:
@@ -167,11 +167,11 @@ def find_front_words() -> list[str]:
     if not any(Path(word).name == FRONT_SCRIPT for word in sys.orig_argv):
         return []
     index = len(sys.orig_argv) - len(sys.argv)  # index of the word after reelsmith.py, if that was started
-    words = name_words(Path(sys.argv[0]).stem).split()
-    index -= len(words)
+    names = name_words(Path(sys.argv[0]).stem).split()
+    index -= len(names)
     is_front = index > 0 and Path(sys.orig_argv[index]).name == FRONT_SCRIPT
     typed = [word for word in sys.orig_argv[index + 1 :] if word not in ("help", "-h", "--help")]
-    return [FRONT_SCRIPT, *words] if is_front and typed[: len(words)] == words else []
+    return [FRONT_SCRIPT, *names] if is_front and typed[: len(names)] == names else []
 
 
 def find_script(word: str) -> Path | None:
@@ -277,11 +277,11 @@ def is_started_by_file() -> bool:
     return is_limited() or bool(os.environ.get(RUN_GOES_ON) or os.environ.get(FROM_QUEUE))
 
 
-def reject_starting(option: str, deed: str = "starts a program") -> None:
+def reject_starting(option: str, effect: str = "starts a program") -> None:
     """Raise OptionError if an option that starts another program was not typed, but read from a file.
 
     The file is the run.toml of `run`, whose folder may be somebody else's, or a job in the browser's queue.
-    `deed` is the effect of the option, for the message.
+    `effect` is the effect of the option, for the message.
     """
     if os.environ.get(RUN_GOES_ON):
         remedy = f"Leave it out of run.toml; or, if you want it, type --{option} behind `run FOLDER`"
@@ -289,7 +289,7 @@ def reject_starting(option: str, deed: str = "starts a program") -> None:
         remedy = "Leave it out of the job; or, if you want it, start the command in a terminal"
     else:
         return
-    raise OptionError(f"--{option} {deed}, and no file may do that, only who types it. {remedy}")
+    raise OptionError(f"--{option} {effect}, and no file may do that, only who types it. {remedy}")
 
 
 def reject_in_queue(option: str) -> None:
@@ -335,10 +335,10 @@ def import_user_module(option: str, name: str, example: str, remedy: str) -> Mod
     if not all(part.isidentifier() for part in name.split(".")):
         raise OptionError(f"{option} {name} is not an import path. Write package.module, as {example}.")
     reject_standard_module(option, name, name)
-    here = str(Path.cwd())
+    working_folder = str(Path.cwd())
     reason = rejects_code()
-    if reason is None and here not in sys.path:
-        sys.path.append(here)
+    if reason is None and working_folder not in sys.path:
+        sys.path.append(working_folder)
     try:
         return importlib.import_module(own_name(name))
     except ImportError as error:

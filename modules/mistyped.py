@@ -20,7 +20,7 @@ Flags = Mapping[str, argparse.Action]
 
 # our name: other programs' names, including dataset keys and choices. If a name is in several lines, the
 # first line that fits the script is used.
-_THEIRS = """
+_FOREIGN_OPTIONS = """
 learning_rate: lr unet_lr transformer_lr dit_lr
 network_dim: rank dim lora_rank lora_dim network_rank oft_block_size
 network_alpha: alpha lora_alpha
@@ -184,11 +184,17 @@ _ROLES = (
 )
 
 
-def ours_for(theirs: str, has: Container[str]) -> str:
+def find_our_option(foreign_name: str, has: Container[str]) -> str:
     """Translate another program's option name: return our first name for it that is in `has`, or ""."""
-    rows = (line.partition(":") for line in _THEIRS.splitlines())
-    known = next((ours for ours, _, names in rows if ours in has and theirs in names.split()), "")
-    return known or next((name for names in _lines_with(theirs) for name in names if name in has), "")
+    names = [name for name in _first_names(foreign_name) if name in has]
+    names += [name for line in _lines_with(foreign_name) for name in line if name in has]
+    return names[0] if names else ""
+
+
+def _first_names(foreign_name: str) -> list[str]:
+    """Return our options in whose line of `_FOREIGN_OPTIONS` the name stands."""
+    rows = [line.partition(":") for line in _FOREIGN_OPTIONS.splitlines()]
+    return [own_option for own_option, _, names in rows if foreign_name in names.split()]
 
 
 def _lines_with(name: str) -> list[list[str]]:
@@ -217,9 +223,9 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
     """
     name = name.replace("-", "_")
     options = {flag[2:].replace("-", "_"): flag[2:] for flag in flags if flag[:2] == "--"}
-    ours = options.get(ours_for(name, options)) or _option_known_as(flags, name)
-    if ours:
-        return _suggest_option(flags, ours)
+    own_option = options.get(find_our_option(name, options)) or _option_known_as(flags, name)
+    if own_option:
+        return _suggest_option(flags, own_option)
     # two of our options have this meaning together
     pairs = [same.split("+") for line in _lines_with(name) for same in line if "+" in same]
     for height, width in pairs:
@@ -227,7 +233,7 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
             return f" Did you mean --{height} HEIGHT --{width} WIDTH?"
     for key_file in key_files:
         keys = key_file.read_keys()
-        key = name if name in keys else ours_for(name, keys)
+        key = name if name in keys else find_our_option(name, keys)
         if key in options:
             return _suggest_option(flags, key)
         if key:
@@ -238,10 +244,10 @@ def meant_elsewhere(flags: Flags, name: str, key_files: Iterable[KeyFile] = ()) 
     return explain_role(flags, name)
 
 
-def _option_known_as(flags: Flags, theirs: str) -> str:
-    """Return the option that is declared to be called `theirs` in other programs; "" if there is none."""
+def _option_known_as(flags: Flags, foreign_name: str) -> str:
+    """Return the option that declares `foreign_name` as its name in other programs; "" if there is none."""
     for flag, action in flags.items():
-        if flag[:2] == "--" and theirs in getattr(action, "known_as", ()):
+        if flag[:2] == "--" and foreign_name in getattr(action, "known_as", ()):
             return flag[2:]
     return ""
 
@@ -270,15 +276,15 @@ def _has_role(name: str, role: Collection[str]) -> bool:
 
 
 def explain_rest(
-    flags: Flags, words: Sequence[str], unused: Sequence[str], by_place: Sequence[argparse.Action] = ()
+    flags: Flags, argv: Sequence[str], unused: Sequence[str], by_place: Sequence[argparse.Action] = ()
 ) -> str:
     """Explain words that belong to no option.
 
-    `words` are all command-line arguments, and `unused` those that belong to no option. `by_place` are the
+    `argv` are all command-line arguments, and `unused` those that belong to no option. `by_place` are the
     options that are recognized without a flag.
     """
     first = unused[0]
-    for before, path, word in zip(words, words[1:], words[2:], strict=False):
+    for before, path, word in zip(argv, argv[1:], argv[2:], strict=False):
         if word != first or not _takes_one(flags, before):
             continue
         if path_exists(Path(path)) and path_exists(Path(word)):
@@ -286,16 +292,16 @@ def explain_rest(
                 f"{before} takes one path and has {len(unused) + 1}, {path} {word} ...: the shell put "
                 "all that fit in the place of a pattern (*). Give the one to use."
             )
-    index = words.index(first)
+    index = argv.index(first)
     # the word before the first unused one, and the word before that
-    before = words[index - 1] if index >= 1 else ""
-    flag = words[index - 2] if index >= 2 else ""
+    before = argv[index - 1] if index >= 1 else ""
+    flag = argv[index - 2] if index >= 2 else ""
     if _takes_one(flags, flag) and flags[flag].type in NUMBER_TYPES:
         values = as_typed([before, *unused])
         return f"{flag} takes one value and has {1 + len(unused)}, {values}. Give one."
     if before in flags and flags[before].nargs == 0 and first.lower() in SWITCHES:
         return f"{before} is a switch: leave {first} out, and to turn it off the switch too."
-    if any(mark in word for word in words for mark in "“”„«»"):
+    if any(mark in word for word in argv for mark in "“”„«»"):
         return (
             f"{as_typed(unused)} belongs to no option: the quotation marks “ ” are typographic, and the "
             'shell knows straight ones only. Write "..." around a text with blanks.'

@@ -116,30 +116,30 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but report mistyped options before missing ones (often the same option)."""
-        words = sys.argv[1:] if args is None else list(args)
-        self._show_help(words)
-        self._reject_open_line(words)
-        words = self._respell(words)
-        self._reject_unknown(words)
-        self._reject_joined(words)
+        argv = sys.argv[1:] if args is None else list(args)
+        self._show_help(argv)
+        self._reject_open_line(argv)
+        argv = self._respell(argv)
+        self._reject_unknown(argv)
+        self._reject_joined(argv)
         takers = [action for action in self._actions if getattr(action, "by_place", False)]
-        words = self._give_flags(words, takers) if takers else words
-        names = self._note_flags(words)
-        parsed, unused = super().parse_known_args(words, namespace)
+        argv = self._give_flags(argv, takers) if takers else argv
+        names = self._note_flags(argv)
+        parsed, unused = super().parse_known_args(argv, namespace)
         if unused:
             from modules.mistyped import explain_rest  # only mistakes need it
 
             positionals = self._get_positional_actions()
-            self.error(explain_rest(self._option_string_actions, words, unused, positionals))
+            self.error(explain_rest(self._option_string_actions, argv, unused, positionals))
         if names:
             parsed.typed_names = names  # for records with a field of this name
         typed = frozenset(self._option_string_actions[flag].dest for flag in self._all_typed)
         setattr(parsed, TYPED, typed)
         return parsed
 
-    def _reject_open_line(self, words: Sequence[str]) -> None:
+    def _reject_open_line(self, argv: Sequence[str]) -> None:
         """Reject a command that ends in the line-continuation character of another shell, such as ` or ^."""
-        last_but_one, last = ["", "", *words][-2:]
+        last_but_one, last = ["", "", *argv][-2:]
         if last not in _LINE_ENDS:
             return
         takes_it = any(
@@ -151,7 +151,7 @@ class Parser(argparse.ArgumentParser):
                 "its very last character in bash, with ^ in cmd, with ` in PowerShell. Write one line"
             )
 
-    def _note_flags(self, words: Sequence[str]) -> dict[str, str]:
+    def _note_flags(self, argv: Sequence[str]) -> dict[str, str]:
         """Record the spelling of each typed option; an abbreviation is recorded in full.
 
         Returns:
@@ -159,7 +159,7 @@ class Parser(argparse.ArgumentParser):
         """
         flags = self._option_string_actions
         self._all_typed.clear()
-        for word in words[: words.index("--") if "--" in words else None]:
+        for word in argv[: argv.index("--") if "--" in argv else None]:
             name = word.partition("=")[0]
             flag = name
             if name not in flags:
@@ -181,10 +181,10 @@ class Parser(argparse.ArgumentParser):
                 names[f"--{action.dest}"] = self.shown_flags[action.dest]
         return {name: shown for name, shown in names.items() if name != shown}
 
-    def _reject_joined(self, words: Sequence[str]) -> None:
+    def _reject_joined(self, argv: Sequence[str]) -> None:
         """Reject two numbers typed as one word, as people write sizes: 832x480."""
         parts: list[str] = []
-        for word in words:
+        for word in argv:
             parts += word.split("=", 1) if word[:2] == "--" else [word]
         for before, word in pairwise(parts):
             action = self._option_string_actions.get(before)
@@ -197,13 +197,13 @@ class Parser(argparse.ArgumentParser):
             if action.nargs == 2:
                 self.error(f"{before} {word}: give two numbers: {before} {joined[1]} {joined[3]}")
 
-    def _give_flags(self, words: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
+    def _give_flags(self, argv: Sequence[str], takers: Sequence[argparse.Action]) -> list[str]:
         """Insert flags of `by_place` options in front of words that belong to no option.
 
         `takers` are the `by_place` options. The first free word goes to the first option without a value, and
         so on; an option that takes several values gets all remaining words.
         """
-        typed = [_Word(word) for word in words]  # argparse keeps the objects: equal words differ
+        typed = [_Word(word) for word in argv]  # argparse keeps the objects: equal words differ
         required = [action for action in self._actions if action.required]
         for action in required:  # missing options are reported later
             action.required = False
@@ -215,7 +215,7 @@ class Parser(argparse.ArgumentParser):
         waiting = [action for action in takers if getattr(parsed, action.dest) is action.default]
         free = [word for word in unused if word != "--"]
         if not free or not waiting:
-            return list(words)
+            return list(argv)
         unused_ids = {id(word) for word in unused}
         used = [word for word in typed if id(word) not in unused_ids]
         flags = [action.option_strings[-1] for action in waiting]
@@ -231,14 +231,14 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         """Parse as argparse does, but print the help first if that is asked for."""
-        words = sys.argv[1:] if args is None else list(args)
-        self._show_help(words)
-        return super().parse_known_args(self._respell(words), namespace)
+        argv = sys.argv[1:] if args is None else list(args)
+        self._show_help(argv)
+        return super().parse_known_args(self._respell(argv), namespace)
 
-    def _respell(self, words: Sequence[str]) -> list[str]:
+    def _respell(self, argv: Sequence[str]) -> list[str]:
         """Correct common spellings: hyphens in place of underscores, and `12 GB` as two words."""
         flags = self._option_string_actions
-        spelled = list(words)
+        spelled = list(argv)
         # join `12`, `GB` to `12 GB`; from the end, so that the indices of earlier words stay valid
         for index in range(len(spelled) - 1, 0, -1):
             number = re.fullmatch(r"(?:--\w+=)?(?:\d+[xX])?[0-9.]+", spelled[index - 1])
@@ -255,8 +255,8 @@ class Parser(argparse.ArgumentParser):
                     spelled[index] = "=".join([with_other_dashes, *value])
         return spelled
 
-    def _show_help(self, words: Sequence[str]) -> None:
-        help_flags = {word for word in words if word == "-h" or (word[3:] and "--help".startswith(word))}
+    def _show_help(self, argv: Sequence[str]) -> None:
+        help_flags = {word for word in argv if word == "-h" or (word[3:] and "--help".startswith(word))}
         if help_flags:
             self.print_help(is_short=help_flags == {"-h"})
             self.exit()
@@ -284,11 +284,11 @@ class Parser(argparse.ArgumentParser):
                 return f": {action.help.replace('%%', '%')}"
         return ""
 
-    def _reject_unknown(self, words: Sequence[str]) -> None:
+    def _reject_unknown(self, argv: Sequence[str]) -> None:
         """Exit with a message about all words that look like options but are not options of this script."""
         messages: dict[str, None] = {}  # each once, in order
-        end = words.index("--") if "--" in words else None
-        for before, word in pairwise(["", *words[:end]]):
+        end = argv.index("--") if "--" in argv else None
+        for before, word in pairwise(["", *argv[:end]]):
             looks_like_option = word.startswith("-") or _DASHES.match(word) is not None
             if not looks_like_option or word.partition("=")[0] in self._option_string_actions:
                 continue
@@ -342,9 +342,9 @@ class Parser(argparse.ArgumentParser):
             reason = getattr(action, "refused", {}).get(value)
             if reason is not None:
                 raise argparse.ArgumentError(action, f"{value}: {reason}. Use {', '.join(choices)}.")
-            from modules.mistyped import ours_for  # likewise
+            from modules.mistyped import find_our_option  # likewise
 
-            ours = ours_for(str(value).lower().replace(" ", "_"), choices)
+            ours = find_our_option(str(value).lower().replace(" ", "_"), choices)
             near = f" Did you mean {ours}?" if ours else did_you_mean(str(value), choices)
             raise argparse.ArgumentError(action, f"{shown} is no choice. Use {', '.join(choices)}.{near}")
 

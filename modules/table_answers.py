@@ -59,14 +59,14 @@ def answer_running_script() -> None:
         answer_script(script, sys.argv[1:], program)
 
 
-def answer_script(script: Path, words: Sequence[str], program: str | None = None) -> None:
+def answer_script(script: Path, argv: Sequence[str], program: str | None = None) -> None:
     """End the process with the help, or with the message on a wrong option, if the words ask for it.
 
     The arguments of other words wait for `take_answered`.
 
     Args:
         script: Path of the script in the checkout or the package.
-        words: Arguments of the command line after the script.
+        argv: Arguments of the command line after the script.
         program: Name of the program in messages. None: the first word of the command line.
     """
     if os.environ.get(EXTENSIONS):  # extensions may add options, so the records have to answer
@@ -75,12 +75,12 @@ def answer_script(script: Path, words: Sequence[str], program: str | None = None
         command_line(check_named, needs_packages=False)
         return
     table = find_table(script)
-    if table is None or (table.get("cuts_words") and not _HELP.issuperset(words or [""])):
+    if table is None or (table.get("cuts_words") and not _HELP.issuperset(argv or [""])):
         return
     start_logging()
     parser = build_parser(table, program, _TableParser)
     try:
-        arguments = parser.parse_args(words)
+        arguments = parser.parse_args(argv)
         try:
             with name_as_typed(typed_names(arguments)):
                 reject_unsupported(parser, arguments, tells_unneeded=False)

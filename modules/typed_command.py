@@ -29,22 +29,22 @@ def read_command(option: str, text: str) -> list[str]:
         OptionError: If no program of this name can be started from the current folder, if its script is not
             there, or if the command needs a shell.
     """
-    words = _split(option, text)
-    if not words or not words[0]:
+    argv = _split(option, text)
+    if not argv or not argv[0]:
         raise OptionError(f'{option} is empty: give a command, such as {option} "python notify.py"')
     import shutil  # imported here, because it is slow and --help does not need it
 
-    program = words[0]
+    program = argv[0]
     name = Path(program).name.lower().removesuffix(".exe")
     if name not in SHELLS:
-        _reject_shell(option, words)
+        _reject_shell(option, argv)
     if shutil.which(program) is None:
         raise OptionError(f"{option}: {program} {_explain_missing(option, program)}")
-    script = words[1] if len(words) > 1 else "-"
+    script = argv[1] if len(argv) > 1 else "-"
     runs_script = name.rstrip("0123456789.") in INTERPRETERS and not script.startswith("-")
     if runs_script and not Path(script).is_file():
         raise OptionError(f"{option}: there is no script {script} in {Path.cwd()}. Correct the path")
-    return words
+    return argv
 
 
 def _split(option: str, text: str) -> list[str]:
@@ -68,18 +68,18 @@ def _split_for_windows(text: str) -> list[str]:
     split = ctypes.windll.shell32.CommandLineToArgvW  # type: ignore[attr-defined,unused-ignore]
     split.restype = ctypes.POINTER(ctypes.c_wchar_p)
     count = ctypes.c_int()
-    words = split(ctypes.c_wchar_p(text.strip()), ctypes.byref(count))
+    argv = split(ctypes.c_wchar_p(text.strip()), ctypes.byref(count))
     try:
-        return [str(words[index]) for index in range(count.value)]
+        return [str(argv[index]) for index in range(count.value)]
     finally:
         free = ctypes.windll.kernel32.LocalFree  # type: ignore[attr-defined,unused-ignore]
-        free(words)
+        free(argv)
 
 
-def _reject_shell(option: str, words: Sequence[str]) -> None:
+def _reject_shell(option: str, argv: Sequence[str]) -> None:
     """Raise OptionError for words that only a shell would understand: no shell reads them."""
     as_shell = f"Put the line into a script, or give it to a shell: {option} \"bash -c '...'\""
-    for word in words:
+    for word in argv:
         if word in OPERATORS or word.endswith(";"):
             raise OptionError(f"{option}: {word} is for a shell, and none reads this command. {as_shell}")
         if any(start in word for start in VARIABLES):

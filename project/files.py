@@ -455,7 +455,10 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
     lines += choice.kind.describe(choice.model, choice.memory)
     for folder, control_folder in choice.content.controls.items():
         instead = "" if choice.options.trains else ". --train lora trains a LoRA without them"
-        lines.append(f"{folder}: {choice.kind.title} learns from its pairs with {control_folder}{instead}")
+        data = f"its pairs with {control_folder}"
+        if choice.kind.controls_are_images:
+            data = "its pictures, of which each step marks a random part to repaint"
+        lines.append(f"{folder}: {choice.kind.title} learns from {data}{instead}")
     for name, checkpoint in choice.held.items():
         lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
     if choice.needs_float32:

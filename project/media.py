@@ -155,7 +155,7 @@ def collect_content(
     if facts.references:
         _find_references(folder, places, content)
     elif kind.sees_controls:
-        _find_controls(folder, places, content)
+        _find_controls(folder, places, content, kind)
     else:
         pairs = _describe_control_pairs(
             folder, places, media=content.media, kind=kind, control_kind=control_kind
@@ -839,9 +839,15 @@ def _list_other_media(folder: Path, source: Path) -> list[Path]:
     return [path for neighbor in (parent, *others) for path in _media_in(neighbor)]
 
 
-def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) -> None:
-    """For each image folder, use the first control folder that contains any of its control images."""
+def _find_controls(folder: Path, places: SortedFolders, content: FolderContent, kind: RunKind) -> None:
+    """For each image folder, use the first control folder that contains any of its control images.
+
+    If images are their own control images, as the kind of run says, the image folder itself is used.
+    """
     for training_folder in places.learned:
+        if kind.controls_are_images:
+            content.controls[training_folder] = training_folder
+            continue
         images = [item.path.stem for item in content.media if item.path.parent == training_folder]
         for source in _list_sources(training_folder, folder, places):
             if len(_without_reference(source, images)) < len(images):
@@ -849,8 +855,10 @@ def _find_controls(folder: Path, places: SortedFolders, content: FolderContent) 
                 break
     for source in places.sources:
         if source not in content.controls.values() and _media_in(source):
-            text = f"{source}: left out. No file there has the name of a picture next to it"
-            content.lines.append(warning(text))
+            why = "No file there has the name of a picture next to it"
+            if kind.controls_are_images:
+                why = f"{kind.title} learns from the pictures themselves"
+            content.lines.append(warning(f"{source}: left out. {why}"))
 
 
 def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:

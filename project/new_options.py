@@ -43,7 +43,7 @@ class NewOptions(Options):
     )
     train: str | None = option(
         "what is trained: a LoRA; adapter: a LoRA that unlearns a distillation, for --training_adapter; "
-        "lllite or controlnet: a network that follows control images; "
+        "lllite or controlnet: a network that follows control images; lllite_inpainting: one that repaints; "
         "embedding: the trigger word alone; whole: the model itself, for a domain with hundreds of "
         "files. Without it a LoRA, or with a folder control or conditioning of the images' names the "
         "model's control network",

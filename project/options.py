@@ -23,6 +23,7 @@ KIND_NAMES = (
     "lora",
     "adapter",
     "lllite",
+    "lllite_inpainting",
     "controlnet",
     "embedding",
     FULL_MODEL,

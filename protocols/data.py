@@ -46,12 +46,16 @@ REJECTED_LATENTS = "latents_worse"
 SOUND = "audio_latents"
 # the same inside the cache of a clip's latents (`AudioSpec.is_inside`); 1 if it is not just silence, else 0
 INNER_AUDIO, IS_HEARD = "latents_audio", "audio_present"
+# latents of the audio that a clip's audio is made after, next to SOUND; its T may differ
+REFERENCE_AUDIO = "reference_audio_latents"
 # which samples have audio, in batches and conditions: B bool, on the host. Missing, like the audio latents,
 # if no sample has audio
 HAS_AUDIO = "has_sound"
 # frames per second of a clip: one number in caches; in batches and conditions B integers, in thousandths,
 # because integers stay on the host
 FPS = "reelsmith_fps"
+
+_OF_REFERENCES = (CONTROL, REFERENCE_LATENTS, REFERENCE_AUDIO)  # beginnings of names
 
 # size conditions of each image (as in SDXL), in batches B 6 float32: height and width of the file, top and
 # left of `modules.media.buckets.inner_box`, height and width in training
@@ -161,8 +165,7 @@ class Batch:
 
     def without_references(self) -> "Batch":
         """Return the batch with the latents of its references moved from `tensors` to `undropped`."""
-        shown = CONTROL, REFERENCE_LATENTS
-        dropped = {name: value for name, value in self.tensors.items() if name.startswith(shown)}
+        dropped = {name: value for name, value in self.tensors.items() if name.startswith(_OF_REFERENCES)}
         remaining = {name: value for name, value in self.tensors.items() if name not in dropped}
         return replace(self, tensors=remaining, undropped={**self.undropped, **dropped})
 
@@ -175,7 +178,7 @@ class Batch:
         parts = {
             name: value
             for name, value in self.undropped.items()
-            if (REFERENCE if name.startswith((CONTROL, REFERENCE_LATENTS)) else CAPTION) in names
+            if (REFERENCE if name.startswith(_OF_REFERENCES) else CAPTION) in names
         }
         return replace(self, tensors={**self.tensors, **parts})
 
@@ -490,6 +493,8 @@ class AudioSpec:
     time_axis: int = 1  # index of the axis of C T M that depends on the length of the clip
     # whether caches of latents also hold the clip's audio, or silence: `INNER_AUDIO` and `IS_HEARD`
     is_inside: bool = False
+    takes_references: bool = False  # whether tables may have reference_audio_directory: `REFERENCE_AUDIO`
+    dropped_references: float = 0.0  # fraction of training batches that leave these and other references out
 
 
 @dataclass(frozen=True)

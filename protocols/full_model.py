@@ -79,6 +79,10 @@ class TrainsCheckpoint(Described, Encodes, Protocol):
     def is_of_one_file(self) -> bool:
         """Whether the trained checkpoint is a single file instead of a folder."""
 
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether the trained weights have the shapes of those at the start, so that they can be compared."""
+
 
 DIT = "dit"  # the transformer among `networks`
 

@@ -104,6 +104,8 @@ class StreamGuidance:
     perturbed: float = 0.0  # p: in some blocks self-attention is replaced by its values; 0: none
     modality: float = 1.0  # i: image and audio do not attend to each other; 1: none
     rescale: float = 0.0  # 0..1, how far the standard deviation of the result is moved to that of c
+    # with r the prediction without an audio reference, identity (c - r) is added last; 0: nothing
+    identity: float = 0.0
 
 
 @dataclass(frozen=True)

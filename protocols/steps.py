@@ -122,6 +122,7 @@ class Overrides:
     # in these blocks self-attention is replaced by its values
     skip_self_attention: frozenset[int] = frozenset()
     isolated: bool = False  # image and audio do not attend to each other
+    drops_audio_reference: bool = False  # the audio that the audio is made after is left out
     nag: NagText | None = None
     slow_frames: "Slow | None" = None  # slows one frequency of the frames' rotary positions (RIFLEx)
     embedded_guidance: bool = True  # False: the network gets no embedded guidance
@@ -136,8 +137,9 @@ class Overrides:
 
     @property
     def leaves_out(self) -> bool:
-        """Return whether a part of the network is skipped, as in the weak pass of skip-layer guidance."""
-        return bool(self.skip_blocks or self.skip_self_attention or self.isolated)
+        """Return whether a part of the network or of its inputs is skipped, as in skip-layer guidance."""
+        skips = self.skip_blocks or self.skip_self_attention or self.isolated
+        return bool(skips or self.drops_audio_reference)
 
     def rename_nag(self, rename: Callable[[Conditions], Conditions]) -> "Overrides":
         """Return the overrides with the conditions of the negative attention text renamed by `rename`."""
@@ -174,6 +176,7 @@ class Overrides:
             skip_blocks=self.skip_blocks | all_passes.skip_blocks,
             skip_self_attention=self.skip_self_attention | all_passes.skip_self_attention,
             isolated=self.isolated or all_passes.isolated,
+            drops_audio_reference=self.drops_audio_reference or all_passes.drops_audio_reference,
             nag=self.nag or all_passes.nag,
             slow_frames=self.slow_frames or all_passes.slow_frames,
             embedded_guidance=self.embedded_guidance and all_passes.embedded_guidance,

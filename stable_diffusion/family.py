@@ -516,6 +516,11 @@ class StableDiffusion(ModelOfImages):
         """Whether the checkpoint is a single file, not a folder."""
         return not self.files.path.is_dir()
 
+    @property
+    def keeps_shapes(self) -> bool:
+        """Whether the first layer has its input channels still: an inpainting model may get more of them."""
+        return not self.inpaints or replace(self.files, unet_input=UnetInput.ANY).inpaints
+
     # the network
 
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:

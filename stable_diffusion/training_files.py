@@ -154,9 +154,9 @@ class TrainingFiles:
             return plan
         if self.unet_input is UnetInput.INPAINTING:
             raise CheckpointError(
-                f"--train_inpainting: --ckpt {self.path} is a checkpoint for images. Its U-Net has no input "
-                "for a mask, and what is trained here could not hold one. Give an inpainting checkpoint, or "
-                "make one first by training all weights of this one: "
+                f"--ckpt {self.path} is a checkpoint for images, and --train_inpainting needs one for "
+                "inpainting: its U-Net has no input for a mask, and what is trained here could not hold one. "
+                "Give an inpainting checkpoint, or make one first by training all weights of this one: "
                 f"{'sdxl_train.py' if self.kind is SDXL else 'fine_tune.py'} --train_inpainting.",
                 self.path,
             )

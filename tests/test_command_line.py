@@ -21,6 +21,7 @@ MANIFESTS = sorted((ROOT / "tests" / "data" / "cli").glob("*.json"))
 WIDER_CHOICES = {
     *("--attn_mode", "--dynamo_backend", "--log_with", "--loss_type", "--sample_solver"),
     *("--save_precision", "--target", "--task", "--teacher", "--timestep_sampling", "--ltx_version"),
+    "--ic_lora_strategy",  # an older spelling too
     "--max_token_length",
 }
 WIDER_TYPES = {

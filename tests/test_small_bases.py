@@ -145,6 +145,11 @@ def test_two_forms_and_files_in_fp8_are_refused_by_name(project: TinyProject, tm
     assert_one_message(*found, "--convrot_int8: ", "already in fp8")
 
 
+# Clips of LTX-2 have 32 numbers here, as its VAE compresses most: there the errors of a prediction, an eighth
+# of its norm in both streams, average out least. The mean of ten losses has the bound of all.
+SINGLE_LOSS = {("ltx_2 with sound", "nf4"): 0.16}
+
+
 @pytest.mark.slow_cases("wan t2v-1.3B-nf4-0.08")
 @pytest.mark.parametrize(("form", "maximum"), [("int8", 0.03), ("nf4", 0.08)])
 def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, maximum: float) -> None:
@@ -157,7 +162,8 @@ def test_losses_stay_near_those_in_16_bits(project: TinyProject, form: str, maxi
 
     assert len(losses[0]) == len(losses[1]) == 10
     for plain, stored in zip(*losses, strict=True):
-        assert math.isclose(stored, plain, rel_tol=maximum)
+        assert math.isclose(stored, plain, rel_tol=SINGLE_LOSS.get((project.family.name, form), maximum))
+    assert math.isclose(sum(losses[1]), sum(losses[0]), rel_tol=maximum)
     assert losses[0] != losses[1]
 
 

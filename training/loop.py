@@ -335,7 +335,9 @@ def _propagate(
     with strength:
         for losses in loss_passes(run.family, dit, noisy_batch, autocast=run.autocast, rule=run.rule):
             loss = functools.reduce(torch.add, losses) / divisor
-            run.model.scaler.scale(0 * loss if is_void else loss).backward()
+            # clips without audio have no gradient for a network of audio alone, whose weights then stay
+            if loss.requires_grad:
+                run.model.scaler.scale(0 * loss if is_void else loss).backward()
             total = loss.detach() if total is None else total + loss.detach()
             detached = tuple(stream.detach() for stream in losses)
             streams = tuple(map(torch.add, streams, detached)) if streams else detached

@@ -93,7 +93,11 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
             values["ss_network_alpha"] = None
     values |= plan.learner.values
     values |= plan.joined.info.for_loading
-    values |= {key: value for key, value in info.items() if key.startswith(("reference_", "modelspec."))}
+    values |= {
+        key: value
+        for key, value in info.items()
+        if key.startswith(("reference_", "audio_ref_", "modelspec."))
+    }
     if not plan.options.metadata.no_metadata:
         of_family = recorded_values(family.options, "identity", "habit")
         values |= {f"ss_{name}": value for name, value in of_family.items()}

@@ -165,9 +165,11 @@ class NextSteps:
 
     @property
     def _can_extract(self) -> bool:
-        """Return whether a LoRA can be extracted; with full checkpoints this needs single files."""
+        """Return whether a LoRA can be extracted: of full checkpoints, from single files of equal shapes."""
         family = self.plan.family
-        return not trains_checkpoint(family) or (family.is_of_one_file and bool(self.plan.names.ending))
+        if not trains_checkpoint(family):
+            return True
+        return family.is_of_one_file and bool(self.plan.names.ending) and family.keeps_shapes
 
     def _extract(self, file: Path) -> PageCommand:
         """Return the command that extracts a LoRA from the difference of a trained model and its base."""

@@ -313,7 +313,11 @@ def describe_best(run_history: history.RunHistory, folder: Path, name: str) -> s
         return f"{text}, not saved"
     if run_history.saved[best] == lowest_step:
         return f"{text}: {folder / best}"
-    return f"{text}, not saved; best file: {folder / best}"
+    # scores may prefer a file of another step to the saved one
+    is_saved = any(
+        step == lowest_step and (folder / file).exists() for file, step in run_history.saved.items()
+    )
+    return f"{text}{'' if is_saved else ', not saved'}; best file: {folder / best}"
 
 
 def disk_needed(folder: Path, saves: tuple[int, int], written: tuple[int, int]) -> str:

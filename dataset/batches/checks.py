@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.cache.records import (
+    HAS_REFERENCE,
     CacheChecks,
     LatentRecord,
     TextRecord,
@@ -308,11 +309,22 @@ def audio_errors(
         yield f"its latents have the shape {shape}, a clip of its frames and rate has {item.audio}"
     if record is None:
         return
-    is_from_file = len(record.files) > 1  # the clip and a separate audio file
+    has_reference = HAS_REFERENCE in record.options
+    if has_reference and table.reference_audio_directory is None:
+        yield f"it was made with a reference, {table.name} has no reference_audio_directory"
+    elif not has_reference and table.reference_audio_directory is not None:
+        companions = _companions_now(item)
+        if companions is not None and companions.has_reference_audio:
+            yield f"it was made without a reference, now {table.name} has one for it"
+    num_files = len(record.files) - has_reference
+    is_from_file = num_files > 1  # the clip and a separate audio file
     if table.directory is not None and is_from_file != (table.audio_directory is not None):
         source = "a file of audio_directory" if is_from_file else "the track of its clip"
         yield f"it was made from {source}, which {table.name} does not use now"
-    yield from _source_errors(item, [table.directory, table.audio_directory], record, checks)
+    folders = [table.directory, table.audio_directory][:num_files]
+    if has_reference:
+        folders.append(table.reference_audio_directory)
+    yield from _source_errors(item, folders, record, checks)
 
 
 def _source_errors(

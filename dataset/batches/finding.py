@@ -33,7 +33,7 @@ from dataset.sources.media_source import pause_collection
 from dataset.sources.missing import explain_lookup
 from modules.console import count_of, count_words
 from modules.errors import CacheError, DatasetError
-from protocols.data import FPS, AudioSpec, LatentSpec
+from protocols.data import FPS, REFERENCE_AUDIO, AudioSpec, LatentSpec
 
 logger = logging.getLogger(__name__)
 
@@ -252,9 +252,12 @@ class _AudioNames:
             shape = self._shapes.setdefault(shape, shape)
         name = cache_files.audio_file_name(item.file_name, self._tag)
         is_cached = name in self._names
+        reference = 0
+        if shape and is_cached and item.table.reference_audio_directory is not None:
+            reference = _reference_length(store, name)
         if self._is_needed and not is_cached:
             self._listing.missing_audio.append(self._folder / name)
-        return replace(item, audio=shape, has_sound=is_cached)
+        return replace(item, audio=shape, has_sound=is_cached, audio_reference=reference)
 
 
 def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
@@ -266,6 +269,15 @@ def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int)
     with contextlib.suppress(CacheError, KeyError, ValueError):
         rate = float(store.read(latents, is_full=False).metadata[FPS])
     return () if rate is None else audio.shape(frames, rate)
+
+
+def _reference_length(store: CacheStore, name: str) -> int:
+    """Return the length of the reference in a cache of audio; 0 without one, or if the cache is damaged."""
+    with contextlib.suppress(CacheError):
+        for tensor, shape in store.read(name, is_full=False).shapes.items():
+            if cache_files.tensor_key(tensor) == REFERENCE_AUDIO:
+                return shape[1]
+    return 0
 
 
 def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[TrainingItem]:

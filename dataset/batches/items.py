@@ -61,6 +61,8 @@ class TrainingItem:
     # C T M of its sound, silent or not, if it must be equal in a batch
     audio: tuple[int, ...] = ()
     has_sound: bool = False  # in a cache of its own
+    # length of the latents of the audio that its audio is made after, if it must be equal in a batch
+    audio_reference: int = 0
 
     @property
     def key(self) -> str:
@@ -75,7 +77,8 @@ class TrainingItem:
     @property
     def group(self) -> tuple[int, ...]:
         """Values that the items of one batch have in common: table or group of tables, and all sizes."""
-        return (self.table.batch_group, *self.bucket, *self.references, *self.audio)
+        sizes = (*self.bucket, *self.references, *self.audio)
+        return (self.table.batch_group, *sizes, *((self.audio_reference,) if self.audio_reference else ()))
 
     @property
     def latent_path(self) -> Path:

@@ -272,7 +272,9 @@ class _Reader:
                 key=data.SOUND,
                 find_errors=audio_errors,
             )
-            part.tensors[data.SOUND] = audio.tensors[data.SOUND]
+            for name in (data.SOUND, data.REFERENCE_AUDIO):
+                if name in audio.tensors:
+                    part.tensors[name] = audio.tensors[name]
             part.made_by += audio.made_by
         if self.latent.unsaid_fps is not None and data.FPS not in part.tensors:
             part.tensors[data.FPS] = torch.tensor(self.latent.unsaid_fps)

@@ -56,6 +56,8 @@ MAX_CHECKED = 1 << 16  # most items to remember as unchanged, a few megabytes
 
 # key in the options of a record: frames of control clips and masks were selected by the clip's timestamps
 CLOCK = "one_clock"
+# key in the options of a record of audio: the last of its files is the reference of that audio
+HAS_REFERENCE = "reference_audio"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from dataset import cache_files
 from dataset.cache import records
+from dataset.cache.records import HAS_REFERENCE
 from dataset.cache.store import ExistingNames, LatentNames, Stores, remove_caches
 from dataset.caching.latents import write_entry
 from dataset.caching.prefetch import MANY, CacheReport, Failure, read_ahead, write_behind
@@ -28,7 +29,8 @@ from dataset.sources.media_source import FileIdentity, MediaSource, Origin
 from modules.bars import Bar
 from modules.devices import free_memory
 from modules.errors import CacheError, MediaError
-from protocols.data import SOUND
+from modules.media.samples import read_reference
+from protocols.data import REFERENCE_AUDIO, SOUND
 from protocols.family import Caches, HearsAudio
 
 Entries = frozenset[tuple[int, str]]  # table index and name of each
@@ -49,6 +51,7 @@ class AudioPlan:
     files: tuple[FileIdentity, ...] = ()  # that the sound is from
     rate: float = 0.0  # frames in a second
     samples: tuple[Tensor, ...] = ()  # of each missing item, channels S
+    references: tuple[Tensor, ...] = ()  # of each missing item, channels S; () without references
     silent: str | None = None  # why there is none
 
 
@@ -125,9 +128,9 @@ class AudioWork:
                     report = replace(report, failures=(*report.failures, plan))
                     continue
                 files = list(plan.kept)
-                for name, samples in zip(plan.missing, plan.samples, strict=False):
+                for index, name in enumerate(plan.missing[: len(plan.samples)]):
                     file = name.file_name(self._tag)
-                    write(self._encode(file, name, samples, plan))
+                    write(self._encode(file, name, index, plan))
                     files.append(file)
                 valid |= {(job.source.table.index, file) for file in files}
                 silent = () if plan.silent is None else (Failure.of(job.source, plan.silent),)
@@ -230,7 +233,10 @@ class AudioWork:
     def _options(self, source: MediaSource, name: cache_files.LatentName) -> dict[str, Any]:
         declared = source.table.source_fps
         rates = {"source_fps": declared, "fps": None if declared is None else self._family.defaults.fps}
-        return {"span": [*(name.span or ())], **rates}
+        options = {"span": [*(name.span or ())], **rates}
+        if source.reference_audio is not None:  # a key of its own, so that other caches stay valid
+            options[HAS_REFERENCE] = True
+        return options
 
     def _read(self, plan: AudioPlan) -> AudioPlan:
         """Decode the sound that a plan lacks. Raises MediaError or OSError."""
@@ -242,29 +248,49 @@ class AudioWork:
                 path = find_audio(here)
                 rate = kept_rate(here, self._family.defaults.fps)
                 samples = read_audios(path, spans, rate, self.spec)
+            references = self._read_references(plan.source, [frames / rate for _, frames in spans])
         except NoAudio as reason:
             if plan.source.table.audio == REQUIRED or self.spec.is_alone:
                 asks = "sound alone is learned" if self.spec.is_alone else 'audio = "required" asks for it'
                 raise MediaError(f"{reason}; {asks}") from None
             return replace(plan, silent=str(reason))
         files = tuple(itertools.starmap(records.identify, _parts(plan.source)))
-        return replace(plan, files=files, rate=rate, samples=tuple(samples))
+        return replace(plan, files=files, rate=rate, samples=tuple(samples), references=tuple(references))
+
+    def _read_references(self, source: MediaSource, seconds: Sequence[float]) -> list[Tensor]:
+        """Return the audio that the audio of each item is made after; [] without it.
+
+        `seconds` are the lengths of the items. Raises MediaError if it cannot be read.
+        """
+        if source.reference_audio is None:
+            return []
+        references = []
+        for length in seconds:
+            samples = read_reference(source.reference_audio, length, self.spec.rate, self.spec.channels)
+            references.append(torch.from_numpy(samples))
+        return references
 
     def _encode(
-        self, file: str, name: cache_files.LatentName, samples: Tensor, plan: AudioPlan
+        self, file: str, name: cache_files.LatentName, index: int, plan: AudioPlan
     ) -> Callable[[], None]:
-        """Encode the sound of an item; return the function that writes it."""
+        """Encode the sound of an item, at `index` of the plan; return the function that writes it."""
         if self._networks is None:
             self._before_loading()
             self._networks = self._family.audio_networks(self._device, decodes=False)
         assert name.span is not None
         _, frames = name.span
-        (latents,) = self._family.encode_audio(self._networks, samples[None], frames, plan.rate)
+        samples = plan.samples[index][None]
+        (latents,) = self._family.encode_audio(self._networks, samples, frames, plan.rate)
         expected = self.spec.shape(frames, plan.rate)
         if tuple(latents.shape) != expected:  # batches are made by it
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
         tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
+        if plan.references:
+            samples = plan.references[index][None]
+            # its own length, in samples
+            (encoded,) = self._family.encode_audio(self._networks, samples, samples.shape[-1], self.spec.rate)
+            tensors[REFERENCE_AUDIO] = encoded.detach().cpu().contiguous()
         record = records.LatentRecord(
             encoder=self._family.audio_identity,
             options=self._options(plan.source, name),
@@ -285,8 +311,13 @@ class AudioWork:
 
 
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:
-    """Return the files that cached audio depends on: the clip (for its rate), and a separate audio file."""
+    """Return the files that cached audio depends on.
+
+    These are the clip (for its rate), and separate files of its audio and of the reference for its audio.
+    """
     parts: list[tuple[Path, Origin | None]] = [source.parts[0]]
     if source.audio is not None:
         parts.append(source.audio)
+    if source.reference_audio is not None:
+        parts.append((source.reference_audio, None))
     return parts

@@ -19,6 +19,7 @@ class Folders(DataForm):
         "worse_directory",
         "mask_directory",
         "audio_directory",
+        "reference_audio_directory",
         "keyframe_guide_directory",
         "keyframe_guide_extra_directories",
         "latent_idx_guide_directory",

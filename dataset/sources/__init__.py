@@ -18,6 +18,7 @@ missing: where a missing path was looked for, and a hint
 moments: moments of clips, computed before, and of which VAE
 numbering: numbers that are missing among numbered files
 pairs: the worse one of each pair, by its name
+reference_audio: sound that a clip's sound is made after
 references: reference pictures: which, how large, what is wrong
 remarks: about media and captions, in caching, training and --check
 shown: references that a row shows with its clip

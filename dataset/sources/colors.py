@@ -155,8 +155,8 @@ def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
         remarks["are transparent and filled with white"] = ""
     if colors.is_converted:
         remarks[CONVERTED] = ""
-    if colors.fault is not None:
-        remarks["have a color profile that is not used"] = f": {colors.fault}"
+    if colors.rejection is not None:
+        remarks["have a color profile that is not used"] = f": {colors.rejection}"
     if colors.hdr is not None:
         remarks[PALE] = f": {colors.hdr}"
     if colors.is_interlaced:

@@ -43,7 +43,8 @@ class TableFolders:
                 self._sharing.setdefault(place, []).append(table)
         # other folders that tables read or write
         keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
-        keys += ["reference_directory", "control_mask_directory", "worse_directory"]
+        keys += ["reference_directory", "reference_audio_directory", "control_mask_directory"]
+        keys += ["worse_directory"]
         folders = [getattr(table, key) for table in config.datasets for key in keys]
         folders += [
             guide.directory for table in config.datasets if table.has_guides for guide in table.guides

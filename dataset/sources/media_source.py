@@ -113,6 +113,7 @@ class MediaSource:
     origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
     # of a clip: the file that has its sound, and where it is if not on disk; None: the clip itself, if any
     audio: tuple[Path, Remote | None] | None = None
+    reference_audio: Path | None = None  # of a clip: audio that the clip's own audio is made after
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
     control_mask: Path | None = None  # an image, clip or folder of images: white is made anew
     guides: tuple[Path, ...] = ()  # an image for each of `DatasetTable.guides`, or none at all

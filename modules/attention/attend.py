@@ -100,7 +100,7 @@ def flash3(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Run FlashAttention 3 (Shah et al. 2024, arXiv 2407.08608): B L N D."""
     from flash_attn_interface import flash_attn_func
 
-    return _take_output(flash_attn_func(query, key, value))
+    return _drop_normalizer(flash_attn_func(query, key, value))
 
 
 def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -> Tensor:
@@ -108,7 +108,7 @@ def flash3_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths) -
     from flash_attn_interface import flash_attn_varlen_func
 
     starts, longest = lengths.starts, lengths.longest
-    return _take_output(flash_attn_varlen_func(query, key, value, starts, starts, longest, longest))
+    return _drop_normalizer(flash_attn_varlen_func(query, key, value, starts, starts, longest, longest))
 
 
 def sage(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -137,7 +137,7 @@ def xformers_packed(query: Tensor, key: Tensor, value: Tensor, lengths: Lengths)
     return memory_efficient_attention(query[None], key[None], value[None], attn_bias=mask)[0]
 
 
-def _take_output(result: Any) -> Tensor:
+def _drop_normalizer(result: Any) -> Tensor:
     """Return only the attention output, because early builds also return the softmax's normalizer."""
     return result[0] if isinstance(result, tuple) else result
 
@@ -145,7 +145,7 @@ def _take_output(result: Any) -> Tensor:
 logger = logging.getLogger(__name__)
 
 Packed = Callable[[Tensor, Tensor, Tensor, Lengths], Tensor]  # query, key, value T N D -> T N D
-HALVES = (torch.float16, torch.bfloat16)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ BACKENDS = {
         name="FlashAttention 2",
         install="with: pip install flash-attn --no-build-isolation",
         capability=(8, 0),
-        dtypes=HALVES,
+        dtypes=HALF_DTYPES,
     ),
     "flash3": Backend(
         dense=flash3,
@@ -184,7 +184,7 @@ BACKENDS = {
         install="from source: the folder hopper of https://github.com/Dao-AILab/flash-attention",
         capability=(9, 0),
         only="Hopper GPUs (H100, H200, GH200)",
-        dtypes=HALVES,
+        dtypes=HALF_DTYPES,
     ),
     "sage": Backend(
         dense=sage,
@@ -192,7 +192,7 @@ BACKENDS = {
         name="SageAttention",
         install="from source: https://github.com/thu-ml/SageAttention",
         capability=(8, 0),
-        dtypes=HALVES,
+        dtypes=HALF_DTYPES,
         learns=False,
     ),
     "xformers": Backend(

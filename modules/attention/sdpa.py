@@ -112,8 +112,10 @@ def kernels(
     """
     order = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     is_good = capability in CUDNN_GPUS and cudnn is not None and cudnn >= FIRST_CUDNN
-    takes = dtype in {torch.float16, torch.bfloat16} and width <= 128 and width % 8 == 0 and not has_mask
-    return [SDPBackend.CUDNN_ATTENTION, *order] if is_good and takes else order
+    is_supported = (
+        dtype in {torch.float16, torch.bfloat16} and width <= 128 and width % 8 == 0 and not has_mask
+    )
+    return [SDPBackend.CUDNN_ATTENTION, *order] if is_good and is_supported else order
 
 
 def cudnn_note(capability: tuple[int, int], cudnn: int | None) -> str | None:

@@ -123,11 +123,11 @@ def make_schedule(
         return flow_schedule(sigmas, sigmas[:-1] * TRAIN_TIMESTEPS)
     if not table:
         return _GRIDS[solver](steps, flow_shift)
-    places = np.linspace(len(table) - 1, 0, steps)
-    of_table = np.append(np.interp(places, np.arange(len(table)), table), 0.0)
+    positions = np.linspace(len(table) - 1, 0, steps)
+    of_table = np.append(np.interp(positions, np.arange(len(table)), table), 0.0)
     return Schedule(
         torch.from_numpy(of_table).float(),
-        torch.from_numpy(places).float(),
+        torch.from_numpy(positions).float(),
         torch.ones(steps + 1, dtype=torch.float64),
     )
 

@@ -96,9 +96,9 @@ class Lcm:
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Predict the clean sample and add fresh noise of the next level; the last step adds none."""
-        here = _Level.read(self.schedule, index)
+        current = _Level.read(self.schedule, index)
         following = _Level.read(self.schedule, index + 1)
-        x0 = sample.float() - here.sigma * velocity.float()
+        x0 = sample.float() - current.sigma * velocity.float()
         return following.alpha * x0 + following.sigma * self.draw(sample.shape) if following.sigma > 0 else x0
 
 
@@ -112,23 +112,23 @@ class DpmPlusPlus:
 
     schedule: Schedule
     draw: Draw | None = None  # None: the path is deterministic
-    _past: list["_Prediction"] = field(default_factory=list)
+    _earlier: list["_Prediction"] = field(default_factory=list)
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Extrapolate the clean sample from this prediction and the last one, and move to the next level."""
-        here = _Level.read(self.schedule, index)
+        current = _Level.read(self.schedule, index)
         following = _Level.read(self.schedule, index + 1)
-        now = _Prediction(here, sample.float() - here.sigma * velocity.float())
+        now = _Prediction(current, sample.float() - current.sigma * velocity.float())
         x0 = now.x0
-        if self._past and following.sigma > 0:
-            before = self._past[-1]
+        if self._earlier and following.sigma > 0:
+            before = self._earlier[-1]
             # infinite after a start from pure noise
-            ratio = (here.lam - before.level.lam) / (following.lam - here.lam)
+            ratio = (current.lam - before.level.lam) / (following.lam - current.lam)
             x0 = x0 + (0.5 / ratio) * (x0 - before.x0)
-        self._past = [now]
+        self._earlier = [now]
         if self.draw is None:
-            return _move(here, following, sample.float(), x0)
-        return _move_with_noise(here, following, sample.float(), x0, draw=self.draw)
+            return _move(current, following, sample.float(), x0)
+        return _move_with_noise(current, following, sample.float(), x0, draw=self.draw)
 
 
 @dataclass(frozen=True)
@@ -162,22 +162,22 @@ class UniPC:
     variant: UniPCVariant = BH2
     corrected: Tensor | None = None  # corrected sample from which the last step started
     _order: int = 0  # order of the last step
-    _past: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
+    _earlier: list["_Prediction"] = field(default_factory=list)  # the last predictions, oldest first
 
     def step(self, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
         """Correct the sample with the velocity at this level, then predict the sample of the next level."""
-        here = _Level.read(self.schedule, index, self.variant.keeps_data)
+        current = _Level.read(self.schedule, index, self.variant.keeps_data)
         following = _Level.read(self.schedule, index + 1, self.variant.keeps_data)
-        now = _Prediction(here, sample.float() - here.sigma * velocity.float())
+        now = _Prediction(current, sample.float() - current.sigma * velocity.float())
         if self.corrected is None:
             self.corrected = sample.float()
         else:
-            last = self._past[-1]
-            change = self._change(here, now)
-            self.corrected = _move(last.level, here, self.corrected, last.x0, change=change)
-        self._past = [*self._past, now][-self.variant.order :]
-        self._order = len(self._past) if following.sigma > 0 else 1
-        return _move(here, following, self.corrected, now.x0, change=self._change(following))
+            last = self._earlier[-1]
+            change = self._change(current, now)
+            self.corrected = _move(last.level, current, self.corrected, last.x0, change=change)
+        self._earlier = [*self._earlier, now][-self.variant.order :]
+        self._order = len(self._earlier) if following.sigma > 0 else 1
+        return _move(current, following, self.corrected, now.x0, change=self._change(following))
 
     def _change(self, following: "_Level", after: "_Prediction | None" = None) -> Tensor | float:
         """Return the change of the prediction over a step from the level of the last one to `following`.
@@ -186,7 +186,7 @@ class UniPC:
         predictions' differences to the last one. Predictions at pure noise are left out: they are infinitely
         far away in lambda.
         """
-        *older, last = self._past[-self._order :]
+        *older, last = self._earlier[-self._order :]
         step = following.lam - last.level.lam
         ratios: list[float] = []
         differences: list[Tensor] = []
@@ -260,20 +260,20 @@ def _solve_weights(step: float, ratios: list[float]) -> list[float]:
 
 
 def _move(
-    here: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
+    current: _Level, following: _Level, sample: Tensor, x0: Tensor, change: Tensor | float = 0.0
 ) -> Tensor:
     """Step between two levels, exact if the prediction is the constant x0; `change` bends the path."""
-    step = following.lam - here.lam
-    return (following.sigma / here.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
+    step = following.lam - current.lam
+    return (following.sigma / current.sigma) * sample - following.alpha * math.expm1(-step) * (x0 + change)
 
 
-def _move_with_noise(here: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
+def _move_with_noise(current: _Level, following: _Level, sample: Tensor, x0: Tensor, draw: Draw) -> Tensor:
     """Step twice as far in lambda as `_move` would, and compensate by adding fresh noise.
 
     A step from pure noise replaces all noise; a step to sigma 0 adds none.
     """
-    factor = math.exp(here.lam - following.lam)
-    moved = (following.sigma / here.sigma) * factor * sample + following.alpha * (1 - factor**2) * x0
+    factor = math.exp(current.lam - following.lam)
+    moved = (following.sigma / current.sigma) * factor * sample + following.alpha * (1 - factor**2) * x0
     if following.sigma <= 0:
         return moved
     return moved + following.sigma * math.sqrt(1 - factor**2) * draw(sample.shape)

@@ -75,8 +75,8 @@ def conv3d(layer: nn.Conv3d, x: Tensor) -> Tensor:
     """
     padding = layer.padding
     assert not isinstance(padding, str)
-    plain = x.device.type != "cpu" or x.dtype != torch.float32 or layer.weight.dtype != torch.float32
-    if plain or not HAS_ONEDNN or torch.is_autocast_enabled("cpu"):
+    is_unsupported = x.device.type != "cpu" or x.dtype != torch.float32 or layer.weight.dtype != torch.float32
+    if is_unsupported or not HAS_ONEDNN or torch.is_autocast_enabled("cpu"):
         return functional.conv3d(
             x,
             layer.weight,

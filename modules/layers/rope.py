@@ -179,11 +179,11 @@ def take_rows(table: Tensor, kept: Tensor, num_left_out: int) -> Tensor:
     `table` has the rotations of the first L tokens: L 1 D/2 2 or B L 1 D/2 2. `kept` has the ascending
     positions of the kept tokens, B K. `num_left_out` of the first L tokens are not kept.
     """
-    places = kept[:, : table.shape[-4] - num_left_out]
+    positions = kept[:, : table.shape[-4] - num_left_out]
     if table.ndim == 4:
-        return table[places]
+        return table[positions]
     samples = torch.arange(len(table), device=table.device)
-    return table[samples[:, None], places]
+    return table[samples[:, None], positions]
 
 
 LONGEST = 10000.0  # the frequencies fall from 1 to nearly 1 / LONGEST

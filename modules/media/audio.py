@@ -188,7 +188,7 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
 
     def convert(packet: Any) -> Iterator[Any]:
         content = bytes(packet) if packet.size else b""
-        text = _read_plain_text(codec, content)
+        text = _read_subtitle(codec, content)
         if text:
             encoded = text.encode("utf-8")
             if suffix != ".mkv":
@@ -204,24 +204,24 @@ def add_text(target: Any, source: Any, suffix: str) -> tuple[Any, Callable[[Any]
     return stream, convert
 
 
-def _read_plain_text(codec: str, content: bytes) -> str:
-    """Return the text of a packet of subtitles, without marks of style."""
+def _read_subtitle(codec: str, content: bytes) -> str:
+    """Return the text of a packet of subtitles, without its markup."""
     if codec == "mov_text":
         length = int.from_bytes(content[:2], "big")
         return content[2 : 2 + length].decode("utf-8", "replace").strip()
     text = content.decode("utf-8", "replace")
     if codec in ("ass", "ssa"):
-        text = _without_marks(r"\{[^}]*\}", text.split(",", _ASS_FIELDS)[-1])
+        text = _without_markup(r"\{[^}]*\}", text.split(",", _ASS_FIELDS)[-1])
         text = text.replace(r"\N", "\n").replace(r"\n", "\n").replace(r"\h", " ")
     else:
-        text = _without_marks(r"</?[a-zA-Z][^>]*>", text)
+        text = _without_markup(r"</?[a-zA-Z][^>]*>", text)
     return text.strip()
 
 
-def _without_marks(pattern: str, text: str) -> str:
-    """Return the text without the marks that a pattern matches.
+def _without_markup(pattern: str, text: str) -> str:
+    """Return the text without the markup that a pattern matches.
 
-    The pattern's last character ends a mark. After its last occurrence in the text no mark is searched,
+    The pattern's last character ends a tag. After its last occurrence in the text no tag is searched,
     because each possible start would scan the whole rest.
     """
     before, end, rest = text.rpartition(pattern[-1])

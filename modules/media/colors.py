@@ -35,14 +35,14 @@ _LEVELS = 2  # of 255; sRGB profiles differ by up to this when converted to sRGB
 _SCREEN = 2.2  # value of 1 / gAMA that browsers treat as the curve of sRGB
 _NEAR = 0.05  # maximum difference of gAMA * _SCREEN from 1
 # x, y of white, red, green and blue of sRGB as cHRM states them (IEC 61966-2-1)
-_SRGB_PLACES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
+_SRGB_CHROMATICITIES = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)
 # codes of ITU-T H.273 (cICP and videos): primaries, and exponents as in gAMA. None stands for the curve of
 # sRGB, which browsers also use for television curves
 _CICP = "cicp"
 _INVERTED = "inverted"
 _PHOTOMETRIC = 262  # TIFF tag
-_PLACES = {
-    1: _SRGB_PLACES,
+_CHROMATICITIES = {
+    1: _SRGB_CHROMATICITIES,
     9: (0.3127, 0.3290, 0.708, 0.292, 0.170, 0.797, 0.131, 0.046),
     12: (0.3127, 0.3290, 0.680, 0.320, 0.265, 0.690, 0.150, 0.060),
 }
@@ -63,7 +63,7 @@ class Colors:
 
     is_transparent: bool  # whether any pixel is transparent
     is_converted: bool  # its colors differ from sRGB and are converted
-    fault: str | None = None  # reason why its profile is not used
+    rejection: str | None = None  # reason why its profile is not used
     hdr: str | None = None  # "PQ" or "HLG"
     is_interlaced: bool = False
     by_codes: bool = False  # converted according to color codes of a clip or an AVIF
@@ -159,9 +159,9 @@ def code_transform(frame: Any) -> ImageCms.ImageCmsTransform | None:
     """
     primaries, transfer = int(frame.color_primaries), int(frame.color_trc)
     transfer = 1 if transfer == _UNSAID else transfer
-    if primaries not in _PLACES or primaries == 1 or transfer not in _GAMMAS:
+    if primaries not in _CHROMATICITIES or primaries == 1 or transfer not in _GAMMAS:
         return None
-    content = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
+    content = _make_profile(_GAMMAS[transfer], _CHROMATICITIES[primaries])
     return None if content is None else _transform(_Profile(content, "RGB", Path()))[0]
 
 
@@ -256,8 +256,8 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
         return None
     primaries, transfer = image.info.get(_CICP, (0, 0))
     content: bytes | None
-    if primaries in _PLACES and transfer in _GAMMAS:
-        content = _make_profile(_GAMMAS[transfer], _PLACES[primaries])
+    if primaries in _CHROMATICITIES and transfer in _GAMMAS:
+        content = _make_profile(_GAMMAS[transfer], _CHROMATICITIES[primaries])
         return None if content is None else _Profile(content, "RGB", path)
     content = image.info.get("icc_profile")
     if content:
@@ -265,7 +265,7 @@ def _find_profile(path: Path, image: Image.Image) -> _Profile | None:
     # the chunk cICP overrides cHRM and gAMA, even with codes that are unknown here
     chromaticity = None if transfer else image.info.get("chromaticity")
     gamma = _read_gamma(image.info)
-    if chromaticity is None or gamma is None or np.allclose(chromaticity, _SRGB_PLACES, atol=2e-3):
+    if chromaticity is None or gamma is None or np.allclose(chromaticity, _SRGB_CHROMATICITIES, atol=2e-3):
         return None
     content = _make_profile(gamma, tuple(chromaticity))
     return None if content is None else _Profile(content, "RGB", path)
@@ -289,16 +289,16 @@ def _transform(profile: _Profile) -> tuple[ImageCms.ImageCmsTransform | None, st
     space = profile.data[16:20].decode("latin-1").strip()
     mode = profile.mode
     if space != {"L": "GRAY"}.get(mode, mode):
-        fault = f"its color profile is for {space or 'nothing'}, its pixels are {mode}"
+        rejection = f"its color profile is for {space or 'nothing'}, its pixels are {mode}"
     else:
         try:
             opened = ImageCms.getOpenProfile(io.BytesIO(profile.data))
             transform = ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
             return (None if _changes_nothing(transform, mode) else transform), None
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError) as error:
-            fault = f"its color profile cannot be used ({error})"
-    logger.warning("%s: %s. Its numbers are taken as sRGB", profile.path, fault)
-    return None, fault
+            rejection = f"its color profile cannot be used ({error})"
+    logger.warning("%s: %s. Its numbers are taken as sRGB", profile.path, rejection)
+    return None, rejection
 
 
 def _changes_nothing(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
@@ -373,7 +373,7 @@ def _make_curve(info: dict[Any, Any]) -> list[int] | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | None:
+def _make_profile(gamma: float | None, chromaticities: tuple[float, ...]) -> bytes | None:
     """Make an ICC profile from gAMA (None: the curve of sRGB) and cHRM.
 
     Source: ICC.1, 8.3.
@@ -381,7 +381,7 @@ def _make_profile(gamma: float | None, places: tuple[float, ...]) -> bytes | Non
     Returns:
         None if the primaries are not a triangle.
     """
-    colorants = _make_colorants(places)
+    colorants = _make_colorants(chromaticities)
     if colorants is None:
         return None
     # parametric curves of ISO 15076-1: type 3 with the constants of sRGB, or type 0, a gamma alone
@@ -419,14 +419,14 @@ def _encode_xyz(values: Any) -> bytes:
     return b"XYZ " + bytes(4) + _encode_fixed(values)
 
 
-def _make_colorants(places: tuple[float, ...]) -> Any:
+def _make_colorants(chromaticities: tuple[float, ...]) -> Any:
     """Return the primaries of a cHRM chunk as columns of XYZ under D50; None if they form no triangle.
 
     Args:
-        places: Chromaticities x, y of the white point, red, green and blue.
+        chromaticities: Values x, y of the white point, red, green and blue.
     """
-    x = np.array(places[0::2])
-    y = np.array(places[1::2])
+    x = np.array(chromaticities[0::2])
+    y = np.array(chromaticities[1::2])
     if (y <= 0).any():
         return None
     white, *primaries = np.stack([x / y, np.ones(4), (1 - x - y) / y], -1)  # XYZ with Y = 1

@@ -209,8 +209,8 @@ def check_size(path: Path, container: Any, stream: Any) -> None:
     if "matroska" in container.format.name:
         declared = _read_matroska_size(path)
     elif "mov" in container.format.name:
-        places = stream.index_entries
-        declared = places[-1].pos + places[-1].size if len(places) else 0
+        index_entries = stream.index_entries
+        declared = index_entries[-1].pos + index_entries[-1].size if len(index_entries) else 0
     if declared > size:
         raise MediaError(
             f"{path} is cut short: it has {size:,} bytes of at least {declared:,}. Download it again."
@@ -377,20 +377,20 @@ def _read_durations(path: Path, maximum: int | None = None) -> list[float]:
 
 def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
     """Yield the seconds of each frame of a GIF from behind its first 6 bytes. Raises EOFError at a cut."""
-    _skip_colors(file, _take(file, 7)[4])
+    _skip_colors(file, _read_exactly(file, 7)[4])
     hundredths = 0
-    while (kind := _take(file, 1)) != b";":
+    while (kind := _read_exactly(file, 1)) != b";":
         if kind == b"!":
-            label = _take(file, 1)
-            size = _take(file, 1)[0]
-            block = _take(file, size)
+            label = _read_exactly(file, 1)
+            size = _read_exactly(file, 1)[0]
+            block = _read_exactly(file, size)
             if label == b"\xf9" and size >= 3:
                 hundredths = int.from_bytes(block[1:3], "little")
             if size:
                 _skip_blocks(file)
         elif kind == b",":
-            _skip_colors(file, _take(file, 9)[8])
-            _take(file, 1)  # size of the codes
+            _skip_colors(file, _read_exactly(file, 9)[8])
+            _read_exactly(file, 1)  # size of the codes
             _skip_blocks(file)
             yield hundredths / 100
             hundredths = 0
@@ -400,28 +400,28 @@ def _read_gif_durations(file: BinaryIO) -> Iterator[float]:
 
 def _skip_colors(file: BinaryIO, flags: int) -> None:
     if flags & 0x80:
-        _take(file, 3 << (flags & 7) + 1)
+        _read_exactly(file, 3 << (flags & 7) + 1)
 
 
 def _skip_blocks(file: BinaryIO) -> None:
-    while size := _take(file, 1)[0]:
-        _take(file, size)
+    while size := _read_exactly(file, 1)[0]:
+        _read_exactly(file, size)
 
 
 def _read_webp_durations(file: BinaryIO) -> Iterator[float]:
     """Yield the seconds of each frame of an animated WebP from behind its first 6 bytes."""
-    _take(file, 6)  # the rest of the file's size, and WEBP
+    _read_exactly(file, 6)  # the rest of the file's size, and WEBP
     while header := file.read(8):
         if len(header) < 8:
             raise EOFError
         size = int.from_bytes(header[4:], "little")
-        content = _take(file, min(size, 16))
+        content = _read_exactly(file, min(size, 16))
         if header[:4] == b"ANMF":
             yield int.from_bytes(content[12:15], "little") / 1000
         file.seek(size + size % 2 - len(content), 1)
 
 
-def _take(file: BinaryIO, size: int) -> bytes:
+def _read_exactly(file: BinaryIO, size: int) -> bytes:
     content = file.read(size)
     if len(content) < size:
         raise EOFError

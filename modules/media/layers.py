@@ -22,8 +22,8 @@ def compose_layers(layers: Sequence[Frame]) -> Frame:
         alpha = layer[..., 3:] / 255.0
         colors = layer[..., :3] * alpha + colors * (1 - alpha)
         opacity = alpha + opacity * (1 - alpha)
-    plain = np.divide(colors, opacity, out=np.zeros_like(colors), where=opacity > 0)
-    return np.concatenate([plain, opacity * 255], axis=2).round().astype(np.uint8)
+    unmultiplied = np.divide(colors, opacity, out=np.zeros_like(colors), where=opacity > 0)
+    return np.concatenate([unmultiplied, opacity * 255], axis=2).round().astype(np.uint8)
 
 
 def write_layers(

@@ -25,7 +25,7 @@ Gray = NDArray[np.float32]  # h w, 0..1
 LUMA = np.array((0.299, 0.587, 0.114), np.float32)
 
 BLACK_PIXEL = 0.10  # as fraction of the range, and fraction of such pixels, as in FFmpeg's blackdetect
-BLACK_SHARE = 0.98
+BLACK_FRACTION = 0.98
 BLACK_SIDE = 128
 
 # Fraction of the range. A keyframe of a compressed still differs from neighbors by up to 0.006 in a cell.
@@ -35,7 +35,7 @@ CELLS = 32  # cells along the shorter side; in a portrait, a talking mouth fills
 SHARP_SIDE = 512  # about the training size: blur that vanishes at this size is harmless
 SMOOTHING = 1.0  # pixels, before the Laplacian, so that rounding and noise do not count as sharp
 TILES = 8  # rows and columns
-SHARP_SHARE = 0.25  # fraction of tiles: a portrait with a blurred background is sharp
+SHARP_FRACTION = 0.25  # fraction of tiles: a portrait with a blurred background is sharp
 # twenty photographs in focus have 0.0065 to 0.2; Gaussian blur of 0.6 % of their width leaves less in most
 BLURRED = 0.002
 
@@ -50,9 +50,9 @@ def brightness(frame: Frame) -> float:
     return float(_reduce_to_gray(frame, BLACK_SIDE).mean())
 
 
-def is_black(frame: Frame, threshold: float = BLACK_PIXEL, share: float = BLACK_SHARE) -> bool:
-    """Return whether a fraction `share` of pixels has a luma below `threshold`, as FFmpeg's blackdetect."""
-    return bool((_reduce_to_gray(frame, BLACK_SIDE) < threshold).mean() >= share)
+def is_black(frame: Frame, threshold: float = BLACK_PIXEL, fraction: float = BLACK_FRACTION) -> bool:
+    """Return whether `fraction` of the pixels have a luma below `threshold`, as FFmpeg's blackdetect."""
+    return bool((_reduce_to_gray(frame, BLACK_SIDE) < threshold).mean() >= fraction)
 
 
 def motion(frames: Sequence[Frame]) -> float:
@@ -98,7 +98,7 @@ def sharpness(frame: Frame) -> float:
     smooth = cv2.GaussianBlur(gray, (0, 0), SMOOTHING)
     squares = np.square(cv2.Laplacian(smooth, cv2.CV_32F, borderType=cv2.BORDER_REFLECT_101))
     tiles = np.sort(cv2.resize(squares, (TILES, TILES), interpolation=cv2.INTER_AREA).ravel())
-    sharpest = tiles[-max(1, round(SHARP_SHARE * tiles.size)) :]
+    sharpest = tiles[-max(1, round(SHARP_FRACTION * tiles.size)) :]
     return float(sharpest.mean()) / variance
 
 

@@ -50,7 +50,7 @@ IMAGE_FORMATS = (
 DECODER_BYTES = {"WEBP": 17, "JPEG2000": 25, "AVIF": 30, "HEIF": 30, "JXL": 40}
 DECODED_BYTES = 12
 # open no other files and no network; the last two disable MOV's external data references
-_ALONE = {
+_NO_OTHER_FILES = {
     "protocol_whitelist": "file",
     "enable_drefs": "0",
     "use_absolute_path": "0",
@@ -126,8 +126,8 @@ def open_video(path: Path) -> Iterator[tuple[Any, Any]]:
         check_pixels(path, stream.width, stream.height)
         # a decoder holds many frames, so the bytes of one are limited
         codec = stream.codec_context
-        stands_alone = codec.codec.intra_only or codec.name in _LONE_CODECS
-        maximum = MAX_LONE_FRAME_BYTES if stands_alone else MAX_FRAME_BYTES
+        is_intra_only = codec.codec.intra_only or codec.name in _LONE_CODECS
+        maximum = MAX_LONE_FRAME_BYTES if is_intra_only else MAX_FRAME_BYTES
         num_bytes = codec.width * codec.height * _pixel_bits(codec) // 8
         if num_bytes > maximum:
             raise MediaError(
@@ -194,7 +194,7 @@ def open_container(path: Path, formats: Sequence[str] = VIDEO_FORMATS) -> Any:
         MediaError: For a list of files.
         FFmpegError: For other faults.
     """
-    options = {"format_whitelist": ",".join(formats), **_ALONE}
+    options = {"format_whitelist": ",".join(formats), **_NO_OTHER_FILES}
     try:
         # without `file:`, FFmpeg takes a name such as `take:2.mkv` for a protocol
         return av.open(f"file:{path}", metadata_errors="replace", options=options)

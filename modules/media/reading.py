@@ -146,7 +146,7 @@ def media_colors(path: Path) -> Colors:
     """
     if path.is_dir():
         of_images = [media_colors(image) for image in folder_images(path)]
-        error = next((colors.fault for colors in of_images if colors.fault), None)
+        error = next((colors.rejection for colors in of_images if colors.rejection), None)
         return Colors(
             any(colors.is_transparent for colors in of_images),
             any(colors.is_converted for colors in of_images),
@@ -160,8 +160,8 @@ def media_colors(path: Path) -> Colors:
             if decoding.hides_alpha(stream) or (codec.format is not None and decoding.has_alpha(codec)):
                 first = next(decoding.decode_frames(path, container, stream)).frame
                 on_white = decoding.frame_pixels(first, stream)
-                plain = first.to_ndarray(format="rgb24", threads=1)
-                is_transparent = not np.array_equal(on_white, plain)
+                without_alpha = first.to_ndarray(format="rgb24", threads=1)
+                is_transparent = not np.array_equal(on_white, without_alpha)
             is_converted = code_transform(codec) is not None
             return Colors(
                 is_transparent,
@@ -340,14 +340,14 @@ def timed_frames(path: Path, alpha: bool = False, threads: int = 0) -> Iterator[
         stream.codec_context.thread_count = threads
         for timed in decoding.decode_frames(path, container, stream):
             frame, start = timed.frame, timed.start
-            shown = float(frame.duration * stream.time_base) if frame.duration else default_seconds
+            seconds = float(frame.duration * stream.time_base) if frame.duration else default_seconds
             pixels = coded_pixels(decoding.frame_pixels(frame, stream, alpha=alpha), frame)
             width = decoding.square_width(frame, stream)
             if width != frame.width:
                 pixels = resize_frame(pixels, (width, frame.height), "lanczos")
             if timed.orientation != decoding.AS_STORED:
                 pixels = decoding.turn_upright(pixels, timed.orientation)
-            yield pixels, start, start + shown
+            yield pixels, start, start + seconds
 
 
 class FrameSizes:
@@ -384,29 +384,29 @@ def frames_at(
     moments = iter(seconds)
     moment = next(moments)
     file_start = 0.0
-    shown: Frame | None = None
-    start = 0.0  # start time of the shown frame
+    current: Frame | None = None
+    start = 0.0  # start time of the current frame
     end = 0.0
     number = -1
     is_first = True
     for frame, frame_start, frame_end in timed_frames(path, alpha):
-        if shown is None:
+        if current is None:
             file_start = frame_start
-        while shown is not None and moment < frame_start - file_start:
-            _check_shown(path, frame_start - start)
-            yield shown, number, moment
+        while current is not None and moment < frame_start - file_start:
+            _check_duration(path, frame_start - start)
+            yield current, number, moment
             is_first = False
             moment = next(moments, math.inf)
         if moment == math.inf:
             return
-        shown = frame
+        current = frame
         start = frame_start
         end = frame_end
         number += 1
-    assert shown is not None  # otherwise `timed_frames` raises
-    _check_shown(path, end - start)
+    assert current is not None  # otherwise `timed_frames` raises
+    _check_duration(path, end - start)
     while is_first or moment < end - file_start:
-        yield shown, number, moment
+        yield current, number, moment
         is_first = False
         moment = next(moments, math.inf)
 
@@ -425,10 +425,10 @@ def video_info(path: Path) -> VideoInfo:
         return VideoInfo(width, height, len(images), None)
     if decoding.is_animation(path):
         durations = decoding.animation_durations(path)
-        shown = sum(durations)
+        total_seconds = sum(durations)
         width, height = image_size(path)
         count = len(durations)
-        return VideoInfo(width, height, count, fps=count / shown, seconds=shown)
+        return VideoInfo(width, height, count, fps=count / total_seconds, seconds=total_seconds)
     with open_video(path) as (container, stream):
         first, _, _ = decoding.first_image(path, container, stream)
         width = decoding.square_width(first, stream)
@@ -500,7 +500,7 @@ def reordered_images(folder: Path) -> tuple[Path, Path] | None:
     return None
 
 
-def _check_shown(path: Path, seconds: float) -> None:
+def _check_duration(path: Path, seconds: float) -> None:
     if seconds > MAX_SHOWN_SECONDS:
         raise MediaError(
             f"{path} shows one frame for {seconds:.0f} s, at most {MAX_SHOWN_SECONDS:.0f} s are played. Its "

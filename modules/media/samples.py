@@ -22,6 +22,7 @@ Samples = NDArray[np.float32]  # channels S
 
 EARLIER = 1  # seconds of audio decoded before a section, because decoders need some packets
 ROUNDING = Fraction(1, 20)  # seconds; smaller time differences are rounding, not gaps
+SHORTEST = 0.1  # seconds of a reference
 LAYOUTS = {1: "mono", 2: "stereo"}  # channels -> FFmpeg layout of the result
 # raw streams: after a seek, FFmpeg guesses their times from the bit rate
 _WITHOUT_TIMES = frozenset({"mp3", "aac", "ac3", "eac3", "dts", "truehd", "amr"})
@@ -108,11 +109,14 @@ class TrackBeginning:
     rate: int
 
 
-def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning | None:
-    """Read at most `seconds` of a file's audio at its own sampling rate, without silence after its end.
+def read_beginning(
+    path: Path, seconds: float, channels: int, rate: int | None = None
+) -> TrackBeginning | None:
+    """Read at most `seconds` of a file's audio, without silence after its end.
 
-    A single channel is kept; several channels are mixed to `channels`. Times count as in `read_track`.
-    Returns None if there is no track. Raises MediaError as `read_track`.
+    It is resampled to `rate` samples per second; None keeps its own rate. A single channel is kept; several
+    channels are mixed to `channels`. Times count as in `read_track`. Returns None if there is no track.
+    Raises MediaError as `read_track`.
     """
     with reading(path):
         with open_container(path, AUDIO_FORMATS) as container:
@@ -121,7 +125,7 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
                 return None
             index = stream.index
             begin = _find_origin(container)
-            rate = stream.codec_context.sample_rate
+            rate = rate or int(stream.codec_context.sample_rate)
             layout = LAYOUTS[1 if stream.codec_context.channels == 1 else channels]
         maximum = int(seconds * rate)
         parts = []
@@ -143,6 +147,28 @@ def read_beginning(path: Path, seconds: float, channels: int) -> TrackBeginning 
     if not parts:
         return None
     return TrackBeginning(np.ascontiguousarray(np.concatenate(parts, axis=1)[:, :maximum]), rate)
+
+
+def read_reference(path: Path, seconds: float, rate: int, channels: int) -> Samples:
+    """Read the beginning of a file's audio as a reference: channels S, of at most `seconds`.
+
+    Args:
+        path: Path of the file.
+        seconds: Length of the clip that is made after it.
+        rate: Samples per second of the result.
+        channels: Number of channels of the result.
+
+    Raises:
+        MediaError: If there is no audio, if it is shorter than SHORTEST and the clip, or if it is damaged.
+    """
+    beginning = read_beginning(path, seconds, channels, rate)
+    count = 0 if beginning is None else beginning.samples.shape[1]
+    if beginning is None or count < int(min(SHORTEST, seconds) * rate):
+        raise MediaError(
+            f"{path}: it has {count / rate:.2g} s of sound, and is a reference for sound. Give a file with "
+            f"at least {SHORTEST} s"
+        )
+    return np.broadcast_to(beginning.samples, (channels, count)).copy()
 
 
 def _track(container: Any) -> Any | None:
@@ -220,21 +246,21 @@ def _decode_resampled(
 ) -> Iterator[tuple[int, Samples]]:
     """Yield resampled blocks as `_decode` does; restart the resampler if times or the format jump."""
     resampler = None
-    form = None  # format of the samples that the resampler takes
+    input_format = None  # format of the samples that the resampler takes
     next_index = 0  # index of the next sample, counted from `begin`
     decoded_end = Fraction(0)  # end of the audio that was decoded so far, in seconds
     try:
         for frame in _decode_frames(container, stream, lenient):
             time = None if frame.pts is None else frame.pts * (frame.time_base or stream.time_base) - begin
-            frame_form = (frame.format.name, frame.layout.name, frame.sample_rate)
+            frame_format = (frame.format.name, frame.layout.name, frame.sample_rate)
             jumps = time is not None and abs(time - decoded_end) >= ROUNDING
-            if resampler is None or frame_form != form or jumps:
+            if resampler is None or frame_format != input_format or jumps:
                 if resampler is not None:
                     yield from _number_samples(resampler.resample(None), next_index)
                 if time is not None:
                     decoded_end = time
                 resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate)
-                form = frame_form
+                input_format = frame_format
                 next_index = round(decoded_end * rate)
             frame.pts = None
             decoded_end += Fraction(frame.samples, frame.sample_rate)

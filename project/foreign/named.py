@@ -7,7 +7,7 @@ from typing import Any
 from dataset.config import KEYS
 from dataset.config_keys import Unfit
 from dataset.subset_options import SUBSET_KEYS
-from modules.mistyped import ours_for
+from modules.mistyped import find_our_option
 from modules.options import info_of
 from project.foreign.contract import is_off, is_on, number
 from project.foreign.project import ForeignProject, show
@@ -113,4 +113,4 @@ def _find_ours(key: str, places: Collection[str]) -> str | None:
     last = key.split(".")[-1].split(":")[-1]
     if last in places:
         return last
-    return ours_for(last, places) or None
+    return find_our_option(last, places) or None

@@ -7,7 +7,7 @@ from typing import Any
 from downloads.catalogue import ModelSet
 from project.kinds.adapter import ADAPTER
 from project.kinds.contract import RunKind, find_lora_script
-from project.kinds.control_networks import CONTROL_NET, LLLITE
+from project.kinds.control_networks import CONTROL_NET, LLLITE, LLLITE_INPAINTING
 from project.kinds.embedding import EMBEDDING
 from project.kinds.whole_model import FULL
 from project.options import find_models
@@ -30,6 +30,7 @@ KINDS = (
     LORA,
     ADAPTER,
     LLLITE,
+    LLLITE_INPAINTING,
     CONTROL_NET,
     EMBEDDING,
     FULL,

@@ -63,6 +63,7 @@ class RunKind:
     ending: str = ""  # suffix of `modelspec.architecture` in its trained files
     switch: str = ""  # option that distinguishes its command from a LoRA's, if they share a script
     sees_controls: bool = False  # whether it is trained on pairs of an image and a control image
+    controls_are_images: bool = False  # whether each image is its own control image, to repaint
     learns_word: bool = False  # the trigger word itself is trained, and all captions contain it
     needs_bfloat16: bool = False  # its weights are trained in bfloat16
     saves_models: bool = False  # each save has gigabytes, so few are written and kept

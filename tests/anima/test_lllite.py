@@ -21,7 +21,7 @@ from anima.lllite_modules import AnimaLllite, LlliteConfig
 from anima.model import AnimaModel
 from anima.options import AnimaLlliteTrainingOptions
 from checkpoints.filling import on_meta_device
-from encoders.control_pictures import CONTROL_MASK
+from encoders.control_pictures import CONTROL_MASK, draw_control_mask
 from modules.errors import CheckpointError, OptionError
 from protocols.data import CONTROL_PIXELS
 from tests.anima.making import tiny_inputs, tiny_model
@@ -346,3 +346,11 @@ def test_a_file_that_is_trained_on_keeps_its_dilations(tmp_path: Path, with_valu
     save_file(state, path, {"lllite.aspp_dilations": "0,1,2,4"})
     with pytest.raises(CheckpointError, match="aspp_dilations of its metadata is '0,1,2,4'"):
         made.check()
+
+
+def test_the_seed_of_a_sample_draws_the_mask_that_it_lacks() -> None:
+    first, again, other = (draw_control_mask(96, 64, seed=seed)[CONTROL_MASK] for seed in (1, 1, 2))
+    assert first.shape == (1, 1, 64, 96)
+    assert 0 < first.float().mean() < 1
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -125,7 +125,8 @@ def test_whole_checkpoints_are_merged(tmp_path: Path) -> None:
         ),
         (["--models", "a.safetensors", "nowhere.safetensors"], ["nowhere.safetensors"]),
         (["--models", "a.safetensors", "sdxl.safetensors"], ["does not fit", "different models"]),
-        (["--models", "a.safetensors", "lora.safetensors"], ["in common"]),
+        (["--models", "a.safetensors", "other.safetensors"], ["in common"]),
+        (["--models", "lora.safetensors", "lora.safetensors"], ["is a LoRA", "svd_merge_lora.py"]),
         (["--models", "a.safetensors", "nan.safetensors"], ["NaN or infinite"]),
         (["--models", "a.safetensors", "x.safetensors"], ["would be lost", "new name"]),
         (["--models", "a.safetensors", "b.safetensors", "--ratios", "nan", "1"], ["--ratios"]),
@@ -141,6 +142,7 @@ def test_what_cannot_be_merged_is_refused(words: list[str], reasons: list[str], 
     name = next(name for name in state if name.startswith("model.diffusion_model"))
     save_file(state | {name: torch.full_like(state[name], torch.nan)}, tmp_path / "nan.safetensors")
     save_file({"lora_unet_x.lora_up.weight": torch.ones(1, 1)}, tmp_path / "lora.safetensors")
+    save_file({"x": torch.ones(1, 1)}, tmp_path / "other.safetensors")
     before = (tmp_path / "x.safetensors").read_bytes()
 
     code, said = run_here(SCRIPT, *words, "--output", "x.safetensors", folder=tmp_path)

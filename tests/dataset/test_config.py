@@ -236,7 +236,7 @@ def test_a_cache_folder_of_references_is_taken_with_a_line(
 @pytest.mark.parametrize(
     ("key", "reason"),
     [
-        ("reference_audio_directory = 'r'", "sounds as references are not built"),
+        ("reference_audio_directories = ['r']", "a clip has one audio as reference"),
         ("audio_bucket_strategy = 'pad'", "sound is as long as its clip"),
         ("audio_jsonl_file = 'a'", "it lists sounds without clips"),
         ("separate_audio_buckets = true", "do not affect the sound of other clips"),

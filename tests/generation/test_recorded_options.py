@@ -71,6 +71,7 @@ FROM_FAMILY = {
     # of LTX-2; its tests of references and stages see them
     *("reference_video", "reference_videos", "reference_strength", "video_conditioning"),
     *("conditioning_attention_mask", "distilled_lora"),
+    *("reference_audio", "audio_ref_identity_guidance_scale"),
     *info_of(Ltx2GivenMedia),  # tests/ltx_2/test_given_media_options.py
 }
 SAID_AS = {  # where the metadata have another name for it

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, distributed
 
-from ltx_2.blocks import LtxReferences
+from ltx_2.blocks import LtxAudioReferences, LtxReferences
+from ltx_2.configs import SOUND, VIDEO
 from ltx_2.model import NO_REFERENCES
 from protocols.steps import GivenTokens, NagText, Overrides
 from runtime.offload.context import ProcessGrid
@@ -34,16 +35,25 @@ def losses_and_gradients() -> dict[str, tuple[Tensor, Tensor]]:
         "nag": Overrides(nag=nag),
         "values": Overrides(skip_self_attention=frozenset({0}), isolated=True),
     }
-    cases |= dict.fromkeys(("references", "noisy references", "dimmed references"), Overrides())
+    cases |= dict.fromkeys(
+        ("references", "noisy references", "dimmed references", "hidden audio"), Overrides()
+    )
     noisy, audio = given["noisy"], given["audio"]
     shares = torch.arange(noisy[:, :1].numel()).view_as(noisy[:, :1]) % 3 * 500
     of_audio = torch.arange(audio.shape[2]).view(1, 1, -1, 1) % 2 * 1000
     cases["given"] = cases["keyframes"] = Overrides(given=GivenTokens(shares.short(), of_audio.short()))
     drawn = torch.randn(2, given["noisy"].shape[1], 2, 3, 5, generator=torch.Generator().manual_seed(5))
     more = {
-        "references": LtxReferences([drawn, drawn[:, :, :1]]),
-        "noisy references": LtxReferences([drawn], share=0.5),
-        "dimmed references": LtxReferences([drawn, drawn[:, :, :1]], strengths=torch.linspace(0, 1, 45)),
+        "references": {VIDEO: LtxReferences([drawn, drawn[:, :, :1]])},
+        "noisy references": {VIDEO: LtxReferences([drawn], share=0.5)},
+        "dimmed references": {
+            VIDEO: LtxReferences([drawn, drawn[:, :, :1]], strengths=torch.linspace(0, 1, 45))
+        },
+        "hidden audio": {
+            SOUND: LtxAudioReferences(
+                [0.5 * audio[:, :, :5]], is_before=True, is_hidden_from_video=True, is_without_text=True
+            )
+        },
     }
     found = {}
     for name, overrides in cases.items():

@@ -22,7 +22,7 @@ from checkpoints.writing import save_tensors
 from data_tools.controls.run import ControlImageOptions, make_control_images
 from modules.script_options import parse_options
 from modules.text_files import parse_toml
-from project.kinds.composing import BY_NAME, KINDS, find_control_kind, list_kinds
+from project.kinds.composing import BY_NAME, find_control_kind, list_kinds
 from project.model_choice import _make_family_for_caching, ask_family
 from project.model_sizes import needs_image, transformers_of
 from project.options import KIND_NAMES, RUN_FILE, find_models
@@ -68,11 +68,11 @@ def test_kinds_are_those_of_the_models_that_have_a_script() -> None:
     kinds = {
         f"{model.family} {model.task}": [kind.name for kind in list_kinds(model)] for model in find_models()
     }
-    assert kinds["stable_diffusion xl"] == [kind.name for kind in KINDS if not kind.makes_adapter]
+    assert kinds["stable_diffusion xl"] == ["lora", "lllite", "controlnet", "embedding", "whole"]
     assert kinds["z_image turbo"] == ["lora", "adapter", "embedding", "whole"]
     assert kinds["z_image turbo-adapter"] == ["lora"]
     assert kinds["stable_diffusion 1.5"] == ["lora", "controlnet", "embedding", "whole"]
-    assert kinds["anima base"] == ["lora", "lllite", "embedding", "whole"]
+    assert kinds["anima base"] == ["lora", "lllite", "lllite_inpainting", "embedding", "whole"]
     assert kinds["z_image base"] == ["lora", "embedding", "whole"]
     assert kinds["qwen_image edit"] == ["lora", "whole"]
     default = {name: find_control_kind(model) for model in find_models() for name in [model.task]}
@@ -177,6 +177,11 @@ SD_XL = ("--family", "sd", "--task", "xl")
     ("words", "told"),
     [
         ([*SD_XL, "--train", "lllite"], "no picture has one. Put them into "),
+        ([*SD_XL, "--train", "lllite_inpainting"], "with --train_inpainting. Leave it out to train a LoRA"),
+        (
+            ["--family", "zimage", "--task", "base", "--train", "lllite_inpainting"],
+            "new does not set up a ControlNet-LLLite for inpainting for",
+        ),
         ([*SD_XL, "--train", "embedding"], "an embedding is a new word: give it as --trigger_word"),
         ([*SD_XL, "--train", "embedding", "--word", "Cat"], "--trigger_word 'Cat' has capitals"),
         ([*SD_XL, "--train", "embedding", "--word", "a cat"], "it is one word"),
@@ -310,6 +315,7 @@ def train_as_described(folder: Path, *words: str) -> list[str]:
     ("name", "kind"),
     [
         ("anima base", "lllite"),
+        ("anima base", "lllite_inpainting"),
         ("stable_diffusion 1.5", "embedding"),
         ("anima base", "embedding"),
         pytest.param("stable_diffusion 1.5", "controlnet", marks=pytest.mark.slow),
@@ -324,6 +330,8 @@ def test_a_run_trains_it_and_its_command_generates(name: str, kind: str, tmp_pat
     assert run_here("new_project.py", folder, *model, *typed, folder=tmp_path) == (0, "")
 
     _, script, *words = train_as_described(folder)
+    if kind == "lllite_inpainting":  # the seed of a sample has drawn its mask; a generation is given one
+        words[words.index("MASK")] = str(next((folder / "conditioning").glob("*.jpg")))
     succeed_here(script, *words, folder=folder)
 
     values = read_run(folder)["training"]
@@ -405,3 +413,24 @@ def test_an_adapter_learns_the_folder_or_what_the_model_made_of_its_captions(tmp
         ".": round(12 / num_real),
         "own": 1,
     }
+
+
+def test_images_are_their_own_control_images_for_inpainting(tmp_path: Path) -> None:
+    folder = tmp_path / "a b ü"
+    write_pairs(folder)
+
+    said = describe(folder, "anima base", "--train", "lllite_inpainting")
+
+    assert "each step marks a random part to repaint" in said
+    assert f"{folder / 'conditioning'}: left out. a ControlNet-LLLite for inpainting learns from the" in said
+    content = parse_toml((folder / "dataset.toml").read_text(encoding="utf-8"))
+    table: dict[str, Any] = content["datasets"][0]
+    if "subsets" in table:
+        table = table["subsets"][0]
+        assert table["image_dir"] == table["conditioning_data_dir"]
+    else:
+        assert table["image_directory"] == table["control_directory"]
+    run = read_run(folder)
+    assert run["training"]["lllite_inpaint_masked_input"] is True
+    assert run[OTHERS_TABLE]["commands"][-1][-1] == "--lllite_cond_in_channels=4"
+    assert "network_dim" not in run["training"]

@@ -236,6 +236,16 @@ def test_files_that_do_not_fit_are_refused_before_loading(tmp_path: Path) -> Non
         replace(files, ckpt=nine, unet_input=UnetInput.LATENTS).check()
 
 
+def test_a_model_with_new_input_channels_is_not_compared_with_its_base(tmp_path: Path) -> None:
+    """No LoRA can be extracted from the difference."""
+    nine = WRITERS["sd1"](tmp_path, channels=9, name="nine.safetensors")
+    family = make_family("sd1", tmp_path)
+    widened = replace(family.files, unet_input=UnetInput.WIDENED)
+    assert family.keeps_shapes
+    assert not replace(family, inpaints=True, files=widened).keeps_shapes
+    assert replace(family, inpaints=True, files=replace(widened, ckpt=nine)).keeps_shapes
+
+
 REFUSED: dict[str, tuple[str, list[str], str]] = {
     "cached latents": ("train_network.py", ["--cache_latents"], "--cache_latents with --train_inpainting"),
     "another family": ("flux_train_network.py", [], "is for Stable Diffusion 1, 2 and XL"),

@@ -321,6 +321,10 @@ REFUSED: dict[str, tuple[str, list[str], str]] = {
         *("flux_train_network.py", ["--prompts_file", "prompts.toml"]),
         "is for Stable Diffusion, and this script trains",
     ),
+    "inpainting": (
+        *("train_leco.py", ["--prompts_file", "prompts.toml", "--train_inpainting"]),
+        "LECO learns without images. Leave it out",
+    ),
     "a side that XL has not": (
         *("sdxl_train_leco.py", ["--prompts_file", "odd.toml"]),
         "multiples of 32",

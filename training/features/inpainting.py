@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Protocol, TypeGuard, cast
 
 from modules.errors import OptionError
 from modules.options import HABIT, IDENTITY, option
-from training.features.contract import AT_NOISE, LIVE_MEDIA, Feature, FeatureOptions, given_values
+from training.features.contract import (
+    AT_NOISE,
+    LIVE_MEDIA,
+    NO_DATASET,
+    Feature,
+    FeatureOptions,
+    given_values,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -119,8 +126,10 @@ def add_inputs(
     return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)
 
 
-def _prepare(family: "Family") -> "Family":
-    """Return the model's inpainting variant. Raises OptionError if this script cannot train it."""
+def _prepare(run: "JoinedRun", family: "Family") -> "Family":
+    """Return the model's inpainting variant. Raises OptionError if this run cannot train it."""
+    if NO_DATASET in run.needs:
+        raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Leave it out")
     from protocols.family_networks import made_network_of  # torch: only with this feature
 
     if not _can_inpaint(family):
@@ -155,7 +164,7 @@ def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
     run.info.at_start["inpainting"] = f"masks: {masks}"
     run.info.in_files |= given_values(options)
     run.needs.add(LIVE_MEDIA)
-    run.on.family.append(_prepare)
+    run.on.family.append(partial(_prepare, run))
     run.on.media.append(partial(add_inputs, options, masks_weigh))
 
 

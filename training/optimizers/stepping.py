@@ -235,6 +235,9 @@ class StepAfterBackward:
         Returns:
             The norm of all gradients before clipping.
         """
+        if self.scaler.is_enabled() and all(parameter.grad is None for parameter in self.parameters):
+            # clips without audio have none for a network of audio alone
+            return self.parameters[0].new_zeros(())
         self.scaler.unscale_(self.optimizer)
         norm = norm_of_gradients(self.parameters, self.split)
         if allows is not None and not allows(norm):

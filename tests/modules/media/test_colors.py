@@ -253,10 +253,10 @@ def test_what_browsers_do_not_convert_keeps_its_numbers(
     assert not colors.is_converted
     if kind in ("broken", "of another kind"):
         assert len(told) == 1  # of both files
-        assert str(colors.fault) in told[0]
+        assert str(colors.rejection) in told[0]
         assert "color profile" in told[0]
     else:
-        assert (told, colors.fault) == ([], None)
+        assert (told, colors.rejection) == ([], None)
 
 
 def hundred_thousandths(values: Sequence[float]) -> bytes:

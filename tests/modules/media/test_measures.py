@@ -92,7 +92,7 @@ def test_flat_frames_have_no_hash_and_are_neither_sharp_nor_blurred() -> None:
 
 def test_a_clip_is_near_its_copy_at_another_rate_and_far_from_its_reverse() -> None:
     shares = np.linspace(0, 1, 21)
-    frames = [(picture(1) * (1 - share) + picture(2) * share).astype(np.uint8) for share in shares]
+    frames = [(picture(1) * (1 - fraction) + picture(2) * fraction).astype(np.uint8) for fraction in shares]
     copy = [recompressed(frame) for frame in frames[::2]]
 
     assert len(clip_hash(frames)) == 4
@@ -107,7 +107,7 @@ def test_black_allows_some_light_and_noise() -> None:
     frame[:10, :15] = 255  # 1.5 %
     assert is_black(frame)
     frame[:10, :40] = 255
-    assert (is_black(frame), is_black(frame, share=0.9)) == (False, True)
+    assert (is_black(frame), is_black(frame, fraction=0.9)) == (False, True)
     gray = np.full((10, 10, 3), 40, np.uint8)
     assert (is_black(gray), is_black(gray, threshold=0.2)) == (False, True)
 
@@ -203,7 +203,7 @@ def thing_that_moves_fast(seed: int) -> list[Pixels]:
 def fade(seed: int, to_black: bool) -> list[Pixels]:
     first = scene(seed)
     last = np.zeros_like(first) if to_black else scene(seed + 50)
-    return [shown(first + (last - first) * share) for share in np.linspace(0, 1, 13)]
+    return [shown(first + (last - first) * fraction) for fraction in np.linspace(0, 1, 13)]
 
 
 def noise(seed: int) -> list[Pixels]:

@@ -401,6 +401,7 @@ def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> N
     assert f"Best file: {best}" in str(values["advice"])
     assert best in str(values["sections"][0].notes[0])
     assert best in describe_best(run_history, tmp_path, "x")
+    assert "not saved" not in describe_best(run_history, tmp_path, "x")  # x-50 has the lowest loss
     (command,) = present_commands(run_history, tmp_path, "x")
     assert str(tmp_path / best) in command.bash
     assert "x-50.safetensors is not the best file" in command.note

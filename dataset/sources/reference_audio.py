@@ -1,0 +1,50 @@
+"""Find by name the files of audio that the audio of clips is made after."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from dataset.sources.companions import warn_of_paths
+from dataset.sources.folders import list_entries
+from dataset.sources.mask_files import files_by_stem
+from dataset.sources.media_source import Fault, MediaSource
+from dataset.table import DatasetTable
+from modules.media.opening import AUDIO_SUFFIXES
+from modules.media.reading import VIDEO_SUFFIXES
+
+KEY = "reference_audio_directory"
+
+
+def add_reference_audio(
+    table: DatasetTable, sources: list[MediaSource], faults: list[Fault]
+) -> list[MediaSource]:
+    """Add the files of reference_audio_directory to the sources of the same name.
+
+    `cat.wav`, or the audio of `cat.mp4`, belongs to `cat.mp4` and to all items that are cut from it. Two
+    files of one name, and a folder in which nothing fits, are errors. A warning counts sources without a
+    reference, and files without a source.
+    """
+    folder = table.reference_audio_directory
+    assert folder is not None  # the caller checks it
+    entries = map(Path, list_entries(folder, KEY, table.config_path))
+    by_stem = files_by_stem(entries, AUDIO_SUFFIXES | VIDEO_SUFFIXES, with_folders=False)
+    stems = {source.stem for source in sources}
+    kind = f"problems with {KEY} of {table.name}"
+    if not by_stem.keys() & stems:
+        example = min(stems, default="clip")
+        text = f"{folder} has no audio for any clip. Files there are named like their clip: {example}.wav."
+        faults.append(Fault(kind, text))
+        return sources
+    for stem in sorted(by_stem.keys() & stems):
+        first, *others = by_stem[stem]
+        if others:
+            text = f"{first} and {others[0].name} are references of the same clip. Keep one."
+            faults.append(Fault(kind, text, stem))
+    lacking = [source.path for source in sources if source.stem not in by_stem]
+    warn_of_paths(table, f"of {len(sources)} clips have no reference in {KEY}", lacking)
+    alone = [paths[0] for stem, paths in by_stem.items() if stem not in stems]
+    warn_of_paths(table, f"files in {KEY} belong to no clip by their name, and are not read", alone)
+    completed = []
+    for source in sources:
+        paths = by_stem.get(source.stem)
+        completed.append(source if paths is None else replace(source, reference_audio=paths[0]))
+    return completed

@@ -1,0 +1,113 @@
+"""Options of audio that a clip's audio is made after, and which references a LoRA learns. Standard library.
+
+A strategy names the references that training takes; a preset of modules of the same name implies it.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ltx_2.model_options import AUDIO, VIDEO
+from modules.options import FREE, HABIT, OF_REQUEST, OF_SAMPLES, Options, of_request, option
+
+NEGATIVE = "audio_ref_use_negative_positions"  # option, and key in the metadata of LoRAs
+IDENTITY_SCALE = "audio_ref_identity_guidance_scale"
+
+
+@dataclass(frozen=True)
+class ReferenceStrategy:
+    """Which references a training takes."""
+
+    takes_images: bool = False  # clips and images, of reference_directory
+    takes_audio: bool = False  # of reference_audio_directory
+    # streams of which each batch has to have a reference; the LoRA is for edits then
+    needs: frozenset[str] = frozenset()
+    streams: frozenset[str] = frozenset()  # that --ltx2_mode needs
+
+
+AUTO, NONE = "auto", "none"
+_BOTH = frozenset({VIDEO, AUDIO})
+_AUDIO_ALONE = ReferenceStrategy(takes_audio=True, needs=frozenset({AUDIO}), streams=frozenset({AUDIO}))
+# values of --ic_lora_strategy. Source: the documentation of musubi-tuner's fork for LTX-2
+STRATEGIES: Mapping[str, ReferenceStrategy] = {
+    AUTO: ReferenceStrategy(takes_images=True, takes_audio=True),
+    NONE: ReferenceStrategy(),
+    "v2v": ReferenceStrategy(takes_images=True, streams=frozenset({VIDEO})),
+    "audio_ref_ic": _AUDIO_ALONE,
+    "audio_ref_only_ic": _AUDIO_ALONE,  # older spelling
+    "av_ic": ReferenceStrategy(takes_images=True, takes_audio=True, needs=_BOTH, streams=_BOTH),
+    "video_ref_only_av": ReferenceStrategy(takes_images=True, needs=frozenset({VIDEO}), streams=_BOTH),
+}
+OLDER = {"audio_ref_only_ic": "audio_ref_ic"}
+
+
+def find_strategy(typed: str, preset: str) -> tuple[str, ReferenceStrategy]:
+    """Return the option that decides which references are taken, with its value, and the strategy.
+
+    Args:
+        typed: Value of --ic_lora_strategy.
+        preset: Value of --lora_target_preset.
+    """
+    if typed == AUTO and preset in STRATEGIES:
+        return f"--lora_target_preset {preset}", STRATEGIES[preset]
+    return f"--ic_lora_strategy {typed}", STRATEGIES[typed]
+
+
+def _switch(text: str, default: bool | None, **relations: Any) -> Any:
+    return option(text, default=default, action=argparse.BooleanOptionalAction, **relations)
+
+
+def _identity(facts: Mapping[str, Any]) -> Any:
+    return option(
+        "guide audio away from predictions without its reference, which keeps a voice; about 3; 0: not at "
+        "all. It costs one more pass in each step",
+        name=IDENTITY_SCALE,
+        default=0.0,
+        minimum=0,
+        facts=facts,
+    )
+
+
+class Ltx2AudioReferences(Options, title="audio references"):
+    """How a training shows audio that the audio of clips is made after, such as a voice (ID-LoRA)."""
+
+    is_before: bool = _switch(
+        "positions of the reference end before the audio begins; default: both begin at 0",
+        False,
+        name=NEGATIVE,
+        facts=HABIT,
+    )
+    is_hidden_from_video: bool = _switch(
+        "the video does not attend to the reference",
+        False,
+        name=("audio_ref_mask_cross_attention_to_reference"),
+        facts=HABIT,
+    )
+    is_without_text: bool = _switch(
+        "the reference does not attend to the text",
+        False,
+        name=("audio_ref_mask_reference_from_text_attention"),
+        facts=HABIT,
+    )
+    identity_scale: float = _identity({**FREE, **OF_SAMPLES})
+
+
+class Ltx2GivenAudioReference(Options, title="audio references"):
+    """Audio that the audio of a generation is made after."""
+
+    reference_audio: Path | None = option(
+        "file after whose sound the audio is made, with a LoRA that has learned it, such as a voice; as long "
+        "as the result at most",
+        flags=("--reference-audio",),
+        place="there",
+        facts=of_request("reference_audio"),
+    )
+    is_before: bool | None = _switch(
+        "positions of the reference end before the audio begins; default: as the LoRA's metadata says, else "
+        "both begin at 0",
+        None,
+        name=NEGATIVE,
+    )
+    identity_scale: float = _identity(OF_REQUEST)

@@ -1,0 +1,156 @@
+"""Audio that the audio of clips is made after: tokens before theirs, clean, with positions of their own.
+
+Source: ID-LoRA (arXiv 2603.10256), and the fork of musubi-tuner whose options these are.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from torch import Tensor
+
+from ltx_2.audio_reference_options import (
+    NEGATIVE,
+    Ltx2AudioReferences,
+    Ltx2GivenAudioReference,
+    ReferenceStrategy,
+)
+from ltx_2.blocks import LtxAudioReferences
+from ltx_2.model_options import AUDIO, VIDEO
+from modules.control_codes import shorten
+from modules.errors import DatasetError, MediaError, OptionError
+from modules.media.samples import track_info
+from modules.option_values import to_path
+from modules.options import is_given, option_name, override_options
+from modules.text_files import texts_of_files
+from protocols.data import REFERENCE_AUDIO, REFERENCE_LATENTS, SOUND, Batch, Conditions
+from protocols.requests import Request
+from protocols.steps import Overrides
+
+logger = logging.getLogger(__name__)
+OPTION = "reference_audio"  # of a generation, and in `Request.extra`
+TRUE, FALSE = "true", "false"  # in the metadata of LoRAs
+
+
+@dataclass(frozen=True)
+class RequestReferences:
+    """Files of the references of a request: `Prepared.family_record`."""
+
+    images: tuple[Path, ...] = ()
+    audio: Path | None = None
+
+    @property
+    def are_given(self) -> bool:
+        """Whether there is any reference."""
+        return bool(self.images) or self.audio is not None
+
+
+@dataclass(frozen=True)
+class AudioReferenceRules:
+    """How the network sees audio references."""
+
+    is_before: bool = False  # as in `LtxAudioReferences`
+    # in training alone, as in `LtxAudioReferences`
+    is_hidden_from_video: bool = False
+    is_without_text: bool = False
+    identity_scale: float = 0.0  # weight of identity guidance; see `StreamGuidance.identity`
+
+    def select(self, conditions: Conditions, overrides: Overrides) -> LtxAudioReferences:
+        """Return the reference among the conditions of a call, as the network takes it."""
+        latents = conditions.get(REFERENCE_AUDIO)
+        if not isinstance(latents, Tensor) or overrides.drops_audio_reference:
+            return LtxAudioReferences()
+        trains = overrides.turn is None  # the denoising loop sets it, in which nothing is hidden
+        return LtxAudioReferences(
+            (latents,),
+            is_before=self.is_before,
+            is_hidden_from_video=self.is_hidden_from_video and trains,
+            is_without_text=self.is_without_text and trains,
+        )
+
+
+def make_audio_rules(options: Ltx2AudioReferences) -> AudioReferenceRules:
+    """Return the rules of a training."""
+    return AudioReferenceRules(
+        options.is_before,
+        options.is_hidden_from_video,
+        options.is_without_text,
+        options.identity_scale,
+    )
+
+
+def warn_of_unused(options: Ltx2AudioReferences, strategy: str) -> None:
+    """Warn of given options, in a training whose `strategy`, an option with its value, takes no audio."""
+    given = [f"--{option_name(field)}" for field in fields(options) if is_given(options, field)]
+    if given:
+        logger.warning("%s: ignored, because %s takes no sound as reference", ", ".join(given), strategy)
+
+
+def check_batch(batch: Batch, strategy: ReferenceStrategy, option: str) -> None:
+    """Raise DatasetError if a batch lacks a reference that the strategy needs.
+
+    Clips without audio need no reference for it. `option` names the strategy with its option.
+    """
+    names = {**batch.tensors, **batch.undropped}
+    lacking = []
+    if VIDEO in strategy.needs and not any(name.startswith(REFERENCE_LATENTS) for name in names):
+        lacking.append("reference_directory")
+    if AUDIO in strategy.needs and SOUND in names and REFERENCE_AUDIO not in names:
+        lacking.append("reference_audio_directory")
+    if lacking:
+        raise DatasetError(
+            f"{batch.keys[0]}: {option} learns from a reference in each batch, and this one has none. Add a "
+            f"file of its name to {' and to '.join(lacking)} of its table, and cache again"
+        )
+
+
+def find_audio_reference(request: Request) -> Path | None:
+    """Return the file of a request's audio reference; None without one.
+
+    Raises:
+        OptionError: If there are several, or the file has no audio.
+        MediaError: If the file cannot be opened.
+    """
+    names = [name for name in request.extra.get(OPTION, "").split("\n") if name]
+    if not names:
+        return None
+    if len(names) > 1:
+        raise OptionError(f"--{OPTION}: {len(names)} files, and one is taken. Give one of them")
+    path = to_path(f"--{OPTION}", names[0])
+    if not path.is_file():
+        raise OptionError(f"--{OPTION} {path}: no such file. Correct the path")
+    try:
+        info = track_info(path)
+    except MediaError as error:
+        raise MediaError(f"--{OPTION} {error}") from error
+    if info is None:
+        raise OptionError(f"--{OPTION} {path}: it has no sound. Give a file with sound")
+    return path
+
+
+def resolve_positions(options: Ltx2GivenAudioReference, loras: Sequence[Path]) -> Ltx2GivenAudioReference:
+    """Return the options of a generation with the positions of references that its LoRAs record.
+
+    Raises:
+        OptionError: If LoRAs record different positions, or anything but true and false.
+    """
+    recorded: dict[str, Path] = {}
+    for path, metadata in texts_of_files(loras):
+        if NEGATIVE in metadata:
+            recorded[metadata[NEGATIVE]] = path
+    if len(recorded) > 1 or recorded.keys() - {TRUE, FALSE}:
+        listed = " and ".join(f"{shorten(text, 20)} in {path}" for text, path in recorded.items())
+        raise OptionError(
+            f"--lora_weight: {NEGATIVE} is {listed}: they do not work together, or it is not true or false. "
+            "Give one LoRA that says true or false"
+        )
+    for text, path in recorded.items():
+        learned = text == TRUE
+        prefix = "" if learned else "no-"
+        if options.is_before is None:
+            logger.info("--%s%s, as %s says", prefix, NEGATIVE, path.name)
+            return override_options(options, {NEGATIVE: learned})
+        if options.is_before != learned:
+            logger.warning("%s has learned with --%s%s", path, prefix, NEGATIVE)
+    return options
