@@ -129,9 +129,8 @@ class FactoredLayer(nn.Module):
         # x: ... in, or B in H W
         is_autocast = torch.is_autocast_enabled(x.device.type)
         if is_autocast and x.dtype == torch.float32:
-            x = x.to(
-                torch.get_autocast_dtype(x.device.type)
-            )  # cast once for both the frozen module and the LoRA
+            # cast once for both the frozen module and the LoRA
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         out = self._original_forward(x)
         if self.multiplier == 0:
             return out

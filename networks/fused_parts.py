@@ -616,9 +616,8 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
         return cut_factors
     change = delta.dense(deltas.CPU)
     assert change is not None
-    dtype = next(
-        factors[part].dtype for part in factors if part in MARKS
-    )  # every kind has one of these parts
+    # every kind has one of the parts in MARKS
+    dtype = next(factors[part].dtype for part in factors if part in MARKS)
     resolved: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
     if MAGNITUDES in factors:
         resolved[MAGNITUDES] = factors[MAGNITUDES]

@@ -94,9 +94,8 @@ class LoraRules:
     types: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
     # value of the argument train_blocks -> prefixes of the modules that it selects, such as "double_blocks."
     choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    indices: Mapping[str, str] = field(
-        default_factory=dict
-    )  # argument -> list of blocks whose indices it has
+    # argument -> list of blocks whose indices it has
+    indices: Mapping[str, str] = field(default_factory=dict)
     outside: str = ""  # argument with the ranks of `outside_paths`, in this order
     outside_paths: tuple[str, ...] = ()  # modules that are not in a block
     # ending of a fused layer's path -> number of parts, see `networks.lora_products.fused_sizes`
