@@ -4,7 +4,7 @@ import logging
 from pathlib import Path
 
 from modules.errors import OptionError
-from modules.options import NO_PIXELS, Options, option
+from modules.options import BY_SCRIPT, NO_PIXELS, Options, option
 
 logger = logging.getLogger(__name__)
 
@@ -271,9 +271,10 @@ class SteadierOptions(Options, title="longer videos"):
         RIFLEX,
         default=0,
     )
-    # set by the script for its family; not on the command line
-    riflex_frequencies: int = option(default=0, facts=NO_PIXELS)
-    riflex_beyond: int = option(default=0, facts=NO_PIXELS)  # frames: shorter videos are not changed
+    # set by the script for its family; not on the command line. The second is a number of frames: shorter
+    # videos are not changed
+    riflex_frequencies: int = option(default=0, facts={**NO_PIXELS, **BY_SCRIPT})
+    riflex_beyond: int = option(default=0, facts={**NO_PIXELS, **BY_SCRIPT})
 
     def __post_init__(self) -> None:
         if not 0 <= self.riflex_index <= self.riflex_frequencies:

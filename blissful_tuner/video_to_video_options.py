@@ -57,13 +57,17 @@ class SourceDefaults:
 class SourceOptions(Options, title="video or image to start from"):
     """The source that a video starts from instead of noise; a prompt line can override it."""
 
-    video_path: Path | None = option("video, or folder of images, to start from instead of noise")
-    i2i_path: Path | None = option("image to make another image from")
+    video_path: Path | None = option(
+        "video, or folder of images, to start from instead of noise",
+        excludes=("i2i_path", "from_latent"),
+    )
+    i2i_path: Path | None = option("image to make another image from", excludes="from_latent")
     from_latent: Path | None = option(
         "latent file of an earlier run (--output_type latent or both) to start from"
     )
-    strength: float | None = option(_SHARE)  # None: the script has the other of SHARES
-    v2v_denoise: float | None = option(_SHARE)
+    # None: the script has the other of SHARES
+    strength: float | None = option(_SHARE, minimum=0, maximum=1, hint="a share of the steps")
+    v2v_denoise: float | None = option(_SHARE, minimum=0, maximum=1, hint="a share of the steps")
     v2v_noise_mode: str = option(
         "traditional: the value is a fraction of the steps; direct: it is the noise level of the first step",
         default="traditional",
@@ -86,10 +90,6 @@ class SourceOptions(Options, title="video or image to start from"):
     )
     # the script's defaults, by option
     of_script: Mapping[str, Any] = option(name="usual_sources", default={})
-
-    def __post_init__(self) -> None:
-        check_one_source({name: getattr(self, name) for name in SOURCES})
-        check_share(f"--{self.share}", self.denoise)
 
     @property
     def share(self) -> str:

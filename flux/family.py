@@ -207,6 +207,14 @@ class Flux(ModelOfImages):
     def check_given_files(self) -> None:
         """Check every file that an option names, and that the ControlNet fits. Loads nothing."""
         super().check_given_files()
+        self._check_controlnet()
+
+    def check_files(self, media: bool) -> None:
+        """Check the files that a generation needs, and that the ControlNet fits. Loads nothing."""
+        super().check_files(media)
+        self._check_controlnet()
+
+    def _check_controlnet(self) -> None:
         if self.controlnet is not None and self.files.dit is not None:
             from flux.control_net import read_settings  # diffusers is slow to import
 

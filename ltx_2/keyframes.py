@@ -139,10 +139,14 @@ def append_learned(
     Returns:
         The latents, and how much is given of each of them, keyframes included.
     """
-    _, _, count, rows, columns = keyframes.shape
-    shares = torch.tensor(given.keyframe_shares, dtype=torch.int16).view(1, 1, count, 1, 1)
+    _, _, _, rows, columns = keyframes.shape
+    assert given.keyframe_shares is not None
+    shares = given.keyframe_shares[:, None, :, None, None]
     if given.keyframe_noise is not None:
-        levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - clean_fraction(shares, keyframes))
+        kept = clean_fraction(shares, keyframes)
+        levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - kept)
+        # a clip that does not see a keyframe gets noise alone for it, as the clip itself would be in it
+        levels = levels.masked_fill(kept == 0, 1)
         noise = given.keyframe_noise.to(keyframes.device)
         keyframes = ((1 - levels) * keyframes + levels * noise).to(image.dtype)
     shares = shares.expand(-1, -1, -1, rows, columns)

@@ -143,23 +143,19 @@ def _locate_script(argv: list[str]) -> list[str]:
     """Return a command in which the path of the script is valid in the user's working folder."""
     if argv[:1] not in (["python"], ["accelerate"]):
         return argv
-    for index, word in enumerate(argv[:MAX_BEFORE]):
-        script = find_script(word)
-        if script is not None:
-            return [*argv[:index], str(_find_typed_folder() / script), *argv[index + 1 :]]
-    return argv
-
-
-def _find_typed_folder() -> Path:
-    """Return the folder of this checkout as the running script's path was typed; "." if none was running."""
-    typed = Path(sys.argv[0])
+    typed = Path(sys.argv[0])  # of the running script
     try:
         relative = real_path(typed).relative_to(ROOT)
     except ValueError:
         relative = Path(typed.name)
-    if find_script(relative.as_posix()) is None:
-        return Path()
-    return typed.parent if len(relative.parts) == 1 else typed.parent.parent
+    folder = Path()  # of this checkout, as it was typed; "." if no script of it is running
+    if find_script(relative.as_posix()) is not None:
+        folder = typed.parent if len(relative.parts) == 1 else typed.parent.parent
+    for index, word in enumerate(argv[:MAX_BEFORE]):
+        script = find_script(word)
+        if script is not None:
+            return [*argv[:index], str(folder / script), *argv[index + 1 :]]
+    return argv
 
 
 def find_front_words() -> list[str]:

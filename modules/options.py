@@ -46,6 +46,7 @@ OF_BLOCKS = {"of_blocks": True}  # it acts between transformer blocks
 OF_SAMPLES = {"acts_on": "samples"}  # in a training, it affects only the samples
 OF_REFERENCES = {"of_references": True}  # in a generation, it affects only reference images
 OF_TYPING = {"typing": True}  # not an option's value: it is ignored when records are compared
+BY_SCRIPT = {"by_script": True}  # set by the script, so it never counts as given by the user
 # Effects of a value outside of the program; for most paths, `place` states them (`find_reach`).
 # docs/new_and_run.md lists which of them somebody else's folder may use.
 WRITES = {"reach": "writes"}  # it writes files; `run` allows that only in its folders
@@ -378,6 +379,8 @@ def _has_given(record: Any) -> bool:
     """Return whether any option of a record, or of the records in it, differs from its default value."""
     hints = hints_of(type(record))
     for field in dataclasses.fields(record):
+        if field.metadata.get("by_script"):
+            continue
         # an optional record counts as given if it is not None, even with default values
         is_record = dataclasses.is_dataclass(hints[field.name])
         if _has_given(getattr(record, field.name)) if is_record else is_given(record, field):

@@ -313,19 +313,19 @@ def _read_part(
         expert: Expert of the part; None if names in the file do not show it.
         is_own: Whether the file was written by us.
     """
-    tensors = drop_unused_alphas(native.tensors)
-    texts = drop_unused_alphas(native.texts)
+    tensors, texts = dict(native.tensors), dict(native.texts)
     if is_own and FOLDED in metadata:
         tensors = unfold(tensors, metadata)
         texts = unfold(texts, metadata)
-    tensors, replaced = drop_replaced(tensors)
-    texts, replaced_texts = drop_replaced(texts)
-    if replaced or replaced_texts:
+    if not is_own:  # other programs also write parts that change nothing
+        tensors, replaced = drop_replaced(drop_unused_alphas(tensors))
+        texts, replaced_texts = drop_replaced(drop_unused_alphas(texts))
         names = [*replaced, *replaced_texts]
-        logger.warning(
-            f"{path}: {SET} takes the place of the other parts of {count_of(len(names), 'weight')}, as in "
-            f"ComfyUI: {list_some(names, 2)}"
-        )
+        if names:
+            logger.warning(
+                f"{path}: {SET} takes the place of the other parts of {count_of(len(names), 'weight')}, as "
+                f"in ComfyUI: {list_some(names, 2)}"
+            )
     metadata = {key: value for key, value in metadata.items() if key != FOLDED}
     native = replace(native, tensors=tensors, texts=texts)
     modules = group_by_module(tensors) | group_by_module(texts)

@@ -35,7 +35,7 @@ def swapped_weights(
         device: Device of the run.
         all_weights: Whether to hold all weights, for a network that shares its device with another by turns.
     """
-    if not (all_weights or swap.number or swap.img_in_txt_in_offloading):
+    if not (all_weights or swap.blocks_to_swap or swap.img_in_txt_in_offloading):
         return None
     plan = SwapPlan(spec, swap.number, swap.img_in_txt_in_offloading, swap.block_swap_ring_size)
     return host_weights(plan, device, all_weights=all_weights)

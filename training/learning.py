@@ -298,7 +298,7 @@ class Loading:
     def load(self, family: Family, index: int) -> UnpreparedNetwork:
         """Load and freeze the network of an expert, with LoRAs merged for training or for samples.
 
-        A network to train gets the training dtype. Its trained part is added before `dress`.
+        A network to train gets the training dtype. Its trained part is added before `set_up_network`.
         """
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
@@ -360,9 +360,14 @@ class Loading:
         Raises:
             MemoryPlanError: If the device has too little memory for the next network.
         """
-        device = self.plan.accelerator.device
+        options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
-        self._add_frozen_loras(network)
+        if family is self.plan.family:
+            for add in self.plan.joined.on.before_setup:
+                add(network)
+        has_samples = options.samples.sample_prompts is not None
+        if has_samples or options.frozen.training_adapter is not None:
+            self._add_frozen_loras(network, has_samples)
         self.set_up_blocks(network)
         if self.plan.quantization is not None and device.type == "cpu":
             keep_heap_small()  # else temporary whole weights fragment the heap
@@ -387,20 +392,17 @@ class Loading:
         if options.speed.joined.on.finish:
             finish_network(dit, options.speed, device)
 
-    def _add_frozen_loras(self, network: UnpreparedNetwork) -> None:
-        """Add --training_adapter, --sample_lora and the LoRAs of a family's stages, all disabled."""
+    def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:
+        """Add --training_adapter and, for samples, --sample_lora and the LoRAs of a family's stages.
+
+        All of them are disabled.
+        """
         options, family = self.plan.options, network.family
         dit, expert = network.dit, network.expert
         is_compiled = options.speed.compilation.choice is not None
         adapter = None
-        if family is self.plan.family:
-            if options.frozen.training_adapter is not None:
-                adapter = experts.read_adapter(options, expert, family.experts)
-            for add in self.plan.joined.on.before_setup:
-                add(network)
-        has_samples = (
-            options.samples.sample_prompts is not None
-        )  # without samples, LoRAs of --sample_lora are not loaded
+        if family is self.plan.family and options.frozen.training_adapter is not None:
+            adapter = experts.read_adapter(options, expert, family.experts)
         sample_files = options.samples.loras() if has_samples else []
         has_stages = has_samples and bool(stage_files_of(dit))
         if adapter is None and not sample_files and not has_stages:

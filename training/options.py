@@ -436,11 +436,17 @@ def fill_arguments(command: CommandLine, environment: Mapping[str, str] = os.env
     config_file = None if getattr(typed, "output_config", False) else typed.config_file
     default = {"mixed_precision": "no", "dynamo_backend": "NO"}
     prefilled = {name: environment.get(OF_LAUNCHER[name], value) for name, value in default.items()}
+    precision = prefilled["mixed_precision"]
     from_file = {} if config_file is None else read_config_file(config_file, parser)
     untyped = {
         name: value for name, value in (prefilled | from_file).items() if name not in typed.typed_options
     }
     args = argparse.Namespace(**{**vars(typed), **untyped})
+    if args.mixed_precision == precision and precision not in run_options.PRECISIONS:
+        raise OptionError(
+            f"accelerate launch asks for mixed precision {precision}: give --mixed_precision "
+            f"{', '.join(run_options.PRECISIONS)}"
+        )
     args.options_of_file = frozenset(from_file) - args.typed_options
     reject_unsupported(parser, args)
     if is_limited():  # started by `run`, whose command line comes from a file too

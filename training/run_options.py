@@ -266,10 +266,3 @@ class AcceleratorOptions(Options, title="precision and processes"):
     )
     ddp_gradient_as_bucket_view = not_needed(NO_WRAPPER)
     ddp_static_graph = not_needed(NO_WRAPPER)
-
-    def __post_init__(self) -> None:
-        if self.mixed_precision not in PRECISIONS:  # from the launcher; argparse checks the rest
-            raise OptionError(
-                f"accelerate launch asks for mixed precision {self.mixed_precision}: give --mixed_precision "
-                f"{', '.join(PRECISIONS)}"
-            )

@@ -1,6 +1,6 @@
 """Wan's names: scripts, modules in LoRA files, and tensors that identify its files."""
 
-from networks.names.layouts import FamilyNames, with_endings
+from networks.names.layouts import FamilyNames
 from protocols.families import HIGH_NOISE, LOW_NOISE, FamilyEntry, Marks
 
 ENTRY = FamilyEntry(
@@ -13,8 +13,13 @@ ENTRY = FamilyEntry(
 )
 
 _IMAGE_ATTENTION = (
-    *with_endings("blocks.{n}.cross_attn.", "k_img v_img norm_k_img"),
-    *with_endings("img_emb.proj.", "0 1 3 4"),
+    "blocks.{n}.cross_attn.k_img",
+    "blocks.{n}.cross_attn.v_img",
+    "blocks.{n}.cross_attn.norm_k_img",
+    "img_emb.proj.0",
+    "img_emb.proj.1",
+    "img_emb.proj.3",
+    "img_emb.proj.4",
     "img_emb.emb_pos",
 )
 

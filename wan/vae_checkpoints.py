@@ -58,11 +58,12 @@ _HALVES = {"down": "encoder.downsamples", "up": "decoder.upsamples"}
 def read_vae(
     checkpoint: Checkpoint,
     model: str = "a VAE of Wan2.1 or Wan2.2",
-    files: str = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}",
+    files: str = "",
 ) -> LoadPlan[WanVaeConfig]:
     """Plan how to load a VAE of Wan2.1 or Wan2.2 from an official, ComfyUI or diffusers file.
 
-    `model` and `files` say in error messages what the model needs and which files were released.
+    `model` and `files` say in error messages what the model needs and which files were released; without
+    `files` those of Wan.
 
     Raises:
         CheckpointError: For any other file.
@@ -85,7 +86,8 @@ def read_vae(
     elif "decoder.conv1.weight" in names and not _OFFICIAL_FIRST.isdisjoint(names):
         translate = str
     if translate is None:
-        raise other_kind(checkpoint, model, "--vae", files)
+        of_wan = f"{WAN_2_1.files}; for TI2V-5B {WAN_2_2.files}"
+        raise other_kind(checkpoint, model, "--vae", files or of_wan)
     sources = rename_sources(sources, translate)
     shape = shapes_of(checkpoint, sources)
     latent_channels = shape("conv2.weight")[0]

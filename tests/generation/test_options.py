@@ -44,7 +44,7 @@ def read(folder: Path, *arguments: str, defaults: ScriptDefaults = DEFAULTS) -> 
         (["--prompt", "p", "--trim_tail_frames", "-1"], "--trim_tail_frames"),
         (["--prompt", "p", "--blocks_to_swap", "-4"], "--blocks_to_swap -4: give a number"),
         (["--prompt", "p", "--upcast_linear"], "--upcast_linear needs --fp8_scaled"),
-        (["--video_path", "x.mp4", "--i2i_path", "x.png"], "--video_path x.mp4 and --i2i_path x.png"),
+        (["--video_path", "x.mp4", "--i2i_path", "x.png"], "--video_path and --i2i_path exclude each other"),
     ],
 )
 def test_what_cannot_be_done_is_said_at_once(tmp_path: Path, arguments: list[str], message: str) -> None:

@@ -176,12 +176,16 @@ def test_latents_of_another_length_or_model_are_refused(tmp_path: Path, scripts:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("wan", "--video_path CLIP --i2i_path CLIP/0.png", "--video_path .* and --i2i_path"),
-        ("hv", "--video_path CLIP --from_latent x", "--video_path .* and --from_latent x"),
+        ("wan", "--video_path CLIP --i2i_path CLIP/0.png", "--video_path and --i2i_path"),
+        ("hv", "--video_path CLIP --from_latent x", "--video_path and --from_latent exclude each other"),
         ("fpack", "--video_path no.mp4", "--video_path no.mp4: no such file"),
         ("wan", "--i2i_path TMP/text.mp4 --video_length 1", "--i2i_path: .*text.mp4.*. Give an image file"),
         ("wan", "--i2i_path CLIP/0.png", "--i2i_path .*0.png and --video_length 9"),
-        ("wan", "--video_path CLIP --denoise_strength 1.5", "--denoise_strength 1.5: give a share"),
+        (
+            "wan",
+            "--video_path CLIP --denoise_strength 1.5",
+            "--denoise_strength 1.5: give a number from 0 to 1",
+        ),
         ("wan", "--video_path CLIP --v2v_extra_noise -1", "--v2v_extra_noise -1"),
         ("fpack", "--i2i_path CLIP/0.png", "--i2i_path is refused"),
         ("fpack", "--video_path CLIP --one_frame_inference default", "--video_path .*--one_frame_inference"),
