@@ -32,7 +32,7 @@ from modules.text_files import read_text, real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from training.reports.history import PageCommand, RunHistory, SampleRow
 from training.reports.page import list_files
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 from training.reports.scores import find_best_file
 from training.reports.sections import SAMPLES
 
@@ -118,7 +118,7 @@ class ComparableRun:
             name = names[0]
             if f"_{HIGH_NOISE}." in name:
                 continue  # listed together with the file of the low-noise expert
-            if run_history.is_of_word(name):
+            if run_history.is_embedding(name):
                 continue  # the embedding of a trigger word, used together with a LoRA
             high_noise_name = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
             paths = [folder / name]
@@ -212,7 +212,7 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     """
     run_history = runs.open(run).run_history
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
-    for typed in _read_commands(present_commands(run_history, run.history.parent, run.name), families):
+    for typed in _read_commands(current_commands(run_history, run.history.parent, run.name), families):
         return ComparableRun(
             run=run,
             run_history=run_history,

@@ -33,7 +33,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
 from modules.pages.language import say, say_duration
 from modules.pages.page import render_page
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
@@ -75,7 +75,7 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
         return Draft()
     with contextlib.suppress(OSError):
         run_history = runs.open(run).run_history
-        commands = present_commands(run_history, run.history.parent, run.name)[int(index_text) :]
+        commands = current_commands(run_history, run.history.parent, run.name)[int(index_text) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
     return Draft()

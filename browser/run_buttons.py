@@ -70,7 +70,7 @@ from modules.paths import complete_home, expand_path
 from modules.text_files import read_content
 from project.options import RUN_FILE
 from training.reports.history import BEFORE_TRAINING, END, PageCommand, history_path
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 from training.saving.files import Names, find_results
 
 PROMPT_FILES = (".txt",)  # endings of prompt files that are edited as text
@@ -324,7 +324,7 @@ class RunButtons:
     def find_making(self, run: RunSummary) -> MakingCommand | None:
         """Return the history's command that generates with the run's file; None if it has none."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
-            commands = present_commands(self.site.runs.open(run).run_history, run.history.parent)
+            commands = current_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
                 if command.title == GENERATE:
                     argv = split_arguments(command_part(command.bash))
@@ -368,7 +368,7 @@ class RunButtons:
         """Return the history's command that continues its run, with its index; None if there is none."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             for index, command in enumerate(
-                present_commands(self.site.runs.open(run).run_history, run.history.parent, run.name)
+                current_commands(self.site.runs.open(run).run_history, run.history.parent, run.name)
             ):
                 is_again = run.name.endswith(BEFORE_TRAINING)
                 if (RESUME in command.bash or is_again) and not command.missing:

@@ -46,7 +46,7 @@ from training.reports.page import (
     page_values,
     write_training_page,
 )
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 from training.reports.sample_files import ClipStore
 from training.reports.scores import list_score_charts
 from training.reports.sections import SAMPLES, scores_path
@@ -252,7 +252,7 @@ def run_page(
         maximum=MAX_SAMPLES,
         name=run.name,
     )
-    commands = present_commands(run_history, run.history.parent, run.name)
+    commands = current_commands(run_history, run.history.parent, run.name)
     values["commands"] = [translate_command(command) for command in commands]
     values["memory"] = translate_memory(run_history.memory)
     sample_names = [name for row in run_history.samples.values() for name in row.files.values()]

@@ -25,7 +25,7 @@ from modules.media.reading import (
     without_images,
 )
 from modules.media.streams import shown_frames, source_info
-from modules.media.writing import write_png, write_shown
+from modules.media.writing import write_png, write_timed_video
 from modules.output_files import Answer, ask_at_console
 from modules.paths import explain_missing
 from postprocessing.chain_options import Chain, tool_in_words
@@ -207,7 +207,7 @@ def run_video(
                 while not opened.enter_context(claim_name(name)) or os.path.lexists(name):
                     name = name.with_name(f"{name.name}_")
                 pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))
-            write_shown(
+            write_timed_video(
                 job.output,
                 pictures,
                 rate,
