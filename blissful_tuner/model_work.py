@@ -24,7 +24,7 @@ from modules.control_codes import escape_control_codes, shorten
 from modules.devices import dtype_name, dtype_named
 from modules.errors import CheckpointError, OptionError
 from modules.options import Options, option
-from modules.output_files import Answer, ask_to_replace, ask_yes_or_no, check_output_file, reject_replacing
+from modules.output_files import Answer, ask_to_overwrite, ask_to_replace, check_output_file, reject_replacing
 from protocols.loading import TensorInfo
 
 logger = logging.getLogger(__name__)
@@ -313,7 +313,7 @@ class Knowledge:
 def work(
     options: ModelUtilityOptions,
     knowledge: Knowledge,
-    ask: Callable[[str], Answer | None] = ask_yes_or_no,
+    ask: Callable[[str], Answer | None] = ask_to_overwrite,
 ) -> None:
     """Show what a file is, and rewrite it if the options ask for it.
 

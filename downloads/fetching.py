@@ -23,7 +23,7 @@ from downloads.hubs import RemoteFile, explain_status, find_file
 from downloads.listing import describe_licenses, gigabytes, print_lines
 from downloads.options import DownloadOptions
 from modules.atomic_write import give_name, make_folder
-from modules.downloading import PIECE, Answer, BrokenTry, RejectedBySite, ask_http, receive
+from modules.downloading import PIECE, Answer, DownloadRejected, RetryableError, ask_http, receive
 from modules.errors import CheckpointError, DownloadError, OutputError
 from modules.file_locks import only_one
 from modules.limits import MAX_TOKENIZER_BYTES
@@ -324,13 +324,13 @@ def _receive(
                 size_bytes=size,
                 progress=show,
             )
-    except RejectedBySite as refused:
+    except DownloadRejected as refused:
         if refused.status is not None:
             raise explain_status(refused.status, name, remote.page, bool(remote.headers)) from None
         raise DownloadError(
             f"{remote.page}: {refused}. Try --source or another mirror. What has arrived is kept."
         ) from None
-    except BrokenTry as error:
+    except RetryableError as error:
         raise DownloadError(
             f"{remote.page}: the connection broke {TRIES} times with little new data ({error}).\n"
             f"  {gigabytes(partial.stat().st_size)} are kept: run the same command again to continue."

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from checkpoints.model_files import find_model_folder
-from checkpoints.model_folders import build_without_memory, check_language_settings, require_shown
+from checkpoints.model_folders import build_on_meta, check_language_settings, require_matching_shapes
 from data_tools.captions.asking import (
     Answers,
     Frames,
@@ -244,8 +244,8 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
         _reject_quantized(folder, config)
-        network = build_without_memory(transformers.AutoModelForImageTextToText.from_config, config)
-        require_shown(folder, "--model", network, shapes, is_exact=False)
+        network = build_on_meta(transformers.AutoModelForImageTextToText.from_config, config)
+        require_matching_shapes(folder, "--model", network, shapes, is_exact=False)
         with catch_panics():
             processor = _load_processor(folder, config.model_type)
         processor.tokenizer.padding_side = "left"  # answers follow the prompt of each row

@@ -28,7 +28,7 @@ from modules.media.encoding import Picture, resolve_codec
 from modules.media.measures import clock_time
 from modules.media.reading import VIDEO_SUFFIXES
 from modules.media.streams import shown_frames, source_info
-from modules.media.writing import VideoSection, write_shown
+from modules.media.writing import VideoSection, write_timed_video
 from modules.text_files import bad_character, real_path
 
 logger = logging.getLogger(__name__)
@@ -329,7 +329,7 @@ class Workshop:
                 clip = written.clip
                 start = Fraction(round(clip.start * MICRO), MICRO)
                 seconds = Fraction(round(clip.seconds * MICRO), MICRO)
-                write_shown(
+                write_timed_video(
                     self.output / written.name,
                     _frames_of(numbered, source, clip),
                     info.rate,

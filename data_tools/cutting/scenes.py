@@ -100,7 +100,7 @@ class SceneDetector:
 
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
         """Track runs of frames of one color. Returns whether this frame is one."""
-        pixels = now.grey[~now.is_white]
+        pixels = now.gray[~now.is_white]
         # of one color besides white: `scene_distance` cannot judge it
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
             if self._plain_since is None:
@@ -149,7 +149,7 @@ class _Dissolves:
         `is_break` says that the frame follows a cut or has a single color.
         """
         self._images.append(now)
-        self._variances.append(float(now.grey.var()))
+        self._variances.append(float(now.gray.var()))
         if is_break:
             self._last_break = number
         for reach in self._reaches:
@@ -184,11 +184,11 @@ class _Dissolves:
 
     def _count_second_shares(self, offset: int, reach: int) -> list[float]:
         """Return the share of the second scene in each frame from `offset` on."""
-        begin = self._images[offset].grey
-        way = self._images[-1].grey - begin
+        begin = self._images[offset].gray
+        way = self._images[-1].gray - begin
         length = max(float(np.square(way).sum()), 1e-12)
         shares = []
         for place in range(2 * reach + 1):
-            progress = ((self._images[offset + place].grey - begin) * way).sum()
+            progress = ((self._images[offset + place].gray - begin) * way).sum()
             shares.append(float(progress) / length)
         return shares

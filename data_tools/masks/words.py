@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.model_folders import build_without_memory, check_settings, require_shown
+from checkpoints.model_folders import build_on_meta, check_settings, require_matching_shapes
 from data_tools.masks.options import MODEL_FOLDER
 from data_tools.masks.shaping import Values
 from modules.command import as_typed
@@ -137,8 +137,8 @@ def load_word_finder(
         network_class = getattr(transformers, network_name)
         config = network_class.config_class.from_pretrained(folder, **LOCAL)
         # the shapes of the file are compared with an empty network, before memory is taken for its weights
-        empty_network = build_without_memory(network_class, config)
-        require_shown(folder, "--model", empty_network, shapes, is_exact=kind == CLIPSEG)
+        empty_network = build_on_meta(network_class, config)
+        require_matching_shapes(folder, "--model", empty_network, shapes, is_exact=kind == CLIPSEG)
         processor = getattr(transformers, processor_name).from_pretrained(folder, **LOCAL)
         network = network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **LOCAL)
     except CheckpointError:

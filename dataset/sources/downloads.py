@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from modules.atomic_write import atomic_path, check_space
-from modules.downloading import PIECE, Answer, BrokenTry, RejectedBySite, ask_http, receive
+from modules.downloading import PIECE, Answer, DownloadRejected, RetryableError, ask_http, receive
 from modules.errors import MediaError, OutputError
 from modules.file_locks import only_one
 from modules.limits import MAX_DOWNLOAD_BYTES
@@ -90,7 +90,7 @@ def download(
                     check_space(temporary, answer.size_bytes - answer.start)
                 except OutputError:  # only reported: another file may have room
                     size = f"{answer.size_bytes / 1e9:,.1f} GB"
-                    raise RejectedBySite(
+                    raise DownloadRejected(
                         f"it says that it has {size}, for which the disk has no room"
                     ) from None
 
@@ -104,9 +104,9 @@ def download(
                     max_bytes=MAX_DOWNLOAD_BYTES,
                     check=check_size,
                 )
-            except RejectedBySite as refused:
+            except DownloadRejected as refused:
                 raise MediaError(f"{shown} cannot be downloaded: {refused}") from None
-            except BrokenTry as error:
+            except RetryableError as error:
                 raise MediaError(f"{shown} cannot be downloaded: {error} ({TRIES} tries)") from None
             if temporary.stat().st_size > MAX_DOWNLOAD_BYTES:
                 raise MediaError(
@@ -145,7 +145,7 @@ def _ask_filesystem(address: str, have: int, version: str | None) -> Iterator[An
         system, path = fsspec.core.url_to_fs(address)
         info = system.info(path)
         if info.get("type") == "directory":
-            raise RejectedBySite("it is a folder, not a file")
+            raise DownloadRejected("it is a folder, not a file")
         size = info.get("size")
         now = str([size, *(info.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "updated"))])
         start = have if now == version else 0
@@ -171,11 +171,11 @@ def _explain_filesystem() -> Iterator[None]:
     """Translate errors of fsspec: those of the site are final, all others are tried again."""
     try:
         yield
-    except RejectedBySite:
+    except DownloadRejected:
         raise
     except FileNotFoundError:
-        raise RejectedBySite("nothing is there") from None
+        raise DownloadRejected("nothing is there") from None
     except PermissionError:
-        raise RejectedBySite("not allowed; a login may be missing") from None
+        raise DownloadRejected("not allowed; a login may be missing") from None
     except Exception as error:  # each storage has its own; their texts may hold secrets
-        raise BrokenTry(f"it could not be read ({type(error).__name__})") from None
+        raise RetryableError(f"it could not be read ({type(error).__name__})") from None
