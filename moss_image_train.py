@@ -1,12 +1,14 @@
 """Fine-tune the whole transformer of MOSS-Image."""
 
 import modules.interpreter  # noqa: F401
-from training.noise_options import CUT_LOGIT, SAMPLERS
+from training.noise_options import SAMPLERS, TRUNCATED_LOGIT
 from training.options import TrainerChanges
 from training.scripts import training_script
 
-changes = TrainerChanges(settings={"timestep_sampling": {"default": CUT_LOGIT}})
-main = training_script("moss_image", __doc__, full_dit=True, samplers=(*SAMPLERS, CUT_LOGIT), changes=changes)
+changes = TrainerChanges(settings={"timestep_sampling": {"default": TRUNCATED_LOGIT}})
+main = training_script(
+    "moss_image", __doc__, full_dit=True, samplers=(*SAMPLERS, TRUNCATED_LOGIT), changes=changes
+)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from benchmarks.evening_figures import OWN, EveningFigures, show_cosine, show_gib, show_seconds
 from modules.pages.page import embed_image, write_page
-from training.reports.sample_files import join_strip, read_reduced
+from training.reports.sample_files import join_strip, read_downscaled
 
 TEMPLATE = Path(__file__).resolve().with_name("evening.html")
 SIDE = 960  # pixels of a strip of frames
@@ -25,7 +25,7 @@ def write_evening_page(path: Path, figures: EveningFigures, samples: Sequence[Sh
     machine, step = figures.machine, figures.step
     losses = ["-" if loss is None else f"{loss:.4f}" for loss in (figures.first_loss, figures.last_loss)]
     shown = [
-        (f"step {sample.step}", embed_image(join_strip(read_reduced(sample.path)), "sample", SIDE))
+        (f"step {sample.step}", embed_image(join_strip(read_downscaled(sample.path)), "sample", SIDE))
         for sample in samples
     ]
     memory = [

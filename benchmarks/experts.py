@@ -115,7 +115,10 @@ def _run(family: Wan, order: list[int], timesteps: tuple[float, ...]) -> tuple[i
         return dit, copy(dit, HOST)
 
     turns = DitTurns(
-        *(family.experts, CUDA, load, aside), never_beside=True, host_room=lambda: None, make_copy=copy
+        *(family.experts, CUDA, load, aside),
+        one_at_a_time=True,
+        host_room=lambda: None,
+        make_copy=copy,
     )
     text: dict[str, Tensor | list[Tensor]] = {"t5": [torch.zeros(7, 32, dtype=torch.bfloat16)]}
     noise = torch.zeros(1, 16, 3, 8, 12)

@@ -111,7 +111,7 @@ def generation(row: Row, path: Path, device: torch.device, high: Path | None = N
     planned = row.planned or plan_of_generation(row, options, family, path, device)
     noisy: Any = NoisyFamily(family)
     loader = dit_loader(noisy, (), device, options)
-    dits = DitTurns(family.experts, device, loader, loader.aside, keep=True)
+    dits = DitTurns(family.experts, device, loader, loader.load_to_host, keep=True)
     begun = time.monotonic()
     phase = ExitStack()  # stays open
     dit_at = phase.enter_context(dits.phase(plan_turns(noisy, [prepared] * 2)))

@@ -66,7 +66,7 @@ class BackgroundJobs:
     def start(
         self,
         name: str,
-        words: Sequence[str],
+        argv: Sequence[str],
         folder: Path,
         *,
         within: Path | None = None,
@@ -76,7 +76,7 @@ class BackgroundJobs:
 
         Args:
             name: Name of the job, as `name_background_job` returns it.
-            words: Command line of one of this program's own commands.
+            argv: Command line of one of this program's own commands.
             folder: Working folder of the command.
             within: Described folder that the command is about. Its files may come from somebody else, so the
                 command gets the limits that `run` sets. None if no word of the command comes from a folder's
@@ -90,7 +90,7 @@ class BackgroundJobs:
         """
         if self.read_only:
             raise OutputError(say("the browser was started with --read_only"))
-        _, program = launch.find_program(words, folder)
+        _, program = launch.find_program(argv, folder)
         with explain_errors(self.folder / name):
             reject_link(self.folder.parent)
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -108,12 +108,13 @@ class BackgroundJobs:
                 child = launch.prepare_process(log, **variables, **{TELLS_KINDS: "1"})
                 self._children[name] = child
                 record = {
-                    "line": as_line(words),
+                    "line": as_line(argv),
                     "folder": str(real_path(folder)),
                     "process": describe_process(child.pid),
                     "stops": 0,
                 }
                 write_text(self._record(name), json.dumps(record))
+        # only now that the process id is stored: if the server is killed earlier, the job does not start
         launch.send_job(child, program, str(folder), log.with_suffix(".code"))
 
     def find(self, name: str) -> Job | None:
@@ -126,8 +127,9 @@ class BackgroundJobs:
             for key in STORED:
                 if not isinstance(record[key], KINDS[key]):
                     return None
-            is_ours = as_line(shlex.split(record["line"])) == record["line"]
-            if not is_ours or record["process"] is None:
+            # `start` writes every line in this form: a line in another form was written by another program
+            is_canonical = as_line(shlex.split(record["line"])) == record["line"]
+            if not is_canonical or record["process"] is None:
                 return None
         except (OSError, ValueError, TypeError, KeyError, OptionError):
             return None

@@ -31,18 +31,18 @@ class BinEntry:
 class BinFolder:
     """A bin for removed files: renames files into the bin, lists its entries, and deletes them for good."""
 
-    def __init__(self, *places: Path) -> None:
-        """Use `places` as the folders of the bin.
+    def __init__(self, *folders: Path) -> None:
+        """Use `folders` as the folders of the bin.
 
         The first folder on the same disk as a removed file takes that file, because renaming within a disk
         takes no time and no space. Folders are created when something is removed.
         """
-        self.places = tuple(dict.fromkeys(places))
+        self.folders = tuple(dict.fromkeys(folders))
 
     def list_entries(self) -> list[BinEntry]:
         """Return the entries of the bin, the newest first."""
         entries = []
-        for bin_folder in self.places:
+        for bin_folder in self.folders:
             if bin_folder.is_symlink():
                 continue
             with contextlib.suppress(OSError):
@@ -53,7 +53,7 @@ class BinFolder:
         """Return a checksum of the content of the bin."""
         return _mark_entries(self.list_entries())
 
-    def take(self, title: str, base: Path, paths: Sequence[Path]) -> Path:
+    def move_in(self, title: str, base: Path, paths: Sequence[Path]) -> Path:
         """Move files or folders into a new folder of the bin, and return that folder.
 
         Args:
@@ -64,28 +64,28 @@ class BinFolder:
         Raises:
             OutputError: If a path cannot be moved. The paths before it have been moved.
         """
-        plain = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
-        base_name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{plain}"
+        safe_title = re.sub(r"[^\w.-]+", "_", title)[:LONGEST_TITLE]
+        base_name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{safe_title}"
         names = number_names(base_name)  # several may be of the same second
         name = next(
             name
             for name in names
-            if not any(os.path.lexists(bin_folder / name) for bin_folder in self.places)
+            if not any(os.path.lexists(bin_folder / name) for bin_folder in self.folders)
         )
-        used = self.places[0]
+        used = self.folders[0]
         for path in paths:
-            used = self._take_one(path, base, name)
+            used = self._move_one(path, base, name)
         return used / name
 
-    def _take_one(self, path: Path, base: Path, name: str) -> Path:
+    def _move_one(self, path: Path, base: Path, name: str) -> Path:
         """Move a file or folder; return the folder of the bin that took it."""
-        for bin_folder in self.places:
+        for bin_folder in self.folders:
             target = _free_name(bin_folder / name / path.relative_to(base))
             with explain_errors(target):
                 try:
                     rename_into(path, target, bin_folder)
                 except OSError as error:
-                    if error.errno != errno.EXDEV:
+                    if error.errno != errno.EXDEV:  # on another disk: try the next folder of the bin
                         raise
                 else:
                     return bin_folder
@@ -93,18 +93,18 @@ class BinFolder:
             say(
                 "%(path)s is on another disk than %(places)s. Delete it by hand",
                 path=path,
-                places=self.places[0],
+                places=self.folders[0],
             )
         )
 
-    def find_place(self, path: Path) -> Path:
+    def find_folder(self, path: Path) -> Path:
         """Return the bin's folder on the same disk as a file; the first folder if all are on other disks."""
         with contextlib.suppress(OSError):
             disk = path.lstat().st_dev
-            for bin_folder in self.places:
+            for bin_folder in self.folders:
                 if (bin_folder if bin_folder.exists() else bin_folder.parent).stat().st_dev == disk:
                     return bin_folder
-        return self.places[0]
+        return self.folders[0]
 
     def empty(self, mark: str) -> int:
         """Delete the content of the bin for good, and return the number of deleted bytes.
@@ -135,22 +135,22 @@ def _mark_entries(entries: Sequence[BinEntry]) -> str:
     return short_digest("\n".join(rows))
 
 
-def rename_into(path: Path, target: Path, place: Path) -> None:
+def rename_into(path: Path, target: Path, bin_folder: Path) -> None:
     """Rename a file or folder to a path below a folder of a bin, which takes no time and no space.
 
     Args:
         path: File or folder to move.
-        target: New path below `place`.
-        place: Folder of a bin. Missing folders on the way to `target` are created; those that stay empty are
-            removed again.
+        target: New path below `bin_folder`.
+        bin_folder: Folder of a bin. Missing folders on the way to `target` are created; those that stay empty
+            are removed again.
 
     Raises:
-        OutputError: If `place` or a folder in it is a link.
-        OSError: If the path cannot be renamed; EXDEV if `place` is on another disk.
+        OutputError: If `bin_folder` or a folder in it is a link.
+        OSError: If the path cannot be renamed; EXDEV if `bin_folder` is on another disk.
     """
-    if place.is_symlink():
-        raise OutputError(f"{place} is a link: make it a folder")
-    is_new = not place.exists()
+    if bin_folder.is_symlink():
+        raise OutputError(f"{bin_folder} is a link: make it a folder")
+    is_new = not bin_folder.exists()
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file() and not path.is_symlink():
@@ -158,7 +158,7 @@ def rename_into(path: Path, target: Path, place: Path) -> None:
         else:
             path.rename(target)
     except OSError:
-        _remove_empty(target.parent, place.parent if is_new else place)
+        _remove_empty(target.parent, bin_folder.parent if is_new else bin_folder)
         raise
 
 

@@ -52,7 +52,7 @@ class CaptionForm:
         )
 
 
-def make_caption_words(form: CaptionForm, try_on: int | None = None) -> list[str]:
+def make_caption_argv(form: CaptionForm, try_on: int | None = None) -> list[str]:
     """Return the command line that writes captions in a described folder.
 
     Args:
@@ -62,11 +62,11 @@ def make_caption_words(form: CaptionForm, try_on: int | None = None) -> list[str
     Raises:
         OptionError: If the form names a server without a model, or an unknown format.
     """
-    engine, question = form.engine, form.question
-    engine = engine.strip() or CAPTION_MODEL
-    words = WRITE_CAPTIONS[: WRITE_CAPTIONS.index("--model")]
+    question = form.question
+    engine = form.engine.strip() or CAPTION_MODEL
+    argv = WRITE_CAPTIONS[: WRITE_CAPTIONS.index("--model")]  # the printed command without its model
     if engine.startswith(("http://", "https://")):
-        address, _, model = engine.partition(" ")
+        address, _, model = engine.partition(" ")  # the address of a server, and the name of its model
         if not model.strip():
             raise OptionError(
                 say(
@@ -74,19 +74,19 @@ def make_caption_words(form: CaptionForm, try_on: int | None = None) -> list[str
                     address=address,
                 )
             )
-        words = [*words, "--api_base", address, "--api_model", model.strip()]
+        argv = [*argv, "--api_base", address, "--api_model", model.strip()]
     else:
-        words = [*words, "--model", engine]
+        argv = [*argv, "--model", engine]
     if question.strip():
-        words += ["--prompt", " ".join(question.split())]
+        argv += ["--prompt", " ".join(question.split())]
     if form.format:
         if form.format not in caption_formats():
             raise OptionError(say("There is no such form of captions."))
-        words += ["--caption_format", form.format]
-        words += ["--convert_plain"] if form.converts_plain else []
+        argv += ["--caption_format", form.format]
+        argv += ["--convert_plain"] if form.converts_plain else []
     if try_on is not None:
-        words += ["--try_on", str(try_on)]
-    return words
+        argv += ["--try_on", str(try_on)]
+    return argv
 
 
 def describe_engine(engine: str) -> str:

@@ -68,13 +68,13 @@ class CaptionEdit:
     Attributes:
         path: Caption file.
         text: The new caption.
-        have: Checksum that `Captions.read` returned for the file. The edit is skipped if the file has changed
-            since.
+        checksum: Checksum that `Captions.read` returned for the file. The edit is skipped if the file has
+            changed since.
     """
 
     path: Path
     text: str
-    have: str
+    checksum: str
 
 
 class CaptionConflictError(Exception):
@@ -97,7 +97,7 @@ class Captions:
             UnicodeDecodeError: If the file is not UTF-8.
         """
         content = _read_content(path)
-        return CaptionText.of(content or b""), mark_bytes(content), len(self._before.get(path, ()))
+        return CaptionText.of(content or b""), compute_checksum(content), len(self._before.get(path, ()))
 
     def describe(self, path: Path, where: str, remedy: str) -> dict[str, Any]:
         """Return a caption as the JSON values that a page shows.
@@ -108,12 +108,12 @@ class Captions:
             remedy: Advice to show if the file is not UTF-8.
         """
         try:
-            caption, mark, saves = self.read(path)
+            caption, checksum, saves = self.read(path)
         except UnicodeDecodeError:
             return caption_values(say("It is not UTF-8: %(remedy)s", remedy=remedy))
         except OSError as error:
             return caption_values(f"It cannot be read: {error.strerror or error}")
-        return caption_values(where, caption.text, mark, saves)
+        return caption_values(where, caption.text, checksum, saves)
 
     def change(self, path: Path, query: Mapping[str, Any]) -> tuple[int, str]:
         """Save or undo a caption, and return the HTTP status and the reason if nothing was done.
@@ -122,13 +122,13 @@ class Captions:
             path: Caption file.
             query: Request of the page: `what` (save, undo or back), `have` (checksum of the file) and `text`.
         """
-        what = str(query.get("what", ""))
-        have = str(query.get("have", ""))
+        action = str(query.get("what", ""))
+        checksum = str(query.get("have", ""))
         try:
-            if what == "save":
-                self.save(path, str(query.get("text", "")), have)
-            elif what in ("undo", "back"):
-                self.undo(path, have, is_all=what == "back")
+            if action == "save":
+                self.save(path, str(query.get("text", "")), checksum)
+            elif action in ("undo", "back"):
+                self.undo(path, checksum, is_all=action == "back")
             else:
                 return 404, say("There is no such request.")
         except CaptionConflictError:
@@ -141,13 +141,13 @@ class Captions:
             return 400, str(problem)
         return 200, ""
 
-    def save(self, path: Path, text: str, have: str) -> None:
+    def save(self, path: Path, text: str, checksum: str) -> None:
         """Write a caption, and keep the file's earlier content for undoing.
 
         Args:
             path: Caption file; it need not exist.
             text: The new caption.
-            have: Checksum that `read` returned for the file.
+            checksum: Checksum that `read` returned for the file.
 
         Raises:
             CaptionConflictError: If the file has changed since.
@@ -156,20 +156,20 @@ class Captions:
             OutputError: If the file cannot be written.
         """
         with self._lock, _only_one_writes(path):
-            now = self._require_unchanged(path, have)
+            now = self._require_unchanged(path, checksum)
             new = _encode(text, now or b"")
             if new != now:
                 _write(path, new)
                 self._first.setdefault(path, now)
                 self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(now)
 
-    def save_all(self, edits: Sequence["CaptionEdit"], marks: dict[Path, str]) -> None:
+    def save_all(self, edits: Sequence["CaptionEdit"], checksums: dict[Path, str]) -> None:
         """Write many captions, keep each earlier file as .bak, and skip files that have changed.
 
         Args:
             edits: Captions to write.
-            marks: Filled with the new checksum of each written file. If an error ends the writing early, for
-                example a full disk, it holds the files written until then.
+            checksums: Filled with the new checksum of each written file. If an error ends the writing early,
+                for example a full disk, it holds the files written until then.
 
         Raises:
             ValueError: If a text cannot be stored. Then no file is written.
@@ -182,7 +182,7 @@ class Captions:
             for edit in edits:
                 present = _read_content(edit.path)
                 # files changed since then are left unchanged
-                if present is not None and mark_bytes(present) == edit.have:
+                if present is not None and compute_checksum(present) == edit.checksum:
                     contents[edit.path] = _encode(edit.text, present)
                     before[edit.path] = present
             write_files({name_backup(path): content for path, content in before.items()})
@@ -191,28 +191,28 @@ class Captions:
                 """Remember a written file for undoing."""
                 self._first.setdefault(path, before[path])
                 self._before.setdefault(path, deque(maxlen=MAX_SAVES)).append(before[path])
-                marks[path] = mark_bytes(contents[path])
+                checksums[path] = compute_checksum(contents[path])
 
             write_files(contents, note)
 
-    def undo_all(self, marks: Mapping[Path, str]) -> int:
+    def undo_all(self, checksums: Mapping[Path, str]) -> int:
         """Undo the last save of many captions; return the number of files skipped because they have changed.
 
         Args:
-            marks: Checksum of each file, as `save_all` filled them in.
+            checksums: Checksum of each file, as `save_all` filled them in.
 
         Raises:
             OSError: If a file cannot be read.
             OutputError: If a file cannot be written.
         """
-        with self._lock, _only_one_writes_in({path.parent for path in marks}):
+        with self._lock, _only_one_writes_in({path.parent for path in checksums}):
             contents = {}
-            for path, mark in marks.items():
-                target = self._before[path][-1] if path in self._before else None
-                if target is not None and mark_bytes(_read_content(path)) == mark:
-                    contents[path] = target
+            for path, checksum in checksums.items():
+                earlier = self._before[path][-1] if path in self._before else None
+                if earlier is not None and compute_checksum(_read_content(path)) == checksum:
+                    contents[path] = earlier
             write_files(contents, self._forget_last)
-            return len(marks) - len(contents)
+            return len(checksums) - len(contents)
 
     def _forget_last(self, path: Path) -> None:
         before = self._before[path]
@@ -220,26 +220,26 @@ class Captions:
         if not before:
             del self._before[path], self._first[path]
 
-    def undo(self, path: Path, have: str, is_all: bool = False) -> None:
+    def undo(self, path: Path, checksum: str, is_all: bool = False) -> None:
         """Undo the last save of a caption; with `is_all`, undo all of them.
 
         Raises LookupError if there is no save to undo; otherwise raises as `save`.
         """
         with self._lock, _only_one_writes(path):
             before = self._before[path]
-            now = self._require_unchanged(path, have)
-            target = self._first[path] if is_all else before[-1]
-            if target is None and now is not None:
+            now = self._require_unchanged(path, checksum)
+            earlier = self._first[path] if is_all else before[-1]  # None: there was no file
+            if earlier is None and now is not None:
                 path.unlink()
-            elif target is not None and target != now:
-                _write(path, target)
+            elif earlier is not None and earlier != now:
+                _write(path, earlier)
             before.pop()
             if is_all or not before:
                 del self._before[path], self._first[path]
 
-    def _require_unchanged(self, path: Path, have: str) -> bytes | None:
+    def _require_unchanged(self, path: Path, checksum: str) -> bytes | None:
         now = _read_content(path)
-        if mark_bytes(now) != have:
+        if compute_checksum(now) != checksum:
             raise CaptionConflictError
         return now
 
@@ -249,7 +249,7 @@ def caption_values(where: str, text: str = "", mark: str = "", saves: int = 0) -
     return {"text": text, "can_edit": not where, "where": where, "mark": mark, "saves": saves}
 
 
-def mark_bytes(content: bytes | None) -> str:
+def compute_checksum(content: bytes | None) -> str:
     """Return a checksum of a file's content; "" for None, a missing file."""
     return "" if content is None else hashlib.blake2s(content, digest_size=12).hexdigest()
 

@@ -8,15 +8,15 @@ from modules.command import quote_for_powershell, quote_for_shell
 from modules.installation import FRONT_SCRIPT, MAX_BEFORE, PREFIX, ROOT, command_words, find_script
 
 
-def format_command(words: Sequence[str], folder: Path | None = None) -> str:
+def format_command(argv: Sequence[str], folder: Path | None = None) -> str:
     """Return a command line that works in a terminal in any folder.
 
     Args:
-        words: Command of this program. In a checkout, which installs no program `reelsmith`, the full path of
+        argv: Command of this program. In a checkout, which installs no program `reelsmith`, the full path of
             the script is inserted.
         folder: Folder that relative paths in the command refer to; None if the command has none.
     """
-    line = quote_for_shell(command_words(words) if PREFIX else _add_script_path(words))
+    line = quote_for_shell(command_words(argv) if PREFIX else _add_script_path(argv))
     return f"{format_cd(folder)}{line}"
 
 
@@ -24,8 +24,8 @@ def format_cd(folder: Path | None, in_powershell: bool = False) -> str:
     """Return the words that change into a folder before a command line; "" if the folder is None."""
     if folder is None:
         return ""
-    words = ["cd", str(folder.absolute())]
-    return f"{quote_for_powershell(words)}; " if in_powershell else f"{quote_for_shell(words)} && "
+    argv = ["cd", str(folder.absolute())]
+    return f"{quote_for_powershell(argv)}; " if in_powershell else f"{quote_for_shell(argv)} && "
 
 
 def format_move(paths: Sequence[Path], folder: Path) -> str:
@@ -39,15 +39,15 @@ def format_move(paths: Sequence[Path], folder: Path) -> str:
     return f"{quote_for_shell(['mkdir', '-p', target])} && {quote_for_shell(['mv', *sources, target])}"
 
 
-def _add_script_path(words: Sequence[str]) -> list[str]:
+def _add_script_path(argv: Sequence[str]) -> list[str]:
     """Replace the script's name in a command by its absolute path in the checkout."""
-    words = list(words)
-    if words[:1] == ["reelsmith"]:
-        return ["python", str(ROOT / FRONT_SCRIPT), *words[1:]]
-    if words[:1] not in (["python"], ["accelerate"]):
-        return words
-    for index, word in enumerate(words[:MAX_BEFORE]):
+    argv = list(argv)
+    if argv[:1] == ["reelsmith"]:
+        return ["python", str(ROOT / FRONT_SCRIPT), *argv[1:]]
+    if argv[:1] not in (["python"], ["accelerate"]):
+        return argv
+    for index, word in enumerate(argv[:MAX_BEFORE]):
         script = find_script(word)
         if script is not None:
-            return [*words[:index], str(ROOT / script), *words[index + 1 :]]
-    return words
+            return [*argv[:index], str(ROOT / script), *argv[index + 1 :]]
+    return argv

@@ -94,10 +94,12 @@ def read_output_lines(job: Job | None, names: Collection[str] = ()) -> list[Outp
     lines: list[OutputLine] = []
     offered: set[tuple[str, ...]] = set()  # files for which an earlier line shows the button
     for printed in job.last_lines(MAX_LINES).splitlines():
-        if DIFF.match(printed):
+        if DIFF.match(printed):  # the rest is a diff, which `read_changes` returns
             break
         kind, text = read_kind(printed)
-        if not text.strip() or names and _is_mended(text, names):
+        if not text.strip():
+            continue
+        if names and _is_mended(text, names):
             continue
         line = _read_line(text, names)
         depth = len(text) - len(text.lstrip())
@@ -120,8 +122,8 @@ def _is_mended(text: str, names: Collection[str]) -> bool:
 def _read_line(line: str, names: Collection[str]) -> OutputLine:
     """Return a printed line with its remedy: a command to run, files to repair, or files to leave out."""
     text = line.strip()
-    if line.startswith("  ") and text.startswith(("python ", "reelsmith ")):
-        needs_word = "--trigger_word WORD" in text
+    if line.startswith("  ") and text.startswith(("python ", "reelsmith ")):  # commands are printed indented
+        needs_word = "--trigger_word WORD" in text  # WORD is a placeholder: the user has to replace it
         return OutputLine(text, remedy="" if needs_word else RUN, needs_word=needs_word)
     found_names = _find_names(text, names)
     is_error = text.startswith("left out: ") or "Something is wrong" in text
@@ -130,8 +132,10 @@ def _read_line(line: str, names: Collection[str]) -> OutputLine:
         return OutputLine(text, found_names, remedy=REPAIR, encoding=named[1])
     if "not UTF-8" in text:
         return OutputLine(text, found_names, remedy=REPAIR)
-    is_unreadable = any(words in text for words in UNREADABLE) or text in names
-    if (is_unreadable and len(found_names) == 1) or (COPIES in text and len(found_names) > 1):
+    # a line that is only a name is an item of a list of unreadable files
+    is_unreadable = any(phrase in text for phrase in UNREADABLE) or text in names
+    lists_copies = COPIES in text and len(found_names) > 1
+    if (is_unreadable and len(found_names) == 1) or lists_copies:
         return OutputLine(text, found_names, remedy=OUT, is_fault=is_error)
     return OutputLine(text, found_names, is_fault=is_error)
 

@@ -32,7 +32,7 @@ from modules.text_files import read_text, real_path
 from protocols.families import HIGH_NOISE, LOW_NOISE, with_scripts
 from training.reports.history import PageCommand, RunHistory, SampleRow
 from training.reports.page import list_files
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 from training.reports.scores import find_best_file
 from training.reports.sections import SAMPLES
 
@@ -87,9 +87,9 @@ class ComparableRun:
     @property
     def problem(self) -> str:
         """Reason why no clip can be generated with the files of this run; "" if clips can be generated."""
-        for name, words in self.options.items():
-            is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in words)
-            if is_missing and name not in REPLACED:
+        for name, values in self.options.items():
+            is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in values)
+            if is_missing and name not in REPLACED:  # the comparison itself sets the options in REPLACED
                 return say(
                     "%(name)s was trained without %(name2)s, which is needed to make them",
                     name=self.run.name,
@@ -118,7 +118,7 @@ class ComparableRun:
             name = names[0]
             if f"_{HIGH_NOISE}." in name:
                 continue  # listed together with the file of the low-noise expert
-            if run_history.is_of_word(name):
+            if run_history.is_embedding(name):
                 continue  # the embedding of a trigger word, used together with a LoRA
             high_noise_name = name.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
             paths = [folder / name]
@@ -134,7 +134,7 @@ class ComparableRun:
                 step=step,
                 loss=None if validation is None else validation.loss,
                 is_best=best_name in (high_noise_name, *names),
-                twins=names[1:],
+                copies=names[1:],
             )
             files.append(file)
         return files
@@ -150,7 +150,7 @@ class ComparedFile:
     step: int
     loss: float | None
     is_best: bool
-    twins: Sequence[str] = ()  # names of further files with the same weights
+    copies: Sequence[str] = ()  # names of further files with the same weights
 
     @property
     def key(self) -> str:
@@ -212,12 +212,12 @@ def read_source(runs: Runs, run: RunSummary) -> ComparableRun | None:
     """
     run_history = runs.open(run).run_history
     families = {entry.generation_script: name for name, entry in with_scripts().items()}
-    for typed in _read_commands(present_commands(run_history, run.history.parent, run.name), families):
+    for typed in _read_commands(current_commands(run_history, run.history.parent, run.name), families):
         return ComparableRun(
             run=run,
             run_history=run_history,
             family=families[typed.script],
-            options=group_options(typed.words),
+            options=group_options(typed.argv),
             missing=typed.missing,
         )
     return None
@@ -228,7 +228,7 @@ class _TypedCommand(NamedTuple):
 
     line: str
     script: str
-    words: Sequence[str]  # arguments of the script
+    argv: Sequence[str]  # arguments of the script
     missing: Sequence[str]  # words that the user has to replace
 
 
@@ -236,15 +236,15 @@ def _read_commands(commands: Iterable[PageCommand], scripts: Collection[str]) ->
     """Yield the commands of a history that start one of the given scripts."""
     for command in commands:
         try:
-            words = shlex.split(command.bash)
+            argv = shlex.split(command.bash)
             missing = shlex.split(command.missing)
         except ValueError:  # a manually edited history
             continue
         # the script's name follows `python`, or a launcher and its options
-        for index, word in enumerate(words[:MAX_BEFORE]):
+        for index, word in enumerate(argv[:MAX_BEFORE]):
             script = re.split(r"[\\/.]", word.removesuffix(".py"))[-1]
             if script in scripts:
-                yield _TypedCommand(command.bash, script, words[index + 1 :], missing)
+                yield _TypedCommand(command.bash, script, argv[index + 1 :], missing)
                 break
 
 
@@ -267,10 +267,10 @@ def working_folder(run: RunSummary, options: Mapping[str, Sequence[str]]) -> Pat
     return Path(*parents[:count])
 
 
-def group_options(words: Sequence[str]) -> dict[str, list[str]]:
+def group_options(argv: Sequence[str]) -> dict[str, list[str]]:
     """Return the arguments that follow each option of a command line, by the option's name."""
     options: dict[str, list[str]] = {}
-    for word in words:
+    for word in argv:
         if word.startswith("--"):
             name, mark, value = word.partition("=")
             options[name] = [value] if mark else []
@@ -400,8 +400,10 @@ def _make_sampled_row(sources: Sequence[ComparableRun], prompt: str, seed: str) 
         line += f" --video_size {settings['height']} {settings['width']}"
     for name in SETTINGS:
         text = settings.get(name, "")
-        is_of_image = (name, text) == ("video_length", "1")
-        if text and "\\n" not in text and " --" not in text and not is_of_image:
+        # a line break or two dashes would end the option's value in a prompt line
+        fits_in_line = "\\n" not in text and " --" not in text
+        is_length_of_image = (name, text) == ("video_length", "1")  # the default of image models
+        if text and fits_in_line and not is_length_of_image:
             line += f" --{name} {text}"
     return ComparedPrompt(prompt, line, settings.get("seeds", seed))
 
@@ -492,7 +494,7 @@ def _find_made_clips(comparison: Comparison) -> dict[ClipKey, str]:
                 continue
             tags = read_clip_tags(path)
             lora = tags.get("bt_lora_0")  # `NAME: STRENGTH`
-            if lora is not None and not lora.endswith(": 1.0"):
+            if lora is not None and not lora.endswith(": 1.0"):  # columns show LoRAs at strength 1 only
                 continue
             digests = {text for name, text in tags.items() if re.fullmatch(r"bt_lora\w*_sha256_\d+", name)}
             key = ClipKey(tags.get("bt_prompt", ""), tags.get("bt_seeds", ""), frozenset(digests))
@@ -536,9 +538,9 @@ def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
     clips: dict[tuple[str, str], QueuedClip] = {}
     for job in queue.jobs():
         with contextlib.suppress(OSError, ValueError, LookupError, UserError):  # an invalid manual line
-            if job.words[:2] != SCRIPT:
+            if job.argv[:2] != SCRIPT:
                 continue
-            options = group_options(job.words[2:])
+            options = group_options(job.argv[2:])
             lines = read_text(Path(job.folder, *options["--from_file"])).splitlines()
             for line in lines:
                 for file in options["--lora"]:
@@ -549,7 +551,7 @@ def find_queued_clips(queue: JobQueue) -> dict[tuple[str, str], QueuedClip]:
 class PlannedJob(NamedTuple):
     """A job that generates missing clips."""
 
-    words: list[str]
+    argv: list[str]
     prompt_file: Path
     prompts: str  # text of that file
 
@@ -580,11 +582,11 @@ def _plan_job(
     prompts = "".join(f"{row.line}\n" for row in rows)
     digest = short_digest(prompts, 4)
     prompt_file = source.folder / f"prompts-{digest}.txt"
-    words = [*SCRIPT, "--family", source.family, "--lora", *(str(file.paths[0]) for file in files)]
+    argv = [*SCRIPT, "--family", source.family, "--lora", *(str(file.paths[0]) for file in files)]
     if len(files[0].paths) > 1:  # each file is a pair: one for each expert of Wan 2.2
-        words += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
+        argv += ["--lora_high_noise", *(str(file.paths[1]) for file in files)]
     for name, values in source.options.items():
         if name not in REPLACED:
-            words += [name, *values]
-    words += ["--seed", SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
-    return PlannedJob(words, prompt_file, prompts)
+            argv += [name, *values]
+    argv += ["--seed", SEED, "--from_file", str(prompt_file), "--save_path", str(source.folder)]
+    return PlannedJob(argv, prompt_file, prompts)

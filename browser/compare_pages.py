@@ -45,7 +45,7 @@ class ComparePages:
                 write_text(job.prompt_file, job.prompts)
                 # the options come from a history, which another person may have written
                 source = comparison.sources[0]
-                self.queue.add(job.words, source.working_folder, within=source.run.history.parent)
+                self.queue.add(job.argv, source.working_folder, within=source.run.history.parent)
         except (OSError, UserError) as error:
             return self.answer(form, str(error))
         fields = {name: form[name] for name in FIELDS if name in form}
@@ -80,18 +80,18 @@ class ComparePages:
         cells = self.fill_cells(comparison)
         compared = {source.run.id for source in comparison.sources}
         models = {source.run.model for source in comparison.sources}
-        further = [run for run in runs if run.id not in compared and (not models or run.model in models)]
+        other_runs = [run for run in runs if run.id not in compared and (not models or run.model in models)]
         values: dict[str, Any] = {
             "comparison": comparison,
             "cells": cells,
             "chosen": {file.key for file in comparison.columns},
             "titles": [file.step_title for file in comparison.columns],
-            "others": further,
-            "bare": compare.find_without_files(further),
+            "others": other_runs,
+            "bare": compare.find_without_files(other_runs),
             "missing": count_missing(cells),
             "plays": any(cell.href.endswith(PLAYED) for cells_of_row in cells for cell in cells_of_row),
             "commands": [
-                format_command(job.words, comparison.sources[0].working_folder)
+                format_command(job.argv, comparison.sources[0].working_folder)
                 for job in compare.plan_jobs(comparison, cells)
             ],
             "is_of_here": all(source.run.is_of_here for source in comparison.sources),

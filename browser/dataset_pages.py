@@ -166,7 +166,7 @@ class Thumbnails:
         path = Path(part["path"])
         if "in" not in part:
             return first_frame(path)
-        if "offset" not in part:
+        if "offset" not in part:  # an item of a Parquet table, not of a tar
             raise MediaError(say("%(path)s is in a table", path=path))
         with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
             copy = Path(folder) / f"copy{path.suffix}"
@@ -234,6 +234,7 @@ class DatasetPages:
         """Return the JSON values of a file, with its current caption."""
         caption = self.caption(dataset, file)
         caches = {tag: dict(states) for tag, states in file["caches"].items()}
+        # the caption was edited after the measurement, which still calls its text cache valid
         if caption["can_edit"] and caption["text"] != (file["text"] or ""):
             for states in caches.values():
                 if states["text"][0] == "valid":
@@ -297,7 +298,7 @@ class DatasetPages:
         mark = self.datasets.mark(dataset)
         status, error = self.captions.change(path, query)
         if not error:
-            self.datasets.forgive(dataset, mark)
+            self.datasets.accept_edit(dataset, mark)
             self.note_edited(dataset, file)
         return status, {"error": error, "file": self.show(dataset, id, file)}
 
@@ -397,7 +398,7 @@ class DatasetPages:
                 raise ValueError("it is no object")
             if self.datasets.list_outside(dataset):
                 return answer_not_found()
-            if "item" not in request.path_params:
+            if "item" not in request.path_params:  # the address ends in /measure, not in /caption/{item}
                 model = str(query.get("model"))
                 decodes = bool(query.get("decodes"))
                 self.datasets.start(dataset, decodes, model if model in MODELS else None)

@@ -95,24 +95,24 @@ class FoundDataset:
         """Name of the configuration file and its folder, in the language of the page."""
         return say("%(name)s in %(name2)s", name=self.path.name, name2=self.path.parent.name)
 
-    def places(self) -> list[Path]:
+    def named_paths(self) -> list[Path]:
         """Return the existing files and folders that the configuration names.
 
         Raises:
             OSError: If the configuration cannot be read.
             ValueError: If it is not valid TOML.
         """
-        return find_places(self.path, self.folder)
+        return list_named_paths(self.path, self.folder)
 
 
-def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Path]:
+def list_named_paths(config: Path, folder: Path, with_companions: bool = True) -> list[Path]:
     """Return the existing files and folders that a dataset's configuration names.
 
     Args:
         config: Path of the configuration.
         folder: Folder that relative paths refer to.
-        has_beside: Include folders of masks, control images, references and caches, which lie next to the
-            media.
+        with_companions: Include folders of masks, control images, references and caches, which lie next to
+            the media.
 
     Raises:
         OSError: If the configuration cannot be read.
@@ -120,8 +120,8 @@ def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Pat
     """
     text = read_text(config)
     content = parse_toml(text) if config.suffix == CONFIG else parse_json(text)
-    places = []
-    for text in _list_texts(content, has_beside):
+    paths = []
+    for text in _list_texts(content, with_companions):
         begin = re.split(r"[*?\[{]", text)[0]  # of a glob pattern, the folder before the first wildcard
         path = folder / begin
         if begin != text:
@@ -130,8 +130,8 @@ def find_places(config: Path, folder: Path, has_beside: bool = True) -> list[Pat
             continue
         with contextlib.suppress(OSError, ValueError):
             if path.exists():
-                places.append(path)
-    return list(dict.fromkeys(places))
+                paths.append(path)
+    return list(dict.fromkeys(paths))
 
 
 def select_folder(config: Path, working_folder: Path) -> Path:
@@ -141,22 +141,22 @@ def select_folder(config: Path, working_folder: Path) -> Path:
     there; otherwise it is `working_folder`, as for a command typed there.
     """
     with contextlib.suppress(OSError, ValueError):
-        if not find_places(config, config.parent) and find_places(config, working_folder):
+        if not list_named_paths(config, config.parent) and list_named_paths(config, working_folder):
             return working_folder
     return config.parent
 
 
-def _list_texts(content: Any, has_beside: bool) -> Iterator[str]:
-    """Yield all texts in nested JSON, with `has_beside` also those of keys that match BESIDE."""
+def _list_texts(content: Any, with_companions: bool) -> Iterator[str]:
+    """Yield all texts in nested JSON, with `with_companions` also those of keys that match BESIDE."""
     if isinstance(content, str):
         yield content
     elif isinstance(content, dict):
         for key, entry in content.items():
-            if has_beside or not BESIDE.fullmatch(key):
-                yield from _list_texts(entry, has_beside)
+            if with_companions or not BESIDE.fullmatch(key):
+                yield from _list_texts(entry, with_companions)
     elif isinstance(content, list):
         for entry in content:
-            yield from _list_texts(entry, has_beside)
+            yield from _list_texts(entry, with_companions)
 
 
 @dataclass
@@ -222,7 +222,7 @@ def count_media(dataset: FoundDataset, is_open: Callable[[Path], bool]) -> Media
     images: list[str] = []
     clips: list[str] = []
     audios = 0
-    for folder in find_places(dataset.path, dataset.folder, has_beside=False):
+    for folder in list_named_paths(dataset.path, dataset.folder, with_companions=False):
         if not (folder.is_dir() and is_open(folder)):
             continue
         with os.scandir(folder) as entries:
@@ -343,7 +343,7 @@ class Datasets:
         if not (self.is_open(dataset, dataset.path) and dataset.path.is_file()):
             dataset.path.stat()
             return [dataset.path.parent]
-        paths = [path for path in dataset.places() if not self.is_open(dataset, path)]
+        paths = [path for path in dataset.named_paths() if not self.is_open(dataset, path)]
         return list(dict.fromkeys(path if path.is_dir() else path.parent for path in paths))
 
     def measure(self, dataset: FoundDataset) -> Measured:
@@ -383,14 +383,14 @@ class Datasets:
     def mark(self, dataset: FoundDataset) -> object:
         """Return a value that changes whenever files of a dataset change. Raises as `FoundDataset.places`."""
         marks: list[object] = []
-        for path in (dataset.path, *dataset.places()):
+        for path in (dataset.path, *dataset.named_paths()):
             with contextlib.suppress(OSError):
                 status = path.stat()
                 size = status.st_size if path.is_file() else 0
                 marks.append((str(path), status.st_mtime_ns, size))
         return marks
 
-    def forgive(self, dataset: FoundDataset, before: object) -> None:
+    def accept_edit(self, dataset: FoundDataset, before: object) -> None:
         """Keep a dataset's measurements although this server has saved a caption.
 
         `before` is the dataset's mark before the save: if other files changed as well, it is measured again.

@@ -17,7 +17,7 @@ import tomlkit
 from tomlkit.exceptions import TOMLKitError
 from tomlkit.items import Table
 
-from browser.captions import BOM, mark_bytes
+from browser.captions import BOM, compute_checksum
 from browser.short_names import short_digest
 from modules.atomic_write import write_bytes
 from modules.file_locks import only_one
@@ -74,7 +74,7 @@ class KeyChanges:
     """Keys of a run.toml to set (None removes a key), and keys whose values differ from the derived ones."""
 
     changes: Mapping[str, Any]
-    kept: Mapping[str, Any] = field(default_factory=dict)  # values that the user has changed
+    unchanged: Mapping[str, Any] = field(default_factory=dict)  # values that the user has changed
 
     @property
     def text(self) -> str:
@@ -83,16 +83,16 @@ class KeyChanges:
             say("%(name)s is removed", name=name) if value is None else f"{name} = {toml_value(value)}"
             for name, value in self.changes.items()
         ]
-        kept = [f"{name} = {toml_value(value)}" for name, value in self.kept.items()]
+        unchanged = [f"{name} = {toml_value(value)}" for name, value in self.unchanged.items()]
         written = join(": ", (RUN_FILE, join(", ", lines)))
-        if not kept:
+        if not unchanged:
             return written
         return counted(
-            len(kept),
+            len(unchanged),
             "%(written)s. %(kept)s stays, as typed by hand",
             "%(written)s. %(kept)s stay, as typed by hand",
             written=written,
-            kept=", ".join(kept),
+            kept=", ".join(unchanged),
         )
 
 
@@ -108,15 +108,15 @@ def change_steps(values: Mapping[str, Any], steps: int) -> KeyChanges:
     before = values.get("max_train_steps")
     are_large = saves_models(values)
     derived = derive_times(before, are_large) if isinstance(before, int) and before > 0 else {}
-    kept = {}
+    unchanged = {}
     for name, value in derive_times(steps, are_large).items():
         if name not in values or values[name] == value:
             continue
         if values[name] == derived.get(name):
             changes[name] = value
         else:
-            kept[name] = values[name]
-    return KeyChanges(changes, kept)
+            unchanged[name] = values[name]
+    return KeyChanges(changes, unchanged)
 
 
 def is_described(folder: Path) -> bool:
@@ -153,13 +153,13 @@ def _read_own_files(folder: Path) -> dict[str, bytes | OSError]:
 
 
 def _mark_contents(contents: Mapping[str, bytes | OSError]) -> str:
-    marks = []
+    checksums = []
     for content in contents.values():
         if isinstance(content, bytes):
-            marks.append(mark_bytes(content))
+            checksums.append(compute_checksum(content))
         else:  # the file is missing or may not be read
-            marks.append("" if isinstance(content, FileNotFoundError) else "-")
-    return short_digest("".join(marks)) if any(marks) else ""
+            checksums.append("" if isinstance(content, FileNotFoundError) else "-")
+    return short_digest("".join(checksums)) if any(checksums) else ""
 
 
 def read_described(folder: Path) -> DescribedFolder:
@@ -178,20 +178,22 @@ def read_described(folder: Path) -> DescribedFolder:
         values = dict(run[TRAINING_TABLE])
         project = run[OTHERS_TABLE]
         commands = [list(map(str, words)) for words in project["commands"]]
-        download = commands[0]
+        download = commands[0]  # `new` writes the download of the model as the first command
         family = download[download.index("--family") + 1]
         task = download[download.index("--task") + 1]
         files = [str(file) for file in project["files"]]
         for file in files:
             reject_share(file, folder)
-        steps = values.get("max_train_steps")
+        steps = None
+        if "max_train_epochs" not in values:  # epochs take precedence over steps
+            steps = values.get("max_train_steps")
         return DescribedFolder(
             folder=folder,
             family=family,
             task=task,
             train=find_kind_of(commands).name,
             name=str(values["output_name"]),
-            steps=None if steps is None or "max_train_epochs" in values else int(steps),
+            steps=None if steps is None else int(steps),
             trigger=_read_trigger(contents[DATASET_FILE]),
             model_files=_name_model_files(family, task, files),
             values=values,
@@ -306,7 +308,7 @@ class DraftFile:
     @property
     def mark(self) -> str:
         """Checksum of the content; "" if the file is missing."""
-        return mark_bytes(self.content)
+        return compute_checksum(self.content)
 
     @property
     def form(self) -> TextForm:
@@ -323,13 +325,13 @@ class DraftFile:
         replace_content(self.path, self.form.with_text(text), self.mark)
 
 
-def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
+def change_keys(path: Path, changes: Mapping[str, Any], checksum: str) -> None:
     """Set and remove options of the training in a run.toml, as `edit_toml` does.
 
     Args:
         path: The run.toml.
         changes: New value of each option; None removes the option.
-        have: Checksum (`mark_bytes`) of the content that the change was made for.
+        checksum: Checksum (`compute_checksum`) of the content that the change was made for.
 
     Raises:
         ChangedMeanwhileError: If the file has changed since.
@@ -338,13 +340,13 @@ def change_keys(path: Path, changes: Mapping[str, Any], have: str) -> None:
         OutputError: If the file cannot be written.
     """
     draft = DraftFile(path, read_own_file(path))
-    if draft.mark != have:
+    if draft.mark != checksum:
         raise ChangedMeanwhileError
     draft.save(edit_toml(draft.text, changes))
 
 
-def replace_content(path: Path, content: bytes, have: str) -> None:
-    """Replace the content of a file if its checksum is still `have`; "" stands for a missing file.
+def replace_content(path: Path, content: bytes, checksum: str) -> None:
+    """Replace the content of a file if its present checksum is `checksum`; "" stands for a missing file.
 
     Raises:
         ChangedMeanwhileError: If the file has changed since.
@@ -356,7 +358,7 @@ def replace_content(path: Path, content: bytes, have: str) -> None:
             present: bytes | None = read_content(path)
         except FileNotFoundError:
             present = None
-        if mark_bytes(present) != have:
+        if compute_checksum(present) != checksum:
             raise ChangedMeanwhileError
         if content != present:
             write_bytes(path, content)
@@ -372,10 +374,10 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
         return text
     try:
         document = tomlkit.parse(text)
-        home = document[TRAINING_TABLE]
+        training_table = document[TRAINING_TABLE]
     except TOMLKitError as error:
         raise ValueError(f"it is no TOML: {error}") from None
-    if not isinstance(home, Table):
+    if not isinstance(training_table, Table):
         raise ValueError(f"[{TRAINING_TABLE}] is no table")
     for name, value in changes.items():
         holders = _list_holders(document, name)
@@ -385,7 +387,7 @@ def edit_toml(text: str, changes: Mapping[str, Any]) -> str:
         elif holders:
             holders[-1][name] = value
         else:
-            append_key(home, name, value)
+            append_key(training_table, name, value)
     return tomlkit.dumps(document)
 
 

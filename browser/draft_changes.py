@@ -154,15 +154,15 @@ def describe_following(before: str, after: str) -> str:
     if not isinstance(steps, int) or steps < 1 or steps == keys.get(STEPS):
         return ""
     derived = change_steps(keys, steps).changes
-    stays = {
+    unchanged = {
         name: value
         for name, value in derived.items()
         if value is not None and name != STEPS and changed.get(name) == keys.get(name)
     }
-    if not stays:
+    if not unchanged:
         return ""
-    now = ", ".join(f"{name} = {toml_value(keys[name])}" for name in stays)
-    wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in stays.items())
+    now = ", ".join(f"{name} = {toml_value(keys[name])}" for name in unchanged)
+    wanted = ", ".join(f"{name} = {toml_value(value)}" for name, value in unchanged.items())
     return say(
         "%(now)s: as for the steps before. For %(steps)s steps `new` writes %(wanted)s. "
         "The field Training steps, at the top, changes them together.",
@@ -196,7 +196,7 @@ def reject_new_errors(draft: DraftFile, after: str, run_text: str) -> str:
         try:
             check_text(draft.name, draft.text, folder, run_text)
         except (UserError, ValueError) as earlier:
-            if str(earlier) == str(error):
+            if str(earlier) == str(error):  # the change did not cause this error
                 return ""
         raise
 
@@ -241,10 +241,10 @@ def check_text(name: str, text: str, folder: Path, run_text: str) -> str:
         return _check_by_script(["python", script, "--config_file", name], name, text=text, folder=folder)
     if name == DATASET_FILE:
         try:
-            words = find_caching_words(run_text)
+            argv = find_caching_argv(run_text)
         except OptionError as error:
             return say("No script has checked %(name)s: %(error)s.", name=name, error=error)
-        return _check_by_script(words, name, text=text, folder=folder)
+        return _check_by_script(argv, name, text=text, folder=folder)
     return ""
 
 
@@ -256,8 +256,8 @@ def find_training_script(text: str) -> str:
         OptionError: If the script is not a training of this program.
     """
     try:
-        words = parse_toml(text)[OTHERS_TABLE]["commands"][-1]
-        script = str(words[1])
+        argv = parse_toml(text)[OTHERS_TABLE]["commands"][-1]
+        script = str(argv[1])
     except (KeyError, IndexError, TypeError):
         raise ValueError(f"{RUN_FILE} names no training script") from None
     command, _ = launch.find_program(["python", script], Path.cwd())
@@ -271,7 +271,7 @@ def trains(command: ScriptCommand) -> bool:
     return command.words[0] in TRAINS or command.path.name in kinds_by_script()
 
 
-def find_caching_words(run_text: str) -> list[str]:
+def find_caching_argv(run_text: str) -> list[str]:
     """Return the command of a run.toml that caches the dataset.
 
     The file may come from somebody else. Only this program's own caching scripts are accepted; these write
@@ -283,12 +283,12 @@ def find_caching_words(run_text: str) -> list[str]:
     try:
         commands = parse_toml(run_text)[OTHERS_TABLE]["commands"]
         for line in commands:
-            words = [str(word) for word in line]
-            if DATASET_FILE not in words or "--check" in words:
+            argv = [str(word) for word in line]
+            if DATASET_FILE not in argv or "--check" in argv:
                 continue
-            command, _ = launch.find_program(words, Path.cwd())
+            command, _ = launch.find_program(argv, Path.cwd())
             if command.words[0] == CACHES:
-                return words
+                return argv
         reason: str = say("none of its commands does")
     except KeyError as error:
         reason = say("it has no %(error)s", error=error)
@@ -304,13 +304,13 @@ def find_caching_words(run_text: str) -> list[str]:
     )
 
 
-def _check_by_script(words: Sequence[str], name: str, text: str, folder: Path) -> str:
-    """Let a script read a text as its file of options, and return its warnings. `words` name that file."""
+def _check_by_script(argv: Sequence[str], name: str, text: str, folder: Path) -> str:
+    """Let a script read a text as its file of options, and return its warnings. `argv` names that file."""
     with temporary_folder() as temporary:
         path = temporary / name
         path.write_text(text, encoding="utf-8")
         try:
-            typed = [str(path) if word == name else word for word in words]
+            typed = [str(path) if word == name else word for word in argv]
             # the model may not be downloaded yet; Start downloads it
             warnings = launch.check_options(typed, folder, checks_files=False)
         except OptionError as error:
@@ -341,8 +341,8 @@ class FolderPages(Protocol):
     def show(self, folder: Path, query: Mapping[str, str]) -> Response:
         """Return the part of the page for a folder. `query` is the query of the address."""
 
-    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
-        """Handle a button of the part. `what` is the button's name, `fields` are the fields of its form."""
+    def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
+        """Handle a button of the part. `action` is the button's name, `fields` are the fields of its form."""
 
 
 def folder_routes(
@@ -371,8 +371,8 @@ def folder_routes(
 
     def change(request: Request, form: Form) -> Response:
         fields = {name: tidy_lines("".join(values)) for name, values in form.items()}
-        what = request.path_params["what"]
-        return answer(fields.get("folder", ""), lambda folder: pages.change(folder, what, fields))
+        action = request.path_params["what"]
+        return answer(fields.get("folder", ""), lambda folder: pages.change(folder, action, fields))
 
     return [
         Route(f"/new/{part}", show),

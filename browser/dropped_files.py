@@ -98,7 +98,7 @@ def find_suffix(path: Path) -> str:
         with DECODING, open_image(path) as image:
             kind = image.format or ""
             if kind in SUFFIXES:
-                image.load()
+                image.load()  # decode all of it: a damaged image raises MediaError
         if kind in SUFFIXES:
             return SUFFIXES[kind]
         raise OptionError(say("It is a %(kind)s picture: give it as PNG, JPEG or WebP", kind=kind))

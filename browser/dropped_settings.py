@@ -108,6 +108,7 @@ def _read_comfyui(graph: Mapping[str, Any]) -> DroppedSettings:
     """Return the prompts and numbers of a graph's first sampler. Raises OptionError if there is no prompt."""
     for node in graph.values():
         inputs = node.get("inputs")
+        # only samplers have an input `positive`: the id of the node of the prompt, and an output of it
         if not isinstance(inputs, dict) or not isinstance(inputs.get("positive"), list):
             continue
         prompt = _follow(graph, inputs["positive"])

@@ -31,9 +31,9 @@ def describe_duration(
     """
     if steps is None:
         return ""
-    own = _read_own(runs, described)
-    if own is not None and own.step_seconds is not None and _may_be_own_measurement(own, cards):
-        time = _in_time(steps, own.step_seconds)
+    own_run = _read_own_run(runs, described)
+    if own_run is not None and own_run.step_seconds is not None and _may_be_own_measurement(own_run, cards):
+        time = _in_time(steps, own_run.step_seconds)
         return say("%(time)s, as the run %(name)s measured.", time=time, name=described.name)
     run = _find_equal_run(runs, described, cards)
     if run is None or run.step_seconds is None:
@@ -66,7 +66,7 @@ def _in_time(steps: int, seconds: float, is_rough: bool = False) -> Words:
     )
 
 
-def _read_own(runs: Runs, described: DescribedFolder) -> RunSummary | None:
+def _read_own_run(runs: Runs, described: DescribedFolder) -> RunSummary | None:
     """Return the run of a described folder; None if it has not begun."""
     path = history_path(described.output, described.name)
     if not runs.is_below(path):

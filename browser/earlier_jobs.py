@@ -18,39 +18,39 @@ class EarlierJob(NamedTuple):
     """A command that runs before another command."""
 
     script: Path  # in the checkout or the package
-    words: Sequence[str]
+    argv: Sequence[str]
     folder: Path  # folder that its relative paths refer to
 
 
-def may_be_made(path: Path, jobs: Iterable[EarlierJob]) -> bool:
+def may_be_created(path: Path, jobs: Iterable[EarlierJob]) -> bool:
     """Return whether one of the earlier jobs may create a path.
 
     A job may create the paths that its command line or its settings name, anything inside or around those,
     and neighbors whose name begins with theirs, such as `clips-pack.zip` next to `clips`.
     """
     missing = real_path(path)
-    return any(_is_related(real_path(made_path), missing) for job in jobs for made_path in _list_places(job))
+    return any(_is_related(real_path(written), missing) for job in jobs for written in _list_paths(job))
 
 
-def _is_related(place: Path, missing: Path) -> bool:
-    if missing.is_relative_to(place) or place.is_relative_to(missing):
+def _is_related(written: Path, missing: Path) -> bool:
+    if missing.is_relative_to(written) or written.is_relative_to(missing):
         return True
-    return missing.parent == place.parent and missing.name.startswith(place.stem)
+    return missing.parent == written.parent and missing.name.startswith(written.stem)
 
 
-def _list_places(job: EarlierJob) -> Iterator[Path]:
+def _list_paths(job: EarlierJob) -> Iterator[Path]:
     """Yield the paths in a job's command line, its settings and its default values."""
     if job.script.stem == "unpack":
         yield job.folder  # the name of the new folder is stored in the packed file
-    values = {value for word in job.words for value in (word, word.rpartition("=")[2])}
+    values = {value for word in job.argv for value in (word, word.rpartition("=")[2])}
     for value in [*values, *_list_default_values(job.script)]:
         if value and not value.startswith("-"):
             yield job.folder / value
             with contextlib.suppress(OSError, ValueError):  # the job itself reports errors
-                yield from _list_named_places(job.folder / value, job.folder)
+                yield from _list_named_paths(job.folder / value, job.folder)
 
 
-def _list_named_places(path: Path, folder: Path) -> Iterator[Path]:
+def _list_named_paths(path: Path, folder: Path) -> Iterator[Path]:
     """Yield the quoted paths in a file of settings, or in the files that describe a folder."""
     if path.is_dir():
         texts = [text for file in path.glob("*.toml") for text in _list_quoted(file)]

@@ -95,10 +95,15 @@ def list_uncaptioned(folder: Path, names: Sequence[str]) -> list[str]:
             if entry.name.endswith((".txt", ".caption")):
                 with contextlib.suppress(OSError):  # a broken link
                     sizes[entry.name] = entry.stat().st_size
-    stems = {name: Path(name).stem for name in names}
-    return [
-        name for name, stem in stems.items() if not sizes.get(f"{stem}.txt", sizes.get(f"{stem}.caption", 0))
-    ]
+    uncaptioned = []
+    for name in names:
+        stem = Path(name).stem
+        size = sizes.get(f"{stem}.txt")  # a .txt takes precedence over a .caption, even if it is empty
+        if size is None:
+            size = sizes.get(f"{stem}.caption", 0)
+        if size == 0:
+            uncaptioned.append(name)
+    return uncaptioned
 
 
 class LeftOut:
@@ -227,7 +232,7 @@ class FolderFiles:
 
     def show(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the JSON values of a file that the page shows."""
-        info = self.facts(folder / name)
+        info = self.read_header(folder / name)
         suffix = Path(name).suffix.lower()
         is_seen = suffix in SHOWN and not info.fault
         return {
@@ -251,7 +256,7 @@ class FolderFiles:
             "caption": self.caption(folder, name),
         }
 
-    def facts(self, path: Path) -> HeaderInfo:
+    def read_header(self, path: Path) -> HeaderInfo:
         """Return the data of a file's header. A header is read again only after the file has changed."""
         if not self.runs.is_below(path):
             return HeaderInfo(
@@ -282,7 +287,7 @@ class FolderFiles:
             return []
         if len(names) > MAX_COUNTED:
             return []
-        return [name for name in names if self.facts(folder / name).fault != ""]
+        return [name for name in names if self.read_header(folder / name).fault != ""]
 
     def caption(self, folder: Path, name: str) -> dict[str, Any]:
         """Return the caption of a file, and the reason if it cannot be edited on this page."""
@@ -316,7 +321,7 @@ class FolderFiles:
         return self.captions.change(path, query)
 
     def move(self, request: Request, body: bytes) -> Response:
-        """Leave a file out, or put it back; the body has what and name."""
+        """Leave a file out, or put it back. The JSON body has `name`, and `what`: "out" or "back"."""
         folder = self.find(request)
         try:
             query = parse_json(body.decode())

@@ -36,7 +36,7 @@ from browser.draft_changes import (
     save_change,
 )
 from browser.idle_settings import explain_idle
-from browser.new_form import NewForm, make_new_words
+from browser.new_form import NewForm, make_new_argv
 from browser.responses import answer_template, answer_unknown
 from browser.run_start import DESCRIBE
 from browser.runs import RUNNING
@@ -166,9 +166,13 @@ def list_rows(
     Raises:
         ValueError: If a text is not TOML.
     """
-    explain = (lambda name: "") if dataset is None else dataset.explain_unused
-    by_flag = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}
-    by_name = by_flag | {setting.name: setting for setting in settings}
+
+    def explain(name: str) -> str:
+        """Return why an option has no effect with the dataset; "" if it has one, or no dataset is known."""
+        return "" if dataset is None else dataset.explain_unused(name)
+
+    by_name = {flag.lstrip("-"): setting for setting in settings for flag in setting.flags}
+    by_name |= {setting.name: setting for setting in settings}  # a name wins over an equal flag
     values = read_keys(text)
     chosen_values = None if chosen_text is None else read_keys(chosen_text)
     rows = []
@@ -184,18 +188,17 @@ def list_rows(
             )
         )
     in_file = {row.setting.name for row in rows if row.setting is not None}
-    idle = explain_idle(
-        {by_name[key].name: value for key, value in values.items() if key in by_name},
-        defaults={setting.name: setting.convert(setting.default) for setting in settings if setting.default},
-    )
+    set_values = {by_name[key].name: value for key, value in values.items() if key in by_name}
+    defaults = {setting.name: setting.convert(setting.default) for setting in settings if setting.default}
+    idle_reasons = explain_idle(set_values, defaults=defaults)
     # options that `new` chose and the file lacks come first
     lacking = [setting for setting in settings if setting.name not in in_file]
     lacking.sort(key=lambda setting: setting.name not in (chosen_values or {}))
     for setting in lacking:
         chosen = _show_chosen(chosen_values, setting.name)
         unused = explain(setting.name)
-        reason = "" if unused else idle.get(setting.name, "")
-        rows.append(SettingRow(setting.name, setting, text="", chosen=chosen, unused=unused, idle=reason))
+        idle = "" if unused else idle_reasons.get(setting.name, "")  # one reason is enough
+        rows.append(SettingRow(setting.name, setting, text="", chosen=chosen, unused=unused, idle=idle))
     return sorted(rows, key=lambda row: bool(row.unused or row.idle) and not row.text)
 
 
@@ -239,9 +242,12 @@ def apply_edits(text: str, rows: Sequence[SettingRow], fields: Mapping[str, str]
     """
     changes: dict[str, Any] = {}
     for row in rows:
-        if row.setting is None or not row.is_simple or name_field(row.key) not in fields and row.unused:
+        field = name_field(row.key)
+        if row.setting is None or not row.is_simple:
             continue
-        typed = fields.get(name_field(row.key), "").strip()
+        if row.unused and field not in fields:  # the page has no field for it; absent does not mean emptied
+            continue
+        typed = fields.get(field, "").strip()
         if typed == row.text:
             continue
         reason = bad_character(typed)
@@ -357,20 +363,20 @@ class FolderSettingsPages:
         """
         return list_rows(text, read_settings(find_training_script(text)), chosen, dataset)
 
-    def chosen_words(self, folder: Path) -> list[str]:
+    def chosen_argv(self, folder: Path) -> list[str]:
         """Return the command that prints, without writing it, the run.toml that `new` would write.
 
         It repeats the page's last `new` command for the folder. If `new` has run in a terminal since, the
         command is derived from the files.
         """
         described = read_described(folder)
-        words = make_new_words(NewForm.of_described(described, self.site.models), self.site.models)
+        argv = make_new_argv(NewForm.of_described(described, self.site.models), self.site.models)
         job = self.site.background_jobs.find(name_background_job(DESCRIBE, folder))
         if job is not None and job.code == 0:
-            typed = NewForm.of_words(shlex.split(job.line))
+            typed = NewForm.of_argv(shlex.split(job.line))
             if (typed.family, typed.task) == (described.family, described.task):
-                words = shlex.split(job.line)
-        return [*(word for word in words if word != "--overwrite"), "--print_run"]
+                argv = shlex.split(job.line)
+        return [*(word for word in argv if word != "--overwrite"), "--print_run"]
 
     def read_chosen_text(self, folder: Path) -> str | None:
         """Return the run.toml that `new` chose for a folder; None if it is not, or no longer, known."""
@@ -378,18 +384,18 @@ class FolderSettingsPages:
         if job is None or job.code != 0:
             return None
         try:
-            if job.words != self.chosen_words(folder):
+            if job.argv != self.chosen_argv(folder):
                 return None
             return read_chosen(read_text(job.log))
         except (OSError, ValueError, UserError):
             return None
 
-    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+    def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Handle a button: preview or save the form's changes, or determine the values that `new` chose."""
-        if what == CHOSEN:
+        if action == CHOSEN:
             return self.ask_chosen(folder)
         part = fields.get("part", TABLE)
-        if what not in ("look", "save") or part not in (TABLE, *FILES):
+        if action not in ("look", "save") or part not in (TABLE, *FILES):
             return answer_unknown()
         name = RUN_FILE if part == TABLE else part
         try:
@@ -404,13 +410,13 @@ class FolderSettingsPages:
                 typed_text = None  # the fields are shown again, not a text
             run_file = read_draft_file(self.site, folder, RUN_FILE)
             change = plan_change(self.site, part, texts, run_file, typed_text)
-            if what == "save":
+            if action == "save":
                 change = save_change(change, texts)
         except ChangedMeanwhileError:
             return self.answer_conflict(folder, part, read_draft_file(self.site, folder, name), fields)
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part=part, fault=str(error), text=fields.get("text"))
-        return self.answer(folder, change, is_rejected=what == "save" and change.fault != "")
+        return self.answer(folder, change, is_rejected=action == "save" and change.fault != "")
 
     def read_edited(self, part: str, present: DraftFile, fields: Mapping[str, str]) -> str:
         """Return the text of a file with the edits of a form."""
@@ -474,9 +480,9 @@ class FolderSettingsPages:
     def ask_chosen(self, folder: Path) -> Response:
         """Start the process that prints the run.toml that `new` would write."""
         try:
-            words = self.chosen_words(folder)
+            words = self.chosen_argv(folder)
             job = self.site.background_jobs.find(name_background_job(CHOSEN, folder))
-            if job is None or job.words != words or job.state != RUNNING:
+            if job is None or job.argv != words or job.state != RUNNING:
                 self.site.background_jobs.start(
                     name_background_job(CHOSEN, folder), words, Path.cwd(), within=folder
                 )

@@ -32,7 +32,7 @@ class FolderTool:
         """Return the newest job of the queue that runs the tool in a folder; None if there is none."""
         return find_tool_job(self.site.queue.jobs(), folder, self.script)
 
-    def stand(self, folder: Path) -> dict[str, Any]:
+    def collect_progress(self, folder: Path) -> dict[str, Any]:
         """Return the values for the part of a page that shows a folder's try and its job."""
         trying = self.site.background_jobs.find(name_background_job(self.kind, folder))
         return {
@@ -43,18 +43,18 @@ class FolderTool:
             "queue_problem": self.site.queue.problem,
         }
 
-    def press(self, folder: Path, what: str, make_words: Callable[[bool], Sequence[str]]) -> bool:
+    def press(self, folder: Path, action: str, make_argv: Callable[[bool], Sequence[str]]) -> bool:
         """Handle a button (try, write, stop, go_on), and return whether there is a button of this name.
 
-        `make_words` returns the command line; its argument is true for a dry run. Raises UserError if the
+        `make_argv` returns the command line; its argument is true for a dry run. Raises UserError if the
         command cannot be started.
         """
-        match what:
+        match action:
             case "try":
                 name = name_background_job(self.kind, folder)
-                self.site.background_jobs.start(name, make_words(True), folder, within=folder)
+                self.site.background_jobs.start(name, make_argv(True), folder, within=folder)
             case "write":
-                self.start(folder, make_words(False))
+                self.start(folder, make_argv(False))
             case "stop":
                 self.stop(folder)
             case "go_on":
@@ -63,14 +63,14 @@ class FolderTool:
                 return False
         return True
 
-    def start(self, folder: Path, words: Sequence[str]) -> None:
+    def start(self, folder: Path, argv: Sequence[str]) -> None:
         """Add the tool to the queue. Raises UserError, also if it is already in the queue."""
         job = self.find_job(folder)
         if job is not None and job.state in (WAITING, RUNNING):
             raise OptionError(
                 say("job %(id)s of the queue does this: wait until it has ended, or stop it", id=job.id)
             )
-        self.site.queue.add_and_begin(words, folder, within=folder)
+        self.site.queue.add_and_begin(argv, folder, within=folder)
 
     def stop(self, folder: Path) -> None:
         """Stop the try and the job of a folder; a waiting job is removed from the queue.

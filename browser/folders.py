@@ -61,22 +61,22 @@ class MediaFolder:
     @property
     def words(self) -> str:
         """The counts in words, such as `12 clips, 3 without caption`."""
-        words = []
+        phrases = []
         if self.pictures:
-            words.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
+            phrases.append(counted(self.pictures, "%(n)s picture", "%(n)s pictures"))
         if self.clips:
-            words.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
+            phrases.append(counted(self.clips, "%(n)s clip", "%(n)s clips"))
         if self.audios:
-            words.append(counted(self.audios, "%(n)s sound", "%(n)s sounds"))
-        if self.inner:
-            words[-1] = counted(
-                self.inner, "%(files)s in %(n)s folder", "%(files)s in %(n)s folders", files=words[-1]
+            phrases.append(counted(self.audios, "%(n)s sound", "%(n)s sounds"))
+        if self.inner:  # then all counted files are in the subfolders
+            phrases[-1] = counted(
+                self.inner, "%(files)s in %(n)s folder", "%(files)s in %(n)s folders", files=phrases[-1]
             )
         if self.uncaptioned:
-            words.append(say("%(uncaptioned)s without caption", uncaptioned=self.uncaptioned))
+            phrases.append(say("%(uncaptioned)s without caption", uncaptioned=self.uncaptioned))
         if self.unreadable:
-            words.append(counted(self.unreadable, "%(n)s cannot be read", "%(n)s cannot be read"))
-        return join(", ", words)
+            phrases.append(counted(self.unreadable, "%(n)s cannot be read", "%(n)s cannot be read"))
+        return join(", ", phrases)
 
 
 def list_media_folders(runs: Runs) -> list[MediaFolder]:
@@ -119,7 +119,7 @@ def read_media_folder(folder: Path) -> MediaFolder | None:
         name = entry.name
         path = Path(name)
         suffix = path.suffix.lower()
-        if name[0] == "." or label_of(path.stem) is not None:
+        if name[0] == "." or label_of(path.stem) is not None:  # hidden, or a companion such as clip_mask.png
             continue
         if suffix in IMAGE_SUFFIXES:
             images.append(name)
@@ -157,24 +157,27 @@ def read_outer_folder(folder: Path) -> MediaFolder | None:
     Returns None unless the folder is described, or has subfolders with the names that image trainers use
     (`10_name`), directly or in a subfolder `img`.
     """
-    inside = folder / INSIDE
-    inner = _read_inner(folder)
-    inner_of_trainers = [*([] if PARTS.fullmatch(folder.name) else inner), *_read_inner(inside)]
-    has_names = any(OF_TRAINERS.fullmatch(subfolder.path.name) for subfolder in inner_of_trainers)
-    if not has_names and not is_described(folder):
+    direct = _read_inner(folder)
+    in_img = _read_inner(folder / INSIDE)
+    candidates = [*direct, *in_img]
+    if PARTS.fullmatch(folder.name):  # itself a part of a project: the dataset is the folder around it
+        candidates = in_img
+    has_trainer_names = any(OF_TRAINERS.fullmatch(candidate.path.name) for candidate in candidates)
+    if not has_trainer_names and not is_described(folder):
         return None
-    inner = list({subfolder.path: subfolder for subfolder in (*inner, *inner_of_trainers)}.values())
-    if not inner:
+    by_path = {subfolder.path: subfolder for subfolder in (*direct, *in_img)}
+    subfolders = list(by_path.values())
+    if not subfolders:
         return None
     return MediaFolder(
         path=folder,
-        pictures=sum(subfolder.pictures for subfolder in inner),
-        clips=sum(subfolder.clips for subfolder in inner),
-        audios=sum(subfolder.audios for subfolder in inner),
-        uncaptioned=sum(subfolder.uncaptioned for subfolder in inner),
-        first=next((subfolder.first for subfolder in inner if subfolder.first is not None), None),
+        pictures=sum(subfolder.pictures for subfolder in subfolders),
+        clips=sum(subfolder.clips for subfolder in subfolders),
+        audios=sum(subfolder.audios for subfolder in subfolders),
+        uncaptioned=sum(subfolder.uncaptioned for subfolder in subfolders),
+        first=next((subfolder.first for subfolder in subfolders if subfolder.first is not None), None),
         is_described=is_described(folder),
-        inner=len(inner),
+        inner=len(subfolders),
     )
 
 
@@ -223,8 +226,8 @@ def find_typed(runs: Runs, text: str) -> Path | None:
         return None
     path = expand_path(text.strip(), runs.tops[0])
     # opening a network share would send the user's login to that machine
-    is_of_here = path.anchor in {top.anchor for top in runs.tops}
-    return path if is_of_here and path.is_dir() else None
+    is_on_known_drive = path.anchor in {top.anchor for top in runs.tops}
+    return path if is_on_known_drive and path.is_dir() else None
 
 
 def is_closed(runs: Runs, folder: Path) -> bool:

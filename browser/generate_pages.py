@@ -261,9 +261,8 @@ class GeneratePages:
     def work_values(self) -> dict[str, object]:
         """Return the values for the part of the page about render jobs."""
         render_jobs = self.render_worker.list_all()
-        ended = [render_job for render_job in render_jobs if needs_mention(render_job)][
-            : -SHOWN_ENDED - 1 : -1
-        ]
+        mentioned = [render_job for render_job in render_jobs if needs_mention(render_job)]
+        ended = mentioned[-SHOWN_ENDED:][::-1]  # the newest first
         open_jobs = [render_job for render_job in render_jobs if render_job.state in ("running", "waiting")]
         preview = self.render_worker.preview
         address = ""
@@ -288,19 +287,19 @@ class GeneratePages:
         """Answer with the part of the page about render jobs, which the page requests every second."""
         return self.answer_work()
 
-    def answer_work(self, error: str = "", on_its_way: str = "") -> Response:
+    def answer_work(self, error: str = "", queued_message: str = "") -> Response:
         """Return the part of the page about render jobs.
 
         Args:
             error: Reason why the request was not carried out.
-            on_its_way: What will be generated, in words.
+            queued_message: Message about the queued render jobs; "" if none was queued.
         """
         values = {
             **self.work_values(),
             "can_write": not self.site.read_only,
             "is_part": True,
             "message": error,
-            "on_its_way": on_its_way,
+            "on_its_way": queued_message,
         }
         return answer_template("generate_work.html", say("Generate"), values, is_rejected=error != "")
 
@@ -423,7 +422,7 @@ class GeneratePages:
 
     def change(self, request: Request, fields: Form) -> Response:
         """Do what a button requests."""
-        what = request.path_params["what"]
+        action = request.path_params["what"]
         # each field of a form is a list of texts; these two fields are not values of GenerateForm
         draft = "".join(fields.pop("draft", ())[:1])
         number = "".join(fields.pop("id", ()))
@@ -433,34 +432,35 @@ class GeneratePages:
             "remove": self.render_worker.remove,
         }
         form = GenerateForm.of_fields(fields)
-        on_its_way = ""
+        queued_message = ""
         try:
-            if what == "form":
+            if action == "form":
                 if "fill" in fields:
                     form = self.refill(form)
                 self.drafts.write(draft, form.as_fields())
                 return self.answer(form, draft=draft)
-            if what in ("make", "four"):
-                if what == "four":
+            if action in ("make", "four"):
+                if action == "four":
                     form = replace(form, count=str(FOUR))
-                on_its_way = self.make(form)
+                queued_message = self.make(form)
+                # the draft keeps the typed number of results: "four" replaces it for this press only
                 self.drafts.write(draft, GenerateForm.of_fields(fields).as_fields())
-            elif what == "free":
+            elif action == "free":
                 self.render_worker.free()
-            elif what == "forget":
+            elif action == "forget":
                 for render_job in filter(needs_mention, self.render_worker.list_all()):
                     self.render_worker.remove(render_job.id)
-            elif what in by_number and number.isdecimal() and len(number) < 10:
-                by_number[what](int(number))
+            elif action in by_number and number.isdecimal() and len(number) < 10:
+                by_number[action](int(number))
             else:
                 return answer_unknown()
         except (UserError, OSError) as error:
             return self.answer_pressed(str(error))
-        return self.answer_pressed(on_its_way=on_its_way)
+        return self.answer_pressed(queued_message=queued_message)
 
-    def answer_pressed(self, error: str = "", on_its_way: str = "") -> Response:
+    def answer_pressed(self, error: str = "", queued_message: str = "") -> Response:
         """Return the part about render jobs after a button was pressed; arguments as in `answer_work`."""
-        response = self.answer_work(error, on_its_way)
+        response = self.answer_work(error, queued_message)
         response.headers["hx-trigger"] = "render_added"
         return response
 
@@ -636,7 +636,7 @@ class GeneratePages:
         names = {Path(lora.path).name for lora in recipe.loras}
         if kind == "run":
             names |= self.run_loras.find_run_files(name)
-        score = 4 * sum(lora in names for lora in found.loras)
+        score = 4 * sum(lora in names for lora in found.loras)  # 4: more than the two points below together
         if kind == "run" or not recipe.missing:
             score += 2  # prefer models whose files are on disk
         if kind == "model" and found.task in source.split():
@@ -659,7 +659,7 @@ def make_default_form(source: str, recipe: ModelRecipe, rows: Sequence[LoraRow])
     chosen = select_default_loras(recipe, rows)
     return GenerateForm(
         source=source,
-        texts={**recipe.usual, "seed": ""},
+        texts={**recipe.initial_texts, "seed": ""},
         strengths={path: strength for path, (strength, _) in chosen.items()},
         experts={path: expert for path, (_, expert) in chosen.items()} if recipe.has_experts else {},
     )
@@ -707,7 +707,7 @@ def read_file_tags(path: Path, suffix: str) -> dict[str, str]:
     for ending in dict.fromkeys((suffix.lower(), ".png", ".mp4", ".wav")):
         if ending not in (".png", ".mp4", ".mkv", ".wav"):
             continue
-        named = path.with_suffix(ending)
+        named = path.with_suffix(ending)  # `read_tags` selects the reader by the suffix
         path.rename(named)
         try:
             return read_tags(named)

@@ -60,7 +60,7 @@ KINDS: dict[str, Any] = {
 STORED = ("id", "line", "folder", "process", "stops", "within", "typed")  # fields stored in STATE
 
 
-class StrangeJobsError(OutputError):
+class UnknownJobsError(OutputError):
     """Raised if a queue holds waiting jobs that its user has neither typed nor started."""
 
 
@@ -124,16 +124,16 @@ class Job:
         return self.log.with_suffix(".code")
 
     @property
-    def words(self) -> list[str]:
+    def argv(self) -> list[str]:
         """Arguments of the command line. Raises OptionError if it cannot be parsed."""
-        return launch.split_words(launch.command_part(self.line))
+        return launch.split_arguments(launch.command_part(self.line))
 
     @property
     def problem(self) -> str:
         """Reason why the queue would reject the command line; "" if it is accepted."""
         folder = Path(self.folder)
         try:
-            launch.find_job_program(self.words, folder)
+            launch.find_job_program(self.argv, folder)
             is_there = folder.is_dir()
         except OptionError as error:
             return str(error)
@@ -276,12 +276,12 @@ class JobQueue:
         return "elsewhere" if book.worker is not None and is_living(book.worker) is not False else ""
 
     def add(
-        self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
+        self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
         """Append a command of this program, and return the number of its job.
 
         Args:
-            words: The command line.
+            argv: The command line.
             folder: Working folder of the command.
             within: Described folder whose limits apply, as in `BackgroundJobs.start`.
             typed: Options that may send data despite the limits, as in `BackgroundJobs.start`.
@@ -290,8 +290,8 @@ class JobQueue:
             OptionError: If it is not a command of this program, or a command that never ends.
             OutputError: If the queue cannot be written.
         """
-        launch.find_job_program(words, folder)
-        line = as_line(words)
+        launch.find_job_program(argv, folder)
+        line = as_line(argv)
         with self._change() as book:
             job = self._new_job(book, line, folder)
             job.within = "" if within is None else str(real_path(within))
@@ -301,11 +301,11 @@ class JobQueue:
         return job.id
 
     def add_and_begin(
-        self, words: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
+        self, argv: Sequence[str], folder: Path, *, within: Path | None = None, typed: Sequence[str] = ()
     ) -> int:
         """Append a command as `add` does, and run the jobs, unless the queue is paused and not empty."""
         others_wait = any(job.state == WAITING for job in self.jobs())
-        number = self.add(words, folder, within=within, typed=typed)
+        number = self.add(argv, folder, within=within, typed=typed)
         if self.worker == "" and not others_wait:
             self.begin_work()
         return number
@@ -354,13 +354,13 @@ class JobQueue:
         """Queue an ended job again; add `--resume latest` to a training without --resume."""
         with self._change() as book:
             job = book.find(number, *ENDED)
-            words = job.words
+            argv = job.argv
             line = job.line
-            command, _ = launch.find_program(words, Path(job.folder))
+            command, _ = launch.find_program(argv, Path(job.folder))
             is_training = command.words[0] in ("train", "finetune")
-            resumes = any(word.partition("=")[0] == "--resume" for word in words)
+            resumes = any(word.partition("=")[0] == "--resume" for word in argv)
             if is_training and not resumes:
-                line = shlex.join([*words, "--resume", "latest"])
+                line = shlex.join([*argv, "--resume", "latest"])
             book.wait_again(job, line)
 
     def edit(self, number: int, line: str) -> None:
@@ -368,10 +368,10 @@ class JobQueue:
         with self._change() as book:
             job = book.find(number, WAITING, *ENDED)
             command, folder = launch.split_folder(line, Path(job.folder))
-            words = launch.split_words(command)
+            argv = launch.split_arguments(command)
             others = [other for other in book.jobs if other is not job]
-            launch.check_options(words, folder, list_earlier(others))
-            book.wait_again(job, as_line(words))
+            launch.check_options(argv, folder, list_earlier(others))
+            book.wait_again(job, as_line(argv))
             job.folder = str(real_path(folder))
             job.within = ""  # a typed line has no limits
             job.typed = ""
@@ -391,7 +391,7 @@ class JobQueue:
 
         Raises:
             OutputError: If another process runs the jobs.
-            StrangeJobsError: If `only_known` is set and there is a job that the user does not know.
+            UnknownJobsError: If `only_known` is set and there is a job that the user does not know.
         """
         if self._worker is not None:
             return
@@ -399,7 +399,7 @@ class JobQueue:
         stack = contextlib.ExitStack()
         with self._change() as book:
             if only_known:
-                self._reject_strange(book)
+                self._reject_unknown(book)
             try:
                 stack.enter_context(only_one(self.folder / ".worker.lock", waits=False))
             except BlockingIOError:
@@ -452,12 +452,12 @@ class JobQueue:
         if reason:
             raise OutputError(reason)
         with self._change() as book:
-            job = book.next()
+            job = book.next()  # again, under the lock: another server may have started or removed it
             if job is None:
                 return
             job.log.parent.mkdir(exist_ok=True)
             try:
-                program = launch.find_job_program(job.words, Path(job.folder))
+                program = launch.find_job_program(job.argv, Path(job.folder))
                 job.reject_moved_limits()
             except OptionError as error:
                 append_text(job.log, f"{error}\n")
@@ -507,21 +507,24 @@ class JobQueue:
             waiting: Result of `_Book.count_waiting` after a change.
             before: The same before the change.
         """
-        known = recall_queue(self.folder)
-        earlier = KnownQueue(is_open=False, jobs=Counter()) if known is None else known
-        jobs = waiting if self._keeps_open else (earlier.jobs & waiting) + (waiting - before)
-        now = KnownQueue(is_open=earlier.is_open or self._keeps_open, jobs=jobs)
-        if now != earlier:
+        known = recall_queue(self.folder) or KnownQueue(is_open=False, jobs=Counter())
+        if self._keeps_open:
+            jobs = waiting
+        else:
+            added = waiting - before
+            jobs = (known.jobs & waiting) + added
+        now = KnownQueue(is_open=known.is_open or self._keeps_open, jobs=jobs)
+        if now != known:
             remember_queue(self.folder, now.is_open, now.jobs.elements())
 
-    def _reject_strange(self, book: _Book) -> None:
-        """Raise StrangeJobsError if a job waits that the user does not know."""
+    def _reject_unknown(self, book: _Book) -> None:
+        """Raise UnknownJobsError if a job waits that the user does not know."""
         known = recall_queue(self.folder)
-        strange = book.count_waiting() - (Counter() if known is None else known.jobs)
-        if strange:
-            raise StrangeJobsError(
+        unknown = book.count_waiting() - (Counter() if known is None else known.jobs)
+        if unknown:
+            raise UnknownJobsError(
                 counted(
-                    strange.total(),
+                    unknown.total(),
                     "The queue is paused: %(n)s line came into %(folder)s while no page was open. "
                     "Read the jobs that wait, then start the queue",
                     "The queue is paused: %(n)s lines came into %(folder)s while no page was open. "
@@ -583,6 +586,7 @@ class JobQueue:
             job = candidates.pop(0) if candidates else self._new_job(book, line, _find_line_folder(line))
             job.place = index
             book.jobs.append(job)
+        # running jobs whose lines the user has removed from the file
         running = [job for equal_jobs in unmatched.values() for job in equal_jobs if job.state == RUNNING]
         book.jobs[:0] = running
 
@@ -626,13 +630,13 @@ def list_earlier(jobs: Iterable[Job]) -> list[EarlierJob]:
     earlier = []
     for job in filter(may_still_write, jobs):
         with contextlib.suppress(OptionError):  # an invalid line will be rejected and writes nothing
-            earlier.append(launch.find_earlier_job(job.words, Path(job.folder)))
+            earlier.append(launch.find_earlier_job(job.argv, Path(job.folder)))
     return [*filter(None, earlier)]
 
 
-def as_line(words: Sequence[str]) -> str:
+def as_line(argv: Sequence[str]) -> str:
     """Return the words as one line of the text file. Raises OptionError if they contain line breaks."""
-    line = shlex.join(words)
+    line = shlex.join(argv)
     if line.splitlines() != [line]:
         raise OptionError(say("%(line)s: a job is one line", line=f"{line!r}"))
     return line
@@ -643,10 +647,10 @@ def _find_line_folder(line: str) -> Path:
     match = launch.CHANGE.fullmatch(line)
     if match is None:
         return Path.cwd()
-    words: list[str] = []
+    argv: list[str] = []
     with contextlib.suppress(OptionError):  # an open quote
-        words = launch.split_words(match[1])
-    folder = words[0] if len(words) == 1 else match[1].strip()
+        argv = launch.split_arguments(match[1])
+    folder = argv[0] if len(argv) == 1 else match[1].strip()
     return Path.cwd() / folder  # the job reports a missing folder
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil  # comes with accelerate
 
-from browser.earlier_jobs import EarlierJob, may_be_made
+from browser.earlier_jobs import EarlierJob, may_be_created
 from downloads.catalogue import model_sets
 from modules.atomic_write import write_text
 from modules.command import did_you_mean
@@ -47,7 +47,7 @@ from package.reelsmith.commands import ScriptCommand, find_commands
 QUOTED = re.compile(r"""'[^']*'|"(?:\\"|[^"])*"|\\.""")
 CHANGE = re.compile(r"cd\s++(.+?)&&\s*+(.*)", re.DOTALL)  # `&&` is allowed only after `cd`
 HOME = re.compile(rf"({QUOTED.pattern})|(?<!\S)~(?=[/\s]|$)")  # outside of quotes
-MARKS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
+SHELL_CHARACTERS = re.compile(r"[;&|<>()`$*?\0]|(?<!\S)[~#]")
 # Options of `accelerate launch` that a job may have -> the shape of their values; None: it has no value.
 # A job runs on this machine alone: a rendezvous at another address sends pickled state, which torch
 # unpickles, and a file of settings can name such an address.
@@ -77,7 +77,7 @@ logger = logging.getLogger(__name__)
 _find_commands = functools.cache(find_commands)
 
 
-def split_words(line: str) -> list[str]:
+def split_arguments(line: str) -> list[str]:
     """Return the arguments of a command line; quotes group words, and a backslash escapes (not on Windows).
 
     A `~/` at the beginning of a word is completed.
@@ -86,12 +86,12 @@ def split_words(line: str) -> list[str]:
     that looks like a separator in a Windows path.
     """
     line = HOME.sub(lambda found: found[1] or shlex.quote(str(Path.home())), line)
-    mark = MARKS.search(QUOTED.sub("''", line))
-    if mark:
+    shell_character = SHELL_CHARACTERS.search(QUOTED.sub("''", line))
+    if shell_character:
         raise OptionError(
             say(
                 "%(mark)s in %(line)s: no shell reads this line. Put quotes round the word, or leave it out",
-                mark=f"{mark[0]!r}",
+                mark=f"{shell_character[0]!r}",
                 line=f"{line!r}",
             )
         )
@@ -105,11 +105,11 @@ def split_words(line: str) -> list[str]:
                 line=f"{line!r}",
             )
         )
-    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)
+    lexer = shlex.shlex(line.replace("\\\n", " "), posix=True)  # a backslash at the end continues a line
     lexer.whitespace_split = True
     lexer.commenters = ""
     if os.name == "nt":
-        lexer.escape = ""
+        lexer.escape = ""  # a backslash separates folders
     try:
         return list(lexer)
     except ValueError as error:
@@ -131,10 +131,10 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
     match = CHANGE.fullmatch(line.strip())
     if match is None:
         return line, folder
-    words = split_words(match[1])
-    if len(words) != 1:
+    argv = split_arguments(match[1])
+    if len(argv) != 1:
         raise OptionError(f"cd {match[1]}: give one folder; put quotes round a name with blanks")
-    target = folder / Path(words[0])
+    target = folder / Path(argv[0])
     try:
         is_there = target.is_dir()
     except (OSError, ValueError):  # too long, or an invalid name
@@ -143,58 +143,58 @@ def split_folder(line: str, folder: Path) -> tuple[str, Path]:
         raise OptionError(
             say(
                 "cd %(words)s: there is no such folder in %(folder)s",
-                words=shorten(words[0], 80),
+                words=shorten(argv[0], 80),
                 folder=folder,
             )
         )
     return match[2], target
 
 
-def find_program(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
+def find_program(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
     """Return the command of this project that a line names, and the program to start without a shell.
 
     Args:
-        words: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...`, or `accelerate launch [options]
+        argv: `python SCRIPT ...`, `SCRIPT ...`, `reelsmith train wan ...`, or `accelerate launch [options]
             SCRIPT ...`.
         folder: Working folder of the command.
 
     Raises:
         OptionError: Naming the word, for any other command.
     """
-    for word in words:
+    for word in argv:
         reason = bad_character(word)
         if reason is not None:
             raise OptionError(
                 f"{shorten(word, 80)!r} holds {reason}. No program can be given it: leave it out"
             )
-    script_words = [*words[1:]] if words[:1] in (["python"], ["python3"]) else [*words]
+    script_argv = [*argv[1:]] if argv[:1] in (["python"], ["python3"]) else [*argv]
     launcher: list[str] = []
-    if script_words[:2] == ["accelerate", "launch"]:
-        num_launcher_words = _count_launcher_words(script_words)
-        launcher = [*ACCELERATE, *script_words[2:num_launcher_words]]
-        script_words = script_words[num_launcher_words:]
-    command, num_words = _find_command(script_words, folder)
+    if script_argv[:2] == ["accelerate", "launch"]:
+        num_launcher_arguments = _count_launcher_arguments(script_argv)
+        launcher = [*ACCELERATE, *script_argv[2:num_launcher_arguments]]
+        script_argv = script_argv[num_launcher_arguments:]
+    command, num_name_words = _find_command(script_argv, folder)
     script = program_words(command.path.relative_to(ROOT))
-    return command, [sys.executable, *launcher, *script, *script_words[num_words:]]
+    return command, [sys.executable, *launcher, *script, *script_argv[num_name_words:]]
 
 
-def find_job_program(words: Sequence[str], folder: Path) -> list[str]:
+def find_job_program(argv: Sequence[str], folder: Path) -> list[str]:
     """Return the program of a job. Raises OptionError as `find_program` and `reject_endless` do."""
-    command, program = find_program(words, folder)
-    reject_endless(command, words)
+    command, program = find_program(argv, folder)
+    reject_endless(command, argv)
     return program
 
 
-def _count_launcher_words(words: Sequence[str]) -> int:
+def _count_launcher_arguments(argv: Sequence[str]) -> int:
     """Return the number of words that `accelerate launch` and its options take up.
 
     Raises OptionError for unknown options, and for options and values that reach beyond this machine.
     """
     position = 2  # after `accelerate launch`
-    while position < len(words) and words[position].startswith("-"):
-        if words[position] == "-m":  # a module instead of a script
+    while position < len(argv) and argv[position].startswith("-"):
+        if argv[position] == "-m":  # a module instead of a script
             break
-        name, equals_sign, value = words[position].partition("=")
+        name, equals_sign, value = argv[position].partition("=")
         if name not in LAUNCHER:
             raise OptionError(
                 f"{shorten(name, 80)}: in a job `accelerate launch` takes only {', '.join(LAUNCHER)} and a "
@@ -203,9 +203,9 @@ def _count_launcher_words(words: Sequence[str]) -> int:
         position += 1
         pattern = LAUNCHER[name]  # None for a switch, which has no value
         if pattern is not None and not equals_sign:
-            value = "".join(words[position : position + 1])
+            value = "".join(argv[position : position + 1])
             position += 1
-        if re.fullmatch(pattern or "", value, re.ASCII) is None:
+        if re.fullmatch(pattern or "", value, re.ASCII) is None:  # a switch must not have a value
             raise OptionError(
                 f"{name} {shorten(value, 80)}: a job runs on this machine alone, and {name} takes "
                 f"{_SHAPES.get(name, 'a whole number')} there. For several machines start the command in a "
@@ -225,8 +225,9 @@ reaching += ("os.chmod", "os.chown", "os.utime", "os.kill", "signal.pthread_kill
 reaching += ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork", "os.forkpty", "os.startfile")
 reaching += ("subprocess.Popen", "socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo")
 reaching += ("socket.gethostbyname", "socket.gethostbyaddr", "webbrowser.open")
-def end_at_writing(event, facts):
-    if event in reaching or event == "open" and isinstance(facts[2], int) and facts[2] & writing:
+def end_at_writing(event, arguments):
+    opens = event == "open" and isinstance(arguments[2], int)  # path, mode, flags of os.open
+    if event in reaching or opens and arguments[2] & writing:
         os._exit(0)
 sys.addaudithook(end_at_writing)
 load = builtins.__import__
@@ -259,14 +260,14 @@ FILES_READ = {
     *("--network_mul_weights", "--ckpt", "--from_file", "--image_path", "--end_image_path", "--video_path"),
     *("--control_image_path", "--sample_prompts", "--dataset_config", "--config_file", "--lora", "--input"),
 }
-BY_PLACE = ""  # key for positional arguments
+POSITIONAL = ""  # key for positional arguments
 FILE_NAME = re.compile(
     r".*\.(safetensors|ckpt|pt|pth|gguf|png|jpe?g|webp|mp4|txt|toml|json|zip|html)", re.IGNORECASE
 )
 
 
 def check_options(
-    words: Sequence[str],
+    argv: Sequence[str],
     folder: Path,
     earlier: Sequence[EarlierJob] = (),
     seconds: float = CHECK_SECONDS,
@@ -275,7 +276,7 @@ def check_options(
     """Let a script check its options, and return its warnings about them.
 
     Args:
-        words: Command line of one of this project's scripts.
+        argv: Command line of one of this project's scripts.
         folder: Working folder of the command.
         earlier: Jobs that run before it. Files that these may create need not exist yet.
         seconds: Time limit for the check; a script that takes longer counts as accepted.
@@ -284,16 +285,18 @@ def check_options(
     Raises:
         OptionError: With the script's own message, if it rejects its options.
     """
-    command, program_line = find_program(words, folder)
-    if any(word in HELP for word in words):
+    command, program_line = find_program(argv, folder)
+    if any(word in HELP for word in argv):  # the script prints its help and ends
         return []
     python = program_line[0]
     program = program_line[1:]
-    reject_endless(command, words)
+    reject_endless(command, argv)
     if command.words[0] == "run":
         _check_folder_of_run(program, folder, earlier)
     variables = {FROM_QUEUE: "1", TELLS_UNUSED: "1"}
-    if command.words[0] not in WITH_TORCH and not command.words[0].endswith(WITH_TORCH_ENDS):
+    # READ_OPTIONS ends scripts of WITH_TORCH when they import torch; others must end after reading options
+    has_torch = command.words[0] in WITH_TORCH or command.words[0].endswith(WITH_TORCH_ENDS)
+    if not has_torch:
         if not ENDS_AFTER_OPTIONS.search(command.path.read_text(encoding="utf-8")):
             return []  # the check cannot be limited to the options
         variables[ONLY_OPTIONS] = "1"
@@ -313,37 +316,39 @@ def check_options(
             timeout=min(seconds, CHECK_SECONDS),
         )
     except (OSError, subprocess.TimeoutExpired) as error:
-        logger.debug("%s", words, exc_info=error)
+        logger.debug("%s", argv, exc_info=error)
         return []  # undecided: the command counts as accepted
-    if process.returncode and not _may_come(process.stderr, words, folder, earlier):
+    if process.returncode and not _may_be_created_later(process.stderr, argv, folder, earlier):
         raise OptionError(message_of(process.stderr))
     if checks_files:
-        _check_files(words, folder, earlier)
+        _check_files(argv, folder, earlier)
     return [escape_control_codes(text) for text in WARNING.findall(process.stderr)]
 
 
-def find_earlier_job(words: Sequence[str], folder: Path) -> EarlierJob | None:
+def find_earlier_job(argv: Sequence[str], folder: Path) -> EarlierJob | None:
     """Return a job's command for the argument `earlier` of `check_options`; None if it would be rejected."""
     with contextlib.suppress(OptionError):
-        command, _ = find_program(words, folder)
-        return EarlierJob(command.path.relative_to(ROOT), words, folder)
+        command, _ = find_program(argv, folder)
+        return EarlierJob(command.path.relative_to(ROOT), argv, folder)
     return None
 
 
-def _may_come(message: str, words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> bool:
+def _may_be_created_later(
+    message: str, argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]
+) -> bool:
     """Return whether a script failed only because of files that jobs before it may still create."""
     if not earlier or not NOT_THERE.search(message):
         return False
-    values = {value for word in words for value in (word, word.rpartition("=")[2])} - {""}
+    values = {value for word in argv for value in (word, word.rpartition("=")[2])} - {""}
     missing = [value for value in values if re.search(rf"{re.escape(value)}: {NOT_THERE.pattern}", message)]
-    return all(may_be_made(folder / value, earlier) for value in missing)
+    return all(may_be_created(folder / value, earlier) for value in missing)
 
 
-def reject_endless(command: ScriptCommand, words: Sequence[str]) -> None:
+def reject_endless(command: ScriptCommand, argv: Sequence[str]) -> None:
     """Raise OptionError for a command that never ends or waits for user input: it would block the queue."""
-    if any(word in HELP for word in words):
+    if any(word in HELP for word in argv):
         return
-    options = [word.partition("=")[0] for word in words if word.startswith("--")]
+    options = [word.partition("=")[0] for word in argv if word.startswith("--")]
     if command.words[0] == "browser" and "--export" not in options:
         raise OptionError(
             say(
@@ -352,7 +357,8 @@ def reject_endless(command: ScriptCommand, words: Sequence[str]) -> None:
                 name=command.name,
             )
         )
-    for option in options:  # options may be abbreviated
+    for option in options:
+        # argparse accepts abbreviations; those up to `--in` also begin other options, such as --input
         if INTERACTIVE.startswith(option) and len(option) > len("--in"):
             raise OptionError(
                 say(
@@ -377,16 +383,17 @@ def _file_options() -> frozenset[str]:
     return frozenset({*FILES_READ, *parts})
 
 
-def _check_files(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
+def _check_files(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError for the first input file that neither exists nor may be created by an earlier job."""
-    option = BY_PLACE
-    written = "--config_file" if "--output_config" in words else None  # an option whose file is written
-    for word in words:
+    option = POSITIONAL  # the option that the current word belongs to
+    # with --output_config, a training writes the file that --config_file names
+    written = "--config_file" if "--output_config" in argv else None
+    for word in argv:
         if word.startswith("-"):
             option, _, word = word.partition("=")
-        is_read = option in (BY_PLACE, *_file_options()) and option != written
+        is_read = option in (POSITIONAL, *_file_options()) and option != written
         is_file = is_read and FILE_NAME.fullmatch(word) is not None
-        if is_file and not (folder / word).exists() and not may_be_made(folder / word, earlier):
+        if is_file and not (folder / word).exists() and not may_be_created(folder / word, earlier):
             raise OptionError(
                 say(
                     "%(option)s %(word)s: no such file in %(folder)s, where relative paths "
@@ -399,17 +406,17 @@ def _check_files(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJo
             )
 
 
-def _check_folder_of_run(words: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
+def _check_folder_of_run(argv: Sequence[str], folder: Path, earlier: Sequence[EarlierJob]) -> None:
     """Raise OptionError if the folder of `run` neither exists nor may be created by an earlier job.
 
     Whether it is described is checked when the job starts, because a job before it may describe it.
     """
     script = next(
-        index for index, word in enumerate(words) if word.endswith(("run_project.py", "run_project"))
+        index for index, word in enumerate(argv) if word.endswith(("run_project.py", "run_project"))
     )
-    described = "".join(words[script + 1 : script + 2])
+    described = "".join(argv[script + 1 : script + 2])
     is_typed = described != "" and not described.startswith("-")
-    if is_typed and not (folder / described).exists() and not may_be_made(folder / described, earlier):
+    if is_typed and not (folder / described).exists() and not may_be_created(folder / described, earlier):
         raise OptionError(
             say(
                 "%(described)s: there is no such folder in %(folder)s, where relative paths "
@@ -420,13 +427,13 @@ def _check_folder_of_run(words: Sequence[str], folder: Path, earlier: Sequence[E
         )
 
 
-def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
+def _find_command(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, int]:
     """Return the command of this project that a line begins with, and the number of words in its name."""
-    word = "".join(words[:1])
+    word = "".join(argv[:1])
     count = 1
     name = word
     if word == "-m":  # `python -m reelsmith.tools.mask`, as the installed package is run
-        word = " ".join(words[:2])
+        word = " ".join(argv[:2])
         count = 2
         name = word.removeprefix("-m reelsmith.").replace(".", "/")
     script = find_script(name)
@@ -437,9 +444,9 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     commands = _find_commands(ROOT)
     # `reelsmith train wan`, or the same with `python reelsmith.py`
     if word in ("reelsmith", FRONT_SCRIPT) or script == Path(FRONT_SCRIPT):
-        word = " ".join((word, *words[1:3]))
+        word = " ".join((word, *argv[1:3]))
         for command in commands:
-            if tuple(words[1 : 1 + len(command.words)]) == command.words:
+            if tuple(argv[1 : 1 + len(command.words)]) == command.words:
                 return command, 1 + len(command.words)
     # a script at the root and a script of the same name in a folder are the same command
     is_script = script is not None and script.parent.as_posix() in (".", *SCRIPT_ROOMS)
@@ -449,7 +456,7 @@ def _find_command(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, in
     typed = word.rpartition("/")[2]
     names = [command.path.name for command in commands]
     if word.startswith("reelsmith "):
-        typed = words[1]
+        typed = argv[1]
         names = [command.words[0] for command in commands]
     hint = did_you_mean(typed[:LONGEST_NAME], names, MIN_SIMILAR)
     raise OptionError(

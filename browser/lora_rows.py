@@ -34,7 +34,7 @@ class LoraRow:
     folder: str = ""
     family: str = ""
     task: str = ""  # task it was trained for; "" if the command names none
-    twins: Sequence[str] = ()  # paths of further files with the same weights
+    copies: Sequence[str] = ()  # paths of further files with the same weights
     reason: str = ""  # why it may not fit the selected model; "" if it fits
 
     @property
@@ -45,7 +45,7 @@ class LoraRow:
     @property
     def names(self) -> set[str]:
         """Names of all files with these weights."""
-        return {self.name, *(Path(path).name for path in self.twins)}
+        return {self.name, *(Path(path).name for path in self.copies)}
 
     def for_recipe(self, recipe: ModelRecipe) -> "LoraRow":
         """Return the row with the path that the recipe's command uses, and the reason if it may not fit."""
@@ -59,10 +59,12 @@ class LoraRow:
             full = _complete_path(recipe, lora.path)
             if full == self.path:
                 return replace(self, path=lora.path, reason=reason)
-            if full in self.twins:  # the command uses a copy of this row's file: show that one instead
-                high_path = self.high_path and full.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
-                others = [path for path in (self.path, *self.twins) if path != full]
-                return replace(self, path=lora.path, high_path=high_path, twins=others, reason=reason)
+            if full in self.copies:  # the command uses a copy of this row's file: show that one instead
+                high_path = ""
+                if self.high_path:  # a pair: the copy has its own file for the high-noise expert
+                    high_path = full.replace(f"_{LOW_NOISE}.", f"_{HIGH_NOISE}.")
+                other_copies = [path for path in (self.path, *self.copies) if path != full]
+                return replace(self, path=lora.path, high_path=high_path, copies=other_copies, reason=reason)
         return replace(self, reason=reason)
 
     def as_used(self, strength: str, expert: str, has_experts: bool) -> list[UsedLora]:
@@ -122,12 +124,12 @@ class RunLoras:
                 folder=str(file.paths[0].parent),
                 family=source.family,
                 task="".join(source.options.get("--task", ())),
-                twins=[str(file.paths[0].with_name(name)) for name in file.twins],
+                copies=[str(file.paths[0].with_name(name)) for name in file.copies],
             )
             for file in source.files
             if file.name not in others and all(map(self.runs.is_inside, file.paths))
         ]
-        return source.family, rows[::-1]
+        return source.family, rows[::-1]  # the newest file first
 
     def find_run_family(self, run_id: str) -> str:
         """Return the family of a run; "" if it is unknown or cannot generate."""

@@ -17,7 +17,7 @@ from browser.jobs import WAITING
 from browser.model_files import list_downloads
 from browser.queue_pages import is_started_by
 from browser.responses import answer_template
-from browser.run_start import read_run_state, read_trace_state
+from browser.run_start import read_preparation_state, read_run_state
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary, is_living
 from browser.server_state import Site
 from browser.settings_page import SettingsPages
@@ -93,6 +93,7 @@ def read_cards(text: str) -> list[GraphicsCard]:
     """Parse the table of nvidia-smi; lines of another form are left out."""
     cards = []
     for line in text.splitlines():
+        # split from the right: the name of a card may contain commas
         name, *cells = [cell.strip() for cell in line.rsplit(",", 3)]
         if len(cells) != 3:
             continue
@@ -162,7 +163,7 @@ class MachineLine:
         except OSError:
             free = ""
         settings = SettingsPages(self.site)
-        command = format_command(settings.command_words(settings.find_worker()), Path.cwd())
+        command = format_command(settings.command_argv(settings.find_worker()), Path.cwd())
         runs = self.site.runs.list_all()
         return MachineInfo(
             running=self.list_running(runs),
@@ -185,19 +186,19 @@ class MachineLine:
             things.append(RunningThing(join(", ", parts), "/generate"))
         for download in list_downloads(self.site.background_jobs, self.site.models):
             if download.state == RUNNING:
-                words = say(
+                text = say(
                     "loading %(title)s%(progress_words)s",
                     title=say(download.files.model.title),
                     progress_words=download.progress_words,
                 )
-                things.append(RunningThing(words, "/models#loading"))
+                things.append(RunningThing(text, "/models#loading"))
         return things
 
     def _list_jobs(self, runs: Sequence[RunSummary]) -> list[RunningThing]:
         """Return running jobs that have no run of their own, and the number of jobs in a paused queue."""
         try:
             now = self.site.queue.now()
-        except UserError:  # the page of the queue tells it
+        except UserError:  # the queue's page reports it
             return []
         things = []
         for job in now.jobs:
@@ -210,10 +211,8 @@ class MachineLine:
                 )
         num_waiting = sum(job.state == WAITING for job in now.jobs)
         if now.worker == "" and num_waiting:
-            words = counted(
-                num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused"
-            )
-            things.append(RunningThing(words, "/queue"))
+            text = counted(num_waiting, "%(n)s waits: the queue is paused", "%(n)s wait: the queue is paused")
+            things.append(RunningThing(text, "/queue"))
         return things
 
 
@@ -238,13 +237,13 @@ def _is_running_here(run: RunSummary) -> bool:
 
 def _describe_run(run: RunSummary) -> RunningThing:
     """Describe a running training, or the preparation by `run`, with a link to its page."""
-    words = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
+    title = _shorten_line(run.name.removesuffix(BEFORE_TRAINING))
     if run.name.endswith(BEFORE_TRAINING):
         return RunningThing(
-            join(", ", (words, read_trace_state(run).text)),
+            join(", ", (title, read_preparation_state(run).text)),
             f"/run/{run.id}/",
         )
-    parts = [words]
+    parts = [title]
     if run.step or not run.doing:
         parts.append(
             say("step %(step)s of %(total_steps)s", step=f"{run.step:,}", total_steps=f"{run.total_steps:,}")

@@ -76,14 +76,14 @@ class MaskMakingPages:
         """Return the form, or the part of it named in the query; see `FolderPages`."""
         return self.answer(folder, query, query.get("part", ""))
 
-    def answer(self, folder: Path, texts: Mapping[str, str], part: str = "", refused: str = "") -> Response:
+    def answer(self, folder: Path, texts: Mapping[str, str], part: str = "", error: str = "") -> Response:
         """Return the part of the page.
 
         Args:
             folder: The folder. If it is a described folder with several media folders, the form selects one.
             texts: Values of the form's fields.
             part: "form" or "progress"; "" for both.
-            refused: Reason why a button did nothing.
+            error: Reason why a button did nothing.
         """
         outer = find_open_folder(self.site.runs, texts.get("outer", "")) or folder
         folders = list_media_folders_of(self.site.runs, outer)
@@ -93,7 +93,7 @@ class MaskMakingPages:
             "outer": outer,
             "folders": folders,
             "part": part,
-            "refused": refused,
+            "refused": error,
             "can_write": not self.site.read_only,
             "form": FORM,
             "finders": FINDERS,
@@ -102,16 +102,16 @@ class MaskMakingPages:
         if part in ("", "form"):
             values |= self.collect_form(outer, folder, texts)
         if part in ("", "progress"):
-            values |= self.tool.stand(folder)
+            values |= self.tool.collect_progress(folder)
             values["use"] = self.find_use(folder)
             values["is_first"] = self.is_first(values["use"], values["job"])
-        return answer_template("mask_making.html", say("Masks"), values, is_rejected=refused != "")
+        return answer_template("mask_making.html", say("Masks"), values, is_rejected=error != "")
 
     def collect_form(self, outer: Path, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
-            dry_run = format_command(self.make_words(folder, texts, tries=True), folder)
-            lines = [dry_run, format_command(self.make_words(folder, texts, tries=False), folder)]
+            dry_run = format_command(self.make_argv(folder, texts, tries=True), folder)
+            lines = [dry_run, format_command(self.make_argv(folder, texts, tries=False), folder)]
         except OptionError as error:  # the error is shown at both buttons
             lines = [str(error), str(error)]
         finder = texts.get("finder", WORDS)
@@ -159,7 +159,7 @@ class MaskMakingPages:
         network = NETWORKS.get(finder)
         return "" if network is None else str((self.site.models / network.relative_to(MODELS)).absolute())
 
-    def make_words(self, folder: Path, texts: Mapping[str, str], tries: bool) -> list[str]:
+    def make_argv(self, folder: Path, texts: Mapping[str, str], tries: bool) -> list[str]:
         """Return the command line of the mask tool.
 
         Args:
@@ -173,44 +173,45 @@ class MaskMakingPages:
         finder = texts.get("finder", WORDS)
         if finder not in FINDERS:
             raise OptionError(say("%(finder)s finds nothing: choose from the list.", finder=finder[:40]))
-        words = FORM.make_words(".", texts)
+        argv = FORM.make_argv(".", texts)
         network = texts.get("model", "").strip() or self.name_network(finder)
-        if finder == WORDS:
+        if finder == WORDS:  # the mask tool takes one --what for each object
             names = [" ".join(name.split()) for name in texts.get("what", "").split(BETWEEN)]
             for name in filter(None, names):
-                words += give_value("what", name)
+                argv += give_value("what", name)
+        # finders of watermarks and colors need no network; the other finders name theirs in different options
         if finder == WATERMARK:
-            words.append("--watermark")
+            argv.append("--watermark")
         if finder == COLOR:
-            words += give_value(COLOR, texts.get("colour", "").strip() or NO_COLOR)
+            argv += give_value(COLOR, texts.get("colour", "").strip() or NO_COLOR)
         elif finder in (BACKGROUND, FACES):
-            words += give_value(finder, network)
+            argv += give_value(finder, network)
         else:
-            words += give_value("model", network)
+            argv += give_value("model", network)
         masks = find_masks_folder(self.site.runs, folder)
         if masks == folder:
-            words.append("--beside")
+            argv.append("--beside")
         elif masks is not None:
-            words += give_value("output", str(masks))
-        return [*words, "--dry_run"] if tries else words
+            argv += give_value("output", str(masks))
+        return [*argv, "--dry_run"] if tries else argv
 
-    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+    def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Do what a button requests, and show the progress again."""
 
-        def make_words(tries: bool) -> list[str]:
+        def make_argv(tries: bool) -> list[str]:
             self.require_ready(fields, tries)
-            return self.make_words(folder, fields, tries)
+            return self.make_argv(folder, fields, tries)
 
         try:
-            if what == "learn":
+            if action == "learn":
                 self.learn(folder, fields)
-            elif not self.tool.press(folder, what, make_words):
+            elif not self.tool.press(folder, action, make_argv):
                 return answer_unknown()
         except ChangedMeanwhileError:
             message = say("dataset.toml has changed meanwhile: press it again.")
-            return self.answer(folder, fields, "progress", refused=message)
+            return self.answer(folder, fields, "progress", error=message)
         except (UserError, OSError, ValueError) as error:
-            return self.answer(folder, fields, "progress", refused=str(error))
+            return self.answer(folder, fields, "progress", error=str(error))
         return self.answer(folder, fields, "progress")
 
     def require_ready(self, fields: Mapping[str, str], tries: bool) -> None:

@@ -121,20 +121,23 @@ class MaskPages:
         return Response(image.content, media_type=image.kind, headers=headers)
 
     def change(self, request: Request, body: bytes) -> Response:
-        """Accept, invert or remove a mask, or undo the last change. The body has folder, id and have."""
-        what = request.path_params["what"]
+        """Accept, invert or remove a mask, or undo the last change.
+
+        The JSON body has `folder`, `id`, and `have`, the version of the mask that the page shows.
+        """
+        action = request.path_params["what"]
         try:
             query = parse_json(body.decode())
             texts = {name: str(query.get(name, "")) for name in ("folder", "id", "have")}
         except (ValueError, AttributeError) as error:
             return answer_json({"error": f"This is no request: {error}"}, 400)
-        if what not in (*CHANGES, "undo"):
+        if action not in (*CHANGES, "undo"):
             return answer_json({"error": say("There is no such request.")}, 404)
 
         def act(folder: Path, place: MaskPlace) -> None:
-            self.review.change(folder, place, what, texts["have"])
+            self.review.change(folder, place, action, texts["have"])
 
-        if what == "undo":
+        if action == "undo":
             return self._undo(texts)
         return self._answer_change(texts, act)
 

@@ -117,16 +117,19 @@ class MaskReview:
             size = image_size(place.medium) if place.kind == "image" else None
         except (MediaError, OSError) as error:
             return _as_json(place, state, str(error).replace(f"{place.medium} ", ""))
-        mark = mark_mask(place)
+        mark = mark_mask(place)  # "" without a mask
         stamp = place.medium.stat().st_mtime_ns
         shots = []
         for number in numbers:
             query = {"folder": folder, "id": name_id(place), "number": number}
+            # a stamp makes browsers load the image again after its file has changed
+            picture = encode_address({**query, "stamp": stamp})
+            mask = encode_address({**query, "stamp": mark})
             shots.append(
                 {
                     "number": number,
-                    "picture": add_root(f"{ADDRESS}/picture?{encode_address({**query, 'stamp': stamp})}"),
-                    "mask": mark and add_root(f"{ADDRESS}/mask?{encode_address({**query, 'stamp': mark})}"),
+                    "picture": add_root(f"{ADDRESS}/picture?{picture}"),
+                    "mask": add_root(f"{ADDRESS}/mask?{mask}") if mark else "",
                 }
             )
         return {**_as_json(place, state, ""), "mark": mark, "size": size, "shots": shots}
@@ -135,28 +138,28 @@ class MaskReview:
         """Return whether a folder has a change that can be undone."""
         return bool(self._changed.get(folder))
 
-    def change(self, folder: Path, place: MaskPlace, what: str, have: str) -> None:
+    def change(self, folder: Path, place: MaskPlace, action: str, version: str) -> None:
         """Accept, invert or remove a mask.
 
         Args:
             folder: The folder with media.
             place: The image or clip.
-            what: The change.
-            have: Mark of the mask that the page shows, as `mark_mask` returns it.
+            action: The change.
+            version: Mark of the mask that the page shows, as `mark_mask` returns it.
 
         Raises:
             MaskConflictError: If the mask has changed since.
             UserError: If it cannot be changed.
         """
         with self._lock, only_one(folder / LOCK):
-            place = self._require_unchanged(place, have)
-            CHANGES[what](place)
+            place = self._require_unchanged(place, version)
+            CHANGES[action](place)
             self._note(folder, place)
 
-    def draw(self, folder: Path, place: MaskPlace, png: bytes, have: str) -> None:
+    def draw(self, folder: Path, place: MaskPlace, png: bytes, version: str) -> None:
         """Replace the mask of an image by a drawn mask of the image's size. Raises as `change`."""
         with self._lock, only_one(folder / LOCK):
-            place = self._require_unchanged(place, have)
+            place = self._require_unchanged(place, version)
             if place.kind != "image":
                 raise OptionError(say("A brush corrects the mask of a picture, not that of a clip."))
             with DECODING:
@@ -196,7 +199,7 @@ class MaskReview:
         stamp = place.medium.stat().st_mtime_ns
         key = place.medium, stamp, number
         with DECODING:
-            if key not in self._shots:
+            if key not in self._shots:  # decode all frames of the clip at once: the page shows them together
                 for shown, frame in read_shots(place, numbers):
                     self._shots[place.medium, stamp, shown] = _encode_jpeg(frame)
                 while len(self._shots) > MAX_SHOTS:
@@ -225,10 +228,10 @@ class MaskReview:
         changed.append((place.medium, mark_mask(place.listed_anew())))
         del changed[:-MAX_UNDONE]
 
-    def _require_unchanged(self, place: MaskPlace, have: str) -> MaskPlace:
+    def _require_unchanged(self, place: MaskPlace, version: str) -> MaskPlace:
         """Return the current state of a file: another server may have written its first mask meanwhile."""
         now = place.listed_anew()
-        if mark_mask(now) != have:
+        if mark_mask(now) != version:
             raise MaskConflictError
         return now
 

@@ -109,7 +109,7 @@ def read_plan(text: str) -> ReadPlan | None:
     heads = [index for index, line in enumerate(lines) if TABLE_HEAD.fullmatch(line.rstrip())]
     if not heads:
         return None
-    titles = lines[heads[-1]]
+    titles = lines[heads[-1]]  # the last table: the log may hold several plans
     # numbers are right-aligned below the column titles
     device_end = titles.index("device") + len("device")
     host_end = titles.index("host") + len("host")
@@ -192,7 +192,7 @@ def edit_switches(text: str, switches: MemoryOptions, fields: Mapping[str, str],
             for key in keys:
                 changes[key] = None  # removed, unless the choice sets it again
         for key in keys_by_choice.get(chosen, ()):
-            if key in names:
+            if key in names:  # an option of this model's training script
                 changes[key] = True
     return edit_toml(text, changes)
 
@@ -238,7 +238,7 @@ class MemoryPages:
             "sizes": sorted({*SIZES, size, *([card] if card else [])}),
             "missing": self.list_missing(described),
             "duration": describe_duration(self.site.runs, described, described.steps),
-            "command": format_command(self.plan_words(file, size), folder),
+            "command": format_command(self.plan_argv(file, size), folder),
             "can_write": not self.site.read_only,
             "fault": fault,
             "done": done,
@@ -248,7 +248,7 @@ class MemoryPages:
     def planned_size(self, job: Job | None, card: float) -> float:
         """Return the card size in GiB of the last plan; without a plan, the size of this machine's card."""
         try:
-            return float(job.words[-1]) if job is not None else card or DEFAULT_SIZE
+            return float(job.argv[-1]) if job is not None else card or DEFAULT_SIZE
         except (UserError, ValueError, IndexError):
             return card or DEFAULT_SIZE
 
@@ -283,21 +283,21 @@ class MemoryPages:
         paths = described.model_files.values()
         return [path for path in paths if not (described.folder / path).exists()]
 
-    def plan_words(self, file: DraftFile, size: float) -> list[str]:
+    def plan_argv(self, file: DraftFile, size: float) -> list[str]:
         """Return the command that plans for a card of `size` GiB. `file` is the run.toml."""
         script = find_training_script(file.text)
         return ["python", script, "--config_file", RUN_FILE, "--plan", f"{size:g}"]
 
-    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+    def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Plan for a card, or write a switch and plan again."""
-        if what not in (PLAN, "switch", "stop"):
+        if action not in (PLAN, "switch", "stop"):
             return answer_unknown()
         done = ""
         try:
-            if what == "stop":
+            if action == "stop":
                 self.site.background_jobs.stop(name_background_job(PLAN, folder))
                 return self.answer(folder)
-            if what == "switch":
+            if action == "switch":
                 done = self.write_switches(folder, fields)
             self.plan(folder, read_size(fields.get("size", "")))
         except ChangedMeanwhileError:
@@ -324,9 +324,9 @@ class MemoryPages:
         self.site.tracked_runs.reject_while_it_runs(folder)
         note = reject_new_errors(present, after, text)
         present.save(after)
-        lines = {*text.splitlines()} ^ {*after.splitlines()}
-        changed = [f"-{line}" for line in text.splitlines() if line in lines]
-        changed += [f"+{line}" for line in after.splitlines() if line in lines]
+        lines_of_one = {*text.splitlines()} ^ {*after.splitlines()}  # lines that only one of the texts has
+        changed = [f"-{line}" for line in text.splitlines() if line in lines_of_one]
+        changed += [f"+{line}" for line in after.splitlines() if line in lines_of_one]
         return say(
             "Saved into %(run_file)s: %(names)s. %(note)s",
             run_file=RUN_FILE,
@@ -345,13 +345,13 @@ class MemoryPages:
                     missing=missing[0],
                 )
             )
-        words = self.plan_words(read_draft_file(self.site, folder, RUN_FILE), size)
+        argv = self.plan_argv(read_draft_file(self.site, folder, RUN_FILE), size)
         name = name_background_job(PLAN, folder)
         job = self.site.background_jobs.find(name)
         if job is not None and job.state == RUNNING:
             self.site.background_jobs.stop(name)
             self.site.background_jobs.wait(name, STOP_SECONDS)
-        self.site.background_jobs.start(name, words, folder, within=folder)
+        self.site.background_jobs.start(name, argv, folder, within=folder)
 
 
 def read_size(text: str) -> float:

@@ -184,18 +184,19 @@ def _read_task(model: ModelSet, models: Path, in_fp8: bool, known: KnownParts) -
 
 def read_part(component: Component, models: Path) -> ModelPart:
     """Return a part with its state in the models folder."""
-    sizes = {file: _read_size(models / file.name) for file in component.files}
+    sizes = {file: _read_size(models / file.name) for file in component.files}  # None: the file is missing
     size_bytes = sum(size or 0 for size in sizes.values())
     size_bytes += sum(_read_size(path) or 0 for path in _list_partial_paths(component, models))
+    differs = False
+    for file, size in sizes.items():
+        if size is not None and file.size_bytes is not None and size != file.size_bytes:
+            differs = True
     return ModelPart(
         component=component,
         models=_list_uses().get(component.files, ()),
         size_bytes=size_bytes,
         is_there=all(size is not None for size in sizes.values()),
-        has_other_size=any(
-            size is not None and file.size_bytes not in (None, size) for file, size in sizes.items()
-        )
-        or _is_cut_off(component, list(sizes.values())),
+        has_other_size=differs or _is_cut_off(component, list(sizes.values())),
     )
 
 
@@ -314,7 +315,7 @@ def remove_parts(models: Path, files: TaskFiles, chosen: Sequence[str], bin_fold
     for path in present:
         if not real_path(path.parent).is_relative_to(real_path(models)):
             raise OutputError(f"{path.parent} is a link to another place than {models}: remove it there")
-    folder = bin_folder.take(f"models {files.name}", models, present)
+    folder = bin_folder.move_in(f"models {files.name}", models, present)
     for path in present:
         _remove_empty(path.parent, models)
     return folder

@@ -100,7 +100,10 @@ class ModelPages:
                 task=chosen.task,
             )
         on_disk = list_parts_on_disk(models, known)
-        bin_folders = [bin_folder / moved for bin_folder in open_bin(site).places]
+        moved_to: Path | str = ""
+        for bin_folder in open_bin(site).folders:  # `moved` may be in the folder of either disk
+            if moved and moved_to == "" and (bin_folder / moved).is_dir():
+                moved_to = bin_folder / moved
         values = {
             "tasks": tasks,
             "memory": find_memory(),
@@ -122,7 +125,7 @@ class ModelPages:
             "unverified": UNVERIFIED,
             "models": models.absolute(),
             "bin": site.runs.tops[0] / BIN,
-            "moved": next((bin_folder for bin_folder in bin_folders if moved and bin_folder.is_dir()), ""),
+            "moved": moved_to,
             "free": self.describe_free(),
             "login": describe_login(),
             "can_write": not site.read_only,
@@ -140,23 +143,23 @@ class ModelPages:
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button requests, and show the page again."""
         chosen = Chosen.of_fields(form)
-        what = request.path_params["what"]
+        action = request.path_params["what"]
         files = find_task(self.site.models, chosen.family, chosen.task, chosen.in_fp8)
         if files is None:
             return self.answer(chosen, say("Choose a task from the list."))
         moved = ""
         try:
-            if what == "load":
+            if action == "load":
                 self.load(files, is_accepted="accept" in form)
-            elif what == "stop":
+            elif action == "stop":
                 name = name_download(self.site.models, chosen.family, chosen.task)
                 self.site.background_jobs.stop(name)
-            elif what == "remove":
+            elif action == "remove":
                 moved = self.remove(files, form.get("part", ()))
             else:
                 return answer_unknown()
         except UserError as error:
-            return self.answer(chosen, str(error), is_removing=what == "remove")
+            return self.answer(chosen, str(error), is_removing=action == "remove")
         except OSError as error:
             return self.answer(chosen, f"{error.filename or 'a file'}: {error.strerror or error}")
         return answer_move(f"{chosen.address}&{urlencode({'moved': moved})}" if moved else chosen.address)

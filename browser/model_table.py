@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from browser.folders import MediaFolder
 from browser.printed_lines import translate_file_kind, translate_line
@@ -93,14 +93,12 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
         memory: GiB of the graphics card; 0 without a card.
         content: Media of the folder; None if no folder is selected.
     """
-    ranked = []  # rank, position in the catalogue, row
-    for position, model in enumerate(find_models()):
+    ranked: list[_RankedRow] = []
+    for model in find_models():
         missing = list_missing(model, models, {})
-        size = (
-            say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing)))
-            if missing
-            else say("ready")
-        )
+        size = say("ready")
+        if missing:
+            size = say("%(total_bytes)s to download", total_bytes=gigabytes(total_bytes(missing)))
         row = ModelRow(
             model=model,
             size=size,
@@ -108,31 +106,40 @@ def list_model_rows(models: Path, memory: float, content: MediaFolder | None = N
             fit=describe_fit(model, memory),
             makes=describe_kind(model),
         )
-        ranked.append((_rank_row(row, memory, content), position, row))
-    ranked.sort(key=lambda entry: entry[:2])
+        ranked.append(_rank_row(row, memory, content))
+    # the sort is stable: models of equal rank stay in the order of the catalogue
+    ranked.sort(key=lambda one: (not one.suits, one.is_distilled, not one.fits, one.size_bytes))
     num_suggested = 0 if content is None else SUGGESTED
-    suggested = [replace(row, is_suggested=True) for _, _, row in ranked[:num_suggested]]
-
-    def order_rest(entry: tuple[tuple[bool, bool, bool, int], int, ModelRow]) -> tuple[bool, str]:
-        """Sort by whether a model suits the folder, the first item of its rank, and then by title."""
-        rank, _, row = entry
-        return rank[0], row.model.title.lower()
-
-    rest = sorted(ranked[num_suggested:], key=order_rest)
-    return [*suggested, *(row for _, _, row in rest)]
+    suggested = [replace(one.row, is_suggested=True) for one in ranked[:num_suggested]]
+    others = sorted(ranked[num_suggested:], key=lambda one: (not one.suits, one.row.model.title.lower()))
+    return [*suggested, *(one.row for one in others)]
 
 
-def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> tuple[bool, bool, bool, int]:
-    """Return the sort key of a row: suits the folder, is made for training, fits the card, and is small."""
+class _RankedRow(NamedTuple):
+    """A row, and what its position in the list depends on."""
+
+    row: ModelRow
+    suits: bool  # the model makes what is in the folder
+    is_distilled: bool  # distilled models are harder to train
+    fits: bool  # on the graphics card
+    size_bytes: int
+
+
+def _rank_row(row: ModelRow, memory: float, content: MediaFolder | None) -> _RankedRow:
+    """Return a row with the properties of its model. Arguments as in `list_model_rows`."""
     model = row.model
     suits = True
     if content is not None:
         suits = row.makes.startswith("clips" if content.clips else "pictures")
         if content.clips and model.data.get("from_image"):
             suits = False  # it needs start images
-    is_distilled = any(word in model.about for word in ("eight steps", "four steps", "distilled"))
-    fits = not memory or is_small(model, memory)
-    return not suits, is_distilled, not fits, transformer_bytes(model)
+    return _RankedRow(
+        row=row,
+        suits=suits,
+        is_distilled=any(phrase in model.about for phrase in ("eight steps", "four steps", "distilled")),
+        fits=not memory or is_small(model, memory),
+        size_bytes=transformer_bytes(model),
+    )
 
 
 def list_licenses(parts: Sequence[Component]) -> list[Licence]:

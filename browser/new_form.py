@@ -132,18 +132,18 @@ class NewForm:
         return cls.of_fields(parse_qs(urlsplit(address).query))
 
     @classmethod
-    def of_words(cls, words: Sequence[str]) -> "NewForm":
-        """Read the form from a command line that `make_new_words` has returned."""
+    def of_argv(cls, argv: Sequence[str]) -> "NewForm":
+        """Read the form from a command line that `make_new_argv` has returned."""
         texts: dict[str, str] = {}
         files: dict[str, str] = {}
-        for option, value in zip(words, words[1:], strict=False):
+        for option, value in zip(argv, argv[1:], strict=False):  # each word with the one after it
             if option == "--model_file":
                 name, _, path = value.partition("=")
                 files[name] = path
             elif option.startswith("--"):
                 texts[option] = value
         return cls(
-            folder="".join(words[2:3]),
+            folder="".join(argv[2:3]),  # reelsmith new FOLDER ...
             family=texts.get("--family", ""),
             task=texts.get("--task", ""),
             train=_read_kind(texts.get("--train", "")),
@@ -359,7 +359,7 @@ def parse_integer(text: str, maximum: int) -> int | None:
     return number if number <= maximum else None
 
 
-def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
+def make_new_argv(form: NewForm, models: Path, overwrite: bool = False, dry_run: bool = False) -> list[str]:
     """Return the `new` command that describes a folder with the values of the form.
 
     Args:
@@ -380,10 +380,10 @@ def make_new_words(form: NewForm, models: Path, overwrite: bool = False, dry_run
         "--overwrite": overwrite or None,
         "--dry_run": dry_run or None,
     }
-    words = ["reelsmith", "new", form.folder, *option_words(options)]
+    argv = ["reelsmith", "new", form.folder, *option_words(options)]
     for name, path in form.model_files.items():
-        words += ["--model_file", f"{name}={path}"]
-    return words
+        argv += ["--model_file", f"{name}={path}"]
+    return argv
 
 
 def list_differing(form: NewForm, before: NewForm) -> list[str]:
@@ -428,4 +428,4 @@ def list_key_changes(form: NewForm, before: NewForm, values: Mapping[str, Any]) 
     if form.steps == before.steps or not form.steps:
         return KeyChanges(changes)
     times = change_steps(values, read_steps(form.steps))
-    return KeyChanges({**changes, **times.changes}, times.kept)
+    return KeyChanges({**changes, **times.changes}, times.unchanged)

@@ -32,10 +32,10 @@ from browser.captioning import (
     TYPED_OPTIONS,
     CaptionForm,
     describe_engine,
-    make_caption_words,
+    make_caption_argv,
     read_tries,
 )
-from browser.captions import mark_bytes
+from browser.captions import compute_checksum
 from browser.checklist import BAD, Checklist, make_checklist
 from browser.command_lines import format_command
 from browser.command_output import REPAIR, OutputLine, find_command, read_changes, read_output_lines
@@ -65,7 +65,7 @@ from browser.folders import (
     read_outer_folder,
 )
 from browser.jobs import WAITING, Job
-from browser.launch import command_part, find_program, split_words
+from browser.launch import command_part, find_program, split_arguments
 from browser.machine_status import CardReader
 from browser.model_files import Download, TaskFiles, find_download, find_task, name_download
 from browser.model_table import (
@@ -91,7 +91,7 @@ from browser.new_form import (
     list_key_changes,
     list_shown_kinds,
     list_unwritten,
-    make_new_words,
+    make_new_argv,
     name_field,
     read_steps,
 )
@@ -112,9 +112,9 @@ from browser.run_start import (
     CHECK,
     DESCRIBE,
     is_run_of_folder,
-    make_check_words,
+    make_check_argv,
     make_plan,
-    make_run_words,
+    make_run_argv,
     newest_job,
 )
 from browser.run_views import POLICY
@@ -168,7 +168,7 @@ MAX_OF_PAGE = 256 << 20  # maximum bytes of check.html
 class DescribePlan:
     """What the button Describe will do, and the text next to it."""
 
-    words: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
+    argv: list[str]  # arguments of the command; empty if keys of run.toml are changed instead
     changes: KeyChanges = KeyChanges({})  # changed keys of run.toml
     compares: bool = False  # the command shows the changes of a described folder
 
@@ -177,7 +177,7 @@ class DescribePlan:
         """Text next to the button: the changed keys, or the command line."""
         if self.changes.changes:
             return self.changes.text
-        return format_command(self.words)
+        return format_command(self.argv)
 
 
 class NewPages:
@@ -241,16 +241,17 @@ class NewPages:
             return NewForm(folder=folder_text)
         comparing = self.find_background_job(COMPARE, folder)
         if comparing is not None and self.is_pending(comparing, folder):
-            return NewForm.of_words(shlex.split(comparing.line))
+            # the user has not yet accepted these changes: the form keeps them, the files do not have them
+            return NewForm.of_argv(shlex.split(comparing.line))
         job = self.find_background_job(DESCRIBE, folder)
-        is_failed = job is not None and job.state not in (RUNNING,) and job.code != 0
+        is_failed = job is not None and job.state != RUNNING and job.code != 0
         if is_described(folder) and not is_failed:
             try:
                 return self.make_form(read_described(folder))
             except (OSError, ValueError):
                 return NewForm(folder=str(folder))
-        if job is not None:
-            return NewForm.of_words(shlex.split(job.line))
+        if job is not None:  # the command failed: its values can be corrected
+            return NewForm.of_argv(shlex.split(job.line))
         return NewForm(folder=str(folder), name=find_free_name(folder / "output", folder.name))
 
     def is_as_shown(self, folder: Path, shown: str) -> bool:
@@ -308,8 +309,8 @@ class NewPages:
             "engine": CAPTION_MODEL,
             "engine_size": describe_engine(CAPTION_MODEL),
             "tried": TRIED,
-            "caption_line": format_command(make_caption_words(writer), folder),
-            "try_line": format_command(make_caption_words(writer, TRIED), folder),
+            "caption_line": format_command(make_caption_argv(writer), folder),
+            "try_line": format_command(make_caption_argv(writer, TRIED), folder),
             "caption_format": writer.format,
             "format_title": caption_formats()[writer.format].title if writer.format else "",
             "caption_formats": describe_formats(),
@@ -468,21 +469,22 @@ class NewPages:
                 [queued_job for queued_job in queue.jobs if is_run_of_folder(queued_job, folder)]
             )
             captioning = find_tool_job(queue.jobs, folder, CAPTION_SCRIPT)
-        busy = [
-            background is not None and background.state == RUNNING for background in background_jobs.values()
-        ]
-        busy += [queued is not None and queued.state in (WAITING, RUNNING) for queued in (job, captioning)]
         output = self.output_values(folder, background_jobs)
         loading = self.loading_values(described)
-        download = loading["download"]
-        busy.append(download is not None and download.state == RUNNING)
+        is_busy = False
+        for running_job in (*background_jobs.values(), loading["download"]):
+            if running_job is not None and running_job.state == RUNNING:
+                is_busy = True
+        for queued_job in (job, captioning):
+            if queued_job is not None and queued_job.state in (WAITING, RUNNING):
+                is_busy = True
         checklist = self.make_checklist(
             folder, described, background_jobs, queue.jobs, output["looking_lines"]
         )
         commands: list[list[str]] = []
         if folder is not None:
             commands = read_commands(folder) if described is None else described.commands
-        repair_words = [] if folder is None else find_repair(commands, folder)
+        repair_argv = [] if folder is None else find_repair(commands, folder)
         standing = self.find_standing(
             folder, described, background_jobs[CHECK], output=output, loading=loading
         )
@@ -495,14 +497,14 @@ class NewPages:
             "folder": folder,
             "described": described,
             "tries": [] if folder is None else read_tries(background_jobs[TRY], folder),
-            "repair_line": format_command(repair_words) if repair_words else "",
-            "commands": [format_command(words, folder) for words in commands],
-            "run_command": "" if described is None else format_command(self.make_run_words(described)),
-            "check_command": "" if folder is None else format_command(make_check_words(folder)),
+            "repair_line": format_command(repair_argv) if repair_argv else "",
+            "commands": [format_command(argv, folder) for argv in commands],
+            "run_command": "" if described is None else format_command(self.make_run_argv(described)),
+            "check_command": "" if folder is None else format_command(make_check_argv(folder)),
             "job": job,
             "run_address": standing.run_address,
             "captioning": captioning,
-            "is_busy": any(busy),
+            "is_busy": is_busy,
             "is_paused": queue.worker == "",
             "queue_problem": site.queue.problem,
             "can_write": not site.read_only,
@@ -529,6 +531,7 @@ class NewPages:
             output: Result of `output_values`.
             loading: Result of `loading_values`.
         """
+        # if this page cannot load the missing files, `run` loads them when the training starts
         is_loaded_here = loading["load_command"] != ""
         return FolderStanding(
             is_described=described is not None,
@@ -556,13 +559,14 @@ class NewPages:
         """
         looking = self.find_background_job(DESCRIBE, folder)
         if folder is None or described is None or looking is None or looking.code != 0:
-            return {}
+            return {}  # `new` has reported nothing about this folder
         kinds = {line.kind for line in lines}
         missing: dict[str, Any] = {}
         content = read_media_folder(folder) or read_outer_folder(folder)
         if CAPTIONS in kinds and not described.trigger and content is not None:
             missing["uncaptioned"] = content.uncaptioned
             missing["only_pictures"] = not content.clips and not content.audios
+        # a later check reports the errors that are left
         was_checked = checking is not None and checking.log.stat().st_mtime > looking.log.stat().st_mtime
         if MEND in kinds and not was_checked:
             missing["has_listed_errors"] = any(row.grade == BAD for row in make_checklist(None, lines).rows)
@@ -615,10 +619,10 @@ class NewPages:
         content = read_media_folder(folder)
         unreadable = [] if content is None else self.files.list_unreadable(folder)
         looking = background_jobs[COMPARE] or background_jobs[DESCRIBE]
-        is_told = looking is not None and looking.code == 0
+        has_succeeded = looking is not None and looking.code == 0
         return make_checklist(
             content or read_outer_folder(folder),
-            lines if is_told else [],
+            lines if has_succeeded else [],
             unreadable=unreadable,
             word="" if described is None else described.trigger,
             mended=list_mended(lines, looking, [*jobs, background_jobs[REPAIRING]]),
@@ -629,14 +633,14 @@ class NewPages:
         to_load = self.list_missing_parts(described)
         licenses = list_licenses(to_load)
         files = None if described is None else self.find_files_to_load(described)
-        load_words: list[str] = []
+        load_argv: list[str] = []
         download = None
         if described is not None and files is not None:
-            load_words = self.make_load_words(described, files)
+            load_argv = self.make_load_argv(described, files)
             download = find_download(self.site.background_jobs, files, self.site.models)
         return {
             "download": download,
-            "load_command": format_command(load_words) if load_words else "",
+            "load_command": format_command(load_argv) if load_argv else "",
             "licences": licenses,
             "is_gated": is_gated,  # a function that the template calls for each license
             "has_login": any(map(is_gated, licenses)) and has_login(),
@@ -650,11 +654,11 @@ class NewPages:
             return answer_not_found()
         return self.answer_progress(folder)
 
-    def answer_progress(self, folder: Path, refused: str = "") -> Response:
-        """Return the same part as `show_progress`. `refused` is the reason why a button did nothing."""
+    def answer_progress(self, folder: Path, error: str = "") -> Response:
+        """Return the same part as `show_progress`. `error` is the reason why a button did nothing."""
         described, _ = self.try_read(folder)
-        values = self.progress_values(folder, described) | {"refused": refused, "is_part": True}
-        return answer_template("new_progress.html", say("New"), values, is_rejected=refused != "")
+        values = self.progress_values(folder, described) | {"refused": error, "is_part": True}
+        return answer_template("new_progress.html", say("New"), values, is_rejected=error != "")
 
     def show_caption_line(self, request: Request) -> Response:
         """Answer with the command that writes captions with the form's settings, or with an error message."""
@@ -662,8 +666,8 @@ class NewPages:
         folder = find_folder(self.site.runs, query.get("folder", ""))
         try:
             count = TRIED if "tries" in query else None
-            words = make_caption_words(CaptionForm.read(query), count)
-            text = format_command(words, folder)
+            argv = make_caption_argv(CaptionForm.read(query), count)
+            text = format_command(argv, folder)
         except OptionError as error:
             text = str(error)
         return answer_page(str(escape(text)))
@@ -728,7 +732,7 @@ class NewPages:
             return f"{text}: {error}."
         if path is not None:
             settings = SettingsPages(self.site)
-            command = settings.command_words(settings.find_worker(), further=[real_path(path)])
+            command = settings.command_argv(settings.find_worker(), extra_folders=[real_path(path)])
             return say(
                 "%(path)s is outside of the folders of this page, %(roots)s. End the page, and "
                 "start it with that folder: %(format_command)s",
@@ -790,19 +794,19 @@ class NewPages:
                 return files
         return None
 
-    def make_load_words(self, described: DescribedFolder, files: TaskFiles) -> list[str]:
+    def make_load_argv(self, described: DescribedFolder, files: TaskFiles) -> list[str]:
         """Return the command that downloads the missing files of a described folder's model."""
         missing = {
             name for name, path in described.model_files.items() if not (described.folder / path).exists()
         }
         options = {(part.component.option or "").lstrip("-") for part in files.parts}
         without = sorted(options - missing - {""})
-        words = files.download_words(self.site.models)
-        return [*words, "--without", *without] if without else words
+        argv = files.download_words(self.site.models)
+        return [*argv, "--without", *without] if without else argv
 
-    def make_run_words(self, described: DescribedFolder) -> list[str]:
+    def make_run_argv(self, described: DescribedFolder) -> list[str]:
         """Return the command that trains on a described folder, with this page's models folder."""
-        return make_run_words(described, self.site.models)
+        return make_run_argv(described, self.site.models)
 
     def plan_or_none(
         self, form: NewForm, folder: Path | None, described: DescribedFolder | None
@@ -812,7 +816,7 @@ class NewPages:
             if folder is not None:
                 return self.plan_describe(form, folder, described)
         form = form if form.folder else replace(form, folder="FOLDER")
-        return DescribePlan(make_new_words(form, self.site.models))
+        return DescribePlan(make_new_argv(form, self.site.models))
 
     def plan_describe(self, form: NewForm, folder: Path, described: DescribedFolder | None) -> DescribePlan:
         """Return the plan of Describe for a folder.
@@ -824,18 +828,18 @@ class NewPages:
         form = form.of_folder(folder)
         models = self.site.models
         if not any((folder / name).exists() for name in FILES):
-            return DescribePlan(make_new_words(form, models))
+            return DescribePlan(make_new_argv(form, models))
         if described is not None:
             before = NewForm.of_described(described, models)
             changes = list_key_changes(form, before, described.values)
             if changes.changes and not list_differing(form, before):
                 return DescribePlan([], changes)
-        return DescribePlan(make_new_words(form, models, dry_run=True), compares=True)
+        return DescribePlan(make_new_argv(form, models, dry_run=True), compares=True)
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button requests, and show the page of the folder again."""
         sent = NewForm.of_fields(form)
-        what = request.path_params["what"]
+        action = request.path_params["what"]
         folder = find_folder(self.site.runs, sent.folder)
         if folder is None:
             return self.answer(
@@ -844,11 +848,11 @@ class NewPages:
         texts = {name: "".join(values) for name, values in form.items()}
         message = ""
         try:
-            if what == "describe":
+            if action == "describe":
                 message = self.describe(
                     folder, sent, mark=texts.get("mark", ""), shown=texts.get("shown", "")
                 )
-            elif not self.carry_out(what, folder, sent, texts):
+            elif not self.carry_out(action, folder, sent, texts):
                 return answer_unknown()
             problem = ""
         except ChangedMeanwhileError:
@@ -858,49 +862,49 @@ class NewPages:
             )
         except (UserError, OSError, ValueError) as error:
             problem = str(error)
-        if what not in FULL_PAGE:
+        if action not in FULL_PAGE:
             return self.answer_progress(folder, problem)
         if problem:
-            return self.answer(sent if what == "describe" else self.read_form(str(folder)), problem)
+            return self.answer(sent if action == "describe" else self.read_form(str(folder)), problem)
         response = answer_move(f"/new?{encode_address({'folder': str(folder)})}")
         response.headers[MESSAGE_HEADER] = quote(message)
         return response
 
-    def carry_out(self, what: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
+    def carry_out(self, action: str, folder: Path, sent: NewForm, texts: Mapping[str, str]) -> bool:
         """Do what a button requests, and return whether there is a button of this name.
 
         Raises UserError, OSError or ValueError if it fails, and ChangedMeanwhileError if the files have
         changed since the page was made.
         """
         background_jobs = self.site.background_jobs
-        if what == "replace":
+        if action == "replace":
             self.replace(folder, texts.get("mark", ""))
-        elif what == "keep":
+        elif action == "keep":
             background_jobs.forget(name_background_job(COMPARE, folder))
-        elif what == "check":
+        elif action == "check":
             self.reject_unwritten(folder, sent, texts.get("shown", ""))
-            background_jobs.start(name_background_job(CHECK, folder), make_check_words(folder), Path.cwd())
-        elif what == "load":
+            background_jobs.start(name_background_job(CHECK, folder), make_check_argv(folder), Path.cwd())
+        elif action == "load":
             self.load(folder, has_accepted=bool(texts.get("accept")))
-        elif what == "stop":
+        elif action == "stop":
             for kind in BACKGROUND_KINDS:
                 background_jobs.stop(name_background_job(kind, folder))
-        elif what == "start":
+        elif action == "start":
             self.reject_unwritten(folder, sent, texts.get("shown", ""))
             self.start(folder, has_accepted=bool(texts.get("accept")))
-        elif what == "try":
-            words = make_caption_words(CaptionForm.read(texts), TRIED)
-            require_inside(self.site.runs, folder)
+        elif action == "try":
+            argv = make_caption_argv(CaptionForm.read(texts), TRIED)
+            require_inside(self.site.runs, folder)  # the command writes into the folder
             background_jobs.start(
-                name_background_job(TRY, folder), words, folder, within=folder, typed=TYPED_OPTIONS
+                name_background_job(TRY, folder), argv, folder, within=folder, typed=TYPED_OPTIONS
             )
-        elif what == "write":
-            words = make_caption_words(CaptionForm.read(texts))
+        elif action == "write":
+            argv = make_caption_argv(CaptionForm.read(texts))
             require_inside(self.site.runs, folder)
-            self.site.queue.add_and_begin(words, folder, within=folder, typed=TYPED_OPTIONS)
-        elif what == "remedy":
+            self.site.queue.add_and_begin(argv, folder, within=folder, typed=TYPED_OPTIONS)
+        elif action == "remedy":
             self.run_remedy(folder, texts.get("line", ""))
-        elif what == REPAIR:
+        elif action == REPAIR:
             self.repair(folder, texts.get("encoding", ""))
         else:
             return False
@@ -943,12 +947,12 @@ class NewPages:
         described, _ = self.try_read(folder)
         plan = self.plan_describe(form, folder, described)
         if plan.changes.changes:
-            have = mark_bytes(read_content(folder / RUN_FILE))
-            change_keys(folder / RUN_FILE, plan.changes.changes, have)
+            checksum = compute_checksum(read_content(folder / RUN_FILE))
+            change_keys(folder / RUN_FILE, plan.changes.changes, checksum)
             return say("Written into %(text)s.", text=plan.changes.text)
         kind = COMPARE if plan.compares else DESCRIBE
         self.site.background_jobs.start(
-            name_background_job(kind, folder), plan.words, Path.cwd(), within=folder
+            name_background_job(kind, folder), plan.argv, Path.cwd(), within=folder
         )
         return ""
 
@@ -962,10 +966,10 @@ class NewPages:
         self.site.tracked_runs.reject_while_it_runs(folder)
         kept = f"{folder.name} {time.strftime('%Y-%m-%d %H.%M.%S')}"
         keep_copies(folder, self.site.runs.find_top(folder) / BIN / "replaced" / kept)
-        form = NewForm.of_words(shlex.split(comparing.line))
-        words = make_new_words(form, self.site.models, overwrite=True)
+        form = NewForm.of_argv(shlex.split(comparing.line))
+        argv = make_new_argv(form, self.site.models, overwrite=True)
         self.site.background_jobs.start(
-            name_background_job(DESCRIBE, folder), words, Path.cwd(), within=folder
+            name_background_job(DESCRIBE, folder), argv, Path.cwd(), within=folder
         )
         self.site.background_jobs.forget(name_background_job(COMPARE, folder))
 
@@ -978,18 +982,18 @@ class NewPages:
         if not has_accepted:
             raise OptionError(say("Read the licenses of the model next to the button, and accept them."))
         name = name_download(self.site.models, described.family, described.task)
-        self.site.background_jobs.start(name, self.make_load_words(described, files), Path.cwd())
+        self.site.background_jobs.start(name, self.make_load_argv(described, files), Path.cwd())
 
     def start(self, folder: Path, has_accepted: bool) -> None:
         """Add the run of a folder to the queue, and start the queue unless other jobs wait in it."""
         if not is_described(folder):
             raise OptionError(say("It is not prepared yet: press Prepare first."))
-        words = self.make_run_words(read_described(folder))
-        if "--download" in words and not has_accepted:
+        argv = self.make_run_argv(read_described(folder))
+        if "--download" in argv and not has_accepted:
             raise OptionError(
                 say("Its model is to be loaded: read the licenses next to Start, and accept them.")
             )
-        self.site.tracked_runs.start(folder, words)
+        self.site.tracked_runs.start(folder, argv)
 
     def run_remedy(self, folder: Path, line: str) -> None:
         """Run a command that `new` or `run --check` has printed for this folder."""
@@ -997,29 +1001,29 @@ class NewPages:
         lines: list[OutputLine] = []
         for kind in kinds:
             lines += read_output_lines(self.find_background_job(kind, folder))
-        words = find_command(lines, line)
-        if words is None:
+        argv = find_command(lines, line)
+        if argv is None:
             raise OptionError(say("This command is not one that was printed for this folder (any more)."))
         require_inside(self.site.runs, folder)
-        command, _ = find_program(words, folder)
+        command, _ = find_program(argv, folder)
         if command.words[0] == "cache":
             self.site.background_jobs.start(
-                name_background_job(REPAIRING, folder), words, folder, within=folder
+                name_background_job(REPAIRING, folder), argv, folder, within=folder
             )
         else:
-            self.site.queue.add_and_begin(words, folder, within=folder)
+            self.site.queue.add_and_begin(argv, folder, within=folder)
 
     def repair(self, folder: Path, encoding: str) -> None:
         """Convert captions of a folder to UTF-8. `encoding` is their encoding; "" to guess it."""
         if encoding and encoding not in NAMES:
             raise OptionError(say("%(encoding)s: no such encoding is known here.", encoding=encoding))
-        words = find_repair(read_commands(folder), folder)
-        if not words:
+        argv = find_repair(read_commands(folder), folder)
+        if not argv:
             raise OptionError(say("It is not prepared yet: press Prepare first."))
         require_inside(self.site.runs, folder)
         if encoding:
-            words = [*words, encoding]
-        self.site.background_jobs.start(name_background_job(REPAIRING, folder), words, folder, within=folder)
+            argv = [*argv, encoding]
+        self.site.background_jobs.start(name_background_job(REPAIRING, folder), argv, folder, within=folder)
 
     def look_at_file(self, request: Request, form: Form) -> Response:
         """Answer with a description of a model file, from its header."""
@@ -1076,7 +1080,7 @@ def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence
     ended = [job for job in jobs if job is not None and job.code == 0 and job.log.exists()]
     done = [_split_line(job.line) for job in ended if job.log.stat().st_mtime > since]
     mended = {line.text for line in lines if line.is_command and _split_line(line.text) in done}
-    if any("--repair_captions" in words for words in done):
+    if any("--repair_captions" in argv for argv in done):
         mended.add(REPAIR)
     return mended
 
@@ -1084,7 +1088,7 @@ def list_mended(lines: Sequence[OutputLine], looking: Job | None, jobs: Sequence
 def _split_line(line: str) -> list[str]:
     """Return the arguments of a command without its `cd`, or the line itself if it cannot be split."""
     try:
-        return split_words(command_part(line))
+        return split_arguments(command_part(line))
     except OptionError:  # a manually written line, which `new` never prints
         return [line]
 
@@ -1108,11 +1112,11 @@ def find_repair(commands: Sequence[list[str]], folder: Path) -> list[str]:
 
     `commands` are those of its run.toml.
     """
-    for words in commands:
+    for argv in commands:
         with contextlib.suppress(OptionError):
-            command, _ = find_program(words, folder)
-            if command.words[0] == "cache" and "--check" in words and "--html" in words:
-                return [*words, "--repair_captions"]
+            command, _ = find_program(argv, folder)
+            if command.words[0] == "cache" and "--check" in argv and "--html" in argv:
+                return [*argv, "--repair_captions"]
     return []
 
 

@@ -14,8 +14,8 @@ DESCRIBE, LOAD, CHECK, START = "describe", "load", "check", "start"  # action of
 CHANGES, FOLLOW = "changes", "follow"  # the button leads to a part of this page, or to another page
 CAPTIONS, MEND = "captions", "mend"  # the button leads to missing inputs, or to listed errors
 BUSY = "busy"  # a command is running; the button only shows that
-CHANGES_PLACE = "#would-change"
-CAPTIONS_PLACE, WORD_PLACE, LISTED_PLACE = "#writer", "#trigger", "#progress"
+CHANGES_ANCHOR = "#would-change"
+CAPTIONS_ANCHOR, WORD_ANCHOR, LISTED_ANCHOR = "#writer", "#trigger", "#progress"
 QUEUE_ADDRESS = "/queue"
 
 
@@ -88,7 +88,7 @@ def select_step(form: NewForm, standing: FolderStanding, is_written: bool) -> Ne
     if standing.describing is not None and standing.describing.state == RUNNING:
         return NextStep(BUSY, say("Preparing …"))
     if standing.has_changes:
-        return NextStep(CHANGES, say("Look at the changes"), address=CHANGES_PLACE)
+        return NextStep(CHANGES, say("Look at the changes"), address=CHANGES_ANCHOR)
     if not (standing.is_described and is_written):
         return NextStep(DESCRIBE, say("Prepare"))
     return _select_after_describing(standing)
@@ -114,9 +114,9 @@ def _ask_for_captions(standing: FolderStanding) -> NextStep:
         say("Write captions"),
         missing=[missing],
         done=standing.done,
-        address=CAPTIONS_PLACE,
+        address=CAPTIONS_ANCHOR,
         other_word=say("Type a trigger word"),
-        other_address=WORD_PLACE,
+        other_address=WORD_ANCHOR,
     )
 
 
@@ -141,7 +141,7 @@ def _select_after_describing(standing: FolderStanding) -> NextStep:
             say("Look at the files"),
             missing=[say("the files that are listed under Your files")],
             done=standing.done,
-            address=LISTED_PLACE,
+            address=LISTED_ANCHOR,
         )
     if standing.to_load and download is not None and download.state == RUNNING:
         return NextStep(

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from browser.datasets import find_places
+from browser.datasets import list_named_paths
 from browser.described_folder import DATASET_FILE, is_described, read_own_file
 from browser.folders import find_folder, is_closed, read_media_folder
 from browser.runs import Runs
@@ -66,7 +66,7 @@ def require_inside(runs: Runs, folder: Path) -> None:
     path = folder / DATASET_FILE
     if not path.is_file():
         raise OptionError(say("It is not prepared yet: press Prepare first."))
-    outside = [named_path for named_path in find_places(path, folder) if not runs.is_below(named_path)]
+    outside = [named_path for named_path in list_named_paths(path, folder) if not runs.is_below(named_path)]
     if outside:
         raise OptionError(
             say(

@@ -107,7 +107,7 @@ def change_language(request: Request) -> Response:
     code = request.path_params["code"]
     if code not in CODES:
         return answer_not_found()
-    answer = RedirectResponse(find_way_back(request.query_params.get("to", "")), 303)
+    answer = RedirectResponse(find_return_address(request.query_params.get("to", "")), 303)
     answer.set_cookie(
         _name_cookie(request),
         code,
@@ -119,7 +119,7 @@ def change_language(request: Request) -> Response:
     return answer
 
 
-def find_way_back(address: str) -> str:
+def find_return_address(address: str) -> str:
     """Return an address of this server's pages; the list of runs for any other address."""
     is_ours = address.startswith("/") and not address.startswith(("//", "/\\", "/language/"))
     is_plain = address.isprintable() and "\\" not in address

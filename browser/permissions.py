@@ -82,7 +82,7 @@ def _table(tables: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return table if isinstance(table, dict) else {}
 
 
-def _describe_place(folder: Path, option: str, text: str) -> Permission:
+def _describe_target(folder: Path, option: str, text: str) -> Permission:
     """Describe where an option writes, as unusual if that is outside the folder."""
     try:
         reject_share(text, folder)
@@ -104,7 +104,7 @@ def _list_writing(folder: Path, tables: Mapping[str, Any]) -> Iterator[Permissio
     values = _table(tables, TRAINING_TABLE)
     for option in ("output_dir", *options_reaching("writes")):
         if option in values:
-            yield _describe_place(folder, option, str(values[option]))
+            yield _describe_target(folder, option, str(values[option]))
 
 
 def _list_caches(folder: Path) -> Iterator[Permission]:
@@ -119,7 +119,7 @@ def _list_caches(folder: Path) -> Iterator[Permission]:
         if isinstance(table, dict):
             for name, value in table.items():
                 if name.endswith(CACHES):
-                    yield _describe_place(folder, name, str(value))
+                    yield _describe_target(folder, name, str(value))
 
 
 def _as_list(value: object) -> list[Any]:

@@ -448,7 +448,7 @@ def _read_values(key: str, text: str) -> dict[str, str] | None:
     for name, words in zip(rest[::2], rest[1::2], strict=True):
         is_last = name == rest[-2]
         end = len(text) - len(words) if is_last else text.find(words)
-        if end < 1 or not text.startswith(words, end):
+        if end < 1 or not text.startswith(words, end):  # a placeholder stands for at least one character
             return None
         values[name] = text[:end]
         text = text[end + len(words) :]

@@ -21,8 +21,8 @@ from browser.launch import (
     command_part,
     find_earlier_job,
     find_program,
+    split_arguments,
     split_folder,
-    split_words,
 )
 from browser.responses import Form, answer_form, answer_page, answer_text, answer_unknown
 from browser.run_start import TrackedRuns
@@ -33,7 +33,7 @@ from modules.control_codes import escape_control_codes
 from modules.errors import OptionError, UserError
 from modules.pages.language import say, say_duration
 from modules.pages.page import render_page
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 
 EXAMPLE = ["reelsmith run my_clips", "cd my_clips && " + as_typed(["python", "wan_train_network.py"])]
 SHORT_SECONDS = 60  # the output of jobs that ran at most this long is shown without a click
@@ -75,7 +75,7 @@ def find_draft(runs: Runs, query: Mapping[str, str]) -> Draft:
         return Draft()
     with contextlib.suppress(OSError):
         run_history = runs.open(run).run_history
-        commands = present_commands(run_history, run.history.parent, run.name)[int(index_text) :]
+        commands = current_commands(run_history, run.history.parent, run.name)[int(index_text) :]
         if commands:
             return Draft(escape_control_codes(commands[0].bash), run)
     return Draft()
@@ -111,22 +111,22 @@ def read_jobs(
         )
     jobs = []
     for line in lines:
-        words = split_words(command_part(line))
+        argv = split_arguments(command_part(line))
         base = Path.cwd()
         if run is not None:
-            base = compare.working_folder(run, compare.group_options(words))
+            base = compare.working_folder(run, compare.group_options(argv))
         _, folder = split_folder(line, base)
-        jobs.append((words, folder))
-    for words, folder in jobs:  # find all programs first: checking options takes a script a second
-        find_program(words, folder)
+        jobs.append((argv, folder))
+    for argv, folder in jobs:  # find all programs first: checking options takes a script a second
+        find_program(argv, folder)
     end = time.monotonic() + CHECK_SECONDS
     before = [*earlier]
-    for words, folder in jobs:
+    for argv, folder in jobs:
         seconds = end - time.monotonic()
         if seconds <= 0:  # time is up: the other jobs are checked when they start
             break
-        check_options(words, folder, before, seconds=seconds)
-        before += filter(None, [find_earlier_job(words, folder)])
+        check_options(argv, folder, before, seconds=seconds)
+        before += filter(None, [find_earlier_job(argv, folder)])
     return jobs
 
 
@@ -206,23 +206,23 @@ class QueuePages:
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button requests, and show the queue again."""
-        what = request.path_params["what"]
+        action = request.path_params["what"]
         line = "".join(form.get("line", ()))
         run_id = "".join(form.get("run", ()))
         try:
             number = "".join(form.get("id", ()))
-            if not self.carry_out(what, number, line, run_id, "".join(form.get("within", ()))):
+            if not self.carry_out(action, number, line, run_id, "".join(form.get("within", ()))):
                 return answer_unknown()
         except UserError as error:
-            query = {"line": line, "run": run_id} if what == "add" else {}
+            query = {"line": line, "run": run_id} if action == "add" else {}
             return self.answer(str(error), query)
         return RedirectResponse("/queue", 303)
 
-    def carry_out(self, what: str, number: str, line: str, run_id: str, within: str) -> bool:
-        """Change the queue, and return whether `what` names a change.
+    def carry_out(self, action: str, number: str, line: str, run_id: str, within: str) -> bool:
+        """Change the queue, and return whether `action` names a change.
 
         Args:
-            what: Name of the button.
+            action: Name of the button.
             number: Number of a job, as text.
             line: Command line to add or to edit.
             run_id: Run that the line comes from; "" if it was typed.
@@ -231,11 +231,11 @@ class QueuePages:
         Raises:
             UserError: If the change is rejected.
         """
-        if what == "work":
+        if action == "work":
             self.queue.begin_work()
-        elif what == "pause":
+        elif action == "pause":
             self.queue.end_work(pauses=True)
-        elif what == "add":
+        elif action == "add":
             with self.runs.lock:
                 run = self.runs.find(run_id)
             limits = find_folder(self.runs, within)
@@ -243,14 +243,14 @@ class QueuePages:
                 raise OptionError(
                     say("%(within)s: there is no such folder below those that are shown.", within=within)
                 )
-            for words, folder in read_jobs(line, run, list_earlier(self.queue.jobs())):
-                self.queue.add(words, folder, within=limits)
+            for argv, folder in read_jobs(line, run, list_earlier(self.queue.jobs())):
+                self.queue.add(argv, folder, within=limits)
         elif not NUMBER.fullmatch(number):
             return False
-        elif what == "edit":
+        elif action == "edit":
             self.queue.edit(int(number), line)
-        elif what in self.changes:
-            self.changes[what](int(number))
+        elif action in self.changes:
+            self.changes[action](int(number))
         else:
             return False
         return True

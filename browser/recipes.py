@@ -86,13 +86,13 @@ class ModelRecipe:
     title: str
     family: str  # as scripts name it
     fixed: Mapping[str, Sequence[str]]  # options of the model, with their arguments
-    usual: Mapping[str, str]  # initial texts of the fields, by name
+    initial_texts: Mapping[str, str]  # initial texts of the fields, by name
     folder: Path  # working folder of the command
     missing: Sequence[str] = ()  # missing files of the model
     loras: Sequence[UsedLora] = ()  # LoRAs of the command
-    needed: Sequence[str] = ()  # fields that must be filled
+    required_images: Sequence[str] = ()  # fields that must be filled
     paths: Sequence[str] = ()  # paths of images that the command names
-    of_files: Mapping[str, Any] = field(default_factory=dict)  # defaults of its files: `ModelSet.usual`
+    file_defaults: Mapping[str, Any] = field(default_factory=dict)  # defaults of its files: `ModelSet.usual`
 
     @property
     def script(self) -> str:
@@ -118,16 +118,17 @@ class ModelRecipe:
             keys.pop("high_cfg", None)
         for name in ("start", "end", "control", "references"):
             # if the run's command names an image, the model accepts that image
-            is_typed = name in self.needed or bool(self.usual.get(name))
-            if not is_typed and not self._may_take(name):
+            is_typed = name in self.required_images or bool(self.initial_texts.get(name))
+            if not is_typed and not self._may_accept(name):
                 keys.pop(name, None)
-        if not self.usual.get("layers"):  # only releases that split images into layers name this option
+        # only releases that split images into layers name this option
+        if not self.initial_texts.get("layers"):
             keys.pop("layers", None)
         if "redraw" not in keys:
             keys.pop("share", None)
         return keys
 
-    def _may_take(self, name: str) -> bool:
+    def _may_accept(self, name: str) -> bool:
         """Return whether the model can use an image that its command does not require."""
         task = self._task
         if task is None:
@@ -189,14 +190,16 @@ class ModelRecipe:
         }
         task = self._task
         if task is not None:
-            of_task = {
+            task_defaults = {
                 "steps": task.steps,
                 "guidance": task.guidance,
                 "high_cfg": task.high_noise_guidance,
                 "frames": task.frames,
             }
-            values = {field: of_task.get(field) or value for field, value in {**of_task, **values}.items()}
-        value = {**values, **self.of_files}.get(name)
+            # a task that does not set a value has None or 0
+            values |= {field: value for field, value in task_defaults.items() if value}
+        values |= self.file_defaults
+        value = values.get(name)
         return "" if value in (None, "") else f"{value:g}"
 
     def find_limits(self, name: str) -> tuple[float, float]:
@@ -235,8 +238,8 @@ class ModelRecipe:
     def shapes(self) -> list[tuple[int, int]]:
         """Common sizes (width, height) with about the pixel count of the model's default size."""
         try:
-            width = int(self.usual.get("width", ""))
-            height = int(self.usual.get("height", ""))
+            width = int(self.initial_texts.get("width", ""))
+            height = int(self.initial_texts.get("height", ""))
         except ValueError:
             return []
         sizes = [(width, height), (height, width)]
@@ -261,7 +264,7 @@ def find_field_keys(defaults: ScriptDefaults, extras: Mapping[str, str]) -> dict
     absent = {*defaults.declared()["without"], *defaults.declared()["refused"]}
     keys = {}
     for name, candidates in FIELDS.items():
-        if name == "cfg" and defaults.embedded_guidance is None:
+        if name == "cfg" and defaults.embedded_guidance is None:  # `guidance` sets the CFG scale already
             continue
         if defaults.builds_in_guidance and name in ("negative", "guidance"):
             continue
@@ -326,24 +329,24 @@ def is_driven(model: ModelSet) -> bool:
 def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecipe:
     """Return the recipe of a released model with its files in `models`; `folder` is the working folder."""
     families = {f"{entry.generation_script}.py": name for name, entry in with_scripts().items()}
-    _, script, *words = shlex.split(model.commands["generate"])
+    _, script, *argv = shlex.split(model.commands["generate"])  # python SCRIPT OPTIONS
     paths = {}  # placeholder in the command, such as {dit} -> path
     for part in model.components:
         if part.option:
             placeholder = part.option.lstrip("-")
             paths[f"{{{placeholder}}}"] = part.path
     options: dict[str, list[str]] = {}
-    needed = []
-    for name, texts in group_options(words).items():
+    required_files = []
+    for name, values in group_options(argv).items():
         options[name] = []
-        for text in texts:
-            if text in paths:
-                path = str(models / paths[text])
+        for value in values:
+            if value in paths:
+                path = str(models / paths[value])
                 options[name].append(path)
-                needed.append(path)
+                required_files.append(path)
             else:
-                options[name].append(text)
-    options.pop("--seed", None)
+                options[name].append(value)
+    options.pop("--seed", None)  # each result gets a seed of its own
     if not find_memory():  # CPUs are many times slower in 16 bits than in 32
         for flag in HALF_FLAGS:
             options.pop(flag, None)
@@ -352,9 +355,9 @@ def make_model_recipe(model: ModelSet, models: Path, folder: Path) -> ModelRecip
         family=families[script],
         options=options,
         folder=folder,
-        missing=[path for path in needed if not (folder / path).exists()],
+        missing=[path for path in required_files if not (folder / path).exists()],
         is_example=lambda word: word in EXAMPLES,
-        of_files=model.usual,
+        file_defaults=model.usual,
     )
 
 
@@ -368,7 +371,7 @@ def make_run_recipe(source: ComparableRun) -> ModelRecipe:
         folder=source.working_folder,
         missing=[],
         is_example=lambda word: word in source.missing or PLACEHOLDER.fullmatch(word) is not None,
-        of_files=_find_defaults(source.family, names),
+        file_defaults=_find_defaults(source.family, names),
     )
 
 
@@ -410,7 +413,7 @@ def _make_recipe(
     folder: Path,
     missing: Sequence[str],
     is_example: Callable[[str], bool],
-    of_files: Mapping[str, Any],
+    file_defaults: Mapping[str, Any],
 ) -> ModelRecipe:
     """Split the options of a command into fixed options and options that fields show.
 
@@ -421,7 +424,7 @@ def _make_recipe(
         folder: Working folder of the command.
         missing: Files of the model that do not exist.
         is_example: Returns whether a word is a placeholder for a file that the user has to name.
-        of_files: Defaults of the model's files, see `ModelRecipe`.
+        file_defaults: Defaults of the model's files, see `ModelRecipe`.
     """
     defaults: ScriptDefaults = import_own(with_scripts()[family].generation_script).DEFAULTS
     names = {key: name for name, key in find_field_keys(defaults, list_extras(family)).items()}
@@ -440,13 +443,13 @@ def _make_recipe(
         title=title,
         family=family,
         fixed={option.flag: option.words for option in fixed},
-        usual=default,
+        initial_texts=default,
         folder=folder,
         missing=[*missing, *(option.flag for option in fixed if option.has_example)],
         loras=[*_read_loras(by_key, ""), *_read_loras(by_key, HIGH_NOISE)],
-        needed=[name for name in examples if name in IMAGES],
+        required_images=[name for name in examples if name in IMAGES],
         paths=[path for name in IMAGES for path in default.get(name, "").splitlines()],
-        of_files=of_files,
+        file_defaults=file_defaults,
     )
 
 
@@ -534,7 +537,7 @@ class RenderRequest:
             raise OptionError(
                 say("%(missing)s is missing: load the model first (Models).", missing=recipe.missing[0])
             )
-        for name in recipe.needed:
+        for name in recipe.required_images:
             is_filled = self.references if name == "references" else self.texts.get(name, "").strip()
             if not is_filled:
                 raise OptionError(
@@ -588,13 +591,13 @@ class RenderRequest:
             return
         minimum, maximum = self.recipe.find_limits(name)
         if not minimum <= value <= maximum:
-            what = "share" if name == "share" else "number"
+            kind = "share" if name == "share" else "number"
             raise OptionError(
                 say(
                     "%(label)s %(text)s: give a %(what)s from %(minimum)s to %(maximum)s",
                     label=self._label(name),
                     text=text,
-                    what=what,
+                    what=kind,
                     minimum=f"{minimum:,g}",
                     maximum=f"{maximum:,g}",
                 )
@@ -630,22 +633,24 @@ class RenderRequest:
         values = {}
         for name, key in recipe.keys.items():
             text = seed if name == "seed" else self._text(name)
+            # references are a list, which `command` adds; the share only counts together with `redraw`
             if not text or name in ("references", "share"):
                 continue
             if name == "redraw":
                 is_clip = Path(text).suffix.lower() in VIDEO_SUFFIXES
-                key = "video_path" if is_clip and recipe.defaults.source.takes_video else key
+                if is_clip and recipe.defaults.source.takes_video:
+                    key = "video_path"
                 if self._text("share"):
                     values["denoise"] = self._text("share")
             values[key] = text
         return values
 
     @property
-    def session_words(self) -> list[str]:
+    def session_argv(self) -> list[str]:
         """Return the command that loads the model for requests; each request brings its LoRA strengths."""
         recipe = self.recipe
-        words = ["python", recipe.script, *_as_words({**recipe.fixed, **self._lora_options()})]
-        return [*words, "--interactive", find_flag("save_path", recipe.defaults), self.save_path]
+        argv = ["python", recipe.script, *_as_argv({**recipe.fixed, **self._lora_options()})]
+        return [*argv, "--interactive", find_flag("save_path", recipe.defaults), self.save_path]
 
     def request(self, seed: str) -> dict[str, Any]:
         """Return the request for one result, as `generation/json_requests.py` reads it."""
@@ -664,21 +669,21 @@ class RenderRequest:
         options: dict[str, Any] = {**recipe.fixed, **self._lora_options()}
         for expert in ("", HIGH_NOISE):
             strengths = self._strengths(expert)
-            if any(float_or_one(strength) != 1 for strength in strengths):
+            if any(float_or_one(strength) != 1 for strength in strengths):  # 1 is the scripts' default
                 options[_with_expert(STRENGTHS, expert)] = strengths
         options["--prompt"] = self.prompt.strip()
         options |= type_options(self._values(seed), defaults)
         if self.references and "references" in recipe.fields:
             options[find_flag("control_image_path", defaults)] = list(self.references)
         save_flag = find_flag("save_path", defaults)
-        return ["python", recipe.script, *_as_words(options), save_flag, self.save_path]
+        return ["python", recipe.script, *_as_argv(options), save_flag, self.save_path]
 
     def as_render_job(self, seed: str) -> RenderJob:
         """Return the render job of one result."""
         return RenderJob(
             id=0,
             title=self.recipe.title,
-            session=self.session_words,
+            session=self.session_argv,
             command=self.command(seed),
             request=self.request(seed),
             folder=str(self.recipe.folder),
@@ -687,7 +692,7 @@ class RenderRequest:
         )
 
 
-def _as_words(options: Mapping[str, Any]) -> list[str]:
+def _as_argv(options: Mapping[str, Any]) -> list[str]:
     """Return options as words. An option without words is a switch."""
     return option_words({flag: True if value == [] else value for flag, value in options.items()})
 

@@ -206,7 +206,7 @@ class RenderQueue:
         with explain_errors(self._cancel_path(number)):
             self._cancel_path(number).touch()
 
-    def take_cancel(self, number: int) -> bool:
+    def pop_cancel_request(self, number: int) -> bool:
         """Return whether a stop of a render job was requested, and clear the request."""
         try:
             self._cancel_path(number).unlink()
@@ -239,8 +239,8 @@ class RenderQueue:
         """Return the render job in a file; None if the file is damaged or missing."""
         try:
             status = path.stat()
-            mark = (status.st_mtime_ns, status.st_size, status.st_ino)
-            if number in self._read and self._read[number][0] == mark:
+            version = (status.st_mtime_ns, status.st_size, status.st_ino)
+            if number in self._read and self._read[number][0] == version:
                 stored = self._read[number][1]
                 return RenderJob(**{name: getattr(stored, name) for name in KINDS})
             row = {**LATER, **parse_json(read_text(path, MAX_OF_RENDER_JOB))}
@@ -252,7 +252,7 @@ class RenderQueue:
             return None
         if job.id != number or job.state not in STATES:
             return None
-        self._read[number] = (mark, job)
+        self._read[number] = (version, job)
         return RenderJob(**{name: getattr(job, name) for name in KINDS})
 
 

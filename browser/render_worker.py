@@ -69,7 +69,7 @@ KILLED = say(
 class LoadedModel:
     """A running process with a loaded model, and its answers."""
 
-    words: list[str]
+    argv: list[str]
     title: str
     process: "subprocess.Popen[str]"
     answers: "queue.Queue[dict[str, Any]]" = field(default_factory=queue.Queue)
@@ -130,7 +130,7 @@ class RenderWorker:
         ] = {}  # ended jobs whose end is not stored yet, because the disk was full
         if not self.read_only:
             self._end_orphan()
-            queue.before_start = self.make_room
+            queue.before_start = self.free_card
             atexit.register(self.close)
             if self._has_waiting():
                 self._begin()
@@ -224,10 +224,10 @@ class RenderWorker:
             self._changed.wait_for(lambda: self._current is None or self._current.state == RUNNING, PATIENCE)
             if self._current is not None:
                 raise OptionError(say("result %(id)s is being made: cancel it first", id=self._current.id))
-            session = self._take_session()
+            session = self._detach_session()
         self._end_process(session)
 
-    def make_room(self) -> str:
+    def free_card(self) -> str:
         """Free the loaded model unless it is generating, and return why the card is not free, or ""."""
         with self._lock:
             if self._current is not None:
@@ -236,7 +236,7 @@ class RenderWorker:
                     generate=GENERATE,
                     id=self._current.id,
                 )
-            session = self._take_session()
+            session = self._detach_session()
         self._end_process(session)
         with self._lock:
             if self.session is None:
@@ -268,7 +268,7 @@ class RenderWorker:
             if self._current is not None and self.session is not None and os.name != "nt":
                 with contextlib.suppress(OSError):
                     self.session.process.send_signal(signal.SIGINT)
-            session = self._take_session()
+            session = self._detach_session()
         self._end_process(session, PATIENCE_AT_END)
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
@@ -294,7 +294,7 @@ class RenderWorker:
                         stack.enter_context(only_one(self.folder / ".maker.lock", waits=False))
                         has_lock = True
                         self._end_orphan()
-                    is_made = self._turn()
+                    is_made = self._make_next()
                     self.problem = ""
                     if is_made:
                         continue
@@ -325,12 +325,12 @@ class RenderWorker:
     def _has_waiting(self) -> bool:
         return any(render_job.state == WAITING for render_job in self.store.list_all())
 
-    def _turn(self) -> bool:
+    def _make_next(self) -> bool:
         """Work on the next render job and return whether there was one. Free a model that is not needed."""
         self._save_ends()
         blocking = self._find_blocking_job()
         self._free_if_unneeded(blocking is not None)
-        render_job = None if blocking is not None else self._take_next()
+        render_job = None if blocking is not None else self._claim_next()
         if render_job is None:
             return False
         self.problem = ""
@@ -340,7 +340,7 @@ class RenderWorker:
             logger.debug("%s", render_job.command, exc_info=error)
             self._end_render_job(render_job, DIED, str(error))
             # late answers of this process would be mistaken for answers to the next render job
-            self._end_process(self._take_session())
+            self._end_process(self._detach_session())
         finally:
             self._remove_previews()
             with self._changed:
@@ -372,17 +372,17 @@ class RenderWorker:
             is_idle = time.monotonic() - session.used > self.idle_seconds
             if not (is_blocked or is_idle or not session.is_alive):
                 return
-            session = self._take_session()
+            session = self._detach_session()
         self._end_process(session)
 
-    def _take_next(self) -> RenderJob | None:
+    def _claim_next(self) -> RenderJob | None:
         """Return the next render job, marked as running; None if none waits."""
         with self._lock:
             for render_job in self.store.list_all():
                 if render_job.state != WAITING:
                     continue
                 with contextlib.suppress(OptionError):  # it was canceled meanwhile
-                    self.store.take_cancel(render_job.id)
+                    self.store.pop_cancel_request(render_job.id)
                     self._cancels = 0
                     self._current = self.store.change(
                         render_job.id,
@@ -419,7 +419,7 @@ class RenderWorker:
         if render_job.state == RUNNING and render_job.file:
             self._end_render_job(render_job, FINISHED)
         elif render_job.state == RUNNING:
-            self._end_render_job(render_job, DIED, self.last_words())
+            self._end_render_job(render_job, DIED, self.read_last_error())
 
     def _follow(self, render_job: RenderJob, answer: dict[str, Any]) -> None:
         """Record an answer that arrives while a render job runs."""
@@ -446,7 +446,7 @@ class RenderWorker:
     def _wait_for_answer(self, session: LoadedModel, render_job: RenderJob) -> dict[str, Any] | None:
         """Return the next answer of a process; None if it has ended."""
         while True:
-            if self.store.take_cancel(render_job.id):  # first, as fast steps leave no idle time
+            if self.store.pop_cancel_request(render_job.id):  # first, as fast steps leave no idle time
                 self.cancel(render_job.id)
             answer = session.next_answer(LOOKED_EVERY)
             if answer is not None:
@@ -463,8 +463,8 @@ class RenderWorker:
             self._end_render_job(render_job, STOPPED, say("the page's server was ended"))
         else:
             is_killed = session.process.returncode == -getattr(signal, "SIGKILL", 9)
-            self._end_render_job(render_job, DIED, KILLED if is_killed else self.last_words())
-        self._end_process(self._take_session())
+            self._end_render_job(render_job, DIED, KILLED if is_killed else self.read_last_error())
+        self._end_process(self._detach_session())
 
     def _end_render_job(self, render_job: RenderJob, state: str, reason: str = "") -> None:
         """Set the final state of a render job and save it; a full disk is tried again later."""
@@ -496,10 +496,10 @@ class RenderWorker:
         """
         with self._lock:
             session = self.session
-            is_same = session is not None and session.words == render_job.session
+            is_same = session is not None and session.argv == render_job.session
             if session is not None and session.is_alive and session.is_ready and is_same:
                 return session
-            session = self._take_session()
+            session = self._detach_session()
         self._end_process(session)
         with self._lock:
             if self._cancels or self._is_ended:
@@ -552,7 +552,7 @@ class RenderWorker:
             session.process.stdin.write(json.dumps(render_job.request) + "\n")
             session.process.stdin.flush()
 
-    def _take_session(self) -> LoadedModel | None:
+    def _detach_session(self) -> LoadedModel | None:
         """Detach and return the loaded process so that the caller can end it; None if no model is loaded."""
         with self._lock:
             session = self.session
@@ -615,6 +615,6 @@ class RenderWorker:
         lines = [line for line in self._read_log().split("\n") if line.strip()]
         return shorten_lines(escape_control_codes("\n".join(lines[-LAST_LINES:])), MAX_OF_LINE)
 
-    def last_words(self) -> str:
+    def read_last_error(self) -> str:
         """Return the error message that the process has logged, or a sentence that there is none."""
         return message_of(self._read_log()) or say("the process has ended without a word")

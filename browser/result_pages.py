@@ -21,7 +21,7 @@ from browser import compare
 from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
-from browser.captions import mark_bytes
+from browser.captions import compute_checksum
 from browser.command_lines import format_command
 from browser.described_folder import PROMPTS_FILE, ChangedMeanwhileError, read_described
 from browser.folders import list_media_folders
@@ -476,9 +476,9 @@ class ResultPages:
         with contextlib.suppress(UserError):
             for job in self.site.queue.jobs():
                 with contextlib.suppress(UserError):
-                    words = job.words if TOOL in job.line and "--input" in job.line else []
-                    if TOOL in words and "--input" in words[:-1]:
-                        jobs[words[words.index("--input") + 1]] = job
+                    argv = job.argv if TOOL in job.line and "--input" in job.line else []
+                    if TOOL in argv and "--input" in argv[:-1]:
+                        jobs[argv[argv.index("--input") + 1]] = job
         return jobs
 
     # --- a result
@@ -537,7 +537,7 @@ class ResultPages:
             commands |= dict.fromkeys(("again", "other"), str(error))
         networks = self.list_networks()
         if networks:
-            commands["larger"] = format_command(self.larger_words(result, networks[0]))
+            commands["larger"] = format_command(self.larger_argv(result, networks[0]))
         return answer_json(commands)
 
     def show_settings(self, result: Result, error: str) -> Response:
@@ -624,25 +624,25 @@ class ResultPages:
                     networks.append(path)
         return networks
 
-    def larger_words(self, result: Result, network: Path) -> list[str]:
+    def larger_argv(self, result: Result, network: Path) -> list[str]:
         """Return the command that enlarges a result with an upscaler file."""
-        words = ["python", TOOL, "--input", str(result.path), "--model", str(network.absolute())]
-        words += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
-        words += ["--scale", str(FACTOR), "--output", str(_free_path(result.path, LARGER))]
+        argv = ["python", TOOL, "--input", str(result.path), "--model", str(network.absolute())]
+        argv += ["--mode", "swinir" if "swinir" in network.name.lower() else "esrgan"]
+        argv += ["--scale", str(FACTOR), "--output", str(_free_path(result.path, LARGER))]
         if result.kind == "clip":  # the usual codec is one that browsers do not show
-            words += ["--codec", "h264", "--container", "mp4"]
-        return words
+            argv += ["--codec", "h264", "--container", "mp4"]
+        return argv
 
     def show_larger(self, result: Result, error: str) -> Response:
         """Return the dialog with the installed upscalers, and those that can be downloaded."""
-        networks = self.list_networks()
+        installed = self.list_networks()
         to_load = [
-            (model, gigabytes(total_bytes(model.components)), format_command(self.load_words(model)))
+            (model, gigabytes(total_bytes(model.components)), format_command(self.load_argv(model)))
             for model in model_sets()
             if "upscale" in model.commands
         ]
         loading = self.site.background_jobs.find(name_background_job(LOAD, self.site.models))
-        options = [(network, format_command(self.larger_words(result, network))) for network in networks]
+        options = [(network, format_command(self.larger_argv(result, network))) for network in installed]
         return self.answer_sheet(
             "larger",
             result,
@@ -655,10 +655,10 @@ class ResultPages:
             sizes=describe_larger(result),
         )
 
-    def load_words(self, model: ModelSet) -> list[str]:
+    def load_argv(self, model: ModelSet) -> list[str]:
         """Return the command that downloads an upscaler's file."""
-        words = ["reelsmith", "download", "--family", model.family, "--task", model.task]
-        return words if self.site.models == MODELS else [*words, "--to", str(self.site.models)]
+        argv = ["reelsmith", "download", "--family", model.family, "--task", model.task]
+        return argv if self.site.models == MODELS else [*argv, "--to", str(self.site.models)]
 
     def load_upscaler(self, result: Result, form: Form) -> Response:
         """Start the download of an upscaler's file."""
@@ -666,7 +666,7 @@ class ResultPages:
         for model in model_sets():
             if model.task == task and "upscale" in model.commands:
                 name = name_background_job(LOAD, self.site.models)
-                self.site.background_jobs.start(name, self.load_words(model), Path.cwd())
+                self.site.background_jobs.start(name, self.load_argv(model), Path.cwd())
                 return self.show_larger(result, "")
         return self.show_larger(result, say("Choose a file to load."))
 
@@ -682,7 +682,7 @@ class ResultPages:
             return self.show_larger(result, say("Choose an upscaler's file."))
         if earlier is not None and earlier.state in (WAITING, RUNNING):
             return self.show_larger(result, say("It is being enlarged already."))
-        number = queue.add_and_begin(self.larger_words(result, network), Path.cwd())
+        number = queue.add_and_begin(self.larger_argv(result, network), Path.cwd())
         where = say(
             "It is job %(number)s of the queue. The larger one will stand here when it is made.",
             number=number,
@@ -751,7 +751,7 @@ class ResultPages:
             line = format_sample_line(settings)
             for path in self.list_prompt_files(settings.family):
                 content = _read_or_nothing(path)
-                files.append((path, mark_bytes(content), (content or b"").decode("utf-8", "replace")))
+                files.append((path, compute_checksum(content), (content or b"").decode("utf-8", "replace")))
         except (UserError, OSError, ValueError) as reason:
             problem = str(reason)
         return self.answer_sheet("sample", result, error, problem=problem, line=line, files=files)
@@ -760,14 +760,14 @@ class ResultPages:
         """Add the line of a result to a prompt file, unless the file has changed or has the line."""
         line = format_sample_line(self.require_settings(result))
         chosen = "".join(form.get("file", ()))
-        name, _, have = chosen.rpartition(" ")
+        name, _, checksum = chosen.rpartition(" ")
         family = self.require_settings(result).family
         path = next((file for file in self.list_prompt_files(family) if str(file) == name), None)
         if path is None:
             return self.show_sample(result, say("Choose a folder."))
         try:
             with self._prompts_lock:
-                is_added = add_line(path, line, have)
+                is_added = add_line(path, line, checksum)
         except ChangedMeanwhileError:
             return self.show_sample(
                 result, say("%(path)s has changed meanwhile. It is shown as it is now.", path=path)
@@ -787,7 +787,7 @@ class ResultPages:
     def remove(self, result: Result, _: Form) -> Response:
         """Move a result, with its layers, into the bin of its root."""
         root = self.site.runs.find_top(result.path)
-        folder = BinFolder(root / BIN).take(
+        folder = BinFolder(root / BIN).move_in(
             title=result.path.name, base=root, paths=[result.path, *result.layers]
         )
         self.folders.list_all()
@@ -827,7 +827,7 @@ def _read_or_nothing(path: Path) -> bytes | None:
         return None
 
 
-def add_line(path: Path, line: str, have: str) -> bool:
+def add_line(path: Path, line: str, checksum: str) -> bool:
     """Add a line at the end of a prompt file; return False if the file already has it.
 
     All other bytes stay unchanged.
@@ -835,7 +835,7 @@ def add_line(path: Path, line: str, have: str) -> bool:
     Args:
         path: The prompt file.
         line: The line to add.
-        have: Checksum (`mark_bytes`) of the content that was shown.
+        checksum: Checksum (`compute_checksum`) of the content that was shown.
 
     Raises:
         ChangedMeanwhileError: If the file has changed since.
@@ -844,7 +844,7 @@ def add_line(path: Path, line: str, have: str) -> bool:
         OutputError: If it cannot be written.
     """
     content = _read_or_nothing(path)
-    if mark_bytes(content) != have:
+    if compute_checksum(content) != checksum:
         raise ChangedMeanwhileError
     before = content or b""
     text = before.decode("utf-8-sig")

@@ -347,7 +347,7 @@ def _keep_fixed(
         was_recorded = name in settings.values or name == "task"
         is_never_recorded = option is None or not option.is_recorded or _is_line_option(name, recipe)
         if (was_recorded or is_never_recorded) and not is_lora:
-            fixed[flag] = list(words) or True
+            fixed[flag] = list(words) or True  # True: a switch, which has no words
     return fixed
 
 
@@ -360,7 +360,7 @@ def _set_option(fixed: dict[str, Any], flag: str, option: KnownOption, text: str
     is_file = isinstance(words, list) and _has_folder(words)
     if is_file or FILE_NAME.fullmatch(text) or _has_folder([text]):
         raise OptionError(say("It was made with %(text)s (%(flag)s).", text=shorten(text, 200), flag=flag))
-    if text == "False":
+    if text == "False":  # a switch that was not given
         return
     if option.num_words == 0:
         fixed[flag] = True
@@ -486,13 +486,14 @@ def format_sample_line(settings: ResultSettings) -> str:
         values[character] = " ".join(settings.get(name).split())
     guidance = settings.get("guidance_scale")
     embedded_guidance = settings.get("embedded_cfg_scale")
+    # in prompt files, --g is the guidance that the model uses by default, and --l a CFG scale on top of it
     if embedded_guidance:
         values["g"] = embedded_guidance
         values["l"] = guidance
     else:
         values["g"] = guidance
         values["l"] = ""
-    if values["f"] == "1":
+    if values["f"] == "1":  # an image: its prompt lines need no length
         values["f"] = ""
     parts = [prompt]
     for character in ("w", "h", "f", "s", "g", "l", "fs", "n", "d"):

@@ -190,7 +190,9 @@ def _make_results(folder: Path, files: Sequence[_Entry]) -> list[Result]:
         if is_last_frame and stem.removesuffix(LAST_FRAME) in clips:
             continue  # the last frame saved for continuing a clip
         shown_at = file.changed
-        derived = MADE_FROM.fullmatch(stem) if LARGER in stem or LAST_FRAME in stem else None
+        derived = None
+        if LARGER in stem or LAST_FRAME in stem:  # the pattern is slow, and folders may hold many files
+            derived = MADE_FROM.fullmatch(stem)
         if derived is not None:  # sorted by the time of the file that it was made from
             shown_at = times.get(derived[1], shown_at)
         result = Result(

@@ -15,7 +15,7 @@ from starlette.routing import Route
 from browser.background_jobs import name_background_job
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
-from browser.captions import CaptionConflictError, mark_bytes
+from browser.captions import CaptionConflictError, compute_checksum
 from browser.command_lines import format_cd, format_command, format_move
 from browser.compare import group_options, read_source, working_folder
 from browser.described_folder import (
@@ -26,7 +26,7 @@ from browser.described_folder import (
     read_described,
 )
 from browser.jobs import ENDED, QUEUE, WAITING, Job
-from browser.launch import check_options, command_part, find_program, split_words
+from browser.launch import check_options, command_part, find_program, split_arguments
 from browser.new_form import read_steps
 from browser.permissions import read_permissions, read_shown_text
 from browser.queue_pages import is_started_by, read_jobs
@@ -50,15 +50,15 @@ from browser.run_start import (
     TRAINING,
     FolderPlan,
     ShownRun,
-    find_start_words,
+    find_start_argv,
     is_run_of_folder,
-    make_check_words,
+    make_check_argv,
     mark_state,
 )
 from browser.run_views import HERE, POLICY
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED, RunSummary
 from browser.samples import list_images
-from browser.score_jobs import make_score_words
+from browser.score_jobs import make_score_argv
 from browser.server_state import Site
 from browser.short_names import free_name, short_digest
 from modules.command import as_typed
@@ -70,7 +70,7 @@ from modules.paths import complete_home, expand_path
 from modules.text_files import read_content
 from project.options import RUN_FILE
 from training.reports.history import BEFORE_TRAINING, END, PageCommand, history_path
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 from training.saving.files import Names, find_results
 
 PROMPT_FILES = (".txt",)  # endings of prompt files that are edited as text
@@ -90,18 +90,18 @@ class MakingCommand:
     """The command in a run's history that generates with the trained file, split into form fields."""
 
     place: int  # index among the commands of the history
-    words: Sequence[str]
+    argv: Sequence[str]
     is_of_here: bool  # the user wrote it here, so it is queued without review
     missing: Sequence[str] = ()  # placeholders that the user has to replace
     pictures: Sequence[str] = ()  # control images that it can use, as paths in its folder
 
     def find_index(self, flags: Sequence[str]) -> int:
         """Return the index of the word after the first of these options; 0 if the command has none."""
-        return next((index for index, flag in enumerate(self.words[:-1], 1) if flag in flags), 0)
+        return next((index for index, flag in enumerate(self.argv[:-1], 1) if flag in flags), 0)
 
     def read(self, index: int) -> str:
         """Return the text of a field; "" for a placeholder that the user has to replace."""
-        word = self.words[index]
+        word = self.argv[index]
         return "" if word in self.missing else word
 
     @property
@@ -114,9 +114,9 @@ class MakingCommand:
             fields.append((prompt, say("Prompt"), self.read(prompt)))
         if control:
             fields.append((control, say("Control picture"), self.read(control)))
-        for index, word in enumerate(self.words):
+        for index, word in enumerate(self.argv):
             if index > 1 and word in self.missing and index not in (prompt, control):
-                fields.append((index, self.words[index - 1], ""))
+                fields.append((index, self.argv[index - 1], ""))
         return fields
 
     @property
@@ -125,14 +125,14 @@ class MakingCommand:
         return self.find_index(CONTROL_FLAGS)
 
     def fill(self, form: Form) -> list[str]:
-        """Return the words with the user's input filled in. Raises OptionError if a field is empty."""
-        words = list(self.words)
+        """Return the command with the user's input filled in. Raises OptionError if a field is empty."""
+        argv = list(self.argv)
         for index, label, text in self.fields:
             typed = "".join(form.get(f"word {index}", ())).strip() or text
             if not typed:
                 raise OptionError(say("Fill in %(label)s.", label=label))
-            words[index] = complete_home(typed) if index == self.control_index else typed
-        return words
+            argv[index] = complete_home(typed) if index == self.control_index else typed
+        return argv
 
 
 @dataclass(frozen=True)
@@ -237,11 +237,12 @@ class RunButtons:
         )
         if has_lora(shown.summary):
             generates = self.generates(shown.summary)
+            # without the page Generate, the command in the history can still generate with the file
             making = None if generates else self.find_making(shown.summary)
             actions = replace(actions, generate=generates, has_lora=True, make=making)
-        if shown.state.is_active:
+        if shown.state.is_active:  # no other button makes sense while the run is active
             return replace(actions, stop=self.stop_command(shown))
-        scoring = make_score_words(shown.summary, self.site.models)
+        scoring = make_score_argv(shown.summary, self.site.models)
         actions = replace(actions, score=format_command(scoring) if scoring else "")
         if shown.plan is None:
             return self.add_history_actions(actions, shown)
@@ -252,18 +253,18 @@ class RunButtons:
         run = shown.summary
         has_run = run.history.exists()
         is_draft = shown.state.name == DRAFT
-        typed = format_command(find_start_words(plan, self.site.models))
+        typed = format_command(find_start_argv(plan, self.site.models))
         actions = replace(actions, folder=str(plan.folder), is_known=self.tracked_runs.is_known(plan))
         if shown.state.name != FINISHED:
             actions = replace(actions, start=typed, start_label=say("Start") if is_draft else say("Continue"))
         if shown.state.name in (DRAFT, FAULTS):
-            actions = replace(actions, check=format_command(make_check_words(plan.folder)))
+            actions = replace(actions, check=format_command(make_check_argv(plan.folder)))
         if has_run and plan.steps:
             actions = replace(
                 actions,
                 train_on=typed,
                 steps=suggest_steps(run, plan.steps),
-                have=mark_bytes(read_content(plan.folder / RUN_FILE)),
+                have=compute_checksum(read_content(plan.folder / RUN_FILE)),
             )
         if has_run or not is_draft:
             actions = replace(actions, again=free_name(plan.output, plan.name))
@@ -323,13 +324,13 @@ class RunButtons:
     def find_making(self, run: RunSummary) -> MakingCommand | None:
         """Return the history's command that generates with the run's file; None if it has none."""
         with contextlib.suppress(OSError, UserError), self.site.runs.lock:
-            commands = present_commands(self.site.runs.open(run).run_history, run.history.parent)
+            commands = current_commands(self.site.runs.open(run).run_history, run.history.parent)
             for index, command in enumerate(commands):
                 if command.title == GENERATE:
-                    words = split_words(command_part(command.bash))
-                    find_program(words, Path.cwd())
-                    making = MakingCommand(index, words, run.is_of_here, split_words(command.missing))
-                    folder = working_folder(run, group_options(words))
+                    argv = split_arguments(command_part(command.bash))
+                    find_program(argv, Path.cwd())
+                    making = MakingCommand(index, argv, run.is_of_here, split_arguments(command.missing))
+                    folder = working_folder(run, group_options(argv))
                     if making.control_index and self.site.runs.is_below(folder):
                         return replace(making, pictures=list_images(folder))
                     return making
@@ -341,29 +342,33 @@ class RunButtons:
         making = self.find_making(run)
         if making is None or not making.is_of_here:
             raise OptionError(say("Its history has no command that can be queued as it stands."))
-        words = making.fill(form)
-        folder = working_folder(run, group_options(making.words))
-        control = words[making.control_index]
-        is_typed = making.control_index and control != making.words[making.control_index]
-        if is_typed and not self.site.runs.is_inside(folder / control):
-            raise OptionError(say("%(path)s is no file in the folders that this page shows.", path=control))
-        check_options(words, folder)
-        self.site.queue.add_and_begin(words, folder)
+        argv = making.fill(form)
+        folder = working_folder(run, group_options(making.argv))
+        index = making.control_index
+        if index:  # 0: the command has no control image
+            control = argv[index]
+            is_typed = control != making.argv[index]  # the run's own image may lie anywhere
+            if is_typed and not self.site.runs.is_inside(folder / control):
+                raise OptionError(
+                    say("%(path)s is no file in the folders that this page shows.", path=control)
+                )
+        check_options(argv, folder)
+        self.site.queue.add_and_begin(argv, folder)
         return say("It is in the queue.")
 
     def score(self, shown: ShownRun, form: Form) -> str:
         """Queue the command that scores the samples of a run."""
-        words = make_score_words(shown.summary, self.site.models)
-        if not words:
+        argv = make_score_argv(shown.summary, self.site.models)
+        if not argv:
             raise OptionError(say("There are no samples to score, or no model that scores them."))
-        self.site.queue.add_and_begin(words, Path.cwd())
+        self.site.queue.add_and_begin(argv, Path.cwd())
         return say("It is in the queue.")
 
     def find_resuming(self, run: RunSummary) -> tuple[int, PageCommand] | None:
         """Return the history's command that continues its run, with its index; None if there is none."""
         with contextlib.suppress(OSError), self.site.runs.lock:
             for index, command in enumerate(
-                present_commands(self.site.runs.open(run).run_history, run.history.parent, run.name)
+                current_commands(self.site.runs.open(run).run_history, run.history.parent, run.name)
             ):
                 is_again = run.name.endswith(BEFORE_TRAINING)
                 if (RESUME in command.bash or is_again) and not command.missing:
@@ -423,18 +428,18 @@ class RunButtons:
     def answer_panel(
         self,
         shown: ShownRun,
-        what: str,
+        panel: str,
         error: str = "",
-        facts: Mapping[str, Any] | None = None,
+        extra_values: Mapping[str, Any] | None = None,
         fields: Form | None = None,
     ) -> Response:
         """Return the panel of a button.
 
         Args:
             shown: The run.
-            what: Panel: "read", "prompts" or "remove".
+            panel: Name of the panel: "read", "prompts" or "remove".
             error: Reason why a request was rejected.
-            facts: Values for the template that replace the panel's own.
+            extra_values: Values for the template that replace the panel's own.
             fields: Fields of the samples that are not written.
         """
         values: dict[str, Any] = {
@@ -442,24 +447,24 @@ class RunButtons:
             "name": shown.summary.name,
             "state": shown.state,
             "message": error,
-            "what": what,
+            "what": panel,
             "can_write": not self.site.read_only,
-            "mine": "",
+            "mine": "",  # prompts that the user typed for a file that has changed meanwhile
         }
         try:
-            if what == "read":
+            if panel == "read":
                 values |= self.describe_plan(shown)
-            elif what == "prompts":
+            elif panel == "prompts":
                 path = self.require_prompts(shown)
                 values |= self.samples.describe(shown, path, read_fields(fields or {}))
-            elif what == "remove":
+            elif panel == "remove":
                 values |= self.describe_removal(shown)
             else:
                 return answer_not_found()
         except (OptionError, OSError, ValueError) as problem:
             values["message"] = error or str(problem)
             values["what"] = ""
-        values |= facts or {}
+        values |= extra_values or {}
         return answer_template("panel.html", shown.summary.name, values, is_rejected=error != "")
 
     def describe_plan(self, shown: ShownRun) -> dict[str, Any]:
@@ -471,8 +476,8 @@ class RunButtons:
             "permissions": read_permissions(shown.plan.folder),
             "path": path,
             "text": read_shown_text(path),
-            "have": mark_bytes(read_content(path)),
-            "command": format_command(find_start_words(shown.plan, self.site.models)),
+            "have": compute_checksum(read_content(path)),
+            "command": format_command(find_start_argv(shown.plan, self.site.models)),
             "is_known": self.tracked_runs.is_known(shown.plan),
         }
 
@@ -502,7 +507,7 @@ class RunButtons:
         if not paths:
             raise OptionError(say("It has no files that can be removed."))
         sizes = {path: measure_size(path) for path in paths}
-        bin_folder = self.bin_folder.find_place(paths[0])
+        bin_folder = self.bin_folder.find_folder(paths[0])
         name = shown.summary.name.removesuffix(BEFORE_TRAINING)
         return {
             "files": [(path, as_size(sizes[path])) for path in paths[:MAX_LISTED]],
@@ -564,7 +569,7 @@ class RunButtons:
                     shown, "remove", say("Its files have changed meanwhile: look again.")
                 )
             base = next(top for top in self.site.runs.tops if paths[0].is_relative_to(top))
-            self.bin_folder.take(shown.summary.name, base, paths)
+            self.bin_folder.move_in(shown.summary.name, base, paths)
             self.forget_jobs(shown)
         except (UserError, OSError, ValueError) as error:
             return self.answer_panel(shown, "remove", str(error))
@@ -582,16 +587,16 @@ class RunButtons:
 
     def act(self, request: Request, form: Form) -> Response:
         """Do what a button requests, and answer with its message."""
-        what = request.path_params["what"]
+        action = request.path_params["what"]
         shown = self.find(request)
         if shown is None:
             return answer_not_found()
-        if what == "remove":
+        if action == "remove":
             return self.remove(shown, form)
-        if what not in self.actions:
+        if action not in self.actions:
             return answer_not_found()
         try:
-            message = self.actions[what](shown, form)
+            message = self.actions[action](shown, form)
         except CaptionConflictError:
             mine = self.samples.read_text(shown, self.require_prompts(shown), form)
             error = say("The file has changed since this page read it. Nothing was written.")
@@ -603,7 +608,7 @@ class RunButtons:
             )
             return answer_message(text, is_rejected=True)
         except (UserError, OSError, ValueError) as error:
-            if what == "prompts" and "row 1" in form:  # keep the user's input
+            if action == "prompts" and "row 1" in form:  # keep the user's input
                 return self.answer_panel(shown, "prompts", str(error), fields=form)
             return answer_message(str(error), is_rejected=True)
         return answer_message(message)
@@ -613,11 +618,11 @@ class RunButtons:
         if shown.plan is None:
             self.add_command(shown.summary, steps=0)
         else:
-            have = "".join(form.get("read", ()))
-            if have and have != mark_bytes(read_content(shown.plan.folder / RUN_FILE)):
+            checksum = "".join(form.get("read", ()))
+            if checksum and checksum != compute_checksum(read_content(shown.plan.folder / RUN_FILE)):
                 raise ChangedMeanwhileError
-            words = find_start_words(shown.plan, self.site.models)
-            self.tracked_runs.start(shown.plan.folder, words, is_read=bool(have))
+            argv = find_start_argv(shown.plan, self.site.models)
+            self.tracked_runs.start(shown.plan.folder, argv, is_read=bool(checksum))
         return say("It is in the queue.")
 
     def add_command(self, run: RunSummary, steps: int) -> None:
@@ -631,8 +636,8 @@ class RunButtons:
             )
         _, page_command = command
         jobs: list[tuple[list[str], Path]] = []
-        for words, folder in read_jobs(page_command.bash, run):
-            changed = [*words]
+        for argv, folder in read_jobs(page_command.bash, run):
+            changed = [*argv]
             if steps:
                 index = changed.index(STEPS_OPTION) + 1
                 changed[index] = str(steps)
@@ -671,10 +676,10 @@ class RunButtons:
                 )
             )
         path = plan.folder / RUN_FILE
-        have = "".join(form.get("have", ()))
+        checksum = "".join(form.get("have", ()))
         changes = change_steps(read_described(plan.folder).values, steps)
-        change_keys(path, changes.changes, have)
-        self.tracked_runs.start(plan.folder, find_start_words(plan, self.site.models))
+        change_keys(path, changes.changes, checksum)
+        self.tracked_runs.start(plan.folder, find_start_argv(plan, self.site.models))
         return say(
             "It is in the queue, to %(steps)s steps. Written into %(text)s.",
             steps=f"{steps:,}",
@@ -687,7 +692,7 @@ class RunButtons:
             raise OptionError(say("There is no prepared folder to check."))
         folder = shown.plan.folder
         self.site.background_jobs.start(
-            name_background_job(CHECK, folder), make_check_words(folder), Path.cwd()
+            name_background_job(CHECK, folder), make_check_argv(folder), Path.cwd()
         )
         return ""
 

@@ -40,17 +40,17 @@ class RunSamples:
             OSError: If the file cannot be read.
             UnicodeDecodeError: If the file is not UTF-8.
         """
-        caption, mark, _ = self.prompts.read(path)
+        caption, checksum, _ = self.prompts.read(path)
         is_typed = "row 1" in fields
         text = fields.get("base", "") if is_typed else caption.text
         rows = read_typed_rows(text, fields) if is_typed else read_rows(text)
-        asked = fields.get("rows", "")
-        num_rows = int(asked) if asked.isdecimal() and len(asked) < 4 else 0
+        requested_rows = fields.get("rows", "")
+        num_rows = int(requested_rows) if requested_rows.isdecimal() and len(requested_rows) < 4 else 0
         is_described = shown.plan is not None and path == shown.plan.folder / PROMPTS_FILE
         return {
             "path": path,
             "text": text,
-            "have": fields.get("have", "") if is_typed else mark,
+            "have": fields.get("have", "") if is_typed else checksum,
             "is_running": shown.state.name in BUSY,
             "times": f"/new?{urlencode({'folder': path.parent})}#samples" if is_described else "",
             **describe_rows(rows, find_trained_model(shown), find_folder(shown, path), num_rows),
@@ -64,9 +64,9 @@ class RunSamples:
         folder = find_folder(shown, path)
         return edit_prompts(fields.get("base", ""), fields, lambda text: check_image(self.site, folder, text))
 
-    def write(self, path: Path, text: str, have: str) -> None:
+    def write(self, path: Path, text: str, checksum: str) -> None:
         """Write the prompt file. Raises CaptionConflictError if it has changed since it was read."""
-        self.prompts.save(path, text, have)
+        self.prompts.save(path, text, checksum)
 
 
 def find_trained_model(shown: ShownRun) -> ModelSet | None:

@@ -134,7 +134,7 @@ class FolderPlan:
         return self.history.parent
 
     @property
-    def trace(self) -> Path:
+    def preparation(self) -> Path:
         """History of what `run` does before the training."""
         return history_path(self.output, f"{self.name}{BEFORE_TRAINING}")
 
@@ -196,8 +196,8 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
     commands = tables[OTHERS_TABLE]["commands"]
-    download = [str(word) for word in commands[0]]
-    typed = dict(zip(download, download[1:], strict=False))
+    download = [str(word) for word in commands[0]]  # `new` writes the download of the model first
+    next_words = dict(zip(download, download[1:], strict=False))  # word -> the word after it
     prompts = values.get("sample_prompts")
     for text in (str(values["output_dir"]), str(prompts or "")):
         reject_share(text, folder)
@@ -206,7 +206,7 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
         changed=changed,
         model=_read_family([[str(word) for word in words] for words in commands])
-        or typed.get("--family", ""),
+        or next_words.get("--family", ""),
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
     )
@@ -285,7 +285,7 @@ class TrackedRuns:
     def find_plan(self, run: RunSummary) -> FolderPlan | None:
         """Return the described folder from which a run can be started again; None if there is none."""
         plans = self.list_plans()
-        return next((plan for plan in plans if run.history in (plan.history, plan.trace)), None)
+        return next((plan for plan in plans if run.history in (plan.history, plan.preparation)), None)
 
     def list_all(self) -> list[ShownRun]:
         """Return all runs and drafts with their states, the newest first."""
@@ -298,8 +298,8 @@ class TrackedRuns:
         shown = []
         for plan in plans:
             run = runs_by_history.pop(plan.history, None)
-            trace = runs_by_history.pop(plan.trace, None)
-            shown.append(self._show(plan, run, trace, by_folder.get(plan.folder, ()), waiting))
+            preparation = runs_by_history.pop(plan.preparation, None)
+            shown.append(self._show(plan, run, preparation, by_folder.get(plan.folder, ()), waiting))
         shown += [ShownRun(run, read_run_state(run)) for run in runs_by_history.values()]
         return sorted(shown, key=lambda one: -one.summary.changed)
 
@@ -308,19 +308,20 @@ class TrackedRuns:
         with self.runs.lock:
             runs = self.runs.list_all()
             plan = next((plan for plan in self.list_plans() if plan.id == id), None)
-            run = next(
-                (run_or_draft for run_or_draft in runs if run_or_draft.id == id), None
-            ) or self.runs.find(id)
-            trace = None
-            if plan is not None:
-                trace = next(
-                    (run_or_draft for run_or_draft in runs if run_or_draft.history == plan.trace), None
-                )
+            run = None
+            preparation = None
+            for listed in runs:
+                if listed.id == id:
+                    run = listed
+                if plan is not None and listed.history == plan.preparation:
+                    preparation = listed
+            if run is None:  # its history may be new, or no longer listed
+                run = self.runs.find(id)
         if plan is None:
             return None if run is None else ShownRun(run, read_run_state(run))
         jobs = self._list_jobs()
         of_folder = [job for job in jobs if is_run_of_folder(job, plan.folder)]
-        return self._show(plan, run, trace, of_folder, self._list_waiting(jobs))
+        return self._show(plan, run, preparation, of_folder, self._list_waiting(jobs))
 
     def find_job_states(self, jobs: Sequence[Job]) -> dict[int, ShownRun]:
         """Return the run of each waiting or running job that runs a described folder, by job number."""
@@ -348,7 +349,7 @@ class TrackedRuns:
         self,
         plan: FolderPlan,
         run: RunSummary | None,
-        trace: RunSummary | None,
+        preparation: RunSummary | None,
         of_folder: Sequence[Job],
         waiting: WaitingJobs,
     ) -> ShownRun:
@@ -357,7 +358,8 @@ class TrackedRuns:
         Args:
             plan: The described folder.
             run: Summary of the training's history; None if it does not exist.
-            trace: Summary of the history of `run`; None if it does not exist.
+            preparation: Summary of the history in which `run` notes downloads and caching; None if it does
+                not exist.
             of_folder: Jobs that run the folder.
             waiting: Waiting jobs of all folders.
         """
@@ -366,15 +368,15 @@ class TrackedRuns:
             later = [entry for entry in of_folder if entry.state == WAITING]
             if later and run.changed > job.born + SECOND:  # the running job is about to end
                 job = later[0]
-        state = self._find_state(plan, run, trace, job)
+        state = self._find_state(plan, run, preparation, job)
         if state.name == WAITING and job is not None:
             position = waiting.numbers.index(job.id) + 1
-            words = say("place %(place)s in the queue", place=position)
+            text = say("place %(place)s in the queue", place=position)
             if waiting.is_paused:
-                words = say("%(place)s, which is paused", place=words)
+                text = say("%(place)s, which is paused", place=text)
             reason = "" if waiting.is_paused else self.queue.problem
-            state = replace(state, words=words, reason=reason, is_paused=waiting.is_paused)
-        changed = max(entry.changed for entry in (plan, run, trace) if entry is not None)
+            state = replace(state, words=text, reason=reason, is_paused=waiting.is_paused)
+        changed = max(entry.changed for entry in (plan, run, preparation) if entry is not None)
         if job is not None and (job.state == RUNNING or state.job is job):
             changed = max(changed, job.born)
         if state.name == WAITING:
@@ -390,23 +392,23 @@ class TrackedRuns:
             return False
 
     def _find_state(
-        self, plan: FolderPlan, run: RunSummary | None, trace: RunSummary | None, job: Job | None
+        self, plan: FolderPlan, run: RunSummary | None, preparation: RunSummary | None, job: Job | None
     ) -> RunState:
         """Return the state of a described folder's run: what is active now, else what ended last."""
         is_asked = job is not None and job.state == RUNNING and job.stops > 0
         if run is not None and run.state == RUNNING:
             state = read_run_state(run)
             return replace(state, job=job, is_asked=state.is_asked or is_asked)
-        if trace is not None and trace.state == RUNNING:
-            return replace(read_trace_state(trace), job=job, is_asked=is_asked)
+        if preparation is not None and preparation.state == RUNNING:
+            return replace(read_preparation_state(preparation), job=job, is_asked=is_asked)
         if job is not None and job.state == RUNNING:
-            return _find_running_job_state(job, run, trace)
+            return _find_running_job_state(job, run, preparation)
         if job is not None and job.state == WAITING:
             return RunState(WAITING, job=job)
         check = self.background_jobs.find(name_background_job(CHECK, plan.folder))
         if check is not None and check.state == RUNNING:
             return RunState(CHECKING, background_job=check)
-        return _find_last_ending(plan, run, trace, job=job, check=check)
+        return _find_last_ending(plan, run, preparation, job=job, check=check)
 
     # ---- starting
 
@@ -418,12 +420,12 @@ class TrackedRuns:
         """
         return recall_folder(plan.folder) is not None
 
-    def start(self, folder: Path, words: Sequence[str], is_read: bool = False) -> None:
+    def start(self, folder: Path, argv: Sequence[str], is_read: bool = False) -> None:
         """Add the run of a described folder to the queue, and start the queue unless other jobs wait.
 
         Args:
             folder: The described folder.
-            words: Command of the run.
+            argv: Command of the run.
             is_read: The user has read its run.toml; this is remembered.
 
         Raises:
@@ -431,7 +433,7 @@ class TrackedRuns:
             OutputError: If the queue cannot be written.
         """
         with self._only_one_starts():
-            self._start(real_path(folder), words, is_read)
+            self._start(real_path(folder), argv, is_read)
 
     def reject_while_it_runs(self, folder: Path) -> None:
         """Raise OptionError if a training of the folder is running, because its files must not change."""
@@ -467,7 +469,7 @@ class TrackedRuns:
             with only_one(self.queue.folder / ".start.lock"):
                 yield
 
-    def _start(self, folder: Path, words: Sequence[str], is_read: bool) -> None:
+    def _start(self, folder: Path, argv: Sequence[str], is_read: bool) -> None:
         """Do what `start` does, while nobody else starts a run of this queue."""
         jobs = [job for job in self._list_jobs() if is_run_of_folder(job, folder)]
         if any(job.state == WAITING for job in jobs):
@@ -490,33 +492,33 @@ class TrackedRuns:
                 raise OptionError(say("It runs already: it is %(text)s.", text=shown.state.text))
         if is_read and recall_folder(folder) is None:
             remember_folder(folder)
-        self.queue.add_and_begin(words, Path.cwd())
+        self.queue.add_and_begin(argv, Path.cwd())
 
 
-def make_run_words(described: DescribedFolder, models: Path) -> list[str]:
+def make_run_argv(described: DescribedFolder, models: Path) -> list[str]:
     """Return the command that trains on a described folder and downloads missing files."""
-    words = ["reelsmith", "run", str(described.folder)]
+    argv = ["reelsmith", "run", str(described.folder)]
     paths = [described.folder / path for path in described.model_files.values()]
     if not all(path.exists() for path in paths):
-        words.append("--download")
+        argv.append("--download")
         known = recall_folder(described.folder)
         target = None if known is None else known.models  # use no path from run.toml
         if target is not None and target != real_path(models):
-            words += ["--models", str(target)]
+            argv += ["--models", str(target)]
         elif models != MODELS:
-            words += ["--models", str(models)]
-    return words
+            argv += ["--models", str(models)]
+    return argv
 
 
-def make_check_words(folder: Path) -> list[str]:
+def make_check_argv(folder: Path) -> list[str]:
     """Return the command that checks a described folder."""
     return ["reelsmith", "run", str(folder), "--check"]
 
 
-def find_start_words(plan: FolderPlan, models: Path) -> list[str]:
+def find_start_argv(plan: FolderPlan, models: Path) -> list[str]:
     """Return the command that starts a plan, even if `new` did not write its run.toml."""
     try:
-        return make_run_words(read_described(plan.folder), models)
+        return make_run_argv(read_described(plan.folder), models)
     except (OSError, ValueError):
         return ["reelsmith", "run", str(plan.folder)]
 
@@ -524,16 +526,16 @@ def find_start_words(plan: FolderPlan, models: Path) -> list[str]:
 def find_run_folder(job: Job) -> Path | None:
     """Return the real path of the folder that a job runs; None for other jobs, and for its check."""
     try:
-        words = job.words
+        argv = job.argv
     except OptionError:
         return None
-    if "run" not in words[:3] or "--check" in words or "--dry_run" in words:
+    if "run" not in argv[:3] or "--check" in argv or "--dry_run" in argv:
         return None
-    index = words.index("run") + 1
-    if len(words) <= index:
+    index = argv.index("run") + 1
+    if len(argv) <= index:
         return None
     try:
-        path = real_path(Path(job.folder, words[index]))
+        path = real_path(Path(job.folder, argv[index]))
     except ValueError:  # not a valid file name
         return None
     return path.parent if path.name == RUN_FILE else path
@@ -567,7 +569,9 @@ def read_run_state(run: RunSummary) -> RunState:
     """Return the state of a run with a history."""
     if run.state == RUNNING:
         state = (
-            read_trace_state(run) if run.name.endswith(BEFORE_TRAINING) else _read_training_state(run.doing)
+            read_preparation_state(run)
+            if run.name.endswith(BEFORE_TRAINING)
+            else _read_training_state(run.doing)
         )
         return replace(state, is_asked=(run.history.parent / f"{run.name}.stop").exists())
     if run.state == DIED:
@@ -593,11 +597,11 @@ def _read_training_state(doing: str) -> RunState:
     return RunState(TRAINING, words=doing)
 
 
-def read_trace_state(trace: RunSummary) -> RunState:
+def read_preparation_state(preparation: RunSummary) -> RunState:
     """Return the state of a `run` that has not begun its training."""
-    step, _, progress = trace.doing.partition(": ")
+    step, _, progress = preparation.doing.partition(": ")
     if step not in STEPS:
-        return RunState(STARTING, words=trace.doing)
+        return RunState(STARTING, words=preparation.doing)
     name, about = STEPS[step]
     size = BYTES.fullmatch(progress)
     if size is not None:
@@ -610,11 +614,15 @@ def read_trace_state(trace: RunSummary) -> RunState:
 
 
 def _find_last_ending(
-    plan: FolderPlan, run: RunSummary | None, trace: RunSummary | None, job: Job | None, check: Job | None
+    plan: FolderPlan,
+    run: RunSummary | None,
+    preparation: RunSummary | None,
+    job: Job | None,
+    check: Job | None,
 ) -> RunState:
     """Return the state of an inactive run: the latest of its job, histories and check."""
     candidates: list[tuple[float, RunState]] = [(0.0, RunState(DRAFT, reason=plan.problem))]
-    histories = [history for history in (run, trace) if history is not None]
+    histories = [history for history in (run, preparation) if history is not None]
     for history in histories:
         candidates.append((history.changed, _read_ended_run_state(history, job)))
     if job is not None and _has_no_history(job, plan, histories):

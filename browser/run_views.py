@@ -46,7 +46,7 @@ from training.reports.page import (
     page_values,
     write_training_page,
 )
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 from training.reports.sample_files import ClipStore
 from training.reports.scores import list_score_charts
 from training.reports.sections import SAMPLES, scores_path
@@ -175,13 +175,17 @@ class LiveStanding:
         """
         # histories of older versions have no start; the run's page has some of its values
         start = run_history.start or Start(run.model, run.total_steps)
-        ending = run_history.ending or (None if run_history.start else run.ending)
+        ending = run_history.ending
+        if ending is None and run_history.start is None:  # the summary also reads the page of an old history
+            ending = run.ending
         state = find_state(run_history.start, ending, run.changed)
         step = 0
         steps = run_history.loss or run_history.starts
         if steps:
             step = next(reversed(steps))  # keys are steps, the last one is the latest
-        text, kind = ending or (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
+        if ending is None:
+            ending = (say("died after step %(step)s, without a word", step=f"{step:,}"), "bad")
+        text, kind = ending
         text = translate_line(text)
         if text == state:  # `finished`; the history describes other ends in its own words
             text = name_state(state)
@@ -220,7 +224,7 @@ def run_page(
     can_write: bool,
     is_paused: bool = False,
     actions: str = "",
-    further: str = "",
+    lower_buttons: str = "",
     ended_at_once: str = "",
 ) -> str:
     """Return the page of a run.
@@ -231,7 +235,7 @@ def run_page(
         can_write: Show the buttons.
         is_paused: No job of the queue begins.
         actions: HTML of the buttons above the samples.
-        further: HTML of the buttons below the samples.
+        lower_buttons: HTML of the buttons below the samples.
         ended_at_once: As in `LiveStanding.of`.
 
     Raises:
@@ -248,7 +252,7 @@ def run_page(
         maximum=MAX_SAMPLES,
         name=run.name,
     )
-    commands = present_commands(run_history, run.history.parent, run.name)
+    commands = current_commands(run_history, run.history.parent, run.name)
     values["commands"] = [translate_command(command) for command in commands]
     values["memory"] = translate_memory(run_history.memory)
     sample_names = [name for row in run_history.samples.values() for name in row.files.values()]
@@ -264,7 +268,7 @@ def run_page(
         "plays": any(name.endswith(PLAYED) for name in sample_names),
         "is_paused": is_paused,
         "actions": Markup(actions),
-        "further": Markup(further),
+        "further": Markup(lower_buttons),
         "folder": run.history.parent,
         "is_of_here": run.is_of_here,
         "cd": format_cd(run.working_folder),
@@ -338,7 +342,7 @@ def collect_news(
     now = LiveStanding.of(run, run_history, ended_at_once)
     low = float(query.get("from") or -math.inf)
     high = float(query.get("to") or math.inf)
-    file_number = history.status and history.status.st_ino
+    file_number = history.status and history.status.st_ino  # a new run in this folder writes a new file
     folder = run.history.parent
     scores = scores_path(folder, run.name)
     scored = scores.stat().st_mtime_ns if scores.is_file() else 0

@@ -145,17 +145,18 @@ class RunSummary:
         """
         if self.start is None or is_living(self.start.process) is None or not is_own_file(self.history):
             return False
-        typed = self.start.written_in or dict(self.start.changed).get("output_dir")
-        if not typed:
+        recorded = self.start.written_in or dict(self.start.changed).get("output_dir")
+        if not recorded:
             return False
-        here = os.path.normcase(real_path(self.history.parent))
-        if Path(typed).is_absolute():
-            return here == os.path.normcase(real_path(Path(typed)))
+        actual = os.path.normcase(real_path(self.history.parent))
+        if Path(recorded).is_absolute():
+            return actual == os.path.normcase(real_path(Path(recorded)))
         # histories of older versions do not record the working folder
-        typed_parts = Path(os.path.normcase(os.path.normpath(typed))).parts
-        inner_parts = tuple(part for part in typed_parts if part != os.pardir)
-        here_parts = Path(here).parts
-        return here_parts[len(here_parts) - len(inner_parts) :] == inner_parts
+        recorded_parts = Path(os.path.normcase(os.path.normpath(recorded))).parts
+        # of `../output`, only `output` can be compared: the working folder is not known
+        inner_parts = tuple(part for part in recorded_parts if part != os.pardir)
+        actual_parts = Path(actual).parts
+        return actual_parts[len(actual_parts) - len(inner_parts) :] == inner_parts
 
     @property
     def working_folder(self) -> Path | None:
@@ -167,14 +168,15 @@ class RunSummary:
             return None
         typed_in = Path(self.start.working_folder)
         written_in = Path(self.start.written_in)
-        here = real_path(self.history.parent)
-        if written_in == here:
+        actual = real_path(self.history.parent)
+        if written_in == actual:
             return typed_in
         if not written_in.is_relative_to(typed_in):
             return None
+        # the run's folder has moved: if it still ends in the same subfolders, the working folder moved along
         inner = written_in.relative_to(typed_in).parts
-        outer = here.parts[: len(here.parts) - len(inner)]
-        return Path(*outer) if outer and (*outer, *inner) == here.parts else None
+        outer = actual.parts[: len(actual.parts) - len(inner)]
+        return Path(*outer) if outer and (*outer, *inner) == actual.parts else None
 
     @property
     def network(self) -> str:
@@ -267,7 +269,7 @@ def _summarize(path: Path, status: os.stat_result, content: bytes | mmap.mmap) -
     step = int(steps[-1][0]) if steps else max(run_history.starts, default=0)
     if run_history.start is not None:
         page = PageStatus(run_history.start.model, None, run_history.start.total_steps)
-    else:
+    else:  # an older version wrote these values only into the run's page
         page = read_page_status(path) or PageStatus("", None, step)
     seconds = [float(text) for text in SECONDS.findall(end)]
     return RunSummary(

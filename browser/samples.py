@@ -176,11 +176,11 @@ def edit_prompts(text: str, fields: Mapping[str, str], check_image: Any) -> str:
             lines[edit.row.line] = None
         else:
             lines[edit.row.line] = edit.apply(lines[edit.row.line] or "")
-    left = "\n".join(line for line in lines if line is not None)
+    remaining = "\n".join(line for line in lines if line is not None)
     if not added:
-        return left
-    gap = "" if not left or left.endswith("\n") else "\n"
-    return left + gap + "\n".join(added) + "\n"
+        return remaining
+    gap = "" if not remaining or remaining.endswith("\n") else "\n"
+    return remaining + gap + "\n".join(added) + "\n"
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ def edit_times(text: str, fields: Mapping[str, str]) -> str:
     is_first = "first" in fields
     if is_first != bool(keys.get(AT_FIRST)):
         changes[AT_FIRST] = is_first or None
-    if any(changes.values()) and PROMPTS not in keys:
+    if any(changes.values()) and PROMPTS not in keys:  # a training samples only with a prompt file
         changes[PROMPTS] = PROMPTS_FILE
     return edit_toml(text, changes)
 
@@ -355,9 +355,9 @@ class SamplePages:
             "can_write": not self.site.read_only,
         }
 
-    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+    def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Show what a form would save, or save it."""
-        if what not in ("look", "save"):
+        if action not in ("look", "save"):
             return answer_unknown()
         try:
             require_full(fields)
@@ -370,7 +370,7 @@ class SamplePages:
             )
             texts = {prompts: prompts_after, run: edit_times(run.text, fields)}
             change = plan_change(self.site, "samples", texts, run)
-            if what == "save":
+            if action == "save":
                 change = save_change(change, texts)
             # changed sizes are reported at their fields, not in the note
             sizes = describe_changed_sizes(prompts_after, folder)
@@ -379,8 +379,8 @@ class SamplePages:
             change = DraftChange(part="samples", fault=describe_conflict(folder, fields))
         except (OSError, ValueError, UserError) as error:
             change = DraftChange(part="samples", fault=str(error))
-        is_rejected = what == "save" and change.fault != ""
-        is_open = is_rejected or what == "look"
+        is_rejected = action == "save" and change.fault != ""
+        is_open = is_rejected or action == "look"
         # a field `row N` for each prompt of the form
         num_rows = sum(name.startswith("row ") for name in fields) if is_open else 0
         return self.answer(folder, change, num_rows, is_rejected, fields if is_open else None)
@@ -520,6 +520,9 @@ def list_images(folder: Path) -> list[str]:
             if entry.is_dir(follow_symlinks=False):
                 if depth < DEEPEST and not is_written(entry.name):
                     waiting.append((subfolder / entry.name, depth + 1))
-            elif Path(entry.name).suffix.lower() in IMAGE_SUFFIXES and not re.search(r"\s--", entry.name):
+                continue
+            # in a prompt line, two dashes after a blank begin an option
+            fits_in_line = re.search(r"\s--", entry.name) is None
+            if fits_in_line and Path(entry.name).suffix.lower() in IMAGE_SUFFIXES:
                 images.append((subfolder / entry.name).relative_to(folder).as_posix())
     return images[:MAX_IMAGES]

@@ -9,7 +9,7 @@ from project.options import MODELS
 SCORE_MODEL = "score_clip"  # folder below that of the models, which tools/download.py fills
 
 
-def make_score_words(run: RunSummary, models: Path = MODELS) -> list[str]:
+def make_score_argv(run: RunSummary, models: Path = MODELS) -> list[str]:
     """Return the command that scores a run's samples; [] without samples or without a scoring model.
 
     Args:
@@ -19,6 +19,6 @@ def make_score_words(run: RunSummary, models: Path = MODELS) -> list[str]:
     model = models / SCORE_MODEL
     if not (run.sample and run.is_of_here and model.is_dir()):
         return []
-    words = ["python", "tools/score.py", str(run.history), "--model", str(model)]
+    argv = ["python", "tools/score.py", str(run.history), "--model", str(model)]
     tagger = models / MODEL_FOLDER.name
-    return [*words, "--tagger", str(tagger)] if tagger.is_dir() else words
+    return [*argv, "--tagger", str(tagger)] if tagger.is_dir() else argv

@@ -187,6 +187,7 @@ class Gate:
             await self.app(scope, receive, send)
             return
         access = None if self.token is None else access_of(self.token, scope)
+        # with a token, all addresses begin with a secret root; routes are matched without it
         is_below, scope = _leave_root(scope, access)
         request = Request(scope)
         root = access.root if access is not None and is_below else ""
@@ -360,16 +361,16 @@ class RunPages:
         is_paused = False
         with contextlib.suppress(UserError):  # the queue's page reports it
             is_paused = self.queue.worker == ""
-        further = self.buttons.render(shown, "more_actions.html")
+        lower_buttons = self.buttons.render(shown, "more_actions.html")
         if not self.queue.read_only:
-            further += self.shares.render(run.id, self.shares.find_origin(request))
+            lower_buttons += self.shares.render(run.id, self.shares.find_origin(request))
         page = run_page(
             self.runs,
             run,
             can_write=not self.queue.read_only,
             is_paused=is_paused,
             actions=self.buttons.render(shown),
-            further=further,
+            lower_buttons=lower_buttons,
             ended_at_once=shown.ended_at_once,
         )
         return answer_page(page)

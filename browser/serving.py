@@ -12,7 +12,7 @@ import webbrowser
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from browser.jobs import JobQueue, StrangeJobsError, open_queue
+from browser.jobs import JobQueue, UnknownJobsError, open_queue
 from browser.options import DEFAULT_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import RUNNING, Runs
@@ -39,8 +39,8 @@ class ServedFolders(NamedTuple):
 
 def run_browser(options: BrowserOptions) -> None:
     """Serve pages until Ctrl-C, or write the page that --export requests. Raises UserError on failure."""
-    places = select_places(options, Path.cwd(), ROOT)
-    runs = Runs(places.folders)
+    served = select_folders(options, Path.cwd(), ROOT)
+    runs = Runs(served.folders)
     if options.export is not None:
         from browser.run_views import export_run
 
@@ -79,7 +79,7 @@ def run_browser(options: BrowserOptions) -> None:
         token=token.word,
         read_only=options.read_only,
         queue=queue,
-        models=places.models,
+        models=served.models,
         settings=settings,
         ticket=ticket,
     )
@@ -106,7 +106,7 @@ def reopen_queue(queue: JobQueue) -> bool:
         if queue.is_open:
             queue.begin_work(only_known=True)
             return True
-    except StrangeJobsError as error:
+    except UnknownJobsError as error:
         queue.problem = str(error)
         logger.warning("%s", error)
     except OutputError as error:  # another server runs the queue, or a file is damaged
@@ -114,7 +114,7 @@ def reopen_queue(queue: JobQueue) -> bool:
     return False
 
 
-def select_places(options: BrowserOptions, here: Path, checkout: Path) -> ServedFolders:
+def select_folders(options: BrowserOptions, working_folder: Path, checkout: Path) -> ServedFolders:
     """Return the folders to serve.
 
     The working folder, if it is the home folder or the checkout, is replaced by HOME/Reelsmith: the files of
@@ -122,20 +122,20 @@ def select_places(options: BrowserOptions, here: Path, checkout: Path) -> Served
 
     Args:
         options: Options of the command.
-        here: The working folder.
+        working_folder: The working folder.
         checkout: Folder of the program.
     """
     home = Path.home()
-    is_home = real_path(here) == real_path(home)
-    is_checkout = real_path(here) == real_path(checkout)
+    is_home = real_path(working_folder) == real_path(home)
+    is_checkout = real_path(working_folder) == real_path(checkout)
     is_unnamed = options.folders == (Path(),) and options.export is None
     if not is_unnamed or not (is_home or is_checkout):
         return ServedFolders(options.folders, options.models)
     default = home / DEFAULT_FOLDER
     note = "" if default.is_dir() else ", which is made when something is written"
     logger.info("The folder is %s%s. Type the path of another one to show that.", default, note)
-    is_own = is_home and options.models == MODELS and not (here / MODELS).is_dir()
-    return ServedFolders((default,), default / MODELS if is_own else options.models)
+    uses_default_models = is_home and options.models == MODELS and not (working_folder / MODELS).is_dir()
+    return ServedFolders((default,), default / MODELS if uses_default_models else options.models)
 
 
 def may_open_page(options: BrowserOptions) -> bool:
@@ -169,8 +169,8 @@ def open_socket(host: str, port: int | None) -> socket.socket:
             port = 0
     try:
         addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-        kind, *_, address = addresses[0]
-        return socket.create_server(address[:2], family=kind)
+        family, *_, address = addresses[0]
+        return socket.create_server(address[:2], family=family)  # host and port; IPv6 has two more values
     except OSError as error:
         hint = ""
         if _is_taken(error):
@@ -193,7 +193,9 @@ def find_address(options: BrowserOptions, port: int, token: str | None) -> str:
     if host in ("0.0.0.0", "::", ""):  # the address that this machine has in its network
         host = socket.gethostname()
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe, contextlib.suppress(OSError):
-            probe.connect(("192.0.2.1", 9))  # nothing is sent
+            # an address for documentation (RFC 5737): connecting a UDP socket sends nothing, but binds it to
+            # the interface that leads outside
+            probe.connect(("192.0.2.1", 9))
             host = str(probe.getsockname()[0])
     if ":" in host:
         host = f"[{host}]"

@@ -19,16 +19,16 @@ from protocols.families import with_scripts
 INTERACTIVE = "--interactive"
 
 
-def find_session(words: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
+def find_session(argv: Sequence[str], folder: Path) -> tuple[ScriptCommand, list[str]]:
     """Return the command that starts a process for requests, and its program.
 
     Arguments as in `launch.find_program`. Raises OptionError if it is not a command that the page writes.
     """
-    texts = [word for word in words if isinstance(word, str)]
+    texts = [word for word in argv if isinstance(word, str)]
     line = shorten(" ".join(texts), 80)
     command, program = launch.find_program(texts, folder)
     scripts = {entry.generation_script for entry in with_scripts().values()}
-    is_plain = texts[:1] == ["python"] and len(texts) == len(words)
+    is_plain = texts[:1] == ["python"] and len(texts) == len(argv)
     if not is_plain or command.script not in scripts or INTERACTIVE not in texts:
         raise OptionError(f"{line}: the page Generate writes no such command. Remove it")
     return command, program

@@ -60,14 +60,14 @@ class SettingsPages:
             "rows": self.list_settings(),
             "worker": worker,
             "worker_words": WORKERS.get(worker, worker),
-            "command": format_command(self.command_words(worker), Path.cwd()),
-            "phone_command": format_command(self.phone_words(worker), Path.cwd()),
+            "command": format_command(self.command_argv(worker), Path.cwd()),
+            "phone_command": format_command(self.phone_argv(worker), Path.cwd()),
             "entries": entries[:MAX_ENTRIES],
             "num_more": max(0, len(entries) - MAX_ENTRIES),
             "bin_words": join(", ", (counted(len(entries), "%(n)s removal", "%(n)s removals"), size))
             if entries
             else say("empty"),
-            "bin": bin_folder.places[0],
+            "bin": bin_folder.folders[0],
             "mark": bin_folder.mark(),
             "is_asked": is_asked and bool(entries),
             "gigabytes": gigabytes,
@@ -112,11 +112,11 @@ class SettingsPages:
             ShownSetting(say("may write"), say("no") if site.read_only else say("yes"), "--read_only"),
         ]
 
-    def command_words(self, worker: str, further: Sequence[Path] = ()) -> list[str]:
+    def command_argv(self, worker: str, extra_folders: Sequence[Path] = ()) -> list[str]:
         """Return the command that starts this page with these settings, and with additional folders."""
         settings = self.site.settings
         port = None if settings.port in (None, DEFAULT_PORT) else settings.port
-        return self._words(settings.host, port, self._find_token_file(), worker, further)
+        return self._make_argv(settings.host, port, self._find_token_file(), worker, extra_folders)
 
     def _find_token_file(self) -> str | None:
         """Return the file of --token; None without this option."""
@@ -124,13 +124,13 @@ class SettingsPages:
         is_given = self.site.settings.is_token_given and token.place is not None
         return str(token.place.absolute()) if is_given and token.place is not None else None
 
-    def phone_words(self, worker: str) -> list[str]:
+    def phone_argv(self, worker: str) -> list[str]:
         """Return the command that starts this page for other devices, too."""
         token = self._find_token_file() or str(Path("token.txt").absolute())
-        return self._words("0.0.0.0", DEFAULT_PORT, token, worker)
+        return self._make_argv("0.0.0.0", DEFAULT_PORT, token, worker)
 
-    def _words(
-        self, host: str, port: int | None, token: str | None, worker: str, further: Sequence[Path] = ()
+    def _make_argv(
+        self, host: str, port: int | None, token: str | None, worker: str, extra_folders: Sequence[Path] = ()
     ) -> list[str]:
         """Return the command that starts a server; an option with None is left out of it."""
         options: dict[str, Any] = {
@@ -143,23 +143,23 @@ class SettingsPages:
             "--work": worker == "here" or None,
             "--read_only": self.site.read_only or None,
         }
-        folders = [str(root) for root in (*self.site.runs.roots, *further)]
+        folders = [str(root) for root in (*self.site.runs.roots, *extra_folders)]
         return ["python", "tools/run_browser.py", *folders, *option_words(options)]
 
     def change(self, request: Request, form: Form) -> Response:
         """Do what a button requests, and show the page again."""
-        what = request.path_params["what"]
+        action = request.path_params["what"]
         try:
-            if what == "work":
+            if action == "work":
                 self.site.queue.begin_work()
-            elif what == "pause":
+            elif action == "pause":
                 self.site.queue.end_work(pauses=True)
-            elif what == "empty":
+            elif action == "empty":
                 open_bin(self.site).empty("".join(form.get("mark", ())))
             else:
                 return answer_unknown()
         except UserError as error:
-            return self.answer(str(error), is_asked=what == "empty")
+            return self.answer(str(error), is_asked=action == "empty")
         return answer_move("/settings")
 
 

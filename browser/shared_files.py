@@ -116,7 +116,7 @@ def _find_in_tensors(file: BinaryIO, size: int) -> Iterator[Blank]:
     texts = {name: text for name, text in header.metadata.items() if _may_be_sent(name, text)}
     if texts == header.metadata:
         return
-    length = header.start - 8
+    length = header.start - 8  # the first 8 bytes hold the length of the header
     # The new header must fit into the old one, because tensors stay where they are. If it does not fit with
     # the texts that may be sent, all texts are removed.
     for texts_to_keep in (texts, {}):

@@ -114,7 +114,7 @@ class Shares:
             shares.append(share)
         return share
 
-    def take_back(self, run_id: str) -> None:
+    def withdraw(self, run_id: str) -> None:
         """Remove all links to a run and to earlier runs at its path. Raises OSError if that fails."""
         with self._change() as shares:
             shares[:] = [share for share in shares if share.run != run_id]
@@ -260,14 +260,14 @@ class SharePages:
 
     # ---- for the user
 
-    def render(self, run_id: str, origin: str, is_open: bool = False, refused: str = "") -> str:
+    def render(self, run_id: str, origin: str, is_open: bool = False, error: str = "") -> str:
         """Return the part of a run's page with its links.
 
         Args:
             run_id: Id of the run.
             origin: Origin by which others reach the page.
             is_open: Show the part unfolded.
-            refused: Reason why no link was made.
+            error: Reason why no link was made.
         """
         settings = self.site.settings
         with self.site.runs.lock:
@@ -279,7 +279,7 @@ class SharePages:
             "days": DEFAULT_DAYS,
             "is_alone": settings.is_local and settings.public_origin is None,
             "is_open": is_open,
-            "refused": refused,
+            "refused": error,
         }
         return render_page(HERE / "sharing.html", "", values, POLICY)
 
@@ -297,11 +297,11 @@ class SharePages:
             return answer_not_found()
         try:
             if "back" in form:
-                self.shares.take_back(run_id)
+                self.shares.withdraw(run_id)
             else:
                 self.shares.add(run_id, read_days(form), read_session(run.history))
         except (UserError, OSError) as error:
-            shown = self.render(run_id, self.find_origin(request), is_open=True, refused=str(error))
+            shown = self.render(run_id, self.find_origin(request), is_open=True, error=str(error))
             return answer_page(shown, 422)
         return answer_page(self.render(run_id, self.find_origin(request), is_open=True))
 

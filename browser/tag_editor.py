@@ -25,21 +25,21 @@ class TagChange:
 
     old: str
     new: str  # "": it was removed
-    marks: dict[Path, str] = field(default_factory=dict)
+    checksums: dict[Path, str] = field(default_factory=dict)
 
     @property
     def about(self) -> str:
         """The change and its number of captions, in words."""
         if self.new:
             return counted(
-                len(self.marks),
+                len(self.checksums),
                 "%(old)s became %(new)s in %(n)s caption.",
                 "%(old)s became %(new)s in %(n)s captions.",
                 old=self.old,
                 new=self.new,
             )
         return counted(
-            len(self.marks),
+            len(self.checksums),
             "%(old)s was removed from %(n)s caption.",
             "%(old)s was removed from %(n)s captions.",
             old=self.old,
@@ -64,9 +64,10 @@ def rename_tag(text: str, old: str, new: str) -> str:
     lines: list[str] = []
     for line in text.split("\n"):
         if old in split_line(line):
-            known = {""}
+            known = {""}  # tags of earlier sections, which later ones need not repeat; and the removed tag
             sections = []
             for section in line.split(KEPT):
+                # the keys of a dictionary keep their order and have no duplicates
                 renamed = dict.fromkeys(new if tag == old else tag for tag in split_section(section))
                 sections.append(f"{SEPARATOR} ".join(tag for tag in renamed if tag not in known))
                 known |= renamed.keys()
@@ -126,16 +127,16 @@ class TagEditor:
             if not any(map(split_line, renamed.split("\n"))):
                 num_emptied += 1
                 continue
-            edits.append(CaptionEdit(caption.path, renamed, caption.have))
+            edits.append(CaptionEdit(caption.path, renamed, caption.checksum))
         try:
-            self.captions.save_all(edits, change.marks)
+            self.captions.save_all(edits, change.checksums)
         except ValueError as error:
             raise OptionError(str(error)) from None
         finally:  # a full disk may stop it between two captions
-            if change.marks:
+            if change.checksums:
                 self._changes.setdefault(folder, []).append(change)
-        num_conflicts = len(edits) - len(change.marks)  # skipped because another program changed them
-        if not change.marks and not num_emptied and not num_conflicts:
+        num_conflicts = len(edits) - len(change.checksums)  # skipped because another program changed them
+        if not change.checksums and not num_emptied and not num_conflicts:
             raise OptionError(say("no caption has the tag %(tag)s (any more)", tag=old))
         return join(" ", [change.about, *_list_left(num_emptied, num_conflicts)])
 
@@ -154,9 +155,9 @@ class TagEditor:
             if not changes:
                 raise OptionError(say("There is nothing to undo."))
             change = changes[-1]
-            num_kept = self.captions.undo_all(change.marks)
+            num_kept = self.captions.undo_all(change.checksums)
             changes.remove(change)
-        num_undone = len(change.marks) - num_kept
+        num_undone = len(change.checksums) - num_kept
         about = counted(num_undone, "%(n)s caption is as it was.", "%(n)s captions are as they were.")
         return join(" ", [about, *_list_left(0, num_kept)])
 
@@ -173,9 +174,9 @@ class TagEditor:
                     continue
                 path = real_path(path)
                 try:
-                    caption, mark, _ = self.captions.read(path)
+                    caption, checksum, _ = self.captions.read(path)
                     if read_if_object(caption.text) is None:
-                        yield CaptionEdit(path, caption.text, mark)
+                        yield CaptionEdit(path, caption.text, checksum)
                 except (OSError, ValueError):
                     continue
 

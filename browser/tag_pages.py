@@ -80,7 +80,7 @@ class TagPages:
         return self.answer(folder, query, query.get("part", ""))
 
     def answer(
-        self, folder: Path, texts: Mapping[str, str], part: str = "", said: str = "", refused: str = ""
+        self, folder: Path, texts: Mapping[str, str], part: str = "", message: str = "", error: str = ""
     ) -> Response:
         """Return the part of the page.
 
@@ -88,14 +88,14 @@ class TagPages:
             folder: The folder.
             texts: Values of the form's fields.
             part: "form", "progress" or "editor"; "" for all three.
-            said: Message about what was done.
-            refused: Reason why a button did nothing.
+            message: Message about what was done.
+            error: Reason why a button did nothing.
         """
         values: dict[str, Any] = {
             "folder": folder,
             "part": part,
-            "said": said,
-            "refused": refused,
+            "said": message,
+            "refused": error,
             "can_write": not self.site.read_only,
             "form": FORM,
             "texts": texts,
@@ -104,7 +104,7 @@ class TagPages:
         if part in ("", "form"):
             values |= self.collect_form(folder, texts)
         if part in ("", "progress"):
-            values |= self.tool.stand(folder)
+            values |= self.tool.collect_progress(folder)
         if part in ("", "editor"):
             counts = self.editor.count(folder)
             values |= {
@@ -112,13 +112,13 @@ class TagPages:
                 "num_tags": len(counts),
                 "change": self.editor.last_change(folder),
             }
-        return answer_template("tags.html", say("Tags"), values, is_rejected=refused != "")
+        return answer_template("tags.html", say("Tags"), values, is_rejected=error != "")
 
     def collect_form(self, folder: Path, texts: Mapping[str, str]) -> dict[str, Any]:
         """Return the values for the form's template: the model, and the commands of the form's buttons."""
         try:
             lines = [
-                format_command(self.make_words(folder, texts, try_on), folder) for try_on in (TRIED, None)
+                format_command(self.make_argv(folder, texts, try_on), folder) for try_on in (TRIED, None)
             ]
         except OptionError as error:
             lines = [str(error)] * 2
@@ -134,7 +134,7 @@ class TagPages:
         assert model is not None  # a test guarantees the catalogue entry
         return str((self.site.models / model.parts[0].path).absolute())
 
-    def make_words(self, folder: Path, texts: Mapping[str, str], try_on: int | None = None) -> list[str]:
+    def make_argv(self, folder: Path, texts: Mapping[str, str], try_on: int | None = None) -> list[str]:
         """Return the command line of the tagger.
 
         Args:
@@ -145,28 +145,28 @@ class TagPages:
         Raises:
             OptionError: If a field has a value that its option does not accept.
         """
-        words = FORM.make_words(DATASET_FILE if is_described(folder) else ".", texts)
-        words += give_value("model_dir", texts.get("model", "").strip() or self.name_model())
+        argv = FORM.make_argv(DATASET_FILE if is_described(folder) else ".", texts)
+        argv += give_value("model_dir", texts.get("model", "").strip() or self.name_model())
         if not is_described(folder) and _has_only(folder, ".caption"):
-            words += ["--caption_extension", ".caption"]
-        return words if try_on is None else [*words, "--try_on", str(try_on)]
+            argv += ["--caption_extension", ".caption"]
+        return argv if try_on is None else [*argv, "--try_on", str(try_on)]
 
-    def change(self, folder: Path, what: str, fields: Mapping[str, str]) -> Response:
+    def change(self, folder: Path, action: str, fields: Mapping[str, str]) -> Response:
         """Do what a button requests, and show its section again."""
-        part = "editor" if what in ("rename", "remove", "undo") else "progress"
+        part = "editor" if action in ("rename", "remove", "undo") else "progress"
         try:
-            message = self.carry_out(folder, what, fields)
+            message = self.carry_out(folder, action, fields)
         except (UserError, OSError, ValueError) as error:
-            return self.answer(folder, fields, part, refused=str(error))
+            return self.answer(folder, fields, part, error=str(error))
         return answer_unknown() if message is None else self.answer(folder, fields, part, message)
 
-    def carry_out(self, folder: Path, what: str, fields: Mapping[str, str]) -> str | None:
+    def carry_out(self, folder: Path, action: str, fields: Mapping[str, str]) -> str | None:
         """Handle a button, and return a message about what was done; None if there is no button of this name.
 
         Raises UserError, OSError or ValueError.
         """
         tag, name = fields.get("tag", ""), fields.get("name", "")
-        match what:
+        match action:
             case "rename" | "remove" if not tag.strip():
                 raise OptionError(say("Type the tag in the field Old tag, or choose it from its list."))
             case "rename" if not name.strip():
@@ -178,11 +178,11 @@ class TagPages:
             case "undo":
                 return self.editor.undo(folder)
 
-        def make_words(tries: bool) -> list[str]:
+        def make_argv(tries: bool) -> list[str]:
             self.require_ready(folder, fields)
-            return self.make_words(folder, fields, TRIED if tries else None)
+            return self.make_argv(folder, fields, TRIED if tries else None)
 
-        return "" if self.tool.press(folder, what, make_words) else None
+        return "" if self.tool.press(folder, action, make_argv) else None
 
     def require_ready(self, folder: Path, fields: Mapping[str, str]) -> None:
         """Raise OptionError if the model is not downloaded, or files of the dataset are outside the roots."""

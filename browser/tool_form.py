@@ -45,14 +45,14 @@ class ToolForm:
         """Return the id of a field in a page."""
         return f"{self.name}-{field.name}"
 
-    def usual(self, field: ToolField) -> str:
+    def name_default(self, field: ToolField) -> str:
         """Return the default of a field, for its placeholder."""
         if field.kind in (SWITCH, CHOICE_OF_SWITCHES):
             return ""
         value = find_default(self.record, field.name)
         return "" if value is None else str(value)
 
-    def make_words(self, target: str, texts: Mapping[str, str]) -> list[str]:
+    def make_argv(self, target: str, texts: Mapping[str, str]) -> list[str]:
         """Return the command line.
 
         Args:
@@ -62,10 +62,10 @@ class ToolForm:
         Raises:
             OptionError: If a text is not valid for its field.
         """
-        words = ["python", self.script, target]
+        argv = ["python", self.script, target]
         for field in self.fields:
             text = " ".join(texts.get(field.name, "").split())
-            if not text or text == self.usual(field):
+            if not text or text == self.name_default(field):
                 continue
             if field.kind == NUMBER:
                 is_integer = isinstance(find_default(self.record, field.name), int)
@@ -78,13 +78,13 @@ class ToolForm:
                         text=shorten(text, 40),
                     )
                 )
-            if field.kind == CHOICE_OF_SWITCHES:
-                words.append(f"--{text}")
+            if field.kind == CHOICE_OF_SWITCHES:  # each choice is the name of a switch
+                argv.append(f"--{text}")
             elif field.kind == SWITCH:
-                words.append(f"--{field.name}")
+                argv.append(f"--{field.name}")
             else:
-                words += give_value(field.name, text)
-        return words
+                argv += give_value(field.name, text)
+        return argv
 
 
 def find_default(record: type, name: str) -> Any:
@@ -106,10 +106,10 @@ def give_value(option: str, text: str) -> list[str]:
     return [f"--{option}={text}"] if text.startswith("-") else [f"--{option}", text]
 
 
-def _check_number(field: ToolField, text: str, facts: Mapping[str, Any], is_integer: bool) -> None:
+def _check_number(field: ToolField, text: str, limits: Mapping[str, Any], is_integer: bool) -> None:
     """Raise OptionError if a text is not a number that an option with these limits accepts."""
-    minimum = facts.get("minimum", facts.get("above", -math.inf))
-    maximum = facts.get("maximum", facts.get("below", math.inf))
+    minimum = limits.get("minimum", limits.get("above", -math.inf))
+    maximum = limits.get("maximum", limits.get("below", math.inf))
     try:
         is_right = minimum <= (int(text) if is_integer else float(text)) <= maximum
     except ValueError:

@@ -21,7 +21,7 @@ from browser.uploads import (
     MAX_DIGITS,
     FileBusyError,
     FileUploads,
-    answer_taken,
+    answer_received,
     check_file_name,
     claim_file,
     remove_empty,
@@ -89,13 +89,13 @@ class PieceUploads:
             arriving = await run_in_threadpool(self.find, request)
             begin = _read_number(request, "at")
             with claim_file(arriving.folder, arriving.part.name):
-                there = await run_in_threadpool(arriving.count_bytes)
-                if begin != there:  # a piece arrived twice or was lost
-                    return answer_json({"at": there, "folder": str(arriving.folder)})
+                num_received = await run_in_threadpool(arriving.count_bytes)
+                if begin != num_received:  # a piece arrived twice or was lost
+                    return answer_json({"at": num_received, "folder": str(arriving.folder)})
                 await run_in_threadpool(self.remove_old, arriving)
-                there = await self.add(request, arriving)
-                if there < arriving.size:
-                    return answer_json({"at": there, "folder": str(arriving.folder)})
+                num_received = await self.add(request, arriving)
+                if num_received < arriving.size:
+                    return answer_json({"at": num_received, "folder": str(arriving.folder)})
                 await run_in_threadpool(self.finish, arriving)
         except FileBusyError as error:
             return answer_json({"error": str(error)}, 503)  # the page tries again
@@ -103,7 +103,7 @@ class PieceUploads:
             if arriving is not None:
                 remove_empty(arriving.folder)
             return answer_json({"error": str(error)}, 422)
-        return await run_in_threadpool(answer_taken, arriving.folder)
+        return await run_in_threadpool(answer_received, arriving.folder)
 
     def show(self, request: Request) -> Response:
         """Answer with the bytes of a file received so far."""
@@ -124,7 +124,7 @@ class PieceUploads:
         )
         check_file_name(arriving.name)
         arrived = arriving.count_bytes()
-        self.uploads.check_room(arriving.folder, arriving.name, arriving.size, arrived)
+        self.uploads.check_upload(arriving.folder, arriving.name, arriving.size, arrived)
         return arriving
 
     async def add(self, request: Request, arriving: Arriving) -> int:

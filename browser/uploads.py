@@ -183,7 +183,7 @@ def name_upload_folder(top: Path, day: date) -> str:
     return next(name for name in number_names(f"{day:%Y-%m-%d}") if not _has_files(top / name))
 
 
-def answer_taken(folder: Path) -> Response:
+def answer_received(folder: Path) -> Response:
     """Answer after a complete upload: its folder, and the folder's current content."""
     media_folder = read_media_folder(folder)
     words = "" if media_folder is None else media_folder.words
@@ -216,11 +216,11 @@ class FileUploads:
                 )
             size = int(size_text)
             folder = await run_in_threadpool(self.find_target, request.query_params.get("into", ""))
-            await run_in_threadpool(self.check_room, folder, name, size)
+            await run_in_threadpool(self.check_upload, folder, name, size)
             await self.receive(request, folder / name, size)
         except (UserError, OSError) as error:
             return answer_json({"error": str(error)}, 422)
-        return await run_in_threadpool(answer_taken, folder)
+        return await run_in_threadpool(answer_received, folder)
 
     def find_target(self, into: str) -> Path:
         """Return the folder to which a text refers. A folder directly in a root need not exist.
@@ -251,7 +251,7 @@ class FileUploads:
             )
         return path
 
-    def check_room(self, folder: Path, name: str, size: int, arrived: int = 0) -> None:
+    def check_upload(self, folder: Path, name: str, size: int, arrived: int = 0) -> None:
         """Raise UserError if a file of this name and size is not accepted.
 
         `size` and `arrived`, the part of it that is already in the folder, are in bytes.

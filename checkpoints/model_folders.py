@@ -114,7 +114,9 @@ def read_shapes(folder: Path, option: str) -> list[Shape]:
     return shapes
 
 
-def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shape], is_exact: bool) -> None:
+def require_matching_shapes(
+    folder: Path, option: str, network: Any, shapes: Sequence[Shape], is_exact: bool
+) -> None:
     """Raise CheckpointError if a network built from settings does not match the weights.
 
     Args:
@@ -145,7 +147,7 @@ def require_shown(folder: Path, option: str, network: Any, shapes: Sequence[Shap
             )
 
 
-def build_without_memory(build: Callable[[Any], Any], config: Any) -> Any:
+def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
     """Build a network from a configuration of transformers on the meta device."""
     with torch.device("meta"):
         return build(config)

@@ -11,7 +11,7 @@ import requests
 from huggingface_hub import constants, errors, get_hf_file_metadata, get_token, hf_hub_url
 
 from downloads.catalogue import ReleasedFile
-from modules.downloading import BrokenTry, RejectedBySite, ask_http
+from modules.downloading import DownloadRejected, RetryableError, ask_http
 from modules.errors import DownloadError
 
 logger = logging.getLogger(__name__)
@@ -78,7 +78,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         raise problem from error
     if metadata.size is None:
         raise DownloadError(f"{page} does not say how large {file.file} is: this is not a mirror of the hub.")
-    # the commit's own address: a later change of the repository does not mix two files
+    # the address of this commit, so that a change of the repository during the download mixes no two files
     url = hf_hub_url(file.repository, file.file, revision=metadata.commit_hash or "main", endpoint=site)
     checksum = (metadata.etag or "").strip('"').lower()
     return RemoteFile(
@@ -133,11 +133,11 @@ def find_on_github(file: ReleasedFile, endpoint: str | None = None) -> RemoteFil
         # no HEAD: addresses that it redirects to may be signed for GET only
         with ask_http(url, 0, None) as answer:
             size = answer.size_bytes
-    except RejectedBySite as refused:
+    except DownloadRejected as refused:
         if refused.status == 404:
             raise explain_status(404, file.file, page, has_token=False) from None
         raise DownloadError(f"{page}: {refused}, for {file.file}. Try again later.") from None
-    except BrokenTry as error:
+    except RetryableError as error:
         raise DownloadError(
             f"{page} cannot be reached ({error}).\n  Check the connection, or fetch {file.file} from that "
             "page in a browser."

@@ -26,8 +26,8 @@ from generation.grid_options import CompareOptions
 from generation.loaded_networks import wanted_texts
 from generation.memory import resolve_options
 from generation.options import GenerationOptions
-from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, own_stem, words_of
-from generation.progress import NAMING, in_short
+from generation.outputs import LATENT_SUFFIX, PREVIEW_SUFFIX, reserve_stem, words_of
+from generation.progress import NAMING, shorten_prompt
 from generation.prompt_lines import lines_of
 from generation.request import GenerationJob, GenerationRun, make_job, map_lines
 from generation.run import check_models, explain_lack, make_session
@@ -193,7 +193,7 @@ def _show_start(
         [
             ("model", ", ".join(model_names)),
             ("columns", "\n".join(labels)),
-            ("prompts", f"{len(jobs)}; the first: {in_short(jobs[0].prepared.request.prompt)}"),
+            ("prompts", f"{len(jobs)}; the first: {shorten_prompt(jobs[0].prepared.request.prompt)}"),
             ("clips", f"{count_of(total, 'clip')}{finished}"),
             ("folder", str(run.options.output.save_path)),
         ],
@@ -301,7 +301,7 @@ def make_cell(run: GenerationRun, variant: Variant, job: GenerationJob, line: in
     digest = hashlib.sha256(content.encode()).hexdigest()[:6]
     stem = f"{line:03d}_{job.prepared.seed}_{column}_{digest}"
     cell = GenerationJob(f"{job.label}, {variant.label}", job.prepared, stem, metadata)
-    while not _is_own(run, cell):
+    while not _is_same_clip(run, cell):
         cell = replace(cell, stem=f"{cell.stem}_")
     return cell
 
@@ -319,7 +319,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
     return ClipFiles(folder / f"{cell.stem}{suffix}", folder / f"{cell.stem}{LATENT_SUFFIX}")
 
 
-def _is_own(run: GenerationRun, cell: GenerationJob) -> bool:
+def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
     """Return whether existing files of this name belong to exactly this clip; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
@@ -364,10 +364,10 @@ def _encode_texts(
         Label of the column -> label of the job -> encoded texts by section.
     """
     prompts = [wanted_texts(job.prepared, run.options.guidance) for job in jobs.values()]
-    plain_texts = dict(zip(jobs, run.session.texts(prompts), strict=True))
+    texts_without_loras = dict(zip(jobs, run.session.texts(prompts), strict=True))
     texts: dict[str, dict[str, Mapping[int, EncodedPrompts]]] = {}
     for variant in variants:
-        texts[variant.label] = plain_texts
+        texts[variant.label] = texts_without_loras
         loras = TextLoras(variant.uses[0], run.options.lora_rounding)
         if not loras.is_empty:
             encoded = run.session.encode_with_loras(loras, prompts)
@@ -420,7 +420,7 @@ def _begin_phase(
     dits = run.session.dits
     loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader
-    dits.load_aside = loader.aside
+    dits.load_to_host = loader.load_to_host
     return dits.phase(plan_turns(run.family, [cell.job.prepared for cell in ready]))
 
 
@@ -475,14 +475,14 @@ def write_grid(
         rows.append(row)
     folder = run.options.output.save_path
     grid = ClipGrid(columns, tuple(rows))
-    with own_stem(folder, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
+    with reserve_stem(folder, f"compare_{datetime.now():%Y%m%d-%H%M%S}") as stem:
         return write_grids(folder, stem, grid, title=_make_title(jobs, names=columns[1:]))
 
 
 def _make_title(jobs: Sequence[GenerationJob], names: Sequence[str]) -> str:
     """Return the prompt if there is only one, else the names of the trainings: x for x-000010."""
     if len(jobs) == 1:
-        return in_short(jobs[0].prepared.request.prompt)
+        return shorten_prompt(jobs[0].prepared.request.prompt)
     trainings = [re.sub(r"-(step)?\d+$", "", name) for name in names]
     return ", ".join(dict.fromkeys(trainings))
 
@@ -508,7 +508,7 @@ def _make_row(
         prompt=job.prepared.request.prompt,
         fps=job.prepared.fps,
         paths=tuple(paths[f"{job.label}, {variant.label}"] for variant in variants),
-        facts=f"{job.label}, seed {job.prepared.seed}, {steps}",
+        details=f"{job.label}, seed {job.prepared.seed}, {steps}",
         strength=strength,
         commands=tuple(_command(experts, variant) for variant in variants),
     )

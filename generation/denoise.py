@@ -385,7 +385,7 @@ def _find_start(
     source = prepared.request.source
     assert section.source is not None
     assert source is not None
-    if section.solver is not None:
+    if section.solver is not None:  # a family's own solver adds the noise itself
         start_and_step: tuple[Tensor, int] = section.solver.begin(section.source)
         return start_and_step
     first_step = prepared.first_step

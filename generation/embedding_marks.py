@@ -58,12 +58,12 @@ def warn_of_unknown(text: str, known: Collection[str], remedy: str) -> None:
         known: All words that are loaded.
         remedy: What loads a word, for the message.
     """
-    words = {word.lower() for word in known}
+    lowercase_words = {word.lower() for word in known}
     for name in dict.fromkeys(find_embeddings(text)):
         file = re.split(r"[/\\]", name.lower())[-1]
         # a digit behind a word means one of its vectors
-        meant = {file, file.rpartition(".")[0], file.rstrip("0123456789")}
-        if not meant & words:
+        possible_words = {file, file.rpartition(".")[0], file.rstrip("0123456789")}
+        if not possible_words & lowercase_words:
             logger.warning(
                 "embedding:%s in a prompt is read as words: no embedding of this name is loaded. %s",
                 shorten(name, MAX_LINE_SHOWN),

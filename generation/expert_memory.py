@@ -6,7 +6,6 @@ The rules are those of `generation.experts.DitTurns`, counted here without loadi
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from operator import sub
 
 from torch import nn
 
@@ -45,7 +44,7 @@ class ExpertTurns:
     order: tuple[int, ...] = ()
     # see `DitTurns`
     keep: bool = False
-    never_beside: bool = False
+    one_at_a_time: bool = False
     lazy: bool = False
     together: bool = False
     in_fp8: bool = False  # so that nothing makes them smaller
@@ -90,7 +89,7 @@ class ExpertTurns:
         """
         if self.count < 2:
             return ()
-        if self.together:
+        if self.together:  # all experts stay on the device
             return (MemoryPart("idle experts", (self.count - 1) * (weights - swap.elsewhere)),)
         note = "each is loaded when its steps begin"
         if not self.lazy:
@@ -111,7 +110,7 @@ class ExpertTurns:
         lines = []
         weight_bytes = sum(part.device for part in denoising.parts if part.name == NAMES[WEIGHTS])
         bytes_of_all = denoising.device + (self.count - 1) * weight_bytes
-        may_stay = not (self.lazy or self.never_beside)
+        may_stay = not (self.lazy or self.one_at_a_time)
         if may_stay and room is not None and bytes_of_all <= room.usable:
             lines.append(
                 f"The device has room for all experts at once, {gib(bytes_of_all)} GiB: they stay there. "
@@ -134,7 +133,7 @@ def order_turns(family: Family, options: GenerationOptions, requests: Sequence[P
     return ExpertTurns(
         tuple(plan_turns(family, [*requests] * options.num_videos)),
         keep=options.interactive,
-        never_beside=options.experts.offload_inactive_dit,
+        one_at_a_time=options.experts.offload_inactive_dit,
         lazy=options.experts.lazy_loading,
         together=sharing_processes(options.speed) > 1,
         in_fp8=options.speed.fp8.quantization is not None,
@@ -177,7 +176,10 @@ def find_largest(family: Family, requests: Sequence[Prepared]) -> list[Prepared]
 
     def is_exceeded(size: tuple[int, int, int]) -> bool:
         """Return whether another size is at least as large in each of the three numbers."""
-        return any(other != size and min(map(sub, other, size)) >= 0 for other in request_by_size)
+        for other in request_by_size:
+            if other != size and all(larger >= value for larger, value in zip(other, size, strict=True)):
+                return True
+        return False
 
     return [prepared for size, prepared in request_by_size.items() if not is_exceeded(size)]
 
@@ -199,13 +201,12 @@ def load_with_loras(
     if files is None or not (is_stored or has_rule(files)):
         return dit, {}
     uses, masked = split_masked(on_side(expert_loras(family, options)[0], False))
-    if uses and is_stored:
+    changes: dict[str, list[Change]] = {}
+    if uses and is_stored:  # load again: the patch collects the changes that cannot be merged
         patch = LoraPatch(uses)
         patched_placement = replace(placement, patch=patch, leave_unmerged=patch.leave_unmerged)
         dit = family.load_dit(patched_placement)
         changes = {name: [*weight_changes] for name, weight_changes in patch.unmerged.items()}
-    else:
-        changes = {}
     if masked:
         for name, weight_changes in masked_changes(dit, masked).items():
             changes.setdefault(name, []).extend(weight_changes)

@@ -61,7 +61,7 @@ def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
 
 
 # expert -> its network in host memory, and what brings it to the device; `Check` is called for each tensor
-LoadAside = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
+LoadToHost = Callable[[int, Check], tuple[nn.Module, WaitingNetwork]]
 
 
 @dataclass(frozen=True)
@@ -100,22 +100,22 @@ class DitTurns:
     experts: Sequence[Expert]
     device: torch.device
     load: LoadDit
-    load_aside: LoadAside | None = None  # loads an expert into host memory; None: nothing is loaded ahead
+    load_to_host: LoadToHost | None = None  # loads an expert into host memory; None: nothing is loaded ahead
     keep: bool = False  # whether experts are needed again after the phase, for the next prompt
-    never_beside: bool = False  # whether to keep only one on the device (--offload_inactive_dit)
+    one_at_a_time: bool = False  # whether to keep only one on the device (--offload_inactive_dit)
     lazy: bool = False  # whether to load each when its steps begin, and free it afterwards (--lazy_loading)
     together: bool = False  # whether all stay on the device, because each process holds only a part of them
     spare_bytes: Callable[[torch.device], int] = spare_bytes  # of a CUDA device
     host_room: Callable[[], int | None] = host_room
     make_copy: Callable[[nn.Module, torch.device], WaitingNetwork] = _copy_to_host
-    # largest expected device memory, in bytes, of other work next to the experts
-    max_beside: int = field(default=0, init=False)
+    # largest expected device memory, in bytes, of the experts together with other work, such as previews
+    max_shared_bytes: int = field(default=0, init=False)
     _dits: dict[int, nn.Module] = field(default_factory=dict)  # the loaded experts
     _copies: dict[int, WaitingNetwork] = field(default_factory=dict)  # of experts that have one
     _working: set[int] = field(default_factory=set)  # experts on the device
     _ahead: ReadingAhead | None = None
     _plan: Sequence[int] = ()  # order of the experts; () if unknown
-    _place: int = 0  # index in the plan of the current turn
+    _turn: int = 0  # index in the plan of the current turn
     _logged: set[int] = field(default_factory=set)  # experts logged as not read ahead
 
     @contextmanager
@@ -128,7 +128,7 @@ class DitTurns:
                 may be needed again.
         """
         self._plan = plan
-        self._place = 0
+        self._turn = 0
         free_memory(self.device)  # callers of the previous phase may have held networks until they returned
         try:
             self._bring(plan[0] if plan else noisiest(self.experts))
@@ -145,7 +145,7 @@ class DitTurns:
             free_memory(self.device)
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
+    def moved_to_host(self) -> Iterator[None]:
         """Move the working networks to host memory during the block.
 
         Raises:
@@ -180,7 +180,8 @@ class DitTurns:
         if self.device.type == "cpu":
             return True
         if self.device.type == "cuda" and needed is not None and needed <= self.spare_bytes(self.device):
-            self.max_beside = max(self.max_beside, torch.cuda.memory_allocated(self.device) + needed)
+            used = torch.cuda.memory_allocated(self.device)
+            self.max_shared_bytes = max(self.max_shared_bytes, used + needed)
             return True
         return False
 
@@ -196,11 +197,11 @@ class DitTurns:
         Experts on the device are moved away first, unless all of them fit.
         """
         # continue with the expert's next turn; skipped turns belong to requests that failed or ended early
-        remaining_turns = range(self._place, len(self._plan))
-        self._place = next((turn for turn in remaining_turns if self._plan[turn] == expert), self._place)
+        remaining_turns = range(self._turn, len(self._plan))
+        self._turn = next((turn for turn in remaining_turns if self._plan[turn] == expert), self._turn)
         if expert not in self._working:
             if self._ahead is not None:
-                self._take_ahead(expert, self._ahead)
+                self._collect_ahead(expert, self._ahead)
             for working in [*self._working]:
                 if not self._may_stay(working, expert):
                     self._offload(working)
@@ -235,7 +236,7 @@ class DitTurns:
             room = self.host_room()
             is_loaded = coming in self._dits  # needs no more memory
             return is_loaded or room is None or weights <= room
-        if self.device.type != "cuda" or self.never_beside:
+        if self.device.type != "cuda" or self.one_at_a_time:
             return False
         # assume that the next steps need as much memory besides the weights as the past steps
         step_bytes = torch.cuda.max_memory_allocated(self.device) - torch.cuda.memory_allocated(self.device)
@@ -243,8 +244,8 @@ class DitTurns:
 
     def _offload(self, expert: int) -> None:
         """Move an expert to host memory, or free it if it is not needed again or does not fit."""
-        comes_again = self.keep or not self._plan or expert in self._plan[self._place :]
-        if self.lazy or not comes_again:
+        is_needed_again = self.keep or not self._plan or expert in self._plan[self._turn :]
+        if self.lazy or not is_needed_again:
             self._free(expert)
             return
         dit = self._dits[expert]
@@ -274,8 +275,8 @@ class DitTurns:
 
     def _look_ahead(self, present: int) -> None:
         """Start reading the next expert into host memory, if the host has enough."""
-        coming = next((expert for expert in self._plan[self._place :] if expert != present), None)
-        if coming is None or coming in self._dits or self._ahead is not None or self.load_aside is None:
+        coming = next((expert for expert in self._plan[self._turn :] if expert != present), None)
+        if coming is None or coming in self._dits or self._ahead is not None or self.load_to_host is None:
             return
         words = self.experts[coming].words
         reason = self._explain_not_ahead(present)
@@ -291,8 +292,8 @@ class DitTurns:
             if stop.is_set():
                 raise ReadingStopped
 
-        load = torch.no_grad()(self.load_aside)  # each thread has its own gradient mode
-        pool = ThreadPoolExecutor(1, "loading ahead")  # `load_aside` uses a CUDA stream of its own
+        load = torch.no_grad()(self.load_to_host)  # each thread has its own gradient mode
+        pool = ThreadPoolExecutor(1, "loading ahead")  # `load_to_host` uses a CUDA stream of its own
         reading = pool.submit(load, coming, check)
         pool.shutdown(wait=False)  # the thread ends after this one job
         self._ahead = ReadingAhead(coming, reading, stop)
@@ -310,7 +311,7 @@ class DitTurns:
             return f": the host has {gib(room)} GiB free, it takes {gib(needed)} GiB"
         return ""
 
-    def _take_ahead(self, expert: int, ahead: ReadingAhead) -> None:
+    def _collect_ahead(self, expert: int, ahead: ReadingAhead) -> None:
         """Take over an expert that was read ahead; raise the error of its thread.
 
         If the thread only ran out of memory, return without the expert: it is loaded once the other one is

@@ -90,7 +90,7 @@ class Answers:
         self._stream = stream
         self._interrupts = interrupts
 
-    def tell(self, event: str, **facts: Any) -> None:
+    def send(self, event: str, **facts: Any) -> None:
         """Write an answer.
 
         Raises:
@@ -101,7 +101,7 @@ class Answers:
             self._stream.flush()
 
 
-class _WarningsTold(logging.Handler):
+class _WarningSender(logging.Handler):
     """Send each warning of the log once."""
 
     def __init__(self, answers: Answers) -> None:
@@ -113,13 +113,13 @@ class _WarningsTold(logging.Handler):
         text = record.getMessage()
         if text not in self._told:
             self._told.add(text)
-            self._answers.tell("warned", text=text)
+            self._answers.send("warned", text=text)
 
 
 @contextlib.contextmanager
-def warnings_told(answers: Answers) -> Iterator[None]:
+def send_warnings(answers: Answers) -> Iterator[None]:
     """Send the warnings that the script logs in the block as answers."""
-    handler = _WarningsTold(answers)
+    handler = _WarningSender(answers)
     logging.root.addHandler(handler)
     try:
         yield
@@ -146,23 +146,23 @@ def serve_requests(run: GenerationRun, change_strengths: ChangeStrengths, previe
     interrupts = Interrupts()
     with contextlib.closing(open_answers()) as stream:
         answers = Answers(stream, interrupts)
-        answers.tell("ready")
+        answers.send("ready")
         for line in sys.stdin:
             failures = Failures()
             try:
                 with (
                     interrupts.allowed(),
                     failures.note_errors(LABEL, (*run.fatal, BrokenPipeError)),
-                    warnings_told(answers),
+                    send_warnings(answers),
                 ):
                     request = read_request(line, run)
                     run = change_strengths(run, request.strengths)
                     _serve(with_previews(run, preview_folder), request.values, answers, failures)
             except KeyboardInterrupt:
-                answers.tell("cancelled")
+                answers.send("cancelled")
             if failures.reasons:
-                answers.tell("failed", reason=failures.reasons[LABEL])
-            answers.tell("ready")
+                answers.send("failed", reason=failures.reasons[LABEL])
+            answers.send("ready")
 
 
 def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
@@ -187,21 +187,21 @@ def with_previews(run: GenerationRun, folder: Path) -> GenerationRun:
 def _serve(run: GenerationRun, values: Mapping[str, Any], answers: Answers, failures: Failures) -> None:
     """Generate a request. Raises UserError if it fails."""
     job = make_job(run, LABEL, values)
-    answers.tell("begun", steps=job.prepared.num_steps)
+    answers.send("begun", steps=job.prepared.num_steps)
     counter = itertools.count(1)
 
     def report_step(step: StepDone) -> bool:
         # a family's own solver decides the number of steps itself
         changed_total = {} if step.section.solver is None else {"steps": step.step.num_steps}
-        answers.tell("step", done=next(counter), **changed_total)
+        answers.send("step", done=next(counter), **changed_total)
         return False  # denoising continues
 
-    def report_phase(what: str) -> None:
-        answers.tell("phase", what=what)
+    def report_phase(phase: str) -> None:
+        answers.send("phase", what=phase)
 
     watched = replace(run, watchers=[report_step], on_phase=report_phase)
     for path in make_outputs(watched, [job], failures).values():
-        answers.tell("made", file=str(path.absolute()))
+        answers.send("made", file=str(path.absolute()))
 
 
 class DrivenRequest(NamedTuple):

@@ -217,15 +217,15 @@ def gather_encoded(
         prompts: Texts of each section.
         encoded: Conditions of each text.
     """
-    found: dict[Prompt | None, Conditions | None] = {None: None}
+    conditions_of: dict[Prompt | None, Conditions | None] = {None: None}  # a text that is not needed is None
     for text, conditions in encoded.items():
-        found[text] = conditions
+        conditions_of[text] = conditions
     return {
         section: EncodedPrompts(
             encoded[texts.positive],
-            negative=found[texts.negative],
-            blank=found[texts.blank],
-            nag=found[texts.nag],
+            negative=conditions_of[texts.negative],
+            blank=conditions_of[texts.blank],
+            nag=conditions_of[texts.nag],
         )
         for section, texts in prompts.items()
     }

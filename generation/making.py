@@ -73,7 +73,7 @@ def warn_of_unused_sources(
     """
     used = {job.prepared.request.source.option for job in jobs if job.prepared.request.source is not None}
     for name, default in options.of_script.items():
-        needed = USED_WITH.get(name, {*SOURCES})
+        needed = USED_WITH.get(name, {*SOURCES})  # the sources with which this option has an effect
         is_given = name in typed or getattr(options, name) != default
         if is_given and not needed & used:
             sources = " or ".join(f"--{source}" for source in SOURCES if source in needed)
@@ -135,7 +135,7 @@ def make_outputs(run: GenerationRun, jobs: Sequence[GenerationJob], failures: Fa
     if not options.interactive:
         _show_end(run, denoised, clips, time.monotonic() - start, num_failed=len(failures.reasons))
     if denoised and run.predicted is not None and run.session.device.type == "cuda":
-        predicted = max(run.predicted.maximum, run.session.dits.max_beside)
+        predicted = max(run.predicted.maximum, run.session.dits.max_shared_bytes)
         logger.info(comparison(predicted, torch.cuda.max_memory_allocated(run.session.device)))
     return clips
 
@@ -287,7 +287,7 @@ def _reserve_stem(output: OutputOptions, job: GenerationJob) -> AbstractContextM
     stem = job.stem or Path(output.file_name).stem
     if stem or output.output_type == NOTHING:
         return nullcontext(stem)
-    return outputs.own_stem(output.save_path, name)
+    return outputs.reserve_stem(output.save_path, name)
 
 
 def _save_latents(run: GenerationRun, job: GenerationJob, latents: Tensor, stem: str) -> GenerationJob:

@@ -198,7 +198,7 @@ def _with_fewer_weights(
     if processes > 1 and can_divide(encoder):
         network = encoder.network
         (split,) = memory_plan.swaps_of(network, spec_of(network), options.speed.swap, processes)
-        note = split.words(0, "").removeprefix("; ")
+        note = split.words(0, "").removeprefix("; ")  # written to follow another note; here it stands alone
         weights = replace(weights, device=weights.device - split.saved, note=note)
     elif room is not None and phase.device > room.usable and is_layered(encoder):
         waiting = encoder.waiting_bytes(room.usable)

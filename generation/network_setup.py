@@ -53,7 +53,7 @@ class DitLoader:
     # for each expert, keeps the original weights for switching LoRAs; None: LoRAs are merged
     originals: "Sequence[OriginalWeights] | None" = None
 
-    def aside(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
+    def load_to_host(self, expert: int, check: Check) -> "tuple[nn.Module, HostCopy]":
         """Load an expert into host memory while another one runs.
 
         LoRAs are merged and weights quantized on the device, as in any load, so that the results are equal.
@@ -76,9 +76,9 @@ class DitLoader:
             return dit, HostCopy(dit, self.device, host_weights)
 
     def __call__(
-        self, expert: int, place: HostWeights | None = None, check: Check | None = None
+        self, expert: int, host_weights: HostWeights | None = None, check: Check | None = None
     ) -> nn.Module:
-        """Load an expert onto the device, or as `aside` does. Raises OptionError if a LoRA does not fit."""
+        """Load an expert, by default onto the device. Raises OptionError if a LoRA does not fit."""
         family = self.family
         speed = self.options.speed
         uses, masked = self._split(self.uses[expert] if self.uses else ())
@@ -90,7 +90,7 @@ class DitLoader:
             merged = apply.LoraPatch(uses, rounding=rule, family=family.name)
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
-        host = place or swapped_weights(family.dit, speed.swap, self.device)
+        host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
         blocks = make_block_place(speed, self.device) if speed.joined.on.place else None
         placement = Placement(
             self.device,

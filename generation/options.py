@@ -269,10 +269,10 @@ class GenerationOptions(Options, title="run"):
         """Raise OptionError if --prompt is empty or is the name of a text file."""
         is_empty = self.request.prompt is not None and not self.request.prompt.strip()
         if is_empty and self.save_merged_model is None:
-            what = "picture" if self.output.pictures else "video"
+            kind = "picture" if self.output.pictures else "video"
             has_other_work = self.from_file is not None or self.interactive or bool(self.latent_path)
             or_omit = ", or leave the option out" if has_other_work else ""
-            raise OptionError(f"--prompt is empty: say what the {what} should show{or_omit}")
+            raise OptionError(f"--prompt is empty: say what the {kind} should show{or_omit}")
         prompt = self.request.prompt or ""
         if prompt.endswith(".txt") and path_exists(Path(prompt)):
             raise OptionError(f"--prompt {prompt} is a file. For the prompts in it give --from_file {prompt}")
@@ -314,7 +314,7 @@ class GenerationOptions(Options, title="run"):
                 )
         if self.sheet.has_prompts and (self.from_file is not None or self.interactive):
             raise OptionError("--sheet prompt: the prompts are those of the lines. Vary another option")
-        _ = self.axes  # raises OptionError
+        _ = self.axes  # parsed only to raise its OptionError now
 
     def warn_of_ignored(self) -> None:
         """Warn about options that other options disable; call it once, because records are rebuilt."""
@@ -365,7 +365,7 @@ def read_generation(
         family_options = read_options(record, args)
     values = option_values(options) | option_values(family_options)
     if options.post.post:
-        values["post"] = options.post.tools.in_words  # no folders
+        values["post"] = options.post.tools.in_words  # without the paths of its model files
     decoding_options = frozenset(
         name for name, option_info in info.items() if option_info.items() >= OF_DECODING.items()
     )
@@ -394,7 +394,7 @@ def request_extras(record: type[Any]) -> dict[str, str]:
 
 
 def _select_recorded(
-    parser: argparse.ArgumentParser, args: argparse.Namespace, facts: Mapping[str, Mapping[str, Any]]
+    parser: argparse.ArgumentParser, args: argparse.Namespace, info: Mapping[str, Mapping[str, Any]]
 ) -> set[str]:
     """Return the typed options to record in metadata: all except those recorded elsewhere or never."""
     recorded = {
@@ -403,7 +403,7 @@ def _select_recorded(
         if getattr(args, action.dest, action.default) != action.default
     }
     recorded |= ALWAYS_RECORDED
-    for name, option_info in facts.items():
+    for name, option_info in info.items():
         if option_info.get("record") in {"request", "nothing"}:
             recorded.discard(name)
     return recorded
@@ -457,7 +457,7 @@ def fill_arguments(parser: Parser, args: argparse.Namespace) -> argparse.Namespa
             )
         args.sample_solver = solver
     for name in args.by_model.keys() - args.typed_options:
-        setattr(args, name, None)
+        setattr(args, name, None)  # the default depends on the model, which is not known yet
     if args.optimized:
         _apply_preset(args)
     args.extras = {name: (key, getattr(args, name)) for name, key in args.extras.items()}

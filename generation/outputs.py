@@ -66,7 +66,7 @@ class FrameTools(Protocol):
             label: Name of the clip in the message.
         """
 
-    def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
+    def process(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
         """Return the processed frames and their frame rate; the first call loads the networks.
 
         Args:
@@ -92,9 +92,9 @@ def output_stem(
         start: Text before the time.
     """
     if origin is not None:
-        named_by_us = OWN_LATENTS.fullmatch(origin.stem)
-        if named_by_us:
-            return named_by_us[1]
+        own_name = OWN_LATENTS.fullmatch(origin.stem)
+        if own_name:
+            return own_name[1]
     parts = [
         start,
         f"{when:%Y%m%d-%H%M%S}",
@@ -136,7 +136,7 @@ def free_stem(folder: Path, stem: str, suffixes: Iterable[str]) -> str:
 
 
 @contextmanager
-def own_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
+def reserve_stem(folder: Path, stem: str, suffixes: Sequence[str] = SUFFIXES) -> Iterator[str]:
     """Reserve a name during the block: append `_` to `stem` until no output and no other run uses it.
 
     Runs that start in the same second with the same seed have the same stem. The output must exist when the
@@ -215,7 +215,7 @@ def save_pixels(
     if saves_last and not hides:
         playing = remember(playing, last)
     if post is not None:
-        playing, fps = post.lead(playing, fps, is_single)
+        playing, fps = post.process(playing, fps, is_single)
     if saves_last and hides:
         playing = remember(playing, last)
     if is_image:
@@ -340,7 +340,7 @@ def _save_video(
     path = options.save_path / name
     first_frames = list(islice(playing, 1))
     height, width = first_frames[0].shape[:2]
-    codec = resolve_codec(options.format.codec, width, height)
+    codec = resolve_codec(options.format.codec, width, height)  # hardware encoders reject small frames
     playing = chain(first_frames, playing)
     with ExitStack() as opened:
         if options.format.keep_pngs:

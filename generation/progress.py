@@ -36,7 +36,7 @@ NAMING = ("model_type", "task", "sd_model_name")  # keys of a family's metadata 
 FLOAT_BYTES = 4  # latent files are float32
 
 
-def in_short(prompt: str, length: int = PROMPT_LENGTH) -> str:
+def shorten_prompt(prompt: str, length: int = PROMPT_LENGTH) -> str:
     """Return a prompt on a single line, cut to `length` characters."""
     line = " ".join(prompt.split())
     return line if len(line) <= length else f"{line[: length - 3]}..."
@@ -99,7 +99,7 @@ def show_start(
         ("LoRAs", "\n".join(lora_lines)),
         _describe_results(requests, family.latent.has_layers),
         ("turns", turns_in_words(family, first) if has_names else None),
-        ("prompt", in_short(first.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
+        ("prompt", shorten_prompt(first.request.prompt, 3 * PROMPT_LENGTH) if is_single else None),
         ("from", origin),
         ("device", str(device)),
         ("disk", f"latents {latents_size}; {free} free"),
@@ -173,8 +173,8 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
     to_do = sum(map(measure_work, requests[begun:]))
     left = f", about {in_words(seconds * to_do / done)} left" if done else ""
     where = f"{begun + 1} of {len(requests)}{left}"
-    prepared = requests[begun]
-    logger.info("%s (%s): %s: %s", where, label, size_in_words(prepared), in_short(prepared.request.prompt))
+    prompt = shorten_prompt(requests[begun].request.prompt)
+    logger.info("%s (%s): %s: %s", where, label, size_in_words(requests[begun]), prompt)
 
 
 def measure_work(prepared: Prepared) -> float:
@@ -274,7 +274,7 @@ class GrowingVideo:
         clip = None
         with ExitStack() as stack:
             with self._end_on_error():  # if the DiT cannot be moved away, it stays where it was
-                stack.enter_context(self.session.dits.aside())
+                stack.enter_context(self.session.dits.moved_to_host())
             if not self._has_failed:
                 with self._end_on_error():
                     clip = self._decode(piece)

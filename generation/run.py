@@ -28,7 +28,7 @@ from generation.network_setup import (
     list_loras,
 )
 from generation.options import GenerationOptions
-from generation.outputs import SUFFIXES, FrameTools, output_stem, own_stem, save_pixels
+from generation.outputs import SUFFIXES, FrameTools, output_stem, reserve_stem, save_pixels
 from generation.progress import show_end
 from generation.prompt_lines import find_option, is_blank, lines_of
 from generation.request import GenerationRun, make_job, map_lines, seed_of
@@ -115,7 +115,7 @@ def _decode_file(
     metadata = read_decoded_metadata(saved.metadata, options.settings, options.decoding_options, fps)
     name = output_stem(datetime.now(), read_stored_seed(saved.metadata), path, start=output.name_start)
     # SUFFIXES[0] is the suffix of latents: the latent file being decoded may have this stem itself
-    with own_stem(output.save_path, name, SUFFIXES[1:]) as stem:
+    with reserve_stem(output.save_path, name, SUFFIXES[1:]) as stem:
         return save_pixels(
             output,
             stem,
@@ -426,23 +426,23 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
         loader: Loads the experts.
         keep: Whether networks stay in host memory for the next prompt.
     """
-    never_beside = options.experts.offload_inactive_dit
+    one_at_a_time = options.experts.offload_inactive_dit
     lazy = options.experts.lazy_loading
     if len(family.experts) == 1:
-        ignored = {"--offload_inactive_dit": never_beside, "--lazy_loading": lazy}
+        ignored = {"--offload_inactive_dit": one_at_a_time, "--lazy_loading": lazy}
         for option, is_given in ignored.items():
             if is_given:
                 logger.warning("%s is ignored because a single transformer takes no turns", option)
-        never_beside = False
+        one_at_a_time = False
         lazy = False
     blocks = make_block_place(options.speed, loader.device) if options.speed.joined.on.place else None
     dits = DitTurns(
         family.experts,
         loader.device,
         loader,
-        loader.aside if blocks is None else None,
+        loader.load_to_host if blocks is None else None,  # all processes read split blocks together
         keep=keep,
-        never_beside=never_beside,
+        one_at_a_time=one_at_a_time,
         lazy=lazy,
         together=blocks is not None,
     )
@@ -520,7 +520,7 @@ def check_models(run: GenerationRun) -> None:
         if run.options.speed.swap.blocks_to_swap:
             check_swap(run.family.dit, run.options.speed.swap.number, counts)
         layers = run.options.guidance.skipped_layers
-        num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)
+        num_blocks = sum(counts[:-1] if run.family.dit.side_list else counts)  # without side blocks
         if layers and max(layers) >= num_blocks:
             raise OptionError(
                 f"--slg_layers: there is no block {max(layers)}, the model has blocks 0 to {num_blocks - 1}"

@@ -269,9 +269,9 @@ def _check_entry(entry: dict[str, Any], where: str) -> dict[str, Any]:
         option = find_sample_option(name)
         if key not in kinds and option is not None and option.key in kinds:
             key = option.key  # a name of lines, such as steps
-        if key != name and key in entry:
+        if key != name and key in entry:  # the entry also has the key itself, which takes precedence
             continue
-        if option is _SIZE:
+        if option is _SIZE:  # keys of a single side take precedence over the size
             sides = _read_sides(value, where)
             values |= {side: number for side, number in sides.items() if side not in entry}
             continue

@@ -203,13 +203,13 @@ class OutputOptions(Options, title="output"):
             frames: Number of frames; below 1 for audio alone.
         """
         path = self.save_path / self.file_name
-        what = "a video is made"
+        reason = "a video is made"
         suffix = self.format.suffix
         if frames < 1:
-            what = "sound alone is made"
+            reason = "sound alone is made"
             suffix = ".wav"
         elif self.is_image(frames - self.trim_tail_frames <= 1):
-            what = "a picture is made"
+            reason = "a picture is made"
             suffix = ".png"
         elif self.output_type in IMAGE_OUTPUTS:
             raise OptionError(
@@ -217,7 +217,7 @@ class OutputOptions(Options, title="output"):
                 f"a folder for them, such as {path.with_suffix('')}"
             )
         if path.suffix.lower() != suffix:
-            raise OptionError(f"--save_path {path}: {what}. Give {path.with_suffix(suffix)}")
+            raise OptionError(f"--save_path {path}: {reason}. Give {path.with_suffix(suffix)}")
 
     @property
     def shows_progress(self) -> bool:

@@ -19,8 +19,8 @@ from PIL import Image, ImageDraw, ImageFont
 from blissful_tuner.metadata import as_png_texts, as_tags
 from generation.grid_options import Axis, list_cells
 from generation.making import make_outputs
-from generation.outputs import own_stem, words_of
-from generation.progress import in_short
+from generation.outputs import reserve_stem, words_of
+from generation.progress import shorten_prompt
 from generation.request import GenerationJob, GenerationRun, draw_seed, make_job, map_lines
 from modules.command import as_typed
 from modules.control_codes import escape_control_codes
@@ -49,7 +49,7 @@ class Row:
     prompt: str
     fps: float
     paths: tuple[Path | None, ...]
-    facts: str = ""
+    details: str = ""
     strength: str = ""
     commands: tuple[str, ...] = ()  # for each column, the options of the generation script for its clip
 
@@ -73,7 +73,7 @@ def write_grids(folder: Path, stem: str, grid: ClipGrid, title: str) -> list[Pat
     """Write `stem`.html with a title, .png and, unless all cells are images, .mp4; return the paths."""
     page, sheet, video = (folder / f"{stem}{suffix}" for suffix in (".html", ".png", ".mp4"))
     prompts = []
-    for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.facts)):
+    for _, rows in groupby(grid.rows, key=lambda row: (row.prompt, row.details)):
         rows_of_prompt = []
         for index, row in enumerate(rows):
             cells = [*_embed_cells(grid.columns, row, is_lower=index > 0)]
@@ -306,7 +306,7 @@ def write_sheet(run: GenerationRun, cells: Cells, paths: Mapping[Place, Path]) -
     words = words_of(prompt) if output.prompt_in_name else ""
     if words:
         name = f"{name}_{words}"
-    with own_stem(output.save_path, name) as stem:
+    with reserve_stem(output.save_path, name) as stem:
         if all(map(is_image, grid.clips)):
             path = output.save_path / f"{stem}.png"
             write_png(path, compose(grid, _read_middle_frames(grid)), as_png_texts(metadata))
@@ -331,7 +331,7 @@ def _make_grid(axes: Sequence[Axis], paths: Mapping[Place, Path], prompt: str, f
     return ClipGrid(
         columns=tuple(horizontal.describe(column) for column in range(num_columns)),
         rows=tuple(rows),
-        title="" if has_prompts else in_short(prompt, MAX_OF_TITLE),
+        title="" if has_prompts else shorten_prompt(prompt, MAX_OF_TITLE),
         cell=min(CELL_OF_SHEET, TALLEST // num_rows - LINE),
     )
 

@@ -157,27 +157,31 @@ def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyframeRule:
-    """Latent frames of clips that training also shows as keyframes; drawn for all clips of a batch."""
+    """Latent frames of clips that training also shows as keyframes, drawn for each clip.
+
+    Those between the ends are the same for all clips of a batch that see them.
+    """
 
     first: float  # probability of showing the first frame
     last: float
     interior: float
     max_interior: int  # maximum number of latent frames between the ends
 
-    def choose(self, frames: int, generator: torch.Generator) -> list[int]:
-        """Return the indices of the given latent frames of clips with `frames` latent frames, ascending."""
-        first, last, interior, fraction = torch.rand(4, generator=generator).tolist()
-        max_between = min(self.max_interior, frames - 2)
-        num_between = 0
-        if max_between > 0 and interior < self.interior:
-            num_between = 1 + int(fraction * max_between)
+    def choose(self, samples: int, frames: int, generator: torch.Generator) -> Tensor:
+        """Return which latent frames each sample sees, samples x frames bool.
+
+        `frames` is the number of latent frames of the clips.
+        """
+        first, last, interior = torch.rand((3, samples), generator=generator)
+        fraction = float(torch.rand(1, generator=generator))
         order = torch.randperm(max(frames - 2, 0), generator=generator)
-        indices: list[int] = (order[:num_between] + 1).tolist()
-        if first < self.first:
-            indices.append(0)
-        if last < self.last:
-            indices.append(frames - 1)
-        return sorted(indices)
+        max_between = min(self.max_interior, frames - 2)
+        num_between = 1 + int(fraction * max_between) if max_between > 0 else 0
+        shown = torch.zeros(samples, frames, dtype=torch.bool)
+        shown[:, order[:num_between] + 1] = (interior < self.interior)[:, None]
+        shown[:, 0] = first < self.first
+        shown[:, -1] = last < self.last
+        return shown
 
 
 @dataclass(frozen=True)
@@ -234,9 +238,9 @@ class GivenRules:
         if not keyframes:
             return given
         latents = torch.cat([keyframe.latents for keyframe in keyframes], dim=2)
-        shares = tuple(keyframe.share for keyframe in keyframes)
+        shares = torch.stack([keyframe.shares for keyframe in keyframes], dim=1)
         noise = None
-        if min(shares) < WHOLE:
+        if shares.min() < WHOLE:
             noise = torch.randn(latents.shape, generator=generator)
         return replace(
             given,
@@ -247,14 +251,17 @@ class GivenRules:
         )
 
     def _choose_keyframes(self, latents: Tensor, generator: torch.Generator) -> list["BatchGuide"]:
-        """Return latent frames of the clips to use as keyframes. `latents` are B C F H W."""
-        frames = latents.shape[2]
+        """Return latent frames of the clips to use as keyframes, without those that no clip sees.
+
+        `latents` are B C F H W.
+        """
+        samples, _, frames = latents.shape[:3]
         if self.keyframes is None or frames == 1:
             return []
-        indices = self.keyframes.choose(frames, generator)
+        shares = (self.keyframes.choose(samples, frames, generator) * WHOLE).short()
         return [
-            BatchGuide(latents[:, :, index : index + 1], LATENT.frame_step * index, WHOLE)
-            for index in indices
+            BatchGuide(latents[:, :, index : index + 1], LATENT.frame_step * index, shares[:, index])
+            for index in shares.any(0).nonzero()[:, 0].tolist()
         ]
 
     def _mark_images(self, batch: Batch, generator: torch.Generator, draws: Tensor) -> Tensor | None:
@@ -322,7 +329,7 @@ class BatchGuide:
 
     latents: Tensor  # B C 1 H W, in the form of latents in caches
     index: int  # index of its frame, or of the latent frame that it replaces
-    share: int  # how much of it is given, as in `GivenTokens`
+    shares: Tensor  # how much of it is given to each clip, as in `GivenTokens`, B int16
     is_keyframe: bool = True  # True: appended to the clip; False: replaces a latent frame
 
 
@@ -346,16 +353,17 @@ def read_guides(batch: Batch) -> list[BatchGuide]:
                 f"{batch.keys[0]}: latent_idx_guide_frame_idx = {index}, and it has the latent frames 0 to "
                 f"{frames - 1}. Give one of these"
             )
-        guides.append(BatchGuide(latents, index, share, is_keyframe))
+        shares = torch.full((len(latents),), share, dtype=torch.int16)
+        guides.append(BatchGuide(latents, index, shares, is_keyframe))
     return guides
 
 
 def _mark_guide(shares: Tensor | None, guide: BatchGuide, batch: Batch) -> Tensor:
-    """Set a guide's share at its latent frame; return the shares of video latents, B 1 F H W."""
+    """Set a guide's shares at its latent frame; return the shares of video latents, B 1 F H W."""
     if shares is None:
         count, _, frames, rows, columns = batch.tensor("latents").shape
         shares = torch.zeros(count, 1, frames, rows, columns, dtype=torch.int16)
-    shares[:, :, guide.index] = guide.share
+    shares[:, :, guide.index] = guide.shares[:, None, None, None]
     return shares
 
 

@@ -117,17 +117,17 @@ class Ltx2GivenParts(Options, title="given parts of clips"):
     )
     keyframe_endpoint_training: bool = option(
         "show latent frames of clips besides, as --keyframe shows images: a LoRA that leads from one to the "
-        "next. They are drawn for each batch",
+        "next. They are drawn for each clip",
         facts=HABIT,
     )
     keyframe_first_frame_p: float = _chance(
-        "fraction of batches that show the first latent frame", 1.0, ignored_without=_KEYFRAMES
+        "fraction of clips that show the first latent frame", 1.0, ignored_without=_KEYFRAMES
     )
     keyframe_last_frame_p: float = _chance(
-        "fraction of batches that show the last one", 1.0, ignored_without=_KEYFRAMES
+        "fraction of clips that show the last one", 1.0, ignored_without=_KEYFRAMES
     )
     keyframe_random_interior_p: float = _chance(
-        "fraction of batches that show random ones between these", 0.0, ignored_without=_KEYFRAMES
+        "fraction of clips that show random ones between these", 0.0, ignored_without=_KEYFRAMES
     )
     keyframe_max_random_interior: int = option(
         "how many of them at most", default=0, minimum=0, ignored_without=_KEYFRAMES, facts=HABIT

@@ -216,24 +216,28 @@ def recover_folder(path: Path) -> None:
 
 
 def remove_leftovers(
-    folder: Path, of: Callable[[str], bool] = lambda name: True, older_seconds: float = LEFTOVER_SECONDS
+    folder: Path,
+    is_removable: Callable[[str], bool] = lambda name: True,
+    older_seconds: float = LEFTOVER_SECONDS,
 ) -> None:
-    """Remove temporary files and folders of killed runs. Files of living processes are left alone.
+    """Remove temporary files and folders of killed runs. Files of running processes are left alone.
 
-    `of` takes the final name of a temporary file and returns whether to remove the file. If the name does not
-    show whether the writing process lives, the file must have been unchanged for `older_seconds`. Machines
-    that share the folder need clocks that agree to within an hour.
+    `is_removable` takes the final name of a temporary file and returns whether to remove the file. If the
+    name does not show whether the writing process runs, the file must have been unchanged for
+    `older_seconds`. Machines that share the folder need clocks that agree to within an hour.
     """
     now = time.time()
     with os.scandir(folder) as entries:
         for entry in entries:
             temporary = _TEMPORARY.fullmatch(entry.name)
-            if temporary is None or not of(temporary["name"]):
+            if temporary is None or not is_removable(temporary["name"]):
                 continue
             with contextlib.suppress(OSError):  # another process removed it, or has it open on Windows
-                changed = entry.stat(follow_symlinks=False).st_mtime  # of a folder: of its last file
-                writer = _read_claim(entry) or temporary
-                if changed > now - _select_least_age(writer, older_seconds):
+                changed = entry.stat(
+                    follow_symlinks=False
+                ).st_mtime  # of a folder: when its last file was added or removed
+                owner = _read_claim(entry) or temporary  # both name the machine and the process
+                if changed > now - _find_min_age(owner, older_seconds):
                     continue
                 if entry.is_dir(follow_symlinks=False):
                     shutil.rmtree(entry.path, ignore_errors=True)
@@ -365,17 +369,17 @@ def _make_writer_id() -> str:
     return f"{identify_machine():08x}{os.getpid() & 0xFFFFFF:06x}{secrets.token_hex(2)}"
 
 
-def _select_least_age(writer: re.Match[str], older_seconds: float) -> float:
+def _find_min_age(owner: re.Match[str], older_seconds: float) -> float:
     """Return the number of seconds for which a leftover must be unchanged before it may be removed.
 
     `writer` is the match of the writing process in the file's name. The result is -inf if that process has
     ended, and `older_seconds` if it runs on another or an unknown machine.
     """
-    is_of_this_machine = writer["machine"] is not None and int(writer["machine"], 16) == identify_machine()
+    is_of_this_machine = owner["machine"] is not None and int(owner["machine"], 16) == identify_machine()
     if not is_of_this_machine or os.name == "nt":  # on Windows, os.kill would end the process
         return older_seconds
     try:
-        os.kill(int(writer["process"], 16), 0)
+        os.kill(int(owner["process"], 16), 0)
     except ProcessLookupError:
         return -math.inf  # independent of the clock of the folder's machine
     except OSError:  # it belongs to another user

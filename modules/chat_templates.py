@@ -18,8 +18,8 @@ from modules.control_codes import shorten
 from modules.errors import InstallationError
 from modules.limits import MAX_TEMPLATE_CHARACTERS, MAX_TEMPLATE_MEMORY, MAX_TEMPLATE_SECONDS
 
-PROCESS = Path(__file__).with_name("template_process.py")
-START = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"  # by path: imports no package
+RENDER_SCRIPT = Path(__file__).with_name("template_process.py")
+BOOTSTRAP_CODE = "import runpy, sys; runpy.run_path(sys.argv[1])['main']()"  # by path: imports no package
 
 
 class TemplateError(Exception):
@@ -58,22 +58,25 @@ def render_chat(
 
 
 @functools.lru_cache(maxsize=1024)  # most items of a dataset have the same prompt
-def _render(template: str, variables: str, seconds: float) -> str:
-    """Render a template in a process of its own, with bounds on memory, time and length."""
+def _render(template: str, variables_json: str, seconds: float) -> str:
+    """Render a template in a process of its own, with bounds on memory, time and length.
+
+    The variables are JSON, because the arguments of a cached function have to be hashable.
+    """
     spec = importlib.util.find_spec("jinja2")
     if spec is None or spec.origin is None:
         raise InstallationError("chat templates need the package jinja2. Run: pip install jinja2")
     job = {
         "template": template,
-        "variables": json.loads(variables),
+        "variables": json.loads(variables_json),
         "packages": str(Path(spec.origin).parent.parent),
         "characters": MAX_TEMPLATE_CHARACTERS,
         "memory": MAX_TEMPLATE_MEMORY,
     }
     try:
-        done = subprocess.run(
+        completed = subprocess.run(
             # isolated: nothing is imported from the working folder
-            [sys.executable, "-I", "-X", "utf8", "-c", START, str(PROCESS)],
+            [sys.executable, "-I", "-X", "utf8", "-c", BOOTSTRAP_CODE, str(RENDER_SCRIPT)],
             input=json.dumps(job).encode("ascii"),
             capture_output=True,
             timeout=seconds,
@@ -81,10 +84,12 @@ def _render(template: str, variables: str, seconds: float) -> str:
     except subprocess.TimeoutExpired:
         raise TemplateError(f"it does not end within {seconds:g} seconds") from None
     try:
-        answer = json.loads(done.stdout)
+        answer = json.loads(completed.stdout)
     except ValueError:
-        last_line = done.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
-        raise TemplateError(f"its process ended with {done.returncode}: {shorten(last_line, 200)}") from None
+        last_line = completed.stderr.decode("utf-8", "replace").strip().rpartition("\n")[2]
+        raise TemplateError(
+            f"its process ended with {completed.returncode}: {shorten(last_line, 200)}"
+        ) from None
     if "error" in answer:
         raise TemplateError(shorten(str(answer["error"]), 200))
     return str(answer["text"])

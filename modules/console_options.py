@@ -31,7 +31,7 @@ class ConsoleOptions(Options, title="log lines"):
         if self.console_log_level is not None:
             root.setLevel(self.console_log_level)
         if self.console_log_file is None and not self.console_log_simple:
-            return
+            return  # the handlers stay as they are
         handler: logging.Handler = logging.StreamHandler()
         try:
             if self.console_log_file is not None:

@@ -30,11 +30,11 @@ TIMEOUTS = (20.0, 60.0)  # seconds to connect, and without any data
 PIECE = 1 << 16  # bytes; a broken connection loses at most one piece
 SLOW_SECONDS, SLOW_BYTES = 60.0, 1 << 16  # slower connections are closed
 # one at most: compressed twice, a few bytes may become gigabytes
-ENCODINGS = frozenset({"", "identity", "gzip", "x-gzip", "deflate"})
-AGAIN = frozenset({408, 425, 429})  # HTTP statuses to retry, in addition to 500 and above
+ACCEPTED_ENCODINGS = frozenset({"", "identity", "gzip", "x-gzip", "deflate"})
+RETRY_STATUS_CODES = frozenset({408, 425, 429})  # HTTP statuses to retry, in addition to 500 and above
 
 
-class BrokenTry(Exception):
+class RetryableError(Exception):
     """An attempt that failed but may succeed later. Its text is the reason, without the address."""
 
     def __init__(self, reason: str, wait_seconds: float = 0.0, from_start: bool = False) -> None:
@@ -43,7 +43,7 @@ class BrokenTry(Exception):
         self.from_start = from_start  # the received part cannot be continued
 
 
-class RejectedBySite(Exception):
+class DownloadRejected(Exception):
     """Raised if a site rejects a request, so that retrying is useless; the text gives the reason."""
 
     def __init__(self, reason: str, status: int | None = None) -> None:
@@ -110,8 +110,8 @@ def receive(
             expected = answer.size_bytes if size_bytes is None else size_bytes
             if received > max_bytes or expected in (None, received):
                 return
-            raise BrokenTry(f"{received:,} of {expected:,} bytes arrived")
-        except BrokenTry as error:
+            raise RetryableError(f"{received:,} of {expected:,} bytes arrived")
+        except RetryableError as error:
             if error.from_start:
                 version = None
                 os.truncate(path, 0)
@@ -149,7 +149,9 @@ def _write(path: Path, answer: Answer, max_bytes: int, progress: Callable[[int],
                     break
                 if time.monotonic() - since > SLOW_SECONDS:
                     if file.tell() - at_start < SLOW_BYTES:
-                        raise BrokenTry(f"less than {SLOW_BYTES >> 10} KiB arrived in {SLOW_SECONDS:.0f} s")
+                        raise RetryableError(
+                            f"less than {SLOW_BYTES >> 10} KiB arrived in {SLOW_SECONDS:.0f} s"
+                        )
                     since = time.monotonic()
                     at_start = file.tell()
         finally:
@@ -196,7 +198,7 @@ def ask_http(
             # a weak ETag does not guarantee equal bytes
             stamp = etag if etag.startswith('"') else answer.headers.get("last-modified")
             if start and version is not None and stamp not in (None, version):  # some servers ignore if-range
-                raise BrokenTry("the file has changed meanwhile", from_start=True)
+                raise RetryableError("the file has changed meanwhile", from_start=True)
             yield Answer(
                 start,
                 end,
@@ -206,12 +208,12 @@ def ask_http(
     except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
         # errors that requests does not convert: redirects without an address, chunks of negative length
         if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-            raise RejectedBySite("it is not an address that can be asked for") from None
+            raise DownloadRejected("it is not an address that can be asked for") from None
         # without its text, which may contain the address
         problem = (
             "connection broke" if isinstance(error, requests.RequestException) else "answer is malformed"
         )
-        raise BrokenTry(f"the {problem} ({type(error).__name__})") from None
+        raise RetryableError(f"the {problem} ({type(error).__name__})") from None
 
 
 def _read_pieces(answer: "requests.Response") -> Iterator[bytes]:
@@ -232,16 +234,16 @@ def _check_answer(address: str, answer: "requests.Response") -> None:
     code = answer.status_code
     hops = [response.url.lower() for response in (*answer.history, answer)]
     if protocol_of(address) == "https" and not all(url.startswith("https:") for url in hops):
-        raise RejectedBySite("the site passes it on without encryption")
-    if code in AGAIN or code >= 500:
-        raise BrokenTry(f"the site answers {code}", _read_number(answer, "retry-after") or 0.0)
+        raise DownloadRejected("the site redirects to an address without encryption")
+    if code in RETRY_STATUS_CODES or code >= 500:
+        raise RetryableError(f"the site answers {code}", _read_number(answer, "retry-after") or 0.0)
     if code == 416:  # range not satisfiable: the site's file is now shorter than the part on this disk
-        raise BrokenTry("the site cannot continue the file", from_start=True)
+        raise RetryableError("the site cannot continue the file", from_start=True)
     if code not in (200, 206):
         meaning = {401: ": a password is needed", 403: ": not allowed", 404: ": nothing is there"}
-        raise RejectedBySite(f"the site answers {code}{meaning.get(code, '')}", code)
-    if answer.headers.get("content-encoding", "").strip().lower() not in ENCODINGS:
-        raise RejectedBySite("the site packs it in a way that was not asked for")
+        raise DownloadRejected(f"the site answers {code}{meaning.get(code, '')}", code)
+    if answer.headers.get("content-encoding", "").strip().lower() not in ACCEPTED_ENCODINGS:
+        raise DownloadRejected("the site uses a content encoding that was not requested")
 
 
 def _find_first_byte(answer: "requests.Response", have: int) -> int:
@@ -258,7 +260,7 @@ def _find_first_byte(answer: "requests.Response", have: int) -> int:
     match = re.fullmatch(r"bytes 0-(\d{1,15})/(\d{1,15})", sent, re.ASCII)
     if match and int(match[1]) + 1 == int(match[2]):  # an unrequested range
         return 0
-    raise RejectedBySite(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
+    raise DownloadRejected(f"asked for a file from byte {have} on, the site sends {shorten(sent, 60)!r}")
 
 
 def _read_number(answer: "requests.Response", name: str) -> int | None:

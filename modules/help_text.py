@@ -12,8 +12,8 @@ from typing import Any
 
 from modules.options import find_rejection
 
-SCREEN = 66  # lines; -h shows the full help if it is not longer
-MIN = 5  # minimum number of options in a short help
+SCREEN_LINES = 66  # lines; -h shows the full help if it is not longer
+MIN_FREQUENT = 5  # minimum number of options in a short help
 COLUMN = 28  # column at which texts begin in the short help
 LONGEST_CHOICES = 24  # characters of choices next to an option; longer lists are in its text
 LONGEST_CLAUSE = 90  # maximum characters of a clause in the short help, if it can be cut
@@ -125,23 +125,23 @@ def _list_by_reason(flags_by_reason: Iterable[tuple[str, list[str]]], width: int
 def short_help(parser: argparse.ArgumentParser) -> str:
     """Return one screen of help: the frequently used options; the full help if it fits on a screen."""
     actions = [action for action in parser._actions if not find_rejection(action)]
-    often = [action for action in actions if action.required or getattr(action, "often", False)]
+    frequent = [action for action in actions if action.required or getattr(action, "often", False)]
     full = parser.format_help()
-    if len(often) < MIN or full.count("\n") <= SCREEN:
+    if len(frequent) < MIN_FREQUENT or full.count("\n") <= SCREEN_LINES:
         return full
     formatter = HelpFormatter(parser.prog)
     formatter.add_usage(_format_usage(parser), [], [])
     width = max(60, formatter._width)
     about = f"{parser.description or ''}\n".splitlines()[0]
     lines = [formatter.format_help() + about, ""]
-    for action in often:
+    for action in frequent:
         last_spelling = (action.option_strings or [""])[-1]
         shortest_flag = getattr(parser, "shown_flags", {}).get(action.dest, last_spelling)
-        lines += _in_short(formatter, action, width, shortest_flag)
-    return "\n".join([*lines, "", f"{len(actions) - len(often)} more options, by group: --help"]) + "\n"
+        lines += _format_short_lines(formatter, action, width, shortest_flag)
+    return "\n".join([*lines, "", f"{len(actions) - len(frequent)} more options, by group: --help"]) + "\n"
 
 
-def _in_short(
+def _format_short_lines(
     formatter: argparse.HelpFormatter, action: argparse.Action, width: int, shortest_flag: str
 ) -> list[str]:
     """Return the lines of an option in the short help: full clauses, its choices and its default.

@@ -18,7 +18,7 @@ from modules.paths import explain_missing
 from modules.text_files import require_regular_file
 
 Shape = tuple[int | None, ...]  # None: any size
-Numbers = NDArray[np.float32]
+Array = NDArray[np.float32]
 _DTYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 _CUDA = "CUDAExecutionProvider"
 
@@ -34,7 +34,7 @@ class OnnxModel:
     session: Any  # onnxruntime.InferenceSession
     memory_bytes: int | None  # memory limit of a run; None on a GPU, which has its own limit
 
-    def run(self, images: Numbers) -> list[Numbers]:
+    def run(self, images: Array) -> list[Array]:
         """Return the outputs for some images, in the order of `outputs`.
 
         Raises:

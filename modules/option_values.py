@@ -73,10 +73,10 @@ def to_path(option: str, text: str) -> Path:
     return path
 
 
-def height_width(joined: re.Match[str]) -> tuple[str, str]:
+def height_width(two_pairs: re.Match[str]) -> tuple[str, str]:
     """Return height and width of a match of `JOINED`; sizes with an x have the width first."""
-    is_width_first = joined[2].strip(", :") != ""
-    return (joined[3], joined[1]) if is_width_first else (joined[1], joined[3])
+    is_width_first = two_pairs[2].strip(", :") != ""
+    return (two_pairs[3], two_pairs[1]) if is_width_first else (two_pairs[1], two_pairs[3])
 
 
 def check_path(option: str, path: Path, place: str, hint: str) -> None:
@@ -227,7 +227,7 @@ def split_pairs(option: str, items: Sequence[str]) -> dict[str, str]:
 
 
 # what stands between two settings in one word: a blank, or a comma or semicolon behind a value without "="
-_JOINED = (
+_TWO_PAIRS = (
     re.compile(r"[^\s,;](?P<gap>\s+)(?=[A-Za-z_]\w*=[^=])"),
     re.compile(r"^[^=\[({]*(?P<gap>[,;]\s*)(?=[A-Za-z_]\w*\s*=[^=])"),
 )
@@ -238,15 +238,15 @@ def _check_single_pair(option: str, item: str, value: str) -> None:
 
     `item` is the full word. `value` is the part after its first `=`.
     """
-    if '"' in value or "'" in value:
+    if '"' in value or "'" in value:  # quoted values may contain separators
         return
-    for pattern in _JOINED:
-        joined = pattern.search(value)
-        if joined is not None:
-            first = item[: len(item) - len(value) + joined.start("gap")]
+    for pattern in _TWO_PAIRS:
+        two_pairs = pattern.search(value)
+        if two_pairs is not None:
+            first_pair = item[: len(item) - len(value) + two_pairs.start("gap")]
             raise OptionError(
                 f"{option} {item!r}: write each KEY=VALUE as a word of its own, without a separator: "
-                f"{first.strip()} {value[joined.end('gap') :]}"
+                f"{first_pair.strip()} {value[two_pairs.end('gap') :]}"
             )
     if value.rstrip().endswith((",", ";")):
         mark = value.rstrip()[-1]
@@ -281,13 +281,13 @@ def text_to_seed(text: str, bits: int = SEED_BITS) -> int:
     import hashlib  # imported here, because it loads OpenSSL, which --help does not need
 
     digest = int.from_bytes(hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest(), "big")
-    return abs(digest - _walk(text)) % 2**bits
+    return abs(digest - _mix_characters(text)) % 2**bits
 
 
-def _walk(text: str) -> int:
-    """Hash the characters in order: add, subtract, divide by or multiply with their codes, by position.
+def _mix_characters(text: str) -> int:
+    """Hash a text as the tools do whose seeds may be texts, with their constants.
 
-    All constants are those of the known tools.
+    By its position, a character adds, subtracts or divides by its code, or multiplies by the code's digits.
     """
     total: float = 0
     try:
@@ -298,7 +298,7 @@ def _walk(text: str) -> int:
                 total -= code
             elif position % 5 == 0:
                 total /= code
-            else:
+            else:  # positions 1, 7, 11, ...; a digit 0 counts as 0.31415
                 for digit in map(int, str(code)):
                     total *= digit or 0.31415
         if math.isfinite(total):

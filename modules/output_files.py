@@ -143,13 +143,13 @@ def ask_at_console(
     return "free" if offers_name and answer in {"f", "free"} else "leave"
 
 
-def ask_yes_or_no(question: str) -> Answer | None:
-    """Ask whether to overwrite, without offering another name; None if there is no terminal."""
+def ask_to_overwrite(question: str) -> Answer | None:
+    """Ask a yes-or-no question about overwriting, without offering another name; None without a terminal."""
     return ask_at_console(question, offers_name=False)
 
 
 def ask_to_replace(
-    paths: Sequence[Path], yes: bool, ask: Callable[[str], Answer | None] = ask_yes_or_no
+    paths: Sequence[Path], yes: bool, ask: Callable[[str], Answer | None] = ask_to_overwrite
 ) -> None:
     """Ask whether existing files may be replaced; do nothing if no file exists or `yes` is set.
 

@@ -414,11 +414,12 @@ def add_options(
 ) -> None:
     """Declare the options of records, and of the records in them, to a parser.
 
-    An optional record in a record (`Record | None`) is declared only if it is passed itself. All mappings are
-    by public name. `without` are options that the script does not have; their records hold the default.
-    `defaults` and `settings` replace those of the declaration; `settings` are arguments of `add_argument`,
-    such as `help`, or `flags` (additional spellings) and `refused` (see `option`). `refused` gives the reason
-    why the script rejects an option. `group` takes the options of records without a title.
+    A nested record that is optional (`Record | None`) is declared only if it is in `records` too. All
+    mappings are keyed by the public names of options. `without` are options that the script does not have;
+    their records hold the default. `defaults` and `settings` replace those of the declaration; `settings` are
+    arguments of `add_argument`, such as `help`, or `flags` (additional spellings) and `refused` (see
+    `option`). `refused` gives the reason why the script rejects an option. `group` gets the options of
+    records without a heading.
     """
     changes = _ScriptChanges(without, defaults or {}, settings or {}, refused or {})
     for cls in records:

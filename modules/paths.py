@@ -15,7 +15,7 @@ from pathlib import Path, PurePath
 from urllib.parse import SplitResult, parse_qsl, unquote, urlencode, urlsplit
 
 MAX_NAMES = 10_000  # maximum number of names compared with a missing file
-ALIKE = 0.6  # minimum similarity of two names without suffix; 1: equal
+MIN_SIMILARITY = 0.6  # minimum similarity of two names without suffix; 1: equal
 MAX_OF_NAME, MAX_OF_PATH = 255, 4096  # bytes, characters; limits of file systems
 QUOTES = tuple("\"'`\u2018\u2019\u201a\u201b\u201c\u201d\u201e\u00ab\u00bb")
 # opening quotation mark -> possible closing marks
@@ -182,7 +182,9 @@ def similar_path(path: Path, only_folders: bool = False) -> Path | None:
                 names.append(entry.name)
     stem = missing.stem[:MAX_OF_NAME]
     for name in difflib.get_close_matches(missing.name[:MAX_OF_NAME], names, 5):
-        if difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < ALIKE:  # only suffixes match
+        if (
+            difflib.SequenceMatcher(None, stem, Path(name).stem).ratio() < MIN_SIMILARITY
+        ):  # only suffixes match
             continue
         similar = missing.with_name(name) / path.relative_to(missing)
         return similar if only_folders or path_exists(similar) else None

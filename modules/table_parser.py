@@ -226,7 +226,7 @@ def _help_of(rejection: Rejection) -> str:
 
 
 def describe_parser(parser: Parser) -> dict[str, Any]:
-    """Return the table of a script as JSON can hold it; its sections hold the rows of their options.
+    """Return a description of a script's parser that can be stored as JSON: its options in sections.
 
     Args:
         parser: Built from the records of the script.
@@ -245,10 +245,11 @@ def describe_parser(parser: Parser) -> dict[str, Any]:
     in_order = dict.fromkeys(["positional arguments", "options", *(part["title"] for part in sections)])
     table: dict[str, Any] = {
         "description": parser.description,
+        # stored only if the order of the sections does not show it
         "groups": [] if titles == list(in_order) else titles,
         "sections": sections,
         "shown_flags": dict(parser.shown_flags),
-        "left_out": {name: _make_plain(value) for name, value in parser.left_out.items()},
+        "left_out": {name: _to_json_value(value) for name, value in parser.left_out.items()},
         "key_files": {file.hint: sorted(file.read_keys()) for file in parser.key_files},
     }
     if not parser.allow_abbrev:
@@ -275,7 +276,7 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
         info["help"] = (info["help"] or "").removesuffix(_SHOWN_DEFAULT)
         info["nargs"] = None
     for name, value in info.items():
-        plain = _make_plain(value)
+        plain = _to_json_value(value)
         default = defaults[name]
         if plain != (list(default) if isinstance(default, tuple) else default):
             row[name] = plain
@@ -294,12 +295,12 @@ def _describe_action(action: argparse.Action) -> dict[str, Any]:
     return row
 
 
-def _make_plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """Return a value of an action as JSON can hold it."""
     if isinstance(value, (list, tuple)):
-        return [_make_plain(item) for item in value]
+        return [_to_json_value(item) for item in value]
     if isinstance(value, Mapping):
-        return {name: _make_plain(inner) for name, inner in sorted(value.items())}
+        return {name: _to_json_value(inner) for name, inner in sorted(value.items())}
     return value.as_posix() if isinstance(value, Path) else value
 
 

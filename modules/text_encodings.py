@@ -207,7 +207,7 @@ def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
     if char >= "\uff00":  # half-width and full-width forms: what single bytes look like in Shift-JIS
         return -0.5
     if char >= "\u2e80":  # East Asian scripts
-        return _rate_sign(char, encoding) + 2 * bonus
+        return _score_character(char, encoding) + 2 * bonus
     neighbors = [neighbor for neighbor in (before, after) if neighbor.isalpha()]
     script = _SCRIPTS.get(encoding, "LATIN")
     for character in (char, *neighbors):
@@ -222,7 +222,7 @@ def _rate_character(before: str, char: str, after: str, encoding: str) -> float:
     return 0.3 + bonus
 
 
-def _rate_sign(char: str, encoding: str) -> float:
+def _score_character(char: str, encoding: str) -> float:
     """Rate an East Asian character: above 0 if it is a common one, else below 0.
 
     The national standards list common characters first: level 1 of GB 2312, Big5 and JIS X 0208, and the
@@ -230,7 +230,7 @@ def _rate_sign(char: str, encoding: str) -> float:
     """
     lead = char.encode(encoding)[0]
     match encoding:
-        case "gb18030":
+        case "gb18030":  # contains GB 2312
             is_common = 0xB0 <= lead <= 0xD7 and char.encode(encoding)[1] >= 0xA1
         case "big5":
             is_common = 0xA4 <= lead <= 0xC6

@@ -94,9 +94,11 @@ def check_files(folder: Path) -> None:
             f"{folder} holds {', '.join(sorted(found)) or 'nothing'}, not {' and '.join(sorted(names))}"
         )
     for name in sorted(names):
-        said = _read_metadata(folder / name)
-        if said != expected:
-            raise UserError(f"{folder / name} says {said}, not {expected}. Build it again from this commit")
+        metadata = _read_metadata(folder / name)
+        if metadata != expected:
+            raise UserError(
+                f"{folder / name} says {metadata}, not {expected}. Build it again from this commit"
+            )
 
 
 def write_checksums(folder: Path) -> None:

@@ -181,12 +181,12 @@ def _rewrite_modules(root: Path, package: Path) -> None:
     commands = find_commands(root)
     ours = find_own_names(root)
     scripts = {command.script for command in commands}
-    places = {package / command.path.relative_to(root) for command in commands}
+    entry_scripts = {package / command.path.relative_to(root) for command in commands}
     for path in sorted(package.rglob("*.py")):
         text = path.read_text(encoding="utf-8")
         try:
             text = rename_scripts(rewrite_imports(text, ours), scripts)
-            if path in places:
+            if path in entry_scripts:
                 text = add_entry_point(text, path.stem)
         except (ValueError, AssertionError) as error:
             raise ValueError(f"{path.name}: {error}") from error

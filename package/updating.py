@@ -151,14 +151,14 @@ def repair(root: Path) -> None:
 
 def note_version(root: Path) -> None:
     """Record digests of the files here, unless recorded: an update can then detect the user's changes."""
-    note = root / NOTES / DIGESTS
-    if note.exists() or (root / ".git").exists():
+    digests_file = root / NOTES / DIGESTS
+    if digests_file.exists() or (root / ".git").exists():
         return
     digests = {}
     for folder, folders, files in os.walk(root):
-        place = Path(folder).relative_to(root)
-        folders[:] = [name for name in folders if not _find_error((place / name).as_posix())]
-        names = [(place / name).as_posix() for name in files]
+        subfolder = Path(folder).relative_to(root)
+        folders[:] = [name for name in folders if not _find_error((subfolder / name).as_posix())]
+        names = [(subfolder / name).as_posix() for name in files]
         for name in names:
             path = root / name
             if path.is_file() and path.stat().st_size <= MAX_OF_FILE and not _find_error(name):
@@ -187,16 +187,16 @@ def _only_change(root: Path) -> Iterator[None]:
 
 def _repair(root: Path) -> None:
     """Undo an update that was interrupted, or finish it in a clone; remove the files that it left."""
-    kept, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
-    if part.exists() and old.exists() and not kept.exists():  # ended between two renamings
-        replace_file(old, kept)
-    for left in (part, old, root / NOTES / NEW):
-        shutil.rmtree(left, ignore_errors=True)
-    unfinished = kept / UNFINISHED
+    backup, part, old = (root / NOTES / name for name in (BACK, f"{BACK}.part", f"{BACK}.old"))
+    if part.exists() and old.exists() and not backup.exists():  # ended between two renamings
+        replace_file(old, backup)
+    for leftover in (part, old, root / NOTES / NEW):
+        shutil.rmtree(leftover, ignore_errors=True)
+    unfinished = backup / UNFINISHED
     if unfinished.exists():
-        words = unfinished.read_bytes().decode("ascii", "replace").split()
-        if words and (root / ".git").exists():
-            _finish_clone(root, words)
+        commits = unfinished.read_bytes().decode("ascii", "replace").split()
+        if commits and (root / ".git").exists():
+            _finish_clone(root, commits)
         else:
             _say("An update of this folder was ended half way. It is undone now; run it again to have it.")
             _undo_zip(root, is_repair=True)
@@ -233,12 +233,12 @@ def _move_clone(root: Path, move: CloneMove) -> None:
     Raises:
         UserError: If git fails.
     """
-    kept = root / NOTES / BACK
+    backup = root / NOTES / BACK
     _keep_program(root)
-    shutil.rmtree(kept, ignore_errors=True)
-    kept.mkdir()
-    words = [move.before, move.after, *(["back"] if move.is_return else [])]
-    (kept / UNFINISHED).write_text("\n".join(words), encoding="ascii")
+    shutil.rmtree(backup, ignore_errors=True)
+    backup.mkdir()
+    commits = [move.before, move.after, *(["back"] if move.is_return else [])]
+    (backup / UNFINISHED).write_text("\n".join(commits), encoding="ascii")
     try:
         if move.is_return:
             _git(root, "reset", "--quiet", "--keep", move.after)
@@ -246,7 +246,7 @@ def _move_clone(root: Path, move: CloneMove) -> None:
             _git(root, "merge", "--quiet", "--ff-only", move.after)
     except UserError:
         if not _list_changes(root):  # else it stopped half way
-            shutil.rmtree(kept)
+            shutil.rmtree(backup)
         raise
     _end_move(root, move)
 
@@ -260,16 +260,16 @@ def _end_move(root: Path, move: CloneMove) -> None:
     shutil.rmtree(root / NOTES / BACK)
 
 
-def _finish_clone(root: Path, words: Sequence[str]) -> None:
+def _finish_clone(root: Path, commits: Sequence[str]) -> None:
     """Finish an update or a return of a clone that was killed while git changed the files.
 
     Raises:
         UserError: If git may still be running, or fails.
     """
-    if len(words) < 2 or not all(map(OBJECT.fullmatch, words[:2])):  # killed before it began
+    if len(commits) < 2 or not all(map(OBJECT.fullmatch, commits[:2])):  # killed before it began
         shutil.rmtree(root / NOTES / BACK)
         return
-    move = CloneMove(words[0], words[1], is_return=len(words) > 2)
+    move = CloneMove(commits[0], commits[1], is_return=len(commits) > 2)
     lock = root / _git(root, "rev-parse", "--git-path", "index.lock")
     if lock.exists() and time.time() - lock.stat().st_mtime < GIT_SECONDS:
         raise UserError(f"git may be at work in {root} ({lock}). Wait a minute, and start again")
@@ -297,13 +297,13 @@ def _read_commits(root: Path) -> UpdateRecord:
     path = root / NOTES / COMMIT
     if not path.is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
-    words = path.read_bytes().decode("ascii", "replace").split()
-    if len(words) not in (1, 2) or not all(map(OBJECT.fullmatch, words)):
+    commits = path.read_bytes().decode("ascii", "replace").split()
+    if len(commits) not in (1, 2) or not all(map(OBJECT.fullmatch, commits)):
         raise UserError(
             f"{path} does not name the version before the update any more. To return to one, look for it in "
             "git reflog, and type git reset --keep with its name"
         )
-    return UpdateRecord(before=words[0], after=words[1] if words[1:] else None)
+    return UpdateRecord(before=commits[0], after=commits[1] if commits[1:] else None)
 
 
 def _reject_own_commits(root: Path, note: UpdateRecord) -> None:
@@ -314,21 +314,21 @@ def _reject_own_commits(root: Path, note: UpdateRecord) -> None:
     others = [f"--exclude={branch}"] if branch else []
     others += ["--branches", "--remotes", "--tags"]
     known = [note.before, *([] if note.after is None else [note.after])]
-    own = _git(
+    own_commits = _git(
         root, "log", "--no-show-signature", "--format=%h %s", "HEAD", "--not", *known, *others
     ).splitlines()
-    place = f"the branch {branch}" if branch else "this folder"
-    if own:
-        more = f" and {len(own) - 3} more" if len(own) > 3 else ""
-        own = [escape_control_codes(line)[:80] for line in own[:3]]
+    location = f"the branch {branch}" if branch else "this folder"
+    if own_commits:
+        more = f" and {len(own_commits) - 3} more" if len(own_commits) > 3 else ""
+        listed = ", ".join(escape_control_codes(line)[:80] for line in own_commits[:3])
         raise UserError(
-            f"back would throw away commits of your own, which only {place} has: {', '.join(own)}{more}. "
+            f"back would throw away commits of your own, which only {location} has: {listed}{more}. "
             "Nothing was changed. Type git branch my-work, which keeps them under that name, and run back "
             "again; or leave this branch with git switch for the one that was updated"
         )
     if note.before not in _git(root, "rev-list", "HEAD").splitlines():
         raise UserError(
-            f"{place} does not come from the version before the update ({note.before[:9]}). Nothing was "
+            f"{location} does not come from the version before the update ({note.before[:9]}). Nothing was "
             "changed. Type git switch with the name of the branch that was updated, and run back again"
         )
 
@@ -347,7 +347,7 @@ def _reject_changes(root: Path, command: str) -> None:
         )
 
 
-def _git(root: Path, *words: str) -> str:
+def _git(root: Path, *arguments: str) -> str:
     """Return the output of git.
 
     Raises:
@@ -360,14 +360,19 @@ def _git(root: Path, *words: str) -> str:
             "the zip file of the newer version into a folder of its own"
         )
     environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0", "LC_ALL": "C"}
-    done = subprocess.run(
-        [program, *words], cwd=root, env=environment, capture_output=True, encoding="utf-8", errors="replace"
+    process = subprocess.run(
+        [program, *arguments],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        encoding="utf-8",
+        errors="replace",
     )
-    if done.returncode:
-        said = " ".join(done.stderr.split())[:300]
-        network = " Check the connection and run again." if OFFLINE.search(said) else ""
-        raise UserError(f"git {words[0]} failed, and nothing was changed: {said}{network}")
-    return done.stdout.rstrip()
+    if process.returncode:
+        output = " ".join(process.stderr.split())[:300]
+        network = " Check the connection and run again." if OFFLINE.search(output) else ""
+        raise UserError(f"git {arguments[0]} failed, and nothing was changed: {output}{network}")
+    return process.stdout.rstrip()
 
 
 def _update_from_zip(root: Path, file: Path) -> None:
@@ -563,18 +568,20 @@ def _compare(root: Path, new: Path, files: list[str]) -> FileChange:
             f"The new version has a file {blocked}, and a file or folder of another kind is in its place. "
             "Nothing was changed. Rename the one that is there, and run the update again"
         )
-    there = [name for name in files if (root / name).exists()]
-    replaced = [name for name in there if not filecmp.cmp(root / name, new / name, shallow=False)]
-    gone = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
+    existing = [name for name in files if (root / name).exists()]
+    replaced = [name for name in existing if not filecmp.cmp(root / name, new / name, shallow=False)]
+    removed = [name for name in set(_read_files(root)) - set(files) if (root / name).is_file()]
     known = _read_digests(root)
-    replaced = sorted([*replaced, *gone])
+    replaced = sorted([*replaced, *removed])
     # without digests of the old version nobody can tell which files the user has changed
-    own = [name for name in replaced if known and known.get(fold_name(name)) != _digest(root / name)]
+    changed_by_user = [
+        name for name in replaced if known and known.get(fold_name(name)) != _digest(root / name)
+    ]
     return FileChange(
         replaced=replaced,
-        added=sorted(set(files) - set(there)),
-        digests={name: _digest(new / name) for name in files if name not in there or name in replaced},
-        beside={name: _find_name_beside(root, name) for name in own},
+        added=sorted(set(files) - set(existing)),
+        digests={name: _digest(new / name) for name in files if name not in existing or name in replaced},
+        beside={name: _find_name_beside(root, name) for name in changed_by_user},
     )
 
 
@@ -644,11 +651,11 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
     With `is_repair`, files that the user has changed since are kept under another name; otherwise they are an
     error.
     """
-    kept = root / NOTES / BACK
-    if not (kept / PLAN).is_file():
+    backup = root / NOTES / BACK
+    if not (backup / PLAN).is_file():
         raise UserError("There is no version to go back to: nothing was updated here")
-    change = _read_change(kept / PLAN)
-    own = _list_own_work(root, kept, change)
+    change = _read_change(backup / PLAN)
+    own = _list_own_work(root, backup, change)
     if not is_repair:
         _reject_own_work(own)
     try:
@@ -656,21 +663,21 @@ def _undo_zip(root: Path, is_repair: bool = False) -> None:
         for name, name_beside in beside.items():
             _put(root, root / name, name_beside)
         _tell_beside(beside)
-        (kept / UNFINISHED).touch()
+        (backup / UNFINISHED).touch()
         for name in change.added:  # first: a disk may take one for a replaced file in another spelling
             (root / name).unlink(missing_ok=True)
         for name in change.replaced:
-            _put(root, kept / name, name)
+            _put(root, backup / name, name)
         for name, name_beside in change.beside.items():
             copy = root / name_beside
-            if copy.is_file() and filecmp.cmp(copy, kept / name, shallow=False):
+            if copy.is_file() and filecmp.cmp(copy, backup / name, shallow=False):
                 copy.unlink()
         for note in NOTES_OF_VERSION:
             (root / NOTES / note).unlink(missing_ok=True)
-            if (kept / note).is_file():
-                _put(root, kept / note, f"{NOTES}/{note}")
-        old = kept.with_name(f"{BACK}.old")
-        replace_file(kept, old)
+            if (backup / note).is_file():
+                _put(root, backup / note, f"{NOTES}/{note}")
+        old = backup.with_name(f"{BACK}.old")
+        replace_file(backup, old)
         shutil.rmtree(old)
         shutil.rmtree(root / NOTES / NEW, ignore_errors=True)
     except OSError as error:
@@ -697,12 +704,12 @@ def _read_change(path: Path) -> FileChange:
     return change
 
 
-def _list_own_work(root: Path, kept: Path, change: FileChange) -> list[str]:
+def _list_own_work(root: Path, backup: Path, change: FileChange) -> list[str]:
     """Return the files that the user has changed since the update put them there."""
     spelled = {fold_name(name): digest for name, digest in change.digests.items()}
     own = []
     for name in [*change.replaced, *change.added] if spelled else []:  # an earlier version noted none
-        path, before = root / name, kept / name
+        path, before = root / name, backup / name
         if not path.is_file() or _digest(path) == spelled.get(fold_name(name)):
             continue
         if not before.is_file() or _digest(before) != _digest(path):  # else it is back, or was never changed

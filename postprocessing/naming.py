@@ -44,7 +44,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
         OutputError: If results exist and there is nobody to ask.
     """
     sources = list_sources(chain)
-    if chain.run.output is None:  # results are written next to the sources
+    if chain.run.output is None:  # results next to the files of a dataset would become part of it
         for path in sources:
             _check_caption(path, chain)
     jobs = [FileJob(path, name_output(chain, path), is_image(path)) for path in sources]
@@ -111,19 +111,19 @@ def list_sources(chain: Chain) -> list[Path]:
         and not path.name.startswith(".")
         and not (chain.needs_video and _is_still(path))
     ]
-    fresh = [path for path in files if not path.stem.rstrip("_").endswith(ending)]
-    if not fresh:
+    sources = [path for path in files if not path.stem.rstrip("_").endswith(ending)]
+    if not sources:
         kinds = "video" if chain.needs_video else "video and no picture"
         results = f" but {len(files)} with {ending}, which are results" if files else ""
         raise MediaError(
             f"--input {path_of_input} is a folder that holds no {kinds}{results}. Give another folder."
         )
-    num_results = len(files) - len(fresh)
+    num_results = len(files) - len(sources)
     if num_results:
         logger.info(
             "%s with names in %s: left out because they are results", count_of(num_results, "file"), ending
         )
-    return fresh
+    return sources
 
 
 def is_image(path: Path) -> bool:

@@ -25,13 +25,13 @@ from modules.media.reading import (
     without_images,
 )
 from modules.media.streams import shown_frames, source_info
-from modules.media.writing import write_png, write_shown
+from modules.media.writing import write_png, write_timed_video
 from modules.output_files import Answer, ask_at_console
 from modules.paths import explain_missing
 from postprocessing.chain_options import Chain, tool_in_words
 from postprocessing.contract import Clip
 from postprocessing.naming import FileJob, is_image, log_suffix, plan_jobs
-from postprocessing.stages import NamedStage, check_tools, lead_through, make_stages, results
+from postprocessing.stages import NamedStage, check_tools, make_stages, results, run_stages
 from postprocessing.streaming import read_ahead, write_behind
 
 logger = logging.getLogger(__name__)
@@ -62,14 +62,14 @@ def run_jobs(chain: Chain, jobs: Sequence[FileJob], stages: Sequence[NamedStage]
     Raises:
         UserError: At the end if a file failed, with the exit code of the failures if they all share it.
     """
-    done = [tool_in_words(tool, options) for tool, options in chain.tools]
+    descriptions = [tool_in_words(tool, options) for tool, options in chain.tools]
     failures = Failures(strict=len(jobs) == 1)
     for job in jobs:
         with failures.note_errors(str(job.source)):
             if job.is_image:
-                run_image(stages, job, done, chain.hides)
+                run_image(stages, job, descriptions, chain.hides)
             else:
-                run_video(stages, job, done, form=chain.run.format, hides=chain.hides)
+                run_video(stages, job, descriptions, form=chain.run.format, hides=chain.hides)
         gc.collect()  # errors and their tracebacks form cycles that keep the memory of a file alive
     if len(jobs) > 1 and not failures.reasons:
         logger.info("All %d files are done", len(jobs))
@@ -129,7 +129,9 @@ def number_done(names: Iterable[str], done: Sequence[str]) -> dict[str, str]:
 SECONDS = Fraction(1)  # duration of a single image, which no tool for images reads
 
 
-def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], hides: bool = False) -> None:
+def run_image(
+    stages: Sequence[NamedStage], job: FileJob, descriptions: Sequence[str], hides: bool = False
+) -> None:
     """Run all stages on an image, and write a PNG.
 
     Tools process the colors of a transparent image. Its alpha channel is resized with it and kept.
@@ -137,7 +139,7 @@ def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], h
     Args:
         stages: The loaded stages.
         job: File to read and file to write.
-        done: Descriptions of the tools, for the metadata.
+        descriptions: Descriptions of the tools, for the metadata.
         hides: Whether to omit metadata that may contain a thumbnail of the image.
 
     Raises:
@@ -148,13 +150,13 @@ def run_image(stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], h
     height, width = pixels.shape[:2]
     clip = Clip(job.source, width, height, rate=None, frames=1, is_deep=False)
     clips = results(stages, clip)
-    images = list(lead_through(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
+    images = list(run_stages(stages, iter([Picture(pixels, Fraction(0), SECONDS)]), clips))
     assert len(images) == 1, f"{len(images)} pictures of one"
     texts = read_tags(job.source)
     texts = without_images(job.source, texts) if hides else texts
     result = in_eight_bits(images[0].pixels)
     result = result if is_opaque else join_alpha(result, alpha)
-    write_png(job.output, result, {**texts, **number_done(texts, done)})
+    write_png(job.output, result, {**texts, **number_done(texts, descriptions)})
     logger.info("%s", job.output)
 
 
@@ -166,7 +168,11 @@ def keep_pngs(pictures: Iterable[Picture], folder: Path) -> Iterator[Picture]:
 
 
 def run_video(
-    stages: Sequence[NamedStage], job: FileJob, done: Sequence[str], form: FormatOptions, hides: bool = False
+    stages: Sequence[NamedStage],
+    job: FileJob,
+    descriptions: Sequence[str],
+    form: FormatOptions,
+    hides: bool = False,
 ) -> None:
     """Run all stages on a video.
 
@@ -175,7 +181,7 @@ def run_video(
     Args:
         stages: The loaded stages.
         job: File to read and file to write.
-        done: Descriptions of the tools, for the metadata.
+        descriptions: Descriptions of the tools, for the metadata.
         form: Format of the output.
         hides: See `Chain.hides`.
 
@@ -189,7 +195,7 @@ def run_video(
     )
     clips = results(stages, first)
     codec = resolve_codec(form.codec, clips[-1].width, clips[-1].height)
-    tags = number_done(read_tags(job.source), done)
+    tags = number_done(read_tags(job.source), descriptions)
     rate = clips[-1].rate or info.rate
 
     def write(pictures: Iterator[Picture]) -> None:
@@ -201,7 +207,7 @@ def run_video(
                 while not opened.enter_context(claim_name(name)) or os.path.lexists(name):
                     name = name.with_name(f"{name.name}_")
                 pictures = keep_pngs(pictures, opened.enter_context(atomic_folder(name)))
-            write_shown(
+            write_timed_video(
                 job.output,
                 pictures,
                 rate,
@@ -219,7 +225,7 @@ def run_video(
         read_ahead(shown_frames(job.source, form.is_deep)) as pictures,
         write_behind(write) as put,
     ):
-        for image in lead_through(stages, pictures, clips):
+        for image in run_stages(stages, pictures, clips):
             put(image)
             del image  # written and forgotten while the next one is made
             frames += 1

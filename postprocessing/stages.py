@@ -87,7 +87,7 @@ def results(stages: Sequence[NamedStage], clip: Clip) -> list[Clip]:
     return clips
 
 
-def lead_through(
+def run_stages(
     stages: Sequence[NamedStage], pictures: Iterator[Picture], clips: Sequence[Clip]
 ) -> Iterator[Picture]:
     """Yield the results of the last stage.
@@ -99,23 +99,23 @@ def lead_through(
         pictures: Images of the input.
         clips: Result of `results`.
     """
-    foreign: list[BaseException] = []  # errors of earlier stages, which name their own tool
-    pictures = _note_errors(pictures, clips[0], "", foreign)
+    earlier_errors: list[BaseException] = []  # errors of earlier stages, which name their own tool
+    pictures = _note_errors(pictures, clips[0], "", earlier_errors)
     for named, clip in zip(stages, clips, strict=False):  # one clip more: the last result
-        pictures = _note_errors(named.stage.run(pictures, clip), clip, named.label, foreign)
+        pictures = _note_errors(named.stage.run(pictures, clip), clip, named.label, earlier_errors)
     return pictures
 
 
 def _note_errors(
-    pictures: Iterator[Picture], clip: Clip, label: str, foreign: list[BaseException]
+    pictures: Iterator[Picture], clip: Clip, label: str, earlier_errors: list[BaseException]
 ) -> Iterator[Picture]:
     """Pass images on; prefix errors with the tool's name, unless an earlier stage raised them."""
     try:
         with _explain_memory(f"pictures of {clip.width} x {clip.height}"):
             yield from pictures
     except BaseException as error:
-        with name_tool("" if error in foreign else label):
-            foreign.append(error)
+        with name_tool("" if error in earlier_errors else label):
+            earlier_errors.append(error)
             raise
 
 
@@ -179,7 +179,7 @@ class PostTools:
                     f"{name} out, or make a video."
                 )
 
-    def lead(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
+    def process(self, frames: Iterator[Frame], fps: float, is_single: bool) -> tuple[Iterator[Frame], float]:
         """Return the processed frames and their frame rate; the first call loads the networks.
 
         Args:
@@ -201,7 +201,7 @@ class PostTools:
         clips = results(self._stages, _describe_clip(first, None if is_single else rate))
         numbered = enumerate(chain([first], frames))
         images = (Picture(frame, index / rate, 1 / rate) for index, frame in numbered)
-        processed = lead_through(self._stages, images, clips)
+        processed = run_stages(self._stages, images, clips)
         made = (join_alpha(in_eight_bits(image.pixels), alpha) for image in processed)
         return made, float(clips[-1].rate or fps)
 

@@ -41,18 +41,18 @@ def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
     """
     for axis in (-2, -1):
         size = images.shape[axis]
-        places = mirrored(size, round_up(size, step), repeats_edge)
-        if len(places) > size:
-            images = images.index_select(axis, places.to(images.device))
+        indices = mirrored(size, round_up(size, step), repeats_edge)
+        if len(indices) > size:
+            images = images.index_select(axis, indices.to(images.device))
     return images
 
 
 def mirrored(size: int, length: int, repeats_edge: bool) -> Tensor:
     """Return the source index of each of `length` positions in a row of `size` with mirrored ends."""
     period = 2 * size if repeats_edge else max(2 * size - 2, 1)
-    forth = torch.arange(length) % period
-    back = period - forth - (1 if repeats_edge else 0)
-    return torch.where(forth < size, forth, back)
+    rising = torch.arange(length) % period
+    falling = period - rising - (1 if repeats_edge else 0)
+    return torch.where(rising < size, rising, falling)
 
 
 def cut(length: int, tile: int, overlap: int, step: int = 1) -> list[tuple[int, int]]:

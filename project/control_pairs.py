@@ -16,12 +16,12 @@ CONTROLS = re.compile(r"(controls?|conditions?|conditioning)([-_ ]?(images?|pict
 
 
 def describe_control_pairs(
-    place: Path, pictures: Sequence[Path], kind: RunKind, control_kind: RunKind
+    control_folder: Path, pictures: Sequence[Path], kind: RunKind, control_kind: RunKind
 ) -> str | None:
     """Return a line about an unused folder of control images, with the kind of run that could train on them.
 
     Args:
-        place: The folder that may hold control images.
+        control_folder: The folder that may hold control images.
         pictures: Images that the control images may belong to.
         kind: The kind of this run, which does not use control images.
         control_kind: The kind of run that trains on control images.
@@ -29,10 +29,10 @@ def describe_control_pairs(
     Returns:
         The line; None if the folder has another name, cannot be listed, or has no control image of any image.
     """
-    if not CONTROLS.fullmatch(place.name):
+    if not CONTROLS.fullmatch(control_folder.name):
         return None
     try:
-        controls = ControlFolder(place, {path.stem for path in pictures})
+        controls = ControlFolder(control_folder, {path.stem for path in pictures})
     except DatasetError:
         return None
     missing = []
@@ -49,7 +49,8 @@ def describe_control_pairs(
     if controls.alone:
         errors += f". Without a picture: {list_some([path.name for path in controls.alone])}"
     return warning(
-        f"{place}: left out, as {kind.title} learns no control pictures. {len(pictures) - len(missing)} of "
-        f"{len(pictures)} pictures have one there{errors}. --train {control_kind.name} trains "
+        f"{control_folder}: left out, as {kind.title} learns no control pictures. "
+        f"{len(pictures) - len(missing)} of {len(pictures)} pictures have one there{errors}. "
+        f"--train {control_kind.name} trains "
         f"{control_kind.title} on such pairs (docs/control.md)"
     )

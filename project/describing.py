@@ -74,18 +74,18 @@ class Choice:
     options: NewOptions
     model: ModelSet
     kind: RunKind  # kind of run
-    facts: ModelInfo
+    model_info: ModelInfo
     content: FolderContent
     memory: float  # GiB; 0: the CPU
     size: tuple[int, int]  # width, height
     frames: int  # frames of each clip; 1 if there are only images
     files: dict[str, str]  # files of the model, by option
-    held: Mapping[str, str]  # option of a network -> the user's file that contains it
-    kept: Sequence[str]  # options of files that need no download
+    embedded_files: Mapping[str, str]  # option of a network -> the user's file that contains it
+    provided: Sequence[str]  # options of files that need no download
     trigger: str | None
     tags: TagLists | None  # captions that are lists of tags, if the model was trained on such lists
     data: Mapping[str, Any]  # keys of [general] from another trainer's project
-    places: Mapping[Path, Mapping[str, Any]]  # folder -> keys of its table, from that project
+    folder_keys: Mapping[Path, Mapping[str, Any]]  # folder -> keys of its table, from that project
     training: Mapping[str, Any]  # keys of run.toml that set options of the training
     holds_back: bool  # hold out files for validation if there are enough
 
@@ -112,14 +112,14 @@ class Choice:
     @property
     def has_subsets(self) -> bool:
         """Return whether dataset.toml uses [[datasets.subsets]], the layout of image training guides."""
-        asked = needs_subsets(self.data) or any(map(needs_subsets, self.places.values()))
-        return bool(self.content.regularising) or self.tags is not None or asked
+        asked = needs_subsets(self.data) or any(map(needs_subsets, self.folder_keys.values()))
+        return bool(self.content.regularization) or self.tags is not None or asked
 
     @property
     def varies_texts(self) -> bool:
         """Return whether captions are encoded at each step: they vary, or the text encoder is trained."""
         varied = VARYING_TEXTS & self.data.keys() or any(
-            VARYING_TEXTS & keys.keys() for keys in self.places.values()
+            VARYING_TEXTS & keys.keys() for keys in self.folder_keys.values()
         )
         learns = (
             self.training.get("network_train_unet_only") is False or "train_text_encoder" in self.training
@@ -285,8 +285,9 @@ def _describe_subsets(choice: Choice) -> list[str]:
     Only this layout has regularization images and shuffled tags.
     """
     shortest = min(choice.size)
-    # bucket sides are multiples of SIDE_STEP; a smaller image is its own limit
-    smallest = min(DEFAULT_SIDE, shortest // SIDE_STEP * SIDE_STEP or shortest)
+    if shortest >= SIDE_STEP:  # bucket sides are multiples of SIDE_STEP
+        shortest = shortest // SIDE_STEP * SIDE_STEP
+    smallest = min(DEFAULT_SIDE, shortest)
     largest = round_up(2 * max(choice.size), SIDE_STEP)  # the long side of an image of extreme aspect ratio
     sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
     dataset_keys = {name: side for name, side in sides.items() if name not in choice.data}
@@ -296,7 +297,7 @@ def _describe_subsets(choice: Choice) -> list[str]:
         # subsets have sd-scripts' names for some keys
         keys = {SUBSET_KEYS.get(name, name): value for name, value in keys.items()}
         lines += ["", *_format_toml_table("[[datasets.subsets]]", keys)]
-    for folder in choice.content.regularising:
+    for folder in choice.content.regularization:
         cache = Path("cache", "images", folder.parent.name, folder.name).as_posix()
         keys = {"image_dir": choice.inside(folder), "cache_directory": cache, "is_reg": True}
         name = choice.content.names.get(folder)
@@ -364,7 +365,7 @@ def _make_folder_keys(choice: Choice, folder: Path, kind: str) -> dict[str, Any]
     class_tokens = choice.trigger if name is None else name.words
     if class_tokens and _lacks_captions(choice, folder, kind):
         keys["class_tokens"] = class_tokens
-    return keys | dict(choice.places.get(folder, {}))
+    return keys | dict(choice.folder_keys.get(folder, {}))
 
 
 def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
@@ -399,7 +400,7 @@ def describe_samples(choice: Choice) -> str:
         subject = plain(_join_shared_tags(choice.tags, choice.trigger) or as_words(subject))
     prompts = [f"{subject}, {situation}" for situation in _select_situations(captions)]
     if not choice.kind.learns_word:
-        prompts.append(OTHER_EDIT if choice.facts.needs_reference else OTHER)
+        prompts.append(OTHER_EDIT if choice.model_info.needs_reference else OTHER)
     quality = choice.model.data.get("tags")
     if quality:
         prompts = [f"{quality}, {prompt}" for prompt in prompts]
@@ -512,6 +513,7 @@ def _released_values(model: ModelSet) -> str:
         option, character, _ = shared[name]
         characters[option] = character
     options = []
+    # each word of the command together with the one after it
     for option, value in itertools.pairwise(shlex.split(model.commands["generate"])):
         if option in characters:
             options.append(f"--{characters[option]} {value}")
@@ -530,7 +532,7 @@ def _list_edits(choice: Choice) -> list[Edit]:
     for item in choice.media:
         if item.kind != "image" or item.path.parent not in references:
             continue
-        sources = reference_of(item, references[item.path.parent])[: choice.facts.references]
+        sources = reference_of(item, references[item.path.parent])[: choice.model_info.references]
         if sources and not any(map(why_unused, sources)):
             images = " ".join(f"--ci {choice.inside(path)}" for path in sources)
             instruction = add_trigger(find_text(item.caption or ""), choice.trigger or "")
@@ -570,23 +572,23 @@ def list_commands(choice: Choice) -> list[list[str]]:
     latents = [paths.get(word, word) for word in _words_of(choice, "latents")]
     texts = [paths.get(word, word) for word in _words_of(choice, "texts")]
     if choice.needs_float32:
-        for name in choice.facts.dtypes["LatentCaching"]:
+        for name in choice.model_info.dtypes["LatentCaching"]:
             latents += [f"--{name}", FLOAT32]
-        for name in choice.facts.dtypes["TextCaching"]:
+        for name in choice.model_info.dtypes["TextCaching"]:
             texts += [f"--{name}", FLOAT32]
-    if choice.facts.few_steps is not None:  # cache what each recommended training target needs
-        for target in choice.facts.few_steps.targets:
+    if choice.model_info.few_steps is not None:  # cache what each recommended training target needs
+        for target in choice.model_info.few_steps.targets:
             texts += shlex.split(target.caching)
     download = ["python", "tools/download.py", "--family", model.family, "--task", model.task]
     if choice.has_small_encoders:
         download.append("--fp8_encoders")
-    if choice.kept:
-        download += ["--without", *choice.kept]
+    if choice.provided:
+        download += ["--without", *choice.provided]
     download += ["--to", str(real_path(choice.options.models))]
     check = [*latents, "--check", "--html", CHECK_PAGE]
-    script, *own_words = choice.kind.find_words(model)
+    script, *own_options = choice.kind.find_words(model)
     train = ["python", script, "--config_file", RUN_FILE]
-    train += [word for word in own_words if word == choice.kind.switch]
+    train += [word for word in own_options if word == choice.kind.switch]  # run.toml has all other options
     if choice.varies_texts:
         return [download, check, latents, train]
     return [download, check, [*texts, "--check"], latents, texts, train]
@@ -606,9 +608,10 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, in the form of its --config_file, and the commands."""
+    # later values replace earlier ones; `choice.training` is from another trainer's project or a recipe
     values = choice.kind.change(_model_values(choice), choice.memory)
-    own_words = [word for word in choice.kind.find_words(choice.model)[1:] if word != choice.kind.switch]
-    values |= _read_options(own_words, {"word": choice.trigger or ""})
+    own_options = [word for word in choice.kind.find_words(choice.model)[1:] if word != choice.kind.switch]
+    values |= _read_options(own_options, {"word": choice.trigger or ""})
     values |= _run_values(choice)
     values |= choice.training
     values = {name: value for name, value in values.items() if value is not None}
@@ -625,7 +628,7 @@ def describe_run(choice: Choice, commands: list[list[str]]) -> str:
 
 def _describe_targets(choice: Choice) -> list[str]:
     """Return commented-out keys with the options that preserve the few steps of a distilled model."""
-    few_steps = choice.facts.few_steps
+    few_steps = choice.model_info.few_steps
     if few_steps is None or not choice.kind.has_targets:
         return []
     lines = [
@@ -650,7 +653,7 @@ def _model_values(choice: Choice) -> dict[str, Any]:
             values["optimizer_type"] = "adamw"
     if choice.needs_float32:
         values["mixed_precision"] = "no"
-        values |= dict.fromkeys(choice.facts.dtypes["Training"], FLOAT32)
+        values |= dict.fromkeys(choice.model_info.dtypes["Training"], FLOAT32)
     elif choice.needs_float16:
         values["mixed_precision"] = "fp16"
     trained = {word.strip("{}") for word in shlex.split(choice.model.commands["train"])}

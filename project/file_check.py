@@ -13,13 +13,13 @@ from project.options import find_models
 from protocols.families import identify
 
 
-def main(words: Sequence[str]) -> int:
+def main(argv: Sequence[str]) -> int:
     """Print why a file does not fit; return 1 if it does not.
 
     Args:
-        words: Family, task, option and path.
+        argv: Family, task, option and path.
     """
-    family, task, option, path = words
+    family, task, option, path = argv
     for model in find_models():
         if (model.family, model.task) == (family, task):
             try:

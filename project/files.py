@@ -32,7 +32,7 @@ from project.foreign.naming import explain_model
 from project.foreign.places import find_table_keys, leave_sizes
 from project.foreign.project import ForeignProject
 from project.foreign.reading import read_foreign
-from project.foreign.settling import Forms, fill_in, settle
+from project.foreign.settling import Forms, fill_in, resolve_project
 from project.kinds.composing import BY_NAME, LORA, find_control_kind, list_kinds
 from project.kinds.contract import RunKind
 from project.kinds.whole_model import FULL
@@ -59,12 +59,12 @@ from project.options import (
     as_operand,
     download_options,
     find_models,
-    make_caption_words,
+    make_caption_argv,
     own_command,
     typed_in,
 )
 from project.own_commands import captions_of, describe_length, describe_own, lacks_media, write_prompts
-from project.own_samples import OWN_PROMPTS, REAL, balance_origins, find_origin, take_prompts
+from project.own_samples import OWN_PROMPTS, REAL, balance_origins, find_origin, use_prompts_as_captions
 from project.recipes.reading import describe_recipe, fill_in_recipe, find_recipe
 from project.script_facts import ask_script
 from project.tags import as_words, find_tags, write_blanks
@@ -93,16 +93,16 @@ def write_project(options: NewOptions) -> None:
     recipe = None if options.recipe is None else find_recipe(options.recipe)
     if recipe is not None:
         options = fill_in_recipe(recipe, options)
-    asked = ""  # the setting in the project that asks for this kind of run, for messages
+    kind_setting = ""  # the setting in the project that asks for this kind of run, for messages
     if foreign is not None:
-        asked = "" if options.trains else f"{foreign.path}: {foreign.run.said}"
+        kind_setting = "" if options.trains else f"{foreign.path}: {foreign.run.setting}"
         options = fill_in(foreign, options)
     try:
         model_choice = select_model(options, memory, before_asking=lambda: _reject_existing(options, paths))
     except OptionError as error:
         raise (error if foreign is None else explain_model(foreign, error)) from None
     # first, because building the family takes seconds
-    kind = _select_kind(options, model_choice, memory, asked)
+    kind = _select_kind(options, model_choice, memory, kind_setting)
     if kind.makes_adapter and lacks_media(options.folder):
         _begin_with_prompts(options, model_choice.model)
         return
@@ -129,14 +129,14 @@ def write_project(options: NewOptions) -> None:
             write_text(path, text)
         remember_folder(options.folder, options.models)
 
-    taken = [] if foreign is None else foreign.lines(options.folder)
+    adopted_lines = [] if foreign is None else foreign.lines(options.folder)
     if recipe is not None:
-        taken = describe_recipe(recipe)
-    _print_report(choice, model_choice.remarks, texts, taken)
+        adopted_lines = describe_recipe(recipe)
+    _print_report(choice, model_choice.remarks, texts, adopted_lines)
 
 
 def _print_report(
-    choice: describing.Choice, remarks: list[str], texts: Mapping[Path, str], taken: Sequence[str]
+    choice: describing.Choice, remarks: list[str], texts: Mapping[Path, str], adopted_lines: Sequence[str]
 ) -> None:
     """Print what was found and chosen, and the next commands.
 
@@ -144,13 +144,13 @@ def _print_report(
         choice: The chosen model, its media and all derived values.
         remarks: Lines about how the model was chosen.
         texts: Texts of the written files.
-        taken: Lines about values of another trainer's project, or of a recipe.
+        adopted_lines: Lines about values of another trainer's project, or of a recipe.
     """
     options = choice.options
     oddities: list[str] = []
     errors = find_errors(choice, texts[options.folder / WRITTEN[0]], oddities)
     lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
-    lines += taken
+    lines += adopted_lines
     lines += _describe_choice(choice, remarks)
     lines += _describe_captions(choice)
     lines += _describe_tags(choice)
@@ -246,7 +246,7 @@ def _gather_choice(
     check_model_files(model, {name: files[name] for name in typed})
     content = _collect_content(options, model, info, kind)
     if kind.makes_adapter:
-        take_prompts(content)
+        use_prompts_as_captions(content)
         balance_origins(content)
     tags = find_tags(_texts_of(content)) if "tags" in model.data else None
     if foreign is not None:
@@ -254,27 +254,27 @@ def _gather_choice(
         forms = Forms(
             step=find_pixel_step(info.family),
             takes_subsets="shuffle_caption" in script.known,
-            has_subsets=bool(content.regularising) or tags is not None,
-            regularizes=bool(content.regularising),
+            has_subsets=bool(content.regularization) or tags is not None,
+            regularizes=bool(content.regularization),
         )
-        settle(foreign, model, kind, script, memory, forms)  # converts the project's keys
+        resolve_project(foreign, model, kind, script, memory, forms)  # converts the project's keys
     data: Mapping[str, Any] = {} if foreign is None else foreign.data
     choice = describing.Choice(
         options=options,
         model=model,
         kind=kind,
-        facts=info,
+        model_info=info,
         content=content,
         memory=memory,
         size=data.get("resolution") or describing.select_size(model, content.media),
         frames=describing.select_frames(model, content.media, memory),
         files=files,
-        held=inside,
-        kept=[*typed, *inside],
+        embedded_files=inside,
+        provided=[*typed, *inside],
         trigger=model_choice.trigger,
         tags=tags,
         data=data,
-        places=_find_keys_of_folders(foreign, options.folder, content.media),
+        folder_keys=_find_keys_of_folders(foreign, options.folder, content.media),
         training={} if foreign is None else foreign.training,
         holds_back=foreign is None,
     )
@@ -308,11 +308,11 @@ def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> descri
     return dataclasses.replace(choice, training=foreign.training)
 
 
-def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked: str) -> RunKind:
+def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, kind_setting: str) -> RunKind:
     """Return the kind of run: the typed one, else a control network if the folder has pairs, else a LoRA.
 
-    `chosen` holds the model and the trigger word. `asked` is the setting of another trainer's project that
-    asks for this kind; "" if it was typed.
+    `chosen` holds the model and the trigger word. `kind_setting` is the setting of another trainer's project
+    that asks for this kind; "" if the kind was typed.
 
     Raises:
         OptionError: If this kind cannot be trained for the model, or the trigger word does not suit an
@@ -330,10 +330,10 @@ def _select_kind(options: NewOptions, chosen: ModelChoice, memory: float, asked:
     typed = "--whole_model" if options.whole_model else f"--train {kind.name}"
     if rejection is not None:
         possible = [other.name for other in list_kinds(model) if other.why_not(model, memory) is None]
-        remedy = "Give --train lora" if asked else "Leave it out"
+        remedy = "Give --train lora" if kind_setting else "Leave it out"
         raise OptionError(
-            f"{asked or typed}: {rejection}. {remedy} to train a LoRA, or choose another --task. This one "
-            f"has --train {', '.join(possible)}"
+            f"{kind_setting or typed}: {rejection}. {remedy} to train a LoRA, or choose another --task. "
+            f"This one has --train {', '.join(possible)}"
         )
     if kind.learns_word:
         check_word(kind, chosen.trigger)
@@ -344,7 +344,9 @@ def _texts_of(content: FolderContent) -> list[str]:
     return [item.caption for item in content.media if item.caption]
 
 
-def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kind: RunKind) -> FolderContent:
+def _collect_content(
+    options: NewOptions, model: ModelSet, model_info: ModelInfo, kind: RunKind
+) -> FolderContent:
     """Return the content of the folder, with hints about models that would suit it better."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
@@ -355,11 +357,11 @@ def _collect_content(options: NewOptions, model: ModelSet, facts: ModelInfo, kin
         families = dict.fromkeys(entry.family for entry in models if learns_audio_alone(entry))
         audio_options = [f"--family {family}" for family in families]
     silent_tasks: list[str] = []
-    if facts.hears:
+    if model_info.hears:
         silent_tasks = [entry.task for entry in of_family if not ask_family(entry).hears]
     return collect_content(
         folder=options.folder,
-        facts=facts,
+        model_info=model_info,
         name=f"{model.family} {model.task}",
         kind=kind,
         control_kind=find_control_kind(model),
@@ -393,7 +395,7 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
         dataset: Text of dataset.toml.
         remarks: Lines about oddities that do not end a run are appended to it.
     """
-    family = choice.facts.family
+    family = choice.model_info.family
     damaged = {path.name for path in choice.content.unreadable}
     problems: list[Fault] = []
     if choice.options.dry_run and choice.content.first_frames:
@@ -459,7 +461,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
         if choice.kind.controls_are_images:
             data = "its pictures, of which each step marks a random part to repaint"
         lines.append(f"{folder}: {choice.kind.title} learns from {data}{instead}")
-    for name, checkpoint in choice.held.items():
+    for name, checkpoint in choice.embedded_files.items():
         lines.append(f"--{name}: the one inside {checkpoint}. --model_file {name}=FILE takes another")
     if choice.needs_float32:
         lines.append(
@@ -471,11 +473,11 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
             "This machine's GPU has no bfloat16, so the training is in float16 (mixed_precision in run.toml)."
             ' If its loss becomes NaN, the model leaves the range of float16: write "no" there, for float32'
         )
-    if choice.facts.contradiction:
-        lines.append(warning(choice.facts.contradiction))
-    few_steps = choice.facts.few_steps
+    if choice.model_info.contradiction:
+        lines.append(warning(choice.model_info.contradiction))
+    few_steps = choice.model_info.few_steps
     if few_steps is not None and not choice.kind.makes_adapter:
-        subject = "It" if choice.facts.contradiction else choice.model_name
+        subject = "It" if choice.model_info.contradiction else choice.model_name
         warning_text = f"{subject} {few_steps.distilled}, and training it as it is unlearns {few_steps.lost}"
         comments = (
             "the comment signs from the lines of a target that keeps "
@@ -528,7 +530,7 @@ def _describe_model(choice: describing.Choice) -> str:
     missing = [part for part in model.components if part.option and part.option not in existing]
     missing_bytes = total_bytes(missing)
     download = f"{gigabytes(missing_bytes)} to download" if missing_bytes else "its files are there"
-    makes = describe_makes(model, choice.facts)
+    makes = describe_makes(model, choice.model_info)
     does = f"{choice.model_name} makes {makes}; {download}"
     if choice.kind is FULL:  # other lines report the memory
         free = gigabytes(free_bytes(choice.folder))
@@ -589,14 +591,14 @@ def _describe_captions(choice: describing.Choice) -> list[str]:
         text = f"{names}: no caption in a {suffix} file; {trigger} (class_tokens) stands for it"
         lines.append(KindLine(CAPTIONS, text))
     if bare:
-        write_words = make_caption_words([shlex.split(choice.model.commands["latents"])])
-        asked = (
+        write_words = make_caption_argv([shlex.split(choice.model.commands["latents"])])
+        kind_setting = (
             f"{name_some(bare)}: without a caption in a {suffix} file next to it, which `run` refuses. "
             f"A model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to download) writes them, in the folder "
             f"{choice.folder}:"
         )
         lines += [
-            KindLine(CAPTIONS, asked),
+            KindLine(CAPTIONS, kind_setting),
             f"  {typed_in(write_words, choice.folder)}",
             KindLine(CAPTIONS, "or name what they show by a made-up word alone:"),
             f"  {_describe_again(choice, trigger_word='WORD')}",

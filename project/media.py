@@ -91,7 +91,7 @@ class FolderContent:
     unreadable: list[Path] = field(default_factory=list)  # clips and images
     first_frames: dict[Path, Path] = field(default_factory=dict)  # image -> clip
     repeats: dict[Path, int] = field(default_factory=dict)  # folder -> how often its files are repeated
-    regularising: list[Path] = field(default_factory=list)  # folders of regularization images to train on
+    regularization: list[Path] = field(default_factory=list)  # folders of regularization images to train on
     masks: dict[Path, Path] = field(default_factory=dict)  # folder of media -> folder of its masks
     # folder of images -> folder of their references
     references: dict[Path, Path] = field(default_factory=dict)
@@ -108,14 +108,14 @@ class FolderContent:
 class SortedFolders:
     """Subfolders, grouped by how their media are used."""
 
-    learned: list[Path]  # the folder itself comes first
+    training_folders: list[Path]  # the folder itself comes first
     sources: list[Path]  # folders of references, the sources of edited images
-    regularising: dict[Path, str]  # folder -> why it seems to have regularization images
+    regularization: dict[Path, str]  # folder -> why it seems to have regularization images
 
 
 def collect_content(
     folder: Path,
-    facts: "ModelInfo",
+    model_info: "ModelInfo",
     name: str,
     *,
     kind: RunKind,
@@ -128,7 +128,7 @@ def collect_content(
 
     Args:
         folder: The described folder.
-        facts: Properties of the model, from the record of its family.
+        model_info: Properties of the model, from the record of its family.
         name: Name of the model, for messages.
         kind: Kind of run.
         control_kind: Kind of run that trains on control images; None if the model has none.
@@ -142,72 +142,80 @@ def collect_content(
     """
     content = FolderContent()
     content.masks = read_kept_masks(folder)
-    places = _sort_folders(folder, content)
-    content.captions = _find_captions(places.learned)
-    for subfolder, reason in places.regularising.items():
-        content.lines += _describe_regularising(subfolder, reason, content=content, facts=facts, kind=kind)
-    content.lines += _describe_names(places.learned, content.names)
-    audios = _collect_media(folder, places, content, facts)
+    folders_by_use = _sort_folders(folder, content)
+    content.captions = _find_captions(folders_by_use.training_folders)
+    for subfolder, reason in folders_by_use.regularization.items():
+        content.lines += _describe_regularising(
+            subfolder, reason, content=content, model_info=model_info, kind=kind
+        )
+    content.lines += _describe_names(folders_by_use.training_folders, content.names)
+    audios = _collect_media(folder, folders_by_use, content, model_info)
     if kind.sees_controls:
         _leave_out_clips(content, kind)
-    elif not facts.learns_clips:
+    elif not model_info.learns_clips:
         _take_first_frames(folder, content, name)
-    if facts.references:
-        _find_references(folder, places, content)
+    if model_info.references:
+        _find_references(folder, folders_by_use, content)
     elif kind.sees_controls:
-        _find_controls(folder, places, content, kind)
+        _find_controls(folder, folders_by_use, content, kind)
     else:
         pairs = _describe_control_pairs(
-            folder, places, media=content.media, kind=kind, control_kind=control_kind
+            folder, folders_by_use, media=content.media, kind=kind, control_kind=control_kind
         )
-        content.lines += [*pairs.values(), *_describe_unused_sources(places, name, edits, described=pairs)]
+        content.lines += [
+            *pairs.values(),
+            *_describe_unused_sources(folders_by_use, name, edits, described=pairs),
+        ]
     _require_media(
         folder,
         content,
-        facts,
+        model_info,
         name=name,
         alone=f" {hearing} learns sounds alone." if audios and hearing else "",
         instead=f", or take --task {silent}, which learns pictures and movement alone" if silent else "",
         has_audios=bool(audios),
         kind=kind,
     )
-    if facts.references:
+    if model_info.references:
         content.lines += _describe_numbered(content.media)
-    content.lines += _describe_odd(content, facts)
+    content.lines += _describe_odd(content, model_info)
     return content
 
 
 def _collect_media(
-    folder: Path, places: SortedFolders, content: FolderContent, facts: "ModelInfo"
+    folder: Path, folders_by_use: SortedFolders, content: FolderContent, model_info: "ModelInfo"
 ) -> list[Path]:
     """Add the captioned media of the training folders and lines about other files; return the audio files.
 
     Lines about lists of captions come before those about the files.
     """
     suffixes = _media_suffixes() | AUDIO_SUFFIXES
-    files = {training_folder: _files_in(training_folder, suffixes) for training_folder in places.learned}
+    files = {
+        training_folder: _files_in(training_folder, suffixes)
+        for training_folder in folders_by_use.training_folders
+    }
     content.listed = read_lists(files, {*WRITTEN, CHECK_PAGE})
     start = len(content.lines)
     audios: list[Path] = []
-    for training_folder in places.learned:
-        audios += _list_media(folder, training_folder, content, facts)
+    for training_folder in folders_by_use.training_folders:
+        audios += _list_media(folder, training_folder, content, model_info)
         if training_folder != folder:
-            content.lines += _describe_deep(_list_unsorted_folders(training_folder, places))
-    _add_audios(content, audios, facts)
+            content.lines += _describe_deep(_list_unsorted_folders(training_folder, folders_by_use))
+    _add_audios(content, audios, model_info)
     content.lines[start:start] = _describe_lists(content)
     return audios
 
 
-def _list_unsorted_folders(place: Path, places: SortedFolders) -> list[Path]:
+def _list_unsorted_folders(place: Path, folders_by_use: SortedFolders) -> list[Path]:
     """Return subfolders that are used neither for training, nor for regularization, nor as references."""
-    sorted_folders = {*places.learned, *places.regularising}
+    sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization}
     inner_folders = [inner for inner in _folders(place) if inner not in sorted_folders]
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
 
 
 def _describe_control_pairs(
     folder: Path,
-    places: SortedFolders,
+    folders_by_use: SortedFolders,
     media: Sequence[Media],
     kind: RunKind,
     control_kind: RunKind | None,
@@ -218,7 +226,7 @@ def _describe_control_pairs(
 
     Args:
         folder: The media folder.
-        places: Its subfolders by their meaning.
+        folders_by_use: Its subfolders by their meaning.
         media: Its media.
         kind: The kind of this run.
         control_kind: The kind of run that trains on control images; None if the model has none. Then no line
@@ -229,8 +237,8 @@ def _describe_control_pairs(
     images = [item.path for item in media if item.kind == "image"]
     absolute = folder.absolute()
     neighbors = [source for source in _sources_in(absolute.parent) if source != absolute]
-    images_of_source = dict.fromkeys([*places.sources, *neighbors], images)
-    for training_folder in places.learned[1:]:  # without the media folder itself
+    images_of_source = dict.fromkeys([*folders_by_use.sources, *neighbors], images)
+    for training_folder in folders_by_use.training_folders[1:]:  # without the media folder itself
         inner_images = [path for path in images if path.parent == training_folder]
         images_of_source |= dict.fromkeys(_sources_in(training_folder), inner_images)
     lines: dict[Path, str] = {}
@@ -242,19 +250,21 @@ def _describe_control_pairs(
 
 
 def _describe_unused_sources(
-    places: SortedFolders, name: str, edits: str, described: Collection[Path]
+    folders_by_use: SortedFolders, name: str, edits: str, described: Collection[Path]
 ) -> list[str]:
     """Return lines about folders of references, for a model that does not edit images.
 
     `described` are folders about which there is a line already.
     """
-    inner_sources = [source for subfolder in places.learned[1:] for source in _sources_in(subfolder)]
+    inner_sources = [
+        source for subfolder in folders_by_use.training_folders[1:] for source in _sources_in(subfolder)
+    ]
     return [
         warning(
             f"{subfolder}: left out. A folder of this name holds what pictures are made from, and {name} "
             f"does not edit{edits}. If it is to be learned, rename it"
         )
-        for subfolder in (*places.sources, *inner_sources)
+        for subfolder in (*folders_by_use.sources, *inner_sources)
         if subfolder not in described and _media_in(subfolder)
     ]
 
@@ -274,13 +284,13 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
     The names of the folders that are used, and lines about those that are left out, are added to `content`.
     """
     candidates = [folder]
-    places = SortedFolders(learned=[], sources=[], regularising={})
+    folders_by_use = SortedFolders(training_folders=[], sources=[], regularization={})
     for subfolder in _folders(folder):
         if subfolder.is_symlink() and _leads_back(subfolder, folder):
             continue
         kind = subfolder.name.lower()
         if REFERENCES.fullmatch(kind):
-            places.sources.append(subfolder)
+            folders_by_use.sources.append(subfolder)
         elif kind in MASK_FOLDERS and real_path(subfolder) in content.masks.values():
             content.lines.append(f"{subfolder}: learned by its masks")
         elif kind in MASK_FOLDERS:
@@ -298,11 +308,11 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
     for subfolder in candidates:
         reason = _why_regularization(subfolder, folder, content.names)
         if reason is None:
-            places.learned.append(subfolder)
+            folders_by_use.training_folders.append(subfolder)
         else:
-            places.regularising[subfolder] = reason
-    places.regularising |= _find_outer_regularising(folder, content)
-    return places
+            folders_by_use.regularization[subfolder] = reason
+    folders_by_use.regularization |= _find_outer_regularising(folder, content)
+    return folders_by_use
 
 
 def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path, str]:
@@ -324,37 +334,37 @@ def _find_outer_regularising(folder: Path, content: FolderContent) -> dict[Path,
 
 
 def _describe_regularising(
-    place: Path, reason: str, content: FolderContent, facts: "ModelInfo", kind: RunKind
+    subfolder: Path, reason: str, content: FolderContent, model_info: "ModelInfo", kind: RunKind
 ) -> list[str]:
     """Return a line about a folder of regularization images, and note the folder if it is used.
 
     `reason` explains why its images are for regularization. `kind` is the kind of run.
     """
-    images = _files_in(place, image_suffixes())
+    images = _files_in(subfolder, image_suffixes())
     if not images:
         return []
     rename = "If they are to be learned as others, rename the folder"
     if kind.sees_controls or kind.learns_word:
-        text = f"{place}: left out, as {reason}, and {kind.title} learns nothing from such. {rename}"
+        text = f"{subfolder}: left out, as {reason}, and {kind.title} learns nothing from such. {rename}"
         return [warning(text)]
-    if not facts.regularises:
+    if not model_info.regularises:
         text = (
-            f"{place}: left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
+            f"{subfolder}: left out, as {reason}. A dataset file with [[datasets.subsets]] and is_reg = true "
             f"takes them (docs/image_datasets.md). {rename}"
         )
         return [warning(text)]
-    named = content.names.get(place)
+    named = content.names.get(subfolder)
     bare = [path for path in images if not caption_path(path, content.captions).exists()]
     if bare and named is None:
         text = (
-            f"{place}: left out: {name_some(bare)}: regularization pictures without a caption, in a folder "
-            "whose name has no class. Call it 1_man, with the word for the class, or give captions"
+            f"{subfolder}: left out: {name_some(bare)}: regularization pictures without a caption, in a "
+            "folder whose name has no class. Call it 1_man, with the word for the class, or give captions"
         )
         return [warning(text)]
-    content.regularising.append(place)
+    content.regularization.append(subfolder)
     count = count_of(len(images), "regularization picture")
     caption = f", `{named.words}` for those without a caption" if bare and named is not None else ""
-    return [f"{place}: {count} (is_reg){caption}, as {reason}. {rename}"]
+    return [f"{subfolder}: {count} (is_reg){caption}, as {reason}. {rename}"]
 
 
 def _leads_back(link: Path, folder: Path) -> bool:
@@ -373,14 +383,14 @@ def _name_of(folder: Path) -> FolderName | None:
     return name if name is not None and name.repeats < MAX_REPEATS and name.words.strip() else None
 
 
-def _why_regularization(place: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
+def _why_regularization(subfolder: Path, folder: Path, names: Mapping[Path, FolderName]) -> str | None:
     """Return the reason to use a folder's images for regularization; None if there is none."""
-    if place == folder:
+    if subfolder == folder:
         return None
-    for path in (place, place.parent):
+    for path in (subfolder, subfolder.parent):
         if path != folder and REGULARIZATION.fullmatch(path.name):
             return f"{path.name} is the name of a folder of regularization pictures"
-    name = names.get(place)
+    name = names.get(subfolder)
     if name is None:
         return None
     class_words = name.words.strip().lower()
@@ -418,11 +428,11 @@ def _files_in(folder: Path, suffixes: frozenset[str]) -> list[Path]:
     return []
 
 
-def _find_captions(places: Sequence[Path]) -> str:
+def _find_captions(folders_by_use: Sequence[Path]) -> str:
     """Return the most frequent suffix of the caption files."""
     suffixes = (CAPTIONS, *OTHER_CAPTIONS)
     counts = Counter[str]()
-    for folder in places:
+    for folder in folders_by_use:
         with contextlib.suppress(OSError):
             names = {path.name for path in folder.iterdir()}
             for path in _media_in(folder):
@@ -430,10 +440,10 @@ def _find_captions(places: Sequence[Path]) -> str:
     return max(suffixes, key=counts.__getitem__)  # the first suffix among equal counts
 
 
-def _describe_names(places: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
+def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
     """Return lines about folders whose names have a meaning for image trainers."""
     lines = []
-    for folder in places:
+    for folder in folders_by_use:
         if folder in names:
             name = names[folder]
             times = "once" if name.repeats == 1 else f"{name.repeats} times"
@@ -485,12 +495,12 @@ def _describe_deep(folders: Sequence[Path]) -> list[str]:
     return lines
 
 
-def _list_media(folder: Path, place: Path, content: FolderContent, facts: "ModelInfo") -> list[Path]:
+def _list_media(folder: Path, subfolder: Path, content: FolderContent, model_info: "ModelInfo") -> list[Path]:
     """Add the clips and images in a folder, and lines about its other files; return its audio files."""
     try:
-        paths = sorted(place.iterdir())
+        paths = sorted(subfolder.iterdir())
     except OSError as error:
-        content.lines.append(warning(f"{place}: left out, it cannot be listed ({error.strerror})"))
+        content.lines.append(warning(f"{subfolder}: left out, it cannot be listed ({error.strerror})"))
         return []
     suffixes = _media_suffixes()
     media: list[Path] = []
@@ -506,10 +516,10 @@ def _list_media(folder: Path, place: Path, content: FolderContent, facts: "Model
             media.append(path)
         else:
             other_files.setdefault(suffix, []).append(path)
-    if facts.learns_layers:
+    if model_info.learns_layers:
         media = _take_layers(media, content)
-    _add_media(media, content, facts)
-    content.lines += _describe_labels(folder, place, labels, content)
+    _add_media(media, content, model_info)
+    content.lines += _describe_labels(folder, subfolder, labels, content)
     audios = [path for suffix in AUDIO_SUFFIXES for path in other_files.get(suffix, [])]
     # also folders and hidden files with a media suffix, so that their captions are not reported as unused
     with_captions = [path for path in paths if path.suffix.lower() in suffixes]
@@ -582,12 +592,12 @@ def _is_material(path: Path) -> bool:
     return not is_written and not is_of_system and not path.is_dir()
 
 
-def _add_media(paths: Sequence[Path], content: FolderContent, facts: "ModelInfo") -> None:
+def _add_media(paths: Sequence[Path], content: FolderContent, model_info: "ModelInfo") -> None:
     """Add clips and images, and lines about files that cannot be read and captions that are not UTF-8."""
     encodings: list[str] = []
     for path in paths:
         try:
-            content.media.append(_measure(path, content, facts, encodings))
+            content.media.append(_measure(path, content, model_info, encodings))
         except MediaError as error:
             _leave_out(path, error, content)
     _warn_of_encodings(encodings, content)
@@ -667,13 +677,13 @@ def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
     return "neither media nor captions" if remedy is None else f"this kind is not read; {remedy}"
 
 
-def _add_audios(content: FolderContent, audios: Sequence[Path], facts: "ModelInfo") -> None:
+def _add_audios(content: FolderContent, audios: Sequence[Path], model_info: "ModelInfo") -> None:
     """Use audio files if there are no other media and the model supports that; else add a line about them."""
-    if facts.pairs_audios:
+    if model_info.pairs_audios:
         audios = [path for path in audios if not any(_is_named_like(path, clip) for clip in content.media)]
     if not audios:
         return
-    if content.media or not facts.learns_audios:
+    if content.media or not model_info.learns_audios:
         text = f"{name_some(audios)}: left out, this kind is not read; {AUDIO_HELP}"
         content.lines.append(warning(text))
         return
@@ -689,14 +699,14 @@ def _add_audios(content: FolderContent, audios: Sequence[Path], facts: "ModelInf
     _warn_of_encodings(encodings, content)
 
 
-def _measure(path: Path, content: FolderContent, facts: "ModelInfo", encodings: list[str]) -> Media:
+def _measure(path: Path, content: FolderContent, model_info: "ModelInfo", encodings: list[str]) -> Media:
     """Return a clip or an image with its size and caption.
 
     Raises:
         MediaError: If the file cannot be read.
     """
     caption = _find_caption(path, content, encodings)
-    is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (facts.learns_clips and is_animation(path))
+    is_moving = path.suffix.lower() in VIDEO_SUFFIXES or (model_info.learns_clips and is_animation(path))
     if not is_moving:
         return Media(path, "image", image_size(path), seconds=None, caption=caption)
     info = source_info(path)
@@ -783,24 +793,24 @@ def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: st
     content.new_captions[caption_path(picture, content.captions)] = caption
 
 
-def _find_references(folder: Path, places: SortedFolders, content: FolderContent) -> None:
+def _find_references(folder: Path, folders_by_use: SortedFolders, content: FolderContent) -> None:
     """Find each folder's references: in the folder, next to it, or next to the described folder."""
-    for training_folder in places.learned:
-        _find_references_of(training_folder, _list_sources(training_folder, folder, places), content)
-    for source in places.sources:
+    for training_folder in folders_by_use.training_folders:
+        _find_references_of(training_folder, _list_sources(training_folder, folder, folders_by_use), content)
+    for source in folders_by_use.sources:
         if source not in content.references.values() and _media_in(source):
             text = f"{source}: left out. No file there has the name of a picture next to it"
             content.lines.append(warning(text))
 
 
-def _list_sources(place: Path, folder: Path, places: SortedFolders) -> list[Path]:
+def _list_sources(place: Path, folder: Path, folders_by_use: SortedFolders) -> list[Path]:
     """Return folders that may hold a training folder's references: in it, or next to it or its parent."""
     absolute = folder.absolute()
     outer_sources = []
-    if not places.sources:
+    if not folders_by_use.sources:
         outer_sources = [source for source in _sources_in(absolute.parent) if source != absolute]
     inner_sources = [] if place == folder else _sources_in(place)
-    return [*inner_sources, *places.sources, *outer_sources]
+    return [*inner_sources, *folders_by_use.sources, *outer_sources]
 
 
 def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
@@ -810,11 +820,11 @@ def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
     it counts only if it has a control image for each image, if there are no other media next to it, and if no
     trigger word is given.
     """
-    places = _sort_folders(folder, FolderContent())
+    folders_by_use = _sort_folders(folder, FolderContent())
     parent = folder.absolute().parent
-    for training_folder in places.learned:
+    for training_folder in folders_by_use.training_folders:
         images = [path.stem for path in _files_in(training_folder, image_suffixes())]
-        for source in _list_sources(training_folder, folder, places):
+        for source in _list_sources(training_folder, folder, folders_by_use):
             if not CONTROLS.fullmatch(source.name):
                 continue
             missing = _without_reference(source, images)
@@ -839,21 +849,23 @@ def _list_other_media(folder: Path, source: Path) -> list[Path]:
     return [path for neighbor in (parent, *others) for path in _media_in(neighbor)]
 
 
-def _find_controls(folder: Path, places: SortedFolders, content: FolderContent, kind: RunKind) -> None:
+def _find_controls(
+    folder: Path, folders_by_use: SortedFolders, content: FolderContent, kind: RunKind
+) -> None:
     """For each image folder, use the first control folder that contains any of its control images.
 
     If images are their own control images, as the kind of run says, the image folder itself is used.
     """
-    for training_folder in places.learned:
+    for training_folder in folders_by_use.training_folders:
         if kind.controls_are_images:
             content.controls[training_folder] = training_folder
             continue
         images = [item.path.stem for item in content.media if item.path.parent == training_folder]
-        for source in _list_sources(training_folder, folder, places):
+        for source in _list_sources(training_folder, folder, folders_by_use):
             if len(_without_reference(source, images)) < len(images):
                 content.controls[training_folder] = source
                 break
-    for source in places.sources:
+    for source in folders_by_use.sources:
         if source not in content.controls.values() and _media_in(source):
             why = "No file there has the name of a picture next to it"
             if kind.controls_are_images:
@@ -873,9 +885,9 @@ def _leave_out_clips(content: FolderContent, kind: RunKind) -> None:
     content.media = [item for item in content.media if not item.is_clip]
 
 
-def _find_references_of(place: Path, sources: Sequence[Path], content: FolderContent) -> None:
+def _find_references_of(image_folder: Path, sources: Sequence[Path], content: FolderContent) -> None:
     """For a folder of images, use the first of the source folders that has a reference for any of them."""
-    media = [item for item in content.media if item.path.parent == place]
+    media = [item for item in content.media if item.path.parent == image_folder]
     images = [item.path.stem for item in media if item.kind == "image"]
     if not images:
         return
@@ -883,11 +895,11 @@ def _find_references_of(place: Path, sources: Sequence[Path], content: FolderCon
         without = _without_reference(source, images)
         if len(without) == len(images):
             continue
-        content.references[place] = source
-        content.lines += _describe_unused(place, source, content.media)
+        content.references[image_folder] = source
+        content.lines += _describe_unused(image_folder, source, content.media)
         if without:
             text = f"{len(without)} of {len(images)} pictures have no reference in {source}"
-            content.lines.append(f"{place}: {text}, such as {without[0]}: learned without one")
+            content.lines.append(f"{image_folder}: {text}, such as {without[0]}: learned without one")
         return
 
 
@@ -976,9 +988,9 @@ def _layout(folder: Path, name: str, media: Sequence[Media]) -> str:
     )
 
 
-def _describe_odd(content: FolderContent, facts: "ModelInfo") -> list[str]:
+def _describe_odd(content: FolderContent, model_info: "ModelInfo") -> list[str]:
     """Return lines about media that are used but may be unsuitable."""
-    minimum = facts.min_seconds
+    minimum = model_info.min_seconds
     long_enough = [item for item in content.media if item.seconds is None or item.seconds >= minimum]
     visible = [item for item in long_enough if item.kind != "audio"]
     lines = _describe_sizes(visible)
@@ -989,14 +1001,14 @@ def _describe_odd(content: FolderContent, facts: "ModelInfo") -> list[str]:
     originals = [path for path in images if path not in content.first_frames]
     transparent = [path for path in originals if _is_transparent(path)]
     if transparent:
-        learned = "which is learned" if facts.learns_alpha else "which is learned as white"
+        training_folders = "which is learned" if model_info.learns_alpha else "which is learned as white"
         lines.append(
-            f"{name_some(transparent)}: transparent in part, {learned}; alpha_mask = true in "
+            f"{name_some(transparent)}: transparent in part, {training_folders}; alpha_mask = true in "
             "dataset.toml leaves it out"
         )
-    if facts.hears:
+    if model_info.hears:
         silent = [item.path for item in visible if item.is_clip and _is_silent(item.path)]
-        if facts.pairs_audios:
+        if model_info.pairs_audios:
             silent = [path for path in silent if find_audio_beside(path) is None]
         if silent:
             lines.append(f"{name_some(silent)}: without sound: only the pictures are learned")
@@ -1054,7 +1066,7 @@ def _is_transparent(path: Path) -> bool:
 def _require_media(
     folder: Path,
     content: FolderContent,
-    facts: "ModelInfo",
+    model_info: "ModelInfo",
     *,
     name: str,
     alone: str,
@@ -1073,7 +1085,7 @@ def _require_media(
         raise DatasetError(
             f"{folder} has no clip and no picture that can be read. Give one that has.{alone}{remarks}"
         )
-    if facts.needs_reference and not content.references:
+    if model_info.needs_reference and not content.references:
         raise DatasetError(_layout(folder, name, content.media) + remarks)
     if kind.sees_controls and not content.controls:
         raise DatasetError(
@@ -1081,7 +1093,7 @@ def _require_media(
             f"has one. Put them into {folder / CONTROL_FOLDER}, under the names of the pictures. This draws "
             f"their edges: {as_typed([*DRAW_EDGES, str(folder / CONTROL_FOLDER), str(folder)])}{remarks}"
         )
-    needs_audio = facts.hears and not facts.pairs_audios
+    needs_audio = model_info.hears and not model_info.pairs_audios
     if needs_audio and not has_audios and not any(map(_has_audio, content.media)):
         raise DatasetError(
             f"{folder} has no sound, and {name} learns sound. Give clips that have some{instead}.{remarks}"

@@ -50,7 +50,7 @@ def find_caption_format(commands: Iterable[Sequence[str]]) -> str:
     return ""
 
 
-def make_caption_words(commands: Iterable[Sequence[str]]) -> list[str]:
+def make_caption_argv(commands: Iterable[Sequence[str]]) -> list[str]:
     """Return the command that writes captions in a run's folder, in the form that its model expects."""
     format = find_caption_format(commands)
     return [*WRITE_CAPTIONS, "--caption_format", format] if format else WRITE_CAPTIONS

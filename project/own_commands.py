@@ -61,25 +61,25 @@ def describe_own(options: NewOptions, model: ModelSet, files: Mapping[str, str])
     `files` are the model's, by their options.
     """
     paths = {f"{{{name}}}": path for name, path in files.items()}
-    words = _without_single(shlex.split(model.commands["generate"]))
-    words = [paths.get(word, word) for word in words]
-    words += ["--from_file", OWN_PROMPTS, "--save_path", OWN_FOLDER]
+    argv = _without_single(shlex.split(model.commands["generate"]))
+    argv = [paths.get(word, word) for word in argv]
+    argv += ["--from_file", OWN_PROMPTS, "--save_path", OWN_FOLDER]
     again = ["new", as_operand(options.folder / OWN_FOLDER), "--family", model.family]
     again += ["--task", model.task, "--train", ADAPTER.name]
     return [
         f"An adapter from the model's own pictures keeps its look. {OWN_PROMPTS} has these captions; in the "
         f"folder {options.folder} this makes the pictures, once the model is there:",
-        f"  {typed_in(words, options.folder)}",
+        f"  {typed_in(argv, options.folder)}",
         "and this describes them, with the prompts as captions:",
         f"  {own_command(*again)}",
     ]
 
 
-def _without_single(words: Sequence[str]) -> list[str]:
+def _without_single(argv: Sequence[str]) -> list[str]:
     """Return a command without the options in OF_ONE and their values."""
     remaining: list[str] = []
     is_dropped = False
-    for word in words:
+    for word in argv:
         if word.startswith("--"):
             is_dropped = word in OF_ONE
         if not is_dropped:

@@ -12,7 +12,7 @@ OWN_FOLDER, OWN_PROMPTS = "own", "own_prompts.txt"
 PROMPT = "bt_prompt"  # metadata key of generated files
 
 
-def take_prompts(content: FolderContent) -> None:
+def use_prompts_as_captions(content: FolderContent) -> None:
     """Take the prompts of generated images and clips as their captions, where these have none."""
     media = []
     count = 0

@@ -52,7 +52,7 @@ class PackSource:
     output: Path
     name: str  # name of the LoRA
     left_out: frozenset[Path]  # files and folders that are not packed
-    places: MachinePaths
+    machine_paths: MachinePaths
     own_models: tuple[str, ...]  # undownloadable model files, as packed paths
     prompts: Path | None
 
@@ -140,7 +140,7 @@ def read_described(folder: Path) -> PackSource:
         output=output,
         name=name,
         left_out=frozenset(map(real_path, left_out)),
-        places=MachinePaths(folder, models),
+        machine_paths=MachinePaths(folder, models),
         own_models=tuple(own_models),
         prompts=expand_path(str(samples), folder) if samples else None,
     )
@@ -250,28 +250,28 @@ def _relocate_texts(
         paths_outside: list[str] = []
         if member.path.suffix.lower() == ".toml":
             text, paths_outside, removed = _relocate_file(
-                relocate_toml, described.places, member.path, secret
+                relocate_toml, described.machine_paths, member.path, secret
             )
             dropped += removed
         elif described.prompts is not None and real_path(member.path) == real_path(described.prompts):
-            text, paths_outside, _ = _relocate_file(relocate_prompts, described.places, member.path)
+            text, paths_outside, _ = _relocate_file(relocate_prompts, described.machine_paths, member.path)
         elif member.path.parent == described.output and member.path.suffix == ".jsonl":
-            text = relocate_history(read_text(member.path, MAX_METADATA_BYTES), described.places)
+            text = relocate_history(read_text(member.path, MAX_METADATA_BYTES), described.machine_paths)
         elif member.path.suffix.lower() in LISTS:
-            paths_outside = find_own_names(member.path, described.places)
+            paths_outside = find_own_names(member.path, described.machine_paths)
         outside += [f"{member.path}: {path}" for path in paths_outside]
         relocated.append(member if text is None else replace(member, content=text.encode("utf-8")))
     if outside:
-        places = "\n  ".join(outside[:6])
+        machine_paths = "\n  ".join(outside[:6])
         raise OptionError(
-            f"the folder names places of this machine, which another one has not:\n  {places}\n"
+            f"the folder names places of this machine, which another one has not:\n  {machine_paths}\n"
             "Write paths inside the folder as relative ones, move what lies elsewhere into it, and run again"
         )
     return relocated, dropped
 
 
 def _relocate_file(
-    relocate: Callable[..., RelocatedText], places: MachinePaths, path: Path, *without: set[str]
+    relocate: Callable[..., RelocatedText], machine_paths: MachinePaths, path: Path, *without: set[str]
 ) -> RelocatedText:
     """Return the text of a file as changed by `relocate`.
 
@@ -279,7 +279,7 @@ def _relocate_file(
         OptionError: If the file cannot be read.
     """
     try:
-        return relocate(read_text(path), places, *without)
+        return relocate(read_text(path), machine_paths, *without)
     except (OSError, ValueError) as error:
         raise OptionError(
             f"{path} cannot be read: {error}. Correct it, or move it out of the folder"

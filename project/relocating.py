@@ -73,7 +73,7 @@ class RelocatedText(NamedTuple):
     removed: list[str]  # keys
 
 
-def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
+def relocate_toml(text: str, machine_paths: MachinePaths, without: Collection[str] = ()) -> RelocatedText:
     """Return a TOML text with relative paths; comments are kept.
 
     `without` are keys to remove from all tables.
@@ -88,7 +88,7 @@ def relocate_toml(text: str, places: MachinePaths, without: Collection[str] = ()
     paths_outside: list[str] = []  # as `key = value`; filled by `relocate`
 
     def relocate(key: str, value: str) -> str:
-        relocated = places.relocate(value)
+        relocated = machine_paths.relocate(value)
         if relocated is None:
             paths_outside.append(f"{key} = {value}")
             return value
@@ -126,7 +126,7 @@ def _remove_keys(values: Any, names: Collection[str]) -> list[str]:
     return removed
 
 
-def relocate_history(text: str, places: MachinePaths) -> str:
+def relocate_history(text: str, machine_paths: MachinePaths) -> str:
     """Return the lines of a run's history with the paths of this machine replaced inside all texts.
 
     Lines that cannot be read, such as the last one of a killed run, are dropped, as a resumed run does.
@@ -137,29 +137,29 @@ def relocate_history(text: str, places: MachinePaths) -> str:
             record = json.loads(line)
         except ValueError:
             continue
-        change_texts(record, lambda _, value: places.erase(value))
+        change_texts(record, lambda _, value: machine_paths.erase(value))
         lines.append(f"{json.dumps(record)}\n")
     return "".join(lines)
 
 
-def find_own_names(path: Path, places: MachinePaths) -> list[str]:
+def find_own_names(path: Path, machine_paths: MachinePaths) -> list[str]:
     """Return a text for each line of a list of files that contains a path of this machine."""
     names = []
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
-            match = places.shown.search(line.decode("utf-8", "replace"))
+            match = machine_paths.shown.search(line.decode("utf-8", "replace"))
             if match is not None:
                 names.append(f"line {number} has {match[0]}")
     return names
 
 
-def relocate_prompts(text: str, places: MachinePaths) -> RelocatedText:
+def relocate_prompts(text: str, machine_paths: MachinePaths) -> RelocatedText:
     """Return prompt lines with relative paths."""
     outside: list[str] = []
 
     def relocate(match: re.Match[str]) -> str:
         word = match["quoted"] or match["plain"]
-        moved = places.relocate(word)
+        moved = machine_paths.relocate(word)
         if moved is None and len(Path(word).parts) > 2:
             outside.append(word)
         return match[0] if moved is None else match[0].replace(word, moved)

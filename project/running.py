@@ -41,7 +41,7 @@ from project.options import (
     as_operand,
     find_models,
     find_own_script,
-    make_caption_words,
+    make_caption_argv,
     own_command,
     script_family,
     typed_in,
@@ -140,12 +140,12 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
     print_lines([f"In the folder {project.folder}:"])
     commands = [project.download, *project.commands] if project.missing else project.commands
     if options.dry_run:
-        for words in commands:
-            _print_command(words, project.folder)
+        for argv in commands:
+            _print_command(argv, project.folder)
         return
-    again = ["run", str(project.folder), *options.words[2:]]
+    repeat_argv = ["run", str(project.folder), *options.words[2:]]
     end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
-    trace.begin(again, output=project.output, name=project.name, steps=project.steps)
+    trace.begin(repeat_argv, output=project.output, name=project.name, steps=project.steps)
     left_out = _run_until_one_fails(commands, project, trace)
     _print_ending(project, left_out)
 
@@ -185,8 +185,8 @@ def _explain_missing(project: Project, models: Path) -> str:
     )
 
 
-def _print_command(words: Sequence[str], folder: Path) -> None:
-    print_lines(["", f"$ {typed_in(words, folder)}"])
+def _print_command(argv: Sequence[str], folder: Path) -> None:
+    print_lines(["", f"$ {typed_in(argv, folder)}"])
     sys.stdout.flush()
 
 
@@ -202,17 +202,17 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
     is_checked = was_checked(project.folder, project.commands, project.files)
     if is_checked:
         print_lines(["Checked already, and nothing has changed since: it is not checked again."])
-    for words in commands:
-        if is_checked and "--check" in words:
+    for argv in commands:
+        if is_checked and "--check" in argv:
             continue
-        _print_command(words, project.folder)
-        trace.note(words)
-        if _is_check_of_media(words):
-            left_out = _check_before_caching(words, project)
+        _print_command(argv, project.folder)
+        trace.note(argv)
+        if _is_check_of_media(argv):
+            left_out = _check_before_caching(argv, project)
         else:
-            with trace.follow(words) as progress:
-                _run_or_exit(words, project.folder, may_leave_out=bool(left_out), progress=progress)
-        if words == project.download and project.missing:
+            with trace.follow(argv) as progress:
+                _run_or_exit(argv, project.folder, may_leave_out=bool(left_out), progress=progress)
+        if argv == project.download and project.missing:
             raise OptionError(
                 f"{project.missing[0]} is still missing: correct its path in {project.folder / RUN_FILE}"
             )
@@ -235,18 +235,18 @@ def check_project(project: Project) -> None:
         _check_training(project)
     has_errors = False
     left_out: list[str] = []
-    for words in project.commands:
-        if "--check" not in words:
+    for argv in project.commands:
+        if "--check" not in argv:
             continue
-        _print_command(words, project.folder)
-        if _is_check_of_media(words):
-            outcome = _check_media(words, project.folder, project.validation)
+        _print_command(argv, project.folder)
+        if _is_check_of_media(argv):
+            outcome = _check_media(argv, project.folder, project.validation)
             if outcome.fault_kinds:
-                _explain(words, project.folder, outcome.fault_kinds)
+                _explain(argv, project.folder, outcome.fault_kinds)
             has_errors |= bool(outcome.fault_kinds)
             left_out += outcome.left_out
         else:
-            has_errors |= bool(run_command(words, project.folder))
+            has_errors |= bool(run_command(argv, project.folder))
     if has_errors:
         raise SystemExit(1)
     if not left_out and not project.missing:
@@ -254,15 +254,15 @@ def check_project(project: Project) -> None:
     print_lines(["", f"The run can begin: {own_command('run', as_operand(project.folder))}"])
 
 
-def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
+def _check_before_caching(argv: Sequence[str], project: Project) -> list[str]:
     """Check the training's options and the media; return lines about the files that are left out.
 
-    Exits with code 1 if an error would end the run. `words` is the command that checks media.
+    Exits with code 1 if an error would end the run. `argv` is the command that checks media.
     """
     _check_training(project)
-    outcome = _check_media(words, project.folder, project.validation)
+    outcome = _check_media(argv, project.folder, project.validation)
     if outcome.fault_kinds:
-        _explain(words, project.folder, outcome.fault_kinds)
+        _explain(argv, project.folder, outcome.fault_kinds)
         raise SystemExit(1)
     if outcome.left_out:
         print_lines([f"Going on without {len(outcome.left_out)} that cannot be read."])
@@ -270,20 +270,20 @@ def _check_before_caching(words: Sequence[str], project: Project) -> list[str]:
 
 
 def _run_or_exit(
-    words: Sequence[str], folder: Path, may_leave_out: bool, progress: Path | None = None
+    argv: Sequence[str], folder: Path, may_leave_out: bool, progress: Path | None = None
 ) -> None:
     """Run a command; exit with its code if it fails.
 
     With `may_leave_out`, a command that leaves files out has not failed, because the check has already
     reported these files. `progress` is explained in `run_command`.
     """
-    code = run_command(words, folder, progress)
+    code = run_command(argv, folder, progress)
     leaves_out = code == installation.SOURCES_LEFT_OUT
     if not code or (leaves_out and may_leave_out):
         return
     if code == INTERRUPTED:
         raise KeyboardInterrupt
-    _explain(words, folder)
+    _explain(argv, folder)
     raise SystemExit(1 if leaves_out else code)
 
 
@@ -305,8 +305,8 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
     except FileNotFoundError:
         if not folder.is_dir():
             raise OptionError(f"{folder}: there is no such folder. Correct the path") from None
-        words = own_command("new", as_operand(folder))
-        raise OptionError(f"{path}: there is no such file. Describe the folder first: {words}") from None
+        argv = own_command("new", as_operand(folder))
+        raise OptionError(f"{path}: there is no such file. Describe the folder first: {argv}") from None
     except (OSError, KeyError, TypeError, ValueError, OverflowError) as error:
         reason = f"it has no {error}" if isinstance(error, KeyError) else error
         raise OptionError(
@@ -319,16 +319,16 @@ def _read_project(place: Path, typed: Mapping[str, Any]) -> Project:
     check_output_name(option, project.name, is_new=not has_begun)
     if project.logs is not None:
         reject_outside("logging_dir", project.logs)
-    for words_of_command in (project.download, *project.commands):
-        _require_script(words_of_command)
-    typed_words = option_words({f"--{name}": value for name, value in typed.items()})
-    return _extend_training(replace(project, folder=real_path(folder)), typed_words)
+    for argv_of_command in (project.download, *project.commands):
+        _require_script(argv_of_command)
+    typed_argv = option_words({f"--{name}": value for name, value in typed.items()})
+    return _extend_training(replace(project, folder=real_path(folder)), typed_argv)
 
 
-def _extend_training(project: Project, words: Sequence[str]) -> Project:
+def _extend_training(project: Project, argv: Sequence[str]) -> Project:
     """Return the project with more words added to its last command, the training."""
     *first_commands, training = project.commands
-    return replace(project, commands=[*first_commands, [*training, *words]])
+    return replace(project, commands=[*first_commands, [*training, *argv]])
 
 
 def _find_described_folder(place: Path) -> Path:
@@ -348,7 +348,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     """Read the tables of run.toml. Raises KeyError, TypeError, ValueError or OverflowError if malformed."""
     project_table = tables[OTHERS_TABLE]
     values = {**tables["training"], **typed}
-    download, *commands = [list(map(str, words)) for words in project_table["commands"]]
+    download, *commands = [list(map(str, argv)) for argv in project_table["commands"]]
     output = expand_path(str(values["output_dir"]), folder)
     name = str(values["output_name"])
     logs = None
@@ -357,7 +357,7 @@ def _parse_project(folder: Path, tables: Mapping[str, Any], typed: Mapping[str, 
     files = [str(file) for file in project_table["files"]]
     model = _model_metadata(values, commands)
     seed = int(values.get("validation_seed", values.get("seed", 0)))
-    validation = float(values.get("validation_split", 0)), seed
+    validation = (float(values.get("validation_split", 0)), seed)
     steps = None
     if "max_train_epochs" not in values:
         steps = int(values["max_train_steps"])
@@ -382,9 +382,9 @@ def _model_metadata(values: Mapping[str, Any], commands: Sequence[Sequence[str]]
     """Return the entries in a trained file's metadata that identify the model of a training."""
     names = ("network_module", "task", "model_version", "ltx_mode")
     chosen = {name: str(values[name]) for name in names if name in values}
-    for words in commands:
+    for argv in commands:
         with contextlib.suppress(KeyError, IndexError):
-            record = with_scripts()[script_family(words)].options_record("Training")
+            record = with_scripts()[script_family(argv)].options_record("Training")
             chosen = in_one_spelling(record, chosen)
     return {f"ss_{name}": value for name, value in chosen.items()}
 
@@ -449,12 +449,12 @@ def _download_words(project: Project, models: Path) -> str:
     return "--download" if is_allowed else as_typed(["--download", "--models", str(target)])
 
 
-def _download_size(words: Sequence[str]) -> str:
+def _download_size(argv: Sequence[str]) -> str:
     """Return the size of the model that a command downloads, in brackets; "" for an unknown model."""
-    typed = _list_typed_values(words)
-    for model in find_models("--fp8_encoders" in words):
+    typed = _list_typed_values(argv)
+    for model in find_models("--fp8_encoders" in argv):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
-            behind = itertools.dropwhile(lambda word: word != "--without", words)
+            behind = itertools.dropwhile(lambda word: word != "--without", argv)
             names = itertools.takewhile(
                 lambda word: not word.startswith("--"), itertools.islice(behind, 1, None)
             )
@@ -465,14 +465,14 @@ def _download_size(words: Sequence[str]) -> str:
     return ""
 
 
-def _list_typed_values(words: Sequence[str]) -> dict[str, str]:
+def _list_typed_values(argv: Sequence[str]) -> dict[str, str]:
     """Return a dictionary from each word of a command to the word after it."""
-    return dict(itertools.pairwise(words))
+    return dict(itertools.pairwise(argv))
 
 
-def _is_check_of_media(words: Sequence[str]) -> bool:
+def _is_check_of_media(argv: Sequence[str]) -> bool:
     with contextlib.suppress(KeyError, IndexError):
-        return "--check" in words and bool(script_family(words))
+        return "--check" in argv and bool(script_family(argv))
     return False
 
 
@@ -481,9 +481,9 @@ def _check_training(project: Project) -> None:
 
     Raises OptionError if the script rejects them.
     """
-    words = project.commands[-1]
+    argv = project.commands[-1]
     process = subprocess.run(
-        [sys.executable, *installation.program_words(_require_script(words)), *words[2:]],
+        [sys.executable, *installation.program_words(_require_script(argv)), *argv[2:]],
         cwd=project.folder,
         env=installation.program_environment(**{installation.RUN_GOES_ON: installation.RUN_CHECKS}),
         stdin=subprocess.DEVNULL,
@@ -495,7 +495,7 @@ def _check_training(project: Project) -> None:
         raise OptionError(message_of(process.stderr))
 
 
-def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
+def _check_media(argv: Sequence[str], folder: Path, validation: tuple[float, int] = (0.0, 0)) -> MediaCheck:
     """Check the media with the script that caches latents.
 
     `validation` is the training's fraction of validation files and the seed that selects them.
@@ -523,26 +523,26 @@ def _check_media(words: Sequence[str], folder: Path, validation: tuple[float, in
             errors.extend(table.faults)
 
     with contextlib.chdir(folder):
-        cache_family_latents(script_family(words), None, list(words[2:]), check)
+        cache_family_latents(script_family(argv), None, list(argv[2:]), check)
     ending = [error.kind for error in errors if error.kind != UNREADABLE and error.ends_run]
     if ending:
         return MediaCheck(fault_kinds=list(dict.fromkeys(ending)), left_out=[])
     return MediaCheck(fault_kinds=[], left_out=[error.text for error in errors])
 
 
-def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
+def _explain(argv: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> None:
     """Print what to do after a check has failed.
 
     `kinds` are the kinds of errors that it found.
     """
-    if "--check" not in words:
+    if "--check" not in argv:
         return
     print_lines(["", f"Correct what is listed above in the folder {folder}, then run this again."])
     if any(kind in BAD_CAPTIONS for kind in kinds):
         print_lines(
             [
                 "Captions in another encoding are converted by this, in that folder:",
-                f"  {typed_in([*words, '--repair_captions'], folder)}",
+                f"  {typed_in([*argv, '--repair_captions'], folder)}",
             ]
         )
     if any(kind in NO_CAPTIONS for kind in kinds):
@@ -550,22 +550,22 @@ def _explain(words: Sequence[str], folder: Path, kinds: Sequence[str] = ()) -> N
             [
                 f"Captions that are missing are written by a model ({CAPTION_MODEL}, {CAPTION_MODEL_SIZE} to "
                 "download), in that folder:",
-                f"  {typed_in(make_caption_words([words]), folder)}",
+                f"  {typed_in(make_caption_argv([argv]), folder)}",
                 'or add class_tokens = "WORD" to the table in dataset.toml: a made-up word in their place.',
             ]
         )
 
 
-def _require_script(words: Sequence[str]) -> Path:
+def _require_script(argv: Sequence[str]) -> Path:
     """Return the script of a command.
 
     Raises:
         OptionError: If no run uses this script: run.toml may come from somebody else.
     """
-    script = find_own_script(words)
+    script = find_own_script(argv)
     if script is None or script not in _scripts_of_runs():
         raise OptionError(
-            f"{as_typed(words)} is no command of a run, which downloads, caches, trains and generates. "
+            f"{as_typed(argv)} is no command of a run, which downloads, caches, trains and generates. "
             f"Correct {RUN_FILE}."
         )
     return script
@@ -581,7 +581,7 @@ def _scripts_of_runs() -> set[Path | None]:
     return scripts | {installation.find_script(name) for name in kinds_by_script()}
 
 
-def run_command(words: Sequence[str], folder: Path, progress: Path | None = None) -> int:
+def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None) -> int:
     """Run one of our scripts as a program in a folder and return its exit code.
 
     The program writes its progress to the file `progress`. It gets Ctrl-C directly from the terminal; this
@@ -590,13 +590,13 @@ def run_command(words: Sequence[str], folder: Path, progress: Path | None = None
     Raises:
         OptionError: If the command does not run one of our scripts.
     """
-    script = _require_script(words)
+    script = _require_script(argv)
     interrupts: list[int] = []
     variables = {installation.RUN_GOES_ON: "1"}
     if progress is not None:
         variables[installation.PROGRESS] = str(progress)
     environment = installation.program_environment(**variables)
-    program = [sys.executable, *installation.program_words(script), *words[2:]]
+    program = [sys.executable, *installation.program_words(script), *argv[2:]]
     with subprocess.Popen(program, cwd=folder, env=environment) as process:
 
         def end(*_: Any) -> None:
@@ -611,4 +611,6 @@ def run_command(words: Sequence[str], folder: Path, progress: Path | None = None
         finally:
             signal.signal(signal.SIGINT, default_interrupt)
             signal.signal(signal.SIGTERM, default_end)
-    return INTERRUPTED if interrupts else abs(code)
+    if interrupts:
+        return INTERRUPTED
+    return abs(code)  # a negative code is the number of the signal that killed the program

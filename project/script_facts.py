@@ -14,10 +14,10 @@ from modules.errors import OptionError
 from modules.help_text import DescribedOption, describe_options
 from modules.option_tables import find_table
 from modules.table_parser import build_parser
-from project.foreign.contract import number, read_switch, whole
+from project.foreign.contract import integer, number, read_switch
 
 SECONDS = 60  # time limit for a script to read its options
-NUMBERS = {"whole": whole(-(2**40), 2**40), "number": number(-1e12, 1e12)}
+NUMBERS = {"whole": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,17 @@ def _read_default(option: DescribedOption) -> Any:
     return option.default or None
 
 
-def check_options(name: str, words: Sequence[str], folder: Path) -> str | None:
+def check_options(name: str, argv: Sequence[str], folder: Path) -> str | None:
     """Return the message with which a script rejects its options; None if it accepts them.
 
     The script runs in `folder`, and ends after reading its options, before torch loads.
     """
-    process = _run_script(
-        name, words, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"}
-    )
+    process = _run_script(name, argv, folder, {installation.ONLY_OPTIONS: "1", installation.RUN_GOES_ON: "1"})
     return message_of(process.stderr) if process.returncode else None
 
 
 def _run_script(
-    name: str, words: Sequence[str], folder: Path, variables: Mapping[str, str]
+    name: str, argv: Sequence[str], folder: Path, variables: Mapping[str, str]
 ) -> "subprocess.CompletedProcess[str]":
     """Run a script of this program and return its output. Raises OptionError if it cannot be started."""
     script = installation.find_script(name)
@@ -114,7 +112,7 @@ def _run_script(
         raise OptionError(f"{name}: there is no such script")
     try:
         return subprocess.run(
-            [sys.executable, *installation.program_words(script), *words],
+            [sys.executable, *installation.program_words(script), *argv],
             cwd=folder,
             env=installation.program_environment(**variables),
             stdin=subprocess.DEVNULL,

@@ -32,15 +32,15 @@ STEPS = {
 }
 
 
-def describe_step(words: Sequence[str]) -> str:
+def describe_step(argv: Sequence[str]) -> str:
     """Return what a command of a run does, such as `caching latents`."""
-    name = "".join(words[1:2])
+    name = "".join(argv[1:2])
     if name in kinds_by_script():
         return TRAINING
     script = Path(name).stem
     for end, (doing, checking) in STEPS.items():
         if script.endswith(end):
-            return checking if "--check" in words else doing
+            return checking if "--check" in argv else doing
     return script
 
 
@@ -63,18 +63,18 @@ class RunTrace:
         self._step = ""  # what the current command does
         self._since = 0.0  # start time of the current command
 
-    def begin(self, again: Sequence[str], output: Path, name: str, steps: int | None) -> None:
+    def begin(self, repeat_argv: Sequence[str], output: Path, name: str, steps: int | None) -> None:
         """Start the history.
 
         Args:
-            again: Words after `reelsmith` that repeat the run.
+            repeat_argv: Words after `reelsmith` that repeat the run.
             output: Output folder of the training.
             name: Name of the trained files.
             steps: Number of steps of the training.
         """
-        words = command_words(["python", FRONT_SCRIPT, *again])
+        argv = command_words(["python", FRONT_SCRIPT, *repeat_argv])
         note = "It continues where it ended."
-        command = ["Run it again", shlex.join(words), quote_for_powershell(words), note]
+        command = ["Run it again", shlex.join(argv), quote_for_powershell(argv), note]
         start = Start(
             model="",
             total_steps=steps or 0,
@@ -89,9 +89,9 @@ class RunTrace:
             self._history.add(0, started=asdict(start))
             self._history.add(0, commands=[command])
 
-    def note(self, words: Sequence[str]) -> None:
+    def note(self, argv: Sequence[str]) -> None:
         """Note which command begins now."""
-        self._step, self._since = describe_step(words), time.time()
+        self._step, self._since = describe_step(argv), time.time()
         if self._history is not None:
             with self._guarded():
                 self._history.add(0, message=self._step, level="info")
@@ -99,12 +99,12 @@ class RunTrace:
                 self._history.flush()
 
     @contextmanager
-    def follow(self, words: Sequence[str]) -> Iterator[Path | None]:
+    def follow(self, argv: Sequence[str]) -> Iterator[Path | None]:
         """Yield the file to which a command of a run writes its progress; show the progress meanwhile.
 
         Yields None for the training, which writes a history of its own.
         """
-        step = describe_step(words)
+        step = describe_step(argv)
         if self._history is None or step == TRAINING:
             yield None
             return
@@ -125,11 +125,11 @@ class RunTrace:
         shown = ""
         while not is_over.wait(SHOWN_EVERY):
             progress = read_progress(path)
-            words = "" if progress is None else f"{step}: {describe_progress(progress)}"
-            if self._history is not None and words not in ("", shown):
-                shown = words
+            argv = "" if progress is None else f"{step}: {describe_progress(progress)}"
+            if self._history is not None and argv not in ("", shown):
+                shown = argv
                 with self._guarded():
-                    self._history.add(0, doing=words)
+                    self._history.add(0, doing=argv)
                     self._history.flush()
 
     def end(self, reason: str, kind: str) -> None:

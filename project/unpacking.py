@@ -221,11 +221,11 @@ def _describe(folder: Path, models: Sequence[str], options: UnpackOptions) -> li
     size = as_size(sum(path.stat().st_size for path in paths))
     lines = [f"{folder}: {count_of(len(paths), 'file')}, {size}"]
     missing = [file for file in models if not path_exists(expand_path(file, folder))]
-    words = ["run", as_operand(folder)]
+    argv = ["run", as_operand(folder)]
     if missing:
         lines.append(
             f"models that are missing: {list_some(missing)}. `run --download` loads those that are released; "
             "copy your own there"
         )
-        words += download_options(options.models)
-    return [*lines, f"Next: {own_command(*words)}"]
+        argv += download_options(options.models)
+    return [*lines, f"Next: {own_command(*argv)}"]

@@ -539,8 +539,8 @@ def weigh_rows(rows: Tensor | list[Tensor], weights: Sequence[float]) -> Tensor:
         weights: Weights of the prompt's tokens, at most L.
     """
     assert isinstance(rows, Tensor)
-    takes_weights = rows.clone()
+    weighted = rows.clone()
     factors = torch.tensor(weights, dtype=torch.float32, device=rows.device)
     factors = factors.reshape(-1, *[1] * (rows.ndim - 1))
-    takes_weights[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
-    return takes_weights
+    weighted[: len(weights)] = (rows[: len(weights)].float() * factors).to(rows.dtype)
+    return weighted

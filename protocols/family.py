@@ -215,13 +215,13 @@ class DitSpec:
         Args:
             counts: Number of blocks in each list.
         """
-        places = list(range(sum(counts)))
+        indices = list(range(sum(counts)))
         if not self.side_list:
-            return places
+            return indices
         main, side = counts
         share = ceil_div(main, max(side, 1))  # blocks of the main list per block of the side list
         # side block k gets the sort key k * share - 0.5, just before main block k * share
-        return sorted(places, key=lambda place: place if place < main else (place - main) * share - 0.5)
+        return sorted(indices, key=lambda index: index if index < main else (index - main) * share - 0.5)
 
     def in_order(self, dit: nn.Module) -> list[nn.Module]:
         """Return all blocks of a network in the order in which they run."""

@@ -124,11 +124,11 @@ class FewSteps:
             split_name = _with_underscores(re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name))  # CamelCase too
             if self.unless and re.search(self.unless, split_name):
                 return Verdict(False, where)
-            plain = _GUIDED.sub("", _with_underscores(name))
+            without_guidance_words = _GUIDED.sub("", _with_underscores(name))
             # "de-distilled" contains "distilled": such words are removed before the search
-            if distilled.search(_UNDONE.sub("", plain)):
+            if distilled.search(_UNDONE.sub("", without_guidance_words)):
                 return Verdict(True, where)
-            if _UNDONE.search(plain):
+            if _UNDONE.search(without_guidance_words):
                 return Verdict(False, where)
         return None
 

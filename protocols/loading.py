@@ -43,12 +43,12 @@ class TensorInfo:
         """Size of the tensor in the file, in bytes; packed if the file packs it."""
         return math.prod((self.packing or self).shape) * self.dtype.itemsize  # of the tensor in the file
 
-    def read(self, file: BinaryIO, place: int, scratch: Tensor, path: Path, name: str) -> Tensor:
+    def read(self, file: BinaryIO, offset: int, scratch: Tensor, path: Path, name: str) -> Tensor:
         """Read the tensor from a file into `scratch` and return it.
 
         Args:
             file: The open file.
-            place: Offset of the tensor's first byte.
+            offset: Offset of the tensor's first byte.
             scratch: Memory to read into, uint8.
             path: Path of the file, for messages.
             name: Name of the tensor, for messages.
@@ -56,12 +56,12 @@ class TensorInfo:
         Raises:
             CheckpointError: If the file ends too soon.
         """
-        room = scratch[: self.size_bytes]
-        file.seek(place)
-        if file.readinto(memoryview(cast(Any, room.numpy()))) != len(room):  # type: ignore[attr-defined]
+        target = scratch[: self.size_bytes]
+        file.seek(offset)
+        if file.readinto(memoryview(cast(Any, target.numpy()))) != len(target):  # type: ignore[attr-defined]
             text = f"{path} ends inside {name}: it was cut short while being read. Copy it again."
             raise CheckpointError(text, path)
-        return room.view(self.dtype).view((self.packing or self).shape)
+        return target.view(self.dtype).view((self.packing or self).shape)
 
     def hollow(self) -> Tensor:
         """Return an empty tensor of the same shape and dtype on the meta device."""

@@ -48,7 +48,7 @@ def find_error(word: str) -> str:
             "ends with a digit: with one behind it, a word means one of its vectors. Give another, such as "
             f"{word.rstrip('0123456789') or 'mycat'}"
         )
-    strange = next((character for character in word if character in STRANGE), None)
-    if strange is not None:
-        return f"holds {strange}, which prompts or file names read otherwise. Give a word of letters, - and _"
+    misread = next((character for character in word if character in STRANGE), None)
+    if misread is not None:
+        return f"holds {misread}, which prompts or file names read otherwise. Give a word of letters, - and _"
     return ""

@@ -208,7 +208,7 @@ def size_of(request: Request, usual: SamplingDefaults) -> tuple[int, int, int]:
 
 def settle(
     request: Request,
-    usual: SamplingDefaults,
+    defaults: SamplingDefaults,
     size: tuple[int, int, int],
     flow_shift: float,
     default_negative: str | None,
@@ -220,7 +220,7 @@ def settle(
 
     Args:
         request: The request.
-        usual: Default settings of the family.
+        defaults: Default settings of the family.
         size: Width, height and number of frames.
         flow_shift: Time shift of the schedule.
         default_negative: Negative prompt for requests without one; None: such a request runs without
@@ -229,8 +229,8 @@ def settle(
             there is none, it uses the shared scale.
     """
     width, height, frames = size
-    shared_scale = usual.guidance_scale if request.guidance_scale is None else request.guidance_scale
-    scale_by_expert = {**usual.expert_guidance, **request.expert_guidance}
+    shared_scale = defaults.guidance_scale if request.guidance_scale is None else request.guidance_scale
+    scale_by_expert = {**defaults.expert_guidance, **request.expert_guidance}
     scales = tuple(scale_by_expert.get(expert.name, shared_scale) for expert in experts)
     for name in request.expert_guidance.keys() - {expert.name for expert in experts}:
         logger.warning("--guidance_scale_%s is ignored because --dit_%s is not given", name, name)
@@ -240,7 +240,7 @@ def settle(
             "the guidance scale of %r is ignored because it has no negative prompt (--n)", request.prompt
         )
         scales = (1.0,) * len(scales)
-    embedded = usual.embedded_guidance
+    embedded = defaults.embedded_guidance
     if embedded is not None and request.embedded_guidance is not None:
         embedded = request.embedded_guidance
     prompts = Prompts(
@@ -256,9 +256,9 @@ def settle(
         width=width,
         height=height,
         frames=frames,
-        steps=request.steps or usual.steps,
-        fps=request.fps or usual.fps,
-        solver=request.solver or usual.solver,
+        steps=request.steps or defaults.steps,
+        fps=request.fps or defaults.fps,
+        solver=request.solver or defaults.solver,
         flow_shift=flow_shift,
         guidance_scale=scales,
         embedded_guidance=embedded,

@@ -321,22 +321,22 @@ def kept_characters(ends: Sequence[int], maximum: int, length: int) -> int:
     return length if len(ends) <= maximum else max(ends[:maximum], default=0)
 
 
-def token_weights(text: str, places: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
+def token_weights(text: str, tokens: Sequence[Place], spans: Sequence[tuple[int, int, float]]) -> list[float]:
     """Return the weight of each token: the weight of the span that contains its first character, else 1.
 
     Blanks at the start of a token are ignored.
 
     Args:
         text: Text that was tokenized.
-        places: Start and end of each token in `text`, in characters; None for special tokens.
+        tokens: Start and end of each token in `text`, in characters; None for special tokens.
         spans: Start, end and weight in characters, sorted, as in `Prompt`.
     """
     span_starts = [start for start, _, _ in spans]
     weights = []
-    for place in places:
+    for token in tokens:
         weight = 1.0
-        if place is not None:
-            start, end = place
+        if token is not None:
+            start, end = token
             visible = (index for index in range(start, end) if not text[index].isspace())
             first = next(visible, start)
             # the last span that starts at this character or before it

@@ -97,8 +97,11 @@ class GivenTokens:
     audio: Tensor | None = None  # B 1 T 1; None: all audio latents are noisy
     keyframes: Tensor | None = None  # clean latents, B C K H W, with the values that caches store
     places: tuple[int, ...] = ()  # frame of the clip for each of the K keyframes
-    keyframe_shares: tuple[int, ...] = ()  # share of each of `keyframes`, 0 to WHOLE
+    # share of each of `keyframes` in each clip, 0 to WHOLE, B K int16; 0: noise alone takes its place
+    keyframe_shares: Tensor | None = None
     keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all keyframes are clean
+    # number of the last latent frames that are keyframes made from noise; the network marks them
+    num_generated: int = 0
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
         """Return a copy with `move` applied to every tensor."""

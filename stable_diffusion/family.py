@@ -798,10 +798,12 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
     from stable_diffusion.inversion_learning import MODULE, learn_alone, learn_extended  # only to train one
     from stable_diffusion.layer_texts import list_cross_attentions
 
-    with model.files.opened() as release:
+    # only the text encoders and the layers matter, so any input channels of the U-Net will do
+    files = replace(model.files, unet_input=UnetInput.ANY)
+    with files.opened() as release:
         layers = list_cross_attentions(release.unet.sources)
     word = model.options.word
-    made = learn_alone(learn_extended(word, model.files, list(layers)), model.options, XTI_OPTION)
+    made = learn_alone(learn_extended(word, files, list(layers)), model.options, XTI_OPTION)
     taught = model.with_word_in_texts(word)
     assert taught.learning_texts is not None  # as for each training
     learning = replace(taught.learning_texts, layers=layers)

@@ -171,13 +171,15 @@ SETTINGS: dict[str, Setting] = {
     "log_config": Setting(also=LOGS),
     "log_with": Setting(("tensorboard", "--logging_dir", "logs")),
     "on_end": Setting((f"{sys.executable} end.py",)),
-    "score_samples": Setting(("model",), also=PROMPTS, shows="the samples are not scored any more"),
+    "score_samples": Setting(("scorer",), also=PROMPTS, shows="the samples are not scored any more"),
     "score_likeness_model": Setting(
-        ("model",), also=(*PROMPTS, "--score_samples", "model"), shows="likeness by model"
+        ("scorer",), also=(*PROMPTS, "--score_samples", "scorer"), shows="likeness by scorer"
     ),
-    "score_tagger": Setting(("model",), also=(*PROMPTS, "--score_samples", "model"), shows="tags by model"),
+    "score_tagger": Setting(
+        ("scorer",), also=(*PROMPTS, "--score_samples", "scorer"), shows="tags by scorer"
+    ),
     "score_device": Setting(
-        ("meta",), also=(*PROMPTS, "--score_samples", "model"), shows="nothing here computes on meta"
+        ("meta",), also=(*PROMPTS, "--score_samples", "scorer"), shows="nothing here computes on meta"
     ),
     "metadata_reso": Setting(("832,480",)),
     "sdpa": Setting(),

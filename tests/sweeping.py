@@ -147,6 +147,9 @@ def write_project(family: TinyFamily, folder: Path, kind: str) -> None:
     (project / "colours").mkdir()
     (project / "colours" / "colour.txt").write_text("red\nblue\n", encoding="utf-8")
     (project / "end.py").write_text("open('ended', 'w').close()\n", encoding="utf-8")
+    (project / "scorer").mkdir()  # a folder that only looks like a model that scores samples
+    for name in ("config.json", "model.onnx"):
+        (project / "scorer" / name).write_text("{}", encoding="utf-8")
     (project / "options.toml").write_text("network_alpha = 2\n", encoding="utf-8")
     (project / "slider.toml").write_text(SLIDER, encoding="utf-8")
     dataset = project / "dataset.toml"

@@ -13,7 +13,7 @@ from training.options import TrainingOptions
 BASE_MODEL = "base_model"  # the hub's key of a LoRA's base, which some trainers write into files too
 
 
-def describe_adapted(family: Family, options: TrainingOptions) -> str:
+def list_adapter_warnings(family: Family, options: TrainingOptions) -> str:
     """Return warnings about --training_adapter, which is given; "" if there are none.
 
     Only names, hashes and metadata are compared: adapters of models with equal layers fit each other.

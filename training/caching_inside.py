@@ -167,7 +167,7 @@ def _fill(
     device: torch.device,
     stores: Stores,
 ) -> None:
-    """Encode the items to keep in npz files and in memory."""
+    """Encode items: some into npz files, others into memory."""
     from dataset.caching import loop  # only if something is cached
     from dataset.caching.prefetch import conclude
 
@@ -256,7 +256,7 @@ def _place_latents(
 
 
 def open_stores(family: Caches, plans: Sequence[TablePlan]) -> Stores:
-    """Return the stores from which the planned tables are read; tables with ordinary caches have none."""
+    """Open the stores of the planned dataset tables; tables with ordinary cache files need none."""
     names = npz_names(family)
     return Stores(
         names, {plan.table.index: stores_for_plan(plan, names) for plan in plans if not plan.is_own}
@@ -316,7 +316,7 @@ def list_live_tables(tag: str, plans: Sequence[TablePlan], needs_captions: bool)
 
 
 def _check_references(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError if captions belong together with images that a training does not show."""
+    """Raise DatasetError if captions need reference images, which this run does not read."""
     if table.texts_see_references and any(source.control for source in sources):
         raise DatasetError(
             f"{table.name}: the text encoder reads captions together with their reference images, and this "
@@ -436,7 +436,7 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
             return LiveTexts(encoders, learning, prefixes)
         if 0 < len(learning) < len(encoders):  # the frozen encoders' states come from caches
             return LiveTexts(learning, learning, prefixes)
-        if learning and _learns_in_spite_of_caches(family, options, learning):
+        if learning and _overrides_text_cache(family, options, learning):
             return LiveTexts(encoders, learning, prefixes)
     if caches_texts or not options.is_for_images:
         return None
@@ -469,10 +469,10 @@ def _select_full_texts(family: Family, caches_texts: bool) -> LiveTexts | None:
     return LiveTexts(encoders, learning)
 
 
-def _learns_in_spite_of_caches(
+def _overrides_text_cache(
     family: Family, options: TrainingOptions, learning: Sequence[LearningEncoder]
 ) -> bool:
-    """Return whether text encoders are trained despite --cache_text_encoder_outputs; log which are not.
+    """Return whether to train the text encoders and ignore --cache_text_encoder_outputs; log what is ignored.
 
     Args:
         family: The model family.
@@ -480,7 +480,7 @@ def _learns_in_spite_of_caches(
         learning: The text encoders that would be trained.
 
     Raises:
-        OptionError: If nothing else is trained.
+        OptionError: If only text encoders would be trained, whose outputs cannot be cached.
     """
     names = " and ".join(encoder.name for encoder in learning)
     switches = _switches(family, options)

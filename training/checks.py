@@ -250,11 +250,11 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
     depths = dict(zip(family.dit.block_lists, counts, strict=True)) if counts else {}
     for expert, file in zip_longest(family.experts, family.dit_files):
         network = network_for(options, expert)
-        if network is None:
+        if network is None:  # then no expert has a network
             return
         module = network.network_module or family.lora_module
         known_module = OWN_MODULES.get(module)
-        with quiet():  # making the network logs all warnings again
+        with quiet():  # the same warnings are logged when the network is built
             check_network(network, module, depths, family.dit.numbered)
             merge = options.joined.merge
             uses = [] if merge is None else [*merge(expert).uses]

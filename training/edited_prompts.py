@@ -22,7 +22,7 @@ from training.samples import Sample, Sampler, encode_samples, parse_requests, pr
 
 logger = logging.getLogger(__name__)
 
-LARGEST = 4 << 20  # bytes of a prompt file; a larger file is a mistake
+MAX_BYTES = 4 << 20  # bytes of a prompt file; a larger file is a mistake
 LONGEST = 600  # characters of an error in the warning
 
 
@@ -74,22 +74,25 @@ def take_edited_prompts(sampler: Sampler, num_processes: int, note: Callable[[st
     return edited
 
 
-def _read_prompts(path: Path, before: str) -> tuple[str, str]:
+def _read_prompts(path: Path, previous_text: str) -> tuple[str, str]:
     """Return the text of a prompt file, and the reason if it cannot be read.
 
     Args:
         path: Path of the file.
-        before: Text to return if the file cannot be read.
+        previous_text: Text to return if the file cannot be read.
     """
     try:
         status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-            return before, f"{path} is not a file"
-        if status.st_size > LARGEST:
-            return before, f"{path} has {status.st_size:,} bytes, which is too much for a list of prompts"
+        if not stat.S_ISREG(status.st_mode):  # reading a pipe would block
+            return previous_text, f"{path} is not a file"
+        if status.st_size > MAX_BYTES:
+            return (
+                previous_text,
+                f"{path} has {status.st_size:,} bytes, which is too much for a list of prompts",
+            )
         return read_sample_file(path), ""
     except (OptionError, OSError) as error:
-        return before, str(error)
+        return previous_text, str(error)
 
 
 def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
@@ -119,7 +122,7 @@ def _encode_edited(sampler: Sampler, note: Callable[[str], None]) -> Sampler:
         warn_of_unused(entries, session.family, source.path)
     if new_texts:
         note("encoding edited prompts")
-    encoded = encode_samples(session, entries, requests, writes=sampler.writes)
+    encoded = encode_samples(session, entries, requests, decodes=sampler.writes)
     samples = earlier | {sample.index: sample for sample in encoded}
     return replace(
         sampler, samples=[samples[number] for number in sorted(samples)], prompts=prompts_of(entries)

@@ -89,7 +89,7 @@ def read_adapter(options: TrainingOptions, expert: Expert, experts: Sequence[Exp
 
 
 def module_of(family: Family, options: TrainingOptions) -> str:
-    """Return the module of the trained network; "" if the model itself is trained."""
+    """Return --network_module of the trained network; "" in full fine-tuning."""
     return "" if options.network is None else options.network.network_module or family.lora_module
 
 
@@ -178,9 +178,9 @@ def describe_few_steps(family: Family, options: TrainingOptions) -> str:
     With a training adapter it keeps the ability; a warning then names options that conflict with the adapter.
     """
     if options.frozen.training_adapter is not None:
-        from training.adapted import describe_adapted  # only with an adapter
+        from training.adapted import list_adapter_warnings  # only with an adapter
 
-        return describe_adapted(family, options)
+        return list_adapter_warnings(family, options)
     # an embedding or a network with control images leaves the transformer alone
     changes_transformer = options.network is not None or options.full_dit is not None
     if options.joined.keeps_steps or not (changes_transformer and knows_few_steps(family)):

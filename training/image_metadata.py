@@ -74,7 +74,7 @@ def _tables_with_items(tables: Iterable[DatasetTable], items: Iterable[TrainingI
 
 
 def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
-    """Return the learning rates of a LoRA's parts, in the format of image trainers.
+    """Return the learning rates of a LoRA's parts, under the names that sd-scripts records.
 
     Args:
         rate: Learning rate of the transformer's part.
@@ -83,10 +83,12 @@ def _list_rates(rate: float, parts: PartsOptions | None) -> dict[str, Any]:
     if parts is None:
         return {}
     text_rates = parts.text_encoder_lr
-    is_single = text_rates is not None and len(text_rates) == 1
+    text_encoder_lr: Any = None if text_rates is None else list(text_rates)
+    if text_encoder_lr and len(text_encoder_lr) == 1:
+        text_encoder_lr = text_encoder_lr[0]
     return {
         "unet_lr": rate if parts.unet_lr is None else parts.unet_lr,
-        "text_encoder_lr": text_rates[0] if text_rates and is_single else text_rates and list(text_rates),
+        "text_encoder_lr": text_encoder_lr,
     }
 
 
@@ -187,7 +189,7 @@ def _make_image_counts(tables: Sequence[DatasetTable], items: Sequence[TrainingI
 
 
 def _free_name(name: str, names: Mapping[str, Any]) -> str:
-    """Return a name that is not taken, numbered if necessary: several datasets may use one folder."""
+    """Return `name`, with a number appended if it is already taken: several datasets may share a folder."""
     number = 1
     free = name
     while free in names:

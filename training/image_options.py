@@ -117,7 +117,7 @@ def read_image_training(
     args.typed_names = {**typed_names(args), **defaults.shown_as}
     _find_tokenizers(args, defaults.tokenizers)
     # printed commands use these names instead of the alternative ones
-    for name in _named_otherwise(args, defaults.tokenizers):
+    for name in _options_set_by_alias(args, defaults.tokenizers):
         parser.typed_flags.setdefault(name, f"--{name}")
     with name_as_typed(typed_names(args)):
         options = read_options(TrainingOptions, args)
@@ -234,7 +234,7 @@ def _translate(args: argparse.Namespace) -> None:
         args.text_encoder_dtype = "float32"
 
 
-def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
+def _options_set_by_alias(args: argparse.Namespace, tokenizers: Collection[str]) -> set[str]:
     """Return the options whose values were set by an alternative name in `OtherNames`.
 
     Args:
@@ -244,9 +244,9 @@ def _named_otherwise(args: argparse.Namespace, tokenizers: Collection[str]) -> s
     names = {name for other_name, name in SWITCHES.items() if getattr(args, other_name, False)}
     if any(getattr(args, other_name) for other_name in OPTIMIZERS):
         names.add("optimizer_type")
-    if args.caption_extention is not None:
+    if args.caption_extention is not None:  # the misspelled alias of sd-scripts
         names.add("caption_extension")
-    if args.tokenizer_cache_dir is not None:
+    if args.tokenizer_cache_dir is not None:  # gives the folders of all tokenizers at once
         names |= {*tokenizers}
     return names
 
@@ -394,8 +394,8 @@ class OfManyWeights(Options, title="many weights"):
     use_safetensors = not_needed("only safetensors files are written.")
 
 
-class OfFullModels(OfManyWeights, title="full fine-tuning"):
-    """Options of image trainers for full models, and LoRA options that do not apply to them."""
+class UnsupportedInFullFineTuning(OfManyWeights, title="full fine-tuning"):
+    """Image trainers' options for full fine-tuning that are not built, and LoRA options that do not apply."""
 
     network_train_unet_only = not_needed("the text encoders are not trained.")
     network_train_text_encoder_only = unsupported(_TEXTS_STAY)
@@ -404,7 +404,7 @@ class OfFullModels(OfManyWeights, title="full fine-tuning"):
 
 
 OF_LORAS = (PartsOptions, OfLoraFiles)
-OF_FULL_MODELS = (OfFullModels,)
+OF_FULL_MODELS = (UnsupportedInFullFineTuning,)
 FOREIGN = (OtherModels, DeepspeedOptions, NotNeeded, NotNeededByFlows)
 
 
@@ -552,11 +552,11 @@ def control_trainer(called: str, **settings: Any) -> ImageTrainerDefaults:
         called: Name of the network, as error messages call it.
         settings: Fields of `ImageTrainerDefaults` to replace; `refused` is added to the options refused here.
     """
-    refused = {**_rejected_by_noise, **_reject_loras(called), **settings.pop("refused", {})}
+    refused = {**_rejected_by_noise, **_list_lora_rejections(called), **settings.pop("refused", {})}
     return replace(NOISE_TRAINER, refused=refused, translate=_read_control_net, **settings)
 
 
-def _reject_loras(called: str) -> dict[str, str]:
+def _list_lora_rejections(called: str) -> dict[str, str]:
     """Return why LoRA options are rejected, by name.
 
     Args:
@@ -608,7 +608,7 @@ def control_net_trainer(
         defaults.translate(args)
         args.network_train_unet_only = True
 
-    reasons = {**defaults.refused, **_reject_loras(called), **refused}
+    reasons = {**defaults.refused, **_list_lora_rejections(called), **refused}
     return replace(defaults, refused=reasons, translate=translate)
 
 

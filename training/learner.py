@@ -82,7 +82,7 @@ def find_learner(
     network: NetworkOptions | None,
     in_place_of_lora: Callable[[Described], MadeNetwork] | None = None,
 ) -> Learner:
-    """Return what a run trains.
+    """Return a description of what a run trains (a LoRA, another network, or the model) and how to create it.
 
     Args:
         family: The model family.
@@ -106,7 +106,7 @@ def find_learner(
 
 
 def _describe_made(made: MadeNetwork) -> Learner:
-    """Return the record for a run that trains a family's own network."""
+    """Return the `Learner` of a network that the model family defines, such as a ControlNet."""
     reads_captions = made.in_texts and not made.sentences
     return Learner(
         called=made.called,

@@ -44,9 +44,9 @@ from training.saving.states import ForeignState, SavedState
 from training.trainable import (
     Rates,
     Trainable,
+    join_experts,
     seed_networks,
     share_network,
-    train_apart,
     train_network,
 )
 from training.training_run import Requests, TrainedModel, TrainingRun, trigger_paths
@@ -340,14 +340,14 @@ class Loading:
     def _read_merged(
         self, loras: MergedLoras, network: NetworkOptions, family: Family, index: int
     ) -> "tuple[LoraPatch | None, Sequence[LoraUse]]":
-        """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers."""
+        """Read the LoRAs to merge into an expert: a patch or None, and T-LoRAs, which wrap layers instead."""
         from networks.apply import LoraPatch  # only with LoRAs to merge
         from networks.depth_variants import fit_to_file
         from networks.rounding import LoraRounding
         from networks.unmerged_loras import split_masked
 
         uses = loras.uses
-        if family.dit_files:  # else the network comes from no file
+        if family.dit_files:  # without files, the network is built in code
             uses = fit_to_file(uses, family.dit_files[index])
         merged, masked = (uses, []) if network.decomposes else split_masked(uses)
         if not merged:
@@ -475,7 +475,7 @@ class Learners:
             trainable = self.parts[0]
         else:
             names = [expert.name for expert in self.plan.family.experts]
-            trainable = train_apart(dict(zip(names, self.parts, strict=True)))
+            trainable = join_experts(dict(zip(names, self.parts, strict=True)))
         for beside in self.besides:
             trainable = beside.add_to(
                 trainable,
@@ -531,11 +531,11 @@ def _make_stepping(
     full_dit, split = options.full_dit, trainable.split
     kind = type(optimizer)
     is_in_bf16 = full_dit is not None and full_dit.full_bf16
-    gathers = bool(split) and not stepping.steps_each_element(kind)
+    gathers = bool(split) and not stepping.is_elementwise(kind)
     alone: stepping.ParameterSteps | None = None  # steps each parameter by itself
     offloads = full_dit is not None and full_dit.offloads_states
     if options.is_fused or gathers or is_in_bf16 or offloads:
-        if stepping.steps_each_parameter(kind):
+        if stepping.can_step_one_parameter(kind):
             alone = stepping.ParameterSteps(
                 optimizer, trainable.names, plan.progress, split, offloads_states=offloads
             )

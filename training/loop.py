@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Wishes:
+class StepRequests:
     """Saves and samples that a timer or a request file asks for; all processes do them together."""
 
     saves: bool
@@ -111,11 +111,11 @@ def is_ending(run: TrainingRun) -> bool:
     return run.requests.agreed and run.progress.step < run.steps.total_steps
 
 
-def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> Wishes:
+def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch]) -> StepRequests:
     """Take one optimizer step on the micro-batches of `group`. Returns the requested saves and samples.
 
-    Numbers of the step stay on the device in `row`, which is read one step later to avoid waiting for the
-    device. With several processes, the requests are also known one step later.
+    The step's metrics stay on the device in `row` and are read one step later, so that the host does not wait
+    for the device. With several processes, the requests are also known one step later.
     """
     model = run.model
     trainable = model.trainable
@@ -156,12 +156,12 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
     return _common_wishes(previous)
 
 
-def _common_wishes(previous: StepReport | None) -> Wishes:
+def _common_wishes(previous: StepReport | None) -> StepRequests:
     """Return the requests that any process read during the previous step, so that all processes know them."""
     if previous is None:
-        return Wishes(saves=False, samples=False)
+        return StepRequests(saves=False, samples=False)
     _, saves, samples = previous.row[WISHES]
-    return Wishes(saves=saves > 0, samples=samples > 0)
+    return StepRequests(saves=saves > 0, samples=samples > 0)
 
 
 def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
@@ -184,14 +184,14 @@ def _find_reached(run: TrainingRun, group: range) -> list[Parameter]:
     return reached
 
 
-def _read_wishes(run: TrainingRun) -> Wishes:
+def _read_wishes(run: TrainingRun) -> StepRequests:
     """Return the saves and samples requested from this process; record a request to stop."""
     requests = run.requests
     if requests.asks_for(STOP):
         requests.finish(STOP)  # before the state is saved, so that the resumed run does not stop again
         requests.ends = True
     is_due = requests.clock is not None and requests.clock.is_due()
-    return Wishes(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
+    return StepRequests(saves=is_due or requests.asks_for(SAVE), samples=requests.asks_for(SAMPLE))
 
 
 @dataclass
@@ -300,7 +300,10 @@ def _accumulate(
 
 
 def _prepare_batch(run: TrainingRun, noisy_batch: NoisyBatch) -> NoisyBatch:
-    """Return a micro-batch on the device with its texts encoded; its number seeds the networks."""
+    """Move a micro-batch to the device and encode its texts.
+
+    Random numbers in the networks, as of dropout, are seeded with the number of the micro-batch.
+    """
     seed_networks(run.model.trainable, run.progress.seed, noisy_batch.number, run.device)
     if run.memory is not None:
         run.memory.see_batch(noisy_batch.noise.numel())
@@ -427,7 +430,7 @@ def _restart_clock(run: TrainingRun) -> None:
     run.logs.clock.skips = True
 
 
-def _after_step(run: TrainingRun, wishes: Wishes) -> None:
+def _after_step(run: TrainingRun, wishes: StepRequests) -> None:
     """Do the work due after an optimizer step.
 
     Samples come before saving. If the run is to end, its samples are generated after resuming.

@@ -153,13 +153,13 @@ def sample_errors_outside(
     errors = element_errors(
         rule.options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
-    weights = place_weights(noisy_batch.batch, errors)
+    weights = mask_weights(noisy_batch.batch, errors)
     assert weights is not None
     errors = errors * (1 - weights)
-    return (_mean_of_learned(errors, noisy_batch),)
+    return (_mean_of_noisy_frames(errors, noisy_batch),)
 
 
-def _mean_of_learned(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
+def _mean_of_noisy_frames(errors: Tensor, noisy_batch: NoisyBatch) -> Tensor:
     """Return the mean of each sample, B, over latents that are not given as clean.
 
     Args:
@@ -190,9 +190,9 @@ def sample_errors(
 ) -> tuple[Tensor, ...]:
     """Return the mean error of each sample, B float32; if the batch has audio, a second tensor for its audio.
 
-    If the batch has a mask (`MASK`, `LOSS_MASK`), errors of images are multiplied by it before the mean over
-    all elements. The mean includes masked elements, so a smaller mask gives a smaller loss. Given frames are
-    excluded from the mean.
+    If the batch has a mask (`MASK`, `LOSS_MASK`), errors of the image or video latents are multiplied by it
+    before the mean over all elements. The mean includes masked elements, so a smaller mask gives a smaller
+    loss. Conditioning frames are excluded from the mean.
 
     Args:
         spec: Noise conventions of the family.
@@ -207,9 +207,9 @@ def sample_errors(
         options, spec, differences, sigmas=noisy_batch.sigmas, timesteps=noisy_batch.timesteps
     )
     if not MASKS.isdisjoint(noisy_batch.batch.tensors):
-        weights = place_weights(noisy_batch.batch, errors)
+        weights = mask_weights(noisy_batch.batch, errors)
         errors = errors if weights is None else errors * weights
-    image_errors = _mean_of_learned(errors, noisy_batch)
+    image_errors = _mean_of_noisy_frames(errors, noisy_batch)
     if audio is None:
         return (image_errors,)
     audio_errors = element_errors(
@@ -220,7 +220,7 @@ def sample_errors(
     return image_errors, audio_errors.flatten(1).mean(1)
 
 
-def place_weights(batch: Batch, errors: Tensor) -> Tensor | None:
+def mask_weights(batch: Batch, errors: Tensor) -> Tensor | None:
     """Return the weight of each position, B 1 F H W or B 1 1 H W; None without masks.
 
     Args:

@@ -25,7 +25,7 @@ SAMPLERS = (*PLAIN_SAMPLERS, *SIZE_SHIFTS, IDEOGRAM_SHIFT, *MIXTURES)
 # other samplers whose shift depends on the size, each for one model only
 SHIFTED_LOGIT = "shifted_logit_normal"
 SIZE_SAMPLERS = ("nextdit_shift", SHIFTED_LOGIT)
-CUT_LOGIT = "cut_logit_normal"  # for one model only, whose rule is `NoiseSpec.cut_logit`
+TRUNCATED_LOGIT = "cut_logit_normal"  # for one model only, whose rule is `NoiseSpec.cut_logit`
 WEIGHTINGS = ("logit_normal", "mode", "cosmap", "sigma_sqrt", "none")
 WEIGHTS_OF_LOSS = ("cosmap", "sigma_sqrt")  # those that do not shape the draws
 NUM_TIMESTEPS = 1000  # all supported models count time in thousandths

@@ -140,11 +140,11 @@ class TrainingOptions(Options, must_give=True):
         )
         if not has_data:
             require(self.loop.dataset_config, "--dataset_config", "a TOML file that describes the data sets")
-        if not self.only_shows:
+        if not self.exits_before_training:
             _ = self.saving.place  # raises OptionError if the folder or the name is missing
 
     def of(self, kind: type[T]) -> T:
-        """Return the options of a feature by their class."""
+        """Return the options of a feature, given their class."""
         at_network = NOT_AT_NETWORK if self.network is None else self.network.at_network
         places: tuple[Options, ...] = (
             at_network,
@@ -169,7 +169,7 @@ class TrainingOptions(Options, must_give=True):
         return join_run(self)
 
     @property
-    def only_shows(self) -> bool:
+    def exits_before_training(self) -> bool:
         """Whether the command shows something and exits before training, as with --check or --plan."""
         shows_images = self.subset is not None and self.subset.debug_dataset
         is_shown = self.joined.show is not None or shows_images

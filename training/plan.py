@@ -52,7 +52,7 @@ from training.resuming import (
     check_resumable,
     describe_adapter,
     find_state,
-    first_progress,
+    initial_progress,
     settings_of,
 )
 from training.run_options import StartOptions
@@ -152,7 +152,7 @@ def make_plan(
     is_main = accelerator.is_main_process
     saving = options.saving
     saved = None if saving.resume is None else find_state(options, saving.resume, is_main)
-    progress = first_progress(options, saved)
+    progress = initial_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
     check_before_loading(family, options, learner, others)  # early: encoding the dataset may take minutes
     joined = begin_run(options, family, config.datasets)
@@ -239,7 +239,7 @@ def make_plan(
     if saved is not None:
         plan = _compare_with_state(plan, saved)
     if options.start is not None and options.start.is_given:
-        begin_later(options.start, progress, plan.steps, saved is not None)
+        skip_to_initial_step(options.start, progress, plan.steps, saved is not None)
     return plan
 
 
@@ -539,7 +539,7 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
     return replace(steps, total_steps=steps.steps_until(loop.max_train_epochs))
 
 
-def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
+def skip_to_initial_step(options: StartOptions, progress: Progress, plan: StepPlan, is_resumed: bool) -> None:
     """Move a new run's progress to the step where it starts.
 
     Args:
@@ -549,7 +549,7 @@ def begin_later(options: StartOptions, progress: Progress, plan: StepPlan, is_re
         is_resumed: Whether a saved state decides where to continue instead.
 
     Raises:
-        OptionError: If the run has no such step.
+        OptionError: If the first step lies beyond the end of the run.
     """
     flag = "--initial_step" if options.initial_epoch is None else "--initial_epoch"
     if is_resumed:

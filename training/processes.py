@@ -103,7 +103,7 @@ BUCKET_ELEMENTS = 64 << 20  # elements of a buffer: a LoRA fits into one, a whol
 def fill_missing_gradients(parameters: Iterable[Parameter]) -> None:
     """Set missing gradients to zero, for parameters that no micro-batch of this process used.
 
-    Which parameters are stepped must not depend on how the micro-batches were spread over processes.
+    All processes must step the same parameters, whichever micro-batches they got.
     """
     for parameter in parameters:
         if parameter.grad is None:

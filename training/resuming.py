@@ -70,7 +70,7 @@ def find_state(
         latest = states.find_latest(*saving.place) if is_main_process else None
         (folder,) = broadcast_object_list([latest])
         if folder is None:
-            _explain_no_state(resume, *saving.place)
+            _report_missing_state(resume, *saving.place)
             return None
     elif folder is None:
         folder = to_path("--resume", resume)
@@ -78,10 +78,10 @@ def find_state(
     return states.read_state(folder)
 
 
-def _explain_no_state(resume: str, folder: Path, name: str) -> None:
+def _report_missing_state(resume: str, folder: Path, name: str) -> None:
     """Log that a new run begins; raise OptionError for `--resume latest-or-fail`."""
     aside = find_set_aside(folder, name)
-    is_trained = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
+    has_trained_file = (folder / f"{name}.safetensors").is_file() or is_saved_folder(folder / name)
     earlier = f" That of an earlier run is {aside[-1]}: --resume takes it." if aside else ""
     if resume == LATEST_ONLY:
         raise OptionError(
@@ -89,12 +89,12 @@ def _explain_no_state(resume: str, folder: Path, name: str) -> None:
             f"elsewhere.{earlier} Leave --resume out to start over, or begin with the trained weights: "
             f"{states.FRESH_START}"
         )
-    if is_trained and not aside:
+    if has_trained_file and not aside:
         earlier = (
             f" A run saved its result without --save_state: to begin with that, give {states.FRESH_START}."
         )
     logger.log(
-        logging.WARNING if aside or is_trained else logging.INFO,
+        logging.WARNING if aside or has_trained_file else logging.INFO,
         "--resume %s: no state of %s in %s yet; starting a new run.%s",
         resume,
         name,
@@ -103,7 +103,7 @@ def _explain_no_state(resume: str, folder: Path, name: str) -> None:
     )
 
 
-def first_progress(
+def initial_progress(
     options: TrainingOptions, saved: states.SavedState | states.ForeignState | None
 ) -> Progress:
     """Return the progress at which the run starts.
@@ -125,7 +125,7 @@ def first_progress(
         logger.info("Using a random seed: --seed %d.", seed)
     progress = Progress(seed=seed, session_id=session_id, started_at=started_at)
     for kind in options.joined.remembers:
-        progress.of(kind)
+        progress.of(kind)  # creates the default values of an active feature
     return progress
 
 
@@ -159,9 +159,10 @@ def settings_of(
         family: The model family.
         options: Options of the run.
         seed: Seed of the run.
-        order: Order of its batches.
-        plan: Plan of its steps.
-        adapter: See `describe_adapter`, with the file's content; None without --training_adapter.
+        order: Batch order.
+        plan: Step plan.
+        adapter: The training adapter with a hash of its file (`describe_adapter`); None without
+            --training_adapter.
     """
     config = public_config(options) | {"network_module": module_of(family, options)}
     identity: dict[str, Any] = {"--seed": seed if options.loop.seed is None else options.loop.seed}
@@ -240,7 +241,7 @@ def check_resumable(
         saving: See `TrainingPlan.saving`.
 
     Returns:
-        Descriptions of the changed settings by name with --resume_changed; otherwise empty.
+        With --resume_changed, a description of each changed setting by its name; otherwise empty.
     """
     if isinstance(saved, states.ForeignState) and options.by_expert.lora_per_expert:
         raise OptionError(
@@ -254,19 +255,23 @@ def check_resumable(
     # settings that older versions, without several transformers or adapters, did not record
     default = {
         TRANSFORMERS: "one from 0",
-        PER_EXPERT: settings.identity.get(PER_EXPERT) and False,
+        # not compared if this run does not record it either
+        PER_EXPERT: None if settings.identity.get(PER_EXPERT) is None else False,
         TRAINING_ADAPTER: None,
     }
     before = _resolve({**default, **saved.identity}, settings.record)
     identity = _resolve(settings.identity, settings.record)
     # options that are newer than the state had no effect in the saved run: they count as defaults
-    unrecorded: dict[str, Any] = {}
+    defaults_of_new_options: dict[str, Any] = {}
     for record in (NOTHING_FROZEN, *(feature.options.usual() for feature in FEATURES)):
-        unrecorded |= {f"--{name}": value for name, value in public_config(record).items()}
-    unrecorded |= {f"--{name}": None for name in NAMED_FILES}
-    habits_before = {name: habits.get(name) and value for name, value in unrecorded.items()} | dict(
-        saved.habits
-    )
+        defaults_of_new_options |= {f"--{name}": value for name, value in public_config(record).items()}
+    defaults_of_new_options |= {f"--{name}": None for name in NAMED_FILES}
+    habits_before: dict[str, Any] = {}
+    for name, value in defaults_of_new_options.items():
+        present = habits.get(name)
+        # an option that is off now counts as unchanged, however its default is written
+        habits_before[name] = value if present else present
+    habits_before |= saved.habits
     unknown = {*identity} - {*before} | {*habits} - {*habits_before}
     if unknown:
         logger.warning(

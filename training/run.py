@@ -74,7 +74,7 @@ def train_network(
         read_config(options, family, learner)
         check_before_loading(family, options, learner, others)
         return 0
-    if options.only_shows:
+    if options.exits_before_training:
         from training.previews import show_preview  # trains nothing
 
         commands = command.caching_commands(options.loop.dataset_config, family)
@@ -156,7 +156,7 @@ def prepare_run(
         reporter = make_reporter(plan, following, memory)
         model = load_model(plan, swap)
         # only after everything is loaded, so that a failed start does not move the earlier results
-        _set_earlier_aside(plan, reporter.history.path)
+        _move_earlier_run_away(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any process writes samples
         publisher = None if plan.joined.storage is None else plan.joined.storage.make_publisher()
         saver = make_saver(
@@ -164,7 +164,7 @@ def prepare_run(
             publisher,
             () if sampler is None else sampler.prompts,
             log_saved=reporter.log_saved,
-            note_removed=reporter.log_files,
+            on_removed=reporter.log_files,
         )
         run = make_run(model, sampler, memory=memory, logs=logs, reporter=reporter, saver=saver)
         closing = contextlib.closing(publisher) if publisher is not None else contextlib.nullcontext()
@@ -201,8 +201,8 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
     )
 
 
-def _set_earlier_aside(plan: TrainingPlan, history: Path) -> None:
-    """Move files of an earlier run of this name away, unless this run continues or overwrites them."""
+def _move_earlier_run_away(plan: TrainingPlan, history: Path) -> None:
+    """Move away the files of an earlier run with this name, unless this run continues or overwrites them."""
     saving, saved = plan.saving, plan.saved
     if saving.overwrite or not plan.accelerator.is_main_process:
         return

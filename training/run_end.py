@@ -24,7 +24,7 @@ OF_LAUNCHERS = ("ACCELERATE_", "TORCHELASTIC_", "OMP_NUM_THREADS")
 
 @dataclass(frozen=True)
 class EndedRun:
-    """What the command is told about the run."""
+    """Facts about a run that has ended, which are passed to the user's command (--on_end)."""
 
     folder: Path  # --output_dir
     name: str  # --output_name

@@ -179,10 +179,10 @@ class Sampler:
         Args:
             sample: The sample.
             title: Title of the progress bar.
-            dit_of: See `make`.
-            autocast: See `make`.
-            check: See `make`.
-            note: See `make`.
+            dit_of: Returns the transformer of an expert, on the device.
+            autocast: Returns the context of mixed precision.
+            check: Called before each step; it raises to stop the sample.
+            note: Called with a text about the progress.
         """
         experts, prepared = self.session.family.experts, sample.prepared
         prompts = sample.prompts
@@ -348,7 +348,7 @@ def prepare_samples(
     requests = {index: all_prepared[index] for index in indices}
     writes = not together or process == 0
     # the process that decodes samples loads the VAE now, so that a wrong file is found before the training
-    samples = encode_samples(session, entries, requests, writes=writes, loads_media=writes)
+    samples = encode_samples(session, entries, requests, decodes=writes, loads_media=writes)
     previews = None
     if process == 0:  # one preview file for all: the first process shows its samples one after the other
         previews = make_previews(
@@ -378,23 +378,23 @@ def encode_samples(
     session: Session,
     entries: Sequence[Mapping[str, Any]],
     requests: Mapping[int, Prepared],
-    writes: bool,
+    decodes: bool,
     loads_media: bool = False,
 ) -> list[Sample]:
     """Encode the texts and images of samples.
 
-    Texts that the session has encoded before load no encoder.
+    A text encoder is loaded only if a text is not in the session's cache.
 
     Args:
         session: Networks of the generation.
         entries: Entries of the prompt file.
         requests: Requests by the index of their entry.
-        writes: Whether this process decodes samples.
+        decodes: Whether this process decodes samples.
         loads_media: Whether to load the VAE even if no sample has an image.
     """
     texts = [wanted_texts(prepared) for prepared in requests.values()]
     encoded = session.texts(texts)
-    inputs = _encode_media(session, [*requests.values()], writes=writes, loads=loads_media)
+    inputs = _encode_media(session, [*requests.values()], decodes=decodes, loads=loads_media)
     samples: list[Sample] = []
     for position, (entry_index, prepared) in enumerate(requests.items()):
         sample = Sample(
@@ -411,13 +411,13 @@ def encode_samples(
 
 
 def _encode_media(
-    session: Session, requests: Sequence[Prepared], writes: bool, loads: bool
+    session: Session, requests: Sequence[Prepared], decodes: bool, loads: bool
 ) -> list[Mapping[int, Conditions]]:
     """Encode the images of each sample to conditions. See `encode_samples`."""
     family, encoders = session.family, NO_ENCODERS
     with ExitStack() as stack:
         if (loads and requests) or any(needs_media(family, request) for request in requests):
-            encoders = stack.enter_context(session.media(images=True, again=writes))
+            encoders = stack.enter_context(session.media(images=True, again=decodes))
         inputs = [encode_inputs(family, encoders, request) for request in requests]
     session.drop_image_encoder()
     return inputs
@@ -554,18 +554,18 @@ def sample_request(entry: Mapping[str, Any], family: Family) -> Request:
         },
     )
     check_values(request)
-    return _with_full_size(request, (width, height, frames), family.latent)
+    return _with_fitted_size(request, (width, height, frames), family.latent)
 
 
 def _as_text(value: Any) -> str:
-    """Return a setting as `Request.extra` has it: several values on a line each."""
+    """Return a setting in the format of `Request.extra`: a list has one value per line."""
     return "\n".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def _with_full_size(
+def _with_fitted_size(
     request: Request, size: tuple[int | None, int | None, int], latent: LatentSpec
 ) -> Request:
-    """Return a request for the next lower size that the model makes; warn if it differs.
+    """Return a request whose size is rounded down to one that the model supports; warn if it differs.
 
     Args:
         request: The request.
@@ -574,46 +574,47 @@ def _with_full_size(
     """
     width, height, frames = size
     side = latent.pixel_step
-    full_width = None if width is None else fit_side(width, side)
-    full_height = None if height is None else fit_side(height, side)
-    full_frames = 1 if latent.is_of_images else latent.lengths.fit(frames)
+    fitted_width = None if width is None else fit_side(width, side)
+    fitted_height = None if height is None else fit_side(height, side)
+    fitted_frames = 1 if latent.is_of_images else latent.lengths.fit(frames)
     if latent.has_layers:
-        full_frames = frames  # the number of layers
+        fitted_frames = frames  # --f is the number of layers here, and any number is valid
     changes = []
-    if (full_width, full_height) != (width, height):
-        pixels = f"{width} x {height} pixels (--w, --h) are changed to {full_width} x {full_height}"
+    if (fitted_width, fitted_height) != (width, height):
+        pixels = f"{width} x {height} pixels (--w, --h) are changed to {fitted_width} x {fitted_height}"
         changes.append(f"{pixels}: sides are multiples of {side}")
-    if full_frames != frames:
+    if fitted_frames != frames:
         why = "a picture has one frame" if latent.is_of_images else f"lengths are {latent.lengths} frames"
-        changes.append(f"{count_of(frames, 'frame')} (--f) changed to {full_frames}: {why}")
+        changes.append(f"{count_of(frames, 'frame')} (--f) changed to {fitted_frames}: {why}")
     if changes:
         logger.warning("the sample %r: %s", request.prompt, "; ".join(changes))
-    return replace(request, width=full_width, height=full_height, frames=full_frames)
+    return replace(request, width=fitted_width, height=fitted_height, frames=fitted_frames)
 
 
-def _select_solver(values: Mapping[str, Any], own: Sequence[str] = ()) -> str | None:
-    """Return the solver of a prompt; None, with a warning, for a sampler of other models.
+def _select_solver(values: Mapping[str, Any], supported: Sequence[str] = ()) -> str | None:
+    """Return the sampler of a prompt. If the model does not support it, warn and return None.
 
     Args:
         values: Values of the prompt.
-        own: Solvers of the model; if there are any, only these can be used.
+        supported: Samplers of the model; if there are any, only these can be used.
     """
     name = values.get("sample_sampler")
     if name is None:
         return None
-    solvers = _solvers_of(own)
-    solver = name if name in solvers.values() else solvers.get(name)
+    by_alias = _solvers_by_alias(supported)
+    # an alias, or the solver's own name
+    solver = name if name in by_alias.values() else by_alias.get(name)
     if solver is None:
-        known = ", ".join(dict.fromkeys((*solvers.values(), *solvers)))
+        known = ", ".join(dict.fromkeys((*by_alias.values(), *by_alias)))
         logger.warning(
             "the sample %r: the sampler %s (--ss) is ignored. Known: %s", values["prompt"], name, known
         )
     return solver
 
 
-def _solvers_of(own: Sequence[str]) -> Mapping[str, str]:
-    """Return the solvers by their names on the command line; `own` are those of a model."""
-    return {name: name for name in own} if own else SOLVERS
+def _solvers_by_alias(supported: Sequence[str]) -> Mapping[str, str]:
+    """Return the solvers by the names that users may type; `supported` are the model's, if it has some."""
+    return {name: name for name in supported} if supported else SOLVERS
 
 
 def _no_dit(expert: int) -> nn.Module:
@@ -634,6 +635,6 @@ def sample_values(prepared: Prepared, is_seeded: bool, family: Family) -> dict[s
             values[f"guidance_scale_{HIGH_NOISE}"] = scale
     values["seed"] = prepared.seed if is_seeded else None
     values["flow_shift"] = prepared.flow_shift if family.defaults.flow_shift is not None else None
-    solvers = _solvers_of(family.defaults.solvers)
+    solvers = _solvers_by_alias(family.defaults.solvers)
     values["solver"] = next((name for name, solver in solvers.items() if solver == request.solver), None)
     return values

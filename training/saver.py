@@ -23,7 +23,7 @@ from training.optimizers.optimizer import (
     restore_foreign_optimizer,
     restore_optimizer,
 )
-from training.optimizers.stepping import steps_each_element
+from training.optimizers.stepping import is_elementwise
 from training.options import TrainingOptions
 from training.plan import TrainingPlan
 from training.resuming import listed_settings
@@ -59,7 +59,7 @@ def make_saver(
     publisher: Publisher | None,
     prompts: Sequence[str],
     log_saved: Callable[[Sequence[Path], int], None],
-    note_removed: Callable[[], None],
+    on_removed: Callable[[], None],
 ) -> Saver | None:
     """Return the saver of the run and remove expired files; None in processes that do not save.
 
@@ -68,7 +68,7 @@ def make_saver(
         publisher: Publishes what is saved.
         prompts: Prompts of the samples, for the publisher.
         log_saved: Called with the files of each save, and the step.
-        note_removed: Called after older files were removed.
+        on_removed: Called after older files were removed.
     """
     if not model.takes_part_in_saving:
         return None
@@ -84,11 +84,11 @@ def make_saver(
             metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.ending),
             prompts=[prompt for prompt in prompts if prompt],
         )
-        publisher = publisher.about(published)
+        publisher = publisher.for_run(published)
     writer = _ModelWriter(model, file_dtype(plan.options, model.dits.networks[0]), metadata)
 
-    def note(paths: Sequence[Path]) -> None:
-        """Have features act on the files of a save, then note them."""
+    def handle_saved(paths: Sequence[Path]) -> None:
+        """Call the features' save callbacks, then log the files."""
         for act in plan.joined.on.save:
             act(paths)
         log_saved(paths, progress.step)
@@ -101,8 +101,8 @@ def make_saver(
         publisher=publisher,
         write_average=None if model.average is None else writer.write_average,
         is_main=is_main,
-        log_saved=note,
-        note_removed=note_removed,
+        log_saved=handle_saved,
+        on_removed=on_removed,
     )
     saver.remove_leftovers()
     saver.tidy(progress.step, progress.epoch)
@@ -318,7 +318,7 @@ def _stepped_rows(model: TrainedModel) -> dict[str, Tensor]:
 
     Empty if no weight is split, or if the optimizer needs whole weights.
     """
-    if not steps_each_element(type(model.optimizer)):
+    if not is_elementwise(type(model.optimizer)):
         return {}
     names = model.trainable.names
     return {names[parameter]: weight for parameter, weight in model.trainable.split.items()}

@@ -56,7 +56,7 @@ class Progress:
         return values
 
     def of(self, kind: type[T]) -> T:
-        """Return the state of a feature, an object of the dataclass `kind`: restored, or new.
+        """Return a feature's state of the dataclass `kind`: restored from a saved state, or new.
 
         Raises:
             TypeError: If a restored value has the wrong type.

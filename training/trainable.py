@@ -223,8 +223,8 @@ def share_network(trainable: Trainable, network: TrainableNetwork, device: torch
     return replace(trainable, tied=(*trainable.tied, network))
 
 
-def train_apart(parts: Mapping[str, Trainable]) -> Trainable:
-    """Join the trained parts of experts by name. Each writes its own file."""
+def join_experts(parts: Mapping[str, Trainable]) -> Trainable:
+    """Combine what is trained of several experts, by name. Each expert is saved in its own file."""
     modules: dict[str, nn.Module] = {}
     group_names: list[str] = []
     for expert, part in parts.items():

@@ -204,7 +204,7 @@ class TrainedModel:
 
 @dataclass
 class TrainingRun:
-    """Everything that the loop works with.
+    """The state of a training that the loop uses.
 
     The plan's progress, the network, the optimizer and the schedule change during training.
     """

@@ -71,8 +71,8 @@ class Validation:
     def measure(self, dit_at: DitOf, autocast: Autocast) -> dict[str, float]:
         """Return the mean loss over the items as `validation/loss`, and per level as `validation/loss_100`.
 
-        The number of a level is its timestep; levels below all experts are left out. The networks are in
-        evaluation mode. All processes must call this and get the same values.
+        The number of a level is its timestep; levels at which no expert is trained are skipped. The
+        networks are in evaluation mode. All processes must call this, and all get the same averages.
 
         Args:
             dit_at: Returns the network of an expert.

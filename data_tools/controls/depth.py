@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn.functional import interpolate
 
-from checkpoints.model_folders import build_without_memory, check_settings, require_shown
+from checkpoints.model_folders import build_on_meta, check_settings, require_matching_shapes
 from modules.control_codes import shorten
 from modules.devices import select_device
 from modules.errors import CheckpointError, MemoryPlanError
@@ -57,6 +57,7 @@ class DepthModel:
 
 
 def _gives_distances(config: Any) -> bool:
+    """Return whether a model's values grow with the distance, as other models' fall."""
     is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
     return is_metric or config.model_type in OF_DISTANCES
 
@@ -82,8 +83,8 @@ def load_depth_model(folder: Path, device: str | None) -> DepthModel:
     try:
         config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
         # the size of the file is compared with an empty network, before memory is taken for its weights
-        empty_network = build_without_memory(transformers.AutoModelForDepthEstimation.from_config, config)
-        require_shown(folder, "--depth", empty_network, shapes, is_exact=False)
+        empty_network = build_on_meta(transformers.AutoModelForDepthEstimation.from_config, config)
+        require_matching_shapes(folder, "--depth", empty_network, shapes, is_exact=False)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
         network = transformers.AutoModelForDepthEstimation.from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, **LOCAL

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from checkpoints.model_folders import build_without_memory, check_settings, require_shown
+from checkpoints.model_folders import build_on_meta, check_settings, require_matching_shapes
 from data_tools.masks.options import MODEL_FOLDER
 from data_tools.masks.shaping import Values
 from modules.command import as_typed
@@ -25,7 +25,10 @@ from modules.errors import CheckpointError, InstallationError, MemoryPlanError
 from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LOCAL: dict[str, Any] = {
+    "local_files_only": True,
+    "trust_remote_code": False,
+}  # settings of `from_pretrained`
 MAX_SIDE = 1024  # pixels; SAM 3 looks at 1008
 CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
 _CLASSES = {
@@ -71,7 +74,7 @@ class WordFinder:
         return logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
 
     def _ask_sam(self, frame: Frame, prompt: str) -> Tensor:
-        """Return the values of the proposed things that are sure enough, in one map h w; 0 without any."""
+        """Return one map, h w, of the proposed things whose score is high enough; 0 if there are none."""
         inputs = self.processor(images=frame, text=prompt, return_tensors="pt").to(self.network.device)
         outputs = self.network(**inputs)
         scores = outputs.pred_logits[0].float().sigmoid()  # N
@@ -137,8 +140,8 @@ def load_word_finder(
         network_class = getattr(transformers, network_name)
         config = network_class.config_class.from_pretrained(folder, **LOCAL)
         # the shapes of the file are compared with an empty network, before memory is taken for its weights
-        empty_network = build_without_memory(network_class, config)
-        require_shown(folder, "--model", empty_network, shapes, is_exact=kind == CLIPSEG)
+        empty_network = build_on_meta(network_class, config)
+        require_matching_shapes(folder, "--model", empty_network, shapes, is_exact=kind == CLIPSEG)
         processor = getattr(transformers, processor_name).from_pretrained(folder, **LOCAL)
         network = network_class.from_pretrained(folder, dtype=torch.float32, use_safetensors=True, **LOCAL)
     except CheckpointError:

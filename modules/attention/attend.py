@@ -356,32 +356,32 @@ def check_backend(
 
 
 def rejection(
-    package: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
+    backend: Backend, capability: tuple[int, int] | None, dtype: Callable[[], torch.dtype], training: bool
 ) -> str | None:
-    """Return the reason why a package cannot serve a run, worded to follow "--flag"; None if it can.
+    """Return the reason why a back end cannot serve a run, worded to follow "--flag"; None if it can.
 
-    `package` is the back end that needs it; it need not be installed. `capability` is None without a CUDA
-    device.
+    The package of `backend` need not be installed. `capability` is None without a CUDA device. `dtype`
+    returns the dtype of the model, which may read the checkpoint.
     """
-    if training and not package.learns:
+    if training and not backend.learns:
         return "has no backward pass, so nothing would be learned: it is for generation only."
     if capability is None:
         return "runs on CUDA devices only, and this run does not use one."
-    if package.capability is not None:
-        needed = ".".join(map(str, package.capability))
+    if backend.capability is not None:
+        needed = ".".join(map(str, backend.capability))
         available = ".".join(map(str, capability))
-        if package.only is not None and capability != package.capability:
-            return f"runs on {package.only}, of compute capability {needed}; this GPU has {available}."
-        if capability < package.capability:
+        if backend.only is not None and capability != backend.capability:
+            return f"runs on {backend.only}, of compute capability {needed}; this GPU has {available}."
+        if capability < backend.capability:
             return (
                 f"runs on GPUs of compute capability {needed} or more (Ampere and later); this one has "
                 f"{available}."
             )
-    if package.dtypes is not None and dtype() not in package.dtypes:
-        mend = "--mixed_precision bf16" if training else "a checkpoint in 16 bit"
+    if backend.dtypes is not None and dtype() not in backend.dtypes:
+        remedy = "--mixed_precision bf16" if training else "a checkpoint in 16 bit"
         return (
             f"computes in float16 and bfloat16 only, and the model computes in {dtype_name(dtype())}. Use "
-            f"{mend}."
+            f"{remedy}."
         )
     return None
 

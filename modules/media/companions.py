@@ -16,7 +16,7 @@ from typing import Any
 
 from modules.media.audio import add_aac, add_text, is_text, open_delayed
 from modules.media.decoding import time_origin
-from modules.media.encoding import MUXERS, keep_proportions, needs_own_tags
+from modules.media.encoding import MUXERS, copy_pixel_aspect, needs_own_tags
 from modules.media.opening import av, is_cover, open_container
 from modules.media.reading import without_images
 
@@ -52,7 +52,7 @@ class Companions:
     """The other streams of a video, copied up to the time that the new video has reached."""
 
     def __init__(self, path: Path, source: Any, suffix: str, rate: Fraction, covers: bool) -> None:
-        """Keep the source and list nothing yet.
+        """Keep the source; the streams are selected later.
 
         Args:
             path: Path of the opened file.
@@ -84,7 +84,7 @@ class Companions:
         """
         if self._main is not None:
             self._describe(video, self._main)
-            keep_proportions(self._path, self._main, video)
+            copy_pixel_aspect(self._path, self._main, video)
         for stream in self._source.streams:
             if stream is not self._main:
                 self._add(target, stream)

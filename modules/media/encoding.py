@@ -294,7 +294,7 @@ def name_write_errors() -> Iterator[None]:
         raise OSError(number, error.strerror) from error
 
 
-def keep_proportions(path: Path, source: Any, video: Any) -> None:
+def copy_pixel_aspect(path: Path, source: Any, video: Any) -> None:
     """Copy the pixel aspect ratio, which may not be 1 (as on DVDs), to a new video.
 
     `source` is the video stream of the file at `path`, and `video` is the video stream of the new file.

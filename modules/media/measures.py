@@ -178,7 +178,7 @@ WHITE = 245  # of 255; at least this counts as white
 class Thumbnail:
     """Reduced image for comparisons."""
 
-    grey: NDArray[np.float32]  # h w, 0..1
+    gray: NDArray[np.float32]  # h w, 0..1
     is_white: NDArray[np.bool_]  # h w: some color is at its maximum
     histogram: NDArray[np.float32]  # 3 BINS, each of a sum of 1
 
@@ -202,7 +202,7 @@ def thumbnail(pixels: Pixels) -> Thumbnail:
 
 
 def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) -> float:
-    """Return the evidence for a cut, from 0 to 1: sqrt(structure * colors) * min(1, change / 0.05).
+    """Return a score for a scene cut, from 0 to 1: sqrt(structure * colors) * min(1, change / 0.05).
 
     - structure is 1 minus the best correlation of the gray thumbnails over all shifts of up to 6 of 32 cells,
       from 0 to 1. Cells that are white in either frame are ignored, because a flash may hide them. If less
@@ -210,15 +210,16 @@ def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) ->
     - colors is half the absolute difference of the histograms, averaged over red, green and blue.
     - change is the mean absolute difference of the gray values.
 
-    Distances below `minimum` may be returned as 0, which saves time.
+    Scores below `minimum` may be returned as 0, which saves time.
     """
     colors = float(np.abs(first.histogram - second.histogram).sum() / 6)
-    change = float(np.abs(first.grey - second.grey).mean())
-    smallness = min(1.0, change / SMALL_CHANGE)
-    max_structure = 2.0  # structure distance of an image and its negative
-    if colors * smallness == 0 or float(np.sqrt(max_structure * colors)) * smallness < minimum:
+    change = float(np.abs(first.gray - second.gray).mean())
+    change_weight = min(1.0, change / SMALL_CHANGE)
+    # an upper bound before comparing: 1 minus the correlation of an image and its negative
+    max_structure = 2.0
+    if colors * change_weight == 0 or float(np.sqrt(max_structure * colors)) * change_weight < minimum:
         return 0.0
-    height, width = first.grey.shape
+    height, width = first.gray.shape
     max_y = min(MAX_SHIFT, height // 4)
     max_x = min(MAX_SHIFT, width // 4)
     best = _correlate(first, second, 0, 0)
@@ -228,7 +229,7 @@ def scene_distance(first: Thumbnail, second: Thumbnail, minimum: float = 0.0) ->
         for x in range(-max_x, max_x + 1):
             best = max(best, _correlate(first, second, y, x) or 0.0)
     structure = 1 - min(1.0, best)
-    return float(np.sqrt(structure * colors)) * smallness
+    return float(np.sqrt(structure * colors)) * change_weight
 
 
 def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | None:
@@ -236,15 +237,15 @@ def _correlate(first: Thumbnail, second: Thumbnail, y: int, x: int) -> float | N
 
     The result is None if too few cells are left, or if they are uniformly gray in either thumbnail.
     """
-    height, width = first.grey.shape
+    height, width = first.gray.shape
     # the part of each thumbnail that overlaps the other one after the shift
     first_area = slice(max(0, y), height + min(0, y)), slice(max(0, x), width + min(0, x))
     second_area = slice(max(0, -y), height + min(0, -y)), slice(max(0, -x), width + min(0, -x))
     is_used = ~(first.is_white[first_area] | second.is_white[second_area])
     if is_used.sum() < is_used.size / 4:
         return None
-    first_values = _center(first.grey[first_area][is_used])
-    second_values = _center(second.grey[second_area][is_used])
+    first_values = _center(first.gray[first_area][is_used])
+    second_values = _center(second.gray[second_area][is_used])
     first_deviation = float(np.sqrt(np.square(first_values).mean()))
     second_deviation = float(np.sqrt(np.square(second_values).mean()))
     if min(first_deviation, second_deviation) < FLAT_SCENE:

@@ -118,9 +118,9 @@ def video_pixels(
 ) -> Tensor:
     """Read the first frames of a video or image folder, scaled to cover: 1 3 F+E H W float32 in -1..1.
 
-    `option` names the video in messages, such as "--video_path". `end_frames` (E) is the number of additional
-    frames for an end image; at least one of them must exist, and the last existing one is repeated for the
-    missing ones.
+    `option` names the video in messages, such as "--video_path". `frames` is F. `end_frames` (E) is the
+    number of additional frames for an end image; at least one of them must exist, and the last existing one
+    is repeated for the missing ones.
 
     Raises:
         MediaError: If the video is too short.
@@ -129,7 +129,9 @@ def video_pixels(
 
     hdr = media_colors(path).hdr
     if hdr is not None:
-        logger.warning("%s %s is HDR (%s): it is used pale. Convert it to SDR first.", option, path, hdr)
+        logger.warning(
+            "%s %s is HDR (%s): its colors will look washed out. Convert it to SDR first.", option, path, hdr
+        )
     needed = frames + min(end_frames, 1)
     sizes = FrameSizes()
     read = sizes.watch(islice(video_frames(path), frames + end_frames))

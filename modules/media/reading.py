@@ -561,29 +561,30 @@ TRIES = 3
 
 def pick_frames(
     path: Path,
-    choose: Callable[[int], Collection[int]],
+    choose_indices: Callable[[int], Collection[int]],
     reduce: Callable[[Frame], Frame],
     threads: int = 0,
     exact: bool = True,
 ) -> list[Frame]:
     """Return selected frames of a clip, each passed through `reduce`; the clip is read to its end.
 
-    Reading to the end reveals damage. `choose` takes the number of frames and returns the indices to select.
-    `threads` is the number of decoding threads; 0 lets FFmpeg choose. If the header's number of frames is
-    wrong, frames are selected again with `exact`, otherwise only if selected frames are missing.
+    Reading to the end reveals damage. `choose_indices` takes the number of frames and returns the indices to
+    select. `threads` is the number of decoding threads; 0 lets FFmpeg choose. If the header's number of
+    frames proves wrong, the selection is repeated with the real number; without `exact`, only if a selected
+    frame is missing.
 
     Raises:
         MediaError: If the clip cannot be read.
     """
-    number = count_frames(path, threads)
+    expected_count = count_frames(path, threads)
     for _ in range(TRIES):
-        chosen = choose(number)
+        chosen = choose_indices(expected_count)
         count = 0
         frames = []
         for count, frame in enumerate(video_frames(path, threads=threads), 1):
             if count - 1 in chosen:
                 frames.append(reduce(frame))
-        if count == number or (not exact and len(frames) == len(chosen)):
+        if count == expected_count or (not exact and len(frames) == len(chosen)):
             return frames
-        number = count
-    raise MediaError(f"{path} has another number of frames each time it is read. Is it being written?")
+        expected_count = count
+    raise MediaError(f"{path} has a different number of frames each time it is read. Is it being written?")

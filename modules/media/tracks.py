@@ -26,7 +26,7 @@ class TrackAudio:
         """Prepare to write; `lasts` returns the duration of all frames once all are written."""
         samples, self._rate = track
         self._samples = samples.clip(-1, 1)
-        self._lasts = lasts
+        self._duration_seconds = lasts
         self._written = 0  # samples
         self._stream: Any = None
 
@@ -37,10 +37,11 @@ class TrackAudio:
         self._stream = add_aac_stream(target, len(self._samples), self._rate)
 
     def write(self, target: Any, seconds: Fraction | None) -> None:
-        """Write the audio before a time of the new file in seconds; None for all remaining audio."""
-        end = round((self._lasts() if seconds is None else seconds) * self._rate)
+        """Encode the audio up to a time of the new file, in seconds; with None all the rest, and flush."""
+        end = round((self._duration_seconds() if seconds is None else seconds) * self._rate)
         if end > self._written:
             part = self._samples[:, self._written : end]
+            # silence after the end of the samples
             part = np.pad(part, ((0, 0), (0, end - self._written - part.shape[1])))
             frame = av.AudioFrame.from_ndarray(
                 np.ascontiguousarray(part), format="fltp", layout=self._stream.layout.name

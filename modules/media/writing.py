@@ -48,13 +48,13 @@ class SectionAudio:
         self._waiting: Any = None
 
     def add_streams(self, target: Any, video: Any) -> None:
-        """Add an audio stream to the new file, if there is audio.
+        """Add an audio stream to the new file, if there is audio, and copy the pixel aspect ratio.
 
         `video` is the video stream of the new file.
         """
         main = self._source.streams.best("video")
         if main is not None:
-            encoding.keep_proportions(self._section.path, main, video)
+            encoding.copy_pixel_aspect(self._section.path, main, video)
         audio = self._source.streams.best("audio")
         if audio is None or audio.codec_context is None or not self._section.with_audio:
             return
@@ -264,7 +264,9 @@ def write_video(
     """
     rate = _make_rate(fps)
     images = (encoding.Picture(frame, index / rate, 1 / rate) for index, frame in enumerate(frames))
-    write_shown(path, images, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags, track=track)
+    write_timed_video(
+        path, images, rate, codec, crf=crf, preset=preset, bit_rate=bit_rate, tags=tags, track=track
+    )
 
 
 @dataclass(frozen=True)
@@ -277,7 +279,7 @@ class WrittenVideo:
     seconds: Fraction  # from the first image to the end of the last one
 
 
-def write_shown(
+def write_timed_video(
     path: Path,
     frames: Iterable[encoding.Picture],
     rate: Fraction,
@@ -404,7 +406,7 @@ def _open_writers(
 
 
 def encode_segment(frames: Iterable[Frame], fps: float) -> bytes:
-    """Encode frames quickly to an .mp4 in memory, stored in playing order, for `join_segments`."""
+    """Encode frames quickly to an .mp4 in memory, for `join_segments`: no frame refers to a later one."""
     remaining = iter(frames)
     first = next(remaining)
     file = io.BytesIO()

@@ -195,7 +195,7 @@ def _prepare(script: Path, options: Mapping[str, Any], operands: Sequence[object
 def _check(
     arguments: ScriptArguments, options: Mapping[str, Any], operands: Sequence[object] = ()
 ) -> CheckedCommand:
-    words = arguments.make_words(operands, options)
+    words = arguments.make_argv(operands, options)
     return CheckedCommand(arguments.script, words, options, arguments.check(words))
 
 

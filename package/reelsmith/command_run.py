@@ -47,13 +47,13 @@ class CommandRun:
     """
 
     def __init__(
-        self, script: Path, words: Sequence[str], options: Mapping[str, Any], history: HistoryEvents | None
+        self, script: Path, argv: Sequence[str], options: Mapping[str, Any], history: HistoryEvents | None
     ) -> None:
         """Start a command whose words were checked.
 
         Args:
             script: Path of the script in the checkout or the package.
-            words: The words after it.
+            argv: The words after it.
             options: Keyword arguments that they were made of.
             history: Reads the history of a training.
         """
@@ -71,7 +71,7 @@ class CommandRun:
         # a process group of its own: Ctrl-C reaches it through `stop` alone, once
         with output.open("wb") as file:
             self._process = subprocess.Popen(
-                [sys.executable, *program_words(script), *words],
+                [sys.executable, *program_words(script), *argv],
                 env=program_environment(PYTHONUNBUFFERED="1"),
                 stdin=subprocess.DEVNULL,
                 stdout=file,

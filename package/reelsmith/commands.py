@@ -92,28 +92,28 @@ def _is_script(path: Path) -> bool:
 
 def main() -> None:
     """Run the command on the command line; without one, list the commands."""
-    words = sys.argv[1:]
+    argv = sys.argv[1:]
     namesake = find_namesake() if PREFIX else None
     if namesake is not None:
         print(f"Warning: {namesake}.", file=sys.stderr)
-    if words[:1] in (["help"], ["--help"], ["-h"]) and len(words) > 1:
-        words = [*words[1:], "--help"]
-    if words[:1] == ["--extensions"] and len(words) > 1:
-        os.environ[EXTENSIONS] = words[1]
-        words = words[2:]
-    command = _find_named(words)
+    if argv[:1] in (["help"], ["--help"], ["-h"]) and len(argv) > 1:
+        argv = [*argv[1:], "--help"]
+    if argv[:1] == ["--extensions"] and len(argv) > 1:
+        os.environ[EXTENSIONS] = argv[1]
+        argv = argv[2:]
+    command = _find_named(argv)
     if command is not None:
-        _run_command(command, words[len(command.words) :])
-    elif words[:1] in (["--version"], ["-V"]):
+        _run_command(command, argv[len(command.words) :])
+    elif argv[:1] in (["--version"], ["-V"]):
         print(f"{PROGRAM} {VERSION}")
     else:
-        _explain(find_commands(ROOT), words)
+        _explain(find_commands(ROOT), argv)
 
 
-def _find_named(words: Sequence[str]) -> ScriptCommand | None:
+def _find_named(argv: Sequence[str]) -> ScriptCommand | None:
     """Return the command with which a command line begins. Only its own script is read."""
     for command in _name_files(ROOT):
-        if tuple(words[: len(command.words)]) == command.words and _is_script(command.path):
+        if tuple(argv[: len(command.words)]) == command.words and _is_script(command.path):
             return command
     return None
 
@@ -132,16 +132,16 @@ def _run_command(command: ScriptCommand, options: Sequence[str]) -> None:
         runpy.run_path(str(command.path), run_name="__main__")
 
 
-def _explain(commands: Sequence[ScriptCommand], words: Sequence[str]) -> None:
+def _explain(commands: Sequence[ScriptCommand], argv: Sequence[str]) -> None:
     """List the commands that begin with these words; without any, those that a beginner needs.
 
     Exits with code 2 if help was not asked for.
     """
-    asks_for_help = not words or words[-1] in {"-h", "--help", "help", "--all"}
-    beginning = tuple(words[:-1] if asks_for_help else words)
+    asks_for_help = not argv or argv[-1] in {"-h", "--help", "help", "--all"}
+    beginning = tuple(argv[:-1] if asks_for_help else argv)
     matching = [command for command in commands if command.words[: len(beginning)] == beginning]
     if matching and asks_for_help:
-        text = _listing(matching) if words else _list_first(commands)
+        text = _listing(matching) if argv else _list_first(commands)
         with contextlib.suppress(BrokenPipeError):  # the user may have quit the pager
             print(text, flush=True)
         return

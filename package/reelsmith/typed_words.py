@@ -59,7 +59,7 @@ class ScriptArguments:
             *(short for short, name in SHORT_NAMES.items() if name in self._actions),
         }
 
-    def make_words(self, operands: Sequence[object], options: Mapping[str, Any]) -> list[str]:
+    def make_argv(self, operands: Sequence[object], options: Mapping[str, Any]) -> list[str]:
         """Return the words after the script for operands and keyword arguments.
 
         Values that are None or False are not given. A mapping becomes words KEY=VALUE.
@@ -71,13 +71,13 @@ class ScriptArguments:
         Raises:
             OptionError: If a switch is given a value that is not a bool, or if another option is True.
         """
-        words = [str(operand) for operand in operands]
+        argv = [str(operand) for operand in operands]
         for name, value in options.items():
             name = name if name in self._actions else SHORT_NAMES.get(name, name)
-            words += _type_option(name, value, self._actions.get(name))
-        return words
+            argv += _type_option(name, value, self._actions.get(name))
+        return argv
 
-    def check(self, words: Sequence[str]) -> dict[str, Any]:
+    def check(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return the values of the options, checked as the command does before it loads anything.
 
         Options that --config_file names have its values, unless they are typed too. Call it once.
@@ -89,8 +89,8 @@ class ScriptArguments:
             return {}
         parser = self._parser
         if os.environ.get(EXTENSIONS):  # they may bring options, which the command itself checks
-            return vars(parser.parse_known_args(words)[0])
-        arguments: argparse.Namespace = parser.parse_args(words)
+            return vars(parser.parse_known_args(argv)[0])
+        arguments: argparse.Namespace = parser.parse_args(argv)
         with name_as_typed(typed_names(arguments)):
             reject_unsupported(parser, arguments, tells_unneeded=False)
             check_arguments(parser, arguments)

@@ -166,8 +166,10 @@ def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     reach = REACH * np.maximum(_find_longer_side(track.last.box), longer_sides)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2
-    places = np.array([_find_center(track.last.box), _find_center(track.expected(index))], np.float32)
-    from_last, from_expected = (np.hypot(*(centers - place).T) for place in places)
+    centers_of_track = np.array(
+        [_find_center(track.last.box), _find_center(track.expected(index))], np.float32
+    )
+    from_last, from_expected = (np.hypot(*(centers - center).T) for center in centers_of_track)
     away = np.minimum(from_last, from_expected)
     return np.maximum(0, 1 - away / np.maximum(reach, 1e-6))
 

@@ -19,7 +19,7 @@ from checkpoints.dialects import LoadPlan, count, other_kind, shapes_of
 from checkpoints.opening import Checkpoint, plain_sources
 from modules.errors import CheckpointError
 
-# Letters: B faces, C channels, h w height and width of features, L places that get a code, D width of tokens
+# Letters: B faces, C channels, h w height and width of features, L positions with a code, D token width
 
 GROUPS, EPS = 32, 1e-6  # of group norms
 HEADS = 8
@@ -44,7 +44,7 @@ class CodeFormerConfig:
 
     encoder: tuple[CodeFormerBlock, ...]
     generator: tuple[CodeFormerBlock, ...]
-    places: int  # L, a square number
+    num_positions: int  # L, a square number
     tokens: int  # D
     hidden: int  # width inside a layer of the transformer
     layers: int
@@ -54,7 +54,7 @@ class CodeFormerConfig:
     @property
     def side(self) -> int:
         """Side of the square of codebook entries that describe a face."""
-        return round(self.places**0.5)
+        return round(self.num_positions**0.5)
 
     @property
     def size(self) -> int:
@@ -227,7 +227,7 @@ class CodeFormer(nn.Module):
         self.config = config
         self.encoder: Any = _build(config.encoder, Halving)
         self.generator: Any = _build(config.generator, Doubling)
-        self.position_emb = nn.Parameter(torch.empty(config.places, width))
+        self.position_emb = nn.Parameter(torch.empty(config.num_positions, width))
         self.feat_emb = nn.Linear(code_width, width)
         self.ft_layers = nn.ModuleList(TransformerLayer(width, config.hidden) for _ in range(config.layers))
         self.idx_pred_layer = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, codes, bias=False))
@@ -320,13 +320,13 @@ def read_codeformer(checkpoint: Checkpoint) -> LoadPlan[CodeFormerConfig]:
     shape = shapes_of(checkpoint, sources, wrong_kind)
     encoder = _read_blocks("encoder", checkpoint)
     generator = _read_blocks("generator", checkpoint)
-    places, tokens = shape("position_emb", 2)
+    num_positions, tokens = shape("position_emb", 2)
     codes, code_width = shape("quantize.embedding.weight", 2)
     matches = [re.match(r"fuse_convs_dict\.(\d{1,5})\.", name) for name in names]
     config = CodeFormerConfig(
         encoder=encoder,
         generator=generator,
-        places=places,
+        num_positions=num_positions,
         tokens=tokens,
         hidden=shape("ft_layers.0.linear1.weight", 2)[0],
         layers=count(names, r"ft_layers\.\d+"),
@@ -343,7 +343,7 @@ def _is_possible(config: CodeFormerConfig) -> bool:
     doublings = sum(block.kind == RESIZE for block in config.generator)
     normed = [block for block in (*config.encoder, *config.generator) if block.kind != CONV]
     return (
-        config.side**2 == config.places
+        config.side**2 == config.num_positions
         and config.size == config.side << doublings
         and set(config.fused) <= last_blocks(config).keys()
         and config.tokens % HEADS == 0

@@ -47,7 +47,7 @@ class FlowDecoderConfig:
     mask: int
 
 
-class Alike(nn.Module):
+class SelfAffinity(nn.Module):
     """Attention between positions of the first image, weighted by their similarity."""
 
     def __init__(self, config: FlowDecoderConfig) -> None:
@@ -69,13 +69,13 @@ class Alike(nn.Module):
             scaled = q * q.shape[1] ** -0.5
             for part, queries in zip(weights.split(rows), scaled.split(rows), strict=True):
                 part.copy_((queries @ k.T).softmax(dim=1))
-            return partial(_apply_to_places, weights.matmul)
+            return partial(_apply_to_positions, weights.matmul)
 
         def attend(v: Tensor) -> Tensor:
             # four axes: with fewer there is no kernel that leaves out the table
             return scaled_dot_product_attention(q[None, None], k[None, None], v[None, None])[0, 0]
 
-        return partial(_apply_to_places, attend)
+        return partial(_apply_to_positions, attend)
 
 
 class Aggregator(nn.Module):
@@ -91,7 +91,7 @@ class Aggregator(nn.Module):
 
         Args:
             motion: Motion features, 1 C H W.
-            mean: The function that `Alike` returns.
+            mean: The function that `SelfAffinity` returns.
         """
         return motion + self.gamma * mean(self.to_v(motion))
 
@@ -122,7 +122,7 @@ class MemoryDecoder(nn.Module):
         attention = flowformer_memory.TokenAttention(config.query, config.memory, joined=True)
         self.decoder_layer = nn.ModuleDict({"cross_attend": attention})
         self.update_block = FlowFormerUpdate(config)
-        self.att = Alike(config)
+        self.att = SelfAffinity(config)
 
     def forward(
         self, costs: Correlation, memory: Tensor, context: Tensor, iterations: int, keeps_table: bool
@@ -134,7 +134,7 @@ class MemoryDecoder(nn.Module):
             memory: Cost memory, N K D.
             context: Context features of the first image, 1 C H W.
             iterations: Number of refinements.
-            keeps_table: See `Alike`.
+            keeps_table: See `SelfAffinity`.
         """
         hidden, context = self.proj(context).chunk(2, dim=1)
         hidden = torch.tanh(hidden)
@@ -143,7 +143,7 @@ class MemoryDecoder(nn.Module):
         layer: Any = self.decoder_layer["cross_attend"]
         block = self.update_block
         aggregate = self.att(context, keeps_table)
-        keys_and_values = layer.keep(memory)
+        keys_and_values = layer.project_tokens(memory)
         turns = block.gru.turns(context)
         start = positions = grid_of(context)
         for _ in range(iterations):
@@ -155,10 +155,10 @@ class MemoryDecoder(nn.Module):
             positions = positions + block.flow_head(hidden)
         return upsample_flow(positions - start, 0.25 * block.mask(hidden))
 
-    def _read_memory_features(self, near: Tensor, places: Tensor, keys_and_values: Any) -> Tensor:
+    def _read_memory_features(self, near: Tensor, positions: Tensor, keys_and_values: Any) -> Tensor:
         """Return the features of each position from memory, 1 . H W, for the costs around it (`near`)."""
         query = self.flow_token_encoder(near)
-        code = flowformer_memory.position_code(_flatten_rows(places), query.shape[1])
+        code = flowformer_memory.position_code(_flatten_rows(positions), query.shape[1])
         attend = self.decoder_layer["cross_attend"]
         recalled = attend(_flatten_rows(query)[:, None], keys_and_values, code[:, None])
         return recalled.squeeze(1).T.view(query.shape)
@@ -169,7 +169,7 @@ def _flatten_rows(x: Tensor) -> Tensor:
     return x[0].flatten(1).T
 
 
-def _apply_to_places(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+def _apply_to_positions(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """Apply a function of rows (N C) to a map (1 C H W)."""
     return run(_flatten_rows(x).contiguous()).T.reshape(x.shape)
 

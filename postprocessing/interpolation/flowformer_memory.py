@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, pad
 
-from postprocessing.interpolation.layers import Correlation, in_parts, in_ranges, places_of, rows_of_part
+from postprocessing.interpolation.layers import Correlation, in_parts, in_ranges, positions_of, rows_of_part
 from postprocessing.interpolation.twins import WINDOW, TwinsBlock, attend, in_windows
 
 # Shared by FlowFormer's encoder and decoder: attention of a few tokens, and sinusoidal position codes.
@@ -39,7 +39,7 @@ class TokenAttention(nn.Module):
         self.ffn = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Identity(), nn.Linear(width, width))
         self.joined = joined
 
-    def keep(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def project_tokens(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys and values (B T C each) of tokens (B T token_width)."""
         return self.k(tokens), self.v(tokens)
 
@@ -50,11 +50,11 @@ class TokenAttention(nn.Module):
 
         Args:
             x: Queries, B Q C.
-            keys_and_values: Result of `keep` for the tokens; None for self-attention.
+            keys_and_values: Result of `project_tokens` for the tokens; None for self-attention.
             code: Position code, added before the query projection.
         """
         normalized = self.norm1(x)
-        k, v = self.keep(normalized) if keys_and_values is None else keys_and_values
+        k, v = self.project_tokens(normalized) if keys_and_values is None else keys_and_values
         q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in (self.q(normalized + code), k, v))
         # plain products: fused attention is slow for so few tokens, and limits the number of positions
         weights = (q * q.shape[-1] ** -0.5 @ k.transpose(2, 3)).softmax(dim=-1)  # B heads Q T
@@ -63,15 +63,15 @@ class TokenAttention(nn.Module):
         return x + self.ffn(self.norm2(x))
 
 
-def position_code(places: Tensor, width: int) -> Tensor:
+def position_code(positions: Tensor, width: int) -> Tensor:
     """Return position codes, ... width, float32: sines and cosines of x, then of y.
 
     Args:
-        places: Positions (x, y), ... 2.
+        positions: Positions (x, y), ... 2.
         width: Number of values per position.
     """
     step = 3.14 / 200  # as trained: not pi
-    waves = places[..., None] * (torch.arange(width // 4, device=places.device) * step)
+    waves = positions[..., None] * (torch.arange(width // 4, device=positions.device) * step)
     return torch.cat([waves.sin(), waves.cos()], dim=-1).flatten(-2)
 
 
@@ -119,7 +119,7 @@ class CostEmbed(nn.Module):
         """
         height, width = maps.shape[2:]
         x = self.proj(pad(maps, (0, -width % PATCH, 0, -height % PATCH)))
-        centers = places_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
+        centers = positions_of(x.shape[2], x.shape[3], x.device) * PATCH + PATCH / 2
         code = position_code(centers, x.shape[1]).expand(len(x), -1, -1, -1)
         x = torch.cat([x.permute(0, 2, 3, 1), code], dim=-1).flatten(1, 2)
         # as matrix products: 1x1 convolutions are slower, and change the memory layout twice
@@ -153,7 +153,7 @@ class WindowContextAttention(nn.Module):
             context: Context features, 1 H W C.
         """
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
-        code = position_code(places_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
+        code = position_code(positions_of(WINDOW, WINDOW, x.device).flatten(0, 1), self.joined)
         width = x.shape[-1]
 
         def run(windows: Tensor) -> Tensor:
@@ -191,14 +191,14 @@ class CoarseContextAttention(nn.Module):
         height, width = x.shape[1:3]
         projected = self.context_proj(context).expand(len(x), -1, -1, -1)
         coded = torch.cat([x, projected], dim=-1)
-        places = places_of(height, width, x.device)
-        q = self.q(coded + position_code(places, self.joined))
+        positions = positions_of(height, width, x.device)
+        q = self.q(coded + position_code(positions, self.joined))
         coded = coded.permute(0, 3, 1, 2)
         keys = self.norm(self.sr_key(coded).permute(0, 2, 3, 1))
         values = self.norm(self.sr_value(coded[:, : x.shape[3]]).permute(0, 2, 3, 1))
         rows, columns = keys.shape[1:3]
-        coarse_places = places_of(rows, columns, x.device) * COARSE
-        keys = keys + position_code(coarse_places, x.shape[3])
+        coarse_positions = positions_of(rows, columns, x.device) * COARSE
+        keys = keys + position_code(coarse_positions, x.shape[3])
         k = self.k(keys).flatten(1, 2)
         v = self.v(values).flatten(1, 2)
         return self.proj(attend(q.flatten(1, 2), k, v, HEADS)).view(x.shape)
@@ -261,7 +261,7 @@ class CostPerceiver(nn.Module):
 
         def run(start: int, end: int) -> Tensor:
             tokens = self.patch_embed(costs.rows(start, end)[:, None])
-            return layer(self.latent_tokens.expand(end - start, -1, -1), layer.keep(tokens))
+            return layer(self.latent_tokens.expand(end - start, -1, -1), layer.project_tokens(tokens))
 
         # the largest number of float32 bytes that one position takes at a time, for the size of a part
         first, second, _ = self.config.costs

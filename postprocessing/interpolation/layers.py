@@ -256,16 +256,16 @@ class Correlation:
             padded = [pad(features, (REACH,) * 4) for features in pyramid]
             self._levels = [rearrange(features, "1 c h w -> (h w) c").contiguous() for features in padded]
 
-    def lookup(self, places: Tensor) -> Tensor:
+    def lookup(self, positions: Tensor) -> Tensor:
         """Return 1 81*levels h w: for each position of the first image, products around one of the second.
 
         Channel level * 81 + i * 9 + j belongs to the position moved by i - 4 in x and j - 4 in y at that
         scale; outside of the image it is 0.
 
         Args:
-            places: Positions in the second image's features, 1 2 h w, x and y.
+            positions: Positions in the second image's features, 1 2 h w, x and y.
         """
-        centers = rearrange(places.float(), "1 two h w -> (h w) two")
+        centers = rearrange(positions.float(), "1 two h w -> (h w) two")
         # positions that are not finite are moved far outside, so that no offset reaches the image
         centers = centers.nan_to_num(-1e6, -1e6, -1e6).clamp(-1e6, 1e6)
         products = [self._look_around(level, centers / 2**level) for level in range(len(self._levels))]
@@ -328,11 +328,11 @@ class Correlation:
 
 def _count_volume_bytes(height: int, width: int, levels: int) -> int:
     """Return the bytes of the products of all pairs of positions, at all scales."""
-    places = sum((height >> level) * (width >> level) for level in range(levels))
-    return 4 * height * width * places
+    positions = sum((height >> level) * (width >> level) for level in range(levels))
+    return 4 * height * width * positions
 
 
-def places_of(height: int, width: int, device: torch.device) -> Tensor:
+def positions_of(height: int, width: int, device: torch.device) -> Tensor:
     """Return H W 2: the position (x, y) of each cell, in float32."""
     rows = torch.arange(height, device=device, dtype=torch.float32)
     columns = torch.arange(width, device=device, dtype=torch.float32)
@@ -343,4 +343,4 @@ def places_of(height: int, width: int, device: torch.device) -> Tensor:
 def grid_of(features: Tensor) -> Tensor:
     """Return 1 2 h w: x and y of each position, in float32."""
     height, width = features.shape[-2:]
-    return places_of(height, width, features.device).permute(2, 0, 1)[None].contiguous()
+    return positions_of(height, width, features.device).permute(2, 0, 1)[None].contiguous()

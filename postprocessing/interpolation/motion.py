@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, normalize, pad
 
 from postprocessing.interpolation.layers import EncodedImage, FlowEstimator, conv, resize, splat, warp
-from postprocessing.interpolation.synthesis import Compared, Maps, Synthesis, SynthesisConfig
+from postprocessing.interpolation.synthesis import Maps, PairCorrelations, Synthesis, SynthesisConfig
 
 # Letters: B batch, C channels, H W height and width, L layers
 
@@ -69,7 +69,7 @@ class HypoNet(nn.Module):
             inputs = width
         self._config = config
 
-    def places(self, like: Tensor, time: float) -> Tensor:
+    def coordinates_at(self, like: Tensor, time: float) -> Tensor:
         """Return 1 3 H W: the time, and the center's y and x, of each pixel of `like`."""
         height, width = like.shape[-2:]
         low, high = self._config.coordinates
@@ -80,14 +80,14 @@ class HypoNet(nn.Module):
         row = y[:, None].expand(height, width)
         return torch.stack([torch.full_like(row, time), row, x.expand(height, width)])[None]
 
-    def forward(self, features: Tensor, places: Tensor) -> Tensor:
+    def forward(self, features: Tensor, positions: Tensor) -> Tensor:
         """Return the normalized flow, 1 2 H W, about 0..1.
 
         Args:
             features: Features, 1 C H W.
-            places: Coordinates, 1 3 H W.
+            positions: Coordinates, 1 3 H W.
         """
-        values = torch.cat([features, places], dim=1)
+        values = torch.cat([features, positions], dim=1)
         last = len(self.params_dict) - 1
         for number in range(last + 1):
             both = self.params_dict[f"linear_wb{number}"]
@@ -110,19 +110,19 @@ class MotionField(nn.Module):
         self.res_conv = lateral_network(4 * outputs, *config.residual, 2 * outputs, config.residual_blocks)
         self.hyponet = HypoNet(2 * outputs + 3, config)
 
-    def between(self, forth: Tensor, back: Tensor) -> "Motion":
+    def between(self, forward_flow: Tensor, backward_flow: Tensor) -> "Motion":
         """Return the motion between two images.
 
         Args:
-            forth: Flow from the first image to the second, 1 2 H W.
-            back: Flow from the second image to the first, 1 2 H W.
+            forward_flow: Flow from the first image to the second, 1 2 H W.
+            backward_flow: Flow from the second image to the first, 1 2 H W.
         """
-        normal, scale = normalised(forth, back)
+        normal, scale = normalize_flows(forward_flow, backward_flow)
         first, second = (self.cnn_encoder(normal[:, :, index]) for index in (0, 1))
-        first_weight, second_weight = self.splat_weights(forth, back)
+        first_weight, second_weight = self.splat_weights(forward_flow, backward_flow)
         return Motion(
-            forth,
-            back,
+            forward_flow,
+            backward_flow,
             scale=scale,
             first=first,
             second=second,
@@ -130,12 +130,12 @@ class MotionField(nn.Module):
             second_weight=second_weight,
         )
 
-    def splat_weights(self, forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+    def splat_weights(self, forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
         """Return the weights of splatted pixels, 1 1 H W for each image.
 
         Weights are larger where both flows agree and where the flow is smooth.
         """
-        return self._weigh(forth, back), self._weigh(back, forth)
+        return self._weigh(forward_flow, backward_flow), self._weigh(backward_flow, forward_flow)
 
     def _weigh(self, flow: Tensor, opposite: Tensor) -> Tensor:
         """Return the weights of an image, 1 1 H W, from its flow and the flow back to it, 1 2 H W each."""
@@ -153,19 +153,19 @@ class MotionField(nn.Module):
 
     def normal_at(self, motion: "Motion", time: float) -> Tensor:
         """Return the motion of `at` as a fraction of the largest, shifted to 0..1; 0.5 is no motion."""
-        first = splat(motion.first, time * motion.forth, motion.first_weight)
-        second = splat(motion.second, (1 - time) * motion.back, motion.second_weight)
+        first = splat(motion.first, time * motion.forward_flow, motion.first_weight)
+        second = splat(motion.second, (1 - time) * motion.backward_flow, motion.second_weight)
         residual = self.res_conv(torch.cat([motion.first, motion.second, first, second], dim=1))
         features = torch.cat([first, second], dim=1) + residual
-        return self.hyponet(features, self.hyponet.places(features, time))
+        return self.hyponet(features, self.hyponet.coordinates_at(features, time))
 
 
 @dataclass(frozen=True)
 class Motion:
     """Tensors of a pair of images that all times between them share."""
 
-    forth: Tensor
-    back: Tensor
+    forward_flow: Tensor
+    backward_flow: Tensor
     scale: Tensor  # the largest movement in pixels
     first: Tensor  # features of the normalized flows
     second: Tensor
@@ -180,14 +180,15 @@ def _blur(values: Tensor) -> Tensor:
     return conv2d(pad(values, (1, 1, 1, 1), mode="reflect"), kernel, groups=2)
 
 
-def normalised(forth: Tensor, back: Tensor) -> tuple[Tensor, Tensor]:
+def normalize_flows(forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
     """Normalize both flows by the largest movement.
 
     Returns:
-        1 2 2 H W (x and y, then forth and minus back), 0..1 with 0.5 for no motion; and the scale in pixels.
+        1 2 2 H W (x and y, then the forward and the negative backward flow), 0..1 with 0.5 for no motion; and
+        the scale in pixels.
     """
-    scale = torch.maximum(forth.abs().amax(), back.abs().amax())
-    both = torch.stack([forth, -back], dim=2) / torch.where(scale == 0, 1.0, scale)
+    scale = torch.maximum(forward_flow.abs().amax(), backward_flow.abs().amax())
+    both = torch.stack([forward_flow, -backward_flow], dim=2) / torch.where(scale == 0, 1.0, scale)
     return (both + 1) / 2, scale
 
 
@@ -260,12 +261,14 @@ class Interpolation:
             self.estimator.flow(second.encoded, first.encoded),
         )
         synthesis = self.network.synthesis
-        compared = Compared(first.maps, second.maps)
+        correlations = PairCorrelations(first.maps, second.maps)
         images = 2 * torch.cat([first.image, second.image]) - 1
         small = 2 * torch.cat([first.small, second.small]) - 1
         for time in times:
             flow = self.network.motion.at(motion, time)
             flow = torch.cat([-time * flow, (1 - time) * flow])  # from the new image to the first and second
-            blend = synthesis.blend(small, flow, first.maps, second.maps, compared=compared, time=time)
+            blend = synthesis.blend(
+                small, flow, first.maps, second.maps, correlations=correlations, time=time
+            )
             del flow
             yield synthesis.put_together(images, blend.enlarged(1 / self.ds_factor))

@@ -241,12 +241,12 @@ class Raft(nn.Module):
         hidden, context = torch.tanh(hidden), relu(context)
         turns = self.update_block.gru.turns(context)
         start = grid_of(hidden)
-        places = start
+        positions = start
         for _ in range(self.iterations):
-            costs = correlation.lookup(places)
-            hidden, change = self.update_block(hidden, turns, costs, places - start)
-            places = places + change
-        return upsample_flow(places - start, 0.25 * self.update_block.mask(hidden))
+            costs = correlation.lookup(positions)
+            hidden, change = self.update_block(hidden, turns, costs, positions - start)
+            positions = positions + change
+        return upsample_flow(positions - start, 0.25 * self.update_block.mask(hidden))
 
 
 def upsampling_mask(hidden: int, width: int) -> nn.Sequential:

@@ -71,7 +71,8 @@ class Interpolator:
         left, right, top, bottom = self._measure_margins(clip.height, clip.width)
         if min(clip.height + top + bottom, clip.width + left + right) * part < MIN_SIDE:
             step = self._options.alignment
-            needed = (math.ceil(MIN_SIDE / part / step) - 1) * step + 1  # the rest is added
+            # sides are padded to a multiple of `step`: the smallest side whose padded size is large enough
+            needed = (math.ceil(MIN_SIDE / part / step) - 1) * step + 1
             at_part = f" with --ds_factor {self._options.ds_factor:g}" if part < 1 else ""
             raise MediaError(
                 f"{clip.path} is {clip.width} x {clip.height}: {NAME} needs at least {needed} pixels in "

@@ -80,12 +80,12 @@ class Residual(nn.Module):
 class Decoder(nn.Module):
     """Upsample the features of each image, then predict `outputs` channels from them and other inputs."""
 
-    def __init__(self, features: int, further: int, config: RefinementConfig) -> None:
+    def __init__(self, features: int, other_channels: int, config: RefinementConfig) -> None:
         """Create the layers.
 
         Args:
             features: Channels of each image's features.
-            further: Channels of the other inputs apart from the two upsampled features.
+            other_channels: Channels of the other inputs apart from the two upsampled features.
             config: Widths of the layers.
         """
         super().__init__()
@@ -101,7 +101,7 @@ class Decoder(nn.Module):
             nn.ReLU(),
         )
         self.convblock = nn.Sequential(
-            prelu(2 * outer + further, config.width, config.first),
+            prelu(2 * outer + other_channels, config.width, config.first),
             *(Residual(config.width, config.side) for _ in range(3)),
             conv(config.width, config.outputs),
         )
@@ -130,9 +130,9 @@ class Update(nn.Module):
         """Return the changes of the feature and, in float32, of the flow (1 4 h w, for both images)."""
         dtype = self.conv.weight.dtype
         feature, inputs, correlation = feature.to(dtype), flow.to(dtype), correlation.to(dtype)
-        compared = _leaky(self.convc2(_leaky(self.convc1(correlation))))
+        correlations = _leaky(self.convc2(_leaky(self.convc1(correlation))))
         moved = _leaky(self.convf2(_leaky(self.convf1(inputs))))
-        motion = _leaky(self.conv(torch.cat([compared, moved], dim=1)))
+        motion = _leaky(self.conv(torch.cat([correlations, moved], dim=1)))
         hidden = self.gru(torch.cat([motion, inputs, feature], dim=1))
         return self.feat_head(hidden), self.flow_head(hidden).float()
 
@@ -243,7 +243,13 @@ class Synthesis(nn.Module):
         )
 
     def blend(
-        self, images: Tensor, flow: Tensor, first: Maps, second: Maps, compared: "Compared", time: float
+        self,
+        images: Tensor,
+        flow: Tensor,
+        first: Maps,
+        second: Maps,
+        correlations: "PairCorrelations",
+        time: float,
     ) -> Blend:
         """Return the blend that produces the image at a time, 0..1.
 
@@ -252,11 +258,11 @@ class Synthesis(nn.Module):
             flow: Flow from the new image to each of them, 2 2 H W.
             first: Features of the first image.
             second: Features of the second image.
-            compared: Correlations of the two images.
+            correlations: Correlations of the two images.
             time: Time between the images, 0..1.
         """
         refined = self._begin(images, flow, first.eighth, second.eighth)
-        refined = self._refine(refined, compared, time)
+        refined = self._refine(refined, correlations, time)
         return self._end(images, refined, first.quarter, second.quarter)
 
     def _begin(self, images: Tensor, flow: Tensor, first: Tensor, second: Tensor) -> Refined:
@@ -273,11 +279,11 @@ class Synthesis(nn.Module):
         change, mask, feature = predicted.split([FLOWS, 1, predicted.shape[1] - FLOWS - 1], dim=1)
         return both_flows + change.float(), mask.float(), feature
 
-    def _refine(self, refined: Refined, compared: "Compared", time: float) -> Refined:
+    def _refine(self, refined: Refined, correlations: "PairCorrelations", time: float) -> Refined:
         """Refine flow and feature by comparing the images at the positions that the flow points to."""
         flow, mask, wide = refined
         low = 0.5 * resize(flow, 0.5)
-        correlation = compared.lookup(low, time)
+        correlation = correlations.lookup(low, time)
         feature, change = self.amt_update4_low(resize(wide, 0.5), low, correlation)
         flow = flow + 2 * resize(change, 2)
         wide = wide + resize(feature, 2)
@@ -324,20 +330,20 @@ class Synthesis(nn.Module):
         return ((torch.stack(pictures).mean(dim=0) + mixed + 1) / 2).clamp(0, 1)
 
 
-class Compared:
+class PairCorrelations:
     """Correlations between the features of two images, in both directions."""
 
     def __init__(self, first: Maps, second: Maps) -> None:
         # few lookups: storing all products would take longer, and memory in addition to the largest layers
-        self._forth = Correlation(first.matching, second.matching, keeps_volume=False)
-        self._back = Correlation(second.matching, first.matching, keeps_volume=False)
+        self._forward = Correlation(first.matching, second.matching, keeps_volume=False)
+        self._backward = Correlation(second.matching, first.matching, keeps_volume=False)
         self._grid = grid_of(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
         """Return correlations, 1 648 h w, for a flow 1 4 h w from the image at `time` to both images."""
         to_first, to_second = flow.split(2, dim=1)
-        forth = self._forth.lookup(self._grid + to_second / (1 - time))
-        return torch.cat([forth, self._back.lookup(self._grid + to_first / time)], dim=1)
+        forward = self._forward.lookup(self._grid + to_second / (1 - time))
+        return torch.cat([forward, self._backward.lookup(self._grid + to_first / time)], dim=1)
 
 
 def _join_channels(both: Tensor) -> Tensor:

@@ -181,8 +181,9 @@ def in_windows(run: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     batch, height, width, _ = x.shape
     x = pad(x, (0, 0, 0, -width % WINDOW, 0, -height % WINDOW))
     rows, columns = x.shape[1] // WINDOW, x.shape[2] // WINDOW
+    # B rows columns WINDOW WINDOW C
     windows = x.unflatten(2, (columns, WINDOW)).unflatten(1, (rows, WINDOW)).transpose(2, 3)
-    windows = windows.flatten(3, 4).flatten(0, 2)
+    windows = windows.flatten(3, 4).flatten(0, 2)  # (B rows columns) WINDOW**2 C
     # 32 bytes for each value: queries, keys, values, their copies by head, and results
     results = in_parts(run, windows, bytes_each=32 * windows[0].numel()).view(
         batch, rows, columns, WINDOW, WINDOW, -1

@@ -14,8 +14,8 @@ from project.foreign.contract import (
     Program,
     is_off,
     is_on,
-    left,
     number,
+    omitted,
     read_largest,
     read_rate,
     read_trigger,
@@ -25,7 +25,7 @@ _JOB = "config.process[]"
 _FIRST = "config.process[0]"
 _TRAINERS = ("sd_trainer", "ui_trainer", "diffusion_trainer")
 _WORDS = ("textual_inversion_trainer", "textual_inversion")
-_OF_LOKR = left("network_args and network_dim below [training] say it: docs/networks.md")
+_OF_LOKR = omitted("network_args and network_dim below [training] say it: docs/networks.md")
 _SLIDER = "--slider of a training script learns from two texts, without files: docs/targets.md"
 
 
@@ -65,10 +65,13 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
     """Return the keys without effect: empty lists, and settings of an EMA that is turned off."""
-    idle = set()
+    without_effect = set()
     if not is_on(values.get(f"{_FIRST}.train.ema_config.use_ema")):
-        idle |= {f"{_FIRST}.train.ema_config.ema_decay"}
-    return {*idle, *(key for key, value in values.items() if key.endswith(".is_reg") and is_off(value))}
+        without_effect |= {f"{_FIRST}.train.ema_config.ema_decay"}
+    return {
+        *without_effect,
+        *(key for key, value in values.items() if key.endswith(".is_reg") and is_off(value)),
+    }
 
 
 _RULES = {
@@ -85,8 +88,8 @@ _RULES = {
     "network.alpha": rules.ALPHA,
     "network.dropout": rules.DROPOUT,
     "network.network_kwargs.*": rules.LAYERS,
-    "network.conv": left("conv_dim in network_args below [training]: docs/networks.md"),
-    "network.conv_alpha": left("conv_alpha in network_args below [training]: docs/networks.md"),
+    "network.conv": omitted("conv_dim in network_args below [training]: docs/networks.md"),
+    "network.conv_alpha": omitted("conv_alpha in network_args below [training]: docs/networks.md"),
     "train.steps": rules.STEPS,
     "train.lr": rules.LEARNING_RATE,
     "train.batch_size": rules.BATCH_SIZE,
@@ -99,7 +102,7 @@ _RULES = {
     "train.lr_scheduler_params.num_warmup_steps": rules.WARMUP_STEPS,
     "train.max_grad_norm": rules.GRADIENT_LIMIT,
     "train.seed": rules.SEED,
-    "train.ema_config.use_ema": left("ema_decay says it here"),
+    "train.ema_config.use_ema": omitted("ema_decay says it here"),
     "train.ema_config.ema_decay": rules.EMA_DECAY,
     "train.min_snr_gamma": rules.MIN_SNR,
     "train.snr_gamma": rules.MIN_SNR,
@@ -120,24 +123,24 @@ _RULES = {
     "train.gradient_checkpointing": rules.OF_CARD,
     "train.unload_text_encoder": rules.OF_CARD,
     "train.cache_text_embeddings": rules.CACHES,
-    "train.noise_scheduler": left("the model's own noise is used"),
+    "train.noise_scheduler": omitted("the model's own noise is used"),
     "train.timestep_type": rules.TIMESTEPS,
     "train.content_or_style": rules.TIMESTEPS,
     "train.linear_timesteps": rules.TIMESTEPS,
     "train.loss_type": rules.LOSS,
     "train.reg_weight": KeyRule(DATA, "prior_loss_weight", number(0, 1000)),
-    "train.switch_boundary_every": left("of two networks the noise of each step says which one learns"),
-    "train.skip_first_sample": left("sample_at_first below [training] says it"),
-    "train.force_first_sample": left("sample_at_first below [training] says it"),
-    "train.disable_sampling": left("without sample_prompts below [training] there are no samples"),
+    "train.switch_boundary_every": omitted("of two networks the noise of each step says which one learns"),
+    "train.skip_first_sample": omitted("sample_at_first below [training] says it"),
+    "train.force_first_sample": omitted("sample_at_first below [training] says it"),
+    "train.disable_sampling": omitted("without sample_prompts below [training] there are no samples"),
     **dict.fromkeys(
         ("train.diff_output_preservation", "train.diff_output_preservation_*"),
-        left("--output_preservation of the training: docs/targets.md"),
+        omitted("--output_preservation of the training: docs/targets.md"),
     ),
     "save.save_every": rules.SAVE_STEPS,
     "save.max_step_saves_to_keep": rules.KEPT_FILES,
     "save.dtype": rules.OF_CARD,
-    "save.save_format": left("files are safetensors"),
+    "save.save_format": omitted("files are safetensors"),
     "save.push_to_hub": rules.UPLOADS,
     "save.hf_*": rules.UPLOADS,
     "datasets[].folder_path": rules.MEDIA_FOLDER,
@@ -153,8 +156,8 @@ _RULES = {
     "datasets[].is_reg": rules.REGULARISING,
     "datasets[].mask_path": rules.MASKS,
     "datasets[].control_path": rules.CONTROLS,
-    "datasets[].num_frames": left("`new` chooses the frames of clips"),
-    "datasets[].default_caption": left("class_tokens in dataset.toml is the caption of files without one"),
+    "datasets[].num_frames": omitted("`new` chooses the frames of clips"),
+    "datasets[].default_caption": omitted("class_tokens in dataset.toml is the caption of files without one"),
     "datasets[].buckets": rules.BUCKETS,
     "datasets[].cache_latents_to_disk": rules.CACHES,
     "datasets[].cache_latents": rules.CACHES,
@@ -167,12 +170,12 @@ _RULES = {
     },
     "model.dtype": rules.OF_CARD,
     "model.assistant_lora_path": rules.ADAPTER,
-    "model.model_kwargs.*": left("of two networks both learn; min_timestep and max_timestep choose one"),
+    "model.model_kwargs.*": omitted("of two networks both learn; min_timestep and max_timestep choose one"),
     "model.layer_offloading*": rules.OF_CARD,
     "sample.sample_every": rules.SAMPLE_STEPS,
     "sample.*": rules.SAMPLES,
     "device": rules.OF_CARD,
-    "type": left("it says what is trained"),
+    "type": omitted("it says what is trained"),
     "training_folder": rules.OUTPUT_FOLDER,
     "performance_log_every": rules.LOGS,
     "logging.*": rules.LOGS,
@@ -195,7 +198,7 @@ PROGRAM = Program(
     arguments={"adafactor": {"scale_parameter": False, "relative_step": False, "warmup_init": False}},
     rules={
         "config.name": rules.OUTPUT_NAME,
-        "job": left("it is a training"),
+        "job": omitted("it is a training"),
         "meta.*": rules.NAMES,
         **{f"{_JOB}.{key}": rule for key, rule in _RULES.items()},
     },

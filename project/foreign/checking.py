@@ -38,7 +38,7 @@ def check_run(
             return
         blamed = _find_blamed(project, message)
         if blamed is None:
-            project.left.append(f"this run would not begin: {message}")
+            project.omitted.append(f"this run would not begin: {message}")
             return
         project.drop(blamed, message)
 
@@ -51,11 +51,11 @@ def _check(script: str, folder: Path, texts: Mapping[str, str]) -> str | None:
     with temporary_folder() as copies:
         for name, text in texts.items():
             write_text(copies / name, text)
-        words = ["--config_file", str(copies / RUN_FILE)]
+        argv = ["--config_file", str(copies / RUN_FILE)]
         for option, value in parse_toml(texts[RUN_FILE])["training"].items():
             if isinstance(value, str) and value in texts:
-                words += [f"--{option}", str(copies / value)]
-        message = check_options(script, words, folder)
+                argv += [f"--{option}", str(copies / value)]
+        message = check_options(script, argv, folder)
         if message is None:
             return None
         message = message.replace(f"{copies / RUN_FILE}: ", "").replace(f"{copies}{os.sep}", "")

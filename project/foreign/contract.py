@@ -25,7 +25,7 @@ NETWORK = "network"  # kind of network: a LoRA or another one
 ARGUMENT = "argument"  # an argument of the optimizer; `name` is the argument's name
 ARGUMENTS = "arguments"  # several arguments of the optimizer, as KEY=VALUE
 NETWORK_ARGUMENT = "network argument"  # an argument of the network; `name` is its name
-LEFT = "left"  # left out, with the reason in the rule
+OMITTED = "left"  # left out, with the reason in the rule
 
 # precedence of EPOCHS: over a number of steps, below it, or the run ends at whichever comes first
 FIRST, LAST, SOONEST = "first", "last", "soonest"
@@ -36,7 +36,7 @@ class KeyRule(NamedTuple):
     """How to handle a key. `read` converts its value to ours, or raises ValueError with a reason."""
 
     to: str
-    name: str = ""  # name of the option or key; for LEFT, the reason
+    name: str = ""  # name of the option or key; for OMITTED, the reason
     read: Callable[[Any], Any] = lambda value: value
 
 
@@ -44,10 +44,10 @@ class ForeignRun(NamedTuple):
     """What a project trains."""
 
     kind: str  # a value of `new --train`
-    said: str  # key and value that select it, for messages
+    setting: str  # key and value that select it, for messages
 
 
-class NotSaid(ValueError):
+class UnsetValue(ValueError):
     """Raised by readers for a text that stands for an unset value in the program's page."""
 
 
@@ -129,9 +129,9 @@ class Program:
     name_keys: Callable[[dict[str, Any]], dict[str, Any]] = lambda values: values
 
 
-def left(reason: str) -> KeyRule:
+def omitted(reason: str) -> KeyRule:
     """Return the rule for a key that has no counterpart here, with the reason."""
-    return KeyRule(LEFT, reason)
+    return KeyRule(OMITTED, reason)
 
 
 def is_on(value: Any) -> bool:
@@ -170,7 +170,7 @@ def number(minimum: float = 0, maximum: float = 1e9) -> Callable[[Any], float]:
     return read
 
 
-def whole(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
+def integer(minimum: int = 0, maximum: int = MAX_STEPS) -> Callable[[Any], int]:
     """Return a function that reads an integer within limits."""
     of_number = number(minimum, maximum)
 
@@ -295,7 +295,7 @@ def read_trigger(value: Any) -> str:
 def read_side(value: Any) -> tuple[int, int]:
     """Return width and height, read from a number, `512,512` or `512x768`."""
     parts = re.split(r"[,x]", value.lower()) if isinstance(value, str) else [value]
-    sides = [whole(64, 8192)(part) for part in parts]
+    sides = [integer(64, 8192)(part) for part in parts]
     if len(sides) > 2:
         raise ValueError("it is not a size: give resolution in dataset.toml")
     rounded = [side // 32 * 32 for side in sides]
@@ -313,7 +313,7 @@ def read_largest(value: Any) -> tuple[int, int]:
         if isinstance(item, list):
             if len(item) not in {2, 3}:  # width, height and perhaps frames
                 raise ValueError("it is not a size: give resolution in dataset.toml")
-            item = f"{whole()(item[0])}x{whole()(item[1])}"
+            item = f"{integer()(item[0])}x{integer()(item[1])}"
         sizes.append(read_side(item))
     if not sizes:
         raise ValueError("it is empty")
@@ -358,12 +358,12 @@ def read_text(value: Any) -> str:
 
     Raises:
         ValueError: If the value is not a text.
-        NotSaid: If it is empty.
+        UnsetValue: If it is empty.
     """
     if not isinstance(value, str):
         raise ValueError("it is no text")
     if is_off(value):
-        raise NotSaid("it is empty")
+        raise UnsetValue("it is empty")
     return value.strip()
 
 

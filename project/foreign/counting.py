@@ -81,6 +81,6 @@ def _bucket(
     if size is None:
         return ()
     try:
-        return bucket_of(table, size, find_pixel_step(choice.facts.family), path)
+        return bucket_of(table, size, find_pixel_step(choice.model_info.family), path)
     except UserError:
         return ()

@@ -16,18 +16,18 @@ from project.foreign.contract import (
     NoRun,
     Parts,
     Program,
+    integer,
     is_off,
     is_on,
-    left,
     number,
+    omitted,
     read_rate,
     read_text,
-    whole,
 )
 
-_OF_UI = left("the form has it for its own use")
-_OF_NETWORK = left("network_args below [training] say it: docs/networks.md")
-_OF_LAUNCHER = left("`run` starts the training on one card")
+_OF_UI = omitted("the form has it for its own use")
+_OF_NETWORK = omitted("network_args below [training] say it: docs/networks.md")
+_OF_LAUNCHER = omitted("`run` starts the training on one card")
 _NETWORK_ARGUMENTS = ("conv_dim", "conv_alpha", "rank_dropout", "module_dropout", "factor")
 _OF_LYCORIS = (
     *("algo", "block_size", "bypass_mode", "constrain", "decompose_both", "rank_dropout_scale"),
@@ -114,28 +114,30 @@ def _find_parts(values: Mapping[str, Any]) -> Parts:
 def _find_idle(values: Mapping[str, Any]) -> set[str]:
     """Return the keys that have no effect in that program: keys of other networks, noises and models."""
     kind = str(values.get("LoRA_type", "")).lower()
-    idle = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
-    idle |= {*(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)}  # keys of other models
+    without_effect = {key for key in values if key.startswith("sdxl_") and not is_on(values.get("sdxl"))}
+    without_effect |= {
+        *(_OF_ONE_ENCODER if is_on(values.get("sdxl")) else _OF_TWO_ENCODERS)
+    }  # keys of other models
     if "lycoris" not in kind:
-        idle |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
+        without_effect |= {*_OF_LYCORIS, "LyCORIS_preset", "dora_wd", "factor"}
     if "lycoris" not in kind and "locon" not in kind:
-        idle |= {"conv_dim", "conv_alpha"}
+        without_effect |= {"conv_dim", "conv_alpha"}
     if values.get("noise_offset_type", "Original") == "Original":
-        idle |= {*_MULTIRES}
+        without_effect |= {*_MULTIRES}
     else:
-        idle |= {*_OFFSET}
+        without_effect |= {*_OFFSET}
     if not is_on(values.get("flux1_checkbox")):
-        idle |= {*_FLUX_ALONE, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
-        idle.discard("flux1_checkbox")
+        without_effect |= {*_FLUX_ALONE, *(key for key in values if key.startswith(("flux1_", "t5xxl_")))}
+        without_effect.discard("flux1_checkbox")
     if is_off(values.get("min_snr_gamma")) or values.get("min_snr_gamma") == 0:
-        idle.add("min_snr_gamma")
+        without_effect.add("min_snr_gamma")
     if str(values.get("max_token_length")) == "75":  # the text encoder's default length
-        idle.add("max_token_length")
+        without_effect.add("max_token_length")
     if str(values.get("clip_skip")) in {"0", "1"}:  # the last layer
-        idle.add("clip_skip")
+        without_effect.add("clip_skip")
     if str(values.get("loss_type", "l2")) == "l2":
-        idle |= {"huber_c", "huber_schedule", "huber_scale"}
-    return idle
+        without_effect |= {"huber_c", "huber_schedule", "huber_scale"}
+    return without_effect
 
 
 PROGRAM = Program(
@@ -163,23 +165,23 @@ PROGRAM = Program(
         "token_string": rules.WORD,
         "init_word": rules.INIT_WORD,
         "num_vectors_per_token": rules.VECTORS,
-        "template": left("captions are what a word learns from: docs/textual_inversion.md has templates"),
+        "template": omitted("captions are what a word learns from: docs/textual_inversion.md has templates"),
         "learning_rate": rules.LEARNING_RATE,
         "lr_scheduler": rules.SCHEDULER,
         "lr_scheduler_num_cycles": rules.CYCLES,
         "lr_warmup": KeyRule(SHARE, "", number(0, 100)),
         "lr_warmup_steps": rules.WARMUP_STEPS,
-        "lr_scheduler_type": left("it names code to import; type --lr_scheduler_type with the training"),
+        "lr_scheduler_type": omitted("it names code to import; type --lr_scheduler_type with the training"),
         "optimizer": rules.OPTIMIZER,
         "optimizer_args": rules.OPTIMIZER_ARGUMENTS,
         "max_grad_norm": rules.GRADIENT_LIMIT,
         "gradient_accumulation_steps": rules.ACCUMULATED,
-        "seed": KeyRule(TRAINING, "seed", whole(0, 2**32 - 1)),
+        "seed": KeyRule(TRAINING, "seed", integer(0, 2**32 - 1)),
         "epoch": rules.NUM_EPOCHS,
-        "max_train_epochs": KeyRule(EPOCHS, FIRST, whole(0)),
+        "max_train_epochs": KeyRule(EPOCHS, FIRST, integer(0)),
         "max_train_steps": rules.STEPS,
         "train_batch_size": rules.BATCH_SIZE,
-        "batch_size": left(
+        "batch_size": omitted(
             "it is of making captions and caches there; train_batch_size is that of the steps"
         ),
         "dataset_repeats": rules.NUM_REPEATS,
@@ -195,25 +197,27 @@ PROGRAM = Program(
         ),
         "train_data_dir": rules.MEDIA_FOLDER,
         "image_folder": rules.MEDIA_FOLDER,
-        "train_dir": left("`new` finds captions and sizes itself"),
+        "train_dir": omitted("`new` finds captions and sizes itself"),
         "reg_data_dir": rules.REGULARISING,
         "pretrained_model_name_or_path": rules.MODEL_FILE,
         "sdxl": rules.MODEL_NAME,
         "flux1_checkbox": rules.MODEL_NAME,
         "v2": rules.MODEL_NAME,
-        "v_parameterization": left("the model says what it predicts"),
+        "v_parameterization": omitted("the model says what it predicts"),
         **dict.fromkeys(("ae", "clip_l", "t5xxl", "vae"), rules.OWN_FILES),
         "caption_extension": rules.CAPTIONS,
         "enable_bucket": rules.BUCKETS,
-        "dataset_config": left("dataset.toml is written by `new`"),
+        "dataset_config": omitted("dataset.toml is written by `new`"),
         "save_every_n_steps": rules.SAVE_STEPS,
         "save_every_n_epochs": rules.SAVE_EPOCHS,
         "sample_every_n_steps": rules.SAMPLE_STEPS,
         "sample_every_n_epochs": rules.SAMPLE_EPOCHS,
         **dict.fromkeys(("save_last_n_steps", "save_last_n_steps_state"), rules.KEPT_FILES),
-        **dict.fromkeys(("save_state", "save_state_on_train_end"), left("states are saved with each file")),
+        **dict.fromkeys(
+            ("save_state", "save_state_on_train_end"), omitted("states are saved with each file")
+        ),
         "sample_prompts": rules.SAMPLES,
-        "sample_sampler": left("samples are made as the model's page says"),
+        "sample_sampler": omitted("samples are made as the model's page says"),
         **dict.fromkeys(("cache_latents", "cache_latents_to_disk"), rules.CACHES),
         **dict.fromkeys(
             ("flux1_cache_text_encoder_outputs", "flux1_cache_text_encoder_outputs_to_disk"), rules.CACHES
@@ -229,9 +233,9 @@ PROGRAM = Program(
         **dict.fromkeys(("multi_gpu", "gpu_ids", "main_process_port", "dynamo_backend"), _OF_LAUNCHER),
         **dict.fromkeys(("dynamo_mode", "dynamo_use_dynamic", "dynamo_use_fullgraph"), _OF_LAUNCHER),
         "extra_accelerate_launch_args": _OF_LAUNCHER,
-        "additional_parameters": left("write each of these options below [training]"),
+        "additional_parameters": omitted("write each of these options below [training]"),
         **dict.fromkeys(("output_dir", "resume"), rules.OUTPUT_FOLDER),
-        "logging_dir": left("logging_dir below [training] says where logs go"),
+        "logging_dir": omitted("logging_dir below [training] says where logs go"),
         **dict.fromkeys(("log_with", "log_config", "log_tracker_name", "log_tracker_config"), rules.LOGS),
         **dict.fromkeys(("wandb_api_key", "wandb_run_name", "use_wandb"), rules.LOGS),
         **dict.fromkeys(
@@ -245,9 +249,9 @@ PROGRAM = Program(
         **dict.fromkeys(("model_list", "stop_text_encoder_training_pct", "save_as_bool"), _OF_UI),
         **dict.fromkeys(("create_caption", "create_buckets", "full_path", "use_latent_files"), _OF_UI),
         "noise_offset_type": _OF_UI,
-        "stop_text_encoder_training": left("what learns, learns to the end"),
-        "use_8bit_adam": left("optimizer says it"),
-        "save_model_as": left("files are safetensors"),
+        "stop_text_encoder_training": omitted("what learns, learns to the end"),
+        "use_8bit_adam": omitted("optimizer says it"),
+        "save_model_as": omitted("files are safetensors"),
         "network_weights": rules.START,
         "lora_network_weights": rules.START,
         "training_comment": KeyRule(TRAINING, "training_comment", read_text),
@@ -256,7 +260,7 @@ PROGRAM = Program(
             for name in ("metadata_author", "metadata_description", "metadata_license", "metadata_tags")
         },
         "metadata_title": KeyRule(TRAINING, "metadata_title", read_text),
-        "class_prompt": left("the folder's name has the class"),
+        "class_prompt": omitted("the folder's name has the class"),
         "instance_prompt": KeyRule(NEW, "trigger_word", rules.WORD.read),
     },
     models={

@@ -17,8 +17,8 @@ def resolve_rates(project: ForeignProject, kind: RunKind) -> None:
     """Drop the learning rates of the project if this run has another kind or another optimizer."""
     reason = ""
     if kind.name != project.run.kind:
-        said = f" ({project.run.said})" if project.run.said else ""
-        reason = f"it is not the rate of such a run{said}, and {kind.title} is trained"
+        setting = f" ({project.run.setting})" if project.run.setting else ""
+        reason = f"it is not the rate of such a run{setting}, and {kind.title} is trained"
     elif project.has_other_optimizer:
         reason = "another optimizer is taken, with its own"
     if not reason:
@@ -27,7 +27,7 @@ def resolve_rates(project: ForeignProject, kind: RunKind) -> None:
         if name in project.training:
             project.drop(name, reason)
     if project.parts.dit_rate is not None or any(project.parts.text_rates):
-        project.left.append(f"the rates of {_keys_of_parts(project)}: {reason}")
+        project.omitted.append(f"the rates of {_keys_of_parts(project)}: {reason}")
     text_rates = tuple(0 if rate == 0 else None for rate in project.parts.text_rates)
     project.parts = dataclasses.replace(project.parts, dit_rate=None, text_rates=text_rates)
     if project.has_other_optimizer:
@@ -47,11 +47,11 @@ def resolve_parts(project: ForeignProject, model: ModelSet, kind: RunKind, scrip
         if parts.keys:
             project.leave(_keys_of_parts(project), f"{kind.title} is all that is trained")
         return
-    can_learn = _can_learn_texts(model, kind, script)
+    can_learn = _can_train_text_encoders(model, kind, script)
     if not parts.trains_texts:
-        project.taken += map(show, parts.keys)
+        project.adopted += map(show, parts.keys)
     elif not can_learn:
-        project.left.append(
+        project.omitted.append(
             f"{_keys_of_parts(project) or 'text encoders'}: a text encoder learned there, and none does "
             f"here: {kind.title} of {model.title} leaves text encoders as they are"
         )
@@ -60,12 +60,12 @@ def resolve_parts(project: ForeignProject, model: ModelSet, kind: RunKind, scrip
     if parts.trains_texts and can_learn:
         rates = _select_text_rates(project)
         if kind is LORA:
-            _teach_texts_of_lora(project, rates)
+            _train_text_encoders_of_lora(project, rates)
         else:
-            _teach_texts_of_model(project, script, rates)
+            _train_text_encoders_of_model(project, script, rates)
 
 
-def _can_learn_texts(model: ModelSet, kind: RunKind, script: ScriptOptions) -> bool:
+def _can_train_text_encoders(model: ModelSet, kind: RunKind, script: ScriptOptions) -> bool:
     if kind is LORA:
         return "--network_train_unet_only" in model.commands["train"] and "text_encoder_lr" in script.known
     return "train_text_encoder" in script.known
@@ -89,14 +89,14 @@ def _select_text_rates(project: ForeignProject) -> Sequence[float | None]:
     default = project.training.get("learning_rate")
     if optimizer not in OF_ONE_RATE or all(rate in {None, 0, default} for rate in rates):
         return rates
-    project.left.append(
+    project.omitted.append(
         f"the rates of text encoders ({', '.join(str(rate) for rate in rates if rate)}): {optimizer} takes "
         "one rate for all that learns"
     )
     return [0 if rate == 0 else None for rate in rates]
 
 
-def _teach_texts_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
+def _train_text_encoders_of_lora(project: ForeignProject, rates: Sequence[float | None]) -> None:
     """Let the LoRA change the text encoders too, at `rates` (None: the shared rate)."""
     training = project.training
     training["network_train_unet_only"] = False
@@ -111,7 +111,7 @@ def _teach_texts_of_lora(project: ForeignProject, rates: Sequence[float | None])
     project.changed.append(f"{_keys_of_parts(project) or 'text encoders'}: they learn too, as there{told}")
 
 
-def _teach_texts_of_model(
+def _train_text_encoders_of_model(
     project: ForeignProject, script: ScriptOptions, rates: Sequence[float | None]
 ) -> None:
     """Train the text encoders of a checkpoint too; `rates` has one rate for all of them or one for each."""

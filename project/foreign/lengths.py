@@ -29,7 +29,7 @@ def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
     epoch = Epoch(_count_steps_of_epoch(project, in_epoch), num_files)
     file_steps = _take_file_steps(project)
     epochs = [file_epochs for file_epochs in project.epochs if file_epochs.number]
-    project.idle += [file_epochs.key for file_epochs in project.epochs if not file_epochs.number]
+    project.without_effect += [file_epochs.key for file_epochs in project.epochs if not file_epochs.number]
     if _is_typed(options):
         _leave_length(project, epochs, file_steps, options.max_train_steps)
         steps = options.max_train_steps
@@ -42,7 +42,7 @@ def select_length(project: ForeignProject, options: NewOptions, in_epoch: int, n
 
 def _count_steps_of_epoch(project: ForeignProject, in_epoch: int) -> int:
     """Return the steps per epoch, also for a project that draws a fixed number of items per dataset."""
-    drawn = [dataset.num_drawn for dataset in project.places.values()]
+    drawn = [dataset.num_drawn for dataset in project.datasets.values()]
     if drawn and all(count is not None for count in drawn):
         batch = project.data.get("batch_size", 1) * project.training.get("gradient_accumulation_steps", 1)
         in_epoch = math.ceil(sum(count or 0 for count in drawn) / batch)
@@ -59,7 +59,7 @@ def _take_file_steps(project: ForeignProject) -> int | None:
     if steps is None and "max_train_steps" in project.new:
         key = project.key_of("max_train_steps")
         project.forget(key)
-        project.idle.append(key)
+        project.without_effect.append(key)
     return steps
 
 
@@ -122,9 +122,9 @@ def _resolve_periods(project: ForeignProject, epoch: Epoch) -> None:
     training = project.training
     for name, interval in project.per_epoch.items():
         if not interval.number:
-            project.idle.append(interval.key)
+            project.without_effect.append(interval.key)
         elif training.get(name):
-            project.leave_value(interval.key, interval.number, f"{project.said[name]} says it")
+            project.leave_value(interval.key, interval.number, f"{project.source_keys[name]} says it")
         else:
             if name in training:  # 0 steps means never: use the interval in epochs
                 project.drop(name, "")
@@ -149,7 +149,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
     if project.warmup_share is not None:
         key, share = project.warmup_share
         if training.get("lr_warmup_steps"):
-            project.left.append(f"{key}: {project.said['lr_warmup_steps']} says it")
+            project.omitted.append(f"{key}: {project.source_keys['lr_warmup_steps']} says it")
         elif share:
             training["lr_warmup_steps"] = round(share * steps)
             project.note_change(
@@ -159,7 +159,7 @@ def _resolve_warmup(project: ForeignProject, steps: int) -> None:
             )
         else:  # remove the warm-up that `new` sets for full training
             training["lr_warmup_steps"] = 0
-            project.taken.append(key)
+            project.adopted.append(key)
     scheduler = training.get("lr_scheduler", "constant")
     if training.get("lr_warmup_steps") and scheduler in _SCHEDULES_WITHOUT_WARMUP:
         training["lr_scheduler"] = _SCHEDULES_WITHOUT_WARMUP[scheduler]

@@ -12,17 +12,17 @@ from project.foreign.contract import (
     KeyRule,
     NoRun,
     Program,
-    left,
+    integer,
     number,
-    whole,
+    omitted,
 )
 
 _STRATEGY = "training_strategy"
 # key of a condition; its list index is replaced by its type, so that each type has its own rules
 _CONDITION = re.compile(rf"({_STRATEGY}\.(?:video|audio)\.conditions)\[\d+\]\.")
-_FRAMES = whole(0, 100_000)
+_FRAMES = integer(0, 100_000)
 _SHARE = number(0, 1)
-_CONVERTED = left("`new` and `run` make caches of clips; give their folder")
+_CONVERTED = omitted("`new` and `run` make caches of clips; give their folder")
 
 
 def _name_conditions(values: dict[str, Any]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
     found = {}
     for end in ("prefix", "suffix"):
         start = f"{_STRATEGY}.{stream}.conditions.{end}"
-        found[f"{start}.type"] = left("the frames below it say so")
+        found[f"{start}.type"] = omitted("the frames below it say so")
         found[f"{start}.temporal_boundary"] = KeyRule(TRAINING, f"ltx2_{kind}extend_{end}_frames", _FRAMES)
         found[f"{start}.probability"] = KeyRule(TRAINING, f"ltx2_{kind}extend_{end}_p", _SHARE)
     return found
@@ -69,15 +69,17 @@ def _rules_of_ends(stream: str, kind: str) -> dict[str, KeyRule]:
 def _rules_of_video() -> dict[str, KeyRule]:
     start = f"{_STRATEGY}.video.conditions"
     return {
-        f"{start}.first_frame.type": left("its probability says so"),
+        f"{start}.first_frame.type": omitted("its probability says so"),
         f"{start}.first_frame.probability": KeyRule(TRAINING, "ltx2_first_frame_conditioning_p", _SHARE),
         f"{start}.spatial_crop.type": KeyRule(TRAINING, "ltx2_spatial_crop", _read_on),
         f"{start}.spatial_crop.probability": KeyRule(TRAINING, "ltx2_spatial_crop_p", _SHARE),
-        f"{start}.spatial_crop.spatial_region*": left("spatial_crop_region in a table of dataset.toml"),
+        f"{start}.spatial_crop.spatial_region*": omitted("spatial_crop_region in a table of dataset.toml"),
         f"{start}.mask.type": KeyRule(TRAINING, "ltx2_inpaint_mask", _read_on),
         f"{start}.mask.probability": KeyRule(TRAINING, "ltx2_inpaint_mask_p", _SHARE),
         f"{start}.mask.*": rules.MASKS,
-        f"{start}.reference.*": left("references lie in reference_directory of dataset.toml: docs/ltx2.md"),
+        f"{start}.reference.*": omitted(
+            "references lie in reference_directory of dataset.toml: docs/ltx2.md"
+        ),
         **_rules_of_ends("video", ""),
     }
 
@@ -91,7 +93,7 @@ PROGRAM = Program(
     guess_model=_guess_model,
     name_keys=_name_conditions,
     rules={
-        "model.training_mode": left("it says what is trained"),
+        "model.training_mode": omitted("it says what is trained"),
         "model.model_path": rules.OWN_FILES,  # both tasks of a release use the same file
         "model.text_encoder_path": rules.OWN_FILES,
         "model.load_checkpoint": rules.START,
@@ -99,14 +101,14 @@ PROGRAM = Program(
         "lora.alpha": rules.ALPHA,
         "lora.dropout": rules.DROPOUT,
         "lora.target_modules*": rules.LAYERS,
-        f"{_STRATEGY}.name": left("the conditions below it say what is given"),
+        f"{_STRATEGY}.name": omitted("the conditions below it say what is given"),
         **_rules_of_video(),
         **_rules_of_ends("audio", "audio_"),
-        f"{_STRATEGY}.audio.conditions.mask.*": left(
+        f"{_STRATEGY}.audio.conditions.mask.*": omitted(
             "audio_cond_mask_directory in dataset.toml and ltx2_audio_inpaint_mask below [training]"
         ),
         **{
-            f"{_STRATEGY}.{stream}.is_generated": left("ltx2_train_direction below [training] says it")
+            f"{_STRATEGY}.{stream}.is_generated": omitted("ltx2_train_direction below [training] says it")
             for stream in ("video", "audio")
         },
         f"{_STRATEGY}.*": _CONVERTED,
@@ -117,7 +119,7 @@ PROGRAM = Program(
         "optimization.max_grad_norm": rules.GRADIENT_LIMIT,
         "optimization.optimizer_type": rules.OPTIMIZER,
         "optimization.scheduler_type": rules.SCHEDULER,
-        "optimization.scheduler_params.*": left("lr_scheduler_args below [training]"),
+        "optimization.scheduler_params.*": omitted("lr_scheduler_args below [training]"),
         "optimization.enable_gradient_checkpointing": rules.OF_CARD,
         "acceleration.*": rules.OF_CARD,
         "data.preprocessed_data_root": _CONVERTED,

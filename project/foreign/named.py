@@ -17,27 +17,27 @@ from project.script_facts import AskedOption, ScriptOptions
 _OF_RUN = frozenset({"discrete_flow_shift", "min_timestep", "max_timestep"})  # also keys of dataset tables
 
 
-def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
+def adopt_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collection[str]) -> None:
     """Take over keys with the name of an option of the training script or of a key of dataset.toml.
 
     `chosen` are the options for which `new` writes a value of its own.
     """
-    places: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
+    known_names: set[str] = {*script.known, *KEYS, *SUBSET_KEYS, *info_of(NewOptions)}
     if project.program.knows_options:
-        project.options = frozenset(places)
+        project.options = frozenset(known_names)
     for key, value in project.others.items():
         if value is None or value in ("", []):
             project.empty.append(show(key))
             continue
         try:
             if key in SUBSET_KEYS and key not in _OF_RUN:
-                _take_key(project, key, value)
+                _adopt_key(project, key, value)
             elif key in script.known:
-                _take_option(project, script.known[key], key=key, value=value, is_chosen=key in chosen)
+                _adopt_option(project, script.known[key], key=key, value=value, is_chosen=key in chosen)
             elif key in script.refused:
                 _leave_rejected(project, key, value, script.refused[key])
             else:
-                _note_unknown(project, key, value, places)
+                _note_unknown(project, key, value, known_names)
         except Unfit as error:
             allowed = SUBSET_KEYS[key].form.allowed
             project.leave_value(key, value, str(error) or f"it has to be {allowed}")
@@ -46,17 +46,17 @@ def take_by_name(project: ForeignProject, script: ScriptOptions, chosen: Collect
     project.others = {}
     # now that the script is known, a key without a rule may be similar to one of its options
     for key in list(project.unknown):
-        if _find_ours(key, places) is not None:
+        if _find_ours(key, known_names) is not None:
             project.unknown.remove(key)
-            _note_unknown(project, key, True, places)
+            _note_unknown(project, key, True, known_names)
 
 
-def _take_key(project: ForeignProject, key: str, value: Any) -> None:
+def _adopt_key(project: ForeignProject, key: str, value: Any) -> None:
     """Take over a key of dataset.toml. Raises Unfit or ValueError if the key cannot have the value."""
     fact = SUBSET_KEYS[key]
     project.data[key] = fact.form.read(_as_plain(value, fact.default))
-    project.said[key] = show(key)
-    project.taken.append(show(key))
+    project.source_keys[key] = show(key)
+    project.adopted.append(show(key))
 
 
 def _as_plain(value: Any, usual: Any) -> Any:
@@ -70,7 +70,9 @@ def _as_plain(value: Any, usual: Any) -> Any:
     return value
 
 
-def _take_option(project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool) -> None:
+def _adopt_option(
+    project: ForeignProject, option: AskedOption, key: str, value: Any, is_chosen: bool
+) -> None:
     """Take over the value of an option, unless `new` selects its own value (`is_chosen`).
 
     Raises:
@@ -82,35 +84,35 @@ def _take_option(project: ForeignProject, option: AskedOption, key: str, value: 
     turns_off = option.kind == "switch" and (is_chosen or option.default is True)
     is_empty = is_off(value) or (option.default is None and str(value) in {"0", "0.0"})
     if is_empty and not turns_off:
-        project.idle.append(show(key))
+        project.without_effect.append(show(key))
         return
     read = option.read(value)
-    project.taken.append(show(key))
+    project.adopted.append(show(key))
     if read != option.default or is_chosen:
         project.training[key] = read
-        project.said[key] = show(key)
+        project.source_keys[key] = show(key)
 
 
 def _leave_rejected(project: ForeignProject, key: str, value: Any, reason: str) -> None:
     if is_off(value) or str(value) in {"0", "0.0"}:
-        project.idle.append(show(key))
+        project.without_effect.append(show(key))
     else:
         project.leave_value(key, value, reason)
 
 
-def _note_unknown(project: ForeignProject, key: str, value: Any, places: Collection[str]) -> None:
+def _note_unknown(project: ForeignProject, key: str, value: Any, known_names: Collection[str]) -> None:
     """Note a key that has no rule, with our name for it if there is one."""
-    ours = _find_ours(key, places)
+    ours = _find_ours(key, known_names)
     if is_off(value):
-        project.idle.append(show(key))
+        project.without_effect.append(show(key))
     elif ours is not None:
         project.leave(key, f"not taken; this program has it as {ours}")
     else:
         project.unknown.append(show(key))
 
 
-def _find_ours(key: str, places: Collection[str]) -> str | None:
+def _find_ours(key: str, known_names: Collection[str]) -> str | None:
     last = key.split(".")[-1].split(":")[-1]
-    if last in places:
+    if last in known_names:
         return last
-    return find_our_option(last, places) or None
+    return find_our_option(last, known_names) or None

@@ -56,7 +56,7 @@ def _read_model(
     """Return the model that a key of another trainer names, and note in the report how it was read."""
     value = values[key]
     if value is False:
-        project.taken.append(show(key))
+        project.adopted.append(show(key))
         return None
     name = f"{key.split('.')[-1]}=True" if value is True else str(value)
     source = _FILE if rule.to == contract.FILE else _KIND

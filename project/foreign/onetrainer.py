@@ -12,12 +12,12 @@ from project.foreign.contract import (
     NoRun,
     Parts,
     Program,
-    left,
+    integer,
     number,
+    omitted,
     read_largest,
     read_rate,
     read_scheduler,
-    whole,
 )
 
 _RUNS = {"LORA": "lora", "FINE_TUNE": "whole", "EMBEDDING": "embedding"}
@@ -72,22 +72,22 @@ def _read_every(value: Any) -> int:
         return 0
     if unit not in {"STEP", ""}:
         raise ValueError(_UNIT)
-    return whole(0)(count)
+    return integer(0)(count)
 
 
 _OF_CONCEPTS = {
     "path": rules.MEDIA_FOLDER,
     "repeats": rules.NUM_REPEATS,
     "balancing": rules.NUM_REPEATS,
-    "balancing_strategy": left("num_repeats in dataset.toml says how often files are seen"),
+    "balancing_strategy": omitted("num_repeats in dataset.toml says how often files are seen"),
     "name": rules.NAMES,
-    "seed": left("the run's seed decides what is drawn"),
-    "enabled": left("each folder of dataset.toml is used"),
-    "type": left("a folder reg has regularization pictures; validation_split holds files back"),
+    "seed": omitted("the run's seed decides what is drawn"),
+    "enabled": omitted("each folder of dataset.toml is used"),
+    "type": omitted("a folder reg has regularization pictures; validation_split holds files back"),
     "validation_concept": rules.VALIDATION,
-    "include_subdirectories": left("`new` says which folders it takes"),
-    "image_variations": left("each file is encoded once"),
-    "text_variations": left("captions vary by shuffle_caption"),
+    "include_subdirectories": omitted("`new` says which folders it takes"),
+    "image_variations": omitted("each file is encoded once"),
+    "text_variations": omitted("captions vary by shuffle_caption"),
     "loss_weight": KeyRule(DATA, "prior_loss_weight", number(0, 1000)),
     "text.prompt_source": rules.CAPTIONS,
     "text.prompt_path": rules.CAPTIONS,
@@ -95,10 +95,10 @@ _OF_CONCEPTS = {
     "text.keep_tags_count": rules.KEPT_PARTS,
     "text.tag_delimiter": KeyRule(DATA, "caption_separator", str),
     "image.enable_random_flip": rules.MIRRORED,
-    "image.enable_crop_jitter": left(
+    "image.enable_crop_jitter": omitted(
         "crops are of the middle; random_crop in a subset of dataset.toml moves them"
     ),
-    "image.resolution_override": left("resolution in dataset.toml is for all folders"),
+    "image.resolution_override": omitted("resolution in dataset.toml is for all folders"),
 }
 _OF_OPTIMIZERS = ("betas", "beta3", "eps", "weight_decay", "amsgrad", "clip_threshold", "decay_rate", "d0")
 _SWITCHES = ("scale_parameter", "relative_step", "warmup_init", "decouple", "use_bias_correction")
@@ -133,7 +133,7 @@ PROGRAM = Program(
     unused={"enabled": (False,)},
     counted={"balancing_strategy": "SAMPLES"},
     rules={
-        "training_method": left("it says what is trained"),
+        "training_method": omitted("it says what is trained"),
         "model_type": rules.MODEL_NAME,
         "base_model_name": rules.MODEL_FILE,
         "peft_type": rules.NETWORK_KIND,
@@ -145,14 +145,14 @@ PROGRAM = Program(
         "embedding.token_count": rules.VECTORS,
         "embedding.initial_embedding_text": rules.INIT_WORD,
         "learning_rate": rules.LEARNING_RATE,
-        "embedding_learning_rate": left("learning_rate is that of a word"),
+        "embedding_learning_rate": omitted("learning_rate is that of a word"),
         "learning_rate_scheduler": KeyRule(TRAINING, "lr_scheduler", _read_scheduler),
         "learning_rate_warmup_steps": rules.WARMUP_STEPS,
         "learning_rate_cycles": rules.CYCLES,
-        "learning_rate_min_factor": left(
+        "learning_rate_min_factor": omitted(
             "lr_scheduler = cosine_with_min_lr below [training] has such a factor"
         ),
-        "learning_rate_scaler": left("it multiplies learning_rate: write the product below [training]"),
+        "learning_rate_scaler": omitted("it multiplies learning_rate: write the product below [training]"),
         "optimizer.optimizer": rules.OPTIMIZER,
         "optimizer.beta1": rules.argument("beta1"),
         "optimizer.beta2": rules.argument("beta2"),
@@ -164,41 +164,43 @@ PROGRAM = Program(
         "gradient_accumulation_steps": rules.ACCUMULATED,
         "clip_grad_norm": rules.GRADIENT_LIMIT,
         "resolution": KeyRule(DATA, "resolution", read_largest),
-        "frames": left("`new` chooses the frames of clips"),
+        "frames": omitted("`new` chooses the frames of clips"),
         "seed": rules.SEED,
-        "ema": left("ema_decay below [training] averages the weights"),
-        "ema_decay": left("it is that of ema; ema_decay below [training] averages the weights"),
+        "ema": omitted("ema_decay below [training] averages the weights"),
+        "ema_decay": omitted("it is that of ema; ema_decay below [training] averages the weights"),
         "offset_noise_weight": rules.NOISE_OFFSET,
         "max_noising_strength": KeyRule(TRAINING, "max_timestep", _read_noise),
         "min_noising_strength": KeyRule(TRAINING, "min_timestep", _read_noise),
         "noising_*": rules.TIMESTEPS,
         "dynamic_timestep_shifting": rules.TIMESTEPS,
-        "mse_strength": left("loss_type below [training] has l2, l1, huber and smooth_l1"),
-        "mae_strength": left("loss_type below [training] has l2, l1, huber and smooth_l1"),
-        "log_cosh_strength": left("loss_type below [training] has l2, l1, huber and smooth_l1"),
-        "loss_weight_fn": left("min_snr_gamma below [training] is one such weight"),
-        "loss_weight_strength": left("it is that of loss_weight_fn; min_snr_gamma below [training] is one"),
+        "mse_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
+        "mae_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
+        "log_cosh_strength": omitted("loss_type below [training] has l2, l1, huber and smooth_l1"),
+        "loss_weight_fn": omitted("min_snr_gamma below [training] is one such weight"),
+        "loss_weight_strength": omitted(
+            "it is that of loss_weight_fn; min_snr_gamma below [training] is one"
+        ),
         "timestep_distribution": rules.TIMESTEPS,
         "timestep_shift": rules.SHIFT,
         "save_every": KeyRule(TRAINING, "save_every_n_steps", _read_every),
         "sample_after": KeyRule(TRAINING, "sample_every_n_steps", _read_every),
         "save_every (epochs)": rules.SAVE_EPOCHS,
         "sample_after (epochs)": rules.SAMPLE_EPOCHS,
-        "backup_after (epochs)": left("states are saved with each file"),
-        "optimizer.stochastic_rounding": left(
+        "backup_after (epochs)": omitted("states are saved with each file"),
+        "optimizer.stochastic_rounding": omitted(
             "weights that learn are in float32 here, or round so by themselves"
         ),
-        "backup_after": left("states are saved with each file"),
+        "backup_after": omitted("states are saved with each file"),
         "output_model_destination": rules.OUTPUT_NAME,
-        "output_model_format": left("files are safetensors"),
-        "optimizer_defaults.*": left("they are of the optimizers that its page offers next"),
+        "output_model_format": omitted("files are safetensors"),
+        "optimizer_defaults.*": omitted("they are of the optimizers that its page offers next"),
         "lora_model_name": rules.START,
         "layer_filter*": rules.LAYERS,
         "sample_definition_file_name": rules.SAMPLES,
         "samples[].*": rules.SAMPLES,
         "masked_training": rules.MASKS,
         "unmasked_*": rules.MASKS,
-        "normalize_masked_area_loss": left("a loss with masks is divided by the area of all pixels"),
+        "normalize_masked_area_loss": omitted("a loss with masks is divided by the area of all pixels"),
         "latent_caching": rules.CACHES,
         "aspect_ratio_bucketing": rules.BUCKETS,
         **dict.fromkeys(("train_dtype", "train_device", "temp_device", "weight_dtype"), rules.OF_CARD),
@@ -212,7 +214,7 @@ PROGRAM = Program(
         **{f"{name}.*": rules.OF_CARD for name in (*_TEXTS, *_DITS, *_FURTHER_PARTS)},
         **{f"{name}.dropout_probability": rules.CAPTION_DROPOUT for name in _TEXTS},
         **dict.fromkeys(("workspace_dir", "debug_dir"), rules.OUTPUT_FOLDER),
-        "cache_dir": left("dataset.toml says where caches go"),
+        "cache_dir": omitted("dataset.toml says where caches go"),
         **dict.fromkeys(("tensorboard", "tensorboard_port", "tensorboard_expose"), rules.LOGS),
         "__version": rules.NAMES,
         **{f"concepts[].{key}": rule for key, rule in _OF_CONCEPTS.items()},

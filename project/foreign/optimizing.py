@@ -66,23 +66,23 @@ def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
     first = found.pop("beta1", 0.9)
     second = found.pop("beta2", 0.999)
     found["betas"] = [first, second]
-    keys = [project.said[name] for name in ("beta1", "beta2") if name in project.said]
-    project.said["betas"] = keys[0]
-    project.taken += keys
+    keys = [project.source_keys[name] for name in ("beta1", "beta2") if name in project.source_keys]
+    project.source_keys["betas"] = keys[0]
+    project.adopted += keys
 
 
 def _join_eps(project: ForeignProject, found: dict[str, Any]) -> None:
     """Write eps and eps2 of Adafactor as the pair eps, if both are given."""
     if {"eps", "eps2"} <= found.keys():
         found["eps"] = [found["eps"], found.pop("eps2")]
-        project.taken.append(project.key_of("eps2"))
+        project.adopted.append(project.key_of("eps2"))
     for name in ("eps", "eps2"):
         if name in found and not isinstance(found[name], list | tuple):
             found.pop(name)
             project.leave(project.key_of(name), "Adafactor has two of them")
     if "beta2" in found:  # Adafactor has decay_rate instead
         found.pop("beta2")
-        project.idle.append(project.key_of("beta2"))
+        project.without_effect.append(project.key_of("beta2"))
 
 
 def _write_arguments(project: ForeignProject, optimizer: str, arguments: Mapping[str, Any]) -> None:
@@ -94,14 +94,14 @@ def _write_arguments(project: ForeignProject, optimizer: str, arguments: Mapping
         if has is None or name in has:
             texts.append(f"{name}={_as_literal(value)}")
             if key != name or name in project.arguments:
-                project.taken.append(key)
+                project.adopted.append(key)
         elif is_off(value):
-            project.idle.append(key)
+            project.without_effect.append(key)
         else:
             project.leave(key, f"{optimizer} has no argument {name} here")
     if texts:
         project.training["optimizer_args"] = texts
-        project.said["optimizer_args"] = "optimizer arguments"
+        project.source_keys["optimizer_args"] = "optimizer arguments"
         project.changed.append(f"arguments of the optimizer: optimizer_args = {texts}")
 
 
@@ -127,6 +127,6 @@ def _leave_rates(project: ForeignProject) -> None:
         if share:
             project.leave(key, _OWN_WARMUP)
         else:
-            project.idle.append(key)
+            project.without_effect.append(key)
         project.warmup_share = None
     training["lr_warmup_steps"] = 0

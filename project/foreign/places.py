@@ -16,13 +16,13 @@ _NOT_DESCRIBED = "its folder is not in the one that is described"
 _OF_ALL_SUBSETS = "[[datasets.subsets]] of dataset.toml have one for all folders"
 
 
-def join_places(project: ForeignProject) -> None:
+def join_datasets(project: ForeignProject) -> None:
     """Resolve the keys of each dataset in a list; if there is only one, move its keys to [general]."""
-    for dataset in project.places.values():
+    for dataset in project.datasets.values():
         if dataset.num_drawn is not None:
             # for this program, the number of repeats is the number of files that it draws in an epoch
             dataset.num_drawn = dataset.data.pop("num_repeats", None)
-    for dataset in project.places.values():
+    for dataset in project.datasets.values():
         if dataset.is_unused:
             _leave_keys(project, dataset, dataset.data, _NOT_LEARNED)
             if dataset.key:
@@ -30,19 +30,19 @@ def join_places(project: ForeignProject) -> None:
                 project.leave(dataset.key, _NOT_LEARNED)
     used = {
         table: dataset
-        for table, dataset in project.places.items()
+        for table, dataset in project.datasets.items()
         if not dataset.is_unused and (dataset.path is not None or dataset.data)
     }
-    project.places = used
+    project.datasets = used
     _resolve_sizes(project)
     if len({dataset.path for dataset in used.values()}) == 1:
-        _move_to_all(project)
+        _move_to_general(project)
 
 
 def _resolve_sizes(project: ForeignProject) -> None:
     """Keep the largest size of each folder, and set the size of all tables for folders without their own."""
     largest: dict[Path | None, Size] = {}
-    with_size = [dataset for dataset in project.places.values() if "resolution" in dataset.data]
+    with_size = [dataset for dataset in project.datasets.values() if "resolution" in dataset.data]
     for dataset in with_size:
         size: Size = dataset.data["resolution"]
         known = largest.get(dataset.path, size)
@@ -53,12 +53,12 @@ def _resolve_sizes(project: ForeignProject) -> None:
         dataset.data["resolution"] = largest[dataset.path]
     if not with_size:
         return
-    if "resolution" in project.data and len(with_size) == len(project.places):
-        _leave_of_all(project, "resolution")
+    if "resolution" in project.data and len(with_size) == len(project.datasets):
+        _omit_general_key(project, "resolution")
     # the size of all tables; folders that have the same one need no key of their own
     of_all = project.data.setdefault("resolution", max(largest.values(), key=_count_pixels))
     for dataset in with_size:
-        project.said.setdefault("resolution", dataset.said["resolution"])
+        project.source_keys.setdefault("resolution", dataset.source_keys["resolution"])
         if dataset.data["resolution"] == of_all:
             dataset.data.pop("resolution")
 
@@ -68,10 +68,10 @@ def _count_pixels(size: Size) -> int:
     return width * height
 
 
-def _move_to_all(project: ForeignProject) -> None:
+def _move_to_general(project: ForeignProject) -> None:
     """Move the keys of a list's only folder to the keys of all tables, where they take precedence."""
     moved: set[str] = set()
-    for dataset in project.places.values():
+    for dataset in project.datasets.values():
         for name, value in dataset.data.items():
             if name in moved and project.data[name] != value:  # the folder is listed twice
                 _leave_keys(
@@ -79,17 +79,17 @@ def _move_to_all(project: ForeignProject) -> None:
                 )
                 continue
             if name in project.data and name not in moved and project.data[name] != value:
-                _leave_of_all(project, name)  # the folder's own value replaces that of all tables
+                _omit_general_key(project, name)  # the folder's own value replaces that of all tables
             moved.add(name)
             project.data[name] = value
-            project.said[name] = dataset.said[name]
+            project.source_keys[name] = dataset.source_keys[name]
         dataset.data = {}
 
 
-def _leave_of_all(project: ForeignProject, name: str) -> None:
+def _omit_general_key(project: ForeignProject, name: str) -> None:
     """Drop a key of all tables, because each folder has its own."""
     project.data.pop(name)
-    key = project.said.pop(name, name)
+    key = project.source_keys.pop(name, name)
     project.forget(key)
     if key in project.assumed:
         project.assumed.pop(key)
@@ -107,20 +107,20 @@ def find_table_keys(
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []
-    for dataset in described:
-        known = _find_place(project, folder, dataset)
-        keys[dataset] = {} if known is None else known.data
-        if known is not None:
-            matched.append(known)
-    for known in project.places.values():
-        if not any(known is other for other in matched):
-            _leave_keys(project, known, known.data, _NOT_DESCRIBED)
+    for subfolder in described:
+        dataset = _find_dataset(project, folder, subfolder)
+        keys[subfolder] = {} if dataset is None else dataset.data
+        if dataset is not None:
+            matched.append(dataset)
+    for dataset in project.datasets.values():
+        if not any(dataset is other for other in matched):
+            _leave_keys(project, dataset, dataset.data, _NOT_DESCRIBED)
     return keys
 
 
 def leave_sizes(project: ForeignProject) -> None:
     """Drop keys of single folders that [[datasets]] tables accept and their subsets do not."""
-    for dataset in project.places.values():
+    for dataset in project.datasets.values():
         names = [name for name in dataset.data if name not in SUBSET_KEYS]
         _leave_keys(project, dataset, names, _OF_ALL_SUBSETS)
         for name in names:
@@ -134,14 +134,14 @@ def needs_subsets(data: Mapping[str, Any]) -> bool:
 
 def _leave_keys(project: ForeignProject, place: ForeignDataset, names: Collection[str], reason: str) -> None:
     for name in names:
-        key = place.said.get(name, place.key)
+        key = place.source_keys.get(name, place.key)
         project.forget(key)
         project.leave(key, reason)
 
 
-def _find_place(project: ForeignProject, folder: Path, place: Path) -> ForeignDataset | None:
+def _find_dataset(project: ForeignProject, folder: Path, place: Path) -> ForeignDataset | None:
     """Return the dataset of a folder: the one at this path, else the only one of this name."""
-    with_keys = [known for known in project.places.values() if known.path is not None and known.data]
+    with_keys = [known for known in project.datasets.values() if known.path is not None and known.data]
     for known in with_keys:
         found = find_beside(project.path, str(known.path))
         if found is not None and real_path(found) == real_path(place):

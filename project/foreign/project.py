@@ -32,7 +32,7 @@ class ForeignDataset:
     path: Path | None = None
     key: str = ""
     data: dict[str, Any] = field(default_factory=dict)
-    said: dict[str, str] = field(default_factory=dict)  # our key -> key in the file
+    source_keys: dict[str, str] = field(default_factory=dict)  # our key -> key in the file
     num_drawn: int | None = None  # files drawn per epoch; None: all, repeated num_repeats times
     is_unused: bool = False
 
@@ -53,23 +53,23 @@ class ForeignProject:
     data: dict[str, Any] = field(default_factory=dict)  # keys of [general] in dataset.toml
     arguments: dict[str, Any] = field(default_factory=dict)  # arguments of the optimizer
     network_arguments: dict[str, Any] = field(default_factory=dict)
-    places: dict[str, ForeignDataset] = field(default_factory=dict)  # by the key of the dataset
+    datasets: dict[str, ForeignDataset] = field(default_factory=dict)  # by the key of the dataset
     folders: dict[str, Path] = field(default_factory=dict)  # by key
     epochs: list[FileEpochs] = field(default_factory=list)
     per_epoch: dict[str, FileEpochs] = field(default_factory=dict)  # by the option with steps
     warmup_share: tuple[str, float] | None = None  # key and fraction of the steps
     others: dict[str, Any] = field(default_factory=dict)  # keys without a rule that may be our options
-    said: dict[str, str] = field(default_factory=dict)  # our option or key -> key in the file
+    source_keys: dict[str, str] = field(default_factory=dict)  # our option or key -> key in the file
     # keys that name a model -> unknown value
     models: dict[str, str] = field(default_factory=dict)
     has_other_optimizer: bool = False  # the project's optimizer differs from the one used
     keeps_few: bool = False  # saves are large, so keep few
     assumed: dict[str, Any] = field(default_factory=dict)  # missing keys -> the program's defaults
-    taken: list[str] = field(default_factory=list)  # keys with unchanged values
+    adopted: list[str] = field(default_factory=list)  # keys with unchanged values
     changed: list[str] = field(default_factory=list)  # lines
-    left: list[str] = field(default_factory=list)  # lines
+    omitted: list[str] = field(default_factory=list)  # lines
     reasons: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys left out for it
-    idle: list[str] = field(default_factory=list)  # keys without effect in the other program
+    without_effect: list[str] = field(default_factory=list)  # keys without effect in the other program
     empty: list[str] = field(default_factory=list)  # keys without a value
     unknown: list[str] = field(default_factory=list)  # unknown keys
 
@@ -80,7 +80,7 @@ class ForeignProject:
 
     def key_of(self, name: str) -> str:
         """Return the key of the file that set this option, or key of dataset.toml."""
-        return self.said.get(name, name)
+        return self.source_keys.get(name, name)
 
     def leave(self, key: str, reason: str) -> None:
         """Note a key that is left out. Keys with the same reason share a line."""
@@ -88,7 +88,7 @@ class ForeignProject:
 
     def leave_value(self, key: str, value: Any, reason: str) -> None:
         """Note a key that is left out, on a line with its value."""
-        self.left.append(f"{show(key)} = {show(value)}: {reason}")
+        self.omitted.append(f"{show(key)} = {show(value)}: {reason}")
 
     def note_change(self, key: str, value: Any, result: str) -> None:
         """Note a key whose value differs in our files.
@@ -99,7 +99,7 @@ class ForeignProject:
 
     def forget(self, key: str) -> None:
         """Remove a key from the notes about kept and changed values."""
-        self.taken = [name for name in self.taken if name != key]
+        self.adopted = [name for name in self.adopted if name != key]
         self.changed = [line for line in self.changed if not line.startswith(f"{key} = ")]
 
     def drop(self, name: str, reason: str) -> None:
@@ -110,7 +110,7 @@ class ForeignProject:
         if key in self.assumed:
             self.assumed.pop(key)
         elif is_off(value) or value == 0:
-            self.idle.append(key)
+            self.without_effect.append(key)
         else:
             self.leave_value(key, value, reason)
 
@@ -119,27 +119,27 @@ class ForeignProject:
         lines = [f"{self.path} is a project of {self.title}; nothing of it is run."]
 
         # a key with the described folder is used; keys with other folders are left out
-        taken = [*self.taken]
+        adopted = [*self.adopted]
         other_folders: list[str] = []
         for key, other_folder in self.folders.items():
             if is_same_folder(self.path, other_folder, folder):
-                taken.append(key)
+                adopted.append(key)
             else:
                 other_folders.append(f"{key} = {show(other_folder)}: {folder} is described")
-        if taken:
-            lines.append(f"  taken: {', '.join(dict.fromkeys(taken))}")
+        if adopted:
+            lines.append(f"  taken: {', '.join(dict.fromkeys(adopted))}")
         if self.assumed:
             assumed = [f"{key} = {show(value)}" for key, value in self.assumed.items()]
             lines.append(f"  taken as {self.title} has it if a file does not say it: {', '.join(assumed)}")
 
         for text in self.changed:
             lines.append(f"  changed: {text}")
-        for text in (*other_folders, *self.left):
+        for text in (*other_folders, *self.omitted):
             lines.append(f"  left: {text}")
         for reason, keys in self.reasons.items():
             lines.append(f"  left: {', '.join(keys)}: {reason}")
-        if self.idle:
-            lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.idle))}")
+        if self.without_effect:
+            lines.append(f"  of no effect there or here: {', '.join(dict.fromkeys(self.without_effect))}")
         if self.empty:
             lines.append(f"  left, without a value: {', '.join(self.empty)}")
 

@@ -20,9 +20,9 @@ from project.foreign import (
 )
 from project.foreign.contract import KeyRule, NoRun, Program
 from project.foreign.naming import read_models
-from project.foreign.places import join_places
+from project.foreign.places import join_datasets
 from project.foreign.project import ForeignProject, find_beside, show, without_numbers
-from project.foreign.taking import find_rule, take_value
+from project.foreign.taking import convert_value, find_rule
 
 PROGRAMS: tuple[Program, ...] = (
     ai_toolkit.PROGRAM,
@@ -63,8 +63,8 @@ def read_foreign(path: Path, trains: str | None = None) -> ForeignProject:
     for key, value in program.usual.items():
         if key not in values:
             project.assumed[key] = values[key] = value
-    of_models = _take_all(project, values)
-    join_places(project)
+    of_models = _convert_values(project, values)
+    join_datasets(project)
     read_models(project, values, of_models)
     return project
 
@@ -84,10 +84,10 @@ def _select_run(project: ForeignProject, values: Mapping[str, Any], trains: str 
         project.run = contract.ForeignRun("", str(error))
 
 
-def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
+def _convert_values(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, KeyRule]:
     """Convert the values of a file, or report why not; return the rules of the keys that name a model."""
     program = project.program
-    idle = program.find_idle(values)
+    without_effect = program.find_idle(values)
     of_models: dict[str, KeyRule] = {}
     for key, value in values.items():
         if key in program.companions and isinstance(value, str):
@@ -95,18 +95,18 @@ def _take_all(project: ForeignProject, values: Mapping[str, Any]) -> dict[str, K
         if key in project.parts.keys:
             continue  # `settle` handles these keys
         rule = find_rule(program, key)
-        if key in idle:
-            project.idle.append(show(key))
+        if key in without_effect:
+            project.without_effect.append(show(key))
         elif rule is None:
             _note_unknown(project, key, value)
         elif is_empty(value):
             project.empty.append(show(key))
-        elif key in project.assumed and rule.to == contract.LEFT:
+        elif key in project.assumed and rule.to == contract.OMITTED:
             continue
         elif rule.to in {contract.MODEL, contract.FILE}:
             of_models[key] = rule
         else:
-            take_value(project, rule, key, value)
+            convert_value(project, rule, key, value)
     return of_models
 
 
@@ -122,7 +122,7 @@ def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
     elif is_empty(value):
         project.empty.append(show(key))
     elif key.startswith("optimizer.") and (value is False or value == 0):
-        project.idle.append(show(key))  # an argument of another optimizer: files list those of all
+        project.without_effect.append(show(key))  # an argument of another optimizer: files list those of all
     else:
         project.unknown.append(show(key))
 
@@ -219,14 +219,14 @@ def _read_companion(project: ForeignProject, key: str, name: str) -> dict[str, A
     """Return the values of an additional file of a project; if it is missing, report it and return {}."""
     path = find_beside(project.path, name)
     if path is None:
-        project.left.append(
+        project.omitted.append(
             f"{key} = {show(name)}: it is not there, nor in the folders around {project.path}"
         )
         return {}
     try:
         values = _read_values(path, f"--from: {key}", f"{key}:")
-        project.taken.append(key)
+        project.adopted.append(key)
         return values
     except OptionError as error:
-        project.left.append(f"{key} = {show(path)}: {error}")
+        project.omitted.append(f"{key} = {show(path)}: {error}")
         return {}

@@ -15,8 +15,9 @@ from project.foreign.contract import (
     PER_EPOCH,
     TRAINING,
     KeyRule,
-    left,
+    integer,
     number,
+    omitted,
     read_adapter,
     read_arguments,
     read_folder,
@@ -30,74 +31,75 @@ from project.foreign.contract import (
     read_switch,
     read_trigger,
     read_warmup,
-    whole,
 )
 
 MODEL_NAME = KeyRule(MODEL)
 MODEL_FILE = KeyRule(FILE)
 NETWORK_KIND = KeyRule(NETWORK, "", read_network)
-RANK = KeyRule(TRAINING, "network_dim", whole(1, 2_000_000))  # LoKr trains full matrices at very large values
+RANK = KeyRule(
+    TRAINING, "network_dim", integer(1, 2_000_000)
+)  # LoKr trains full matrices at very large values
 ALPHA = KeyRule(TRAINING, "network_alpha", number(0, 2_000_000))
 DROPOUT = KeyRule(TRAINING, "network_dropout", number(0, 0.999))
 DORA = KeyRule(NETWORK_ARGUMENT, "dora_wd", read_switch)
 WORD = KeyRule(NEW, "trigger_word", read_trigger)
-VECTORS = KeyRule(TRAINING, "num_vectors_per_token", whole(1, 1000))
+VECTORS = KeyRule(TRAINING, "num_vectors_per_token", integer(1, 1000))
 INIT_WORD = KeyRule(TRAINING, "init_word", str)
 
 LEARNING_RATE = KeyRule(TRAINING, "learning_rate", number(0, 1000))
 LOSS = KeyRule(TRAINING, "loss_type", read_loss)
 SCHEDULER = KeyRule(TRAINING, "lr_scheduler", read_scheduler)
 POWER = KeyRule(TRAINING, "lr_scheduler_power", number(0, 100))
-CYCLES = KeyRule(TRAINING, "lr_scheduler_num_cycles", whole(1, 10_000))
+CYCLES = KeyRule(TRAINING, "lr_scheduler_num_cycles", integer(1, 10_000))
 WARMUP_STEPS = KeyRule(TRAINING, "lr_warmup_steps", read_warmup)
 OPTIMIZER = KeyRule(TRAINING, "optimizer_type", read_optimizer)
 OPTIMIZER_ARGUMENTS = KeyRule(ARGUMENTS, "", read_arguments)
 GRADIENT_LIMIT = KeyRule(TRAINING, "max_grad_norm", number(0, 1e6))
-ACCUMULATED = KeyRule(TRAINING, "gradient_accumulation_steps", whole(1, 4096))
-STEPS = KeyRule(NEW, "max_train_steps", whole(0))
-NUM_EPOCHS = KeyRule(EPOCHS, LAST, whole(0))
-SEED = KeyRule(TRAINING, "seed", whole(0, 2**32 - 1))
+ACCUMULATED = KeyRule(TRAINING, "gradient_accumulation_steps", integer(1, 4096))
+STEPS = KeyRule(NEW, "max_train_steps", integer(0))
+NUM_EPOCHS = KeyRule(EPOCHS, LAST, integer(0))
+SEED = KeyRule(TRAINING, "seed", integer(0, 2**32 - 1))
 EMA_DECAY = KeyRule(TRAINING, "ema_decay", number(0, 0.999999))
 MIN_SNR = KeyRule(TRAINING, "min_snr_gamma", number(0, 1000))
 NOISE_OFFSET = KeyRule(TRAINING, "noise_offset", number(-10, 10))
-SAVE_STEPS = KeyRule(TRAINING, "save_every_n_steps", whole(0))
-SAVE_EPOCHS = KeyRule(PER_EPOCH, "save_every_n_steps", whole(0))
-SAMPLE_STEPS = KeyRule(TRAINING, "sample_every_n_steps", whole(0))
-SAMPLE_EPOCHS = KeyRule(PER_EPOCH, "sample_every_n_steps", whole(0))
+SAVE_STEPS = KeyRule(TRAINING, "save_every_n_steps", integer(0))
+SAVE_EPOCHS = KeyRule(PER_EPOCH, "save_every_n_steps", integer(0))
+SAMPLE_STEPS = KeyRule(TRAINING, "sample_every_n_steps", integer(0))
+SAMPLE_EPOCHS = KeyRule(PER_EPOCH, "sample_every_n_steps", integer(0))
 OUTPUT_NAME = KeyRule(NEW, "output_name", read_name)
-OUTPUT_FOLDER = left("output_dir in run.toml says where files go")
+OUTPUT_FOLDER = omitted("output_dir in run.toml says where files go")
 
 MEDIA_FOLDER = KeyRule(FOLDER, "", read_folder)
-BATCH_SIZE = KeyRule(DATA, "batch_size", whole(1, 1024))
+BATCH_SIZE = KeyRule(DATA, "batch_size", integer(1, 1024))
 NUM_REPEATS = KeyRule(DATA, "num_repeats", read_repeats)
 RESOLUTION = KeyRule(DATA, "resolution", read_side)
 CAPTION_DROPOUT = KeyRule(DATA, "caption_dropout_rate", number(0, 1))
 SHUFFLED = KeyRule(DATA, "shuffle_caption", read_switch)
-KEPT_PARTS = KeyRule(DATA, "keep_tokens", whole(0, 1000))
+KEPT_PARTS = KeyRule(DATA, "keep_tokens", integer(0, 1000))
 MIRRORED = KeyRule(DATA, "flip_aug", read_switch)
-MASKS = left("`new` names the masks that it sees, for mask_directory in dataset.toml")
+MASKS = omitted("`new` names the masks that it sees, for mask_directory in dataset.toml")
 TAG_DROPOUT = KeyRule(DATA, "caption_tag_dropout_rate", number(0, 1))
-LAYERS = left("network_args below [training] choose layers: docs/networks.md")
-TIMESTEPS = left("timestep_sampling below [training] is that of the model's page")
-SHIFT = left("discrete_flow_shift below [training] is that of the model's page")
-OWN_FILES = left("give a file of your own as --model_file NAME=PATH")
+LAYERS = omitted("network_args below [training] choose layers: docs/networks.md")
+TIMESTEPS = omitted("timestep_sampling below [training] is that of the model's page")
+SHIFT = omitted("discrete_flow_shift below [training] is that of the model's page")
+OWN_FILES = omitted("give a file of your own as --model_file NAME=PATH")
 ADAPTER = KeyRule(TRAINING, "training_adapter", read_adapter)
-START = left("give a LoRA to start from as network_weights below [training]")
-BUCKETS = left("files always keep their shape")
-CAPTIONS = left("`new` finds the captions itself")
-REGULARISING = left(
+START = omitted("give a LoRA to start from as network_weights below [training]")
+BUCKETS = omitted("files always keep their shape")
+CAPTIONS = omitted("`new` finds the captions itself")
+REGULARISING = omitted(
     "a folder of regularization pictures is known by its name: call it reg, in the folder that is described"
 )
-CONTROLS = left("control pictures are looked for in a folder control or conditioning of the one described")
+CONTROLS = omitted("control pictures are looked for in a folder control or conditioning of the one described")
 
-OF_CARD = left("`new` chooses it for the card and the model")
-SAMPLES = left("prompts.txt has prompts of your captions: write others there")
-CACHES = left("what is encoded is always cached")
-KEPT_FILES = left("each saved file is kept; save_last_n_steps below [training] keeps the last ones")
-UPLOADS = left("nothing is sent anywhere unless you type it with `run`")
-LOGS = left("output/NAME.html has the curves; other logs are options of the training")
-NAMES = left("it names something and changes nothing")
-VALIDATION = left("validation_split below [training] holds files back")
+OF_CARD = omitted("`new` chooses it for the card and the model")
+SAMPLES = omitted("prompts.txt has prompts of your captions: write others there")
+CACHES = omitted("what is encoded is always cached")
+KEPT_FILES = omitted("each saved file is kept; save_last_n_steps below [training] keeps the last ones")
+UPLOADS = omitted("nothing is sent anywhere unless you type it with `run`")
+LOGS = omitted("output/NAME.html has the curves; other logs are options of the training")
+NAMES = omitted("it names something and changes nothing")
+VALIDATION = omitted("validation_split below [training] holds files back")
 
 
 def argument(name: str) -> KeyRule:

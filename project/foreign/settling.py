@@ -7,7 +7,7 @@ from dataset.config import KEYS
 from dataset.subset_options import SUBSET_KEYS
 from downloads.catalogue import ModelSet
 from project.foreign.learning import resolve_parts, resolve_rates
-from project.foreign.named import take_by_name
+from project.foreign.named import adopt_by_name
 from project.foreign.optimizing import resolve_optimizer
 from project.foreign.project import ForeignProject
 from project.kinds.composing import LORA
@@ -57,7 +57,7 @@ def fill_in(project: ForeignProject, options: NewOptions) -> NewOptions:
     return dataclasses.replace(options, **values)
 
 
-def settle(
+def resolve_project(
     project: ForeignProject,
     model: ModelSet,
     kind: RunKind,
@@ -71,7 +71,7 @@ def settle(
     """
     resolve_rates(project, kind)
     resolve_parts(project, model, kind, script)
-    take_by_name(project, script, _list_chosen(model))
+    adopt_by_name(project, script, _list_chosen(model))
     resolve_optimizer(project, memory)
     _resolve_network(project, kind)
     if kind.saves_models:
@@ -101,7 +101,7 @@ def _resolve_network(project: ForeignProject, kind: RunKind) -> None:
     else:
         reason = f"{kind.title} is trained"
         for name in project.network_arguments:
-            project.leave(project.said[name], reason)
+            project.leave(project.source_keys[name], reason)
         for name in _OF_LORA:
             if name in project.training:
                 project.drop(name, reason)
@@ -120,9 +120,9 @@ def _leave_of_lora_alone(project: ForeignProject) -> None:
     for name in _OF_LORA_ALONE:
         value = project.network_arguments.pop(name, 0)
         if value:
-            project.leave_value(project.said[name], value, reason)
-        elif name in project.said:
-            project.idle.append(project.said[name])
+            project.leave_value(project.source_keys[name], value, reason)
+        elif name in project.source_keys:
+            project.without_effect.append(project.source_keys[name])
     if "network_dropout" in project.training:
         project.drop("network_dropout", reason)
 
@@ -134,13 +134,13 @@ def _write_network_arguments(project: ForeignProject) -> None:
         if value:
             arguments[name] = value
         else:
-            project.idle.append(project.said[name])
+            project.without_effect.append(project.source_keys[name])
     if not arguments:
         return
     texts = [f"{name}={_as_text(value)}" for name, value in arguments.items()]
     project.training["network_args"] = texts
-    project.said["network_args"] = "arguments of the network"
-    project.taken += [project.said[name] for name in arguments]
+    project.source_keys["network_args"] = "arguments of the network"
+    project.adopted += [project.source_keys[name] for name in arguments]
     project.changed.append(f"arguments of the network: network_args = {texts}")
 
 
@@ -195,7 +195,7 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
         elif name not in KEYS and not (forms.takes_subsets or forms.has_subsets):
             data.pop(name)
             project.forget(key)
-            project.left.append(
+            project.omitted.append(
                 f"{key}: {name} is of [[datasets.subsets]], which this model's script does not take"
             )
     # shuffling keys have no effect unless captions vary
@@ -206,4 +206,4 @@ def _resolve_data(project: ForeignProject, forms: Forms) -> None:
         if name in data:
             data.pop(name)
             project.forget(project.key_of(name))
-            project.idle.append(project.key_of(name))
+            project.without_effect.append(project.key_of(name))

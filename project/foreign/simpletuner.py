@@ -13,12 +13,12 @@ from project.foreign.contract import (
     NoRun,
     Parts,
     Program,
+    integer,
     is_on,
-    left,
     number,
+    omitted,
     read_rate,
     read_side,
-    whole,
 )
 
 
@@ -54,7 +54,7 @@ def _read_size(value: Any) -> tuple[int, int]:
     if number()(value) <= 16:
         side = int((number()(value) * 1024 * 1024) ** 0.5)
         return read_side(side)
-    return read_side(whole(64, 8192)(value))
+    return read_side(integer(64, 8192)(value))
 
 
 def _read_limit(value: Any) -> float:
@@ -67,7 +67,7 @@ def _read_limit(value: Any) -> float:
 
 def _read_repeats(value: Any) -> int:
     """Return how often a file is used; SimpleTuner counts only the repetitions after the first use."""
-    return whole(0, 100_000)(value) + 1
+    return integer(0, 100_000)(value) + 1
 
 
 _DATASETS = "data_backend_config:[]"
@@ -84,8 +84,8 @@ _OF_CARD = (
     *("gradient_checkpointing_interval", "vae_enable_tiling", "vae_enable_slicing"),
 )
 _RULES = {
-    "model_type": left("it says what is trained"),
-    "controlnet": left("it says what is trained"),
+    "model_type": omitted("it says what is trained"),
+    "controlnet": omitted("it says what is trained"),
     "model_family": rules.MODEL_NAME,
     "pretrained_model_name_or_path": rules.MODEL_FILE,
     "pretrained_transformer_model_name_or_path": rules.MODEL_FILE,
@@ -97,9 +97,9 @@ _RULES = {
     "lora_dropout": rules.DROPOUT,
     "use_dora": rules.DORA,
     "lycoris_config:algo": rules.NETWORK_KIND,
-    "lycoris_config:linear_dim": KeyRule(TRAINING, "network_dim", whole(1, 100_000)),
+    "lycoris_config:linear_dim": KeyRule(TRAINING, "network_dim", integer(1, 100_000)),
     "lycoris_config:linear_alpha": rules.ALPHA,
-    "lycoris_config:factor": KeyRule(NETWORK_ARGUMENT, "factor", whole(-1, 100_000)),
+    "lycoris_config:factor": KeyRule(NETWORK_ARGUMENT, "factor", integer(-1, 100_000)),
     "lycoris_config:*": rules.LAYERS,
     "init_lora": rules.START,
     "assistant_lora_path": rules.ADAPTER,
@@ -109,7 +109,7 @@ _RULES = {
     "lr_scheduler": rules.SCHEDULER,
     "lr_num_cycles": rules.CYCLES,
     "lr_warmup_steps": rules.WARMUP_STEPS,
-    "lr_scale": left("it multiplies learning_rate by the batch: write the product below [training]"),
+    "lr_scale": omitted("it multiplies learning_rate by the batch: write the product below [training]"),
     "optimizer": rules.OPTIMIZER,
     "optimizer_config": rules.OPTIMIZER_ARGUMENTS,
     "adam_beta1": rules.argument("beta1"),
@@ -123,22 +123,22 @@ _RULES = {
     "train_batch_size": rules.BATCH_SIZE,
     "gradient_accumulation_steps": rules.ACCUMULATED,
     "max_grad_norm": KeyRule(TRAINING, "max_grad_norm", _read_limit),
-    "grad_clip_method": left("max_grad_norm below [training] is the norm of all gradients"),
+    "grad_clip_method": omitted("max_grad_norm below [training] is the norm of all gradients"),
     "loss_type": rules.LOSS,
     "flow_schedule_shift": rules.SHIFT,
-    "tread_config.*": left("tread below [training] leaves tokens out: docs/speed.md"),
+    "tread_config.*": omitted("tread below [training] leaves tokens out: docs/speed.md"),
     "resolution": KeyRule(DATA, "resolution", _read_size),
-    "resolution_type": left("resolution here is the side of a square of the area"),
+    "resolution_type": omitted("resolution here is the side of a square of the area"),
     "caption_dropout_probability": rules.CAPTION_DROPOUT,
     "snr_gamma": rules.MIN_SNR,
     "noise_offset": rules.NOISE_OFFSET,
-    "use_ema": left("ema_decay says it here"),
+    "use_ema": omitted("ema_decay says it here"),
     "ema_decay": rules.EMA_DECAY,
     "seed": rules.SEED,
     "checkpointing_steps": rules.SAVE_STEPS,
     "checkpoint_step_interval": rules.SAVE_STEPS,
     "checkpoints_total_limit": rules.KEPT_FILES,
-    "resume_from_checkpoint": left("`run` continues from the last state by itself"),
+    "resume_from_checkpoint": omitted("`run` continues from the last state by itself"),
     "tracker_run_name": rules.OUTPUT_NAME,
     "output_dir": rules.OUTPUT_FOLDER,
     "validation_steps": rules.SAMPLE_STEPS,
@@ -148,15 +148,15 @@ _RULES = {
     "num_eval_images": rules.VALIDATION,
     "eval_*": rules.VALIDATION,
     "conditioning_multidataset_sampling": rules.CONTROLS,
-    "strict_epoch_limit": left("max_train_steps says how long a run is"),
-    "fsdp_*": left("the model is on one card; docs/speed.md has several"),
+    "strict_epoch_limit": omitted("max_train_steps says how long a run is"),
+    "fsdp_*": omitted("the model is on one card; docs/speed.md has several"),
     "_*": rules.NAMES,
     **dict.fromkeys(_OF_CARD, rules.OF_CARD),
     **dict.fromkeys(("report_to", "logging_dir", "tracker_project_name", "disable_benchmark"), rules.LOGS),
     **dict.fromkeys(("push_to_hub", "push_checkpoints_to_hub", "hub_*", "model_card_note"), rules.UPLOADS),
     **dict.fromkeys(("aspect_bucket_*", "minimum_image_size", "disable_bucket_pruning"), rules.BUCKETS),
     "compress_disk_cache": rules.CACHES,
-    "cache_dir*": left("dataset.toml says where caches go"),
+    "cache_dir*": omitted("dataset.toml says where caches go"),
     "caption_strategy": rules.CAPTIONS,
     "instance_prompt": rules.CAPTIONS,
 }
@@ -164,7 +164,7 @@ _OF_BACKENDS = {
     "instance_data_dir": rules.MEDIA_FOLDER,
     "repeats": KeyRule(DATA, "num_repeats", _read_repeats),
     "resolution": KeyRule(DATA, "resolution", _read_size),
-    "resolution_type": left("resolution here is the side of a square of the area"),
+    "resolution_type": omitted("resolution here is the side of a square of the area"),
     **dict.fromkeys(("caption_strategy", "instance_prompt", "only_instance_prompt"), rules.CAPTIONS),
     "prepend_instance_prompt": rules.CAPTIONS,
     **dict.fromkeys(
@@ -176,9 +176,9 @@ _OF_BACKENDS = {
     "skip_file_discovery": rules.CACHES,
     **dict.fromkeys(
         ("dataset_name", "metadata_backend", "image_column", "caption_column", "huggingface.*"),
-        left("no dataset is downloaded: the folder is described"),
+        omitted("no dataset is downloaded: the folder is described"),
     ),
-    "probability": left("num_repeats in dataset.toml says how often files are seen"),
+    "probability": omitted("num_repeats in dataset.toml says how often files are seen"),
     "conditioning_data": rules.CONTROLS,
     "conditioning_type": rules.CONTROLS,
     "is_regularisation_data": rules.REGULARISING,

@@ -8,7 +8,7 @@ from typing import Any
 from modules.control_codes import shorten
 from modules.errors import UserError
 from project.foreign import contract
-from project.foreign.contract import KeyRule, NotSaid, Program, is_off
+from project.foreign.contract import KeyRule, Program, UnsetValue, is_off
 from project.foreign.project import FileEpochs, ForeignDataset, ForeignProject, show, without_numbers
 
 _DRAWN = -1  # placeholder: num_repeats holds the number of files per epoch
@@ -24,17 +24,17 @@ class FileValue:
     place: ForeignDataset | None  # dataset whose table contains the key
 
 
-def take_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
+def convert_value(project: ForeignProject, rule: KeyRule, key: str, value: Any) -> None:
     """Take over a value, or note why it is left out."""
-    dataset = _find_place(project, key, value)
+    dataset = _find_dataset(project, key, value)
     setting = FileValue(rule, show(key), value, dataset)
-    if rule.to == contract.LEFT:
+    if rule.to == contract.OMITTED:
         _leave(project, setting)
         return
     try:
         _TAKERS[rule.to](project, setting, rule.read(value))
-    except NotSaid:
-        project.idle.append(setting.key)
+    except UnsetValue:
+        project.without_effect.append(setting.key)
     except (UserError, ValueError, TypeError, OverflowError) as error:
         project.has_other_optimizer |= rule.name == "optimizer_type"
         project.leave_value(setting.key, value, shorten(str(error), 200))
@@ -49,12 +49,12 @@ def find_rule(program: Program, key: str) -> KeyRule | None:
     return program.rules[max(tables, key=len)] if tables else None
 
 
-def _find_place(project: ForeignProject, key: str, value: Any) -> ForeignDataset | None:
+def _find_dataset(project: ForeignProject, key: str, value: Any) -> ForeignDataset | None:
     """Return the dataset whose table contains a key, and record the key for this dataset."""
     table = _find_table(project.program, key)
     if table is None:
         return None
-    dataset = project.places.setdefault(table, ForeignDataset())
+    dataset = project.datasets.setdefault(table, ForeignDataset())
     name = key[len(table) + 1 :]
     if value in project.program.unused.get(name, ()):
         dataset.is_unused = True
@@ -76,7 +76,7 @@ def _find_table(program: Program, key: str) -> str | None:
 
 def _leave(project: ForeignProject, setting: FileValue) -> None:
     if is_off(setting.value):
-        project.idle.append(setting.key)
+        project.without_effect.append(setting.key)
     else:
         project.leave(setting.key, setting.rule.name)
 
@@ -84,10 +84,10 @@ def _leave(project: ForeignProject, setting: FileValue) -> None:
 def _take_network(project: ForeignProject, setting: FileValue, module: str | None) -> None:
     """Set the kind of network. `module` is our module that implements it; None for a LoRA."""
     if module is None:
-        project.taken.append(setting.key)
+        project.adopted.append(setting.key)
         return
     project.training["network_module"] = module
-    project.said["network_module"] = setting.key
+    project.source_keys["network_module"] = setting.key
     project.note_change(setting.key, setting.value, f"network_module = {module}")
 
 
@@ -112,33 +112,33 @@ def _take_share(project: ForeignProject, setting: FileValue, percent: Any) -> No
 
 def _take_argument(project: ForeignProject, setting: FileValue, value: Any) -> None:
     project.arguments[setting.rule.name] = value
-    project.said[setting.rule.name] = setting.key
+    project.source_keys[setting.rule.name] = setting.key
 
 
 def _take_arguments(project: ForeignProject, setting: FileValue, pairs: Mapping[str, str]) -> None:
     for name, text in pairs.items():
         project.arguments[name] = text
-        project.said[name] = setting.key
+        project.source_keys[name] = setting.key
 
 
 def _take_network_argument(project: ForeignProject, setting: FileValue, value: Any) -> None:
     project.network_arguments[setting.rule.name] = value
-    project.said[setting.rule.name] = setting.key
+    project.source_keys[setting.rule.name] = setting.key
 
 
 def _take_of_new(project: ForeignProject, setting: FileValue, value: Any) -> None:
-    _set(project, project.new, project.said, setting, value)
+    _set(project, project.new, project.source_keys, setting, value)
 
 
 def _take_of_training(project: ForeignProject, setting: FileValue, value: Any) -> None:
-    _set(project, project.training, project.said, setting, value)
+    _set(project, project.training, project.source_keys, setting, value)
 
 
 def _take_of_data(project: ForeignProject, setting: FileValue, value: Any) -> None:
     if setting.place is None:
-        _set(project, project.data, project.said, setting, value)
+        _set(project, project.data, project.source_keys, setting, value)
     else:
-        _set(project, setting.place.data, setting.place.said, setting, value)
+        _set(project, setting.place.data, setting.place.source_keys, setting, value)
 
 
 _TAKERS: Mapping[str, Callable[[ForeignProject, FileValue, Any], None]] = {
@@ -173,7 +173,7 @@ def _set(
     elif setting.key in project.assumed:
         return
     elif _is_same(value, setting.value):
-        project.taken.append(setting.key)
+        project.adopted.append(setting.key)
     else:
         project.note_change(setting.key, setting.value, f"{name} = {value}")
 

@@ -233,13 +233,13 @@ def check_values(training: Mapping[str, Any], family: str, task: str, train: str
     model = find_recipe_model(family, task)
     if train not in KIND_NAMES:
         raise ValueError(f"train = {_show(train)!r}: use {', '.join(KIND_NAMES)}")
-    words = BY_NAME[train].find_words(model)
-    if not words:
+    argv = BY_NAME[train].find_words(model)
+    if not argv:
         raise ValueError(f"train = {train!r}: {family} {task} has no script for it")
-    table = find_table(find_script(words[0]))
-    assert table is not None, words[0]
-    actions = {action.dest: action for action in build_parser(table, words[0])._actions}
-    allowed = list_allowed(words[0])
+    table = find_table(find_script(argv[0]))
+    assert table is not None, argv[0]
+    actions = {action.dest: action for action in build_parser(table, argv[0])._actions}
+    allowed = list_allowed(argv[0])
     modules = {*RANKED_NETWORKS, *_list_own_modules(model)}
     values = {}
     for name, value in training.items():
@@ -275,8 +275,8 @@ def list_allowed(script: str) -> frozenset[str]:
 
 def _list_own_modules(model: ModelSet) -> list[str]:
     """Return the network modules that the training command of a model names."""
-    words = model.commands["train"].split()
-    return [after for word, after in zip(words, words[1:], strict=False) if word == "--network_module"]
+    argv = model.commands["train"].split()
+    return [after for word, after in zip(argv, argv[1:], strict=False) if word == "--network_module"]
 
 
 def _read_value(action: argparse.Action, name: str, value: Any, modules: set[str]) -> Any:

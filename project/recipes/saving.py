@@ -45,23 +45,23 @@ def run_recipe_command(options: RecipeOptions) -> None:
     save_recipe(options, find_history(options.run))
 
 
-def find_history(place: Path) -> Path:
+def find_history(path: Path) -> Path:
     """Return the history of a run in a folder, or in the folder `output` in it.
 
     Raises:
         OptionError: If there is none, or if there are several.
     """
-    if place.name.endswith(END):
-        return place
-    for folder in (place, place / "output"):
+    if path.name.endswith(END):
+        return path
+    for folder in (path, path / "output"):
         found = [path for path in sorted(folder.glob(f"*{END}")) if not path.name.endswith(f".run{END}")]
         if len(found) == 1:
             return found[0]
         if found:
             names = ", ".join(map(str, found))
-            raise OptionError(f"{place} has {len(found)} runs. Give the history of one: {names}")
+            raise OptionError(f"{path} has {len(found)} runs. Give the history of one: {names}")
     raise OptionError(
-        f"{place} has no run: no file {END.removeprefix('-')} is in it, nor in its folder output"
+        f"{path} has no run: no file {END.removeprefix('-')} is in it, nor in its folder output"
     )
 
 

@@ -223,10 +223,10 @@ def gather_block(block: nn.Module) -> None:
 
 def gather_weight(weight: Tensor) -> Tensor:
     """Return a full weight, in any dtype. A split weight is gathered, so all processes must call this."""
-    return gather_rows(rows_here(weight), weight) if is_split(weight) else weight
+    return gather_rows(local_rows(weight), weight) if is_split(weight) else weight
 
 
-def rows_here(weight: Any) -> Tensor:
+def local_rows(weight: Any) -> Tensor:
     """Return the rows of a split weight that this process keeps, without gradient."""
     rows: Tensor = weight.to_local().detach()
     return rows
@@ -265,7 +265,7 @@ def is_split(weight: Tensor) -> bool:
 def rows_of(weight: Any, full: Tensor) -> Tensor:
     """Return a view of the rows of `full` that this process has of a split weight."""
     mesh = weight.device_mesh
-    count = rows_here(weight).shape[0]
+    count = local_rows(weight).shape[0]
     first = mesh.get_local_rank() * ceil_div(weight.shape[0], mesh.size())
     return full.narrow(0, min(first, weight.shape[0] - count), count)
 
@@ -287,7 +287,7 @@ def trained_rows(weight: Any) -> nn.Parameter:
 
     The parameter receives the gradients, so that an optimizer can step it like any other.
     """
-    part = nn.Parameter(rows_here(weight))
+    part = nn.Parameter(local_rows(weight))
 
     def take(weight: Any) -> None:
         gradient = weight.grad.to_local()
@@ -301,5 +301,5 @@ def trained_rows(weight: Any) -> nn.Parameter:
 def set_weight(weight: Tensor, full: Tensor) -> None:
     """Set a weight in place; of a split weight, set this process's part."""
     if is_split(weight):
-        weight, full = rows_here(weight), rows_of(weight, full)
+        weight, full = local_rows(weight), rows_of(weight, full)
     weight.copy_(full)

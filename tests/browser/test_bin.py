@@ -24,7 +24,7 @@ def test_what_is_taken_keeps_its_place_below_the_root(tmp_path: Path) -> None:
     files = make(tmp_path, "clips/output/own.safetensors", "clips/output/own-state/a", "clips/cat.png")
     folder = BinFolder(tmp_path / FOLDER)
 
-    taken = folder.take("own <b>", tmp_path, [files[0], files[1].parent])
+    taken = folder.move_in("own <b>", tmp_path, [files[0], files[1].parent])
 
     assert taken.name.endswith("_own_b_")
     assert sorted(str(path.relative_to(taken)) for path in taken.rglob("*") if path.is_file()) == [
@@ -39,15 +39,15 @@ def test_what_is_taken_keeps_its_place_below_the_root(tmp_path: Path) -> None:
 def test_nothing_is_replaced_in_the_bin(tmp_path: Path) -> None:
     folder = BinFolder(tmp_path / FOLDER)
     for _ in range(3):
-        folder.take("own", tmp_path, make(tmp_path, "own.html"))
+        folder.move_in("own", tmp_path, make(tmp_path, "own.html"))
     assert sum(entry.num_files for entry in folder.list_entries()) == 3
 
 
 def test_it_is_emptied_only_of_what_was_shown(tmp_path: Path) -> None:
     folder = BinFolder(tmp_path / FOLDER)
-    folder.take("a", tmp_path, make(tmp_path, "a"))
+    folder.move_in("a", tmp_path, make(tmp_path, "a"))
     mark = folder.mark()
-    folder.take("b", tmp_path, make(tmp_path, "b"))
+    folder.move_in("b", tmp_path, make(tmp_path, "b"))
     with pytest.raises(OptionError, match="changed meanwhile"):
         folder.empty(mark)
     assert folder.empty(folder.mark()) == 20
@@ -61,14 +61,14 @@ def test_links_are_moved_and_deleted_but_not_followed(tmp_path: Path) -> None:
     root.mkdir()
     (root / "link").symlink_to(outside.parent)
     folder = BinFolder(root / FOLDER)
-    folder.take("x", root, [root / "link"])
+    folder.move_in("x", root, [root / "link"])
     assert folder.empty(folder.mark()) == 0
     assert outside.exists()
 
     (root / FOLDER).rmdir()
     (root / FOLDER).symlink_to(outside.parent)
     with pytest.raises(OutputError, match="is a link"):
-        folder.take("x", root, make(root, "own"))
+        folder.move_in("x", root, make(root, "own"))
     assert (root / "own").exists()
     assert folder.list_entries() == []
 
@@ -79,14 +79,14 @@ def test_files_of_another_disk_go_into_the_bin_that_is_there(tmp_path: Path) -> 
         other = Path(name)
         (file,) = make(other, "out/own.safetensors")
         folder = BinFolder(tmp_path / FOLDER, other / FOLDER)
-        assert folder.find_place(file) == other / FOLDER
-        taken = folder.take("own", other, [file])
+        assert folder.find_folder(file) == other / FOLDER
+        taken = folder.move_in("own", other, [file])
         assert (taken.parent, (taken / "out/own.safetensors").is_file()) == (other / FOLDER, True)
         assert not (tmp_path / FOLDER).exists()
 
         (file,) = make(other, "own.html")
         with pytest.raises(OutputError, match=r"own.html is on another disk than .*Delete it by hand"):
-            BinFolder(tmp_path / FOLDER).take("own", other, [file])
+            BinFolder(tmp_path / FOLDER).move_in("own", other, [file])
         assert file.is_file()
         assert not (tmp_path / FOLDER).exists()
 
@@ -96,13 +96,13 @@ def test_what_is_put_into_the_bin_while_it_is_emptied_stays(
 ) -> None:
     """It was not shown to the one who agreed to delete what was."""
     bin_folder = BinFolder(tmp_path / FOLDER)
-    bin_folder.take("old", tmp_path, make(tmp_path, "old.txt"))
+    bin_folder.move_in("old", tmp_path, make(tmp_path, "old.txt"))
     mark, listed = bin_folder.mark(), BinFolder.list_entries
 
     def list_then_put(self: BinFolder) -> list[BinEntry]:
         entries = listed(self)
         monkeypatch.setattr(BinFolder, "list_entries", listed)
-        self.take("new", tmp_path, make(tmp_path, "new.txt"))
+        self.move_in("new", tmp_path, make(tmp_path, "new.txt"))
         return entries
 
     monkeypatch.setattr(BinFolder, "list_entries", list_then_put)

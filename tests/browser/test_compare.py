@@ -93,7 +93,7 @@ def make(served: Served, *given: object, **more: object) -> Answer:
 
 
 def jobs(folder: Path) -> list[list[str]]:
-    return [job.words for job in JobQueue(folder.parent / "reelsmith-queue").jobs()]
+    return [job.argv for job in JobQueue(folder.parent / "reelsmith-queue").jobs()]
 
 
 def test_two_files_of_one_step_show_its_sample_in_places_of_their_own(served: Served, folder: Path) -> None:
@@ -164,7 +164,7 @@ def test_missing_clips_become_one_job_for_equal_files_with_the_settings_of_the_s
     assert make(served, (4, 6), **more).status == 303  # they are asked for: nothing to add
 
     first, second = sorted(jobs(folder.parent / "x"), key=len)
-    own, both = (Path(words[words.index("--from_file") + 1]) for words in (first, second))
+    own, both = (Path(argv[argv.index("--from_file") + 1]) for argv in (first, second))
     file = str(folder / "x-step6.safetensors")
     expected = ["python", "tools/compare.py", "--family", "wan", "--lora", file, "--task", "t2v-1.3B"]
     expected += ["--dit", "my models/dit.safetensors", "--vae", "vae.pth", "--t5", "t5.pth"]

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from browser.earlier_jobs import EarlierJob, may_be_made
-from browser.launch import check_options, find_earlier_job, split_words
+from browser.earlier_jobs import EarlierJob, may_be_created
+from browser.launch import check_options, find_earlier_job, split_arguments
 from browser.queue_pages import read_jobs
 from modules.errors import OptionError
 
@@ -13,9 +13,9 @@ RUN = "reelsmith run clips"
 
 
 def add(earlier: str, line: str, folder: Path) -> None:
-    job = find_earlier_job(split_words(earlier), folder)
+    job = find_earlier_job(split_arguments(earlier), folder)
     assert job is not None
-    check_options(split_words(line), folder, [job])
+    check_options(split_arguments(line), folder, [job])
 
 
 @pytest.fixture
@@ -50,13 +50,13 @@ def folder(tmp_path: Path) -> Path:
 )
 @pytest.mark.parametrize("earlier", ["", RUN], ids=["alone", "behind a run"])
 def test_what_no_job_makes_has_to_be_there(line: str, earlier: str, folder: Path) -> None:
-    jobs = filter(None, [find_earlier_job(split_words(earlier), folder)])
+    jobs = filter(None, [find_earlier_job(split_arguments(earlier), folder)])
     with pytest.raises(OptionError, match=r"nowhere.*no such (file|folder)"):
-        check_options(split_words(line), folder, [*jobs])
+        check_options(split_arguments(line), folder, [*jobs])
 
 
 def test_a_record_that_stands_beside_code_with_torch_is_asked_too(folder: Path) -> None:
-    words = split_words("python tools/quantise.py --model a.safetensors --form int8 --output a.bin")
+    words = split_arguments("python tools/quantise.py --model a.safetensors --form int8 --output a.bin")
     with pytest.raises(OptionError, match="--output a.bin: a safetensors file is written"):
         check_options(words, folder, [])
 
@@ -85,7 +85,7 @@ def test_a_record_that_stands_beside_code_with_torch_is_asked_too(folder: Path) 
 def test_what_a_job_before_it_makes_may_come(earlier: str, line: str, folder: Path) -> None:
     add(earlier, line, folder)
     with pytest.raises(OptionError, match="no such"):
-        check_options(split_words(line), folder)
+        check_options(split_arguments(line), folder)
 
 
 def test_the_first_of_several_lines_may_make_what_the_second_reads(
@@ -101,10 +101,10 @@ def test_the_first_of_several_lines_may_make_what_the_second_reads(
 def test_a_file_of_settings_that_cannot_be_read_names_nothing(tmp_path: Path) -> None:
     (tmp_path / "train.toml").write_bytes(b"\xff'x'")
     job = EarlierJob(Path("wan_train_network.py"), ["--config_file", "train.toml", "a\0b"], tmp_path)
-    assert not may_be_made(tmp_path / "x", [job])
+    assert not may_be_created(tmp_path / "x", [job])
 
 
 def test_a_wrong_option_of_a_tool_without_options_is_refused(tmp_path: Path) -> None:
-    check_options(split_words("reelsmith doctor"), tmp_path)
+    check_options(split_arguments("reelsmith doctor"), tmp_path)
     with pytest.raises(OptionError, match="Unknown option --nix"):
-        check_options(split_words("reelsmith doctor --nix"), tmp_path)
+        check_options(split_arguments("reelsmith doctor --nix"), tmp_path)

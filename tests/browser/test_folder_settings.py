@@ -13,10 +13,10 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.captions import mark_bytes
+from browser.captions import compute_checksum
 from browser.dataset_keys import DatasetKeys
 from browser.described_folder import FILES, ChangedMeanwhileError, change_keys, edit_toml
-from browser.draft_changes import check_text, describe_difference, find_caching_words, read_keys
+from browser.draft_changes import check_text, describe_difference, find_caching_argv, read_keys
 from browser.folder_settings import apply_edits, list_rows, name_field, read_chosen, read_settings
 from browser.setting_words import DATASET_KEYS, WORDS
 from dataset.config import load_dataset_config
@@ -56,7 +56,7 @@ def post(served: Served, address: str, **fields: str) -> Answer:
 
 def send_table(served: Served, folder: Path, what: str, base: str = RUN, **typed: str) -> Answer:
     fields = fields_of(base, **typed)
-    fields |= {"folder": str(folder), "part": "table", "base": base, "have": mark_bytes(base.encode())}
+    fields |= {"folder": str(folder), "part": "table", "base": base, "have": compute_checksum(base.encode())}
     return post(served, f"/new/settings/{what}", **fields, complete="yes")
 
 
@@ -217,7 +217,7 @@ def test_a_file_that_changed_meanwhile_is_not_overwritten(tmp_path: Path) -> Non
 
 def test_a_form_that_did_not_arrive_as_a_whole_removes_nothing(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
-    fields = {"folder": str(folder), "part": "table", "have": mark_bytes(RUN.encode())}
+    fields = {"folder": str(folder), "part": "table", "have": compute_checksum(RUN.encode())}
     with serve_runs(tmp_path) as served:
         answer = post(served, "/new/settings/save", **fields)
     assert answer.status == 422
@@ -269,7 +269,12 @@ def test_a_text_keeps_the_ends_of_its_lines(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     content = b"\xef\xbb\xbf" + PROMPTS.replace("\n", "\r\n").encode()
     (folder / "prompts.txt").write_bytes(content)
-    fields = {"folder": str(folder), "part": "prompts.txt", "have": mark_bytes(content), "base": PROMPTS}
+    fields = {
+        "folder": str(folder),
+        "part": "prompts.txt",
+        "have": compute_checksum(content),
+        "base": PROMPTS,
+    }
     fields["text"] = PROMPTS.replace("snow", "rain").replace("\n", "\r\n")
     with serve_runs(tmp_path) as served:
         saved = post(served, "/new/settings/save", **fields)
@@ -282,7 +287,7 @@ def test_a_conflict_of_texts_keeps_both(tmp_path: Path) -> None:
     fields = {
         "folder": str(folder),
         "part": "prompts.txt",
-        "have": mark_bytes(PROMPTS.encode()),
+        "have": compute_checksum(PROMPTS.encode()),
         "base": PROMPTS,
     }
     (folder / "prompts.txt").write_text("a dog\n", encoding="utf-8")
@@ -345,11 +350,11 @@ def test_a_script_that_does_not_train_is_not_asked(script: str, tmp_path: Path) 
 
 def test_only_a_script_that_caches_reads_a_dataset() -> None:
     words = ["python", "wan_cache_latents.py", "--dataset_config", "dataset.toml", "--vae", "vae.safetensors"]
-    assert find_caching_words(RUN) == words
+    assert find_caching_argv(RUN) == words
     theirs = RUN.replace('"wan_cache_latents.py"', '"flux_train_network.py", "--output_config"')
     for text, reason in ((theirs, "none of its commands does"), ("nothing = 1", "it has no 'reelsmith'")):
         with pytest.raises(OptionError, match=f"no script of ours that caches dataset.toml: {reason}"):
-            find_caching_words(text)
+            find_caching_argv(text)
         assert "No script has checked dataset.toml" in check_text("dataset.toml", DATASET, Path.cwd(), text)
 
 
@@ -366,7 +371,7 @@ def test_read_only_shows_values_without_fields_and_saves_nothing(tmp_path: Path)
 def test_a_change_for_an_earlier_file_is_refused(tmp_path: Path) -> None:
     folder = write_draft(tmp_path)
     with pytest.raises(ChangedMeanwhileError):
-        change_keys(folder / RUN_FILE, {"seed": 1}, mark_bytes(b"earlier"))
+        change_keys(folder / RUN_FILE, {"seed": 1}, compute_checksum(b"earlier"))
 
 
 def test_what_new_prints_is_found_between_other_lines() -> None:
@@ -621,7 +626,7 @@ def test_the_pictures_of_a_step_are_written_where_they_act(form: str, tmp_path: 
     folder = write_draft(tmp_path)
     (folder / "dataset.toml").write_text(form, encoding="utf-8")
     before = {"dataset batch_size before": DatasetKeys.of_text(form).read_batch({})}
-    before["have_dataset"] = mark_bytes(form.encode())
+    before["have_dataset"] = compute_checksum(form.encode())
     with serve_runs(tmp_path) as served:
         page = served.ask(f"/new/settings?folder={quote(str(folder))}").text
         assert page.index('id="row-dataset-batch_size"') < page.index('id="row-dit"')
@@ -646,7 +651,7 @@ def test_a_batch_size_of_the_training_moves_into_the_dataset(tmp_path: Path) -> 
     assert keys.explain_unused("train_batch_size") == ""
     typed = {"dataset batch_size": "3", "dataset batch_size before": "2"}
     with serve_runs(tmp_path) as served:
-        fields = {"train_batch_size": "2", "have_dataset": mark_bytes(form.encode())}
+        fields = {"train_batch_size": "2", "have_dataset": compute_checksum(form.encode())}
         answer = send_table(served, folder, "save", run, **typed, **fields)
     assert answer.status == 200
     assert "train_batch_size" not in (folder / "run.toml").read_text(encoding="utf-8")

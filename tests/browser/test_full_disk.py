@@ -8,7 +8,7 @@ from urllib.parse import quote, urlencode
 
 import pytest
 
-from browser.captions import mark_bytes
+from browser.captions import compute_checksum
 from browser.launch import write_code
 from browser.short_names import short_digest
 from tests.browser.drafts import PROMPTS, RUN, write_draft
@@ -52,7 +52,7 @@ def test_what_a_page_writes_is_refused_and_written_once_there_is_room(
 ) -> None:
     folder = write_draft(tmp_path)
     before = contents(folder)
-    have = mark_bytes(b"fluff")
+    have = compute_checksum(b"fluff")
     caption = f"/new/rows/{str(folder).encode().hex()}/caption/{short_digest('p0.png')}"
     text = f'{{"what": "save", "have": "{have}", "text": "a cat"}}'
     steps = {"folder": str(folder), "family": "wan", "task": "t2v-1.3B", "trigger": "fluff", "name": "fluff"}

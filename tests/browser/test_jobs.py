@@ -19,7 +19,7 @@ import pytest
 from accelerate.commands.launch import launch_command_parser
 
 from browser.jobs import QUEUE, STATE, WAITING, Job, JobQueue
-from browser.launch import check_options, find_program, prepare_process, split_words
+from browser.launch import check_options, find_program, prepare_process, split_arguments
 from browser.runs import DIED, FINISHED, RUNNING, STOPPED
 from browser.serving import reopen_queue
 from modules.errors import OptionError, OutputError
@@ -84,7 +84,7 @@ TWO = ["--quiet", "--num_processes=2", "--gpu_ids", "0,1"]
     ],
 )
 def test_a_line_of_ours_becomes_a_program(line: str, program: list[str]) -> None:
-    found = find_program(split_words(line), Path.cwd())[1]
+    found = find_program(split_arguments(line), Path.cwd())[1]
 
     assert found[: 1 + len(program)] == [sys.executable, *program]
 
@@ -105,8 +105,8 @@ REJECTED = (
     ("accelerate launch --num_processes 2", "''"),
     ("accelerate config", "'accelerate'"),
     *(
-        (f"accelerate launch {words} wan_train_network.py", "on this machine")
-        for words in (
+        (f"accelerate launch {argv} wan_train_network.py", "on this machine")
+        for argv in (
             "--main_process_ip 10.0.0.9",
             "--main-process-ip=10.0.0.9",
             "--main_process_i 10.0.0.9",
@@ -147,7 +147,7 @@ REJECTED = (
 @pytest.mark.parametrize(("line", "word"), REJECTED)
 def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError) as rejection:
-        find_program(split_words(line), tmp_path)
+        find_program(split_arguments(line), tmp_path)
 
     assert word in str(rejection.value)
 
@@ -155,8 +155,8 @@ def test_anything_else_is_refused_by_name(line: str, word: str, tmp_path: Path) 
 def test_a_home_folder_is_completed_outside_of_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", "/home/o'neil")
     monkeypatch.setenv("USERPROFILE", "/home/o'neil")
-    words = split_words("reelsmith run ~/cats --x '~/a ~/b' ~ a~/c")
-    assert words[2:] == [f"{Path.home()}/cats", "--x", "~/a ~/b", str(Path.home()), "a~/c"]
+    argv = split_arguments("reelsmith run ~/cats --x '~/a ~/b' ~ a~/c")
+    assert argv[2:] == [f"{Path.home()}/cats", "--x", "~/a ~/b", str(Path.home()), "a~/c"]
 
 
 def test_only_accelerates_options_of_one_machine_are_taken(tmp_path: Path) -> None:
@@ -207,7 +207,7 @@ def test_what_cannot_end_or_begin_is_refused_when_it_is_added(
 ) -> None:
     (tmp_path / "clips").mkdir()
     with pytest.raises(OptionError) as rejection:
-        check_options(split_words(line), tmp_path)
+        check_options(split_arguments(line), tmp_path)
     assert message in str(rejection.value)
     assert "--help lists all options" not in str(rejection.value)  # a hint for a terminal
 
@@ -242,7 +242,7 @@ def test_what_can_begin_is_taken_and_nothing_is_done_yet(line: str, tmp_path: Pa
     for name in ("ckpt", "a"):
         (tmp_path / f"{name}.safetensors").touch()
     before = sorted(tmp_path.rglob("*"))
-    check_options(split_words(line), tmp_path)
+    check_options(split_arguments(line), tmp_path)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -284,9 +284,9 @@ def test_a_queue_that_was_started_goes_on_with_the_next_server(queue: JobQueue) 
 
 def test_a_run_of_no_folder_is_refused_when_it_is_added(tmp_path: Path) -> None:
     (tmp_path / "clips ü").mkdir()
-    check_options(split_words("reelsmith run 'clips ü' --download"), tmp_path)
+    check_options(split_arguments("reelsmith run 'clips ü' --download"), tmp_path)
     with pytest.raises(OptionError, match="there is no such folder in .* Give its whole path"):
-        check_options(split_words("reelsmith run clips"), tmp_path)
+        check_options(split_arguments("reelsmith run clips"), tmp_path)
 
 
 @pytest.mark.slow_cases("accelerate launch wan_train_network.py")
@@ -295,9 +295,9 @@ def test_no_module_is_taken_from_the_folder_of_a_job(line: str, tmp_path: Path) 
     for name in ("runpy", "argparse", "json", "accelerate"):
         (tmp_path / f"{name}.py").write_text("open('it ran', 'w').close()", encoding="utf-8")
     with pytest.raises(OptionError):
-        check_options(split_words(line), tmp_path)
+        check_options(split_arguments(line), tmp_path)
     if "accelerate" in line:
-        program = find_program(split_words(line), tmp_path)[1]
+        program = find_program(split_arguments(line), tmp_path)[1]
         subprocess.run(program, cwd=tmp_path, capture_output=True)
     assert not (tmp_path / "it ran").exists()
 
@@ -326,7 +326,7 @@ def test_lines_are_edited_by_hand_moved_and_removed_while_comments_stay(tmp_path
         line = "python convert_lora.py --help 'ü; c'\nreelsmith metaview --help d"
         assert ask(served, "add", line=line) == 303
         queue = JobQueue(file.parent)
-        named = {job.id: job.words[-1] for job in queue.jobs()}
+        named = {job.id: job.argv[-1] for job in queue.jobs()}
         assert named == {1: "a", 2: "b", 3: "ü; c", 4: "d"}
         assert [ask(served, "up", id=3), ask(served, "down", id=1), ask(served, "down", id=4)] == [303] * 3
         assert [job.id for job in queue.jobs()] == [3, 1, 2, 4]
@@ -340,7 +340,7 @@ def test_lines_are_edited_by_hand_moved_and_removed_while_comments_stay(tmp_path
 
 
 def test_jobs_run_one_after_another_and_one_that_died_shows_its_last_lines(queue: JobQueue) -> None:
-    numbers = [queue.add(words, ROOT) for words in (SHORT, ["convert_lora.py", "--bogus"], SHORT)]
+    numbers = [queue.add(argv, ROOT) for argv in (SHORT, ["convert_lora.py", "--bogus"], SHORT)]
     queue.begin_work()
 
     jobs = wait_for_states(queue, FINISHED, DIED, FINISHED)
@@ -374,8 +374,8 @@ def start_browser(folder: Path) -> subprocess.Popen[str]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="no signal of this kind")
 def test_a_queue_goes_on_after_its_browser_was_killed(queue: JobQueue, lasting: list[str]) -> None:  # noqa: F811
-    for words in (SHORT, lasting, SHORT):
-        queue.add(words, ROOT)
+    for argv in (SHORT, lasting, SHORT):
+        queue.add(argv, ROOT)
     browser = start_browser(queue.folder.parent)
     try:
         job = wait_for_states(queue, FINISHED, RUNNING, WAITING)[1]
@@ -548,8 +548,8 @@ def training_words(cached: Path, output: Path, repeats: int, *options: object) -
         "--max_data_loader_n_workers 0 --save_every_n_steps 1 --save_state --gradient_accumulation_steps 999"
     )
     places = ("--dataset_config", output / "dataset.toml", "--output_dir", output)
-    words = (*model_options(POCKET), *IN_FLOAT32, *learner.split(), *places, *options)
-    return ["python", "wan_train_network.py", *map(str, words)]
+    argv = (*model_options(POCKET), *IN_FLOAT32, *learner.split(), *places, *options)
+    return ["python", "wan_train_network.py", *map(str, argv)]
 
 
 @pytest.mark.slow
@@ -574,7 +574,7 @@ def test_a_training_saves_when_it_is_stopped_and_goes_on_when_it_is_retried(
     assert not (output / "x.safetensors").exists()
     queue.retry(1)
     (job,) = wait_for_states(queue, FINISHED)
-    assert job.words[-2:] == ["--resume", "latest"]
+    assert job.argv[-2:] == ["--resume", "latest"]
     assert "Resuming from" in job.log.read_text(encoding="utf-8")
     assert (output / "x.safetensors").exists()
 
@@ -699,11 +699,11 @@ def test_a_line_may_begin_with_the_folder_of_its_command(queue: JobQueue, tmp_pa
         assert ask(served, "add", line=line.replace(" &&", ";")) == 422
         assert ask(served, "add", line=line.replace("python tools/download.py", "rm -rf x")) == 422
         [job] = queue.jobs()
-        assert (job.words, job.folder, job.problem) == (SHORT, str(folder), "")
+        assert (job.argv, job.folder, job.problem) == (SHORT, str(folder), "")
         with (queue.folder / QUEUE).open("a", encoding="utf-8") as file:
             file.write(f"{line}\ncd {'x' * 300} && python download.py\ncd nowhere && python download.py\n")
         first, typed, long, nowhere = queue.jobs()
-        assert [(one.words, one.folder) for one in (first, typed)] == [(SHORT, str(folder))] * 2
+        assert [(one.argv, one.folder) for one in (first, typed)] == [(SHORT, str(folder))] * 2
         assert all("there is no such folder" in one.problem for one in (long, nowhere))
         assert served.ask("/queue").status == 200
         queue.edit(typed.id, f"cd '{tmp_path}' && python tools/download.py --list")

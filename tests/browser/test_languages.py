@@ -14,7 +14,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 from jinja2 import nodes
 
 from browser import page_language
-from browser.page_language import CODES, NAMES, find_accepted, find_way_back, read_table, read_texts
+from browser.page_language import CODES, NAMES, find_accepted, find_return_address, read_table, read_texts
 from downloads.catalogue import model_sets
 from modules.pages.language import Language, Words, counted, join, say, show_all, speaking
 from project.recipes.reading import list_shipped
@@ -205,7 +205,7 @@ def test_the_browser_chooses_the_language(header: str, code: str) -> None:
     ],
 )
 def test_a_change_of_the_language_leads_back_to_a_page_of_this_server(address: str, back: str) -> None:
-    assert find_way_back(address) == back
+    assert find_return_address(address) == back
 
 
 @pytest.fixture(scope="module")

@@ -453,7 +453,7 @@ def test_the_form_of_masks_becomes_the_words_of_the_command(
     queue = open_queue(runs, read_only=True)
     site = Site(runs, queue, BackgroundJobs(queue), RenderWorker(queue), models=Path("M"))
 
-    typed = MaskMakingPages(site).make_words(folder, fields, tries=False)
+    typed = MaskMakingPages(site).make_argv(folder, fields, tries=False)
 
     shown = [word.replace(f"{Path('M').absolute()}", "M").replace("\\", "/") for word in typed]
     assert shown == ["python", "tools/mask.py", ".", *words]

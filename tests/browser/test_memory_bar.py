@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.captions import mark_bytes
+from browser.captions import compute_checksum
 from browser.draft_changes import describe_difference, read_keys
 from browser.folder_settings import read_settings
 from browser.memory_plan import ReadPlan, edit_switches, read_plan, read_size, read_switches
@@ -65,7 +65,7 @@ def switch(text: str = RUN, **fields: str) -> list[str]:
 
 
 def post(served: Served, what: str, folder: Path, run: str = RUN, **fields: str) -> Answer:
-    body = urlencode({"folder": str(folder), "have": mark_bytes(run.encode()), "size": "24", **fields})
+    body = urlencode({"folder": str(folder), "have": compute_checksum(run.encode()), "size": "24", **fields})
     origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
     return served.ask(f"/new/memory/{what}", "POST", body, **origin)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from browser.captioning import CaptionForm, make_caption_words
+from browser.captioning import CaptionForm, make_caption_argv
 from browser.described_folder import change_steps
 from browser.new_form import (
     NewForm,
@@ -13,7 +13,7 @@ from browser.new_form import (
     hint_at_word,
     list_fitting_recipes,
     list_key_changes,
-    make_new_words,
+    make_new_argv,
     read_steps,
 )
 from browser.new_pages import find_free_name
@@ -32,26 +32,26 @@ FORM = NewForm(
 
 
 def test_a_form_and_its_command_stand_for_each_other() -> None:
-    words = make_new_words(FORM, Path("models"))
+    words = make_new_argv(FORM, Path("models"))
     assert words[:3] == ["reelsmith", "new", "/x/my clips"]
     assert words[-2:] == ["--model_file", "dit=/m/a=b.safetensors"]
-    assert NewForm.of_words(words) == FORM
-    assert NewForm.of_words(make_new_words(FORM, Path("other"), dry_run=True)) == FORM
-    assert NewForm.of_words(make_new_words(FORM, Path("models"), overwrite=True)) == FORM
+    assert NewForm.of_argv(words) == FORM
+    assert NewForm.of_argv(make_new_argv(FORM, Path("other"), dry_run=True)) == FORM
+    assert NewForm.of_argv(make_new_argv(FORM, Path("models"), overwrite=True)) == FORM
     full = replace(FORM, train="whole")
-    assert "--train" in make_new_words(full, Path("models"))
-    assert NewForm.of_words(make_new_words(full, Path("models"), dry_run=True)) == full
+    assert "--train" in make_new_argv(full, Path("models"))
+    assert NewForm.of_argv(make_new_argv(full, Path("models"), dry_run=True)) == full
     assert NewForm.of_address(full.address) == full
 
 
 def test_where_pairs_could_be_learned_a_lora_is_named() -> None:
     form = replace(FORM, family="stable_diffusion", task="xl", model_files={})
-    words = make_new_words(form, Path("models"))
+    words = make_new_argv(form, Path("models"))
     assert words[words.index("--train") + 1] == "lora"
-    assert NewForm.of_words(words) == form
-    assert "--train" not in make_new_words(FORM, Path("models"))
+    assert NewForm.of_argv(words) == form
+    assert "--train" not in make_new_argv(FORM, Path("models"))
     paired = replace(form, train="lllite")
-    assert NewForm.of_words(make_new_words(paired, Path("models"))) == paired
+    assert NewForm.of_argv(make_new_argv(paired, Path("models"))) == paired
     assert NewForm.of_address(paired.address) == paired
 
 
@@ -131,7 +131,7 @@ def test_saves_of_a_whole_model_follow_its_steps_too() -> None:
 
     saves = dict.fromkeys(("save_every_n_steps", "save_last_n_steps", "save_last_n_steps_state"), 1000)
     assert change.changes == {"max_train_steps": 4000, **saves, "sample_every_n_steps": 400}
-    assert not change.kept
+    assert not change.unchanged
 
 
 def test_what_somebody_changed_by_hand_stays_and_is_named() -> None:
@@ -164,25 +164,25 @@ def test_a_name_that_a_lora_has_gets_a_number(tmp_path: Path) -> None:
 
 def test_captions_are_written_by_a_repository_a_folder_or_a_server() -> None:
     start = ["python", "tools/caption_dataset.py", "--dataset_config", "dataset.toml"]
-    assert make_caption_words(CaptionForm()) == [*start, "--model", "Qwen/Qwen2-VL-2B-Instruct"]
-    assert make_caption_words(CaptionForm("/m/vision", " what\nis it? "), 3) == [
+    assert make_caption_argv(CaptionForm()) == [*start, "--model", "Qwen/Qwen2-VL-2B-Instruct"]
+    assert make_caption_argv(CaptionForm("/m/vision", " what\nis it? "), 3) == [
         *start,
         *("--model", "/m/vision", "--prompt", "what is it?", "--try_on", "3"),
     ]
-    server = make_caption_words(CaptionForm("http://localhost:8000/v1 qwen"))
+    server = make_caption_argv(CaptionForm("http://localhost:8000/v1 qwen"))
     assert server == [*start, "--api_base", "http://localhost:8000/v1", "--api_model", "qwen"]
     with pytest.raises(OptionError, match="behind the address"):
-        make_caption_words(CaptionForm("http://localhost:8000/v1"))
+        make_caption_argv(CaptionForm("http://localhost:8000/v1"))
 
 
 def test_captions_are_written_as_objects_where_the_form_says_so() -> None:
     fields = {"engine": "/m", "caption_format": "fibo_2", "convert_plain": "yes"}
-    words = make_caption_words(CaptionForm.read(fields))
+    words = make_caption_argv(CaptionForm.read(fields))
     assert words[-3:] == ["--caption_format", "fibo_2", "--convert_plain"]
-    assert "--convert_plain" not in make_caption_words(CaptionForm.read({**fields, "convert_plain": ""}))
-    assert make_caption_words(CaptionForm.read({**fields, "caption_format": ""}))[-2:] == ["--model", "/m"]
+    assert "--convert_plain" not in make_caption_argv(CaptionForm.read({**fields, "convert_plain": ""}))
+    assert make_caption_argv(CaptionForm.read({**fields, "caption_format": ""}))[-2:] == ["--model", "/m"]
     with pytest.raises(OptionError, match="no such form"):
-        make_caption_words(CaptionForm(format="wan --model /x"))
+        make_caption_argv(CaptionForm(format="wan --model /x"))
 
 
 @pytest.mark.parametrize(
@@ -222,9 +222,9 @@ def test_recipes_are_offered_for_their_model_and_kind_alone() -> None:
     assert list_fitting_recipes("wan", "t2v-1.3B", "whole") == []
     assert form.recipe == "pocket-shape"
     assert NewForm.of_address(form.address) == form
-    words = make_new_words(form, MODELS)
+    words = make_new_argv(form, MODELS)
     assert words[words.index("--recipe") + 1] == "pocket-shape"
-    assert NewForm.of_words(words).recipe == "pocket-shape"
+    assert NewForm.of_argv(words).recipe == "pocket-shape"
     for wrong in ("../x", "/etc/passwd", "x.toml", "pocket-shap"):
         assert NewForm.of_fields({**fields, "recipe": [wrong]}).recipe == ""
     assert NewForm.of_fields({**fields, "task": ["t2v-14B"]}).recipe == ""

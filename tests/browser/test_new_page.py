@@ -16,7 +16,7 @@ import pytest
 from PIL import Image
 
 from browser.background_jobs import BackgroundJobs
-from browser.captions import mark_bytes
+from browser.captions import compute_checksum
 from browser.described_folder import FILES
 from browser.folders import list_media_folders
 from browser.jobs import open_queue
@@ -850,14 +850,14 @@ def test_no_button_changes_the_settings_of_a_running_training(served: Served, ro
     }
     for address, fields in forms.items():
         of = run if fields.get("part") != "dataset.toml" else dataset
-        marks = {"have": mark_bytes(of.read_bytes()), "have run": mark_bytes(run.read_bytes())}
+        marks = {"have": compute_checksum(of.read_bytes()), "have run": compute_checksum(run.read_bytes())}
         if address.startswith("samples"):
-            marks["have"] = mark_bytes((folder / "prompts.txt").read_bytes())
+            marks["have"] = compute_checksum((folder / "prompts.txt").read_bytes())
         answer = post(served, address, folder=str(folder), **fields, **marks)
         assert "stop it first, or wait until it has ended" in answer.text, address
         assert (run.read_bytes(), dataset.read_bytes()) == before
     prompts = {"part": "prompts.txt", "text": "another one\n"}
-    prompts["have"] = mark_bytes((folder / "prompts.txt").read_bytes())
+    prompts["have"] = compute_checksum((folder / "prompts.txt").read_bytes())
     assert "Saved into prompts.txt" in post(served, "settings/save", folder=str(folder), **prompts).text
 
 

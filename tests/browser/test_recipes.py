@@ -122,22 +122,22 @@ def test_a_model_keeps_what_its_command_fixes(model: ModelSet, tmp_path: Path) -
     """Switches among them; what a person has to name is needed, and no example is taken for a file."""
     recipe = recipe_of(model, tmp_path)
     request = RenderRequest(
-        recipe=recipe, prompt="a cat", texts=recipe.usual, loras=recipe.loras, save_path="generated"
+        recipe=recipe, prompt="a cat", texts=recipe.initial_texts, loras=recipe.loras, save_path="generated"
     )
     typed = shlex.split(model.commands["generate"])
     words = request.command("1")
     for switch in ("--fp8_scaled", "--f1", "--split_uncond", "--sample_two_stage"):
         assert (switch in words) == (switch in typed)
-        assert (switch in request.session_words) == (switch in typed)
+        assert (switch in request.session_argv) == (switch in typed)
     assert not {"start.png", "end.png", "control.mp4"}.intersection(words)
     examples = {"--image_path": "start", "--end_image_path": "end", "--control_path": "control"}
     examples |= {"--first_frame": "start", "--last_frame": "end"}
     examples |= {"--src_video": "control", "--control_image_path": "references"}
     examples |= {"--first_frame": "start", "--last_frame": "end"}
-    assert {*recipe.needed} == {name for flag, name in examples.items() if flag in typed}
+    assert {*recipe.required_images} == {name for flag, name in examples.items() if flag in typed}
     assert recipe.missing  # no file is there
-    assert "--interactive" in request.session_words
-    assert "--prompt" not in request.session_words
+    assert "--interactive" in request.session_argv
+    assert "--prompt" not in request.session_argv
 
 
 def test_the_number_of_layers_is_a_field_of_releases_that_take_pictures_apart(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_the_number_of_layers_is_a_field_of_releases_that_take_pictures_apart(tm
     with_layers = [name for name, recipe in recipes.items() if "layers" in recipe.fields]
     (name,) = with_layers
     recipe = recipes[name]
-    assert (name, recipe.usual["layers"]) == ("qwen_image layered", "4")
+    assert (name, recipe.initial_texts["layers"]) == ("qwen_image layered", "4")
 
     request = RenderRequest(
         recipe=recipe,
@@ -182,12 +182,14 @@ def test_fields_are_those_that_a_model_can_use(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["hunyuan_video", "framepack"])
 def test_a_picture_that_a_runs_command_names_has_its_field(family: str, tmp_path: Path) -> None:
     """Other models of these scripts need the picture or have none: the command says which one it is."""
-    bare = ModelRecipe(title="x", family=family, fixed={}, usual={}, folder=tmp_path)
-    named = replace(bare, usual={"start": "start.png"})
+    bare = ModelRecipe(title="x", family=family, fixed={}, initial_texts={}, folder=tmp_path)
+    named = replace(bare, initial_texts={"start": "start.png"})
 
     assert "start" not in bare.fields
     assert "start" in named.fields
-    request = RenderRequest(recipe=named, prompt="a cat", texts=named.usual, loras=[], save_path="made")
+    request = RenderRequest(
+        recipe=named, prompt="a cat", texts=named.initial_texts, loras=[], save_path="made"
+    )
     words = request.command("1")
     assert words[words.index("--image_path") + 1].endswith("start.png")
 
@@ -257,7 +259,7 @@ def test_loras_of_two_experts_have_options_of_their_own(tmp_path: Path) -> None:
     assert [str(path) for path in read.lora_weight_high_noise] == ["high.safetensors"]
     assert list(read.lora_multiplier_high_noise) == [0.5]
     assert request.request("1")["strengths"] == {"": ["1"], HIGH_NOISE: ["0.5"]}
-    words = request.session_words
+    words = request.session_argv
     assert words[words.index(LORA) + 1] == "low.safetensors"
     assert words[words.index(f"{LORA}_{HIGH_NOISE}") + 1] == "high.safetensors"
 
@@ -265,8 +267,8 @@ def test_loras_of_two_experts_have_options_of_their_own(tmp_path: Path) -> None:
 def test_loras_of_a_released_model_are_of_its_command(tmp_path: Path) -> None:
     recipe = ready_recipe(tmp_path, "wan22", "t2v-A14B-4steps")
     assert [(lora.strength, lora.expert) for lora in recipe.loras] == [("1", ""), ("1", HIGH_NOISE)]
-    assert recipe.usual["steps"] == "4"
-    assert recipe.usual["high_cfg"] == "1"
+    assert recipe.initial_texts["steps"] == "4"
+    assert recipe.initial_texts["high_cfg"] == "1"
 
 
 def test_a_picture_or_a_clip_is_changed_in_part(tmp_path: Path) -> None:
@@ -336,11 +338,14 @@ def test_an_empty_field_shows_what_the_script_computes(tmp_path: Path) -> None:
         if recipe.embeds_guidance:
             expected["guidance"] = request.embedded_guidance or default.embedded_guidance
         for name, value in expected.items():
-            shown = recipe.usual.get(name) or recipe.find_default(name)
+            shown = recipe.initial_texts.get(name) or recipe.find_default(name)
             if name in recipe.fields and shown and not recipe.counts_seconds:
                 assert float(shown) == value, (model.family, model.task, name)
         if "steps" in recipe.fields:
-            assert recipe.usual.get("steps") or recipe.find_default("steps"), (model.family, model.task)
+            assert recipe.initial_texts.get("steps") or recipe.find_default("steps"), (
+                model.family,
+                model.task,
+            )
         assert recipe.side_step == family.latent.pixel_step, (model.family, model.task)
         if "frames" in recipe.fields and not recipe.counts_seconds:
             assert recipe.defaults.lengths == family.latent.lengths

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 
 from browser.bin_folder import FOLDER as BIN
 from browser.bin_folder import BinFolder
-from browser.captions import mark_bytes
+from browser.captions import compute_checksum
 from browser.described_folder import ChangedMeanwhileError
 from browser.recipes import ModelRecipe, find_model_set, make_model_recipe
 from browser.render_queue import RenderJob
@@ -178,7 +178,7 @@ def recipe_of(**changes: Any) -> ModelRecipe:
         title="own",
         family=recipe.family,
         fixed={**fixed, **changes},
-        usual={},
+        initial_texts={},
         folder=Path.cwd(),
     )
 
@@ -337,13 +337,13 @@ def test_a_line_is_added_once_and_every_other_byte_stays(tmp_path: Path) -> None
     path = tmp_path / "prompts.txt"
     before = "\ufeff# mine\r\na dög --d 1".encode()
     path.write_bytes(before)
-    assert add_line(path, "a cat --d 7", mark_bytes(before))
+    assert add_line(path, "a cat --d 7", compute_checksum(before))
     after = path.read_bytes()
     assert after == before + b"\r\na cat --d 7\r\n"
-    assert not add_line(path, "a cat --d 7", mark_bytes(after))
+    assert not add_line(path, "a cat --d 7", compute_checksum(after))
     assert path.read_bytes() == after
     with pytest.raises(ChangedMeanwhileError):
-        add_line(path, "a bird", mark_bytes(before))
+        add_line(path, "a bird", compute_checksum(before))
     assert path.read_bytes() == after
 
 
@@ -541,7 +541,7 @@ def test_two_files_of_a_name_do_not_meet_in_the_bin(tmp_path: Path) -> None:
     folders = []
     for _ in range(2):
         image = write_result(tmp_path / "generated" / "a.png")
-        folders.append(BinFolder(tmp_path / BIN).take(title="a.png", base=tmp_path, paths=[image]))
+        folders.append(BinFolder(tmp_path / BIN).move_in(title="a.png", base=tmp_path, paths=[image]))
     assert folders[0] != folders[1]
     assert len([*(tmp_path / "reelsmith-bin").rglob("generated/a.png")]) == 2
 

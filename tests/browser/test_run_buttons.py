@@ -87,14 +87,14 @@ def write_controlled_run(output: Path, missing: str = "", with_gaps: bool = Fals
     path = write_run(output, "own", kind="good", **info)
     control = output / "edges.png"
     Image.new("RGB", (8, 8)).save(control)
-    words = f"--ckpt model.safetensors --control_net_lllite_models {output.name}/own.safetensors "
-    words += f"--prompt 'a cat' --guide_image_path {output.name}/edges.png"
+    argv = f"--ckpt model.safetensors --control_net_lllite_models {output.name}/own.safetensors "
+    argv += f"--prompt 'a cat' --guide_image_path {output.name}/edges.png"
     if with_gaps:
-        words = words.replace("a cat", "what it should show").replace(
+        argv = argv.replace("a cat", "what it should show").replace(
             f"{output.name}/edges.png", "CONTROL_PICTURE"
         )
-        words += " --vae VAE_FILE"
-    line = f"python gen_img.py {words}"
+        argv += " --vae VAE_FILE"
+    line = f"python gen_img.py {argv}"
     with path.open("a", encoding="utf-8") as file:
         file.write(
             json.dumps({"step": 6, "commands": [["Generate with it", line, line, "", missing]]}) + "\n"
@@ -124,7 +124,7 @@ def test_a_control_network_is_used_by_one_click_of_its_page(
     assert press(served, "make", **{prompt: "two dogs", control: other}).status == 200
 
     (job,) = queue.jobs()
-    assert job.words[1:] == [
+    assert job.argv[1:] == [
         *("gen_img.py", "--ckpt", "model.safetensors"),
         *("--control_net_lllite_models", "output/own.safetensors", "--prompt", "two dogs"),
         *("--guide_image_path", str(other)),
@@ -146,11 +146,11 @@ def test_the_samples_of_a_run_are_scored_by_a_job(
         further = served.ask(f"{address_of(served)}deeds").text
         assert ("Score the samples" in further) is is_there
         assert press(served, "score").status == (200 if is_there else 422)
-    words = ["tools/score.py", str(history), "--model", str(Path("models/score_clip"))]
-    assert queue.jobs()[0].words[1:] == words
+    argv = ["tools/score.py", str(history), "--model", str(Path("models/score_clip"))]
+    assert queue.jobs()[0].argv[1:] == argv
     (tmp_path / "models" / "wd_tagger").mkdir()
     press(served, "score")
-    assert queue.jobs()[-1].words[1:] == [*words, "--tagger", str(Path("models/wd_tagger"))]
+    assert queue.jobs()[-1].argv[1:] == [*argv, "--tagger", str(Path("models/wd_tagger"))]
 
 
 def test_what_a_command_lacks_is_typed_into_fields(served: Served, queue: JobQueue, tmp_path: Path) -> None:
@@ -167,14 +167,14 @@ def test_what_a_command_lacks_is_typed_into_fields(served: Served, queue: JobQue
     typed = {prompt: "two dogs", control: "output/edges.png", vae: "vae.safetensors"}
     assert press(served, "make", **typed).status == 200
     (job,) = queue.jobs()
-    assert job.words[-6:] == [
+    assert job.argv[-6:] == [
         "--prompt",
         "two dogs",
         "--guide_image_path",
         "output/edges.png",
-        *job.words[-2:],
+        *job.argv[-2:],
     ]
-    assert job.words[-2:] == ["--vae", "vae.safetensors"]
+    assert job.argv[-2:] == ["--vae", "vae.safetensors"]
 
 
 @pytest.mark.parametrize("script", ["none.py"])
@@ -388,7 +388,7 @@ def write_resumable(folder: Path, name: str, **told: object) -> None:
 def test_a_run_of_a_terminal_continues_with_its_own_command(
     served: Served, queue: JobQueue, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("browser.queue_pages.check_options", lambda words, folder, earlier, seconds: None)
+    monkeypatch.setattr("browser.queue_pages.check_options", lambda argv, folder, earlier, seconds: None)
     write_resumable(tmp_path / "other", "typed", changed=[["output_dir", str(tmp_path / "other")]])
     assert {"Continue", "Train on", "Remove"} <= buttons(served, "typed")
     assert press(served, "start", "typed").status == 200
@@ -471,8 +471,8 @@ def test_a_missing_model_file_is_said_where_one_clicked(
     tmp_path: Path, queue: JobQueue, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (describe(tmp_path / "my clips") / "cache" / "dit.safetensors").unlink()
-    words = ["reelsmith", "run", str(tmp_path / "my clips")]  # without --download
-    monkeypatch.setattr("browser.run_buttons.find_start_words", lambda *_: words)
+    argv = ["reelsmith", "run", str(tmp_path / "my clips")]  # without --download
+    monkeypatch.setattr("browser.run_buttons.find_start_argv", lambda *_: argv)
     with serve_runs(tmp_path, queue=queue) as served, open_page(f"{served.url}/") as page:
         page.get_by_role("link", name="own").click()
         page.get_by_role("button", name="Check").wait_for()
@@ -619,11 +619,11 @@ def test_a_run_is_watched_from_its_draft_to_its_lora(
         Image.new("RGB", (64, 64), (20 * number, 90, 90)).save(folder / f"p{number}.png")
         (folder / f"p{number}.txt").write_text("a color\n", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
-    words = ["new", str(folder), "--family", "wan", "--task", "t2v-1.3B", "--trigger_word", "ohwx"]
-    words += ["--output_name", "own", "--max_train_steps", "4", "--memory", "0"]
+    argv = ["new", str(folder), "--family", "wan", "--task", "t2v-1.3B", "--trigger_word", "ohwx"]
+    argv += ["--output_name", "own", "--max_train_steps", "4", "--memory", "0"]
     for option in ("dit", "vae", "t5"):
-        words += ["--model_file", f"{option}={POCKET / option}.safetensors"]
-    run_python(str(ROOT / "reelsmith.py"), *words)
+        argv += ["--model_file", f"{option}={POCKET / option}.safetensors"]
+    run_python(str(ROOT / "reelsmith.py"), *argv)
     (folder / "prompts.txt").write_text("a color --s 2 --w 32 --h 32 --f 1\n" * 2, encoding="utf-8")
     seen: list[str] = []
     with serve_runs(tmp_path, queue=queue) as served, open_page(f"{served.url}{address_of(served)}") as page:

@@ -12,7 +12,7 @@ import pytest
 from browser.background_jobs import name_background_job
 from browser.jobs import JobQueue
 from browser.permissions import read_permissions
-from browser.run_start import find_start_words, read_trace_state
+from browser.run_start import find_start_argv, read_preparation_state
 from browser.runs import read_run_summary
 from browser.short_names import free_name
 from modules.errors import OptionError
@@ -137,7 +137,7 @@ def test_what_run_does_before_its_training_is_a_state(doing: str, text: str, tmp
     begun._history.flush()
     path = history_path(folder / "output", "own.run")
 
-    assert read_trace_state(read_run_summary(path, path.stat())).text == text
+    assert read_preparation_state(read_run_summary(path, path.stat())).text == text
     assert state(look(tmp_path)) == text
     assert [shown.summary.name for shown in look(tmp_path).list_all()] == ["own"]
 
@@ -432,14 +432,14 @@ def test_a_foreign_run_toml_types_no_path_of_its_own(place: str, tmp_path: Path)
     tracked_runs.queue.begin_work = lambda: None  # type: ignore[method-assign]
     plan = find(tracked_runs).plan
     assert plan is not None
-    words = find_start_words(plan, MODELS)
+    words = find_start_argv(plan, MODELS)
     assert words == ["reelsmith", "run", str(folder), "--download"]
     with pytest.raises(OptionError, match="comes from elsewhere"):
         tracked_runs.start(folder, words)
 
     tracked_runs.start(folder, words, is_read=True)
 
-    assert find_start_words(plan, MODELS) == words
+    assert find_start_argv(plan, MODELS) == words
     assert tracked_runs.is_known(plan)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
-from browser.captions import mark_bytes
+from browser.captions import compute_checksum
 from browser.draft_changes import check_text
 from browser.samples import FIELDS, edit_prompts, edit_times, list_images, read_rows
 from modules.errors import OptionError
@@ -42,8 +42,8 @@ def edit(text: str = PROMPTS, **typed: str) -> str:
 
 def send(served: Served, folder: Path, what: str, base: str = PROMPTS, **typed: str) -> Answer:
     fields = fields_of(base, **typed)
-    fields |= {"folder": str(folder), "base": base, "have": mark_bytes(base.encode())}
-    fields |= {"have run": mark_bytes(RUN.encode()), "complete": "yes", "every": "200", "first": "yes"}
+    fields |= {"folder": str(folder), "base": base, "have": compute_checksum(base.encode())}
+    fields |= {"have run": compute_checksum(RUN.encode()), "complete": "yes", "every": "200", "first": "yes"}
     fields |= {name: value for name, value in typed.items() if name in ("every", "first")}
     origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
     return served.ask(f"/new/samples/{what}", "POST", urlencode(fields), **origin)
@@ -196,7 +196,7 @@ def test_rows_of_a_folder_without_prompts_are_blank(tmp_path: Path) -> None:
 def send_new(served: Served, folder: Path, what: str, prompt: str) -> Answer:
     """Send the first prompt of a folder that has no prompts.txt."""
     fields = fields_of("", prompt_1=prompt)
-    fields |= {"folder": str(folder), "have run": mark_bytes(RUN.encode()), "complete": "yes"}
+    fields |= {"folder": str(folder), "have run": compute_checksum(RUN.encode()), "complete": "yes"}
     fields |= {"every": "200", "first": "yes"}
     origin = {"Origin": served.url, "Content_Type": "application/x-www-form-urlencoded"}
     return served.ask(f"/new/samples/{what}", "POST", urlencode(fields), **origin)

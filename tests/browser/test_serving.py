@@ -17,7 +17,7 @@ import pytest
 from browser.options import DEFAULT_PORT, BrowserOptions
 from browser.qr_code import draw_code
 from browser.runs import Runs
-from browser.serving import may_open_page, open_socket, select_places
+from browser.serving import may_open_page, open_socket, select_folders
 from modules.errors import OptionError, OutputError
 from modules.script_options import parse_options
 from tests.browser.serving import serve_runs, write_run
@@ -114,7 +114,7 @@ def test_in_the_home_folder_or_the_checkout_it_uses_a_folder_of_its_own(
     caplog.set_level("INFO")
     plain, *_ = parse_options("", [], BrowserOptions)
 
-    places = select_places(plain, tmp_path / place, checkout)
+    places = select_folders(plain, tmp_path / place, checkout)
 
     assert places.folders == (home / "Reelsmith",)
     # a checkout's models are where its pages download them to
@@ -123,9 +123,9 @@ def test_in_the_home_folder_or_the_checkout_it_uses_a_folder_of_its_own(
     assert f"The folder is {home / 'Reelsmith'}, which is made when something is written." in caplog.text
 
     caplog.clear()
-    assert select_places(plain, tmp_path, checkout).folders == (Path(),)
+    assert select_folders(plain, tmp_path, checkout).folders == (Path(),)
     typed, *_ = parse_options("", [str(tmp_path / place)], BrowserOptions)
-    assert select_places(typed, tmp_path / place, checkout).folders == (tmp_path / place,)
+    assert select_folders(typed, tmp_path / place, checkout).folders == (tmp_path / place,)
     assert caplog.text == ""
 
 

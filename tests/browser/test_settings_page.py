@@ -150,14 +150,14 @@ def test_what_is_taken_keeps_its_inner_paths_and_never_replaces_anything(tmp_pat
         (tmp_path / name).write_bytes(b"123")
     bin_folder = BinFolder(tmp_path / "bin")
 
-    folder = bin_folder.take("my <run>/../x", tmp_path, [tmp_path / "a" / "x.bin", tmp_path / "b"])
+    folder = bin_folder.move_in("my <run>/../x", tmp_path, [tmp_path / "a" / "x.bin", tmp_path / "b"])
 
     assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_my_run_.._x", folder.name)
     assert (folder / "a" / "x.bin").read_bytes() == b"123"
     assert (folder / "b" / "x.bin").read_bytes() == b"123"
     assert [(entry.size_bytes, entry.num_files) for entry in bin_folder.list_entries()] == [(6, 2)]
     (tmp_path / "a" / "x.bin").write_bytes(b"4567")
-    again = bin_folder.take("my <run>/../x", tmp_path, [tmp_path / "a" / "x.bin"])
+    again = bin_folder.move_in("my <run>/../x", tmp_path, [tmp_path / "a" / "x.bin"])
     assert sorted(path.read_bytes() for path in (tmp_path / "bin").rglob("x.bin*")) == [
         b"123",
         b"123",
@@ -188,13 +188,13 @@ def test_files_of_another_disk_go_into_the_second_place(
 
     monkeypatch.setattr(Path, "rename", rename_here)
     monkeypatch.setattr(os, "link", link_here)
-    folder = BinFolder(first, second).take("models", tmp_path / "models", [tmp_path / "models" / "x.pth"])
+    folder = BinFolder(first, second).move_in("models", tmp_path / "models", [tmp_path / "models" / "x.pth"])
 
     assert folder.parent == second
     assert not first.exists()
     (tmp_path / "models" / "y.pth").write_bytes(b"1")
     with pytest.raises(OutputError, match="is on another disk than"):
-        BinFolder(first).take("models", tmp_path / "models", [tmp_path / "models" / "y.pth"])
+        BinFolder(first).move_in("models", tmp_path / "models", [tmp_path / "models" / "y.pth"])
     assert (tmp_path / "models" / "y.pth").is_file()
 
 

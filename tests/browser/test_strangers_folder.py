@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from browser.background_jobs import BackgroundJobs, name_background_job
-from browser.captioning import TYPED_OPTIONS, CaptionForm, make_caption_words
+from browser.captioning import TYPED_OPTIONS, CaptionForm, make_caption_argv
 from browser.jobs import WAITING, open_queue
 from browser.launch import READ_OPTIONS, check_options
 from browser.queue_pages import read_jobs
@@ -324,7 +324,7 @@ def test_pictures_go_only_to_a_server_that_was_typed(root: Path, folder: Path) -
     (folder / "cat.txt").write_text("a cat", encoding="utf-8")
     queue = open_queue(Runs((root,)), read_only=False)
     background_jobs = BackgroundJobs(queue)
-    words = make_caption_words(CaptionForm("http://127.0.0.1:9/v1 model"), try_on=1)
+    words = make_caption_argv(CaptionForm("http://127.0.0.1:9/v1 model"), try_on=1)
     name = name_background_job("try", folder)
 
     background_jobs.start(name, words, folder, within=folder)

@@ -172,7 +172,7 @@ def test_a_tag_is_renamed_and_given_back_by_clicks(pictures: Path) -> None:
     ],
 )
 def test_fields_become_the_words_of_the_command(fields: dict[str, str], words: list[str]) -> None:
-    typed = FORM.make_words(".", fields)
+    typed = FORM.make_argv(".", fields)
 
     assert typed == ["python", "tools/tag.py", ".", *words]
     (options,) = parse_options("", typed[2:], TaggingOptions)
@@ -191,7 +191,7 @@ def test_fields_become_the_words_of_the_command(fields: dict[str, str], words: l
 )
 def test_a_field_that_the_tool_would_refuse_is_named_at_once(fields: dict[str, str], message: str) -> None:
     with pytest.raises(OptionError, match=message):
-        FORM.make_words(".", fields)
+        FORM.make_argv(".", fields)
 
 
 @pytest.mark.parametrize("what", ["rename", "remove"])

@@ -12,7 +12,7 @@ pytest.importorskip("starlette", reason="the extra `browser` is not installed")
 
 from browser import captions
 from browser.background_jobs import name_background_job
-from browser.captions import CaptionConflictError, Captions, mark_bytes
+from browser.captions import CaptionConflictError, Captions, compute_checksum
 from browser.described_folder import ChangedMeanwhileError, change_keys
 from browser.jobs import FOLDER as QUEUE_FOLDER
 from browser.jobs import JobQueue
@@ -171,7 +171,7 @@ def test_an_undo_sees_what_another_server_saves_meanwhile(root: Path) -> None:
 
 def test_of_two_changes_of_one_text_the_second_is_refused(root: Path) -> None:
     path = root / "described" / "run.toml"
-    have = mark_bytes(path.read_bytes())
+    have = compute_checksum(path.read_bytes())
     outcomes: list[str] = []
 
     def change(steps: int) -> None:

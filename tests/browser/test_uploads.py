@@ -216,13 +216,13 @@ def test_limits_are_said_in_numbers(tmp_path: Path) -> None:
     (tmp_path / "set/a.txt").write_bytes(b"x" * 100)
     folder = tmp_path / "set"
     with pytest.raises(OptionError, match="has 1 files already"):
-        FileUploads(runs, UploadLimits(files=1)).check_room(folder, "b.txt", 1)
+        FileUploads(runs, UploadLimits(files=1)).check_upload(folder, "b.txt", 1)
     with pytest.raises(OptionError, match="would have more than 0 GiB"):
-        FileUploads(runs, UploadLimits(folder_bytes=120)).check_room(folder, "b.txt", 30)
+        FileUploads(runs, UploadLimits(folder_bytes=120)).check_upload(folder, "b.txt", 30)
     with pytest.raises(OptionError, match="more than 8 GiB"):
-        FileUploads(runs).check_room(folder, "b.mp4", 9 << 30)
+        FileUploads(runs).check_upload(folder, "b.mp4", 9 << 30)
     with pytest.raises(OutputError, match=r"b\.mp4: the disk of .* has [\d.]+ [GT]B free"):
-        FileUploads(runs, UploadLimits(spare_bytes=1 << 60)).check_room(folder, "b.mp4", 1)
+        FileUploads(runs, UploadLimits(spare_bytes=1 << 60)).check_upload(folder, "b.mp4", 1)
 
 
 def test_folders_of_a_day_have_names_of_their_own(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ from tests.faults.messages import run_here
 from tests.manifests import WIDTHS, tensor_list
 from tests.test_docs import PAGES
 from training.image_options import ImageTrainerDefaults, read_image_training
-from training.noise_options import CUT_LOGIT, SAMPLERS, SHIFTED_LOGIT
+from training.noise_options import SAMPLERS, SHIFTED_LOGIT, TRUNCATED_LOGIT
 from training.options import TrainerChanges, read_training
 from training.scoring.run import ScoreOptions
 from wan.configs import TASKS
@@ -60,7 +60,7 @@ FILES = [file for component in known_components().values() for file in component
 
 
 LTX_PARTS = ("audio-vae", "connectors", "dit", "video-vae", "vocoder")
-ALL_SAMPLERS = {"timestep_sampling": {"choices": (*SAMPLERS, SHIFTED_LOGIT, CUT_LOGIT)}}
+ALL_SAMPLERS = {"timestep_sampling": {"choices": (*SAMPLERS, SHIFTED_LOGIT, TRUNCATED_LOGIT)}}
 
 
 def _read_texts(record: type[Any], argv: list[str]) -> Any:

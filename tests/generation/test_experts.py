@@ -158,7 +158,7 @@ FREED = ["free 0", "free 1"]  # in any order
     [
         # the last of a plan does not wait, as nobody needs it any more
         ({}, READ_ONCE[:6], ["bring 0", *FREED]),
-        ({"spare": SIZE, "never_beside": True}, READ_ONCE[:6], ["bring 0", *FREED]),
+        ({"spare": SIZE, "one_at_a_time": True}, READ_ONCE[:6], ["bring 0", *FREED]),
         ({"spare": SIZE}, ["load 1", "read 0", "bring 0 beside"], FREED),
         ({"device": CPU}, ["load 1", "read 0"], FREED),
         ({"host": SIZE - 1}, EACH_TIME, []),
@@ -327,7 +327,7 @@ def test_a_plan_names_what_waits_and_what_the_rooms_mean() -> None:
     assert remarks(one, large, 1) == ""
     assert (phase_of(two).device, phase_of(two).host) == (SIZE, SIZE + SWAPPED)
     assert "they stay there" in remarks(two, large, large)
-    assert "they stay there" not in remarks(ExpertTurns((2, 0), never_beside=True), large, large)
+    assert "they stay there" not in remarks(ExpertTurns((2, 0), one_at_a_time=True), large, large)
     assert remarks(two, 1 << 20, large) == ""
     assert "loaded again instead of waiting" in remarks(two, 1 << 20, SIZE)
     assert phase_of(ExpertTurns((2, 0), lazy=True)).host == SWAPPED

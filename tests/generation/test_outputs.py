@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from checkpoints.model_files import load_latents
-from generation.outputs import drop_tail, output_stem, own_stem, save_latents, save_pixels
+from generation.outputs import drop_tail, output_stem, reserve_stem, save_latents, save_pixels
 from generation.progress import log_turn, show_end, show_start
 from generation.script_options import OutputOptions
 from modules.errors import CheckpointError, OptionError
@@ -44,13 +44,13 @@ def test_names_hold_time_seed_and_origin() -> None:
 
 def test_a_name_that_a_run_has_is_given_to_no_other(tmp_path: Path) -> None:
     (tmp_path / "a.mkv").touch()
-    with own_stem(tmp_path, "a") as first:
-        with own_stem(tmp_path, "a") as second:
+    with reserve_stem(tmp_path, "a") as first:
+        with reserve_stem(tmp_path, "a") as second:
             (tmp_path / f"{second}_latent.safetensors").touch()
-        with own_stem(tmp_path, "a") as third:
+        with reserve_stem(tmp_path, "a") as third:
             assert (first, second, third) == ("a_", "a__", "a___")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.mkv", "a___latent.safetensors"]
-    with own_stem(tmp_path, "a") as again:
+    with reserve_stem(tmp_path, "a") as again:
         assert again == "a_"
 
 
@@ -107,7 +107,7 @@ def test_the_last_frame_is_written_beside_a_video(
 
 def test_a_last_frame_takes_nobodys_place(tmp_path: Path) -> None:
     (tmp_path / "a_last.png").touch()
-    with own_stem(tmp_path, "a") as stem:
+    with reserve_stem(tmp_path, "a") as stem:
         assert stem == "a_"
     save_pixels(output_options(tmp_path, last=True), "a", clip(), 16.0, {})
     assert {path.name for path in tmp_path.iterdir()} == {"a_last.png", "a_.mp4", "a__last.png"}

@@ -222,20 +222,37 @@ def test_steps_equal_those_computed_with_diffusers(project: Project) -> None:
 
 @pytest.mark.slow
 def test_steps_with_keyframes_equal_those_computed_with_diffusers(project: Project) -> None:
-    words = ["--keyframe_endpoint_training", "--keyframe_first_frame_p", 0.8, "--keyframe_last_frame_p", 0.8]
-    words += ["--keyframe_random_interior_p", 0.85, "--keyframe_max_random_interior", 4]
+    words = ["--keyframe_endpoint_training", "--keyframe_first_frame_p", 0.6, "--keyframe_last_frame_p", 0.6]
+    words += ["--keyframe_random_interior_p", 0.5, "--keyframe_max_random_interior", 4]
     words += ["--ltx2_inpaint_mask"]  # so that masks do not weight the loss
 
     def draw(step: int, batch: Sequence[Heard], length: int) -> list[Shares]:
         generator = stream(SEED, "given tokens", step)
         torch.rand((8, 3), generator=generator)  # of other parts
-        first, last, interior, _ = torch.rand(4, generator=generator).tolist()
-        chosen = (0,) * (first < 0.8) + (1,) * (interior < 0.85) + (2,) * (last < 0.8)
-        return [Shares(torch.zeros(FRAMES, ROWS, COLUMNS), torch.zeros(length), chosen)] * len(batch)
+        numbers = torch.rand((3, 3), generator=generator)
+        torch.rand(1, generator=generator)  # how many are between the ends: there is one
+        torch.randperm(1, generator=generator)
+        chances = torch.tensor([0.6, 0.5, 0.6])[:, None]  # by latent frame
+        sees = numbers[[0, 2, 1]] < chances
+        shown = [index for index in range(FRAMES) if sees[index].any()]
+        shape = (len(batch), len(batch[0].latents), len(shown), ROWS, COLUMNS)
+        noise = torch.randn(shape, generator=generator) if not sees[shown].all() else torch.zeros(shape)
+        made = []
+        for place in range(len(batch)):
+            chosen = tuple(index for index in shown if sees[index, place])
+            # a clip that does not see one has noise in its place, at the time of the clip
+            hidden = tuple(
+                Guided(noise[place, :, [number]], 8 * index, 0, noise[place, :, [number]])
+                for number, index in enumerate(shown)
+                if not sees[index, place]
+            )
+            made.append(Shares(torch.zeros(FRAMES, ROWS, COLUMNS), torch.zeros(length), chosen, hidden))
+        return made
 
     drawn = check_steps(project, draw, *words)
 
-    assert {one.keyframes for one in drawn} == {(1, 2), (0, 2)}
+    assert {one.keyframes for one in drawn} == {(), (0,), (1,), (1, 2)}
+    assert any(one.guides for one in drawn)
 
 
 @pytest.mark.slow
@@ -272,17 +289,25 @@ def test_keyframes_are_ends_and_random_frames_between_them() -> None:
     drawn = [rules.draw(batch, torch.Generator().manual_seed(seed)) for seed in range(200)]
     always = rules.always().draw(batch, torch.Generator())
 
-    places = {one.places for one in drawn if one is not None}
+    seen = []  # of each clip: the frames of its keyframes
+    for one in drawn:
+        shares = torch.zeros(2, 0) if one is None or one.keyframe_shares is None else one.keyframe_shares
+        places = () if one is None else one.places
+        assert list(places) == sorted({*places})
+        assert shares.sum(0).all()  # each is seen by a clip
+        assert {*shares.unique().tolist()} <= {0, 1000}
+        assert one is None or (one.keyframe_noise is None) == bool(shares.all())
+        seen += [{place for place, share in zip(places, row, strict=True) if share} for row in shares]
     assert None in drawn
-    assert all(place in (0, 8, 16, 24, 32, 40) for one in places for place in one)
-    assert all(list(one) == sorted(set(one)) for one in places)
-    assert {sum(0 < place < 40 for place in one) for one in places} == {0, 1, 2, 3}
-    assert {(0 in one, 40 in one) for one in places} == {
+    assert all(place in (0, 8, 16, 24, 32, 40) for places in seen for place in places)
+    assert {len(places - {0, 40}) for places in seen} == {0, 1, 2, 3}
+    assert {(0 in places, 40 in places) for places in seen} == {
         (False, False),
         (False, True),
         (True, False),
         (True, True),
     }
+    assert any(one != two for one, two in zip(seen[::2], seen[1::2], strict=True))
     assert always is not None
     assert {0, 40} < set(always.places)
     assert always.keyframes is not None

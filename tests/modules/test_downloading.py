@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import modules.downloading as downloading
-from modules.downloading import BrokenTry, ask_http, receive
+from modules.downloading import RetryableError, ask_http, receive
 from tests.servers import run_handler
 from tests.waiting import PATIENCE
 
@@ -47,7 +47,7 @@ def test_a_site_that_sends_too_slowly_is_given_up(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(downloading, "SLOW_SECONDS", 0.3)  # a minute in earnest
     Trickle.ended.clear()
     with run_handler(Trickle) as address:
-        with pytest.raises(BrokenTry, match="less than 64 KiB arrived in"):
+        with pytest.raises(RetryableError, match="less than 64 KiB arrived in"):
             receive(
                 lambda have, version: ask_http(f"{address}/a.png", have, version),
                 tmp_path / "a.png",

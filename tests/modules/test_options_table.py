@@ -14,7 +14,16 @@ import pytest
 
 from modules.errors import OptionError
 from modules.option_values import check_numbers, to_path, value_words
-from modules.options import Options, default_of, hints_of, option_name, read_options, record_of
+from modules.options import (
+    BY_SCRIPT,
+    Options,
+    default_of,
+    hints_of,
+    option,
+    option_name,
+    read_options,
+    record_of,
+)
 from modules.parser import Parser, add_options
 from runtime.options import SwapOptions
 from training.options import TrainingOptions
@@ -66,6 +75,22 @@ def test_a_record_without_given_options_has_nothing_to_reject(
     assert not record.must_give
     made.__post_init__()  # type: ignore[attr-defined]  # as if some were given
     assert not caplog.records
+
+
+class _OfAScript(Options):
+    """A record with one value of the user, and one that the script sets."""
+
+    number: int = option("a number", default=0)
+    of_script: int = option(default=0, facts=BY_SCRIPT)
+
+    def __post_init__(self) -> None:
+        raise OptionError("the rules are asked")
+
+
+def test_a_value_of_the_script_does_not_ask_the_rules_of_a_record() -> None:
+    assert _OfAScript(of_script=3).of_script == 3
+    with pytest.raises(OptionError, match="the rules are asked"):
+        _OfAScript(number=1, of_script=3)
 
 
 def _with(*facts: str) -> list[Any]:

@@ -22,7 +22,7 @@ from protocols.rules import NegativeSkips
 from tests.moss_image.making import GOLDEN
 from tests.tiny.moss_image import write_tiny_moss_image
 from training.data.timesteps import draw, fractions_of_uniform
-from training.noise_options import CUT_LOGIT, TimestepOptions
+from training.noise_options import TRUNCATED_LOGIT, TimestepOptions
 
 REQUEST = Request("a cat", seed=1, width=64, height=64)
 
@@ -141,7 +141,7 @@ def test_other_words_for_blocks_are_refused(text: str) -> None:
 
 def test_training_times_are_those_of_the_report() -> None:
     """The mean sigma is 0.744: the wrong sign of the mean would make it 0.26."""
-    options = replace(TimestepOptions.usual(), timestep_sampling=CUT_LOGIT)
+    options = replace(TimestepOptions.usual(), timestep_sampling=TRUNCATED_LOGIT)
     u = (torch.arange(400_000, dtype=torch.float64) + 0.5) / 400_000
 
     shares = fractions_of_uniform(options, u, NOISE, 1.0)
@@ -156,7 +156,7 @@ def test_training_times_are_those_of_the_report() -> None:
 
 
 def test_the_network_is_fed_whole_timesteps_in_training() -> None:
-    options = replace(TimestepOptions.usual(), timestep_sampling=CUT_LOGIT)
+    options = replace(TimestepOptions.usual(), timestep_sampling=TRUNCATED_LOGIT)
     times = draw(options, 64, torch.Generator().manual_seed(0), noise=NOISE)
     assert torch.equal(times.timesteps, times.timesteps.round())
     torch.testing.assert_close(times.timesteps, 1000 * times.sigmas)
@@ -167,7 +167,7 @@ def test_the_scripts_train_at_these_times_by_default() -> None:
     import moss_image_train_network
 
     for script in (moss_image_train, moss_image_train_network):
-        assert script.changes.settings["timestep_sampling"]["default"] == CUT_LOGIT
+        assert script.changes.settings["timestep_sampling"]["default"] == TRUNCATED_LOGIT
 
 
 def test_a_training_on_sft_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

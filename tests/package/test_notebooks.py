@@ -84,7 +84,7 @@ class OptionCheck:
 
     def _check(self, script: Path, options: Mapping[str, object]) -> None:
         arguments = ScriptArguments(script)
-        arguments.check(arguments.make_words((), options))
+        arguments.check(arguments.make_argv((), options))
         self.called.append(script.stem)
 
 

@@ -220,7 +220,7 @@ def test_keyword_arguments_become_the_words_that_a_user_types() -> None:
         "blocks_to_swap": "auto",
     }
 
-    assert ScriptArguments(SCRIPT).make_words((), options) == [
+    assert ScriptArguments(SCRIPT).make_argv((), options) == [
         "--dataset_config=dataset.toml",
         "--sdpa",
         *("--optimizer_args", "weight_decay=0.01", "eps=1e-08"),
@@ -386,7 +386,7 @@ def test_options_of_named_extensions_are_left_to_the_command(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"glow": 0.5, "output_dir": "output", "output_name": "x"}
-    words = ScriptArguments(SCRIPT).make_words((), options)
+    words = ScriptArguments(SCRIPT).make_argv((), options)
     with pytest.raises(reelsmith.UserError, match="Unknown option --glow"):
         ScriptArguments(SCRIPT).check(words)
 

@@ -18,7 +18,7 @@ from project.foreign.contract import ARGUMENT, DATA, NEW, OPTIMIZER_ARGUMENTS, P
 from project.foreign.lengths import select_length
 from project.foreign.project import ForeignProject
 from project.foreign.reading import PROGRAMS, read_foreign
-from project.foreign.settling import Forms, settle
+from project.foreign.settling import Forms, resolve_project
 from project.kinds.composing import LORA
 from project.kinds.contract import RunKind
 from project.new_options import NewOptions
@@ -364,7 +364,7 @@ def resolve_for(project: ForeignProject, kind: RunKind = LORA, memory: float = 2
         if model.family == project.new["family"] and project.new.get("task", model.task) == model.task
     )
     script = ask_script(kind.find_words(model)[0])
-    settle(
+    resolve_project(
         project, model, kind, script, memory, Forms(8, "shuffle_caption" in script.known, has_subsets=False)
     )
 
@@ -538,14 +538,14 @@ def test_values_that_cannot_be_meant_are_left_with_the_reason(tmp_path: Path) ->
     project = read_foreign(write_files(tmp_path, {"gui.json": content}))
     assert project.training == {}
     assert project.new == {"output_name": "up"}
-    assert len(project.left) == 6
-    assert "a LoRA is trained" in "\n".join(project.left)
+    assert len(project.omitted) == 6
+    assert "a LoRA is trained" in "\n".join(project.omitted)
     assert [*project.others] == ["\x1b[2Jkey"]  # escaped where lines are printed
 
 
 def test_a_missing_further_file_is_told(tmp_path: Path) -> None:
     project = read_foreign(write_files(tmp_path, {"main.toml": DIFFUSION_PIPE}))
-    assert any("dataset.toml: it is not there" in line for line in project.left)
+    assert any("dataset.toml: it is not there" in line for line in project.omitted)
     assert project.folders == {}
 
 

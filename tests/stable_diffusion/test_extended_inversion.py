@@ -138,3 +138,13 @@ def test_mistakes_are_named(folder: Path) -> None:
     told = rejection(SCRIPT, folder, *words, "--weights", "plain.safetensors")
 
     assert "is not an extended textual inversion" in told
+
+
+def test_a_word_is_learned_on_an_inpainting_model(folder: Path) -> None:
+    model = write_sd1(folder, channels=9, name="nine.safetensors")
+    words = words_of(model, "--init_word", "cat", "--max_train_steps", "1", "--train_inpainting")
+    words.remove("--cache_latents")
+
+    succeed_here(SCRIPT, *words, folder=folder)
+
+    assert "MID" in load_file(folder / "output" / f"{WORD}.safetensors")

@@ -46,7 +46,7 @@ CODEFORMER = CodeFormerConfig(
         CodeFormerBlock(NORM, 32, 32),
         CodeFormerBlock(CONV, 32, 3),
     ),
-    places=16,
+    num_positions=16,
     tokens=16,
     hidden=20,
     layers=2,

@@ -17,7 +17,7 @@ from protocols.steps import NO_OVERRIDES, Overrides
 from tests.training.toy import LATENT, ToyFamily
 from training.data.feed import Randomness
 from training.data.timesteps import draw
-from training.features.guided import GuidedTarget, guide_clip
+from training.features.guided import GuidedTarget, with_guided_target
 from training.features.teacher_errors import Split
 from training.features.teacher_passes import TeacherTarget, Teaching, teach_as_base
 from training.loss import PLAIN_LOSS, LossRule, NoisyBatch
@@ -126,7 +126,7 @@ def test_a_guided_target_has_a_scale_for_each_stream_and_the_levels_of_each() ->
     assert noisy.audio is not None
     noisy = replace(noisy, batch=replace(noisy.batch, empty_text={"letters": [torch.zeros(1, 1)] * 2}))
     lowest = min(noisy.levels) + 1e-3  # one picture is below it
-    rule = LossRule(targets=[partial(guide_clip, GuidedTarget(3.0, 2.0, lowest))])
+    rule = LossRule(targets=[partial(with_guided_target, GuidedTarget(3.0, 2.0, lowest))])
 
     streams = measure_streams(Hearing(), nn.Identity(), noisy, nullcontext, rule)
 

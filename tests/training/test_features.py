@@ -8,7 +8,7 @@ from modules.errors import CheckpointError
 from tests import deleting
 from tests.training import toy
 from training.features.skip import SkipProgress
-from training.resuming import first_progress
+from training.resuming import initial_progress
 from training.saving.states import SavedState, read_state
 from training.steps import Progress
 
@@ -80,4 +80,4 @@ def test_values_of_another_type_are_an_error_of_the_state(tmp_path: Path, values
     state.progress.unclaimed.update(values)
 
     with pytest.raises(CheckpointError, match=next(iter(values))):
-        first_progress(toy.toy_options(tmp_path, "--skip_bad_steps", 3), state)
+        initial_progress(toy.toy_options(tmp_path, "--skip_bad_steps", 3), state)

@@ -11,7 +11,7 @@ from modules.errors import OptionError
 from protocols.data import LOSS_MASK, Batch
 from protocols.family import Abilities, DitSpec
 from training.features.tread import TreadOptions, check_tread
-from training.features.tread_routes import select_places
+from training.features.tread_routes import select_kept_tokens
 from training.loss import MASK, NoisyBatch
 
 GRID = (2, 4, 4)
@@ -28,21 +28,23 @@ def make_batch(given_frames: int = 0, number: int = 0, **masks: Tensor) -> Noisy
 
 
 def test_each_sample_and_each_micro_batch_has_its_own_places() -> None:
-    chosen = select_places(make_batch(), GRID, share=0.3, seed=1)
+    chosen = select_kept_tokens(make_batch(), GRID, drop_rate=0.3, seed=1)
 
     assert chosen.shape == (2, LENGTH - round(0.3 * LENGTH))
     assert (chosen.diff(dim=1) > 0).all()
     assert not torch.equal(chosen[0], chosen[1])
-    assert torch.equal(select_places(make_batch(), GRID, share=0.3, seed=1), chosen)
+    assert torch.equal(select_kept_tokens(make_batch(), GRID, drop_rate=0.3, seed=1), chosen)
     for number, seed in [(1, 1), (0, 2)]:
-        assert not torch.equal(select_places(make_batch(number=number), GRID, share=0.3, seed=seed), chosen)
+        assert not torch.equal(
+            select_kept_tokens(make_batch(number=number), GRID, drop_rate=0.3, seed=seed), chosen
+        )
 
 
 def test_all_places_are_left_out_equally_often() -> None:
     counts = torch.zeros(16)
     for number in range(500):
         counts += (
-            select_places(make_batch(number=number), (4, 4), share=0.5, seed=1)
+            select_kept_tokens(make_batch(number=number), (4, 4), drop_rate=0.5, seed=1)
             .flatten()
             .bincount(minlength=16)
         )
@@ -52,7 +54,7 @@ def test_all_places_are_left_out_equally_often() -> None:
 
 def test_given_frames_take_part() -> None:
     """The share is one of the other tokens."""
-    chosen = select_places(make_batch(given_frames=2), GRID, share=0.5, seed=1)
+    chosen = select_kept_tokens(make_batch(given_frames=2), GRID, drop_rate=0.5, seed=1)
 
     assert chosen.shape == (2, 16 + 8)
     assert torch.equal(chosen[:, :16], torch.arange(16).expand(2, -1))
@@ -66,13 +68,13 @@ def test_what_a_small_mask_counts_takes_part(name: str) -> None:
     mask[..., :, :3] = 0.5  # two of four columns of tokens: half
     mask[0, ..., 2:4] = 0
     mask[0, ..., :2] = 1  # one column
-    chosen = select_places(make_batch(**{name: mask}), GRID, share=0.7, seed=1)
+    chosen = select_kept_tokens(make_batch(**{name: mask}), GRID, drop_rate=0.7, seed=1)
 
     assert chosen.shape == (2, LENGTH - round(0.7 * LENGTH))
     first_column = set(range(0, LENGTH, 4))
     assert first_column <= set(chosen[0].tolist())
     assert not first_column <= set(chosen[1].tolist())
-    maximum = select_places(make_batch(**{name: mask}), GRID, share=0.9, seed=1)
+    maximum = select_kept_tokens(make_batch(**{name: mask}), GRID, drop_rate=0.9, seed=1)
     assert maximum.shape == (2, 8)
     assert set(maximum[0].tolist()) == first_column
 
@@ -80,7 +82,7 @@ def test_what_a_small_mask_counts_takes_part(name: str) -> None:
 def test_a_place_that_a_mask_counts_a_little_takes_part() -> None:
     mask = torch.zeros(2, 8, 8)
     mask[..., :2] = 0.1
-    chosen = select_places(make_batch(**{MASK: mask}), GRID, share=0.7, seed=1)
+    chosen = select_kept_tokens(make_batch(**{MASK: mask}), GRID, drop_rate=0.7, seed=1)
 
     for places in chosen.tolist():
         assert set(range(0, LENGTH, 4)) <= set(places)

@@ -15,7 +15,7 @@ from protocols.data import FIRST_FRAME, HAS_AUDIO, Batch
 from tests.training import toy
 from training.features.blank_prior import blank_pass
 from training.features.contract import KEPT
-from training.features.guided import GuidedTarget, guide_clip
+from training.features.guided import GuidedTarget, with_guided_target
 from training.features.output_preservation import preserve
 from training.features.preference_pairs import add_streams, join_pairs
 from training.features.slider_file import Slider, SliderFile
@@ -105,7 +105,7 @@ def velocity_of(noisy_batch: NoisyBatch) -> Tensor:
 
 def test_a_sample_at_the_lowest_level_is_guided() -> None:
     guided = GuidedTarget(scale=3.0, audio_scale=2.0, lowest_level=0.5)
-    step = Step(targets=[partial(guide_clip, guided)])
+    step = Step(targets=[partial(with_guided_target, guided)])
     noisy_batch = make_batch(0.5, 0.499)
 
     away = step.predict(replace(noisy_batch, batch=noisy_batch.batch.with_empty_text()))
@@ -156,7 +156,7 @@ def test_processes_that_share_a_model_run_the_base_model_for_every_batch(
 
 
 def test_random_numbers_of_the_network_begin_anew_before_each_pass_that_learns() -> None:
-    guided = partial(guide_clip, GuidedTarget(3.0, 3.0, 0.0))
+    guided = partial(with_guided_target, GuidedTarget(3.0, 3.0, 0.0))
     step = Step(targets=[guided], passes=[partial(blank_pass, 0.5)])
     step.loss(make_batch(0.5))
     assert step.events == [BASE, RESTART, LEARNING, RESTART, RESTART, LEARNING]

@@ -23,7 +23,7 @@ from tests.training import toy
 from tests.training.toy_images import train_image_toy, write_subset
 from training.features.blank_prior import BlankPriorOptions, blank_pass
 from training.features.contract import KEPT
-from training.features.guided import GuidedTarget, GuidedTargetOptions, guide_clip
+from training.features.guided import GuidedTarget, GuidedTargetOptions, with_guided_target
 from training.features.hooks import Tally
 from training.features.ip_noise import IpNoiseOptions
 from training.features.mask_prior import MaskPriorOptions, compare_outside_masks
@@ -205,7 +205,7 @@ def losses_of(names: tuple[str, ...], noisy_batch: NoisyBatch) -> Tensor:
 
     family = LinearFamily()
     changes: dict[str, Any] = {
-        "guided": partial(guide_clip, GUIDED),
+        "guided": partial(with_guided_target, GUIDED),
         "mask_prior_weight": partial(compare_outside_masks, MASK_PRIOR),
         "teacher": Teaching(TEACHER, teach_as_base).compare,
     }

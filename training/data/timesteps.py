@@ -18,7 +18,6 @@ from modules.seeds import derive_seed
 from protocols.family import FLOW, NoiseSpec
 from protocols.rules import ONE_EXPERT, CutLogit, Expert, ShiftedLogit, expert_at
 from training.noise_options import (
-    CUT_LOGIT,
     IDEOGRAM_SCALE,
     IDEOGRAM_SHIFT,
     MIXTURES,
@@ -27,6 +26,7 @@ from training.noise_options import (
     RARE_STD,
     SHIFTED_LOGIT,
     SIZE_SHIFTS,
+    TRUNCATED_LOGIT,
     TimestepOptions,
 )
 
@@ -34,12 +34,12 @@ SCAN = 10_000  # evenly spaced numbers u that are tried to find the part of a sa
 _IDEOGRAM_SIDE = 16 / 512  # a token is 16 pixels wide, and Ideogram 4's shift is 1 at 512 pixels
 _IDEOGRAM_TOKENS = (256, 16384)  # tokens of images with sides of 256 and 2048 pixels
 _FOUR_PIXELS = (1, 1, 1, 2, 2)  # shape of latents, B C F H W, that are one token in most models
-NEARLY = 1e-6  # tolerance in timesteps for rounding errors: 0.57 * 1000 is 569.9999999999999
+ROUNDING_TOLERANCE = 1e-6  # tolerance in timesteps for rounding errors: 0.57 * 1000 is 569.9999999999999
 
 
 @dataclass(frozen=True)
 class Timesteps:
-    """Noise levels of one micro-batch. All B, float32, on the CPU."""
+    """Noise levels of one micro-batch. Each tensor has the shape B and is float32, on the CPU."""
 
     sigmas: Tensor  # fraction of noise in the mixture, 0..1
     timesteps: Tensor  # input of the network
@@ -141,13 +141,13 @@ def _has_draws(options: TimestepOptions, noise: NoiseSpec, flow_shift: float, ex
 
 
 def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int]) -> float:
-    """Return the shift of the samplers: --discrete_flow_shift, or e^mu for samplers that depend on the size.
+    """Return the shift for sampling timesteps: --discrete_flow_shift, or e^mu if it depends on the size.
 
     mu grows linearly with the number of tokens (`SIZE_SHIFTS`), or with its logarithm (`ideogram_shift`).
 
     Raises:
-        OptionError: If a sampler depends on the size but the family's shift does not, or counts tokens
-            differently.
+        OptionError: If --timestep_sampling depends on the size but the model's shift does not, or counts
+            tokens differently.
     """
     if not options.follows_size:
         return options.flow_shift
@@ -157,6 +157,7 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
             "size. "
             "Use shift with --discrete_flow_shift"
         )
+    # FLUX.2 has a token for each latent pixel, FLUX.1 one for 2 x 2
     if options.timestep_sampling == "flux2_shift" and noise.tokens(_FOUR_PIXELS) != 4:
         raise OptionError(
             "--timestep_sampling flux2_shift: it counts each latent pixel, as FLUX.2 does. Use flux_shift, "
@@ -167,7 +168,7 @@ def find_shift(options: TimestepOptions, noise: NoiseSpec, shape: Sequence[int])
         return ideogram_shift(tokens)
     if options.timestep_sampling == SHIFTED_LOGIT:
         return _require_shifted_logit(noise).shift(tokens)
-    return size_shift(tokens, *_line_of(options))
+    return size_shift(tokens, *_mu_line_of(options))
 
 
 def ideogram_shift(tokens: int) -> float:
@@ -184,7 +185,7 @@ def _require_shifted_logit(noise: NoiseSpec) -> ShiftedLogit:
     return noise.shifted_logit
 
 
-def _line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
+def _mu_line_of(options: TimestepOptions) -> tuple[tuple[int, float], tuple[int, float]]:
     """Return two (tokens, mu) points of `SIZE_SHIFTS`: between them, the sampler's mu is linear."""
     sampler = options.timestep_sampling
     if sampler == "nextdit_shift":
@@ -234,37 +235,37 @@ def takes_normal(options: TimestepOptions) -> bool:
     }
 
 
-def noise_fractions(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
+def noise_fractions(options: TimestepOptions, draws: Tensor, noise: NoiseSpec, flow_shift: float) -> Tensor:
     """Return the noise fraction t, or the position in the family's table of noise levels: B float64, 0..1.
 
     Args:
         options: Options of the run.
-        numbers: Random numbers, B: normal if `takes_normal`, else uniform.
-        noise: How the family numbers its noise levels.
+        draws: Random draws, B: standard normal if `takes_normal`, else uniform in 0..1.
+        noise: Noise conventions of the family.
         flow_shift: Shift from `find_shift`.
     """
     match options.timestep_sampling:
         case "sigma":
-            return _from_table(options, numbers, noise)
+            return _from_table(options, draws, noise)
         case "uniform":
-            t = numbers
+            t = draws
         case "sigmoid":
-            t = torch.sigmoid(options.sigmoid_scale * numbers)
+            t = torch.sigmoid(options.sigmoid_scale * draws)
         case name if name == "shift" or name in SIZE_SHIFTS:
-            t = shift_sigmas(torch.sigmoid(options.sigmoid_scale * numbers), flow_shift)
+            t = shift_sigmas(torch.sigmoid(options.sigmoid_scale * draws), flow_shift)
         case name if name == IDEOGRAM_SHIFT:
-            t = shift_sigmas(torch.sigmoid(IDEOGRAM_SCALE * numbers), flow_shift)
+            t = shift_sigmas(torch.sigmoid(IDEOGRAM_SCALE * draws), flow_shift)
         case "qinglong_flux" | "qinglong_qwen":
-            t = _sample_mixture(options, numbers, flow_shift)
+            t = _sample_mixture(options, draws, flow_shift)
         case "nextdit_shift":
-            t = shift_sigmas(numbers.clamp(min=1e-7), flow_shift)
+            t = shift_sigmas(draws.clamp(min=1e-7), flow_shift)
         case "shifted_logit_normal":
-            t = _stretched(_require_shifted_logit(noise), numbers, options.sigmoid_scale, flow_shift)
+            t = _shifted_logit_normal(_require_shifted_logit(noise), draws, options.sigmoid_scale, flow_shift)
         case "logsnr":
-            t = _of_logsnr(options.logit_mean, options.logit_std, numbers)
-        case name if name == CUT_LOGIT:
+            t = _from_logsnr(options.logit_mean, options.logit_std, draws)
+        case name if name == TRUNCATED_LOGIT:
             assert noise.cut_logit is not None, "only scripts of models that have it offer this sampler"
-            t = _cut_logit(noise.cut_logit, numbers)
+            t = _truncated_logit_normal(noise.cut_logit, draws)
         case other:
             raise ValueError(f"unknown timestep sampling {other}")
     if not options.preserve_distribution_shape:
@@ -275,18 +276,18 @@ def noise_fractions(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec,
 def times_at(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec = FLOW) -> Timesteps:
     """Return sigmas and timesteps at these noise fractions.
 
-    Timesteps are 1000 times the fraction, plus the family's offset.
+    Without a table, the sigma is the fraction after the family's base shift, and the timestep is 1000 sigma
+    plus the family's offset. With a table, the timestep is the index of the table's entry.
 
     Args:
         options: Options of the run.
         fractions: Fractions of noise, B, 0..1; for a family with a table of sigmas, positions in the table.
-        noise: How the family numbers its noise levels.
+        noise: Noise conventions of the family.
     """
     if noise.table:
         # the fraction t in ((i - 1) / 1000, i / 1000] is entry i - 1 of the table
-        indices = (
-            ((NUM_TIMESTEPS * fractions.double() - NEARLY).ceil() - 1).clamp(0, NUM_TIMESTEPS - 1).long()
-        )
+        entries = (NUM_TIMESTEPS * fractions.double() - ROUNDING_TOLERANCE).ceil() - 1
+        indices = entries.clamp(0, NUM_TIMESTEPS - 1).long()
         sigmas = torch.tensor(noise.table)[indices]
         return Timesteps(sigmas, indices.float(), levels=sigmas)
     # the sampler `sigma` already draws whole timesteps, and needs no offset
@@ -295,7 +296,7 @@ def times_at(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec = FLO
     if noise.base_shift != 1:
         shifted = shift_sigmas(shifted, noise.base_shift)
     timesteps = NUM_TIMESTEPS * shifted + offset
-    timesteps = (timesteps + NEARLY).floor() if noise.integer_timesteps else timesteps
+    timesteps = (timesteps + ROUNDING_TOLERANCE).floor() if noise.integer_timesteps else timesteps
     return Timesteps(shifted.float(), timesteps.float(), levels=fractions.float())
 
 
@@ -393,7 +394,7 @@ def levels_reached(several: Sequence[TimestepOptions], noise: NoiseSpec) -> tupl
 
     Args:
         several: Timestep options of each table, which may differ.
-        noise: How the family numbers its noise levels.
+        noise: Noise conventions of the family.
     """
     drawn = []
     for options in several:
@@ -419,7 +420,7 @@ def _list_shifts(options: TimestepOptions) -> list[float]:
         return [ideogram_shift(tokens) for tokens in _IDEOGRAM_TOKENS]
     if not options.follows_size or options.timestep_sampling == SHIFTED_LOGIT:
         return [options.flow_shift]
-    return [math.exp(mu) for _, mu in _line_of(options)]
+    return [math.exp(mu) for _, mu in _mu_line_of(options)]
 
 
 def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts: Sequence[Expert]) -> None:
@@ -427,7 +428,7 @@ def check_reaches(several: Sequence[TimestepOptions], noise: NoiseSpec, experts:
 
     Args:
         several: See `levels_reached`.
-        noise: How the family numbers its noise levels.
+        noise: Noise conventions of the family.
         experts: Networks of the model, with their noise levels.
     """
     for expert in experts:
@@ -453,36 +454,38 @@ def loss_weights(options: TimestepOptions, times: Timesteps, exactly: bool = Fal
     return weights.float()
 
 
-def _of_logsnr(mean: float, std: float, numbers: Tensor) -> Tensor:
+def _from_logsnr(mean: float, std: float, draws: Tensor) -> Tensor:
     """Return t such that the logarithm of the signal-to-noise ratio, (1 - t)^2 / t^2, is normal."""
-    return torch.sigmoid(-(mean + std * numbers) / 2)
+    return torch.sigmoid(-(mean + std * draws) / 2)
 
 
-def _sample_mixture(options: TimestepOptions, numbers: Tensor, flow_shift: float) -> Tensor:
+def _sample_mixture(options: TimestepOptions, draws: Tensor, flow_shift: float) -> Tensor:
     """Return t from a mixture of samplers: the uniform number of each sample selects one of them.
 
     The number's position within the range of the selected sampler is uniform too, so it is that sampler's
     input.
     """
-    t = torch.zeros_like(numbers)
+    t = torch.zeros_like(draws)
     start = 0.0
     for sampler, share in MIXTURES[options.timestep_sampling]:
         # position within this sampler's part of 0..1, as a uniform number
-        uniform = ((numbers - start) / share).clamp(1e-9, 1 - 1e-9)
+        uniform = ((draws - start) / share).clamp(1e-9, 1 - 1e-9)
         normal = torch.special.ndtri(uniform)
         match sampler:
             case "logsnr":
-                drawn = _of_logsnr(options.logit_mean, options.logit_std, normal)
+                drawn = _from_logsnr(options.logit_mean, options.logit_std, normal)
             case "rare":
-                drawn = _of_logsnr(RARE_MEAN, RARE_STD, normal)
+                drawn = _from_logsnr(RARE_MEAN, RARE_STD, normal)
             case _:
                 drawn = shift_sigmas(torch.sigmoid(options.sigmoid_scale * normal), flow_shift)
-        t = torch.where(numbers >= start, drawn, t)
+        t = torch.where(draws >= start, drawn, t)
         start += share
     return t
 
 
-def _stretched(rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_shift: float) -> Tensor:
+def _shifted_logit_normal(
+    rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_shift: float
+) -> Tensor:
     """Return t of the sampler shifted_logit_normal, B, from `uniform_numbers`."""
     uniform_fraction = rule.uniform_share if rule.is_stretched else 0.0
 
@@ -500,26 +503,26 @@ def _stretched(rule: ShiftedLogit, uniform_numbers: Tensor, scale: float, flow_s
     return t
 
 
-def _cut_logit(rule: CutLogit, numbers: Tensor) -> Tensor:
+def _truncated_logit_normal(rule: CutLogit, draws: Tensor) -> Tensor:
     """Return t of the sampler cut_logit_normal from uniform `numbers`: B, whole thousandths above 0."""
     uniform = rule.uniform_share  # the fraction of the levels that is drawn uniformly
     cut = torch.tensor(rule.cut, dtype=torch.float64)
     below_cut = torch.special.ndtr((torch.logit(cut) - rule.mean) / rule.std)  # fraction of the distribution
-    quantiles = ((numbers - uniform) / (1 - uniform) * below_cut).clamp(1e-12, 1 - 1e-12)
+    quantiles = ((draws - uniform) / (1 - uniform) * below_cut).clamp(1e-12, 1 - 1e-12)
     t = torch.sigmoid(rule.mean + rule.std * torch.special.ndtri(quantiles)) / rule.cut
-    t = torch.where(numbers < uniform, numbers / max(uniform, 1e-9), t)
+    t = torch.where(draws < uniform, draws / max(uniform, 1e-9), t)
     return (NUM_TIMESTEPS * t).ceil().clamp(1, NUM_TIMESTEPS) / NUM_TIMESTEPS
 
 
-def _from_table(options: TimestepOptions, numbers: Tensor, noise: NoiseSpec) -> Tensor:
+def _from_table(options: TimestepOptions, draws: Tensor, noise: NoiseSpec) -> Tensor:
     """Return t of the sampler `sigma`: it draws an index into 1000 ... 1, to which the bounds apply."""
     match options.weighting_scheme:
         case "logit_normal":
-            u = torch.sigmoid(options.logit_mean + options.logit_std * numbers)
+            u = torch.sigmoid(options.logit_mean + options.logit_std * draws)
         case "mode":
-            u = 1 - numbers - options.mode_scale * (torch.cos(math.pi * numbers / 2) ** 2 - 1 + numbers)
+            u = 1 - draws - options.mode_scale * (torch.cos(math.pi * draws / 2) ** 2 - 1 + draws)
         case _:
-            u = numbers
+            u = draws
     low, high = (
         (0, NUM_TIMESTEPS) if options.preserve_distribution_shape else (options.lowest, options.highest)
     )

@@ -130,7 +130,7 @@ def _note_unused(tables: "Sequence[DatasetTable]") -> None:
 
 @contextlib.contextmanager
 def end_of_run(run: JoinedRun) -> Iterator[RunEnd]:
-    """Call the features' `on.end` when the block ends; yields the record that they get."""
+    """Call the features' `on.end` hooks when the block ends; yields the `RunEnd` that is passed to them."""
     end = RunEnd(run, total_steps=run.options.loop.known_steps)
     try:
         yield end

@@ -109,7 +109,7 @@ class Feature:
 
 
 def given_values(options: Options) -> dict[str, Any]:
-    """Return the options of a record that were given, by name, for the metadata of files."""
+    """Return the options in this record that the user set, by name, as metadata of files."""
     return {
         option_name(declared): _without_folders(getattr(options, declared.name))
         for declared in fields(options)

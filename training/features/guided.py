@@ -127,13 +127,13 @@ def _describe(options: GuidedTargetOptions) -> str:
     return f"away from the prediction for the empty prompt, {options.guided_target:g} times as far{above}"
 
 
-def guide_clip(
+def with_guided_target(
     guided: GuidedTarget,
     passes: "TrainingPasses",
     noisy_batch: "NoisyBatch",
     comparisons: "list[TargetComparison]",
 ) -> "list[TargetComparison]":
-    """Return the comparisons, with the guided target in the first one instead of the clip's velocity."""
+    """Return the comparisons, with the first one's target (the velocity) replaced by the guided target."""
     clip, *others = comparisons
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 
@@ -151,7 +151,7 @@ def _join(run: "JoinedRun", options: GuidedTargetOptions) -> None:
     run.needs.add(EMPTY_PROMPT)
     run.info.in_files |= given_values(options)
     run.on.check.append(partial(_check, options))
-    run.on.target.append(partial(guide_clip, make_guided(options)))
+    run.on.target.append(partial(with_guided_target, make_guided(options)))
 
 
 GUIDED = Feature(

@@ -80,7 +80,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def is_for_images(self) -> bool:
-        """Whether the script is an image trainer, with the options of image trainers."""
+        """Whether the script trains an image model, and so has the options of image trainers."""
 
     @property
     def network(self) -> "NetworkOptions | None":
@@ -92,7 +92,7 @@ class OptionsOfRun(Protocol):
 
     @property
     def parts(self) -> "PartsOptions | None":
-        """Which networks of the model get a LoRA; None if its text encoders cannot."""
+        """Which networks of the model get a LoRA; None if its text encoders cannot have one."""
 
     @property
     def by_expert(self) -> "ExpertTrainingOptions":

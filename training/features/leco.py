@@ -110,8 +110,8 @@ def _add_functions(run: "JoinedRun") -> None:
     run.on.batch.append(weigh_equally)
 
 
-def _join(run: "JoinedRun", options: LecoOptions) -> None:
-    """Let a run learn from pairs of prompts (LECO), without a dataset."""
+def _join_leco(run: "JoinedRun", options: LecoOptions) -> None:
+    """Set up a run that trains on pairs of prompts (LECO) instead of a dataset."""
     path = options.path
     if run.options.parts is not None and not run.options.parts.trains_dit:
         raise OptionError(
@@ -124,7 +124,8 @@ def _join(run: "JoinedRun", options: LecoOptions) -> None:
         StepTarget(
             option=f"--prompts_file {path}",
             words=f"prompts of {path}: {len(pairs)} pairs",
-            # on average half of the schedule with two passes each for guidance, then three for the target
+            # all without gradients: on average half of the denoising steps with two passes each for guidance,
+            # which makes `max_denoising_steps`, and three for the target
             passes=StepPasses(with_gradients=0, without=options.max_denoising_steps + 3),
             alone="LECO learns from its prompts alone",
         )
@@ -148,5 +149,5 @@ LECO = Feature(
     name="leco",
     options=LecoOptions,
     is_on=lambda options: options.prompts_file is not None,
-    join=_join,
+    join=_join_leco,
 )

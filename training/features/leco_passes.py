@@ -109,9 +109,9 @@ def leco_passes(
 ) -> Iterator[Streams]:
     """Yield the error of one pair: |f(target) - (b(neutral) +- g (b(positive) - b(opposite)))|^2.
 
-    b is the model without the network, and f the model with the network at the pair's strength. Their input
-    are latents that f has denoised from pure noise for a random number of steps. The strength stays set until
-    the caller has computed the gradients.
+    b is the base model, and f the model with the LoRA at the pair's strength; + enhances, - erases. Both get
+    latents that f has partly denoised from pure noise, for a random number of steps. The strength stays set
+    until the caller has computed the gradients.
     """
     generator = random.Random(derive_seed(passes.rule.seed, "leco", noisy_batch.number))
     pair = target.pairs[generator.randrange(len(target.pairs))]

@@ -32,8 +32,8 @@ class EndOptions(FeatureOptions, title="at the end", at=AT_ENDING, facts=FREE):
         return read_command(FLAG, self.on_end)
 
 
-def start_at_end(end: "RunEnd") -> None:
-    """Start the command with information about the run."""
+def run_end_command(end: "RunEnd") -> None:
+    """Start the user's command (--on_end) with information about the run."""
     from training.reports.drawing import wait_for_page  # only with --on_end, as what starts programs
     from training.reports.history import history_path
     from training.run_end import EndedRun, start_command
@@ -54,7 +54,7 @@ def start_at_end(end: "RunEnd") -> None:
 
 def _join(run: "JoinedRun", options: EndOptions) -> None:
     run.info.at_start["at the end"] = f"starts {options.words[0]}"
-    run.on.end.append(start_at_end)
+    run.on.end.append(run_end_command)
 
 
 ON_END = Feature(

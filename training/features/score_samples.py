@@ -57,6 +57,28 @@ def _start(run: "JoinedRun") -> None:
     run.on.recorders.append(lambda plan, records: scorer)
 
 
+def _require_files(options: SampleScoringOptions) -> None:
+    """Raise OptionError if a folder lacks the file by which its model is read, before the training begins.
+
+    Scoring runs in a process of its own, whose failure would not end the training.
+    """
+    download = "Download a model with python tools/download.py --family tools --to models --task"
+    folders = {
+        "--score_samples": (options.score_samples, "config.json", f"{download} score_clip"),
+        "--score_likeness_model": (
+            options.score_likeness_model,
+            "config.json",
+            "Give the folder of a DINO model as transformers saves it",
+        ),
+        "--score_tagger": (options.score_tagger, "model.onnx", f"{download} wd_tagger"),
+    }
+    for option_name, (folder, file, remedy) in folders.items():
+        if folder is not None and not (folder / file).is_file():
+            raise OptionError(
+                f"{option_name} {folder}: there is no {file} in this folder. {remedy}, or leave it out"
+            )
+
+
 def _join(run: "JoinedRun", options: SampleScoringOptions) -> None:
     if run.options.samples.sample_prompts is None:
         raise OptionError("--score_samples needs samples: give --sample_prompts, or leave it out")
@@ -65,6 +87,7 @@ def _join(run: "JoinedRun", options: SampleScoringOptions) -> None:
             "--score_samples with --no_page: scores are computed from the run's history, and shown on its "
             "page. Leave out one of the two"
         )
+    _require_files(options)
     also = "" if options.score_likeness_model is None else f", likeness by {options.score_likeness_model}"
     if options.score_tagger is not None:
         also += f", tags by {options.score_tagger}"

@@ -44,9 +44,9 @@ class SampleScorer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        """Score the remaining samples, and wait for the scores, so that the last page shows them.
+        """Score the remaining samples and wait for the results, so that the last page shows them.
 
-        A run that was asked to end at once does not wait.
+        If the user stops the run at once, the results are not waited for.
         """
         if kind is not None and not issubclass(kind, Exception):
             return

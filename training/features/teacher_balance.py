@@ -51,7 +51,7 @@ def find_balance(
         options: Options of the run.
         low: Lower end of the band, in thousandths of noise of the sample as it is trained.
         high: Upper end of the band, in the same unit.
-        noise: How the family numbers its noise levels.
+        noise: Noise conventions of the family.
         flow_shift: Shift of the batch, see `find_shift`.
         expert: Expert whose noise levels are trained, if not all are.
     """

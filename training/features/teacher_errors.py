@@ -39,12 +39,12 @@ def split_errors(output: Tensor, target: Tensor, split: Split, has_channels: boo
     if has_channels and split.color_weight != 1:
         differences = output - target
         means = differences.mean(dim=tuple(range(2, differences.ndim)), keepdim=True)
-        output = output - (1 - split.color_weight**0.5) * means
+        output = output - (1 - split.color_weight**0.5) * means  # p' above
     flat = output.flatten(1)
     flat_target = target.flatten(1)
     norm = torch.linalg.vector_norm(flat, dim=1)
     target_norm = torch.linalg.vector_norm(flat_target, dim=1)
     cosine = torch.nn.functional.cosine_similarity(flat, flat_target, dim=1)
-    size_errors = (norm - target_norm).square()
+    magnitude_errors = (norm - target_norm).square()
     direction_errors = 2 * norm.detach() * target_norm * (1 - cosine)
-    return (split.size_weight * size_errors + direction_errors) / flat.shape[1]
+    return (split.size_weight * magnitude_errors + direction_errors) / flat.shape[1]

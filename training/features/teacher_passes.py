@@ -17,7 +17,7 @@ from training.features.hooks import JoinedRun
 from training.features.teacher_balance import find_balance
 from training.features.teacher_errors import EVEN_SPLIT, Split, split_errors
 from training.features.teacher_options import TeacherOptions
-from training.loss import NoisyBatch, place_weights
+from training.loss import NoisyBatch, mask_weights
 from training.targets.passes import (
     Measure,
     Streams,
@@ -191,7 +191,7 @@ def _split_streams(prediction: Tensor, noisy_batch: NoisyBatch) -> tuple[Tensor,
         prediction = prediction * (clean_fraction(given.image, prediction) == 0)
     if given is not None and given.audio is not None:
         audios = [audio * (clean_fraction(given.audio, audio) == 0) for audio in audios]
-    weights = place_weights(noisy_batch.batch, prediction)
+    weights = mask_weights(noisy_batch.batch, prediction)
     if weights is not None:
         prediction = prediction * weights.sqrt()
     return (prediction[:, :, noisy_batch.given_frames :], *audios)

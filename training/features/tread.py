@@ -97,15 +97,16 @@ def pass_by(
         noisy_batch: Batch with noise and timesteps.
         seed: Seed of the run.
     """
-    from training.features.tread_routes import select_places
+    from training.features.tread_routes import select_kept_tokens
     from training.features.tread_runner import Route, routed  # torch: only with --tread
 
     first, last = options.tread_blocks
-    select = partial(select_places, noisy_batch, share=options.share, seed=seed)
+    select = partial(select_kept_tokens, noisy_batch, drop_rate=options.share, seed=seed)
     return routed(dit, Route(first, last, select))
 
 
-def _join(run: "JoinedRun", options: TreadOptions) -> None:
+def _register(run: "JoinedRun", options: TreadOptions) -> None:
+    """Check the options, and register what TREAD does in a run."""
     if len(options.tread_blocks) != 2:
         raise OptionError(
             f"--tread_blocks takes two numbers and has {len(options.tread_blocks)}: give the first and the "
@@ -127,5 +128,5 @@ TREAD = Feature(
     name="tread",
     options=TreadOptions,
     is_on=lambda options: options.tread is not None,
-    join=_join,
+    join=_register,
 )

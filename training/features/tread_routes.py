@@ -8,35 +8,35 @@ from torch.nn.functional import adaptive_max_pool3d
 from modules.integers import ceil_div
 from modules.private_torch import disable_modes
 from modules.seeds import derive_seed
-from training.loss import NoisyBatch, place_weights
+from training.loss import NoisyBatch, mask_weights
 
 
-def select_places(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
+def select_kept_tokens(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate: float, seed: int) -> Tensor:
     """Return the indices of the tokens that pass through the middle blocks, B K on the CPU, ascending.
 
-    The tokens are drawn for each sample. Given frames always pass through the blocks, and so do positions
-    inside of a mask that covers less than half of the sample. If too few other tokens remain, fewer than
-    `share` bypass the blocks; the number is the same for all samples. When memory is rehearsed on empty
+    The tokens are drawn for each sample. Given frames always pass through the blocks, and so do tokens
+    inside the loss mask if it covers less than half of the sample. If too few other tokens remain, fewer than
+    `drop_rate` bypass the blocks; the number is the same for all samples. When memory is rehearsed on empty
     tensors, the indices still have values.
 
     Args:
         noisy_batch: Batch with noise and timesteps.
         grid: Number of tokens along frames, rows and columns; images may have no frames.
-        share: Fraction of the tokens to leave out.
+        drop_rate: Fraction of the tokens to leave out.
         seed: Seed of the run.
     """
     with disable_modes():
-        return _choose(noisy_batch, grid, share, seed)
+        return _choose(noisy_batch, grid, drop_rate, seed)
 
 
-def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], share: float, seed: int) -> Tensor:
+def _choose(noisy_batch: NoisyBatch, grid: tuple[int, ...], drop_rate: float, seed: int) -> Tensor:
     """Return the ascending indices of the tokens to keep, B K: needed ones and random ones."""
     sizes = (*(1,) * (3 - len(grid)), *grid)
     needed = _find_needed(noisy_batch, sizes)  # B L
     length = needed.shape[1]
     given = _given_tokens(noisy_batch, sizes)
     min_free = length - int(needed.sum(1).max())
-    num_left_out = min(round(share * (length - given)), min_free)
+    num_left_out = min(round(drop_rate * (length - given)), min_free)
     generator = torch.Generator().manual_seed(derive_seed(seed, "tread", noisy_batch.number))
     order = torch.rand(needed.shape, generator=generator, dtype=torch.float64) + needed
     kept = order.argsort(dim=1, descending=True, stable=True)[:, : length - num_left_out]
@@ -52,7 +52,7 @@ def _given_tokens(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> int:
 def _find_needed(noisy_batch: NoisyBatch, sizes: tuple[int, ...]) -> Tensor:
     """Return a mask of the tokens that always pass through the blocks, B L bool on the CPU."""
     needed = torch.zeros(len(noisy_batch.noise), sizes[0] * sizes[1] * sizes[2], dtype=torch.bool)
-    weights = place_weights(noisy_batch.batch, noisy_batch.noise)
+    weights = mask_weights(noisy_batch.batch, noisy_batch.noise)
     if weights is not None:
         latent_frames = noisy_batch.noise.shape[2]
         counts = (weights > 0).float().expand(-1, -1, latent_frames, -1, -1)

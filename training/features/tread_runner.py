@@ -22,7 +22,7 @@ from protocols.steps import Overrides
 from runtime.run_blocks import Hidden, Runner, runner_of, set_runner, spec_of
 
 # returns the indices of the tokens that go through the blocks, B K ascending, for the sizes of the token grid
-SelectPlaces = Callable[[tuple[int, ...]], Tensor]
+SelectKeptTokens = Callable[[tuple[int, ...]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Route:
 
     first: int  # index of the first block; negative: from the end
     last: int  # index of the last block, inclusive; negative: from the end
-    choose: SelectPlaces
+    choose: SelectKeptTokens
 
     def blocks_of(self, count: int) -> range:
         """Return the range of indices of the routed blocks in a network of `count` blocks."""

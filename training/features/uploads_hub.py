@@ -247,7 +247,7 @@ class Uploads:
     _sent_cards: set[str] = field(default_factory=set)
     _rejections: list[str] = field(default_factory=list)  # once there is a reason, no more cards are uploaded
 
-    def about(self, run: PublishedRun) -> "Uploads":
+    def for_run(self, run: PublishedRun) -> "Uploads":
         """Return the same uploads with the model card of a run."""
         return replace(self, card=partial(card_of, run))
 

@@ -231,7 +231,7 @@ def import_object(option: str, name: str, module: str, attribute: str) -> Any:
     """Import the object that an option names as `module.attribute`.
 
     Raises:
-        OptionError: If it cannot be imported, with the package to install or the reason.
+        OptionError: If the import fails. The message names the package to install, or the cause.
     """
     if not all(part.isidentifier() for part in (*module.split("."), attribute)):
         raise OptionError(f"{option} {name}: is not an import path. Write package.module.Class")
@@ -307,7 +307,7 @@ def _select_adafactor_arguments(
 def evaluation(
     modules: Sequence[nn.Module], optimizer: Optimizer, parameters: Sequence[Parameter]
 ) -> Iterator[None]:
-    """Use evaluation mode and the final weights during the block; then restore everything bit by bit."""
+    """Use evaluation mode and an averaging optimizer's average in the block; restore everything exactly."""
     modes = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -426,10 +426,10 @@ def _require_equal_names(saved_groups: Sequence[Sequence[str]], groups: Sequence
 
 
 def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], device: torch.device) -> None:
-    """Load a `state_dict` of another program, with parameters in this run's order; keep this run's rates.
+    """Load another program's optimizer state, already in our order of parameters; keep our learning rates.
 
     Raises:
-        CheckpointError: If it does not fit.
+        CheckpointError: If the state does not fit this optimizer.
     """
     rates: list[dict[str, Any]] = [
         {key: group[key] for key in ("lr", "initial_lr") if key in group} for group in optimizer.param_groups
@@ -438,7 +438,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         optimizer.load_state_dict(dict(state))
         for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
             group.update(group_rates)
-        # if the program numbers its parameters differently, they got moments of other weights
+        # if the program numbers its parameters differently, a parameter now has another weight's moments
         for parameter, moments in optimizer.state.items():
             for name in MOMENTS & moments.keys():
                 if moments[name].shape != parameter.shape:
@@ -452,7 +452,7 @@ def restore_foreign_optimizer(optimizer: Optimizer, state: Mapping[str, Any], de
         ) from error
     for moments in optimizer.state.values():
         for name, value in moments.items():
-            if isinstance(value, Tensor) and value.dim():
+            if isinstance(value, Tensor) and value.dim():  # scalars, such as `step`, stay where they are
                 moments[name] = value.to(device)
 
 

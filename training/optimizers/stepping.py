@@ -95,7 +95,7 @@ class ParameterSteps:
         gradient = parameter.grad
         weight = self.split.get(parameter)  # None: the parameter is not split over processes
         assert gradient is not None
-        if weight is not None and not steps_each_element(type(self.optimizer)):
+        if weight is not None and not is_elementwise(type(self.optimizer)):
             # the optimizer needs the whole matrix, of which each process then keeps its rows
             value = gather_rows(value, weight)
             gradient = gather_rows(gradient, weight)
@@ -203,13 +203,13 @@ def stochastic_bfloat16(values: Tensor, generator: torch.Generator, weight: Tens
     return noise.add_(values.view(torch.int32)).bitwise_and_(-_LOW_16).view(torch.float32).to(torch.bfloat16)
 
 
-def steps_each_parameter(kind: Callable[..., Optimizer]) -> bool:
+def can_step_one_parameter(kind: Callable[..., Optimizer]) -> bool:
     """Return whether the optimizer class is known to step each parameter independently of the others."""
     is_own = kind.__name__ == OWN_CLASS and kind.__module__.endswith(OWN_MODULE)
     return is_own or kind.__name__ in PER_PARAMETER.get(kind.__module__.partition(".")[0], frozenset())
 
 
-def steps_each_element(kind: Callable[..., Optimizer]) -> bool:
+def is_elementwise(kind: Callable[..., Optimizer]) -> bool:
     """Return whether the optimizer class is known to step each element of a weight independently."""
     return kind.__name__ in PER_ELEMENT.get(kind.__module__.partition(".")[0], frozenset())
 
@@ -266,9 +266,9 @@ class FusedBackward:
         """Prepare to step each parameter as soon as its gradient is complete.
 
         Args:
-            steps: Steps single parameters.
+            steps: Steps one parameter at a time.
             parameters: The trained parameters.
-            max_norm: Limit on the norm of each gradient by itself; 0 turns clipping off.
+            max_norm: Maximum norm of each parameter's gradient, clipped separately; 0 turns clipping off.
         """
         self._steps, self._parameters, self._max_norm = steps, parameters, max_norm
         self._norms: dict[Parameter, Tensor] = {}  # norms of the gradients of this pass, before clipping
@@ -311,7 +311,7 @@ def check_fused_backward(optimizer_type: str, processes: int) -> None:
             f"--fused_backward_pass with {processes} processes: their gradients would have to be summed "
             "before any weight is stepped. Use one process, or leave it out"
         )
-    if not steps_each_parameter(find_optimizer(optimizer_type)):
+    if not can_step_one_parameter(find_optimizer(optimizer_type)):
         _reject("--fused_backward_pass", optimizer_type)
 
 
@@ -324,7 +324,7 @@ def check_offload(optimizer_type: str) -> None:
             f"{option} with --optimizer_type {optimizer_type}: its states are in host memory already, and "
             f"come to the GPU page by page. Leave {option} out"
         )
-    if not steps_each_parameter(kind):
+    if not can_step_one_parameter(kind):
         _reject(option, optimizer_type)
 
 
@@ -347,7 +347,7 @@ def check_split(option: str, optimizer_type: str) -> None:
             "Update torch"
         )
     kind = find_optimizer(optimizer_type)
-    if not (steps_each_element(kind) or steps_each_parameter(kind)):
+    if not (is_elementwise(kind) or can_step_one_parameter(kind)):
         _reject(option, optimizer_type)
 
 

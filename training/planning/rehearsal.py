@@ -33,7 +33,7 @@ from training.optimizers.stepping import (
     FusedBackward,
     ParameterSteps,
     StepAfterBackward,
-    steps_each_parameter,
+    can_step_one_parameter,
 )
 from training.options import TrainingOptions
 from training.processes import fill_missing_gradients
@@ -308,7 +308,7 @@ def _single_steps(
     is_stepped_alone = full_dit is not None and (
         full_dit.full_bf16 or full_dit.fused_backward_pass or full_dit.offloads_states
     )
-    if not (is_stepped_alone and steps_each_parameter(type(optimizer))):
+    if not (is_stepped_alone and can_step_one_parameter(type(optimizer))):
         return None
     names: dict[Tensor, str] = {parameter: str(index) for index, parameter in enumerate(parameters)}
     return ParameterSteps(optimizer, names, Progress(0, 0, 0.0))
@@ -357,7 +357,7 @@ def list_states(optimizer: Optimizer) -> list[Tensor]:
 
 
 def state_bytes(optimizer: Optimizer, parameters: Sequence[Parameter]) -> int:
-    """Return the device bytes of the states of an optimizer that cannot be rehearsed.
+    """Return the device bytes of the states of an optimizer that cannot be stepped on tensors without memory.
 
     They are measured on small copies of two weights on the CPU.
     """

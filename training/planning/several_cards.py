@@ -46,7 +46,7 @@ def plan_ways(
         tables: Tables of the dataset.
     """
 
-    def rehearse_on_one(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
+    def estimate_on_one_gpu(options: TrainingOptions, words: tuple[str, ...]) -> Rehearsed:
         """Predict a step on one card; the result divides the prediction over several cards."""
         counter = TokenCounter()
         prediction = predict(
@@ -64,11 +64,11 @@ def plan_ways(
 
     def runs() -> Iterator[Rehearsed]:
         alone = replace(options, speed=with_division(options.speed, Division(1)))
-        yield rehearse_on_one(alone, ())
+        yield estimate_on_one_gpu(alone, ())
         words: tuple[str, ...] = ()
         for line, changed in cheaper(alone, len(family.experts) - 1):
             words = (*words, *line.split())
-            yield rehearse_on_one(changed, words)
+            yield estimate_on_one_gpu(changed, words)
 
     print_ways(runs(), cards, room, is_training=True)
 

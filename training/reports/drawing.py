@@ -121,7 +121,8 @@ def draw_page(history: Path, draw: Callable[[Path, RunHistory], None], *, is_ove
     Args:
         history: The history of the run.
         draw: Writes the page of a run history to a path.
-        is_over: Whether the training has ended; if the history has no end, the training was killed.
+        is_over: Whether the training has ended; if the history has no line about
+            its end, the training is shown as killed.
     """
     session = read_session(history)
     if session is None:

@@ -35,7 +35,10 @@ WORKFLOW = ".workflow.json"  # suffix of a ComfyUI workflow next to the files of
 # lines on memory, as the page names them
 PREDICTED, HIGHEST = "a training step, predicted", "highest of the run with samples, measured"
 SAMPLE_TEXTS = ("files", "prompts")  # keys of a line about samples; their values are by prompt number
-PASSING = {"loss", "doing"}  # keys of lines about single steps, which `History` does not keep in memory
+TRANSIENT_KEYS = {
+    "loss",
+    "doing",
+}  # keys of lines about single steps, which `History` does not keep in memory
 Row = dict[str, Any]
 Points = dict[int, float | None]  # a curve: value by step; None: it was NaN or infinite
 SHOWN = 50  # steps whose mean duration is shown next to the bar, in the box at the end and on pages
@@ -230,7 +233,7 @@ class RunHistory:
         """Return the saved files that exist, each with the validation loss measured nearest to its step."""
         files = []
         for name, step in self.saved.items():
-            is_measured = not self.is_average(name) and not self.is_of_word(name)
+            is_measured = not self.is_average(name) and not self.is_embedding(name)
             validated = self.nearest(step) if is_measured else None
             if validated is not None and (folder / name).exists():
                 loss_step, loss = validated
@@ -239,7 +242,7 @@ class RunHistory:
 
     def best_file(self, folder: Path) -> str | None:
         """Return the saved file with the lowest validation loss among those that still exist."""
-        best = select_best(self.measured_files(folder))
+        best = select_lowest_loss(self.measured_files(folder))
         return None if best is None else best.name
 
     def usable_file(self, folder: Path, best: str | None = None) -> str | None:
@@ -258,7 +261,7 @@ class RunHistory:
         candidates = [
             (-step, len(name), name)
             for name, step in self.saved.items()
-            if not self.is_average(name) and not self.is_of_word(name) and (folder / name).exists()
+            if not self.is_average(name) and not self.is_embedding(name) and (folder / name).exists()
         ]
         if not candidates:
             return None
@@ -271,7 +274,7 @@ class RunHistory:
         marks = re.finditer(re.escape(AVERAGE), name)
         return any(f"{name[: mark.start()]}{name[mark.end() :]}" in self.saved for mark in marks)
 
-    def is_of_word(self, name: str) -> bool:
+    def is_embedding(self, name: str) -> bool:
         """Return whether a file contains a word alone, `x_mycat.safetensors`, saved next to its LoRA."""
         stem, dot, ending = name.rpartition(".")
         return any(f"{stem[: mark.start()]}{dot}{ending}" in self.saved for mark in re.finditer("_", stem))
@@ -294,7 +297,7 @@ class MeasuredFile:
     loss_step: int  # where it was measured, nearest to the step
 
 
-def select_best(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
+def select_lowest_loss(files: Iterable[MeasuredFile]) -> MeasuredFile | None:
     """Return the file with the lowest validation loss; None if there is none.
 
     Several files may have the loss of the same validation. Ties are resolved in favor of the file saved
@@ -327,23 +330,25 @@ class History:
         self.run_history = RunHistory()  # all lines except those about single steps
         try:
             for row in _rows(path, session, step):
-                if not row.keys() & PASSING:
+                if not row.keys() & TRANSIENT_KEYS:
                     self.run_history.add(row)
         except OSError as error:
             logger.warning("%s cannot be read (%s): the page begins at step %d.", path, error.strerror, step)
 
-    def add(self, step: int, **what: Any) -> None:
+    def add(self, step: int, **values: Any) -> None:
         """Add a line with one of the keys that `RunHistory.add` reads.
 
         Raises:
-            OutputError: If many lines wait and cannot be written; they are dropped then.
+            OutputError: If many lines are buffered and cannot be written. They are dropped.
         """
-        row: Row = _finite({"step": step, **what})
-        if not row.keys() & {*PASSING, "started"}:  # a running run does not read its own start
+        row: Row = _finite({"step": step, **values})
+        # the line of the start is only read when the page is drawn later
+        if not row.keys() & {*TRANSIENT_KEYS, "started"}:
             self.run_history.add(row)
         # bytes of a file's name that are not UTF-8 become \\udce9 and the like, which JSON can restore
         line = make_storable(json.dumps(row, ensure_ascii=False)) + "\n"
-        self._waiting += [line] if self.is_written else []
+        if self.is_written:
+            self._waiting.append(line)
         if len(self._waiting) >= MAX_WAITING:
             try:
                 self.flush()
@@ -351,16 +356,15 @@ class History:
                 self._waiting.clear()
 
     def flush(self) -> None:
-        """Write the waiting lines.
+        """Write the buffered lines.
 
         Raises:
-            OutputError: If writing fails; the lines then keep waiting.
+            OutputError: If writing fails. The lines stay buffered.
         """
         if not self.is_written:
             return
-        if (
-            self._keeps_up_to is not None
-        ):  # the first write: lines of other runs, or of later steps, are dropped
+        # the first write: lines of other runs, or of later steps, are dropped
+        if self._keeps_up_to is not None:
             with atomic_path(self.path) as new, new.open("w", encoding="utf-8", newline="\n") as file:
                 file.write(json.dumps({"session": self.session, "version": VERSION}) + "\n")
                 for row in _rows(self.path, self.session, self._keeps_up_to):

@@ -110,7 +110,7 @@ def _read_session(path: Path) -> int | None:
 
 
 def read_draws_of_file(path: Path, session: int | None) -> Iterator[ItemDraw]:
-    """Yield the lines of a file if it belongs to this run. Raises OSError if it cannot be read."""
+    """Yield the recorded draws of a file if it belongs to this run. Raises OSError if it cannot be read."""
     size = require_regular_file(path)
     if session is None or _read_session(path) != session:
         return
@@ -206,7 +206,7 @@ def _compare_files(folder: Path, name: str, marks: tuple[tuple[str, int, int], .
 
 
 def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSection | None:
-    """Return the section about losses of items for the page of a run; None without such losses.
+    """Return the section on the losses of items for a run's page; None if there are none.
 
     Args:
         folder: Folder of the history.

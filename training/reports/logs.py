@@ -106,7 +106,7 @@ class Readings:
         return before
 
     def flush(self) -> StepReport | None:
-        """Return the step that is still waiting, if any; the host waits for the device."""
+        """Return the report of the last step if it is pending. Blocks until the device has computed it."""
         if self._waiting is None:
             return None
         (step, row, ended), self._waiting = self._waiting, None
@@ -153,7 +153,7 @@ class Recorder(Protocol):
 
 @dataclass
 class Logs:
-    """Report one run. Use it as a context manager: entering starts recorders and progress bar."""
+    """Log one run. As a context manager, it starts the recorders and the progress bar."""
 
     accelerator: Accelerator
     total_steps: int

@@ -12,10 +12,11 @@ from training.reports.scores import find_best_file
 GENERATE = "Generate with it"  # title of the command that takes the best file
 
 
-def present_commands(run_history: RunHistory, folder: Path, name: str = "") -> list[PageCommand]:
+def current_commands(run_history: RunHistory, folder: Path, name: str = "") -> list[PageCommand]:
     """Return the commands of a run; a deleted saved file is replaced by an existing one of its kind.
 
-    The generating command uses the best file, which a score or a later validation may have changed.
+    The command that generates uses the best file, which new scores or validations may have changed since the
+    run.
 
     Args:
         run_history: Content of the run's history.
@@ -25,12 +26,12 @@ def present_commands(run_history: RunHistory, folder: Path, name: str = "") -> l
     found = find_best_file(folder, name, run_history) if name else None
     best = None if found is None else found.name
     return [
-        _with_present_files(command, run_history, folder, best if command.title == GENERATE else None)
+        _with_existing_files(command, run_history, folder, best if command.title == GENERATE else None)
         for command in run_history.commands
     ]
 
 
-def _with_present_files(
+def _with_existing_files(
     command: PageCommand, run_history: RunHistory, folder: Path, best: str | None
 ) -> PageCommand:
     """Replace a file in a command by the best existing one if it was deleted or is not the best any more."""
@@ -52,7 +53,7 @@ def _with_present_files(
         is_there = (folder / path.name).exists()
         if is_there and best_step in {None, run_history.saved[path.name]}:
             continue
-        present = _find_kin(path.name, run_history, folder, best)
+        present = _find_replacement(path.name, run_history, folder, best)
         if present is None or (is_there and run_history.saved[present] != best_step):
             continue  # nothing to use, or nothing better than the file that is there
         words[index] = str(path.with_name(present))
@@ -64,10 +65,11 @@ def _with_present_files(
     return replace(command, bash=shlex.join(words), powershell=quote_for_powershell(words), note=note)
 
 
-def _find_kin(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
-    """Return the existing file to use instead of another: that of the best step, else of the last step.
+def _find_replacement(name: str, run_history: RunHistory, folder: Path, best: str | None) -> str | None:
+    """Return the saved file to use instead of a missing one: that of the best step, else the newest.
 
-    It has the same kind: an average, a file of one expert, or an embedding, if the replaced file is one.
+    Only files of the same kind qualify: an average for an average, an embedding for an embedding, and the
+    same expert.
 
     Args:
         name: Name of the file to replace.
@@ -81,13 +83,13 @@ def _find_kin(name: str, run_history: RunHistory, folder: Path, best: str | None
         (step != best_step, -step, len(candidate), candidate)
         for candidate, step in run_history.saved.items()
         if run_history.is_average(candidate) == run_history.is_average(name)
-        and run_history.is_of_word(candidate) == run_history.is_of_word(name)
-        and _part_of(candidate) == _part_of(name)
+        and run_history.is_embedding(candidate) == run_history.is_embedding(name)
+        and _expert_of(candidate) == _expert_of(name)
         and (folder / candidate).is_file()
     ]
     return min(candidates)[-1] if candidates else None
 
 
-def _part_of(name: str) -> str:
+def _expert_of(name: str) -> str:
     """Return the transformer that a saved file is for, by its name; "" if it is for all."""
     return next((part for part in (LOW_NOISE, HIGH_NOISE) if Path(name).stem.endswith(f"_{part}")), "")

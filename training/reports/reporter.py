@@ -105,7 +105,7 @@ class RunReporter:
                 self.history.flush()
 
     def log_pause(self, text: str) -> None:
-        """Record at once what the run does between two steps, such as `saving`, which may take minutes."""
+        """Log at once what the run is doing between two steps, such as `saving`, which may take minutes."""
         self._doing = -math.inf
         self.log_activity(text)
         self._doing = -math.inf
@@ -173,7 +173,7 @@ class RunReporter:
         strips: dict[int, Frame] = {}
         for index, path in files.items():
             with self._guarded():
-                strips[index] = sample_files.join_strip(sample_files.read_reduced(path))
+                strips[index] = sample_files.join_strip(sample_files.read_downscaled(path))
         with self._guarded():
             for recorder in recorders:
                 recorder.log_samples(step, files, strips, by_file)

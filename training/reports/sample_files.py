@@ -36,7 +36,7 @@ LoadClip = Callable[[str, str, int], Markup | str]
 
 
 @dataclass(frozen=True)
-class ReducedClip:
+class DownscaledClip:
     """The frames of a sample, reduced in size and number."""
 
     frames: list[Frame]  # each H W 3
@@ -60,16 +60,16 @@ def find_samples(folder: Path, name: str, mark: str) -> dict[int, Path]:
     return {index: path for index, (_, path) in sorted(newest.items())}
 
 
-def read_reduced(path: Path) -> ReducedClip:
-    """Read a sample.
+def read_downscaled(path: Path) -> DownscaledClip:
+    """Read a generated image, video or audio file as small frames, with their frame rate.
 
     Raises:
-        MediaError: If it cannot be read.
+        MediaError: If the file cannot be read.
     """
     if path.suffix == ".png":
-        return ReducedClip([reduce_frame(read_image(path), SIDE)], 1.0)
+        return DownscaledClip([reduce_frame(read_image(path), SIDE)], 1.0)
     if path.suffix == ".wav":
-        return ReducedClip([_draw_audio(path)], 1.0)
+        return DownscaledClip([_plot_waveform(path)], 1.0)
     frames: list[Frame] = []
     stride = 1
     # the length is not known in advance: if there are too many frames, every second one is dropped
@@ -80,10 +80,10 @@ def read_reduced(path: Path) -> ReducedClip:
         if len(frames) > MAX_FRAMES:
             frames = frames[::2]
             stride = 2 * stride
-    return ReducedClip(frames, (video_info(path).fps or 16.0) / stride)
+    return DownscaledClip(frames, (video_info(path).fps or 16.0) / stride)
 
 
-def _draw_audio(path: Path) -> Frame:
+def _plot_waveform(path: Path) -> Frame:
     """Return an image of a WAV file's amplitude over time."""
     from modules.media.samples import read_track, track_info  # of runs with sound alone
 
@@ -99,7 +99,7 @@ def _draw_audio(path: Path) -> Frame:
     return np.where(is_sound[..., None], LIGHT, DARK).astype(np.uint8)
 
 
-def join_strip(clip: ReducedClip) -> Frame:
+def join_strip(clip: DownscaledClip) -> Frame:
     """Return the first, middle and last frame side by side (H W 3), or the only frame."""
     last = len(clip.frames) - 1
     frames = [clip.frames[index] for index in dict.fromkeys((0, last // 2, last))]
@@ -161,7 +161,7 @@ SMALL_SIDE = 128
 
 @dataclass
 class ClipStore:
-    """The reduced clips for the grid, each encoded once."""
+    """A cache of the downscaled clips for the grid of samples; each is encoded once."""
 
     folder: Path
     clips: dict[str, Markup] = field(default_factory=dict)
@@ -176,14 +176,14 @@ class ClipStore:
                 self.clips[name] = before[name]
             if name not in self.clips:
                 try:
-                    self.add(name, prompt, step, read_reduced(self.folder / name))
+                    self.add(name, prompt, step, read_downscaled(self.folder / name))
                 except (OSError, UserError):
                     return "the file is gone, or cannot be read"
             return self.clips[name]
 
         return load
 
-    def add(self, name: str, prompt: str, step: int, clip: ReducedClip) -> None:
+    def add(self, name: str, prompt: str, step: int, clip: DownscaledClip) -> None:
         """Encode a clip that was read.
 
         Raises:

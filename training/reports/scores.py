@@ -14,7 +14,7 @@ from modules.atomic_write import make_storable, write_text
 from modules.pages.charts import Chart, Curve
 from modules.pages.language import counted, join, say
 from modules.text_files import parse_json, read_text
-from training.reports.history import MeasuredFile, RunHistory, select_best
+from training.reports.history import MeasuredFile, RunHistory, select_lowest_loss
 from training.reports.sections import PageSection, scores_path
 
 VERSION = 1
@@ -115,7 +115,7 @@ class StepScores:
 
     @property
     def near(self) -> list[SampleScore]:
-        """Samples that are close to an item without copying it."""
+        """Samples that resemble a training item closely without copying it."""
         return [sample for sample in self.samples if sample.is_near and not sample.is_copied]
 
     @property
@@ -297,7 +297,7 @@ def _find_by_loss(
         for row in usable
         if row.loss is not None and row.loss_step is not None
     }
-    lowest = select_best([*measured, *unsampled])
+    lowest = select_lowest_loss([*measured, *unsampled])
     if lowest is None:
         return None
     best = measured.get(lowest) or StepScores(

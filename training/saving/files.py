@@ -79,7 +79,7 @@ class Names:
 
 @dataclass(frozen=True)
 class PublishedRun:
-    """What publishers show about a run next to its files."""
+    """What is published about a run next to its files, such as in a model card."""
 
     names: Names
     is_lora: bool
@@ -91,7 +91,7 @@ class PublishedRun:
 class Publisher(Protocol):
     """Send saved files and states to another place, such as a hub."""
 
-    def about(self, run: PublishedRun) -> "Publisher":
+    def for_run(self, run: PublishedRun) -> "Publisher":
         """Return a publisher that also knows the run, such as for a model card."""
 
     def publish(self, path: Path) -> None:
@@ -139,7 +139,7 @@ class Saver:
     write_average: WriteFile | None = None  # writes the averaged weights; None if there is no average
     is_main: bool = True
     log_saved: Callable[[Sequence[Path]], None] = lambda _: None  # gets all files of a save
-    note_removed: Callable[[], None] = lambda: None  # is called after files have expired
+    on_removed: Callable[[], None] = lambda: None  # is called after files have expired
 
     def save_step(self, step: int, with_state: bool | None = None) -> None:
         """Save after an optimizer step; `with_state` overrides --save_state."""
@@ -201,7 +201,7 @@ class Saver:
         for entry in expired:
             _remove_aside(entry)
         if expired:
-            self.note_removed()
+            self.on_removed()
 
     def _find_expired(self, pattern: str, every: int, newest: int) -> list[Path]:
         """Return the files or states of the run up to step or epoch `newest`.
@@ -385,7 +385,7 @@ def find_results(names: Names) -> list[Path]:
             is_result = is_result or is_section_file(name, names.name)
             word = words.fullmatch(name)
             written_as = entry.name[: len(names.name)]
-            is_result = is_result or (word is not None and _is_of_word(entry, written_as, word[1]))
+            is_result = is_result or (word is not None and _is_embedding_of(entry, written_as, word[1]))
         if is_result:
             results.append(entry)
     in_samples = _entries(names.folder / SAMPLES)
@@ -394,9 +394,10 @@ def find_results(names: Names) -> list[Path]:
 
 
 def _spell_as(entry: Path, start: str) -> str:
-    """Return an entry's name with `start` in the case given, if the disk is case-insensitive.
+    """Return an entry's name with its beginning spelled as `start`, if the file system is case-insensitive.
 
-    On Windows and macOS, a run called `Cat` would replace the results of `cat`.
+    On Windows and macOS, `cat` and `Cat` are the same file, so a run called `Cat` would replace the
+    results of `cat`.
     """
     spelled = start + entry.name[len(start) :]
     if spelled == entry.name or spelled.casefold() != entry.name.casefold():
@@ -410,7 +411,7 @@ def is_saved_folder(folder: Path) -> bool:
     return (folder / INDEX).is_file() or is_model_folder(folder)
 
 
-def _is_of_word(file: Path, name: str, word: str) -> bool:
+def _is_embedding_of(file: Path, name: str, word: str) -> bool:
     """Return whether a file contains only the embedding of a word, by its metadata.
 
     Args:

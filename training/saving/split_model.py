@@ -29,7 +29,7 @@ from checkpoints.unused import OpenedTensors
 from modules.atomic_write import check_space
 from modules.errors import CheckpointError
 from protocols.loading import TensorInfo
-from runtime.offload.sharding import as_split, gather_rows, is_split, rows_here, rows_of, trained_rows
+from runtime.offload.sharding import as_split, gather_rows, is_split, local_rows, rows_of, trained_rows
 from training.saving.states import REMEDY, SavedState, file_checksum, share_of_files, write_state
 from training.trainable import (
     Trainable,
@@ -100,7 +100,7 @@ def _write_model(
         if not is_split(weight):
             return weight.detach().to(dtypes[name])
         # a trained weight is replaced by a parameter with its rows; a frozen weight is not
-        part = rows[weight].detach() if weight in rows else rows_here(weight)
+        part = rows[weight].detach() if weight in rows else local_rows(weight)
         return gather_rows(part.to(weight.device, dtypes[name]), weight)
 
     infos = {name: TensorInfo(dtypes[name], tuple(weight.shape)) for name, weight in weights.items()}
@@ -159,9 +159,9 @@ def fill_state(
     split: Mapping[str, Tensor],
     device: torch.device,
 ) -> None:
-    """Load the split tensors of a state into the tensors of this run, and put these into the state.
+    """Load the sharded tensors of a saved state in place into this run's tensors.
 
-    All processes must call it.
+    The saved state refers to those tensors afterwards. All processes must call this.
 
     Args:
         saved: The saved state.
@@ -170,9 +170,9 @@ def fill_state(
         device: Device of the run.
 
     Raises:
-        CheckpointError: If the state is of other weights.
+        CheckpointError: If the state belongs to different weights.
     """
-    targets = _load_targets(saved, parts, split, device)
+    targets = _allocate_tensors_to_load(saved, parts, split, device)
     if targets:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns if there is only one process
@@ -183,43 +183,44 @@ def fill_state(
             if saved_tensor is None or not is_split(tensor) or saved_tensor.shape != tensor.shape:
                 continue
             if not is_split(saved_tensor):  # an unsplit state has all rows: take those of this process
-                rows_here(tensor).copy_(rows_of(tensor, saved_tensor))
+                local_rows(tensor).copy_(rows_of(tensor, saved_tensor))
                 _writable_parts(saved)[part][name] = tensor
     for name, weight in split.items():
         values = saved.optimizer["states"].get(name, {})
         for item, value in values.items():
-            # a moment of an unsplit state has all rows; a number such as `step` has no rows
-            if isinstance(value, Tensor) and value.ndim and value.shape != rows_here(weight).shape:
+            # Adam's moments in an unsplit state have all rows: take those of this process. Scalars such as
+            # `step` stay
+            if isinstance(value, Tensor) and value.ndim and value.shape != local_rows(weight).shape:
                 values[item] = rows_of(weight, value)
 
 
-def _load_targets(
+def _allocate_tensors_to_load(
     saved: SavedState,
     parts: Mapping[str, Mapping[str, Tensor]],
     split: Mapping[str, Tensor],
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Return the tensors into which the split tensors of a state are loaded, and put them into the state."""
+    """Allocate tensors into which the sharded tensors of a state are loaded, and put them into the state."""
     if not saved.files:
         return {}
-    described: Any = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
-    for name, record in described.items():
+    metadata: Any = HuggingFaceStorageReader(str(saved.folder)).read_metadata().state_dict_metadata
+    for name, record in metadata.items():
         if sum(chunk.sizes.numel() for chunk in record.chunks) != record.size.numel():
             raise CheckpointError(f"rows of {name} are missing.\n  {REMEDY}")  # `load` would leave them as is
     targets: dict[str, Tensor] = {}
-    for key, record in described.items():
+    for key, record in metadata.items():
         part, _, name = key.partition("/")
         if part == OPTIMIZER:
-            name, _, item = name.rpartition("/")
-            _require_weight(parts, name, record.size)
-            weight = split.get(name)
-            shape = record.size if weight is None else rows_here(weight).shape
+            weight_name, _, moment_name = name.rpartition("/")
+            _require_weight(parts, weight_name, record.size)
+            weight = split.get(weight_name)
+            shape = record.size if weight is None else local_rows(weight).shape
             moment = torch.empty(shape, dtype=record.properties.dtype, device=device)
             targets[key] = moment if weight is None else as_split(weight, moment)
-            saved.optimizer["states"][name][item] = moment
+            saved.optimizer["states"][weight_name][moment_name] = moment
         elif part in parts:
             tensor = parts[part].get(name)
-            if tensor is None or tensor.shape != record.size:  # `load_module` reports it with all others
+            if tensor is None or tensor.shape != record.size:  # `load_module` reports all mismatches together
                 tensor = torch.empty(record.size, device="meta")
             else:
                 targets[key] = tensor
@@ -236,5 +237,5 @@ def _require_weight(parts: Mapping[str, Mapping[str, Tensor]], name: str, shape:
 
 
 def _writable_parts(saved: SavedState) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of a state by part and name; the record declares them read-only."""
+    """Return `saved.parts` as writable dictionaries; `SavedState` declares them read-only."""
     return cast(dict[str, dict[str, Tensor]], saved.parts)

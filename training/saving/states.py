@@ -82,7 +82,7 @@ class ForeignState:
     is_ordered: bool = False  # the network's tensors are in that program's own order
 
     def release(self) -> None:
-        """Forget the tensors that were read."""
+        """Drop the loaded tensors to free their memory."""
         self.network.clear()
         self.optimizer.clear()
 
@@ -158,7 +158,7 @@ def read_state(folder: Path) -> SavedState | ForeignState:
     if not _is_own(folder):
         return _read_foreign(folder)
     with one_error(folder):
-        content = _content(folder, is_checked=True)
+        content = _read_content(folder, verify_checksum=True)
         if "files" in content:
             _check_files(folder, content["files"])
         state = SavedState(folder, Progress.of_state(content.pop("progress")), **content)
@@ -249,7 +249,7 @@ def find_latest(output_dir: Path, name: str) -> Path | None:
         if folder.is_dir() and pattern.fullmatch(folder.name) and _is_own(folder):
             try:
                 with one_error(folder):
-                    step = int(_content(folder)["progress"]["step"])
+                    step = int(_read_content(folder)["progress"]["step"])
                     states.append((step, folder.name, folder))
             except CheckpointError as error:
                 logger.warning("%s is ignored in the search for the latest state: %s", folder, error)
@@ -302,18 +302,21 @@ def _is_own(folder: Path) -> bool:
     return (folder / FILE).exists() or (folder / RECORD).exists()
 
 
-def _content(folder: Path, is_checked: bool = False) -> dict[str, Any]:
-    """Return the fields of `SavedState` except its folder; tensors are mapped.
+def _read_content(folder: Path, verify_checksum: bool = False) -> dict[str, Any]:
+    """Return the fields of `SavedState` except its folder. Tensors are memory-mapped.
 
     Args:
         folder: Folder of the files.
-        is_checked: Whether to compare the checksum too. If False, a state of an older version has no tensors.
+        verify_checksum: Whether to compare the checksum. If False, the tensors of an old-format state are
+            not read.
     """
     if not (folder / FILE).exists():
-        return read_old_state(folder, is_checked)
+        return read_old_state(folder, verify_checksum)
     if not (folder / CHECKSUM).is_file():
         raise ValueError(f"{CHECKSUM} is missing")
-    if is_checked and file_checksum(folder / FILE) != int(read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16):
+    if verify_checksum and file_checksum(folder / FILE) != int(
+        read_text(folder / CHECKSUM, MAX_OF_CHECKSUM), 16
+    ):
         raise ValueError(f"the checksum of {FILE} is not the one in {CHECKSUM}")
     content: dict[str, Any] = load_pickled(folder / FILE, _LONGER)
     if content.pop("version") not in {VERSION, SPLIT_VERSION}:
@@ -359,12 +362,12 @@ def _read_foreign(folder: Path) -> ForeignState:
     return ForeignState(folder, network, state, is_ordered)
 
 
-def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
+def read_old_state(folder: Path, verify_checksum: bool) -> dict[str, Any]:
     """Read a state of an older version; return the fields of `SavedState` except its folder.
 
     Args:
         folder: Folder of the state.
-        is_checked: Whether to read the tensors too, and to compare their checksums.
+        verify_checksum: Whether to read the tensors too, and to compare their checksums.
 
     Raises:
         Exception: Of any kind, if the folder is damaged.
@@ -378,12 +381,12 @@ def read_old_state(folder: Path, is_checked: bool) -> dict[str, Any]:
         path = folder / f"{part}.safetensors"
         if path.stat().st_size != file["bytes"]:
             raise ValueError(f"{path.name} has {path.stat().st_size} bytes, {file['bytes']} were written")
-        if is_checked:
+        if verify_checksum:
             if file_checksum(path) != file["crc32"]:
                 raise ValueError(f"the checksum of {path.name} is not the recorded one")
             parts[part] = load_file(path)
     content = {name: record[name] for name in ("progress", "identity", "habits")}
-    if not is_checked:
+    if not verify_checksum:
         return content
     described = record["described"]
     tensors = parts.pop("optimizer")

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from checkpoints.model_folders import build_without_memory, check_settings, require_shown
+from checkpoints.model_folders import build_on_meta, check_settings, require_matching_shapes
 from modules.control_codes import shorten
 from modules.devices import select_device
 from modules.errors import CheckpointError
@@ -183,15 +183,15 @@ class ImageNetwork:
 def _load_network(folder: Path, option: str, class_name: str) -> ImageNetwork:
     """Load a network and its preprocessing. Raises CheckpointError if transformers cannot."""
     shapes = check_settings(folder, option)
-    import transformers  # takes seconds; not for a wrong folder
+    import transformers  # slow, so only after the folder has been checked
 
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
         network_class = getattr(transformers, class_name)
         config = network_class.config_class.from_pretrained(folder, **LOCAL)
-        network = build_without_memory(network_class, config)
-        require_shown(folder, option, network, shapes, is_exact=True)
+        network = build_on_meta(network_class, config)
+        require_matching_shapes(folder, option, network, shapes, is_exact=True)
         processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL)
         # set the attention, because config.json could name one whose code is downloaded from the hub and run
         network = network_class.from_pretrained(

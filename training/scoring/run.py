@@ -426,7 +426,7 @@ def _find_saved(run: ScoredRun, step: int) -> str:
         for name, saved_step in run.run_history.saved.items()
         if saved_step == step
         and not run.run_history.is_average(name)
-        and not run.run_history.is_of_word(name)
+        and not run.run_history.is_embedding(name)
         and (run.folder / name).exists()
     ]
     return min(names, key=lambda name: (len(name), name), default="")

@@ -55,7 +55,7 @@ class TrainingPasses:
     rule: LossRule
 
     def learning(self, noisy_batch: NoisyBatch) -> Tensor:
-        """Return the prediction, with gradients."""
+        """Return the prediction of the trained network, with gradients."""
         with contextlib.ExitStack() as stack:
             for enter in self.rule.learning_pass:
                 stack.enter_context(enter(self.dit, noisy_batch, self.rule.seed))

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from modules.media.writing import write_shown
+from modules.media.writing import write_timed_video
 
 HEIGHT, WIDTH = 72, 128
 
@@ -86,5 +86,5 @@ def write_film(path: Path, lights: Sequence[Light], times: Fraction | Sequence[F
         Shown(frame, start, after - start)
         for frame, start, after in zip(frames, starts[:-1], starts[1:], strict=True)
     )
-    write_shown(path, shown, rate, "h264", crf=8, preset="ultrafast")
+    write_timed_video(path, shown, rate, "h264", crf=8, preset="ultrafast")
     return path

@@ -14,7 +14,7 @@ import pytest
 from modules.errors import MediaError
 from modules.media.encoding import Picture, recompress
 from modules.media.streams import shown_frames, source_info
-from modules.media.writing import write_shown
+from modules.media.writing import write_timed_video
 
 FORMATS = [
     *(("h264", ".mp4"), ("h264", ".mkv"), ("h265", ".mp4"), ("h265", ".mkv")),
@@ -43,7 +43,7 @@ def test_a_constant_rate_is_read_back_as_it_was(
 ) -> None:
     path = tmp_path / f"clip{suffix}"
 
-    written = write_shown(path, shown(at_rate(rate, 14)), rate, codec, preset="ultrafast")
+    written = write_timed_video(path, shown(at_rate(rate, 14)), rate, codec, preset="ultrafast")
 
     assert (written.frames, written.seconds, written.width, written.height) == (14, 14 / rate, 64, 48)
     back = list(shown_frames(path))
@@ -69,7 +69,7 @@ def test_a_variable_rate_is_read_back_as_it_was(tmp_path: Path, codec: str, suff
     starts = [Fraction(0), 1 / FILM, 2 / FILM, *odd, *(1 + index / FILM for index in range(1, 7))]
     path = tmp_path / f"clip{suffix}"
 
-    written = write_shown(path, shown(starts), FILM, codec, preset="ultrafast")
+    written = write_timed_video(path, shown(starts), FILM, codec, preset="ultrafast")
 
     back = list(shown_frames(path))
     accuracy = Fraction(1, 1000) if suffix == ".mkv" else Fraction(1, 10_000)
@@ -96,7 +96,9 @@ def test_what_is_stored_lasts_as_long_as_the_pictures(
 ) -> None:
     path, rate = tmp_path / f"clip{suffix}", (len(starts) - 1) / starts[-1]
 
-    write_shown(path, shown(starts), rate, "h264", preset="medium")  # faster ones keep the pictures' order
+    write_timed_video(
+        path, shown(starts), rate, "h264", preset="medium"
+    )  # faster ones keep the pictures' order
 
     *before, last = shown_frames(path)
     assert len(before) == len(starts) - 2
@@ -142,7 +144,7 @@ def test_equal_pictures_and_sound_become_equal_files_on_any_number_of_cores(
             del used
             images = (Picture(*one, 1 / rate) for one in zip(moving, at_rate(rate, 7), strict=True))
             path = tmp_path / ("a.mkv" if codec == "prores" else "a.mp4")
-            write_shown(path, images, rate, codec, crf=19, preset="medium", track=track)
+            write_timed_video(path, images, rate, codec, crf=19, preset="medium", track=track)
             files.add(path.read_bytes())
             shown_again.add(recompress(moving[0], 30).tobytes())
     finally:
@@ -160,7 +162,7 @@ def test_colors_come_back(tmp_path: Path, codec: str, suffix: str, deep: bool) -
     path = tmp_path / f"colours{suffix}"
     frames = [Picture(image, index / Fraction(25), 1 / Fraction(25)) for index in range(3)]
 
-    write_shown(path, frames, Fraction(25), codec)
+    write_timed_video(path, frames, Fraction(25), codec)
 
     back = list(shown_frames(path))[1].pixels
     for index, (name, color) in enumerate(COLOURS.items()):
@@ -180,7 +182,7 @@ def test_ten_bits_survive(tmp_path: Path) -> None:
     frames: Iterable[Picture] = [Picture(image, Fraction(0), Fraction(1, 25))]
 
     for path in (tmp_path / "first.mkv", tmp_path / "second.mkv"):
-        write_shown(path, frames, Fraction(25), "prores")
+        write_timed_video(path, frames, Fraction(25), "prores")
         (back,) = frames = list(shown_frames(path, deep=True))
         assert back.pixels.dtype == np.uint16
         assert np.abs(back.pixels.astype(float) - image).max() * 1023 / 65535 <= 2
@@ -191,14 +193,14 @@ def test_pictures_of_8_and_16_bits_may_be_mixed(tmp_path: Path, codec: str) -> N
     images = [np.full((48, 64, 3), 100, np.uint8), np.full((48, 64, 3), 100 * 257, np.uint16)] * 2
     frames = [Picture(image, Fraction(i, 25), Fraction(1, 25)) for i, image in enumerate(images)]
 
-    write_shown(tmp_path / "mixed.mkv", frames, Fraction(25), codec)
+    write_timed_video(tmp_path / "mixed.mkv", frames, Fraction(25), codec)
 
     for frame in shown_frames(tmp_path / "mixed.mkv"):
         assert np.abs(frame.pixels.astype(int) - 100).max() <= 1
 
 
 def test_an_odd_last_row_is_cropped_and_mp4_can_be_played_before_it_has_been_loaded(tmp_path: Path) -> None:
-    written = write_shown(tmp_path / "odd.mp4", shown(at_rate(FILM, 2), 49, 67), FILM, "h264")
+    written = write_timed_video(tmp_path / "odd.mp4", shown(at_rate(FILM, 2), 49, 67), FILM, "h264")
 
     assert (written.width, written.height) == (66, 48)
     assert next(shown_frames(tmp_path / "odd.mp4")).pixels.shape == (48, 66, 3)
@@ -220,7 +222,7 @@ def test_pictures_are_let_go_as_the_file_grows(tmp_path: Path, codec: str, suffi
             yield Picture(pixels, Fraction(index, 25), Fraction(1, 25))
             del pixels
 
-    write_shown(tmp_path / f"long{suffix}", counted(), Fraction(25), codec, preset="ultrafast")
+    write_timed_video(tmp_path / f"long{suffix}", counted(), Fraction(25), codec, preset="ultrafast")
 
     assert maximum <= 2
 
@@ -234,7 +236,7 @@ def test_an_interrupt_leaves_no_file(tmp_path: Path, error: type[BaseException])
     (tmp_path / "old.mp4").write_bytes(b"earlier")
     for name in ("new.mkv", "old.mp4"):
         with pytest.raises(error, match="enough"):
-            write_shown(tmp_path / name, interrupted(), FILM, "h264", preset="ultrafast")
+            write_timed_video(tmp_path / name, interrupted(), FILM, "h264", preset="ultrafast")
 
     assert [file.name for file in tmp_path.iterdir()] == ["old.mp4"]
     assert (tmp_path / "old.mp4").read_bytes() == b"earlier"
@@ -261,7 +263,7 @@ def test_what_cannot_be_written_is_refused_by_name(
     tmp_path: Path, name: str, pictures: Iterable[Picture], codec: str, preset: str, message: str
 ) -> None:
     with pytest.raises((MediaError, ValueError), match=message):
-        write_shown(tmp_path / name, iter(pictures), FILM, codec, preset=preset or "ultrafast")
+        write_timed_video(tmp_path / name, iter(pictures), FILM, codec, preset=preset or "ultrafast")
 
     assert not list(tmp_path.iterdir())
 
@@ -272,7 +274,7 @@ def test_ten_bit_pictures_are_converted_alike_each_time(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).integers(0, 65536, (576, 720, 3), dtype=np.uint16)
     one = Fraction(1, 25)
     frames = [Picture(noise, index * one, one) for index in range(4)]
-    write_shown(tmp_path / "a.mkv", frames, Fraction(25), "prores")
+    write_timed_video(tmp_path / "a.mkv", frames, Fraction(25), "prores")
 
     first, *others = shown_frames(tmp_path / "a.mkv", deep=True)
 

@@ -15,7 +15,7 @@ from modules.errors import MediaError
 from modules.media.encoding import X264, Picture
 from modules.media.reading import timed_frames, video_frames, video_info
 from modules.media.streams import Clock, shown_frames, source_info
-from modules.media.writing import VideoSection, write_shown
+from modules.media.writing import VideoSection, write_timed_video
 from tests.modules.hostile_media import SIZE, Source, write_source, write_stream
 from tests.sound_media import Track, clicks_in, write_media
 
@@ -296,7 +296,7 @@ def write_part(source: Path, start: Fraction, seconds: Fraction, path: Path, wit
     pixels = np.zeros((48, 64, 3), np.uint8)
     frames = (Picture(pixels, Fraction(number, 25), Fraction(1, 25)) for number in range(int(seconds * 25)))
     section = VideoSection(source, start, seconds, with_audio)
-    write_shown(path, frames, Fraction(25), "h264", preset="ultrafast", section_of=section)
+    write_timed_video(path, frames, Fraction(25), "h264", preset="ultrafast", section_of=section)
     return path
 
 

@@ -14,7 +14,7 @@ from modules.errors import OutputError
 from modules.media.encoding import Picture
 from modules.media.reading import read_tags
 from modules.media.tracks import Track, write_wav
-from modules.media.writing import write_shown, write_video
+from modules.media.writing import write_timed_video, write_video
 
 FPS, CLICK = 24, 0.5
 
@@ -75,7 +75,7 @@ def test_pictures_of_any_times_have_their_sound_beside_them(tmp_path: Path) -> N
     times = [Fraction(0), Fraction(1, 10), Fraction(1), Fraction(5, 4)]
     shown = (Picture(*one) for one in zip(frames(3), times, map(sub, times[1:], times), strict=False))
 
-    write_shown(tmp_path / "a.mp4", shown, Fraction(20), "h264", track=clicking(24000, 2, 2.0))
+    write_timed_video(tmp_path / "a.mp4", shown, Fraction(20), "h264", track=clicking(24000, 2, 2.0))
 
     samples, rate = heard(tmp_path / "a.mp4")
     assert 0 <= samples.shape[1] / rate - 1.25 < 1024 / rate

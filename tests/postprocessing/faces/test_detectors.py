@@ -129,16 +129,16 @@ def rows_of(layout: YoloLayout, result: np.ndarray) -> tuple[np.ndarray, ...]:
 def test_results_of_a_yolo_are_read_in_each_way_in_which_they_are_given() -> None:
     points = np.arange(15.0)
     row = np.array([50, 40, 20, 10, 0.9, *points])
-    places = np.zeros((84, 20))  # 8 x 8 + 4 x 4 + 2 x 2
-    places[7] = row
+    num_positions = np.zeros((84, 20))  # 8 x 8 + 4 x 4 + 2 x 2
+    num_positions[7] = row
     expected = points.reshape(5, 3)[:, :2]
 
-    for classes, landmarks, result in ((None, 0, places), (1, 3, places.T)):
+    for classes, landmarks, result in ((None, 0, num_positions), (1, 3, num_positions.T)):
         boxes, scores, found = rows_of(YoloLayout(64, classes, landmarks), result)
         assert boxes.tolist() == [[40, 35, 60, 45]]
         assert scores.tolist() == [pytest.approx(0.9)]
         assert (found[0] == expected).all()
-    boxes, scores, found = rows_of(YoloLayout(64, 2, 0), places[:, :6] + np.eye(6)[5] * 0.6)
+    boxes, scores, found = rows_of(YoloLayout(64, 2, 0), num_positions[:, :6] + np.eye(6)[5] * 0.6)
     assert len(boxes) == 84  # the second class, too
     assert found is None
     finished = np.array([[40, 35, 60, 45, 0.9, 0, *points], [1, 1, 2, 2, 0.4, 0, *points]])

@@ -179,7 +179,7 @@ def test_a_damaged_layout_is_an_error_of_the_file(kind: str, tmp_path: Path) -> 
 
 
 def test_codeformer_of_another_shape_of_codes_is_refused(tmp_path: Path) -> None:
-    config = replace(tiny.CODEFORMER, places=15)
+    config = replace(tiny.CODEFORMER, num_positions=15)
     path = tiny.write_model(tmp_path / "x.pth", tiny.codeformer_weights(config))
     with open_checkpoint(path) as checkpoint, pytest.raises(CheckpointError, match="CodeFormer"):
         read_codeformer(checkpoint)

@@ -16,9 +16,15 @@ from modules.errors import CheckpointError
 from postprocessing.interpolation.files import read_gimm
 from postprocessing.interpolation.flowformer import FlowFormer, read_flowformer
 from postprocessing.interpolation.layers import Correlation, EncodedImage, FlowEstimator, grid_of, splat, warp
-from postprocessing.interpolation.motion import GimmVfi, Interpolation, MotionConfig, MotionField, normalised
+from postprocessing.interpolation.motion import (
+    GimmVfi,
+    Interpolation,
+    MotionConfig,
+    MotionField,
+    normalize_flows,
+)
 from postprocessing.interpolation.raft import Raft, read_raft
-from postprocessing.interpolation.synthesis import Compared
+from postprocessing.interpolation.synthesis import PairCorrelations
 from tests.golden_cases import make_weights, read_case
 from tests.manifests import tensor_list, write_hollow
 from tests.tiny.post_interpolation import (
@@ -117,8 +123,8 @@ def test_a_smaller_size_for_the_flow_enlarges_only_what_is_blended() -> None:
         back = alone.estimator.flow(two.encoded, one.encoded)
         flow = motion.at(motion.between(forth, back), 0.25)
         flow = torch.cat([-0.25 * flow, 0.75 * flow])
-        compared = Compared(one.maps, two.maps)
-        blend = synthesis.blend(2 * torch.cat(small) - 1, flow, one.maps, two.maps, compared, 0.25)
+        correlations = PairCorrelations(one.maps, two.maps)
+        blend = synthesis.blend(2 * torch.cat(small) - 1, flow, one.maps, two.maps, correlations, 0.25)
         large = [
             interpolate(each, scale_factor=2, mode="bilinear")
             for each in (2 * blend.flow, blend.mask, blend.colors)
@@ -187,7 +193,7 @@ def test_pixels_sent_to_places_that_are_not_finite_are_left_out() -> None:
 
 def test_the_motion_between_two_flows_is_as_recorded(field: MotionField) -> None:
     forth, back = TENSORS["flow01"], TENSORS["flow10"]
-    normal, scale = normalised(forth, back)
+    normal, scale = normalize_flows(forth, back)
     check(normal, TENSORS["normalised_flow"])
     check(scale[None], TENSORS["flow_scale"])
     for found, name in zip(field.splat_weights(forth, back), ("0", "1"), strict=True):

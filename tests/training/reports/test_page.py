@@ -41,7 +41,7 @@ from training.reports.sample_files import (
     TEXT_SIZE,
     TITLE_SIZE,
     find_samples,
-    read_reduced,
+    read_downscaled,
     select_columns,
     select_first_shown,
     write_sheet,
@@ -437,7 +437,7 @@ def test_a_sample_of_sound_alone_is_drawn_by_how_far_it_swings(tmp_path: Path) -
     write_wav(path, (np.stack([audio, audio]), rate))
 
     assert find_samples(tmp_path, "x", "000004") == {0: path}
-    (image,) = read_reduced(path).frames
+    (image,) = read_downscaled(path).frames
     light = (image[..., 0] > 200).mean(axis=0)  # of each moment
     assert light[:120].max() < 0.05
     assert 0.45 < light[140:250].min() < 0.55

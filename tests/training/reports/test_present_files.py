@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from training.reports.history import RunHistory
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_a_command_names_a_file_that_was_not_removed_since(
     for name in there:
         (folder / f"{name}.safetensors").touch()
 
-    (command,) = present_commands(RunHistory.of(rows), folder)
+    (command,) = current_commands(RunHistory.of(rows), folder)
 
     if expected in (None, lost):
         assert (command.bash, command.note) == (line, "A note.")
@@ -68,5 +68,5 @@ def test_each_transformer_keeps_a_file_of_its_own(tmp_path: Path) -> None:
     rows.append({"step": 9, "commands": [["Generate with it", line, line, "", ""]]})
     for part in ("low", "high"):
         (tmp_path / f"x-step00000004_{part}_noise.safetensors").touch()
-    (command,) = present_commands(RunHistory.of(rows), tmp_path)
+    (command,) = current_commands(RunHistory.of(rows), tmp_path)
     assert command.bash == line.replace("/x_", "/x-step00000004_")

@@ -28,7 +28,7 @@ from tests.training.scoring.making import (
 )
 from training.reports.history import History, Start, history_path
 from training.reports.page import Standing, page_values
-from training.reports.present_files import present_commands
+from training.reports.present_files import current_commands
 from training.reports.scores import (
     FoundFile,
     RunScores,
@@ -402,6 +402,6 @@ def test_a_run_that_was_scored_has_one_best_file_everywhere(tmp_path: Path) -> N
     assert best in str(values["sections"][0].notes[0])
     assert best in describe_best(run_history, tmp_path, "x")
     assert "not saved" not in describe_best(run_history, tmp_path, "x")  # x-50 has the lowest loss
-    (command,) = present_commands(run_history, tmp_path, "x")
+    (command,) = current_commands(run_history, tmp_path, "x")
     assert str(tmp_path / best) in command.bash
     assert "x-50.safetensors is not the best file" in command.note
