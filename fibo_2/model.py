@@ -37,18 +37,25 @@ if TYPE_CHECKING:  # loaded only if processes share tokens
 Grid = tuple[int, int]  # rows and columns of an image's tokens
 
 
+class TextBundle(NamedTuple):
+    """States of a batch of texts that are read together."""
+
+    states: Tensor  # B T 3W, side by side
+    # real tokens of each sample; None: all. Compiled code that compared them would depend on their numbers
+    counts: tuple[int, ...] | None
+
+
 class TextStates(NamedTuple):
     """The states of a batch of texts."""
 
     states: Tensor  # B T n W, without padding behind the longest
     counts: tuple[int, ...]  # real tokens of each sample
 
-    def bundle(self, number: int) -> Tensor:
-        """Return the states that are read together, side by side: B T 3W.
-
-        `number` is in `configs.BUNDLES`.
-        """
-        return torch.cat([self.states[:, :, place] for place in PLACES[number]], dim=-1)
+    def bundle(self, number: int) -> TextBundle:
+        """Return the states that are read together; `number` is in `configs.BUNDLES`."""
+        states = torch.cat([self.states[:, :, place] for place in PLACES[number]], dim=-1)
+        has_padding = len(set(self.counts)) > 1
+        return TextBundle(states, self.counts if has_padding else None)
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,7 @@ class Fibo2Tokens(LuminaTokens):
     """Inputs of the blocks; x is B L+R+G C, and `time` is B S time_dim of the image and of clean tokens."""
 
     texts: tuple[TextStates, ...] = ()  # the prompt, and a second text
+    bundles: tuple[TextBundle, ...] = ()  # what a block reads of each of `texts`; empty: nothing
     split: int = 0  # where the clean tokens begin, among those that this process has
 
     def cut(self, part: "TokenPart") -> "Fibo2Tokens":
@@ -92,22 +100,17 @@ class Fibo2CrossAttention(ZImageAttention):
         super().__init__(config)
         self.to_k, self.to_v = (nn.Linear(config.text_dim, config.dim, bias=False) for _ in range(2))
 
-    def attend_text(
-        self, x: Tensor, bundle: Tensor, counts: Sequence[int], choice: AttentionChoice
-    ) -> Tensor:
-        """Return the attention of x, B L C, to a text's `bundle`, B T 3W: B L N D.
-
-        `counts` are the real tokens of each text.
-        """
+    def attend_text(self, x: Tensor, bundle: TextBundle, choice: AttentionChoice) -> Tensor:
+        """Return the attention of tokens x, B L C, to a bundle of the text: B L N D."""
         query, key, value = (
             in_own_dtype(layer, tokens).unflatten(-1, (self.num_heads, -1))
-            for layer, tokens in ((self.to_q, x), (self.to_k, bundle), (self.to_v, bundle))
+            for layer, tokens in ((self.to_q, x), (self.to_k, bundle.states), (self.to_v, bundle.states))
         )
         query, key = self.norm_q(query), self.norm_k(key)
-        if len(set(counts)) == 1:
+        if bundle.counts is None:
             return attend(query, key, value, choice)
         samples = []
-        for index, count in enumerate(counts):
+        for index, count in enumerate(bundle.counts):
             real = slice(index, index + 1), slice(count)  # one text without its padding
             samples.append(attend(query[index, None], key[real], value[real], choice))
         return torch.cat(samples)
@@ -126,23 +129,17 @@ class PerceiverLayer(nn.Module):
         self.ffn = FeedForward(config)
 
     def forward(
-        self,
-        x: Tensor,
-        bundle: Tensor,
-        counts: Sequence[int],
-        lengths: Lengths | None,
-        choice: AttentionChoice,
+        self, x: Tensor, bundle: TextBundle, lengths: Lengths | None, choice: AttentionChoice
     ) -> Tensor:
         """Apply the layer to gist tokens x, B G C.
 
         Args:
             x: Gist tokens.
-            bundle: States of the text, B T 3W.
-            counts: Number of real tokens of each text.
+            bundle: States of the text.
             lengths: Number of gist tokens of each sample; None if no sample is padded.
             choice: Attention to use.
         """
-        read = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, counts, choice)
+        read = self.cross_attention.attend_text(self.cross_attn_norm(x), bundle, choice)
         x = x + self.cross_attention.project(read.flatten(2))
         heads = self.self_attention.heads(self.self_attn_norm(x))
         x = x + self.self_attention.project(attend(*heads, choice, lengths).flatten(2))
@@ -178,9 +175,9 @@ class Perceiver(nn.Module):
         """
         # -> B G C. gist: G. lengths: of the samples' own numbers of gist tokens; None: all have G
         bundle = text.bundle(0)
-        x = self.latent_queries[:gist].to(dtype).expand(len(bundle), -1, -1)
+        x = self.latent_queries[:gist].to(dtype).expand(len(bundle.states), -1, -1)
         for layer in self.layers:
-            x = layer(x, bundle, text.counts, lengths, choice)
+            x = layer(x, bundle, lengths, choice)
         output: Tensor = self.norm_out(x)
         return output
 
@@ -200,6 +197,8 @@ class Fibo2Block(JointTransformerBlock):
             self.cross_attention = Fibo2CrossAttention(config)
             self.cross_attn_norm2 = RMSNorm(config.dim, config.eps)
             self.cross_attn_gate = nn.Parameter(torch.zeros(1))
+            # before `forward`, which may be compiled: with the number in it, each block would be compiled
+            self.register_forward_pre_hook(_pass_bundles)
 
     def modulation(self, time: Tensor) -> tuple[Tensor, ...]:
         """Return scale and gate of attention and of feed-forward, each B S C float32."""
@@ -213,7 +212,7 @@ class Fibo2Block(JointTransformerBlock):
         scale1, gate1, *feed_rows = self.modulation(tokens.time)
         h = modulate(self.attention_norm1(x), None, scale1, tokens.dtype, split=tokens.split)
         x = add_gated(x, gate1, self.attention_norm2(self.attention(h, tokens)), tokens.split)
-        if self.bundle is not None:
+        if tokens.bundles:
             x = x + self.cross_attn_gate.tanh().to(x.dtype) * self.read(x, tokens)
         # the expensive one last: if it runs in pieces, recomputing the block stops here
         parts = []
@@ -223,12 +222,10 @@ class Fibo2Block(JointTransformerBlock):
 
     def read(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
         """Return what the tokens x read of this block's bundle of the text, normed, B L' C."""
-        assert self.bundle is not None
         h = self.cross_attn_norm1(x)
-        attended = []
-        for text in tokens.texts:
-            bundle = text.bundle(self.bundle)
-            attended.append(self.cross_attention.attend_text(h, bundle, text.counts, tokens.attention))
+        attended = [
+            self.cross_attention.attend_text(h, bundle, tokens.attention) for bundle in tokens.bundles
+        ]
         output: Tensor = self.cross_attn_norm2(
             self.cross_attention.project(tokens.combine(attended).flatten(2))
         )
@@ -238,6 +235,15 @@ class Fibo2Block(JointTransformerBlock):
         """Return the input of attention for the image tokens of x, B L+R+G C to B L C."""
         scale, *_ = self.modulation(tokens.time[:, :1])
         return modulate(self.attention_norm1(x[:, : tokens.image]), None, scale, tokens.dtype)
+
+
+def _pass_bundles(block: nn.Module, inputs: tuple[Tensor, Fibo2Tokens]) -> tuple[Tensor, Fibo2Tokens]:
+    """Return the inputs of a block, x and tokens, with the bundle of each text that the block reads."""
+    assert isinstance(block, Fibo2Block)
+    assert block.bundle is not None
+    x, tokens = inputs
+    bundles = tuple(text.bundle(block.bundle) for text in tokens.texts)
+    return x, replace(tokens, bundles=bundles)
 
 
 class Fibo2Layout(NamedTuple):

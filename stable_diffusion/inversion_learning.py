@@ -14,6 +14,7 @@ from torch import Tensor
 
 from encoders.clip_l import PooledClip
 from encoders.inversion import Inversion, WordTower, find_in_lora
+from encoders.new_words import NewWord, compile_words
 from modules.console import quiet
 from modules.option_values import option_words
 from protocols.family_networks import MadeNetwork
@@ -113,17 +114,35 @@ def learn_alone(
         options: Options of the run.
         option: Option of gen_img.py that reads the file.
     """
-    sentences: tuple[str, ...] = ()
-    if options.use_object_template:
-        sentences = OBJECT_SENTENCES
-    elif options.use_style_template:
-        sentences = STYLE_SENTENCES
     word = options.word.text
     return replace(
         network,
-        sentences=tuple(sentence.format(word) for sentence in sentences),
+        sentences=tuple(sentence.format(word) for sentence in _choose_sentences(options)),
         generate=partial(_say_generation, options, option),
     )
+
+
+def _choose_sentences(options: InversionOptions) -> tuple[str, ...]:
+    """Return the templates that replace captions; none if the word is learned in captions."""
+    if options.use_object_template:
+        return OBJECT_SENTENCES
+    return STYLE_SENTENCES if options.use_style_template else ()
+
+
+def _say_prompt(options: InversionOptions, file: Path, sample: Mapping[str, Any]) -> str:
+    """Return the prompt of a command that generates with a trained file, whose name is the word there."""
+    word = options.word
+    # longest first: the word is a prefix of the names of its single vectors
+    names = sorted(NewWord(word.text, word.count).list_ids(0), key=len, reverse=True)
+    names_of_file = [f"{file.stem}{name.removeprefix(word.text)}" for name in names]
+    pattern = compile_words(names)
+    prompt = sample.get("prompt") or ""
+    is_caption = "example" in sample  # of a training item, which need not have the word; else a user's prompt
+    if not prompt or (is_caption and not pattern.search(prompt)):
+        sentences = _choose_sentences(options) or ("a photo of {}",)
+        return sentences[0].format(file.stem)
+    # the pattern has a group for each name
+    return pattern.sub(lambda found: names_of_file[(found.lastindex or 1) - 1], prompt)
 
 
 def _say_generation(
@@ -141,7 +160,7 @@ def _say_generation(
     words = {
         **generation_options(cast(StableDiffusionTrainingOptions, options), sample),
         option: file,
-        "--prompt": sample.get("prompt") or f"a photo of {file.stem}",
+        "--prompt": _say_prompt(options, file, sample),
         "--negative_prompt": sample.get("negative_prompt") or None,
         "--W": sample.get("width"),
         "--H": sample.get("height"),

@@ -79,6 +79,20 @@ def test_a_file_of_every_format_is_the_same_network_to_the_bit(
         assert metadata_of(files[name])["ss_lora_format"] == name
 
 
+def test_keys_and_values_that_were_stacked_come_back_with_the_rank_of_each(tmp_path: Path) -> None:
+    tiny = dit_called("fibo_2")
+    dit, network = tiny.with_lora(1)
+    path = save(network, tmp_path, COMFYUI, names_of(tiny))
+    cross = "perceiver.layers.0.cross_attention"
+
+    assert load_file(path)[f"diffusion_model.{cross}.to_kv.lora_A.weight"].shape[0] == 2 * 4
+
+    found = loaded(tiny, dit, path)
+    for part in ("to_k", "to_v"):
+        name = f"lora_unet_{cross}.{part}".replace(".", "_") + ".lora_down.weight"
+        assert torch.equal(found[name], network.state_dict()[name].bfloat16().float())
+
+
 @pytest.mark.parametrize("name", [COMFYUI, DIFFUSERS])
 def test_an_alpha_that_is_no_power_of_two_of_the_rank_comes_back_rounded(tmp_path: Path, name: str) -> None:
     tiny = dit_called("wan t2v")

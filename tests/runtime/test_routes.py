@@ -64,7 +64,7 @@ def test_the_middle_blocks_see_half_of_the_picture_at_its_own_positions(tiny: Ti
             assert torch.equal(record.rotary[sample], table[rows])
         assert torch.equal(last[0][sample, places], middle[-1][2][sample])
         assert torch.equal(last[0][sample, left_out], before[sample, left_out])
-    assert last[1] is tokens
+    assert last[1].rotary is tokens.rotary  # the record itself may be new: Fibo 2.0 adds what a block reads
 
 
 @pytest.mark.parametrize("tiny", ROUTED, ids=lambda tiny: tiny.name)

@@ -23,7 +23,7 @@ from modules.errors import OptionError
 from protocols.loading import Placement
 from protocols.requests import Prompt
 from stable_diffusion.family import StableDiffusion, with_inversion
-from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES
+from stable_diffusion.inversion_learning import OBJECT_SENTENCES, STYLE_SENTENCES, learn_alone
 from stable_diffusion.inversion_options import InversionOptions
 from stable_diffusion.sd1.options import Sd1InversionTrainingOptions
 from stable_diffusion.sdxl.options import SdxlInversionTrainingOptions
@@ -204,6 +204,38 @@ def test_sentences_are_those_of_the_paper() -> None:
     assert (len(STYLE_SENTENCES), len(set(STYLE_SENTENCES))) == (19, 17)
     assert "a photo of the weird {}" in OBJECT_SENTENCES
     assert "the painting in the style of {}" in STYLE_SENTENCES
+
+
+STEP = f"{WORD}-step00000002"
+
+
+@pytest.mark.parametrize(
+    ("given", "sample", "expected"),
+    [
+        ({"use_object_template": True}, {"prompt": "a cat", "example": None}, f"a photo of a {STEP}"),
+        (
+            {"use_style_template": True},
+            {"prompt": "cats", "example": None},
+            f"a painting in the style of {STEP}",
+        ),
+        ({}, {"prompt": "a cat", "example": None}, f"a photo of {STEP}"),  # a caption without the word
+        ({}, {"prompt": None, "example": None}, f"a photo of {STEP}"),
+        ({}, {"prompt": f"a {WORD}, red", "example": None}, f"a {STEP}, red"),
+        ({"num_vectors_per_token": 3}, {"prompt": f"{WORD}2 and {WORD}"}, f"{STEP}2 and {STEP}"),
+        ({"use_object_template": True}, {"prompt": "a user's"}, "a user's"),
+    ],
+)
+def test_the_next_command_has_the_word_by_the_name_of_its_file(
+    given: dict[str, Any], sample: dict[str, Any], expected: str, tmp_path: Path
+) -> None:
+    options = Sd1InversionTrainingOptions.usual(token_string=WORD, **given)
+    model = make_family("sd1", tmp_path)
+    network = learn_alone(model.word_network(options.word), options)
+
+    assert network.generate is not None
+    words = [*network.generate(tmp_path / f"{STEP}.safetensors", sample, [])]
+
+    assert words[words.index("--prompt") + 1] == expected
 
 
 @pytest.mark.parametrize(
