@@ -273,7 +273,11 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if T5 read captions with other settings, or states have no mask."""
+        """Check that cached states of T5 fit this training.
+
+        Raises CacheError if padding was masked differently, if the mask and the states differ in length, or
+        if a text is too long.
+        """
         uses_mask = self.files.uses_mask
         for record in batch.made_by:
             mask = record.encoder.get("t5_mask")

@@ -246,7 +246,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
         raise CheckpointError(
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
         )
-    image = shapes.get("img_emb.proj.0.weight")
+    image_layer = shapes.get("img_emb.proj.0.weight")
     frames, rows, columns = patch[:3]
     return WanConfig(
         dim=dim,
@@ -261,7 +261,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
         out_dim=shapes["head.head.weight"][0] // (frames * rows * columns),
         patch_size=(frames, rows, columns),
         has_image="blocks.0.cross_attn.k_img.weight" in shapes,
-        image_dim=image[0] if image else WanConfig.image_dim,
+        image_dim=image_layer[0] if image_layer else WanConfig.image_dim,
         image_positions=shapes["img_emb.emb_pos"][-2] if "img_emb.emb_pos" in shapes else 0,
         has_ref_conv="ref_conv.weight" in shapes,
     )

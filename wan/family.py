@@ -410,8 +410,9 @@ class Wan(OneTransformer):
         is_image = ONE_FRAME in request.extra
         # a frame for each control image precedes the clip and is cut off at the end: references of VACE or
         # control images of a single image
-        front = len(request.control_images)
-        frames += front
+        num_leading = len(request.control_images)
+        frames += num_leading
+        # an end image is one more latent frame behind the video
         if not is_image and appends_end(self.files.task, request):
             frames += 1
         start = noise.draw((batch, channels, frames, *area))
@@ -428,7 +429,7 @@ class Wan(OneTransformer):
         latents = yield section
         if is_image:
             return latents[:, :, prepared.family_record.slot].unsqueeze(2)
-        return latents[:, :, front:]
+        return latents[:, :, num_leading:]
 
     def _add_image_noise(self, condition: Tensor, noise: NoiseSource) -> Tensor:
         """Return the condition with noise on the image's channels, which are the last ones."""

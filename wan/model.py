@@ -248,8 +248,8 @@ class WanModel(BlockNetwork):
             self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)
         head_width = dim // config.num_heads
         # rows and columns get a third of the pairs each, rounded down; frames get the rest
-        side = 2 * (head_width // 6)
-        widths = (head_width - 2 * side, side, side)
+        spatial_width = 2 * (head_width // 6)
+        widths = (head_width - 2 * spatial_width, spatial_width, spatial_width)
         self._rotary = GridTable(table_maker(TABLES[rope], widths, dtype=precision))
 
     def embed(
