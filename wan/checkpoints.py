@@ -172,11 +172,11 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     path = checkpoint.path
     config = header.config
     shapes = _list_shapes(bare_names(checkpoint))
-    weight = shapes.get("vace_patch_embedding.weight", ())
+    patch_shape = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
-    if len(weight) != 5 or weight[1] != VACE_DIM or not layers:
+    if len(patch_shape) != 5 or patch_shape[1] != VACE_DIM or not layers:
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
-    width, channels, *_ = weight
+    width, channels, *_ = patch_shape
     if config.vace_layers:
         raise CheckpointError(f"{dit} has blocks of VACE itself: leave --vace {path} out.", path)
     if width != config.dim or config.num_layers % layers:

@@ -147,8 +147,8 @@ class Wan(OneTransformer):
     def defaults(self) -> SamplingDefaults:
         """Steps, guidance, flow shift and frames of the task, and the size of training samples."""
         task = self.files.task
-        high = task.high_noise_guidance
-        strong = {} if high is None else {HIGH_NOISE: high}
+        high_noise_guidance = task.high_noise_guidance
+        expert_guidance = {} if high_noise_guidance is None else {HIGH_NOISE: high_noise_guidance}
         return SamplingDefaults(
             steps=task.steps,
             fps=task.fps,
@@ -159,7 +159,7 @@ class Wan(OneTransformer):
             width=256,
             height=256,
             frames=task.frames,
-            expert_guidance=strong,
+            expert_guidance=expert_guidance,
             experts=ONE_EXPERT if self.boundary is None else _experts(self.boundary),
             extras=(ONE_FRAME, MASK, SCALE) if task.kind == VACE else (ONE_FRAME,),
         )

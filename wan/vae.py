@@ -105,8 +105,8 @@ class WanVae(nn.Module):
         chunks = self._decode(latents)
         if self.tile is not None:
             stride = RELEASES[self.config.latent_channels].stride
-            edge = max(1, self.tile // stride[1])
-            grid = (tiles(latents.shape[-2], edge), tiles(latents.shape[-1], edge))
+            tile_edge = max(1, self.tile // stride[1])  # in latent pixels
+            grid = (tiles(latents.shape[-2], tile_edge), tiles(latents.shape[-1], tile_edge))
             chunks = decode_in_tiles(self._decode, latents, grid, stride)
         for chunk in chunks:
             yield chunk.clamp_(-1, 1) if clamps else chunk
