@@ -121,9 +121,8 @@ class ModelRecipe:
             is_typed = name in self.required_images or bool(self.initial_texts.get(name))
             if not is_typed and not self._may_accept(name):
                 keys.pop(name, None)
-        if not self.initial_texts.get(
-            "layers"
-        ):  # only releases that split images into layers name this option
+        # only releases that split images into layers name this option
+        if not self.initial_texts.get("layers"):
             keys.pop("layers", None)
         if "redraw" not in keys:
             keys.pop("share", None)

@@ -196,8 +196,8 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
     name = str(values["output_name"])
     check_output_name("output_name", name, is_new=False)
     commands = tables[OTHERS_TABLE]["commands"]
-    download = [str(word) for word in commands[0]]
-    typed = dict(zip(download, download[1:], strict=False))
+    download = [str(word) for word in commands[0]]  # `new` writes the download of the model first
+    next_words = dict(zip(download, download[1:], strict=False))  # word -> the word after it
     prompts = values.get("sample_prompts")
     for text in (str(values["output_dir"]), str(prompts or "")):
         reject_share(text, folder)
@@ -206,7 +206,7 @@ def _parse_plan(folder: Path, tables: Mapping[str, Any], changed: float) -> Fold
         history=history_path(real_path(expand_path(str(values["output_dir"]), folder)), name),
         changed=changed,
         model=_read_family([[str(word) for word in words] for words in commands])
-        or typed.get("--family", ""),
+        or next_words.get("--family", ""),
         steps=0 if "max_train_epochs" in values else int(values.get("max_train_steps", 0)),
         prompts=None if prompts is None else expand_path(str(prompts), folder),
     )

@@ -118,9 +118,8 @@ def plan_change(checkpoint: Checkpoint, change: CheckpointChange, stale: Sequenc
     reject_packed(checkpoint)
     names = [name for name in checkpoint.tensors if change.written.takes(name)]
     _check_selections(change, names)
-    plain = (
-        plain_sources(checkpoint) if change.dtype is not None else {}
-    )  # without scales and other companions
+    # without scales and other companions
+    plain = plain_sources(checkpoint) if change.dtype is not None else {}
     scales = find_scales(checkpoint.tensors)
     # fp8 weights that are cast are multiplied by their scales, which are dropped; integer weights keep scales
     unscaled = set()

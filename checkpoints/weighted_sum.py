@@ -42,7 +42,13 @@ class MergeModelsOptions(Options, title="what to do"):
         place="there",
         required=True,
     )
-    output: Path = option("file to write", place="safetensors", must_not_replace="models", required=True)
+    output: Path = option(
+        "file to write",
+        place="safetensors",
+        must_not_replace="models",
+        required=True,
+        known_as=("save_to",),
+    )
     ratios: tuple[float, ...] | None = option(
         "share of each file of --models, in the same order. Their sum is 1, and a share may be negative: "
         "1 1 -1 adds to the first model what distinguishes the second from the third. Default: equal shares",
@@ -50,7 +56,12 @@ class MergeModelsOptions(Options, title="what to do"):
     )
     unet_only: bool = option("merge the U-Net alone; text encoders and the VAE are those of the first model")
     device: str = option("device that computes, such as cuda", default="cpu")
-    saving_precision: str = option("type of the numbers to write", default="float", choices=tuple(DTYPES))
+    saving_precision: str = option(
+        "type of the numbers to write",
+        default="float",
+        choices=tuple(DTYPES),
+        known_as=("save_precision",),
+    )
     show_skipped: bool = option("list the tensors that are not merged because the first model lacks them")
     precision = not_needed("it is computed in float.", choices=tuple(DTYPES))
 

@@ -35,8 +35,8 @@ _PAIR = re.compile(r"\s*(\d{1,5}(?:\.\d{1,4})?)\s*,\s*(\d{1,5}(?:\.\d{1,4})?)\s*
 class CropFacesOptions(Options, title="what to do"):
     """Options of tools/detect_face_rotate.py."""
 
-    src_dir: Path = option("folder of images", place="folder", required=True)
-    dst_dir: Path = option("folder to write to", place="new folder", required=True)
+    src_dir: Path = option("folder of images", place="folder", required=True, by_place=True)
+    dst_dir: Path = option("folder to write to", place="new folder", required=True, by_place=True)
     model: Path = option(
         "detector of faces: YuNet or RetinaFace, and without --rotate a YOLO for faces as ONNX, which drawn "
         "faces need",

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_SIZES = "512x512,384x384,256x256,128x128"
 METHODS = ("area", "cubic", "bicubic", "linear", "bilinear", "lanczos4", "lanczos", "box", "nearest")
-_SIZE = re.compile(r"\s*(\d{1,6})x(\d{1,6})\s*")
+_SIZE = re.compile(r"\s*(\d{1,6})[xX](\d{1,6})\s*")
 
 
 class ResizeImagesOptions(Options, title="what to do"):
@@ -122,8 +122,11 @@ def resize_images(options: ResizeImagesOptions) -> None:
             continue
         if options.copy_associated_files:
             _copy_companions(path, images, target, options.sizes, counts)
+    there = f"{counts.existing} there before"
+    if counts.existing:
+        there += "; delete them to make them again"
     rows: list[Row] = [
-        ("written", f"{count_of(counts.written, 'image')}, {counts.existing} there before"),
+        ("written", f"{count_of(counts.written, 'image')}, {there}"),
         ("folder", str(options.dst_img_folder)),
     ]
     if options.copy_associated_files:

@@ -99,10 +99,11 @@ class ClipAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the attended tokens, B L C as the input."""
+        # each B N L D
         q, k, v = (
             linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for linear in (self.q_proj, self.k_proj, self.v_proj)
-        )  # each B N L D
+        )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)
         return self.out_proj(attended.transpose(1, 2).flatten(2))
 

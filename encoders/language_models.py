@@ -89,9 +89,8 @@ class LanguageModel:
     grid_shares: tuple[int, int, int] | tuple[()] | None = None
     tower: VisionTower | None = None  # encodes images in prompts
     skip_option: str = ""  # option that sets the number of layers after the state that is used
-    settings: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # further keys of the configuration in transformers
+    # further keys of the configuration in transformers
+    settings: Mapping[str, Any] = field(default_factory=dict)
     # returns further keys; takes the values of config.json ({} if there is none), the number of layers to
     # run, the channels of a head, and the shapes of all tensors by name
     read_settings: Callable[

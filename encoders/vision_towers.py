@@ -82,9 +82,8 @@ def _read_deepstack(sizes: Sizes, config_json: ConfigJson, shapes: Shapes) -> Ma
         return None
     if not _divides_heads(sizes["hidden_size"], heads) or num_positions is None:
         return None
-    are_layers = len({*deep_layers} & {*range(num_layers)}) == len(
-        deep_layers
-    )  # each exists, none is repeated
+    # each exists, none is repeated
+    are_layers = len({*deep_layers} & {*range(num_layers)}) == len(deep_layers)
     if not are_layers or len(deep_layers) != num_mergers:
         return None
     return {

@@ -234,7 +234,7 @@ class Krea2(pictures.ModelOfImages):
                 DEFAULTS.guidance_scale,
             )
         check_levels(levels, request.flow_shift is not None)
-        if request.flow_shift is not None:
+        if request.flow_shift is not None:  # then `levels` is empty
             return prepared
         if "mu" in levels and len(levels) > 1:
             unused = " ".join(f"--{name}" for name in levels if name != "mu")

@@ -67,15 +67,15 @@ def _read_stream(shapes: DitShapes, start: str) -> Krea2StreamConfig:
     """Return the dimensions of blocks. Raises CheckpointError if they do not match each other."""
     rows, dim = shapes.of(f"{start}.0.attn.wq.weight")
     key_rows, _ = shapes.of(f"{start}.0.attn.wk.weight")
-    (width,) = shapes.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
-    heads, remainder = divmod(rows, width)
-    kv_heads, key_remainder = divmod(key_rows, width)
-    has_heads = rows == dim and not remainder and width % 16 == 0
+    (head_width,) = shapes.of(f"{start}.0.attn.qknorm.qnorm.scale", axes=1)
+    heads, remainder = divmod(rows, head_width)
+    kv_heads, key_remainder = divmod(key_rows, head_width)
+    has_heads = rows == dim and not remainder and head_width % 16 == 0
     has_kv_heads = kv_heads > 0 and not key_remainder
     if not has_heads or not has_kv_heads or heads % kv_heads:
         raise CheckpointError(
             f"{shapes.path}: {rows} rows of queries and {key_rows} of keys in blocks of width {dim} with "
-            f"heads of {width} are not those of {WHAT}. Copy the file again.",
+            f"heads of {head_width} are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
     ffn_dim = shapes.of(f"{start}.0.mlp.gate.weight")[0]
@@ -104,10 +104,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, PATTERNS[dialect]), NAME)
     blocks = _read_stream(shapes, "blocks")
     text = _read_stream(shapes, "txtfusion.layerwise_blocks")
-    numbers = shapes.of("first.weight")[1]
-    if numbers % PATCH**2:
+    patch_width = shapes.of("first.weight")[1]
+    if patch_width % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: patches of {numbers} numbers are not those of {WHAT}. Copy the file again.",
+            f"{shapes.path}: patches of {patch_width} numbers are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
     released_blocks = dict(KREA_2.released).get(blocks.dim, ())
@@ -121,7 +121,7 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Krea2Config]:
         layerwise_blocks=_count_blocks(shapes, "txtfusion.layerwise_blocks", TEXT_BLOCKS),
         refiner_blocks=_count_blocks(shapes, "txtfusion.refiner_blocks", TEXT_BLOCKS),
         states=shapes.of("txtfusion.projector.weight")[1],
-        channels=numbers // PATCH**2,
+        channels=patch_width // PATCH**2,
         freq_dim=shapes.of("tmlp.0.weight")[1],
     )
     query = "blocks.0.attn.wq.weight" if dialect == "released" else "transformer_blocks.0.attn.to_q.weight"

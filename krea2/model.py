@@ -428,7 +428,7 @@ class Krea2Model(BlockNetwork):
             split=num_references,
             isolated=num_isolated,
         )
-        for second in seconds:  # at most one
+        for second in seconds:  # at most one: the negative text of attention
             assert overrides.steer is not None  # it comes with a second text
             count = second.states.shape[1]
             tokens = replace(

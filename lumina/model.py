@@ -198,20 +198,22 @@ class LuminaModel(BlockNetwork):
         longest_rows, rows = real_tokens(caption_mask)
         counts = tuple(self.count_tokens(number) for number in rows)
         longest = self.count_tokens(longest_rows)
-        equal = len(set(counts)) == 1
-        layout = TokenLayout(grid, counts[:1] if equal else counts, longest)
+        has_equal_lengths = len(set(counts)) == 1
+        layout = TokenLayout(grid, counts[:1] if has_equal_lengths else counts, longest)
         rotary = self._rotary.get_table(layout, caption.device)
 
         def lengths_behind(before: int) -> Lengths | None:
-            return None if equal else make_lengths([before + count for count in counts], caption.device)
+            if has_equal_lengths:  # then no token is padding, and attention needs no lengths
+                return None
+            return make_lengths([before + count for count in counts], caption.device)
 
-        image = self.count_tokens(grid[0] * grid[1])
-        both = tokens_of(rotary=rotary, lengths=lengths_behind(image))
-        alone = tokens_of(rotary=rotary[..., image:, :, :, :], lengths=lengths_behind(0))
-        text = self.embed_caption(caption[:, :longest_rows], rows, both.dtype)
+        num_image_tokens = self.count_tokens(grid[0] * grid[1])
+        joint_inputs = tokens_of(rotary=rotary, lengths=lengths_behind(num_image_tokens))
+        caption_inputs = tokens_of(rotary=rotary[..., num_image_tokens:, :, :, :], lengths=lengths_behind(0))
+        text = self.embed_caption(caption[:, :longest_rows], rows, joint_inputs.dtype)
         for block in self.context_refiner:
-            text = block(text, alone)
-        return text, both
+            text = block(text, caption_inputs)
+        return text, joint_inputs
 
     def _make_table(self, layout: TokenLayout, /, *, device: torch.device) -> Tensor:
         """Return (cosine, sine) pairs of image and caption tokens, L+T 1 D/2 2, or B L+T 1 D/2 2.
@@ -219,7 +221,7 @@ class LuminaModel(BlockNetwork):
         Angles are float64, as trained. A caption's token j is at (first_place + j, 0, 0), an image's token at
         (first_place + number of the caption's tokens, row, column), an image's padding at 0.
         """
-        place_width, row_width, column_width = self.config.rotary_widths
+        position_width, row_width, column_width = self.config.rotary_widths
 
         def axis(positions: Sequence[int], width: int) -> Tensor:
             exact = torch.tensor(positions, dtype=torch.float64)
@@ -232,16 +234,16 @@ class LuminaModel(BlockNetwork):
         first_row = axis([0], row_width)
         first_column = axis([0], column_width)
         num_padding = self.count_tokens(num_rows * num_columns) - num_rows * num_columns
-        padding = on_grid([axis([0] * num_padding, place_width), first_row, first_column])
+        padding = on_grid([axis([0] * num_padding, position_width), first_row, first_column])
         begin = self.config.first_place
-        caption_places = axis(range(begin, begin + layout.longest), place_width)
-        caption = on_grid([caption_places, first_row, first_column])
-        behind = torch.cat([padding, caption])
+        caption_positions = axis(range(begin, begin + layout.longest), position_width)
+        caption = on_grid([caption_positions, first_row, first_column])
+        after_image = torch.cat([padding, caption])
         tables = []
         for count in layout.captions:
-            image = on_grid([axis([begin + count], place_width), rows, columns])
-            tables.append(torch.cat([image, behind]))
-        if len(tables) == 1:
+            image = on_grid([axis([begin + count], position_width), rows, columns])
+            tables.append(torch.cat([image, after_image]))
+        if len(tables) == 1:  # all captions have one length, so the batch shares a table
             return tables[0].unsqueeze(-3)
         return torch.stack(tables).unsqueeze(-3)
 

@@ -73,8 +73,9 @@ class ForeignNetwork:
     ) -> tuple[list[dict[str, Any]], list[str]]:
         """Return parameter groups for the optimizer, and the name of each group for logs."""
         if not hasattr(self.module, "prepare_optimizer_params"):
-            learning = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
-            return [{"params": learning, "lr": learning_rate}], ["unet"]
+            trainable = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+            return [{"params": trainable, "lr": learning_rate}], ["unet"]
+        # packages differ in the names of the learning rates, and in whether they name the groups
         result = _call(
             self.module.prepare_optimizer_params,
             text_encoder_lr=[learning_rate] if text_encoder_lr is None else list(text_encoder_lr),
@@ -94,8 +95,8 @@ class ForeignNetwork:
     @property
     def state_beside_file(self) -> Mapping[str, nn.Module]:
         """Return modules by name whose state is saved with the training state; {} if there are none."""
-        parts: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
-        return parts
+        modules: Mapping[str, nn.Module] = getattr(self.module, "state_beside_file", {})
+        return modules
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed torch's global generators, from which the network's dropout draws."""
@@ -106,9 +107,9 @@ class ForeignNetwork:
         if hasattr(self.module, "set_multiplier"):
             self.module.set_multiplier(multiplier)
             return
-        for part in self.module.modules():
-            if hasattr(part, "multiplier"):
-                setattr(part, "multiplier", multiplier)  # noqa: B010
+        for submodule in self.module.modules():
+            if hasattr(submodule, "multiplier"):
+                setattr(submodule, "multiplier", multiplier)  # noqa: B010
 
     def on_epoch_start(self) -> None:
         """Call the network's hook of this name, if it has one."""
@@ -172,14 +173,15 @@ def _reject_other_sizes(path: Path, state: Mapping[str, Tensor], shapes: Mapping
     """
     common = [name for name in state if name in shapes]
     wrong = [name for name in common if state[name].numel() != math.prod(shapes[name])]
-    if common and not wrong:
-        return
-    words = f"has none of this network's {len(state)} tensors, such as {next(iter(state), 'none')}.\n"
     if wrong:
         lines = [f"  {name} has {shapes[name]}, here {list(state[name].shape)}\n" for name in wrong[:3]]
-        words = f"does not fit this network in {len(wrong)} of {len(common)} tensors:\n{''.join(lines)}"
+        reason = f"does not fit this network in {len(wrong)} of {len(common)} tensors:\n{''.join(lines)}"
+    elif not common:
+        reason = f"has none of this network's {len(state)} tensors, such as {next(iter(state), 'none')}.\n"
+    else:
+        return
     raise CheckpointError(
-        f"--network_weights {path} {words}"
+        f"--network_weights {path} {reason}"
         "  Give the --network_module, --network_dim and --network_args that it was trained with.",
         path,
     )
@@ -230,7 +232,7 @@ def check_network(
         numbered: Blocks that --network_args address by number; None if the model has none.
     """
     if name in OWN_MODULES:
-        settings, _ = read_own(name, _arguments_of(options))
+        settings, _ = read_own(name, _read_arguments(options))
         if settings.block_numbers:
             check_blocks(settings, depths)
         if settings.blocks is not None:
@@ -288,8 +290,8 @@ def make_network(
             )
             network = ForeignNetwork(module, dit)
         elif options.dim_from_weights:
-            tensors = _tensors_of(options, dit, encoders)
-            typed = _arguments_of(options)
+            tensors = _read_network_weights(options, dit, encoders)
+            typed = _read_arguments(options)
             network = build_from_tensors(
                 name,
                 tensors,
@@ -300,10 +302,10 @@ def make_network(
         else:
             initial_tensors = dict(resumed or {})
             if not initial_tensors and options.network_weights is not None:
-                initial_tensors = _tensors_of(options, dit, encoders)
+                initial_tensors = _read_network_weights(options, dit, encoders)
             network = build_network(
                 name,
-                _arguments_of(options),
+                _read_arguments(options),
                 dit=dit if in_dit else None,
                 encoders=encoders,
                 begun=initial_tensors,
@@ -321,7 +323,7 @@ def make_network(
         )
     if options.network_weights is not None:
         _load_file(network, options.network_weights, dit)
-    prepare: Any = getattr(network.module, "prepare_grad_etc", None)
+    prepare: Any = getattr(network.module, "prepare_grad_etc", None)  # other packages' name for this step
     if prepare is not None:
         _call(prepare, text_encoder=None, unet=dit, transformer=dit)
     else:
@@ -330,17 +332,18 @@ def make_network(
 
 
 def _load_file(network: TrainableNetwork, path: Path, dit: nn.Module) -> None:
-    """Load `--network_weights` into a network and log what does not fit."""
+    """Load `--network_weights` into a network and log the number of modules that do not fit."""
     errors: list[str] = []
     if isinstance(network, OwnNetwork):
         errors = network.load_weights(path, dict(dit.named_parameters()))
     else:
         network.load_weights(path)
-    fits = f"except for {count_of(len(errors), 'module')}, see above" if errors else "everything fits"
-    logger.info(f"{path}: loaded, {fits}")
+    result = f"except for {count_of(len(errors), 'module')}, see above" if errors else "everything fits"
+    logger.info(f"{path}: loaded, {result}")
 
 
-def _arguments_of(options: NetworkOptions) -> NetworkArguments:
+def _read_arguments(options: NetworkOptions) -> NetworkArguments:
+    """Return the options that describe one of our networks."""
     return NetworkArguments(
         rank=options.network_dim,
         alpha=options.network_alpha,
@@ -349,10 +352,16 @@ def _arguments_of(options: NetworkOptions) -> NetworkArguments:
     )
 
 
-def _tensors_of(
+def _read_network_weights(
     options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> dict[str, Tensor]:
-    """Return the tensors of `--network_weights` under our names, for the blocks that the DiT has."""
+    """Return the tensors of `--network_weights` under our names, for the blocks that the DiT has.
+
+    Args:
+        options: Options of the network.
+        dit: The transformer.
+        encoders: Trained text encoders, by the prefix of their modules in LoRA files.
+    """
     from networks.depth_variants import fit_depths  # only for --network_weights
     from networks.loading import LoraUse, read_lora
 
@@ -369,6 +378,10 @@ def tie_network(network: nn.Module, twin: nn.Module) -> None:
 
     They must have been built with equal options, for DiTs of one shape.
 
+    Args:
+        network: The network whose parameters are kept.
+        twin: The network whose parameters are replaced.
+
     Raises:
         OptionError: If their values differ, because they depend on the weights of the DiTs, as DoRA
             magnitudes do.
@@ -384,7 +397,10 @@ def tie_network(network: nn.Module, twin: nn.Module) -> None:
     for name, tensor in state.items():
         path, _, leaf = name.rpartition(".")
         module = twin.get_submodule(path)
-        (module._parameters if leaf in module._parameters else module._buffers)[leaf] = tensor
+        if leaf in module._parameters:
+            module.register_parameter(leaf, network.get_parameter(name))
+        else:
+            module._buffers[leaf] = tensor
 
 
 def import_network_module(name: str) -> ModuleType:
@@ -419,18 +435,26 @@ def _build_foreign(
     encoders: Mapping[str, nn.Module],
     in_dit: bool,
 ) -> Any:
-    """Build another package's network as other LoRA trainers do, and put it into the models."""
-    texts = list(encoders.values()) or None
+    """Build another package's network as other LoRA trainers do, and put it into the models.
+
+    Args:
+        builder: The package's module.
+        options: Options of the network.
+        dit: The transformer.
+        encoders: Trained text encoders, by the prefix of their modules in LoRA files.
+        in_dit: Whether the DiT is trained too, not only text encoders.
+    """
+    text_encoders = list(encoders.values()) or None
     if options.dim_from_weights:
         module = _create_from_file(builder, options, dit, encoders)
     else:
-        module = _create(builder, options, dit if in_dit else None, texts)
+        module = _create(builder, options, dit if in_dit else None, text_encoders)
     models = [dit, *encoders.values()]
-    frozen = [dict(model.named_parameters()) for model in models]
-    module.apply_to(texts, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit)
+    parameters_by_model = [dict(model.named_parameters()) for model in models]
+    module.apply_to(text_encoders, dit, apply_text_encoder=bool(encoders), apply_unet=in_dit)
     # LyCORIS' `algo=full` deletes the frozen weights of layers and computes with its own. They are restored,
     # because the model reads dtypes from its layers
-    for model, parameters in zip(models, frozen, strict=True):
+    for model, parameters in zip(models, parameters_by_model, strict=True):
         for name, parameter in parameters.items():
             path, _, leaf = name.rpartition(".")
             layer = model.get_submodule(path)
@@ -440,9 +464,19 @@ def _build_foreign(
 
 
 def _create(
-    builder: ModuleType, options: NetworkOptions, dit: nn.Module | None, texts: list[nn.Module] | None
+    builder: ModuleType,
+    options: NetworkOptions,
+    dit: nn.Module | None,
+    text_encoders: list[nn.Module] | None,
 ) -> Any:
-    """Build another package's network from its settings."""
+    """Build another package's network from its settings.
+
+    Args:
+        builder: The package's module.
+        options: Options of the network.
+        dit: The transformer; None if only text encoders are trained.
+        text_encoders: Trained text encoders; None if there are none.
+    """
     rank = options.network_dim or DEFAULT_RANK
     create = getattr(builder, "create_arch_network", None)
     dropouts = {"neuron_dropout": options.network_dropout}
@@ -454,16 +488,16 @@ def _create(
                 f"--network_dropout is ignored because {builder.__name__} takes its own settings; try "
                 "--network_args dropout=..."
             )
-    # by position, as their parameters have different names
+    # multiplier, rank, alpha, VAE, text encoders, DiT: by position, as packages name them differently
     arguments = options.arguments()
-    return create(1.0, rank, options.network_alpha, None, texts, dit, **dropouts, **arguments)
+    return create(1.0, rank, options.network_alpha, None, text_encoders, dit, **dropouts, **arguments)
 
 
 def _create_from_file(
     builder: ModuleType, options: NetworkOptions, dit: nn.Module, encoders: Mapping[str, nn.Module]
 ) -> Any:
     """Build another package's network with the modules of `--network_weights`."""
-    texts = list(encoders.values()) or None
+    text_encoders = list(encoders.values()) or None
     create = getattr(builder, "create_arch_network_from_weights", None)
     create = create or getattr(builder, "create_network_from_weights", None)
     if create is None:
@@ -474,15 +508,16 @@ def _create_from_file(
     created = _call(
         create,
         multiplier=1.0,
-        weights_sd=_tensors_of(options, dit, encoders),
+        weights_sd=_read_network_weights(options, dit, encoders),
         unet=dit,
         vae=None,
         file=str(options.network_weights),
-        text_encoder=texts,
-        text_encoders=texts,
+        text_encoder=text_encoders,
+        text_encoders=text_encoders,
         neuron_dropout=options.network_dropout,
         **options.arguments(),
     )
+    # some packages also return the tensors of the file
     return created[0] if isinstance(created, tuple) else created
 
 

@@ -1,4 +1,8 @@
-"""Find alphas that are not tensors: in a file's metadata, or in PEFT's settings in the metadata or a file."""
+"""Find alphas that are not tensors: in a file's metadata, or in PEFT's settings (in metadata or a file).
+
+A source is one place with settings, such as a metadata key. A file may have several networks; `start` is the
+prefix that a network has in diffusers' pipelines, such as `transformer.` or `text_encoder_2.`.
+"""
 
 import math
 import re
@@ -26,40 +30,43 @@ logger = getLogger(__name__)
 # key of the adapter's settings that diffusers writes into a file's metadata
 PEFT_SETTINGS = "lora_adapter_metadata"
 PEFT_FILE = "adapter_config.json"
-_PLAIN_KEY = re.compile(r"[\w-]+(\.[\w-]+)*", re.ASCII)
+_PLAIN_KEY = re.compile(
+    r"[\w-]+(\.[\w-]+)*", re.ASCII
+)  # a key of alpha_pattern that is no regular expression
 # metadata keys under which programs store these settings
 _SETTINGS = (PEFT_SETTINGS, "peft_config", "adapter_config", "lora_config", "config")
 _TRAINED = "ss_network_alpha"
-_TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")
-# a network's name before a key of its own: `transformer.lora_alpha`, `lora_te1_alpha`
+_TEXTS = ("text_encoder", "lora_te", "te1", "te2", "te3")  # beginnings of the names of text encoders
+# a key with the name of a network in front: `transformer.lora_alpha`, `lora_te1_alpha`
 _BEGIN = re.compile(
     r"(?:(.*)\.|(transformer(?:_2)?|unet|lora_unet|(?:text_encoder|lora_te|te)_?[123]?)_)?(.*)"
 )
 _OF_TEXTS = re.compile(r"(?:text_encoder|lora_te|te)_?([123]?)")
 _RANKS = ("r", "rank", "lorarank", "lorar", "networkdim", "networkrank", "linear")
-# name of an alpha in the metadata, as `_split_key` returns it -> names of the rank that may belong to it
+# name of an alpha, as `_split_key` returns it -> names that the rank may have next to it
 _KEYS = {
     **dict.fromkeys(("loraalpha", "networkalpha", "alpha", "linearalpha"), _RANKS),
     "ssnetworkalpha": ("ssnetworkdim",),
 }
-# further keys of settings in JSON -> their names in PEFT
+# other settings in JSON, as `_split_key` returns them -> their names in PEFT
 _PEFT_KEYS = {"alphapattern": "alpha_pattern", "rankpattern": "rank_pattern", "userslora": "use_rslora"}
-_LONGEST = 20  # maximum number of characters of a value in a message
+_MAX_SHOWN = 20  # characters of a value that a message shows
 
 
 @dataclass(frozen=True)
 class _Source:
-    """Settings from one source, by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora."""
+    """Settings from one source."""
 
     place: str  # where they were found, for messages
-    settings: Mapping[str, Any]
-    is_sure: bool = True  # whether they belong to this file even if they name no rank to compare
+    settings: Mapping[str, Any]  # by PEFT's names: lora_alpha, r, alpha_pattern, rank_pattern, use_rslora
+    is_sure: bool = True  # whether they certainly belong to this file
 
     @property
     def rank(self) -> float | None:
         return _number(self.settings.get("r"))
 
     def fits(self, ranks: Collection[int]) -> bool:
+        """Return whether the settings can be for factors of these ranks."""
         if self.rank is None:
             return self.is_sure
         return self.rank in ranks or bool(self.settings.get("rank_pattern"))
@@ -78,16 +85,16 @@ class _Key(NamedTuple):
     Its name is the same for all spellings: `loraalpha` for `transformer.LoRA_alpha`.
     """
 
-    network: str  # prefix of the key that names a network, as pipelines call it; "" if it has none
-    name: str
+    network: str  # prefix of the key that names a network; "" if it has none
+    name: str  # rest of the key, in lower case, letters and digits only
 
 
 @dataclass(frozen=True)
 class FoundAlphas:
     """Result of `find_alphas`: alphas for modules that have no alpha tensor next to their factors."""
 
-    tensors: Mapping[str, Tensor]  # "lora_unet_x.alpha"
-    words: str  # for the log: the source, or that there are none; "" if every module has an alpha tensor
+    tensors: Mapping[str, Tensor]  # by name: "lora_unet_x.alpha"
+    words: str  # description for the log; "" if every module has an alpha tensor
     warnings: tuple[str, ...] = ()  # about unusable values
 
 
@@ -105,12 +112,12 @@ def find_alphas(
     Args:
         path: Path of the file.
         metadata: Metadata of the file.
-        is_written_here: Whether the file was written by us; alphas are then in tensors or folded into
-            factors.
+        is_written_here: Whether the file was written by us; its alphas are then tensors or folded into
+            factors, and metadata are not searched.
         modules: Factors by module name.
         paths: Paths of these modules, as in the file.
-        start: Prefix of their network in pipelines of diffusers; "" if it has none.
-        stacked: By module, the number of factors of the trained rank that were joined into its own factors.
+        start: Prefix of their network in diffusers' pipelines; "" if it has none.
+        stacked: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
 
     Raises:
         CheckpointError: If two sources of alphas contradict each other.
@@ -126,11 +133,11 @@ def find_alphas(
     distinct_ranks = set(ranks.values())
     warnings += _list_warnings_of_other_ranks(sources, distinct_ranks)
     sources = [source for source in sources if source.fits(distinct_ranks)]
-    scaled = [source for source in sources if source.settings.get("lora_alpha")]
-    alphas = [_finite(source.settings["lora_alpha"]) for source in scaled]
+    with_alpha = [source for source in sources if source.settings.get("lora_alpha")]
+    alphas = [_finite(source.settings["lora_alpha"]) for source in with_alpha]
     if len(set(alphas)) > 1:
         alphas_in_words = [
-            f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, scaled, strict=True)
+            f"{alpha:g} in {source.place}" for alpha, source in zip(alphas, with_alpha, strict=True)
         ]
         raise CheckpointError(
             f"{path} has two alphas: {' and '.join(alphas_in_words)}.\n"
@@ -140,19 +147,19 @@ def find_alphas(
     tensors = peft_alphas(modules, paths, _join_settings(sources, alphas), stacked)
     descriptions: list[str] = []
     if alphas:
-        descriptions.append(f"alpha {alphas[0]:g} of {scaled[0].place}")
-    elif tensors:
+        descriptions.append(f"alpha {alphas[0]:g} of {with_alpha[0].place}")
+    elif tensors:  # only patterns
         descriptions.append(f"alphas of {sources[0].place}")
-    missing = len(ranks) - len(tensors)
-    if missing:
+    num_missing = len(ranks) - len(tensors)
+    if num_missing:
         has_alphas = tensors or any("alpha" in factors for factors in modules.values())
-        which = f"for {missing} modules" if has_alphas else "in it"
+        which = f"for {num_missing} modules" if has_alphas else "in it"
         descriptions.append(f"no alpha {which}: the rank is taken")
     return FoundAlphas(tensors, ", ".join(descriptions), tuple(warnings))
 
 
 def _list_warnings_of_other_ranks(sources: Iterable[_Source], ranks: Collection[int]) -> list[str]:
-    """Return a warning for each source of alphas that assumes a rank which no module in the file has."""
+    """Return a warning for each source whose alpha is for a rank that no module of the file has."""
     shown = ", ".join(map(str, sorted(ranks)))
     warnings: list[str] = []
     for source in sources:
@@ -191,8 +198,8 @@ def _join_settings(sources: Sequence[_Source], alphas: Sequence[float]) -> dict[
 def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Tensor]:
     """Restore alphas that were folded into the factors of a file written by us; return all tensors.
 
-    The change of the weights stays the same. Factors keep their dtype if the division is exact, else they
-    become float32.
+    The changes of the weights stay the same. Factors keep their dtype if the division is exact; otherwise
+    they become float32.
 
     Args:
         tensors: Tensors under our names.
@@ -207,11 +214,11 @@ def unfold(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[s
             continue
         strength = strengths[rank]
         mantissa, _ = math.frexp(strength)
-        is_exact = mantissa == 0.5  # dividing by a power of two only changes exponents
-        by_down, by_up = split_strength(strength)
+        is_exact = mantissa == 0.5  # for a power of two, division only changes exponents
+        down_factor, up_factor = split_strength(strength)
         divisors = {
-            DOWN: by_down,
-            UP: by_up,
+            DOWN: down_factor,
+            UP: up_factor,
             "lora_up.bias": strength,
         }
         for part, divisor in divisors.items():
@@ -239,6 +246,7 @@ def without_alphas(metadata: Mapping[str, str]) -> dict[str, str]:
     is_trained = "ss_network_module" in metadata
     remaining: dict[str, str] = {}
     for key, value in metadata.items():
+        # trainers record the alpha of the training too, which readers ignore if alphas are tensors
         is_alpha = _split_key(key).name in _KEYS and not (is_trained and key == _TRAINED)
         if not _has_alpha(key, value) and not is_alpha:
             remaining[key] = value
@@ -271,8 +279,8 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
     """Return the alphas that are separate keys of a file's metadata."""
     sources: list[_Source] = []
     warnings: list[str] = []
-    # trainers that write this key store alphas as tensors; dotted names show that a converter has
-    # folded them into the factors
+    # programs that write ss_network_module store alphas as tensors; if names have dots and there are none, a
+    # converter has folded them into the factors
     is_folded = "ss_network_module" in metadata and any("." in path for path in paths.values())
     texts = {_split_key(key): text for key, text in metadata.items()}
     for full_key, text in metadata.items():
@@ -282,7 +290,7 @@ def _sources_in_header(metadata: Mapping[str, str], paths: Mapping[str, str], st
         if full_key == _TRAINED and is_folded:
             continue
         if _number(text) is None:
-            shown = repr(str(text)[:_LONGEST])
+            shown = repr(str(text)[:_MAX_SHOWN])
             warnings.append(f"its metadata have {full_key} {shown}, which is no number: not used")
             continue
         rank_keys = [_Key(network, rank_name) for rank_name in _KEYS[name]]
@@ -335,14 +343,15 @@ def _sources_in_folder(path: Path, start: str) -> _Sources:
 
 
 def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, network: str = "") -> list[_Source]:
-    """Return the JSON settings for the network that a diffusers pipeline calls `start`, in any spelling.
+    """Return the sources in JSON settings for one network, with keys in any spelling.
 
-    Settings without an alpha may contain nested settings, as PEFT's for several adapters do.
+    If the settings have no alpha, nested objects are searched, because PEFT nests settings of several
+    adapters.
 
     Args:
         place: Description of where the settings are, for messages.
         settings: The settings.
-        start: Prefix of the network in pipelines of diffusers.
+        start: Prefix of the network in diffusers' pipelines.
         network: Network of keys that do not name one themselves.
 
     Raises:
@@ -354,24 +363,24 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
     has_alphas = not all_names.isdisjoint({*_KEYS, "alphapattern"})
     if not has_alphas:  # each value may be the settings of one adapter or network
         for full_key, value in settings.items():
-            if isinstance(value, Mapping):
-                inner_network = network
-                starts_network = f"{full_key}." in (*find_expert_starts(), UNET_IN_DIFFUSERS)
-                if starts_network or full_key.startswith(_TEXTS):
-                    inner_network = full_key
-                sources += _sources_in_json(f"{place}: {full_key}", value, start, inner_network)
+            if not isinstance(value, Mapping):
+                continue
+            names_transformer = f"{full_key}." in (*find_expert_starts(), UNET_IN_DIFFUSERS)
+            names_network = names_transformer or full_key.startswith(_TEXTS)
+            inner_network = full_key if names_network else network
+            sources += _sources_in_json(f"{place}: {full_key}", value, start, inner_network)
         return sources
     values: dict[str, Any] = {}
     for key, value in entries:
         if _is_of(key.network or network, start):
             values[key.name] = value
-    # patterns and rslora apply to every alpha of these settings
-    common = {word: values[name] for name, word in _PEFT_KEYS.items() if name in values}
+    # these settings apply to every alpha
+    common = {peft_name: values[name] for name, peft_name in _PEFT_KEYS.items() if name in values}
     if "use_rslora" in common:
         common["use_rslora"] = str(common["use_rslora"]).lower() == "true"
     alpha_keys = [name for name in _KEYS if name in values]
     if not alpha_keys and common:
-        alpha_keys = [""]  # no alpha for all modules, but patterns with alphas for some
+        alpha_keys = [""]  # only patterns with alphas for some modules
     for alpha_key in alpha_keys:
         rank = _first_of(values, _KEYS.get(alpha_key, _RANKS))
         peft_settings = {"lora_alpha": values.get(alpha_key), "r": rank, **common}
@@ -380,7 +389,7 @@ def _sources_in_json(place: str, settings: Mapping[str, Any], start: str, networ
 
 
 def _split_key(key: str) -> _Key:
-    """Split a key of settings into the network that it begins with and its name."""
+    """Split a key of settings into the network that it names, if any, and the name of the setting."""
     match = _BEGIN.fullmatch(key)
     network = ""
     name = key
@@ -391,18 +400,19 @@ def _split_key(key: str) -> _Key:
 
 
 def _is_of(network: str, start: str) -> bool:
-    """Return whether a key with the prefix `network` belongs to the network that pipelines call `start`."""
+    """Return whether a key that names `network` (or none) belongs to the network with the prefix `start`."""
     if not network or f"{network}." == start:
         return True
     match = _OF_TEXTS.fullmatch(network)
-    # text encoders are numbered from 1: CLIP-L, CLIP-G, T5. Pipelines call all but the first text_encoder_2
+    # in LoRA files, CLIP-L is 1, CLIP-G 2 and T5 3; a pipeline calls the last two text_encoder_2
     if match is not None:
         return start == ("text_encoder_2." if match[1] in ("2", "3") else "text_encoder.")
-    # a transformer has many names: any prefix except those of text encoders and other experts
+    # a transformer has many names: any name except those of text encoders and of other experts
     experts = find_expert_starts()
     if start not in experts or network.startswith(_TEXTS):
         return False
-    return experts.get(f"{network}.", experts[start]) == experts[start]
+    named_expert = experts.get(f"{network}.")
+    return named_expert is None or named_expert == experts[start]
 
 
 def read_alphas(
@@ -419,9 +429,9 @@ def read_alphas(
         path: Path of the file.
         metadata: Metadata of the file.
         native: Tensors under our names.
-        expert: Expert of this part of the file; None if the file has no parts.
+        expert: Expert of these tensors; None if the file is for a single network.
         is_written_here: Whether the file was written by us.
-        warns: Whether unusable values are logged.
+        warns: Whether warnings are logged.
 
     Raises:
         CheckpointError: If settings are unusable.
@@ -439,14 +449,7 @@ def read_alphas(
         in_texts: list[FoundAlphas] = []
         for encoder_prefix, paths in _paths_by_encoder(texts).items():
             modules = {name: texts[name] for name in paths}
-            in_texts.append(
-                find(
-                    modules=modules,
-                    paths=paths,
-                    start=encoder_prefix,
-                    stacked={},
-                )
-            )
+            in_texts.append(find(modules=modules, paths=paths, start=encoder_prefix, stacked={}))
     except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise CheckpointError(
             f"{path}: its PEFT settings cannot be read: {error}.\n"
@@ -466,7 +469,7 @@ def read_alphas(
 
 
 def _paths_by_encoder(texts: Iterable[str]) -> dict[str, dict[str, str]]:
-    """Group modules of text encoders: encoder's prefix in diffusers -> module name -> path in the encoder."""
+    """Return the paths of text encoders' modules by name, grouped by the encoder's prefix in diffusers."""
     paths: dict[str, dict[str, str]] = {}
     for name in texts:
         start = ""
@@ -487,33 +490,35 @@ class _AlphaRules:
     it. If several keys match, PEFT uses the first.
     """
 
-    values: Mapping[str, float]  # alpha_pattern
-    places: Mapping[str, int]  # key of alpha_pattern -> its position there
-    expressions: Mapping[str, Callable[[str], bool]]  # keys that are regular expressions -> their test
-    default: float | None  # lora_alpha, for modules that no key matches
+    values: Mapping[str, float]  # the setting alpha_pattern
+    positions: Mapping[str, int]  # key of alpha_pattern -> its index
+    expressions: Mapping[
+        str, Callable[[str], bool]
+    ]  # keys that are regular expressions -> function that matches
+    default: float | None  # the setting lora_alpha, for modules that no key matches
 
     def alpha_of(self, path: str) -> float | None:
-        """Return the alpha of a module: `blocks.0.attn1.to_q`."""
-        words = path.split(".")
-        ends = [".".join(words[place:]) for place in range(len(words))]
-        matching = [end for end in ends if end in self.values]
+        """Return the alpha of the module with a path such as `blocks.0.attn1.to_q`."""
+        names = path.split(".")
+        endings = [".".join(names[start:]) for start in range(len(names))]
+        matching = [ending for ending in endings if ending in self.values]
         matching += [key for key, fits in self.expressions.items() if fits(path)]
         if not matching:
             return self.default
-        first = min(matching, key=lambda key: self.places[key])
+        first = min(matching, key=lambda key: self.positions[key])
         return self.values[first]
 
 
 def _read_rules(config: Mapping[str, Any]) -> _AlphaRules:
-    """Read the alphas in PEFT settings. Raises ValueError if they cannot be used."""
+    """Read the alphas in PEFT settings; raise ValueError if they cannot be used."""
     values = {key: _finite(value) for key, value in (config.get("alpha_pattern") or {}).items()}
     keys = [key for key in values if not _PLAIN_KEY.fullmatch(key)]
     if sum(map(len, keys)) > MAX_EXPRESSIONS:
         raise ValueError(f"its regular expressions have more than {MAX_EXPRESSIONS} characters in all")
     expressions = {key: _expression(key) for key in keys}
     default = None if config.get("lora_alpha") is None else _finite(config["lora_alpha"])
-    places = {key: place for place, key in enumerate(values)}
-    return _AlphaRules(values, places, expressions, default)
+    positions = {key: position for position, key in enumerate(values)}
+    return _AlphaRules(values, positions, expressions, default)
 
 
 def peft_alphas(
@@ -528,7 +533,7 @@ def peft_alphas(
         modules: Factors by module name.
         paths: Paths of these modules, as in the file.
         config: Content of PEFT's adapter_config.json.
-        stacked: By module, the number of factors of the trained rank that were joined into its own factors.
+        stacked: Number of LoRAs that were joined into a module's factors, by module; 1 by default.
 
     Raises:
         ValueError: If the settings cannot be used.
@@ -542,14 +547,16 @@ def peft_alphas(
         alpha = rules.alpha_of(paths[module])
         if alpha is None:
             continue
-        count = stacked.get(module, 1)
+        num_joined = stacked.get(module, 1)
         if config.get("use_rslora"):
-            alpha = alpha * (rank // count) ** 0.5  # rank-stabilised: PEFT then scales by alpha / sqrt(rank)
-        alphas[f"{module}.alpha"] = torch.tensor(alpha * count)
+            # rank-stabilized LoRA scales by alpha / sqrt(rank), we by alpha / rank
+            alpha = alpha * (rank // num_joined) ** 0.5
+        alphas[f"{module}.alpha"] = torch.tensor(alpha * num_joined)  # like the rank of the joined factors
     return alphas
 
 
 def _number(value: Any) -> float | None:
+    """Return a value as a finite number; None if it is none."""
     try:
         return _finite(value)
     except (ValueError, TypeError, OverflowError):
@@ -567,9 +574,9 @@ def _expression(key: str) -> Callable[[str], bool]:
     """Return a function that tests whether a key of PEFT's `alpha_pattern` matches a module's path.
 
     Raises:
-        ValueError: If the key is not a regular expression; so does the function if the search takes too long.
+        ValueError: If the key is not a regular expression. The function raises it if matching takes too long.
     """
-    import regex  # seldom needed
+    import regex  # rarely needed
 
     try:
         pattern = regex.compile(rf"(.*\.)?({key})$")  # as PEFT does

@@ -43,9 +43,12 @@ from networks.use_options import NEAREST
 from runtime.offload.sharding import gather_weight, set_weight
 
 logger = getLogger(__name__)
-# family assumed if several match: in diffusers' layout all names of HunyuanVideo are also names of FramePack
+# family of the model in messages if its names match several families: in diffusers' layout all names of
+# HunyuanVideo are also names of FramePack
 LIKELY_MODEL = "hunyuan_video"
-BY_INPUT = f"{OF_MAGNITUDES} magnitudes by input are of the whole weight, the model has parts of it"
+_NEEDS_WHOLE_WEIGHT = (
+    f"{OF_MAGNITUDES} magnitudes by input are of the whole weight, the model has parts of it"
+)
 _BLOCK_ELEMENTS = 1 << 20  # elements of a weight that are changed at once: 4 MB in float32
 
 
@@ -57,7 +60,7 @@ class Change:
     delta: Delta
     leaf: str = "weight"  # or bias
     rows: slice | None = None  # rows of the parameter that the LoRA is for; None: all
-    turned: Tensor | None = None  # rotation matrices of `InputRotation.make`; None until `to` computes them
+    rotations: Tensor | None = None  # matrices of `InputRotation.make`; None until `to` computes them
 
     def shape(self) -> tuple[int, ...]:
         """Return the shape of the addition, or of the replacement weight.
@@ -93,6 +96,7 @@ class Change:
         path = self.use.lora.path
         if self.delta.rotation is not None:
             return self._fit_rotation(relative, weight, name, f"{option}{path} does not fit {model}")
+        # the computation of the shape also checks that the factors match
         try:
             if self.delta.is_part and self.delta.has_input_magnitudes:
                 change = self._join_factors(relative, weight)
@@ -106,9 +110,9 @@ class Change:
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
         if shape == expected and change.delta.normalization is None:
             return change
-        fault = change._describe_error(shape, expected)
-        if fault:
-            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {fault}", path)
+        reason = change._describe_error(shape, expected)
+        if reason:
+            raise CheckpointError(f"{option}{path} does not fit {model}: for {name} it has {reason}", path)
         return change
 
     def _fit_rotation(self, relative: Relative | None, weight: Tensor, name: str, misfit: str) -> "Change":
@@ -144,7 +148,7 @@ class Change:
         return self if rows == slice(0, len(weight)) else replace(self, rows=rows)
 
     def _describe_error(self, shape: list[int], expected: list[int]) -> str:
-        """Return a clause such as "it has ..." that says why the change does not fit; "" if it fits.
+        """Return why the change does not fit, as the end of a sentence "it has ..."; "" if it fits.
 
         Args:
             shape: Shape of the change.
@@ -163,29 +167,36 @@ class Change:
         return f"{magnitudes.numel()} {OF_MAGNITUDES} magnitudes, the model {expected}."
 
     def _join_factors(self, relative: Relative | None, weight: Tensor) -> "Change":
-        """Replace the change of one part by that of the whole layer; the weight must contain the layer.
+        """Return the change of the whole LoRA layer that this change is one part of.
 
-        DoRA magnitudes by input need the norms of the whole layer.
+        DoRA magnitudes by input need the norms of the whole layer, which the weight must therefore contain.
+
+        Args:
+            relative: How the weight and the part are related; None if they are the same.
+            weight: The weight.
 
         Raises:
             MismatchError: If the weight holds only a part of the layer.
         """
         size = self.delta.size()
-        first, last = deltas.rows_in(self.delta.factors)
+        first_row, end_row = deltas.rows_in(self.delta.factors)
         if relative is None or not relative.is_part or not is_cut(relative.part) or size is None:
-            raise MismatchError(BY_INPUT)
-        rows = part_rows(relative.part, last - first, len(weight))
+            raise MismatchError(_NEEDS_WHOLE_WEIGHT)
+        rows = part_rows(relative.part, end_row - first_row, len(weight))
         if not isinstance(rows, slice):
-            raise MismatchError(BY_INPUT)
-        start = rows.start - first  # row of the weight at which the layer begins
+            raise MismatchError(_NEEDS_WHOLE_WEIGHT)
+        layer_start = rows.start - first_row  # row of the weight at which the layer begins
         factors = {part: tensor for part, tensor in self.delta.factors.items() if part != ROWS}
         whole = replace(self.delta, factors=factors)
-        return replace(self, delta=whole, rows=slice(start, start + size[0]))
+        return replace(self, delta=whole, rows=slice(layer_start, layer_start + size[0]))
 
     def _place_factors(self, relative: Relative, weight: Tensor) -> "Change":
         """Return the change for a related weight: a part of the LoRA's module, or one that contains it.
 
         If the numbers of rows do not match, the change is returned unchanged, and `fit` reports its shape.
+
+        Raises:
+            MismatchError: If the part has as many rows as the whole, or if magnitudes need the whole weight.
         """
         num_rows = self.shape()[0]
         weight_rows = len(weight)
@@ -206,8 +217,9 @@ class Change:
             return replace(self, rows=rows)
         if rows is None or rows == slice(0, num_rows):
             return self
+        # the weight is a part of the LoRA's module: take only its rows of the change
         if self.delta.has_input_magnitudes:
-            raise MismatchError(BY_INPUT)
+            raise MismatchError(_NEEDS_WHOLE_WEIGHT)
         cut = self.delta.rows(rows)
         if cut is None:  # a LoKr has no factors for single rows: compute the full matrix, then slice it
             cut = self.delta.dense_rows(rows, weight.device)
@@ -236,17 +248,18 @@ class Change:
             weight = weight[overlap.in_block]
         rotation = self.delta.rotation
         if rotation is not None:  # the rotation includes the multiplier
-            matrices = self.turned
-            if matrices is None:
-                matrices = self._turn(total.device)
-            total.add_(rotation.of_weight(weight, matrices))
+            rotations = self.rotations
+            if rotations is None:
+                rotations = self._make_rotations(total.device)
+            total.add_(rotation.of_weight(weight, rotations))
             return
         delta = self.delta
-        if block is not None:  # a LoKr, for which `rows` returns None, is never split: see `_blocks`
+        if block is not None:  # a LoKr, for which `rows` returns None, is never split: see `_split_rows`
             delta = self.delta.rows(block) or self.delta
         if self.leaf == "bias":
             addition = delta.bias(total.device)
         elif delta.sets_weight:
+            # it replaces the weight and all earlier changes; at a multiplier of 0 it does nothing
             if self.sets_weight:
                 weight.copy_(delta.factors[SET].reshape(weight.shape))
                 total.zero_()
@@ -258,8 +271,8 @@ class Change:
         assert addition is not None
         total.add_(addition.reshape(total.shape), alpha=self.use.multiplier)
 
-    def _turn(self, device: torch.device) -> Tensor:
-        """Return the rotation of inputs at this strength, as `InputRotation.make` returns it."""
+    def _make_rotations(self, device: torch.device) -> Tensor:
+        """Return the rotation matrices at the strength of the LoRA, as `InputRotation.make` returns them."""
         rotation = self.delta.rotation
         assert rotation is not None
         return rotation.make(self.delta.factors[rotation.part].to(device), self.use.multiplier)
@@ -267,7 +280,7 @@ class Change:
     def to(self, device: torch.device) -> "Change":
         """Return the change with its factors on a device; an input rotation also gets its matrices."""
         if self.delta.rotation is not None:
-            return replace(self, turned=self._turn(device))
+            return replace(self, rotations=self._make_rotations(device))
         return replace(self, delta=self.delta.to(device))
 
 
@@ -285,7 +298,7 @@ def changes_of(use: LoraUse, delta: Delta) -> list[Change]:
 class FoundChange(NamedTuple):
     """A change that applies to a parameter, possibly under the module name of another layout."""
 
-    key: str  # in the LoRA: `lora_unet_x.weight`
+    key: str  # module and leaf as the LoRA names them: `lora_unet_x.weight`
     change: Change
     relative: Relative | None  # how the parameter and the LoRA's module are related; None: the same module
 
@@ -316,7 +329,7 @@ def _find_overlap(change: slice, block: slice | None, num_rows: int) -> _Overlap
     return _Overlap(slice(first, end), slice(offset + first * step, offset + end * step, step))
 
 
-def _as_full(found: Sequence[FoundChange]) -> list[FoundChange]:
+def _join_equal_rotations(found: Sequence[FoundChange]) -> list[FoundChange]:
     """Join the rotations of a parameter's parts into one for the whole parameter, if they are equal.
 
     Parts with different rotations stay separate; `Change.fit` then finds the rows of each.
@@ -326,34 +339,40 @@ def _as_full(found: Sequence[FoundChange]) -> list[FoundChange]:
         if change.delta.rotation is not None and relative is not None and relative.is_part:
             piece = FusedPiece(key, relative.part, change.delta.factors)
             pieces.setdefault(id(change.use), []).append(piece)
-    uses_that_rotate_alike = {
-        use for use, parts in pieces.items() if not isinstance(join_rotations(parts), str)
+    # `join_rotations` returns the reason as a string if rotations differ
+    uses_with_equal_rotations = {
+        use_id for use_id, parts in pieces.items() if not isinstance(join_rotations(parts), str)
     }
     joined: list[FoundChange] = []
     for found_change in found:
-        use = id(found_change.change.use)
-        is_piece = use in pieces and any(piece.name == found_change.key for piece in pieces[use])
-        if not is_piece or use not in uses_that_rotate_alike:
+        use_id = id(found_change.change.use)
+        is_piece = any(piece.name == found_change.key for piece in pieces.get(use_id, ()))
+        if not is_piece or use_id not in uses_with_equal_rotations:
             joined.append(found_change)
-        elif found_change.key == pieces[use][0].name:
+        elif found_change.key == pieces[use_id][0].name:
             # the first part stands for all of them; the other parts are dropped
             joined.append(found_change._replace(relative=None))
     return joined
 
 
-def _blocks(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
-    """Return the blocks of rows to change; [None] means all rows at once.
+def _split_rows(weight: Tensor, changes: Sequence[Change]) -> list[slice] | list[None]:
+    """Split the rows of a weight into blocks, which are changed one after another to save memory.
 
     A small weight, one that is replaced, or a change that cannot be cut by rows (LoKr) is not split.
+
+    Returns:
+        [None] for all rows at once; [] if there is nothing to change.
     """
     if not changes or not weight.numel():
         return []
-    step = max(1, _BLOCK_ELEMENTS * len(weight) // weight.numel()) if weight.ndim else 1
-    sets_weight = any(change.sets_weight for change in changes)
-    is_full = weight.ndim == 0 or step >= len(weight) or sets_weight
-    if is_full or any(change.delta.rows(slice(0, 1)) is None for change in changes):
+    if weight.ndim == 0 or any(change.sets_weight for change in changes):
         return [None]
-    return [slice(start, min(start + step, len(weight))) for start in range(0, len(weight), step)]
+    num_rows = len(weight)
+    rows_per_block = max(1, _BLOCK_ELEMENTS * num_rows // weight.numel())
+    if rows_per_block >= num_rows or any(change.delta.rows(slice(0, 1)) is None for change in changes):
+        return [None]
+    starts = range(0, num_rows, rows_per_block)
+    return [slice(start, min(start + rows_per_block, num_rows)) for start in starts]
 
 
 def _sum_changes(
@@ -388,9 +407,10 @@ def _round_into(
         at_random: Source of stochastic rounding; None rounds to the nearest value.
         start: Number of elements of the parameter that precede these.
     """
+    # for a small weight, the draw that alters the change least is selected: see `round_small`
     change = total.clone() if at_random is not None and weight.numel() <= SMALL_WEIGHT else None
     total.add_(base)
-    if at_random is not None and change is not None and not start:
+    if at_random is not None and change is not None and start == 0:
         at_random.round_small(total, change)
     elif at_random is not None:
         at_random.round(total, start)
@@ -448,7 +468,7 @@ class LoraPatch:
         # id of a use -> its keys that change a weight
         self._used: dict[int, set[str]] = {id(use): set() for use in uses}
         # id of a use -> clause about the input channels of its first layer, if the model's number differs
-        self._narrower: dict[int, str] = {}
+        self._channel_errors: dict[int, str] = {}
         self._modules: dict[str, None] = {}  # modules of the weights passed in so far, as an ordered set
         # parameter -> its changes that match the patterns; filled by `_find`
         self._found: dict[str, list[FoundChange]] = {}
@@ -486,8 +506,8 @@ class LoraPatch:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
-        changes = self._fitting(name, weight)
-        blocks = [] if weight.is_meta else _blocks(weight, changes)
+        changes = self._fit_changes(name, weight)
+        blocks = [] if weight.is_meta else _split_rows(weight, changes)
         if not blocks:
             return weight
         if weight.device != CPU or any(change.delta.rotation is not None for change in changes):
@@ -496,17 +516,18 @@ class LoraPatch:
         sample = None  # some rows, which show how much rounding to 16 bits would lose
         base = weight
         if any(change.sets_weight for change in changes):
+            # the change overwrites the values before the changes, which must not be rounded on the way
             base = weight.to(torch.float32, copy=True)
         elif dtype is not None and self._rounding is not None and self._rounding.needs_samples:
             sample = SampledRows(weight)
         if blocks == [None]:  # all rows at once: `_sum_changes` takes the sample on the way
             total = _sum_changes(changes, None, base, sample)
-            at_random = self._rounding_of(name, weight.device, dtype, sample)
+            at_random = self._select_rounding(name, weight.device, dtype, sample)
             _round_into(weight, base, total, at_random)
             return weight
         if sample is not None:  # the rounding is chosen before the first block, so compute the sample first
             _sum_changes(changes, sample.rows, weight[sample.rows], sample)
-        at_random = self._rounding_of(name, weight.device, dtype, sample)
+        at_random = self._select_rounding(name, weight.device, dtype, sample)
         start = 0
         for rows in blocks:
             part = weight[rows]
@@ -515,7 +536,7 @@ class LoraPatch:
             start += part.numel()
         return weight
 
-    def _rounding_of(
+    def _select_rounding(
         self, name: str, device: torch.device, dtype: torch.dtype | None, sample: SampledRows | None
     ) -> RandomRounding | None:
         """Return the random rounding of a parameter; None if it is rounded to the nearest.
@@ -529,6 +550,7 @@ class LoraPatch:
         if self._rounding is None or not self._rounding.select_random(dtype, sample):
             return None
         assert dtype is not None
+        # the seed depends on our name and the factors only: a model in any layout is rounded alike
         module, leaf = module_of_tensor(name)
         factors = [factor for found in self._find(name) for factor in found.change.delta.factors.values()]
         seed = seed_of(f"{self._renamed.get(module, module)}.{leaf}", factors)
@@ -547,26 +569,34 @@ class LoraPatch:
         Raises:
             CheckpointError: If the shape of a LoRA does not fit the weight.
         """
-        changes = self._fitting(name, torch.empty(1).expand(shape))  # a stand-in that takes no memory
+        changes = self._fit_changes(name, torch.empty(1).expand(shape))  # a stand-in that takes no memory
         if any(change.delta.normalization is not None or change.delta.is_full for change in changes):
             return False
         if changes:
             self.unmerged[name] = changes
         return True
 
-    def _fitting(self, name: str, weight: Tensor) -> list[Change]:
-        """Return the changes of a parameter, fitted to it; raise CheckpointError if a size differs."""
-        changes = []
+    def _fit_changes(self, name: str, weight: Tensor) -> list[Change]:
+        """Return the changes of a parameter, fitted to it; raise CheckpointError if a size differs.
+
+        Args:
+            name: Name of the parameter.
+            weight: The parameter, or a stand-in of its shape.
+        """
         found = self._find(name)
-        rotating = [each for each in found if each.change.delta.rotation is not None]
-        # rotations count as used before `_as_full` joins those of several parts
-        for key, change, _ in rotating:
-            self._used[id(change.use)].add(key)
-        for key, change, relative in _as_full(found) if rotating else found:
-            channels = change.delta.find_other_channels(weight) if name.endswith(FIRST_LAYERS) else None
-            if channels is not None:
-                self._narrower[id(change.use)] = channels
-                continue
+        rotations = [found_change for found_change in found if found_change.change.delta.rotation is not None]
+        if rotations:
+            # rotations count as used before those of several parts are joined into one
+            for key, change, _ in rotations:
+                self._used[id(change.use)].add(key)
+            found = _join_equal_rotations(found)
+        fitted_changes = []
+        for key, change, relative in found:
+            if name.endswith(FIRST_LAYERS):
+                channel_error = change.delta.find_other_channels(weight)
+                if channel_error is not None:
+                    self._channel_errors[id(change.use)] = channel_error
+                    continue
             self._used[id(change.use)].add(key)
             fitted = change.fit(relative, weight, name, self._model)
             # parts of a joined layer may become the change of the whole layer: only the first part adds it
@@ -574,8 +604,8 @@ class LoraPatch:
                 first_row, _ = deltas.rows_in(change.delta.factors)
                 if first_row > 0:
                     continue
-            changes.append(fitted)
-        return changes
+            fitted_changes.append(fitted)
+        return fitted_changes
 
     @torch.no_grad()
     def bake(self, network: nn.Module, published: Callable[[str], str] = str) -> None:
@@ -583,7 +613,7 @@ class LoraPatch:
 
         Args:
             network: The network.
-            published: Maps the name of a parameter to its name in files.
+            published: Returns the name that a parameter has in published files.
         """
         for name, parameter in network.named_parameters(remove_duplicate=False):
             if self.touches(published(name)):
@@ -603,12 +633,12 @@ class LoraPatch:
         family = select_family(self._modules, self._family or LIKELY_MODEL)
         for use in self._uses:
             path = use.lora.path
-            keys = self._keys(use)
+            keys = self._list_keys(use)
             used = self._used[id(use)]
             if not keys and use.lora.text_tensors:
                 continue  # it changes only text encoders
-            if id(use) in self._narrower:
-                logger.warning(f"{path}: {self._narrower[id(use)]}; the rest is used without it")
+            if id(use) in self._channel_errors:
+                logger.warning(f"{path}: {self._channel_errors[id(use)]}; the rest is used without it")
             lacks_all = bool(keys) and not self._seen.intersection(keys)  # reported as absent below
             if not used and not lacks_all:
                 logger.warning(f"{path} changes nothing, because its patterns leave no tensor that fits")
@@ -636,11 +666,11 @@ class LoraPatch:
     def reject_misfits(self) -> None:
         """Raise CheckpointError if the model lacks all modules of a LoRA."""
         for use in self._uses:
-            keys = self._keys(use)
+            keys = self._list_keys(use)
             if keys and not self._seen.intersection(keys) and not use.lora.may_lack(keys):
-                raise self._misfit(use.lora, keys)
+                raise self._make_misfit_error(use.lora, keys)
 
-    def _misfit(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
+    def _make_misfit_error(self, lora: LoraFile, keys: list[str]) -> CheckpointError:
         """Return the error for a LoRA whose modules the model lacks.
 
         Args:
@@ -656,22 +686,22 @@ class LoraPatch:
                 f"{list_some(list(self._modules), 3)}.\n  Give the model's own file.",
                 self._path,
             )
-        words = text_side_of(keys)
-        if words:
+        text_parts = text_side_of(keys)
+        if text_parts:
             return CheckpointError(
-                f"{lora.path} changes {words} alone, which are not in {self._model}.\n"
+                f"{lora.path} changes {text_parts} alone, which are not in {self._model}.\n"
                 "  Merge it into the model's file with merge_lora.py.",
                 self._path or lora.path,
             )
         if lora.encoder:
             keys = [f"{lora.encoder}_{key.removeprefix(OURS)}" for key in keys]
         lora_family = lora.family()
-        kinds = ""
+        reason = ""
         if lora_family is not None and family is not None and lora_family is not family:
-            kinds = f" It is for {lora_family.name}, the model is {family.name}."
+            reason = f" It is for {lora_family.name}, the model is {family.name}."
         return CheckpointError(
             f"{lora.path} does not fit {self._model}, which has none of its {len(keys)} weights, such as "
-            f"{list_some(keys, 2)}.{kinds}\n  Give a LoRA that was trained for this model.",
+            f"{list_some(keys, 2)}.{reason}\n  Give a LoRA that was trained for this model.",
             self._path or lora.path,
         )
 
@@ -696,7 +726,7 @@ class LoraPatch:
             self._found[name] = changes
         return self._found[name]
 
-    def _keys(self, use: LoraUse) -> list[str]:
+    def _list_keys(self, use: LoraUse) -> list[str]:
         """Return the keys of a LoRA's changes that match its patterns."""
         keys: list[str] = []
         for key, changes in self._changes.items():
@@ -704,6 +734,7 @@ class LoraPatch:
             for change in changes:
                 if change.use is not use:
                     continue
+                # a used key may match only by the module's name in the model, which is not known here
                 if key in self._used[id(use)] or use.keeps(change.delta.factors, module):
                     keys.append(key)
         return keys
@@ -724,7 +755,7 @@ class OriginalWeights:
 
         Args:
             uses: All LoRAs that may be switched to.
-            published: Maps the name of a parameter to its name in files.
+            published: Returns the name that a parameter has in published files.
             rounding: A value of --lora_rounding.
         """
         self._all = LoraPatch(uses)

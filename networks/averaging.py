@@ -109,7 +109,7 @@ def average_files(options: AveragingOptions) -> None:
             logger.info("%6.2f %%  %s", 100 * weight, file.path)
         last = files[-1]
         metadata = {key: value for key, value in last.metadata.items() if not key.startswith(STALE)}
-        metadata[NOTE] = _note(files, weights, options)
+        metadata[NOTE] = _make_note(files, weights, options)
         read = _make_averaging(files, weights)
         size_bytes = sum(info.size_bytes for info in last.tensors.values())
         if size_bytes > LARGEST_HASHED:
@@ -123,6 +123,7 @@ def average_files(options: AveragingOptions) -> None:
 def _sort_by_step(files: list[Checkpoint]) -> None:
     """Sort files by the step in their metadata, or all by modification time if any file lacks a step."""
     steps = {file.path: file.metadata.get("ss_steps", "") for file in files}
+    # a text of 19 digits or more is no step of a training
     if all(step.isdecimal() and len(step) < 19 for step in steps.values()):
         files.sort(key=lambda file: (int(steps[file.path]), file.path.name))
     else:
@@ -130,13 +131,13 @@ def _sort_by_step(files: list[Checkpoint]) -> None:
         files.sort(key=lambda file: (file.path.stat().st_mtime_ns, file.path.name))
 
 
-def _note(files: Sequence[Checkpoint], weights: Sequence[float], options: AveragingOptions) -> str:
+def _make_note(files: Sequence[Checkpoint], weights: Sequence[float], options: AveragingOptions) -> str:
     """Return the rule of the average and the weight of each file as JSON, for the metadata."""
-    rule: dict[str, object] = {"sigma_rel": options.sigma_rel}
+    note: dict[str, object] = {"sigma_rel": options.sigma_rel}
     if options.sigma_rel is None:
-        rule = {"beta": options.beta, "beta2": options.beta2}
-    shares = {file.path.name: round(weight, 6) for file, weight in zip(files, weights, strict=True)}
-    return json.dumps({**rule, "files": shares}, ensure_ascii=False)
+        note = {"beta": options.beta, "beta2": options.beta2}
+    note["files"] = {file.path.name: round(weight, 6) for file, weight in zip(files, weights, strict=True)}
+    return json.dumps(note, ensure_ascii=False)
 
 
 def file_weights(count: int, options: AveragingOptions) -> list[float]:
@@ -145,13 +146,14 @@ def file_weights(count: int, options: AveragingOptions) -> list[float]:
     For each file k from 2 on, the average so far is multiplied by a decay, and the file by 1 - decay. The
     decay goes from --beta to --beta2; with --sigma_rel it is (1 - 1/k)^(gamma + 1).
     """
-    merges = range(count - 1)
+    later_files = range(2, count + 1)  # k
     if options.sigma_rel is not None:
         power = exponent_of(options.sigma_rel) + 1
-        decays = [(1 - 1 / (index + 2)) ** power for index in merges]
+        decays = [(1 - 1 / k) ** power for k in later_files]
     else:
-        end = options.beta if options.beta2 is None else options.beta2
-        decays = [options.beta + (end - options.beta) * index / max(count - 2, 1) for index in merges]
+        last_beta = options.beta if options.beta2 is None else options.beta2
+        difference = last_beta - options.beta
+        decays = [options.beta + difference * (k - 2) / max(count - 2, 1) for k in later_files]
     weights = [1.0]
     for decay in decays:
         weights = [*(weight * decay for weight in weights), 1 - decay]
@@ -166,15 +168,16 @@ def exponent_of(sigma_rel: float) -> float:
     low = 0.0
     high = 1.0
 
-    def exceeds(gamma: float) -> bool:
-        return float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5)) > sigma_rel
+    def is_too_wide(gamma: float) -> bool:
+        width = float((gamma + 1) ** 0.5 / ((gamma + 2) * (gamma + 3) ** 0.5))
+        return width > sigma_rel
 
-    while exceeds(high):
+    while is_too_wide(high):
         low = high
         high = 2 * high
     for _ in range(100):
         middle = (low + high) / 2
-        if exceeds(middle):
+        if is_too_wide(middle):
             low = middle
         else:
             high = middle
@@ -188,39 +191,41 @@ def _select_files(files: Sequence[Checkpoint]) -> list[Checkpoint]:
         CheckpointError: If fewer than two are left, if names or shapes differ, or if the files are for
             different experts.
     """
-    chosen = _without_copies(files)
-    if len(chosen) < 2:
-        raise CheckpointError(f"{chosen[0].path} is the only file that is left: give two or more of one run")
-    if len({file.metadata.get("ss_session_id") for file in chosen}) > 1:
+    selected = _without_copies(files)
+    if len(selected) < 2:
+        raise CheckpointError(
+            f"{selected[0].path} is the only file that is left: give two or more of one run"
+        )
+    if len({file.metadata.get("ss_session_id") for file in selected}) > 1:
         logger.warning("The files are of different runs; an average of those rarely makes sense.")
-    first = chosen[0]
+    first = selected[0]
     if not any("." in name for name in first.tensors):  # as latents of caches
         raise CheckpointError(
             f"{first.path} holds no network: it has {list_some(list(first.tensors), 3)}.\n"
             "  Give the saved LoRAs or models of one run.",
             first.path,
         )
-    _reject_several_experts(chosen)
-    for file in chosen[1:]:
+    _reject_several_experts(selected)
+    for file in selected[1:]:
         _reject_other_network(file, first)
-    return chosen
+    return selected
 
 
 def _without_copies(files: Sequence[Checkpoint]) -> list[Checkpoint]:
     """Return the files without copies, and without averages (EMA) if there are other files; warn of these."""
-    chosen: list[Checkpoint] = []
-    has_others = any("ss_ema_decay" not in file.metadata for file in files)
-    paths: dict[str, Path] = {}  # by hash
+    selected: list[Checkpoint] = []
+    has_plain_files = any("ss_ema_decay" not in file.metadata for file in files)
+    paths: dict[str, Path] = {}  # hash of the tensors -> the first file with it
     for file in files:
         model_hash = file.metadata.get("sshs_model_hash", "")
-        if has_others and "ss_ema_decay" in file.metadata:
+        if has_plain_files and "ss_ema_decay" in file.metadata:
             logger.warning("%s is left out: it is an average (EMA) already.", file.path)
         elif model_hash and model_hash in paths:
             logger.warning("%s is left out: it holds the same as %s.", file.path, paths[model_hash])
         else:
             paths[model_hash] = file.path
-            chosen.append(file)
-    return chosen
+            selected.append(file)
+    return selected
 
 
 def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
@@ -239,28 +244,32 @@ def _reject_several_experts(files: Sequence[Checkpoint]) -> None:
 
 def _reject_other_network(file: Checkpoint, first: Checkpoint) -> None:
     """Raise CheckpointError if a file has other names or shapes than the first one."""
-    names = sorted(first.tensors.keys() ^ file.tensors.keys())
+    names_in_one = sorted(first.tensors.keys() ^ file.tensors.keys())
     shapes: list[str] = []
     for name, info in file.tensors.items():
         if name in first.tensors and info.shape != first.tensors[name].shape:
             shapes.append(f"{name} {list(info.shape)} and {list(first.tensors[name].shape)}")
-    if names or shapes:
-        what = f"only one has {list_some(names, 3)}" if names else f"sizes differ: {list_some(shapes, 3)}"
-        raise CheckpointError(
-            f"{file.path} holds another network than {first.path}: {what}.\n  {_how_to_agree(file, first)}",
-            file.path,
-        )
+    if names_in_one:
+        difference = f"only one has {list_some(names_in_one, 3)}"
+    elif shapes:
+        difference = f"sizes differ: {list_some(shapes, 3)}"
+    else:
+        return
+    raise CheckpointError(
+        f"{file.path} holds another network than {first.path}: {difference}.\n  {_advise(file, first)}",
+        file.path,
+    )
 
 
-def _how_to_agree(file: Checkpoint, first: Checkpoint) -> str:
+def _advise(file: Checkpoint, first: Checkpoint) -> str:
     """Return the remedy for a file that has other names or sizes than the first one."""
     file_format = file.metadata.get(LORA_FORMAT, KNOWN)
     first_format = first.metadata.get(LORA_FORMAT, KNOWN)
     if file_format == first_format or first_format not in _TARGETS:
         return "Give files of one run, with equal ranks."
     output = file.path.with_name(f"{file.path.stem}_{first_format}.safetensors")
-    words = ["--input", str(file.path), "--output", str(output), "--target", _TARGETS[first_format]]
-    command = as_typed(["python", "convert_lora.py", *words])
+    arguments = ["--input", str(file.path), "--output", str(output), "--target", _TARGETS[first_format]]
+    command = as_typed(["python", "convert_lora.py", *arguments])
     return f"They were saved with other names (--lora_format). Convert it: {command}"
 
 
@@ -288,7 +297,7 @@ def _reject_unequal(name: str, last: Tensor, files: Sequence[Checkpoint]) -> Non
     Args:
         name: Name of the tensor.
         last: The tensor in the last file.
-        files: The files.
+        files: All files.
     """
     for file in files[:-1]:
         if not torch.equal(file.read(name).double(), last.double()):

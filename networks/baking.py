@@ -37,9 +37,10 @@ from networks.writing import in_own_form
 from protocols.loading import TensorSource
 
 logger = getLogger(__name__)
+# names of factors that show that a module is not a plain LoRA
 OTHER_KINDS = {MAGNITUDES, MID, *(mark for mark, kind in MARKS.items() if kind is not LORA)}
-_PLAIN = "networks.lora"
-A_LOT = 0.1  # loss above which messages advise a higher rank
+_PLAIN = "networks.lora"  # ss_network_module of plain LoRAs, and the prefix of those of single families
+HIGH_LOSS = 0.1  # lost fraction of the change above which messages advise a higher rank
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Baking:
 
 
 class Baked(NamedTuple):
-    """A converted LoRA, and a text about the loss."""
+    """A converted LoRA, and a description of the loss."""
 
     lora: LoraFile
     words: str
@@ -68,14 +69,15 @@ class StoredWeight(NamedTuple):
     source: TensorSource
 
 
-# module name in LoRA files (without prefix if a model file does not show the network) -> possible weights
+# module name in LoRA files -> weights of modules with this name. The name has no prefix if the model file
+# does not show to which network it belongs
 Weights = Mapping[str, Sequence[StoredWeight]]
 
 
 class Loss(NamedTuple):
-    """Norms of a change, and of the part of it that is lost."""
+    """Frobenius norms of a change, and of the part of it that the plain LoRA lacks."""
 
-    size: float
+    change: float
     lost: float
 
 
@@ -85,6 +87,11 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
 
     Changes are taken at multiplier 1; plain LoRAs are unchanged. Memory: the LoRA, and one weight with its
     change in float32.
+
+    Args:
+        lora: The network's file.
+        family: Family of the network; None if unknown.
+        baking: Settings of the conversion, with a rank.
 
     Raises:
         OptionError: If there is nothing to replace, or if a kind depends on the model and no model is given.
@@ -101,40 +108,40 @@ def bake(lora: LoraFile, family: FamilyNames | None, baking: Baking) -> Baked:
         raise OptionError(
             f"--bake: {lora.path} has plain LoRAs alone, whose rank stays as it is. Leave --bake out"
         )
-    decomposed = [name for name, factors in replaced.items() if factors.keys() & set(NEEDING_WEIGHT)]
-    if decomposed and not baking.models:
-        kind = next(kind for kind in kinds_of_parts(replaced[decomposed[0]]) if kind.needs_weight)
+    need_weight = [name for name, factors in replaced.items() if factors.keys() & set(NEEDING_WEIGHT)]
+    if need_weight and not baking.models:
+        kind = next(kind for kind in kinds_of_parts(replaced[need_weight[0]]) if kind.needs_weight)
         raise OptionError(
-            f"--bake: {lora.path} is {named(kind)} ({decomposed[0]}), whose change depends on the weights "
+            f"--bake: {lora.path} is {named(kind)} ({need_weight[0]}), whose change depends on the weights "
             "that it was trained for. Add --dit with the model's file; after it those of the text encoders "
             "that it changes"
         )
     losses: dict[str, Loss] = {}
-    with open_weights(baking.models if decomposed else (), family) as weights:
+    with open_weights(baking.models if need_weight else (), family) as weights:
         for name, factors in replaced.items():
-            change = _change(
+            change = _compute_change(
                 name,
                 factors,
                 lora=lora,
                 weights=weights,
                 device=baking.device,
             )
-            modules[name], losses[name] = _as_lora(name, factors, change, baking.rank)
+            modules[name], losses[name] = _approximate(name, factors, change, baking.rank)
     metadata = _metadata_of_plain(lora.metadata, modules)
-    words = _in_words(losses, len(modules), baking.rank)
-    return Baked(replace_factors(lora, modules, metadata), words)
+    description = _describe_losses(losses, len(modules), baking.rank)
+    return Baked(replace_factors(lora, modules, metadata), description)
 
 
 def _metadata_of_plain(metadata: Mapping[str, str], modules: Mapping[str, Factors]) -> dict[str, str]:
     """Return the metadata of a LoRA after its modules were converted to plain LoRAs."""
     ranks = {len(factors[DOWN]) for factors in modules.values() if DOWN in factors}
-    shown = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
+    rank = str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic"
     network_module = metadata.get("ss_network_module", _PLAIN)
     plain = {
         **metadata,
         "ss_network_module": network_module if network_module.startswith(_PLAIN) else _PLAIN,
-        "ss_network_dim": shown,
-        "ss_network_alpha": shown,
+        "ss_network_dim": rank,
+        "ss_network_alpha": rank,  # the product of the factors is the change: alpha / rank is 1
         "ss_network_args": "{}",
     }
     plain.pop(NORMS_FORM, None)
@@ -150,8 +157,15 @@ def replace_factors(lora: LoraFile, modules: Mapping[str, Factors], metadata: Ma
     )
 
 
-def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[dict[str, Tensor], Loss]:
-    """Return the best LoRA for a change, out x in (x kernel), and the loss."""
+def _approximate(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[dict[str, Tensor], Loss]:
+    """Return the best LoRA of a rank for a change, and the loss.
+
+    Args:
+        name: Name of the module, which seeds the decomposition.
+        factors: The module's factors, whose bias the LoRA keeps.
+        change: What the factors add to the weight, out x in (x kernel), overwritten.
+        rank: Rank of the LoRA.
+    """
     dtype = next(tensor.dtype for part, tensor in factors.items() if part != "alpha")
     flat = change.flatten(1)
     down, up = decompose_change(flat, rank, 1.0, name)
@@ -160,28 +174,38 @@ def _as_lora(name: str, factors: Factors, change: Tensor, rank: int) -> tuple[di
     root_of_norms = norms.sqrt()
     down = (down * root_of_norms[:, None]).to(dtype)
     up = (up / root_of_norms).to(dtype)
-    total_norm = float(flat.norm())
+    change_norm = float(flat.norm())
     remainder = flat.addmm_(up.float(), down.float(), alpha=-1)
     lora = lora_of_shape(down, up, change.shape)
     bias = read_delta(factors).bias(CPU)
     if bias is not None:
         lora["diff_b"] = bias.to(dtype)
-    return lora, Loss(total_norm, lost=float(remainder.norm()))
+    return lora, Loss(change_norm, lost=float(remainder.norm()))
 
 
-def _change(name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device) -> Tensor:
-    """Return what the factors add to their weight at multiplier 1, float32."""
-    rows: int | None = None  # number of output rows; a rotation of inputs does not depend on it
+def _compute_change(
+    name: str, factors: Factors, lora: LoraFile, weights: Weights, device: torch.device
+) -> Tensor:
+    """Return what the factors add to their weight at multiplier 1, float32.
+
+    Args:
+        name: Name of the module.
+        factors: The module's factors.
+        lora: The LoRA file.
+        weights: Weights of the model, for changes that depend on them.
+        device: Device that computes.
+    """
     delta = read_delta(factors)
     if not delta.depends_on_weight:
         dense = delta.dense(device)
         assert dense is not None
         return dense
+    num_rows: int | None = None  # unknown for a rotation of inputs, which fits any number of outputs
     if delta.rotation is None:
         shape = delta.shape()
         assert shape is not None
-        rows = shape[0]
-    weight, path = weight_of(name, rows, lora, weights)
+        num_rows = shape[0]
+    weight, path = weight_of(name, num_rows, lora, weights)
     change = Change(LoraUse(lora), delta).fit(None, weight, name, str(path))
     total = torch.zeros(weight.shape, device=device)
     change.add_to(total, None, weight.to(device))
@@ -195,14 +219,14 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
         name: Name of the module.
         rows: Number of rows of the weight; None if unknown.
         lora: The LoRA file.
-        weights: Files of the model.
+        weights: Weights of the model.
 
     Raises:
-        CheckpointError: If it is missing.
+        CheckpointError: If the weight is missing.
     """
-    alone = name.replace("lora_te1_", "lora_te_", 1)  # Stable Diffusion 1 and 2 have one encoder
-    bare = name.removeprefix(f"{prefix_of(name)}_")
-    for module in dict.fromkeys((name, alone, bare)):
+    name_of_only_encoder = name.replace("lora_te1_", "lora_te_", 1)  # in Stable Diffusion 1 and 2
+    without_prefix = name.removeprefix(f"{prefix_of(name)}_")
+    for module in dict.fromkeys((name, name_of_only_encoder, without_prefix)):
         for stored in weights.get(module, ()):
             weight = stored.source.make([stored.checkpoint.read(tensor) for tensor in stored.source.names])
             if rows in (None, len(weight)):  # separate files of text encoders may have equal module names
@@ -216,16 +240,23 @@ def weight_of(name: str, rows: int | None, lora: LoraFile, weights: Weights) -> 
 
 @contextmanager
 def open_weights(paths: Sequence[Path], family: FamilyNames | None) -> Iterator[Weights]:
-    """Open model files of any layout; only their headers are read."""
+    """Open model files of any layout; only their headers are read.
+
+    Args:
+        paths: Files of the model.
+        family: Family whose names in LoRA files the modules get; None keeps the names in the files.
+    """
     weights: dict[str, list[StoredWeight]] = {}
     with ExitStack() as stack:
         for path in paths:
             checkpoint = with_stacked_rows(in_values(stack.enter_context(open_checkpoint(path))))
             for name, stored in (*_weights_of_texts(checkpoint), *_weights_of_dit(checkpoint, family)):
                 module, leaf = module_of_tensor(name)
-                if leaf == "weight":
-                    module = module if family is None else alias(module, family)
-                    weights.setdefault(module, []).append(stored)
+                if leaf != "weight":
+                    continue
+                if family is not None:
+                    module = alias(module, family)
+                weights.setdefault(module, []).append(stored)
         yield weights
 
 
@@ -241,29 +272,37 @@ def _weights_of_texts(checkpoint: Checkpoint) -> Iterator[tuple[str, StoredWeigh
 
 
 def _weights_of_dit(checkpoint: Checkpoint, family: FamilyNames | None) -> Iterator[tuple[str, StoredWeight]]:
-    """Yield the names of our tensors, and their sources in a file, by the names in the family's lists."""
+    """Yield the tensors of a transformer in our layout, by our names, with their sources in the file."""
     bare = bare_names(checkpoint)
     sources = plain_sources(bare)
     if family is not None:
-        turned_parts = [part for part in family.parts if part.index == SWAPPED]
-        swapped = [f"{part.ours}.weight" for part in turned_parts if f"{part.theirs}.weight" in sources]
+        # weights whose halves are swapped in the file's layout
+        swapped_parts = [part for part in family.parts if part.index == SWAPPED]
+        swapped = [f"{part.ours}.weight" for part in swapped_parts if f"{part.theirs}.weight" in sources]
         sources = join_parts(sources, tensor_patterns(family), swapped)
         sources = cut_parts(sources, joined_tensors(family))
     for name, source in sources.items():
         yield name, StoredWeight(bare, source)
 
 
-def _in_words(losses: Mapping[str, Loss], num_modules: int, rank: int) -> str:
-    """Describe the relative error (Frobenius norm) of all modules together, and of the worst one."""
-    shares: dict[str, float] = {}
+def _describe_losses(losses: Mapping[str, Loss], num_modules: int, rank: int) -> str:
+    """Describe the relative error (Frobenius norm) of all modules together, and of the worst one.
+
+    Args:
+        losses: Loss of each converted module.
+        num_modules: Number of all modules.
+        rank: Rank of the plain LoRAs.
+    """
+    errors: dict[str, float] = {}  # relative
     for name, loss in losses.items():
-        shares[name] = loss.lost / loss.size if loss.size else 0.0
-    worst = max(shares, key=lambda name: shares[name])
-    size = math.hypot(*(loss.size for loss in losses.values()))
+        errors[name] = loss.lost / loss.change if loss.change else 0.0
+    worst = max(errors, key=lambda name: errors[name])
+    # the norm of all modules together is the root of the sum of squares
+    change = math.hypot(*(loss.change for loss in losses.values()))
     lost = math.hypot(*(loss.lost for loss in losses.values()))
-    share = lost / size if size else 0.0
-    advice = "; a higher rank loses less" if share > A_LOT else ""
+    total_error = lost / change if change else 0.0
+    advice = "; a higher rank loses less" if total_error > HIGH_LOSS else ""
     return (
-        f"{len(losses)} of {count_of(num_modules, 'module')} at rank {rank}: {100 * share:.2g} % of the "
-        f"change is lost, at most {100 * shares[worst]:.2g} % ({worst}){advice}"
+        f"{len(losses)} of {count_of(num_modules, 'module')} at rank {rank}: {100 * total_error:.2g} % of "
+        f"the change is lost, at most {100 * errors[worst]:.2g} % ({worst}){advice}"
     )

@@ -1,8 +1,8 @@
 """Ranks and learning rates of a LoRA by the numbers of a model's blocks, as trainers of U-Nets have them.
 
-The lists of --network_args: block_dims, block_alphas, conv_block_dims, conv_block_alphas have a number for
-each block; down_lr_weight, mid_lr_weight, up_lr_weight have factors on the rates of the blocks of a side, or
-the name of a curve.
+The lists block_dims, block_alphas, conv_block_dims and conv_block_alphas of --network_args have a number for
+each block. The arguments down_lr_weight, mid_lr_weight and up_lr_weight have factors on the learning rates of
+the blocks of one part of the U-Net, or the name of a curve.
 """
 
 import math
@@ -45,14 +45,17 @@ class BlockSettings:
     def fit(self, numbered: NumberedBlocks | None) -> "BlockSettings":
         """Return the settings for a model.
 
+        Args:
+            numbered: The model's blocks; None if they have no numbers for this purpose.
+
         Raises:
-            OptionError: For lists of a wrong length.
+            OptionError: If the model has no numbered blocks, or if a list has the wrong length.
         """
-        first = next(iter(self.texts))
         if numbered is None:
+            first_argument = next(iter(self.texts))
             raise OptionError(
-                f"--network_args {first}: the blocks of this model have no such numbers. Give ranks and "
-                "rates by names (network_reg_dims, network_reg_lrs)"
+                f"--network_args {first_argument}: the blocks of this model have no such numbers. Give ranks "
+                "and rates by names (network_reg_dims, network_reg_lrs)"
             )
         for name, values in self.lists.items():
             if len(values) != numbered.count:
@@ -73,16 +76,23 @@ class BlockSettings:
         return None if self.numbered is None else self.numbered.number_of(path)
 
     def factor_of(self, path: str) -> float:
-        """Return the factor on the learning rate of a module."""
+        """Return the factor on the learning rate of a module; 1 outside of numbered blocks."""
         number = self.number_of(path)
         return 1.0 if number is None or not self.factors else self.factors[number]
 
     def is_left_out(self, path: str) -> bool:
-        """Whether a module gets no LoRA because its block's factor on the learning rate is too small."""
+        """Return whether a module gets no LoRA because the learning rate of its block is too low."""
         return bool(self.factors) and self.factor_of(path) <= self.threshold
 
     def size_of(self, path: str, is_convolution: bool) -> tuple[int, float | None] | None:
-        """Return the rank and alpha of a module (alpha None: the network's); None if no list gives a rank."""
+        """Return the rank and alpha of a module; None if no list gives a rank.
+
+        An alpha of None stands for that of the network.
+
+        Args:
+            path: Dotted path of the module.
+            is_convolution: Whether the module is a convolution larger than 1 x 1.
+        """
         number = self.number_of(path)
         dims = self.lists.get(CONV_DIMS if is_convolution else DIMS)
         if number is None or dims is None:
@@ -95,7 +105,7 @@ def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
     """Return the settings of numbered blocks among --network_args; None if there are none.
 
     Raises:
-        OptionError: For texts that are no numbers.
+        OptionError: If a text is no number, or if an argument lacks the one that it needs.
     """
     texts = {key: str(arguments[key]) for key in KEYS if arguments.get(key) is not None}
     if not texts:
@@ -119,10 +129,18 @@ def read_blocks(arguments: Mapping[str, Any]) -> BlockSettings | None:
 
 
 def read_factors(name: str, text: str, count: int, warns: bool = True) -> list[float]:
-    """Return the factor of each block on one side: typed numbers, or a curve such as sine or cosine+.25.
+    """Return the factor of each block of one part of a U-Net: typed numbers, or a curve such as cosine+.25.
 
-    As in other trainers, surplus numbers are ignored, and missing ones are 1. Raises OptionError for other
-    texts.
+    As in other trainers, surplus numbers are ignored, and missing ones are 1.
+
+    Args:
+        name: Name of the argument, for messages.
+        text: Value of the argument.
+        count: Number of blocks.
+        warns: Whether a wrong count of numbers is logged.
+
+    Raises:
+        OptionError: If the text is neither numbers nor a curve.
     """
     curve, plus, base = text.strip().partition("+")
     if curve in _CURVES:
@@ -141,16 +159,25 @@ def read_factors(name: str, text: str, count: int, warns: bool = True) -> list[f
 
 
 def _draw_curve(curve: str, count: int) -> list[float]:
-    places = [place / max(count - 1, 1) for place in range(count)]
-    if curve in ("cosine", "reverse_linear"):
-        places.reverse()
+    """Return the values of a curve at `count` evenly spaced positions from 0 to 1."""
     if curve == "zeros":
         return [0.0] * count
-    return places if curve.endswith("linear") else [math.sin(math.pi * place / 2) for place in places]
+    positions = [index / max(count - 1, 1) for index in range(count)]
+    if curve in ("cosine", "reverse_linear"):  # from 1 to 0
+        positions.reverse()
+    if curve.endswith("linear"):
+        return positions
+    return [math.sin(math.pi * position / 2) for position in positions]
 
 
 def _read_numbers(name: str, texts: Sequence[str], is_integer: bool = False) -> tuple[float, ...]:
-    """Return numbers of at least 0. Raises OptionError if the text holds anything else."""
+    """Return numbers of at least 0. Raises OptionError if a text is anything else.
+
+    Args:
+        name: Name of the argument, for messages.
+        texts: The texts of the numbers.
+        is_integer: Whether the numbers are integers.
+    """
     numbers = []
     for text in texts:
         try:

@@ -1,9 +1,9 @@
-"""The factors of LoRAs in autocast's dtype, cast once for each pass of the model.
+"""Cast the factors of all LoRAs to autocast's dtype, once for each pass of the model.
 
-A layer that casts its own factors starts two kernels in the forward pass, two when a checkpointed block is
-computed again and two for their gradients, and a third one scales what is between the factors. On a fast GPU
-a step of few tokens waits for the host to start these. Here all layers are cast together, the up factors
-times `multiplier * alpha / rank`, before the model runs. All gradients of a pass are cast back together. The
+If each layer casts its own factors, it launches two kernels in the forward pass, two when a checkpointed
+block is recomputed, and two for the gradients; another kernel applies the scale. On a fast GPU, a step with
+few tokens waits for the host to launch these. Here, all layers are cast together before the model runs, and
+up factors are multiplied by `multiplier * alpha / rank`. All gradients of a pass are cast back together. The
 down factors of layers with a common input become one matrix (networks/shared_inputs.py).
 """
 
@@ -28,21 +28,21 @@ def cast_before_pass(
     Without autocast, or with factors in its dtype, layers use their own factors.
 
     Args:
-        model: Network.
-        layers: Layers of a LoRA on it.
+        model: The network.
+        layers: Layers on it; those that are not LoRAs are ignored.
         shared_inputs: Modules that get the same tensor, as in `DitSpec`.
     """
-    of_loras = [layer for layer in layers if isinstance(layer, LoraLayer)]
-    if of_loras:
-        groups = group_layers(model, of_loras, shared_inputs)
+    lora_layers = [layer for layer in layers if isinstance(layer, LoraLayer)]
+    if lora_layers:
+        groups = group_layers(model, lora_layers, shared_inputs)
         model.register_forward_pre_hook(lambda *_: cast_factors(groups))
 
 
 def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
-    """Put the frozen weights of each group together, where they are plain.
+    """Join the frozen weights of each group in memory, except for those that `join_weights` cannot join.
 
     Args:
-        groups: Layers that have a common input, together.
+        groups: Groups of layers with a common input.
     """
     for group in groups:
         if len(group) > 1:
@@ -52,35 +52,35 @@ def join_groups(groups: Sequence[Sequence[LoraLayer]]) -> None:
 def group_layers(
     model: nn.Module, layers: Sequence[LoraLayer], shared_inputs: Sequence[Sequence[str]]
 ) -> list[list[LoraLayer]]:
-    """Return the layers of a model in groups of equal rank that get the same tensor; most have one layer.
+    """Group the layers of a model that get the same tensor and have equal ranks; most groups have one layer.
 
     Args:
         model: Network that contains the frozen modules.
         layers: LoRAs on them; those with a common input are linear.
-        shared_inputs: For each group, the endings of the paths of its modules, as in `DitSpec`.
+        shared_inputs: For each group of modules, the endings of their paths, as in `DitSpec`.
     """
-    groups = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
+    index_by_ending = {ending: index for index, endings in enumerate(shared_inputs) for ending in endings}
     paths = {id(module): path for path, module in model.named_modules()}
-    found: dict[tuple[str, int, int] | str, list[LoraLayer]] = {}
+    groups: dict[tuple[str, int, int] | str, list[LoraLayer]] = {}
     for layer in layers:
         path = paths[id(layer.original)]
-        key: tuple[str, int, int] | str = path
-        # layers with a dropout, which may skip only one of them, or with magnitudes compute separately
+        key: tuple[str, int, int] | str = path  # a group of its own
+        # layers with dropouts (which may skip one of them) or magnitudes are computed separately
         if layer.dropouts is None and layer.combine is None:
-            for ending, index in groups.items():
+            for ending, index in index_by_ending.items():
                 if path.endswith(f".{ending}"):
                     key = path.removesuffix(ending), index, layer.lora_up.weight.shape[1]
-        found.setdefault(key, []).append(layer)
-    return list(found.values())
+        groups.setdefault(key, []).append(layer)
+    return list(groups.values())
 
 
 def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
-    """Set `cast_factors` and `shared_input` of layers, for a pass under the present autocast.
+    """Set `cast_factors` and `shared_input` of all layers for a pass under the current autocast.
 
-    Before the first pass on a GPU, the frozen weights of each group are put together.
+    Before the first pass on a GPU, the frozen weights of each group are joined in memory.
 
     Args:
-        groups: Layers that have a common input, together.
+        groups: Groups of layers with a common input.
     """
     layers = [layer for group in groups for layer in group]
     parameter = layers[0].lora_down.weight
@@ -92,7 +92,7 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
         layer.shared_input = None
     if dtype == parameter.dtype:
         return
-    # a CPU computes for longer than the host needs, and its weights may be those in the file
+    # not on a CPU, which gains nothing from fewer kernels, and whose weights may be mapped from the file
     if is_first and kind != "cpu":
         join_groups(groups)
     downs = [layer.lora_down.weight for layer in layers]
@@ -114,13 +114,13 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
 
 
 class _Cast(torch.autograd.Function):
-    """Cast factors, times their scales, in few kernels (the backward pass too); some in a common matrix."""
+    """Cast factors, multiply them by their scales, and join those of a group, with few kernels."""
 
     @staticmethod
     def forward(
         ctx: Any, scales: list[float], counts: list[int], dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return matrices, each of the next so many factors as `counts` says."""
+        """Return one matrix for each of `counts`: so many consecutive factors, one below another."""
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype
@@ -136,7 +136,8 @@ class _Cast(torch.autograd.Function):
             rows += matrix.split(split_sizes)
             start += count
         copy_each(rows, factors)
-        # in place: a product in float32 would be half of a LoRA more at the peak. Down factors have no scale
+        # Scaled in place, after the cast: a product in float32 would need more memory. The first half of the
+        # factors are down factors, whose scale is 1
         half = len(factors) // 2
         scale_each(rows[half:], scales[half:])
         return tuple(matrices)
@@ -144,13 +145,14 @@ class _Cast(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
-        """Return gradients of the factors; None for layers that this pass did not reach."""
-        of_factors: list[Tensor | None] = []
+        """Return the gradients of the factors; None for layers that did not run in this pass."""
+        narrow: list[Tensor | None] = []  # gradients of the cast factors
         for gradient, split_sizes in zip(gradients, ctx.split_sizes, strict=True):
-            of_factors += [None] * len(split_sizes) if gradient is None else gradient.split(split_sizes)
-        reached = {index: gradient for index, gradient in enumerate(of_factors) if gradient is not None}
-        wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in reached.values()]
-        copy_each(wide, list(reached.values()))
-        scale_each(wide, [ctx.scales[index] for index in reached])
-        by_index = dict(zip(reached, wide, strict=True))
-        return None, None, None, *(by_index.get(index) for index in range(len(of_factors)))
+            narrow += [None] * len(split_sizes) if gradient is None else gradient.split(split_sizes)
+        existing = {index: gradient for index, gradient in enumerate(narrow) if gradient is not None}
+        wide = [torch.empty_like(gradient, dtype=ctx.dtype) for gradient in existing.values()]
+        copy_each(wide, list(existing.values()))
+        scale_each(wide, [ctx.scales[index] for index in existing])
+        by_index = dict(zip(existing, wide, strict=True))
+        factor_gradients = [by_index.get(index) for index in range(len(narrow))]
+        return None, None, None, *factor_gradients  # None for scales, counts and dtype

@@ -57,10 +57,11 @@ ANIMA, FLUX, HUNYUAN_IMAGE, Z_IMAGE = map(
     module_names.family_named, ("anima", "flux", "hunyuan_image", "z_image")
 )
 DIALECTS = ("sd-scripts", "ai-toolkit")
-# kinds that --bake converts to plain LoRAs: products without the model, DoRA with it
+# names of the kinds that --bake converts to plain LoRAs: products without the model, DoRA with it
 _BAKED = (*PRODUCTS, *filter(None, (OF_MAGNITUDES,)))
-_UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")
-_RESULT: Mapping[str, Any] = {
+_UNJOINABLE = in_series([f"{name}s" for name in PRODUCTS], "and")  # for help texts
+# arguments of the options that name a file to write
+_OUTPUT_FILE: Mapping[str, Any] = {
     "place": "safetensors",
     "must_not_replace": ("input", "input_high_noise", "dit"),
 }
@@ -80,11 +81,11 @@ class ConvertOptions(Options):
         place="there",
         excludes="expert",
     )
-    output: Path = option("safetensors file to write", **_RESULT, required=True, by_place=True)
+    output: Path = option("safetensors file to write", **_OUTPUT_FILE, required=True, by_place=True)
     output_high_noise: Path | None = option(
         "safetensors file for the LoRA of the high-noise expert; --output then gets that of low noise",
         excludes="expert",
-        **_RESULT,
+        **_OUTPUT_FILE,
     )
     expert: str | None = option(
         "of a file with a LoRA for each expert, take only this one", choices=("high_noise", "low_noise")
@@ -378,31 +379,31 @@ def convert_file(
         OptionError: If the output would replace the source.
     """
     reject_replacing("--output", output, checkpoint_paths(source))
-    how = Conversion(target, family, baking)
+    conversion = Conversion(target, family, baking)
     lora = read_lora(source, by_expert=True, with_texts=True, family=family)
     if not lora.parts:
-        _convert_one(lora, output, how)
-    elif how.baking is not None and how.baking.models:
+        _convert_one(lora, output, conversion)
+    elif baking is not None and baking.models:
         raise OptionError(
             f"--input {source} holds two LoRAs, one for each expert, and --dit is the model of one.\n"
             "  Take one with --expert high_noise or low_noise."
         )
-    elif how.target == "diffusers":
-        _convert_parts(lora.parts, output, how)
+    elif target == "diffusers":
+        _convert_parts(lora.parts, output, conversion)
     else:
         raise OptionError(
-            f"--input {source} holds two LoRAs, one for each expert, and --target {how.target} has no form "
+            f"--input {source} holds two LoRAs, one for each expert, and --target {target} has no form "
             "for that.\n  Add --output_high_noise FILE to write two files, or --expert high_noise or "
             "low_noise to take one."
         )
 
 
-def _convert_one(lora: LoraFile, output: Path, how: Conversion) -> None:
+def _convert_one(lora: LoraFile, output: Path, conversion: Conversion) -> None:
     """Write a LoRA in another dialect."""
-    family = _find_family(lora, how.family)
-    prepared = _prepare(lora, family, how)
-    in_target_dialect = converted(prepared.lora, how.target, family)
-    _save(output, in_target_dialect, sources=[prepared.lora], family=family, baked=prepared.words)
+    family = _find_family(lora, conversion.family)
+    prepared = _prepare(lora, family, conversion)
+    result = converted(prepared.lora, conversion.target, family)
+    _save(output, result, sources=[prepared.lora], family=family, baked=prepared.words)
 
 
 def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conversion) -> None:
@@ -419,7 +420,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conv
             raise OptionError(kind.no_two_experts)
     families = {expert: _find_family(lora, conversion.family) for expert, lora in parts.items()}
     prepared = {expert: _prepare(lora, families[expert], conversion) for expert, lora in parts.items()}
-    prefixes = {expert: start for start, expert in find_networks().items()}
+    prefixes = {expert: prefix for prefix, expert in find_networks().items()}
     tensors: dict[str, Tensor] = {}
     metadata: dict[str, dict[str, str]] = {}
     for expert, baked in prepared.items():
@@ -437,7 +438,7 @@ def _convert_parts(parts: Mapping[str, LoraFile], output: Path, conversion: Conv
 
 def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]:
     """Join the metadata of each expert's LoRA for a common file; `metadata_of` splits them again."""
-    parts = {expert: _transferable(metadata) for expert, metadata in by_expert.items()}
+    parts = {expert: _without_stale(metadata) for expert, metadata in by_expert.items()}
     common: dict[str, str] = {}
     for key, value in next(iter(parts.values())).items():
         if all(part.get(key) == value for part in parts.values()):
@@ -450,22 +451,28 @@ def _join_metadata(by_expert: Mapping[str, Mapping[str, str]]) -> dict[str, str]
     return common
 
 
-def _transferable(metadata: Mapping[str, str]) -> dict[str, str]:
+def _without_stale(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata without the expert and without the hashes of the original file."""
     return {
         key: value for key, value in metadata.items() if key != TRAINED_EXPERT and not key.startswith(STALE)
     }
 
 
-def _prepare(lora: LoraFile, family: FamilyNames | None, how: Conversion) -> Baked:
-    """Return the LoRA as plain factors (--bake), or with DoRA magnitudes in the form of the target."""
-    if how.baking is not None and how.baking.rank is not None:
-        return bake(lora, family, how.baking)
+def _prepare(lora: LoraFile, family: FamilyNames | None, conversion: Conversion) -> Baked:
+    """Return the LoRA as plain factors (--bake), or with DoRA magnitudes in the form of the target.
+
+    Args:
+        lora: The LoRA file.
+        family: Family of the LoRA; None if unknown.
+        conversion: How to convert.
+    """
+    if conversion.baking is not None and conversion.baking.rank is not None:
+        return bake(lora, family, conversion.baking)
     # FramePack's own layout is that of diffusers, so ComfyUI's form of magnitudes does not apply to it
     in_diffusers = family is not None and family.is_as_in_diffusers and family.start == IN_DIFFUSERS
-    is_for_comfyui = how.target == "other" and not in_diffusers
+    is_for_comfyui = conversion.target == "other" and not in_diffusers
     for kind in KINDS:
-        lora = kind.bring_norms(lora, family, how.baking, is_for_comfyui, how.target)
+        lora = kind.bring_norms(lora, family, conversion.baking, is_for_comfyui, conversion.target)
     return Baked(lora, "")
 
 
@@ -498,19 +505,24 @@ def converted(
         texts, left_out_texts = texts_to_diffusers(lora.text_tensors)
     elif target == "other":
         texts = texts_to_comfyui(lora.text_tensors, family)
-    remedy = _remedy_for_left_out(native, written.left_out)
+    advice = _advise_on_left_out(native, written.left_out)
     left_out = {**written.left_out, **left_out_texts}
     if left_out and not written.tensors and not texts:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
-        raise CheckpointError(f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{remedy}", lora.path)
-    _warn_of_left_out(lora.path, written.left_out, remedy)
+        raise CheckpointError(f"{lora.path} cannot be converted: {list_some(reasons, 3)}.{advice}", lora.path)
+    _warn_of_left_out(lora.path, written.left_out, advice)
     _warn_of_left_out(lora.path, left_out_texts)
     metadata = _metadata_of_converted(lora, target, family)
     return ConvertedLora({**written.tensors, **texts}, metadata)
 
 
-def _remedy_for_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:
-    """Return the advice for modules that the other dialect cannot express; "" if none helps."""
+def _advise_on_left_out(native: Mapping[str, Tensor], left_out: Collection[str]) -> str:
+    """Return the advice for modules that the other dialect cannot express; "" if there is none.
+
+    Args:
+        native: Tensors under our names.
+        left_out: Our names of the modules that are left out.
+    """
     modules = group_by_module(native)
     if any(read_delta(modules[name]).rotation is not None for name in left_out):
         return "\n  --bake RANK --dit MODEL makes plain LoRAs of them, with some loss."
@@ -533,10 +545,11 @@ def _metadata_of_converted(lora: LoraFile, target: str, family: FamilyNames | No
     return metadata
 
 
-def _warn_of_left_out(path: Path, left_out: Mapping[str, str], remedy: str = "") -> None:
+def _warn_of_left_out(path: Path, left_out: Mapping[str, str], advice: str = "") -> None:
+    """Warn of modules that are left out, each with its reason."""
     if left_out:
         reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
-        logger.warning(f"{path}: {len(reasons)} modules are left out: {list_some(reasons)}{remedy}")
+        logger.warning(f"{path}: {len(reasons)} modules are left out: {list_some(reasons)}{advice}")
 
 
 def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
@@ -549,29 +562,31 @@ def _find_family(lora: LoraFile, name: str | None) -> FamilyNames | None:
     Raises:
         CheckpointError: If the file is of another family, or if several are possible and none is named.
     """
-    trained_family = module_names.read_family(lora.metadata)
     likely = lora.families()
-    families = likely if name is None else lora.families(name)
-    words = " or ".join(family.name for family in likely) or "no known model"
+    likely_names = " or ".join(family.name for family in likely) or "no known model"
     if name is None:
-        if not families or module_names.have_same_names(families):
-            return families[0] if families else None
+        if not likely:
+            return None
+        if module_names.have_same_names(likely):
+            return likely[0]
         raise CheckpointError(
-            f"{lora.path} can be for {words}: all of them have layers of these names and sizes.\n"
-            f"  Say which one it was trained for, such as --family {families[0].name}.",
+            f"{lora.path} can be for {likely_names}: all of them have layers of these names and sizes.\n"
+            f"  Say which one it was trained for, such as --family {likely[0].name}.",
             lora.path,
         )
+    trained_family = module_names.read_family(lora.metadata)
+    families = lora.families(name)
     if [family.name for family in families] != [name]:
         evidence = "names"
     elif trained_family is not None and trained_family.name != name:
         evidence = "metadata"
     elif families[0] not in likely and not can_be_for(families[0], lora.modules()):
+        # the other model has layers with these names but other sizes: rows would be cut in the wrong places
         evidence = "sizes"
     else:
         return families[0]
-    # the other model has layers with these names but other sizes, so rows would be cut in the wrong places
     raise CheckpointError(
-        f"{lora.path} is a LoRA for {words}, as its {evidence} say, not for {name}.\n"
+        f"{lora.path} is a LoRA for {likely_names}, as its {evidence} say, not for {name}.\n"
         "  Convert it with convert_lora.py without --family, which knows all models.",
         lora.path,
     )
@@ -589,8 +604,8 @@ def _save(
     Args:
         output: File to write.
         result: The converted LoRA.
-        sources: Source files.
-        family: The model family.
+        sources: Source files, for the summary.
+        family: Family of the LoRA; None if unknown.
         baked: Description of the loss by conversion to plain factors; "" if there was no conversion.
     """
     save_tensors(output, result.tensors, add_hashes(result.tensors, result.metadata))

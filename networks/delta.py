@@ -1,7 +1,7 @@
 """The change that one module of an adapter file makes to a layer, for all kinds (LoRA, LoKr, DoRA, ...).
 
-A `Delta` looks up the kinds of its factors once, when it is created. Factors are named by the ends of their
-tensor names in files. The code of each kind is in `networks/kinds/`.
+Factors are named by their parts, the endings of their tensor names in files, such as `lora_up.weight`. The
+code of each kind is in `networks/kinds/`.
 """
 
 import functools
@@ -31,8 +31,8 @@ from networks.kinds.algebra import Algebra, InputRotation, Magnitudes, MismatchE
 from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import Factors
 
-_FULL = {"diff", "diff_b", SET}  # full differences, weights and biases
-_NO_MATRICES = {"alpha", "diff", SET, MAGNITUDES, ROWS, *OF_BIAS}
+_FULL = {"diff", "diff_b", SET}  # parts as large as the weight or the bias
+_NOT_FACTORS = {"alpha", "diff", SET, MAGNITUDES, ROWS, *OF_BIAS}  # parts that are not matrices of a product
 
 
 @dataclass
@@ -40,14 +40,15 @@ class Delta:
     """The factors of one module, and how they change its weight and bias."""
 
     factors: Factors
-    algebras: tuple[Algebra, ...]  # one per kind of the factors
-    # whether the factors have a weight that replaces the model's weight, as in ComfyUI
+    algebras: tuple[Algebra, ...]  # the computations of each kind that the factors have
+    # whether a tensor replaces the model's weight, as in ComfyUI
     sets_weight: bool = field(init=False)
-    # whether a factor is as large as the weight: a full difference or a replacement
+    # whether a tensor is as large as the weight: a full difference or a replacement
     is_full: bool = field(init=False)
-    is_part: bool = field(init=False)  # whether only the rows in `ROWS` of the factors' change are used
+    # whether the factors are those of a larger layer, and only the rows in `ROWS` are used
+    is_part: bool = field(init=False)
     rotation: InputRotation | None = field(init=False)  # rotation of the input; None: the change is added
-    normalization: Magnitudes | None = field(init=False)  # DoRA's; None: the weight is not normalized
+    normalization: Magnitudes | None = field(init=False)  # that of DoRA; None: the weight is not normalized
 
     def __post_init__(self) -> None:
         rotations = (algebra.rotation for algebra in self.algebras if algebra.rotation is not None)
@@ -60,22 +61,22 @@ class Delta:
 
     @property
     def magnitudes(self) -> Tensor | None:
-        """Return the norms of the changed weight: out x 1 (x 1 ...) or 1 x in (x 1 ...)."""
+        """The norms of the changed weight, out x 1 (x 1 ...) or 1 x in (x 1 ...); None without DoRA."""
         return None if self.normalization is None else self.factors[self.normalization.part]
 
     @property
     def has_input_magnitudes(self) -> bool:
-        """Return whether magnitudes are norms of columns, which all rows of a weight share."""
+        """Whether magnitudes are norms of columns, which all rows of a weight share."""
         magnitudes = self.magnitudes
         return magnitudes is not None and len(magnitudes) < magnitudes.numel()
 
     @property
     def depends_on_weight(self) -> bool:
-        """Return whether the change can only be computed from the frozen weight."""
+        """Whether the frozen weight is needed to compute the change."""
         return self.rotation is not None or self.normalization is not None
 
     def to(self, device: torch.device) -> "Delta":
-        """Return the delta with its factors on a device, except alphas and rows, which the host reads."""
+        """Return the delta with its factors on a device, except alpha and `ROWS`, which the host reads."""
         moved = dict(self.factors)
         for part, tensor in self.factors.items():
             if part not in ("alpha", ROWS):
@@ -85,10 +86,12 @@ class Delta:
     # --- the change
 
     def dense(self, device: torch.device) -> Tensor | None:
-        """Return the change of the weight at multiplier 1, out in (kernel), float32, a new tensor.
+        """Return the change of the weight at multiplier 1, out in (kernel), float32, as a new tensor.
 
-        DoRA magnitudes are not applied. Returns None if only the bias changes, for an input rotation, and for
-        a replacement weight.
+        Magnitudes of DoRA are not applied.
+
+        Returns:
+            None for an input rotation, for a replacement weight, and if only the bias changes.
 
         Raises:
             RuntimeError: If the shapes of the factors do not match.
@@ -105,38 +108,49 @@ class Delta:
         if not changes:
             return None
         total = functools.reduce(Tensor.add_, changes)
-        return total[slice(*rows_in(self.factors))] if self.is_part else total
+        if not self.is_part:
+            return total
+        start, stop = rows_in(self.factors)
+        return total[start:stop]
 
     def shape(self) -> tuple[int, ...] | None:
-        """Return the shape of `dense`, computed from the shapes of the factors; None if `dense` returns None.
+        """Return the shape of `dense` from the shapes of the factors; None if `dense` returns None.
 
-        Meta tensors are avoided: torch's first operation on them loads its compiler, which takes seconds.
+        Meta tensors are avoided, because the first operation on them loads torch's compiler, which takes
+        seconds.
 
         Raises:
             MismatchError: If the shapes of the factors do not match.
         """
         shapes = {part: tuple(tensor.shape) for part, tensor in self.factors.items()}
-        found = [shapes["diff"]] if "diff" in shapes else []
+        change_shapes = [shapes["diff"]] if "diff" in shapes else []
         try:
-            found += [shape for algebra in self.algebras if (shape := algebra.shape(shapes)) is not None]
+            for algebra in self.algebras:
+                shape = algebra.shape(shapes)
+                if shape is not None:
+                    change_shapes.append(shape)
         except (KeyError, IndexError, ValueError) as error:
             raise MismatchError(f"{error} is absent or has too few axes") from error
-        if not found:
+        if not change_shapes:
             return None
-        if found.count(found[0]) < len(found):
-            raise MismatchError(f"changes of {' and '.join(str(list(shape)) for shape in found)}")
+        if len(set(change_shapes)) > 1:
+            raise MismatchError(f"changes of {' and '.join(str(list(shape)) for shape in change_shapes)}")
         if not self.is_part:
-            return found[0]
-        rows, *columns = found[0]
-        return len(range(rows)[slice(*rows_in(self.factors))]), *columns
+            return change_shapes[0]
+        num_rows, *columns = change_shapes[0]
+        start, stop = rows_in(self.factors)
+        return len(range(num_rows)[start:stop]), *columns
 
     def addition(self, weight: Tensor, device: torch.device, by_frozen_norms: bool) -> Tensor | None:
-        """Return the change of a weight at multiplier 1, float32, after magnitudes; None as in `dense`.
+        """Return the change of a weight at multiplier 1, float32, with magnitudes applied.
+
+        It is None in the same cases as that of `dense`.
 
         Args:
             weight: Weight before any change, out in (kernel); used only if there are magnitudes.
             device: Device to compute on, that of the weight.
-            by_frozen_norms: Whether magnitudes by output refer to the norms of the frozen weight alone.
+            by_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
+                one.
         """
         delta = self.dense(device)
         if delta is None or self.normalization is None:
@@ -145,7 +159,7 @@ class Delta:
         return self.normalization.decompose(weight, delta, magnitudes, by_frozen_norms)
 
     def dense_rows(self, rows: slice | Tensor, device: torch.device) -> "Delta":
-        """Return the delta of some rows as a full difference, for factors that cannot be cut (LoKr)."""
+        """Return a delta for some rows as a full difference; for factors that cannot be cut (LoKr)."""
         dense = self.dense(device)
         assert dense is not None
         factors = {"diff": dense[rows]}
@@ -155,11 +169,11 @@ class Delta:
         return read_delta(factors)
 
     def bias(self, device: torch.device) -> Tensor | None:
-        """Return the change of the module's bias at multiplier 1, float32, a new tensor, or None."""
+        """Return the change of the bias at multiplier 1, float32, as a new tensor; None if there is none."""
         return bias_of(self.factors, device)
 
     def stored_bias(self) -> Tensor | None:
-        """Return the change of the module's bias in the dtype of its factor, or None."""
+        """Return the change of the module's bias in the dtype of the file; None without one."""
         bias = self.bias(CPU)
         if bias is None:
             return None
@@ -170,9 +184,8 @@ class Delta:
 
     def size(self) -> tuple[int, int] | None:
         """Return rows and columns of the changed matrix; None if the weight is not a matrix or is unknown."""
-        matrices = [part for part in self.factors if part in PARTS and part not in _NO_MATRICES]
-        is_matrix = all(self.factors[part].ndim == 2 for part in matrices)
-        if not is_matrix:
+        matrices = [part for part in self.factors if part in PARTS and part not in _NOT_FACTORS]
+        if any(self.factors[part].ndim != 2 for part in matrices):
             return None
         full = self.factors.get("diff", self.factors.get(SET))
         if full is not None:
@@ -197,64 +210,67 @@ class Delta:
     # --- rows
 
     def rows(self, rows: slice | Tensor) -> "Delta | None":
-        """Return the delta of only these rows of the change, or None if that is impossible.
+        """Return a delta for some rows of the change; None if that is impossible.
 
-        It is impossible for kinds in which a row of the change is not a row of one factor, such as LoKr, and
-        for magnitudes by input, whose norms need all rows.
+        It is impossible for kinds in which a row of the change does not belong to a row of one factor, such
+        as LoKr, and for magnitudes by input, whose norms need all rows.
 
         Args:
             rows: A slice, for views, or row indices in any order.
         """
         if self.is_part:
             return None
-        cut = dict(self.factors)
+        factors = dict(self.factors)
         for part in _FULL & self.factors.keys():
-            cut[part] = self.factors[part][rows]
+            factors[part] = self.factors[part][rows]
         for algebra in self.algebras:
-            of_kind = algebra.rows(self.factors, rows)
-            if of_kind is None:
+            replaced = algebra.rows(self.factors, rows)
+            if replaced is None:
                 return None
-            cut.update(of_kind)
-        return replace(self, factors=cut)
+            factors.update(replaced)
+        return replace(self, factors=factors)
 
     def part(self, first: int, last: int) -> "Delta":
-        """Return the delta of one part of a joined layer: the rows from `first` up to `last` of its change.
+        """Return a delta for one part of a fused layer: the rows from `first` to `last` (exclusive).
 
-        Factors are cut if their kind allows it. Otherwise (LoKr) the delta keeps all factors and records the
-        rows in `ROWS`; only biases, and magnitudes by output, are cut.
+        Factors are cut if their kind allows that. Otherwise (LoKr), all factors stay, and `ROWS` records the
+        rows; only biases, and magnitudes by output, are cut.
         """
         cut = self.rows(slice(first, last))
         if cut is not None:
-            factors = cut.factors
+            factors = dict(cut.factors)
         else:
-            of_rows = {ROWS: torch.tensor([first, last])}
+            factors = {**self.factors, ROWS: torch.tensor([first, last])}
             for part in self.factors.keys() & {MAGNITUDES, *OF_BIAS}:
                 if part != MAGNITUDES or not self.has_input_magnitudes:
-                    of_rows[part] = self.factors[part][first:last]
-            factors = {**self.factors, **of_rows}
-        # copies: files cannot hold tensors that share memory
+                    factors[part] = self.factors[part][first:last]
+        # copies, because safetensors files cannot contain tensors that share memory
         return replace(self, factors={part: tensor.clone() for part, tensor in factors.items()})
 
     def row_parts(self) -> set[str] | None:
-        """Return the factors whose first axis is the rows of the weight; None if a kind cannot be cut so."""
-        by_rows = set(self.factors.keys() & _FULL)
+        """Return the parts whose first axis is the rows of the weight; None if they cannot be cut so."""
+        all_parts = set(self.factors.keys() & _FULL)
         for algebra in self.algebras:
-            of_kind = algebra.row_parts(self.factors)
-            if of_kind is None:
+            parts = algebra.row_parts(self.factors)
+            if parts is None:
                 return None
-            by_rows |= of_kind
-        return by_rows
+            all_parts |= parts
+        return all_parts
 
     def blocks(self, start: int, stop: int) -> Factors | None:
-        """Return factors without `ROWS` for these rows; None if the rows are not whole blocks of a LoKr."""
+        """Return factors without `ROWS` for some rows; None if their kind cannot be cut there.
+
+        A LoKr can be cut only between blocks of rows.
+        """
         size = self.size()
         if size is None:
             return None
-        full = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
+        num_rows, _ = size
+        all_factors = {part: tensor for part, tensor in self.factors.items() if part != ROWS}
         for algebra in self.algebras:
-            of_kind = algebra.blocks(full, size[0], start, stop)
-            if of_kind is not None:
-                return of_kind
+            factors = algebra.blocks(all_factors, num_rows, start, stop)
+            if factors is not None:
+                return factors
         return None
 
     def name_indivisible(self) -> str:
@@ -265,12 +281,12 @@ class Delta:
     # --- errors
 
     def find_error(self) -> str | None:
-        """Return why the factors are unusable, as a clause such as "it has ..."; None if they are usable."""
-        absent = self._find_absent()
-        if absent is not None:
-            return absent
+        """Return why the factors are unusable, such as "it has ..."; None if they are usable."""
+        error = self._find_incomplete()
+        if error is not None:
+            return error
         for part, tensor in self.factors.items():
-            if part not in _NO_MATRICES and (tensor.ndim < 2 or not tensor.numel()):
+            if part not in _NOT_FACTORS and (tensor.ndim < 2 or not tensor.numel()):
                 return f"its {part} has the shape {list(tensor.shape)}"
         for algebra in self.algebras:
             error = None if algebra.find_error is None else algebra.find_error(self.factors)
@@ -278,7 +294,7 @@ class Delta:
                 return error
         return self._find_wrong_value() or self._find_mismatch()
 
-    def _find_absent(self) -> str | None:
+    def _find_incomplete(self) -> str | None:
         """Return why the factors are incomplete or exclude each other; None if they are complete."""
         factors = self.factors
         for first, second in composing.PAIRS:
@@ -305,8 +321,8 @@ class Delta:
             if part != "alpha" and not tensor.is_floating_point():
                 return f"its {part} is of the type {dtype_name(tensor.dtype)}, which no factor is"
             if not is_finite(tensor):
-                wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
-                return f"{wrong} of {tensor.numel()} values of its {part} are NaN or infinite"
+                num_non_finite = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+                return f"{num_non_finite} of {tensor.numel()} values of its {part} are NaN or infinite"
         return None
 
     def _find_mismatch(self) -> str | None:
@@ -330,9 +346,10 @@ class Delta:
         return ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in sized.items())
 
     def find_other_channels(self, weight: Tensor) -> str | None:
-        """Return a clause if this change fits a first layer except for its input channels; else None.
+        """Return the reason if this change does not fit a first layer only because of the input channels.
 
-        Image-to-video models have more input channels than the text-to-video models of many LoRAs.
+        It is None if the change fits, or does not fit for other reasons. Image-to-video models have more
+        input channels than the text-to-video models that many LoRAs are for.
 
         Args:
             weight: Weight of the layer, out in kernel.
@@ -346,7 +363,7 @@ class Delta:
 
 
 def read_deltas(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the delta of each module of a file; kinds are looked up once for each set of parts."""
+    """Return the delta of each module of a file; kinds are looked up once for modules with equal parts."""
     algebras: dict[frozenset[str], tuple[Algebra, ...]] = {}
     deltas: dict[str, Delta] = {}
     for module, factors in modules.items():
@@ -363,8 +380,11 @@ def read_delta(factors: Factors) -> Delta:
 
 
 def _find_algebras(parts: Iterable[str]) -> tuple[Algebra, ...]:
-    """Return the algebra of each kind that has any of these parts, even if some of its parts are missing."""
+    """Return the algebra of each kind that has one of these parts, even if other parts are missing."""
     parts = set(parts)
-    found = (kind for kind in KINDS if not parts.isdisjoint(kind.parts))
-    algebras = (kind.load_algebra() for kind in found)
-    return tuple(algebra for algebra in algebras if algebra is not None)
+    algebras = []
+    for kind in KINDS:
+        algebra = None if parts.isdisjoint(kind.parts) else kind.load_algebra()
+        if algebra is not None:
+            algebras.append(algebra)
+    return tuple(algebras)

@@ -1,7 +1,7 @@
 """Group the factors of a network by module; find their ranks, alphas and biases.
 
-`networks.delta` computes the change of the weight. The factors of a module are named by the ends of their
-tensor names in files.
+`networks.delta` computes the change of the weight. A part is the ending of a factor's tensor name in files,
+such as `lora_up.weight`.
 """
 
 import math
@@ -15,22 +15,24 @@ from networks.kinds.composing import MAGNITUDES
 from networks.kinds.factors import DOWN, UP, Factors
 from protocols.loading import TensorInfo
 
-CPU, META = torch.device("cpu"), torch.device("meta")
+CPU = torch.device("cpu")
+META = torch.device("meta")
 
 LORA = (DOWN, UP)
-SET = "set_weight"  # ComfyUI's: replaces the model's weight at any strength except 0
-# rows (first, last + 1) of the factors' change that belong to the module, if it is a part of a layer that
-# other programs fuse and its kind (LoKr) cannot be cut by rows. Only used in memory.
+SET = "set_weight"  # part in files of ComfyUI, which replaces the model's weight at any strength except 0
+# Part that is only used in memory, for a module that other programs fuse with others, if its kind (LoKr)
+# cannot be cut by rows. The factors are those of the fused layer; this tensor has the module's rows (first,
+# last + 1)
 ROWS = "reelsmith_rows"
 PARTS = (*composing.PARTS, "alpha", "diff", "diff_b", SET, ROWS)
-OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # in order of precedence
+OF_BIAS = {"diff_b": None, "lora_up.bias": None}.keys()  # an ordered set: the first that exists is used
 OF_LOW_RANK = {"alpha", *LORA, *OF_BIAS}  # parts of plain LoRAs
-# parts of files that our networks of other kinds do not train: Tucker cores, magnitudes, full differences
+# parts that our LoHas and LoKrs do not train: Tucker cores, magnitudes, full differences
 UNTRAINED = {*composing.CORES, MAGNITUDES, "diff", "diff_b"}
 
 
 def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """`{"lora_unet_x.lora_down.weight": t}` -> `{"lora_unet_x": {"lora_down.weight": t}}`."""
+    """Group tensors by module and part: {"x.lora_down.weight": t} -> {"x": {"lora_down.weight": t}}."""
     modules: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, _, part = name.partition(".")
@@ -39,7 +41,7 @@ def group_by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor
 
 
 def ungroup(modules: Mapping[str, Factors]) -> dict[str, Tensor]:
-    """Return the factors of all modules by tensor name, the reverse of `group_by_module`."""
+    """Return the factors of all modules by tensor name; the inverse of `group_by_module`."""
     return {f"{name}.{part}": tensor for name, factors in modules.items() for part, tensor in factors.items()}
 
 
@@ -54,7 +56,7 @@ def hollow(like: Tensor | TensorInfo) -> Tensor:
 
 
 def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the tensors by module; factors with a rank but no alpha get alpha = rank, as an integer."""
+    """Add alphas equal to the rank (int64) for modules that have a rank but no alpha."""
     modules = group_by_module(tensors)
     for module, factors in modules.items():
         rank = None if "alpha" in factors else rank_of(factors)
@@ -65,27 +67,27 @@ def add_missing_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def drop_unused_alphas(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Drop NaN or infinite alphas of modules without a rank, in which alpha has no effect."""
-    usable = dict(tensors)
+    remaining = dict(tensors)
     for module, factors in group_by_module(tensors).items():
         if len(factors) > 1 and rank_of(factors) is None and not is_number(factors.get("alpha")):
-            usable.pop(f"{module}.alpha", None)
-    return usable
+            remaining.pop(f"{module}.alpha", None)
+    return remaining
 
 
 def drop_replaced(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Drop the changes of weights that `set_weight` replaces; return the tensors and the affected modules.
 
-    As in ComfyUI, an affected module keeps only the change of its bias.
+    As in ComfyUI, only the replacement and the change of the bias remain.
     """
-    kept: dict[str, Factors] = {}
-    replaced: list[str] = []
+    modules: dict[str, Factors] = {}
+    affected: list[str] = []
     for module, factors in group_by_module(tensors).items():
         if SET in factors and factors.keys() - {SET, *OF_BIAS}:
             bias = bias_of(factors, CPU)
             factors = {SET: factors[SET]} if bias is None else {SET: factors[SET], "diff_b": bias}
-            replaced.append(module)
-        kept[module] = factors
-    return (ungroup(kept) if replaced else tensors), replaced
+            affected.append(module)
+        modules[module] = factors
+    return (ungroup(modules) if affected else tensors), affected
 
 
 def is_number(alpha: Tensor | None) -> bool:
@@ -94,7 +96,7 @@ def is_number(alpha: Tensor | None) -> bool:
 
 
 def rank_of(factors: Factors) -> int | None:
-    """Return the rank of the factors; None for whole matrices and single numbers."""
+    """Return the rank of the factors; None for kinds without a rank, and for full matrices."""
     for part in composing.RANK_PARTS:
         if part in factors and factors[part].ndim:
             return int(factors[part].shape[0])
@@ -102,7 +104,7 @@ def rank_of(factors: Factors) -> int | None:
 
 
 def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[float]]:
-    """Return the distinct ranks and alphas in files, sorted; kinds without a rank contribute their sizes."""
+    """Return the distinct ranks (or sizes, for kinds without a rank) and alphas in files, sorted."""
     ranks: set[int] = set()
     alphas: set[float] = set()
     for tensors in files:
@@ -118,13 +120,13 @@ def sizes_of(files: Sequence[Mapping[str, Tensor]]) -> tuple[list[int], list[flo
 
 
 def rows_in(factors: Factors) -> tuple[int, int]:
-    """Return `ROWS` of a part: its first row in the joined layer, and the row after its last one."""
+    """Return the first row of a part in its fused layer, and the row after its last one, from `ROWS`."""
     first, last = factors[ROWS].tolist()
     return int(first), int(last)
 
 
 def strength(factors: Factors) -> float:
-    """Return alpha / rank. A missing or zero alpha means alpha = rank; whole matrices are not scaled."""
+    """Return alpha / rank; 1 for a missing or zero alpha, and for factors without a rank."""
     rank = rank_of(factors)
     if rank is None or "alpha" not in factors:
         return 1.0
@@ -132,34 +134,33 @@ def strength(factors: Factors) -> float:
 
 
 def split_strength(strength: float) -> tuple[float, float]:
-    """Split alpha / rank into a scale of the down and one of the up matrix, of similar size.
+    """Split alpha / rank into two similar factors: for the down and for the up matrix.
 
-    The scale of the up matrix is a power of two. If `strength` is a power of two, both scales are, and
-    multiplying the matrices by them is exact.
+    The second is a power of two. If `strength` is a power of two, both are, and multiplying by them is exact.
     """
-    down = strength
-    up = 1.0
-    while 0 < abs(down) * 2 < up:
-        down = down * 2
-        up = up / 2
-    return down, up
+    down_factor = strength
+    up_factor = 1.0
+    while 0 < abs(down_factor) * 2 < up_factor:
+        down_factor = down_factor * 2
+        up_factor = up_factor / 2
+    return down_factor, up_factor
 
 
 def fold_strength(factors: Factors) -> Factors:
-    """Return LoRA factors with alpha / rank multiplied into them by `split_strength`, without alpha."""
-    by_down, by_up = split_strength(strength(factors))
-    by_part = {DOWN: by_down, UP: by_up, "lora_up.bias": strength(factors)}
+    """Multiply alpha / rank into both factors of a LoRA, as `split_strength` splits it, and drop alpha."""
+    down_factor, up_factor = split_strength(strength(factors))
+    multipliers = {DOWN: down_factor, UP: up_factor, "lora_up.bias": strength(factors)}
     folded: dict[str, Tensor] = {}
     for part, tensor in factors.items():
-        if part in by_part:
-            folded[part] = (tensor.float() * by_part[part]).to(tensor.dtype)
+        if part in multipliers:
+            folded[part] = (tensor.float() * multipliers[part]).to(tensor.dtype)
         elif part != "alpha":
             folded[part] = tensor
     return folded
 
 
 def bias_of(factors: Factors, device: torch.device) -> Tensor | None:
-    """Return the change of the module's bias at multiplier 1, float32, a new tensor, or None."""
+    """Return the change of the module's bias at multiplier 1, float32, as a new tensor; None without one."""
     if "diff_b" in factors:
         return factors["diff_b"].to(device, torch.float32, copy=True)
     if "lora_up.bias" in factors:

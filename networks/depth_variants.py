@@ -1,8 +1,8 @@
 """LoRAs of a model for its deeper variants, in which copies of some blocks stand behind the originals.
 
-`FamilyNames.grown` says of a family which blocks were copied. The change of a block is put on the block and
-its copies, unscaled. A LoRA for more blocks than the model has is refused, and one that does not tell for how
-many it is.
+`FamilyNames.grown` describes for a family which blocks were copied. The change of a block is put on the block
+and its copies, unscaled. A LoRA is refused if it is for more blocks than the model has, or if the number of
+its blocks is unknown.
 """
 
 import logging
@@ -37,7 +37,7 @@ def fit_depths(
     grown_of_uses = [use.lora.grown for use in uses]
     if not any(grown_of_uses):
         return [*uses]
-    depths: dict[str, int] = {}
+    depths: dict[str, int] = {}  # name of a block list -> number of blocks in the model
     names = [*names]
     fitted = []
     for use, grown in zip(uses, grown_of_uses, strict=True):
@@ -66,63 +66,76 @@ def _count_blocks(names: Iterable[str], grown: GrownBlocks) -> int:
     """
     modules = dict.fromkeys(module_of_tensor(name)[0] for name in names)
     family = select_family(modules)
-    starts = (
-        [grown.blocks, *grown.also_called] if family is None or family.grown is not None else [grown.blocks]
-    )
-    numbers = _numbers_in(modules, starts)
-    return max(numbers, default=-1) + 1
+    list_names = [grown.blocks]
+    if family is None or family.grown is not None:  # else the other names are those of another family's list
+        list_names += grown.also_called
+    return max(_find_indices(modules, list_names), default=-1) + 1
 
 
-def _numbers_in(modules: Iterable[str], starts: Iterable[str]) -> set[int]:
-    """Return the block indices in underscored names, with or without our prefix."""
-    pattern = re.compile(rf"(?:{OURS})?(?:{'|'.join(map(re.escape, starts))})_(\d+)_")
+def _find_indices(modules: Iterable[str], list_names: Iterable[str]) -> set[int]:
+    """Return the block indices in underscored module names, with or without our prefix.
+
+    Args:
+        modules: Names of the modules.
+        list_names: Underscored names of the lists of blocks.
+    """
+    pattern = re.compile(rf"(?:{OURS})?(?:{'|'.join(map(re.escape, list_names))})_(\d+)_")
     return {int(match[1]) for match in map(pattern.match, modules) if match}
 
 
 def read_depth(lora: LoraFile, grown: GrownBlocks) -> int | None:
     """Return the number of blocks of a LoRA, from metadata or its highest block index; None if unknown."""
-    highest = max(_numbers_in(lora.modules(), [grown.blocks]), default=-1)
+    last_index = max(_find_indices(lora.modules(), [grown.blocks]), default=-1)
     for key in grown.keys:
         text = lora.metadata.get(key, "")
-        if text.isdecimal() and highest < int(text) <= grown.maximum:
+        if text.isdecimal() and last_index < int(text) <= grown.maximum:
             return int(text)
-    return highest + 1 if highest + 1 in grown.depths else None
+    return last_index + 1 if last_index + 1 in grown.depths else None
 
 
 def _fit(lora: LoraFile, grown: GrownBlocks, depth: int, model: Path | str) -> LoraFile:
-    """Map a LoRA's blocks to those of a model with `depth` blocks; raise CheckpointError if impossible."""
-    numbers = _numbers_in(lora.modules(), [grown.blocks])
-    source = read_depth(lora, grown)
-    # without a known depth, a LoRA is taken to be for the first variant; other models need to be told apart
-    fits_unseen = source is None and depth not in grown.depths[1:]
-    if not numbers or not depth or source == depth or fits_unseen:
+    """Map a LoRA's blocks to those of a model with `depth` blocks; raise CheckpointError if impossible.
+
+    Args:
+        lora: The LoRA file.
+        grown: How the family's deeper variants repeat blocks.
+        depth: Number of blocks of the model; 0 if its names show none.
+        model: File of the model, for messages.
+    """
+    indices = _find_indices(lora.modules(), [grown.blocks])
+    lora_depth = read_depth(lora, grown)
+    if not indices or depth == 0 or lora_depth == depth:
         return lora
-    if source is None:
+    if lora_depth is None:
+        # a LoRA of unknown depth is taken to be for the first variant, and fits models of no known variant
+        if depth not in grown.depths[1:]:
+            return lora
         raise CheckpointError(
-            f"{lora.path} changes blocks {min(numbers)} to {max(numbers)} and does not say for how many "
+            f"{lora.path} changes blocks {min(indices)} to {max(indices)} and does not say for how many "
             f"blocks it is, {model} has {depth}. Give a LoRA with {grown.keys[0]} in its metadata, or one of "
             "all blocks.",
             lora.path,
         )
-    if source > depth or source not in grown.depths or depth not in grown.depths:
+    if lora_depth > depth or lora_depth not in grown.depths or depth not in grown.depths:
         raise CheckpointError(
-            f"{lora.path} is for {source} blocks, {model} has {depth}: blocks of the same number are not the "
-            f"same there. Use the model with {source} blocks.",
+            f"{lora.path} is for {lora_depth} blocks, {model} has {depth}: blocks of the same number are not "
+            f"the same there. Use the model with {lora_depth} blocks.",
             lora.path,
         )
-    copies = grown.places(source, depth)
+    blocks = grown.map_blocks(lora_depth, depth)  # block of the LoRA -> the block and its copies
     tensors = {}
     for name, tensor in lora.tensors.items():
         match = re.match(rf"({OURS}{re.escape(grown.blocks)}_)(\d+)(_.*)", name)
         if match is None:
             tensors[name] = tensor
             continue
-        for index in copies[int(match[2])]:
-            tensors[f"{match[1]}{index}{match[3]}"] = tensor
+        prefix, index, suffix = match.groups()
+        for new_index in blocks[int(index)]:
+            tensors[f"{prefix}{new_index}{suffix}"] = tensor
     logger.info(
         "%s is for %d blocks, the model has %d: what a block has learned is used in its copies too",
         lora.path,
-        source,
+        lora_depth,
         depth,
     )
     return replace(lora, tensors=tensors, metadata={**lora.metadata, grown.keys[0]: str(depth)})

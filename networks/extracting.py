@@ -35,8 +35,9 @@ from networks.text_loras import TensorPiece, is_full, pieces_of
 from networks.tool_options import MIN_DIFF, ExtractOptions
 
 logger = getLogger(__name__)
-OVERSAMPLING, POWERS = 16, 4  # extra columns and power iterations of the randomized SVD
-EXACT_BELOW = 512  # matrices whose smaller side is at most this get an exact SVD
+OVERSAMPLING = 16  # extra columns of the randomized SVD
+POWER_ITERATIONS = 4
+MAX_EXACT = 512  # matrices whose smaller side is at most this get an exact SVD
 # U-Net: matrices and 1x1 convolutions of attention blocks, as sd-scripts trains them
 _ATTENTION = re.compile(
     r"_attentions_\d+_(proj_in|proj_out|transformer_blocks_.*_(to_[qkv]|to_out_0|proj|2))$"
@@ -56,7 +57,7 @@ class ExtractedModule(NamedTuple):
     piece: TensorPiece
 
 
-Plan = Mapping[str, Sequence[ExtractedModule]]  # tensor -> the modules that get a LoRA of it
+Plan = Mapping[str, Sequence[ExtractedModule]]  # tensor name -> modules whose weights the tensor holds
 
 
 class Pair(NamedTuple):
@@ -78,15 +79,15 @@ class BlockWeights(NamedTuple):
     """Selects the weights to extract from a transformer: the matrices in its blocks."""
 
     model: str  # name of the model, for messages
-    lists: tuple[str, ...]  # prefixes of the tensor names of its blocks
+    prefixes: tuple[str, ...]  # of the tensor names of its blocks
     example: str  # a tensor that every such model has
 
-    def of(self, checkpoint: Checkpoint) -> list[str]:
+    def list_in(self, checkpoint: Checkpoint) -> list[str]:
         """Return the names of the matrices in the blocks of a checkpoint."""
         return [
             name
             for name, info in checkpoint.tensors.items()
-            if name.startswith(self.lists) and name.endswith(".weight") and len(info.shape) == 2
+            if name.startswith(self.prefixes) and name.endswith(".weight") and len(info.shape) == 2
         ]
 
 
@@ -126,8 +127,8 @@ def extract_model(options: ExtractOptions) -> None:
     with open_checkpoint(options.model_org) as original:
         if is_full(original.tensors):
             return extract_full(options)
-        all_weights = BlockWeights(model="", lists=("",), example="")  # every name begins with ""
-        matrices = all_weights.of(bare_names(original))
+        all_weights = BlockWeights(model="", prefixes=("",), example="")  # every name begins with ""
+        matrices = all_weights.list_in(bare_names(original))
     modules = {module_of_tensor(name)[0]: name for name in matrices}
     family = select_family(modules)
     weights: list[str] = []
@@ -158,7 +159,12 @@ def extract_model(options: ExtractOptions) -> None:
 
 
 def _without_missing_networks(model_tuned: Path, weights: Sequence[str]) -> list[str]:
-    """Drop weights of parts that the fine-tuned file lacks, such as LTX-2's connectors (never trained)."""
+    """Drop weights of networks that the fine-tuned file lacks, such as LTX-2's connectors (never trained).
+
+    Args:
+        model_tuned: File of the fine-tuned model.
+        weights: Names of weights, which begin with the name of their network.
+    """
     with open_checkpoint(model_tuned) as tuned:
         networks = {name.partition(".")[0] for name in bare_names(tuned).tensors}
     kept = [name for name in weights if name.partition(".")[0] in networks]
@@ -177,14 +183,14 @@ def _extract_blocks(
 
     Args:
         options: Options of the run.
-        weights: Names of the weights.
+        weights: Selects the weights.
         names_of: Returns the metadata entries about the original model.
 
     Raises:
         CheckpointError: If these tensors are missing or differ in shape.
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
-        pair = _values_of_both(bare_names(original), bare_names(tuned))
+        pair = _dequantize_both(bare_names(original), bare_names(tuned))
         for checkpoint in pair:
             if weights.example not in checkpoint.tensors:
                 kind = kind_of(checkpoint.tensors)
@@ -194,8 +200,8 @@ def _extract_blocks(
                     "  Give a model with the published names to --model_org and --model_tuned.",
                     checkpoint.path,
                 )
-        names = weights.of(pair.original)
-        _check_same_shapes(pair, names, weights.of(pair.tuned))
+        names = weights.list_in(pair.original)
+        _check_same_shapes(pair, names, weights.list_in(pair.tuned))
         plan: dict[str, list[ExtractedModule]] = {}
         for name in names:
             module = ExtractedModule(
@@ -205,7 +211,7 @@ def _extract_blocks(
                 piece=TensorPiece("", name),
             )
             plan[name] = [module]
-        metadata = _metadata(options, names_of(pair.original))
+        metadata = _make_metadata(options, names_of(pair.original))
         _extract(
             options,
             pair,
@@ -215,13 +221,14 @@ def _extract_blocks(
         )
 
 
-def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
+def _dequantize_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
     """Return two models with dequantized weights; warn if one was quantized."""
-    values = Pair(in_values(original), in_values(tuned))
+    dequantized = Pair(in_values(original), in_values(tuned))
     quantized = []
-    if values.original is not original:
+    # `in_values` returns a checkpoint without quantized weights itself
+    if dequantized.original is not original:
         quantized.append(original.path.name)
-    if values.tuned is not tuned:
+    if dequantized.tuned is not tuned:
         quantized.append(tuned.path.name)
     if quantized:
         logger.warning(
@@ -229,7 +236,7 @@ def _values_of_both(original: Checkpoint, tuned: Checkpoint) -> Pair:
             "LoRA, often larger than what was learned. Give files in 16 bits if there are any",
             " and ".join(quantized),
         )
-    return Pair(with_stacked_rows(values.original), with_stacked_rows(values.tuned))
+    return Pair(with_stacked_rows(dequantized.original), with_stacked_rows(dequantized.tuned))
 
 
 def extract_full(options: ExtractOptions) -> None:
@@ -241,23 +248,23 @@ def extract_full(options: ExtractOptions) -> None:
         CheckpointError: If the checkpoints belong to different models.
     """
     with open_checkpoint(options.model_org) as original, open_checkpoint(options.model_tuned) as tuned:
-        pair = _values_of_both(original, tuned)
+        pair = _dequantize_both(original, tuned)
         family = _find_family_of_both(pair)
         unchanged = _find_unchanged_texts(pair, options.min_diff)
         plan: dict[str, list[ExtractedModule]] = {}
         for name in pair.original.tensors:
             plan[name] = []
             for piece in pieces_of(name):
-                module = None
-                if piece.network not in unchanged:
-                    module = _module_of_piece(piece, options, family)
+                if piece.network in unchanged:
+                    continue
+                module = _find_module_of_piece(piece, options, family)
                 if module is not None:
                     plan[name].append(module)
         arguments: dict[str, str] = {}
         if options.conv_dim is not None:
             arguments = {"conv_dim": str(options.conv_dim), "conv_alpha": str(float(options.conv_dim))}
         names = LoraNames("networks.lora", family.written_version, family.architecture)
-        metadata = _metadata(options, names, is_v2=family is SD2, arguments=arguments)
+        metadata = _make_metadata(options, names, is_v2=family is SD2, arguments=arguments)
         _extract(
             options,
             pair,
@@ -267,14 +274,14 @@ def extract_full(options: ExtractOptions) -> None:
         )
 
 
-def _module_of_piece(
+def _find_module_of_piece(
     piece: TensorPiece, options: ExtractOptions, family: FamilyNames
 ) -> ExtractedModule | None:
     """Return the module whose weight this piece of a full checkpoint is; None if it gets no LoRA."""
     if not piece.name.endswith(".weight"):
         return None
-    rank = 0
-    if piece.network:
+    rank = 0  # no LoRA
+    if piece.network:  # of a text encoder
         module = f"{piece.network}_{piece.name.removesuffix('.weight').replace('.', '_')}"
         if _IN_TEXT.search(module):
             rank = options.dim
@@ -284,7 +291,9 @@ def _module_of_piece(
             rank = options.dim
         elif _RESIDUAL.search(module):
             rank = options.conv_dim or 0
-    return ExtractedModule(module, rank, module, piece) if rank else None
+    if rank == 0:
+        return None
+    return ExtractedModule(module, rank, seed_name=module, piece=piece)
 
 
 def _extract(
@@ -302,14 +311,14 @@ def _extract(
     Args:
         options: Options of the run.
         pair: Files of both models.
-        plan: What to extract.
+        plan: Modules to extract, by tensor.
         metadata: Metadata of the LoRA.
         family: Family whose aliases name the modules; None keeps their names.
     """
     start = time.monotonic()
     output = options.save_to
-    retained = KeptChange()
-    factors = _factors_of_change(options, pair, plan, retained)
+    kept_change = KeptChange()
+    factors = _extract_factors(options, pair, plan, kept_change)
     tensors = in_known_names(factors, family)
     save_tensors(output, tensors, add_hashes(tensors, metadata))
     of_family = "" if family is None else f" of {family.name}"
@@ -318,7 +327,7 @@ def _extract(
         ("fine-tuned", str(options.model_tuned)),
         ("LoRA", f"{output} ({as_size(output.stat().st_size)}), rank {options.dim}"),
         ("modules", f"{len(factors) // 3}{of_family}"),  # down, up and alpha of each
-        ("kept", f"{retained.share:.1%} of the change of these modules, by its norm"),
+        ("kept", f"{kept_change.fraction:.1%} of the change of these modules, by its norm"),
         ("time", in_words(time.monotonic() - start)),
     ]
     show_box("The LoRA is extracted", rows)
@@ -332,9 +341,12 @@ class KeptChange:
     lost: float = 0.0  # sum of the squares of what the LoRA leaves out
 
     @property
-    def share(self) -> float:
-        """Norm of the kept change divided by the norm of the change."""
-        return max(1 - self.lost / self.total, 0.0) ** 0.5 if self.total else 1.0
+    def fraction(self) -> float:
+        """Norm of the kept change divided by the norm of the change; 1 if nothing changed."""
+        if self.total == 0:
+            return 1.0
+        # kept and lost change are orthogonal in a truncated SVD, so their squares sum to the total
+        return max(1 - self.lost / self.total, 0.0) ** 0.5
 
     def add(self, change: Tensor, product: Tensor) -> None:
         """Add a module's change and the product of its LoRA factors; both out x in, float32."""
@@ -342,16 +354,16 @@ class KeptChange:
         self.lost += float(torch.linalg.vector_norm(change - product)) ** 2
 
 
-def _factors_of_change(
-    options: ExtractOptions, pair: Pair, plan: Plan, retained: KeptChange
+def _extract_factors(
+    options: ExtractOptions, pair: Pair, plan: Plan, kept_change: KeptChange
 ) -> dict[str, Tensor]:
     """Return the tensors of the LoRA for the difference of two models.
 
     Args:
         options: Options of the run.
         pair: Files of both models.
-        plan: What to extract.
-        retained: Accumulates how much of the change the LoRA keeps.
+        plan: Modules to extract, by tensor.
+        kept_change: Accumulates how much of the change the LoRA keeps.
 
     Raises:
         CheckpointError: If the models are equal.
@@ -366,8 +378,8 @@ def _factors_of_change(
         difference = _compute_difference(pair, name, device)
         is_changed = is_changed or bool(difference.any())
         for module in modules:
-            factors = _factors_of_module(
-                module, difference, quantile=options.clamp_quantile, dtype=dtype, kept=retained
+            factors = _extract_module(
+                module, difference, quantile=options.clamp_quantile, dtype=dtype, kept_change=kept_change
             )
             lora |= {f"{module.name}.{part}": tensor for part, tensor in factors.items()}
     if lora and not is_changed:
@@ -379,21 +391,26 @@ def _factors_of_change(
     return lora
 
 
-def _factors_of_module(
-    module: ExtractedModule, difference: Tensor, *, quantile: float, dtype: torch.dtype, kept: KeptChange
+def _extract_module(
+    module: ExtractedModule,
+    difference: Tensor,
+    *,
+    quantile: float,
+    dtype: torch.dtype,
+    kept_change: KeptChange,
 ) -> dict[str, Tensor]:
-    """Return the LoRA of a module, on the CPU.
+    """Return the LoRA factors of a module, on the CPU.
 
     Args:
-        module: Name of the module and its rank.
-        difference: Change of its weight.
+        module: The module, its rank, and the piece of the tensor that is its weight.
+        difference: Change of the tensor.
         quantile: Quantile of the factors' values to which they are limited.
         dtype: Dtype of the factors.
-        kept: Accumulates how much of the change the LoRA keeps.
+        kept_change: Accumulates how much of the change the LoRA keeps.
     """
     change = module.piece.of(difference)
     down, up = decompose_change(change.flatten(1), module.rank, quantile, module.seed_name)
-    kept.add(change.flatten(1), up @ down)
+    kept_change.add(change.flatten(1), up @ down)
     return lora_of_shape(down.to(dtype), up.to(dtype), change.shape)
 
 
@@ -419,29 +436,43 @@ def _compute_difference(pair: Pair, name: str, device: torch.device) -> Tensor:
 def decompose_change(change: Tensor, rank: int, quantile: float, name: str) -> tuple[Tensor, Tensor]:
     """Return down R x in and up out x R whose product approximates a change of a weight, out x in.
 
-    Large matrices use a randomized SVD (Halko et al. 2011, arXiv 0909.4061), seeded by the name alone. Small
-    matrices use an exact SVD.
+    Large matrices use a randomized SVD (Halko et al. 2011, arXiv 0909.4061). Small matrices use an exact SVD.
+
+    Args:
+        change: The change, out x in.
+        rank: Rank of the factors, R; at most the smaller side of the change.
+        quantile: Quantile of the factors' values to which they are limited; 1 for no limit.
+        name: Name that alone seeds the random numbers.
     """
     rank = min(rank, *change.shape)
-    if min(change.shape) <= EXACT_BELOW:
+    if min(change.shape) <= MAX_EXACT:
         u, s, vh = torch.linalg.svd(change, full_matrices=False)
     else:
-        u, s, vh = _compute_randomised_svd(change, rank, name)
+        u, s, vh = _compute_randomized_svd(change, rank, name)
     up = u[:, :rank] * s[:rank]
     down = vh[:rank]
-    return _limit_values(down, up, quantile) if quantile < 1 else (down, up)
+    if quantile < 1:
+        return _limit_values(down, up, quantile)
+    return down, up
 
 
-def _compute_randomised_svd(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Return U, S and V^T of a matrix, accurate for the first `rank` singular values."""
+def _compute_randomized_svd(change: Tensor, rank: int, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return U, S and V^T of a matrix, accurate for the first `rank` singular values.
+
+    Args:
+        change: The matrix.
+        rank: Number of accurate singular values.
+        name: Name that seeds the random numbers.
+    """
     width = min(rank + OVERSAMPLING, *change.shape)
     generator = torch.Generator().manual_seed(derive_seed(0, name))
+    # columns that span the range of the matrix; each power iteration weakens small singular values
     basis = change @ torch.randn(change.shape[1], width, generator=generator).to(change.device)
-    for _ in range(POWERS):
+    for _ in range(POWER_ITERATIONS):
         basis = change @ (change.T @ torch.linalg.qr(basis)[0])
     basis = torch.linalg.qr(basis)[0]
-    small, s, vh = torch.linalg.svd(basis.T @ change, full_matrices=False)
-    return basis @ small, s, vh
+    u_in_basis, s, vh = torch.linalg.svd(basis.T @ change, full_matrices=False)
+    return basis @ u_in_basis, s, vh
 
 
 def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Tensor]:
@@ -453,14 +484,21 @@ def _limit_values(down: Tensor, up: Tensor, quantile: float) -> tuple[Tensor, Te
     down = down * signs
     # sort, because torch.quantile accepts at most 16 million values
     ordered = torch.cat([up.flatten(), down.flatten()]).sort().values
-    place = quantile * (len(ordered) - 1)
-    low = int(place)
-    limit = torch.lerp(ordered[low], ordered[min(low + 1, len(ordered) - 1)], place - low)
+    position = quantile * (len(ordered) - 1)
+    below = int(position)
+    above = min(below + 1, len(ordered) - 1)
+    limit = torch.lerp(ordered[below], ordered[above], position - below)
     return down.clamp(-limit, limit), up.clamp(-limit, limit)
 
 
 def _check_same_shapes(pair: Pair, original_names: Sequence[str], tuned_names: Sequence[str]) -> None:
-    """Raise CheckpointError if the two models do not have the same tensors with the same shapes."""
+    """Raise CheckpointError if the two models do not have the same tensors with the same shapes.
+
+    Args:
+        pair: Files of both models.
+        original_names: Names of the compared tensors in the original model.
+        tuned_names: Names of the compared tensors in the fine-tuned model.
+    """
     original = {name: pair.original.tensors[name].shape for name in original_names}
     tuned = {name: pair.tuned.tensors[name].shape for name in tuned_names}
     names = sorted(original.keys() | tuned.keys())
@@ -488,11 +526,11 @@ def _find_family_of_both(pair: Pair) -> FamilyNames:
             )
     names = _list_weight_names(pair.original)
     _check_same_shapes(pair, names, _list_weight_names(pair.tuned))
-    if any(name.startswith("cond_stage_model.model.") for name in names):
+    if any(name.startswith("cond_stage_model.model.") for name in names):  # OpenCLIP
         return SD2
     pieces = [piece for name in names for piece in pieces_of(name)]
-    modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.network]
-    return SDXL if select_family(modules) is SDXL else SD1
+    unet_modules = [module_of_tensor(piece.name)[0] for piece in pieces if not piece.network]
+    return SDXL if select_family(unet_modules) is SDXL else SD1
 
 
 def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
@@ -502,15 +540,16 @@ def _list_weight_names(checkpoint: Checkpoint) -> list[str]:
 
 def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     """Return the prefixes of text encoders in which no value changed by more than `minimum`."""
-    changed: dict[str, bool] = {}
+    is_changed: dict[str, bool] = {}  # by the prefix of the text encoder
     for name in pair.original.tensors:
         pieces = pieces_of(name) if name.endswith("weight") else []
         network = pieces[0].network if pieces else ""
-        if network and not changed.get(network):
+        # an encoder that is known to have changed is not read further
+        if network and not is_changed.get(network):
             original = pair.original.read(name).float()
             change = (pair.tuned.read(name).float() - original).abs()
-            changed[network] = bool(change.numel() and float(change.max()) > minimum)
-    unchanged = {network for network, has_changed in changed.items() if not has_changed}
+            is_changed[network] = bool(change.numel() and float(change.max()) > minimum)
+    unchanged = {network for network, has_changed in is_changed.items() if not has_changed}
     if unchanged:
         logger.info(
             f"{pair.tuned.path}: no value of {', '.join(sorted(unchanged))} has changed by more than "
@@ -519,13 +558,20 @@ def _find_unchanged_texts(pair: Pair, minimum: float) -> set[str]:
     return unchanged
 
 
-def _metadata(
+def _make_metadata(
     options: ExtractOptions,
     names: LoraNames,
     is_v2: bool = False,
     arguments: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
-    """Return the metadata of an extracted LoRA; --no_metadata keeps only what loaders need."""
+    """Return the metadata of an extracted LoRA; --no_metadata keeps only what loaders need.
+
+    Args:
+        options: Options of the run.
+        names: Entries about the base model.
+        is_v2: Whether the base model is Stable Diffusion 2.
+        arguments: Network arguments that would train such a LoRA; None for none.
+    """
     metadata = {
         "ss_v2": str(is_v2),
         "ss_network_module": names.module,

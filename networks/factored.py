@@ -1,8 +1,8 @@
-"""The layer of networks whose change of a frozen weight is a product of small factors: LoHa, LoKr.
+"""The trained layer of networks whose change of a frozen weight is a product of small factors: LoHa, LoKr.
 
-The weight is that of a Linear or a Conv2d. Such a network needs neither the frozen weight, whatever it is
-stored as, nor keeps the whole change for the backward pass. Factors have the names and shapes of LyCORIS'
-files: those of a convolution are matrices too, in which the values of its kernel are further columns.
+The layer extends a Linear or a Conv2d. It does not read the frozen weight, which may be quantized, and does
+not keep the full change for the backward pass. Factors have the names and shapes of LyCORIS: those of a
+convolution are matrices too, whose columns include the kernel.
 """
 # Letters: B images, H W their size
 
@@ -25,7 +25,7 @@ Factors = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a convolution of one group moves over an image."""
+    """Kernel, stride, padding and dilation of a convolution with one group."""
 
     kernel: tuple[int, ...]
     stride: tuple[int, ...]
@@ -34,7 +34,7 @@ class Geometry:
 
     @classmethod
     def of(cls, module: nn.Conv2d) -> "Geometry":
-        """Return the geometry of a convolution; its padding must be given in numbers."""
+        """Return the geometry of a convolution, whose padding must be numbers."""
         assert not isinstance(module.padding, str)
         return cls(module.kernel_size, module.stride, module.padding, module.dilation)
 
@@ -51,26 +51,28 @@ class Geometry:
     def gradients(
         self, x: Tensor, weight: Tensor, gradient: Tensor, needs_input: bool
     ) -> tuple[Tensor | None, Tensor]:
-        """Return the gradients of x, if it is needed, and of the weight, out x in * kernel."""
+        """Return the gradients of x (None unless `needs_input`) and of the weight, out x in * kernel."""
         shaped = weight.view(weight.shape[0], x.shape[1], *self.kernel)
-        of_weight = conv2d_weight(x, shaped.shape, gradient, self.stride, self.padding, self.dilation)
-        of_x = None
+        grad_weight = conv2d_weight(x, shaped.shape, gradient, self.stride, self.padding, self.dilation)
+        grad_x = None
         if needs_input:
-            of_x = conv2d_input(x.shape, shaped, gradient, self.stride, self.padding, self.dilation)
-        return of_x, of_weight.view_as(weight)
+            grad_x = conv2d_input(x.shape, shaped, gradient, self.stride, self.padding, self.dilation)
+        return grad_x, grad_weight.view_as(weight)
 
 
 @dataclass(frozen=True)
 class Product:
     """How a kind of network computes with its factors, without forming the change."""
 
-    kind: str
-    add: Callable[[Tensor, Factors, float], Tensor]  # x: ... in; the factors; a strength. Returns ... out
-    convolve: Callable[..., Tensor]  # as `add`, and `geometry`. x: B in H W. Returns B out H' W'
-    norm: Callable[[Factors], Tensor]  # of the change with alpha = rank: its Frobenius norm
-    # sets a factor, given its name, as LyCORIS does: one of each layer is zero
-    set_first_values: Callable[[str, nn.Parameter], None]
-    is_scaled: Callable[[Shapes], bool]  # whether the change is times alpha / rank
+    kind: str  # name of the kind, for messages
+    # takes an input ... in, the factors, and a multiplier of the change; returns ... out
+    add: Callable[[Tensor, Factors, float], Tensor]
+    # takes an input B in H W, the factors, a multiplier, and a `Geometry`; returns B out H' W'
+    convolve: Callable[..., Tensor]
+    norm: Callable[[Factors], Tensor]  # returns the Frobenius norm of the change, without alpha / rank
+    # initializes the factor with a name as LyCORIS does; one factor of each layer is zero
+    initialize: Callable[[str, nn.Parameter], None]
+    is_scaled: Callable[[Shapes], bool]  # returns whether the change is multiplied by alpha / rank
 
 
 class FactoredLayer(nn.Module):
@@ -83,7 +85,7 @@ class FactoredLayer(nn.Module):
     alpha: Tensor
 
     def __init__(self, original: Factored, shapes: Shapes, rank: int, alpha: float, product: Product) -> None:
-        """Make uninitialized factors for a frozen module; a Conv2d must have one group and pad with zeros.
+        """Make the factors for a frozen module; a Conv2d must have one group and pad with zeros.
 
         Args:
             original: The frozen module.
@@ -100,7 +102,7 @@ class FactoredLayer(nn.Module):
         for name, shape in shapes.items():
             weight = nn.Parameter(torch.empty(shape))
             self.register_parameter(name, weight)
-            product.set_first_values(name, weight)
+            product.initialize(name, weight)
         self.rank = rank
         self.multiplier = 1.0
         self.factors = tuple(shapes)
@@ -109,29 +111,30 @@ class FactoredLayer(nn.Module):
         if isinstance(original, nn.Conv2d):
             self._add = partial(product.convolve, geometry=Geometry.of(original))
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
-        self._before: Callable[[Tensor], Tensor] = original.forward
+        self._original_forward: Callable[[Tensor], Tensor] = original.forward
         self.register_load_state_dict_post_hook(lambda layer, _: layer.read_alpha())
         self.read_alpha()
 
     def read_alpha(self) -> None:
-        """Update the scale alpha / rank; two whole matrices are not scaled."""
+        """Update the scale alpha / rank from the buffer alpha after loading; an alpha of 0 means the rank."""
         self.scale = (float(self.alpha) or self.rank) / self.rank if self.is_scaled else 1.0
 
     def attach(self) -> None:
         """Replace the forward of the frozen module by that of this layer."""
-        self._before = self._original[0].forward
+        self._original_forward = self._original[0].forward
         self._original[0].forward = self.forward  # type: ignore[assignment,method-assign]
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the frozen module plus that of the product of factors."""
         # x: ... in, or B in H W
-        autocast = torch.is_autocast_enabled(x.device.type)
-        if autocast and x.dtype == torch.float32:
-            x = x.to(torch.get_autocast_dtype(x.device.type))  # once, for the original too
-        out = self._before(x)
+        is_autocast = torch.is_autocast_enabled(x.device.type)
+        if is_autocast and x.dtype == torch.float32:
+            # cast once for both the frozen module and the LoRA
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        out = self._original_forward(x)
         if self.multiplier == 0:
             return out
-        if not autocast:
+        if not is_autocast:
             x = x.to(self.alpha.dtype)
         factors = {name: self.get_parameter(name) for name in self.factors}
         return out + self._add(x, factors, self.multiplier * self.scale).to(out.dtype)
@@ -141,12 +144,16 @@ class FactoredLayer(nn.Module):
         return self._norm({name: self.get_parameter(name) for name in self.factors}) * self.scale
 
     def shrink(self, ratio: Tensor) -> None:
-        """Scale the change by `ratio`: one factor is enough, because the change is a product of all."""
+        """Multiply the change by `ratio`; one factor is enough, because the change is a product of all."""
         self.get_parameter(self.factors[0]).mul_(ratio)
 
 
 def product_with_core(a: Tensor, b: Tensor, core: Tensor | None) -> Tensor:
-    """Return a @ b; with a core r x r x kernel, b acts on its axis 1 and a (stored r x out) on its axis 0."""
+    """Return a @ b, out x in.
+
+    With a core, r x r x kernel, the result is out x in x kernel: `a`, stored r x out, multiplies the first
+    axis of the core, and `b`, r x in, the second.
+    """
     if core is None:
         return a @ b
     return torch.einsum("p q ..., p o, q i -> o i ...", core, a, b)
@@ -156,7 +163,7 @@ def shape_with_core(a: tuple[int, ...], b: tuple[int, ...], core: tuple[int, ...
     """Return the shape of `product_with_core`.
 
     Raises:
-        MismatchError: If the factors have no product.
+        MismatchError: If the factors cannot be multiplied.
     """
     if core is None:
         fits = len(a) == len(b) == 2 and a[1] == b[0]

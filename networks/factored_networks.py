@@ -26,9 +26,9 @@ def make_layers(
 
 
 def _shape_of(module: Factored) -> tuple[int, ...]:
-    """Return the shape of a module's weight, which may be stored in another one: out in (kernel)."""
+    """Return the shape of a module's weight, out in (kernel)."""
     if isinstance(module, nn.Linear):
-        return module.out_features, module.in_features
+        return module.out_features, module.in_features  # a quantized weight may have another shape
     return tuple(module.weight.shape)
 
 
@@ -41,10 +41,10 @@ def layer_of(module: Factored, path: str, factors: Factors, product: Product) ->
     """
     shapes = {part: tuple(tensor.shape) for part, tensor in without_alpha(factors).items()}
     shape = _shape_of(module)
-    as_matrix = (shape[0], math.prod(shape[1:]))  # the form in which some files store convolutions
-    is_untrainable = bool(UNTRAINED & shapes.keys())  # with a core or magnitudes
+    matrix_shape = (shape[0], math.prod(shape[1:]))  # some files store convolutions as matrices
+    is_untrainable = bool(UNTRAINED & shapes.keys())  # has a core or magnitudes
     change_shape = None if is_untrainable else read_delta(factors).shape()
-    if change_shape not in (shape, as_matrix):
+    if change_shape not in (shape, matrix_shape):
         raise CheckpointError(
             f"--dim_from_weights: {path} has {shapes}, with which this layer of {list(shape)} cannot be "
             "trained"

@@ -34,7 +34,11 @@ from networks.own_kinds import OWN_MODULES
 
 logger = getLogger(__name__)
 
-TARGETS = {KNOWN: "default", COMFYUI: "other", DIFFUSERS: "diffusers"}  # of convert_lora.py
+TARGETS = {
+    KNOWN: "default",
+    COMFYUI: "other",
+    DIFFUSERS: "diffusers",
+}  # -> value of --target of convert_lora.py
 _OTHERWISE = "Use --lora_format known"
 
 
@@ -42,8 +46,8 @@ class Formatted(NamedTuple):
     """The tensors of a LoRA under the names of a format."""
 
     tensors: dict[str, Tensor]
-    metadata: dict[str, str]  # that describe the tensors
-    left_out: dict[str, str]  # modules without a form there, each with the reason
+    metadata: dict[str, str]  # additional metadata about the tensors
+    left_out: dict[str, str]  # module that the format cannot express -> reason
 
 
 @dataclass(frozen=True)
@@ -54,7 +58,7 @@ class LoraFormat:
     family: FamilyNames | None = None
 
     def check(self, network: nn.Module) -> None:
-        """Raise OptionError if a module of the network has no form in this format."""
+        """Raise OptionError if this format cannot express a module of the network."""
         left_out = self.convert(_on_cpu(network)).left_out
         if left_out:
             reasons = [f"{module} ({reason})" for module, reason in left_out.items()]
@@ -81,12 +85,11 @@ class LoraFormat:
             metadata: Metadata of the file.
             beside: Additional tensors for the file, by name.
         """
-        # converted as trained, so that there is one rounding
+        # converted in the training dtype, so that values are rounded only once, below
         converted = self.convert(_on_cpu(network))
-        tensors = {
-            name: tensor.detach().to("cpu", dtype).contiguous()
-            for name, tensor in {**converted.tensors, **beside}.items()
-        }
+        tensors = {}
+        for name, tensor in {**converted.tensors, **beside}.items():
+            tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
         all_metadata = {**metadata, **converted.metadata, LORA_FORMAT: self.name}
         save_tensors(path, tensors, add_hashes(tensors, all_metadata))
 
@@ -94,18 +97,18 @@ class LoraFormat:
         """Return tensors under the names of this format.
 
         If the format has no alphas, alpha / rank is folded into the factors by powers of two. The metadata
-        entry `FOLDED` records these, so that reading the file restores the alphas.
+        entry `FOLDED` records alpha / rank, so that reading the file restores the alphas.
 
         Args:
             tensors: Tensors under our names, on the CPU.
         """
         if self.name == KNOWN:
-            if self.family is not None and self.family.always_underscored == "aliases":  # for all tools
-                from networks.writing import rename_to_aliases  # few families have such names
+            if self.family is not None and self.family.always_underscored == "aliases":
+                from networks.writing import rename_to_aliases  # only for a few families
 
                 tensors = rename_to_aliases(tensors, self.family)
             return Formatted(dict(tensors), {}, {})
-        from networks.writing import texts_to_comfyui, texts_to_diffusers  # most runs save the known names
+        from networks.writing import texts_to_comfyui, texts_to_diffusers  # not for the default format
 
         texts: dict[str, Factors] = {}
         in_dit: dict[str, Factors] = {}
@@ -133,12 +136,12 @@ class LoraFormat:
         return Formatted(written, _metadata_of_strengths(strengths), left_out)
 
     def _by_strength(self, modules: Mapping[str, Factors]) -> dict[float | None, dict[str, Tensor]]:
-        """Group the tensors of modules by alpha / rank; the key None holds modules that keep their alphas."""
-        # ComfyUI's names for HunyuanImage-2.1 are underscored ones, which have alphas
-        keeps = self.name == COMFYUI and self.family is not None and self.family.underscored
+        """Group the tensors of modules by alpha / rank; None is the key of modules that keep their alphas."""
+        # if ComfyUI reads names with underscores (HunyuanImage-2.1), it reads alphas too
+        keeps_alphas = self.name == COMFYUI and self.family is not None and self.family.underscored
         groups: dict[float | None, dict[str, Tensor]] = {}
         for name, factors in modules.items():
-            is_folded = DOWN in factors and not keeps
+            is_folded = DOWN in factors and not keeps_alphas
             strength = deltas.strength(factors) if is_folded else None
             groups.setdefault(strength, {}).update(deltas.ungroup({name: factors}))
         return groups
@@ -150,7 +153,7 @@ class LoraFormat:
             tensors: Tensors by name.
             is_folded: Whether alpha / rank is folded into the factors.
         """
-        from networks.writing import in_own_form, in_target  # most runs save the known names
+        from networks.writing import in_own_form, in_target  # not for the default format
 
         native = in_own_form(tensors, self.family)
         if is_folded:
@@ -165,7 +168,7 @@ class LoraFormat:
 def _note_strength(
     strengths: dict[int, set[float]], written: Mapping[str, Tensor], strength: float | None
 ) -> None:
-    """Add alpha / rank of the written modules to `strengths`, by rank; None: it was not folded."""
+    """Add alpha / rank (`strength`) of the written modules to `strengths`, by rank; None if not folded."""
     if strength is None:
         return
     from networks.tensor_names import PEFT_ENDS  # only if strengths were folded
@@ -176,7 +179,7 @@ def _note_strength(
 
 
 def _metadata_of_strengths(strengths: Mapping[int, set[float]]) -> dict[str, str]:
-    """Return the metadata about the alpha / rank that was folded into factors of a rank, if it is one."""
+    """Return the metadata entry `FOLDED`, for ranks whose modules all had the same alpha / rank."""
     single = {rank: min(values) for rank, values in strengths.items() if len(values) == 1}
     return {FOLDED: json.dumps(single)} if single else {}
 
@@ -190,32 +193,25 @@ def select_format(
 ) -> LoraFormat | None:
     """Return the format of --lora_format, or the family's default; None for another package's network.
 
-    If the default cannot hold the network, the names of the known tuners are used, and the log gives the
-    reason.
+    If the default format cannot express the network, KNOWN is used, and the reason is logged.
 
     Args:
         options: Options of the network.
         family_name: Name of the family.
         module: Name of the module that builds the network.
-        texts: Names of the text encoders that are trained, by the start of their modules' names.
+        texts: Names of the text encoders that are trained, by the prefix of their modules' names.
 
     Raises:
-        OptionError: If the format that was asked for cannot hold the network.
+        OptionError: If the format of --lora_format cannot express the network.
     """
     family = read_family({TRAINED_ON: family_name})
     typed_name = options.lora_format
     if module not in OWN_MODULES and typed_name in (None, KNOWN):
         return None
     name = typed_name or (KNOWN if family is None else family.default_format)
-    if name == KNOWN:  # which holds all networks
+    if name == KNOWN:  # this format can express all networks
         return LoraFormat(name, family)
-    error = find_error(
-        name,
-        family,
-        options=options,
-        module=module,
-        texts=texts,
-    )
+    error = find_error(name, family, options=options, module=module, texts=texts)
     if error is None:
         return LoraFormat(name, family)
     if typed_name is None:
@@ -227,7 +223,7 @@ def select_format(
 def find_error(
     name: str, family: FamilyNames | None, options: NetworkOptions, module: str, texts: Mapping[str, str]
 ) -> str | None:
-    """Return the reason why a format other than KNOWN cannot hold a network; None if it can."""
+    """Return why a format other than KNOWN cannot express a network; None if it can."""
     own_module = OWN_MODULES.get(module)
     if own_module is None:
         return (

@@ -1,4 +1,7 @@
-"""Split LoRAs for fused weights (such as qkv) into LoRAs for their parts, and join such parts."""
+"""Split LoRAs for fused weights (such as qkv) into LoRAs for their parts, and join LoRAs for parts.
+
+The height of a weight is its number of rows (output channels).
+"""
 
 import itertools
 import re
@@ -41,11 +44,16 @@ class PlacedFactors(NamedTuple):
 
 
 def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor | None:
-    """Return the rows of a part in a fused weight; None if they do not fit.
+    """Return the rows of a part in a fused weight.
 
-    If the part is the fused weight with its halves swapped, the result is the index of each row.
+    Args:
+        part: The part.
+        height: Number of rows of the part.
+        full_height: Number of rows of the fused weight.
 
-    `height` and `full_height` are the numbers of rows of the part and of the fused weight.
+    Returns:
+        A slice; for a part that is the fused weight with swapped halves, the index of each row; None if the
+        rows do not fit.
     """
     if part.index is None or part.index == SWAPPED:
         if height != full_height:
@@ -60,17 +68,20 @@ def part_rows(part: WeightPart, height: int, full_height: int) -> slice | Tensor
 
 
 def default_rows(part: WeightPart, full_height: int) -> slice | None:
-    """Return the rows of a part, if the fused weight has the proportions of the published model; else None.
+    """Return the rows of a part if the fused weight has the proportions of the published model; else None.
 
-    Used for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
+    This is for input rotations, whose tensors do not show how many rows a module has. If the two halves of a
     weight are swapped, all rows are returned, because the rotation is the same for each row.
     """
     if not is_cut(part):
         return slice(0, full_height)
     siblings = [sibling for sibling in _find_siblings(part.ours, {part.theirs}) if is_cut(sibling)]
-    unit, rest = divmod(full_height, sum(sibling.default_height for sibling in siblings))
+    # heights of parts are multiples of a unit
+    unit, remainder = divmod(full_height, sum(sibling.default_height for sibling in siblings))
+    if remainder:
+        return None
     rows = part_rows(part, unit * part.default_height, full_height)
-    return rows if not rest and isinstance(rows, slice) else None
+    return rows if isinstance(rows, slice) else None
 
 
 def is_cut(part: WeightPart) -> bool:
@@ -96,38 +107,45 @@ def cut(tensors: Mapping[str, Tensor], height: Callable[[str], int | None]) -> d
     are unchanged. The arguments are those of `for_model`.
     """
     modules = deltas.group_by_module(tensors)
-    apart: dict[str, Factors] = {}
+    result: dict[str, Factors] = {}
     for name, factors in modules.items():
-        rows_by_part = _rows_of_parts(name, modules, height) if height(name) is None else {}
-        pieces = _cut(factors, rows_by_part) if any(rows_by_part.values()) else {name: factors}
-        if isinstance(pieces, str):
+        row_counts = {}
+        if height(name) is None:  # the model does not have the module, perhaps only its parts
+            row_counts = _count_rows_of_parts(name, modules, height)
+        if not any(row_counts.values()):
+            result[name] = factors
+            continue
+        pieces = _cut(factors, row_counts)
+        if isinstance(pieces, str):  # the reason why it cannot be split
             logger.warning(f"{name}: {pieces}; it stays whole")
             pieces = {name: factors}
-        apart.update(pieces)
-    return deltas.ungroup(apart)
+        result.update(pieces)
+    return deltas.ungroup(result)
 
 
-def _rows_of_parts(
+def _count_rows_of_parts(
     name: str, modules: Collection[str], height: Callable[[str], int | None]
 ) -> dict[Relative, int | None]:
-    """Return the rows of those parts of a module that have no separate LoRA; None for parts the model lacks.
+    """Return the parts of a module that have no LoRA of their own, with their numbers of rows.
+
+    The number is None for a part that the model does not have.
 
     Args:
         name: Name of the module.
         modules: Modules with LoRAs.
         height: Returns the number of rows of a module's weight; None if the model lacks the module.
     """
-    rows_by_part: dict[Relative, int | None] = {}
+    row_counts: dict[Relative, int | None] = {}
     for relative in relatives(name.removeprefix(OURS)):
         part_name = OURS + relative.name
         if not relative.is_part or part_name in modules:
             continue
-        rows = height(part_name)
-        # Families split modules differently. A relative for all rows that the model lacks is just another
-        # name of the module, not a missing part.
-        if rows is not None or is_cut(relative.part):
-            rows_by_part[relative] = rows
-    return rows_by_part
+        num_rows = height(part_name)
+        # Families split modules differently. A part with all rows that the model lacks is just another name
+        # of the module, not a missing part.
+        if num_rows is not None or is_cut(relative.part):
+            row_counts[relative] = num_rows
+    return row_counts
 
 
 def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[str, Factors] | str:
@@ -135,28 +153,28 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
 
     `row_counts` is the number of rows of each part; None for a part that the model does not have.
     """
-    parts_here = {relative: rows for relative, rows in row_counts.items() if rows is not None}
+    heights = {relative: rows for relative, rows in row_counts.items() if rows is not None}
     delta = read_delta(factors)
     if delta.rotation is not None:  # it rotates the input, which all parts share
-        return {OURS + relative.name: factors for relative in parts_here}
+        return {OURS + relative.name: factors for relative in heights}
     num_rows = _height_to_cut(delta)
     if num_rows is None:
         return "its change is no matrix"
-    rows_of_part = _places_of_parts(parts_here, num_rows)
-    fits = len(rows_of_part) == len(parts_here)
-    if len(parts_here) == len(row_counts):  # the model has all parts: together they must cover the weight
-        fits = fits and sum(parts_here.values()) == num_rows
+    rows_by_part = _find_rows(heights, num_rows)
+    fits = len(rows_by_part) == len(heights)
+    if len(heights) == len(row_counts):  # the model has all parts: together they must cover the weight
+        fits = fits and sum(heights.values()) == num_rows
     if not fits:
-        shown = " + ".join(map(str, parts_here.values()))
+        shown = " + ".join(map(str, heights.values()))
         return f"its {num_rows} rows are not those of its parts, which have {shown}"
     if delta.has_input_magnitudes:
         return f"its {OF_MAGNITUDES} magnitudes are by input, so they belong to the whole weight"
+    ordered = sorted(rows_by_part, key=lambda relative: _start_of(rows_by_part[relative]))
+    separate_loras = joined_blocks(factors, [heights[relative] for relative in ordered])
+    if separate_loras:  # the LoRA was joined from LoRAs of the parts, which are restored with their own ranks
+        return {OURS + relative.name: lora for relative, lora in zip(ordered, separate_loras, strict=True)}
     pieces: dict[str, Factors] = {}
-    ordered = sorted(rows_of_part, key=lambda relative: _start_of(rows_of_part[relative]))
-    parts = joined_blocks(factors, [parts_here[relative] for relative in ordered])
-    if parts:  # it was joined from LoRAs of the parts, which are restored with their own ranks
-        return {OURS + relative.name: part for relative, part in zip(ordered, parts, strict=True)}
-    for relative, rows in rows_of_part.items():
+    for relative, rows in rows_by_part.items():
         piece = _part_of(delta, rows)
         if piece is None:
             return f"its halves are to be swapped, which {delta.name_indivisible()} has no form for"
@@ -165,11 +183,13 @@ def _cut(factors: Factors, row_counts: Mapping[Relative, int | None]) -> dict[st
 
 
 def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]:
-    """Return the LoRAs of the parts that this LoRA was joined from; [] if it was trained as a whole.
+    """Return the LoRAs of the parts that this LoRA was joined from; [] if it was not joined.
+
+    A joined LoRA has a block-diagonal up factor.
 
     Args:
         factors: Factors of the module, by name of the part.
-        split_sizes: Rows of the parts.
+        split_sizes: Numbers of rows of the parts.
     """
     is_plain = UP in factors and factors.keys() <= {"alpha", *LORA}
     if not is_plain or len(split_sizes) < 2:
@@ -179,12 +199,13 @@ def joined_blocks(factors: Factors, split_sizes: Sequence[int]) -> list[Factors]
 
 
 def cut_blocks(factors: Factors, blocks: Sequence[Tensor]) -> list[Factors]:
-    """Return the LoRA of each block of a block-diagonal up factor."""
+    """Return a LoRA for each block of a block-diagonal up factor, with equal ranks."""
     downs = factors[DOWN].chunk(len(blocks))
     pieces: list[Factors] = [{DOWN: down, UP: up} for down, up in zip(downs, blocks, strict=True)]
     if "alpha" not in factors:
         return pieces
-    alpha = torch.tensor(strength(factors) * (len(factors[DOWN]) // len(blocks)))
+    rank = len(factors[DOWN]) // len(blocks)
+    alpha = torch.tensor(strength(factors) * rank)  # alpha / rank stays the same
     return [{**piece, "alpha": alpha} for piece in pieces]
 
 
@@ -196,20 +217,18 @@ def _height_to_cut(delta: Delta) -> int | None:
     return len(delta.factors[UP]) if UP in delta.factors else None
 
 
-def _places_of_parts(
-    rows_by_part: Mapping[Relative, int], full_height: int
-) -> dict[Relative, slice | Tensor]:
+def _find_rows(heights: Mapping[Relative, int], full_height: int) -> dict[Relative, slice | Tensor]:
     """Return the rows of each part in the full weight; parts whose rows do not fit are left out."""
-    places: dict[Relative, slice | Tensor] = {}
-    for relative, height in rows_by_part.items():
+    rows_by_part: dict[Relative, slice | Tensor] = {}
+    for relative, height in heights.items():
         rows = part_rows(relative.part, height, full_height)
         if rows is not None:
-            places[relative] = rows
-    return places
+            rows_by_part[relative] = rows
+    return rows_by_part
 
 
 def _start_of(rows: slice | Tensor) -> int:
-    """Return the first row of a part; 0 for swapped halves, which contain all rows."""
+    """Return the first row of a part; 0 for swapped halves, which are all rows."""
     return int(rows.start) if isinstance(rows, slice) else 0
 
 
@@ -227,63 +246,71 @@ def fuse(
 ) -> dict[str, Tensor]:
     """Join the LoRAs for parts of a module into one for the module; warn of LoRAs that cannot be joined.
 
-    Without `height`, all parts are joined. The number of rows is then inferred from the parts of all blocks,
-    or from the published model for a part that no block has. The change of the weight stays the same. The
-    rank is the sum of the parts' ranks, or their common rank if they share one down factor.
+    The changes of the weights stay the same. The rank of a joined LoRA is the sum of the parts' ranks, or
+    their common rank if they share one down factor.
 
     Args:
         tensors: Tensors under our names, with our prefix; tensors without the prefix are unchanged.
-        height: Returns the number of rows of a fused module's weight; None if the model lacks the module:
-            its parts are then returned unchanged.
+        height: Returns the number of rows of a fused module's weight, or None if the model lacks the module,
+            whose parts are then unchanged. Without this function, all parts are joined, and the number of
+            rows is estimated from the parts in all blocks and from the published model.
         family: Family of the modules; None for any.
     """
     modules = deltas.group_by_module(tensors)
     fused: dict[str, Factors] = {}
-    pieces_by_name: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
+    pieces_by_module: dict[str, list[FusedPiece]] = {}  # fused module -> its parts
     for name, factors in modules.items():
-        module = _find_full(name, height, family)
+        module = _find_fused(name, height, family)
         if module is None or OURS + module.name in modules:
             fused[name] = factors
             continue
         piece = FusedPiece(name, module.part, factors)
-        pieces_by_name.setdefault(OURS + module.name, []).append(piece)
-    likely = _guess_rows(pieces_by_name.values()) if height is None else {}
-    for into, pieces in pieces_by_name.items():
-        rows = likely[pieces[0].part.ours] if height is None else height(into)
-        joined = _join(pieces, rows or 0, is_for_model=height is not None)
-        if isinstance(joined, str):
-            logger.warning(f"{into}: {joined}; they stay apart")
+        pieces_by_module.setdefault(OURS + module.name, []).append(piece)
+    estimated_heights = _estimate_heights(pieces_by_module.values()) if height is None else {}
+    for name, pieces in pieces_by_module.items():
+        if height is None:
+            num_rows = estimated_heights[pieces[0].part.ours]
+        else:
+            num_rows = height(name) or 0
+        joined = _join(pieces, num_rows, is_for_model=height is not None)
+        if isinstance(joined, str):  # the reason why they cannot be joined
+            logger.warning(f"{name}: {joined}; they stay apart")
             fused.update({piece.name: piece.factors for piece in pieces})
         else:
-            fused[into] = joined
+            fused[name] = joined
     return deltas.ungroup(fused)
 
 
-def _find_full(
+def _find_fused(
     name: str, height: Callable[[str], int | None] | None, family: FamilyNames | None
 ) -> Relative | None:
-    """Return the fused module that contains a module; None if there is none or the model lacks it."""
+    """Return the fused module that contains a module; None if there is none, or if the model lacks it."""
     for relative in relatives(name.removeprefix(OURS), family):
         if not relative.is_part and (height is None or height(OURS + relative.name) is not None):
             return relative
     return None
 
 
-def _guess_rows(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
-    """Estimate the number of rows of each fused weight from its parts; all blocks have the same number."""
-    rows_by_path: dict[str, dict[int | None, int]] = {}  # path of the weight -> index of a part -> its rows
-    paths: set[str] = set()  # paths of the parts in their own layout
+def _estimate_heights(fused: Iterable[Sequence[FusedPiece]]) -> dict[str, int]:
+    """Estimate the number of rows of fused weights, by path with `{n}`, from their parts in all blocks."""
+    heights_by_path: dict[
+        str, dict[int | None, int]
+    ] = {}  # path of the weight -> index of a part -> its rows
+    part_paths: set[str] = set()  # in the layout of the parts
     for piece in itertools.chain.from_iterable(fused):
-        paths.add(piece.part.theirs)
-        rows = rows_by_path.setdefault(piece.part.ours, {})
+        part_paths.add(piece.part.theirs)
+        heights = heights_by_path.setdefault(piece.part.ours, {})
         height = read_delta(piece.factors).height()
         if height is not None:
-            rows[piece.part.index] = height
-    return {ours: _guess_height(_find_siblings(ours, paths), rows) for ours, rows in rows_by_path.items()}
+            heights[piece.part.index] = height
+    estimates = {}
+    for path, heights in heights_by_path.items():
+        estimates[path] = _estimate_height(_find_siblings(path, part_paths), heights)
+    return estimates
 
 
 def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
-    """Return the parts of a weight, in the families that have one of these paths.
+    """Return the parts of our weight `ours`, in the families that have a part with one of the given paths.
 
     Other families may fuse different parts under the same name.
     """
@@ -298,25 +325,25 @@ def _find_siblings(ours: str, paths: Collection[str]) -> list[WeightPart]:
     return list(siblings.values())
 
 
-def _guess_height(siblings: Sequence[WeightPart], rows: Mapping[int | None, int]) -> int:
+def _estimate_height(siblings: Sequence[WeightPart], known_heights: Mapping[int | None, int]) -> int:
     """Estimate the number of rows of a weight from some of its parts; 0 if no part is known.
 
     Args:
         siblings: All parts of the weight.
-        rows: Number of rows by index of the part.
+        known_heights: Number of rows by index of the part.
     """
-    reference = next((part for part in siblings if rows.get(part.index)), None)
+    reference = next((part for part in siblings if known_heights.get(part.index)), None)
     if reference is None:
         return 0
     if not is_cut(reference):  # it covers the whole weight
-        return rows[reference.index]
+        return known_heights[reference.index]
     # default heights are relative: scale them so that the known part has its real height
-    unit = rows[reference.index] // reference.default_height
+    unit = known_heights[reference.index] // reference.default_height
     height = 0
     for part in siblings:
         if not is_cut(part):
             continue
-        part_height = rows.get(part.index)
+        part_height = known_heights.get(part.index)
         height += part_height or unit * part.default_height
         if not part_height and part.default_height > reference.default_height:
             logger.info(
@@ -344,8 +371,7 @@ def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = Fals
     if not all(_is_low_rank_matrix(piece.factors) for piece in pieces):
         return _join_others(pieces, num_rows, is_for_model)
     all_rows = [part_rows(piece.part, len(piece.factors[UP]), num_rows) for piece in pieces]
-    # a weight whose halves are swapped is a single part, with the index of each of its rows
-    if isinstance(all_rows[0], Tensor):
+    if isinstance(all_rows[0], Tensor):  # a weight with swapped halves is its only part
         swapped = read_delta(first.factors).rows(all_rows[0])
         return f"its {OF_MAGNITUDES} magnitudes are by input" if swapped is None else swapped.factors
     slices = [rows for rows in all_rows if isinstance(rows, slice)]
@@ -360,20 +386,24 @@ def _join(pieces: Sequence[FusedPiece], num_rows: int, is_for_model: bool = Fals
 def join_rotations(pieces: Sequence[FusedPiece]) -> Factors | str:
     """Return the rotation that all parts of a weight share, or the reason why they do not share one."""
     first = pieces[0]
-    siblings = _find_siblings(first.part.ours, {first.part.theirs})
+    values: list[Tensor] = []  # values of the rotations
+    title = ""
+    for piece in pieces:
+        rotation = read_delta(piece.factors).rotation
+        if rotation is not None:
+            values.append(piece.factors[rotation.part])
+            title = title or rotation.title
     joined_paths = {piece.part.theirs for piece in pieces}
-    rotations = [(piece.factors, read_delta(piece.factors).rotation) for piece in pieces]
+    siblings = _find_siblings(first.part.ours, {first.part.theirs})
     if is_cut(first.part) and any(is_cut(part) and part.theirs not in joined_paths for part in siblings):
-        title = next(rotation.title for _, rotation in rotations if rotation is not None)
         return f"{title} rotates only some of its parts"
-    values = [factors[rotation.part] for factors, rotation in rotations if rotation is not None]
     if len(values) < len(pieces) or not all(torch.equal(value, values[0]) for value in values):
         return "its parts are rotated differently"
     return first.factors
 
 
 def _is_low_rank_matrix(factors: Factors) -> bool:
-    """Return whether these are the factors of a LoRA or DoRA for a matrix, without a core."""
+    """Return whether these are the factors of a LoRA or DoRA for a linear layer, without a core."""
     others = set(factors) - {"alpha", *LORA, MAGNITUDES, _BIAS}
     return not others and factors[UP].ndim == 2
 
@@ -396,7 +426,10 @@ def _find_error_of_magnitudes(parts: Sequence[Factors], height: int) -> str:
 
 
 def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
-    """Return a single LoRA whose up factor is block-diagonal: each part's up factor lies in the part's rows.
+    """Return a single LoRA for all parts.
+
+    Its up factor is block-diagonal (each part's up factor is in the rows of the part), unless all parts share
+    one down factor.
 
     Args:
         placed: Factors with their rows, in the order of the rows; ranks are joined in the same order.
@@ -404,7 +437,7 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
     """
     scales = [strength(part.factors) for part in placed]
     scale = scales[0]
-    if scales.count(scale) < len(scales):  # different alpha / rank: multiply each into its up factor
+    if scales.count(scale) < len(scales):  # different alpha / rank are multiplied into the up factors
         placed = [PlacedFactors(part.rows, _fold_into_up(part.factors)) for part in placed]
         scale = 1.0
     downs = [part.factors[DOWN] for part in placed]
@@ -422,21 +455,21 @@ def _join_low_rank(placed: Sequence[PlacedFactors], height: int) -> Factors:
 
 
 def _join_ups(placed: Sequence[PlacedFactors], height: int, rank: int, is_shared: bool) -> Tensor:
-    """Return an up factor that has the parts' up factors as blocks.
+    """Return the joined up factor.
 
     Args:
         placed: Factors with their rows.
         height: Number of rows of the weight.
         rank: Rank of the joined LoRA.
-        is_shared: Whether the parts share their down factor.
+        is_shared: Whether the parts share their down factor, and thus all columns.
     """
     joined = placed[0].factors[UP].new_zeros(height, rank)
-    start = 0
+    first_column = 0
     for part in placed:
         up = part.factors[UP]
-        joined[part.rows, start : start + up.shape[1]] = up
+        joined[part.rows, first_column : first_column + up.shape[1]] = up
         if not is_shared:
-            start += up.shape[1]
+            first_column += up.shape[1]
     return joined
 
 
@@ -451,17 +484,17 @@ def _fold_into_up(factors: Factors) -> Factors:
 
 
 def _stack_rows(placed: Sequence[PlacedFactors], name: str, height: int) -> Tensor:
-    """Stack a tensor of the parts to one with the weight's rows; rows of parts without the tensor are 0."""
-    having = [part for part in placed if name in part.factors]
-    first = having[0].factors[name]
+    """Stack the tensor `name` of the parts along rows; rows of parts without this tensor are 0."""
+    parts_with_tensor = [part for part in placed if name in part.factors]
+    first = parts_with_tensor[0].factors[name]
     stacked = first.new_zeros(height, *first.shape[1:])
-    for part in having:
+    for part in parts_with_tensor:
         stacked[part.rows] = part.factors[name]
     return stacked
 
 
 def _join_others(pieces: Sequence[FusedPiece], height: int, is_for_model: bool) -> Factors | str:
-    """Join parts that are not all plain LoRAs; return the factors, or the reason why there are none."""
+    """Join parts that are not all plain LoRAs; return the factors, or why they cannot be joined."""
     slices: list[slice] = []
     for piece in pieces:
         part_height = read_delta(piece.factors).height()
@@ -506,20 +539,20 @@ def _full_difference(placed: Sequence[PlacedFactors], height: int) -> Factors | 
         if len(magnitudes) < len(parts) or covered < height:
             return f"its parts have {OF_MAGNITUDES} magnitudes for less than its {height} rows"
     changes = [part.dense(deltas.CPU) for part in parts]
-    inputs = {None if change is None else change.shape[1:] for change in changes}
-    shape = inputs.pop()
-    if inputs or shape is None:
+    input_shapes = {None if change is None else change.shape[1:] for change in changes}
+    input_shape = input_shapes.pop()
+    if input_shapes or input_shape is None:
         return "its parts have different inputs"
-    joined = {"diff": _place_rows(placed, changes, torch.zeros(height, *shape))}
+    joined = {"diff": _write_rows(placed, changes, torch.zeros(height, *input_shape))}
     if magnitudes:
         joined[MAGNITUDES] = torch.cat(magnitudes)
     biases = [part.bias(deltas.CPU) for part in parts]
     if any(bias is not None for bias in biases):
-        joined["diff_b"] = _place_rows(placed, biases, torch.zeros(height))
+        joined["diff_b"] = _write_rows(placed, biases, torch.zeros(height))
     return joined
 
 
-def _place_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
+def _write_rows(placed: Sequence[PlacedFactors], values: Sequence[Tensor | None], total: Tensor) -> Tensor:
     """Write the values of each part into its rows of `total`, and return it."""
     for part, rows in zip(placed, values, strict=True):
         if rows is not None:
@@ -532,10 +565,10 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
     first = parts[0]
     names = first.keys()
     delta = read_delta(first)
-    by_rows = delta.row_parts()  # names of factors with one row per output; the parts share the others
+    by_rows = delta.row_parts()  # names of tensors with one row per output; the parts share the others
     if by_rows is None or any(part.keys() != names for part in parts):
         return None
-    if ROWS in names:  # only magnitudes and biases have rows of the part
+    if ROWS in names:  # the parts keep the factors of the full layer; only magnitudes and biases are split
         by_rows &= {MAGNITUDES, *deltas.OF_BIAS}
         size = delta.size()
         if size is None or not _are_gapless([deltas.rows_in(part) for part in parts], size[0]):
@@ -551,13 +584,13 @@ def _one_layer(parts: Sequence[Factors]) -> Factors | None:
 
 
 def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Give each part that is marked by `ROWS` factors of its own, because files cannot store the mark.
+    """Replace the marker `ROWS`, which files cannot contain, by factors for the rows of the part.
 
-    A LoKr whose blocks of rows do not straddle two parts is cut; other factors become full differences, in
-    the dtype of the factors.
+    A part with this marker has the factors of a larger layer. If these can be cut into rows, they are;
+    otherwise they become the full difference of the rows, in the dtype of the factors.
 
     Raises:
-        CheckpointError: For magnitudes by input, because they belong to the full layer.
+        CheckpointError: If a part has magnitudes by input, because they belong to the full layer.
     """
     modules = deltas.group_by_module(tensors)
     if not any(ROWS in factors for factors in modules.values()):
@@ -569,7 +602,7 @@ def resolve_rows(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _resolve_part(name: str, factors: Factors) -> Factors:
-    """Return the factors of a part of a joined layer without `ROWS`."""
+    """Return the factors for the rows of a part; `factors` has the marker `ROWS`."""
     delta = read_delta(factors)
     if delta.has_input_magnitudes:
         raise CheckpointError(
@@ -577,12 +610,13 @@ def _resolve_part(name: str, factors: Factors) -> Factors:
             "to the whole layer, which this model has in parts.\n"
             "  Convert the file with the program that made it."
         )
-    # a LoRA or LoKr whose rows can be cut stays one; others become the full difference of their rows
-    blocks = delta.blocks(*deltas.rows_in(factors))
-    if blocks is not None:
-        return blocks
+    start, stop = deltas.rows_in(factors)
+    cut_factors = delta.blocks(start, stop)
+    if cut_factors is not None:
+        return cut_factors
     change = delta.dense(deltas.CPU)
     assert change is not None
+    # every kind has one of the parts in MARKS
     dtype = next(factors[part].dtype for part in factors if part in MARKS)
     resolved: dict[str, Tensor] = {"diff": change.to(dtype).clone()}
     if MAGNITUDES in factors:
@@ -601,11 +635,11 @@ def stack_rows(
     Args:
         path: Path of the file.
         tensors: Tensors under our names.
-        rule: Layers whose rows some programs order by head, and the pattern that reveals these programs.
-        stored: Names in the file; they show whether its program orders rows by head.
+        rule: Layers whose rows some programs order by head, and the pattern of these programs' names.
+        stored: Names in the file.
 
     Raises:
-        CheckpointError: If the number of rows is not a multiple of whole heads.
+        CheckpointError: If the rows of a layer cannot be divided into heads, or cannot be reordered.
     """
     if not any(re.search(rule.mark, name) for name in stored):
         return tensors
@@ -617,8 +651,9 @@ def stack_rows(
         if num_rows is None:
             continue
         stacked = None
-        if num_rows % (3 * rule.head_width) == 0:
-            stacked = delta.rows(stack_heads(torch.arange(num_rows), rule.head_width))
+        if num_rows % (3 * rule.head_width) == 0:  # q, k and v of each head
+            row_order = stack_heads(torch.arange(num_rows), rule.head_width)
+            stacked = delta.rows(row_order)
         if stacked is None:
             raise CheckpointError(
                 f"{path} cannot be used: {name} has {num_rows} rows, and its program has them by head, "
@@ -633,14 +668,14 @@ def stack_rows(
 def mend_split_alphas(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 ) -> dict[str, Tensor]:
-    """Restore the alphas of a LoRA that was trained with sd-scripts' `split_qkv`; return all tensors.
+    """Correct the alphas of a LoRA that was trained with sd-scripts' `split_qkv`; return all tensors.
 
-    Such a file joins the factors of k parts to one with k times the rank, but keeps the alpha of one part, so
-    that alpha / rank would be k times too small. Block-diagonal up factors reveal these modules.
+    sd-scripts joins the factors of k parts into one LoRA with k times the rank, but saves the alpha of one
+    part, so alpha / rank would be k times too small. These modules have block-diagonal up factors.
     """
     mended = dict(tensors)
     trained_alpha = metadata.get("ss_network_alpha", "").removesuffix(".0")
-    changed = 0
+    num_mended = 0
     for name, factors in deltas.group_by_module(tensors).items():
         if set(factors) != {"alpha", *LORA}:
             continue
@@ -648,14 +683,13 @@ def mend_split_alphas(
         up = factors[UP]
         alpha = factors["alpha"]
         if f"{float(alpha):g}" != trained_alpha:
-            continue  # the alpha was adapted to the joined rank already
+            continue  # the alpha has already been adapted to the joined rank
         parts = [relative.part for relative in relatives(name.removeprefix(OURS)) if relative.is_part]
-        # an index of None or SWAPPED stands for the full weight, not for some of its rows
-        num_parts = len({part.index for part in parts} - {None, SWAPPED})
+        num_parts = len({part.index for part in parts if is_cut(part)})
         row_counts = fused_sizes(num_parts, len(up), down.shape[1])
         if row_counts and diagonal_blocks(up, row_counts) is not None:
             mended[f"{name}.alpha"] = alpha * len(row_counts)  # like the joined rank, k times that of a part
-            changed += 1
-    if changed:
-        logger.info(f"{path}: the alphas of {changed} modules with split factors are set right")
+            num_mended += 1
+    if num_mended:
+        logger.info(f"{path}: the alphas of {num_mended} modules with split factors are set right")
     return mended

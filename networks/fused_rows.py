@@ -16,26 +16,35 @@ def with_stacked_rows(checkpoint: Checkpoint) -> Checkpoint:
     Released shards of some models have them by head, [q0 k0 v0, q1 k1 v1, ...] (`FamilyNames.rows_by_head`);
     for other files `checkpoint` itself is returned. Both share the open files: close only one of them.
     """
-    head_widths = _head_widths(checkpoint) if is_sharded(checkpoint.path) else {}
+    if not is_sharded(checkpoint.path):
+        return checkpoint
+    head_widths = _find_head_widths(checkpoint)
     if not head_widths:
         return checkpoint
-    stacked: Any = _Stacked(checkpoint, head_widths)
+    stacked: Any = _StackedFile(checkpoint, head_widths)
     return Checkpoint(checkpoint.path, {name: (stacked, name) for name in checkpoint.tensors}, [stacked])
 
 
-def _head_widths(checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the width of a head for each weight whose rows a release's shards have by head."""
+def _find_head_widths(checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the width of a head for each fused weight whose rows are by head, by tensor name."""
     widths: dict[str, int] = {}
-    for rule in (family.rows_by_head for family in FAMILIES if family.rows_by_head is not None):
+    for family in FAMILIES:
+        rule = family.rows_by_head
+        if rule is None:
+            continue
+        suffix = f"{rule.ending}.weight"
         for name in checkpoint.tensors:
-            norm = checkpoint.tensors.get(name.replace(f"{rule.ending}.weight", f"{rule.norm_ending}.weight"))
-            if name.endswith(f"{rule.ending}.weight") and norm is not None:
+            if not name.endswith(suffix):
+                continue
+            # the norm of each head's queries has the width of a head
+            norm = checkpoint.tensors.get(f"{name.removesuffix(suffix)}{rule.norm_ending}.weight")
+            if norm is not None:
                 widths[name] = norm.shape[0]
     return widths
 
 
-class _Stacked:
-    """The tensors of a file with some of them in another order: the file behind `with_stacked_rows`."""
+class _StackedFile:
+    """Reads another checkpoint, with the rows of fused weights in our order, as a file of a `Checkpoint`."""
 
     def __init__(self, checkpoint: Checkpoint, head_widths: Mapping[str, int]) -> None:
         self.path = checkpoint.path

@@ -37,12 +37,12 @@ from networks.unused_tensors import text_side_of
 from runtime.run_blocks import stage_files_of
 
 logger = getLogger(__name__)
-_MID = "lora_mid.weight"
+_CORE = "lora_mid.weight"
 
 
 @dataclass(frozen=True)
-class ChangedPlace:
-    """A parameter that LoRAs change: a weight (with the module's bias), or a parameter of another name."""
+class ChangedParameter:
+    """A parameter of a model that LoRAs change: a weight (with the module's bias), or one of another name."""
 
     path: str  # path of the parameter
     module: nn.Module
@@ -61,7 +61,7 @@ class ChangedPlace:
         return parameter
 
     @property
-    def shaped(self) -> Tensor:
+    def unpacked(self) -> Tensor:
         """Return the parameter; for a weight in 8 or 4 bits, a placeholder with the unpacked shape."""
         stored = stored_in(self.module) if self.leaf == "weight" else None
         return self.parameter if stored is None else torch.empty(1).expand(stored.shape)
@@ -78,8 +78,10 @@ class ChangedPlace:
         True for a Linear and for a plain Conv2d.
         """
         module = self.module
-        is_plain = isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
-        return (self.is_linear or is_plain) and self.leaf == "weight"
+        is_plain_convolution = (
+            isinstance(module, nn.Conv2d) and module.groups == 1 and module.padding_mode == "zeros"
+        )
+        return (self.is_linear or is_plain_convolution) and self.leaf == "weight"
 
     def has(self, name: str) -> bool:
         """Whether the module has a parameter of this name."""
@@ -90,17 +92,17 @@ class AddedPart:
     """One LoRA's addition to one module, scaled by `multiplier`; it has no tensors until `place_on`."""
 
     def __init__(
-        self, place: ChangedPlace, delta: Delta, multiplier: float = 1.0, by_frozen_norms: bool = False
+        self, target: ChangedParameter, delta: Delta, multiplier: float = 1.0, by_frozen_norms: bool = False
     ) -> None:
         """Hold the change of one module; it has an effect only after `place_on`.
 
         Args:
-            place: Parameter that is changed.
+            target: Parameter that is changed.
             delta: The change, on the CPU.
-            multiplier: Strength.
-            by_frozen_norms: Whether DoRA magnitudes refer to the norms of the frozen weight alone.
+            multiplier: Strength of the LoRA.
+            by_frozen_norms: Whether DoRA magnitudes are relative to the norms of the frozen weight (ComfyUI).
         """
-        self.place = place
+        self.target = target
         self.delta = delta
         self.multiplier = multiplier
         self._by_frozen_norms = by_frozen_norms
@@ -109,9 +111,11 @@ class AddedPart:
         self.rank_mask: RankMask | None = None  # T-LoRA
         self.rotation = delta.rotation
         self.rows: slice | None = None  # outputs that the rotation affects; None: all
-        self._angles: Tensor | None = None  # parameters of the rotation, float32
-        self._chain: list[Tensor] = []  # low-rank factors in the order of application: down, (core,) up
-        self._full: Delta | None = None  # factors of other kinds, whose full matrix is computed in each pass
+        self._rotation_values: Tensor | None = None  # parameters of the rotation, float32
+        self._low_rank_factors: list[Tensor] = []  # in the order of application: down, (core,) up
+        self._full_delta: Delta | None = (
+            None  # factors of other kinds, whose full matrix is computed in each pass
+        )
         self._bias: Tensor | None = None
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -119,28 +123,28 @@ class AddedPart:
         self.release()
         factors = self.delta.factors
         if self.rotation is not None:
-            self._angles = factors[self.rotation.part].to(device, torch.float32)
+            self._rotation_values = factors[self.rotation.part].to(device, torch.float32)
             return
-        is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_MID}
-        if self.place.adds_to_output and is_low_rank:
+        is_low_rank = DOWN in factors and not factors.keys() - OF_LOW_RANK - {_CORE}
+        if self.target.adds_to_output and is_low_rank:
             up = factors[UP].to(device, torch.float32) * deltas.strength(factors)
-            middle = [factors[_MID].to(device, dtype)] if _MID in factors else []
-            self._chain = [factors[DOWN].to(device, dtype), *middle, up.to(dtype)]
-        elif factors.keys() - OF_BIAS - {"alpha"}:
-            self._full = self.delta.to(device)
+            core = [factors[_CORE].to(device, dtype)] if _CORE in factors else []
+            self._low_rank_factors = [factors[DOWN].to(device, dtype), *core, up.to(dtype)]
+        elif factors.keys() - OF_BIAS - {"alpha"}:  # it changes more than the bias
+            self._full_delta = self.delta.to(device)
         self._bias = self.delta.bias(device)
 
     def release(self) -> None:
         """Release the tensors that `place_on` made."""
-        self._angles = None
-        self._chain = []
-        self._full = None
+        self._rotation_values = None
+        self._low_rank_factors = []
+        self._full_delta = None
         self._bias = None
 
     @property
-    def is_made_full(self) -> bool:
+    def needs_full_matrix(self) -> bool:
         """Return whether the addition is computed as a full matrix instead of by low-rank factors."""
-        return self._full is not None
+        return self._full_delta is not None
 
     @property
     def sets_weight(self) -> bool:
@@ -148,111 +152,126 @@ class AddedPart:
         return self.delta.sets_weight
 
     @property
-    def turns_input(self) -> bool:
-        """Return whether it rotates the input for all outputs and the whole image."""
+    def rotates_input(self) -> bool:
+        """Return whether the part rotates the input for all outputs and the whole image."""
         return self.rotation is not None and self.region is None and self.rows is None
 
-    def turned(self, x: Tensor) -> Tensor:
+    def compute_input_change(self, x: Tensor) -> Tensor:
         """Return how the rotation changes the input: x R - x, of the shape of x."""
         assert self.rotation is not None
-        assert self._angles is not None
+        assert self._rotation_values is not None
         with torch.autocast(x.device.type, enabled=False):
-            made = self.rotation.make(self._angles, self.multiplier)
-            return self.rotation.of_input(x, made.to(x.dtype))
+            rotations = self.rotation.make(self._rotation_values, self.multiplier)
+            return self.rotation.of_input(x, rotations.to(x.dtype))
 
     def add_to(self, out: Tensor, x: Tensor, has_weight: bool = True) -> Tensor:
         """Add the LoRA's addition for input x to the output of a matrix or a convolution, and return it.
 
         Args:
-            out: Output of the module; it may be changed in place.
+            out: Output of the module; it may be changed in target.
             x: Input of the module.
             has_weight: Whether the change of the weight is added; False adds that of the bias only.
         """
         if has_weight and self._adds_in_place(out):
-            # the last product is added to `out` in place: one pass over it, not three
-            down, *_, up = self._chain
-            hidden = self._hidden(x, down).view(-1, len(down))
+            # the last product is added to `out` in target: one pass over it, not three
+            down, *_, up = self._low_rank_factors
+            hidden = self._apply_down(x, down).view(-1, len(down))
             return add_product(out, hidden, up.flatten(1).t())
         added = self._compute_weight_addition(out, x) if has_weight else None
         if self._bias is not None:
             bias = (self._bias * self.multiplier).to(out.dtype)
-            bias = bias if self.place.is_linear else bias[:, None, None]
+            if not self.target.is_linear:  # a convolution, with outputs ... C H W
+                bias = bias[:, None, None]
             added = bias.expand_as(out) if added is None else added + bias
         if added is None:
             return out
-        return out + (added if self.region is None else self.region(added))
+        if self.region is not None:
+            added = self.region(added)
+        return out + added
 
     def _adds_in_place(self, out: Tensor) -> bool:
         """Return whether the addition is a plain product that is neither traced by autograd nor compiled."""
-        is_product = bool(self._chain) and self.place.is_linear and self.region is None and self._bias is None
-        is_recorded = torch.compiler.is_compiling() or torch.is_grad_enabled()
-        return is_product and not is_recorded and out.dtype == self._chain[-1].dtype
+        if torch.compiler.is_compiling() or torch.is_grad_enabled():
+            return False
+        if not self._low_rank_factors or self._bias is not None:
+            return False
+        is_plain = self.target.is_linear and self.region is None
+        return is_plain and out.dtype == self._low_rank_factors[-1].dtype
 
     def _compute_weight_addition(self, out: Tensor, x: Tensor) -> Tensor | None:
         """Return what the change of the weight adds to the output; None if only the bias changes."""
-        if self._angles is not None:  # a rotation of the input, passed through the module's own weight
-            added = frozen_product(self.place.module, self.turned(x)).to(out.dtype)
+        if (
+            self._rotation_values is not None
+        ):  # a rotation of the input, passed through the module's own weight
+            added = frozen_product(self.target.module, self.compute_input_change(x)).to(out.dtype)
             if self.rows is None:
                 return added
             outputs = torch.zeros_like(added)
             outputs[..., self.rows] = added[..., self.rows]
             return outputs
-        if self._chain:  # factors of low rank
-            return self._low_rank(x).to(out.dtype)
-        if self._full is None:  # only the bias changes
+        if self._low_rank_factors:  # factors of low rank
+            return self._apply_low_rank(x).to(out.dtype)
+        if self._full_delta is None:  # only the bias changes
             return None
         # recomputed in every pass: the full matrices of all modules would be as large as the model
-        delta = (self._addition(self._full, x.device) * self.multiplier).to(out.dtype)
-        shaped = delta.flatten(1) if self.place.is_linear else delta.reshape(self.place.parameter.shape)
-        return self._apply(x.to(out.dtype), shaped)
+        addition = self._compute_full_addition(self._full_delta, x.device)
+        matrix = (addition * self.multiplier).to(out.dtype)
+        shape = self.target.parameter.shape
+        weight = matrix.flatten(1) if self.target.is_linear else matrix.reshape(shape)
+        return self._run_operation(x.to(out.dtype), weight)
 
     def changes(self) -> dict[str, Tensor]:
         """Return the additions by parameter name, float32; for `sets_weight`, the replacement weight."""
-        if self.rotation is not None and self._angles is not None:
-            made = self.rotation.make(self._angles, self.multiplier)
-            return {self.place.leaf: self.rotation.of_weight(self.place.parameter, made)}
+        if self.rotation is not None and self._rotation_values is not None:
+            rotations = self.rotation.make(self._rotation_values, self.multiplier)
+            return {self.target.leaf: self.rotation.of_weight(self.target.parameter, rotations)}
         changes: dict[str, Tensor] = {}
-        if self._full is not None and self.sets_weight:
-            changes[self.place.leaf] = self._full.factors[SET].to(torch.float32)
-        elif self._full is not None:
-            device = self.place.parameter.device
-            changes[self.place.leaf] = self._addition(self._full, device) * self.multiplier
-        return changes if self._bias is None else {**changes, "bias": self._bias * self.multiplier}
+        if self._full_delta is not None and self.sets_weight:
+            changes[self.target.leaf] = self._full_delta.factors[SET].to(torch.float32)
+        elif self._full_delta is not None:
+            device = self.target.parameter.device
+            changes[self.target.leaf] = (
+                self._compute_full_addition(self._full_delta, device) * self.multiplier
+            )
+        if self._bias is not None:
+            changes["bias"] = self._bias * self.multiplier
+        return changes
 
-    def _addition(self, delta: Delta, device: torch.device) -> Tensor:
-        addition = delta.addition(self.place.parameter, device, self._by_frozen_norms)
+    def _compute_full_addition(self, delta: Delta, device: torch.device) -> Tensor:
+        """Return the full matrix that a change adds to the weight at multiplier 1, float32."""
+        addition = delta.addition(self.target.parameter, device, self._by_frozen_norms)
         assert addition is not None
         return addition
 
-    def _low_rank(self, x: Tensor) -> Tensor:
+    def _apply_low_rank(self, x: Tensor) -> Tensor:
         """Return what the LoRA adds to the output of its layer for x, in the layer's dtype."""
-        down, *middle, up = self._chain
-        if self.place.is_linear:
-            return functional.linear(self._hidden(x, down), up.flatten(1))
+        down, *core, up = self._low_rank_factors
+        if self.target.is_linear:
+            return functional.linear(self._apply_down(x, down), up.flatten(1))
         x = x.to(down.dtype)
         rank = len(down)
-        channels = self.place.parameter.shape[1]
-        if middle:  # Tucker: only the core has the size of the kernel
+        channels = self.target.parameter.shape[1]
+        if core:  # Tucker: only the core has the size of the kernel
             x = functional.conv2d(x, down.reshape(rank, channels, 1, 1))
-            down = middle[0]
+            kernel = core[0]
         else:
-            down = down.reshape(rank, channels, *self.place.parameter.shape[2:])
-        hidden = self._masked(self._apply(x, down) * self.multiplier, 1)
+            kernel = down.reshape(rank, channels, *self.target.parameter.shape[2:])
+        hidden = self._mask(self._run_operation(x, kernel) * self.multiplier, axis=1)
         return functional.conv2d(hidden, up.reshape(*up.shape[:2], 1, 1))
 
-    def _hidden(self, x: Tensor, down: Tensor) -> Tensor:
+    def _apply_down(self, x: Tensor, down: Tensor) -> Tensor:
         """Return the input times the multiplier and the down factor (of a matrix or a 1x1 convolution)."""
         # one 2-D product even if x is strided: torch computes the trained factors this way, and both results
         # are then equal to the bit
         rows = x.to(down.dtype).reshape(-1, x.shape[-1])
         hidden = functional.linear(rows, down.flatten(1)).view(*x.shape[:-1], len(down))
-        return self._masked(hidden * self.multiplier)
+        return self._mask(hidden * self.multiplier)
 
-    def _masked(self, hidden: Tensor, axis: int = -1) -> Tensor:
-        """Return the hidden values between down and up factor, with inactive ranks masked out.
+    def _mask(self, hidden: Tensor, axis: int = -1) -> Tensor:
+        """Return values between the down and the up factor, with inactive ranks set to 0.
 
         Args:
-            hidden: The hidden values.
+            hidden: The values.
             axis: Axis of the ranks.
         """
         return hidden if self.rank_mask is None else self.rank_mask.apply(hidden, axis)
@@ -269,9 +288,9 @@ class AddedPart:
         if rule is not None and rank:
             self.rank_mask = mask_for(network, rule, rank, parts_of_rank(metadata, rank))
 
-    def _apply(self, x: Tensor, weight: Tensor) -> Tensor:
+    def _run_operation(self, x: Tensor, weight: Tensor) -> Tensor:
         """Apply the module's operation with another weight and without bias."""
-        module = self.place.module
+        module = self.target.module
         if not isinstance(module, nn.Conv2d):
             return functional.linear(x, weight)
         return functional.conv2d(x, weight, None, module.stride, module.padding, module.dilation)
@@ -290,17 +309,17 @@ def frozen_product(module: nn.Module, x: Tensor) -> Tensor:
 class AddedLayer(nn.Module):
     """Run a module, and add the outputs of LoRA parts to its output while `is_on`."""
 
-    def __init__(self, place: ChangedPlace, parts: Sequence[AddedPart]) -> None:
+    def __init__(self, target: ChangedParameter, parts: Sequence[AddedPart]) -> None:
         super().__init__()
         self.parts = tuple(parts)
         self.is_on = False  # set it only while the parts are on a device
-        self._place = place
-        self._original = (place.module,)  # in a tuple, so that it is not registered as a submodule
-        self._before: Callable[..., Tensor] = place.module.forward
+        self._target = target
+        self._original = (target.module,)  # in a tuple, so that it is not registered as a submodule
+        self._inner_forward: Callable[..., Tensor] = target.module.forward
 
     def attach(self) -> None:
         """Replace the module's forward by this one's. Call before compilation."""
-        self._before = self._original[0].forward
+        self._inner_forward = self._original[0].forward
         self._original[0].forward = self.forward
 
     def place_on(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -321,30 +340,34 @@ class AddedLayer(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Run the module, and add the outputs of the active parts, each within its region."""
-        active = [part for part in self.parts if part.multiplier != 0] if self.is_on else []
+        active: list[AddedPart] = []
+        if self.is_on:
+            active = [part for part in self.parts if part.multiplier != 0]
         if not active:
-            return self._before(*inputs, **named)
-        if not self._place.adds_to_output:
+            return self._inner_forward(*inputs, **named)
+        if not self._target.adds_to_output:
             # not linear (a norm, a block with its own parameter): run it with changed weights
             if all(part.region is None for part in active):
                 return self._run_with(active, *inputs, **named)
-            plain = self._before(*inputs, **named)
-            out = plain
+            original_out = self._inner_forward(*inputs, **named)
+            out = original_out
             for part in active:
-                added = self._run_with([part], *inputs, **named) - plain
-                out = out + (added if part.region is None else part.region(added))
+                added = self._run_with([part], *inputs, **named) - original_out
+                if part.region is not None:
+                    added = part.region(added)
+                out = out + added
             return out
-        if any(part.sets_weight for part in active):
-            return self._run_set(active, inputs[0])
         x = inputs[0]
-        rotations = [part for part in active if part.turns_input]
+        if any(part.sets_weight for part in active):
+            return self._run_with_replacement(active, x)
+        rotations = [part for part in active if part.rotates_input]
         if rotations and self._is_innermost:
             # one product for all: the changes of the input add up, as the changes of a weight do
-            change = functools.reduce(torch.add, [part.turned(x) for part in rotations])
-            out = self._before(x + change)
-            active = [part for part in active if not part.turns_input]
+            change = functools.reduce(torch.add, [part.compute_input_change(x) for part in rotations])
+            out = self._inner_forward(x + change)
+            active = [part for part in active if not part.rotates_input]
         else:
-            out = self._before(*inputs, **named)
+            out = self._inner_forward(*inputs, **named)
         for part in active:
             out = part.add_to(out, x)
         return out
@@ -352,21 +375,21 @@ class AddedLayer(nn.Module):
     @property
     def _is_innermost(self) -> bool:
         """Return whether this wraps the frozen module directly; other wrappers need the original input."""
-        return getattr(self._before, "__self__", None) is self._original[0]
+        return getattr(self._inner_forward, "__self__", None) is self._original[0]
 
-    def _run_set(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
+    def _run_with_replacement(self, parts: Sequence[AddedPart], x: Tensor) -> Tensor:
         """Run a layer whose weight one part replaces; earlier parts then add only their biases."""
-        plain = self._before(x)
-        out = plain.clone()
+        original_out = self._inner_forward(x)
+        out = original_out.clone()  # `add_to` may change it in place
         for index, part in enumerate(parts):
             if not part.sets_weight:
                 out = part.add_to(out, x)
                 continue
-            changed = self._run_with([part], x)
+            replaced_out = self._run_with([part], x)
             if part.region is not None:  # the replacement weight is used within the region only
-                out = out + part.region(changed - plain)
+                out = out + part.region(replaced_out - original_out)
                 continue
-            out = changed
+            out = replaced_out
             for earlier in parts[:index]:
                 out = earlier.add_to(out, x, has_weight=False)
         return out
@@ -374,7 +397,8 @@ class AddedLayer(nn.Module):
     def _run_with(self, parts: Sequence[AddedPart], *inputs: Any, **named: Any) -> Tensor:
         """Run the module with changed weights, then restore the original weights."""
         parameters = self._original[0]._parameters
-        originals = {name: parameters[name] for name in (self._place.leaf, "bias") if self._place.has(name)}
+        names = [name for name in (self._target.leaf, "bias") if self._target.has(name)]
+        originals = {name: parameters[name] for name in names}
         # compute all changes from the original weights
         changes = [part.changes() for part in parts]
         try:
@@ -385,10 +409,10 @@ class AddedLayer(nn.Module):
                     # a new parameter, not new data: the backward pass needs the changed values
                     weight = parameter.data
                     changed = delta.reshape(weight.shape)
-                    if name != self._place.leaf or not part.sets_weight:
+                    if name != self._target.leaf or not part.sets_weight:
                         changed = changed + weight.float()
                     parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
-            return self._before(*inputs, **named)
+            return self._inner_forward(*inputs, **named)
         finally:
             parameters.update(originals)
 
@@ -407,13 +431,13 @@ class AddedLoras:
     @contextlib.contextmanager
     def switched_to(self, is_on: bool) -> Iterator[None]:
         """Switch the LoRAs on or off while the block runs. Their factors stay on their device."""
-        before = [layer.is_on for layer in self.layers]
+        previous = [layer.is_on for layer in self.layers]
         for layer in self.layers:
             layer.is_on = is_on
         try:
             yield
         finally:
-            for layer, was_on in zip(self.layers, before, strict=True):
+            for layer, was_on in zip(self.layers, previous, strict=True):
                 layer.is_on = was_on
 
     @contextlib.contextmanager
@@ -455,16 +479,17 @@ def add_loras(
     Raises:
         CheckpointError: If a file does not fit the model or has magnitudes.
     """
-    by_name = places(dit)
+    parameters = find_parameters(dit)
     parts: list[dict[str, AddedPart]] = []
-    for use in fit_depths(uses, by_name):
+    for use in fit_depths(uses, parameters):
         reject_magnitudes(use.lora, option)
-        modules = fitting(use.lora, by_name, option)
+        modules = fit_lora(use.lora, parameters, option)
         if is_compiled:
+            # changes that `AddedLayer` would make by replacing a parameter
             left_out = [
                 name
                 for name, delta in modules.items()
-                if delta.sets_weight or not by_name[name].adds_to_output
+                if delta.sets_weight or not parameters[name].adds_to_output
             ]
             if left_out:
                 loading.warn_of_unused_parts(
@@ -477,10 +502,10 @@ def add_loras(
             modules = {name: delta for name, delta in modules.items() if name not in left_out}
         added: dict[str, AddedPart] = {}
         for name, delta in modules.items():
-            added[name] = AddedPart(by_name[name], delta, use.multiplier)
+            added[name] = AddedPart(parameters[name], delta, use.multiplier)
             added[name].mask_ranks(dit, use.lora.metadata)
         parts.append(added)
-    return AddedLoras(attach_parts(parts, by_name))
+    return AddedLoras(attach_parts(parts, parameters))
 
 
 _STAGE_LORAS = "_stage_loras"  # attribute of a network
@@ -489,14 +514,18 @@ _STAGE_LORAS = "_stage_loras"  # attribute of a network
 def add_stage_loras(dit: nn.Module, is_compiled: bool = False) -> None:
     """Wrap a network with the LoRAs of its family's generation stages, switched off.
 
+    Args:
+        dit: The transformer.
+        is_compiled: Whether blocks will be compiled.
+
     Raises:
         CheckpointError: If a file does not fit the model or has magnitudes.
     """
-    loras = [
-        add_loras(dit, [LoraUse(loading.read_lora(path))], is_compiled, option)
-        for path, option in stage_files_of(dit)
-    ]
-    dit.__dict__[_STAGE_LORAS] = loras
+    loras = []
+    for path, option in stage_files_of(dit):
+        use = LoraUse(loading.read_lora(path))
+        loras.append(add_loras(dit, [use], is_compiled, option))
+    dit.__dict__[_STAGE_LORAS] = loras  # not by setattr, so that it is not registered as a submodule
 
 
 def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
@@ -506,19 +535,19 @@ def stage_loras_of(dit: nn.Module) -> Sequence[AddedLoras]:
 
 
 def attach_parts(
-    parts: Sequence[Mapping[str, AddedPart]], by_name: Mapping[str, ChangedPlace]
+    parts: Sequence[Mapping[str, AddedPart]], parameters: Mapping[str, ChangedParameter]
 ) -> list[AddedLayer]:
     """Wrap modules of a model with the parts of several LoRAs, switched off; return the wrappers.
 
     Args:
         parts: For each LoRA, its parts by our module names.
-        by_name: The `places` of the model.
+        parameters: Result of `find_parameters` for the model.
     """
     by_module: dict[str, list[AddedPart]] = {}
     for lora_parts in parts:
         for name, part in lora_parts.items():
             by_module.setdefault(name, []).append(part)
-    layers = [AddedLayer(by_name[name], module_parts) for name, module_parts in by_module.items()]
+    layers = [AddedLayer(parameters[name], module_parts) for name, module_parts in by_module.items()]
     for layer in layers:
         layer.attach()
     return layers
@@ -536,51 +565,51 @@ def reject_magnitudes(lora: LoraFile, option: str) -> None:
         )
 
 
-def places(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedPlace]:
+def find_parameters(dit: nn.Module, published: Callable[[str], str] = str) -> dict[str, ChangedParameter]:
     """Return the parameters that LoRAs may change, by our module names: `lora_unet_blocks_0_ffn_0`.
 
     Args:
         dit: The transformer.
-        published: Maps the path of a module to its path in files.
+        published: Returns the path that a module has in published files.
     """
-    by_name: dict[str, ChangedPlace] = {}
+    parameters: dict[str, ChangedParameter] = {}
     for path, module in dit.named_modules():
         for leaf, _ in module.named_parameters(recurse=False):
-            if leaf == "bias":
+            if leaf == "bias":  # it belongs to the weight
                 continue
             name = published(path)
-            if leaf != "weight":
+            if leaf != "weight":  # the path of the root module is empty
                 name = f"{name}.{leaf}".lstrip(".")
-            by_name[OURS + name.replace(".", "_")] = ChangedPlace(f"{path}.{leaf}", module, leaf)
-    return by_name
+            parameters[OURS + name.replace(".", "_")] = ChangedParameter(f"{path}.{leaf}", module, leaf)
+    return parameters
 
 
-def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) -> dict[str, Delta]:
+def fit_lora(lora: LoraFile, parameters: Mapping[str, ChangedParameter], option: str) -> dict[str, Delta]:
     """Return the changes that a file makes to the modules of a model; warn of modules that the model lacks.
 
     Args:
         lora: The LoRA file.
-        by_name: The `places` of the model.
+        parameters: Result of `find_parameters` for the model.
         option: The option with the file, for messages.
 
     Raises:
         CheckpointError: If the file does not fit the model.
     """
-    num_rows = {name: len(layer.shaped) for name, layer in by_name.items()}
+    num_rows = {name: len(parameter.unpacked) for name, parameter in parameters.items()}
     stored = read_deltas(deltas.group_by_module(for_model(lora.tensors, num_rows.get)))
-    absent = [name for name in stored if name not in by_name]
-    modules = [name.removeprefix(OURS) for name in by_name]
+    absent = [name for name in stored if name not in parameters]
+    modules = [name.removeprefix(OURS) for name in parameters]
     family = select_family(modules)
     if len(absent) == len(stored) and not lora.may_lack(absent):
-        raise _misfit(lora, absent, family, option)
+        raise _make_misfit_error(lora, absent, family, option)
     fitted: dict[str, Delta] = {}
     for name, delta in stored.items():
-        if name in by_name:
+        if name in parameters:
             fitted[name] = _fit_delta(
                 lora,
                 name,
                 delta,
-                layer=by_name[name],
+                parameter=parameters[name],
                 option=option,
             )
     loading.warn_of_absent(
@@ -596,7 +625,7 @@ def fitting(lora: LoraFile, by_name: Mapping[str, ChangedPlace], option: str) ->
     return fitted
 
 
-def _misfit(
+def _make_misfit_error(
     lora: LoraFile, absent: Sequence[str], family: FamilyNames | None, option: str
 ) -> CheckpointError:
     """Return the error for a LoRA file if the model has none of its modules.
@@ -613,11 +642,11 @@ def _misfit(
     advice = ""
     if lora_family is not None and lora_family is not family:
         advice = f" It is for {lora_family.name}."
-    words = text_side_of(absent)
+    text_parts = text_side_of(absent)
+    if text_parts:
+        advice = f" It changes {text_parts} alone: merge it into the model's file with merge_lora.py."
     if lora.encoder:
         absent = [f"{lora.encoder}_{name.removeprefix(OURS)}" for name in absent]
-    if words:
-        advice = f" It changes {words} alone: merge it into the model's file with merge_lora.py."
     return CheckpointError(
         f"{option} {lora.path} does not fit this model, which has no {list_some(absent, 2)}.{advice}\n"
         "  Give a LoRA that was trained for this model.",
@@ -625,29 +654,38 @@ def _misfit(
     )
 
 
-def _fit_delta(lora: LoraFile, name: str, delta: Delta, layer: ChangedPlace, option: str) -> Delta:
+def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParameter, option: str) -> Delta:
     """Return the change of a module; factors of a first layer with other input channels are dropped.
+
+    Args:
+        lora: The LoRA file.
+        name: Our name of the module.
+        delta: The change in the file.
+        parameter: Parameter of the model that is changed.
+        option: The option with the file, for messages.
 
     Raises:
         CheckpointError: If the factors do not fit the module.
     """
-    weight = layer.shaped
-    if delta.sets_weight and layer.leaf == "weight" and stored_in(layer.module) is not None:
+    weight = parameter.unpacked
+    is_quantized = parameter.leaf == "weight" and stored_in(parameter.module) is not None
+    if delta.sets_weight and is_quantized:
         raise CheckpointError(
             f"{option} {lora.path} sets the weight of {name}, which is kept in 8 or 4 bits here.\n"
             "  Leave out the option that keeps it so, or merge the file into the model.",
             lora.path,
         )
-    channels = delta.find_other_channels(weight) if layer.path.endswith(FIRST_LAYERS) else None
-    if channels is not None:
-        logger.warning(f"{lora.path}: {channels}; the rest is used without it")
+    channel_error = delta.find_other_channels(weight) if parameter.path.endswith(FIRST_LAYERS) else None
+    if channel_error is not None:
+        logger.warning(f"{lora.path}: {channel_error}; the rest is used without it")
         bias = delta.bias(CPU)
         delta = read_delta({} if bias is None else {"diff_b": bias})
     for change in changes_of(LoraUse(lora), delta):
         target = weight
         target_name = name
         if change.leaf == "bias":
-            if not layer.adds_to_output and not layer.has("bias"):
+            # a Linear or Conv2d without bias gets one as an addition to its output
+            if not parameter.adds_to_output and not parameter.has("bias"):
                 raise CheckpointError(
                     f"{option} {lora.path} does not fit this model: {name} has no bias there.\n"
                     "  Give a LoRA that was trained for this model.",

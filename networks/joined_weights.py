@@ -1,7 +1,8 @@
-"""Frozen weights of layers with a common input, one below another in memory: one product computes them all.
+"""Join the frozen weights of layers with a common input in memory, so that one product computes all layers.
 
-Each module keeps its own parameter, which becomes a view. So code that replaces a weight, moves it or reads
-it needs not know of this: whether weights still lie together is asked of their addresses in each pass.
+Each module keeps its own parameter, which becomes a view of the joined memory. Code that replaces, moves or
+reads a weight does not have to know this: each pass checks by their addresses whether weights are still
+adjacent.
 """
 # Letters: P parts, M rows of all samples, R rank of a part, C width of a part's output
 
@@ -10,17 +11,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-# Largest number of values of the outputs together, in one memory, which is freed with the last of them. Where
-# there are more, a GPU computes for longer than the host needs for its kernels.
+# Maximum number of values of all outputs. They share memory, which is freed only with the last of them. With
+# more values, a GPU computes for longer than the host needs to launch kernels, so that nothing is gained.
 MAX_JOINED = 1 << 26
 
 
 @torch.no_grad()
 def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device) -> None:
-    """Put the weights of linear modules, and their biases, one below another in memory.
+    """Place the weights of linear modules, and their biases, one after the other in memory.
 
-    Modules whose weights are elsewhere, are parts of a larger piece of memory or have different dtypes stay
-    as they are.
+    Modules are left unchanged if their weights are on another device, are views of a larger storage, or have
+    different dtypes.
 
     Args:
         modules: Frozen modules that get the same tensor.
@@ -35,7 +36,7 @@ def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device)
     tensors: list[Tensor] = [*weights, *biases]
     kinds = {(tensor.device, tensor.dtype) for tensor in tensors}
     dtype = weights[0].dtype
-    # other dtypes are not those of a pass, and cost a cast of each weight
+    # weights in other dtypes are cast in each pass, so they are not multiplied directly
     if dtype not in (torch.bfloat16, torch.float16) or kinds != {(device, dtype)}:
         return
     if len({weight.shape[1:] for weight in weights}) > 1:
@@ -50,35 +51,35 @@ def join_weights(modules: Sequence[nn.Linear | nn.Conv2d], device: torch.device)
 
 
 def _is_alone(tensor: Tensor) -> bool:
-    """Return whether a tensor has its memory for itself."""
+    """Return whether a tensor is not a view of a larger storage."""
     return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def joined(tensors: Sequence[Tensor]) -> Tensor | None:
-    """Return one tensor of all rows of tensors that lie one below another in memory, else None."""
+    """Return a view of the rows of all tensors if they are adjacent in memory; else None."""
     first = tensors[0]
-    memory = first.untyped_storage().data_ptr()
+    storage = first.untyped_storage().data_ptr()
     end = first.storage_offset()
-    rows = 0
+    num_rows = 0
     for tensor in tensors:
-        is_next = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == memory
+        is_next = tensor.storage_offset() == end and tensor.untyped_storage().data_ptr() == storage
         if not (is_next and tensor.dtype == first.dtype and tensor.is_contiguous()):
             return None
         if tensor.shape[1:] != first.shape[1:]:
             return None
         end += tensor.numel()
-        rows += len(tensor)
-    return first.detach().as_strided((rows, *first.shape[1:]), first.stride())
+        num_rows += len(tensor)
+    return first.detach().as_strided((num_rows, *first.shape[1:]), first.stride())
 
 
 def add_products(total: Tensor, left: Tensor, right: Tensor, sizes: Sequence[int]) -> None:
-    """Add to the columns of each part the product of its columns of `left` and its rows of `right`, in place.
+    """Add the product of each part to its columns of `total`, in place.
 
     Args:
         total: Tensor to add to, M x (C of all parts), contiguous.
         left: Left matrices side by side, M x P R.
         right: Right matrices, transposed, one below another, (C of all parts) x R.
-        sizes: Sizes C of the parts.
+        sizes: Sizes C of the parts; if they are equal, a single kernel computes all parts.
     """
     if len(set(sizes)) == 1:
         _parts(total, len(sizes)).baddbmm_(_parts(left, len(sizes)), _stack(right, len(sizes)).mT)

@@ -1,6 +1,7 @@
-"""Rename the tensors of a LoRA file in any dialect (key format) to ours, and recognize the family.
+"""Rename the tensors of a LoRA file from any dialect (key format) to our names, and recognize the family.
 
-`tensor_names.py` has the dialects; `rewriting.py` converts factors that differ in more than names.
+`tensor_names.py` describes the dialects. `rewriting.py` converts tensors that differ in more than their
+names.
 """
 
 import math
@@ -21,8 +22,8 @@ from networks.names.layouts import IN_COMFYUI, IN_DIFFUSERS, OURS, UNET_IN_DIFFU
 from networks.rewriting import FOR_ALL, MARKS, Rewritten, rewrite
 from networks.tensor_names import (
     IN_OUR_NAMES,
-    Place,
-    TextPlace,
+    ParsedKey,
+    ParsedTextKey,
     describe_unknown,
     find_networks,
     further_expert,
@@ -34,8 +35,14 @@ from networks.tensor_names import (
 _FAMILY_OF_DIALECT = {"HunyuanVideo-I2V": "hunyuan_video"}
 _LEAVES = ("weight", "bias")
 # prefixes of tensor names in model files, removed in this order
-_OF_MODELS = (
-    *("model.diffusion_model.", "model.model.", IN_COMFYUI, IN_DIFFUSERS, "module.", "_orig_mod.", "net."),
+_MODEL_PREFIXES = (
+    "model.diffusion_model.",
+    "model.model.",
+    IN_COMFYUI,
+    IN_DIFFUSERS,
+    "module.",
+    "_orig_mod.",
+    "net.",
 )
 # kinds of networks that are not supported -> endings of their tensor names
 _OTHER_KINDS = {
@@ -54,94 +61,116 @@ _OTHER_KINDS = {
 class NativeTensors:
     """Tensors of a LoRA file under our names, and the keys without such a name."""
 
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Tensor]  # of the transformer, by our name
     dialect: str  # for messages
-    text_encoder: tuple[str, ...]  # keys for a text encoder that are ignored or have no name of ours
-    texts: Mapping[str, Tensor]  # for text encoders, such as `lora_te1_text_model_....lora_down.weight`
+    text_encoder: tuple[str, ...]  # keys for text encoders that are ignored, or that have no name of ours
+    texts: Mapping[str, Tensor]  # of text encoders, such as `lora_te1_text_model_....lora_down.weight`
     unknown: tuple[str, ...]  # keys that do not belong to a LoRA
-    repeated: Mapping[str, str]  # second key of a part -> the first one
-    clash: tuple[str, str] | None  # two keys of one part with different values
-    # our module -> its path as the file writes it, without the prefix: `blocks.0.attn1.to_q`
+    repeated: Mapping[str, str]  # key -> an earlier key with the same meaning
+    clash: tuple[str, str] | None  # two keys with the same meaning and different values
+    # our name of a module -> its path in the file, without prefix: `blocks.0.attn1.to_q`
     paths: Mapping[str, str]
-    stacked: Mapping[str, int]  # our module -> number of LoRAs that were joined into its factors
-    families: tuple[FamilyNames, ...]  # possible families by names and sizes
-    family_name: str | None  # family revealed by the form of the names; None if the form reveals none
+    stacked: Mapping[str, int]  # our name of a module -> number of LoRAs that were joined into its factors
+    families: tuple[FamilyNames, ...]  # families that have such names and sizes
+    family_name: str | None  # the only family whose files have this form of names; None if there are several
     unknown_names: str  # description of the names if no family has them; else ""
 
     @property
     def family(self) -> FamilyNames | None:
-        """Return the family; None if unknown, or if several with different module names are possible."""
-        return self.families[0] if self.families and have_same_names(self.families) else None
+        """The family; None if it is unknown, or if families with different module names are possible."""
+        if not self.families or not have_same_names(self.families):
+            return None
+        return self.families[0]
 
 
-class _Places(NamedTuple):
+class _ParsedKeys(NamedTuple):
     """The parsed keys of a file, by key, and the keys that do not belong to a LoRA."""
 
-    in_dit: dict[str, Place]
-    in_texts: dict[str, TextPlace]
+    in_dit: dict[str, ParsedKey]
+    in_texts: dict[str, ParsedTextKey]
     unknown: list[str]
 
 
 def to_native(
     tensors: Mapping[str, Tensor], family_hint: str | None = None, with_texts: bool = True
 ) -> NativeTensors:
-    """Rename the tensors of any dialect to ours.
+    """Rename tensors from any dialect to our names.
 
-    Values are unchanged, except that `rewrite` joins some and that magnitudes become columns. Missing alphas
+    Values are unchanged, except that `rewrite` joins some, and that magnitudes become columns. Missing alphas
     are not added.
 
     Args:
         tensors: Tensors by name.
-        family_hint: Family that the user or the metadata names.
+        family_hint: Family that the user or the metadata name.
         with_texts: Whether to rename tensors of text encoders too.
     """
-    internal = tuple(key for key in tensors if ROWS in key)  # our own mark, which files must not contain
-    rearranged = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
-    if any(MARKS.search(key) for key in rearranged.tensors):
-        rearranged = rewrite(rearranged.tensors)
+    # files must not contain our internal marker
+    internal = tuple(key for key in tensors if ROWS in key)
+    rewritten = Rewritten({key: tensor for key, tensor in tensors.items() if key not in internal}, {})
+    if any(MARKS.search(key) for key in rewritten.tensors):
+        rewritten = rewrite(rewritten.tensors)
 
-    places = _place_keys(rearranged.tensors)
-    dialects = sorted({place.dialect for place in places.in_dit.values()})
-    named_by_dialect = [_FAMILY_OF_DIALECT[dialect] for dialect in dialects if dialect in _FAMILY_OF_DIALECT]
-    family_name = rearranged.family_name or next(iter(named_by_dialect), None)
+    keys = _parse_keys(rewritten.tensors)
+    dialects = sorted({parsed.dialect for parsed in keys.in_dit.values()})
+    family_name: str | None = rewritten.family_name or None
+    for dialect in dialects:
+        family_name = family_name or _FAMILY_OF_DIALECT.get(dialect)
     hint = family_hint or family_name
-    families = _families_of_places(places.in_dit, rearranged.tensors, hint)
+    families = _find_families(keys.in_dit, rewritten.tensors, hint)
     if len(families) > 1:
-        families = _families_by_form(families, places)
+        families = _families_by_form(families, keys)
         if len(families) == 1:
             family_name = families[0].name
 
-    modules = _our_modules(places.in_dit, families)
-    names = {key: f"{modules[place.path]}.{place.part}" for key, place in places.in_dit.items()}
+    modules = _our_modules(keys.in_dit, families)
+    names = {key: f"{modules[parsed.path]}.{parsed.part}" for key, parsed in keys.in_dit.items()}
     text_names: dict[str, str] = {}
     if with_texts:
-        text_names = _name_texts(places.in_texts, _find_family_for_texts(places.in_texts, families, hint))
+        text_names = _name_texts(keys.in_texts, _find_family_for_texts(keys.in_texts, families, hint))
 
-    first_keys: dict[str, str] = {}
+    first_keys: dict[str, str] = {}  # our name -> the first key with this meaning
     repeated: dict[str, str] = {}
     for key, name in (names | text_names).items():
         if first_keys.setdefault(name, key) != key:
             repeated[key] = first_keys[name]
+    unknown_names = ""
+    if not families:
+        unknown_names = describe_unknown(parsed.full_path for parsed in keys.in_dit.values())
     return NativeTensors(
-        tensors=_rename(names, first_keys, rearranged.tensors),
+        tensors=_rename(names, first_keys, rewritten.tensors),
         dialect=" + ".join(dialects),
-        text_encoder=tuple(key for key in places.in_texts if key not in text_names),
-        texts=_rename(text_names, first_keys, rearranged.tensors),
-        unknown=(*places.unknown, *internal),
+        text_encoder=tuple(key for key in keys.in_texts if key not in text_names),
+        texts=_rename(text_names, first_keys, rewritten.tensors),
+        unknown=(*keys.unknown, *internal),
         repeated=repeated,
-        clash=_find_clash(repeated, rearranged.tensors),
-        paths={modules[place.path]: place.path for place in places.in_dit.values()},
-        stacked={
-            names[key].partition(".")[0]: count for key, count in rearranged.stacked.items() if key in names
-        },
+        clash=_find_clash(repeated, rewritten.tensors),
+        paths={modules[parsed.path]: parsed.path for parsed in keys.in_dit.values()},
+        stacked=_count_stacked(rewritten.stacked, names),
         families=tuple(families),
         family_name=family_name,
-        unknown_names="" if families else describe_unknown(p.full_path for p in places.in_dit.values()),
+        unknown_names=unknown_names,
     )
 
 
+def _count_stacked(stacked: Mapping[str, int], names: Mapping[str, str]) -> dict[str, int]:
+    """Return the numbers of joined factors by our module names.
+
+    Args:
+        stacked: Key of a joined factor -> number of factors that were joined into it.
+        names: Key -> our name of the tensor.
+    """
+    counts: dict[str, int] = {}
+    for key, count in stacked.items():
+        if key in names:
+            module = names[key].partition(".")[0]
+            counts[module] = count
+    return counts
+
+
 def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> NativeTensors | None:
-    """Return the tensors of a file that we wrote under our names; None if a key is not one of our names.
+    """Return the tensors of a file that has only our names; None if a key is not one of our names.
+
+    This is a fast way for our own files.
 
     Args:
         tensors: Tensors by name.
@@ -170,48 +199,48 @@ def read_own_names(tensors: Mapping[str, Tensor], family: FamilyNames) -> Native
     )
 
 
-def _place_keys(keys: Iterable[str]) -> _Places:
+def _parse_keys(names: Iterable[str]) -> _ParsedKeys:
     """Parse the keys of a file."""
-    places = _Places({}, {}, [])
-    for key in keys:
-        text_place = split_text(key)
-        place = None if text_place is not None else split_key(key)
-        if text_place is not None:
-            places.in_texts[key] = text_place
-        elif place is not None:
-            places.in_dit[key] = place
+    keys = _ParsedKeys({}, {}, [])
+    for key in names:
+        parsed_text = split_text(key)
+        parsed = None if parsed_text is not None else split_key(key)
+        if parsed_text is not None:
+            keys.in_texts[key] = parsed_text
+        elif parsed is not None:
+            keys.in_dit[key] = parsed
         elif key not in FOR_ALL:
-            places.unknown.append(key)
-    return places
+            keys.unknown.append(key)
+    return keys
 
 
-def _families_of_places(
-    places: Mapping[str, Place], tensors: Mapping[str, Tensor], hint: str | None
+def _find_families(
+    keys: Mapping[str, ParsedKey], tensors: Mapping[str, Tensor], hint: str | None
 ) -> list[FamilyNames]:
-    """Return the families that have modules of these names and sizes."""
+    """Return the families that have modules with these names and sizes."""
     factors: dict[str, dict[str, Tensor]] = {}
-    for key, place in places.items():
-        module = OURS + place.path.replace(".", "_")
-        factors.setdefault(module, {})[place.part] = tensors[key]
+    for key, parsed in keys.items():
+        module = OURS + parsed.path.replace(".", "_")
+        factors.setdefault(module, {})[parsed.part] = tensors[key]
     return families_of(factors, hint) if factors else []
 
 
-def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[FamilyNames]:
+def _families_by_form(families: Sequence[FamilyNames], keys: _ParsedKeys) -> list[FamilyNames]:
     """Narrow the possible families down by the form of the names and by the number of text encoders.
 
     Underscored aliases (`lora_unet_input_blocks_...`) occur only in files of families that use aliases, and a
     second text encoder (`lora_te2_...`) only with families that have two. If no family is left, all are
     returned.
     """
-    num_encoders = max((place.number for place in places.in_texts.values()), default=1)
+    max_number = max((parsed.number for parsed in keys.in_texts.values()), default=1)
     by_texts: list[FamilyNames] = []
     for family in families:
         # prefixes may skip a number: FLUX.1 has lora_te1 and lora_te3
-        has_prefix = any(start.endswith(str(num_encoders)) for start, _ in family.encoders)
-        if has_prefix or len(family.encoders) >= num_encoders:
+        has_prefix = any(start.endswith(str(max_number)) for start, _ in family.encoders)
+        if has_prefix or len(family.encoders) >= max_number:
             by_texts.append(family)
     by_texts = by_texts or [*families]
-    underscored = {place.path for place in places.in_dit.values() if "." not in place.path}
+    underscored = {parsed.path for parsed in keys.in_dit.values() if "." not in parsed.path}
     if not underscored:
         return by_texts
     by_aliases: list[FamilyNames] = []
@@ -222,41 +251,46 @@ def _families_by_form(families: Sequence[FamilyNames], places: _Places) -> list[
     return by_aliases or by_texts
 
 
-def _our_modules(places: Mapping[str, Place], families: Sequence[FamilyNames]) -> dict[str, str]:
-    """Return path -> our module name; an alias is translated only if all families agree."""
+def _our_modules(keys: Mapping[str, ParsedKey], families: Sequence[FamilyNames]) -> dict[str, str]:
+    """Return our names of modules by their paths in the file.
+
+    A path of another layout is translated only if all possible families translate it in the same way.
+    """
     modules: dict[str, str] = {}
-    for path in dict.fromkeys(place.path for place in places.values()):
+    for path in dict.fromkeys(parsed.path for parsed in keys.values()):
         module = path.replace(".", "_")
-        aliases = {alias(module, family) for family in families}
-        modules[path] = OURS + (aliases.pop() if len(aliases) == 1 else module)
+        translations = {alias(module, family) for family in families}
+        if len(translations) == 1:
+            (module,) = translations
+        modules[path] = OURS + module
     return modules
 
 
 def _find_family_for_texts(
-    places: Mapping[str, TextPlace], families: Sequence[FamilyNames], hint: str | None
+    keys: Mapping[str, ParsedTextKey], families: Sequence[FamilyNames], hint: str | None
 ) -> FamilyNames | None:
-    """Return the family whose text encoders a file changes; None if it is ambiguous.
+    """Return the family whose text encoders a file changes.
 
-    It is ambiguous if the possible families have different text encoders; the encoders then keep their names
-    from the file.
+    The result is None if the possible families have different text encoders; these then keep their names from
+    the file.
 
     Args:
-        places: Parsed keys of text encoders.
+        keys: Parsed keys of text encoders.
         families: Possible families by the names of the DiT's modules.
-        hint: Family that the user or the metadata names.
+        hint: Family that the user or the metadata name, for a file of text encoders alone.
     """
-    maximum = max((place.number for place in places.values()), default=1)
-    likely = [family for family in families if len(family.encoders) >= maximum] or families[:1]
+    max_number = max((parsed.number for parsed in keys.values()), default=1)
+    likely = [family for family in families if len(family.encoders) >= max_number] or families[:1]
     if likely:
         return likely[0] if len({family.encoders for family in likely}) == 1 else None
     return next((family for family in FAMILIES if family.name == hint), None)
 
 
-def _name_texts(places: Mapping[str, TextPlace], family: FamilyNames | None) -> dict[str, str]:
+def _name_texts(keys: Mapping[str, ParsedTextKey], family: FamilyNames | None) -> dict[str, str]:
     """Map keys of text encoders to our names; keys without a name of ours are left out."""
     names: dict[str, str] = {}
-    for key, place in places.items():
-        name = name_text(place, family)
+    for key, parsed in keys.items():
+        name = name_text(parsed, family)
         if name is not None:
             names[key] = name
     return names
@@ -265,18 +299,21 @@ def _name_texts(places: Mapping[str, TextPlace], family: FamilyNames | None) -> 
 def _rename(
     names: Mapping[str, str], first_keys: Mapping[str, str], tensors: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """Return tensors under our names; modules without an alpha get the file's common alpha.
+    """Return tensors under our names; modules without an alpha get the alpha that a file has for all modules.
 
     Magnitudes that a file stores as vectors become columns.
 
     Args:
         names: Our name of each key.
         first_keys: Our name -> the first key in the file with this meaning.
-        tensors: Tensors of the whole file, by key.
+        tensors: Tensors of the full file, by key.
     """
     modules = dict.fromkeys(name.partition(".")[0] for name in names.values())
-    renamed = {f"{module}.alpha": tensors[key] for key in FOR_ALL if key in tensors for module in modules}
-    for name in names.values():
+    renamed: dict[str, Tensor] = {}
+    for key in FOR_ALL:
+        if key in tensors:
+            renamed |= {f"{module}.alpha": tensors[key] for module in modules}
+    for name in names.values():  # an alpha of a module replaces the alpha for all
         key = first_keys[name]
         tensor = tensors[key]
         if FLAT.search(key):  # a vector of magnitudes becomes a column
@@ -300,10 +337,10 @@ def _find_clash(repeated: Mapping[str, str], tensors: Mapping[str, Tensor]) -> t
 
 
 def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
-    """Group the tensors of a LoRA file by expert; {None: all} if the file has no parts for experts.
+    """Group the tensor names of a LoRA file by expert; {None: all names} if the file has a single network.
 
-    Experts are recognized by the prefixes of additional networks in diffusers pipelines, such as
-    `transformer_2`. An alpha that applies to all modules is copied to each expert.
+    Experts are recognized by the prefixes of additional networks in diffusers' pipelines, such as
+    `transformer_2`. The key of an alpha for all modules is in each group.
     """
     names = list(names)
     experts = {name: further_expert(name) for name in names}
@@ -313,12 +350,13 @@ def split_names(names: Iterable[str]) -> dict[str | None, list[str]]:
     alpha_names = [name for name in names if name in FOR_ALL]
     for name, expert in experts.items():
         if name not in FOR_ALL:
-            by_expert.setdefault(expert or find_networks()[IN_DIFFUSERS], [*alpha_names]).append(name)
+            expert = expert or find_networks()[IN_DIFFUSERS]  # the first network has no number
+            by_expert.setdefault(expert, [*alpha_names]).append(name)
     return by_expert
 
 
 def other_kind(keys: Iterable[str]) -> tuple[str, str] | None:
-    """Return an unsupported kind of network and a key that reveals it; None if all keys may be supported."""
+    """Return an unsupported kind of network and a key that shows it; None if there is no such key."""
     for key in keys:
         for kind, endings in _OTHER_KINDS.items():
             if key.endswith(endings):
@@ -336,13 +374,13 @@ def module_of_tensor(name: str) -> tuple[str, str]:
     if leaf not in _LEAVES:
         path = name
         leaf = "weight"
-    for prefix in _OF_MODELS:
+    for prefix in _MODEL_PREFIXES:
         path = path.removeprefix(prefix)
     return path.replace(".", "_"), leaf
 
 
 def families_of(modules: Mapping[str, Factors], hint: str | None = None) -> list[FamilyNames]:
-    """Return the families that a LoRA may be for, judged by our names of its modules and their sizes."""
+    """Return the families that a LoRA may be for, by our names of its modules and by their sizes."""
     in_dit = _read_deltas_of_dit(modules)
     return likely_families(in_dit, lambda name: _size_of(in_dit[name]), hint)
 
@@ -354,20 +392,20 @@ def can_be_for(family: FamilyNames, modules: Mapping[str, Factors]) -> bool:
 
 
 def _read_deltas_of_dit(modules: Mapping[str, Factors]) -> dict[str, Delta]:
-    """Return the modules with our prefix for a DiT, without the prefix."""
+    """Return the changes of the modules of a DiT, by our names without the prefix."""
     in_dit = {name.removeprefix(OURS): factors for name, factors in modules.items() if name.startswith(OURS)}
     return read_deltas(in_dit)
 
 
 def _size_of(delta: Delta) -> tuple[int, int] | None:
-    """Return rows and columns of a weight's change; None without such a change or for damaged factors."""
-    if delta.is_part:
+    """Return rows and columns of the change of a weight; None if nothing is added, or for damaged factors."""
+    if delta.is_part:  # the factors are those of a larger layer
         size = delta.size()
         return None if size is None else (delta.height() or 0, size[1])
     full = delta.factors.get("diff", delta.factors.get(SET))
     try:
         shape = delta.shape() if full is None else tuple(full.shape)
-    except MismatchError:  # damaged files need a family too, for their messages
+    except MismatchError:  # not reported here, because messages about damaged files name the family too
         return None
     if not shape or 0 in shape:
         return None
@@ -375,14 +413,15 @@ def _size_of(delta: Delta) -> tuple[int, int] | None:
 
 
 def family_by_text_width(modules: Mapping[str, Factors]) -> FamilyNames | None:
-    """Return the family whose released models have the text width of these cross-attention factors."""
+    """Return the U-Net family with the text width of a LoRA's cross-attention; None if there is none."""
     widths: set[int] = set()
     for name, factors in modules.items():
-        size = _size_of(read_delta(factors)) if name.endswith(("attn2_to_k", "attn2_to_v")) else None
+        if not name.endswith(("attn2_to_k", "attn2_to_v")):  # the layers that take text states
+            continue
+        size = _size_of(read_delta(factors))
         if size is not None:
             widths.add(size[1])
-    unets = [family for family in FAMILIES if family.start == UNET_IN_DIFFUSERS]
-    for unet in unets:
-        if {width for width, _ in unet.released} == widths:
-            return unet
+    for family in FAMILIES:
+        if family.start == UNET_IN_DIFFUSERS and {width for width, _ in family.released} == widths:
+            return family
     return None

@@ -47,7 +47,8 @@ from networks.use_options import UNTYPED, LoraPatternOptions
 from protocols.bundled_embeddings import BUNDLE, BundledWords, find_words, without_words
 
 logger = getLogger(__name__)
-# metadata that may tell which model or program a LoRA needs; joined in this order for `FamilyNames.refused`
+# metadata keys that may reveal which model or program a LoRA is for. The patterns of `FamilyNames.refused`
+# are searched in their values, joined in this order
 _ORIGIN_KEYS = (
     "ss_network_module",
     TRAINED_ON,
@@ -57,14 +58,14 @@ _ORIGIN_KEYS = (
     "software",
     "model_version",
 )
-# occurs in the tensor names of every kind of adapter, supported or not
-_OF_NETWORKS = re.compile(
+# matches a tensor name of every kind of adapter, supported or not
+_ADAPTER_NAME = re.compile(
     "|".join(
         ["lora|vera|ia3|alpha|magnitude|diff(_[bm])?$|set_weight$|norm$"]
         + [kind.word for kind in KINDS if kind.word]
     )
 )
-A_FEW = 0.1  # fraction of a file that may be unused before the warning becomes louder
+MAX_UNUSED = 0.1  # fraction of a file's tensors; if more are unused, a second warning states the consequence
 
 
 @dataclass(frozen=True)
@@ -82,35 +83,45 @@ class LoraFile:
     parts: Mapping[str, "LoraFile"] = field(default_factory=dict)  # by expert
     # tensors for text encoders: `lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight`
     text_tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    unknown_names: str = ""  # description of its names, if no known model has them
-    # prefix of the text encoder that `tensors` are for (renamed as those of a transformer); "": transformer
+    unknown_names: str = (
+        ""  # for messages: what is unknown about the tensor names; "" if a known model has them
+    )
+    # prefix of the text encoder that `tensors` change, after they were renamed to `lora_unet_`; "" if they
+    # change the transformer
     encoder: str = ""
     is_family_by_names: bool = False  # the family was inferred from tensor names, not read from metadata
     written_for: FamilyNames | None = None  # family of a file written by us; None for other programs
-    changes_others: bool = False  # for an encoder's tensors: whether the file changes other networks too
+    changes_others: bool = False  # if `encoder` is set: whether the file changes other networks too
     words: BundledWords = field(default_factory=dict)  # trained words (embeddings) bundled for prompts
 
     @property
     def expert(self) -> str | None:
-        """Return the expert it was trained for, from metadata or file name; FOR_BOTH; None if unknown."""
+        """Return the expert that the LoRA was trained for, by its metadata or file name.
+
+        Returns:
+            FOR_BOTH for a LoRA for both experts; None if unknown or if the file has parts.
+        """
         return None if self.parts else expert_of(self.metadata, self.path)
 
     @property
     def evidence(self) -> str:
-        """Return the evidence for its family, for messages: "its metadata" or "its names"."""
+        """Return what revealed the family, for messages: "its metadata" or "its names"."""
         return "its names" if self.is_family_by_names else "its metadata"
 
     def may_lack(self, names: Iterable[str]) -> bool:
-        """Return whether a network may lack these modules without an error.
+        """Return whether it is no error if a network has none of these modules.
 
         This holds for projections of a text encoder, which not every checkpoint has, if the file changes
         other networks too.
+
+        Args:
+            names: Names of all modules that the file changes in the network.
         """
         return bool(self.encoder) and self.changes_others and is_projection(names)
 
     @property
     def has_frozen_norms(self) -> bool:
-        """Return whether magnitudes by output refer to the norms of the frozen weights."""
+        """Return whether DoRA magnitudes by output are relative to the frozen weights' norms (ComfyUI)."""
         return self.metadata.get(NORMS_FORM) == FROZEN_NORMS
 
     def for_expert(self, expert: str | None) -> "LoraFile":
@@ -125,7 +136,7 @@ class LoraFile:
         if not self.parts:
             return self
         if not expert or expert not in self.parts:
-            raise _several(self.path)
+            raise _make_several_error(self.path)
         return self.parts[expert]
 
     def modules(self) -> dict[str, dict[str, Tensor]]:
@@ -135,11 +146,13 @@ class LoraFile:
             CheckpointError: If the file has parts and no part was chosen.
         """
         if self.parts:
-            raise _several(self.path)
+            raise _make_several_error(self.path)
         return group_by_module(self.tensors)
 
     def families(self, hint: str | None = None) -> list[FamilyNames]:
-        """Return the possible families: several if names, sizes, block numbers and metadata do not decide.
+        """Return the families that the file may be for.
+
+        There are several if names, sizes, block numbers and metadata do not decide.
 
         Args:
             hint: Family to prefer if several are possible; None for the one in the metadata.
@@ -157,19 +170,23 @@ class LoraFile:
 
     @property
     def grown(self) -> GrownBlocks | None:
-        """Return how deeper variants of its model repeat blocks; None without such variants or if unknown."""
+        """Return how deeper variants of the file's model repeat blocks.
+
+        None if the model has no deeper variants or is unknown.
+        """
         if self.written_for is not None:
             return self.written_for.grown
         families = [] if self.parts else self.families()
         return next((family.grown for family in families if family.grown is not None), None)
 
     def family(self) -> FamilyNames | None:
-        """Return the family it was trained for; None if unknown or if several are possible."""
+        """Return the family that the file was trained for; None if unknown or if several are possible."""
         families = self.families()
         return families[0] if families and have_same_names(families) else None
 
 
-def _several(path: Path) -> CheckpointError:
+def _make_several_error(path: Path) -> CheckpointError:
+    """Return the error for a file with a LoRA for each expert, where one LoRA is needed."""
     return CheckpointError(
         f"{path} holds two LoRAs, one for the high-noise and one for the low-noise expert of a model.\n"
         "  Take them apart with convert_lora.py --input FILE --output LOW --output_high_noise HIGH --target "
@@ -189,21 +206,22 @@ def read_lora(
 
     Args:
         path: The file or folder.
-        by_expert: Allow a file that holds a LoRA for each expert; the result then has `parts`.
-        with_texts: Also read the changes of text encoders in the file.
+        by_expert: Whether to accept a file that holds a LoRA for each expert; the result then has `parts`.
+        with_texts: Whether to read changes of text encoders too.
         family: Family that the user named; None if none was named.
-        with_words: Also read the trained words (embeddings) in the file.
+        with_words: Whether to read trained words (embeddings) too.
 
     Raises:
         CheckpointError: If the file is missing, damaged, not a LoRA, or of an unsupported kind.
     """
     with open_checkpoint(path) as checkpoint:
+        # the hash of names, dtypes and shapes differs if another tool has changed our file
         is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
-        kind = None if is_own else key_formats.other_kind(checkpoint.tensors)
+        unsupported = None if is_own else key_formats.other_kind(checkpoint.tensors)
         # whole models are recognized by names, before gigabytes are read
-        if kind is None and not any(_OF_NETWORKS.search(name) for name in checkpoint.tensors):
+        if unsupported is None and not any(_ADAPTER_NAME.search(name) for name in checkpoint.tensors):
             reject_quantized(checkpoint)
-            raise _no_lora(path, checkpoint.tensors)
+            raise _make_no_lora_error(path, checkpoint.tensors)
         stored = {name: checkpoint.read(name) for name in checkpoint.tensors}
         metadata = dict(checkpoint.metadata)
     if is_own and path.is_file() and is_damaged(path, metadata):
@@ -211,9 +229,10 @@ def read_lora(
             f"{path} is damaged: its data do not agree with the checksum written with them. Copy it again.",
             path,
         )
-    if kind is not None:
+    if unsupported is not None:
+        kind, key = unsupported
         raise CheckpointError(
-            f"{path} is a network of the kind {kind[0]}, which is not supported: it has {kind[1]}.\n"
+            f"{path} is a network of the kind {kind}, which is not supported: it has {key}.\n"
             f"  Supported are {list_read_kinds()} and whole differences of weights. Give such a file.",
             path,
         )
@@ -230,10 +249,10 @@ def read_lora(
             return replace(lora, words=words, written_for=trained_family)
     groups = key_formats.split_names(stored)
     if len(groups) > 1 and not by_expert:
-        raise _several(path)
+        raise _make_several_error(path)
     parts: dict[str | None, LoraFile] = {}
     for expert, names in groups.items():
-        part = _recognise_part(
+        part = _recognize_part(
             path,
             {name: stored[name] for name in names},
             metadata,
@@ -246,11 +265,11 @@ def read_lora(
     if len(parts) == 1:
         return next(iter(parts.values()))
     dialects = sorted({part.dialect for part in parts.values()})
-    by_name = {expert: part for expert, part in parts.items() if expert is not None}
-    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=by_name)
+    by_expert_name = {expert: part for expert, part in parts.items() if expert is not None}
+    return LoraFile(path, {}, metadata, dialect=" + ".join(dialects), parts=by_expert_name)
 
 
-def _recognise_part(
+def _recognize_part(
     path: Path,
     stored: Mapping[str, Tensor],
     metadata: Mapping[str, str],
@@ -270,11 +289,12 @@ def _recognise_part(
         is_own: Whether the file was written by us.
         family: Family that the user named; None if none was named.
     """
-    of_part = metadata if expert is None else _metadata_of_expert(path, metadata, expert)
-    names_no_family = read_family(of_part) is None
-    native, completed = _recognise(path, stored, of_part, family=family, with_texts=with_texts)
+    if expert is not None:
+        metadata = _metadata_of_expert(path, metadata, expert)
+    has_no_family = read_family(metadata) is None
+    native, completed = _recognize(path, stored, metadata, family=family, with_texts=with_texts)
     part = _read_part(path, native, completed, expert=expert, is_own=is_own)
-    return replace(part, is_family_by_names=names_no_family and native.family_name is not None)
+    return replace(part, is_family_by_names=has_no_family and native.family_name is not None)
 
 
 def _read_part(
@@ -311,6 +331,7 @@ def _read_part(
     modules = group_by_module(tensors) | group_by_module(texts)
     _reject_faulty(path, modules, native.unknown)
     alphas_in_words = ""
+    # only kinds with a rank are scaled by an alpha
     if any("alpha" not in factors and rank_of(factors) is not None for factors in modules.values()):
         alphas = read_alphas(
             path,
@@ -325,7 +346,8 @@ def _read_part(
         in_texts = {name: alpha for name, alpha in alphas.tensors.items() if name not in in_dit}
         tensors = {**tensors, **in_dit}
         texts = {**texts, **in_texts}
-    logger.info(f"{path}: {_part_in_words(native, metadata, alphas_in_words, expert)}")
+    logger.info(f"{path}: {_describe_part(native, metadata, alphas_in_words, expert)}")
+    # sd-scripts with the argument split_qkv saves the alphas of single parts for joined factors
     if '"split_qkv": "true"' in metadata.get("ss_network_args", "").lower():
         tensors = mend_split_alphas(path, tensors, metadata)
     return LoraFile(
@@ -338,16 +360,17 @@ def _read_part(
     )
 
 
-def _recognise(
+def _recognize(
     path: Path,
     stored: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     family: str | None,
     with_texts: bool,
 ) -> tuple[key_formats.NativeTensors, Mapping[str, str]]:
-    """Return the tensors under our names, and the metadata, completed by what the tensors reveal.
+    """Return the tensors under our names, and the metadata with entries that the tensors reveal.
 
-    The names may reveal the family; ComfyUI's DoRA magnitudes are recorded under `NORMS_FORM`.
+    The tensors may reveal the family, recorded under `TRAINED_ON`, and that DoRA magnitudes are in ComfyUI's
+    form, recorded under `NORMS_FORM`.
 
     Raises:
         CheckpointError: If the tensors are not a LoRA, or if a layer is changed under two names.
@@ -357,16 +380,16 @@ def _recognise(
     native = key_formats.to_native(stored, hint, with_texts)
     if trained_family is None and native.family_name is not None:
         metadata = {**metadata, TRAINED_ON: native.family_name}
-    is_unmarked = native.dialect == "other" and any(
+    has_frozen_norms = native.dialect == "other" and any(
         kind.has_frozen_norms(native.tensors, metadata) for kind in KINDS
     )
-    if is_unmarked:
+    if has_frozen_norms:
         metadata = {**metadata, NORMS_FORM: FROZEN_NORMS}
         logger.info(
             f"{path}: its {OF_MAGNITUDES} magnitudes are in ComfyUI's form, as its writer has them there"
         )
     if not native.tensors and not native.texts:
-        raise _no_lora(path, stored)
+        raise _make_no_lora_error(path, stored)
     if native.family is not None and native.family.rejects_strangers:
         _reject_strangers(path, stored, native.family)
     _reject_clash(path, native)
@@ -392,21 +415,24 @@ def _reject_clash(path: Path, native: NativeTensors) -> None:
     """Raise CheckpointError if a file changes one layer under two names."""
     clash = native.clash or _named_twice(native)
     if clash:
-        remedy = (
-            "They are of two programs, or for two networks. Remove the tensors of one of them from the file."
+        first, second = clash
+        raise CheckpointError(
+            f"{path} changes one layer under two names: {first} and {second}.\n"
+            "  They are of two programs, or for two networks. Remove the tensors of one of them from the "
+            "file.",
+            path,
         )
-        names = f"{clash[0]} and {clash[1]}"
-        raise CheckpointError(f"{path} changes one layer under two names: {names}.\n  {remedy}", path)
 
 
 def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) -> None:
-    """Raise CheckpointError if underscored names in a file belong to no module of the family.
+    """Raise CheckpointError if a file has modules in our form of names that the family does not have.
 
     Args:
         path: Path of the file.
-        stored: All names in the file.
+        stored: All tensor names in the file.
         family: The model family.
     """
+    # an ordered set
     modules = dict.fromkeys(name.partition(".")[0] for name in stored if name.startswith(OURS))
     strangers = [module for module in modules if module_path(module.removeprefix(OURS), family) is None]
     if strangers:
@@ -418,23 +444,29 @@ def _reject_strangers(path: Path, stored: Iterable[str], family: FamilyNames) ->
         )
 
 
-def _part_in_words(
+def _describe_part(
     native: NativeTensors, metadata: Mapping[str, str], alphas: str, expert: str | None
 ) -> str:
-    """Describe what was read from a file, or from one expert's part: modules, names, alphas, experts."""
-    num_texts = len(group_by_module(native.texts))
-    of_texts = f" and {num_texts} of text encoders" if num_texts else ""
-    words = [
-        f"{count_of(len(group_by_module(native.tensors)), 'module')}{of_texts}",
-        dialect_in_words(native.dialect),
-    ]
+    """Describe what was read from a file, or from one expert's part, for the log.
+
+    Args:
+        native: Tensors under our names.
+        metadata: Metadata of the file, or of the part.
+        alphas: Clause that says which alphas were added; "" if none were.
+        expert: Expert of the part; None if names in the file do not show it.
+    """
+    modules = count_of(len(group_by_module(native.tensors)), "module")
+    num_text_modules = len(group_by_module(native.texts))
+    if num_text_modules:
+        modules = f"{modules} and {num_text_modules} of text encoders"
+    clauses = [modules, dialect_in_words(native.dialect)]
     if alphas:
-        words.append(alphas)
+        clauses.append(alphas)
     if TRAINED_FOR in metadata:
-        words.append(f"trained for {metadata[TRAINED_FOR]}")
+        clauses.append(f"trained for {metadata[TRAINED_FOR]}")
     if expert is not None:
-        words.append(f"for the {in_words(expert)}")
-    return ", ".join(words)
+        clauses.append(f"for the {in_words(expert)}")
+    return ", ".join(clauses)
 
 
 def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence[str]) -> None:
@@ -449,6 +481,7 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
         reason = delta.find_error()
         if reason is None:
             continue
+        # only the alpha was read: the module's factors are among the unknown keys
         if unknown and not delta.factors.keys() - {"alpha"}:
             raise CheckpointError(
                 f"{path} cannot be used: its factors have names that are not known, such as "
@@ -467,20 +500,22 @@ def _reject_faulty(path: Path, modules: Mapping[str, Factors], unknown: Sequence
 
 
 def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
-    """Return two names in a file for one weight, or for a weight and its part; None if there are none.
+    """Return two paths in a file that name a weight and a part of the same weight.
 
-    Also returns None if in one of the possible families the two names are separate modules.
+    Returns:
+        None if there are no such paths, or if one of the possible families has none, where they may be
+        separate modules.
     """
     pairs: list[tuple[str, str]] = []
     for family in native.families:
-        pair = next(_pairs_in(family, native.paths), None)
+        pair = next(_find_pairs(family, native.paths), None)
         if pair is None:
             return None
         pairs.append(pair)
     return pairs[0] if pairs else None
 
 
-def _pairs_in(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Yield each pair of paths in a file that name a weight of the family and a part of that weight.
 
     Args:
@@ -501,7 +536,7 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
         path: Path of the file.
         native: Tensors under our names.
         family: The model family.
-        total: Number of all keys.
+        total: Number of all keys in the file.
     """
     ignored = (
         (native.text_encoder, "tensors of a text encoder are ignored"),
@@ -521,7 +556,8 @@ def _warn_of_unused(path: Path, native: NativeTensors, family: FamilyNames | Non
         )
 
 
-def _no_lora(path: Path, names: Iterable[str]) -> CheckpointError:
+def _make_no_lora_error(path: Path, names: Iterable[str]) -> CheckpointError:
+    """Return the error for a file that is not a LoRA; `names` are those of its tensors."""
     return CheckpointError(
         f"{path} is no LoRA for a video or image model: it has tensors such as "
         f"{list_some(sorted(names), 3)}. Give a LoRA file.",
@@ -550,17 +586,17 @@ def reject_unknown(lora: LoraFile, option: str = "") -> None:
 def warn_of_unused_parts(
     path: Path, unused: Sequence[str], total: int, what: str, consequence: str = ""
 ) -> None:
-    """Warn of unused names, with a second, louder line if they are more than a few of `total`.
+    """Warn of unused names; if more than MAX_UNUSED of all are unused, a second line states the consequence.
 
     Args:
         path: File of the LoRA.
         unused: Unused names.
         total: Number of all names.
         what: Plural noun and verb for the message, as in "4 of 24 {what}: a, b, c".
-        consequence: Sentence to add if many names are unused; may be empty.
+        consequence: Sentence for the second line; "" for none.
     """
     logger.warning(f"{path}: {len(unused)} of {total} {what}: {list_some(unused)}")
-    if consequence and len(unused) > A_FEW * total:
+    if consequence and len(unused) > MAX_UNUSED * total:
         logger.warning(f"{path} IS USED ONLY IN PART: {consequence}")
 
 
@@ -626,9 +662,10 @@ def lora_uses(
                 "the same order"
             )
     uses = []
-    without: list[None] = [None] * len(files)  # the last files may have no pattern
-    rows = zip(files, [*included, *without], [*excluded, *without], strict=False)
-    for (path, multiplier), include, exclude in rows:
+    for index, (path, multiplier) in enumerate(files):
+        # the last files may have no pattern
+        include = included[index] if index < len(included) else None
+        exclude = excluded[index] if index < len(excluded) else None
         lora = read_lora(path, by_expert=True, with_texts=with_texts, with_words=with_words)
         if include or exclude:
             names = _names_for_patterns(lora)
@@ -639,7 +676,7 @@ def lora_uses(
 
 
 def _names_for_patterns(lora: LoraFile) -> set[str]:
-    """Return the names of a file's tensors, also with the module names of other layouts."""
+    """Return the tensor names that patterns are searched in: the file's own, and those of other layouts."""
     names: set[str] = set()
     for part in (lora, *lora.parts.values()):
         for tensor in (*part.tensors, *part.text_tensors):
@@ -651,16 +688,25 @@ def _names_for_patterns(lora: LoraFile) -> set[str]:
 
 
 def fit_pattern(pattern: str | None, names: Collection[str], where: str) -> str | None:
-    """Return the pattern, rewritten to match dots or underscores if it matches no name; warn if none matches.
+    """Return a pattern that matches names in a file, if the typed pattern only differs in its separators.
 
-    Other options may have appended a second pattern after the mark UNTYPED. It is kept unchanged, without
-    the mark.
+    A pattern that matches no name is rewritten so that dots and underscores are equal. If it still matches
+    no name, a warning says so. Another option may have added a pattern of its own: `(?:typed)|UNTYPED added`,
+    or `UNTYPED added` if nothing was typed. The added pattern may match nothing, so it is not rewritten; only
+    the mark UNTYPED is removed.
+
+    Args:
+        pattern: The pattern; None for none.
+        names: Names that the pattern is searched in.
+        where: Path of the file, for the warning.
     """
-    typed, untyped, added = (pattern or "").partition(UNTYPED)
-    separator = "|" if typed.endswith("|") and untyped else ""
+    if pattern is None:
+        return None
+    typed, mark, added = pattern.partition(UNTYPED)
+    separator = "|" if typed.endswith("|") and mark else ""
     typed = typed.removesuffix(separator)
     if not typed or any(re.search(typed, name) for name in names):
-        return f"{typed}{separator}{added}" or pattern
+        return f"{typed}{separator}{added}"
     any_spelling = in_any_spelling(typed)
     if not any(re.search(any_spelling, name) for name in names):
         modules = (name.partition(".")[0] for name in names)
@@ -681,22 +727,22 @@ def warn_of_absent(
 
     Args:
         path: File of the LoRA.
-        absent: Names of the parts, `lora_unet_x.weight` or `lora_unet_x`.
+        absent: Names of the absent parts, `lora_unet_x.weight` or `lora_unet_x`.
         total: Number of all parts.
-        what: Plural noun for the parts.
-        model: Name of the model.
+        what: Plural noun and verb for the message, such as "weights are not in this model".
+        model: Family of the model; None if unknown.
         modules: Names of the model's modules, without our prefix.
         encoder: Prefix of the text encoder that the parts are for; "" for the transformer.
     """
     modules = list(modules)
     if encoder:
-        in_file = [f"{encoder}_{name.removeprefix(OURS)}" for name in absent]
-        for kind, names in sort_by_kind(in_file, kind_of_text_module).items():
+        names_in_file = [f"{encoder}_{name.removeprefix(OURS)}" for name in absent]
+        for kind, names in sort_by_kind(names_in_file, kind_of_text_module).items():
             warn_of_unused_parts(path, names, total=total, what=what + kind.words)
         return
-    has_side = any(on_text_side(module) for module in modules)
-    numberless = {without_numbers(module) for module in modules}
-    kinds = sort_by_kind(absent, partial(kind_of_module, model, has_side, numberless))
+    has_text_side = any(on_text_side(module) for module in modules)
+    without_block_numbers = {without_numbers(module) for module in modules}
+    kinds = sort_by_kind(absent, partial(kind_of_module, model, has_text_side, without_block_numbers))
     for kind, names in kinds.items():
         warn_of_unused_parts(
             path,
@@ -708,10 +754,15 @@ def warn_of_absent(
 
 
 def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
-    """Split LoRAs by side: return those for the transformer, or for modules loaded with the text encoder.
+    """Return the LoRAs reduced to one side: modules of the transformer, or modules loaded with text encoders.
 
     A LoRA is left out if it has no modules on the side, or if its patterns select none of them. If the
-    patterns select nothing on either side, the transformer's side keeps it, so that an error is raised once.
+    patterns select nothing on either side, the LoRA stays on the transformer's side, so that the merge
+    reports it once.
+
+    Args:
+        uses: LoRA files with their patterns.
+        is_text: Whether to return the side of the text encoder.
     """
     parts = []
     for use in uses:
@@ -727,10 +778,10 @@ def on_side(uses: Iterable[LoraUse], is_text: bool) -> list[LoraUse]:
                 text_modules[name] = factors
             else:
                 dit_modules[name] = factors
-        has_text = _keeps_any(use, text_modules)
-        has_dit = _keeps_any(use, dit_modules)
-        selects_nothing = bool(dit_modules) and not has_dit and not has_text
-        is_used = has_text if is_text else has_dit or selects_nothing
+        keeps_text = _keeps_any(use, text_modules)
+        keeps_dit = _keeps_any(use, dit_modules)
+        keeps_nothing = bool(dit_modules) and not keeps_dit and not keeps_text
+        is_used = keeps_text if is_text else keeps_dit or keeps_nothing
         if is_used:
             tensors = use.lora.tensors
             if text_modules and dit_modules:
@@ -749,7 +800,7 @@ def warn_of_other_family(lora: LoraFile, model: FamilyNames | None, modules: Col
 
     Args:
         lora: The LoRA file.
-        model: Name of the model.
+        model: Family of the model; None if unknown.
         modules: Names of the model's modules, which show its release.
 
     Raises:

@@ -21,9 +21,10 @@ from networks.shared_inputs import SharedInput
 from runtime.offload.sharding import TOKEN_PART
 
 _32_BITS = 0xFFFFFFFF
-KINDS = ("neuron", "rank", "module")
-# Smallest number of values for which products are added in place. It saves four passes over 16 MiB, about 16
-# microseconds on a fast GPU; for smaller tensors the autograd functions cost the host more than that.
+KINDS = ("neuron", "rank", "module")  # kinds of dropout
+# Number of values from which on products are added in place. For so many, that saves four passes over 16 MiB,
+# about 16 microseconds on a fast GPU; for smaller tensors, the autograd functions cost the host more than
+# that.
 JOINS_FROM = 1 << 23
 # the lower and upper 32 bits of a seed; as tensors: int64 without axes
 Halves = tuple[int, int] | tuple[Tensor, Tensor]
@@ -35,9 +36,9 @@ Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 class Dropouts:
     """Dropout probabilities during training, at least one above 0; eval mode drops nothing."""
 
-    neuron: float = 0.0  # for single values between the factors
-    rank: float = 0.0  # for whole ranks, per sample
-    module: float = 0.0  # for the whole LoRA of a module
+    neuron: float = 0.0  # of single values between the factors
+    rank: float = 0.0  # of a rank, for all tokens of a sample
+    module: float = 0.0  # of the LoRA of a module
 
 
 class DropoutSeed:
@@ -46,12 +47,18 @@ class DropoutSeed:
     value: int | None = None
 
     def derive(self, layer: int, kind: str, part: int = 0) -> int:
-        """Return the seed of a mask for one part of the tokens; random in each call if `value` is None."""
+        """Return the seed of a mask; it is random in each call if `value` is None.
+
+        Args:
+            layer: Index of the layer.
+            kind: Kind of random decision, such as one of KINDS.
+            part: Index of the part of the tokens, if processes split them.
+        """
         value = int(torch.randint(1 << 62, ())) if self.value is None else self.value
         return derive_seed(value, layer, kind, part) if part else derive_seed(value, layer, kind)
 
     def tables(self, layers: "Sequence[LoraLayer]", device: torch.device) -> Tensor:
-        """Return the seeds of all layers: layers x KINDS x (lower, upper 32 bits), int64; one transfer."""
+        """Return the seeds of all layers, layers x KINDS x (lower, upper 32 bits), int64, in one transfer."""
         seeds = [[halves(layer.seed_of(kind)) for kind in KINDS] for layer in layers]
         return numbers_on(device, seeds)
 
@@ -82,10 +89,10 @@ class LoraLayer(nn.Module):
 
         Args:
             original: The frozen module.
-            rank: Rank; of a fused weight the rank of each part.
+            rank: Rank (of each part, if there are `split_sizes`).
             alpha: Numerator of the scale alpha / rank; 0 means the rank.
-            split_sizes: Rows of the parts of a fused weight; each part gets its own factors of this rank and
-                alpha. `rank` and `alpha` of the layer are those of all parts together, so their quotient is
+            split_sizes: Numbers of rows of the parts of a fused weight, each of which gets its own factors.
+                The layer's `rank` and `alpha` are then the sums over all parts, so their quotient is
                 unchanged.
         """
         super().__init__()
@@ -93,14 +100,14 @@ class LoraLayer(nn.Module):
         alpha = (alpha or rank) * num_parts
         rank = rank * num_parts
         self.register_buffer("alpha", torch.tensor(float(alpha)))
-        self.lora_down, self.lora_up = _factors(original, rank, split_sizes)
+        self.lora_down, self.lora_up = _make_factors(original, rank, split_sizes)
         nn.init.kaiming_uniform_(self.lora_down.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_up.weight)
         self.rank = rank
         self.multiplier = 1.0
         self.joins_from = JOINS_FROM
-        # replaces the plain addition, for DoRA: (layer, output of the frozen module, output of the LoRA,
-        # dtype of the input) -> output
+        # for DoRA, a function that replaces the addition: (layer, output of the frozen module, output of the
+        # LoRA, dtype of the input) -> output
         self.combine: Callable[[Any, Tensor, Tensor, torch.dtype], Tensor] | None = None
         self.dropouts: Dropouts | None = None
         self.rank_mask: RankMask | None = None  # T-LoRA
@@ -108,9 +115,10 @@ class LoraLayer(nn.Module):
         self.index = 0  # position in the network, so that each layer draws its own masks
         # KINDS x 2 int64, a tensor because compiled code would treat a number as a constant
         self.seed_table: Tensor | None = None
-        # down, and multiplier * scale * up, in autocast's dtype: set by `networks.cast_factors`
+        # `networks.cast_factors` sets these before a pass:
+        # down factor, and multiplier * scale * up factor, in autocast's dtype
         self.cast_factors: tuple[Tensor, Tensor] | None = None
-        # products of layers with the same input, computed together in this pass; set with `cast_factors`
+        # computes the products of layers with the same input together
         self.shared_input: SharedInput | None = None
         # LoRA-GGPO: the module and buffer name of the noise's standard deviations; None: no noise
         self.noise_of: tuple[nn.Module, str] | None = None
@@ -120,7 +128,7 @@ class LoraLayer(nn.Module):
         self.read_alpha()
 
     def read_alpha(self) -> None:
-        """Update the scale alpha / rank from the alpha buffer, e.g. after loading; 0 means alpha = rank."""
+        """Update the scale alpha / rank from the buffer alpha after loading; an alpha of 0 means the rank."""
         self.scale = (float(self.alpha) or self.rank) / self.rank
 
     def attach(self) -> None:
@@ -134,16 +142,17 @@ class LoraLayer(nn.Module):
         """Return the frozen module's output plus the product of the factors, with dropouts and noise."""
         # x: B L in, or B in H W
         input_dtype = x.dtype
-        dtype = self.lora_down.weight.dtype  # what the factors compute in
+        dtype = self.lora_down.weight.dtype  # compute dtype of the factors
         # not in compiled code, where torch.compile fuses the products of a common input by itself
         shared = None if torch.compiler.is_compiling() else self.shared_input
         if torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             if x.dtype == torch.float32:
-                # cast once, not in both the original and the LoRA
+                # cast once for both the frozen module and the LoRA
                 x = x.to(dtype) if shared is None else shared.cast(x)
         dropouts = self.dropouts if self.training else None
-        # compiled code has no data-dependent branch: it computes the LoRA, and masks dropped ones afterwards
+        # compiled code cannot branch on a random value: it always computes the LoRA, and then drops its
+        # output
         drops_after = dropouts is not None and self.seed_table is not None and torch.compiler.is_compiling()
         if self.multiplier == 0:
             return self._original_forward(x)
@@ -159,22 +168,22 @@ class LoraLayer(nn.Module):
             added = self._compute_addition(x.to(dtype), dropouts, shared).to(out.dtype)
             total = out + added if self.combine is None else self.combine(self, out, added, input_dtype)
         if self.training and self.noise_of is not None:
-            strengths, name = self.noise_of
+            module, buffer_name = self.noise_of
             seed = self.seed.derive(self.index, "noise")
-            noise = perturbed(x.to(dtype), getattr(strengths, name), seed)
+            noise = perturbed(x.to(dtype), getattr(module, buffer_name), seed)
             total = total + noise.to(total.dtype)
         if drops_after and dropouts and dropouts.module > 0:
             return self._without_dropped(out, total, dropouts.module)
         return total
 
-    def _without_dropped(self, out: Tensor, total: Tensor, share: float) -> Tensor:
-        """Return the frozen module's `out` if module dropout drops this LoRA, else `total`."""
+    def _without_dropped(self, out: Tensor, total: Tensor, probability: float) -> Tensor:
+        """Return the frozen module's output `out` if module dropout drops this LoRA, else `total`."""
         assert self.seed_table is not None
-        is_dropped = self.seed_table[KINDS.index("module"), 0] < share * (_32_BITS + 1)
+        is_dropped = self.seed_table[KINDS.index("module"), 0] < probability * (_32_BITS + 1)
         return torch.where(is_dropped, out, total)
 
     def _compute_addition(self, x: Tensor, dropouts: Dropouts | None, shared: SharedInput | None) -> Tensor:
-        """Return the LoRA's own output, which is added to that of the frozen module.
+        """Return the output of the LoRA alone, which is added to that of the frozen module.
 
         Args:
             x: Input, ... in, or B in H W, in the dtype of the products.
@@ -183,13 +192,13 @@ class LoraLayer(nn.Module):
                 has this input.
         """
         factors = self._factors_in(x.dtype)
-        if factors is None:  # not cast before the pass: autocast casts them here, and the scale is applied
+        if factors is None:  # not cast before the pass: autocast casts them here
             return self.lora_up(self._scaled(self.lora_down(x), dropouts))
-        down, up = factors  # `up` has the scale already
+        down, up = factors  # `up` is already multiplied by the scale
         if shared is None:
             hidden = _multiply(self.lora_down, x, down)
         else:
-            # the frozen module has run before with the plain input, so gradients are not joined
+            # the frozen module has already run, with x itself, so its gradient cannot be added in place
             _, hidden = shared.multiply(self, x, joins=False)
         if self.rank_mask is not None or dropouts is not None:
             hidden = self._masked(hidden, dropouts)
@@ -208,33 +217,34 @@ class LoraLayer(nn.Module):
         factors = self._factors_in(x.dtype)
         down, up = factors or (self.lora_down.weight.to(x.dtype), self.lora_up.weight.to(x.dtype))
         if shared is None:
-            original_x, hidden = branch(x, down)
+            frozen_input, hidden = branch(x, down)
         else:
-            original_x, hidden = shared.multiply(self, x, joins=True)
+            frozen_input, hidden = shared.multiply(self, x, joins=True)
         # factors that were cast before the pass already include the scale
         hidden = self._scaled(hidden, dropouts) if factors is None else self._masked(hidden, dropouts)
         split_sizes = self.lora_up.split_sizes if isinstance(self.lora_up, BlockUp) else ()
         saved = hold(hidden, up, split_sizes)
-        out = self._original_forward(original_x)
-        return add_up(out.to(x.dtype), hidden, up, split_sizes=split_sizes, saved=saved).to(out.dtype)
+        out = self._original_forward(frozen_input)
+        total = add_up(out.to(x.dtype), hidden, up, split_sizes=split_sizes, saved=saved)
+        return total.to(out.dtype)
 
     def is_plain(self, dtype: torch.dtype) -> bool:
         """Return whether the layer only adds the product of its factors to a frozen linear layer.
 
-        False with rank masks, dropouts, noise, DoRA or a split up factor, and if other code has replaced the
-        forward of the frozen module or added hooks.
+        It does more with rank masks, dropouts, noise, DoRA or a split up factor, and if other code has
+        replaced the forward of the frozen module or added hooks.
 
         Args:
             dtype: Dtype that the frozen weight must have.
         """
         original = self._original[0]
-        before = self._original_forward
+        frozen_forward = self._original_forward
         return (
             type(original) is nn.Linear
             and original.weight.dtype == dtype
             and not original.weight.requires_grad
             and not (original._forward_pre_hooks or original._forward_hooks)
-            and getattr(before, "__func__", None) is nn.Linear.forward
+            and getattr(frozen_forward, "__func__", None) is nn.Linear.forward
             and getattr(original.forward, "__self__", None) is self
             and isinstance(self.lora_up, nn.Linear)
             and self.rank_mask is None
@@ -261,26 +271,27 @@ class LoraLayer(nn.Module):
         return [(self.lora_down.weight.flatten(1), self.lora_up.weight.flatten(1))]
 
     def norm(self) -> Tensor:
-        """Return the Frobenius norm of alpha / rank * up @ down, computed from R x R products only."""
+        """Return the Frobenius norm of alpha / rank * up @ down, from R x R products."""
         squares = []
         for down, up in self.factor_pairs():  # R x in, out x R
             # Apple GPUs have no float64
-            exact = torch.float32 if down.device.type == "mps" else torch.float64
-            down = down.to(exact)
-            up = up.to(exact)
+            dtype = torch.float32 if down.device.type == "mps" else torch.float64
+            down = down.to(dtype)
+            up = up.to(dtype)
+            # |up @ down|^2 = trace(up^T up down down^T)
             products = (up.T @ up) * (down @ down.T)
             squares.append(products.sum().clamp(min=0))
         return self.scale * torch.stack(squares).sum().sqrt()
 
     def shrink(self, ratio: Tensor) -> None:
-        """Scale the change by `ratio`: each factor by the square root."""
+        """Multiply the change by `ratio`, and thus each factor by its square root."""
         self.lora_down.weight.mul_(ratio.sqrt())
         self.lora_up.weight.mul_(ratio.sqrt())
 
     def _adds_in_place(self, x: Tensor, dtype: torch.dtype) -> bool:
         """Return whether the LoRA's product may be added in place to the output of the frozen module.
 
-        False in compiled code, which fuses the operations by itself, with `combine`, which reuses both
+        It may not in compiled code, which fuses the operations by itself, with `combine`, which needs both
         outputs, and for small tensors.
 
         Args:
@@ -290,60 +301,65 @@ class LoraLayer(nn.Module):
         original = self._original[0]
         if torch.compiler.is_compiling() or not isinstance(original, nn.Linear) or x.dtype != dtype:
             return False
-        largest = x.numel() // original.in_features * max(original.in_features, original.out_features)
-        return self.combine is None and largest >= self.joins_from
+        num_tokens = x.numel() // original.in_features
+        largest_numel = num_tokens * max(original.in_features, original.out_features)  # of input and output
+        return self.combine is None and largest_numel >= self.joins_from
 
     def _scaled(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return hidden (... R, a small tensor) times multiplier and scale, masked."""
+        """Return the values between the factors, ... R, times multiplier and scale, masked."""
         return self._masked(hidden * (self.multiplier * self.scale), dropouts)
 
     def _masked(self, hidden: Tensor, dropouts: Dropouts | None) -> Tensor:
-        """Return hidden (... R) with the ranks of a T-LoRA and the dropouts applied."""
+        """Apply the rank mask of a T-LoRA and dropouts to the values between the factors."""
+        rank_axis = -1 if isinstance(self.lora_down, nn.Linear) else 1
         if self.rank_mask is not None:
-            hidden = self.rank_mask.apply(hidden, -1 if isinstance(self.lora_down, nn.Linear) else 1)
+            hidden = self.rank_mask.apply(hidden, rank_axis)
         if dropouts and dropouts.neuron > 0:
             hidden = self._mask(hidden, "neuron", hidden.shape, dropouts.neuron)
         if dropouts and dropouts.rank > 0:
-            axes = [1] * hidden.ndim
-            rank_axis = -1 if isinstance(self.lora_down, nn.Linear) else 1
-            axes[0] = hidden.shape[0]
-            axes[rank_axis] = self.rank
-            hidden = self._mask(hidden, "rank", axes, dropouts.rank)
+            mask_shape = [1] * hidden.ndim
+            mask_shape[0] = hidden.shape[0]
+            mask_shape[rank_axis] = self.rank
+            hidden = self._mask(hidden, "rank", mask_shape, dropouts.rank)
         return hidden
 
     def seed_of(self, kind: str) -> int:
-        """Return the seed of a mask; processes that split the tokens differ only in the neuron mask."""
+        """Return the seed of a dropout mask of this layer.
+
+        If processes split the tokens, they have different neuron masks; all other masks are equal.
+        """
         part = getattr(self._original[0], TOKEN_PART, 0) if kind == "neuron" else 0
         return self.seed.derive(self.index, kind, part)
 
-    def _skips(self, share: float) -> bool:
-        return share > 0 and (self.seed_of("module") & _32_BITS) < share * (_32_BITS + 1)
+    def _skips(self, probability: float) -> bool:
+        """Return whether module dropout drops this LoRA."""
+        return probability > 0 and (self.seed_of("module") & _32_BITS) < probability * (_32_BITS + 1)
 
-    def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], share: float) -> Tensor:
-        """Set dropped elements to 0 and divide the others by 1 - share."""
+    def _mask(self, hidden: Tensor, kind: str, shape: Sequence[int], probability: float) -> Tensor:
+        """Set dropped elements to 0 and divide the others by 1 - probability."""
         seed: Halves
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             seed = low, high
         else:
             seed = halves(self.seed_of(kind))
-        keep = keep_mask(shape, share, seed, hidden.device)
-        # divided by a number, not by a tensor: in bf16 the factor itself would be off by up to 0.4 %, with
-        # the same sign in all elements
-        return hidden.masked_fill(~keep, 0.0) / (1 - share)
+        keep = keep_mask(shape, probability, seed, hidden.device)
+        # divided by a number instead of a tensor, whose rounding to bf16 would change all elements in the
+        # same direction, by up to 0.4 %
+        return hidden.masked_fill(~keep, 0.0) / (1 - probability)
 
 
 def _multiply(factor: nn.Linear | nn.Conv2d, x: Tensor, weight: Tensor) -> Tensor:
-    """Apply the operation of a factor to x with another weight instead of its own."""
+    """Apply a factor to x with `weight` instead of its own weight."""
     if isinstance(factor, nn.Linear):
         return functional.linear(x, weight)
     return functional.conv2d(x, weight, None, factor.stride, factor.padding, factor.dilation)
 
 
-def _factors(
+def _make_factors(
     original: nn.Linear | nn.Conv2d, rank: int, split_sizes: Sequence[int]
 ) -> tuple[nn.Linear | nn.Conv2d, nn.Linear | nn.Conv2d | BlockUp]:
-    """Return uninitialized down and up modules, float32 on the CPU."""
+    """Return uninitialized modules for the down and the up factor, float32 on the CPU."""
     common: Any = {"bias": False, "dtype": torch.float32, "device": "meta"}
     if isinstance(original, nn.Linear):
         down = _make_empty(nn.Linear(original.in_features, rank, **common))
@@ -362,7 +378,7 @@ def _factors(
 
 
 def _make_empty(layer: Layer) -> Layer:
-    """Move a layer from the meta device to the CPU, uninitialized; works in a dry run too."""
+    """Move a layer from the meta device to the CPU, uninitialized; works with fake tensors too."""
     layer.weight = nn.Parameter(torch.empty(layer.weight.shape, dtype=layer.weight.dtype))
     return layer
 
@@ -372,17 +388,17 @@ def halves(seed: int) -> tuple[int, int]:
     return seed & _32_BITS, seed >> 32
 
 
-def keep_mask(shape: Sequence[int], share: float, seed: Halves, device: torch.device) -> Tensor:
-    """Draw booleans, False with probability `share`; the same seed gives the same mask on every device.
+def keep_mask(shape: Sequence[int], probability: float, seed: Halves, device: torch.device) -> Tensor:
+    """Draw booleans, False with the given probability; the same seed gives the same mask on every device.
 
-    The index of each element is hashed with integers on the device, so a mask needs no transfer, and
-    recomputing a checkpointed block draws the same mask as its first pass.
+    The index of each element is hashed on the device, so a mask needs no transfer. Recomputing a checkpointed
+    block draws the same mask as its first pass.
     """
-    numbers = torch.arange(math.prod(shape), device=device)  # int64
+    hashes = torch.arange(math.prod(shape), device=device)  # int64
     low, high = seed
-    numbers = _hash(numbers ^ low)
-    numbers = _hash((numbers + high) & _32_BITS)
-    return (numbers >= int(share * (_32_BITS + 1))).view(*shape)
+    hashes = _hash(hashes ^ low)
+    hashes = _hash((hashes + high) & _32_BITS)
+    return (hashes >= int(probability * (_32_BITS + 1))).view(*shape)
 
 
 def _hash(x: Tensor) -> Tensor:

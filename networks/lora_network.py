@@ -51,7 +51,7 @@ class OwnNetwork(nn.Module):
                 layer.seed = self._seed
                 layer.index = index
         # LoRA-GGPO: layer name -> mean norm of the frozen weight's rows
-        self._bases: dict[str, Tensor] = {}
+        self._base_norms: dict[str, Tensor] = {}
         # modules whose state is saved with the training state, not in the LoRA file
         self.state_beside_file: dict[str, nn.Module] = {}
         if settings.perturbation is not None:
@@ -62,12 +62,12 @@ class OwnNetwork(nn.Module):
         logger.info(f"{first.kind} on {count_of(len(self.layers), 'module')}, {first.size_word} {shown}")
 
     def _prepare_noise(self, layers: Mapping[str, Any]) -> None:
-        """Give each layer of a Linear the buffer with the strength of LoRA-GGPO's noise on its weight."""
+        """Give each layer of a Linear a buffer for the strengths of LoRA-GGPO's noise, one per row."""
         linear = {name: layer for name, layer in layers.items() if isinstance(layer.original, nn.Linear)}
         strengths = nn.Module()  # buffers, which are saved with the state of a training
         for index, (name, layer) in enumerate(linear.items()):
             strengths.register_buffer(name, torch.zeros(layer.original.out_features))
-            self._bases[name] = mean_row_norm(layer.original, index)
+            self._base_norms[name] = mean_row_norm(layer.original, index)
             layer.noise_of = (strengths, name)  # 0 until the first step
         self.state_beside_file = {"ggpo": strengths}
 
@@ -82,7 +82,7 @@ class OwnNetwork(nn.Module):
                 layer.attach()
 
     def layers_of_dit(self) -> list[Any]:
-        """Return the layers in the DiT, without those in text encoders."""
+        """Return only the layers in the DiT, not those in text encoders."""
         return [layer for name, layer in zip(self.names, self.layers, strict=True) if prefix_of(name) == UNET]
 
     @property
@@ -100,7 +100,7 @@ class OwnNetwork(nn.Module):
 
         Args:
             path: Path of the file.
-            modules: Modules of the model, which show its release.
+            modules: Names of the model's modules, which show its release.
 
         Returns:
             One clause per module that is only in the file or only in the network; these are logged too.
@@ -113,8 +113,8 @@ class OwnNetwork(nn.Module):
         from networks.depth_variants import fit_depths
 
         state = self.state_dict()
-        here = group_by_module(state)
-        has_texts = any(prefix_of(name) != UNET for name in here)
+        network_modules = group_by_module(state)
+        has_texts = any(prefix_of(name) != UNET for name in network_modules)
         use = loading.LoraUse(loading.read_lora(path, with_texts=has_texts, with_words=True))
         (use,) = fit_depths([use], modules)
         lora = use.lora
@@ -132,20 +132,20 @@ class OwnNetwork(nn.Module):
             )
         # the few modules of a network may occur in several families: the file's metadata decide
         lora_family = read_family(lora.metadata)
-        names = (name.removeprefix(OURS) for name in here)
+        names = (name.removeprefix(OURS) for name in network_modules)
         family = select_family(names, None if lora_family is None else lora_family.name)
         loading.warn_of_other_family(lora, family, modules)
 
-        stored = _factors_for_network(lora, here)
-        _reject_other_sizes(path, stored, here)
-        fitting = {name: factors for name, factors in stored.items() if name in here}
+        stored = _factors_for_network(lora, network_modules)
+        _reject_other_sizes(path, stored, network_modules)
+        fitting = {name: factors for name, factors in stored.items() if name in network_modules}
         if not fitting:
-            raise _misfit(lora, stored)
+            raise _make_misfit_error(lora, stored)
         # some tools store alpha as a list with one element
         shaped = {name: tensor.reshape(state[name].shape) for name, tensor in ungroup(fitting).items()}
         self.load_state_dict(shaped, strict=False)
 
-        absent = [name for name in stored if name not in here]
+        absent = [name for name in stored if name not in network_modules]
         unusable = _warn_of_unusable(
             path,
             stored,
@@ -154,7 +154,7 @@ class OwnNetwork(nn.Module):
             family=family,
         )
         errors = [f"{name} is not in this network" for name in absent if name not in unusable]
-        errors += [f"{name} is not in the file" for name in here if name not in stored]
+        errors += [f"{name} is not in the file" for name in network_modules if name not in stored]
         if errors:
             logger.warning(
                 f"{path}: {count_of(len(fitting), 'module')} loaded, {len(errors)} not: {list_some(errors)}"
@@ -172,9 +172,9 @@ class OwnNetwork(nn.Module):
         ratios = (max_norm / norms.clamp(min=max_norm / 2)).clamp(max=1)
         for layer, ratio in zip(self.layers, ratios, strict=True):
             layer.shrink(ratio)
-        after = norms * ratios
-        numbers = ((ratios < 1).sum(), after.mean(), after.max())
-        return torch.stack([number.to(device, torch.float32) for number in numbers])
+        scaled_norms = norms * ratios
+        report = ((ratios < 1).sum(), scaled_norms.mean(), scaled_norms.max())
+        return torch.stack([number.to(device, torch.float32) for number in report])
 
     def set_dropout_seed(self, seed: int) -> None:
         """Seed all dropout masks until the next call; call before each micro-batch."""
@@ -210,15 +210,15 @@ class OwnNetwork(nn.Module):
         matches: list[tuple[int, ...]] = [()] * len(self.names)
         if self.settings.reg_rates:
             matches = self._find_matches_of_patterns()
-        groups: dict[str, dict[str, Any]] = {}
+        groups: dict[str, dict[str, Any]] = {}  # by label
         for name, layer, matching in zip(self.names, self.layers, matches, strict=True):
             prefix = prefix_of(name)
             rate = rates[prefix]
             label = prefix
-            ratio = self.settings.loraplus_encoder_ratio
+            plus_ratio = self.settings.loraplus_encoder_ratio
             if prefix == UNET:
                 label = "unet"
-                ratio = self.settings.loraplus_lr_ratio
+                plus_ratio = self.settings.loraplus_lr_ratio
             if matching:
                 pattern, rate = self.settings.reg_rates[matching[-1]]
                 label = f"{label} {pattern.pattern}"
@@ -229,13 +229,13 @@ class OwnNetwork(nn.Module):
             if rate == 0 and any(rates.values()):
                 continue  # frozen. If all rates are 0, groups are kept, because an optimizer needs one
             for parameter in layer.parameters():
-                if ratio is not None and parameter is layer.lora_up.weight:
-                    group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * ratio})
+                if plus_ratio is not None and parameter is layer.lora_up.weight:
+                    group = groups.setdefault(f"{label} plus", {"params": [], "lr": rate * plus_ratio})
                 else:
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
-        order = _order_of_groups(groups) if any(label.endswith(" plus") for label in groups) else [*groups]
-        return [groups[label] for label in order], order
+        labels = _sort_labels(groups)
+        return [groups[label] for label in labels], labels
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
         """Return for each layer the indices of the patterns in network_reg_lrs that match its name."""
@@ -247,7 +247,7 @@ class OwnNetwork(nn.Module):
     def before_optimizer_step(self) -> None:
         """Set the noise of LoRA-GGPO from weights and gradients; call after clipping, before the step."""
         rule = self.settings.perturbation
-        for name, base in self._bases.items():
+        for name, base_norm in self._base_norms.items():
             assert rule is not None
             layer = getattr(self, name)
             down = layer.lora_down.weight
@@ -258,48 +258,56 @@ class OwnNetwork(nn.Module):
                 factors=(down, up),
                 gradients=(down.grad, up.grad),
                 scale=layer.scale,
-                base=base.to(down.device),
+                base=base_norm.to(down.device),
                 rule=rule,
             )
             getattr(self.state_beside_file["ggpo"], name).copy_(strengths)
 
 
-def _order_of_groups(labels: Collection[str]) -> list[str]:
+def _sort_labels(labels: Collection[str]) -> list[str]:
     """Sort the labels of parameter groups so that each LoRA+ group follows the group of its modules."""
-    places = {label: place for place, label in enumerate(labels)}
+    indices = {label: index for index, label in enumerate(labels)}
 
     def key(label: str) -> tuple[int, bool]:
-        base = label.removesuffix(" plus")
-        return places.get(base, places[label]), label.endswith(" plus")
+        label_without_plus = label.removesuffix(" plus")
+        return indices.get(label_without_plus, indices[label]), label.endswith(" plus")
 
     return sorted(labels, key=key)
 
 
-def _factors_for_network(lora: "LoraFile", here: Mapping[str, Factors]) -> dict[str, dict[str, Tensor]]:
-    """Convert a file's tensors to the modules of the network; return module name -> factors."""
+def _factors_for_network(
+    lora: "LoraFile", network_modules: Mapping[str, Factors]
+) -> dict[str, dict[str, Tensor]]:
+    """Convert a file's tensors to the modules of the network; return module name -> factors.
+
+    Args:
+        lora: The LoRA file.
+        network_modules: Factors of the network's modules, by name.
+    """
     from networks.fused_parts import for_model  # only for --network_weights
 
-    num_rows = {name: len(factors[UP]) for name, factors in here.items() if UP in factors}
+    num_rows = {name: len(factors[UP]) for name, factors in network_modules.items() if UP in factors}
     # a rotation applies to all rows, so any number will do
-    num_rows |= {name: 1 for name, delta in read_deltas(here).items() if delta.rotation is not None}
-    texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in here})
+    for name, delta in read_deltas(network_modules).items():
+        if delta.rotation is not None:
+            num_rows[name] = 1
+    texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
     tensors = for_model({**lora.tensors, **texts}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
 
-def _misfit(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
+def _make_misfit_error(lora: "LoraFile", stored: Mapping[str, Factors]) -> CheckpointError:
     """Return the error for a file if the network has none of its modules.
 
     Args:
         lora: The LoRA file.
         stored: Modules of the file.
     """
-    from networks import loading
-    from networks import unused_tensors as leftovers  # only for --network_weights
+    from networks import loading, unused_tensors  # only for --network_weights
 
     loading.reject_unknown(lora, "--network_weights")
-    words = leftovers.text_side_of(stored)
-    reason = f"it changes {words} alone" if words else f"there is no {next(iter(stored))}"
+    text_parts = unused_tensors.text_side_of(stored)
+    reason = f"it changes {text_parts} alone" if text_parts else f"there is no {next(iter(stored))}"
     return CheckpointError(
         f"--network_weights {lora.path} does not fit this network: {reason}. Give a file for this model, "
         "or another --network_module.",
@@ -323,37 +331,48 @@ def _warn_of_unusable(
         modules: Modules of the model.
         family: The model family.
     """
-    from networks import loading
-    from networks import unused_tensors as leftovers  # only for --network_weights
+    from networks import loading, unused_tensors  # only for --network_weights
 
     unusable = [name for name in stored if on_text_side(name.removeprefix(OURS))]
-    unusable += leftovers.list_lacking(absent, modules, family)
+    unusable += unused_tensors.list_lacking(absent, modules, family)
     what = "modules are not in this network"
     loading.warn_of_absent(path, unusable, total=len(stored), what=what, model=family)
     return unusable
 
 
-def _reject_other_sizes(path: Path, stored: Mapping[str, Factors], here: Mapping[str, Factors]) -> None:
-    """Raise CheckpointError if factors or sizes of modules differ between file and network."""
-    wrong = [name for name in stored if name in here and _shapes(stored[name]) != _shapes(here[name])]
+def _reject_other_sizes(
+    path: Path, stored: Mapping[str, Factors], network_modules: Mapping[str, Factors]
+) -> None:
+    """Raise CheckpointError if factors or sizes of modules differ between file and network.
+
+    Args:
+        path: Path of the file.
+        stored: Factors in the file, by module.
+        network_modules: Factors of the network, by module.
+    """
+    wrong = []
+    for name, factors in stored.items():
+        if name in network_modules and _list_shapes(factors) != _list_shapes(network_modules[name]):
+            wrong.append(name)
     if not wrong:
         return
-    first = wrong[0]
     lines = ""
     for name in wrong[:3]:
-        lines += f"  {name} has {_in_words(stored[name])}, here {_in_words(here[name])}\n"
+        in_file = _describe_shapes(stored[name])
+        lines += f"  {name} has {in_file}, here {_describe_shapes(network_modules[name])}\n"
+    advice = _advise(stored, network_modules[wrong[0]], wrong[0])
     raise CheckpointError(
         f"--network_weights {path} does not fit this network in {len(wrong)} of {len(stored)} "
-        f"modules:\n{lines}  {_remedy(stored, here[first], first)}",
+        f"modules:\n{lines}  {advice}",
         path,
     )
 
 
-def _remedy(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
+def _advise(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
     """Return advice for the error message if a module of a file does not fit the network.
 
     Args:
-        stored: Factors in the file.
+        stored: Factors in the file, by module.
         factors: Factors of the module in the network.
         name: Name of the module.
     """
@@ -394,17 +413,18 @@ def rename_texts(texts: Mapping[str, Tensor], prefixes: Collection[str]) -> dict
     first_names = {"lora_te": "lora_te1", "lora_te1": "lora_te"}
     if "lora_te2" in prefixes:
         first_names = {"lora_te1": "lora_te"}
-    changed = {old: new for old, new in first_names.items() if new in prefixes and old not in prefixes}
+    new_prefixes = {old: new for old, new in first_names.items() if new in prefixes and old not in prefixes}
     renamed: dict[str, Tensor] = {}
     for name, tensor in texts.items():
         prefix = prefix_of(name)
-        renamed[changed.get(prefix, prefix) + name.removeprefix(prefix)] = tensor
+        renamed[new_prefixes.get(prefix, prefix) + name.removeprefix(prefix)] = tensor
     return renamed
 
 
-def _shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+def _list_shapes(factors: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    """Return the shape of each factor except alpha."""
     return {part: list(tensor.shape) for part, tensor in deltas.without_alpha(factors).items()}
 
 
-def _in_words(factors: Mapping[str, Tensor]) -> str:
-    return ", ".join(f"{part} {shape}" for part, shape in _shapes(factors).items())
+def _describe_shapes(factors: Mapping[str, Tensor]) -> str:
+    return ", ".join(f"{part} {shape}" for part, shape in _list_shapes(factors).items())

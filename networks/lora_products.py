@@ -1,12 +1,12 @@
 """Compute LoRA layers: products summed in place, block-diagonal up factors, noise on weights (LoRA-GGPO).
 
-As separate operations a LoRA costs three passes over the output (its own output written and read, the sum
-written) and in the backward pass as many over the gradient of the input. Here both sums are made by the
-matrix product itself, which reads and writes the tensor once. They are rounded once, not twice. The up factor
-of a fused layer is block-diagonal if its parts (q, k, v, ...) have their own LoRAs.
-Source of LoRA-GGPO: Chang et al. 2025, arXiv 2502.14538.
+As separate operations, a LoRA costs three passes over the output: its own output is written and read, and the
+sum is written. The backward pass costs as many over the gradient of the input. Here, the matrix product
+itself adds to the tensor (addmm), which is read and written once and rounded once. The up factor of a fused
+layer is block-diagonal if its parts (q, k, v, ...) have their own LoRAs. Source of LoRA-GGPO: Chang et al.
+2025, arXiv 2502.14538.
 """
-# Letters: R rank, of a part where there are P parts
+# Letters: R rank (of each part if there are P parts), M rows of all samples
 
 import math
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ from modules.private_torch import disable_dynamo
 
 
 def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x, to be passed to a frozen layer, and x @ down^T, ... R.
+    """Return x, which the frozen layer must take, and x @ down^T, ... R.
 
-    The frozen layer must be linear, and nothing else may use the first result: the gradient of the layer's
-    input is overwritten by the sum of both gradients.
+    The frozen layer must be linear, and nothing else may use the first result, because its gradient is
+    overwritten by the sum of both gradients.
 
     Args:
         x: Input, ... in.
@@ -33,12 +33,12 @@ def branch(x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
     """
     if not (torch.is_grad_enabled() and x.requires_grad):
         return x, functional.linear(x, down)
-    original_x, hidden = _Branch.apply(x, down)
-    return original_x, hidden
+    frozen_input, hidden = _Branch.apply(x, down)
+    return frozen_input, hidden
 
 
 class _Branch(torch.autograd.Function):
-    """Receives both gradients of x in one call, so that a product can add one to the other in place."""
+    """Receive both gradients of x in one call, so that a product can add one to the other in place."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, down: Tensor) -> tuple[Tensor, Tensor]:
@@ -48,25 +48,26 @@ class _Branch(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, of_x: Tensor | None, of_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_x: Tensor | None, grad_hidden: Tensor | None) -> tuple[Tensor | None, ...]:
         x, down = ctx.saved_tensors
-        if of_hidden is None:
-            return of_x, None
-        of_hidden = rows_of(of_hidden)
-        of_down = of_hidden.t() @ rows_of(x) if ctx.needs_input_grad[1] else None
-        if of_x is None:
-            return (of_hidden @ down).view(x.shape), of_down
-        return add_product(of_x, of_hidden, down), of_down
+        if grad_hidden is None:
+            return grad_x, None
+        grad_hidden = rows_of(grad_hidden)
+        grad_down = grad_hidden.t() @ rows_of(x) if ctx.needs_input_grad[1] else None
+        if grad_x is None:
+            return (grad_hidden @ down).view(x.shape), grad_down
+        return add_product(grad_x, grad_hidden, down), grad_down
 
 
 def hold(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ()) -> Tensor | None:
-    """Save tensors for the backward pass of `add_up`; call with the same arguments before the frozen layer.
+    """Save tensors for the backward pass of `add_up`; call it before the frozen layer, with equal arguments.
 
-    Activation checkpointing recomputes up to the last saved tensor. Because a LoRA's tensors are saved before
-    its frozen layer runs, recomputing a block does not repeat the product of its last layer.
+    Activation checkpointing recomputes a block up to its last saved tensor. If a LoRA's tensors are saved
+    before its frozen layer runs, the product of the block's last layer is not recomputed.
 
     Returns:
-        A tensor of the output's shape that takes no memory; None if no gradients are needed.
+        A placeholder with the shape of the output, which takes no memory and connects `add_up` to the saved
+        tensors; None if no gradients are needed.
     """
     if not (torch.is_grad_enabled() and (hidden.requires_grad or up.requires_grad)):
         return None
@@ -75,7 +76,7 @@ def hold(hidden: Tensor, up: Tensor, split_sizes: Sequence[int] = ()) -> Tensor 
 
 
 class _Hold(torch.autograd.Function):
-    """Computes the backward pass of `add_up`, with the output's gradient from `_AddUp`."""
+    """Compute the gradients of `add_up`; `_AddUp` passes the gradient of the output on."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, up: Tensor, split_sizes: tuple[int, ...]) -> Tensor:
@@ -87,11 +88,13 @@ class _Hold(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         hidden, up = ctx.saved_tensors
-        rows = rows_of(gradient).split(ctx.split_sizes, -1)
+        # of each part: gradient of its output, its values of `hidden`, its rows of the up factor
+        gradients = rows_of(gradient).split(ctx.split_sizes, -1)
         groups = rows_of(hidden).chunk(len(ctx.split_sizes), -1)
-        of_hidden = [row @ block for row, block in zip(rows, up.split(ctx.split_sizes), strict=True)]
-        of_up = [row.t() @ group for row, group in zip(rows, groups, strict=True)]
-        return _join(of_hidden, -1).view(hidden.shape), _join(of_up, 0), None
+        blocks = up.split(ctx.split_sizes)
+        grad_hidden = [part @ block for part, block in zip(gradients, blocks, strict=True)]
+        grad_up = [part.t() @ group for part, group in zip(gradients, groups, strict=True)]
+        return _join(grad_hidden, -1).view(hidden.shape), _join(grad_up, 0), None
 
 
 def add_up(
@@ -103,8 +106,8 @@ def add_up(
         out: Output of a frozen layer, ... out; nothing else may use it.
         hidden: Values between the factors, ... R.
         up: Up factor, out x R, in the dtype of `hidden`.
-        split_sizes: Rows of the parts of `up`; each part multiplies its own group of values of `hidden`, as
-            wide as `up`.
+        split_sizes: Numbers of rows of the parts of `up`, each of which multiplies its own group of values of
+            `hidden`; () for a single part.
         saved: Result of `hold` for the same arguments.
     """
     split_sizes = tuple(split_sizes or up.shape[:1])
@@ -115,10 +118,10 @@ def add_up(
 
 
 class _AddUp(torch.autograd.Function):
-    """Add in place to the first input; autograd notices by the version counter of that tensor.
+    """Add in place to the first input, which is not marked as changed (`ctx.mark_dirty`).
 
-    Marking the input as changed would cost a copy of its gradient if the input is a view, as outputs of
-    linear layers often are. If another operation had saved it, the backward pass would raise an error.
+    Marking it would cost a copy of its gradient if it is a view, as outputs of linear layers often are. If
+    another operation has saved the input, its version counter makes the backward pass raise an error.
     """
 
     @staticmethod
@@ -137,10 +140,10 @@ def _add_parts(out: Tensor, hidden: Tensor, up: Tensor, split_sizes: tuple[int, 
     """Compute `add_up` without gradients."""
     if len(split_sizes) == 1:
         return add_product(out, rows_of(hidden), up.t())
-    rows = out.view(-1, out.shape[-1]).split(split_sizes, -1)
+    outputs = out.view(-1, out.shape[-1]).split(split_sizes, -1)
     groups = rows_of(hidden).chunk(len(split_sizes), -1)
-    for row, group, block in zip(rows, groups, up.split(split_sizes), strict=True):
-        row.addmm_(group, block.t())
+    for output, group, block in zip(outputs, groups, up.split(split_sizes), strict=True):
+        output.addmm_(group, block.t())
     return out
 
 
@@ -152,14 +155,14 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
         left: Left matrix, M K.
         right: Right matrix, K C.
     """
-    # in place, because torch begins a product with a result of its own by copying `total` there
+    # in place, because without that, addmm first copies `total` to its result
     total = total.contiguous()
     total.view(-1, total.shape[-1]).addmm_(left, right)
     return total
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """Return the rows of all samples, ... C to M C."""
+    """Return x with all leading axes flattened: ... C -> M C."""
     return x.reshape(-1, x.shape[-1])
 
 
@@ -168,17 +171,17 @@ def _join(tensors: Sequence[Tensor], axis: int) -> Tensor:
 
 
 class BlockUp(nn.Module):
-    """Block-diagonal up factor, out x P R in files, of which only the blocks are stored: `weight`, out x R.
+    """Block-diagonal up factor of P parts; the rows of the p-th part multiply the p-th group of R values.
 
-    The rows of part p multiply the pth group of R values.
+    `weight` has only the blocks, out x R. State dicts and files have the full matrix, out x P R.
     """
 
     def __init__(self, rank: int, split_sizes: Sequence[int]) -> None:
         """Make uninitialized blocks, float32 on the CPU.
 
         Args:
-            rank: Rank of all parts together.
-            split_sizes: Rows of each part.
+            rank: Sum of the parts' ranks, P R.
+            split_sizes: Number of rows of each part.
         """
         super().__init__()
         self.split_sizes = tuple(split_sizes)
@@ -187,25 +190,24 @@ class BlockUp(nn.Module):
         self.register_load_state_dict_pre_hook(_gather)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """Multiply each group of R values by the rows of its part; `hidden` is ... P R."""
-        # hidden: ... P R
+        """Return the product, ... out, for values ... P R."""
         return self.multiply(hidden, self.weight)
 
     def multiply(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        """Return hidden, ... P R, times the blocks of `weight`, out x R, in place of this module's own."""
+        """Return the product, ... out, for values ... P R with other blocks, out x R, than this module's."""
         groups = hidden.chunk(len(self.split_sizes), -1)
         blocks = weight.split(self.split_sizes)
         return torch.cat([functional.linear(x, w) for x, w in zip(groups, blocks, strict=True)], -1)
 
 
 def _spread(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    """Replace the diagonal blocks of an up factor in a state dict by the full matrix, as files have it."""
+    """Replace the blocks of an up factor in a state dict by the full matrix."""
     assert isinstance(module, BlockUp)
     state[f"{prefix}weight"] = torch.block_diag(*state[f"{prefix}weight"].split(module.split_sizes))
 
 
 def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Replace the full matrix of an up factor in a state dict by its diagonal blocks."""
+    """Replace the full matrix of an up factor in a state dict by its blocks."""
     assert isinstance(module, BlockUp)
     weight = state.get(f"{prefix}weight")
     if weight is None:
@@ -217,11 +219,11 @@ def _gather(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> N
 
 
 def fused_sizes(parts: int, rows: int, columns: int) -> tuple[int, ...]:
-    """Return the rows of each part of a fused layer: q, k, v, or q, k, v and the first layer of the MLP.
+    """Return the number of rows of each part of a fused layer: q, k, v, or q, k, v and the MLP's first layer.
 
-    The queries have as many rows as the weight has columns, or a third of the rows if the heads together are
-    wider than their input. Of 3 parts, keys and values share the remaining rows (they may have fewer heads);
-    of 4, they are as high as queries.
+    With 3 parts, queries have as many rows as the weight has columns, but at least a third of all rows (heads
+    may be wider than their input). Keys and values, which may have fewer heads, share the remaining rows.
+    With 4 parts, q, k and v all have as many rows as the weight has columns.
 
     Args:
         parts: Number of parts.
@@ -229,7 +231,7 @@ def fused_sizes(parts: int, rows: int, columns: int) -> tuple[int, ...]:
         columns: Number of columns of the layer's weight.
 
     Returns:
-        The rows, or () if they do not fit.
+        The numbers of rows, or () if the sizes do not fit.
     """
     split_sizes: tuple[int, ...] = ()
     if parts == 3:
@@ -258,7 +260,7 @@ def diagonal_blocks(up: Tensor, num_rows: Sequence[int]) -> list[Tensor] | None:
     return blocks if nonzero_in_rows == nonzero_in_blocks else None
 
 
-MAX_ROWS = 1000  # most rows of a weight for estimating their mean norm
+MAX_ROWS = 1000  # maximum number of rows of a weight from which their mean norm is estimated
 
 
 def row_strengths(
@@ -271,7 +273,7 @@ def row_strengths(
     """Return the standard deviation of the noise in each row of a weight.
 
     It is (sigma * w + beta * g^2) / sqrt(out), with w = sqrt(base^2 + |row of up @ down|^2) and g = |row of
-    scale * (up @ d_down + d_up @ down)|. Only products of the rank's width are computed.
+    scale * (up @ d_down + d_up @ down)|. No matrix of the weight's size is computed.
 
     Args:
         factors: Down factor, R x in, and up factor, out x R.
@@ -283,9 +285,10 @@ def row_strengths(
     down, up = factors
     d_down, d_up = gradients
     sigma, beta = rule
-    weights = (base**2 + _sum_row_squares(up, down)).sqrt()
-    changes = scale**2 * _sum_row_squares(torch.cat([up, d_up], 1), torch.cat([d_down, down]))
-    return (sigma * weights + beta * changes) / math.sqrt(len(up))
+    weight_norms = (base**2 + _sum_row_squares(up, down)).sqrt()
+    # [up, d_up] @ [d_down; down] = up @ d_down + d_up @ down
+    gradient_squares = scale**2 * _sum_row_squares(torch.cat([up, d_up], 1), torch.cat([d_down, down]))
+    return (sigma * weight_norms + beta * gradient_squares) / math.sqrt(len(up))
 
 
 def _sum_row_squares(left: Tensor, right: Tensor) -> Tensor:
@@ -302,7 +305,7 @@ def mean_row_norm(layer: nn.Linear, seed: int) -> Tensor:
 
 
 class _Noise(torch.autograd.Function):
-    """Compute x @ P.T for a normal P, drawn from a seed again in the backward pass."""
+    """Compute x @ noise^T; the noise, out x in, is drawn again from its seed in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, deviations: Tensor, seed: int) -> Tensor:
@@ -329,9 +332,9 @@ def draw_noise(deviations: Tensor, width: int, seed: int, dtype: torch.dtype) ->
 # not torch.compiler.disable, which imports the compiler (two seconds) when this file is imported
 @disable_dynamo
 def perturbed(x: Tensor, deviations: Tensor, seed: int) -> Tensor:
-    """Return the effect of a weight's noise on a layer's output.
+    """Return what noise on a weight adds to a layer's output, ... out.
 
-    Gradients flow to x; the noise itself is treated as constant.
+    Gradients flow to x; the noise is a constant.
 
     Args:
         x: Input, ... in.

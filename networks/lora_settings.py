@@ -25,9 +25,8 @@ from networks.options import DEFAULT_RANK
 from networks.patterns import NamePattern, describe_unfit, in_any_spelling
 
 logger = getLogger(__name__)
-Words = tuple[str, ...]  # match a module if its path contains all of them
 DEFAULT_ALPHA = 1.0
-Reader = Callable[[str, Any], Any]  # an argument and its text -> its value; raises OptionError
+Reader = Callable[[str, Any], Any]  # name and text of an argument -> its value; raises OptionError
 Pattern = re.Pattern[str] | NamePattern
 # patterns with their values, searched in module names; the last match counts
 ByPattern = tuple[tuple[Pattern, float], ...]
@@ -39,26 +38,37 @@ ALGORITHMS = {name: kind.network_module for kind in KINDS for name in kind.algor
 
 def readers_of(rules: LoraRules) -> dict[str, Reader]:
     """Return the readers of the --network_args that only a family's network module has."""
-    readers: dict[str, Reader] = {argument: partial(_read_number, int) for argument, _ in rules.types}
+    readers: dict[str, Reader] = {}
+    for argument, _ in rules.types:  # ranks by type of module
+        readers[argument] = partial(_read_number, int)
     if rules.choices:
         readers["train_blocks"] = partial(_read_choice, rules.choices)
-    readers |= dict.fromkeys(rules.indices, read_block_numbers)
+    for argument in rules.indices:
+        readers[argument] = read_block_numbers
     if rules.outside:
         readers[rules.outside] = partial(read_ranks, rules.outside_paths)
     if rules.fused:
         readers["split_qkv"] = _read_switch
-    return readers | dict.fromkeys((*rules.encoders, *rules.switches), _read_switch)
+    for argument in (*rules.encoders, *rules.switches):
+        readers[argument] = _read_switch
+    return readers
 
 
 def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
-    """Read `all`, `none` or a list such as `0,1,8-12`.
+    """Read block numbers from `all`, `none` or a list such as `0,1,8-12`.
+
+    Args:
+        argument: Name of the argument, for messages.
+        typed: Value of the argument.
 
     Raises:
-        OptionError: For anything else.
+        OptionError: If the value is anything else.
     """
     text = str(typed)
-    if text.strip() in ("all", "none"):
-        return None if text.strip() == "all" else frozenset()
+    if text.strip() == "all":
+        return None
+    if text.strip() == "none":
+        return frozenset()
     numbers: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -75,12 +85,17 @@ def read_block_numbers(argument: str, typed: Any) -> BlockNumbers:
 def read_ranks(paths: Sequence[str], argument: str, typed: Any) -> tuple[int, ...]:
     """Read one rank for each of `paths` from a text such as `[4,2,0]`; 0 leaves a module out.
 
+    Args:
+        paths: Paths of the modules.
+        argument: Name of the argument, for messages.
+        typed: Value of the argument.
+
     Raises:
-        OptionError: If the text is anything else.
+        OptionError: If the value is anything else.
     """
     text = str(typed)
-    numbers = text.strip().removeprefix("[").removesuffix("]").split(",")
-    ranks = [number.strip() for number in numbers]
+    list_items = text.strip().removeprefix("[").removesuffix("]").split(",")
+    ranks = [item.strip() for item in list_items]
     if len(ranks) != len(paths) or not all(rank.isdecimal() for rank in ranks):
         raise OptionError(
             f"--network_args {argument}={text}: write {len(paths)} ranks, for {', '.join(paths)}, such as "
@@ -105,8 +120,8 @@ class LoraSettings:
     loraplus_encoder_ratio: float | None = None
     variants: tuple[NetworkKind, ...] = ()  # kinds enabled by a switch in --network_args
     verbose: bool = False
-    reg_ranks: ByPattern = ()
-    reg_rates: ByPattern = ()
+    reg_ranks: ByPattern = ()  # network_reg_dims
+    reg_rates: ByPattern = ()  # network_reg_lrs: learning rates
     perturbation: tuple[float, float] | None = None  # LoRA-GGPO: sigma and beta
     rank_rule: RankRule | None = None  # which ranks are active at which noise level (T-LoRA)
     rules: LoraRules | None = None  # rules of the family's network module
@@ -114,7 +129,7 @@ class LoraSettings:
     train_blocks: str | None = None
     block_numbers: Mapping[str, BlockNumbers] = field(default_factory=dict)  # argument -> trained blocks
     outside_ranks: tuple[int, ...] = ()  # ranks of `rules.outside_paths`
-    splits: bool = False  # whether each part of a fused layer gets its own factors
+    splits: bool = False  # split_qkv: whether each part of a fused layer gets its own factors
     encoders_off: frozenset[str] = frozenset()  # prefixes of text encoders that get no LoRA
     switched_on: frozenset[str] = frozenset()  # parts of `DitSpec.lora_exclude` that get a LoRA
     blocks: BlockSettings | None = None  # ranks and rates of numbered blocks
@@ -131,11 +146,16 @@ class LoraSettings:
 
     @property
     def ranks_by_pattern(self) -> list[int]:
-        """Ranks that patterns of --network_args give to modules."""
+        """The ranks in network_reg_dims."""
         return [int(rank) for _, rank in self.reg_ranks]
 
     def split_sizes_of(self, path: str, module: nn.Linear | nn.Conv2d) -> tuple[int, ...]:
-        """Return the rows of each part if the parts of a fused layer get their own factors; else ()."""
+        """Return the number of rows of each part of a fused layer; () if its parts share their factors.
+
+        Args:
+            path: Dotted path of the module.
+            module: The module.
+        """
         if not self.splits or self.rules is None or not isinstance(module, nn.Linear):
             return ()
         name = path.replace(".", "_")
@@ -161,18 +181,20 @@ def read_settings(
         alpha: Value of --network_alpha.
         neuron_dropout: Value of --network_dropout.
         arguments: Values of --network_args.
-        rules: Rules of the family's module.
+        rules: Rules of the family's network module; None without such rules.
 
     Raises:
         OptionError: If a key is unknown or a value is out of range.
     """
+    rank = DEFAULT_RANK if rank is None else int(rank)
     values: Mapping[str, Any] = {}
-    blocks = rank_rule = None
+    blocks = None
+    rank_rule = None
     if arguments:
-        blocks = read_blocks(arguments)
+        blocks = read_blocks(arguments)  # reads the arguments in KEYS
         values = _read_values({key: text for key, text in arguments.items() if key not in KEYS}, rules)
-        rank_rule = _read_rank_rule(values, DEFAULT_RANK if rank is None else int(rank))
-    ratio = values.get("loraplus_lr_ratio")
+        rank_rule = _read_rank_rule(values, rank)
+    plus_ratio = values.get("loraplus_lr_ratio")  # for both networks, unless they have their own
     perturbation = None
     if "ggpo_sigma" in values:
         perturbation = (values["ggpo_sigma"], values["ggpo_beta"])
@@ -184,15 +206,15 @@ def read_settings(
     if neuron_dropout or rank_dropout or module_dropout:
         dropouts = Dropouts(neuron=neuron_dropout or 0.0, rank=rank_dropout, module=module_dropout)
     return LoraSettings(
-        rank=DEFAULT_RANK if rank is None else int(rank),
+        rank=rank,
         alpha=DEFAULT_ALPHA if alpha is None else float(alpha),
         conv_rank=values.get("conv_dim"),
         conv_alpha=values.get("conv_alpha", DEFAULT_ALPHA),
         dropouts=dropouts,
         include=values.get("include_patterns", ()),
         exclude=values.get("exclude_patterns", ()),
-        loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", ratio),
-        loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", ratio),
+        loraplus_lr_ratio=values.get("loraplus_unet_lr_ratio", plus_ratio),
+        loraplus_encoder_ratio=values.get("loraplus_text_encoder_lr_ratio", plus_ratio),
         variants=tuple(kind for switch, kind in SWITCHES.items() if values.get(switch, False)),
         verbose=values.get("verbose", False),
         reg_ranks=values.get("network_reg_dims", ()),
@@ -216,21 +238,28 @@ def read_settings(
 
 
 def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[str, Any]:
-    """Return the values of `--network_args` that are not None. Raises OptionError if one is invalid."""
+    """Return the values of `--network_args` that are not None. Raises OptionError if one is invalid.
+
+    Args:
+        arguments: Texts of the arguments by name; values may also be None, numbers or lists.
+        rules: Rules of the family's network module; None without such rules.
+    """
     readers = dict(_READERS)
     if rules is not None:
         readers |= readers_of(rules)
-    texts = {key: text for key, text in arguments.items() if text is not None}
+    typed = {key: text for key, text in arguments.items() if text is not None}
     values: dict[str, Any] = {}
     for key, read in readers.items():
-        value = read(key, texts[key]) if key in texts else None
-        if value is not None:
+        if key not in typed:
+            continue
+        value = read(key, typed[key])
+        if value is not None:  # None: the text "None"
             values[key] = value
-    unknown = [key for key in texts if key not in readers]
+    unknown = [key for key in typed if key not in readers]
     if "algo" in unknown:
-        kind = ALGORITHMS.get(str(texts["algo"]).lower(), "one of the modules in --help")
+        kind = ALGORITHMS.get(str(typed["algo"]).lower(), "one of the modules in --help")
         raise OptionError(
-            f"--network_args algo={texts['algo']}: algo is a setting of LyCORIS. Here --network_module says "
+            f"--network_args algo={typed['algo']}: algo is a setting of LyCORIS. Here --network_module says "
             f"the kind of network: give {kind}, and leave algo out"
         )
     if unknown:
@@ -256,11 +285,20 @@ def _read_values(arguments: Mapping[str, Any], rules: LoraRules | None) -> dict[
 def _read_rank_rule(values: Mapping[str, Any], rank: int) -> RankRule | None:
     """Return the rule that selects the active ranks by noise level; None if all ranks are active.
 
-    Raises OptionError if a value is invalid.
+    Args:
+        values: Values of --network_args.
+        rank: Rank of the network.
+
+    Raises:
+        OptionError: If a value is invalid.
     """
-    asked = [kind for kind in VARIANTS if not values.keys().isdisjoint((kind.switch, *kind.numbers))]
-    rules = (kind.read_rule_of_arguments(values, rank) for kind in asked)
-    return next((rule for rule in rules if rule is not None), None)
+    for kind in VARIANTS:
+        if values.keys().isdisjoint((kind.switch, *kind.numbers)):
+            continue
+        rule = kind.read_rule_of_arguments(values, rank)
+        if rule is not None:
+            return rule
+    return None
 
 
 def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> LoraSettings:
@@ -273,11 +311,11 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
         modules: Modules of all networks that may get a LoRA: prefix of the name in files, and dotted path.
     """
     paths = [path for _, path in modules]
-    names = [start + path.replace(".", "_") for start, path in modules]
+    names = [prefix + path.replace(".", "_") for prefix, path in modules]
 
-    def fit(argument: str, pattern: Pattern, fits_some: bool) -> Pattern:
-        """Return the pattern if it fits as written, else one that matches in any spelling."""
-        if fits_some or not modules:
+    def fit(argument: str, pattern: Pattern, matches_any: bool) -> Pattern:
+        """Return the pattern if it matches as written, else one that matches in any spelling."""
+        if matches_any or not modules:
             return pattern
         any_spelling = re.compile(in_any_spelling(pattern.pattern))
         spellings: set[str] = set()
@@ -289,32 +327,32 @@ def fit_patterns(settings: LoraSettings, modules: Sequence[tuple[str, str]]) -> 
         logger.warning("--network_args %s: %s.", argument, describe_unfit(pattern.pattern, names))
         return pattern
 
-    def by_path(argument: str, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
+    def fit_path_patterns(argument: str, patterns: tuple[Pattern, ...]) -> tuple[Pattern, ...]:
         fitted = []
         for pattern in patterns:
-            fits_some = any(pattern.match(path) for path in paths)
-            fitted.append(fit(argument, pattern, fits_some))
+            matches_any = any(pattern.match(path) for path in paths)
+            fitted.append(fit(argument, pattern, matches_any))
         return tuple(fitted)
 
-    def by_name(argument: str, pairs: ByPattern) -> ByPattern:
+    def fit_name_patterns(argument: str, pairs: ByPattern) -> ByPattern:
         fitted = []
         for pattern, number in pairs:
-            fits_some = any(pattern.search(name) for name in names)
-            fitted.append((fit(argument, pattern, fits_some), number))
+            matches_any = any(pattern.search(name) for name in names)
+            fitted.append((fit(argument, pattern, matches_any), number))
         return tuple(fitted)
 
     return replace(
         settings,
-        include=by_path("include_patterns", settings.include),
-        exclude=by_path("exclude_patterns", settings.exclude),
-        reg_ranks=by_name("network_reg_dims", settings.reg_ranks),
-        reg_rates=by_name("network_reg_lrs", settings.reg_rates),
+        include=fit_path_patterns("include_patterns", settings.include),
+        exclude=fit_path_patterns("exclude_patterns", settings.exclude),
+        reg_ranks=fit_name_patterns("network_reg_dims", settings.reg_ranks),
+        reg_rates=fit_name_patterns("network_reg_lrs", settings.reg_rates),
     )
 
 
 def find_by_pattern(pairs: ByPattern, name: str) -> tuple[int, ...]:
     """Return the indices of the patterns that a name matches."""
-    return tuple(place for place, (pattern, _) in enumerate(pairs) if pattern.search(name))
+    return tuple(index for index, (pattern, _) in enumerate(pairs) if pattern.search(name))
 
 
 def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, ...]]) -> None:
@@ -337,37 +375,57 @@ def log_overlaps(argument: str, pairs: ByPattern, matches: Sequence[tuple[int, .
 
 
 def _read_number(
-    kind: type[int] | type[float], argument: str, text: Any, minimum: float = 0, below: float = math.inf
+    number_type: type[int] | type[float],
+    argument: str,
+    text: Any,
+    minimum: float = 0,
+    below: float = math.inf,
 ) -> float | None:
-    """Return the number of an argument from `minimum` to below `below`; None for the text "None"."""
+    """Return the number of an argument; None for the text "None".
+
+    Args:
+        number_type: Type of the number.
+        argument: Name of the argument, for messages.
+        text: Value of the argument, usually a string.
+        minimum: Smallest valid number.
+        below: Number that all valid numbers are less than.
+
+    Raises:
+        OptionError: If the value is no number or is out of range.
+    """
     if text == "None":
         return None
-    value = _as_number(kind, text)
+    value = _parse_number(number_type, text)
     if value is None or not minimum <= value < below:
         limits = f"from {minimum:g} to below {below:g}" if below < math.inf else f"of at least {minimum:g}"
-        raise OptionError(
-            f"--network_args {argument}={text}: give {'a whole' if kind is int else 'a'} number {limits}"
-        )
+        article = "a whole" if number_type is int else "a"
+        raise OptionError(f"--network_args {argument}={text}: give {article} number {limits}")
     return value
 
 
-def _as_number(kind: type[int] | type[float], text: Any) -> float | None:
-    """Return a number of at least 0 from its text; None for anything else."""
+def _parse_number(number_type: type[int] | type[float], text: Any) -> float | None:
+    """Return a finite number of at least 0 from its text; None for anything else."""
     try:
-        value = kind(text)
+        value = number_type(text)
     except (ValueError, TypeError):
         return None
     return value if 0 <= value < math.inf else None
 
 
-def _read_pairs(kind: type[int] | type[float], argument: str, text: Any) -> ByPattern:
-    """Read pairs of pattern and number. Raises OptionError if one is malformed."""
+def _read_pairs(number_type: type[int] | type[float], argument: str, text: Any) -> ByPattern:
+    """Read pairs `pattern=number,pattern=number`. Raises OptionError if one is malformed.
+
+    Args:
+        number_type: Type of the numbers.
+        argument: Name of the argument, for messages.
+        text: Value of the argument.
+    """
     pairs = []
     for part in str(text).split(","):
         pattern, equals, number_text = part.strip().partition("=")
-        number = _as_number(kind, number_text)
+        number = _parse_number(number_type, number_text)
         if not equals or not pattern.strip() or number is None:
-            restriction = " that are whole" if kind is int else ""
+            restriction = " that are whole" if number_type is int else ""
             raise OptionError(
                 f"--network_args {argument}: {part.strip()!r} is no pair; write pattern=number,"
                 f"pattern=number, with numbers of at least 0{restriction}"
@@ -389,7 +447,7 @@ def _read_choice(choices: Collection[str], argument: str, text: Any) -> Any:
 
 
 def _read_patterns(argument: str, typed: Any) -> tuple[re.Pattern[str], ...]:
-    """Compile a list of regular expressions, or the text of such a list."""
+    """Compile a list of regular expressions, or the text of such a list as Python writes it."""
     patterns = typed
     if isinstance(typed, str):
         try:
@@ -416,14 +474,11 @@ REG_RATES = "network_reg_lrs"
 
 
 def read_rates(argument: str, text: Any) -> ByPattern:
-    """Return the pairs of pattern and learning rate of an argument.
-
-    Raises OptionError if one is malformed.
-    """
+    """Return the pairs of pattern and learning rate in a text. Raises OptionError if one is malformed."""
     return _read_pairs(float, argument, text)
 
 
-def _readers_with_numbers() -> dict[str, Reader]:
+def _make_readers_of_kinds() -> dict[str, Reader]:
     """Return the readers for switches of kinds that take numbers as well, and for these numbers."""
     readers: dict[str, Reader] = {}
     for kind in SWITCHES.values():
@@ -434,20 +489,24 @@ def _readers_with_numbers() -> dict[str, Reader]:
     return readers
 
 
-_SHARE = partial(_read_number, float, below=1)
-_RATIO = partial(_read_number, float)
+_read_probability = partial(_read_number, float, below=1)
+_read_float = partial(_read_number, float)
+# the order is that of the list in the message for an unknown argument
 _READERS: Mapping[str, Reader] = {
     "conv_dim": partial(_read_number, int, minimum=1),
-    "conv_alpha": _RATIO,
-    **dict.fromkeys(("rank_dropout", "module_dropout"), _SHARE),
-    **dict.fromkeys(
-        ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"), _RATIO
-    ),
-    **dict.fromkeys(("ggpo_sigma", "ggpo_beta"), _RATIO),
-    **dict.fromkeys(("include_patterns", "exclude_patterns"), _read_patterns),
+    "conv_alpha": _read_float,
+    "rank_dropout": _read_probability,
+    "module_dropout": _read_probability,
+    "loraplus_lr_ratio": _read_float,
+    "loraplus_unet_lr_ratio": _read_float,
+    "loraplus_text_encoder_lr_ratio": _read_float,
+    "ggpo_sigma": _read_float,
+    "ggpo_beta": _read_float,
+    "include_patterns": _read_patterns,
+    "exclude_patterns": _read_patterns,
     "network_reg_dims": partial(_read_pairs, int),
     REG_RATES: read_rates,
     **dict.fromkeys([kind.switch for kind in SWITCHES.values() if not kind.numbers], _read_switch),
     "verbose": _read_switch,
-    **_readers_with_numbers(),
+    **_make_readers_of_kinds(),
 }

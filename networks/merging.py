@@ -46,9 +46,9 @@ from protocols.rules import expert_of_file
 logger = getLogger(__name__)
 FLUX = family_named("flux")
 DTYPES = {"float": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-# option that names a model -> prefix of its modules in LoRA files; "": the transformer
-ENCODERS = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
-_WIDE = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
+# option that names a model -> prefix of the text encoder's modules in LoRA files; "": the transformer
+MODEL_PREFIXES = {"clip_l": "lora_te1", "t5xxl": "lora_te3", "flux_model": ""}
+_FLOAT_DTYPES = {torch.bfloat16, torch.float16, torch.float32, torch.float64}
 _STALE = ("sshs_", "modelspec.hash_sha256")  # hashes of the model before the merge
 
 
@@ -56,7 +56,7 @@ def merge_dit(options: MergeOptions) -> None:
     """Merge LoRAs into a transformer's file. Raises the errors of `merge_into_file`."""
     # the name of the file or its folder reveals the expert: `high_noise_model/` in the official repository,
     # `transformer/` and `transformer_2/` in diffusers
-    folders = {start.removesuffix("."): expert for start, expert in find_networks().items()}
+    folders = {prefix.removesuffix("."): expert for prefix, expert in find_networks().items()}
     expert = options.expert or expert_of_file(options.dit, folders)
     files = list(zip(options.lora.lora_weight or (), options.lora.multipliers(), strict=True))
     in_channels: int | None = options.dit_in_channels
@@ -106,18 +106,21 @@ def merge_flux(options: FluxMergeOptions) -> None:
         assert options.save_to is not None
         _write_sum(options, options.save_to, uses, device)
         return
-    prefixes = {prefix for prefix in ENCODERS.values() if prefix}
-    parts = {name: uses_for(uses, prefix, prefixes) for name, prefix in ENCODERS.items()}
-    for name, part_uses in parts.items():
-        if part_uses and name not in options.targets:
+    encoder_prefixes = {prefix for prefix in MODEL_PREFIXES.values() if prefix}
+    # option that names a model -> the LoRAs that change it
+    uses_by_model = {
+        name: uses_for(uses, prefix, encoder_prefixes) for name, prefix in MODEL_PREFIXES.items()
+    }
+    for name, model_uses in uses_by_model.items():
+        if model_uses and name not in options.targets:
             logger.warning(
-                f"{len(part_uses)} of the LoRAs change {name} too, which is left out: no --{name} is given"
+                f"{len(model_uses)} of the LoRAs change {name} too, which is left out: no --{name} is given"
             )
     for name, model in options.targets.items():
         option = tool_options.FLUX_OUTPUTS[name]
         merge_into_file(
             model=model,
-            uses=parts[name],
+            uses=uses_by_model[name],
             output=getattr(options, option),
             device=device,
             dtype=_select_dtype(options),
@@ -128,8 +131,8 @@ def merge_flux(options: FluxMergeOptions) -> None:
 
 def _read_uses(options: FluxMergeOptions | FullMergeOptions) -> list[LoraUse]:
     """Return the LoRAs with their strengths."""
-    rows = zip(options.models or (), options.ratios or (), strict=True)
-    return [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in rows]
+    files = zip(options.models or (), options.ratios or (), strict=True)
+    return [LoraUse(read_lora(path, with_texts=True), ratio) for path, ratio in files]
 
 
 def _select_dtype(options: FluxMergeOptions | FullMergeOptions) -> torch.dtype | None:
@@ -146,7 +149,7 @@ def _write_sum(
     """Write the sum of LoRAs as one LoRA, and show what was written."""
     metadata = save_sum(options, output, uses, device)
     rows = [
-        ("LoRAs", _in_lines(uses)),
+        ("LoRAs", _list_files(uses)),
         ("result", f"{output} ({as_size(output.stat().st_size)})"),
         ("rank", metadata["ss_network_dim"]),
     ]
@@ -175,12 +178,12 @@ def save_sum(
         OutputError: If the file cannot be written.
     """
     dtype = _select_dtype(options) or DTYPES[options.precision]
-    tensors = _add_up(uses, options.concat, dtype, device)
+    tensors = _sum_loras(uses, options.concat, dtype, device)
     loras = [use.lora for use in uses]
     family = _find_family_of_sum(loras, tensors, options)
     metadata = _metadata_of_sum(loras, tensors, family, options.no_metadata)
-    named = in_known_names(tensors, read_family(metadata))
-    save_tensors(output, named, add_hashes(named, metadata))
+    renamed = in_known_names(tensors, read_family(metadata))
+    save_tensors(output, renamed, add_hashes(renamed, metadata))
     return metadata
 
 
@@ -193,9 +196,9 @@ def _metadata_of_sum(
     """Return the metadata of the sum of LoRAs.
 
     Args:
-        loras: The files.
-        tensors: Tensors by name.
-        family: The model family.
+        loras: The LoRAs that are summed.
+        tensors: Tensors of the sum, by name.
+        family: Family of the LoRAs; None if unknown.
         no_metadata: Whether to keep only what loaders need.
     """
     ranks = {len(tensor) for name, tensor in tensors.items() if name.endswith(DOWN)}
@@ -203,12 +206,13 @@ def _metadata_of_sum(
     module = "networks.lora_flux"
     version = "flux1"
     if family is not None and family.name != "flux":
+        # only Stable Diffusion has a `written_version`
         module = "networks.lora" if family.written_version else f"networks.lora_{family.name}"
         version = family.written_version or family.name
     metadata = {
         "ss_network_module": module,
         "ss_network_dim": rank,
-        "ss_network_alpha": rank,
+        "ss_network_alpha": rank,  # the sum is not scaled: alpha / rank is 1
         "ss_network_args": "{}",
         TRAINED_ON: _first_of_metadata(loras, TRAINED_ON) or version,
     }
@@ -242,9 +246,11 @@ def _find_family_of_sum(
     if isinstance(options, FluxMergeOptions) and (FLUX in families or not families):
         return FLUX  # of several families, the one that this tool is for
     if not families and by_metadata is None:
-        families = _families_of_texts(tensors)
-    if len(families) < 2:
-        return families[0] if families else by_metadata
+        families = _find_families_of_texts(tensors)
+    if not families:
+        return by_metadata
+    if len(families) == 1:
+        return families[0]
     names = [family.name for family in families]
     raise CheckpointError(
         f"{list_some([str(lora.path) for lora in loras], 3)} can be for {' or '.join(names)}: all of them "
@@ -252,14 +258,15 @@ def _find_family_of_sum(
     )
 
 
-def _families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
-    """Return the families of Stable Diffusion that have all text encoders of these modules."""
+def _find_families_of_texts(tensors: Iterable[str]) -> list[FamilyNames]:
+    """Return the families of Stable Diffusion that have all text encoders of these tensors."""
     prefixes = {prefix_of(name) for name in tensors}
     families = map(family_named, tool_options.MERGED_FAMILIES)
-    return [family for family in families if prefixes <= {start for start, _ in family.encoders}]
+    return [family for family in families if prefixes <= {prefix for prefix, _ in family.encoders}]
 
 
-def _in_lines(uses: Sequence[LoraUse]) -> str:
+def _list_files(uses: Sequence[LoraUse]) -> str:
+    """Return lines with the path and the strength of each LoRA."""
     return "\n".join(f"{use.lora.path}, strength {use.multiplier:g}" for use in uses)
 
 
@@ -303,22 +310,24 @@ def merge_into_file(
         _check_fits(patch, checkpoint)
         # `in_values` replaces the records of quantized weights, so these are not the same objects any more
         quantized = {name for name, info in checkpoint.tensors.items() if info is not opened.tensors[name]}
-        written = _written_tensors(checkpoint, quantized, dtype)
+        written = _list_written_tensors(checkpoint, quantized, dtype)
 
         def read(name: str) -> Tensor:
             tensor = checkpoint.read(name)  # not mapped from the file, so it may be changed in place
             check_finite(model, name, tensor)
+            written_dtype = written[name].dtype
             if not patch.touches(name):
-                return tensor.to(written[name].dtype)
-            wide = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
-            return patch.add_to(name, wide, written[name].dtype).to(written[name].dtype)
+                return tensor.to(written_dtype)
+            # for another dtype, the sum stays in float32 and is rounded once
+            weight = tensor.to(device) if dtype is None else tensor.to(device, torch.float32)
+            return patch.add_to(name, weight, written_dtype).to(written_dtype)
 
-        rows = [("model", str(model)), ("LoRAs", _in_lines(uses)), ("result", str(output))]
+        rows = [("model", str(model)), ("LoRAs", _list_files(uses)), ("result", str(output))]
         if quantized:
             change = f"{len(quantized)} quantized weights become {dtype_name(dtype or torch.bfloat16)}"
             rows.append(("precision", f"{change}; tools/quantise.py rounds them again"))
-        needed = as_size(sum(info.size_bytes for info in written.values()))
-        rows.append(("disk", f"{needed}; {as_size(free_bytes(real_path(output).parent))} free"))
+        size = as_size(sum(info.size_bytes for info in written.values()))
+        rows.append(("disk", f"{size}; {as_size(free_bytes(real_path(output).parent))} free"))
         show_box("Merging", rows)
         if not uses:
             state = "has the values" if quantized else "becomes a copy"
@@ -341,10 +350,17 @@ def merge_into_file(
 def _make_patch(
     uses: Sequence[LoraUse], checkpoint: Checkpoint, model: Path, rounding: LoraRounding
 ) -> LoraPatch | FullPatch:
-    """Return the patch for a file with a single network, or for a full checkpoint."""
+    """Return the patch for a file with a single network, or for a full checkpoint.
+
+    Args:
+        uses: LoRA files with their strengths.
+        checkpoint: The model's file, opened.
+        model: Path of the file, for messages.
+        rounding: How changed 16-bit weights are rounded.
+    """
     if is_full(checkpoint.tensors):
         return FullPatch(uses, checkpoint.tensors, model, rounding)
-    for_encoders(uses, str(model), prefixes=())
+    for_encoders(uses, str(model), prefixes=())  # warns of changes of text encoders, which the file lacks
     uses = fit_depths(uses, checkpoint.tensors, model)
     return LoraPatch(uses, checkpoint.tensors, model, rounding=rounding)
 
@@ -357,19 +373,19 @@ def _metadata_of_merged(checkpoint: Checkpoint, model: Path, uses: Sequence[Lora
     return metadata
 
 
-def _written_tensors(
+def _list_written_tensors(
     checkpoint: Checkpoint, quantized: Collection[str], dtype: torch.dtype | None
 ) -> dict[str, TensorInfo]:
-    """Return the tensors of a merged model.
+    """Return the shapes and dtypes of a merged model's tensors, by name.
 
     Args:
         checkpoint: The opened checkpoint.
         quantized: Names of weights that are quantized in the model's file.
-        dtype: Dtype of the result's weights.
+        dtype: Dtype of the result's weights; None for that in the model, bfloat16 for quantized weights.
     """
     written: dict[str, TensorInfo] = {}
     for name, info in checkpoint.tensors.items():
-        if info.dtype in _WIDE:  # integers keep their dtype
+        if info.dtype in _FLOAT_DTYPES:  # integers keep their dtype
             default_dtype = torch.bfloat16 if name in quantized else info.dtype
             info = replace(info, dtype=dtype or default_dtype)
         written[name] = info
@@ -385,24 +401,30 @@ def _check_fits(patch: LoraPatch | FullPatch, checkpoint: Checkpoint) -> None:
 
 def _check_in_channels(checkpoint: Checkpoint, in_channels: int | None) -> None:
     """Raise CheckpointError if the first layer does not have `in_channels` inputs; None allows any number."""
-    layers = [name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)]
-    channels = checkpoint.tensors[layers[0]].shape[1] if layers else None  # out x in x kernel
-    if in_channels not in {None, channels}:
-        what = f"{layers[0]} takes {channels} channels" if layers else "it has no first layer that is known"
-        raise CheckpointError(
-            f"{checkpoint.path}: {what}, --dit_in_channels asks for {in_channels}.", checkpoint.path
-        )
+    if in_channels is None:
+        return
+    layer = next((name for name in checkpoint.tensors if name.endswith(FIRST_LAYERS)), None)
+    if layer is None:
+        found = "it has no first layer that is known"
+    else:
+        channels = checkpoint.tensors[layer].shape[1]  # out x in x kernel
+        if channels == in_channels:
+            return
+        found = f"{layer} takes {channels} channels"
+    raise CheckpointError(
+        f"{checkpoint.path}: {found}, --dit_in_channels asks for {in_channels}.", checkpoint.path
+    )
 
 
 class _Summand(NamedTuple):
-    """The factors of one LoRA for a module."""
+    """The factors of one LoRA for a module, and the LoRA's strength."""
 
     lora: LoraFile
     factors: Factors
     multiplier: float
 
 
-def _add_up(
+def _sum_loras(
     uses: Sequence[LoraUse], concat: bool, dtype: torch.dtype, device: torch.device
 ) -> dict[str, Tensor]:
     """Return sum(multiplier * alpha / rank * up @ down) over all files as the tensors of one LoRA.
@@ -424,7 +446,7 @@ def _add_up(
             logger.warning(f"{use.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
     for name, summands in _list_summands(uses).items():
-        total = _sum(name, summands, device)
+        total = _sum_factors(name, summands, device)
         if not concat and len(summands) > 1:
             total = _truncate(total, len(summands[0].factors[DOWN]))
         merged[f"{name}.{DOWN}"] = total.down.to("cpu", dtype).contiguous()
@@ -470,7 +492,7 @@ def _list_summands(uses: Sequence[LoraUse]) -> dict[str, list[_Summand]]:
 
 
 class _LowRank(NamedTuple):
-    """The factors of a change of a weight."""
+    """The factors of a change of a weight, up @ down."""
 
     down: Tensor  # R x in (x kernel)
     up: Tensor  # out x R (x 1 x 1)
@@ -493,8 +515,17 @@ class _LowRank(NamedTuple):
         return _LowRank(self.down.reshape(-1, *first_inputs), self.up.reshape(up_shape))
 
 
-def _sum(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowRank:
-    """Return the factors of a sum, with the ranks of all parts concatenated; alpha is the rank."""
+def _sum_factors(name: str, summands: Sequence[_Summand], device: torch.device) -> _LowRank:
+    """Return the factors of a sum, with the ranks of all summands concatenated; alpha is the rank.
+
+    Args:
+        name: Name of the module, for messages.
+        summands: The factors of each LoRA for the module.
+        device: Device that computes.
+
+    Raises:
+        CheckpointError: If the sizes of the summands differ.
+    """
     scaled: list[_LowRank] = []
     for summand in summands:
         change = _LowRank(
@@ -543,7 +574,7 @@ def _truncate(change: _LowRank, rank: int) -> _LowRank:
     down, up = change
     product = decompose_product(up.flatten(1), down.flatten(1))
     rank = min(rank, len(product.sizes))
-    root = product.sizes[:rank].sqrt()
+    root = product.sizes[:rank].sqrt()  # both factors get the root of each singular value
     new_up = product.left @ (product.u[:, :rank] * root)
     new_down = (root[:, None] * product.vh[:rank]) @ product.right.T
     return _LowRank(

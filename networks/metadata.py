@@ -56,15 +56,17 @@ def metadata_of(metadata: Mapping[str, str], expert: str) -> dict[str, str]:
         ValueError: If the file's metadata of its parts are unreadable.
     """
     common = {key: value for key, value in metadata.items() if key != PARTS_METADATA}
-    of_expert = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
-    value = next(value for value, name in EXPERT_VALUES.items() if name == expert)
-    texts = {str(key): str(text) for key, text in of_expert.items()}
-    return {**common, **texts, TRAINED_EXPERT: value}
+    expert_entries = parse_json(metadata.get(PARTS_METADATA, "{}")).get(expert, {})
+    expert_value = next(value for value, name in EXPERT_VALUES.items() if name == expert)
+    part_metadata = {str(key): str(text) for key, text in expert_entries.items()}
+    return {**common, **part_metadata, TRAINED_EXPERT: expert_value}
 
 
-LEGACY_START, LEGACY_BYTES = 0x100000, 0x10000
+LEGACY_START = 0x100000  # bytes before the hashed ones, 1 MiB
+LEGACY_BYTES = 0x10000  # hashed bytes, 64 KiB
 LAYOUT_KEY = "reelsmith_layout"
-STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)  # metadata of other tensors: how hashes in them begin
+# prefixes of the metadata keys of hashes, which are wrong once the tensors are changed
+STALE = ("sshs_", "modelspec.hash_sha256", LAYOUT_KEY)
 
 
 def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -74,8 +76,8 @@ def model_hashes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> 
     over 64 KiB at 1 MiB of a file that has only the `ss_*` metadata. Other metadata change neither.
     """
     training_metadata = {key: value for key, value in metadata.items() if key.startswith("ss_")}
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    data = memoryview(safetensors.torch.save(ready, training_metadata))
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    data = memoryview(safetensors.torch.save(on_cpu, training_metadata))
     header_bytes = int.from_bytes(data[:8], "little")
     return {
         "sshs_model_hash": hashlib.sha256(data[8 + header_bytes :]).hexdigest(),
@@ -116,10 +118,10 @@ def save_network(
     """Write a network to a file, completely or not at all, with hashes added to the metadata.
 
     Args:
-        module: The module.
+        module: The network.
         path: Path of the file.
         dtype: Dtype of the tensors in the file; None keeps that of training.
-        metadata: Metadata of the file.
+        metadata: Metadata of the file, without hashes.
         beside: Additional tensors, by their names in the file.
     """
     tensors = {
@@ -129,8 +131,8 @@ def save_network(
     save_tensors(path, tensors, add_hashes(tensors, metadata))
 
 
-LISTED = 8  # kinds of layers, ranks
-LARGEST = 4 << 30  # largest size of tensors, in bytes, to hash in memory
+MAX_LISTED = 8  # kinds of layers, or ranks, in a description
+MAX_HASHED = 4 << 30  # bytes of tensors that are hashed in memory
 
 
 def describe_lora(checkpoint: Checkpoint) -> str | None:
@@ -142,7 +144,8 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 
     unsupported = key_formats.other_kind(checkpoint.tensors)
     if unsupported is not None:
-        return f"a network of the kind {unsupported[0]}, which is not supported"
+        kind, _ = unsupported
+        return f"a network of the kind {kind}, which is not supported"
     parts = []
     for expert, names in key_formats.split_names(checkpoint.tensors).items():
         description = _describe_part(checkpoint, names, expert)
@@ -155,7 +158,7 @@ def describe_lora(checkpoint: Checkpoint) -> str | None:
 def lora_hashes(checkpoint: Checkpoint) -> dict[str, str]:
     """Return the checksums that browsers find a LoRA by; {} if the file is not a LoRA or too large."""
     size = sum(info.size_bytes for info in checkpoint.tensors.values())
-    if size > LARGEST or describe_lora(checkpoint) is None:
+    if size > MAX_HASHED or describe_lora(checkpoint) is None:
         return {}
     return model_hashes({name: checkpoint.read(name) for name in checkpoint.tensors}, checkpoint.metadata)
 
@@ -178,39 +181,41 @@ def _describe_part(checkpoint: Checkpoint, names: list[str], part: str | None) -
     in_dit = group_by_module(native.tensors)
     in_texts = group_by_module(native.texts)
     modules = in_dit | in_texts
-    if not modules or 2 * len(native.unknown) > len(names):  # a whole model may have a LoRA's names in it
+    # in a whole model, some names may look like those of a LoRA
+    if not modules or 2 * len(native.unknown) > len(names):
         return None
     families = [family.name for family in key_formats.families_of(in_dit, hint)]
     if not families and hint is not None:
         families = [hint]
     model = f" for {' or '.join(families)}" if families else ""
     dialect = dialect_in_words(native.dialect)
-    alphas = _stored_alphas(checkpoint, names) | _alphas_of_settings(checkpoint, native, part)
-    kinds = _kinds_in_words(modules)
-    words = [
-        f"{kinds}{model}, {dialect}",
+    alphas = _read_stored_alphas(checkpoint, names) | _read_other_alphas(checkpoint, native, part)
+    clauses = [
+        f"{_describe_kinds(modules)}{model}, {dialect}",
         *_describe_scales(modules, alphas),
-        f"{count_of(len(modules), 'layer')}: {_layers_in_words(modules)}",
+        f"{count_of(len(modules), 'layer')}: {_describe_layers(modules)}",
     ]
     if in_texts:
-        words.append(f"{len(in_texts)} of them in text encoders")
+        clauses.append(f"{len(in_texts)} of them in text encoders")
     expert = expert_of(checkpoint.metadata, checkpoint.path)
     if expert is not None and expert != FOR_BOTH:
-        words.append(f"trained for the {in_words(expert)}")
-    return ", ".join(words)
+        clauses.append(f"trained for the {in_words(expert)}")
+    return ", ".join(clauses)
 
 
 def _describe_scales(modules: Mapping[str, Factors], alphas: Iterable[float]) -> list[str]:
-    """Describe the ranks, block sizes and alphas of a network in words; sizes that it lacks are left out."""
+    """Return clauses with the ranks, block sizes and alphas of a network, without sizes that it lacks."""
     ranks = Counter(rank for rank in map(rank_of, modules.values()) if rank is not None)
+    clauses = [of_numbers("rank", ranks)]
+    for word, sizes in sizes_by_word(modules.values()).items():
+        clauses.append(of_numbers(word, Counter(sizes)))
     # infinite alphas belong to whole matrices, which are not scaled
-    finite = Counter(filter(math.isfinite, alphas))
-    sizes = [of_numbers(word, Counter(numbers)) for word, numbers in sizes_by_word(modules.values()).items()]
-    in_words = (of_numbers("rank", ranks), *sizes, of_numbers("alpha", finite))
-    return [words for words in in_words if words]
+    finite_alphas = Counter(filter(math.isfinite, alphas))
+    clauses.append(of_numbers("alpha", finite_alphas))
+    return [clause for clause in clauses if clause]
 
 
-def _kinds_in_words(modules: Mapping[str, Factors]) -> str:
+def _describe_kinds(modules: Mapping[str, Factors]) -> str:
     """Return the kinds of a network by the factors of its modules: `a LoHa and LoRA`."""
     parts = {part for factors in modules.values() for part in factors}
     if MAGNITUDES in parts:
@@ -218,19 +223,22 @@ def _kinds_in_words(modules: Mapping[str, Factors]) -> str:
     kinds = {kind.name: kind for mark, kind in MARKS.items() if mark in parts}
     if not kinds:
         return "a whole differences of weights"
-    return f"{kinds[min(kinds)].article} {' and '.join(sorted(kinds))}"
+    names = sorted(kinds)
+    return f"{kinds[names[0]].article} {' and '.join(names)}"
 
 
-def _layers_in_words(modules: Iterable[str]) -> str:
+def _describe_layers(modules: Iterable[str]) -> str:
     """Count the layers of each kind, in words: `blocks_N_self_attn_q (40), blocks_N_ffn_0 (40)`."""
     counts = Counter(re.sub(r"\d+", "N", name.removeprefix(OURS), count=1) for name in modules)
-    layers = [f"{name} ({number})" for name, number in counts.most_common(LISTED)]
-    num_unlisted = len(counts) - LISTED
-    ending = f" and {num_unlisted} kinds more" if num_unlisted > 0 else ""
-    return ", ".join(layers) + ending
+    layers = [f"{name} ({count})" for name, count in counts.most_common(MAX_LISTED)]
+    description = ", ".join(layers)
+    num_unlisted = len(counts) - MAX_LISTED
+    if num_unlisted > 0:
+        description += f" and {num_unlisted} kinds more"
+    return description
 
 
-def _stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[float]:
+def _read_stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[float]:
     """Return the alphas among a file's tensors."""
     alphas: set[float] = set()
     for name in names:
@@ -240,8 +248,14 @@ def _stored_alphas(checkpoint: Checkpoint, names: Iterable[str]) -> set[float]:
     return alphas
 
 
-def _alphas_of_settings(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
-    """Return the alphas in the header or in a file of settings; empty if they are unusable."""
+def _read_other_alphas(checkpoint: Checkpoint, native: "NativeTensors", part: str | None) -> set[float]:
+    """Return the alphas in the header or in a file of settings; empty if they are unusable.
+
+    Args:
+        checkpoint: The opened checkpoint.
+        native: Tensors under our names.
+        part: Expert, if the file has a LoRA for each; else None.
+    """
     from networks.alphas import read_alphas, read_folded  # only for LoRAs
 
     is_own = checkpoint.metadata.get(LAYOUT_KEY) == layout_hash(checkpoint.tensors)
@@ -263,9 +277,9 @@ def _alphas_of_settings(checkpoint: Checkpoint, native: "NativeTensors", part: s
 
 
 def of_numbers(word: str, numbers: Collection[float]) -> str:
-    """Return a word with its numbers, or with their range if they are many; "" if there are none."""
+    """Return a word with its numbers, or with their range if there are many; "" if there are none."""
     if not numbers:
         return ""
-    if len(numbers) > LISTED:
+    if len(numbers) > MAX_LISTED:
         return f"{word} {min(numbers):g} to {max(numbers):g}"
     return f"{word} {', '.join(f'{number:g}' for number in sorted(numbers))}"

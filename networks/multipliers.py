@@ -9,7 +9,7 @@ from modules.paths import explain_missing
 
 
 def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Path, float]]:
-    """Return the file and the multiplier of each `FILE[:MULTIPLIER]`.
+    """Return the file and the multiplier in each text `FILE[:MULTIPLIER]`.
 
     Args:
         option: Option that gives the texts, for messages.
@@ -28,7 +28,10 @@ def files_with_multipliers(option: str, texts: Sequence[Path]) -> list[tuple[Pat
 
 
 def split_multiplier(option: str, text: Path) -> tuple[Path, float]:
-    r"""Split `FILE:0.8`; the multiplier is 1 without a number. A drive's colon (C:\x) belongs to the name."""
+    r"""Split `FILE:0.8` into a path and a multiplier, which is 1 without a number.
+
+    The colon of a drive (`C:\x`) belongs to the path, because no number follows it.
+    """
     name, colon, number = str(text).rpartition(":")
     if not colon or text.exists():
         return text, 1.0

@@ -1,4 +1,4 @@
-"""Build the networks that `--network_module networks.lora_wan` and the like name."""
+"""Build the networks of our own values of --network_module, such as networks.lora_wan."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -41,7 +41,7 @@ class LoraSize(NamedTuple):
 
 
 def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]:
-    """Return the modules of a DiT to train: our module name -> target.
+    """Return the modules of a DiT that get a layer, by our names.
 
     Raises:
         OptionError: If no module is left, or if a block number exceeds the DiT's blocks.
@@ -52,8 +52,8 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
         children = dict(unet.named_children())
         lists = [name for name in rules.indices.values() if name in children]
         check_blocks(settings, {name: len(list(children[name].children())) for name in lists})
-    optional: tuple[str, ...] = ()
-    if not spec.lora_choice:  # a model with a positive list of modules has no optional ones
+    optional: tuple[str, ...] = ()  # parts of paths of modules that get no layer by default
+    if not spec.lora_choice:  # such a model lists the modules that get a layer instead
         optional = tuple(part for part in spec.lora_exclude if part not in settings.switched_on)
     if settings.blocks is not None:
         settings = replace(settings, blocks=settings.blocks.fit(spec.numbered))
@@ -67,20 +67,21 @@ def select_modules(unet: nn.Module, settings: LoraSettings) -> dict[str, Target]
 
 
 def _list_candidates(unet: nn.Module, settings: LoraSettings) -> Iterator[PlacedModule]:
-    """Yield the modules of a DiT from which patterns and ranks then select."""
+    """Yield the modules of a DiT that patterns and ranks of --network_args then select from."""
     spec = spec_of(unet)
     rules = settings.rules
-    starts = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
+    prefix_groups = [tuple(f"{name}." for name in (*spec.block_lists, *spec.lora_lists))]
     if rules is not None:
         if settings.train_blocks is not None:
-            starts = [rules.choices[settings.train_blocks]]
-        outside = zip(rules.outside_paths, settings.outside_ranks, strict=False)
-        starts += [(path,) for path, rank in outside if rank]
+            prefix_groups = [rules.choices[settings.train_blocks]]
+        for path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
+            if rank:  # modules outside the blocks follow them, in this order
+                prefix_groups.append((path,))
     patterns = [re.compile(pattern) for pattern in spec.lora_choice]
-    without = () if settings.has_convolutions else spec.with_convolutions
-    for start in starts:
-        for candidate in _list_modules_below(unet, start):
-            if any(part in f".{candidate.path}" for part in without):
+    excluded = () if settings.has_convolutions else spec.with_convolutions
+    for prefixes in prefix_groups:
+        for candidate in _list_modules_below(unet, prefixes):
+            if any(part in f".{candidate.path}" for part in excluded):
                 continue
             if not patterns or any(pattern.match(candidate.path) for pattern in patterns):
                 yield candidate
@@ -92,13 +93,14 @@ def _choose(
     prefix: str,
     optional: tuple[str, ...] = (),
 ) -> dict[str, Target]:
-    """Select the modules to train: our module name -> target, with rank and alpha.
+    """Select the modules that get a layer, with rank and alpha; return them by our names.
 
     Args:
         candidates: Modules with their paths.
         settings: Settings of the network.
         prefix: Prefix of our names.
-        optional: Parts of paths that are left out unless a pattern or a rank for their type selects them.
+        optional: Parts of paths of modules that get no layer unless a pattern, or a rank for their type,
+            selects them.
     """
     targets: dict[str, Target] = {}
     matches: list[tuple[int, ...]] = []
@@ -108,7 +110,7 @@ def _choose(
         if settings.reg_ranks:
             matching = find_by_pattern(settings.reg_ranks, name)
             matches.append(matching)
-        size = _select_size(path, module, settings, matching, optional)
+        size = _select_size(path, module, settings, matching=matching, optional=optional)
         if settings.verbose:
             state = "left out" if size is None else f"rank {size.rank}, alpha {size.alpha:g}"
             logger.info(f"  {path}: {state}")
@@ -132,36 +134,34 @@ def _select_size(
     matching: tuple[int, ...],
     optional: tuple[str, ...],
 ) -> LoraSize | None:
-    """Return the rank and alpha of a module; None if it gets no LoRA.
-
-    The last matching pattern in `settings.reg_ranks` gives the rank, else the type of the module does.
-    Include and exclude patterns are applied afterwards.
+    """Return the rank and alpha of a module; None if it gets no layer.
 
     Args:
         path: Path of the module.
         module: The module.
         settings: Settings of the network.
-        matching: Indices of the patterns in `settings.reg_ranks` that match the module.
-        optional: Parts of paths that are left out unless a pattern or a rank for their type selects them.
+        matching: Indices of the patterns in `settings.reg_ranks` that match the module; the last one sets
+            the rank.
+        optional: Parts of paths of modules that get no layer unless a pattern, or a rank for their type,
+            selects them.
     """
+    is_optional = any(part in f".{path}" for part in optional)
+    if is_optional and settings.rules is not None:
+        is_optional = _find_rank_of_type(path, settings.rules, settings) is None
+    if _is_excluded(path, settings, is_optional):
+        return None
+    if settings.blocks is not None and settings.blocks.is_left_out(path):
+        return None
     if matching:
         _, rank = settings.reg_ranks[matching[-1]]
         size: LoraSize | None = LoraSize(int(rank), settings.alpha)
     else:
-        size = _size(path, module, settings)
-    is_optional = any(part in f".{path}" for part in optional)
-    if is_optional and settings.rules is not None:  # a rank for its type selects an optional module
-        is_optional = _select_rank_of_kind(path, settings.rules, settings) is None
-    may_be_excluded = is_optional or settings.exclude
-    if may_be_excluded and _is_excluded(path, settings, is_optional):
-        return None
-    if settings.blocks is not None and settings.blocks.is_left_out(path):
-        return None
+        size = _find_size(path, module, settings)
     return None if size is None or size.rank <= 0 else size
 
 
 def _is_excluded(path: str, settings: LoraSettings, is_optional: bool = False) -> bool:
-    """Return whether the exclude patterns match a module and no include pattern brings it back.
+    """Return whether a module is excluded by a pattern or optional, and no include pattern matches it.
 
     Args:
         path: Path of the module.
@@ -201,13 +201,16 @@ def check_blocks(settings: LoraSettings, depths: Mapping[str, int]) -> None:
             )
 
 
-def _size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
-    """Return rank and alpha, or None if the module gets no LoRA."""
+def _find_size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | None:
+    """Return rank and alpha by the block and the type of a module; None if it gets no layer.
+
+    A rank for the block takes precedence over conv_dim, and these over the rules of the family.
+    """
     is_convolution = not isinstance(module, nn.Linear) and module.kernel_size != (1, 1)
     if settings.blocks is not None:
-        of_block = settings.blocks.size_of(path, is_convolution)
-        if of_block is not None:
-            rank, alpha = of_block
+        block_size = settings.blocks.size_of(path, is_convolution)
+        if block_size is not None:
+            rank, alpha = block_size
             default_alpha = settings.conv_alpha if is_convolution else settings.alpha
             return LoraSize(rank, default_alpha if alpha is None else alpha)
     if is_convolution:
@@ -218,23 +221,23 @@ def _size(path: str, module: LoraModule, settings: LoraSettings) -> LoraSize | N
 
 
 def _size_by_rules(path: str, rules: LoraRules, settings: LoraSettings) -> LoraSize | None:
-    """Return rank and alpha of a layer by the family's rules, or None if its block gets no LoRA."""
-    for start, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
-        if path == start or path.startswith(f"{start}."):
+    """Return rank and alpha of a layer by the family's rules; None if its block gets no layer."""
+    for outside_path, rank in zip(rules.outside_paths, settings.outside_ranks, strict=False):
+        if path == outside_path or path.startswith(f"{outside_path}."):
             return LoraSize(rank, settings.alpha)
     for argument, numbers in settings.block_numbers.items():
         match = re.match(rf"{rules.indices[argument]}\.(\d+)\.", path)
         if match is not None and numbers is not None and int(match[1]) not in numbers:
             return None
-    rank_of_kind = _select_rank_of_kind(path, rules, settings)
-    return LoraSize(settings.rank if rank_of_kind is None else rank_of_kind, settings.alpha)
+    type_rank = _find_rank_of_type(path, rules, settings)
+    return LoraSize(settings.rank if type_rank is None else type_rank, settings.alpha)
 
 
-def _select_rank_of_kind(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
-    """Return the rank from the first --network_args entry for this type of module; None without one."""
-    for argument, kinds in rules.types:
-        is_of_kind = any(all(word in path for word in words) for words in kinds)
-        if argument in settings.type_ranks and is_of_kind:
+def _find_rank_of_type(path: str, rules: LoraRules, settings: LoraSettings) -> int | None:
+    """Return the rank that --network_args set for the type of a module; None if they set none."""
+    for argument, types in rules.types:
+        is_of_type = any(all(word in path for word in words) for words in types)
+        if argument in settings.type_ranks and is_of_type:
             return settings.type_ranks[argument]
     return None
 
@@ -249,12 +252,12 @@ def build_network(
     """Build one of our networks on the modules that the settings select.
 
     Args:
-        name: Name of the module, one of OWN_MODULES.
+        name: Value of --network_module, one of OWN_MODULES.
         typed: Unparsed settings from the command line.
         dit: The transformer; None if only text encoders are trained.
         encoders: Trained text encoders, by their `lora_prefix`.
-        begun: Initial tensors, under our names. Their modules are added to the network, with the rank and
-            alpha of the tensors, unless `typed.arguments` exclude them.
+        begun: Tensors of the file or state that training continues from, under our names. Their modules get
+            layers too, with the rank and alpha of the tensors, unless `typed.arguments` exclude them.
 
     Raises:
         OptionError: If settings are invalid, or if no module is left.
@@ -263,34 +266,30 @@ def build_network(
     trained_encoders = {
         prefix: encoder for prefix, encoder in encoders.items() if prefix not in settings.encoders_off
     }
-    in_texts = {f"{prefix}_": list(_in_encoder(encoder)) for prefix, encoder in trained_encoders.items()}
+    text_candidates = {
+        f"{prefix}_": list(_list_encoder_modules(encoder)) for prefix, encoder in trained_encoders.items()
+    }
     if settings.include or settings.exclude or settings.reg_ranks or settings.reg_rates:
         modules = [] if dit is None else [(OURS, path) for path, _ in _list_candidates(dit, settings)]
-        for start, candidates in in_texts.items():
-            modules += [(start, path) for path, _ in candidates]
+        for prefix, candidates in text_candidates.items():
+            modules += [(prefix, path) for path, _ in candidates]
         settings = fit_patterns(settings, modules)
     kind = OWN_MODULES[name].kind
     if not kind.is_for_texts:
         trained_encoders = {}
-        in_texts = {}
+        text_candidates = {}
     targets: dict[str, Target] = {}
     if dit is not None:
         targets = select_modules(dit, settings)
     # ranks by type and block numbers apply to the DiT only
     text_settings = replace(settings, rules=None, splits=False, blocks=None)
-    for start, candidates in in_texts.items():
-        targets |= _choose(candidates, text_settings, start)
+    for prefix, candidates in text_candidates.items():
+        targets |= _choose(candidates, text_settings, prefix)
     layers = kind.make_layers(targets, settings, own)
     if begun:
-        by_name = _layers_by_name(dit, trained_encoders)
-        joining = _joining_layers(
-            layers,
-            name,
-            settings,
-            begun=begun,
-            by_name=by_name,
-        )
-        layers = _in_order(layers, joining, by_name)
+        by_name = _modules_by_name(dit, trained_encoders)
+        added = _make_layers_from_tensors(layers, name, settings, tensors=begun, by_name=by_name)
+        layers = _merge_in_order(layers, added, by_name)
     for layer_name, target in targets.items():
         if layer_name in layers:
             layers[layer_name].rate_factor = target.rate_factor  # type: ignore[assignment]
@@ -300,7 +299,7 @@ def build_network(
 
 
 def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module | None) -> None:
-    """Add rank masks to the LoRAs of a DiT; text encoders see no noise level, so their LoRAs have no masks.
+    """Add rank masks to the LoRAs of a DiT, not to those of text encoders, which have no noise level.
 
     Raises:
         OptionError: If only text encoders are trained.
@@ -315,56 +314,56 @@ def _mask_ranks(layers: Mapping[str, nn.Module], rule: RankRule, dit: nn.Module 
             layer.rank_mask = mask_for(dit, rule, layer.rank)
 
 
-def _joining_layers(
+def _make_layers_from_tensors(
     layers: Mapping[str, nn.Module],
     name: str,
     settings: LoraSettings,
-    begun: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
     by_name: Mapping[str, PlacedModule],
 ) -> dict[str, nn.Module]:
-    """Return layers for modules that occur only in the initial tensors: module name -> layer.
+    """Return layers, by our names, for modules that tensors have and the network does not have yet.
 
     Args:
         layers: Layers of the network by name.
-        name: Name of the network's module.
+        name: Value of --network_module.
         settings: Settings of the network.
-        begun: Initial tensors, under our names.
-        by_name: All modules that can have a LoRA, by name.
+        tensors: Tensors under our names.
+        by_name: All modules that can have a layer, by name.
     """
     kind = OWN_MODULES[name].kind
-    joining: dict[str, nn.Module] = {}
-    for path, factors in _factors_for(by_name, begun).items():
+    added: dict[str, nn.Module] = {}
+    for module_name, factors in _factors_for(by_name, tensors).items():
         is_of_kind = any(part in factors for part in kind.marks)
-        if path not in by_name or path in layers or not is_of_kind:
+        if module_name not in by_name or module_name in layers or not is_of_kind:
             continue
-        placed = by_name[path]
-        if not _is_left_out(placed, path, settings):
-            joining[path] = kind.layer_of(placed.module, path, factors, settings)
-    return joining
+        placed = by_name[module_name]
+        if not _is_left_out(placed, module_name, settings):
+            added[module_name] = kind.layer_of(placed.module, module_name, factors, settings)
+    return added
 
 
-def _in_order(
-    layers: dict[str, nn.Module], joining: Mapping[str, nn.Module], names: Iterable[str]
+def _merge_in_order(
+    layers: dict[str, nn.Module], added: Mapping[str, nn.Module], names: Iterable[str]
 ) -> dict[str, nn.Module]:
-    """Merge the default layers with the joining ones, in the model's order.
+    """Merge the default layers with added ones, in the order of the model's modules.
 
     Args:
         layers: Default layers by name.
-        joining: Layers to add, by name.
+        added: Layers to add, by name.
         names: Names of all modules, in the model's order.
     """
-    if not joining:
+    if not added:
         return layers
     logger.info(
-        f"{len(joining)} modules that are no default join the network, because what it begins with has "
-        f"them: {list_some([*joining], 3)}"
+        f"{len(added)} modules that are no default join the network, because what it begins with has "
+        f"them: {list_some([*added], 3)}"
     )
-    together = {**layers, **joining}
-    return {name: together[name] for name in names if name in together}
+    all_layers = {**layers, **added}
+    return {name: all_layers[name] for name in names if name in all_layers}
 
 
 def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> bool:
-    """Return whether --network_args exclude a module.
+    """Return whether --network_args exclude a module that a file has.
 
     Args:
         placed: The module and its path.
@@ -383,40 +382,41 @@ def _is_left_out(placed: PlacedModule, name: str, settings: LoraSettings) -> boo
     if matching:
         _, rank = settings.reg_ranks[matching[-1]]  # the last pattern that matches counts
         return not rank
-    # Without conv_rank, convolutions get no LoRA by default, but that does not exclude those of a file: any
-    # rank above 0 makes `_size` accept them
+    # Without conv_dim, convolutions get no LoRA by default, but that does not exclude those of a file: any
+    # rank above 0 makes `_find_size` accept them
     with_convolutions = replace(settings, conv_rank=settings.conv_rank or 1)
-    size = _size(placed.path, placed.module, with_convolutions)
+    size = _find_size(placed.path, placed.module, with_convolutions)
     return size is None or not size.rank
 
 
-def _layers_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, PlacedModule]:
-    """Return all modules that can have a LoRA, by our names."""
+def _modules_by_name(dit: nn.Module | None, encoders: Mapping[str, nn.Module]) -> dict[str, PlacedModule]:
+    """Return all modules that can have a layer, by our names, with their published paths."""
     networks = {} if dit is None else {OURS: dit}
     networks |= {f"{prefix}_": encoder for prefix, encoder in encoders.items()}
     by_name: dict[str, PlacedModule] = {}
-    for start, network in networks.items():
+    for prefix, network in networks.items():
         for path, module in network.named_modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
-                inner_path = path if start == OURS else published_path(path)
-                by_name[start + inner_path.replace(".", "_")] = PlacedModule(inner_path, module)
+                if prefix != OURS:
+                    path = published_path(path)
+                by_name[prefix + path.replace(".", "_")] = PlacedModule(path, module)
     return by_name
 
 
 def _factors_for(
     by_name: Mapping[str, PlacedModule], tensors: Mapping[str, Tensor]
 ) -> dict[str, dict[str, Tensor]]:
-    """Convert tensors of any layout to the model's modules; return module name -> factors."""
+    """Convert tensors of any layout to the model's modules; return the factors by module name."""
     from networks.fused_parts import for_model  # only for a file or a state
 
-    split_sizes = {name: len(placed.module.weight) for name, placed in by_name.items()}
-    return group_by_module(add_missing_alphas(for_model(tensors, split_sizes.get)))
+    heights = {name: len(placed.module.weight) for name, placed in by_name.items()}
+    return group_by_module(add_missing_alphas(for_model(tensors, heights.get)))
 
 
-def _in_encoder(encoder: nn.Module) -> Iterator[PlacedModule]:
+def _list_encoder_modules(encoder: nn.Module) -> Iterator[PlacedModule]:
     """Yield the modules of a text encoder's blocks, with their published paths."""
-    starts = tuple(f"{name}." for name in spec_of(encoder).block_lists)
-    for path, module in _list_modules_below(encoder, starts):
+    prefixes = tuple(f"{name}." for name in spec_of(encoder).block_lists)
+    for path, module in _list_modules_below(encoder, prefixes):
         yield PlacedModule(published_path(path), module)
 
 
@@ -432,7 +432,7 @@ def build_from_tensors(
     Modules of the file that the model does not have are logged.
 
     Args:
-        name: Name of the module, one of OWN_MODULES.
+        name: Value of --network_module, one of OWN_MODULES.
         tensors: Tensors under our names.
         typed: Unparsed settings from the command line; only dropout and arguments are used.
         dit: The transformer.
@@ -443,30 +443,31 @@ def build_from_tensors(
     """
     kind = OWN_MODULES[name].kind
     settings = _settings_with_file(name, typed)
-    by_name = _layers_by_name(dit, encoders)
+    by_name = _modules_by_name(dit, encoders)
     layers: dict[str, nn.Module] = {}
     absent: list[str] = []
-    for path, factors in _factors_for(by_name, tensors).items():
+    for module_name, factors in _factors_for(by_name, tensors).items():
         if not any(part in factors for part in kind.marks):
             raise CheckpointError(
-                f"--dim_from_weights: {path} has {', '.join(factors)}, which is another kind of network.\n"
-                "  Give the --network_module that the file was trained with."
+                f"--dim_from_weights: {module_name} has {', '.join(factors)}, which is another kind of "
+                "network.\n  Give the --network_module that the file was trained with."
             )
-        module = by_name[path].module if path in by_name else None
+        module = by_name[module_name].module if module_name in by_name else None
         if module is None or not (kind.is_for_convolutions or isinstance(module, nn.Linear)):
-            absent.append(path)
+            absent.append(module_name)
         else:
-            layers[path] = kind.layer_of(module, path, factors, settings)
+            layers[module_name] = kind.layer_of(module, module_name, factors, settings)
     if not layers:
         raise CheckpointError(
             "--dim_from_weights: the model has none of the file's modules, such as "
             f"{list_some(absent, 3)}.\n  Give a file that was trained for this model."
         )
-    modules: list[tuple[str, str]] = []
-    for layer in layers:
-        inner_path = by_name[layer].path
-        modules.append((layer.removesuffix(inner_path.replace(".", "_")), inner_path))
-    settings = fit_patterns(settings, modules)
+    prefixes_and_paths: list[tuple[str, str]] = []
+    for layer_name in layers:
+        path = by_name[layer_name].path
+        prefix = layer_name.removesuffix(path.replace(".", "_"))
+        prefixes_and_paths.append((prefix, path))
+    settings = fit_patterns(settings, prefixes_and_paths)
     if absent:
         logger.warning(
             f"--dim_from_weights: {len(absent)} modules of the file are not in this model: "
@@ -483,11 +484,12 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
     allowed = {*WITH_FILE}
     if rules is not None:
         allowed.update(rules.encoders)
-    from_file = {key for key, value in typed.arguments.items() if value is not None and key not in allowed}
-    checked = {key: value for key, value in typed.arguments.items() if key in from_file}
-    # only for its errors: values that are ignored have to be valid too
-    read_own(name, NetworkArguments(arguments=checked))
-    for key in sorted(from_file):
+    ignored = {
+        key: value for key, value in typed.arguments.items() if value is not None and key not in allowed
+    }
+    # called for its errors only: ignored values have to be valid too
+    read_own(name, NetworkArguments(arguments=ignored))
+    for key in sorted(ignored):
         logger.warning(
             f"--network_args {key} is ignored because --dim_from_weights takes the modules and ranks from "
             "the file"
@@ -498,10 +500,10 @@ def _settings_with_file(name: str, typed: NetworkArguments) -> LoraSettings:
 
 
 def smallest_lora_bytes(model: Path, rank: int) -> int:
-    """Return a lower bound of a LoRA's size for a model, from the header of the model's file.
+    """Return a lower bound for the size of a LoRA in bytes, from the header of the model's file.
 
-    It assumes one byte per value for all matrices of the blocks: a LoRA has two or four bytes per value, but
-    skips some matrices.
+    It counts one byte per value for all matrices of the blocks. A real LoRA has two or four bytes per value,
+    but not for all matrices.
     """
     with open_checkpoint(model) as checkpoint:
         shapes = [info.shape for name, info in checkpoint.tensors.items() if "blocks." in name]

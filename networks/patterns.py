@@ -9,38 +9,39 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-MAX_NEAR = 3
-MAX_WORDS = 5  # of a part of a name that is shown
-MAX_CHARACTERS = 200  # of a pattern that is compared with names
+MAX_EXAMPLES = 3  # similar names in a message
+MAX_WORDS = 5  # words of a module's name that are compared and shown together
+MAX_CHARACTERS = 200  # of a pattern that are compared with names
 
 
 @dataclass(frozen=True)
 class NamePattern:
-    """Replaces a pattern that fits these names only in a spelling that its option does not read."""
+    """The names that a pattern matches in another spelling; it has the methods of a compiled pattern."""
 
     pattern: str  # as it was typed
-    names: frozenset[str]  # in all spellings
+    names: frozenset[str]  # with dots and with underscores
 
     def match(self, name: str) -> bool:
-        """Whether the name is one of those that the pattern fits in its other spelling."""
+        """Return whether the name is one of those that the pattern matches in another spelling."""
         return name in self.names
 
     search = match
 
 
 def in_any_spelling(pattern: str) -> str:
-    r"""Return the regular expression with each `\.` and `_` fitting both a dot and an underscore."""
-    parts: list[str] = []
-    is_class = False
-    for part in re.findall(r"\\.|.", pattern, re.DOTALL):
-        is_class = part == "[" or (is_class and part != "]")
-        parts.append("[._]" if part in ("\\.", "_") and not is_class else part)
-    text = "".join(parts)
+    r"""Return the regular expression with each `\.` and `_` matching both a dot and an underscore."""
+    tokens: list[str] = []
+    in_class = False  # inside [...]
+    for token in re.findall(r"\\.|.", pattern, re.DOTALL):
+        in_class = token == "[" or (in_class and token != "]")
+        is_separator = token in ("\\.", "_") and not in_class
+        tokens.append("[._]" if is_separator else token)
+    rewritten = "".join(tokens)
     try:
-        re.compile(text)
+        re.compile(rewritten)
     except re.error:  # the name of a group has an underscore
         return pattern
-    return text
+    return rewritten
 
 
 def describe_unfit(pattern: str, names: Iterable[str]) -> str:
@@ -50,19 +51,22 @@ def describe_unfit(pattern: str, names: Iterable[str]) -> str:
         pattern: The pattern.
         names: Names with underscores.
     """
+    # reduce the pattern to words and N for numbers: `blocks\.\d+\.ffn` -> `blocks_ffn`
     text = re.sub(r"\\[a-zA-Z]", "_", pattern)
     text = re.sub(r"[\W_]+", "_", text)
     text = re.sub(r"\d+", "N", text).strip("_")
-    kinds = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
-    parts = dict.fromkeys(part for kind in kinds for part in _parts(kind.split("_")))
-    near = difflib.get_close_matches(text[:MAX_CHARACTERS], list(parts), MAX_NEAR, cutoff=0.5)
-    examples = near or list(kinds)[:MAX_NEAR]
+    # the names without repeats for each block, as ordered sets
+    numberless_names = dict.fromkeys(re.sub(r"\d+", "N", name) for name in names)
+    runs = dict.fromkeys(run for name in numberless_names for run in _list_runs(name.split("_")))
+    similar = difflib.get_close_matches(text[:MAX_CHARACTERS], list(runs), MAX_EXAMPLES, cutoff=0.5)
+    examples = similar or list(numberless_names)[:MAX_EXAMPLES]
     return f"'{pattern}' fits no name, and changes nothing. Near it are {', '.join(examples)} (N: a number)"
 
 
-def _parts(words: list[str]) -> Iterator[str]:
-    """Yield all runs of consecutive words that begin with a word instead of a number."""
+def _list_runs(words: list[str]) -> Iterator[str]:
+    """Yield all runs of up to MAX_WORDS consecutive words that do not begin with a number."""
     for start, word in enumerate(words):
+        if word == "N":
+            continue
         for end in range(start + 1, min(start + MAX_WORDS, len(words)) + 1):
-            if word != "N":
-                yield "_".join(words[start:end])
+            yield "_".join(words[start:end])

@@ -24,16 +24,16 @@ _PREDICTIONS = {
 # ModelSpec's key, which most trainers write; ComfyUI's key for the same
 _KEYS = ("modelspec.prediction_type", "modelspec.predict_key")
 _V_ARCHITECTURE = "stable-diffusion-v2-768-v"  # a name of ModelSpec that says it too
-MAX_SAID = 60  # characters of a value of metadata in a message
+MAX_SHOWN = 60  # characters of a metadata value in a message
 
 
 @dataclass(frozen=True)
 class Prediction:
     """Prediction type of a model by its metadata; a LoRA's metadata describe its base model."""
 
-    velocity: bool | None  # None: they do not say it
+    velocity: bool | None  # whether it predicts v, not noise; None: not in the metadata
     zero_terminal_snr: bool
-    unknown: str = ""  # a value that no known program writes, as `key = value`
+    unknown: str = ""  # a metadata entry that no known program writes, as `key = value`
 
 
 def read_prediction(metadata: Mapping[str, str]) -> Prediction:
@@ -42,11 +42,11 @@ def read_prediction(metadata: Mapping[str, str]) -> Prediction:
     unknown = ""
     for key in _KEYS:
         text = metadata.get(key, "").strip()
-        known = _PREDICTIONS.get(text.lower().replace("-", "_"))
+        predicts_v = _PREDICTIONS.get(text.lower().replace("-", "_"))
         if velocity is None:
-            velocity = known
-        if known is None and text and text.lower() != "none":
-            unknown = f"{key} = {shorten(text, MAX_SAID)}"
+            velocity = predicts_v
+        if predicts_v is None and text and text.lower() != "none":
+            unknown = f"{key} = {shorten(text, MAX_SHOWN)}"
     if metadata.get("modelspec.architecture", "").partition("/")[0] == _V_ARCHITECTURE:
         velocity = True
     # trainers in the style of sd-scripts write their options: False is only that an option was not typed
@@ -63,12 +63,12 @@ def compare_predictions(loras: Mapping[Path, Mapping[str, str]], predicts_v: boo
         predicts_v: Whether the model that they are used with is assumed to predict v.
     """
     for path, metadata in loras.items():
-        said = read_prediction(metadata)
-        if said.velocity is None or said.velocity is predicts_v:
+        prediction = read_prediction(metadata)
+        if prediction.velocity is None or prediction.velocity is predicts_v:
             continue
-        if said.velocity:
+        if prediction.velocity:
             options = "--v_parameterization"
-            if said.zero_terminal_snr:
+            if prediction.zero_terminal_snr:
                 options += " --zero_terminal_snr"
             logger.warning(
                 "%s was trained on a model that predicts v, as its metadata say, and is used with one that "

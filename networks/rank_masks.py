@@ -1,8 +1,7 @@
-"""Mask ranks of LoRAs by the noise of each sample, as some kinds are trained (T-LoRA).
+"""Mask ranks of LoRAs by the noise level of each sample (T-LoRA).
 
-The metadata of a file say with which rule it was trained. Loops set the levels of a pass with `set_levels`
-before it, and they stay until the next pass: recomputing a checkpointed block in the backward pass has the
-masks of its forward pass.
+The metadata of a file record the rule of its training. Loops call `set_levels` before each pass. The levels
+stay until the next pass, so a checkpointed block is recomputed with the masks of its forward pass.
 """
 # Letters: S samples, R rank
 
@@ -21,15 +20,15 @@ _MASKS = "_rank_masks"  # attribute of a network
 
 
 class RankMask:
-    """Which ranks of the LoRAs of one size act in the current pass of a network."""
+    """The active ranks in the current pass, for all LoRAs of one rank in a network."""
 
     def __init__(self, rule: RankRule, rank: int, num_parts: int = 1) -> None:
         """Start without a mask; `set_levels` computes it before each pass.
 
         Args:
-            rule: How many ranks act at a noise level.
-            rank: Rank of all parts together.
-            num_parts: Number of parts of equal ranks, one after the other; the first ranks of each act.
+            rule: How many ranks are active at a noise level.
+            rank: Rank of the LoRA.
+            num_parts: Number of LoRAs of equal rank that were joined; the first ranks of each are active.
         """
         self.rule = rule
         self.rank = rank
@@ -39,9 +38,9 @@ class RankMask:
     def set_levels(self, levels: Tensor) -> None:
         """Compute the mask of each sample's ranks for the next pass from its noise level, S."""
         rank = self.rank // self.num_parts
-        numbers = torch.arange(rank, device=levels.device)
-        rows = numbers < self.rule.active(rank, levels)[:, None]
-        self.rows = rows.repeat(1, self.num_parts)
+        indices = torch.arange(rank, device=levels.device)
+        is_active = indices < self.rule.active(rank, levels)[:, None]  # S x rank
+        self.rows = is_active.repeat(1, self.num_parts)
 
     def apply(self, hidden: Tensor, axis: int = -1) -> Tensor:
         """Return the values between the factors with those of inactive ranks set to 0.
@@ -54,9 +53,9 @@ class RankMask:
         rows = self.rows
         assert rows is not None, "the levels of a pass are set before it"
         if len(rows) > 1 and len(rows) != len(hidden):
-            per_sample, rest = divmod(len(hidden), len(rows))
-            assert not rest, f"{len(hidden)} rows are not those of {len(rows)} samples"
-            rows = rows.repeat_interleave(per_sample, 0)
+            rows_per_sample, remainder = divmod(len(hidden), len(rows))
+            assert not remainder, f"{len(hidden)} rows are not those of {len(rows)} samples"
+            rows = rows.repeat_interleave(rows_per_sample, 0)
         shape = [1] * hidden.ndim
         shape[0] = len(rows)
         shape[axis] = rows.shape[1]
@@ -64,7 +63,7 @@ class RankMask:
 
 
 def mask_for(network: nn.Module, rule: RankRule, rank: int, num_parts: int = 1) -> RankMask:
-    """Return the mask of a network's LoRAs of a size, whose levels `set_levels` sets."""
+    """Return the mask for LoRAs of this rank on a network; `set_levels` sets its noise levels."""
     masks: dict[tuple[RankRule, int, int], RankMask] = network.__dict__.setdefault(_MASKS, {})
     return masks.setdefault((rule, rank, num_parts), RankMask(rule, rank, num_parts))
 
@@ -76,7 +75,7 @@ def set_levels(network: nn.Module, levels: Tensor) -> None:
         network: The network.
         levels: Noise level of each sample, S; a single level applies to all samples.
     """
-    # its own fields: a module looks for what it lacks in three more places, in each step of every training
+    # not getattr, which is slow for attributes that a module lacks, in each step of every training
     masks: Mapping[Any, RankMask] | None = network.__dict__.get(_MASKS)
     for mask in masks.values() if masks else ():
         mask.set_levels(levels)
@@ -105,21 +104,25 @@ def rule_of(metadata: Mapping[str, str], path: Path | None = None) -> RankRule |
         CheckpointError: If the numbers of the rule cannot be read.
     """
     arguments = metadata.get("ss_network_args", "")
-    asked = [kind for kind in VARIANTS if kind.switch in arguments]
-    rules = (kind.read_rule_of_file(metadata, path) for kind in asked)
-    return next((rule for rule in rules if rule is not None), None)
+    for kind in VARIANTS:
+        if kind.switch in arguments:
+            rule = kind.read_rule_of_file(metadata, path)
+            if rule is not None:
+                return rule
+    return None
 
 
 def parts_of_rank(metadata: Mapping[str, str], rank: int) -> int:
     """Return how many LoRAs of the trained rank were joined to one of this rank, such as 3 for q, k and v.
 
-    The result is 1 for files whose modules have different ranks, because those are never joined.
+    The result is 1 for files whose modules were trained with different ranks, because those are never joined.
     """
-    trained = metadata.get("ss_network_dim", "")
-    arguments = metadata.get("ss_network_args", "")
-    if not trained.isdecimal() or int(trained) < 1 or "_dim" in arguments or rank % int(trained):
+    trained_rank = metadata.get("ss_network_dim", "")
+    has_several_ranks = "_dim" in metadata.get("ss_network_args", "")
+    if not trained_rank.isdecimal() or int(trained_rank) < 1 or has_several_ranks:
         return 1
-    return rank // int(trained)
+    num_joined, remainder = divmod(rank, int(trained_rank))
+    return 1 if remainder else num_joined
 
 
 def has_rule(paths: Iterable[Path]) -> bool:

@@ -40,13 +40,16 @@ from networks.tool_options import PRECISIONS
 logger = getLogger(__name__)
 # `x.lora_down.weight`, `x.lora_A.default.weight`, `x.lora.down.weight`, `x.to_q_lora.down.weight`
 _DOWN_NAME = re.compile(
-    r"(?P<module>.*?)[._](?P<start>lora[._]|lora_linear_layer\.)(?P<factor>down|A|a)(?P<end>(\.[^.]+)*)"
+    r"(?P<module>.*?)[._](lora[._]|lora_linear_layer\.)(?P<factor>down|A|a)(?P<suffix>(\.[^.]+)*)"
 )
 _UP_WORDS = {"down": "up", "A": "B", "a": "b"}
-SMALLEST = 1e-6  # a module learned nothing if its largest singular value is at most this
-ROUNDING = 1e-12  # tolerance of cumulative fractions, which may end slightly below 1
-OWN_RANKS = "Dynamic"  # ss_network_dim of a LoRA whose modules have different ranks
-RATIO, SHARE_OF_SUM, SHARE_OF_NORM = "sv_ratio", "sv_cumulative", "sv_fro"
+MIN_LEARNED = 1e-6  # a module learned nothing if its largest singular value is at most this
+TOLERANCE = 1e-12  # of cumulative fractions, which may end slightly below 1
+DIFFERENT_RANKS = "Dynamic"  # ss_network_dim of a LoRA whose modules have different ranks
+# values of --dynamic_method
+RATIO = "sv_ratio"
+FRACTION_OF_SUM = "sv_cumulative"
+FRACTION_OF_NORM = "sv_fro"
 
 
 class ResizeOptions(Options):
@@ -69,9 +72,9 @@ class ResizeOptions(Options):
     )
     dynamic_method: str | None = option(
         f"give each module a rank of its own. {RATIO}: the directions that are larger than the largest one "
-        f"divided by --dynamic_param; {SHARE_OF_SUM}: the fewest whose sizes have this share of the sum of "
-        f"all; {SHARE_OF_NORM}: the fewest whose change has this share of the Frobenius norm",
-        choices=(RATIO, SHARE_OF_NORM, SHARE_OF_SUM),
+        f"divided by --dynamic_param; {FRACTION_OF_SUM}: the fewest whose sizes have this share of the sum "
+        f"of all; {FRACTION_OF_NORM}: the fewest whose change has this share of the Frobenius norm",
+        choices=(RATIO, FRACTION_OF_NORM, FRACTION_OF_SUM),
         needs="dynamic_param",
         hint="for example 0.9, or 10 with sv_ratio",
     )
@@ -186,15 +189,22 @@ def resize_file(options: ResizeOptions) -> None:
 def _reject_other_kinds(
     source: Path, shapes: Mapping[str, tuple[int, ...]], metadata: Mapping[str, str]
 ) -> None:
-    """Raise CheckpointError if a file is not a LoRA, or if the noise level decides which ranks are active."""
+    """Raise CheckpointError if a file is not a LoRA, or if the noise level decides which ranks are active.
+
+    Args:
+        source: Path of the file.
+        shapes: Shapes of its tensors, by name.
+        metadata: Metadata of the file.
+    """
     names = [in_default_spelling(name) for name in shapes]
-    lines = "\n".join(names)  # searched for a kind's word too, because a kind has forms that are not read
+    all_names = "\n".join(names)
     for kind in KINDS:
         if kind is LORA or not kind.parts:
             continue
-        is_of_kind = any(name.endswith((*kind.parts, *kind.ends)) for name in names)
-        if is_of_kind or re.search(rf"[._]{kind.word}_", lines):
-            command = _to_plain_file(source, "--bake", "RANK")
+        has_parts = any(name.endswith((*kind.parts, *kind.ends)) for name in names)
+        # the kind's word also shows forms of the kind that cannot be read
+        if has_parts or re.search(rf"[._]{kind.word}_", all_names):
+            command = _plain_file_command(source, "--bake", "RANK")
             raise CheckpointError(
                 f"{source} is {named(kind)}, and only the change of a LoRA is a product of two factors, "
                 "of which the strongest directions can be kept.\n"
@@ -212,24 +222,24 @@ def _reject_other_kinds(
 
 
 def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
-    """Raise CheckpointError if metadata or PEFT's settings have an alpha for modules without a tensor."""
-    places = sorted(metadata.keys() - without_alphas(metadata).keys())
+    """Raise CheckpointError if metadata or PEFT's settings file hold alphas, which would be wrong then."""
+    holders = sorted(metadata.keys() - without_alphas(metadata).keys())
     if "ss_network_alpha" in metadata:
-        places.append("ss_network_alpha")
+        holders.append("ss_network_alpha")
     if (source.parent / PEFT_FILE).is_file():
-        places.append(PEFT_FILE)
-    if places:
-        command = _to_plain_file(source)
+        holders.append(PEFT_FILE)
+    if holders:
+        command = _plain_file_command(source)
         raise CheckpointError(
-            f"{source} has modules without an alpha of their own: {places[0]} has it for all, together with "
+            f"{source} has modules without an alpha of their own: {holders[0]} has it for all, together with "
             "their rank.\n"
             f"  Write alphas beside the factors first: {command}",
             source,
         )
 
 
-def _to_plain_file(source: Path, *options: str) -> str:
-    """Return the command that writes a LoRA with its alphas as tensors."""
+def _plain_file_command(source: Path, *options: str) -> str:
+    """Return the command that writes a LoRA with its alphas as tensors; `options` are added to it."""
     words = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
     return as_typed([*words, "--output", "PLAIN.safetensors"])
 
@@ -245,45 +255,53 @@ def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
         match = _DOWN_NAME.fullmatch(down)
         if match is None or not down.endswith((match["factor"], ".weight")):
             continue
-        begin, end = down[: match.start("factor")], match["end"]
-        up = f"{begin}{_UP_WORDS[match['factor']]}{end}"
-        core = f"{begin}mid{end}"
+        prefix = down[: match.start("factor")]
+        suffix = match["suffix"]
+        up = f"{prefix}{_UP_WORDS[match['factor']]}{suffix}"
+        if up not in shapes:
+            continue
+        core = f"{prefix}mid{suffix}"
         alpha = f"{match['module']}.alpha"
-        if up in shapes:
-            modules.append(
-                FactorNames(
-                    module=match["module"],
-                    down=down,
-                    up=up,
-                    core=core if core in shapes else None,
-                    alpha=alpha if alpha in shapes else None,
-                )
-            )
+        names = FactorNames(
+            module=match["module"],
+            down=down,
+            up=up,
+            core=core if core in shapes else None,
+            alpha=alpha if alpha in shapes else None,
+        )
+        modules.append(names)
     return modules
 
 
 @dataclass(frozen=True)
 class FactorProduct:
-    """The change of a module as a product, without alpha / rank."""
+    """The change of a module as a product of two matrices, without alpha / rank."""
 
     up: Tensor  # out R
     down: Tensor  # R in*K
-    inputs: int
+    in_channels: int
     kernel: tuple[int, ...]  # () for a linear layer
 
 
 def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Path) -> FactorProduct:
     """Return the two factors of a module as matrices, float64; a core is multiplied into the down factor.
 
-    The core is the third factor of a convolution, `lora_mid`. Raises CheckpointError if the sizes of the
-    factors contradict each other.
+    The core is the third factor of a convolution, `lora_mid`.
+
+    Args:
+        names: Names of the module's tensors.
+        tensors: All tensors of the file.
+        source: Path of the file, for messages.
+
+    Raises:
+        CheckpointError: If the sizes of the factors contradict each other.
     """
     down = tensors[names.down].double()  # rank in (kernel), or in_rank in with a core
     up = tensors[names.up].double()  # out rank (1 ...)
     core = None if names.core is None else tensors[names.core].double()  # out_rank in_rank (kernel)
-    ranks = len(down) if core is None else core.shape[0]
+    rank = len(down) if core is None else core.shape[0]
     has_axes = min(down.ndim, up.ndim) >= 2
-    fits_up = math.prod(up.shape[1:]) == ranks
+    fits_up = math.prod(up.shape[1:]) == rank
     # with a core, only the core has the kernel size; the kernel of the down factor must be 1
     fits_core = core is None or (core.shape[1] == len(down) and math.prod(down.shape[2:]) == 1)
     if not (has_axes and fits_up and fits_core):
@@ -292,26 +310,36 @@ def _read_product(names: FactorNames, tensors: Mapping[str, Tensor], source: Pat
             "  Give a LoRA that is whole.",
             source,
         )
-    up = up.reshape(len(up), ranks)
+    up = up.reshape(len(up), rank)
+    in_channels = down.shape[1]
     if core is None:
-        return FactorProduct(up, down.reshape(ranks, -1), down.shape[1], down.shape[2:])
-    columns = torch.einsum("p q ..., q i -> p i ...", core, down.reshape(len(down), -1))
-    return FactorProduct(up, columns.reshape(ranks, -1), down.shape[1], core.shape[2:])
+        return FactorProduct(up, down.reshape(rank, -1), in_channels, kernel=down.shape[2:])
+    down_with_core = torch.einsum("p q ..., q i -> p i ...", core, down.reshape(len(down), -1))
+    return FactorProduct(up, down_with_core.reshape(rank, -1), in_channels, kernel=core.shape[2:])
 
 
 def _resize_module(
     names: FactorNames, tensors: Mapping[str, Tensor], options: ResizeOptions, source: Path
 ) -> ResizedModule:
-    """Return a module with factors of its new rank; raise CheckpointError if its factors do not fit."""
+    """Return a module with factors of its new rank; raise CheckpointError if its factors do not fit.
+
+    Args:
+        names: Names of the module's tensors.
+        tensors: All tensors of the file.
+        options: Options of the run.
+        source: Path of the file, for messages.
+    """
     product = _read_product(names, tensors, source)
     decomposed = decompose_product(product.up, product.down)
-    sizes = decomposed.sizes.numpy()
+    singular_values = decomposed.sizes.numpy()
     old_rank = len(tensors[names.down])
     max_rank = options.new_rank
     if product.kernel and options.new_conv_rank is not None:
         max_rank = options.new_conv_rank
-    rank = select_rank(sizes, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param)
-    kept = sizes[:rank]
+    rank = select_rank(
+        singular_values, min(max_rank, old_rank), options.dynamic_method, options.dynamic_param
+    )
+    kept = singular_values[:rank]
     down = decomposed.vh[:rank] @ decomposed.right.T
     up = decomposed.left @ (decomposed.u[:, :rank] * decomposed.sizes[:rank])
     kernel_axes = [1] * len(product.kernel)
@@ -320,51 +348,61 @@ def _resize_module(
         strength = float(tensors[names.alpha]) / old_rank
     return ResizedModule(
         names=names,
-        down=down.reshape(rank, product.inputs, *product.kernel),
+        down=down.reshape(rank, product.in_channels, *product.kernel),
         up=up.reshape(*up.shape, *kernel_axes),
         old_rank=old_rank,
         strength=strength,
-        kept_sum=_share(kept.sum(), sizes.sum()),
-        kept_norm=_share(np.linalg.norm(kept), np.linalg.norm(sizes)),
-        largest_ratio=_share(sizes[0], kept[-1]),
-        has_learned=bool(sizes[0] > SMALLEST),
+        kept_sum=_divide(kept.sum(), singular_values.sum()),
+        kept_norm=_divide(np.linalg.norm(kept), np.linalg.norm(singular_values)),
+        largest_ratio=_divide(singular_values[0], kept[-1]),
+        has_learned=bool(singular_values[0] > MIN_LEARNED),
     )
 
 
-def select_rank(sizes: np.ndarray[Any, Any], maximum: int, method: str | None, param: float | None) -> int:
+def select_rank(
+    singular_values: np.ndarray[Any, Any], maximum: int, method: str | None, param: float | None
+) -> int:
     """Return the rank of a module, 1 to `maximum`, from its singular values, the largest first.
 
     A module that learned nothing has rank 1.
 
     Args:
-        sizes: Singular values, the largest first.
+        singular_values: Singular values, the largest first.
         maximum: Largest rank.
-        method: Value of --dynamic_method.
+        method: Value of --dynamic_method; None for the largest rank.
         param: Value of --dynamic_param.
     """
-    if sizes[0] <= SMALLEST:
+    if singular_values[0] <= MIN_LEARNED:
         return 1
-    rank = len(sizes)
-    if method is not None:
+    rank = len(singular_values)
+    if method == RATIO:
         assert param is not None
-        if method == RATIO:
-            rank = int((sizes > sizes[0] / param).sum())
-        else:
-            weights = sizes if method == SHARE_OF_SUM else sizes**2
-            wanted = param if method == SHARE_OF_SUM else param**2
-            shares = np.cumsum(weights) / weights.sum()
-            rank = int((shares < wanted - ROUNDING).sum()) + 1
-    return max(1, min(rank, maximum, len(sizes)))
+        rank = int((singular_values > singular_values[0] / param).sum())
+    elif method is not None:
+        assert param is not None
+        # the Frobenius norm is the root of the sum of squares
+        summands = singular_values if method == FRACTION_OF_SUM else singular_values**2
+        wanted = param if method == FRACTION_OF_SUM else param**2
+        fractions = np.cumsum(summands) / summands.sum()
+        rank = int((fractions < wanted - TOLERANCE).sum()) + 1
+    return max(1, min(rank, maximum, len(singular_values)))
 
 
-def _share(part: Any, whole: Any) -> float:
-    return float(part / whole) if whole else 1.0
+def _divide(dividend: Any, divisor: Any) -> float:
+    """Return a quotient; 1 if the divisor is 0, as in modules that learned nothing."""
+    return float(dividend / divisor) if divisor else 1.0
 
 
 def _change_metadata(
     metadata: Mapping[str, str], modules: Sequence[ResizedModule], options: ResizeOptions
 ) -> dict[str, str]:
-    """Return the changed metadata entries: ranks, alphas, and a comment that describes the change."""
+    """Return the changed metadata entries: ranks, alphas, and a comment that describes the change.
+
+    Args:
+        metadata: Metadata of the old file.
+        modules: The resized modules.
+        options: Options of the run.
+    """
     convolutions = [module for module in modules if module.is_convolution]
     linear = [module for module in modules if not module.is_convolution]
     rank, alpha = _common_sizes(linear or modules, options)
@@ -400,8 +438,8 @@ def _common_sizes(modules: Sequence[ResizedModule], options: ResizeOptions) -> t
     """Return rank and alpha for the metadata, "Dynamic" if they differ among modules that learned."""
     pairs = {(module.rank, module.alpha) for module in modules if module.has_learned}
     if options.dynamic_method is not None or len(pairs) != 1:
-        return OWN_RANKS, OWN_RANKS
-    (rank, alpha) = pairs.pop()
+        return DIFFERENT_RANKS, DIFFERENT_RANKS
+    rank, alpha = pairs.pop()
     return str(rank), str(alpha)
 
 

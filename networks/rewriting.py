@@ -1,12 +1,12 @@
-"""Rearrange LoRA files whose factors match the modules of no model into the usual form.
+"""Rearrange LoRA files whose factors do not correspond to the modules of a model into one LoRA per module.
 
 XLabs      double_blocks.0.processor.qkv_lora1.down.weight (lora1: image, lora2: text; qkv or proj)
            single_blocks.0.processor.qkv_lora.down.weight, .proj_lora. (as their processors compute: the first
            adds to queries, keys and values of linear1, the second to linear2)
-numbered   lora_unet_double_blocks_0_img_attn_qkv.lora_down.0.weight, .1., .2. (sd-scripts' split_dims): for
-           the parts of a joined layer; also ..._qkv.0.lora_down.weight
+numbered   lora_unet_double_blocks_0_img_attn_qkv.lora_down.0.weight, .1., .2. (sd-scripts' split_dims): LoRAs
+           for the parts of a fused layer; also ..._qkv.0.lora_down.weight
 fused      transformer_blocks.0.attn.to_qkv.lora_A.weight (diffusers' `fuse_qkv_projections`, as SimpleTuner
-           trains): for to_q, to_k and to_v; also to_added_qkv, to_kv; of all kinds
+           trains): one LoRA, or network of another kind, for to_q, to_k and to_v; also to_added_qkv, to_kv
 """
 
 import re
@@ -29,7 +29,7 @@ _XLABS = re.compile(
     r"(?P<what>qkv|proj)_lora(?P<stream>[12]?)\.(?P<factor>down|up)\.weight"
 )
 _STREAMS = {"1": "img", "2": "txt"}
-# the number behind the factor or behind the module
+# names of numbered factors, with the number after the factor or after the module
 _NUMBERED = (
     re.compile(r"(?P<module>.+)\.lora_(?P<factor>A|B|down|up)\.(?P<number>\d+)\.weight"),
     re.compile(r"(?P<module>.+)[._](?P<number>\d+)\.lora_(?P<factor>A|B|down|up)\.weight"),
@@ -41,19 +41,19 @@ _FUSED_PARTS = {
     "added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "kv": ("to_k", "to_v"),
 }
-# a tensor of this name alone counts for all modules without one
+# names of a tensor that is the alpha of all modules without their own
 FOR_ALL = ("alpha", "lora_alpha", "network_alpha")
 
 
 class Rewritten(NamedTuple):
-    """Tensors in the usual arrangement."""
+    """Tensors with one set of factors per module."""
 
     tensors: dict[str, Tensor]
-    stacked: dict[str, int]  # key of a joined factor -> how many were joined into it
-    family_name: str = ""  # of the only family with files of this form
+    stacked: dict[str, int]  # key of a joined factor -> number of factors that were joined into it
+    family_name: str = ""  # the only family with files of this form; "" if there are several
 
 
-# found in names of files that have something to rewrite; of numbered factors it is the second
+# matches a name in files that `rewrite` changes; of numbered factors, the one with the number 1
 MARKS = re.compile(
     r"\.processor\.|to_(?:added_)?q?kv\.|\.lora_(?:A|B|down|up)\.1\.weight|[._]1\.lora_(?:A|B|down|up)\.weight"
 )
@@ -67,26 +67,32 @@ def rewrite(tensors: Mapping[str, Tensor]) -> Rewritten:
     """
     rewritten: dict[str, Tensor] = {}
     family_name = ""
-    for key, tensor in _take_apart(tensors).items():
+    for key, tensor in _split_fused_layers(tensors).items():
         match = _XLABS.fullmatch(key)
-        names = [] if match is None else _in_flux(match)
-        if match is None or not names:  # not of XLabs
+        names = [] if match is None else _translate_xlabs(match)
+        if match is None or not names:
             rewritten[key] = tensor
             continue
         family_name = "flux"
         if len(names) == 1:
             rewritten[names[0]] = tensor
             continue
-        # q, k and v become three LoRAs: each has its rows of the up factor, and the whole down factor
+        # q, k and v become three LoRAs: each has its rows of the up factor, and the full down factor
         parts = tensor.chunk(3) if match["factor"] == "up" else [tensor] * len(names)
         for name, part in zip(names, parts, strict=True):
-            rewritten[name] = part.clone()  # copies: files cannot hold tensors that share memory
-    return _put_together(rewritten)._replace(family_name=family_name)
+            rewritten[name] = part.clone()  # safetensors files cannot contain tensors that share memory
+    return _join_numbered(rewritten)._replace(family_name=family_name)
 
 
-def _in_flux(match: re.Match[str]) -> list[str]:
-    """Return the usual names of an XLabs tensor: three if q, k and v are only some rows of a weight."""
-    start, number, layer = match["start"], match["n"], match["what"]
+def _translate_xlabs(match: re.Match[str]) -> list[str]:
+    """Return FLUX's names for an XLabs tensor; [] for an impossible name.
+
+    In single blocks, q, k and v are only some rows of our weight linear1, so they are named as in diffusers,
+    which has them as three layers.
+    """
+    start = match["start"]
+    number = match["n"]
+    layer = match["what"]
     end = f"lora_{match['factor']}.weight"
     if match["list"] == "double" and match["stream"]:
         return [f"{start}double_blocks.{number}.{_STREAMS[match['stream']]}_attn.{layer}.{end}"]
@@ -97,44 +103,49 @@ def _in_flux(match: re.Match[str]) -> list[str]:
     return [f"{start}single_transformer_blocks.{number}.attn.to_{x}.{end}" for x in "qkv"]
 
 
-def _take_apart(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _split_fused_layers(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Split the tensors for fused queries, keys and values into tensors for each of them.
 
     A fused LoRA with a block-diagonal up factor was joined from separate LoRAs: it is split into these again,
     with their rank. Layers whose change is not a matrix, or whose factors do not fit it, are not split.
     """
-    apart = dict(tensors)
+    result = dict(tensors)
     for layer, keys in _find_fused_layers(tensors).items():
         factors = {part: tensors[key] for part, key in keys.items()}
         if MAGNITUDES in factors and factors[MAGNITUDES].ndim == 1:  # as in PEFT
             factors[MAGNITUDES] = factors[MAGNITUDES].view(-1, 1)
-        split_sizes = _rows_of_parts(layer.name, factors)
+        split_sizes = _count_rows_of_parts(layer.name, factors)
         if not split_sizes:
             continue
+        separate_loras = joined_blocks(factors, split_sizes)
+        delta = read_delta(factors)
         prefix = f"{layer.start}to_{layer.name}."
-        ends = {part: key.removeprefix(prefix) for part, key in keys.items()}
-        first = 0
-        blocks = joined_blocks(factors, split_sizes)
-        for index, (part, height) in enumerate(zip(_FUSED_PARTS[layer.name], split_sizes, strict=True)):
-            piece = blocks[index] if blocks else read_delta(factors).part(first, first + height).factors
-            for name, tensor in piece.items():
-                end = ends.get(name, name)
-                apart[f"{layer.start}{part}.{end}"] = tensor
-            first += height
+        endings = {part: key.removeprefix(prefix) for part, key in keys.items()}  # as the file spells them
+        first_row = 0
+        for index, part_name in enumerate(_FUSED_PARTS[layer.name]):
+            last_row = first_row + split_sizes[index]
+            if separate_loras:
+                piece = separate_loras[index]
+            else:
+                piece = delta.part(first_row, last_row).factors
+            for part, tensor in piece.items():
+                ending = endings.get(part, part)
+                result[f"{layer.start}{part_name}.{ending}"] = tensor
+            first_row = last_row
         for key in keys.values():
-            del apart[key]
-    return apart
+            del result[key]
+    return result
 
 
 class _FusedLayer(NamedTuple):
     """A layer that another program fuses."""
 
-    start: str  # of its names
-    name: str  # in `_FUSED_PARTS`
+    start: str  # prefix of its names
+    name: str  # a key of `_FUSED_PARTS`
 
 
 def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]:
-    """Return the key of each factor, by our name, of the fused layers of a file."""
+    """Return the fused layers of a file, each with the keys of its factors by our name of the factor."""
     layers: dict[_FusedLayer, dict[str, str]] = {}
     for key in keys:
         match = _FUSED.fullmatch(key)
@@ -145,11 +156,11 @@ def _find_fused_layers(keys: Iterable[str]) -> dict[_FusedLayer, dict[str, str]]
     return layers
 
 
-def _rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
-    """Return the rows of each part of a fused layer; () if its factors cannot be split.
+def _count_rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
+    """Return the number of rows of each part of a fused layer; () if its factors cannot be split.
 
-    Queries have as many rows as the layer has inputs, and keys and values, which may have fewer heads, share
-    the remaining rows equally.
+    Queries have as many rows as the layer has inputs. Keys and values, which may have fewer heads, share the
+    remaining rows equally.
     """
     size = read_delta(factors).size()
     if size is None:
@@ -159,7 +170,7 @@ def _rows_of_parts(layer: str, factors: Factors) -> tuple[int, ...]:
         return ()
     query_rows = () if layer == "kv" else (width,)
     key_rows, remainder = divmod(full_height - sum(query_rows), 2)
-    # the heads of keys and values are queries' heads divided by a whole number
+    # a head of keys and values serves a whole number of heads of queries
     if remainder or key_rows <= 0 or width % key_rows:
         return ()
     return (*query_rows, key_rows, key_rows)
@@ -173,22 +184,22 @@ def _fit_rows(factors: Factors, height: int) -> bool:
     return all(len(factors[part]) == height for part in by_rows)
 
 
-def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
-    """Join the numbered factors of each module, such as several LoRAs for one weight, to one LoRA.
+def _join_numbered(tensors: Mapping[str, Tensor]) -> Rewritten:
+    """Join the numbered LoRAs of each module to one LoRA with a block-diagonal up factor.
 
-    The joined up factor is block-diagonal. An alpha for all modules counts for modules without their own.
+    Modules without their own alpha have the alpha for all modules, if the file has one.
     """
     joined = dict(tensors)
     stacked: dict[str, int] = {}
-    alphas_of_all = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
-    alpha_of_all = alphas_of_all[0] if alphas_of_all else None
-    for module, keys in _find_numbered_factors(tensors).items():
-        alpha = tensors.get(f"{module}.alpha", alpha_of_all)
-        pieces = _order_pieces(keys, tensors, alpha)
-        if not _can_be_joined(module, list(keys), pieces):
+    alphas_for_all = [tensors[key] for key in FOR_ALL if key in tensors and tensors[key].numel() == 1]
+    alpha_for_all = alphas_for_all[0] if alphas_for_all else None
+    for module, keys_by_number in _find_numbered_factors(tensors).items():
+        alpha = tensors.get(f"{module}.alpha", alpha_for_all)
+        pieces = _order_pieces(keys_by_number, tensors, alpha)
+        if not _can_be_joined(module, list(keys_by_number), pieces):
             continue
-        for part_keys in keys.values():  # by number, then by part
-            for key in part_keys.values():
+        for keys in keys_by_number.values():
+            for key in keys.values():
                 del joined[key]
         joined.pop(f"{module}.alpha", None)
         for part, tensor in _build_diagonal(pieces).items():
@@ -200,11 +211,11 @@ def _put_together(tensors: Mapping[str, Tensor]) -> Rewritten:
 def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors]) -> bool:
     """Return whether numbered factors are LoRAs for the parts of a layer that some model fuses.
 
-    PEFT's adapters may have numbers as names.
+    They may also be adapters of PEFT that have numbers as names.
     """
     if len(numbers) < 2 or sorted(numbers) != list(range(len(numbers))):
         return False
-    if len(numbers) not in count_parts(module):
+    if len(numbers) not in count_parts(module):  # no model fuses so many parts into this module
         return False
     return all(set(LORA) <= set(piece) and piece[UP].ndim == 2 for piece in pieces)
 
@@ -212,18 +223,18 @@ def _can_be_joined(module: str, numbers: Sequence[int], pieces: Sequence[Factors
 def _order_pieces(
     keys: Mapping[int, Mapping[str, str]], tensors: Mapping[str, Tensor], alpha: Tensor | None
 ) -> list[Factors]:
-    """Return the factors of a module, sorted by their numbers.
+    """Return the numbered LoRAs of a module, sorted by their numbers.
 
     Args:
-        keys: Keys of the factors by number.
-        tensors: Tensors by name.
-        alpha: Alpha for factors without one.
+        keys: Number -> our name of the factor -> key.
+        tensors: Tensors by key.
+        alpha: Alpha for LoRAs without their own.
     """
-    shared = {} if alpha is None else {"alpha": alpha}
+    default = {} if alpha is None else {"alpha": alpha}
     pieces: list[Factors] = []
     for number in sorted(keys):
         factors = {part: tensors[key] for part, key in keys[number].items()}
-        pieces.append({**shared, **factors})
+        pieces.append({**default, **factors})
     return pieces
 
 
@@ -241,12 +252,12 @@ def _find_numbered_factors(keys: Iterable[str]) -> dict[str, dict[int, dict[str,
 
 
 def _build_diagonal(pieces: Sequence[Factors]) -> dict[str, Tensor]:
-    """Join LoRAs for stacked rows into one LoRA with a block-diagonal up factor."""
-    scales = [strength(piece) for piece in pieces]
+    """Join LoRAs for consecutive rows into one LoRA with a block-diagonal up factor."""
+    scales = [strength(piece) for piece in pieces]  # alpha / rank
     scale = scales[0]
     ups = [piece[UP] for piece in pieces]
     down = torch.cat([piece[DOWN] for piece in pieces])
-    if len(set(scales)) > 1:
+    if len(set(scales)) > 1:  # different scales are multiplied into the up factors
         ups = [(up.float() * factor).to(up.dtype) for up, factor in zip(ups, scales, strict=True)]
         scale = 1.0
     joined = {DOWN: down, UP: torch.block_diag(*ups)}

@@ -20,19 +20,19 @@ from networks.use_options import AUTO, NEAREST, STOCHASTIC
 
 logger = getLogger(__name__)
 
-# how many of float32's last bits are 0 in all numbers of a dtype
+# dtype -> number of float32's last bits that are 0 in all numbers of the dtype
 _DROPPED_BITS = {torch.bfloat16: 16, torch.float16: 13}
 _SMALLEST_FP16 = 2.0**-14  # smallest normal number: subnormal numbers below it are evenly spaced
-_TOLERANCE = 0.01  # how much of a change rounding to the nearest may lose
+_TOLERANCE = 0.01  # fraction of a change that rounding to the nearest may lose
 _SAMPLE_ELEMENTS = 1 << 14  # elements of a weight from which the loss is estimated
-_SAMPLE_ROWS = 16  # minimum: LoRAs may change different rows of a fused weight
+_MIN_SAMPLE_ROWS = 16  # LoRAs may change different rows of a fused weight
 _CHUNK = 1 << 20  # elements that are rounded at once
 _NOISE = 1 << 21  # random numbers: 8 MB
-_NAMED_FILES = 3
+_MAX_NAMED_FILES = 3  # in a message
 SMALL_WEIGHT = 1 << 17  # up to this number of elements, the best of `_DRAWS` random roundings is used
 _DRAWS = 4
 METADATA_KEY = "ss_lora_rounding"  # in merged models with stochastically rounded weights
-MAX_METADATA = 300  # characters
+MAX_METADATA = 300  # characters of the metadata value
 
 
 def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype | None:
@@ -50,35 +50,43 @@ def narrow_dtype(stored: torch.dtype, target: torch.dtype | None) -> torch.dtype
 
 @dataclass
 class RoundingLoss:
-    """Sums over elements of a weight, of the change c by a file and the error e of rounding to the nearest.
+    """Sums over elements of a weight, which show what rounding to the nearest leaves of a file's change.
 
-    The fraction of the change that survives rounding is <c + e, c> / <c, c>: the projection of the rounded
-    change on the exact one.
+    With the change c by a file and the rounding error e, the fraction of the change that survives rounding is
+    <c + e, c> / <c, c>: the projection of the rounded change on the exact one.
     """
 
-    lost: float = 0.0  # sum of e c
-    size: float = 0.0  # sum of c^2
-    spread: float = 0.0  # sum of (e c)^2
+    error_dot_change: float = 0.0  # sum of e c
+    squared_change: float = 0.0  # sum of c^2
+    squared_products: float = 0.0  # sum of (e c)^2, for the standard error of the first sum
+
+    @property
+    def kept_fraction(self) -> float:
+        """Fraction of the change that survives rounding; 1 if there is no change."""
+        if self.squared_change <= 0:
+            return 1.0
+        return 1 + self.error_dot_change / self.squared_change
 
     def is_notable(self) -> bool:
         """Return whether the fraction differs from 1 by more than the tolerance and two standard errors."""
-        if self.size <= 0:
+        if self.squared_change <= 0:
             return False
-        return abs(self.lost) / self.size > _TOLERANCE + 2 * math.sqrt(self.spread) / self.size
+        standard_error = math.sqrt(self.squared_products) / self.squared_change
+        return abs(self.error_dot_change) / self.squared_change > _TOLERANCE + 2 * standard_error
 
 
 class SampledRows:
     """Evenly spaced rows of a weight, and what each LoRA file adds to them."""
 
     def __init__(self, weight: Tensor) -> None:
-        self.rows = slice(None)  # every n-th row, about `_SAMPLE_ELEMENTS` in all
+        self.rows = slice(None)  # every n-th row, with about `_SAMPLE_ELEMENTS` elements in all
         if weight.ndim:
-            height = len(weight)
-            number = max(_SAMPLE_ROWS, _SAMPLE_ELEMENTS * height // weight.numel())
-            step = max(1, height // number)
+            num_rows = len(weight)
+            num_sampled = max(_MIN_SAMPLE_ROWS, _SAMPLE_ELEMENTS * num_rows // weight.numel())
+            step = max(1, num_rows // num_sampled)
             self.rows = slice(step // 2, None, step)
         self.weight = self.of(weight).float()
-        self.share = self.weight.numel() / weight.numel()  # sampled fraction of the weight
+        self.sampled_fraction = self.weight.numel() / weight.numel()
         self.additions: dict[Path, Tensor] = {}
         self._total = torch.zeros_like(self.weight)
 
@@ -87,7 +95,7 @@ class SampledRows:
         return tensor[self.rows] if tensor.ndim else tensor
 
     def note(self, path: Path, total: Tensor) -> None:
-        """Record the difference to the last call's sum as the addition of a file.
+        """Record what a file adds: the difference between this sum and that of the last call.
 
         Args:
             path: File of the LoRA.
@@ -101,12 +109,14 @@ class SampledRows:
         """Return how much of each file's change is lost by rounding the weight to the nearest value."""
         exact = self.weight + self._total
         error = exact.to(dtype).float() - exact
-        sums = []
-        for added in self.additions.values():
-            lost = error * added
-            sums.append(torch.stack([lost.sum(), added.square().sum(), lost.square().sum()]))
-        numbers = torch.stack(sums).tolist()  # a single synchronization with the device
-        return {path: RoundingLoss(*row) for path, row in zip(self.additions, numbers, strict=True)}
+        sums_by_file = []
+        for change in self.additions.values():
+            product = error * change
+            # the fields of `RoundingLoss`
+            sums = [product.sum(), change.square().sum(), product.square().sum()]
+            sums_by_file.append(torch.stack(sums))
+        rows = torch.stack(sums_by_file).tolist()  # a single synchronization with the device
+        return {path: RoundingLoss(*row) for path, row in zip(self.additions, rows, strict=True)}
 
 
 @dataclass(frozen=True)
@@ -115,7 +125,7 @@ class RandomRounding:
 
     dtype: torch.dtype  # 16-bit dtype of the result
     seed: bytes  # result of `seed_of` for the weight
-    noise: Tensor  # _NOISE uniform integers below one step of the dtype, on the weight's device
+    noise: Tensor  # _NOISE uniform integers that fill the dropped bits of the dtype, on the weight's device
 
     def round(self, values: Tensor, start: int) -> None:
         """Round float32 values stochastically, in place, to values of the dtype.
@@ -130,9 +140,10 @@ class RandomRounding:
         flat = values.view(-1)
         for first in range(0, len(flat), _CHUNK):
             chunk = flat[first : first + _CHUNK]
+            # a hash of the seed and the position, so that the blocks of a weight may have any size
             position = (start + first).to_bytes(8, "little")
-            place = hashlib.blake2b(position, key=self.seed, digest_size=8).digest()
-            offset = int.from_bytes(place, "little") % (_NOISE - _CHUNK)
+            position_hash = hashlib.blake2b(position, key=self.seed, digest_size=8).digest()
+            offset = int.from_bytes(position_hash, "little") % (_NOISE - _CHUNK)
             shift = None
             if self.dtype == torch.float16:
                 # move subnormal values up, to where the spacing is the same and equals the dropped bits
@@ -152,17 +163,17 @@ class RandomRounding:
         With few elements, a single draw may lose or add more than 1 % of the change by chance.
 
         Args:
-            values: The values.
+            values: All values of the weight, float32, rounded in place.
             change: Sum of the changes by LoRAs, float32.
         """
-        minimum = math.inf
+        min_loss = math.inf
         best = values
         for draw in range(_DRAWS):
             rounded = values.clone()
             replace(self, seed=self.seed + bytes([draw])).round(rounded, 0)
-            lost = abs(float(((rounded - values) * change).sum()))
-            if lost < minimum:
-                minimum = lost
+            loss = abs(float(((rounded - values) * change).sum()))
+            if loss < min_loss:
+                min_loss = loss
                 best = rounded
         values.copy_(best)
 
@@ -189,12 +200,12 @@ class LoraRounding:
         # whether rows are sampled: not needed if every weight is rounded stochastically anyway
         self.needs_samples = rule != STOCHASTIC
         self._noise: dict[tuple[torch.dtype, torch.device], Tensor] = {}  # for `RandomRounding.noise`
-        self._forget()
+        self._reset_counts()
 
-    def _forget(self) -> None:
-        self._losses: dict[Path, RoundingLoss] = {}
+    def _reset_counts(self) -> None:
+        self._losses: dict[Path, RoundingLoss] = {}  # estimated for the whole weights
         self._num_changed = 0  # changed weights
-        self._num_narrow = 0  # changed weights that are rounded to 16 bits
+        self._num_16_bit = 0  # changed weights that are rounded to 16 bits
         self._num_random = 0  # 16-bit weights that are rounded stochastically
 
     def select_random(self, dtype: torch.dtype | None, sample: SampledRows | None) -> bool:
@@ -207,15 +218,15 @@ class LoraRounding:
         self._num_changed += 1
         if dtype is None:
             return False
-        self._num_narrow += 1
+        self._num_16_bit += 1
         is_random = self._rule == STOCHASTIC
         if sample is not None:
             losses = sample.losses(dtype)
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
                 total = self._losses.setdefault(path, RoundingLoss())
-                total.lost += loss.lost / sample.share
-                total.size += loss.size / sample.share
+                total.error_dot_change += loss.error_dot_change / sample.sampled_fraction
+                total.squared_change += loss.squared_change / sample.sampled_fraction
         self._num_random += is_random
         return is_random
 
@@ -238,26 +249,26 @@ class LoraRounding:
         return RandomRounding(dtype, seed, self._noise[key])
 
     def words(self) -> str:
-        """Return how weights were rounded since the last report, with the effect; "" without news."""
+        """Return how weights were rounded since the last report, with the effect; "" if there is no news."""
         if not self._num_changed or (self._rule == AUTO and not self._num_random):
             return ""
         typed = f"--lora_rounding {self._rule}"
-        if not self._num_narrow:
+        if not self._num_16_bit:
             return f"{typed} has no effect: the weights are in float32, which keeps LoRAs of any size"
         if self._rule == STOCHASTIC:
-            return f"{self._num_narrow} weights are rounded at random, as {typed} says"
+            return f"{self._num_16_bit} weights are rounded at random, as {typed} says"
         if self._rule == NEAREST and not self._losses:
             return f"weights are rounded to the nearest, as {typed} says"
-        shares = []
+        percentages = []
         for path, loss in self._losses.items():
-            kept = 1 + loss.lost / loss.size if loss.size > 0 else 1.0  # of the change; 1 for a change of 0
-            percent = 100 * min(max(kept, 0), 1)
-            shares.append(f"{percent:.{1 if percent > 95 else 0}f} % of {path.name}")
-        keeps = list_some(shares, _NAMED_FILES)
+            percent = 100 * min(max(loss.kept_fraction, 0), 1)
+            decimals = 1 if percent > 95 else 0
+            percentages.append(f"{percent:.{decimals}f} % of {path.name}")
+        keeps = list_some(percentages, _MAX_NAMED_FILES)
         if self._rule == NEAREST:
             return f"weights are rounded to the nearest, as {typed} says: that keeps {keeps}"
         return (
-            f"{self._num_random} of {self._num_narrow} weights are rounded at random: rounding to the "
+            f"{self._num_random} of {self._num_16_bit} weights are rounded at random: rounding to the "
             f"nearest would keep {keeps}"
         )
 
@@ -281,4 +292,4 @@ class LoraRounding:
             )
         if words:
             logger.info(words)
-        self._forget()
+        self._reset_counts()

@@ -1,13 +1,13 @@
-"""LoRA layers whose frozen modules get the same tensor, such as those for q, k and v, in fewer products.
+"""Compute LoRA layers whose frozen modules get the same tensor (such as those for q, k and v) together.
 
-Each for itself, three layers cast their input three times, multiply it by three down factors and add three
-products to its gradient. Here the first layer that gets the tensor casts it and multiplies it by the down
-factors of all, one below another; the others take their columns. Where a GPU waits for the host, a step is
-shorter by these kernels. Of plain linear modules, the first layer computes the outputs of all: one function
-of autograd instead of two or three for each layer, which costs the host less, and products added in place. If
-their weights lie together (networks/joined_weights.py), one product has the outputs of all.
+Three separate layers cast their input three times, multiply it by three down factors, and add three products
+to its gradient. Here, the first layer that gets the tensor casts it and multiplies it by a matrix of all down
+factors; the others take their columns of the product. This saves kernels, for which a GPU may wait. If all
+modules are plain linear layers, the first layer computes the outputs of all layers: one autograd function
+instead of two or three per layer costs the host less, and products are added in place. If the frozen weights
+are adjacent in memory (networks/joined_weights.py), one product computes all outputs.
 """
-# Letters: M rows of all samples, R rank, of all layers together where a matrix is joined
+# Letters: M rows of all samples, R rank (the sum of ranks for a matrix of all layers)
 
 from collections.abc import Sequence
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from networks.lora_products import add_product, branch, rows_of
 
 
 class GroupedLayer(Protocol):
-    """What is asked of a LoRA layer that shares its input."""
+    """What `SharedInput` needs of a LoRA layer."""
 
     @property
     def original(self) -> nn.Linear | nn.Conv2d:
@@ -35,7 +35,7 @@ class GroupedLayer(Protocol):
 
 
 class SharedInput:
-    """What layers compute of their common input; it holds tensors until each layer has taken its part."""
+    """The products of layers with a common input; they are stored until each layer has taken its part."""
 
     def __init__(
         self,
@@ -50,60 +50,60 @@ class SharedInput:
         Args:
             layers: Layers without dropouts, whose frozen modules get the same tensor.
             ranks: Rank of each layer.
-            down: Their down factors, one below another, in the dtype of the pass.
+            down: The down factors one below another, in the dtype of the pass.
             ups: The up factor of each layer, times its scale, in the dtype of the pass.
-            up: These, one below another.
+            up: The matrices `ups` one below another.
         """
         self.layers = tuple(layers)
         self.ranks = list(ranks)
         self.down = down
         self.ups = list(ups)
         self.up = up
-        # else each layer asks for its part of the product, and calls its frozen module itself
+        # if False, each layer calls its frozen module itself, and takes only its part of the product
         self.computes_outputs = all(layer.is_plain(down.dtype) for layer in layers)
         self._forget()
 
     def _forget(self) -> None:
-        self._wide: Tensor | None = None
-        self._narrow: Tensor | None = None
-        self._source: Tensor | None = None
-        self._passed_on: Tensor | None = None
-        self._products: dict[GroupedLayer, Tensor] = {}
+        self._uncast_input: Tensor | None = None
+        self._cast_input: Tensor | None = None
+        self._source: Tensor | None = None  # the input that `_products` are for
+        self._frozen_input: Tensor | None = None  # the input of the frozen modules
+        self._products: dict[GroupedLayer, Tensor] = {}  # not yet taken by the layers
 
     def cast(self, x: Tensor) -> Tensor:
-        """Return the input in the dtype of the factors; layers that give the same tensor get the same."""
-        if self._wide is not x or self._narrow is None:
-            self._wide = x
-            self._narrow = x.to(self.down.dtype)
-        return self._narrow
+        """Return the input in the dtype of the factors; the same tensor is cast only once."""
+        if self._uncast_input is not x or self._cast_input is None:
+            self._uncast_input = x
+            self._cast_input = x.to(self.down.dtype)
+        return self._cast_input
 
     def multiply(self, layer: GroupedLayer, x: Tensor, joins: bool) -> tuple[Tensor, Tensor]:
-        """Return the input that the frozen module of a layer gets, and the input times the down factor.
+        """Return the input for the frozen module of a layer, and the input times the layer's down factor.
 
         Args:
             layer: One of the layers.
             x: Input, ... in, in the dtype of the factors.
-            joins: Whether the gradient of the input is added in place (`networks.lora_products.branch`); of
-                several layers, the first decides.
+            joins: Whether the gradient of the input is added in place (`networks.lora_products.branch`); the
+                value for the first layer counts for all.
 
         Returns:
             The input, ... in, and the product, ... R.
         """
         if self._source is not x or layer not in self._products:
             self._source = x
-            self._passed_on = x
+            self._frozen_input = x
             if joins:
-                self._passed_on, product = branch(x, self.down)
+                self._frozen_input, product = branch(x, self.down)
             else:
                 product = functional.linear(x, self.down)
             parts = product.split(self.ranks, -1)
             self._products = dict(zip(self.layers, parts, strict=True))
-        assert self._passed_on is not None
-        passed_on = self._passed_on
-        return passed_on, self._take(layer)
+        assert self._frozen_input is not None
+        frozen_input = self._frozen_input  # read first, because `_take` may forget it
+        return frozen_input, self._take(layer)
 
     def compute(self, layer: GroupedLayer, x: Tensor) -> Tensor:
-        """Return the output of a layer, ... out, of its frozen module and its LoRA; see `computes_outputs`.
+        """Return the output of a layer's frozen module and its LoRA, ... out; only if `computes_outputs`.
 
         Args:
             layer: One of the layers.
@@ -111,25 +111,26 @@ class SharedInput:
         """
         if self._source is not x or layer not in self._products:
             self._source = x
-            modules = [each.original for each in self.layers]
+            modules = [layer.original for layer in self.layers]
             weights = [module.weight for module in modules]
             biases = [module.bias for module in modules if module.bias is not None]
             split_sizes = [len(weight) for weight in weights]
-            weight = bias = None
-            if x.numel() // x.shape[-1] * sum(split_sizes) <= MAX_JOINED:
-                weight = joined(weights)
-                bias = joined(biases) if weight is not None and biases else None
+            joined_weight = joined_bias = None
+            num_rows = x.numel() // x.shape[-1]
+            if num_rows * sum(split_sizes) <= MAX_JOINED:
+                joined_weight = joined(weights)
+                joined_bias = joined(biases) if joined_weight is not None and biases else None
             outputs: Sequence[Tensor]
-            if weight is not None and (bias is not None or not biases):
-                outputs = _JoinedOutputs.apply(split_sizes, x, self.down, self.up, weight, bias)
+            if joined_weight is not None and (joined_bias is not None or not biases):
+                outputs = _JoinedOutputs.apply(split_sizes, x, self.down, self.up, joined_weight, joined_bias)
             else:
-                every_bias = [module.bias for module in modules]
-                outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *every_bias)
+                all_biases = [module.bias for module in modules]  # None for modules without one
+                outputs = _Outputs.apply(self.ranks, x, self.down, *self.ups, *weights, *all_biases)
             self._products = dict(zip(self.layers, outputs, strict=True))
         return self._take(layer)
 
     def _take(self, layer: GroupedLayer) -> Tensor:
-        """Return the part of a layer; after the last one, nothing is held."""
+        """Return the product or output of a layer; after the last layer, all tensors are released."""
         product = self._products.pop(layer)
         if not self._products:
             self._forget()
@@ -137,12 +138,17 @@ class SharedInput:
 
 
 class _Outputs(torch.autograd.Function):
-    """Frozen linear layers and their LoRAs; sums are rounded once, because products are added in place."""
+    """Frozen linear layers and their LoRAs; sums are rounded once, because products are added in place.
+
+    The inputs after `down` are the up factors, the weights and the biases of all layers.
+    """
 
     @staticmethod
     def forward(ctx: Any, ranks: Sequence[int], x: Tensor, down: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        count = len(ranks)
-        ups, weights, biases = rest[:count], rest[count : 2 * count], rest[2 * count :]
+        num_layers = len(ranks)
+        ups = rest[:num_layers]
+        weights = rest[num_layers : 2 * num_layers]
+        biases = rest[2 * num_layers :]
         product = functional.linear(x, down)
         ctx.set_materialize_grads(False)
         ctx.ranks = ranks
@@ -158,39 +164,37 @@ class _Outputs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         x, product, down, *rest = ctx.saved_tensors
-        count = len(ctx.ranks)
-        ups, weights = rest[:count], rest[count:]
+        num_layers = len(ctx.ranks)
+        ups = rest[:num_layers]
+        weights = rest[num_layers:]
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
         product = rows_of(product)
-        of_product = torch.empty_like(product)
-        of_x: Tensor | None = None
-        of_ups: list[Tensor | None] = []
-        parts = zip(
-            gradients,
-            ups,
-            weights,
-            product.split(ctx.ranks, -1),
-            of_product.split(ctx.ranks, -1),
-            strict=True,
-        )
-        for gradient, up, weight, part, of_part in parts:
+        parts = product.split(ctx.ranks, -1)
+        grad_product = torch.empty_like(product)
+        grad_parts = grad_product.split(ctx.ranks, -1)  # views, which are filled below
+        grad_x: Tensor | None = None
+        grad_ups: list[Tensor | None] = []
+        for index, gradient in enumerate(gradients):
             if gradient is None:  # nothing depends on this output
-                of_part.zero_()
-                of_ups.append(None)
+                grad_parts[index].zero_()
+                grad_ups.append(None)
                 continue
             gradient = rows_of(gradient)
-            torch.mm(gradient, up, out=of_part)
-            of_ups.append(gradient.t() @ part)
-            if needs_x:
-                of_x = gradient @ weight if of_x is None else of_x.addmm_(gradient, weight)
-        of_down = of_product.t() @ rows_of(x) if needs_down else None
-        if of_x is not None:
-            of_x = of_x.addmm_(of_product, down).view(x.shape)
-        return None, of_x, of_down, *of_ups, *(None,) * (2 * count)
+            torch.mm(gradient, ups[index], out=grad_parts[index])
+            grad_ups.append(gradient.t() @ parts[index])
+            if needs_x and grad_x is None:
+                grad_x = gradient @ weights[index]
+            elif grad_x is not None:
+                grad_x = grad_x.addmm_(gradient, weights[index])
+        grad_down = grad_product.t() @ rows_of(x) if needs_down else None
+        if grad_x is not None:
+            grad_x = grad_x.addmm_(grad_product, down).view(x.shape)
+        no_gradients = [None] * (2 * num_layers)  # of weights and biases
+        return None, grad_x, grad_down, *grad_ups, *no_gradients
 
 
 class _JoinedOutputs(torch.autograd.Function):
-    """As `_Outputs`, of weights that lie together; the gradients of all outputs are joined once."""
+    """Like `_Outputs`, for weights that are adjacent in memory: one product for all layers."""
 
     @staticmethod
     def forward(
@@ -215,8 +219,10 @@ class _JoinedOutputs(torch.autograd.Function):
         x, product, down, up, weight = ctx.saved_tensors
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
         gradient = torch.cat([rows_of(each) for each in gradients], -1)
-        of_product = multiply_parts(gradient, up, ctx.split_sizes)
-        of_up = multiply_transposed(gradient, product, ctx.split_sizes)
-        of_down = of_product.t() @ rows_of(x) if needs_down else None
-        of_x = (gradient @ weight).addmm_(of_product, down).view(x.shape) if needs_x else None
-        return None, of_x, of_down, of_up, None, None
+        grad_product = multiply_parts(gradient, up, ctx.split_sizes)
+        grad_up = multiply_transposed(gradient, product, ctx.split_sizes)
+        grad_down = grad_product.t() @ rows_of(x) if needs_down else None
+        grad_x = None
+        if needs_x:
+            grad_x = (gradient @ weight).addmm_(grad_product, down).view(x.shape)
+        return None, grad_x, grad_down, grad_up, None, None

@@ -41,7 +41,7 @@ from networks.names.layouts import (
 from networks.names.texts import TEXT_PROJECTION
 
 IN_OUR_NAMES = "ours"  # dialect of the names that established trainers write
-# long prefix -> dialect to report, although its parts are removed one by one like other prefixes
+# prefixes that show a dialect as a whole; they are removed in several steps, like other prefixes
 _SPECIAL = {OF_LTX_FORK: "musubi-tuner for LTX-2", "lora_unet__": "VideoX-Fun"}
 # parts of a path added by wrappers of modules: torch.compile, checkpointing, FSDP
 _WRAPPERS = re.compile(
@@ -58,11 +58,13 @@ _TEXT = re.compile(
     r"(?:lora_|lycoris_)te(?P<ours>[1-4]?)[_.]|lora_(?:clip|t5)[_-]|te(?P<short>[1-4])[_.]|text_encoder(?:_(?P<pipeline>[2-4]))?[_.]"
     r"|text_encoders\.(?P<comfy>\w+)\.|(?P<alone>clip_[lg]|t5(?:xxl)?)\.|cond_stage_model\.|conditioner\.embedders\.(?P<ldm>\d)\."
 )
+# prefixes between that of a text encoder and the path of its layer
 _TEXT_STARTS = ("transformer.", "language_model.", "model.", "base_model.model.", "module.", "qwen3.")
-# beginnings of names in files of single encoders, which have no prefix
+# beginnings of names in CLIP without `text_model.`, as in transformers 5
 _OF_CLIP_ALONE = ("encoder_layers_", "embeddings_", "final_layer_norm")
+# beginnings of names of text encoders in files without a prefix for them
 _BARE_TEXTS = ("text_model.encoder.", "encoder.block.")
-# encoders to assume if the family is unknown
+# text encoders to assume if the family is unknown
 _OF_ALL = (*FamilyNames.encoders, ("lora_te2", OF_CLIP), ("lora_te", OF_LANGUAGE_MODEL))
 # names of the LoRA factors in other programs -> ours
 FACTORS = {"A": "lora_down", "B": "lora_up", "a": "lora_down", "b": "lora_up"}
@@ -88,39 +90,46 @@ _FACTOR = re.compile(
 # diffusers before PEFT: factors belong to the attention module, not to its layers
 _PROCESSOR = re.compile(r"(\.processor)?\.to_(?P<layer>q|k|v|out)_lora\.(?P<factor>down|up)\.weight$")
 _OF_PROCESSOR = {"q": "to_q", "k": "to_k", "v": "to_v", "out": "to_out.0"}
-_MODULATION = ".diff_m"  # LightX2V: `modulation` of the block (or head) whose path precedes it
+_MODULATION = ".diff_m"  # ending in LightX2V for the parameter `modulation` of a block or the head
 
 
 class _Starts(NamedTuple):
-    """Known prefixes of names, with the dialect that each shows ("": none); several may be combined."""
+    """Known prefixes of names, with the dialect that each shows ("": none); a name may have several."""
 
-    everywhere: Mapping[str, str]  # prefixes of all names
+    everywhere: Mapping[str, str]  # prefixes of names without dots
     dotted: Mapping[str, str]  # prefixes of names with dots
-    of_tools: tuple[str, ...]  # prefixes that are followed by an underscored name
-    further: Mapping[str, str]  # prefix of a pipeline's second network -> its expert
+    of_tools: tuple[str, ...]  # prefixes that are followed by a name with underscores
+    further: Mapping[str, str]  # prefix of the second network of a pipeline -> its expert
 
 
 @cache
 def find_networks() -> Mapping[str, str]:
-    """Return prefix of tensor names -> expert, for the networks in diffusers' pipelines.
+    """Return the experts by the prefixes of their networks in diffusers' pipelines.
 
-    This reads the names of all families, as `find_expert_starts` does.
+    It is a function because it loads the names of all families.
     """
-    return {f"{network}.": expert for family in FAMILIES for network, expert in family.experts}
+    experts = {}
+    for family in FAMILIES:
+        for network, expert in family.experts:
+            experts[f"{network}."] = expert
+    return experts
 
 
 @cache
 def find_expert_starts() -> Mapping[str, str]:
-    """Return the same as `find_networks`, with other prefixes in files that hold several experts."""
-    more_starts = {f"{name}.": expert for family in FAMILIES for name, expert in family.more_experts}
-    return {**find_networks(), **more_starts}
+    """Return the experts by all prefixes that files with several experts have for them."""
+    experts = dict(find_networks())
+    for family in FAMILIES:
+        for name, expert in family.more_experts:
+            experts[f"{name}."] = expert
+    return experts
 
 
 @cache
 def _find_starts() -> _Starts:
     """Return the known prefixes of names in LoRA files."""
     expert_starts = find_expert_starts()
-    # of networks in pipelines of diffusers with the same modules
+    # prefixes of other networks with the same modules in diffusers' pipelines
     more_starts = tuple(start for family in FAMILIES for start in family.more_starts)
     starts = {
         OURS: IN_OUR_NAMES,
@@ -136,23 +145,23 @@ def _find_starts() -> _Starts:
         UNET_IN_DIFFUSERS: "diffusers",
         **dict.fromkeys(("base_model.", "model.", "module.", "dit.", "net.", "denoiser."), ""),
     }
+    further = {}
+    for start, expert in expert_starts.items():
+        if start != IN_DIFFUSERS:
+            further[start] = expert
+            further[start.replace(".", "_")] = expert
+    underscored = {start.replace(".", "_"): dialect for start, dialect in starts.items()}
     return _Starts(
-        # in names without dots they have "_" for "."
-        everywhere={**starts, **{start.replace(".", "_"): dialect for start, dialect in starts.items()}},
-        # underscored, the first one is ours
+        everywhere={**starts, **underscored},
+        # only with dots: with an underscore, the first of these two is our own prefix
         dotted={**starts, **dict.fromkeys(("lora_unet.", "lora_transformer."), "OneTrainer")},
         of_tools=tuple(start for start in starts if start.endswith("_")),
-        further={
-            form: expert
-            for start, expert in expert_starts.items()
-            if start != IN_DIFFUSERS
-            for form in (start, start.replace(".", "_"))
-        },
+        further=further,
     )
 
 
-class Place(NamedTuple):
-    """The parts of the name of a tensor of a LoRA for a DiT."""
+class ParsedKey(NamedTuple):
+    """The parts of a key: the name of a tensor in a LoRA for a DiT."""
 
     path: str  # path of the module in the file, without prefixes: `blocks.0.attn1.to_q`
     full_path: str  # path of the module in the file, with prefixes
@@ -160,22 +169,22 @@ class Place(NamedTuple):
     dialect: str
 
 
-class TextPlace(NamedTuple):
-    """The parts of the name of a tensor of a text encoder's LoRA."""
+class ParsedTextKey(NamedTuple):
+    """The parts of a key: the name of a tensor in a LoRA for a text encoder."""
 
-    start: str  # prefix that shows the encoder
+    start: str  # prefix that names the encoder
     number: int  # number of the encoder, from 1
     path: str  # rest of the name
 
 
 class Bare(NamedTuple):
-    """A path after removal of some prefixes, and the dialect that these show."""
+    """A path without some of its prefixes, and the dialect that these show."""
 
     path: str
     dialect: str
 
 
-def split_key(key: str) -> Place | None:
+def split_key(key: str) -> ParsedKey | None:
     """Split a key for a transformer into its parts; None if it does not belong to a LoRA."""
     key = _PROCESSOR.sub(lambda match: f".{_OF_PROCESSOR[match['layer']]}.lora_{match['factor']}.weight", key)
     if key.endswith(_MODULATION):
@@ -184,7 +193,7 @@ def split_key(key: str) -> Place | None:
     if not part:
         return None
     bare = strip_starts(full_path)
-    return Place(bare.path, full_path, part, bare.dialect)
+    return ParsedKey(bare.path, full_path, part, bare.dialect)
 
 
 def split_end(key: str) -> tuple[str, str]:
@@ -202,16 +211,16 @@ def split_end(key: str) -> tuple[str, str]:
 
 
 def in_default_spelling(key: str) -> str:
-    """Replace the ending of a tensor's name in a file by ours if a kind of network spells it differently."""
+    """Replace the ending of a tensor's name by ours if another program spells it differently."""
     for spelling, replacement in SPELLINGS:
         key = spelling.sub(replacement, key)
     return key
 
 
 def without_starts(path: str) -> list[Bare]:
-    """Return a module's path with 0, 1, 2 ... known prefixes removed.
+    """Return a module's path with 0, 1, 2, ... known prefixes removed.
 
-    The dialect of each result is that of the first prefix that was removed.
+    The dialect of each result is that of the first removed prefix that shows one.
     """
     special = next((dialect for start, dialect in _SPECIAL.items() if path.startswith(start)), "")
     path = _WRAPPERS.sub("", path).rstrip("_.")
@@ -229,8 +238,8 @@ def without_starts(path: str) -> list[Bare]:
 def strip_starts(path: str) -> Bare:
     """Return a module's path without prefixes, and the dialect.
 
-    Prefixes are removed one by one until a known family has a module of that path, or else of that
-    underscored name; if none has, all are removed.
+    Prefixes are removed one by one until the path is that of a module of a known family. If it never is, its
+    underscored form is compared instead. If that is unknown too, all prefixes are removed.
     """
     stages = without_starts(path)
     bare = next((stage for stage in stages if is_name(stage.path, dotted=True)), None)
@@ -246,7 +255,7 @@ def dialect_in_words(dialect: str) -> str:
 
 
 def further_expert(key: str) -> str | None:
-    """Return the expert of a diffusers key that begins with the name of a second network; else None."""
+    """Return the expert of a key that begins with the second network of a pipeline; None for other keys."""
     for bare in without_starts(key):
         for start, expert in _find_starts().further.items():
             if bare.path.startswith(start):
@@ -254,31 +263,33 @@ def further_expert(key: str) -> str | None:
     return None
 
 
-def split_text(key: str) -> TextPlace | None:
-    """Split a text encoder's name; None for other names."""
+def split_text(key: str) -> ParsedTextKey | None:
+    """Split a key for a text encoder into its parts; None for other keys."""
     for bare in without_starts(key):
         match = _TEXT.match(bare.path)
         if match is not None:
             number = int(match["ours"] or match["short"] or match["pipeline"] or 1)
+            # CLIP-G is the second encoder of SDXL, in ComfyUI's names and in the original ones (numbered from
+            # 0)
             is_second = "clip_g" in (match["comfy"], match["alone"]) or match["ldm"] == "1"
             start = bare.path[: match.end()]
             path = bare.path[match.end() :]
-            return TextPlace(start, 2 if is_second else number, path)
+            return ParsedTextKey(start, 2 if is_second else number, path)
         if bare.path.startswith(_BARE_TEXTS):
-            return TextPlace("", 1, bare.path)
+            return ParsedTextKey("", 1, bare.path)
     return None
 
 
-def name_text(place: TextPlace, family: FamilyNames | None) -> str | None:
+def name_text(key: ParsedTextKey, family: FamilyNames | None) -> str | None:
     """Return our name for a tensor of a text encoder's LoRA: `lora_te1_text_model_...`; None if unknown.
 
     The names of the layers identify the encoder, because programs number encoders differently.
     """
-    path, part = split_end(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", place.path))
+    path, part = split_end(_PROCESSOR.sub(r".\g<layer>_proj.lora_\g<factor>.weight", key.path))
     if not part:
         return None
     kind, name = _text_layer(_WRAPPERS.sub("", path).rstrip("_"))
-    prefix = _text_prefix(place, kind, family)
+    prefix = _text_prefix(key, kind, family)
     return None if prefix is None else f"{prefix}_{name}.{part}"
 
 
@@ -292,8 +303,8 @@ def _text_layer(path: str) -> tuple[str, str]:
         name = path.replace(".", "_")
         if name.startswith(_OF_CLIP_ALONE):  # CLIP, as transformers 5 and later has it
             name = OF_CLIP + name
-        unknown = unknown or name
-        if name.removeprefix(OF_CLIP) == TEXT_PROJECTION:
+        unknown = unknown or name  # the first one, with all prefixes
+        if name.removeprefix(OF_CLIP) == TEXT_PROJECTION:  # some files have it inside `text_model`
             return OF_CLIP, TEXT_PROJECTION
         for kind in (OF_CLIP, OF_T5, OF_LANGUAGE_MODEL):
             if name.startswith(kind):
@@ -305,31 +316,40 @@ def _text_layer(path: str) -> tuple[str, str]:
         path = path.removeprefix(start)
 
 
-def _text_prefix(place: TextPlace, kind: str, family: FamilyNames | None) -> str | None:
-    """Return our prefix for an encoder; None if the file's name for it belongs to another kind of encoder."""
+def _text_prefix(key: ParsedTextKey, kind: str, family: FamilyNames | None) -> str | None:
+    """Return our prefix for a text encoder.
+
+    Args:
+        key: Parsed name of one of its tensors.
+        kind: Kind of its layers, such as OF_CLIP; "" if unknown.
+        family: The family; None if unknown.
+
+    Returns:
+        None if the family has another kind of encoder under the prefix of the file.
+    """
     encoders = _OF_ALL if family is None else family.encoders
-    prefixes = [prefix for prefix, layers in encoders if layers == kind]
-    label = place.start.rstrip("_.-").replace("lycoris_", "lora_")
-    if not label.startswith("lora_te"):
+    prefixes_of_kind = [prefix for prefix, layers in encoders if layers == kind]
+    file_prefix = key.start.rstrip("_.-").replace("lycoris_", "lora_")
+    if not file_prefix.startswith("lora_te"):  # another program's, which is translated by its number
         first_prefix, _ = encoders[0]
-        label = first_prefix if place.number == 1 else f"lora_te{place.number}"
-    elif kind == OF_CLIP and label == "lora_te" and (family is None or len(prefixes) > 1):
-        prefixes = [label]  # Stable Diffusion 1 and 2 call their single one so
-    if prefixes:
-        return prefixes[min(place.number, len(prefixes)) - 1]
-    if kind and label in dict(encoders):
-        return None  # the family has another kind of encoder under this prefix
-    return label
+        file_prefix = first_prefix if key.number == 1 else f"lora_te{key.number}"
+    elif kind == OF_CLIP and file_prefix == "lora_te" and (family is None or len(prefixes_of_kind) > 1):
+        prefixes_of_kind = [file_prefix]  # files for Stable Diffusion 1 and 2 call their only CLIP lora_te
+    if prefixes_of_kind:
+        return prefixes_of_kind[min(key.number, len(prefixes_of_kind)) - 1]
+    if kind and file_prefix in dict(encoders):
+        return None
+    return file_prefix
 
 
 def describe_unknown(paths: Iterable[str]) -> str:
-    """Describe unknown names: what surrounds the path of a known module, or else how all names begin.
+    """Describe unknown names, for a message.
+
+    The result names an unknown prefix or ending of a known module's path, else how all names begin. It is ""
+    if there are no paths.
 
     Args:
         paths: Paths with their prefixes.
-
-    Returns:
-        A phrase for a message; "" if there are no paths.
     """
     paths = list(paths)
     if not paths:

@@ -37,8 +37,8 @@ def uses_for(
         prefixes: Prefixes of all text encoders of the model; None if the LoRAs use these prefixes already, as
             after `for_encoders`.
     """
-    # keys of metadata that describe the DiT's part of a file: its model, and arguments such as rank masks
-    about_dit = ("ss_base", "modelspec", "ss_network_args")
+    # prefixes of metadata keys for the DiT's part of a file: its model, and arguments such as rank masks
+    keys_for_dit = ("ss_base", "modelspec", "ss_network_args")
     parts = []
     for use in uses:
         lora = replace(use.lora, text_tensors={})
@@ -51,7 +51,7 @@ def uses_for(
                 for name, tensor in texts.items()
                 if prefix_of(name) == prefix
             }
-            metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(about_dit)}
+            metadata = {key: text for key, text in lora.metadata.items() if not key.startswith(keys_for_dit)}
             lora = replace(
                 lora,
                 tensors=tensors,
@@ -76,14 +76,15 @@ class TextLoras:
         """
         self._rounding = LoraRounding(rounding)
         self._uses = [use for use in uses if use.lora.text_tensors]
-        self._on_side = on_side(uses, True)
+        # changes of the transformer's modules that are loaded with a text encoder
+        self._text_side_uses = on_side(uses, is_text=True)
         self._prefixes: set[str] = set()  # prefixes of the model's text encoders seen so far
-        self._done: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+        self._merged: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # networks that have their LoRAs
 
     @property
     def is_empty(self) -> bool:
         """Return whether no LoRA changes a text encoder or a module that is loaded with one."""
-        return not self._uses and not self._on_side
+        return not self._uses and not self._text_side_uses
 
     def warn_of_unused(self, encoders: Sequence[TextEncoder]) -> None:
         """Warn of changes for text encoders that the model lacks or that do not support LoRAs."""
@@ -99,7 +100,7 @@ class TextLoras:
                 )
         if any(has_text_side(encoder) for encoder in encoders):
             return
-        for use in self._on_side:
+        for use in self._text_side_uses:
             names = [*use.lora.tensors]
             logger.warning(
                 f"{use.lora.path}: {len(names)} tensors change {text_side_of(names)}, which this model does "
@@ -115,13 +116,19 @@ class TextLoras:
         if self._uses and can_learn(encoder):
             prefix = encoder.lora_prefix
             uses = uses_for(self._uses, prefix, {prefix, *self._prefixes})
-            self._add(uses, encoder.network, encoder.name)
-        if self._on_side and has_text_side(encoder):
-            self._add(self._on_side, encoder.text_side, encoder.name)
+            self._merge(uses, encoder.network, encoder.name)
+        if self._text_side_uses and has_text_side(encoder):
+            self._merge(self._text_side_uses, encoder.text_side, encoder.name)
 
-    def _add(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
-        """Merge the LoRAs into a network once. Raises CheckpointError if weights in 8 bits would change."""
-        if not uses or network in self._done:
+    def _merge(self, uses: Sequence[LoraUse], network: nn.Module, label: str) -> None:
+        """Merge the LoRAs into a network once. Raises CheckpointError if weights in 8 bits would change.
+
+        Args:
+            uses: LoRA files with their strengths.
+            network: The network.
+            label: Name of the text encoder, for messages.
+        """
+        if not uses or network in self._merged:
             return
         patch = LoraPatch(uses, rounding=self._rounding)
         for name, parameter in network.named_parameters():
@@ -133,7 +140,7 @@ class TextLoras:
                 )
         patch.bake(network, published_parameter)
         patch.check()
-        self._done.add(network)
+        self._merged.add(network)
 
 
 def with_words_of(family: Family, uses: Iterable[Iterable[LoraUse]]) -> Family:
@@ -151,14 +158,15 @@ def with_words_of(family: Family, uses: Iterable[Iterable[LoraUse]]) -> Family:
 
 
 UNET = "model.diffusion_model."
-# beginnings of text encoders' names -> prefix of their modules in LoRA files, whether they are OpenCLIP's
-_TEXTS = (
+# prefix of a text encoder's tensors in a checkpoint, prefix of its modules in LoRA files, whether its names
+# are OpenCLIP's
+_TEXT_ENCODERS = (
     ("cond_stage_model.transformer.", "lora_te", False),
     ("cond_stage_model.model.", "lora_te", True),
     ("conditioner.embedders.0.transformer.", "lora_te1", False),
     ("conditioner.embedders.1.model.", "lora_te2", True),
 )
-_HF_START = "text_model."
+_CLIP_LEVEL = "text_model."  # first level of the names in transformers' CLIP
 
 
 @dataclass(frozen=True)
@@ -179,24 +187,27 @@ class TensorPiece:
 
 def is_full(names: Iterable[str]) -> bool:
     """Return whether tensor names belong to a full Stable Diffusion checkpoint: U-Net and text encoders."""
-    starts = {name.partition(".")[0] for name in names}
-    return "model" in starts and not starts.isdisjoint({"cond_stage_model", "conditioner"})
+    networks = {name.partition(".")[0] for name in names}
+    return "model" in networks and not networks.isdisjoint({"cond_stage_model", "conditioner"})
 
 
 def pieces_of(name: str) -> list[TensorPiece]:
     """Return the pieces of a checkpoint's tensor; [] if LoRAs do not change it (autoencoder, ...)."""
     if name.startswith(UNET):
         return [TensorPiece("", name)]
-    for start, prefix, is_open_clip in _TEXTS:
-        if not name.startswith(start):
+    for checkpoint_prefix, prefix, is_open_clip in _TEXT_ENCODERS:
+        if not name.startswith(checkpoint_prefix):
             continue
-        path = name.removeprefix(start)
+        path = name.removeprefix(checkpoint_prefix)
         if path.removesuffix(".weight") == TEXT_PROJECTION:
+            # OpenCLIP's projection is a parameter, the transpose of a Linear's weight
             return [TensorPiece(prefix, f"{TEXT_PROJECTION}.weight", is_transposed=path == TEXT_PROJECTION)]
         if is_open_clip:
-            return [TensorPiece(prefix, _HF_START + ours, third) for ours, third in open_clip_names(path)]
+            return [TensorPiece(prefix, _CLIP_LEVEL + ours, third) for ours, third in open_clip_names(path)]
         # old and merged files leave this level out
-        return [TensorPiece(prefix, path if path.startswith(_HF_START) else _HF_START + path)]
+        if not path.startswith(_CLIP_LEVEL):
+            path = _CLIP_LEVEL + path
+        return [TensorPiece(prefix, path)]
     return []
 
 
@@ -219,22 +230,28 @@ class FullPatch:
             rounding: Rounding of changed 16-bit weights, whose report covers all networks together.
         """
         names = list(names)
-        texts = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
-        fitting = for_encoders(uses, str(model), texts)
-        of_unet = [name for name in names if name.startswith(UNET)]
-        # by the prefix of the network in LoRA files
-        self._patches = {"": LoraPatch(uses_for(fitting), of_unet, model, rounding=rounding)}
-        for prefix in texts:
-            text_uses = uses_for(fitting, prefix)
+        prefixes = sorted({piece.network for name in names for piece in pieces_of(name)} - {""})
+        renamed_uses = for_encoders(uses, str(model), prefixes)
+        unet_names = [name for name in names if name.startswith(UNET)]
+        # by the prefix of the network in LoRA files; "": the U-Net
+        self._patches = {"": LoraPatch(uses_for(renamed_uses), unet_names, model, rounding=rounding)}
+        for prefix in prefixes:
+            text_uses = uses_for(renamed_uses, prefix)
             self._patches[prefix] = LoraPatch(text_uses, model=model, rounding=rounding)
 
     def touches(self, name: str) -> bool:
         """Return whether any file changes the tensor of this name."""
-        return any(patch.touches(piece.name) for piece, patch in self._of(name))
+        return any(patch.touches(piece.name) for piece, patch in self._list_pieces(name))
 
     def add_to(self, name: str, tensor: Tensor, target: torch.dtype | None = None) -> Tensor:
-        """Add the changes to the tensor in place, one piece (the weight of one module) at a time."""
-        for piece, patch in self._of(name):
+        """Add the changes to the tensor in place, one piece (the weight of one module) at a time.
+
+        Args:
+            name: Name of the tensor in the checkpoint.
+            tensor: The tensor.
+            target: Dtype to which the caller rounds the tensor; None for that of the tensor.
+        """
+        for piece, patch in self._list_pieces(name):
             patch.add_to(piece.name, piece.of(tensor), target)
         return tensor
 
@@ -243,8 +260,10 @@ class FullPatch:
         for patch in self._patches.values():
             patch.check()
 
-    def _of(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
-        return ((piece, self._patches[piece.network]) for piece in pieces_of(name))
+    def _list_pieces(self, name: str) -> Iterator[tuple[TensorPiece, LoraPatch]]:
+        """Yield the pieces of a tensor, each with the patch of its network."""
+        for piece in pieces_of(name):
+            yield piece, self._patches[piece.network]
 
 
 def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str]) -> list[LoraUse]:
@@ -258,7 +277,7 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
     Raises:
         CheckpointError: If a LoRA changes only other text encoders.
     """
-    fitting: list[LoraUse] = []
+    renamed: list[LoraUse] = []
     for use in uses:
         texts = rename_texts(use.lora.text_tensors, prefixes)
         path = use.lora.path
@@ -274,5 +293,5 @@ def for_encoders(uses: Iterable[LoraUse], model: str, prefixes: Collection[str])
                 f"{path}: {len(foreign)} tensors change a text encoder, which {model} does not hold, and are "
                 f"ignored: {list_some(foreign, 2)}"
             )
-        fitting.append(replace(use, lora=replace(use.lora, text_tensors=texts)))
-    return fitting
+        renamed.append(replace(use, lora=replace(use.lora, text_tensors=texts)))
+    return renamed

@@ -12,7 +12,7 @@ from torch import nn
 
 from modules.errors import CheckpointError
 from networks.apply import Change, LoraPatch
-from networks.gated_loras import AddedLayer, AddedPart, ChangedPlace, places
+from networks.gated_loras import AddedLayer, AddedPart, ChangedParameter, find_parameters
 from networks.kinds.contract import named
 from networks.loading import LoraUse
 from networks.rank_masks import rule_of
@@ -32,9 +32,9 @@ def add_unmerged(
         dtype: Dtype to compute in.
     """
     for name, weight_changes in changes.items():
-        layer_place = ChangedPlace(name, dit.get_submodule(name.removesuffix(".weight")))
-        num_rows = len(layer_place.shaped)
-        parts = [AddedPart(layer_place, change.delta, change.use.multiplier) for change in weight_changes]
+        parameter = ChangedParameter(name, dit.get_submodule(name.removesuffix(".weight")))
+        num_rows = len(parameter.unpacked)
+        parts = [AddedPart(parameter, change.delta, change.use.multiplier) for change in weight_changes]
         for part, change in zip(parts, weight_changes, strict=True):
             part.mask_ranks(dit, change.use.lora.metadata)
             if part.rotation is not None:
@@ -42,7 +42,7 @@ def add_unmerged(
             elif change.rows is not None:  # add to some of the outputs only
                 padding = (change.rows.start, num_rows - change.rows.stop)
                 part.region = partial(functional.pad, pad=padding)
-        layer = AddedLayer(layer_place, parts)
+        layer = AddedLayer(parameter, parts)
         layer.attach()
         layer.switch_on(device, dtype)
 
@@ -52,8 +52,10 @@ def split_masked(uses: Iterable[LoraUse]) -> tuple[list[LoraUse], list[LoraUse]]
     plain: list[LoraUse] = []
     masked: list[LoraUse] = []
     for use in uses:
-        side = plain if rule_of(use.lora.metadata) is None else masked
-        side.append(use)
+        if rule_of(use.lora.metadata) is None:
+            plain.append(use)
+        else:
+            masked.append(use)
     return plain, masked
 
 
@@ -64,11 +66,11 @@ def masked_changes(dit: nn.Module, uses: Sequence[LoraUse]) -> Mapping[str, Sequ
         CheckpointError: If a file does not fit, or if it changes anything besides weights of layers.
     """
     patch = LoraPatch(uses, is_masked=True)
-    for place in places(dit).values():
-        name = place.path
+    for parameter in find_parameters(dit).values():
+        name = parameter.path
         if not patch.touches(name):
             continue
-        if not place.adds_to_output or not patch.leave_unmerged(name, tuple(place.shaped.shape)):
+        if not parameter.adds_to_output or not patch.leave_unmerged(name, tuple(parameter.unpacked.shape)):
             rule = rule_of(uses[0].lora.metadata)
             assert rule is not None  # else it is merged
             raise CheckpointError(

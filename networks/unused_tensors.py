@@ -10,14 +10,14 @@ from networks.names.texts import TEXT_PROJECTION
 from networks.tensor_names import strip_starts
 from protocols.bundled_embeddings import BUNDLE, word_of
 
-# if nothing better is known
-NOT_KNOWN = (
+# consequence if the reason is unknown
+_UNKNOWN_CONSEQUENCE = (
     "it is damaged or for another model, and does not do here what it was trained for. Copy it again, or "
     "give a LoRA for this model."
 )
-_OF_WORDS = ("emb_params", BUNDLE, "string_to_param")  # embeddings of words, in several programs' files
-# behind a module's path
-_IN_PEFT = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
+_WORD_EMBEDDINGS = ("emb_params", BUNDLE, "string_to_param")  # prefixes of names in several programs' files
+# levels that PEFT adds to the path of a module
+_PEFT_LEVEL = re.compile(r"\.(?:base_layer|original_module|modules_to_save(?:\.[^.]+)?)$")
 _LEAVES = (".weight", ".bias")
 
 
@@ -44,16 +44,16 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
         key: Name of the tensor in the file.
     """
     leaf = next((leaf for leaf in _LEAVES if key.endswith(leaf)), "")
-    path = strip_starts(_IN_PEFT.sub("", key.removesuffix(leaf))).path
+    path = strip_starts(_PEFT_LEVEL.sub("", key.removesuffix(leaf))).path
     name = path.replace(".", "_")
     our_name = name if family is None else module_names.alias(name, family)
     text_side = module_names.on_text_side(our_name)
     if text_side:
         return UnusedKind(f"are whole weights of {text_side}, no changes of them, and are ignored")
-    if path.startswith(_OF_WORDS):
-        return UnusedKind(f"are embeddings of words and are ignored{_about_word(key)}")
+    if path.startswith(_WORD_EMBEDDINGS):
+        return UnusedKind(f"are embeddings of words and are ignored{_advise_on_word(key)}")
     if module_names.is_name(name):
-        return _kind_of_weight(name, leaf)
+        return _find_kind_of_weight(name, leaf)
     module, dot, part = path.rpartition(".")
     # a known module with an unknown part: a kind of network that is not supported
     if dot and module_names.is_name(module.replace(".", "_")):
@@ -65,10 +65,10 @@ def kind_of_tensor(family: FamilyNames | None, key: str) -> UnusedKind:
         network_prefix = path.partition(".")[0]
         network = key[: key.index(network_prefix)] + network_prefix
         return UnusedKind(f"are of another network, {network}, and are ignored")
-    return UnusedKind("are no part of a LoRA and are ignored", NOT_KNOWN)
+    return UnusedKind("are no part of a LoRA and are ignored", _UNKNOWN_CONSEQUENCE)
 
 
-def _about_word(key: str) -> str:
+def _advise_on_word(key: str) -> str:
     """Return the advice for the embedding of a word in a LoRA file; "" if the key names no word."""
     word = word_of(key)
     if not word:
@@ -79,8 +79,13 @@ def _about_word(key: str) -> str:
     )
 
 
-def _kind_of_weight(name: str, leaf: str) -> UnusedKind:
-    """Return the kind of a whole weight of a model's module."""
+def _find_kind_of_weight(name: str, leaf: str) -> UnusedKind:
+    """Return the kind of a whole weight of a model's module.
+
+    Args:
+        name: Our name of the module.
+        leaf: `.weight` or `.bias`.
+    """
     kind = "weights"
     if leaf == ".bias":
         kind = "biases"
@@ -99,10 +104,10 @@ def kind_of_module(
     """Return the kind of a LoRA's part for which the model has no module.
 
     Args:
-        model: Family of the model.
-        has_text_modules: Whether the model has modules of the text encoder's side.
-        names_without_numbers: Names of the model's modules, `without_numbers`.
-        name: Name such as `lora_unet_x.weight` or `lora_unet_x`.
+        model: Family of the model; None if unknown.
+        has_text_modules: Whether the model has modules that are loaded with the text encoder.
+        names_without_numbers: Results of `without_numbers` for the model's modules.
+        name: Name of the part, such as `lora_unet_x.weight` or `lora_unet_x`.
     """
     module, _, leaf = name.removeprefix(OURS).partition(".")
     text_modules = "" if has_text_modules else module_names.on_text_side(module)
@@ -147,10 +152,12 @@ def kind_of_text_module(name: str) -> UnusedKind:
     """Return the kind of a LoRA's part for which the text encoder has no module.
 
     Args:
-        name: Name such as `lora_te2_text_projection.weight`.
+        name: Name of the part, such as `lora_te2_text_projection.weight`.
     """
-    prefix, _, path = name.partition(".")[0].partition("_")[2].partition("_")
-    encoder = _ENCODERS.get(f"lora_{prefix}", "a text encoder")
+    module = name.partition(".")[0]
+    prefix = "_".join(module.split("_")[:2])
+    path = module.removeprefix(f"{prefix}_")
+    encoder = _ENCODERS.get(prefix, "a text encoder")
     if path == TEXT_PROJECTION:
         return UnusedKind(f": they are the projection of {encoder}, which this model does not use")
     if path.startswith((OF_CLIP, OF_T5, OF_LANGUAGE_MODEL)):
@@ -179,7 +186,7 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
     Args:
         names: Names of the LoRA's parts.
         weights: Names of the model's tensors.
-        model: Family of the model.
+        model: Family of the model; None if unknown.
     """
     existing = {name.removesuffix(".weight").replace(".", "_") for name in weights}
     if model is None or not existing:
@@ -194,5 +201,5 @@ def list_lacking(names: Iterable[str], weights: Collection[str], model: FamilyNa
 
 def text_side_of(names: Iterable[str]) -> str:
     """Return the model part that all names belong to, if it loads with the text encoder; else ""."""
-    words = {module_names.on_text_side(module_of(name)) for name in names}
-    return words.pop() if len(words) == 1 else ""
+    model_parts = {module_names.on_text_side(module_of(name)) for name in names}  # "": of the transformer
+    return model_parts.pop() if len(model_parts) == 1 else ""

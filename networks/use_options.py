@@ -80,7 +80,8 @@ PATTERN = (
 )
 
 
-UNTYPED = "(?#of another option)"  # before a part of a pattern: it may fit nothing
+# a comment of regular expressions; the rest of the pattern was not typed by the user and may match nothing
+UNTYPED = "(?#of another option)"
 
 
 class LoraPatternOptions(Options):

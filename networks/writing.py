@@ -1,6 +1,8 @@
-"""Write LoRAs in the dialects of ComfyUI and diffusers."""
+"""Write LoRAs in the dialects of ComfyUI and diffusers.
 
-import itertools
+A function that cannot convert a module returns the reason, a string.
+"""
+
 import math
 from collections.abc import Callable, Mapping, Sequence
 from logging import getLogger
@@ -25,7 +27,7 @@ from networks.tensor_names import MAGNITUDES_END, PEFT_ENDS
 logger = getLogger(__name__)
 _UNKNOWN = "no known model has a module with this name"
 Pieces = Mapping[str, Factors]  # path in the other dialect -> factors
-Form = dict[str, Tensor] | str  # tensors of a module by the ends of their names, or why there are none
+Form = dict[str, Tensor] | str  # tensors of a module by the endings of their names, or why it has no form
 
 
 def in_dialect(
@@ -33,14 +35,14 @@ def in_dialect(
 ) -> TranslatedModules:
     """Convert our names to ComfyUI's ("other") or diffusers': `diffusion_model.<path>.lora_A.weight`.
 
-    Both factors of a LoRA are multiplied by sqrt(alpha / rank), and alpha is dropped; other kinds keep their
-    factors and alphas. Only ComfyUI reads other kinds, except for files that
-    `NetworkKind.write_for_diffusers` writes. For diffusers, the full difference of a matrix becomes a LoRA of
-    full rank, which is exact. Module paths come from the list of the family's real modules.
+    alpha / rank is multiplied into the factors of a LoRA (folded), and alpha is dropped. Other kinds keep
+    their factors and alphas; only ComfyUI reads them, except for kinds with
+    `NetworkKind.write_for_diffusers`. For diffusers, the full difference of a matrix becomes a LoRA of full
+    rank, which is exact.
 
     If diffusers splits the fused weights of a family, such as FLUX, the parts share the down factor, or have
-    their own if the up factor is block-diagonal; alpha / rank is folded in by powers of two, which is exact.
-    ai-toolkit and ComfyUI read plain LoRAs of FLUX in this form too, but other kinds only with our modules.
+    their own if the up factor is block-diagonal. ai-toolkit and ComfyUI read plain LoRAs of FLUX in this form
+    too, but other kinds only with our modules.
 
     Args:
         tensors: Tensors by name.
@@ -49,38 +51,41 @@ def in_dialect(
         start: Prefix of names in diffusers: the name of the network in the pipeline.
 
     Returns:
-        The tensors in the dialect, and the modules that are left out with the reason.
+        The tensors in the dialect, and the modules that it cannot express.
     """
     modules = deltas.group_by_module(tensors)
     if family is None:
         return TranslatedModules({}, dict.fromkeys(modules, _UNKNOWN))
     for kind in KINDS if target == "diffusers" else ():
-        written_alone = kind.write_for_diffusers(modules, family)
-        if written_alone is not None:
-            return written_alone
+        written = kind.write_for_diffusers(modules, family)
+        if written is not None:
+            return written
     if target == "diffusers" or (family.is_as_in_diffusers and family.start != IN_COMFYUI):
         prefix = UNET_IN_DIFFUSERS if family.start == UNET_IN_DIFFUSERS else start
         form_of = _in_toolkit if family.parts else _in_diffusers
-        return write_modules(modules, prefix, lambda name, factors: _pieces(name, factors, family), form_of)
-    # plain LoRAs of weights that diffusers splits are written as for diffusers
+        return write_modules(
+            modules, prefix, lambda name, factors: _split_for_diffusers(name, factors, family), form_of
+        )
+    # for ComfyUI: plain LoRAs of weights that diffusers splits are written as for diffusers, all others with
+    # our modules
     is_split_in_diffusers = family.parts and family.start == IN_DIFFUSERS
     plain: dict[str, Factors] = {}
-    remaining: dict[str, Factors] = {}
+    others: dict[str, Factors] = {}
     for name, factors in modules.items():
         if is_split_in_diffusers and factors.keys() <= deltas.OF_LOW_RANK:
             plain[name] = factors
         else:
-            remaining[name] = factors
-    written = in_dialect(deltas.ungroup(plain), family, "diffusers")
-    for name in written.left_out:
-        remaining[name] = plain[name]
+            others[name] = factors
+    as_diffusers = in_dialect(deltas.ungroup(plain), family, "diffusers")
+    for name in as_diffusers.left_out:
+        others[name] = plain[name]
     as_ours = write_modules(
-        remaining,
+        others,
         IN_COMFYUI,
         lambda name, factors: alone(module_path(name, family), factors),
         in_comfyui,
     )
-    return TranslatedModules({**written.tensors, **as_ours.tensors}, as_ours.left_out)
+    return TranslatedModules({**as_diffusers.tensors, **as_ours.tensors}, as_ours.left_out)
 
 
 def write_pieces_for_diffusers(
@@ -93,13 +98,15 @@ def write_pieces_for_diffusers(
         family: The model family.
         start: Prefix of the names.
     """
-    return write_modules(modules, start, lambda name, factors: _pieces(name, factors, family), _in_diffusers)
+    return write_modules(
+        modules, start, lambda name, factors: _split_for_diffusers(name, factors, family), _in_diffusers
+    )
 
 
 def texts_to_diffusers(tensors: Mapping[str, Tensor]) -> TranslatedModules:
-    """`lora_te1_text_model_...` -> `text_encoder.text_model. ... .lora_A/lora_B.weight`, as diffusers has it.
+    """Rename LoRAs of text encoders to `text_encoder.text_model. ... .lora_A.weight`, as diffusers has them.
 
-    CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders for which no diffusers pipeline loads LoRAs are
+    CLIP-L is `text_encoder`, T5 `text_encoder_2`. Encoders for which no pipeline of diffusers loads LoRAs are
     left out.
     """
     reason = "diffusers has no such text encoder"
@@ -117,15 +124,15 @@ def texts_to_comfyui(tensors: Mapping[str, Tensor], family: FamilyNames | None) 
     Encoders that ComfyUI reads under our names keep these names; missing alphas are added.
     """
     starts = () if family is None else family.texts_in_comfyui
-    kept: dict[str, Tensor] = {}
-    written: dict[str, Tensor] = {}
+    unchanged: dict[str, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
     for name, factors in deltas.group_by_module(tensors).items():
         path = comfyui_path_of_text(name, starts)
         if path is None:
-            kept |= deltas.ungroup({name: factors})
+            unchanged |= deltas.ungroup({name: factors})
         else:
-            written |= {f"{path}.{part}": tensor for part, tensor in in_comfyui(factors).items()}
-    return {**written, **add_missing_alphas(kept)}
+            renamed |= {f"{path}.{part}": tensor for part, tensor in in_comfyui(factors).items()}
+    return {**renamed, **add_missing_alphas(unchanged)}
 
 
 def alone(path: str | None, factors: Factors, reason: str = _UNKNOWN) -> Pieces | str:
@@ -148,11 +155,11 @@ def write_modules(
     """Return the tensors of a network in another dialect.
 
     Args:
-        modules: Factors by module name, ours.
+        modules: Factors by our names of the modules.
         start: Prefix of the names in that dialect.
-        pieces_of: Maps a module (without our prefix) and its factors to factors by path in the dialect, or to
-            the reason why the dialect cannot express them.
-        form_of: Converts factors to the dialect's tensors, or returns the reason why that is impossible.
+        pieces_of: Takes our name of a module, without prefix, and its factors; returns factors by path in the
+            dialect, or the reason why the dialect cannot express them.
+        form_of: Converts factors to tensors of the dialect, or returns the reason why that is impossible.
     """
     written: dict[str, Tensor] = {}
     left_out: dict[str, str] = {}
@@ -182,13 +189,14 @@ def write_modules(
 def in_comfyui(factors: Factors) -> dict[str, Tensor]:
     """Return the tensors of a module as ComfyUI reads them.
 
-    ComfyUI takes biases as full differences. An alpha of 0 means the rank and is written as the rank.
+    Biases become full differences.
     """
     form = {part: tensor for part, tensor in factors.items() if part not in ("alpha", *deltas.OF_BIAS)}
     rank = deltas.rank_of(factors)
     if form.keys() <= {*LORA, "diff", MAGNITUDES}:  # alpha can be folded into the factors of a LoRA
         form = _fold(factors) | {part: tensor for part, tensor in form.items() if part not in LORA}
     elif rank is not None:
+        # an alpha of 0 stands for the rank, and is written as the rank
         form["alpha"] = torch.tensor(deltas.strength(factors) * rank)
     bias = read_delta(factors).stored_bias()
     if bias is not None:
@@ -202,8 +210,9 @@ def _in_diffusers(factors: Factors) -> Form:
     rotation = delta.rotation
     if rotation is not None:
         return {rotation.part: factors[rotation.part]}
-    if factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors and factors["diff"].ndim == 2:
-        factors = _of_full_rank(factors)
+    is_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
+    if is_difference and factors["diff"].ndim == 2:
+        factors = _to_full_rank(factors)
     if factors.keys() - deltas.OF_LOW_RANK - {MAGNITUDES} or DOWN not in factors:
         parts = sorted(factors.keys() - {"alpha"})
         return f"{', '.join(parts)} has no form in this dialect"
@@ -216,27 +225,31 @@ def _in_diffusers(factors: Factors) -> Form:
     if bias is not None:
         form[PEFT_ENDS["lora_up.bias"]] = bias
     if MAGNITUDES in factors:
-        magnitudes = factors[MAGNITUDES]
+        magnitudes = factors[MAGNITUDES]  # out x 1 (x 1 ...)
         kernel_axes = magnitudes.ndim - 2
         form[MAGNITUDES_END] = magnitudes.flatten()
-        if kernel_axes:
+        if kernel_axes:  # PEFT has 1 x out x 1 x 1 for convolutions
             form[MAGNITUDES_END] = magnitudes.reshape(1, -1, *[1] * kernel_axes)
     return form
 
 
-def _of_full_rank(factors: Factors) -> Factors:
+def _to_full_rank(factors: Factors) -> Factors:
     """Write the full difference of a matrix, out x in, as a LoRA: the difference times an identity matrix."""
     difference = factors["diff"]
-    out, inner = difference.shape
-    unit = torch.eye(min(out, inner), dtype=difference.dtype)
+    out_features, in_features = difference.shape
+    identity = torch.eye(min(out_features, in_features), dtype=difference.dtype)
     lora = {part: tensor for part, tensor in factors.items() if part not in ("diff", "alpha")}
-    lora[DOWN] = difference if out <= inner else unit
-    lora[UP] = unit if out <= inner else difference
+    if out_features <= in_features:  # the smaller rank
+        lora[DOWN] = difference
+        lora[UP] = identity
+    else:
+        lora[DOWN] = identity
+        lora[UP] = difference
     return lora
 
 
 def _fold(factors: Factors) -> dict[str, Tensor]:
-    """Return LoRA factors with alpha / rank split evenly between the two."""
+    """Return LoRA factors, each multiplied by the square root of alpha / rank, under PEFT's names."""
     scale = deltas.strength(factors)
     root = math.sqrt(abs(scale))
     folded: dict[str, Tensor] = {}
@@ -250,21 +263,21 @@ def _fold(factors: Factors) -> dict[str, Tensor]:
 
 
 def _in_toolkit(factors: Factors) -> Form:
-    """Return the tensors as diffusers reads them, with alpha / rank folded into both factors exactly."""
+    """Return the tensors as diffusers reads them, with alpha / rank folded in exactly, by powers of two."""
     if DOWN not in factors:
         return _in_diffusers(factors)
     folded = deltas.fold_strength(factors)
     return _in_diffusers({part: tensor.contiguous() for part, tensor in folded.items()})
 
 
-def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
+def _split_for_diffusers(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
     """Return the factors of each part of a module by its path in diffusers, or why it cannot be split."""
     path = module_path(name, family) if family.parts else module_names.diffusers_path(name, family)
     if path is None:
         return _UNKNOWN
     parts = parts_of(name, family)
     if not parts:
-        return {path: factors}  # the same in both layouts
+        return {path: factors}  # diffusers has this module unsplit
     if len(parts) > 1:
         return _cut(factors, [placed.path for placed in parts])
     (placed,) = parts
@@ -273,9 +286,11 @@ def _pieces(name: str, factors: Factors, family: FamilyNames) -> Pieces | str:
     if placed.part.index != SWAPPED or delta.rotation is not None:
         return {placed.path: factors}
     # scale and shift of a norm: the two layouts have these halves of the rows in opposite orders
-    by_rows = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
-    num_rows = len(by_rows[0]) if by_rows else 0
-    swapped = delta.rows(torch.arange(num_rows).roll(num_rows // 2)) if num_rows else None
+    row_tensors = [factors[part] for part in (UP, "diff", SET, "diff_b") if part in factors]
+    num_rows = len(row_tensors[0]) if row_tensors else 0
+    swapped = None
+    if num_rows:
+        swapped = delta.rows(torch.arange(num_rows).roll(num_rows // 2))
     return "it has no rows to swap" if swapped is None else {placed.path: swapped.factors}
 
 
@@ -295,14 +310,18 @@ def _cut(factors: Factors, paths: list[str]) -> Pieces | str:
         return "only plain LoRAs and whole differences can be cut into the parts of a weight"
     rows, columns = size
     row_counts = fused_sizes(len(paths), rows, columns)
-    if len(paths) == 2 and rows % 2 == 0:  # keys and values, or the two layers of a gated feed-forward
+    # two parts are keys and values, or the two layers of a gated feed-forward: they have equal heights
+    if len(paths) == 2 and rows % 2 == 0:
         row_counts = (rows // 2, rows // 2)
     if not row_counts:
         return f"its {rows} rows are not those of {len(paths)} parts"
     is_plain = DOWN in factors and len(factors) <= 3  # down, up and perhaps alpha
     blocks = diagonal_blocks(factors[UP], row_counts) if is_plain else None
     parts: Sequence[Factors | None]
-    parts = _cut_rows(factors, row_counts) if blocks is None else cut_blocks(factors, blocks)
+    if blocks is None:
+        parts = _cut_rows(factors, row_counts)
+    else:  # joined from LoRAs of the parts, which get their own ranks again
+        parts = cut_blocks(factors, blocks)
     pieces = {path: part for path, part in zip(paths, parts, strict=True) if part is not None}
     if len(pieces) < len(paths):
         return "its magnitudes belong to the whole weight"
@@ -322,18 +341,22 @@ def _size_to_cut(factors: Factors) -> tuple[int, int] | None:
 
 
 def _cut_rows(factors: Factors, split_sizes: Sequence[int]) -> list[Factors | None]:
-    """Return the factors of each group of rows; None where rows cannot be cut."""
-    starts = itertools.accumulate(split_sizes, initial=0)
+    """Return the factors of consecutive groups of rows; None for a group that cannot be cut out."""
     delta = read_delta(factors)
-    cut = [delta.rows(slice(start, start + size)) for start, size in zip(starts, split_sizes, strict=False)]
-    return [None if part is None else part.factors for part in cut]
+    parts: list[Factors | None] = []
+    start = 0
+    for size in split_sizes:
+        part = delta.rows(slice(start, start + size))
+        parts.append(None if part is None else part.factors)
+        start += size
+    return parts
 
 
 def _changes_any(factors: Factors) -> bool:
-    """Return whether the factors change the weight: any tensor except down and alpha is not zero."""
-    return SET in factors or any(
-        bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"}
-    )
+    """Return whether the factors change the weight: a tensor other than down factor and alpha is not zero."""
+    if SET in factors:  # replaces the weight, perhaps by zeros
+        return True
+    return any(bool(tensor.any()) for part, tensor in factors.items() if part not in {DOWN, "alpha"})
 
 
 def in_target(
@@ -347,36 +370,45 @@ def in_target(
         target: The target dialect.
         start: Prefix of names in diffusers: the name of the network in the pipeline.
     """
-    # modules that ComfyUI cannot read are taken out first, then the rest is written
-    without_form: dict[str, str] = {}
-    for name, factors in deltas.group_by_module(native).items() if target == "other" else ():
-        reasons = [kind.not_in_comfyui for kind in kinds_of_parts(factors) if kind.not_in_comfyui]
-        if reasons:
-            without_form[name] = reasons[0]
-    if without_form:
-        rest = {name: tensor for name, tensor in native.items() if name.partition(".")[0] not in without_form}
-        written = in_target(rest, family, target, start)
-        return TranslatedModules(written.tensors, written.left_out | without_form)
-    names = "" if family is None or target == "diffusers" else family.always_underscored
+    if target == "other":
+        unreadable = _find_unreadable_in_comfyui(native)
+        if unreadable:
+            readable = {
+                name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
+            }
+            written = in_target(readable, family, target, start)
+            return TranslatedModules(written.tensors, written.left_out | unreadable)
+        if family is not None and family.stacked_in_comfyui:
+            return _write_fused(native, family)
+    # which names with underscores the target uses; "": none
+    underscored = "" if family is None or target == "diffusers" else family.always_underscored
     if target == "other" and family is not None and family.underscored:
-        names = "aliases"
-    if target == "other" and family is not None and family.stacked_in_comfyui:
-        return _stacked(native, family)
-    if not names and target != "default":
+        underscored = "aliases"
+    if not underscored and target != "default":
         return in_dialect(native, family, target, start)
     tensors = add_missing_alphas(native)
-    if names == "aliases" and family is not None:
+    if underscored == "aliases" and family is not None:
         tensors = rename_to_aliases(tensors, family)
     return TranslatedModules(tensors, {})
 
 
-def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:
-    """Return a LoRA under the names of the layout that stacks modules, as ComfyUI reads them.
+def _find_unreadable_in_comfyui(native: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return the modules of kinds that ComfyUI cannot read, with the reasons."""
+    unreadable: dict[str, str] = {}
+    for name, factors in deltas.group_by_module(native).items():
+        reasons = [kind.not_in_comfyui for kind in kinds_of_parts(factors) if kind.not_in_comfyui]
+        if reasons:
+            unreadable[name] = reasons[0]
+    return unreadable
 
-    A part that cannot be stacked, because its factors are not a plain LoRA, is left out.
+
+def _write_fused(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedModules:
+    """Return a LoRA under the names of ComfyUI's layout, which fuses some of the family's modules.
+
+    A part that cannot be fused with others, because its factors are not a plain LoRA, is left out.
     """
     modules = deltas.group_by_module(fuse(native, family=family))
-    # `fuse` joins what it can: modules that still have the name of a part could not be stacked
+    # `fuse` joins what it can: modules that still have the name of a part could not be joined
     unstackable = [name for name in modules if is_stacked(name.removeprefix(OURS), family)]
     written = write_modules(
         {name: factors for name, factors in modules.items() if name not in unstackable},
@@ -389,10 +421,10 @@ def _stacked(native: Mapping[str, Tensor], family: FamilyNames) -> TranslatedMod
 
 
 def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Mapping[str, Tensor]:
-    """Convert a LoRA to the modules of the family's own layout: join parts, or split fused modules.
+    """Convert a LoRA to the modules of our layout: join parts, or split fused modules.
 
     Raises:
-        CheckpointError: If a part of a joined layer cannot be expressed by factors of its own.
+        CheckpointError: If a part has factors of a larger layer that cannot be converted (`resolve_rows`).
     """
     if family is not None and family.joined:
         return resolve_rows(take_apart(tensors, family))
@@ -401,7 +433,7 @@ def in_own_form(tensors: Mapping[str, Tensor], family: FamilyNames | None) -> Ma
 
 
 def take_apart(tensors: Mapping[str, Tensor], family: FamilyNames) -> dict[str, Tensor]:
-    """Convert modules that another layout fuses or names differently to the family's own modules.
+    """Convert modules of a layout that fuses some of our modules, or names them differently, to ours.
 
     A module that cannot be split is left unsplit, with a warning.
     """

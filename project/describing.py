@@ -608,6 +608,7 @@ def _words_of(choice: Choice, step: str) -> list[str]:
 
 def describe_run(choice: Choice, commands: list[list[str]]) -> str:
     """Return run.toml: the training's options, in the form of its --config_file, and the commands."""
+    # later values replace earlier ones; `choice.training` is from another trainer's project or a recipe
     values = choice.kind.change(_model_values(choice), choice.memory)
     own_options = [word for word in choice.kind.find_words(choice.model)[1:] if word != choice.kind.switch]
     values |= _read_options(own_options, {"word": choice.trigger or ""})

@@ -17,7 +17,7 @@ from modules.console import count_of
 from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch, OriginalWeights
 from networks.deltas import group_by_module, hollow
-from networks.gated_loras import AddedPart, attach_parts, fitting, places
+from networks.gated_loras import AddedPart, attach_parts, find_parameters, fit_lora
 from networks.key_formats import family_by_text_width
 from networks.loading import LoraFile, LoraUse, read_lora
 from networks.module_names import read_family
@@ -233,7 +233,7 @@ def load_networks(
                 for part in parts.values():
                     part.multiplier = multiplier
 
-    unet_layers = [{part.place.module_path: part for part in parts.values()} for parts in by_target[0]]
+    unet_layers = [{part.target.module_path: part for part in parts.values()} for parts in by_target[0]]
     return ChosenLoras(defaults, use_multipliers, unet_layers)
 
 
@@ -249,7 +249,7 @@ def _merge(targets: Sequence[_Target], uses: Sequence[LoraUse], rounding: str) -
 
 def _log_added(use: LoraUse, parts: Sequence[AddedPart]) -> None:
     """Log how many modules a LoRA changes, and how many of these changes are computed at each step."""
-    anew = sum(part.is_made_full for part in parts)
+    anew = sum(part.needs_full_matrix for part in parts)
     hint = f"; {anew} of them are computed again at each step: --network_pre_calc is faster" if anew else ""
     modules = count_of(len(parts), "module")
     logger.info(f"{use.lora.path}: added to {modules}, strength {use.multiplier:g}{hint}")
@@ -284,10 +284,10 @@ def _make_folding(
 
 def _attach_loras(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
     """Attach each file's LoRA to a network; return what each adds, by our names of modules."""
-    changeable = places(target.network, target.published_module)
+    changeable = find_parameters(target.network, target.published_module)
     files: list[dict[str, AddedPart]] = []
     for use in uses:
-        fitted = [fitting(part.lora, changeable, OPTION) for part in uses_for([use], target.prefix)]
+        fitted = [fit_lora(part.lora, changeable, OPTION) for part in uses_for([use], target.prefix)]
         parts: dict[str, AddedPart] = {}
         for name, delta in (fitted[0] if fitted else {}).items():
             parts[name] = AddedPart(changeable[name], delta, 1.0, use.lora.has_frozen_norms)

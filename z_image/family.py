@@ -209,6 +209,7 @@ class ZImage(ModelOfImages):
                 lowest,
             )
         solver = prepared.solver
+        # --even_steps selects the noise levels of diffusers
         if solver in {"euler", SOLVER}:
             solver = "euler" if self.even_steps else SOLVER
         extra = request.extra

@@ -45,18 +45,18 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[ZImageConfig]:
 
 def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
     """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
-    dim, numbers = shapes.of(f"all_x_embedder.{PART}.weight")
-    (width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
+    dim, patch_width = shapes.of(f"all_x_embedder.{PART}.weight")
+    (head_width,) = shapes.of("layers.0.attention.norm_q.weight", axes=1)
     hidden, freq_dim = shapes.of("t_embedder.mlp.0.weight")
     rows, columns = shapes.of("layers.0.attention.to_q.weight")
-    has_even_heads = dim % width == 0 and width % 16 == 0
-    if rows != dim or columns != dim or not has_even_heads or numbers % PATCH**2:
+    has_even_heads = dim % head_width == 0 and head_width % 16 == 0
+    if rows != dim or columns != dim or not has_even_heads or patch_width % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width} and patches of {numbers} "
-            f"numbers are not those of {WHAT}. Copy the file again.",
+            f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {head_width} and patches of "
+            f"{patch_width} numbers are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
-    channels = numbers // PATCH**2
+    channels = patch_width // PATCH**2
     if channels != FLUX_KIND.channels:
         raise CheckpointError(
             f"{shapes.path} takes {channels} channels, {WHAT} {FLUX_KIND.channels}: it is a "
@@ -66,8 +66,8 @@ def _read_config(shapes: dialects.DitShapes) -> ZImageConfig:
     return ZImageConfig(
         dim=dim,
         ffn_dim=shapes.of("layers.0.feed_forward.w1.weight")[0],
-        num_heads=dim // width,
-        num_kv_heads=dim // width,
+        num_heads=dim // head_width,
+        num_kv_heads=dim // head_width,
         num_layers=shapes.blocks("layers"),
         noise_refiner_layers=shapes.blocks("noise_refiner"),
         context_refiner_layers=shapes.blocks("context_refiner"),

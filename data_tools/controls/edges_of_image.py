@@ -16,13 +16,17 @@ class DrawEdgesOptions(Options, title="what to do"):
     """Options of tools/canny.py."""
 
     input: Path = option(
-        "image to read; for a folder use tools/control_pictures.py", place="file", required=True
+        "image to read; for a folder use tools/control_pictures.py",
+        place="file",
+        required=True,
+        by_place=True,
     )
     output: Path = option(
         f"image to write: {', '.join(STILL_FORMATS)}",
         place="new file",
         must_not_replace="input",
         required=True,
+        by_place=True,
     )
     thres1: int = option("lower threshold of the gradient", default=32, minimum=0, maximum=99_999)
     thres2: int = option("upper threshold", default=224, minimum=0, maximum=99_999)

@@ -1,7 +1,7 @@
-"""Kinds of networks, each in one file that can be deleted together with its lines below; but LoRA.
+"""Kinds of networks. Each, except LoRA, can be removed: delete its files and its two lines below.
 
 algebra: how a kind computes with factors
-composing: what tools and phases ask all kinds for
+composing: values and functions that combine all kinds
 contract: what a kind of network is
 dora: magnitudes of rows or columns
 dora_change: the change of a weight by a DoRA
@@ -33,7 +33,7 @@ from networks.kinds.tlora import TLORA
 
 __all__ = ["KINDS", "LORA"]
 
-# in the order in which messages name them, one a line
+# in the order in which messages name them; one per line, so that a kind is removed with its line
 # fmt: off
 KINDS: tuple[NetworkKind, ...] = (
     LORA,

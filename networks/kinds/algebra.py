@@ -1,7 +1,7 @@
-"""How a kind of network computes with the factors of a module: what `networks.delta` needs of each kind.
+"""The computations with the factors of a module that `networks.delta` needs from each kind of network.
 
-A kind's own algebra stands in its heavy half, such as `loha_layer.py`. Most add a product of factors to the
-weight; one normalizes the sum (`Magnitudes`), and one rotates inputs (`InputRotation`).
+A kind implements `Algebra` in the file that imports torch, such as `loha_layer.py`. Most kinds add a product
+of factors to the weight. One normalizes the sum (`Magnitudes`), and one rotates inputs (`InputRotation`).
 """
 
 from collections.abc import Callable
@@ -13,31 +13,32 @@ from networks.kinds.factors import Factors, Shapes
 
 
 class MismatchError(RuntimeError):
-    """The shapes of factors do not go together."""
+    """The shapes of factors do not match."""
 
 
 class Magnitudes(Protocol):
-    """Normalize the changed weight: one number for each output (out x 1 ...) or each input (1 x in ...)."""
+    """Norms for the changed weight: one for each output (out x 1 ...) or each input (1 x in ...)."""
 
     @property
     def part(self) -> str:
-        """End of the tensor's name."""
+        """Ending of the tensor's name."""
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
-        """Return the addition to a weight that gives the changed weight the norms of the magnitudes, float32.
+        """Return the addition to a weight, float32, after which its rows or columns have the new norms.
 
         Args:
             weight: The frozen weight, out in (kernel).
             delta: Change by the other factors, of the same shape.
-            magnitudes: Norms of the rows or columns.
-            by_frozen_norms: Whether magnitudes by output refer to the norms of the frozen weight alone.
+            magnitudes: New norms of the rows or columns.
+            by_frozen_norms: Whether rows are divided by the norms of the frozen weight, not of the changed
+                one.
         """
 
 
 class InputRotation(Protocol):
-    """Rotate the input of a layer, y = W (x R), in place of adding to its weight.
+    """Rotate the input of a layer, y = W (x R), instead of adding to its weight.
 
-    The tensors do not show how many outputs a layer has, and all parts of a fused layer can share them.
+    The tensors do not depend on the number of outputs, so all parts of a fused layer can share them.
     """
 
     @property
@@ -49,7 +50,7 @@ class InputRotation(Protocol):
         """Name with its article for messages, such as "an OFT"."""
 
     def make(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I in the form that `of_input` and `of_weight` take."""
+        """Return R - I in the form that `of_input` and `of_weight` take as `made`."""
 
     def of_input(self, x: Tensor, made: Tensor) -> Tensor:
         """Return x (R - I) for inputs `x`, ... in."""
@@ -58,7 +59,10 @@ class InputRotation(Protocol):
         """Return W (R^T - I), float32."""
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
-        """Return why the values do not fit a weight of this name, as half a sentence; "" if they fit."""
+        """Return why the values do not fit a weight of this name; "" if they do.
+
+        The text continues a sentence that begins with the file.
+        """
 
 
 class Algebra:
@@ -66,9 +70,9 @@ class Algebra:
 
     magnitudes: Magnitudes | None = None
     rotation: InputRotation | None = None
-    indivisible: str = ""  # title of a kind whose factors have no rows of the change: "a LoKr"
-    # returns which part is absent that these factors need, beyond `NetworkKind.pairs`, or which has a shape
-    # that is impossible for this kind; None if there is none. A kind with such rules overrides it.
+    indivisible: str = ""  # for a kind whose factors cannot be cut into rows, its name, such as "a LoKr"
+    # Returns which required part is missing (other than `NetworkKind.pairs`), or which has an impossible
+    # shape; None if there is no error. None instead of a function means that the kind has no such rules
     find_error: Callable[[Factors], str | None] | None = None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
@@ -78,7 +82,7 @@ class Algebra:
             shapes: Shapes of the factors by part.
 
         Raises:
-            MismatchError: If the factors have no product.
+            MismatchError: If the factors cannot be multiplied.
             KeyError: If a factor is missing.
             IndexError: If a factor has too few axes.
         """
@@ -94,11 +98,11 @@ class Algebra:
         return None
 
     def row_parts(self, factors: Factors) -> set[str] | None:
-        """Return the parts whose first axis is that of the weight's rows; None if rows are another axis."""
+        """Return the parts whose first axis is the weight's rows; None if rows are another axis of a part."""
         return set()
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return what replaces the factors of the full change for some of its rows; None if nothing can.
+        """Return the factors to replace so that only some rows of the change remain; None if there are none.
 
         Args:
             factors: Factors of the full change.
@@ -107,14 +111,14 @@ class Algebra:
         return {}
 
     def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
-        """Return the factors of the rows from `start` to `stop`; None if these are no full blocks.
+        """Return the factors of the rows from `start` to `stop`; None if the kind cannot cut there.
 
-        Used for kinds that do not implement `rows`.
+        This is for kinds whose `rows` returns None, but which can be cut between blocks of rows.
 
         Args:
             factors: Factors of the full change.
             height: Number of rows of the change.
             start: First row.
-            stop: Last row + 1.
+            stop: End of the rows (exclusive).
         """
         return None

@@ -1,8 +1,8 @@
-"""The record that describes a kind of network (LoRA, LoKr, DoRA, ...) to tools and trainings.
+"""The class that describes a kind of network (LoRA, LoKr, DoRA, ...) to tools and trainings.
 
-A kind is a file that does not import torch (with a second file for code that does), and its lines in
-`networks/kinds/__init__.py`. If these are removed, everything else still works. No tool names a kind except
-LoRA; functions that ask all kinds are in `composing.py`.
+A kind has one file that does not import torch, further files that do, and two lines in
+`networks/kinds/__init__.py`. If these are removed, everything else still works: no tool names a kind except
+LoRA. Functions over all kinds are in `composing.py`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,9 +21,11 @@ if TYPE_CHECKING:  # --help must not import torch
     from networks.names.layouts import FamilyNames
 
 LoraModule: TypeAlias = "nn.Linear | nn.Conv2d"
-# metadata: the norms that magnitudes by output refer to; with this value those of the frozen weights, as in
-# ComfyUI, otherwise those of the changed weights. A public name: other tools write it too.
-NORMS_FORM, FROZEN_NORMS = "ss_dora_scale_format", "comfy_weight_norm"
+# Metadata key for the norms that rows are divided by before magnitudes by output multiply them, and its value
+# for the norms of the frozen weights (ComfyUI). Otherwise, they are those of the changed weights. Other tools
+# write this key too
+NORMS_FORM = "ss_dora_scale_format"
+FROZEN_NORMS = "comfy_weight_norm"
 # arguments of --network_args that other kinds do not have, as messages list them
 FOR_LORAS = ("dora_wd", "loraplus_...", "network_reg_lrs", "ggpo_...", "tlora")
 
@@ -34,19 +36,19 @@ class Target(NamedTuple):
     module: LoraModule
     rank: int
     alpha: float
-    split_sizes: tuple[int, ...]  # rows of the parts that get separate factors; () for one pair of factors
-    rate_factor: float = 1.0  # multiplies its learning rate
+    split_sizes: tuple[int, ...]  # numbers of rows that get separate factors; (): one pair of factors for all
+    rate_factor: float = 1.0  # multiplies the learning rate
 
 
 class TranslatedModules(NamedTuple):
-    """A LoRA in another dialect, and the modules that the dialect cannot express, each with the reason."""
+    """A LoRA in another dialect, and the modules that the dialect cannot express."""
 
     tensors: "dict[str, Tensor]"
-    left_out: dict[str, str]
+    left_out: dict[str, str]  # module -> reason
 
 
 class Settings(Protocol):
-    """The settings of a network, as far as kinds read them: see `networks.lora_settings`."""
+    """The settings of a network that kinds read; `networks.lora_settings` implements them."""
 
     @property
     def rank(self) -> int:
@@ -77,14 +79,14 @@ class Settings(Protocol):
 
 
 class RankRule(Protocol):
-    """How many ranks of a LoRA are active for a sample at its noise level. It is comparable and hashable."""
+    """How many ranks of a LoRA are active at a noise level. Rules can be compared and hashed."""
 
     @property
     def kind(self) -> "NetworkKind":
         """The kind that the rule belongs to."""
 
     def in_words(self) -> str:
-        """Return the rule as --network_args has it."""
+        """Return the rule as arguments of --network_args."""
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
         """Return the number of active ranks for each sample, S.
@@ -102,53 +104,54 @@ class NetworkKind:
     article = "a"
 
     # --- tensors
-    parts: tuple[str, ...] = ()  # endings of tensor names that no other kind has
-    marks: tuple[str, ...] = ()  # each of its modules has at least one of these parts
+    parts: tuple[str, ...] = ()  # endings of tensor names that only this kind has
+    marks: tuple[str, ...] = ()  # those parts of which each of its modules has at least one
     pairs: tuple[tuple[str, str], ...] = ()  # parts that are only valid together
-    rank_parts: tuple[str, ...] = ()  # parts whose first axis is the rank; the first existing one is used
+    rank_parts: tuple[str, ...] = ()  # parts whose first axis is the rank; the first that exists is used
     magnitudes = ""  # part for `Algebra.magnitudes`; only one kind has it
-    cores: tuple[str, ...] = ()  # parts of its Tucker form, which is not trained here
-    # raises CheckpointError if a file with its modules was written for a variant that cannot be read
+    cores: tuple[str, ...] = ()  # parts of its Tucker form, which is read but not trained
+    # raises CheckpointError if a file with its modules was written for a variant that is not supported
     check_file: Callable[["Path"], None] | None = None
     needs_weight = False  # whether its change depends on the frozen weight
 
     # --- names in files
-    starts: Mapping[str, str] = MappingProxyType({})  # prefix of names -> dialect
-    word = ""  # regular expression that matches names of its tensors in any program's files
-    ends: Mapping[str, str] = MappingProxyType({})  # ending in other programs' names -> our part
-    flat = ""  # regular expression for names whose tensor is reshaped to a column
-    spellings: Mapping[str, str] = MappingProxyType({})  # regular expression -> replacement
-    unread: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # unsupported form -> endings of names
-    read_form = ""  # the supported form, if there are several
+    starts: Mapping[str, str] = MappingProxyType({})  # prefix of tensor names -> dialect
+    word = ""  # regular expression for a word in its tensor names, in files of any program
+    ends: Mapping[str, str] = MappingProxyType({})  # ending of names in other programs -> our part
+    flat = ""  # regular expression for names whose tensor is a vector in the file and a column here
+    spellings: Mapping[str, str] = MappingProxyType({})  # pattern of an ending in files -> our ending
+    unread: Mapping[str, tuple[str, ...]] = MappingProxyType({})  # unsupported form -> endings of its names
+    read_form = ""  # name of the supported form, if there are several
 
     # --- networks that are trained
-    network_module = ""  # its --network_module; "": it has no module of its own
-    module_note = ""  # follows the module's name in --help
-    dropout_note = ""  # meaning of --network_dropout, in --help
+    network_module = ""  # value of --network_module; "": it extends the layers of a LoRA
+    module_note = ""  # text after the module's name in --help
+    dropout_note = ""  # meaning of --network_dropout, for --help
     size_word = "rank"  # meaning of --network_dim
-    default_size: int | None = None
+    default_size: int | None = None  # default of --network_dim
     is_sized_by_rank = False  # whether its files grow with --network_dim
     has_alpha = True
-    takes_all_settings = False  # otherwise `check_settings` rejects unsupported settings
+    takes_all_settings = False  # if False, `check_settings` rejects settings that the kind does not support
     has_norms = True  # whether --scale_weight_norms is supported
-    is_for_texts = True
+    is_for_texts = True  # whether text encoders can have layers of this kind
     is_for_convolutions = True
-    other_modules: Mapping[str, str] = MappingProxyType({})  # unsupported module -> what to use instead
-    algorithms: tuple[str, ...] = ()  # `algo` values of LyCORIS for the same network
+    other_modules: Mapping[str, str] = MappingProxyType({})  # unsupported --network_module -> advice
+    algorithms: tuple[str, ...] = ()  # values of `algo` in LyCORIS for the same network
     # orders of a layer's parameters in optimizer states, here and in other programs
     orders: tuple[tuple[str, ...], ...] = ()
-    # for a kind that --network_args of a LoRA enable: the switch, and other arguments -> type (integers >= 1)
+    # for a kind that --network_args of a LoRA enable: the argument that enables it, and the types of further
+    # arguments (integers are at least 1)
     switch = ""
     numbers: Mapping[str, type[int] | type[float]] = MappingProxyType({})
     is_with_file = False  # whether these arguments have an effect with --dim_from_weights
-    merged = ""  # what a merge loses, as a sentence that follows the file's path
+    merged = ""  # what is lost if a file is merged, as a sentence that follows its path
 
     # --- other programs
-    not_in_comfyui = ""  # why ComfyUI cannot express a module
-    rejection_by_comfyui = ""  # message, after a file's path, if ComfyUI cannot read it
+    not_in_comfyui = ""  # why ComfyUI cannot express a module of this kind
+    rejection_by_comfyui = ""  # error if a file is to be written for ComfyUI, after the file's path
     no_two_experts = ""  # why a file in diffusers' dialect cannot hold the networks of two experts
     is_for_comfyui_alone = False  # whether only ComfyUI reads its files without conversion
-    elsewhere = ""  # what other programs do with its files
+    elsewhere = ""  # sentences about what other programs do with its files
     plain_title = ""  # title of the command that makes plain LoRAs, if other programs need them
 
     def load_algebra(self) -> "Algebra | None":
@@ -162,11 +165,11 @@ class NetworkKind:
     def bring_norms(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
-        """Return a LoRA file whose magnitudes refer to the norms that the target dialect uses."""
+        """Return a `LoraFile` whose magnitudes refer to the norms that the target dialect uses."""
         return lora
 
     def size_of(self, factors: Factors) -> int | None:
-        """Return the --network_dim of these factors if it is not a rank; else None."""
+        """Return the --network_dim of a module if it is not a rank; None for modules of other kinds."""
         return None
 
     def read_arguments(self, arguments: dict[str, Any]) -> Any:
@@ -182,7 +185,7 @@ class NetworkKind:
 
         Args:
             settings: All settings.
-            of_loras: Whether any of the settings in `FOR_LORAS` is given.
+            of_loras: Whether any of the arguments in `FOR_LORAS` is given.
 
         Raises:
             OptionError: If the kind does not support one of the settings.
@@ -202,20 +205,20 @@ class NetworkKind:
         Args:
             targets: Modules that get a layer, by name.
             settings: Settings of the network.
-            own: What `read_arguments` returned.
+            own: Result of `read_arguments`.
         """
         raise AssertionError(f"{self.name} has no layers of its own")
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: "Settings") -> "nn.Module":
-        """Return the layer of a module with the sizes of a file's factors.
+        """Return a trainable layer for a module, with the sizes of the factors in a file.
 
         Raises:
-            CheckpointError: If the factors are not for the module, or cannot be trained here.
+            CheckpointError: If the factors do not fit the module, or cannot be trained.
         """
         raise AssertionError(f"{self.name} has no layers of its own")
 
     def extend_layer(self, layer: Any) -> None:
-        """Change the layer of a LoRA whose arguments or factors ask for this kind."""
+        """Extend the layer of a LoRA by this kind, which --network_args or the factors of a file ask for."""
 
     def read_rule_of_arguments(self, values: Mapping[str, Any], rank: int) -> "RankRule | None":
         """Return the rule for active ranks from the values of --network_args; None: all are active.
@@ -226,20 +229,20 @@ class NetworkKind:
         return None
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> "RankRule | None":
-        """Return the rule in a file's metadata by which only some ranks are used at a time; None if all are.
+        """Return the rule for active ranks from a file's metadata; None: all are active.
 
         Raises:
-            CheckpointError: If its values cannot be read.
+            CheckpointError: If a value of the rule cannot be read.
         """
         return None
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why files of a format cannot hold the kind; "" if they can.
+        """Return why files of a format cannot contain the kind; "" if they can.
 
         Args:
-            name: Format of --lora_format.
+            name: Value of --lora_format.
             family: Names of the model's modules.
-            has_texts: Whether text encoders learn too.
+            has_texts: Whether text encoders are trained too.
         """
         return ""
 

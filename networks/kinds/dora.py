@@ -1,7 +1,7 @@
 """DoRA: a LoRA, LoHa or LoKr with magnitudes, the norms of the rows or columns of the changed weight.
 
 `dora_change.py` computes the change, `dora_layer.py` trains magnitudes in the layer of a LoRA, and
-`dora_files.py` brings magnitudes into ComfyUI's form and back.
+`dora_files.py` converts magnitudes to ComfyUI's form and back.
 Source: Liu et al. 2024, arXiv 2402.09353.
 """
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from networks.kinds.contract import NetworkKind
 from networks.names.layouts import COMFYUI
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help must not import torch
     from networks.baking import Baking
     from networks.kinds.dora_change import DoraAlgebra
     from networks.loading import LoraFile
@@ -21,12 +21,14 @@ if TYPE_CHECKING:  # --help does without torch
 
 NAME = "DoRA"
 PART = "dora_scale"
-IN_PEFT, IN_TOOLKIT = ".lora_magnitude_vector", ".magnitude"
+# endings of the names of magnitudes in PEFT and in ai-toolkit
+IN_PEFT = ".lora_magnitude_vector"
+IN_TOOLKIT = ".magnitude"
 _MUSUBI_MODULE = re.compile(r"(musubi_tuner\.)?networks\.lo(ra|kr)")
 
 
 class DoraKind(NetworkKind):
-    """Magnitudes of rows or columns."""
+    """A LoRA, LoHa or LoKr with magnitudes."""
 
     name = NAME
     parts = (PART,)
@@ -34,8 +36,10 @@ class DoraKind(NetworkKind):
     needs_weight = True
     word = "dora"
     ends = {IN_PEFT: PART, IN_TOOLKIT: PART}
-    spellings = {r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$": ""}  # with the name of an adapter
-    # PEFT's: out, of convolutions 1 x out x 1 x 1; LyCORIS' and ours: out x 1 (x 1 ...)
+    # PEFT may add the name of an adapter and "weight"
+    spellings = {r"(?<=\.lora_magnitude_vector)(\.[^.]+){1,2}$": ""}
+    # In PEFT, magnitudes are vectors, or 1 x out x 1 x 1 for convolutions; in LyCORIS and here out x 1 (x 1
+    # ...)
     flat = r"\.lora_magnitude_vector|\.magnitude$"
     switch = "dora_wd"
     elsewhere = (
@@ -52,10 +56,11 @@ class DoraKind(NetworkKind):
         return DoraAlgebra(PART)
 
     def has_frozen_norms(self, tensors: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
-        """Return whether a file in ComfyUI's dialect is an (unmarked) DoRA by musubi-tuner's fork for LTX-2.
+        """Return whether a file in ComfyUI's dialect is a DoRA that musubi-tuner's fork for LTX-2 wrote.
 
-        The metadata name the network module of that fork. Our files name magnitudes in the same way, but
-        have a hash of the layout too.
+        Such a file has magnitudes for the frozen norms without saying so. Its metadata name the fork's
+        network module. Our own files may name the same module, but their metadata have a hash of the layout
+        too.
         """
         from networks.metadata import LAYOUT_KEY  # torch
 
@@ -85,8 +90,8 @@ class DoraKind(NetworkKind):
         extend(layer)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why a format cannot hold a DoRA; a network without a family is checked by its own tools."""
-        if family is None:
+        """Return why files of a format cannot contain a DoRA; "" if they can."""
+        if family is None:  # such networks have their own formats, and check them
             return ""
         if name == COMFYUI:
             return (

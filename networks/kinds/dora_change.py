@@ -1,4 +1,4 @@
-"""The change of a weight by a DoRA, and its norms: a heavy half of `dora.py`."""
+"""The change of a weight by a DoRA, and norms of weights; the part of `dora.py` that imports torch."""
 
 import torch
 from torch import Tensor
@@ -8,20 +8,20 @@ from networks.kinds.factors import Factors
 
 
 def is_by_input(magnitudes: Tensor) -> bool:
-    """Return whether there is a magnitude for each input (1 in), not for each output (out 1) of a weight."""
+    """Return whether there is a magnitude for each input (1 in ...), not for each output (out 1 ...)."""
     return len(magnitudes) < magnitudes.numel()
 
 
 class DoraAlgebra(Algebra):
-    """Norms of the sum of weight and change, by output or by input."""
+    """Magnitudes: new norms for the sum of weight and change, by output or by input."""
 
     def __init__(self, part: str) -> None:
-        """Remember the end of the name of the magnitudes."""
+        """Set the ending of the name of the magnitudes."""
         self.part = part
-        self.magnitudes = self
+        self.magnitudes = self  # this class implements the protocol `Magnitudes` too
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return the error if the number of magnitudes fits neither rows nor columns; None if it fits one."""
+        """Return the error if the number of magnitudes is neither that of rows nor of columns; else None."""
         shape = factors[self.part].shape
         if len(shape) < 2 or shape.numel() not in shape[:2]:
             return f"its {self.part} has the shape {list(shape)}"
@@ -37,7 +37,7 @@ class DoraAlgebra(Algebra):
         return None if is_by_input(magnitudes) else {self.part: magnitudes[rows]}
 
     def decompose(self, weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms: bool) -> Tensor:
-        """Return what the magnitudes and the change add to a weight at multiplier 1, float32."""
+        """Return the addition to a weight; see the function `decompose`."""
         return decompose(weight, delta, magnitudes, by_frozen_norms)
 
 
@@ -58,12 +58,13 @@ def decompose(weight: Tensor, delta: Tensor, magnitudes: Tensor, by_frozen_norms
     magnitudes = magnitudes.to(weight.device, torch.float32)
     changed = weight + delta.reshape(weight.shape)
     axis = 1 if is_by_input(magnitudes) else 0
-    norms = norms_of(weight if by_frozen_norms and not axis else changed, axis)
+    uses_frozen = by_frozen_norms and axis == 0  # ComfyUI does so only for norms by output
+    norms = norms_of(weight if uses_frozen else changed, axis)
     return changed.mul_(magnitudes.reshape(norms.shape) / norms).sub_(weight)
 
 
 def norms_of(weight: Tensor, axis: int = 0) -> Tensor:
     """Return a weight's norms by output (axis 0) or input (axis 1), float32, never 0."""
-    summed_axes = [place for place in range(weight.ndim) if place != axis]
+    summed_axes = [other for other in range(weight.ndim) if other != axis]
     norms = torch.linalg.vector_norm(weight, dim=summed_axes, keepdim=True, dtype=torch.float32)
     return norms + torch.finfo(torch.float32).eps  # as in LyCORIS and ComfyUI

@@ -1,4 +1,4 @@
-"""Bring the magnitudes of DoRAs into ComfyUI's form, and back: a heavy half of `dora.py`."""
+"""Convert the magnitudes of DoRAs to ComfyUI's form and back; a part of `dora.py` that imports torch."""
 
 from logging import getLogger
 
@@ -25,11 +25,11 @@ PART = "dora_scale"
 def with_norms(
     lora: LoraFile, family: FamilyNames | None, baking: Baking | None, are_frozen: bool, target: str
 ) -> LoraFile:
-    """Convert the magnitudes of a DoRA's outputs between the norms of frozen and of changed weights.
+    """Convert a DoRA's magnitudes by output between the norms of frozen and of changed weights.
 
-    ComfyUI divides by the norms of the frozen weights, training by those of the changed weights. The
-    conversion m' = m * |W| / |W + dW|, row by row, is exact, and the metadata name the new form. Other LoRAs
-    are returned unchanged.
+    ComfyUI divides by the norms of the frozen weights W, training by those of the changed weights W + dW. The
+    conversion m' = m * |W| / |W + dW|, row by row, is exact, and the metadata record the new form. Other
+    LoRAs are returned unchanged.
 
     Args:
         lora: The file.
@@ -44,7 +44,7 @@ def with_norms(
     """
     tensors = {**lora.tensors, **lora.text_tensors}
     magnitudes = [tensor for name, tensor in tensors.items() if name.endswith(PART)]
-    is_dora = any(len(tensor) == tensor.numel() for tensor in magnitudes)
+    is_dora = any(not is_by_input(tensor) for tensor in magnitudes)  # magnitudes by input have one form
     is_same_form = lora.has_frozen_norms == are_frozen
     if not is_dora or is_same_form:
         if baking is None:
@@ -54,7 +54,7 @@ def with_norms(
             f"--dit: {lora.path} is {state}, so that --target {target} needs no model. Leave --dit out"
         )
     if baking is not None:
-        return _with_norms(lora, family, baking, are_frozen)
+        return _convert_norms(lora, family, baking, are_frozen)
     if target == "default":
         return lora
     if lora.has_frozen_norms:
@@ -70,8 +70,8 @@ def with_norms(
     return lora
 
 
-def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
-    """Return a DoRA with magnitudes for the norms of the frozen weights, or of the changed ones."""
+def _convert_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_frozen: bool) -> LoraFile:
+    """Return a DoRA whose magnitudes refer to the norms of frozen (`are_frozen`) or of changed weights."""
     tensors = lora.tensors if family is None else in_own_form(lora.tensors, family)
     modules = deltas.group_by_module({**tensors, **lora.text_tensors})
     with open_weights(baking.models, family) as weights:
@@ -79,9 +79,10 @@ def _with_norms(lora: LoraFile, family: FamilyNames | None, baking: Baking, are_
             if PART not in factors or is_by_input(factors[PART]):
                 continue
             ratio = _compute_ratio_of_norms(name, factors, lora=lora, weights=weights, device=baking.device)
+            # the result stays float32, because rounding it to 16 bits would make the conversion inexact
             magnitudes = factors[PART].float().reshape(ratio.shape)
-            # float32: rounding to 16 bits here would add a loss
-            modules[name] = {**factors, PART: magnitudes * ratio if are_frozen else magnitudes / ratio}
+            converted = magnitudes * ratio if are_frozen else magnitudes / ratio
+            modules[name] = {**factors, PART: converted}
     metadata = {key: value for key, value in lora.metadata.items() if key != NORMS_FORM}
     if are_frozen:
         metadata[NORMS_FORM] = FROZEN_NORMS
@@ -96,7 +97,7 @@ def _compute_ratio_of_norms(
     change = delta.dense(device)
     assert change is not None
     weight, path = weight_of(name, len(change), lora, weights)
-    Change(LoraUse(lora), delta).fit(None, weight, name, str(path))
+    Change(LoraUse(lora), delta).fit(None, weight, name, str(path))  # raises CheckpointError if shapes differ
     frozen = weight.to(device, torch.float32)
     changed = frozen + change.reshape(frozen.shape)
     return (norms_of(frozen) / norms_of(changed)).cpu()

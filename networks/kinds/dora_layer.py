@@ -1,4 +1,4 @@
-"""Train magnitudes in the layer of a LoRA: a heavy half of `dora.py`."""
+"""Train magnitudes in the layer of a LoRA; a part of `dora.py` that imports torch."""
 
 import torch
 from torch import Tensor, nn
@@ -9,12 +9,12 @@ from runtime.offload.sharding import gather_weight
 
 
 def extend(layer: LoraLayer) -> None:
-    """Give a layer magnitudes, which begin as the norms of the frozen weight's rows."""
+    """Add magnitudes to a layer; their initial values are the norms of the frozen weight's rows."""
     original = layer.original
     weight = value_of(original, gather_weight(original.weight))
     rows = weight.detach().flatten(1)
     norms = torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).cpu()
-    # out x 1, of a convolution out x 1 x 1 x 1
+    # out x 1, or out x 1 x 1 x 1 for a convolution
     layer.dora_scale = nn.Parameter(norms.view(-1, *[1] * (weight.ndim - 1)))
     layer.register_buffer("squares", norms.square(), persistent=False)
     layer.combine = decompose
@@ -38,36 +38,38 @@ def decompose(layer: LoraLayer, out: Tensor, added: Tensor, dtype: torch.dtype) 
     if isinstance(layer.original, nn.Conv2d):
         ratio = ratio.view(-1, 1, 1)
         bias = None if bias is None else bias.view(-1, 1, 1)
-    plain = out if bias is None else out - bias.to(out.dtype)  # magnitudes do not scale the bias
-    return out + plain * (layer.multiplier * (ratio - 1)).to(out.dtype) + added * ratio.to(out.dtype)
+    # out = x W + bias; the result is x W * ratio + bias + added * ratio, so the bias is not scaled
+    without_bias = out if bias is None else out - bias.to(out.dtype)
+    rescaled = without_bias * (layer.multiplier * (ratio - 1)).to(out.dtype)
+    return out + rescaled + added * ratio.to(out.dtype)
 
 
 @torch.no_grad()
 def _compute_row_norms(layer: LoraLayer, dtype: torch.dtype) -> Tensor:
-    """Return the norms of the rows of W + change, float32, from products no wider than the rank.
+    """Return the norms of the rows of W + change, float32, without computing the change.
 
-    |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
+    For a row w of W and a row b of the up factor: |w + s b A|^2 = |w|^2 + 2 s b (A w) + s^2 b (A A^T) b^T.
 
     Args:
         layer: The layer.
         dtype: Dtype of the module's input.
     """
-    of_frozen = layer.squares
-    assert isinstance(of_frozen, Tensor)
+    frozen_squares = layer.squares  # |w|^2
+    assert isinstance(frozen_squares, Tensor)
     down = layer.lora_down.weight.flatten(1)
     up = layer.lora_up.weight.flatten(1)
     products = _frozen_products(layer, down, dtype)
     with torch.autocast(down.device.type, enabled=False):
         mixed = (up * products.T).sum(1)
-        of_change = ((up @ (down @ down.T)) * up).sum(1)
-        squares = of_frozen + 2 * layer.scale * mixed + layer.scale**2 * of_change
+        change_squares = ((up @ (down @ down.T)) * up).sum(1)
+        squares = frozen_squares + 2 * layer.scale * mixed + layer.scale**2 * change_squares
         return squares.clamp(min=0).sqrt() + torch.finfo(torch.float32).eps  # as in LyCORIS
 
 
 def _frozen_products(layer: LoraLayer, down: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return A w^T, R out, float32.
+    """Return A W^T, R out, float32.
 
-    Of a linear layer it comes from the frozen module's forward, so that its weight may be stored in any way.
+    For a linear layer, the frozen module's forward computes it, because its weight may be quantized.
 
     Args:
         layer: The layer.

@@ -1,12 +1,14 @@
-"""The factors of a module in a network's file, and the parts of a plain LoRA, which all tools know."""
+"""Types for the factors of a module, and the names of the parts of a plain LoRA."""
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help must not import torch
     from torch import Tensor
 
-Factors = Mapping[str, "Tensor"]  # "lora_down.weight" -> tensor: the factors of one module
-Shapes = Mapping[str, tuple[int, ...]]  # of factors, by part
-DOWN, UP = "lora_down.weight", "lora_up.weight"
-MID, BIAS = "lora_mid.weight", "lora_up.bias"
+Factors = Mapping[str, "Tensor"]  # the factors of one module by part, such as "lora_down.weight"
+Shapes = Mapping[str, tuple[int, ...]]  # shapes of factors by part
+DOWN = "lora_down.weight"
+UP = "lora_up.weight"
+MID = "lora_mid.weight"  # core of a convolution with a Tucker decomposition
+BIAS = "lora_up.bias"

@@ -1,7 +1,7 @@
 """LoHa: the change of a weight is (w1_a w1_b) * (w2_a w2_b), element by element.
 
-`loha_layer.py` computes with the factors, and has the layer that is trained. Factors have the names and
-shapes of LyCORIS' files; there may be cores (hada_t1, hada_t2), with which nothing is trained here.
+`loha_layer.py` has the computations and the trained layer. Factors have the names and shapes of LyCORIS.
+Files may have cores (hada_t1, hada_t2), which can be used but not trained.
 Source: Yeh et al. 2023, arXiv 2309.14859.
 """
 
@@ -13,7 +13,7 @@ from networks.kinds.contract import LoraModule, NetworkKind, Settings, Target
 from networks.kinds.factors import Factors, Shapes
 from networks.names.layouts import DIFFUSERS
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help must not import torch
     from torch import nn
 
     from networks.factored import FactoredLayer
@@ -47,7 +47,7 @@ class LohaKind(NetworkKind):
     word = "hada"
     network_module = "networks.loha"
     algorithms = ("loha",)
-    # programs differ, and shapes tell which it is
+    # programs have different orders, which the shapes of the parameters tell apart
     orders = (
         ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"),
         ("hada_w1_b", "hada_w1_a", "hada_w2_b", "hada_w2_a"),
@@ -80,7 +80,7 @@ class LohaKind(NetworkKind):
         return layer_of(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return the reason why diffusers reads no LoHa; "" for other formats."""
+        """Return why diffusers cannot read a LoHa; "" for other formats."""
         if name != DIFFUSERS or family is None:
             return ""
         return (

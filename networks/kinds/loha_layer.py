@@ -1,5 +1,5 @@
-"""The products of a LoHa's factors, and the layer that is trained: the heavy half of `loha.py`."""
-# Letters: R rank; B images, H W their size
+"""The products of a LoHa's factors, and its trained layer; the part of `loha.py` that imports torch."""
+# Letters: r rank; B images, H W their size
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,11 +20,11 @@ class LohaAlgebra(Algebra):
     """(w1_a w1_b) * (w2_a w2_b), element by element; left factors with a core are stored r x out."""
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return that the second product is absent, if it is."""
+        """Return an error if the second product is missing; else None."""
         return "it has hada_w1_a but no hada_w2_a" if "hada_w2_a" not in factors else None
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape that both products have; MismatchError if they differ."""
+        """Return the shape of both products; raise MismatchError if they differ."""
         if "hada_w1_a" not in shapes:
             return None
         first, second = (
@@ -49,12 +49,12 @@ class LohaAlgebra(Algebra):
         return factors.keys() & {"hada_w1_a", "hada_w2_a"}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return the left factors of some rows, whichever axis these are."""
-        cut: dict[str, Tensor] = {}
+        """Return some rows of the left factors; with a core, the rows are their second axis."""
+        selected: dict[str, Tensor] = {}
         for left, _, core in MATRICES:
             if left in factors:
-                cut[left] = factors[left][:, rows] if core in factors else factors[left][rows]
-        return cut
+                selected[left] = factors[left][:, rows] if core in factors else factors[left][rows]
+        return selected
 
 
 def _matrices(factors: Mapping[str, Tensor], strength: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -80,7 +80,10 @@ def add_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
 
 
 class _HadamardLinear(torch.autograd.Function):
-    """Save only the factors for the backward pass, not the three matrices of the weight's size."""
+    """A linear layer with a LoHa, whose backward pass recomputes the matrices from the factors.
+
+    So autograd does not save three matrices of the weight's size.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1_a: Tensor, w1_b: Tensor, w2_a: Tensor, w2_b: Tensor) -> Tensor:
@@ -93,11 +96,11 @@ class _HadamardLinear(torch.autograd.Function):
         x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
         first = w1_a @ w1_b  # out in
         second = w2_a @ w2_b
-        of_x = gradient @ (first * second) if ctx.needs_input_grad[0] else None
-        of_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # out in
-        of_first = of_weight * second
-        of_second = of_weight * first
-        return of_x, of_first @ w1_b.T, w1_a.T @ of_first, of_second @ w2_b.T, w2_a.T @ of_second
+        grad_x = gradient @ (first * second) if ctx.needs_input_grad[0] else None
+        grad_weight = gradient.flatten(0, -2).T @ x.flatten(0, -2)  # out in
+        grad_first = grad_weight * second
+        grad_second = grad_weight * first
+        return grad_x, grad_first @ w1_b.T, w1_a.T @ grad_first, grad_second @ w2_b.T, w2_a.T @ grad_second
 
 
 def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
@@ -118,7 +121,7 @@ def convolve_loha(x: Tensor, factors: Mapping[str, Tensor], strength: float, geo
 
 
 class _HadamardConvolution(torch.autograd.Function):
-    """A convolution with a LoHa, whose backward pass recomputes products instead of keeping them."""
+    """A convolution with a LoHa, whose backward pass recomputes the matrices from the factors."""
 
     @staticmethod
     def forward(
@@ -134,10 +137,12 @@ class _HadamardConvolution(torch.autograd.Function):
         x, w1_a, w1_b, w2_a, w2_b = ctx.saved_tensors
         first = w1_a @ w1_b  # out in*kernel
         second = w2_a @ w2_b
-        of_x, of_weight = ctx.geometry.gradients(x, first * second, gradient, ctx.needs_input_grad[1])
-        of_first = of_weight * second
-        of_second = of_weight * first
-        return None, of_x, of_first @ w1_b.T, w1_a.T @ of_first, of_second @ w2_b.T, w2_a.T @ of_second
+        grad_x, grad_weight = ctx.geometry.gradients(x, first * second, gradient, ctx.needs_input_grad[1])
+        grad_first = grad_weight * second
+        grad_second = grad_weight * first
+        grads_of_first = grad_first @ w1_b.T, w1_a.T @ grad_first
+        grads_of_second = grad_second @ w2_b.T, w2_a.T @ grad_second
+        return None, grad_x, *grads_of_first, *grads_of_second  # None for `geometry`
 
 
 def _norm(factors: Mapping[str, Tensor]) -> Tensor:
@@ -146,11 +151,11 @@ def _norm(factors: Mapping[str, Tensor]) -> Tensor:
     return torch.linalg.vector_norm(first * second)
 
 
-def _set_first_values(name: str, weight: nn.Parameter) -> None:
-    if name == "hada_w2_a":
+def _initialize(name: str, weight: nn.Parameter) -> None:
+    if name == "hada_w2_a":  # one factor is zero, so that the change is zero at first
         nn.init.zeros_(weight)
     else:
-        nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)
+        nn.init.normal_(weight, std=0.1 if name == "hada_w1_a" else 1.0)  # as in LyCORIS
 
 
 def _is_scaled(shapes: Shapes) -> bool:
@@ -162,6 +167,6 @@ PRODUCT = Product(
     add=add_loha,
     convolve=convolve_loha,
     norm=_norm,
-    set_first_values=_set_first_values,
+    initialize=_initialize,
     is_scaled=_is_scaled,
 )

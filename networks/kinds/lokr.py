@@ -1,11 +1,11 @@
 """LoKr: the change of a weight is the Kronecker product of a small and a large matrix, kron(w1, w2).
 
-`lokr_layer.py` computes with the factors, and has the layer that is trained. Factors have the names and
-shapes of LyCORIS' files: each matrix is whole, or the product of two; the large one may have a core
-(lokr_t2), with which nothing is trained here.
+`lokr_layer.py` has the computations and the trained layer. Factors have the names and shapes of LyCORIS: each
+matrix is stored itself or as two factors. The large matrix may have a core (lokr_t2), which can be used but
+not trained.
 Source: Yeh et al. 2023, arXiv 2309.14859.
 """
-# Letters: out = l * k and in = m * n, the sizes that are split
+# Letters: out = l * k and in = m * n: w1 is l x m, w2 is k x n
 
 import functools
 import math
@@ -17,7 +17,7 @@ from networks.kinds.contract import LoraModule, NetworkKind, Settings, Target, T
 from networks.kinds.factors import Factors, Shapes
 from networks.names.layouts import DIFFUSERS
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help must not import torch
     from torch import nn
 
     from networks.factored import FactoredLayer, MakeShapes
@@ -29,18 +29,19 @@ CORE = "lokr_t2"
 MARKS = ("lokr_w1", "lokr_w1_a")
 FACTORS = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 NAME = "LoKr"
-_SWITCH = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
+_BOOLEANS = {"True": True, "true": True, "1": True, "False": False, "false": False, "0": False}
 
 
 def make_shapes(weight: tuple[int, ...], rank: int, factor: int = -1, decompose_both: bool = False) -> Shapes:
-    """Return the shapes of the factors; matrices up to twice the rank (larger side) are not factored.
+    """Return the shapes of the factors.
+
+    A matrix is stored as two factors only if its larger side is more than twice the rank.
 
     Args:
         weight: Shape of the weight, out in (kernel).
         rank: Rank of the factors.
-        factor: One of the two numbers that an axis is split into, if it divides the axis; else an upper bound
-            of the smaller one. -1 makes both numbers as equal as possible.
-        decompose_both: Whether the small matrix gets two factors too, if that makes it smaller.
+        factor: How each axis is split into two numbers, see `split_size`.
+        decompose_both: Whether the small matrix gets two factors too.
     """
     kernel = weight[2:]
     l, k = split_size(weight[0], factor)  # noqa: E741
@@ -58,31 +59,34 @@ def split_size(size: int, factor: int) -> tuple[int, int]:
 
     Args:
         size: Number to split.
-        factor: One of the two numbers if it divides the size; otherwise the smaller one is the largest
-            divisor up to it. -1 makes both as equal as possible.
+        factor: One of the two numbers if it divides the size. Otherwise, the smaller number is the largest
+            divisor up to `factor`. -1 makes both numbers as equal as possible.
     """
     if factor > 0 and size % factor == 0:
-        return min(factor, size // factor), max(factor, size // factor)
+        other = size // factor
+        return min(factor, other), max(factor, other)
     maximum = math.isqrt(size) if factor < 1 else min(factor, math.isqrt(size))
     small = next(number for number in range(maximum, 0, -1) if size % number == 0)
     return small, size // small
 
 
-def _path_in_diffusers(name: str, factors: Factors, family: "FamilyNames", is_cut: bool) -> "Pieces | str":
+def _translate_to_diffusers(
+    name: str, factors: Factors, family: "FamilyNames", is_cut: bool
+) -> "Pieces | str":
     """Return the factors of a LoKr by its path in diffusers, or the reason why diffusers cannot read it.
 
     Args:
         name: Name of the module.
         factors: Factors of the module, by name of the part.
         family: The model family.
-        is_cut: Whether the file has layers of diffusers' layout.
+        is_cut: Whether the file has modules of diffusers' layout, which splits some of our modules.
     """
     from networks import module_names
     from networks.names.layouts import SWAPPED
     from networks.writing import alone
 
     parts = module_names.parts_of(name, family)
-    if any(placed.part.index == SWAPPED for placed in parts):
+    if any(placed.part.index == SWAPPED for placed in parts):  # a LoKr has no rows that could be swapped
         return "its halves are in the other order in diffusers, which does not swap those of a LoKr"
     if not is_cut:
         return alone(module_names.module_path(name, family), factors)
@@ -112,14 +116,13 @@ class LokrKind(NetworkKind):
         return LokrAlgebra()
 
     def read_arguments(self, arguments: dict[str, Any]) -> "MakeShapes":
-        """Return the function for the shapes of factors.
+        """Return a function that computes the shapes of factors.
 
-        `factor=8` splits sizes into 8 and the remaining factor (-1, the default, makes both as equal as
-        possible); `decompose_both=True` gives the smaller matrix two factors too. If `--network_dim` is at
-        least half the larger matrix's side, that matrix has no factors.
+        `factor=8` splits axes into 8 and the remaining number; the default -1 makes both as equal as
+        possible. With `decompose_both=True`, the small matrix gets two factors too.
 
         Raises:
-            OptionError: If an argument is unknown or out of range.
+            OptionError: If the value of an argument is invalid.
         """
         factor = arguments.pop("factor", -1)
         decompose_both = str(arguments.pop("decompose_both", False))
@@ -131,14 +134,14 @@ class LokrKind(NetworkKind):
             raise OptionError(
                 f"--network_args factor={factor}: give a whole number from 1, or -1 for equal parts"
             )
-        if decompose_both not in _SWITCH:
+        if decompose_both not in _BOOLEANS:
             raise OptionError(f"--network_args decompose_both={decompose_both}: give True or False")
-        return functools.partial(make_shapes, factor=size, decompose_both=_SWITCH[decompose_both])
+        return functools.partial(make_shapes, factor=size, decompose_both=_BOOLEANS[decompose_both])
 
     def make_layers(
         self, targets: Mapping[str, Target], settings: Settings, own: "MakeShapes"
     ) -> "dict[str, nn.Module]":
-        """Return a trained layer for each target, with the shapes that the kind's arguments give."""
+        """Return a trained layer for each target; `own` computes the shapes of the factors."""
         from networks.factored_networks import make_layers  # torch
         from networks.kinds.lokr_layer import PRODUCT
 
@@ -154,7 +157,7 @@ class LokrKind(NetworkKind):
         return layer_of(module, path, factors, PRODUCT)
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return why diffusers reads no LoKr of this family; "" for formats and families that can."""
+        """Return why diffusers cannot read a LoKr of this family; "" if it can, and for other formats."""
         if name != DIFFUSERS or family is None or NAME in family.kinds_in_diffusers:
             return ""
         return (
@@ -165,7 +168,10 @@ class LokrKind(NetworkKind):
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> TranslatedModules | None:
-        """Return LoKrs without core, magnitudes or biases in the form that diffusers and ComfyUI read."""
+        """Return the modules in the form that diffusers and ComfyUI read.
+
+        The result is None if the family has no such form, or if a module has a core, magnitudes or a bias.
+        """
         from networks import writing  # only if a file is written
         from networks.module_names import part_path
         from networks.names.layouts import IN_COMFYUI, OURS
@@ -174,12 +180,12 @@ class LokrKind(NetworkKind):
             return None
         if not all(factors.keys() <= {"alpha", *FACTORS} for factors in modules.values()):
             return None
-        # names of diffusers' own layout have no prefix, and all must be of one layout
+        # either all modules are written in diffusers' layout, which has no prefix, or all in ComfyUI's
         is_cut = any(part_path(name.removeprefix(OURS), family) for name in modules)
         return writing.write_modules(
             modules,
             "" if is_cut else IN_COMFYUI,
-            lambda name, factors: _path_in_diffusers(name, factors, family, is_cut),
+            lambda name, factors: _translate_to_diffusers(name, factors, family, is_cut),
             writing.in_comfyui,
         )
 

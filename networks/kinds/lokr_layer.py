@@ -1,5 +1,5 @@
-"""The products of a LoKr's factors, and the layer that is trained: the heavy half of `lokr.py`."""
-# Letters: R rank; out = l * k and in = m * n, the sizes that are split; B images, H W their size
+"""The products of a LoKr's factors, and its trained layer; the part of `lokr.py` that imports torch."""
+# Letters: out = l * k and in = m * n: w1 is l x m, w2 is k x n; B images, H W their size
 
 import math
 from collections.abc import Mapping
@@ -12,16 +12,19 @@ from networks.factored import Geometry, Product, product_with_core, shape_with_c
 from networks.kinds.algebra import Algebra, MismatchError
 from networks.kinds.factors import Factors, Shapes
 
-_FIRST = ("lokr_w1", "lokr_w1_a")  # the small matrix, or the left factor of it
+_FIRST = ("lokr_w1", "lokr_w1_a")  # the small matrix, or its left factor
 
 
 class LokrAlgebra(Algebra):
-    """kron(w1, w2); each matrix is stored as it is or as a product. No factor has the rows of the change."""
+    """kron(w1, w2), where each matrix is stored itself or as two factors.
+
+    No factor has the rows of the change: these are products of rows of both matrices.
+    """
 
     indivisible = "a LoKr"
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return that the large matrix is absent, if it is."""
+        """Return an error if the large matrix is missing; else None."""
         return None if factors.keys() & {"lokr_w2", "lokr_w2_a"} else "it has lokr_w1 but no lokr_w2"
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
@@ -38,7 +41,6 @@ class LokrAlgebra(Algebra):
         )
         if len(second) < len(first):
             raise MismatchError(f"its matrices are {list(first)} and {list(second)}")
-        # the small matrix has no kernel: axes of size 1 stand for it
         padded = (*first, *[1] * (len(second) - len(first)))
         return tuple(size * other_size for size, other_size in zip(padded, second, strict=True))
 
@@ -52,21 +54,22 @@ class LokrAlgebra(Algebra):
         second = factors.get("lokr_w2")
         if second is None:
             second = product_with_core(factors["lokr_w2_a"], factors["lokr_w2_b"], factors.get("lokr_t2"))
-        kernel_axes = second.ndim - first.ndim
-        shaped = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
-        return torch.kron(shaped, second.contiguous())
+        kernel_axes = second.ndim - first.ndim  # the small matrix has no kernel
+        scaled = (first * scale).reshape(*first.shape, *[1] * kernel_axes)
+        return torch.kron(scaled, second.contiguous())
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return None for a LoKr: a row of the change comes from rows of both matrices."""
+        """Return None for a LoKr, because a row of the change comes from rows of both matrices."""
         return None if any(part in factors for part in _FIRST) else {}
 
     def blocks(self, factors: Factors, height: int, start: int, stop: int) -> Factors | None:
-        """Return the factors of rows that are whole multiples of the large matrix's height; else None."""
+        """Return the factors of rows that begin and end between copies of the large matrix; else None."""
         first = next(part for part in _FIRST if part in factors)
-        block = height // len(factors[first])  # rows of the large matrix
-        if start % block or stop % block:
+        block_height = height // len(factors[first])  # rows of the large matrix, k
+        if start % block_height or stop % block_height:
             return None
-        return {**factors, first: factors[first][start // block : stop // block].clone()}
+        rows_of_first = factors[first][start // block_height : stop // block_height]
+        return {**factors, first: rows_of_first.clone()}
 
 
 def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tensor:
@@ -80,16 +83,16 @@ def add_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float) -> Tenso
     Returns:
         ... l*k.
     """
-    first = _parts(factors, "lokr_w1")
-    second = _parts(factors, "lokr_w2")
-    width = second[0].shape[1]  # n
-    hidden = x.unflatten(-1, (x.shape[-1] // width, width))
+    first = _in_order(factors, "lokr_w1")
+    second = _in_order(factors, "lokr_w2")
+    n = second[0].shape[1]
+    hidden = x.unflatten(-1, (x.shape[-1] // n, n))  # ... m n
     for factor in second:
         hidden = functional.linear(hidden, factor.to(x.dtype))
     hidden = hidden.transpose(-1, -2)  # ... k m
     for factor in (first[0] * strength, *first[1:]):
         hidden = functional.linear(hidden, factor.to(x.dtype))
-    return hidden.transpose(-1, -2).flatten(-2)
+    return hidden.transpose(-1, -2).flatten(-2)  # ... k l -> ... l*k
 
 
 def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geometry: Geometry) -> Tensor:
@@ -104,8 +107,8 @@ def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geo
     Returns:
         B l*k H' W'.
     """
-    first = _parts(factors, "lokr_w1")
-    second = _parts(factors, "lokr_w2")
+    first = _in_order(factors, "lokr_w1")
+    second = _in_order(factors, "lokr_w2")
     m = first[0].shape[1]
     hidden = x.unflatten(1, (m, x.shape[1] // m)).flatten(0, 1)  # B*m n H W
     hidden = geometry.convolve(hidden, second[0].to(x.dtype))
@@ -118,23 +121,26 @@ def convolve_lokr(x: Tensor, factors: Mapping[str, Tensor], strength: float, geo
 
 
 def _norm(factors: Mapping[str, Tensor]) -> Tensor:
+    # the norm of a Kronecker product is the product of the norms
     first_norm = torch.linalg.vector_norm(_full(factors, "lokr_w1"))
     second_norm = torch.linalg.vector_norm(_full(factors, "lokr_w2"))
     return first_norm * second_norm
 
 
-def _set_first_values(name: str, weight: nn.Parameter) -> None:
-    if name in ("lokr_w2", "lokr_w2_b"):  # the large matrix, whole or in two factors
+def _initialize(name: str, weight: nn.Parameter) -> None:
+    if name in ("lokr_w2", "lokr_w2_b"):  # the large matrix is zero, so that the change is zero at first
         nn.init.zeros_(weight)
     else:
         nn.init.kaiming_uniform_(weight, a=math.sqrt(5))
 
 
 def _is_scaled(shapes: Shapes) -> bool:
-    return not {"lokr_w1", "lokr_w2"} <= shapes.keys()  # two whole matrices are not scaled
+    # as in LyCORIS, alpha / rank does not apply if neither matrix has factors, because there is no rank then
+    return not {"lokr_w1", "lokr_w2"} <= shapes.keys()
 
 
-def _parts(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+def _in_order(factors: Mapping[str, Tensor], name: str) -> list[Tensor]:
+    """Return a matrix, or its two factors, in the order in which they multiply an input."""
     return [factors[name]] if name in factors else [factors[f"{name}_b"], factors[f"{name}_a"]]
 
 
@@ -147,6 +153,6 @@ PRODUCT = Product(
     add=add_lokr,
     convolve=convolve_lokr,
     norm=_norm,
-    set_first_values=_set_first_values,
+    initialize=_initialize,
     is_scaled=_is_scaled,
 )

@@ -1,5 +1,6 @@
-"""LoRA: the change of a weight is the product of two low-rank matrices. Its layer: `networks/lora_layer.py`.
+"""LoRA: the change of a weight is the product of two low-rank matrices.
 
+The trained layer is in `networks/lora_layer.py`.
 Source: Hu et al. 2021, arXiv 2106.09685.
 """
 
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from networks.kinds.contract import LoraModule, NetworkKind, Settings, Target
 from networks.kinds.factors import BIAS, DOWN, MID, UP, Factors
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help must not import torch
     from torch import nn
 
     from networks.kinds.lora_algebra import LoraAlgebra
@@ -51,10 +52,9 @@ class LoraKind(NetworkKind):
         return layers
 
     def layer_of(self, module: LoraModule, path: str, factors: Factors, settings: Settings) -> "LoraLayer":
-        """Return a layer with the rank and alpha of a file's factors.
+        """Return a layer with the rank and alpha of the factors in a file.
 
-        Its factors are split if the settings split fused layers and the up factor consists of diagonal
-        blocks.
+        If the settings split fused layers and the up factor is block-diagonal, each part has its own factors.
         """
         from networks.deltas import rank_of  # torch
         from networks.kinds.composing import kinds_of_parts
@@ -66,7 +66,7 @@ class LoraKind(NetworkKind):
         alpha = float(factors["alpha"])
         split_sizes = settings.split_sizes_of(path, module)
         if split_sizes and diagonal_blocks(factors[UP], split_sizes) is not None:
-            num_parts = len(split_sizes)
+            num_parts = len(split_sizes)  # the file has their factors joined, with the sum of their ranks
             return LoraLayer(module, rank // num_parts, alpha / num_parts, split_sizes=split_sizes)
         layer = LoraLayer(module, rank, alpha)
         for kind in kinds_of_parts(factors):

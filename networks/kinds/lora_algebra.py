@@ -1,4 +1,4 @@
-"""The product of a LoRA's factors: a heavy half of `lora.py`."""
+"""The product of a LoRA's factors; a part of `lora.py` that imports torch."""
 
 import math
 
@@ -13,7 +13,7 @@ class LoraAlgebra(Algebra):
     """up @ down, and for convolutions also with a core (`MID`) in between."""
 
     def shape(self, shapes: Shapes) -> tuple[int, ...] | None:
-        """Return the shape of the product, out in (kernel); MismatchError if the factors' ranks differ."""
+        """Return the shape of the product, out in (kernel); raise MismatchError if the ranks differ."""
         if DOWN not in shapes:
             return None
         out_features, *up_columns = shapes[UP]
@@ -44,5 +44,5 @@ class LoraAlgebra(Algebra):
         return factors.keys() & {UP, BIAS}
 
     def rows(self, factors: Factors, rows: slice | Tensor) -> Factors | None:
-        """Return the rows of the up factor and of the bias; the down factor serves all rows."""
+        """Return some rows of the up factor and of the bias; all rows share the down factor."""
         return {part: factors[part][rows] for part in (UP, BIAS) if part in factors}

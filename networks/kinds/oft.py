@@ -1,7 +1,7 @@
 """OFT: networks that rotate the inputs of frozen layers, block by block.
 
-`oft_rotation.py` computes the rotations, and `oft_layer.py` is the layer that is trained. A file has one
-tensor for each layer, `oft_R.weight`: blocks x b (b - 1) / 2 values, for blocks of b inputs.
+`oft_rotation.py` computes the rotations, and `oft_layer.py` is the trained layer. A file has one tensor for
+each layer, `oft_R.weight`: blocks x b (b - 1) / 2 values, for blocks of b inputs.
 Sources: Qiu et al. 2023, arXiv 2306.07280; Qiu et al. 2025, arXiv 2506.19847. Files have the names and values
 of PEFT's OFT.
 """
@@ -16,7 +16,7 @@ from networks.kinds.contract import FOR_LORAS, LoraModule, NetworkKind, Settings
 from networks.kinds.factors import Factors
 from networks.names.layouts import COMFYUI
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help must not import torch
     from pathlib import Path
 
     from torch import nn
@@ -28,9 +28,9 @@ if TYPE_CHECKING:  # --help does without torch
 logger = getLogger(__name__)
 MODULE = "networks.oft"
 PART = "oft_R.weight"
-DEFAULT_BLOCK = 32  # values that are rotated together, as in PEFT and OneTrainer
-MAX_BLOCK = 1024  # values in a block
-TERMS = 5  # of the series: see `oft_rotation.turns`
+DEFAULT_BLOCK = 32  # inputs that are rotated together, as in PEFT and OneTrainer
+MAX_BLOCK = 1024  # inputs in a block
+TERMS = 5  # terms of the series in `oft_rotation.compute_rotations`
 IN_PEFT = "base_model.model."  # PEFT loads OFTs, the pipelines of diffusers do not
 BAKE = "convert_lora.py --target other --bake 64 --dit MODEL"
 
@@ -45,7 +45,7 @@ def fit_block_size(width: int, size: int) -> int | None:
 
 
 class OftKind(NetworkKind):
-    """Inputs that are rotated block by block."""
+    """Rotation of a layer's inputs, block by block."""
 
     name = "OFT"
     article = "an"
@@ -93,9 +93,9 @@ class OftKind(NetworkKind):
         return OftAlgebra(PART)
 
     def check_file(self, path: "Path") -> None:
-        """Raise CheckpointError if PEFT's settings of an OFT name other rotations than the 5-term series.
+        """Raise CheckpointError if PEFT's settings say that rotations are not the 5-term series.
 
-        The tensors do not show how rotations were computed in training, and PEFT's exact ones turn in the
+        The tensors do not show how rotations were computed in training. PEFT's exact rotations have the
         opposite direction.
 
         Args:
@@ -131,14 +131,16 @@ class OftKind(NetworkKind):
         """Return the block size of a module's rotations; None if it has none."""
         from networks.kinds.oft_rotation import block_size_of  # torch
 
-        return block_size_of(factors[PART].shape[1]) if PART in factors and factors[PART].ndim == 2 else None
+        if PART not in factors or factors[PART].ndim != 2:
+            return None
+        return block_size_of(factors[PART].shape[1])
 
     def check_settings(self, settings: Settings, of_loras: bool) -> None:
         """Raise OptionError for settings that an OFT does not support.
 
         Args:
             settings: Settings of the network.
-            of_loras: Whether some of the settings in `FOR_LORAS` are given.
+            of_loras: Whether any of the arguments in `FOR_LORAS` is given.
         """
         if of_loras or settings.conv_rank is not None:
             raise OptionError(
@@ -211,19 +213,17 @@ class OftKind(NetworkKind):
         from networks.kinds.oft_layer import OftLayer
 
         size = self.size_of(factors)
-        if (
-            not isinstance(module, nn.Linear)
-            or size is None
-            or len(factors[PART]) * size != module.in_features
-        ):
-            raise CheckpointError(
-                f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, which are not the "
-                "blocks of this layer's inputs, and only those can be trained"
-            )
-        return OftLayer(module, size)
+        if size is not None and isinstance(module, nn.Linear):
+            num_blocks = len(factors[PART])
+            if num_blocks * size == module.in_features:
+                return OftLayer(module, size)
+        raise CheckpointError(
+            f"--dim_from_weights: {path} has {PART} {list(factors[PART].shape)}, which are not the "
+            "blocks of this layer's inputs, and only those can be trained"
+        )
 
     def find_format_error(self, name: str, family: "FamilyNames | None", has_texts: bool) -> str:
-        """Return the reason why ComfyUI reads no OFT of this form; "" for other formats."""
+        """Return why ComfyUI cannot read an OFT of this form; "" for other formats."""
         if name != COMFYUI:
             return ""
         return (
@@ -234,7 +234,7 @@ class OftKind(NetworkKind):
     def write_for_diffusers(
         self, modules: Mapping[str, Factors], family: "FamilyNames"
     ) -> TranslatedModules | None:
-        """Return the modules under PEFT's names; None if some are no OFT."""
+        """Return the modules under PEFT's names; None if a module is not an OFT."""
         from networks.writing import write_pieces_for_diffusers  # only if a file is written
 
         if not all(PART in factors for factors in modules.values()):

@@ -1,16 +1,16 @@
-"""The layer that an OFT network trains: a frozen Linear whose input is rotated first."""
+"""The trained layer of an OFT: it rotates the input of a frozen Linear."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from networks.kinds.oft_rotation import turn, turns
+from networks.kinds.oft_rotation import compute_rotations, rotate
 from networks.lora_layer import KINDS, Dropouts, DropoutSeed, Halves, halves, keep_mask
 
 
 class Rotation(nn.Module):
-    """The trained values of a layer's blocks, which begin as zeros: no rotation."""
+    """The trained values of a layer's blocks; they are zero at first, which means no rotation."""
 
     def __init__(self, num_blocks: int, size: int) -> None:
         super().__init__()
@@ -28,14 +28,14 @@ class OftLayer(nn.Module):
     size_word = "block size"
 
     def __init__(self, original: nn.Linear, size: int) -> None:
-        """Make an identity rotation for a frozen module; the block size `size` divides its inputs."""
+        """Make an identity rotation for a frozen module; the block size `size` must divide its inputs."""
         super().__init__()
         self.oft_R = Rotation(original.in_features // size, size)
-        self.rank = size  # in logs and messages
+        self.rank = size  # for logs and messages
         self.multiplier = 1.0
-        self.dropouts: Dropouts | None = None  # neuron: share of blocks that do not rotate
+        self.dropouts: Dropouts | None = None  # `neuron` is the fraction of blocks that do not rotate
         self.seed = DropoutSeed()
-        self.index = 0  # its number in the network, which gives it its own masks
+        self.index = 0  # index of this layer in the network, so that each layer has other dropout masks
         self.seed_table: Tensor | None = None  # see `LoraLayer`
         self._original = (original,)  # in a tuple, so that it is not registered as a submodule
         self._original_forward: Callable[[Tensor], Tensor] = original.forward
@@ -58,28 +58,30 @@ class OftLayer(nn.Module):
         is_autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if is_autocast else torch.float32
         with torch.autocast(x.device.type, enabled=False):
-            by = turns(self.oft_R.weight, self.multiplier)
+            rotations = compute_rotations(self.oft_R.weight, self.multiplier)  # R - I
             if self.training and self.dropouts is not None:
-                by = self._drop(by, self.dropouts)
-            wide = x.to(dtype)
-            rotated = wide + turn(wide, by.to(dtype))
+                rotations = self._drop(rotations, self.dropouts)
+            cast = x.to(dtype)
+            rotated = cast + rotate(cast, rotations.to(dtype))
         return self._original_forward(rotated if is_autocast else rotated.to(x.dtype))
 
     def seed_of(self, kind: str) -> int:
         """Return the seed of a random decision of this layer in this step."""
         return self.seed.derive(self.index, kind)
 
-    def _drop(self, by: Tensor, dropouts: Dropouts) -> Tensor:
-        """Return the rotations without those that dropout leaves out: single blocks, or the whole layer."""
+    def _drop(self, rotations: Tensor, dropouts: Dropouts) -> Tensor:
+        """Apply dropout to R - I, n b b: to single blocks, and to the whole layer."""
+        device = rotations.device
         if dropouts.neuron > 0:
-            keep = keep_mask((len(by), 1, 1), dropouts.neuron, self._split_halves("neuron"), by.device)
-            by = by.masked_fill(~keep, 0.0)
+            keep = keep_mask((len(rotations), 1, 1), dropouts.neuron, self._split_halves("neuron"), device)
+            rotations = rotations.masked_fill(~keep, 0.0)
         if dropouts.module > 0:
-            keep = keep_mask((1, 1, 1), dropouts.module, self._split_halves("module"), by.device)
-            by = by.masked_fill(~keep, 0.0)
-        return by
+            keep = keep_mask((1, 1, 1), dropouts.module, self._split_halves("module"), device)
+            rotations = rotations.masked_fill(~keep, 0.0)
+        return rotations
 
     def _split_halves(self, kind: str) -> Halves:
+        """Return the two halves of the seed of a random decision; compiled code reads them from a tensor."""
         if self.seed_table is not None and torch.compiler.is_compiling():
             low, high = self.seed_table[KINDS.index(kind)].unbind()
             return low, high

@@ -1,10 +1,10 @@
-"""Compute the rotations of an OFT, which turns the inputs of frozen layers block by block.
+"""Compute the rotations of an OFT, which rotates the inputs of frozen layers block by block.
 
-This is the heavy half of `oft.py`.
+This is the part of `oft.py` that imports torch.
 
-A layer computes y = W (x R) + bias. Its input is cut into blocks of b values, and each block has a rotation
-of its own, which is made from a skew-symmetric matrix Q. W stays as it is, however it is stored, and the
-change of the weight is W' = W R^T, so that it can be merged.
+A layer computes y = W (x R) + bias. Its input is cut into blocks of b values, and each block has its own
+rotation, which is computed from a skew-symmetric matrix Q. W is unchanged and may be quantized. Merging
+replaces it by W' = W R^T.
 
 Sources: Qiu et al. 2023, arXiv 2306.07280; the rotation of inputs and the series, Qiu et al. 2025,
 arXiv 2506.19847. Files have the names and values of PEFT's OFT.
@@ -21,17 +21,16 @@ from networks.kinds.factors import Factors
 
 
 def block_size_of(columns: int) -> int | None:
-    """Return b for the b (b - 1) / 2 values of a block; None if no b has that many."""
+    """Return b from the number of values of a block, b (b - 1) / 2; None if no b has so many."""
     size = (1 + math.isqrt(1 + 8 * columns)) // 2
     return size if columns and size * (size - 1) // 2 == columns else None
 
 
-def turns(values: Tensor, strength: float = 1.0) -> Tensor:
+def compute_rotations(values: Tensor, strength: float = 1.0) -> Tensor:
     """Return R - I of each block, n b b, float32, for the rotation R(strength * Q).
 
-    R is the series I + 2Q + 2Q^2 + 2Q^3 + Q^4, which is (I + Q) (I - Q)^-1 cut off: PEFT's
-    `use_cayley_neumann` with its 5 terms. I is left out because small angles would be rounded away next to it
-    in 16 bits.
+    R is I + 2Q + 2Q^2 + 2Q^3 + Q^4, a truncated series for (I + Q) (I - Q)^-1: PEFT's `use_cayley_neumann`
+    with its 5 terms. I is subtracted because 16 bits would round small angles away next to it.
 
     Args:
         values: Upper triangle of Q row by row, n x b(b-1)/2.
@@ -49,52 +48,52 @@ def turns(values: Tensor, strength: float = 1.0) -> Tensor:
     return 2 * skew + 2 * square + square @ (2 * skew + square)
 
 
-def turn(x: Tensor, by: Tensor) -> Tensor:
-    """Return x (R - I), the change of an input by a rotation.
+def rotate(x: Tensor, rotations: Tensor) -> Tensor:
+    """Return x (R - I), the change of an input by rotations.
 
     Args:
         x: Input, ... in.
-        by: R - I of each block, n b b, or 1 b b if all blocks share one rotation.
+        rotations: R - I of each block, n b b, or 1 b b if all blocks share one rotation.
     """
-    size = by.shape[-1]
+    size = rotations.shape[-1]
     blocks = x.reshape(-1, x.shape[-1] // size, size)  # N n b
-    turned = torch.matmul(blocks.transpose(0, 1), by).transpose(0, 1)
-    return turned.reshape(x.shape)
+    changes = torch.matmul(blocks.transpose(0, 1), rotations).transpose(0, 1)
+    return changes.reshape(x.shape)
 
 
-def turned_weight(weight: Tensor, by: Tensor) -> Tensor:
+def rotate_weight(weight: Tensor, rotations: Tensor) -> Tensor:
     """Return the change W (R^T - I) of a weight, out x in, float32."""
-    return turn(weight.float(), by.float().transpose(1, 2))
+    return rotate(weight.float(), rotations.float().transpose(1, 2))
 
 
 class OftAlgebra(Algebra):
-    """A rotation of inputs: nothing is added to the weight, and all of its rows share the values."""
+    """Rotation of inputs: nothing is added to the weight, and all of its rows share the values."""
 
     title = "an OFT"
 
     def __init__(self, part: str) -> None:
-        """Remember the end of the name of the values."""
+        """Set the ending of the name of the values."""
         self.part = part
-        self.rotation = self
+        self.rotation = self  # this class implements the protocol `InputRotation` too
 
     def find_error(self, factors: Factors) -> str | None:
-        """Return the error if the number of values per block fits no block size; None if it fits one."""
+        """Return the error if no block size has this number of values; else None."""
         shape = factors[self.part].shape
         if len(shape) == 2 and block_size_of(shape[1]) is not None:
             return None
         return f"its {self.part} has the shape {list(shape)}, of which no block has so many values"
 
     def make(self, values: Tensor, strength: float) -> Tensor:
-        """Return R - I of all blocks at a strength, as `turns` computes it."""
-        return turns(values, strength)
+        """Return R - I of all blocks, n b b."""
+        return compute_rotations(values, strength)
 
     def of_input(self, x: Tensor, made: Tensor) -> Tensor:
         """Return x (R - I), the change of an input."""
-        return turn(x, made)
+        return rotate(x, made)
 
     def of_weight(self, weight: Tensor, made: Tensor) -> Tensor:
         """Return W (R^T - I), the change of a weight."""
-        return turned_weight(weight, made)
+        return rotate_weight(weight, made)
 
     def find_misfit(self, values: Tensor, weight: Tensor, name: str) -> str:
         """Return why the values do not fit a weight, as the end of a sentence; "" if they do."""

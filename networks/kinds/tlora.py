@@ -1,8 +1,8 @@
-"""T-LoRA: the noisier a sample is, the fewer ranks of a LoRA act on it.
+"""T-LoRA: the noisier a sample is, the fewer ranks of a LoRA are active.
 
-A LoRA that sees much noise learns the few pictures by heart first, so at high levels only its first ranks
-act. The file is an ordinary LoRA; its metadata say with which rule it was trained. `networks/rank_masks.py`
-masks the ranks in each pass.
+On few images, a LoRA overfits first at high noise levels, so only its first ranks are active there. The file
+is an ordinary LoRA, whose metadata record the rule of its training. `networks/rank_masks.py` masks the ranks
+in each pass.
 Source: Soboleva et al. 2025, arXiv 2507.05964.
 """
 # Letters: S samples, R rank
@@ -15,21 +15,23 @@ from typing import TYPE_CHECKING, Any
 from modules.errors import CheckpointError, OptionError
 from networks.kinds.contract import NetworkKind
 
-if TYPE_CHECKING:  # --help does without torch
+if TYPE_CHECKING:  # --help must not import torch
     from pathlib import Path
 
     from torch import Tensor
 
 # keys of --network_args
-SWITCH, MIN_RANK, ALPHA = "tlora", "tlora_min_rank", "tlora_alpha"
-_ROUNDING = 1e-4  # (1 - 0.3) * 10 is a little less than 7 in float32
+SWITCH = "tlora"
+MIN_RANK = "tlora_min_rank"
+ALPHA = "tlora_alpha"
+_ROUNDING = 1e-4  # added before rounding down, because (1 - 0.3) * 10 is a little less than 7 in float32
 
 
 @dataclass(frozen=True)
 class TLoraRule:
-    """How many ranks act: floor((1 - level)^power * (R - least)) + least."""
+    """How many of R ranks are active: floor((1 - level)^power * (R - minimum)) + minimum."""
 
-    minimum: int = 1  # at pure noise
+    minimum: int = 1  # number of active ranks at pure noise
     power: float = 1.0
 
     @property
@@ -38,7 +40,7 @@ class TLoraRule:
         return TLORA
 
     def in_words(self) -> str:
-        """Return the rule as --network_args has it."""
+        """Return the rule as arguments of --network_args."""
         return f"{SWITCH}=True {MIN_RANK}={self.minimum} {ALPHA}={self.power:g}"
 
     def active(self, rank: int, levels: "Tensor") -> "Tensor":
@@ -49,12 +51,12 @@ class TLoraRule:
             levels: Noise level of each sample, S, from 0 to 1.
         """
         minimum = min(self.minimum, rank)
-        shares = (1 - levels.float()).clamp(0, 1) ** self.power
-        return (shares * (rank - minimum) + _ROUNDING).floor() + minimum
+        fractions = (1 - levels.float()).clamp(0, 1) ** self.power
+        return (fractions * (rank - minimum) + _ROUNDING).floor() + minimum
 
 
 class TLoraKind(NetworkKind):
-    """Ranks that act by the noise of each sample."""
+    """A LoRA whose number of active ranks depends on the noise level of each sample."""
 
     name = "T-LoRA"
     switch = SWITCH
@@ -72,13 +74,14 @@ class TLoraKind(NetworkKind):
         """Return the rule that --network_args describe; None unless the switch is on.
 
         Raises:
-            OptionError: If numbers are given without the switch, or all ranks would act at all noise levels.
+            OptionError: If other arguments are given without the switch, or if all ranks would be active at
+                all noise levels.
         """
         if not values.get(SWITCH, False):
-            further = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
-            if further is not None:
+            unused = next((name for name in (MIN_RANK, ALPHA) if name in values), None)
+            if unused is not None:
                 raise OptionError(
-                    f"--network_args {further} is for T-LoRA: add {SWITCH}=True, or leave it out"
+                    f"--network_args {unused} is for T-LoRA: add {SWITCH}=True, or leave it out"
                 )
             return None
         default = TLoraRule()
@@ -97,18 +100,18 @@ class TLoraKind(NetworkKind):
         return TLoraRule(minimum, power)
 
     def read_rule_of_file(self, metadata: Mapping[str, str], path: "Path | None") -> TLoraRule | None:
-        """Return the rule in a file's metadata; None if all ranks act.
+        """Return the rule from a file's metadata; None if all ranks are always active.
 
         Raises:
-            CheckpointError: If a value cannot be read or is out of range.
+            CheckpointError: If a value of the rule cannot be read or is out of range.
         """
         text = metadata["ss_network_args"]
-        from modules.text_files import parse_json  # only of files with such arguments
+        from modules.text_files import parse_json  # only for files with such arguments
 
         try:
             arguments = dict(parse_json(text))
         except (ValueError, TypeError, RecursionError):
-            return None  # another program's, whose arguments may have any form
+            return None  # written by another program, in another form
         if str(arguments.get(SWITCH, "")).lower() != "true":
             return None
         default = TLoraRule()
@@ -117,7 +120,7 @@ class TLoraKind(NetworkKind):
         try:
             rule = TLoraRule(int(min_text), float(power_text))
         except (ValueError, TypeError, OverflowError):
-            rule = TLoraRule(0)
+            rule = TLoraRule(minimum=0)  # invalid, for the error below
         if rule.minimum < 1 or not 0 < rule.power < math.inf:
             raise CheckpointError(
                 f"{path or 'a LoRA'}: its metadata say {SWITCH}=True with {MIN_RANK}={min_text!r} and "

@@ -1,7 +1,7 @@
 """Records of the module names of a family, and patterns that rename the tensors of a checkpoint.
 
-`{n}` stands for a block number. LoRA files of our dialect write a path with "_" for "."; these lists restore
-the path.
+"Our" layout is that of our networks. In paths, `{n}` stands for the index of a block. LoRA files under our
+names have paths with "_" instead of "."; these records restore the path.
 """
 
 import re
@@ -12,9 +12,15 @@ from functools import cached_property
 
 from protocols.families import HIGH_NOISE, LOW_NOISE
 
-REST, SWAPPED, BEFORE_REST = -1, -2, -3  # special values of `WeightPart.index`
-OURS, OF_LTX_FORK = "lora_unet_", "lora_unet_model_"  # prefixes of names in our LoRA files; of musubi's fork
-IN_COMFYUI, IN_DIFFUSERS = "diffusion_model.", "transformer."  # prefixes of module paths in LoRA files
+# special values of `WeightPart.index`
+REST = -1
+SWAPPED = -2
+BEFORE_REST = -3
+# prefixes of module names in LoRA files
+OURS = "lora_unet_"  # ours, and that of most trainers
+OF_LTX_FORK = "lora_unet_model_"  # musubi-tuner's fork for LTX-2
+IN_COMFYUI = "diffusion_model."
+IN_DIFFUSERS = "transformer."
 UNET_IN_DIFFUSERS = "unet."
 # values of --lora_format: names of the established trainers, of ComfyUI, of diffusers
 KNOWN, COMFYUI, DIFFUSERS = "known", "comfyui", "diffusers"
@@ -23,23 +29,24 @@ FIRST_LAYERS = (
     "patch_embedding.weight",
     "img_in.proj.weight",
     "x_embedder.proj.weight",
-    "conv_in.weight",  # this one and the next: U-Nets, with more channels for inpainting
+    # U-Nets, with more channels for inpainting
+    "conv_in.weight",
     "input_blocks.0.0.weight",
 )
 # --- metadata keys of LoRA files
 TRAINED_ON = "ss_base_model_version"  # the family
 TRAINED_EXPERT = "ss_wan_expert"  # the expert: a key of EXPERT_VALUES, or FOR_BOTH
-# which use of the model was trained, in words (key trained_for of `Family.metadata`)
+EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
+FOR_BOTH = "both"  # value of TRAINED_EXPERT for one LoRA that was trained in both experts
+# a phrase that says which use of the model was trained (key trained_for of `Family.metadata`)
 TRAINED_FOR = "reelsmith_trained_for"
-# of a training adapter: name and hash of the distilled transformer that it is for
+# name and hash of the distilled transformer that a training adapter is for
 MADE_FOR = "ss_training_adapter_for"
 LORA_FORMAT = "ss_lora_format"  # format of the names, a value of --lora_format
-# of our files without alphas, JSON: rank -> alpha / rank that was folded into factors of this rank
+# JSON in our files without alphas: rank -> alpha / rank, which was multiplied into factors of this rank
 FOLDED = "reelsmith_folded"
-EXPERT_VALUES = {"high": HIGH_NOISE, "low": LOW_NOISE}
-# prefixes of the layers' names in text encoders
+# prefixes of the names of layers in text encoders
 OF_CLIP, OF_T5, OF_LANGUAGE_MODEL = "text_model_", "encoder_block_", "layers_"
-FOR_BOTH = "both"  # value of TRAINED_EXPERT for one LoRA that was trained in both experts
 
 
 @dataclass(frozen=True)
@@ -47,15 +54,15 @@ class WeightPart:
     """A module of another layout whose weight is some or all rows of one of our weights."""
 
     theirs: str  # path in the other layout
-    ours: str
-    # None: all rows; n: rows n * h to (n + 1) * h for a part of h rows; REST: the last h rows; BEFORE_REST:
-    # the h rows before the last h; SWAPPED: all rows, with the two halves swapped
+    ours: str  # path of our module
+    # Which rows of our weight a part with h rows is. None: all rows; n: rows n * h to (n + 1) * h; REST: the
+    # last h rows; BEFORE_REST: the h rows before the last h; SWAPPED: all rows, with the two halves swapped
     index: int | None = None
-    default_height: int = 1  # height as a multiple of the lowest part's, in every published model
+    default_height: int = 1  # number of rows as a multiple of the smallest part's, in all published models
 
 
-# Order of a LoRA's modules in other trainers, which their optimizer states rely on, as (prefix, endings): all
-# blocks of the first prefix, then those of the next. Networks there register their layers in this order.
+# Order of a LoRA's modules in other trainers, by which their optimizer states number parameters: (prefix,
+# endings), all blocks of the first prefix, then those of the next.
 # Source: lists of modules recorded with the trainers (`tests/golden`), the published model code
 Numbering = tuple[tuple[str, str], ...]
 Sides = tuple[tuple[str, float, float], ...]  # see `FamilyNames.sides`
@@ -76,33 +83,36 @@ NUMBERED_ATTENTION = (
 
 @dataclass(frozen=True)
 class LoraRules:
-    """Arguments of --network_args that only one family has; they select among the modules of its `DitSpec`.
+    """Arguments of --network_args that only one family has, and the modules that they select.
 
-    Paths are module paths in the network; the values of `choices` are prefixes of such paths.
+    Paths are module paths in the network.
     """
 
-    # (argument with a rank, types of modules that it is for). A type is a tuple of words, all of which occur
-    # in the module's path. The first given argument that matches a module is used
+    # Arguments that set the rank of some modules: (argument, types of modules). A type is a tuple of words,
+    # all of which occur in a module's path. The first argument that is given and matches a module sets its
+    # rank
     types: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
-    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # train_blocks -> "double_blocks."
-    indices: Mapping[str, str] = field(default_factory=dict)  # argument -> list of blocks
-    outside: str = ""  # argument with the ranks of `outside_paths`, in order
+    # value of the argument train_blocks -> prefixes of the modules that it selects, such as "double_blocks."
+    choices: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # argument -> list of blocks whose indices it has
+    indices: Mapping[str, str] = field(default_factory=dict)
+    outside: str = ""  # argument with the ranks of `outside_paths`, in this order
     outside_paths: tuple[str, ...] = ()  # modules that are not in a block
     # ending of a fused layer's path -> number of parts, see `networks.lora_products.fused_sizes`
     fused: Mapping[str, int] = field(default_factory=dict)
-    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> the encoder that it switches on
-    # argument -> the part of `DitSpec.lora_exclude` that it switches on
+    encoders: Mapping[str, str] = field(default_factory=dict)  # argument -> text encoder that it enables
+    # argument -> pattern of `DitSpec.lora_exclude` whose modules it enables
     switches: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RowsByHead:
-    """Layers whose rows another program orders by head, [q0 k0 v0, q1 k1 v1, ...]; ours are [q; k; v]."""
+    """Fused layers whose rows another program orders by head: [q0 k0 v0, q1 k1 v1, ...], not [q; k; v]."""
 
-    mark: str  # regular expression that matches a name only in that program's files
+    mark: str  # regular expression that matches names only in files of that program
     ending: str  # ending of our paths of the layers
-    norm_ending: str  # ending of our paths of norms with the width of a head, in model files
-    head_width: int  # width of a head in released models, because LoRAs do not show it
+    norm_ending: str  # ending of our paths of norms whose width is that of a head, in model files
+    head_width: int  # width of a head in released models; LoRAs do not show it
 
 
 @dataclass(frozen=True)
@@ -114,103 +124,106 @@ class GrownBlocks:
 
     blocks: str  # name of the list in our layout
     also_called: tuple[str, ...]  # names of the list in other layouts
-    depths: tuple[int, ...]  # number of blocks of each variant; each adds one more copy of the copied blocks
+    depths: tuple[int, ...]  # number of blocks of each variant; each has one more copy of the copied blocks
     copied: frozenset[int]  # blocks of the first variant that deeper variants repeat
     keys: tuple[str, ...]  # metadata keys with the number of blocks that a LoRA is for, ours first
     maximum: int = 1000  # largest valid number of blocks in metadata
 
     def originals(self, depth: int) -> list[int]:
-        """Return, for each block of a variant, the index of the block that it copies in the shortest one."""
-        copies = self.depths.index(depth)
-        order = []
+        """Return, for each block of the variant with `depth` blocks, its original in the shortest variant."""
+        num_copies = self.depths.index(depth)
+        originals = []
         for block in range(self.depths[0]):
-            order += [block] * (1 + copies * (block in self.copied))
-        return order
+            originals.append(block)
+            if block in self.copied:
+                originals += [block] * num_copies
+        return originals
 
-    def places(self, source: int, depth: int) -> list[list[int]]:
-        """Return, for each block of a variant, the indices of its copies in a deeper variant.
+    def map_blocks(self, depth: int, deeper: int) -> list[list[int]]:
+        """Return, for each block of a variant, the indices of its counterparts in a deeper variant.
 
-        If the variant itself has several copies of a block, the deeper variant's additional copies belong to
-        the last of them.
+        If the variant itself has several copies of a block, the additional copies of the deeper variant
+        belong to the last of these.
 
         Args:
-            source: Number of blocks of the variant.
-            depth: Number of blocks of the deeper variant.
+            depth: Number of blocks of the variant.
+            deeper: Number of blocks of the deeper variant.
         """
-        copies: list[list[int]] = []
+        indices: list[list[int]] = []
         next_index = 0  # in the deeper variant
-        originals = self.originals(source)
-        counts = Counter(self.originals(depth))
+        originals = self.originals(depth)
+        counts = Counter(self.originals(deeper))
         for index, original in enumerate(originals):
             is_last_copy = index + 1 == len(originals) or originals[index + 1] != original
-            num_copies = 1
+            num_blocks = 1
             if is_last_copy:
-                num_copies += counts[original] - originals.count(original)
-            copies.append([*range(next_index, next_index + num_copies)])
-            next_index += num_copies
-        return copies
+                num_blocks += counts[original] - originals.count(original)
+            indices.append([*range(next_index, next_index + num_blocks)])
+            next_index += num_blocks
+        return indices
 
 
-@dataclass(frozen=True, eq=False)  # compared and hashed as objects: the lists are long
+@dataclass(frozen=True, eq=False)  # eq=False: compared and hashed by identity, because the lists are long
 class FamilyNames:
-    """Module paths of one network."""
+    """The module paths of a family's network in all layouts, and how LoRA files name them."""
 
     name: str  # value of `ss_base_model_version`
     architecture: str  # value of `modelspec.architecture`, without its "/lora"
     aliases: tuple[tuple[str, str], ...] = ()  # (path in another layout, our path)
-    parts: tuple[WeightPart, ...] = ()  # parts in a layout that splits some of our modules
+    parts: tuple[WeightPart, ...] = ()  # parts of our modules in a layout that splits some of them
     # parts in a layout that fuses some of our modules: here `theirs` is our module, and `ours` the fused one
     joined: tuple[WeightPart, ...] = ()
-    # whether ComfyUI reads LoRAs only under the names of that layout (fused modules, and `aliases`)
+    # whether ComfyUI reads LoRAs only under the names of the layout of `joined` and `aliases`
     stacked_in_comfyui: bool = False
-    network_module: str = ""  # our --network_module that trains its LoRAs
+    network_module: str = ""  # value of --network_module that trains its LoRAs
     rules: LoraRules | None = None  # arguments that only `network_module` has
     takes: tuple[str, ...] = ()  # other families whose LoRAs are useful for this model too
-    start: str = IN_COMFYUI  # prefix in LoRA files for other tools
-    # tools that read LoRAs under our names only after conversion; "": all tools read them unconverted
+    start: str = IN_COMFYUI  # prefix of module paths in LoRA files for other tools
+    # tools that cannot read LoRAs under our names without conversion, for messages; "": all tools can
     converted_for: str = ""
-    default_format: str = KNOWN  # format of saved files without --lora_format
+    default_format: str = KNOWN  # default of --lora_format
     not_in_comfyui: str = ""  # why ComfyUI cannot read its LoRAs; "": it can
     not_in_diffusers: tuple[tuple[str, str], ...] = ()  # (kind of network, why diffusers cannot read it)
     # prefixes of the text encoders for which diffusers' pipelines load LoRAs
     texts_in_diffusers: tuple[str, ...] = ()
-    # (our prefix of a text encoder, prefix of its paths in ComfyUI); others are read under our names
+    # (our prefix of a text encoder, prefix of its paths in ComfyUI); ComfyUI reads others under our names
     texts_in_comfyui: tuple[tuple[str, str], ...] = ()
-    # whether ComfyUI reads LoRAs only by underscored names, including `aliases`, because its dotted paths
-    # differ from ours
+    # whether ComfyUI reads LoRAs only under names with underscores (ours or `aliases`), because its dotted
+    # paths differ from ours
     underscored: bool = False
     # kinds of networks besides LoRA that diffusers reads under ComfyUI's names
     kinds_in_diffusers: tuple[str, ...] = ()
     # whether our paths are those of diffusers; `aliases` then belong to another layout
     is_as_in_diffusers: bool = False
-    # underscored names that all tools except diffusers use for its LoRAs: "ours" or "aliases"; "": tools
-    # differ
+    # which names with underscores all tools except diffusers use for its LoRAs: "ours" or "aliases"; "":
+    # tools differ
     always_underscored: str = ""
-    # parameters that are not a module's weight or bias, like `aliases`; `{path}.diff` in LoRA files
+    # (path in another layout, our path) of parameters that are not the weight or bias of a module; in LoRA
+    # files `{path}.diff`
     parameters: tuple[tuple[str, str], ...] = ()
-    optional: tuple[str, ...] = ()  # our paths (also of parameters) that only some models have
+    optional: tuple[str, ...] = ()  # our paths of modules and parameters that only some models have
     optional_words: str = ""  # description of `optional`, for messages
-    # `ss_base_model_version` in files of other trainers, if it is not `name`; `ss_network_module` then
-    # follows them too
+    # `ss_base_model_version` to write, as other trainers do, if it is not `name`; `ss_network_module` is then
+    # written as theirs too
     written_version: str = ""
     versions: tuple[str, ...] = ()  # other prefixes of `ss_base_model_version`, in lower case
-    # (regular expression for metadata of a LoRA that cannot be used, reason): see networks/loading.py
+    # (regular expression for the metadata of a LoRA that cannot be used, reason); see networks/loading.py
     refused: tuple[tuple[str, str], ...] = ()
-    # for releases whose LoRAs have the same names: a regular expression that finds the release in these
-    # metadata, and (newest release, parameter that only this release has)
+    # For families whose releases have LoRAs with the same names: a regular expression that finds the release
+    # in the metadata, and (newest release, parameter that only this release has)
     release_pattern: str = ""
     newest: tuple[str, str] = ("", "")
-    # text encoders that LoRAs change: (prefix in LoRA files, prefix of their layers' names). Encoders with
-    # equal layers are listed in the order of their numbers
+    # text encoders that LoRAs change: (prefix in LoRA files, prefix of the names of their layers). Encoders
+    # of the same kind are listed in the order of their numbers
     encoders: tuple[tuple[str, str], ...] = (("lora_te1", OF_CLIP), ("lora_te3", OF_T5))
-    # sizes that distinguish families with equal names: (ending of "." + our path, rows and columns of the
-    # weight in widths of a block; 0: any), and the published models. For U-Nets, the width is that of texts
+    # Sizes that distinguish families with equal names: (ending of "." + our path, rows of the weight,
+    # columns), as multiples of a block's width; 0 means any size
     sides: Sides = ()
-    released: Released = ()
+    released: Released = ()  # published models; the width of a U-Net is that of its text states
     # (name of an expert's network in diffusers' pipelines, the expert), if there are several experts
     experts: tuple[tuple[str, str], ...] = ()
-    more_experts: tuple[tuple[str, str], ...] = ()  # the same with other names in files with several experts
-    further: tuple[str, ...] = ()  # our paths that have no counterpart in another layout
+    more_experts: tuple[tuple[str, str], ...] = ()  # the same, with other names in files with several experts
+    further: tuple[str, ...] = ()  # our paths that `aliases` and `parts` do not have
     numbered: Numbering = ()
     # prefixes of our paths of modules that are loaded with the text encoder, and their description
     text_side: tuple[str, ...] = ()
@@ -218,11 +231,13 @@ class FamilyNames:
     # other prefixes than "transformer." in diffusers' dialect, for networks with the same modules
     more_starts: tuple[str, ...] = ()
     rows_by_head: RowsByHead | None = None
-    # whether a file is rejected if an underscored name belongs to no module; otherwise it is used in part
+    # whether a file is rejected if an underscored name belongs to no module; otherwise the name is ignored
     rejects_strangers: bool = False
-    # prefixes of paths, in any layout, that files write without the prefix of the transformer
+    # prefixes of paths, in any layout, to which files do not add the prefix of the transformer
     unprefixed: tuple[str, ...] = ()
-    grown: GrownBlocks | None = None  # deeper variants for the same LoRAs: `networks.depth_variants`
+    grown: GrownBlocks | None = (
+        None  # deeper variants that LoRAs are converted for, see `networks.depth_variants`
+    )
 
     @cached_property
     def modules(self) -> tuple[str, ...]:
@@ -242,21 +257,19 @@ def in_both_streams(endings: str) -> str:
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
-    """Return the parts q, k and v ({x} in `theirs`) of a weight of ours that stacks them in this order."""
-    return tuple(
-        WeightPart(theirs.replace("{x}", character), ours, row) for row, character in enumerate("qkv")
-    )
+    """Return the parts of our fused weight [q; k; v]; {x} in `theirs` stands for the letter."""
+    return tuple(WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
 
 
 def renamed_parts(theirs: str, ours: str, endings: Iterable[tuple[str, str]]) -> tuple[WeightPart, ...]:
-    """Return renamed full modules: `theirs` + their ending is `ours` + our ending, for each of `endings`."""
+    """Return modules that only have other names: `theirs` + their ending is `ours` + our ending."""
     return tuple(WeightPart(theirs + their_ending, ours + our_ending) for their_ending, our_ending in endings)
 
 
 def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
-    """Return our tensors whose two halves are swapped in the family's other layout.
+    """Return our names of tensors whose two halves are in the opposite order in the family's other layout.
 
-    `tensor_patterns` only renames them: the reader of the file swaps the halves.
+    `tensor_patterns` only renames them; the code that reads the file swaps the halves.
     """
     modules = [part.ours for part in names.parts if part.index == SWAPPED]
     return tuple(f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias"))
@@ -264,38 +277,37 @@ def swapped_tensors(names: FamilyNames) -> tuple[str, ...]:
 
 def joined_tensors(names: FamilyNames) -> tuple[tuple[str, tuple[str, ...]], ...]:
     """Return (pattern, our names in the order of the rows) for each weight that a checkpoint fuses."""
-    replacements: dict[str, list[str]] = {}
-    for part in names.joined:
+    our_names: dict[str, list[str]] = {}
+    for part in names.joined:  # here `ours` is the fused module, and `theirs` is ours
         pattern = _pattern(part.ours) + r"\.weight"
-        replacements.setdefault(pattern, []).append(f"{_replacement(part.theirs)}.weight")
-    return tuple((pattern, tuple(ours)) for pattern, ours in replacements.items())
+        our_names.setdefault(pattern, []).append(f"{_replacement(part.theirs)}.weight")
+    return tuple((pattern, tuple(ours)) for pattern, ours in our_names.items())
 
 
 def _pattern(path: str) -> str:
-    """Return the regular expression for a path in which `{n}` stands for the block index."""
+    """Return a regular expression for a path with `{n}`."""
     return re.escape(path).replace(re.escape("{n}"), r"(\d+)")
 
 
 def _replacement(path: str) -> str:
-    """Return the replacement text for a path with `{n}`, filled with the number that `_pattern` matched."""
+    """Return a replacement text for a path with `{n}`, which becomes the number that `_pattern` matched."""
     return path.replace("{n}", r"\1")
 
 
 def tensor_patterns(names: FamilyNames) -> tuple[tuple[str, str], ...]:
     """Return (pattern, replacement) for the tensors of a checkpoint in the family's other layout.
 
-    A replacement with the suffix #n is the nth of the parts that form the rows of our tensor.
+    If the layout splits our tensor by rows, the replacement of the n-th part ends in #n.
     """
     parts = names.parts or tuple(WeightPart(theirs, ours) for theirs, ours in names.aliases)
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()  # our module -> parts so far
     patterns = []
     for part in parts:
         suffix = ""
         if part.index is not None and part.index != SWAPPED:
-            index = counts.get(part.ours, 0)
-            suffix = f"#{index}"
-            counts[part.ours] = index + 1
-        leaf = r".\2" if "{n}" in part.theirs else r".\1"
+            suffix = f"#{counts[part.ours]}"
+            counts[part.ours] += 1
+        leaf = r".\2" if "{n}" in part.theirs else r".\1"  # the group after that of the block index
         pattern = _pattern(part.theirs) + r"\.(\w+)"
         patterns.append((pattern, _replacement(part.ours) + leaf + suffix))
     for theirs, ours in names.parameters:

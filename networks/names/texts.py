@@ -1,11 +1,11 @@
-"""Names of the modules and parameters of text encoders: LoRA files have published paths."""
+"""Names of the modules and parameters of text encoders; LoRA files have the published ones."""
 
 import re
 
 from networks.names.layouts import Numbering
 
-Pairs = tuple[tuple[str, str], ...]  # (a pattern, the name that it stands for)
-# the paths of our own classes -> the published ones; a class of transformers has the published ones already
+Pairs = tuple[tuple[str, str], ...]  # (pattern, replacement)
+# paths in our own classes -> published paths; classes of transformers already have the published ones
 _PUBLISHED = (
     (r"encoder\.layers\.(\d+)\.(.+)", r"text_model.encoder.layers.\1.\2"),  # CLIP
     (r"embeddings\.(token|position)_embedding", r"text_model.embeddings.\1_embedding"),
@@ -18,16 +18,16 @@ _PUBLISHED = (
 
 
 def _translate(table: Pairs, name: str) -> str | None:
-    """Return the name that the first fitting pattern of a table stands for; None if none fits."""
-    for pattern, target in table:
+    """Rename with the first pattern of a table that matches; return None if none does."""
+    for pattern, replacement in table:
         match = re.fullmatch(pattern, name)
         if match is not None:
-            return match.expand(target)
+            return match.expand(replacement)
     return None
 
 
 def published_path(path: str) -> str:
-    """Return the published path of a text encoder's module; unknown paths are published ones already."""
+    """Return the published path of a text encoder's module; a path that is not ours is returned unchanged."""
     return _translate(_PUBLISHED, path) or path
 
 
@@ -47,18 +47,20 @@ _OPEN_CLIP = (
     (r"transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"encoder.layers.\1.mlp.fc2.\2"),
     (r"transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"encoder.layers.\1.self_attn.out_proj.\2"),
 )
-_FUSED = re.compile(r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)")  # q, k and v by rows
+_FUSED = re.compile(
+    r"transformer\.resblocks\.(\d+)\.attn\.in_proj_(weight|bias)"
+)  # rows of q, then k, then v
 
 
 def open_clip_names(name: str) -> list[tuple[str, int | None]]:
-    """Return the parameters that a tensor of OpenCLIP's text encoder holds.
+    """Return the parameters that a tensor of OpenCLIP's text encoder contains.
 
     Args:
         name: Name of the tensor.
 
     Returns:
-        Pairs of Hugging Face's name, below `text_model.`, and the third of the rows that holds the parameter
-        (None for all rows); [] for unknown tensors.
+        Pairs of Hugging Face's name, without `text_model.`, and the index of the third of the rows that is
+        the parameter (None for all rows). [] for unknown tensors.
     """
     fused = _FUSED.fullmatch(name)
     if fused is not None:
@@ -68,8 +70,8 @@ def open_clip_names(name: str) -> list[tuple[str, int | None]]:
     return [] if translated is None else [(translated, None)]
 
 
-# of the pooled state, in CLIPs that project it: a layer next to `text_model`, of which OpenCLIP has the
-# transposed weight as a parameter
+# Layer that projects the pooled state in some CLIPs; it is outside `text_model`. OpenCLIP has its transposed
+# weight as a parameter
 TEXT_PROJECTION = "text_projection"
 # names of modules in LoRA files -> their paths in diffusers' pipelines
 _CLIP_LAYER = r"_text_model_encoder_layers_(\d+)_(self_attn|mlp)_(\w+)"
@@ -85,11 +87,11 @@ _IN_DIFFUSERS = (
 
 
 def diffusers_path_of_text(name: str) -> str | None:
-    """Return the path of a text encoder's module in diffusers pipelines; None if it has none."""
+    """Return the path of a text encoder's module in diffusers' pipelines; None if these do not have it."""
     return _translate(_IN_DIFFUSERS, name)
 
 
-# names of a language model's modules in LoRA files, behind the text encoder's start -> their paths
+# names of a language model's modules in LoRA files, after the text encoder's prefix -> their paths
 _IN_LANGUAGE_MODEL = (
     (r"layers_(\d+)_(self_attn|mlp)_(\w+)", r"layers.\1.\2.\3"),
     (r"layers_(\d+)_(\w+)", r"layers.\1.\2"),  # norms
@@ -101,17 +103,19 @@ def comfyui_path_of_text(name: str, starts: Pairs) -> str | None:
     """Return the path of a text encoder's module in ComfyUI; None if ComfyUI reads our name.
 
     Args:
-        name: Path of the module.
+        name: Our name of the module.
         starts: Pairs of our prefix and ComfyUI's prefix for the family's text encoders.
     """
-    for ours, theirs in starts:
-        path = _translate(_IN_LANGUAGE_MODEL, name.removeprefix(ours)) if name.startswith(ours) else None
+    for our_prefix, comfyui_prefix in starts:
+        if not name.startswith(our_prefix):
+            continue
+        path = _translate(_IN_LANGUAGE_MODEL, name.removeprefix(our_prefix))
         if path is not None:
-            return f"{theirs}{path}"
+            return f"{comfyui_prefix}{path}"
     return None
 
 
-# order of the modules, which come before the transformer's: CLIP-L, T5, Gemma 2
+# order of the modules of CLIP-L, T5 and Gemma 2 in optimizer states, where they precede the transformer's
 TEXTS_NUMBERED: Numbering = (
     (
         "lora_te1.text_model.encoder.layers.{n}.",

@@ -107,14 +107,14 @@ def find_table_keys(
     """
     keys: dict[Path, dict[str, Any]] = {}
     matched: list[ForeignDataset] = []
-    for dataset in described:
-        known = _find_dataset(project, folder, dataset)
-        keys[dataset] = {} if known is None else known.data
-        if known is not None:
-            matched.append(known)
-    for known in project.datasets.values():
-        if not any(known is other for other in matched):
-            _leave_keys(project, known, known.data, _NOT_DESCRIBED)
+    for subfolder in described:
+        dataset = _find_dataset(project, folder, subfolder)
+        keys[subfolder] = {} if dataset is None else dataset.data
+        if dataset is not None:
+            matched.append(dataset)
+    for dataset in project.datasets.values():
+        if not any(dataset is other for other in matched):
+            _leave_keys(project, dataset, dataset.data, _NOT_DESCRIBED)
     return keys
 
 

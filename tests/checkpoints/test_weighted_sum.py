@@ -118,6 +118,7 @@ def test_whole_checkpoints_are_merged(tmp_path: Path) -> None:
     ("words", "reasons"),
     [
         (["--models", "a.safetensors"], ["names one file", "give two"]),
+        (["--models", "a.safetensors", "b.safetensors", "--save_precision", "fp16"], ["--saving_precision"]),
         (["--models", "a.safetensors", "b.safetensors", "--ratios", "1"], ["1 numbers for 2 files"]),
         (
             ["--models", "a.safetensors", "b.safetensors", "--ratios", "1", "1"],

@@ -32,7 +32,7 @@ def resize(folder: Path, *words: object) -> dict[str, tuple[int, int]]:
 
 
 def test_each_size_limits_the_area_and_no_image_grows(folder: Path) -> None:
-    sizes = resize(folder, "--max_resolution", "40x40, 64x64")
+    sizes = resize(folder, "--max_resolution", "40x40, 64X64,")
     assert sizes == {
         "wide ü+40x40.jpg": (56, 28),
         "wide ü+64x64.jpg": (90, 45),

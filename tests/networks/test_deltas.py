@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from networks.delta import read_delta
 from networks.deltas import strength
-from networks.gated_loras import AddedLayer, AddedPart, ChangedPlace
+from networks.gated_loras import AddedLayer, AddedPart, ChangedParameter
 from tests.commands import ROOT, run_python
 from tests.stable_diffusion.loaded import RANK, Factors, low_rank, random
 
@@ -204,7 +204,7 @@ def test_what_is_added_equals_a_changed_weight(
 ) -> None:
     changed, wanted = module(), module()
     wanted.load_state_dict(changed.state_dict())
-    place, x = ChangedPlace("x.weight", changed), random(2, 6, 5, 7, seed="x", scale=1)
+    place, x = ChangedParameter("x.weight", changed), random(2, 6, 5, 7, seed="x", scale=1)
     x = x.movedim(1, -1) if isinstance(changed, nn.Linear) else x
     parts = []
     weight = changed.weight.clone()  # type: ignore[operator]
@@ -235,7 +235,7 @@ def test_what_is_added_equals_a_changed_weight(
 @pytest.mark.parametrize("shape", [(6,), (2, 5, 6)])
 def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     module, x = nn.Linear(6, 8).to(dtype), random(*shape, seed="x", scale=1).to(dtype)
-    place, names = ChangedPlace("x.weight", module), ("one", "two")
+    place, names = ChangedParameter("x.weight", module), ("one", "two")
     factors = {name: low_rank(name, module) for name in names}
     plain = module(x)
     layer = AddedLayer(place, [AddedPart(place, read_delta(factors[name]), 0.5) for name in names])
@@ -258,7 +258,7 @@ def test_products_are_added_in_place_and_rounded_once(dtype: torch.dtype, shape:
 @torch.no_grad()
 def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
     module, x = nn.Linear(6, 8), random(2, 5, 6, seed="x", scale=1)
-    place, plain, bias = ChangedPlace("x.weight", module), module(x), random(8, seed="bias")
+    place, plain, bias = ChangedParameter("x.weight", module), module(x), random(8, seed="bias")
     factors = low_rank("one", module)
     change = change_of(factors, module)
     parts = [
@@ -276,7 +276,7 @@ def test_what_more_than_a_product_is_added_is_not_left_out() -> None:
 @torch.no_grad()
 def test_a_change_of_a_bias_alone_is_added() -> None:
     module, x, change = nn.Conv2d(6, 8, 3), random(2, 6, 5, 7, seed="x", scale=1), random(8, seed="bias")
-    place, plain = ChangedPlace("x.weight", module), module(x)
+    place, plain = ChangedParameter("x.weight", module), module(x)
     layer = AddedLayer(place, [AddedPart(place, read_delta({"diff_b": change}), 2.0)])
     layer.attach()
     layer.switch_on(CPU, torch.float32)
@@ -288,7 +288,7 @@ def test_a_change_of_a_bias_alone_is_added() -> None:
 def test_what_is_added_to_a_norm_can_be_changed_too() -> None:
     norm, x = nn.LayerNorm(6), random(2, 6, seed="x", scale=1)
     plain = norm(x)
-    place = ChangedPlace("norm.weight", norm)
+    place = ChangedParameter("norm.weight", norm)
     parts = [AddedPart(place, read_delta({"diff": random(6, seed=name)})) for name in ("one", "two")]
     layer = AddedLayer(place, parts)
     layer.attach()

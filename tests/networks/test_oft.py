@@ -18,10 +18,10 @@ from modules.errors import CheckpointError, OptionError
 from networks.apply import LoraPatch
 from networks.convert import convert_file
 from networks.delta import read_delta
-from networks.gated_loras import AddedLayer, AddedPart, ChangedPlace, add_loras
+from networks.gated_loras import AddedLayer, AddedPart, ChangedParameter, add_loras
 from networks.kinds.oft import fit_block_size
 from networks.kinds.oft_layer import OftLayer
-from networks.kinds.oft_rotation import block_size_of, turned_weight, turns
+from networks.kinds.oft_rotation import block_size_of, compute_rotations, rotate_weight
 from networks.loading import LoraUse, read_lora
 from networks.metadata import describe_lora
 from protocols.loading import Placement
@@ -74,7 +74,7 @@ def test_output_gradients_and_merged_weight_are_those_of_peft(strength: float) -
     others = torch.autograd.grad(expected.square().sum(), [other, rotation])
     torch.testing.assert_close(mine[0], others[0])
     torch.testing.assert_close(mine[1], strength * others[1], rtol=1e-4, atol=1e-4)
-    merged = ours.layer.weight + turned_weight(ours.layer.weight, turns(values, strength))
+    merged = ours.layer.weight + rotate_weight(ours.layer.weight, compute_rotations(values, strength))
     torch.testing.assert_close(merged, theirs.merge_and_unload().layer.weight)
 
 
@@ -211,7 +211,9 @@ def test_a_file_of_another_program_is_merged(tmp_path: Path, start: str) -> None
     state = tiny_state("t2v")
     patch = LoraPatch([LoraUse(read_lora(path), 0.7)])
     for name, weight in state.items():
-        expected = weight + turned_weight(weight, turns(values[name], 0.7)) if name in values else weight
+        expected = (
+            weight + rotate_weight(weight, compute_rotations(values[name], 0.7)) if name in values else weight
+        )
         torch.testing.assert_close(patch(name, weight), expected)
     patch.check()
     assert unused(patch) == []
@@ -227,7 +229,7 @@ def test_next_to_the_weights_it_does_the_same(tmp_path: Path) -> None:
     layer = dit.get_submodule(name.removesuffix(".weight"))
     assert isinstance(layer, nn.Linear)
     x = torch.randn(2, 3, layer.in_features)
-    change = sum(turned_weight(layer.weight, turns(value, use.multiplier)) for use in uses)
+    change = sum(rotate_weight(layer.weight, compute_rotations(value, use.multiplier)) for use in uses)
     expected = nn.functional.linear(x, layer.weight + change, layer.bias)
 
     added = add_loras(dit, uses)
@@ -237,16 +239,16 @@ def test_next_to_the_weights_it_does_the_same(tmp_path: Path) -> None:
     other = nn.Linear(8, 6)
     learning, region = (
         OftLayer(other, 4),
-        AddedPart(ChangedPlace("x.weight", other), read_delta({"oft_R.weight": angles(2, 4)})),
+        AddedPart(ChangedParameter("x.weight", other), read_delta({"oft_R.weight": angles(2, 4)})),
     )
     learning.oft_R.weight.data.copy_(angles(2, 4, 5))
     learning.attach()
-    outer = AddedLayer(ChangedPlace("x.weight", other), [region])
+    outer = AddedLayer(ChangedParameter("x.weight", other), [region])
     outer.attach()
     y = torch.randn(5, 8)
     alone = other(y)
     outer.switch_on(CPU, torch.float32)
-    expected = alone + nn.functional.linear(y, turned_weight(other.weight, turns(angles(2, 4))))
+    expected = alone + nn.functional.linear(y, rotate_weight(other.weight, compute_rotations(angles(2, 4))))
     torch.testing.assert_close(other(y), expected)
     region.rows = slice(2, 4)
     expected[:, :2], expected[:, 4:] = alone[:, :2], alone[:, 4:]
@@ -262,7 +264,7 @@ def test_one_rotation_may_be_for_all_blocks(tmp_path: Path) -> None:
     merged = patch("blocks.0.self_attn.q.weight", weight)
 
     full = value.repeat(weight.shape[1] // 4, 1)
-    torch.testing.assert_close(merged, weight + turned_weight(weight, turns(full)))
+    torch.testing.assert_close(merged, weight + rotate_weight(weight, compute_rotations(full)))
 
 
 @pytest.mark.parametrize(
@@ -348,7 +350,9 @@ def test_comfyui_gets_a_plain_lora_only(tmp_path: Path) -> None:
     convert_lora.main([*options, "--bake", "5000", "--dit", str(model)])
     patch = LoraPatch([LoraUse(read_lora(tmp_path / "p.safetensors"))])
     for name, weight in tiny_state("t2v").items():
-        expected = weight + turned_weight(weight, turns(values[name])) if name in values else weight
+        expected = (
+            weight + rotate_weight(weight, compute_rotations(values[name])) if name in values else weight
+        )
         torch.testing.assert_close(patch(name, weight), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -454,7 +454,7 @@ def test_text_encoders_keep_small_loras(caplog: pytest.LogCaptureFixture) -> Non
     use = LoraUse(LoraFile(Path("text.safetensors"), {}, {}, "ours", text_tensors=texts))
     with caplog.at_level(logging.INFO):
         loras = TextLoras([use], AUTO)
-        loras._add([LoraUse(LoraFile(use.lora.path, _as_unet(texts), {}, "ours"))], encoder.network, "clip")
+        loras._merge([LoraUse(LoraFile(use.lora.path, _as_unet(texts), {}, "ours"))], encoder.network, "clip")
 
     assert abs(share_kept(encoder.network["layer"].weight.detach(), weight, change) - 1) < 0.05
     assert "would keep" in caplog.text

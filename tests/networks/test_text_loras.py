@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modules.errors import CheckpointError
 from networks.apply import LoraPatch
-from networks.gated_loras import fitting, places
+from networks.gated_loras import find_parameters, fit_lora
 from networks.loading import LoraUse, read_lora
 from networks.text_loras import FullPatch, for_encoders, uses_for
 
@@ -125,7 +125,7 @@ def test_a_projection_alone_that_an_encoder_lacks_is_a_warning(
     def put_in(use: LoraUse) -> None:
         (part,) = uses_for([use], "lora_te1", SDXL)
         if way == "added":
-            assert not fitting(part.lora, places(Encoder()), "--network_weights")
+            assert not fit_lora(part.lora, find_parameters(Encoder()), "--network_weights")
             return
         patch = LoraPatch([part])
         patch.add_to("text_model.weight", torch.zeros(SIZE, SIZE))

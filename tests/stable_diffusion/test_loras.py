@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modules.errors import CheckpointError, OptionError
 from networks.gated_loras import AddedPart
-from networks.kinds.oft_rotation import turned_weight, turns
+from networks.kinds.oft_rotation import compute_rotations, rotate_weight
 from stable_diffusion.contract import SD1, Model
 from stable_diffusion.loras import ChosenLoras, check_kind, read_networks
 from stable_diffusion.network_options import AddedNetworkOptions
@@ -105,7 +105,7 @@ def test_rotations_are_added_and_folded_in(fresh: Fresh, tmp_path: Path, words: 
             values = 0.1 * torch.randn(module.in_features // 4, 6, generator=torch.Generator().manual_seed(1))
             name = loaded.kohya_name(path, wanted.kind.name).replace("lora_unet_", "oft_unet_")
             tensors[f"{name}.oft_R.weight"] = values
-            module.weight += turned_weight(module.weight, turns(values, 0.5))
+            module.weight += rotate_weight(module.weight, compute_rotations(values, 0.5))
     assert tensors
     save_file(tensors, tmp_path / "oft.safetensors")
 

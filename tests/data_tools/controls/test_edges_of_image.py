@@ -39,6 +39,7 @@ def test_edges_are_those_of_opencv_at_the_thresholds_of_sd_scripts(folder: Path)
     ("words", "reason"),
     [
         (["--input", "a ü.png"], "--output"),
+        (["a ü.png"], "--output"),
         (["--input", "nowhere.png", "--output", "b.png"], "nowhere.png"),
         (["--input", ".", "--output", "b.png"], "folder"),
         (["--input", "a ü.png", "--output", "b.txt"], "ends in .png"),
