@@ -237,8 +237,8 @@ class Flux(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: text, and guidance (B).
 
-        Raises CacheError if T5 read captions with other settings than in this training, or states have no
-        mask.
+        Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 read the
+        captions with other settings than this training has.
         """
         control = self._read_control(latents, batch)
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
@@ -249,7 +249,7 @@ class Flux(ModelOfImages):
         batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of FLUX.1")
         self._check_t5(batch)
         conditions = {name: batch.tensor(name) for name in self.text_keys}
-        # Chroma is made for 0
+        # Chroma is made for guidance 0
         guidance = 0.0 if self.files.kind == configs.CHROMA else self.trained_guidance
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
@@ -273,7 +273,11 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if T5 read captions with other settings, or states have no mask."""
+        """Check that cached states of T5 fit this training.
+
+        Raises CacheError if padding was masked differently, if the mask and the states differ in length, or
+        if a text is too long.
+        """
         uses_mask = self.files.uses_mask
         for record in batch.made_by:
             mask = record.encoder.get("t5_mask")

@@ -48,19 +48,19 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, table), NAME)
     dim, channels = shapes.of("img_in.weight")
-    (width,) = shapes.of(HEADS, axes=1)
+    (head_dim,) = shapes.of(HEADS, axes=1)
     ffn_dim = shapes.of("double_blocks.0.img_mlp.2.weight")[1]
-    has_heads = dim % width == 0 and width % (2 * AXES) == 0
+    has_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
     if not has_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
-            f"of {WHAT}. Copy the file again.",
+            f"{checkpoint.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
+            f"those of {WHAT}. Copy the file again.",
             checkpoint.path,
         )
     config = Flux2Config(
         dim=dim,
         ffn_dim=ffn_dim,
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         double_blocks=shapes.blocks("double_blocks"),
         single_blocks=shapes.blocks("single_blocks"),
         channels=channels,

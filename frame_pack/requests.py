@@ -65,9 +65,9 @@ def prepare_request(
     Raises:
         OptionError: For invalid settings.
     """
-    text = request.extra.get("one_frame")
-    is_image = text is not None
-    one_frame = None if text is None else parse_one_frame(text)
+    typed_settings = request.extra.get("one_frame")
+    is_image = typed_settings is not None
+    one_frame = None if typed_settings is None else parse_one_frame(typed_settings)
     if is_image and is_f1:
         raise OptionError(
             "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
@@ -76,6 +76,7 @@ def prepare_request(
     sections = _count_sections(request, usual, window, is_image)
     width, height, _ = requests.size_of(request, usual)
     frames = 1 if is_image else video_frames(sections, window)
+    # one section is denoised at a time, so the length of the whole video is not limited
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
     request = _with_controls(request)
     settings = FramePackRequest(
@@ -92,11 +93,12 @@ def prepare_request(
     flow_shift = request.flow_shift
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
+        # the released schedule depends on the number of tokens that are denoised together
         flow_shift = compute_flow_shift(count_tokens(1 if is_image else window, rows, columns))
     prepared = requests.settle(request, usual, (width, height, frames), flow_shift, default_negative="")
     # metadata of saved files, by the names of options
     metadata = dict(request.extra)
-    metadata.pop("video_seconds", None)
+    metadata.pop("video_seconds", None)  # the typed length, replaced by that of whole sections below
     metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     if not is_image:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"

@@ -131,7 +131,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             skip_layers: Number of layers after the returned state; 0 returns the last state, which is always
                 normed.
             final_norm: Apply the final norm to other states, too.
-            form: Form of the weights in memory.
+            form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """
         use = replace(
             self.usual,

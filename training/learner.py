@@ -87,7 +87,7 @@ def find_learner(
     Args:
         family: The model family.
         network: Options of the network; None if the model itself is trained.
-        in_place_of_lora: See `JoinedRun.in_place_of_lora`.
+        in_place_of_lora: See `RunFeatures.in_place_of_lora`.
     """
     if network is None:
         return FULL_MODEL

@@ -92,7 +92,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         if not lora.kind.has_alpha:
             values["ss_network_alpha"] = None
     values |= plan.learner.values
-    values |= plan.joined.info.for_loading
+    values |= plan.features.info.for_loading
     values |= {
         key: value
         for key, value in info.items()

@@ -89,7 +89,7 @@ def make_saver(
 
     def handle_saved(paths: Sequence[Path]) -> None:
         """Call the features' save callbacks, then log the files."""
-        for act in plan.joined.on.save:
+        for act in plan.features.on.save:
             act(paths)
         log_saved(paths, progress.step)
 
@@ -158,8 +158,8 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) ->
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
     of_features: dict[str, str] = {}
     if not plan.options.metadata.no_metadata:
-        of_features = {f"ss_{name}": str(value) for name, value in plan.joined.info.in_files.items()}
-        if plan.joined.on.before_step:  # steps may be left out
+        of_features = {f"ss_{name}": str(value) for name, value in plan.features.info.in_files.items()}
+        if plan.features.on.before_step:  # steps may be left out
             of_features["ss_skipped_steps"] = str(progress.skipped)
     return file_metadata(
         {**of_run, **of_features},
@@ -233,7 +233,7 @@ def restore(model: TrainedModel) -> None:
         elif model.plan.splits_model:
             raise OptionError(
                 f"--resume {saved.folder}: the state of another program is not split over processes. Resume "
-                f"it without {model.plan.options.speed.joined.splits_weights} and save a state, which can be "
+                f"it without {model.plan.options.speed.modes.splits_weights} and save a state, which can be "
                 "split"
             )
         else:

@@ -274,6 +274,7 @@ def prepare_request(
             f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v task."
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
+    # the released image-to-video code and that of TI2V-5B round the size in different ways
     if task.takes_image and request.first_image is not None:
         width, height = size_like_image(image_size(request.first_image), width * height)
     elif task.keeps_image and request.image_path is not None:

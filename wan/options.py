@@ -172,8 +172,8 @@ class WanModelOptions(Options, title="Wan"):
                 self.task,
             )
         # each of two transformers needs VACE's blocks, and a single one must not have two files of them
-        both = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
-        if self.vace is not None and (self.vace_high_noise is None) != (both == (None, None)):
+        other_transformers = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
+        if self.vace is not None and (self.vace_high_noise is None) != (other_transformers == (None, None)):
             missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"
             raise OptionError(
                 "--vace with two transformers: each has blocks of VACE, --vace and --vace_high_noise. "

@@ -140,7 +140,7 @@ GATHERED = 3  # blocks on the device: one computes, one is gathered, one is the 
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
     """Return the number of processes that share the transformer; with --plan and no launcher, at least 2."""
-    if not speed.joined.splits_weights:
+    if not speed.modes.splits_weights:
         return 1
     launched = launched_processes()
     if launched == 1 and speed.plan.is_planning:

@@ -22,7 +22,7 @@ from training.learning_options import LARGEST_RATE
 if TYPE_CHECKING:
     from protocols.family import Described, Family
     from protocols.family_networks import MadeNetwork
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +158,7 @@ def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
     cast(LearnsEmbeddings, family).word_network(word).check()
 
 
-def _start(word: WordToLearn, has_file: bool, run: "JoinedRun") -> None:
+def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
     """Prepare a run that trains vectors of a word."""
     from training.features.embedding_rows import make_word_rows  # torch: only with a word
 
@@ -200,7 +200,7 @@ def _list_given(record: Options | None) -> list[str]:
     return [option_name(field) for field in own if is_given(record, field)]
 
 
-def _join_alone(run: "JoinedRun", options: EmbeddingOptions) -> None:
+def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
     """Let a run learn the word in place of a LoRA."""
     name = run.options.saving.output_name
     given = [*_list_given(run.options.network), *_list_given(run.options.parts)]
@@ -223,7 +223,7 @@ def _join_alone(run: "JoinedRun", options: EmbeddingOptions) -> None:
     run.in_place_of_lora = partial(_describe_alone, options.word())
 
 
-def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
+def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
     """Let a run learn the vectors of a new word, for which text encoders have to stay loaded."""
     text = options.train_embedding
     assert text is not None  # the feature is on

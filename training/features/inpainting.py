@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dataset.sources.decoding import DecodedMedia
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
 
 SWITCH = "--train_inpainting"
 
@@ -126,7 +126,7 @@ def add_inputs(
     return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)
 
 
-def _prepare(run: "JoinedRun", family: "Family") -> "Family":
+def _prepare(run: "RunFeatures", family: "Family") -> "Family":
     """Return the model's inpainting variant. Raises OptionError if this run cannot train it."""
     if NO_DATASET in run.needs:
         raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Leave it out")
@@ -146,7 +146,7 @@ def _prepare(run: "JoinedRun", family: "Family") -> "Family":
     return family.for_inpainting()
 
 
-def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
+def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
     """Let a run learn to fill masked parts of images, which are encoded in each step."""
     caching = run.options.caching
     if caching is not None and caching.caches_latents:
