@@ -176,7 +176,6 @@ class Perceiver(nn.Module):
             choice: Attention to use.
             dtype: Dtype of the tokens.
         """
-        # -> B G C. gist: G. lengths: of the samples' own numbers of gist tokens; None: all have G
         bundle = text.bundle(0)
         x = self.latent_queries[:gist].to(dtype).expand(len(bundle), -1, -1)
         for layer in self.layers:

@@ -190,9 +190,9 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> 
     elif tokens.second is None:
         attended = _attend(heads, tokens, tokens.text_lengths)
     else:
-        count = tokens.second.count
-        firsts = [tensor[:, :-count] for tensor in heads]
-        seconds = [tensor[:, -count:] for tensor in heads]
+        num_second = tokens.second.count
+        firsts = [tensor[:, :-num_second] for tensor in heads]
+        seconds = [tensor[:, -num_second:] for tensor in heads]
         attended_first = _attend(firsts, tokens, tokens.text_lengths)
         attended_second = _attend(seconds, tokens, tokens.second_lengths)
         attended = torch.cat([attended_first, attended_second], dim=1)

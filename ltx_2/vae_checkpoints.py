@@ -57,10 +57,10 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     encoder = _read_half(shape, sources, "encoder", rejection)
     decoder = _read_half(shape, sources, "decoder", rejection)
     config = _with_info(checkpoint, encoder, decoder)
-    colors = shape("encoder.conv_in.conv.weight", 5)[1]
-    if colors != 3 * config.patch**2:
+    patch_width = shape("encoder.conv_in.conv.weight", 5)[1]
+    if patch_width != 3 * config.patch**2:  # 3 colors for each pixel of a patch
         raise rejection
-    if shape("decoder.conv_out.conv.weight", 5)[0] != colors or not _halves_fit(config):
+    if shape("decoder.conv_out.conv.weight", 5)[0] != patch_width or not _halves_fit(config):
         raise rejection
     return LoadPlan(config, checkpoint, sources, UNUSED)
 

@@ -91,15 +91,15 @@ def fit_layout(text: str, size: Size, fit: Fit) -> str:
     items = layout.get("items")
     if not isinstance(items, list):
         return text
-    kept = []
+    fitted_items = []
     for item in items:
         if isinstance(item, dict) and _is_box(item.get("bbox")):
             box = _fit_box(item["bbox"], size, fit)
             if box[0] >= box[2] or box[1] >= box[3]:
                 continue
             item = {**item, "bbox": box}
-        kept.append(item)
-    return json.dumps({**layout, "items": kept}, ensure_ascii=False, separators=(",", ":"))
+        fitted_items.append(item)
+    return json.dumps({**layout, "items": fitted_items}, ensure_ascii=False, separators=(",", ":"))
 
 
 def _fit_box(box: list[float], size: Size, fit: Fit) -> list[int]:
