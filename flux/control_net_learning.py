@@ -94,7 +94,7 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
         make=partial(make_control_net, options),
         check=partial(_check, options, files),
         generate=_say_generation,
-        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),
+        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),  # the lowest, a typical and the highest one
         write=_write,
         start_option=CONTROL_NET.removeprefix("--"),
     )

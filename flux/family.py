@@ -256,14 +256,14 @@ class Flux(ModelOfImages):
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the latents of control images for a ControlNet. Raises CacheError if their size differs."""
         if self.made_network is not None:
-            taker, remedy = self.made_network.called, "flux_cache_latents.py --control_pictures"
+            consumer, remedy = self.made_network.called, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:
-            taker, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"
+            consumer, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"
         else:
             if CONTROL in batch.tensors:
                 _warn_of_unused_control()
             return {}
-        batch.check({CONTROL: remedy}, taker)
+        batch.check({CONTROL: remedy}, consumer)
         control = batch.tensor(CONTROL)
         if control.shape != latents.shape:
             raise CacheError(
@@ -283,10 +283,10 @@ class Flux(ModelOfImages):
             mask = record.encoder.get("t5_mask")
             if mask not in (None, "used" if uses_mask else "not used"):
                 option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
-                how = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
+                own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
                     f"{record.path}: T5's mask of padding was {mask} when it was made, and this training is "
-                    f"{how}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
+                    f"{own_setting}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
                     "--apply_t5_attn_mask."
                 )
         batch_size, length = batch.tensor(STATES).shape[:2]
@@ -347,18 +347,18 @@ class Flux(ModelOfImages):
     ) -> Mapping[int, Conditions]:
         """Encode the control image as `latents_control`, 1 Z 1 h w: the mean of its posterior."""
         if self.made_network is not None:
-            seen = control_pictures.sample_controls(prepared)
+            control = control_pictures.sample_controls(prepared)
         elif self._control_image is not None:
             size = prepared.width, prepared.height
             strength = self.options.control_multiplier
-            seen = control_pictures.read_control(self._control_image, *size, strength=strength)
+            control = control_pictures.read_control(self._control_image, *size, strength=strength)
         else:
             return super().request_conditions(encoders, prepared)
-        if not seen:
+        if not control:
             return {0: {}}
-        frames = rearrange(seen[CONTROL_PIXELS], "b c h w -> b 1 h w c")
+        frames = rearrange(control[CONTROL_PIXELS], "b c h w -> b 1 h w c")
         latents = encoders.vae.encode(byte_clips(frames))
-        return {0: {CONTROL: latents, CONTROL_STRENGTH: seen[CONTROL_STRENGTH]}}
+        return {0: {CONTROL: latents, CONTROL_STRENGTH: control[CONTROL_STRENGTH]}}
 
     @property
     def _control_image(self) -> Path | None:
@@ -375,12 +375,12 @@ class Flux(ModelOfImages):
         default = self.defaults
         guidance = request.embedded_guidance
         if guidance not in (None, default.embedded_guidance, DEFAULT_GUIDANCE) and kind != configs.DEV:
-            why = "is made for 0" if kind == configs.CHROMA else "has no input for it"
+            reason = "is made for 0" if kind == configs.CHROMA else "has no input for it"
             logger.warning(
                 "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
                 guidance,
                 self.files.dit_path,
-                why,
+                reason,
             )
         if kind != configs.DEV:
             request = replace(request, embedded_guidance=None)

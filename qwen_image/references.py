@@ -179,5 +179,5 @@ def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:
     frame = resize_frame(read_image(path), size, "lanczos")
     gray = torch.from_numpy(frame.copy()).float().mean(-1)
     is_white = (gray >= 127.5).float()[None, None]
-    sides = size[1] // latent_step, size[0] // latent_step
-    return functional.interpolate(is_white, sides)[:, :, None]
+    latent_size = size[1] // latent_step, size[0] // latent_step
+    return functional.interpolate(is_white, latent_size)[:, :, None]

@@ -64,10 +64,10 @@ def identify(path: Path) -> str | None:
     """Describe a file that is a Wan transformer or another known file; return None if it is unknown."""
     try:
         with open_checkpoint(path) as checkpoint:
-            named = bare_names(checkpoint)
-            kind = kind_of(named.tensors)
-            if _is_wan(_list_shapes(named)):
-                return f"it is a Wan transformer (--dit) for --task {_name_models(_read_header(named))}"
+            bare = bare_names(checkpoint)
+            kind = kind_of(bare.tensors)
+            if _is_wan(_list_shapes(bare)):
+                return f"it is a Wan transformer (--dit) for --task {_name_models(_read_header(bare))}"
             return None if kind is None else f"it looks like {kind}"
     except CheckpointError:
         return None

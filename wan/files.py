@@ -249,10 +249,10 @@ def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
     If --dit is given, the release's transformer for high noise is not used either, because --dit alone means
     one transformer for all noise levels.
     """
-    typed = {name for name in release if getattr(files, name) is not None}
+    names_in_use = {name for name in release if getattr(files, name) is not None}
     if files.dit is not None:
-        typed.add("dit_high_noise")
-    added: dict[str, Any] = {name: path for name, path in release.items() if name not in typed}
+        names_in_use.add("dit_high_noise")
+    added: dict[str, Any] = {name: path for name, path in release.items() if name not in names_in_use}
     for name in sorted(added.keys() & OFFICIAL_EXPERTS.keys()):
         logger.info("--%s is %s, from --ckpt_dir", name, added[name])
     return replace(files, **added)
