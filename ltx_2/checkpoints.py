@@ -103,6 +103,7 @@ def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
 
     Raises ValueError for invalid numbers, and Python's own errors for values of other types.
     """
+    # of two names for a setting, the first is diffusers'; the release's one takes precedence
     frames = settings.get("pos_embed_max_pos", 20)
     rows = settings.get("base_height", 2048)
     columns = settings.get("base_width", 2048)

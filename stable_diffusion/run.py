@@ -263,7 +263,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
         if options.prompts.from_module is None:
             lines = list_lines(options, inputs)
             num_lines = len(lines) * options.prompts.n_iter
-            failures.strict = num_lines == 1
+            failures.strict = num_lines == 1  # the error of a single prompt is raised at once
             paths = _make_lines(options, start, lines, failures)
         else:
             module = import_prompter(options.prompts.from_module)
