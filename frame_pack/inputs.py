@@ -124,7 +124,7 @@ def _encode_latents(encoders: MediaEncoders, path: Path, prepared: Prepared, on_
 def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
     """Resize transparency to the size of latents, height x width float32: 0 transparent, 1 opaque.
 
-    Lanczos filter, as in kisekaeichi's implementation in musubi-tuner.
+    The filter is Lanczos, as in kisekaeichi's implementation in musubi-tuner.
 
     Args:
         alpha: H W uint8, cropped to the part of an image that covers the latents.
@@ -139,7 +139,7 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
 
 
 def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
-    """Multiply latents B C F h w, in their dtype, by masks made of `alpha`, B H W uint8; None: unchanged."""
+    """Multiply latents B C F h w, in their dtype, by masks made of `alpha`, B H W uint8, if there is one."""
     if alpha is None:
         return latents
     masks = torch.stack([latent_mask(image, *latents.shape[-2:]) for image in alpha])

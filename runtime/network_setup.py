@@ -33,7 +33,7 @@ def swapped_weights(
         spec: Names of the network's blocks.
         swap: Options of block swap.
         device: Device of the run.
-        all_weights: Whether to hold all weights, for a network that shares its device with another by turns.
+        all_weights: Whether to hold all weights, as for networks that take turns on one device.
     """
     if not (all_weights or swap.blocks_to_swap or swap.img_in_txt_in_offloading):
         return None
