@@ -38,7 +38,7 @@ from protocols.rules import ONE_EXPERT, Expert, ReferenceRules
 
 if TYPE_CHECKING:
     from protocols.bundled_embeddings import WordsByFile
-    from protocols.family_networks import MadeNetwork
+    from protocols.family_networks import CustomNetwork
     from protocols.new_tokens import WordToLearn
 
 logger = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ class OneTransformer:
         copy: Self = replace(family, files=replace(self.files, words=tuple(words)))
         return copy
 
-    def word_network(self, word: "WordToLearn") -> "MadeNetwork":
+    def word_network(self, word: "WordToLearn") -> "CustomNetwork":
         """Return the trainable vectors of a word."""
         from encoders.inversion import invert_encoders  # only to train one
 
