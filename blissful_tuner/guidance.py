@@ -25,14 +25,14 @@ from blissful_tuner.guidance_formulas import (
     active_steps,
     add_difference,
     cfg_zero,
+    feed_momentum,
     guide_stream,
     keep_norms,
     limit_norm,
     perp_neg,
-    projected,
+    project_momentum,
     rescale,
     run_passes,
-    watched,
 )
 from blissful_tuner.options import MAX_SCALE, PLAIN_GUIDANCE, GuidanceOptions, NagOptions
 from modules.errors import OptionError
@@ -70,6 +70,7 @@ def make_guidance(
     steering = _Steering(options.nag) if options.nag.is_on else None
 
     def guide(step: Step, predict: Predict, section: Section) -> Tensor:
+        """Return the guided velocity of a step."""
         plan = plans[expert_at(step.timestep, experts)][step.index]
         # some models use no guidance in late steps, at low noise
         if guided_below is not None and 1 - step.sigma >= guided_below:
@@ -82,6 +83,7 @@ def make_guidance(
         for pass_ in plan.passes:
             conditions = getattr(section, pass_.text)
             assert conditions is not None, f"the section has no {pass_.text} conditions"
+            # its own overrides, those of the step, and those of --nag_scale
             overrides = combine_overrides(pass_.overrides, plan.overrides)
             if steering is not None and pass_.text == "positive":
                 overrides = combine_overrides(overrides, steering.make_overrides(section))
@@ -106,10 +108,11 @@ class _Steering:
         """Return the overrides of a section whose conditions are already on the device."""
         if section is not self._section:
             self._section = section
-            self._overrides = self._steer_away(section)
+            self._overrides = self._make_overrides(section)
         return self._overrides
 
-    def _steer_away(self, section: Section) -> Overrides:
+    def _make_overrides(self, section: Section) -> Overrides:
+        """Return the overrides that steer attention away from the section's text."""
         nag = self._options
         assert section.nag is not None, "`needs` asks for the text"
         assert nag.nag_scale is not None
@@ -140,9 +143,10 @@ class _StepPlanner:
         self._options = options
         self._rules = prepared.rules
         layers = options.skipped_layers
+        # passes are compared by the identity of their overrides, so each of these is made only once
         self._weakened = Pass("negative", Overrides(skip_blocks=layers))  # skips --slg_layers
         # skips blocks by the model's own rules
-        self._thinned = Pass("negative", Overrides(skip_blocks=prepared.rules.negative_skips.blocks))
+        self._skipped_by_rules = Pass("negative", Overrides(skip_blocks=prepared.rules.negative_skips.blocks))
         self._weakened_steps = active_steps(options, prepared.num_steps) if layers else range(0)
         self._perturbed = Pass("positive", Overrides(skip_self_attention=self._rules.perturbed_blocks))
         self._isolated = Pass("positive", Overrides(isolated=True))
@@ -151,7 +155,7 @@ class _StepPlanner:
         if options.disable_embedded_for_cfg:
             self._guided_overrides = Overrides(embedded_guidance=False)
         rule = self._rules.projection
-        # one for images, one for audio
+        # images and audio are guided separately, so each has its own momentum
         self._momenta = [None if rule is None else Momentum(rule.momentum) for _ in range(2)]
 
     def plan(self, index: int, scale: float | None) -> PassPlan:
@@ -217,10 +221,10 @@ class _StepPlanner:
         rescale_fraction = options.guidance_rescale
         if stages and projection is not None and momentum is not None:
             if self._prepared.first_step + index > projection.after_step:
-                stages = [projected(projection, momentum, negative)]
+                stages = [project_momentum(projection, momentum, negative)]
                 rescale_fraction = projection.rescale
             else:  # earlier steps use the standard formula, but already add to the momentum
-                stages = [watched(stages[0], momentum, negative)]
+                stages = [feed_momentum(stages[0], momentum, negative)]
         if weakens and options.slg_mode == "original" and options.slg_scale != 0:
             stages.append(add_difference(self._weakened, options.slg_scale))
         if not stages:  # without guidance there is nothing to rescale
@@ -240,11 +244,11 @@ class _StepPlanner:
             index: Index of the step.
             weakens: Whether the options skip layers in this step.
         """
-        if weakens:  # in place of the blocks that the model leaves out by itself
+        if weakens:  # the user's layers replace the blocks that the model leaves out by itself
             return self._weakened if self._options.slg_mode == "uncond" else NEGATIVE
         skips = self._rules.negative_skips
         step = self._prepared.first_step + index
-        return self._thinned if skips.blocks and skips.acts(step, self._prepared.steps) else NEGATIVE
+        return self._skipped_by_rules if skips.blocks and skips.acts(step, self._prepared.steps) else NEGATIVE
 
 
 def reject_other_formulas(rules: GuidanceRules, options: GuidanceOptions) -> None:
@@ -273,6 +277,7 @@ def plain_cfg(scale: float, negative: Pass) -> GuidanceStage:
     """
 
     def change(_: Tensor, velocities: Velocities) -> Tensor:
+        """Return the velocity of the standard formula."""
         without = velocities[negative]
         return without + scale * (velocities[POSITIVE] - without)
 
@@ -380,7 +385,7 @@ def parse_cfg_schedule(text: str, steps: int, guidance_scale: float) -> dict[int
             scale = guidance_scale
             if colon:
                 scale = read_or_explain(float, scale_text, "the scale {!r} is not a number")
-            if colon and not abs(scale) <= MAX_SCALE:  # nan too
+            if colon and not abs(scale) <= MAX_SCALE:  # written so that NaN fails too
                 raise ValueError(f"give a scale of at most {MAX_SCALE}")
         except ValueError as error:
             raise OptionError(
@@ -431,11 +436,11 @@ def check_guidance(prepared: Prepared, options: GuidanceOptions = PLAIN_GUIDANCE
     plans = list(itertools.chain(*plan_steps(prepared, options)))
     passes = [pass_ for plan in plans for pass_ in plan.passes]
     init_steps = options.cfgzerostar_init_steps
-    of_zero_star = {
+    zero_star_options = {
         "--cfgzerostar_scaling": options.cfgzerostar_scaling,
         f"--cfgzerostar_init_steps {init_steps}": init_steps > 0,
     }
-    for option, needs_guidance in of_zero_star.items():
+    for option, needs_guidance in zero_star_options.items():
         if needs_guidance and not is_guided:
             raise OptionError(
                 f"{option} needs guidance, and {NO_STEP}: give a --guidance_scale other than "

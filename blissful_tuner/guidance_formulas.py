@@ -124,7 +124,7 @@ def cfg_zero(scale: float, negative: Pass) -> GuidanceStage:
     def change(_: Tensor, velocities: Velocities) -> Tensor:
         positive = velocities[POSITIVE]
         unscaled = velocities[negative]
-        square_norm = _sum_sample(unscaled.square()) + 1e-8  # as in the released code
+        square_norm = _sum_sample(unscaled.square()) + 1e-8  # the released code adds this too
         base = _sum_sample(positive * unscaled) / square_norm * unscaled
         return base + scale * (positive - base)
 
@@ -200,7 +200,7 @@ def rescale(share: float) -> GuidanceStage:
 
 
 def guide_stream(rule: StreamGuidance, weights: Mapping[Pass, float]) -> GuidanceStage:
-    """Guide images or audio by the differences to several passes, and rescale the result.
+    """Make the stage that guides images or audio by the differences to several passes, and rescales them.
 
     See `StreamGuidance` for the formula and its source.
 
@@ -236,7 +236,7 @@ def limit_norm(limit: float) -> GuidanceStage:
 
 
 def keep_norms(side: int) -> GuidanceStage:
-    """Give each token of a guided velocity the Euclidean norm that it has in the positive one.
+    """Make the stage that gives each token of a guided velocity the Euclidean norm of the positive one's.
 
     Source: the released code of Qwen-Image.
 
@@ -275,8 +275,8 @@ class Momentum:
         return self._sum
 
 
-def watched(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Return a stage that also adds the difference of its passes to the momentum."""
+def feed_momentum(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> GuidanceStage:
+    """Make a stage that does the same, and adds the difference of its passes to the momentum."""
 
     def change(velocity: Tensor, velocities: Velocities) -> Tensor:
         momentum.add(velocities[POSITIVE] - velocities[negative])
@@ -285,8 +285,8 @@ def watched(stage: GuidanceStage, momentum: Momentum, negative: Pass) -> Guidanc
     return GuidanceStage(stage.passes, change)
 
 
-def projected(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
-    """Guide by the momentum, with limited norm and with its part along the positive velocity reduced.
+def project_momentum(rule: Projection, momentum: Momentum, negative: Pass) -> GuidanceStage:
+    """Make the stage that guides by the momentum: with limited norm, and less along the positive velocity.
 
     Each sample is treated separately.
     """

@@ -64,7 +64,7 @@ class LatestWriter(Generic[Item]):
             self._waiting = item
             self._changed.notify()
         if self._thread is None:
-            # daemon: a second Ctrl-C ends the program even if a disk does not answer
+            # a daemon, so that a second Ctrl-C ends the program even if a disk does not answer
             self._thread = threading.Thread(target=self._run, name="latent preview", daemon=True)
             self._thread.start()
 
@@ -88,15 +88,15 @@ class LatestWriter(Generic[Item]):
                 return
             start = time.monotonic()
             self._write(item)
-            del item  # frees its memory
+            del item  # else its memory stays taken during the pause
             took = time.monotonic() - start
             self._ending.wait(self._pause * took)
 
 
 NAME = "latent_preview"
 PRESET, CRF = "ultrafast", 20  # encoder settings: speed matters more than size
-# If the CPU also generates, encoding a preview is followed by a pause of this many times its duration, so
-# that previews take at most 2 % of the time.
+# If the CPU also generates, a preview is followed by a pause of this many times its duration, so that
+# previews take at most 2 % of the time
 REST_ON_CPU = 50.0
 CPU = torch.device("cpu")
 
@@ -137,15 +137,15 @@ class LatentPreviews:
         self._check_room(height, width)
         if self.vae is not None:
             try:
-                chunks = [bring_home(chunk) for chunk in self.vae.frames(latents[0], self.device)]
+                chunks = [copy_to_host(chunk) for chunk in self.vae.frames(latents[0], self.device)]
             except torch.OutOfMemoryError:
-                self._leave_out_vae("the device ran out of memory")
+                self._stop_using_vae("the device ran out of memory")
             else:
                 return Shot(lambda: (frame for chunk in chunks for frame in chunk().numpy()), fps, is_image)
         if not self.latent.preview_factors:
             return None
         step, rows, columns = self.latent.stride
-        colors = bring_home(project(latents[0], self.latent))
+        colors = copy_to_host(project(latents[0], self.latent))
         return Shot(lambda: enlarge(colors(), rows, columns), fps / step, is_image)
 
     def _check_room(self, height: int, width: int) -> None:
@@ -160,7 +160,7 @@ class LatentPreviews:
         needed = decoding_bytes(self.vae.config, select_dtype(self.device), height, width)
         if not self.has_room(needed):
             room = f"{needed / 2**20:,.0f} MiB free in addition to the transformer"
-            self._leave_out_vae(f"the device is not known to have {room}")
+            self._stop_using_vae(f"the device is not known to have {room}")
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:
@@ -193,11 +193,14 @@ class LatentPreviews:
                     "A latent preview has failed: %s\n  %s; the generation continues.", reason, consequence
                 )
 
-    def _leave_out_vae(self, why: str) -> None:
+    def _stop_using_vae(self, why: str) -> None:
+        """Make the later previews without the decoder, or none if there is no other way; log why."""
         self.vae = None
         self.has_ended = not self.latent.preview_factors
-        then = "There are no more previews" if self.has_ended else "Previews are made without --preview_vae"
-        logger.warning("%s because %s.", then, why)
+        consequence = (
+            "There are no more previews" if self.has_ended else "Previews are made without --preview_vae"
+        )
+        logger.warning("%s because %s.", consequence, why)
 
 
 @contextmanager
@@ -231,8 +234,8 @@ class _ClipPreviews:
         self.fps = fps
         self.first_step = first_step
         self.made_sections = 0
-        self.on_cpu = previews.device.type == "cpu"
-        self.writer = LatestWriter(previews.write, REST_ON_CPU if self.on_cpu else 0.0)
+        self.is_on_cpu = previews.device.type == "cpu"
+        self.writer = LatestWriter(previews.write, REST_ON_CPU if self.is_on_cpu else 0.0)
 
     def watch(self, done: StepDone) -> bool:
         """Show the clean clip predicted from a step, without audio. Returns False: denoising continues."""
@@ -252,14 +255,14 @@ class _ClipPreviews:
         if count % self.previews.every or self.previews.has_ended:
             return
         with self.previews.optional(), torch.no_grad():
-            if self.on_cpu:  # the thread does all of the work, only for previews that are written
+            if self.is_on_cpu:  # the thread does all of the work, only for previews that are written
                 self.writer.put(lambda: self.previews.take(latents(), self.fps))
                 return
             shot = self.previews.take(latents(), self.fps)
             self.writer.put(lambda: shot)
 
 
-def bring_home(tensor: Tensor) -> Callable[[], Tensor]:
+def copy_to_host(tensor: Tensor) -> Callable[[], Tensor]:
     """Copy a tensor to the host; return a function that waits for the copy and returns it.
 
     The function may be called in any thread. From CUDA the copy is asynchronous, into pinned memory; for
@@ -273,6 +276,7 @@ def bring_home(tensor: Tensor) -> Callable[[], Tensor]:
     copied.record(torch.cuda.current_stream(tensor.device))
 
     def wait() -> Tensor:
+        """Return the copy once it is complete."""
         copied.synchronize()
         return copy
 
@@ -307,7 +311,12 @@ def make_previews(
 
 
 def check_preview(options: PreviewOptions, latent: LatentSpec) -> None:
-    """Raise UserError if these latents cannot be previewed. Loads nothing."""
+    """Check that these latents can be previewed. Loads nothing.
+
+    Raises:
+        OptionError: If there is no map from the latents to colors, and no decoder is given.
+        CheckpointError: If the decoder is for other latents.
+    """
     if options.preview_latent_every is None:
         return
     if options.preview_vae is not None:

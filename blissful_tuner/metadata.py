@@ -37,7 +37,7 @@ PLAIN = (
 )
 
 
-# folders of paths, one path per line or by section: `0:a/first.png;;;1-2:b/then.png`
+# the folders in a list of paths, one path per line or by section: `0:a/first.png;;;1-2:b/then.png`
 _FOLDERS = re.compile(r"((?:^|;;;|\n)(?:\s*-?\d+(?:-\d+)?:)?)(?:(?!;;;|\n).)*[/\\]")
 
 

@@ -19,8 +19,8 @@ from modules.script_options import parse_options
 
 TENSORS = ".safetensors"
 VIDEOS = frozenset({".mkv", ".mp4", ".mov", ".webm", ".m4v"})
-PREFIX = "bt_"
-FIRST = (
+PREFIX = "bt_"  # of entries about the generation
+FIRST = (  # entries that are shown first, in this order
     "model_type",
     "task",
     "prompt",
@@ -35,7 +35,7 @@ FIRST = (
     "fps",
 )
 # metadata keys that FFmpeg writes into every file
-OF_CONTAINERS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
+CONTAINER_KEYS = frozenset({"major_brand", "minor_version", "compatible_brands", "encoder", "creation_time"})
 MAX_OF_VALUE = 20_000  # characters in a line; training notes of LoRA files can take megabytes
 
 
@@ -108,7 +108,7 @@ def read_file_info(path: Path) -> FileInfo:
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         return FileInfo(path, error=f"{path} cannot be read: {reason}")
-    return FileInfo(path, {name: text for name, text in tags.items() if name not in OF_CONTAINERS})
+    return FileInfo(path, {name: text for name, text in tags.items() if name not in CONTAINER_KEYS})
 
 
 def as_json(files: Sequence[FileInfo], is_one: bool) -> Iterator[str]:
@@ -157,6 +157,7 @@ def in_order(metadata: Mapping[str, str]) -> list[tuple[str, str]]:
 
 
 def _as_line(text: str) -> str:
+    """Return a text in one line that no terminal takes for a command."""
     plain = text.replace("\r\n", "\n").replace("\n", "\\n").replace("\t", "\\t")
     return shorten(escape_control_codes(plain), MAX_OF_VALUE)
 

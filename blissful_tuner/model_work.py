@@ -116,7 +116,7 @@ class ModelUtilityOptions(Options):
         if weights_only not in {"true", "yes", "1"}:
             raise OptionError(f"--weights_only {self.weights_only}: only true can be used: {_NO_CODE}")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise _no_dtype(self.dtype)
+            raise _make_dtype_error(self.dtype)
         for name in ("target_keys", "exclude_keys", "full_target_keys", "full_exclude_keys"):
             if "" in (getattr(self, name) or ()):
                 raise OptionError(f"--{name}: an empty text is in every name. Leave it out")
@@ -129,7 +129,8 @@ class ModelUtilityOptions(Options):
         return 0 if self.shard_size is None else read_shard_size("--shard_size", self.shard_size)
 
 
-def _no_dtype(name: str) -> OptionError:
+def _make_dtype_error(name: str) -> OptionError:
+    """Return the exception for an unknown dtype."""
     if "8" in name:
         return OptionError(
             f"--dtype {name}: weights in 8 bits are not written. Load the file with --fp8_scaled, or use "
@@ -140,11 +141,11 @@ def _no_dtype(name: str) -> OptionError:
 
 
 @dataclass(frozen=True)
-class Info:
-    """Info about a model that is known without reading its weights."""
+class ModelSummary:
+    """What is known about a model without reading its weights."""
 
     path: Path
-    what: str  # a Wan transformer (--dit) for --task t2v-14B
+    what: str  # the kind of model in words, such as "a Wan transformer (--dit) for --task t2v-14B"
     files: tuple[Path, ...]
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
@@ -173,7 +174,7 @@ def is_safetensors(path: Path) -> bool:
         return file.read(9)[8:9] == b"{" or path.suffix.lower() in SAFETENSORS
 
 
-def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
+def count_dtypes(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
     """Return (dtype, number of tensors, bytes) for each dtype, largest first."""
     counts: Counter[str] = Counter()
     sizes: Counter[str] = Counter()
@@ -183,60 +184,60 @@ def dtypes_of(tensors: Mapping[str, TensorInfo]) -> list[tuple[str, int, int]]:
     return [(name, counts[name], size) for name, size in sizes.most_common()]
 
 
-def as_lines(facts: Info, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
-    """Yield the info as readable lines.
+def format_info(model: ModelSummary, listed: Mapping[str, TensorInfo] | None) -> Iterator[str]:
+    """Yield readable lines about a model: kind, files, dtypes, metadata and listed tensors.
 
     Args:
-        facts: What is known about the model.
+        model: What is known about it.
         listed: Tensors to list; None lists none.
     """
-    yield f"{facts.path}: {shorten(_in_one_line(facts.what), MAX_OF_KIND)}"
-    files = f", {len(facts.files)} files" if len(facts.files) > 1 else ""
-    yield f"container: {facts.container}{files}, {as_size(facts.file_bytes)}"
-    numbers = "1 number" if facts.numbers == 1 else f"{facts.numbers:,} numbers"
-    yield f"tensors: {len(facts.tensors)}, with {numbers}"
-    for name, count, size_bytes in dtypes_of(facts.tensors):
+    yield f"{model.path}: {shorten(_join_lines(model.what), MAX_OF_KIND)}"
+    files = f", {len(model.files)} files" if len(model.files) > 1 else ""
+    yield f"container: {model.container}{files}, {as_size(model.file_bytes)}"
+    numbers = "1 number" if model.numbers == 1 else f"{model.numbers:,} numbers"
+    yield f"tensors: {len(model.tensors)}, with {numbers}"
+    for name, count, size_bytes in count_dtypes(model.tensors):
         yield f"  {name}: {count_of(count, 'tensor')}, {as_size(size_bytes)} ({size_bytes:,} bytes)"
-    if facts.left_out:
-        yield f"in addition to the tensors, not read: {_format_line(', '.join(facts.left_out))}"
-    if facts.metadata:
+    if model.left_out:
+        yield f"in addition to the tensors, not read: {_shorten_line(', '.join(model.left_out))}"
+    if model.metadata:
         yield "metadata:"
-        for key, text in list(facts.metadata.items())[:MAX_VALUES]:
-            yield f"  {_format_line(key)}: {_format_line(text)}"
-        if len(facts.metadata) > MAX_VALUES:
-            yield f"  and {len(facts.metadata) - MAX_VALUES} more, which metaview.py shows"
+        for key, text in list(model.metadata.items())[:MAX_VALUES]:
+            yield f"  {_shorten_line(key)}: {_shorten_line(text)}"
+        if len(model.metadata) > MAX_VALUES:
+            yield f"  and {len(model.metadata) - MAX_VALUES} more, which metaview.py shows"
     for name, info in (listed or {}).items():
-        yield f"{_in_one_line(name)}: {list(info.shape)} ({dtype_name(info.dtype)})"
+        yield f"{_join_lines(name)}: {list(info.shape)} ({dtype_name(info.dtype)})"
 
 
-def as_json(
-    facts: Info,
+def format_json(
+    model: ModelSummary,
     listed: Mapping[str, TensorInfo] | None,
     hashes: Sequence[dict[str, str]],
     of_lora: Mapping[str, str],
 ) -> str:
-    """Return the info as JSON.
+    """Return the same as `format_info`, and the checksums, as JSON.
 
     Args:
-        facts: What is known about the model.
+        model: What is known about it.
         listed: Tensors to list; None lists none.
         hashes: Checksums of each file; empty if not requested.
         of_lora: Checksums as in a LoRA's metadata.
     """
     content: dict[str, Any] = {
-        "input": str(facts.path),
-        "what": facts.what,
-        "container": facts.container,
-        "files": [str(file) for file in facts.files],
-        "bytes": facts.file_bytes,
-        "tensors": len(facts.tensors),
-        "numbers": facts.numbers,
+        "input": str(model.path),
+        "what": model.what,
+        "container": model.container,
+        "files": [str(file) for file in model.files],
+        "bytes": model.file_bytes,
+        "tensors": len(model.tensors),
+        "numbers": model.numbers,
         "dtypes": {
             name: {"tensors": count, "bytes": size_bytes}
-            for name, count, size_bytes in dtypes_of(facts.tensors)
+            for name, count, size_bytes in count_dtypes(model.tensors)
         },
-        "left_out": facts.left_out,
-        "metadata": dict(facts.metadata),
+        "left_out": model.left_out,
+        "metadata": dict(model.metadata),
     }
     if hashes:
         content["hashes"] = hashes
@@ -288,11 +289,13 @@ def file_hashes(path: Path) -> dict[str, str]:
     return hashes
 
 
-def _format_line(text: str) -> str:
-    return shorten(_in_one_line(text), MAX_OF_VALUE)
+def _shorten_line(text: str) -> str:
+    """Return a text in one line, at most MAX_OF_VALUE characters long."""
+    return shorten(_join_lines(text), MAX_OF_VALUE)
 
 
-def _in_one_line(text: str) -> str:
+def _join_lines(text: str) -> str:
+    """Return a text in one line, in which line breaks can still be told."""
     return text.replace("\n", "\\n")
 
 
@@ -304,9 +307,9 @@ SAFETENSORS = (".safetensors", ".sft")
 class Knowledge:
     """Functions on model files from packages that this one must not import."""
 
-    identify: Callable[[Path], str | None]  # "it is a Wan transformer ..."
-    describe_lora: Callable[[Checkpoint], str | None]
-    lora_hashes: Callable[[Checkpoint], Mapping[str, str]]
+    identify: Callable[[Path], str | None]  # returns such as "it is a Wan transformer ..."
+    describe_lora: Callable[[Checkpoint], str | None]  # returns None for a file that is no LoRA
+    lora_hashes: Callable[[Checkpoint], Mapping[str, str]]  # by their keys in a LoRA's metadata
     stale: tuple[str, ...]  # prefixes of metadata that become wrong if a LoRA's tensors change
 
 
@@ -379,11 +382,13 @@ def _make_change(options: ModelUtilityOptions) -> changing.CheckpointChange:
 
 
 def _make_selection(options: ModelUtilityOptions) -> changing.Selection:
+    """Return the tensors that are cast and listed."""
     return changing.Selection(options.target_keys or (), options.exclude_keys or ())
 
 
 def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkpoint) -> None:
-    info = Info(
+    """Print what a file is, as text or JSON, with its tensors and checksums if they are asked for."""
+    info = ModelSummary(
         path=checkpoint.path,
         what=_identify(knowledge, checkpoint),
         files=tuple(checkpoint.parts),
@@ -398,9 +403,9 @@ def _show(options: ModelUtilityOptions, knowledge: Knowledge, checkpoint: Checkp
         hashes = [file_hashes(file) for file in info.files]
         lora_hashes = knowledge.lora_hashes(checkpoint)
     if options.json:
-        lines = [as_json(info, listed, hashes, lora_hashes)]
+        lines = [format_json(info, listed, hashes, lora_hashes)]
     else:
-        plain = [*as_lines(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
+        plain = [*format_info(info, listed), *_format_hashes(hashes, lora_hashes, info.metadata)]
         lines = [escape_control_codes(line) for line in plain]  # names of files and tensors may hold some
     sys.stdout.write("\n".join(lines) + "\n")
     sys.stdout.flush()
@@ -467,6 +472,6 @@ def _write(output: Path, plan: changing.NewFile, shard_bytes: int) -> list[Path]
         stream_tensors(output, plan.tensors, plan.read, plan.metadata)
         paths = [output]
         what = str(output)
-    kinds = ", ".join(f"{name} {as_size(size)}" for name, _, size in dtypes_of(plan.tensors))
+    kinds = ", ".join(f"{name} {as_size(size)}" for name, _, size in count_dtypes(plan.tensors))
     logger.info("Written: %s (%s: %s)", what, count_of(len(plan.tensors), "tensor"), kinds)
     return paths

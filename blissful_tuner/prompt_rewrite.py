@@ -20,7 +20,7 @@ from runtime.offload.host_memory import LoadedNetwork
 
 logger = logging.getLogger(__name__)
 
-MAX_NEW_TOKENS = 400  # more than text encoders read
+MAX_NEW_TOKENS = 400  # a longer answer would be cut by the text encoders anyway
 ATTENTION = "eager"  # supported by all models; fast enough for a paragraph
 COMMON = (
     "You write prompts for a model that makes short videos from text. Rewrite the request at the end of "
@@ -80,7 +80,7 @@ class PromptRewriter:
                 )
             _render(tokenizer, "a cat")  # finds a broken template before the weights are loaded
             config = AutoConfig.from_pretrained(self.folder, **local)
-            # config.json may name an attention whose code is fetched from the hub and run
+            # set here, because config.json may name an attention whose code is fetched from the hub and run
             config._attn_implementation = ATTENTION
             if getattr(config, "quantization_config", None) is not None:
                 raise self._unusable(
@@ -97,11 +97,12 @@ class PromptRewriter:
         except Exception as error:  # damaged files raise errors of many libraries
             raise self._unusable(f"transformers cannot load it: {shorten(str(error), 300)}") from None
         model.eval().requires_grad_(False)
-        if device.type == "cpu":  # few CPUs are fast in 16 bits
+        if device.type == "cpu":  # most CPUs are slow in 16 bits
             model.float()
         return model.to(device), tokenizer
 
     def _unusable(self, why: str) -> CheckpointError:
+        """Return the exception for a folder whose model cannot be used."""
         return CheckpointError(f"--prompt_rewrite_model {self.folder}: {why}", self.folder)
 
     def free(self) -> None:

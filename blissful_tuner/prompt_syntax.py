@@ -31,13 +31,13 @@ from protocols.requests import Prompt, Prompts, Spans
 logger = logging.getLogger(__name__)
 
 
-MAX_WEIGHT = 1e9
+MAX_DRAW_WEIGHT = 1e9  # of a line or alternative, and of all together
 SHOWN = 12  # maximum number of draws that are logged
 # a key neither begins nor ends with white space or _, but may contain single underscores
 _WILDCARD = re.compile(r"\\__|__(?![\s_])((?:[^_\n]|_(?!_))++)(?<!\s)__")
 NUMBER = re.compile(r"[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)")  # a weight after a colon
 # characters that file names cannot contain on every system
-_NO_NAME = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\\:*?\"<>|]")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Lines:
     path: Path
     texts: tuple[str, ...]
     numbers: tuple[int, ...]
-    sums: tuple[float, ...]
+    cumulative_weights: tuple[float, ...]
 
 
 @dataclass
@@ -84,12 +84,13 @@ class Drawing:
         position = 0
         for match in _WILDCARD.finditer(text):
             key = match[1]
-            pieces.append(self._plain(text[position : match.start()]))
+            pieces.append(self._unescape_plain(text[position : match.start()]))
             pieces.append("__" if key is None else self._draw(key, where, keys))
             position = match.end()
-        return "".join([*pieces, self._plain(text[position:])])
+        return "".join([*pieces, self._unescape_plain(text[position:])])
 
-    def _plain(self, text: str) -> str:
+    def _unescape_plain(self, text: str) -> str:
+        """Return a part of the text outside of wildcards; without alternatives it keeps backslashes."""
         return unescape(text) if self.options.prompt_alternatives else text
 
     def _draw(self, key: str, where: str, keys: tuple[str, ...]) -> str:
@@ -102,7 +103,7 @@ class Drawing:
         """
         self._check_draws(key, where, keys)
         lines = self._read_lines(key, where)
-        index = self._choose(lines.sums)
+        index = self._choose(lines.cumulative_weights)
         line = lines.texts[index]
         self.drawn.append((f"__{key}__", line))
         self.characters += len(line)
@@ -128,6 +129,7 @@ class Drawing:
             )
 
     def _read_lines(self, key: str, where: str) -> Lines:
+        """Return the lines of a wildcard; its file is read once."""
         if key not in self.files:
             folder = self.options.prompt_wildcards
             assert folder is not None
@@ -135,14 +137,16 @@ class Drawing:
             self.files[key] = read_lines_of(path, where)
         return self.files[key]
 
-    def _choose(self, sums: Sequence[float]) -> int:
+    def _choose(self, cumulative_weights: Sequence[float]) -> int:
         """Draw an index.
 
         Args:
-            sums: Cumulative sums of the weights.
+            cumulative_weights: Cumulative sums of the weights.
         """
-        index = bisect.bisect_right(sums, self.random.random() * sums[-1])
-        return min(index, bisect.bisect_left(sums, sums[-1]))  # the product may be rounded up to the sum
+        total = cumulative_weights[-1]
+        index = bisect.bisect_right(cumulative_weights, self.random.random() * total)
+        # the product may be rounded up to the total, which lies beyond the last index
+        return min(index, bisect.bisect_left(cumulative_weights, total))
 
 
 def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
@@ -151,13 +155,13 @@ def sum_weights(weights: Sequence[float], where: str) -> tuple[float, ...]:
     Raises:
         OptionError: If the weights do not allow a draw.
     """
-    sums = tuple(itertools.accumulate(weights))
-    if not 0 < sums[-1] <= MAX_WEIGHT:
+    cumulative_weights = tuple(itertools.accumulate(weights))
+    if not 0 < cumulative_weights[-1] <= MAX_DRAW_WEIGHT:
         raise OptionError(
-            f"{where}: the weights of the texts to draw from add up to {sums[-1]:g}. Give one of them "
-            f"more than 0, and all together at most {MAX_WEIGHT:g}"
+            f"{where}: the weights of the texts to draw from add up to {cumulative_weights[-1]:g}. Give one "
+            f"of them more than 0, and all together at most {MAX_DRAW_WEIGHT:g}"
         )
-    return sums
+    return cumulative_weights
 
 
 def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: int) -> dict[str, str | None]:
@@ -177,7 +181,7 @@ def expand_texts(texts: Mapping[str, str | None], options: PromptOptions, seed: 
 
 
 def _describe_draws(draws: Sequence[tuple[str, str]]) -> str:
-    """Return " (__a__ = x, ... and 3 more)" for the draws; "" if there are none."""
+    """Return the draws as " (__a__ = x, __b__ = y and 3 more)"; "" if there are none."""
     if not draws:
         return ""
     shown = [f"{key} = {shorten(line, 60)}" for key, line in draws[:SHOWN]]
@@ -196,7 +200,7 @@ def find_file(folder: Path, key: str, where: str) -> Path:
     """
     shown = f"__{shorten(key, 80)}__"
     parts = key.split("/")
-    if _NO_NAME.search(key) or any(part.strip() in {"", ".", ".."} for part in parts):
+    if _FORBIDDEN.search(key) or any(part.strip() in {"", ".", ".."} for part in parts):
         raise OptionError(
             f"{where}: {shown} does not name a file in --prompt_wildcards {folder}. Write the file's name "
             "without .txt, and folders below that one with /: __animals/birds__. For a plain __ write \\__"
@@ -227,8 +231,10 @@ def read_lines_of(path: Path, where: str) -> Lines:
         if not line.strip() or line.lstrip().startswith("#"):
             continue
         text, weight = _parse_line(line)
-        if not 0 <= weight <= MAX_WEIGHT:
-            raise OptionError(f"{path}, line {number}: {weight:g} is not a weight. Give 0 to {MAX_WEIGHT:g}")
+        if not 0 <= weight <= MAX_DRAW_WEIGHT:
+            raise OptionError(
+                f"{path}, line {number}: {weight:g} is not a weight. Give 0 to {MAX_DRAW_WEIGHT:g}"
+            )
         texts.append(text)
         weights.append(weight)
         numbers.append(number)
@@ -390,7 +396,7 @@ class _Opened(NamedTuple):
     """An opening parenthesis that is not closed yet."""
 
     number: int  # index of its piece
-    place: int  # its position in the text without marks
+    position: int  # its position in the text without marks
 
 
 def parse_weights(text: str) -> tuple[str, Spans]:
@@ -425,7 +431,7 @@ def parse_weights(text: str) -> tuple[str, Spans]:
                     spans.append((visible_start, visible_start + len(part.strip()), weight))
                 continue
         if mark[0] == "(":
-            opened = _Opened(number=len(pieces), place=length)
+            opened = _Opened(number=len(pieces), position=length)
         pieces.append(mark[0][-1])  # an escaped parenthesis loses its backslash
         length += 1
     return "".join(pieces) + text[position:], tuple(spans)
@@ -455,11 +461,13 @@ def weigh_all(by_section: Mapping[int, Prompts]) -> dict[int, Prompts]:
     """
 
     def weigh(prompt: Prompt) -> Prompt:
+        """Return a prompt without marks, with the weights that they set."""
         text, spans = parse_weights(prompt.text)
         second = None if prompt.second is None else parse_weights(prompt.second)[0]
         return replace(prompt, text=text, spans=spans, second=second)
 
     def weigh_optional(prompt: Prompt | None) -> Prompt | None:
+        """Return a prompt without marks, if there is one."""
         return None if prompt is None else weigh(prompt)
 
     weighted = {}

@@ -18,13 +18,13 @@ from runtime import step_cache
 
 logger = logging.getLogger(__name__)
 
-CHARACTERS = {  # option -> its letters in a prompt line
+CHARACTERS = {  # option -> its short name in a prompt line
     "magcache_retention_ratio": "mcrr",
     "magcache_threshold": "mct",
     "magcache_k": "mck",
     "teacache_threshold": "tct",
 }
-SHARES = {"magcache_retention_ratio"}  # not above 1
+SHARES = {"magcache_retention_ratio"}  # options whose values are at most 1
 
 
 def select_step_cache(

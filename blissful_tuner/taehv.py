@@ -68,9 +68,9 @@ def to_frames(colors: Tensor) -> Tensor:
 
 # Letters: F frames, C channels, h w height and width of the latents or of features
 
-LIMIT = 3.0  # latents are squeezed smoothly into -LIMIT..LIMIT
-WIDENING = 8  # three stages double height and width
-STAGES = (3, 9, 15)  # number of the first layer of each stage; its memory blocks are three
+MAX_LATENT = 3.0  # latents are squeezed smoothly into -MAX_LATENT..MAX_LATENT
+ENLARGEMENT = 8  # in height and width: each of three stages doubles them
+STAGES = (3, 9, 15)  # number of the first layer of each stage; a stage begins with three memory blocks
 FILES = (
     "taew2_1 for Wan, taew2_2 for Wan2.2 TI2V-5B, taehv for HunyuanVideo and FramePack (.pth or .safetensors)"
 )
@@ -156,7 +156,7 @@ class TinyDecoder(nn.Module):
         layers = self.decoder
         for index in range(latents.shape[1]):
             latent = send_ahead(latents[:, index], weight.device).to(weight.dtype)
-            x = relu(layers["1"](torch.tanh(latent[None] / LIMIT) * LIMIT))  # 1 C h w
+            x = relu(layers["1"](torch.tanh(latent[None] / MAX_LATENT) * MAX_LATENT))  # 1 C h w
             # layers are named by their index in the released nn.Sequential. A stage has three memory blocks,
             # an upsampling (without weights), a growth in time, and a convolution
             for first in STAGES:
@@ -203,7 +203,7 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
     """
     names = checkpoint.tensors
     if "decoder.3.conv.0.weight" not in names or "decoder.22.weight" not in names:
-        raise _other_kind(checkpoint)
+        raise _make_kind_error(checkpoint)
     sources = {}
     for name, source in plain_sources(checkpoint).items():
         if name.startswith("decoder."):
@@ -214,13 +214,14 @@ def read_taehv(checkpoint: Checkpoint) -> LoadPlan[TaehvConfig]:
         """Return the output channels and the input channels of a convolution."""
         shape = shape_of(f"decoder.{layer}.weight")
         if len(shape) != 4 or 0 in shape:
-            raise _other_kind(checkpoint)
+            raise _make_kind_error(checkpoint)
         return shape[0], shape[1]
 
     return LoadPlan(_read_config(sides), checkpoint, sources, ignore=("encoder.*",))
 
 
-def _other_kind(checkpoint: Checkpoint) -> CheckpointError:
+def _make_kind_error(checkpoint: Checkpoint) -> CheckpointError:
+    """Return the exception for a file that is no TAEHV."""
     return other_kind(checkpoint, "a TAEHV", "--preview_vae", FILES)
 
 
@@ -247,7 +248,7 @@ def _read_config(sides: Callable[[str], tuple[int, int]]) -> TaehvConfig:
 
 
 def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[TaehvConfig]:
-    """Adapt the plan to a family's latents; for image models a latent frame becomes a single frame.
+    """Return the plan adapted to a family's latents; for image models a latent frame becomes a single frame.
 
     Raises:
         CheckpointError: If the file is for other latents.
@@ -262,7 +263,7 @@ def for_latents(plan: LoadPlan[TaehvConfig], latent: LatentSpec) -> LoadPlan[Tae
             name = f"decoder.{first + 4}.conv.weight"
             sources[name] = sources[name].then(lambda weight, width=width: weight[-width:])  # type: ignore[misc]
         plan = replace(plan, config=config, sources=sources)
-    size = config.patch * WIDENING
+    size = config.patch * ENLARGEMENT
     stride = (config.frames, size, size)
     if config.channels == latent.channels and stride == latent.stride:
         return plan
@@ -292,12 +293,13 @@ def load_taehv(path: Path, latent: LatentSpec, device: torch.device) -> TinyVae:
     with open_checkpoint(path) as checkpoint:
         plan = for_latents(read_taehv(checkpoint), latent)
         weights = _load(plan, CPU, select_dtype(device)).state_dict()
-    if device.type == "cuda":  # so that sending them does not wait for the device
+    if device.type == "cuda":  # sending pinned weights does not wait for the device
         weights = {name: pin(weight) for name, weight in weights.items()}
     return TinyVae(plan.config, weights)
 
 
 def _load(plan: LoadPlan[TaehvConfig], device: torch.device, dtype: torch.dtype) -> TinyDecoder:
+    """Load the planned decoder onto a device; onto META it only checks names and shapes."""
     return load_planned(plan, TinyDecoder, device=device, dtype=dtype, what="--preview_vae")
 
 
@@ -306,7 +308,7 @@ def select_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.float16
 
 
-@lru_cache(maxsize=16)  # of the sizes of a run
+@lru_cache(maxsize=16)  # asked at each preview, and slow; a run has few sizes
 def decoding_bytes(config: TaehvConfig, dtype: torch.dtype, height: int, width: int) -> int:
     """Return the bytes of device memory that decoding takes, weights included.
 

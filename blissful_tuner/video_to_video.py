@@ -29,11 +29,12 @@ from protocols.rules import Source, SourceRules
 
 logger = logging.getLogger(__name__)
 
-# change of the aspect ratio by stretching above which a warning is logged
-UNSEEN = 1.05
+# a stretching by more, as the factor on the aspect ratio, is visible and logged as a warning
+MAX_UNSEEN_STRETCHING = 1.05
 
 
-# before anything is loaded
+# --- before anything is loaded
+# ------------------------------------------------------------------------------------------------------------
 
 
 def check_source(request: Request, source: Source, rules: SourceRules, latent: LatentSpec) -> Request:
@@ -125,7 +126,7 @@ def _warn_of_stretching(prepared: Prepared, source: Source, latent: LatentSpec) 
         info = reading.video_info(source.path)
         width, height = info.width, info.height
     stretching = prepared.width * height / (prepared.height * width)
-    if max(stretching, 1 / stretching) <= UNSEEN:
+    if max(stretching, 1 / stretching) <= MAX_UNSEEN_STRETCHING:
         return
     # suggest a size with the source's aspect ratio and about the requested area
     step = latent.pixel_step
@@ -165,6 +166,7 @@ def first_step(source: Source, timesteps: Sequence[float], steps: int) -> int:
 
 
 def _make_length_error(source: Source, num_frames: int, needed: int) -> MediaError:
+    """Return the exception for a video that is too short."""
     return MediaError(
         f"{_name_source(source)}: it has {num_frames} frames, {needed} are needed. Lower the length, give a "
         "longer video, or repeat its last frame with --v2v_pad_mode end."
@@ -176,7 +178,8 @@ def _name_source(source: Source) -> str:
     return f"--{source.option} {source.path}"
 
 
-# clean latents
+# --- clean latents
+# ------------------------------------------------------------------------------------------------------------
 
 
 def encode_source(family: Family, encoders: MediaEncoders, prepared: Prepared) -> Tensor:
@@ -231,8 +234,8 @@ def _read_frames(source: Source, prepared: Prepared, stretches: bool, alpha: boo
     else:
         read = reading.video_frames(source.path)
     sizes = reading.FrameSizes()  # notes whether the size changes within the video
-    watched = sizes.watch(islice(read, prepared.frames))
-    frames = torch.from_numpy(numpy.stack([resize(frame, size) for frame in watched]))
+    measured_frames = sizes.watch(islice(read, prepared.frames))
+    frames = torch.from_numpy(numpy.stack([resize(frame, size) for frame in measured_frames]))
     if sizes.change is not None:
         logger.warning(
             "--%s %s changes its size (%s): all frames are brought to %dx%d.",

@@ -1,4 +1,4 @@
-"""Tools round a dataset, used before caching: captions, clips cut from footage, reports.
+"""Tools for datasets, used before caching: captions, clips cut from footage, reports.
 
 bucket_latents: cache the latents of the images of a metadata file
 captions/: write and edit captions with a vision-language model

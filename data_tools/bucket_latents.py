@@ -80,18 +80,18 @@ def prepare_bucket_latents(options: BucketLatentOptions) -> None:
         batch_size=options.batch_size,
         device=options.device,
         skip_existing=options.skip_existing,
-        keep_cache=True,  # of other metadata files of the folder
+        keep_cache=True,  # the folder may have caches of other metadata files
     )
     report = cache_media(family, config, caching)
     prepared: dict[str, dict[str, Any]] = {}
-    listed: dict[Path, dict[str, Path]] = {}
+    listed: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
     num_images = 0
     for key, entry in content.items():
         prepared[key] = dict(entry)
         image = find_image(key, options.train_data_dir, listed)
         try:
             size = image_size(image)
-        except MediaError:  # the report has the reason
+        except MediaError:  # reported by `conclude` below
             continue
         prepared[key][SIZE_KEY] = list(bucket_of(table, size, family.latent.pixel_step, image))
         num_images += 1

@@ -1,8 +1,8 @@
 """Clean the tags and captions of drawings in a metadata file, by the rules of clean_captions_and_tags.py.
 
-Tags lose underscores, ratings and what a more precise tag says too; if several people are seen, also what
-describes them differently, because nothing says whom it describes. Captions lose that the image is a drawing,
-and call all people girls, as tags do.
+Underscores, ratings, and tags that repeat a more precise one are removed. If the image shows several people,
+tags that describe them differently are removed, too, because nothing says whom they describe. In captions,
+words that call the image a drawing are removed, and all people become girls, as in tags.
 Source of the rules: github.com/kohya-ss/sd-scripts, finetune/clean_captions_and_tags.py.
 """
 
@@ -22,10 +22,10 @@ from modules.options import Options, option
 
 logger = logging.getLogger(__name__)
 
-_RATING = "rating:"  # how DeepDanbooru's tags of ratings begin
+_RATING = "rating:"  # beginning of DeepDanbooru's rating tags
 _SEVERAL_PEOPLE = re.compile("girls|boys")
 _LENGTHS = "long|short|medium"
-# kinds of tags of which a person has one
+# kinds of tags of which one person has at most one
 _OF_A_PERSON = (
     re.compile(rf"({_LENGTHS}) hair"),
     re.compile(rf"(?!({_LENGTHS}) )[\w-]+ hair"),
@@ -37,10 +37,10 @@ _OF_A_PERSON = (
         r"|[\w-]+ bun|single (hair|side) bun"
     ),
 )
-_GENERAL = re.compile(r"[\w-]+|hair ornament")  # tags that a longer one may make superfluous
+_GENERAL = re.compile(r"[\w-]+|hair ornament")  # tags that are removed if a longer tag ends with them
 
 _DRAWN = "(anime |cartoon )"
-# replaced in this order, in any case of letters
+# pairs of a pattern and its replacement, applied in this order, ignoring case
 _CAPTION_RULES = (
     (re.compile(r"\byoung ", re.I), ""),
     (re.compile(rf"\b{_DRAWN}+(characters|girls)\b", re.I), "girls"),
@@ -69,7 +69,7 @@ def clean_metadata(options: CleaningOptions) -> None:
     """Clean the texts of all images in a metadata file.
 
     Raises:
-        DatasetError: If the file cannot be read, or if a text is something else.
+        DatasetError: If the file cannot be read, or if a caption or its tags are not a text.
     """
     content = read_metadata(options.in_json)
     num_changed = 0
@@ -102,9 +102,9 @@ def clean_tags(text: str) -> str:
     tags = [tag for tag in tags if not tag.startswith(_RATING)]
     if any(_SEVERAL_PEOPLE.search(tag) for tag in tags):
         for kind in _OF_A_PERSON:
-            of_kind = {tag for tag in tags if kind.fullmatch(tag)}
-            if len(of_kind) > 1:
-                tags = [tag for tag in tags if tag not in of_kind]
+            tags_of_kind = {tag for tag in tags if kind.fullmatch(tag)}
+            if len(tags_of_kind) > 1:  # such as two hair colors: unclear whose they are
+                tags = [tag for tag in tags if tag not in tags_of_kind]
     return ", ".join(tag for tag in tags if not _is_superfluous(tag, tags))
 
 

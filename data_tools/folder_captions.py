@@ -64,7 +64,7 @@ class GitCaptionOptions(WritingOptions, CaptionedFolderOptions, title="what to d
     pin_memory = not_needed("it changes only how images get to the GPU")
 
 
-# what GIT says about writing in an image
+# phrases with which GIT describes writing in an image
 _QUOTED = r"(\"[^\"]*\"|'[^']*'|\w+)"
 _WRITTEN = (
     rf",? ?\b(has|with|and) the (words?|letters?|name|number) {_QUOTED}( (on|in) (the |his |her )?\w+)?",
@@ -95,7 +95,7 @@ def caption_folder_by_git(options: GitCaptionOptions) -> None:
 
 
 def wording_without_writing(options: GitCaptionOptions) -> WordingOptions:
-    """Return the changes of captions that --remove_words asks for: `a sign that says "Hi"`: `a sign`."""
+    """Return the replacements for --remove_words, which turn `a sign that says "Hi"` into `a sign`."""
     removed = tuple((pattern, "") for pattern in _WRITTEN) if options.remove_words else ()
     return WordingOptions.usual(replace_regex=removed)
 
@@ -108,7 +108,7 @@ def _caption_dataset(
     api: ApiOptions,
     wording: WordingOptions,
 ) -> None:
-    """Caption a folder as if it were the table of a dataset file, which is temporary."""
+    """Caption the images of a folder, through a temporary dataset file with a table for the folder."""
     with temporary_folder() as temporary:
         config = make_folder_dataset(
             folder.train_data_dir, folder.caption_extension, folder.recursive, temporary

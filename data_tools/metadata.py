@@ -1,4 +1,4 @@
-"""Collect the caption or tag files of a folder in a metadata file of image trainers, for --in_json."""
+"""Collect the caption or tag files of a folder in a metadata file of sd-scripts, for --in_json."""
 
 import json
 import logging
@@ -127,11 +127,8 @@ def write_metadata(path: Path, content: Mapping[str, Mapping[str, Any]]) -> None
 def read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:
     """Read the entries of a metadata file, by the keys of their images.
 
-    Args:
-        path: Path of the file.
-
     Raises:
-        DatasetError: If it is not such a file.
+        DatasetError: If the file is not a metadata file.
     """
     try:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
@@ -146,6 +143,7 @@ def read_metadata(path: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _read_caption(path: Path) -> str:
+    """Read a caption or tag file. Raises DatasetError if it is not UTF-8 text."""
     try:
         text = read_text(path).strip()
     except (OSError, UnicodeDecodeError) as error:
@@ -156,7 +154,7 @@ def _read_caption(path: Path) -> str:
 
 
 def _name_image(path: Path, options: TextsToMetadataOptions) -> str:
-    """Return the key of an image: its whole path, or its place in the folder without its suffix."""
+    """Return the key of an image: its absolute path, or its path in the folder without suffix."""
     if options.full_path:
         return str(real_path(path))
     return path.relative_to(options.train_data_dir).with_suffix("").as_posix()

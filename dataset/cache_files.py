@@ -39,7 +39,7 @@ Grid = tuple[int, int, int]  # F, H, W of latents
 
 
 class NpzNames(NamedTuple):
-    """Facts about a family that are needed to read its caches in npz files."""
+    """What the names in npz caches depend on."""
 
     tag: str  # cache_tag of the family
     latent: LatentSpec
@@ -69,8 +69,8 @@ class LatentName:
 
     stem: str
     size: tuple[int, int]  # width, height: of the original for images, after bucketing for videos
-    span: tuple[int, int] | None = None  # videos: first kept frame, number of frames
-    section: int | None = None  # FramePack videos
+    span: tuple[int, int] | None = None  # videos: index of the first frame, number of frames
+    section: int | None = None  # FramePack videos: index of the section
 
     def file_name(self, tag: str) -> str:
         """Return e.g. `clip_00000-017_0112x0080_wan.safetensors`.
@@ -80,9 +80,12 @@ class LatentName:
         """
         parts = [self.stem]
         if self.span is not None:
+            first_frame, num_frames = self.span
             section = "" if self.section is None else f"-{self.section:04d}"
-            parts.append(f"{self.span[0]:05d}-{self.span[1]:03d}{section}")
-        return "_".join([*parts, f"{self.size[0]:04d}x{self.size[1]:04d}", tag]) + SUFFIX
+            parts.append(f"{first_frame:05d}-{num_frames:03d}{section}")
+        width, height = self.size
+        parts += [f"{width:04d}x{height:04d}", tag]
+        return "_".join(parts) + SUFFIX
 
 
 def audio_tag(tag: str) -> str:
@@ -96,49 +99,55 @@ def audio_file_name(latent_file: str, tag: str) -> str:
 
 
 def parse_latent_name(file_name: str, tag: str, kind: str) -> LatentName | None:
-    """Parse a file name; None if it is not a latent cache of this family and kind ("image" or "video")."""
-    end = f"_{tag}{SUFFIX}"
-    if not file_name.endswith(end) or file_name.startswith("."):
+    """Parse the file name of a latent cache of a family and a kind ("image" or "video").
+
+    Returns None for other names.
+    """
+    family_ending = f"_{tag}{SUFFIX}"
+    if not file_name.endswith(family_ending) or file_name.startswith("."):
         return None
-    tokens = file_name.removesuffix(end).split("_")
+    tokens = file_name.removesuffix(family_ending).split("_")  # stem, for videos span, size
     size = _SIZE.fullmatch(tokens.pop())
     if size is None:
         return None
     width, height = int(size[1]), int(size[2])
     if kind == "image":
         return LatentName("_".join(tokens), (width, height)) if tokens else None
-    span = _SPAN.fullmatch(tokens.pop()) if len(tokens) > 1 else None
+    if len(tokens) < 2:
+        return None
+    span = _SPAN.fullmatch(tokens.pop())
     if span is None:
         return None
+    first_frame, num_frames = int(span[1]), int(span[2])
     section = None if span[3] is None else int(span[3])
-    return LatentName("_".join(tokens), (width, height), (int(span[1]), int(span[2])), section)
+    return LatentName("_".join(tokens), (width, height), (first_frame, num_frames), section)
 
 
 def latent_names(names: Iterable[str], tag: str, kind: str) -> Iterator[tuple[str, str, LatentName]]:
-    """Yield (file name, stem, other fields) of the latent caches of a family among names, in order.
+    """Yield the latent caches of a family among file names, in order: file name, stem, and parsed ending.
 
-    The other fields are a `LatentName` whose stem is meaningless: for speed, each distinct ending is parsed
+    The parsed ending is a `LatentName` with a meaningless stem. For speed, each distinct ending is parsed
     once, and names with the same ending share the object.
     """
-    family_end = f"_{tag}{SUFFIX}"
-    num_ends = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
-    ends: dict[str, LatentName | None] = {}
+    family_ending = f"_{tag}{SUFFIX}"
+    num_tokens = 1 if kind == "image" else 2  # _0112x0080, _00000-017_0112x0080
+    parsed_endings: dict[str, LatentName | None] = {}
     # the ending of the previous name and its fields; most names have the same ending as the previous name
-    ending = family_end + "?"
+    ending = family_ending + "?"  # no name ends like this
     parsed: LatentName | None = None
     for name in names:
-        if not name.endswith(family_end) or name[0] == ".":
+        if not name.endswith(family_ending) or name[0] == ".":
             continue
         if not name.endswith(ending):
-            start = len(name) - len(family_end)
-            for _ in range(num_ends):
+            start = len(name) - len(family_ending)
+            for _ in range(num_tokens):
                 start = name.rfind("_", 0, max(start, 0))
             if start < 0:
                 continue
             ending = name[start:]
-            if ending not in ends:
-                ends[ending] = parse_latent_name(f"x{ending}", tag, kind)
-            parsed = ends[ending]
+            if ending not in parsed_endings:
+                parsed_endings[ending] = parse_latent_name(f"x{ending}", tag, kind)  # x: any stem
+            parsed = parsed_endings[ending]
         if parsed is not None:
             yield name, name[: -len(ending)], parsed
 
@@ -147,12 +156,13 @@ def text_file_name(stem: str, tag: str, number: int = 0) -> str:
     """Return the name of a text cache, such as `clip_wan_te.safetensors`, which all items of a source share.
 
     `number` is the index of the caption. Additional captions are in `clip_wan_te.caption2.safetensors` and so
-    on; other programs ignore these names. EMPTY means the empty prompt of a source whose reference images an
-    encoder sees, in `clip_wan_te.empty.safetensors`.
+    on; other programs ignore these names. EMPTY stands for the empty prompt of a source whose reference
+    images a text encoder sees: `clip_wan_te.empty.safetensors`.
     """
     if number == EMPTY:
         return f"{stem}_{empty_text_name(tag)}"
-    return f"{stem}_{tag}_te{f'.caption{number + 1}' if number else ''}{SUFFIX}"
+    caption = f".caption{number + 1}" if number else ""
+    return f"{stem}_{tag}_te{caption}{SUFFIX}"
 
 
 def empty_text_name(tag: str) -> str:
@@ -163,8 +173,9 @@ def empty_text_name(tag: str) -> str:
 def parse_more_text_name(file_name: str, tag: str) -> tuple[str, int] | None:
     """Return stem and index (1 or more) from the file name of a further caption; None for other names."""
     match = _MORE_TEXT.fullmatch(file_name)
-    is_one = match is not None and match[2] == tag and not file_name.startswith(".")
-    return (match[1], int(match[3]) - 1) if match is not None and is_one else None
+    if match is None or match[2] != tag or file_name.startswith("."):
+        return None
+    return match[1], int(match[3]) - 1
 
 
 def is_text_name(file_name: str, tag: str) -> bool:
@@ -186,8 +197,10 @@ def is_empty_text_name(file_name: str, tag: str) -> bool:
 
 def parse_text_name(file_name: str, tag: str) -> str | None:
     """Return the stem of a source from the name of its first text cache; None for other names."""
-    end = f"_{tag}_te{SUFFIX}"
-    return file_name.removesuffix(end) if file_name.endswith(end) and not file_name.startswith(".") else None
+    ending = f"_{tag}_te{SUFFIX}"
+    if not file_name.endswith(ending) or file_name.startswith("."):
+        return None
+    return file_name.removesuffix(ending)
 
 
 def is_cache_name(name: str) -> bool:
@@ -203,10 +216,14 @@ def is_safe_name(name: str) -> bool:
 def tensor_name(
     key: str, tensor: Tensor, variable: bool = False, grid: Grid | None = None, has_frames: bool = True
 ) -> str:
-    """Return the name in a file of the tensor with the key `key` in batches.
+    """Return the name that a tensor has in a cache file.
 
-    `grid` is F, H, W for the name, instead of the shape of the latents. `has_frames` says whether the name
-    includes F.
+    Args:
+        key: Name of the tensor in batches.
+        tensor: The tensor, without batch dimension.
+        variable: Whether the tensor's length varies between items.
+        grid: F, H, W for the name of latents; None for the last dimensions of the tensor.
+        has_frames: Whether the name of latents includes F.
     """
     if variable:
         return f"{VARIABLE}{key}_{dtype_name(tensor.dtype)}"
@@ -237,16 +254,18 @@ def tensor_key(name: str) -> str:
 
 
 def grid_in_name(name: str) -> Grid | None:
-    """Return F, H, W from the name of a latents tensor, F is 1 if it has only H x W; None for others."""
+    """Return F, H, W from the name of a latents tensor; None for other names. F is 1 if the name lacks it."""
     latents = _LATENT_NAME.fullmatch(name)
-    return None if latents is None else (int(latents[2] or 1), int(latents[3]), int(latents[4]))
+    if latents is None:
+        return None
+    return int(latents[2] or 1), int(latents[3]), int(latents[4])
 
 
 @dataclass(frozen=True)
 class Entry:
     """The contents of a cache file, or only the information in its header."""
 
-    place: Path | str  # path of the file; str for speed, see `path`
+    place: Path | str  # path of the file; a str for speed, which `path` converts
     metadata: Mapping[str, str]
     shapes: Mapping[str, tuple[int, ...]]  # shapes of tensors, by name in the file
     # tensors by name in the file; {} if only the header was read
@@ -347,10 +366,10 @@ def read_entry(path: Path | str, is_full: bool = True) -> Entry:
     Raises:
         CacheError: If the file is missing or damaged.
     """
-    at_once = getattr(os, "O_NONBLOCK", 0)  # does not wait for a pipe's writer
+    non_blocking = getattr(os, "O_NONBLOCK", 0)  # else opening a named pipe would wait for its writer
     try:
-        # Path.open takes longer
-        with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | at_once)) as file:  # noqa: PTH123
+        # `open` is faster than Path.open
+        with open(path, "rb", 0, opener=lambda name, flags: os.open(name, flags | non_blocking)) as file:  # noqa: PTH123
             info = os.fstat(file.fileno())
             if stat.S_ISREG(info.st_mode):
                 if is_full:
@@ -364,7 +383,7 @@ def read_entry(path: Path | str, is_full: bool = True) -> Entry:
 
 
 def unpack(path: Path | str, data: bytes) -> Entry:
-    """Return the entry of a cache file's bytes, with tensors sorted by name.
+    """Parse the bytes of a cache file; the tensors of the entry are sorted by name.
 
     `path` is for messages only.
 
@@ -381,7 +400,7 @@ def unpack(path: Path | str, data: bytes) -> Entry:
 
 
 def unpack_header(path: Path | str, size: int, read: Callable[[int], bytes]) -> Entry:
-    """Return the entry of a cache file of `size` bytes with metadata and shapes, but without tensors.
+    """Parse the header of a cache file of `size` bytes; the entry has metadata and shapes, but no tensors.
 
     `read` returns the next N bytes of the file.
 
@@ -423,11 +442,10 @@ def is_latent_cache(entry: Entry, architecture: str, audio: bool = False) -> boo
         architecture: The family's name.
         audio: Whether to check for an audio cache instead.
     """
-    return (
-        (SOUND in entry.keys if audio else bool(entry.grids))
-        and _all_cache_names(entry)
-        and entry.metadata.get("architecture", architecture) == architecture
-    )
+    # latents have their size F x H x W in the name, audio latents have not
+    has_latents = SOUND in entry.keys if audio else bool(entry.grids)
+    is_of_family = entry.metadata.get("architecture", architecture) == architecture
+    return has_latents and is_of_family and _all_cache_names(entry)
 
 
 def is_text_cache(entry: Entry, architecture: str) -> bool:
@@ -436,8 +454,10 @@ def is_text_cache(entry: Entry, architecture: str) -> bool:
 
 
 def _all_cache_names(entry: Entry) -> bool:
+    """Return whether all tensors of a file are named like those of a cache."""
     return bool(entry.shapes) and all(map(_TENSOR_NAME.fullmatch, entry.shapes))
 
 
 def _damage_error(path: Path | str, error: Exception) -> CacheError:
+    """Return the exception for a damaged cache file."""
     return CacheError(f"{path}: damaged, cannot be read as safetensors ({error})")

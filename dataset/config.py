@@ -44,8 +44,8 @@ logger = logging.getLogger(__name__)
 
 TOP_LEVEL = ("general", "datasets")
 MAX_LISTED = 100  # problems that a message names
-KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of all forms of files
-# keys that only tables with subsets have
+KNOWN_KEYS = {*KEYS, *forms.SPELLINGS, *SUBSET_KEYS, *OTHER_NAMES}  # of both layouts of dataset files
+# keys that only tables with subsets have, and the end of the message about such a key elsewhere
 OF_SUBSETS = {
     name: "is a key of tables with [[datasets.subsets]] (docs/image_datasets.md), and there are none. Leave "
     "it out, or write the file with them"
@@ -53,21 +53,26 @@ OF_SUBSETS = {
     if name not in KEYS and key.place != SUBSET
 }
 
-# A table of audio files alone becomes a table of clips with 25 black frames a second, which no network sees.
+# A table of audio files is read as a table of clips with 25 black frames a second, which no network sees.
 # source key of audio files -> source key of clips
 OF_AUDIO = {"audio_directory": "video_directory", "audio_jsonl_file": "video_jsonl_file"}
+# values of such a table that cannot be changed
 BLACK = {"resolution": [64, 64], "enable_bucket": False, "bucket_no_upscale": False, "source_fps": "auto"}
-# defaults of such a table: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
+# its defaults: 497 frames at 25 a second are the 20 seconds for which LTX-2 has positions
 FULL_AUDIO = {"frame_extraction": "full", "max_frames": 497, "target_fps": 25.0}
 
 
 def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> DatasetConfig:
-    """Read a dataset file (.toml or .json) in our own layout or in sd-scripts' layout with subsets.
+    """Read a dataset file (.toml or .json), in our own layout or in the layout of sd-scripts with subsets.
 
-    `typed` has values from the command line, used for keys that a file with subsets lacks.
+    Source folders are not checked here but in `find_sources`, because training needs only the caches.
 
-    Source folders are not checked here but in `find_sources`, because training needs only the caches. Raises
-    DatasetError, which lists all invalid keys and values.
+    Args:
+        path: Path of the file.
+        typed: Values from the command line, used for keys that a file with subsets lacks.
+
+    Raises:
+        DatasetError: If the file is unreadable or has invalid keys or values; the message lists all of them.
     """
     errors: list[str] = []
     content: Table = forms.without_unneeded(path, forms.parse_config(path))
@@ -108,9 +113,9 @@ def load_dataset_config(path: Path, typed: SubsetOptions | None = None) -> Datas
 def _read_tables(path: Path, content: Table, problems: list[str]) -> tuple[DatasetTable, ...]:
     """Return the tables of a file in our own layout. Errors are added to `problems`."""
     general = forms.without_nulls(content.get("general"), "[general]", problems)
-    entries = _entries(content, problems)
-    elsewhere = "is allowed only in a [[datasets]] table; move it there"
-    misplaced = {name: elsewhere for name, key in KEYS.items() if not key.in_general}
+    entries = _find_entries(content, problems)
+    reason = "is allowed only in a [[datasets]] table; move it there"
+    misplaced = {name: reason for name, key in KEYS.items() if not key.in_general}
     general = forms.read_keys(
         KEYS,
         general,
@@ -130,17 +135,17 @@ def _read_tables(path: Path, content: Table, problems: list[str]) -> tuple[Datas
 
 def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) -> None:
     """Add a line for each folder that cannot hold the caches of its table."""
-    users: dict[str, DatasetTable] = {}  # of cache directories
+    users: dict[str, DatasetTable] = {}  # first table of each cache directory, by its `folder_id`
     for table in tables:
         folder = table.cache_directory
-        existing = next((place for place in (folder, *folder.parents) if place.exists()), None)
+        existing = next((path for path in (folder, *folder.parents) if path.exists()), None)
         if existing is not None and not existing.is_dir():
             problems.append(
                 f"{table.place}: cache_directory = {folder}: {existing} is a file; name a "
                 "folder, which is made if it is not there"
             )
         if table.download_directory is not None or is_limited():
-            problems += _places_elsewhere(table)
+            problems += _find_forbidden_folders(table)
         is_shared = table.cache_format in SHARED_CACHES
         if is_shared and table.kind == "video":
             key = f'cache_format = "{table.cache_format}"'
@@ -155,8 +160,11 @@ def _check_cache_folders(tables: Sequence[DatasetTable], problems: list[str]) ->
             )
 
 
-def _places_elsewhere(table: DatasetTable) -> list[str]:
-    """Return error lines for folders that a table may not write into."""
+def _find_forbidden_folders(table: DatasetTable) -> list[str]:
+    """Return an error line if the table's folder for caches or downloads must not be written to.
+
+    A dataset file from somebody else must not make the program write files outside the cache folders.
+    """
     cache, downloads = table.cache_directory, table.download_directory
     error = describe_outside(cache)
     if error is not None:
@@ -172,12 +180,13 @@ def _places_elsewhere(table: DatasetTable) -> list[str]:
 
 
 def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
-    """Return a configuration whose tables all keep downloads in `folder`."""
+    """Return a configuration whose tables all store downloads in `folder`."""
     if not any(form_of(table).source in SOURCES_WITH_ADDRESSES for table in config.datasets):
         logger.warning(
             "--download_directory %s is ignored because no table of the dataset has %s, whose rows may name "
             "addresses: nothing is downloaded",
-            *(folder, ", ".join(SOURCES_WITH_ADDRESSES)),
+            folder,
+            ", ".join(SOURCES_WITH_ADDRESSES),
         )
     tables = tuple(replace(table, download_directory=folder) for table in config.datasets)
     return replace(config, datasets=tables)
@@ -185,45 +194,59 @@ def with_downloads(config: DatasetConfig, folder: Path) -> DatasetConfig:
 
 def _share_folders(tables: tuple[DatasetTable, ...]) -> tuple[DatasetTable, ...]:
     """Leave the animations of a folder to the video table if an image table and a video table share it."""
-    of_clips = {folder_id(table.directory) for table in tables if table.kind == "video" and table.directory}
+    clip_folders = {
+        folder_id(table.directory) for table in tables if table.kind == "video" and table.directory
+    }
     changed = []
     for table in tables:
-        if table.kind == "image" and table.directory and folder_id(table.directory) in of_clips:
+        if table.kind == "image" and table.directory and folder_id(table.directory) in clip_folders:
             table = replace(table, leaves_animations=True)
         changed.append(table)
     return tuple(changed)
 
 
 def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Table:
-    """Move a file's keys above all tables into [general], as some guides place them there."""
-    in_general = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
-    in_general |= {name for name, key in KEYS.items() if key.in_general}
-    in_general |= {*OTHER_NAMES, *forms.SPELLINGS}
+    """Return the content with the keys above all tables moved into [general], where some guides omit it.
+
+    Errors about keys that may stand only in [[datasets]] are added to `problems`.
+    """
+    general_keys = {name for name, key in SUBSET_KEYS.items() if key.place != SUBSET}
+    general_keys |= {name for name, key in KEYS.items() if key.in_general}
+    general_keys |= {*OTHER_NAMES, *forms.SPELLINGS}
     general = content.get("general", {})
-    of_tables = [name for name in content if name in KEYS and not KEYS[name].in_general]
-    problems += [f"{name} is above all tables: write it below [[datasets]]" for name in of_tables]
-    content = {name: value for name, value in content.items() if name not in of_tables}
-    above = {name: value for name, value in content.items() if name in in_general}
-    if not above or not isinstance(general, dict):
-        return content
-    twice = [name for name in above if name in general]
+    moved: dict[str, Any] = {}
+    rest: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in KEYS and not KEYS[name].in_general:
+            problems.append(f"{name} is above all tables: write it below [[datasets]]")
+        elif name in general_keys:
+            moved[name] = value
+        else:
+            rest[name] = value
+    if not moved:
+        return rest
+    if not isinstance(general, dict):  # reported by the reader of [general]
+        return {name: value for name, value in content.items() if name in rest or name in moved}
+    twice = [name for name in moved if name in general]
     if twice:
         problems.append(f"above all tables and in [general]: {', '.join(twice)}; leave one out")
-    logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(above))
-    content = {name: value for name, value in content.items() if name not in above}
-    return {**content, "general": {**general, **above}}
+    logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(moved))
+    return {**rest, "general": {**general, **moved}}
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:
-    """Adapt a configuration to a family: to its clip lengths, frame rate and references.
+    """Adapt a configuration to a family: to its clip lengths, frame rate, audio and references.
 
-    Logs a warning for section keys that the family's latents do not depend on. `for_texts` says that only
-    texts are encoded, which depend on no section keys.
+    Section keys of a table that the family ignores are logged as a warning, unless `for_texts` says that only
+    texts are encoded.
+
+    Raises:
+        DatasetError: If a table has layers, guides or references that the family does not use.
     """
     for table in config.datasets:
-        of_sections = table.changed(forms.SECTIONS)
-        if of_sections and not (family.latent.in_sections or for_texts):
-            keys = " and ".join(of_sections)
+        section_keys = table.changed(forms.SECTIONS)
+        if section_keys and not (family.latent.in_sections or for_texts):
+            keys = " and ".join(section_keys)
             logger.warning(
                 "%s: %s: ignored, as only FramePack, and Wan and MiniMax-H3 with --one_frame, take them",
                 table.name,
@@ -233,7 +256,7 @@ def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False)
     tables = []
     for table in config.datasets:
         if table.kind == "video" and family.can.keep_time and table.source_fps is None:
-            table = replace(table, source_fps=forms.AUTO)
+            table = replace(table, source_fps=forms.AUTO)  # the frame rate of each file counts
         finds_audio = family.latent.holds_audio and table.kind == "video"
         tables.append(replace(table, finds_audio=finds_audio, shows_media=family.can.show_media))
     config = replace(config, datasets=tuple(tables))
@@ -289,8 +312,12 @@ def with_empty_prompts(config: DatasetConfig) -> DatasetConfig:
 def with_audio_files(config: DatasetConfig, option: str, folder: Path | None) -> DatasetConfig:
     """Return a configuration whose video folders take audio from files with the same names as the clips.
 
-    `folder` has the audio files; None means next to the clips. Tables with an audio_directory keep it.
-    `option` is the option that the user set; a warning names it if rows of a table already name audio files.
+    Tables with an audio_directory do not change.
+
+    Args:
+        config: The dataset.
+        option: Option that the user set, for the warning that a list's rows already name audio files.
+        folder: Folder of the audio files; None if they are next to the clips.
     """
     tables = []
     for table in config.datasets:
@@ -320,12 +347,10 @@ def with_lengths(config: DatasetConfig, lengths: ClipLengths) -> DatasetConfig:
     return replace(config, datasets=tuple(tables))
 
 
-def with_references(
-    config: DatasetConfig, rules: "ReferenceRules | None", instead: str = ""
-) -> DatasetConfig:
+def with_references(config: DatasetConfig, rules: "ReferenceRules | None", hint: str = "") -> DatasetConfig:
     """Return a configuration whose control images follow a family's rules (`Family.references`).
 
-    `instead` is `Abilities.references`, a hint for error messages.
+    `hint` is `Abilities.references`, which error messages end with.
 
     Raises:
         DatasetError: If a table has a key that the family does not use.
@@ -339,7 +364,7 @@ def with_references(
     errors: list[str] = []
     for table in config.datasets:
         if table.reference_directory is not None or table.control_mask_directory is not None:
-            errors += _clip_reference_errors(table, rules, instead)
+            errors += _clip_reference_errors(table, rules, hint)
         if table.kind == "image" and (rules is None or rules.clips):
             errors += _find_image_reference_errors(table)
     if errors:
@@ -356,17 +381,17 @@ def with_references(
     return replace(config, datasets=tuple(tables))
 
 
-def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", instead: str) -> list[str]:
+def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", hint: str) -> list[str]:
     """Return an error line for each key about references of clips that the model does not use."""
     takes_clips = rules is not None and rules.clips
     takes_masks = rules is not None and rules.clips and rules.control_masks
-    remedy = f"Leave it out. {instead}" if instead else "Leave it out"
+    remedy = f"Leave it out. {hint}" if hint else "Leave it out"
     errors = []
     if table.reference_directory is not None and not takes_clips:
-        takes = "none" if rules is None else "them from control_directory"
+        accepted = "none" if rules is None else "them from control_directory"
         errors.append(
             f"{table.name}: reference_directory has clips and pictures as references; this model takes "
-            f"{takes}. {remedy}"
+            f"{accepted}. {remedy}"
         )
     if table.control_mask_directory is not None and not takes_masks:
         errors.append(
@@ -377,7 +402,7 @@ def _clip_reference_errors(table: DatasetTable, rules: "ReferenceRules | None", 
 
 
 def _find_image_reference_errors(table: DatasetTable) -> list[str]:
-    """Return an error line for each key about reference images; the model takes none."""
+    """Return error lines for the keys about reference images of a table, whose model takes no references."""
     errors = []
     if table.reference_dropout_rate:
         errors.append(
@@ -393,7 +418,7 @@ def _find_image_reference_errors(table: DatasetTable) -> list[str]:
     return errors
 
 
-def _entries(content: Table, problems: list[str]) -> list[Any]:
+def _find_entries(content: Table, problems: list[str]) -> list[Any]:
     """Return the entries of [[datasets]]; an error is added to `problems` if there are none."""
     entries = content.get("datasets")
     if isinstance(entries, dict):
@@ -413,16 +438,16 @@ def _entries(content: Table, problems: list[str]) -> list[Any]:
 def _read_table(
     path: Path, index: int, entry: Any, general: dict[str, Any], problems: list[str]
 ) -> DatasetTable | None:
-    """Return a table of a dataset file; if it is invalid, None, and errors are added to `problems`."""
+    """Read a table of a dataset file. If it is invalid, return None and add errors to `problems`."""
     where = f"[[datasets]] {index + 1}"
-    before = len(problems)
+    num_problems_before = len(problems)
     entry = forms.without_nulls(entry, where, problems)
     source_key = _find_source(entry, where, problems)
     if source_key is None:
         return None
     is_of_audio = source_key in OF_AUDIO
     if is_of_audio:
-        entry = _as_clips(entry, source_key, general)
+        entry = _audio_to_clips(entry, source_key, general)
     media_key = OF_AUDIO.get(source_key, source_key)
     form = FORM_OF_SOURCE[media_key]
     kind: Literal["image", "video"] = "image" if media_key.startswith("image") else "video"
@@ -440,7 +465,8 @@ def _read_table(
     unused = find_unused(entry) if entry.get("validation") else None
     if unused is not None:
         problems.append(f"{where}: {unused}")
-    if len(problems) > before or any(value is forms.BAD for value in values.values()):
+    # an invalid value may come from [general], whose errors have been added before
+    if len(problems) > num_problems_before or any(value is forms.BAD for value in values.values()):
         return None
     fields = {name: value for name, value in values.items() if name not in {*SOURCES, *OWN_KEYS}}
     # a data form with its own keys has its source there; otherwise the source is a field, such as `directory`
@@ -448,16 +474,15 @@ def _read_table(
     fields |= {"directory": None, "is_of_audio": is_of_audio}
     if form.keys is None:
         fields[form.source] = values[media_key]
-    if not _complete(form, fields, source_key, f"{path}, {where}", problems):
+    if not _fill_in_fields(form, fields, source_key, f"{path}, {where}", problems):
         return None
     return DatasetTable(path, index, kind, **fields)
 
 
 def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str | None:
-    """Return the key that says where a table's items are.
+    """Return the key that says where a table's items are, such as `image_directory`.
 
-    Returns:
-        The key. If there is not exactly one, None, and an error is added to `problems`.
+    If there is not exactly one, returns None and adds an error to `problems`.
     """
     sources = [name for name in SOURCES if name in entry]
     if not sources:
@@ -468,9 +493,10 @@ def _find_source(entry: dict[str, Any], where: str, problems: list[str]) -> str 
         names = " and ".join(sources)
         problems.append(f"{where}: {names} exclude each other; make a [[datasets]] table for each")
         return None
-    refused = [forms.unknown(key, value, ()) for key, value in entry.items() if key in forms.NO_KEYS]
-    if refused:
-        problems += [f"{where}: {line}" for line in refused]
+    # keys of other trainers without a counterpart explain more than the missing source
+    unsupported = [forms.unknown(key, value, ()) for key, value in entry.items() if key in forms.NO_KEYS]
+    if unsupported:
+        problems += [f"{where}: {line}" for line in unsupported]
         return None
     hints = [did_you_mean(key, SOURCES) for key in entry if key not in KEYS]
     hint = next(filter(None, hints), "")
@@ -485,31 +511,33 @@ def _find_misplaced_keys(source_key: str, kind: str) -> dict[str, str]:
     for name in KEYS.keys() - KEYS_OF_SOURCE[source_key]:
         if name in SOURCES and kind in KEYS[name].kinds:
             continue  # two sources: reported by _find_source
-        fitting = [
-            source for source, keys in KEYS_OF_SOURCE.items() if name in keys and kind in KEYS[source].kinds
-        ]
-        misplaced[name] = f"is for tables with {' or '.join(fitting)}, not {source_key}"
-        if not fitting:
+        fitting_sources = []
+        for source, keys in KEYS_OF_SOURCE.items():
+            if name in keys and kind in KEYS[source].kinds:
+                fitting_sources.append(source)
+        if fitting_sources:
+            misplaced[name] = f"is for tables with {' or '.join(fitting_sources)}, not {source_key}"
+        else:
             misplaced[name] = f"is for {KEYS[name].kinds[0]} tables; {source_key} makes this one {kind}s"
     return misplaced
 
 
-def _as_clips(entry: dict[str, Any], source: str, general: dict[str, Any]) -> dict[str, Any]:
-    """Turn the entry of a table of audio files into the entry of a table of clips with black frames."""
+def _audio_to_clips(entry: dict[str, Any], source_key: str, general: dict[str, Any]) -> dict[str, Any]:
+    """Convert the entry of a table of audio files to that of a table of clips with black frames."""
     for key in forms.LENGTHS:
         if key in entry:
             logger.info("%s: not needed: the last few frames of a sound are cut off, none is padded", key)
     for key in BLACK:
         if key in entry:
             logger.info("%s: ignored, as sounds have no pictures", key)
-    default = {key: value for key, value in FULL_AUDIO.items() if key not in general}
-    if "target_frames" in entry:
-        default.pop("frame_extraction", None)
-    declared = {key: value for key, value in entry.items() if key != source and key not in forms.LENGTHS}
-    return {**default, **declared, **BLACK, OF_AUDIO[source]: entry[source]}
+    defaults = {key: value for key, value in FULL_AUDIO.items() if key not in general}
+    if "target_frames" in entry:  # the clips have these lengths, not that of the file
+        defaults.pop("frame_extraction", None)
+    declared = {key: value for key, value in entry.items() if key != source_key and key not in forms.LENGTHS}
+    return {**defaults, **declared, **BLACK, OF_AUDIO[source_key]: entry[source_key]}
 
 
-def _complete(
+def _fill_in_fields(
     form: DataForm, fields: dict[str, Any], source_key: str, where: str, problems: list[str]
 ) -> bool:
     """Fill in fields that depend on others; if fields conflict, add an error and return False."""
@@ -517,19 +545,20 @@ def _complete(
     conflict = None
     if not (fields["cache_directory"] or folder):
         conflict = f"cache_directory is required with {source_key}"
-    if form.has_dependent_keys:
-        conflict = conflict or form.find_conflict(fields)
-    conflict = conflict or _find_conflict(fields)
+    if conflict is None and form.has_dependent_keys:
+        conflict = form.find_conflict(fields)
+    if conflict is None:
+        conflict = _find_conflict(fields)
     if conflict is not None:
-        place = where.rpartition(", ")[2]
-        problems.append(f"{place}: {conflict}")
+        table_name = where.rpartition(", ")[2]  # the message begins with the path already
+        problems.append(f"{table_name}: {conflict}")
         return False
     if form.has_dependent_keys:
         form.complete(fields, where)
     fields["cache_directory"] = fields["cache_directory"] or folder
     if fields["target_fps"] is not None and fields["source_fps"] is None:
         fields["source_fps"] = forms.AUTO  # frames are dropped or repeated by their times
-    fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]
+    fields["bucket_no_upscale"] = fields["bucket_no_upscale"] and fields["enable_bucket"]  # no effect alone
     guides = fields["keyframe_guide_directory"] or fields["latent_idx_guide_directory"]
     fields["has_guides"] = bool(guides)
     fields["gives_parts"] = bool(
@@ -561,14 +590,17 @@ def _find_conflict(fields: Mapping[str, Any]) -> str | None:
 
 def _find_guide_conflict(fields: Mapping[str, Any]) -> str | None:
     """Describe a conflict between a table's keys for guides; None if there is none."""
-    for start in ("keyframe_guide", "latent_idx_guide"):
-        others = [name for name in fields if name.startswith(start) and name != f"{start}_directory"]
+    for prefix in ("keyframe_guide", "latent_idx_guide"):
+        others = [name for name in fields if name.startswith(prefix) and name != f"{prefix}_directory"]
         set_names = [name for name in others if fields[name] != KEYS[name].default]
-        if set_names and not fields[f"{start}_directory"]:
-            return f"{set_names[0]} needs {start}_directory"
-    extra = "keyframe_guide_extra"
-    lists = {name: fields[f"{extra}_{name}"] or () for name in ("directories", "frame_idxs", "strengths")}
-    if len({*map(len, lists.values())}) > 1:
-        counts = ", ".join(f"{len(values)} in {extra}_{name}" for name, values in lists.items())
+        if set_names and not fields[f"{prefix}_directory"]:
+            return f"{set_names[0]} needs {prefix}_directory"
+    lists: dict[str, Sequence[Any]] = {}
+    for name in ("directories", "frame_idxs", "strengths"):
+        key = f"keyframe_guide_extra_{name}"
+        lists[key] = fields[key] or ()
+    lengths = {len(values) for values in lists.values()}
+    if len(lengths) > 1:
+        counts = ", ".join(f"{len(values)} in {key}" for key, values in lists.items())
         return f"each guide needs a folder, a frame and a strength: {counts}"
     return None

@@ -28,7 +28,7 @@ CACHE_FORMATS = ("files", "shards", "npz")
 REQUIRED, IF_PRESENT, IGNORE = "required", "if_present", "ignore"
 AUTO = "auto"  # value of source_fps: use the timestamps in each file
 # limits that catch typing errors and values that would exhaust memory
-FAR = 10_000  # latent frames; positions in time are far below
+FAR = 10_000  # latent frames; real positions in time are far below
 MAX_COUNT = 10**9
 MAX_REPEATS = 100_000
 MAX_SAMPLES = 10_000  # spans of a clip
@@ -41,14 +41,14 @@ RATES = (0.001, 1_000_000)  # frames a second
 
 
 class Unfit(Exception):
-    """Raised for a value that is not allowed; the text, if any, gives the reason."""
+    """Raised for a value that is not allowed; the message, if any, gives the reason."""
 
 
 class Form(NamedTuple):
-    """Type of a key's value: `read` converts a value or raises Unfit; `allowed` describes valid values."""
+    """The type of a key's value."""
 
-    read: Callable[[Any], Any]
-    allowed: str
+    read: Callable[[Any], Any]  # converts a value of the file, or raises Unfit
+    allowed: str  # describes valid values, for messages
 
 
 def form_of(
@@ -57,11 +57,19 @@ def form_of(
     allowed: str,
     convert: Callable[[Any], Any] = lambda value: value,
 ) -> Form:
-    """Return the form for values of the types `kinds`; `fits` returns whether a value is allowed."""
+    """Make a type of values.
+
+    Args:
+        kinds: Python types of values in the file.
+        fits: Returns whether a value of these types is allowed.
+        allowed: Describes valid values, for messages.
+        convert: Converts an allowed value.
+    """
 
     def read(value: Any) -> Any:
-        is_switch = isinstance(value, bool) and kinds is not bool  # bool is a subclass of int
-        if is_switch or not isinstance(value, kinds) or not fits(value):
+        """Return the value to keep. Raises Unfit."""
+        is_wrong_bool = isinstance(value, bool) and kinds is not bool  # bool is a subclass of int
+        if is_wrong_bool or not isinstance(value, kinds) or not fits(value):
             raise Unfit
         return convert(value)
 
@@ -69,50 +77,55 @@ def form_of(
 
 
 def whole(minimum: int, maximum: int, allowed: str = "") -> Form:
-    """Return the form of a key whose value is a whole number from `minimum` to `maximum`."""
-    limit = f"{minimum} or more" + (f", at most {maximum}" if maximum < MAX_COUNT else "")
+    """Make the type of whole numbers from `minimum` to `maximum`."""
+    limit = f"{minimum} or more"
+    if maximum < MAX_COUNT:
+        limit += f", at most {maximum}"
     return form_of(int, lambda value: minimum <= value <= maximum, allowed or f"a whole number, {limit}")
 
 
 def number(fits: Callable[[float], bool], allowed: str) -> Form:
-    """Return the form of a key whose value is any number for which `fits` holds; stored as float."""
+    """Make the type of numbers that `fits` accepts; they are read as float."""
     return form_of((int, float), fits, allowed, float)
 
 
 def one_of(values: tuple[str, ...]) -> Form:
-    """Return the form of a key whose value is one of the given words."""
+    """Make the type whose values are these words."""
     quoted = ", ".join(f'"{value}"' for value in values)
     return form_of(str, lambda value: value in values, f"one of {quoted}")
 
 
 def _list_of(form: Form, allowed: str, or_one: bool = False) -> Form:
-    """Return the form of a list of at least one value.
+    """Make the type of lists of at least one value.
 
     `or_one` allows a single value without a list.
     """
 
     def read(value: Any) -> tuple[Any, ...]:
-        value = [value] if or_one and not isinstance(value, list) else value
-        if not isinstance(value, list) or not value:
+        """Return the values to keep. Raises Unfit."""
+        values = [value] if or_one and not isinstance(value, list) else value
+        if not isinstance(values, list) or not values:
             raise Unfit
-        return tuple(map(form.read, value))
+        return tuple(map(form.read, values))
 
     return Form(read, allowed)
 
 
 def _path(value: str) -> Path:
-    """Return the path in a value. Raises Unfit if it does not exist."""
+    """Return the path in a value. Raises Unfit, with the reason, if the path cannot be used."""
     try:
         path = paths.expand_path(value)
     except ValueError as error:
         raise Unfit(str(error)) from None
-    why = None if paths.path_exists(path) else paths.explain_path(paths.without_quotes(value))
-    if why is not None:
-        raise Unfit(why)
+    if not paths.path_exists(path):
+        reason = paths.explain_path(paths.without_quotes(value))
+        if reason is not None:
+            raise Unfit(reason)
     return path
 
 
 def _size(value: Any) -> tuple[int, int]:
+    """Read a resolution: a side, or width and height. Raises Unfit."""
     sides = value if isinstance(value, list) else [value, value]
     if len(sides) != 2:
         raise Unfit
@@ -123,6 +136,7 @@ def _size(value: Any) -> tuple[int, int]:
 
 
 def _is_text(value: str) -> bool:
+    """Return whether a text has visible characters and none that could not be shown."""
     return bool(value.strip()) and not bad_character(value)
 
 
@@ -135,9 +149,10 @@ PROGRAMS = frozenset(
 )  # fmt: skip
 
 
-def _is_of_programs(extension: str) -> bool:
+def _is_unsafe_extension(extension: str) -> bool:
     """Return whether an extension would name another folder, or a file that may be executed."""
-    return bool(set(extension) & set("/\\\0")) or extension.rpartition(".")[2].strip().lower() in PROGRAMS
+    has_separators = bool(set(extension) & set("/\\\0"))
+    return has_separators or extension.rpartition(".")[2].strip().lower() in PROGRAMS
 
 
 def is_short(value: str) -> bool:
@@ -172,17 +187,17 @@ TARGET_FPS = number(
     lambda value: RATES[0] <= value <= RATES[1], f"a number above 0, such as 25 ({RATES[0]} to {RATES[1]})"
 )
 SOURCE_FPS = Form(lambda value: AUTO if value == AUTO else RATE.read(value), RATE.allowed)
-REGION = form_of(
-    list,
-    lambda value: (
-        len(value) == 4
-        and all(type(number) is int and 0 <= number <= LONGEST_SIDE for number in value)
-        and value[0] < value[2]
-        and value[1] < value[3]
-    ),
-    "[top, left, bottom, right] in pixels, such as [0, 0, 512, 384]",
-    tuple,
-)
+
+
+def _is_region(value: list[Any]) -> bool:
+    """Return whether a list has top, left, bottom and right of a rectangle in pixels."""
+    if len(value) != 4 or not all(type(side) is int and 0 <= side <= LONGEST_SIDE for side in value):
+        return False
+    top, left, bottom, right = value
+    return bool(top < bottom and left < right)
+
+
+REGION = form_of(list, _is_region, "[top, left, bottom, right] in pixels, such as [0, 0, 512, 384]", tuple)
 SIZE = Form(
     _size,
     f"a whole number or [width, height], such as 512 or [960, 544], each at most {LONGEST_SIDE}, "
@@ -204,7 +219,7 @@ TARS = _list_of(
 )
 EXTENSION = form_of(
     str,
-    lambda value: _is_text(value) and "." in value and not _is_of_programs(value),
+    lambda value: _is_text(value) and "." in value and not _is_unsafe_extension(value),
     'an extension with its dot, such as ".txt"; no folder, and none of programs or pages',
 )
 # may be empty, to override [general]
@@ -224,9 +239,10 @@ BOTH = ("image", "video")
 
 
 class Stale(enum.Flag):
-    """Which caches become stale if a key's value changes; it has no default, so that no key is forgotten.
+    """What becomes stale if a key's value changes.
 
-    Changes of captions and images themselves are detected by comparing their contents.
+    Each key has to declare it; there is no default, so that no key is forgotten. Changes of captions and
+    images themselves are detected by comparing their contents.
     """
 
     NOTHING = 0
@@ -247,8 +263,12 @@ class TableKey:
     """One key of a table.
 
     Attributes:
-        kinds: Kinds of tables that may have it.
-        of_some_forms: Only tables of data forms that list the key may have it.
+        form: Type of its value.
+        default: Value in tables without the key.
+        kinds: Kinds of tables that may have the key.
+        in_general: Whether [general] may have the key, too.
+        of_some_forms: Whether only tables of data forms that list the key may have it.
+        stale: What becomes stale if the value changes.
         rank: Order among LEARNING keys; lower ranks come first in states and metadata.
     """
 
@@ -261,20 +281,21 @@ class TableKey:
     rank: int = 0
 
 
-def key(form: Form, default: Any = None, *, stale: Stale, **facts: Any) -> Any:
-    """Return a dataclass field that is also a key of the same name in dataset files.
+def key(form: Form, default: Any = None, *, stale: Stale, **settings: Any) -> Any:
+    """Declare a dataclass field that is also a key of the same name in dataset files.
 
-    `facts` are additional fields of `TableKey`.
+    `settings` are further fields of `TableKey`.
     """
-    return dataclasses.field(default=default, metadata={"key": TableKey(form, default, stale=stale, **facts)})
+    table_key = TableKey(form, default, stale=stale, **settings)
+    return dataclasses.field(default=default, metadata={"key": table_key})
 
 
 def of_kind(form: Form) -> Any:
-    """Return a field that is set by `image_<name>` or `video_<name>`."""
+    """Declare a dataclass field that the key `image_<name>` or `video_<name>` sets."""
     return dataclasses.field(default=None, metadata={"source": form})
 
 
-# spellings of other trainers, mostly for one model -> our keys
+# spellings of other trainers -> our keys
 SPELLINGS: Mapping[str, str] = {
     "loss_mask_directory": "mask_directory",
     "loss_mask_use_alpha": "alpha_mask",
@@ -284,8 +305,9 @@ SPELLINGS: Mapping[str, str] = {
 }
 
 
-# keys of musubi-tuner's fork for LTX-2 that have no counterpart, and why
+# keys about lengths of audio
 LENGTHS = ("audio_bucket_strategy", "audio_bucket_interval")
+# keys of musubi-tuner's fork for LTX-2 that have no counterpart, and the reason
 NO_KEYS: Mapping[str, str] = {
     "audio_jsonl_file": "it lists sounds without clips. audio_path in a list of clips names their sound",
     **dict.fromkeys(LENGTHS, "sound is as long as its clip"),
@@ -306,7 +328,7 @@ NO_KEYS: Mapping[str, str] = {
 }
 
 
-# keys of that fork that are ignored because they are not needed, and why
+# keys of the same fork that are ignored because they are not needed, and the reason
 UNNEEDED: Mapping[str, str] = dict.fromkeys(
     (
         *("reference_cache_directory", "reference_cache_directories", "latent_idx_guide_cache_directory"),
@@ -320,17 +342,23 @@ UNNEEDED: Mapping[str, str] = dict.fromkeys(
 def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     """Return the content of a configuration without the keys of UNNEEDED, which are logged."""
     datasets = content.get("datasets")
-    tables = [content.get("general"), *(datasets if isinstance(datasets, list) else ())]
-    given = {name for table in tables if isinstance(table, dict) for name in table if name in UNNEEDED}
-    if not given:
+    tables = [content.get("general")]
+    if isinstance(datasets, list):
+        tables += datasets
+    found: set[str] = set()
+    for table in tables:
+        if isinstance(table, dict):
+            found |= table.keys() & UNNEEDED.keys()
+    if not found:
         return content
-    for name in given:
+    for name in found:
         logger.info("%s: %s is not needed: %s", path, name, UNNEEDED[name])
 
     def clean(table: Any) -> Any:
-        if not isinstance(table, dict):
+        """Return a table without the removed keys."""
+        if not isinstance(table, dict):  # an error, which is reported later
             return table
-        return {name: value for name, value in table.items() if name not in given}
+        return {name: value for name, value in table.items() if name not in found}
 
     changed = {}
     if "general" in content:
@@ -340,7 +368,7 @@ def without_unneeded(path: Path, content: dict[str, Any]) -> dict[str, Any]:
     return {**content, **changed}
 
 
-# --- reading them, and explaining wrong ones
+# --- reading keys, and explaining invalid ones
 # ------------------------------------------------------------------------------------------------------------
 
 KINDS = {
@@ -354,14 +382,14 @@ KINDS = {
 
 
 class HasForm(Protocol):
-    """A key of any layout of dataset files."""
+    """What the keys of this program's dataset files and those of other programs share."""
 
     @property
     def form(self) -> Form:
-        """Form of the key's value."""
+        """Type of the key's value."""
 
 
-BAD = object()  # stands for an invalid value that has been reported
+BAD = object()  # in place of an invalid value, which has been reported
 
 
 def parse_config(path: Path) -> dict[str, Any]:
@@ -402,6 +430,7 @@ def parse_config(path: Path) -> dict[str, Any]:
 
 
 def _advise_file(folder: Path) -> str:
+    """Say which file to give instead of a folder."""
     default = folder / "dataset.toml"
     if default.is_file():
         return f"Give {default}"
@@ -417,7 +446,10 @@ def other_trainers() -> ModuleType:
 
 
 def without_nulls(table: Any, name: str, problems: list[str]) -> dict[str, Any]:
-    """Return a table without keys whose value is null (JSON); {} and an error if it is not a table."""
+    """Return a table without the keys whose value is null (in JSON).
+
+    If `table` is neither a table nor None, an error is added to `problems`, and {} is returned.
+    """
     if isinstance(table, dict):
         return {key: value for key, value in table.items() if value is not None}
     if table is not None:
@@ -438,18 +470,17 @@ def read_keys(
     ignored: tuple[str, ...] = (),
     of_other_layout: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
-    """Return the values of a table by the names of keys; BAD for an invalid value.
+    """Read the keys of a table; return their values by name, and BAD for an invalid value.
 
     Args:
         keys: Keys that may be in the table, by name.
         table: The table.
         where: Name of the table, for messages.
         problems: List to which errors are added.
-        misplaced: Keys that only other tables may have, with the reason, which follows the value in the
-            message.
-        names: Other spellings -> names of keys.
+        misplaced: Keys that only other tables may have, each with the end of its error message.
+        names: Names of keys by their other spellings.
         ignored: Keys that are read elsewhere.
-        of_other_layout: Keys of tables in another layout, with the reason, as in `misplaced`.
+        of_other_layout: Keys of tables in another layout, each with the end of its error message.
     """
     layout_reasons = of_other_layout or {}
     values: dict[str, Any] = {}
@@ -466,7 +497,8 @@ def read_keys(
         elif name in misplaced:
             problems.append(f"{where}: {spelling} = {show(value)} {misplaced[name]}")
         elif spellings.setdefault(name, spelling) != spelling:
-            both = sorted((spellings[name], spelling), key=name.__eq__)  # its own name last
+            both = [spellings[name], spelling]
+            both.sort(key=lambda each: each == name)  # our own spelling last
             problems.append(f"{where}: {' and '.join(both)} are the same key; leave out one")
         else:
             try:
@@ -477,13 +509,13 @@ def read_keys(
     return values
 
 
-def _explain(name: str, value: Any, allowed: str, why: str) -> str:
+def _explain(name: str, value: Any, allowed: str, reason: str) -> str:
     """Return the message for an invalid value: its type, the allowed values, and a hint."""
-    hint = f"; but {why}" if why else ""
-    if not why and name == "frame_extraction" and isinstance(value, str):
+    hint = f"; but {reason}" if reason else ""
+    if not reason and name == "frame_extraction" and isinstance(value, str):
         similar = difflib.get_close_matches(value, MODES, 1)
         hint = f'. Did you mean "{similar[0]}"?' if similar else ""
-    if not hint and str(value).strip().lower() in paths.NOTHING:
+    if not hint and str(value).strip().lower() in paths.NOTHING:  # such as "none"
         hint = ". For nothing, leave the key out"
     kind = KINDS.get(type(value), type(value).__name__)
     return f"{name} = {show(value)} ({kind}); allowed: {allowed}{hint}"

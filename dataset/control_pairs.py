@@ -16,23 +16,27 @@ from modules.option_values import as_shape
 
 logger = logging.getLogger(__name__)
 
-SHAPE_SLACK = 0.02  # by which width / height of a control image may differ; rounding alone is less
-SHOWN = 3  # names in a message
+SHAPE_SLACK = 0.02  # relative difference of the aspect ratios that is allowed; rounding causes less
+SHOWN = 3  # maximum number of file names in a message
 
 
-def _log(remark: str) -> None:
-    logger.warning("%s", escape_control_codes(remark))
+def _log_warning(warning: str) -> None:
+    """Log a warning; control codes in file names are made visible."""
+    logger.warning("%s", escape_control_codes(warning))
 
 
-def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None] = _log) -> None:
+def check_pairs(config: DatasetConfig, taker: str, warn: Callable[[str], None] = _log_warning) -> None:
     """Check the control images of all tables before anything is loaded.
 
-    `taker` names the network that sees them. `remark` is called with each warning; the default logs it.
     Tables whose images are not on this machine, because only caches were copied, are skipped.
 
+    Args:
+        config: The dataset.
+        taker: Name of the network that sees the control images, for messages.
+        warn: Is called with each warning.
+
     Raises:
-        DatasetError: For a table without control images, for images without one, and for control images
-            without an image.
+        DatasetError: If a table has no control images, an image has none, or a control image has no image.
     """
     by_folder: dict[Path, list[MediaSource]] = {}
     for table in config.datasets:
@@ -48,13 +52,14 @@ def check_pairs(config: DatasetConfig, taker: str, remark: Callable[[str], None]
         lone = ControlFolder(folder, {source.stem for source in sources}).alone
         if lone:
             names = ", ".join(path.name for path in lone[:SHOWN])
+            more = " ..." if len(lone) > SHOWN else ""
             raise DatasetError(
                 f"{folder}: {count_of(len(lone), 'control picture')} without a picture of the same name: "
-                f"{names}{' ...' if len(lone) > SHOWN else ''}. Rename them, or move them away"
+                f"{names}{more}. Rename them, or move them away"
             )
-        shapes = describe_shapes(folder, sources)
-        if shapes:
-            remark(shapes)
+        shape_warning = describe_shapes(folder, sources)
+        if shape_warning:
+            warn(shape_warning)
 
 
 def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
@@ -63,7 +68,8 @@ def describe_shapes(folder: Path, sources: Sequence[MediaSource]) -> str:
     for source in sources:
         width, height = image_size(source.path)
         control_width, control_height = image_size(source.control[0])
-        if abs(width * control_height / (height * control_width) - 1) > SHAPE_SLACK:
+        ratio_of_ratios = width * control_height / (height * control_width)
+        if abs(ratio_of_ratios - 1) > SHAPE_SLACK:
             sizes = f"{as_shape((control_width, control_height))} and {as_shape((width, height))}"
             others.append(f"{source.control[0].name} ({sizes})")
     if not others:

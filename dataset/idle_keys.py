@@ -1,4 +1,4 @@
-"""Warn about keys of subsets that act only with others. Standard library only."""
+"""Warn about keys of subsets that have an effect only with other keys. Standard library only."""
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 _VARIES = "shuffle_caption, caption_tag_dropout_rate or token_warmup_step"
 _BUCKETS = "enable_bucket = true"
-# keys that act only with others -> those others
+# key -> the keys without one of which it has no effect
 _NEEDS: Mapping[str, str] = {
     "min_bucket_reso": _BUCKETS,
     "max_bucket_reso": _BUCKETS,
@@ -27,27 +27,28 @@ _NEEDS: Mapping[str, str] = {
 
 def warn_idle(path: Path, content: Mapping[str, Any], tables: Sequence[DatasetTable]) -> None:
     """Warn about keys that have no effect because no subset has the keys they depend on."""
-    met = {
+    is_met = {
         _BUCKETS: any(table.enable_bucket for table in tables),
         _VARIES: any(table.changes.moves_parts for table in tables),
         "token_warmup_step": any(table.changes.warmup_step > 0 for table in tables),
         "is_reg = true": any(table.is_reg for table in tables),
     }
-    values: dict[str, list[Any]] = {}
+    values: dict[str, list[Any]] = {}  # values of each key anywhere in the file
     for level in _levels_of(content):
         for name, value in level.items():
             values.setdefault(name, []).append(value)
-    idle = [
-        f"{name} (needs {needed})"
-        for name, needed in _NEEDS.items()
-        if not met[needed] and any(value != SUBSET_KEYS[name].default for value in values.get(name, ()))
-    ]
+    idle = []
+    for name, needed in _NEEDS.items():
+        default = SUBSET_KEYS[name].default
+        is_set = any(value != default for value in values.get(name, ()))
+        if is_set and not is_met[needed]:
+            idle.append(f"{name} (needs {needed})")
     if idle:
         logger.warning("%s: without effect: %s", path, ", ".join(idle))
 
 
 def _levels_of(content: Mapping[str, Any]) -> Iterator[Table]:
-    """Yield the tables of a file in which keys of subsets may stand."""
+    """Yield all tables of a file that may contain keys of subsets: [general], [[datasets]] and subsets."""
     general, entries = content.get("general"), content.get("datasets")
     levels = [general, *(entries if isinstance(entries, list) else [])]
     for level in levels:

@@ -1,6 +1,6 @@
-"""Find the sources of a dataset table, whatever its form is, and check what holds for all of them.
+"""Find the sources of a dataset table of any data form, and check what all forms have in common.
 
-Folders are listed here; the modules that read another form are imported when the first table needs them.
+The modules that read a form other than folders are imported when the first table needs them.
 """
 
 import functools
@@ -33,8 +33,9 @@ from protocols.rules import ShownMedium
 
 logger = logging.getLogger(__name__)
 
-MAX_READ = 20_000  # captions, only to warn
-MAX_OF_STEM = 190  # bytes; a cache adds span, size and family, and while it is written a temporary ending
+MAX_READ = 20_000  # caption files that are read only for a warning
+# bytes of a stem; the name of a cache adds span, size and family, and a temporary ending while it is written
+MAX_OF_STEM = 190
 
 
 def find_sources(
@@ -42,15 +43,17 @@ def find_sources(
 ) -> list[MediaSource]:
     """Return all sources of a table, sorted by path.
 
-    A missing caption is None. It is not checked whether files named by a JSONL list exist.
+    The caption of a source without a caption is None. Whether files that a JSONL list names exist is not
+    checked.
 
     Args:
         table: Table of the dataset.
         captions: Whether caption files are read; latents do not need them.
-        faults: List that gets the faults instead of an error; then all usable sources are returned.
+        faults: List to which faults are added instead of raising an error; then all usable sources are
+            returned.
 
     Raises:
-        DatasetError: If a folder or list is missing or empty, and with all faults if captions cannot be read,
+        DatasetError: If a folder or list is missing or empty; with all faults, if captions cannot be read,
             lines are malformed, control media are missing or misnamed, or two sources have the same stem and
             would share a cache file.
     """
@@ -58,9 +61,11 @@ def find_sources(
     with pause_collection():
         sources = _list_sources(table, captions, errors)
     if not sources and not errors:
-        contents, hint = form_of(table).empty.format(kind=table.kind), ""
+        contents = form_of(table).empty.format(kind=table.kind)
+        hint = ""
         if table.directory is not None:
-            contents, hint = describe_entries(table), hint_of_start(table.directory, table.config_path)
+            contents = describe_entries(table)
+            hint = hint_of_start(table.directory, table.config_path)
         raise DatasetError(f"{table.name}: {table.source} {contents}. Add some, or correct the path.{hint}")
     if table.directory is None:  # sources of a folder are sorted already
         sources.sort(key=lambda source: str(source.path))
@@ -80,7 +85,7 @@ def find_sources(
 
 
 def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> list[MediaSource]:
-    """Return the items of a table with the companions that its keys name."""
+    """List the items of a table, with the files of other folders that belong to them."""
     if table.directory is None:
         return form_of(table).list_sources(table, faults)
     sources = list_table_folder(table, captions, faults)
@@ -105,7 +110,7 @@ def _list_sources(table: DatasetTable, captions: bool, faults: list[Fault]) -> l
 
 def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: list[Fault]) -> None:
     """Add a fault for each stem that is too long for the name of a cache, or that occurs twice."""
-    first: dict[str, MediaSource] = {}  # by stem: the beginning of the names of caches
+    first: dict[str, MediaSource] = {}  # first source of each stem
     sharing = f"pairs of {table.name} would share a cache file; rename one of each, or use two tables"
     repeated = f"rows of {table.name} repeat another one and would share a cache file; take them out"
     too_long = f"names of {table.name} are too long for the names of their caches; rename the files"
@@ -115,33 +120,34 @@ def _check_stems(table: DatasetTable, sources: Sequence[MediaSource], faults: li
             faults.append(Fault(repeated, str(source.path), source.stem))
         elif earlier is not source:
             faults.append(Fault(sharing, f"{earlier.path} and {source.path}", source.stem))
-        if len(source.stem) * 4 <= MAX_OF_STEM:  # no character takes more than four bytes
+        # fast path: no character takes more than four bytes
+        if len(source.stem) * 4 <= MAX_OF_STEM:
             continue
-        size = len(os.fsencode(source.stem))
-        if size > MAX_OF_STEM:
-            text = f"{source.path}: {size} bytes, at most {MAX_OF_STEM} leave room"
+        size_bytes = len(os.fsencode(source.stem))
+        if size_bytes > MAX_OF_STEM:
+            text = f"{source.path}: {size_bytes} bytes, at most {MAX_OF_STEM} leave room"
             faults.append(Fault(too_long, text, source.stem))
 
 
 class CompanionCounts(NamedTuple):
-    """Companions of an image or clip apart from its caption."""
+    """What belongs to an image or clip in addition to its caption."""
 
     num_controls: int
     num_references: int
     has_mask: bool
     has_reference_audio: bool
-    shown: tuple[ShownMedium, ...]  # `references` of its row
-    further_text: str | None  # of its row
+    shown: tuple[ShownMedium, ...]  # reference media that its row names
+    further_text: str | None  # `FURTHER_TEXT` of its row
 
 
 @functools.lru_cache(maxsize=64)
 def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
-    """Return the companions of the current sources of a table, by stem.
+    """List a table again, and return by stem what belongs to each of its current sources.
 
-    The mapping is empty if the sources are gone: training needs only the caches.
+    The mapping is empty if there are no sources, because training needs only the caches.
     """
     try:
-        with quiet():  # the dataset was described when it was cached
+        with quiet():  # warnings about the dataset were shown when it was cached
             sources = find_sources(table, captions=False, faults=[])
     except DatasetError:
         return {}
@@ -171,11 +177,17 @@ def find_all_sources(
     skipped: list[tuple[DatasetTable, Fault]] | None = None,
     folders: TableFolders | None = None,
 ) -> list[MediaSource]:
-    """Return the sources of all tables, in order. Raises DatasetError with the faults of all tables.
+    """Return the sources of all tables, in order.
 
-    `skipped` gets unreadable parts that are left out, with their table; without it they are logged as a
-    warning. `folders` is that of the whole configuration, if `config` has only some of its tables: its other
-    tables read files too.
+    Args:
+        config: The dataset.
+        captions: Whether caption files are read.
+        skipped: List to which unreadable parts are added, each with its table; None logs them as a warning.
+        folders: Folders of the complete configuration, if `config` has only some of its tables. Files that
+            other tables read are not reported as left out.
+
+    Raises:
+        DatasetError: With the faults of all tables.
     """
     sources: list[MediaSource] = []
     problems = []
@@ -194,27 +206,28 @@ def find_all_sources(
     if problems:
         raise DatasetError("\n".join(problems))
     if any(source.caption_encoding is not None for source in sources):
-        lines_of_encodings = list_errors(find_encodings(sources), LISTED)
-        logger.warning("%s", escape_control_codes("\n".join(lines_of_encodings)))
+        encoding_warnings = list_errors(find_encodings(sources), LISTED)
+        logger.warning("%s", escape_control_codes("\n".join(encoding_warnings)))
     if any(table.control_directory is not None for table in config.datasets):
         log_lone_controls(sources)
     folders = folders or TableFolders(config)
     lines = [folders.left_out_files(table) for table in config.datasets]
     lines += folders.left_out_folders(config.datasets)
-    for line in filter(None, lines):
-        logger.warning("%s", escape_control_codes(line))
+    for line in lines:
+        if line:
+            logger.warning("%s", escape_control_codes(line))
     return sources
 
 
 def find_encodings(sources: Iterable[MediaSource]) -> list[Fault]:
     """Return a warning for each caption that was read in another encoding than UTF-8."""
-    remarks = []
+    warnings = []
     for source in sources:
         if source.caption_encoding is not None:
             path = source.caption_path or source.path
             text = describe_encoding(path, source.caption or "", source.caption_encoding)
-            remarks.append(Fault(NOT_UTF8, text, source.stem))
-    return remarks
+            warnings.append(Fault(NOT_UTF8, text, source.stem))
+    return warnings
 
 
 def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
@@ -232,12 +245,14 @@ def warn_unused(config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
 
 
 def missing_captions(sources: Iterable[MediaSource]) -> list[str]:
-    """Return one line per source without a caption: the file, and where a caption was looked for."""
-    return [f"{source.path}: {_caption_place(source)}" for source in sources if source.caption is None]
+    """Return one line for each source without a caption: the file, and where a caption was looked for."""
+    return [
+        f"{source.path}: {_describe_missing_caption(source)}" for source in sources if source.caption is None
+    ]
 
 
-def _caption_place(source: MediaSource) -> str:
-    """Describe the place where a caption was looked for."""
+def _describe_missing_caption(source: MediaSource) -> str:
+    """Say where the caption of a source was looked for."""
     table = source.table
     if source.caption_path is not None:
         hint = ", and no class_tokens in its table" if table.group is not None else ""
@@ -246,7 +261,7 @@ def _caption_place(source: MediaSource) -> str:
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError listing the sources without a caption."""
+    """Raise DatasetError with the sources without a caption, of which there must be one."""
     kind = f"of {len(sources)} captions are missing; write them, then run again"
     raise_errors([Fault(kind, line) for line in missing_captions(sources)])
 

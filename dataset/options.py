@@ -14,14 +14,15 @@ from protocols.families import FAMILIES
 
 R = TypeVar("R", bound=Options)
 
-GUESS = "guess"  # of --repair_captions without a value
-MAX_AT_ONCE = 1024  # items or threads
+GUESS = "guess"  # value of --repair_captions without an encoding
+MAX_AT_ONCE = 1024  # maximum number of items or threads
 MAX_SHARDS = 1_000_000
 COLOURS = ("black", "red", "green", "yellow", "blue", "magenta", "cyan", "white")  # in the terminal's order
 
 
 def _dataset_keys() -> Collection[str]:
-    from dataset.config import KNOWN_KEYS  # only mistakes need them
+    """Return the known keys of a dataset configuration."""
+    from dataset.config import KNOWN_KEYS  # only error messages need them
 
     return KNOWN_KEYS
 
@@ -58,7 +59,7 @@ class CheckPageOptions(Options):
 
 
 class ShardOptions(Options):
-    """Which share of the work this run does, if several machines cache one dataset."""
+    """Which part of the dataset this run caches, if several machines share the work."""
 
     num_shards: int | None = option(
         "share the work with other machines: each runs the same command with its own --shard_index, in "
@@ -86,7 +87,7 @@ class ShardOptions(Options):
             )
 
     def reject_beside(self, option: str) -> None:
-        """Raise OptionError if a shard is given to a command on the whole dataset."""
+        """Raise OptionError if a shard is selected together with `option`, which needs the whole dataset."""
         if self.num_shards is not None:
             raise OptionError(
                 f"{option} looks at the whole dataset: leave out --num_shards and --shard_index, which share "
@@ -143,23 +144,26 @@ class CachingOptions(Options, title="caching"):
             self.page.require_check(self.check)
         if self.check:
             self.shard.reject_beside("--check")
-        encoding, is_text = self.repair_captions, True
-        if encoding is not None and encoding != GUESS:
-            try:
-                is_text = isinstance(b"a".decode(encoding), str)
-            except LookupError:
-                is_text = False
-            except ValueError:  # of two bytes a character
-                pass
-        if not is_text:
+        encoding = self.repair_captions
+        if encoding is not None and encoding != GUESS and not _is_text_encoding(encoding):
             raise OptionError(
                 f"--repair_captions {encoding}: no such encoding. Use for example cp1252, shift_jis or gbk, "
                 "or leave it out to guess."
             )
 
 
+def _is_text_encoding(name: str) -> bool:
+    """Return whether Python knows an encoding of this name that decodes bytes to text."""
+    try:
+        return isinstance(b"a".decode(name), str)
+    except LookupError:
+        return False
+    except ValueError:  # an encoding with two bytes for each character
+        return True
+
+
 class EmptyPromptOptions(Options, title="caching"):
-    """Whether texts are cached with the empty prompt, whatever the tables say of dropped captions."""
+    """Whether the empty prompt is cached even if no table drops captions."""
 
     empty_prompt: bool = option(
         "also cache the empty prompt, as trainings with --guided_target or --blank_prior_weight need it"
@@ -167,7 +171,7 @@ class EmptyPromptOptions(Options, title="caching"):
 
 
 class CachingInRunOptions(Options, title="caches made by this command"):
-    """Caches to make before training, their place, and batch sizes. Without it our own caches are read."""
+    """Caches to make before training. Without these options, the caches of the caching commands are read."""
 
     cache_latents: bool = option("encode all images once and keep their latents", often=True)
     cache_latents_to_disk: bool = option("the same, in files next to the images")
@@ -195,7 +199,7 @@ class CachingInRunOptions(Options, title="caches made by this command"):
 
 
 class ConvertCacheOptions(Options):
-    """Cache folders to convert, and the new form; options of `tools/convert_cache.py`."""
+    """Cache folders to convert, and their new format: options of `tools/convert_cache.py`."""
 
     key_files = (DATASET_FILE,)
 
@@ -253,24 +257,22 @@ def read_latent_caching(
 ) -> tuple[CachingOptions, DebugOptions, R]:
     """Read the options of a script that caches latents.
 
-    `record` is the family's own.
+    `record` is the record of the family's options.
     """
     caching, family_options, debug = parse_options(description, argv, CachingOptions, record, DebugOptions)
     return caching, debug, family_options
 
 
 def caching_scripts() -> tuple[str, ...]:
-    """Return the scripts of all families that cache: those of latents, then those of texts."""
-    return tuple(
-        f"{entry.cache}_{what}"
-        for what in ("latents", "text_encoder_outputs")
-        for entry in FAMILIES.values()
-        if entry.script
-    )
+    """Return the caching scripts of all families: those for latents, then those for texts."""
+    scripts = []
+    for ending in ("latents", "text_encoder_outputs"):
+        scripts += [f"{entry.cache}_{ending}" for entry in FAMILIES.values() if entry.script]
+    return tuple(scripts)
 
 
 class RayOptions(Options, title="cluster"):
-    """Where to cache, in how many pieces, and which command."""
+    """The cluster, the number of shards, and the caching command."""
 
     address: str | None = option(
         "the Ray cluster to use: auto for the one that this machine belongs to, or ray://HOST:10001; "
@@ -337,17 +339,16 @@ class RayOptions(Options, title="cluster"):
 
 
 def read_ray_options(description: str | None, argv: Sequence[str] | None) -> RayOptions:
-    """Read the options of the Ray script, and after them the caching command with its own options."""
+    """Read the options of the Ray script, followed by a caching command with its own options."""
     parser = Parser(description=description)
     add_options(parser, RayOptions)
     words = sys.argv[1:] if argv is None else list(argv)
-    # what stands behind the script is the script's own
-    places = (
-        index
-        for index, word in enumerate(words)
-        if not word.startswith("-") and (word.endswith(".py") or word in caching_scripts())
-    )
-    place = next(places, len(words))
-    args = parser.parse_args(words[:place])
-    args.command = [*args.command, *words[place:]]
+    # options behind the name of the caching script belong to that script
+    script_index = len(words)
+    for index, word in enumerate(words):
+        if not word.startswith("-") and (word.endswith(".py") or word in caching_scripts()):
+            script_index = index
+            break
+    args = parser.parse_args(words[:script_index])
+    args.command = [*args.command, *words[script_index:]]
     return read_options(RayOptions, args)

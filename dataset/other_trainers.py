@@ -1,12 +1,12 @@
-"""Recognize the data files of other trainers, and say what to write in their place. Standard library only."""
+"""Recognize the dataset files of other trainers, and say what to write instead. Standard library only."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from modules.command import as_typed
 
-# keys that only the data files of other trainers have: trainer, and what to write here
 _A_FOLDER = "image_directory or video_directory"
+# key that only files of another trainer have -> name of the trainer, and how its keys are called here
 OF_OTHERS: Mapping[str, tuple[str, str]] = {
     "directory": (
         "diffusion-pipe",
@@ -26,28 +26,29 @@ OF_OTHERS: Mapping[str, tuple[str, str]] = {
     ),
     "concepts": ("OneTrainer", f"each concept is a [[datasets]] table, its path {_A_FOLDER}"),
 }
-AT_TOP = {"directory", "concepts"}  # words that are a slip in a table of ours
+AT_TOP = {"directory", "concepts"}  # keys of OF_OTHERS that are just typing errors inside a table
 
 
 def of_suffix(suffix: str) -> str:
-    """Return what to do with a YAML file, which other trainers write; "" for any other suffix."""
+    """Say what to do with a YAML file, which other trainers use; "" for any other suffix."""
     is_yaml = suffix.lower() in {".yaml", ".yml"}
     if not is_yaml:
         return ""
-    words = as_typed(["python", "reelsmith.py", "new", "FOLDER", "--from", "FILE.yaml"])
-    return f". Files of AI Toolkit are no datasets: {words} takes them over. {_translate('folder_path')}"
+    command = as_typed(["python", "reelsmith.py", "new", "FOLDER", "--from", "FILE.yaml"])
+    return f". Files of AI Toolkit are no datasets: {command} takes them over. {_translate('folder_path')}"
 
 
 def hint_of(content: Any) -> str:
-    """Return which trainer's file this seems to be, and the keys to use here; "" if that is not known."""
+    """Say which trainer's file this seems to be, and which keys to use here; "" if that is unknown."""
     keys: list[str] = []
-    tables = content
+    tables = content  # the top level of some JSON files is a list
     if isinstance(content, dict):
         keys += content
         tables = content.get("datasets")
-    for table in tables if isinstance(tables, list) else ():
-        if isinstance(table, dict):
-            keys += [key for key in table if key not in AT_TOP]
+    if isinstance(tables, list):
+        for table in tables:
+            if isinstance(table, dict):
+                keys += [key for key in table if key not in AT_TOP]
     for key in keys:
         if key in OF_OTHERS:
             trainer, _ = OF_OTHERS[key]
@@ -56,5 +57,7 @@ def hint_of(content: Any) -> str:
 
 
 def _translate(key: str) -> str:
-    words = as_typed(["python", "reelsmith.py", "new", "FOLDER"])
-    return f"Write a new file ({words} does it): {OF_OTHERS[key][1]}."
+    """Say how to write a new file with our keys."""
+    command = as_typed(["python", "reelsmith.py", "new", "FOLDER"])
+    _, our_keys = OF_OTHERS[key]
+    return f"Write a new file ({command} does it): {our_keys}."

@@ -1,4 +1,4 @@
-"""Make the caching scripts of a family: read its options, then hand it to the caching loop."""
+"""Make the caching scripts of a family, which read the options and call the caching loop."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -23,13 +23,16 @@ def caching_script(
     about: str | None,
     finish: Callable[[Any, Any, "DatasetConfig"], None] | None = None,
 ) -> Script:
-    """Return the script that caches `latents` or `texts` of a family.
+    """Return a caching script of a family.
 
-    `about` is the script's docstring.
+    The script's function takes a second argument, for cache_on_ray.py: a function that is called with the
+    arguments of the caching loop, instead of caching.
 
-    `finish` is called with the family's options, the family and the dataset when all texts are cached. The
-    script's function takes a second argument, for cache_on_ray.py: a function that is called with what would
-    be cached, in place of caching.
+    Args:
+        family: Name of the family.
+        kind: `latents` or `texts`.
+        about: Docstring of the script.
+        finish: Is called with the family's options, the family and the dataset when all texts are cached.
     """
     if kind == "latents":
         return Script.of_family(family, partial(cache_family_latents, family, about))
@@ -39,20 +42,22 @@ def caching_script(
 def cache_family_latents(
     family: str, about: str | None, argv: Sequence[str] | None = None, run: Callable[..., None] | None = None
 ) -> None:
-    """Encode the images and clips of a dataset."""
+    """Encode the images and clips of a dataset.
+
+    Args:
+        family: Name of the family.
+        about: Docstring of the script.
+        argv: Arguments; None for those of the process.
+        run: Is called instead of the caching loop.
+    """
     entry = FAMILIES[family]
     record = entry.options_record("LatentCaching")
     records, typed = parse_spelled(about, argv, CachingOptions, record, DebugOptions)
     options, family_options, debug = records
     if debug.debug_mode is not None:
         options.shard.reject_beside("--debug_mode")
-    # not for --help
-    from dataset.config import (
-        for_family,
-        load_dataset_config,
-        with_audio_files,
-        with_downloads,
-    )
+    # imported here, because --help does not need it
+    from dataset.config import for_family, load_dataset_config, with_audio_files, with_downloads
 
     with name_as_typed(options.typed_names):
         if debug.debug_mode is None and not options.check:
@@ -62,10 +67,11 @@ def cache_family_latents(
         config = load_dataset_config(options.dataset_config)
         if options.download_directory is not None:
             config = with_downloads(config, options.download_directory)
-        # of families with audio, whose options may say where the sound is
+        # only families with audio have this option, which says where the audio files are
         audio_files = getattr(family_options, "audio_files", None)
         if audio_files is not None:
-            config = with_audio_files(config, *audio_files)
+            option, folder = audio_files
+            config = with_audio_files(config, option, folder)
 
         if entry.notice:
             entry.say_notice()
@@ -76,7 +82,7 @@ def cache_family_latents(
         caches = entry.make_family("latent_caching", family_options)
         config = for_family(config, caches)
         words = [
-            *_caption_words(config, family, family_options, typed),
+            *_text_caching_command(config, family, family_options, typed),
             *option_words({"--dataset_config": options.dataset_config, "--device": options.device}),
         ]
         remember = partial(
@@ -102,13 +108,18 @@ def cache_family_texts(
 ) -> None:
     """Encode the captions of a dataset.
 
-    For `finish` see `caching_script`.
+    Args:
+        family: Name of the family.
+        about: Docstring of the script.
+        argv: Arguments; None for those of the process.
+        run: Is called instead of the caching loop.
+        finish: Is called when all texts are cached, see `caching_script`.
     """
     entry = FAMILIES[family]
     record = entry.options_record("TextCaching")
     records, typed = parse_spelled(about, argv, CachingOptions, EmptyPromptOptions, record)
     options, empty_prompt_options, family_options = records
-    # not for --help
+    # imported here, because --help does not need it
     from dataset.config import for_family, load_dataset_config, with_downloads, with_empty_prompts
     from modules.repeated_options import join_options, repeat_given
 
@@ -125,7 +136,7 @@ def cache_family_texts(
 
         caches = entry.make_family("text_caching", family_options)
         config = for_family(config, caches, for_texts=True)
-        # by an option of the family's own, too
+        # some families have an option that requires the empty prompt
         if empty_prompt_options.empty_prompt or getattr(family_options, "caches_empty_prompt", False):
             config = with_empty_prompts(config)
         repeated = [*repeat_given(family_options, typed), *_recall(config, family, "LatentCaching")]
@@ -143,23 +154,30 @@ def cache_family_texts(
         following = loop.NextCommand(words, remember)
         cache = run or partial(loop.run_caching, loop.TEXTS)
         cache(caches, config, options, None, following)
+        # with shards, only the command that runs last has all texts
         if finish is not None and run is None and options.shard.num_shards is None:
             finish(family_options, caches, config)
 
 
-def _caption_words(
+def _text_caching_command(
     config: "DatasetConfig", family: str, family_options: Any, typed: Mapping[str, str]
 ) -> list[str]:
-    """Return the command that caches captions, except for its shared options.
+    """Return the command that caches captions, without the options that all families have.
 
-    `family_options` and `typed` are the family's options of the command that caches latents, and how they
-    were spelled.
+    Options are taken from an earlier command of that kind in the cache folders, and from this command.
+
+    Args:
+        config: The dataset.
+        family: Name of the family.
+        family_options: The family's options of the command that caches latents.
+        typed: Spelling of each of these options on the command line.
     """
     from modules.repeated_options import join_options, repeat_given
 
     entry = FAMILIES[family]
     recalled = _recall(config, family, "TextCaching")
     has_encoders = any(isinstance(option.value, Path) for option in recalled)
+    # placeholders for the paths of text encoders, unless an earlier command named them
     encoders = {} if has_encoders else entry.text_encoder_options(family_options)
     repeated = [*repeat_given(family_options, typed), *recalled]
     joined = join_options(entry.options_record("TextCaching"), encoders, repeated)
@@ -167,8 +185,8 @@ def _caption_words(
 
 
 def _recall(config: "DatasetConfig", family: str, kind: str) -> "list[RepeatedOption]":
-    """Return the options with which the other half of the caches was made, if it was made here before."""
-    from dataset.cache.commands import recall_options  # not for --help: it loads hashlib
+    """Return the options of the earlier caching command of this kind that the cache folders remember."""
+    from dataset.cache.commands import recall_options  # not needed for --help
 
     folders = (table.cache_directory for table in config.datasets)
     return recall_options(folders, family, entry=FAMILIES[family], kinds=(kind,), for_training=True)

@@ -1,4 +1,4 @@
-"""Keys of the image guides' form of data sets, and the options that stand for them or for a whole file."""
+"""Keys of dataset files in the layout of sd-scripts, and the options that replace keys or the whole file."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,12 +15,12 @@ MAX_SIDE = 65_536  # pixels
 A_SHARE = "a share from 0 to 1"
 MAX_ATTRIBUTES = 100
 
-# usual keep_tokens_separator: behind tags that stay in front, and before those that stay at the end
+# common value of keep_tokens_separator, behind tags that stay in front, and before those that stay at the end
 KEPT = "|||"
 
 
 def _two_numbers(value: Any) -> tuple[float, float]:
-    """Return two ascending numbers of "1.5,4.0" or [1.5, 4.0]."""
+    """Read "1.5,4.0" or [1.5, 4.0] as two ascending numbers. Raises Unfit for other values."""
     parts = value.split(",") if isinstance(value, str) else value
     try:
         low, high = (float(part) for part in parts)
@@ -31,27 +31,26 @@ def _two_numbers(value: Any) -> tuple[float, float]:
     return low, high
 
 
-# where a key may stand: in a subset alone, in all of them, in [general] and [[datasets]]
+# where a key may be: only in a subset; in a subset, [[datasets]] and [general]; only in the latter two
 SUBSET, ANYWHERE, DATASET = "subset", "anywhere", "dataset"
 SAME = "same"  # the table's field has the name of the key
 
 
 class SubsetKey(NamedTuple):
-    """One key.
+    """One key of the layout of sd-scripts."""
 
-    field: the field of the table that takes the value, as `name`, `changes.name`, `augmentation.name` or
-    `buckets.name`; "": none directly. option: the command-line option whose value counts if no table has the
-    key; None: the option of the same name, "": none.
-    """
-
-    form: forms.Form
+    form: forms.Form  # type of its value
     default: Any
-    place: str = ANYWHERE
+    place: str = ANYWHERE  # SUBSET, ANYWHERE or DATASET
+    # field of the `DatasetTable` that gets the value: `name`, `changes.name`, `augmentation.name`,
+    # `buckets.name`, or SAME; "": the value is converted first
     field: str = ""
+    # command-line option whose value is used if no table has the key; None: the option of the same name;
+    # "": there is none
     option: str | None = None
 
 
-# configurations have more of them than the option
+# dataset files allow more values than the option
 _INTERPOLATION = forms.one_of((*INTERPOLATIONS, "box", "lanczos4"))
 _SEPARATOR = forms.form_of(str, lambda value: bool(value) and forms.is_short(value), forms.TEXT.allowed)
 _SEED = forms.form_of(int, lambda value: -(2**63) <= value < 2**64, "a whole number")
@@ -92,10 +91,10 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "bucket_no_upscale": SubsetKey(forms.YES_NO, False, DATASET, SAME),
     "resize_interpolation": SubsetKey(_INTERPOLATION, None, ANYWHERE, "buckets.interpolation"),
     "network_multiplier": SubsetKey(_STRENGTH, 1.0, DATASET, field="", option=""),
-    # losses and validation
+    # loss and validation
     "prior_loss_weight": SubsetKey(_LOSS_WEIGHT, 1.0, ANYWHERE, SAME),
     "alpha_mask": SubsetKey(forms.YES_NO, False, ANYWHERE, SAME),
-    # of all subsets of a dataset, which share batches; a batch has one distribution of noise levels
+    # for all subsets of a dataset, because they share batches, and a batch has one range of noise levels
     "min_timestep": SubsetKey(levels.LOW, None, DATASET, field=SAME, option=""),
     "max_timestep": SubsetKey(levels.HIGH, None, DATASET, field=SAME, option=""),
     "discrete_flow_shift": SubsetKey(levels.SHIFT, None, DATASET, field=SAME, option=""),
@@ -125,7 +124,7 @@ SUBSET_KEYS: Mapping[str, SubsetKey] = {
     "random_crop": SubsetKey(forms.YES_NO, False, ANYWHERE, "augmentation.random_crop"),
     "face_crop_aug_range": SubsetKey(FACES, None, ANYWHERE, "augmentation.face_crop_range"),
 }
-# other names of keys, as the guides, or their scripts, spell them
+# other spellings of keys in sd-scripts and in guides -> our keys
 OTHER_NAMES: Mapping[str, str] = {
     "interpolation_type": "resize_interpolation",
     "caption_extention": "caption_extension",
@@ -137,7 +136,7 @@ OTHER_NAMES: Mapping[str, str] = {
 
 
 class SubsetOptions(Options, title="data sets without a TOML file"):
-    """Data sets from folders or a JSON file, and values for the keys that a subset leaves out."""
+    """Datasets from folders or a JSON file, and values for keys that a dataset file lacks."""
 
     train_data_dir: Path | None = option(
         "folder with folders REPEATS_CLASS of images, or the images of --in_json",
@@ -241,8 +240,9 @@ class SubsetOptions(Options, title="data sets without a TOML file"):
         if self.resolution is None:
             return None
         sides = [text.strip() for text in self.resolution.split(",")]
-        if not all(side.isdecimal() and 0 < int(side) <= MAX_SIDE for side in sides) or len(sides) > 2:
-            joined = JOINED.fullmatch(self.resolution)
+        are_valid = all(side.isdecimal() and 0 < int(side) <= MAX_SIDE for side in sides)
+        if not are_valid or len(sides) > 2:
+            joined = JOINED.fullmatch(self.resolution)  # such as 768x1024
             example = f"{joined[1]},{joined[3]}" if joined is not None else "768,1024"
             raise OptionError(f"--resolution {self.resolution}: give 512, or width and height, as {example}")
-        return int(sides[0]), int(sides[-1])
+        return int(sides[0]), int(sides[-1])  # a single number is both

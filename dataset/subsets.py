@@ -34,7 +34,7 @@ class FolderName:
     """Parts of the name of an image folder, as sd-scripts reads them: `10_ohwx man`."""
 
     repeats: int
-    words: str  # caption of images without a caption; "": none
+    words: str  # caption of images without a caption file; "": none
 
 
 def read_folder_name(name: str) -> FolderName | None:
@@ -68,7 +68,7 @@ def read_subsets(
         misplaced={},
         names=OTHER_NAMES,
     )
-    defaults_above_file = dict(defaults)
+    command_line_values = dict(defaults)  # before [general] replaces some
     general = without_nulls(content.get("general"), "[general]", problems)
     entries = content.get("datasets")
     if not isinstance(entries, list):
@@ -98,7 +98,7 @@ def read_subsets(
 
         warn_idle(path, content, tables)
         if typed is not None:
-            _warn_of_replaced(typed, defaults_above_file, all_values, path)
+            _warn_of_replaced(typed, command_line_values, all_values, path)
     return _with_cache_directories(tables)
 
 
@@ -139,7 +139,7 @@ def _subsets_of(entry: Any, group: int, defaults: Table, problems: list[str]) ->
 
 
 def typed_options(typed: SubsetOptions) -> dict[str, str]:
-    """Return the options that do not have their default value, such as `--flip_aug`, by key."""
+    """Return the options that do not have their default value, by key, spelled like `--flip_aug`."""
     defaults = _read_option_values(SubsetOptions.usual())
     options = {}
     for name, value in _read_option_values(typed).items():
@@ -155,9 +155,10 @@ def _read_option_values(typed: SubsetOptions | None) -> dict[str, Any]:
     by_option = {option.name: getattr(typed, option.name) for option in dataclasses.fields(typed)}
     by_key = {}
     for name, key in SUBSET_KEYS.items():
-        by_key[name] = by_option.get(name if key.option is None else key.option)
+        option_name = name if key.option is None else key.option
+        by_key[name] = by_option.get(option_name)
     by_key |= {name: by_option.get(name) for name in OTHER_NAMES}
-    by_key["resolution"] = None if typed.size is None else list(typed.size)
+    by_key["resolution"] = None if typed.size is None else list(typed.size)  # not the text of the option
     values = {}
     for name, value in by_key.items():
         if value is not None:
@@ -169,9 +170,9 @@ def _read_level(
     table: Table, where: str, problems: list[str], level: str, ignored: tuple[str, ...] = ()
 ) -> dict[str, Any]:
     """Read the keys of one table. `level` is SUBSET, or DATASET for tables above subsets."""
-    tables = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
+    other_tables = "[[datasets]] or [general]" if level == SUBSET else "[[datasets.subsets]]"
     misplaced = {
-        name: f"is for {tables}; move it there"
+        name: f"is for {other_tables}; move it there"
         for name, key in SUBSET_KEYS.items()
         if key.place not in (level, ANYWHERE)
     }
@@ -191,8 +192,9 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
     if values["cache_info"]:
         logger.info("cache_info is not needed: sizes and captions are kept with the caches")
     by_record = _fields_by_record(values)
-    grows = values["enable_bucket"] and not values["bucket_no_upscale"]
-    buckets = _round_buckets(BucketRule(**by_record["buckets"]), where, warns=grows)
+    # otherwise minimum and maximum have no effect, and nobody needs to know that they were rounded
+    uses_limits = values["enable_bucket"] and not values["bucket_no_upscale"]
+    buckets = _round_buckets(BucketRule(**by_record["buckets"]), where, warns=uses_limits)
     changes = CaptionChanges(**by_record["changes"])
     from_json = values["metadata_file"] is not None
     # with --masked_loss, the images in this folder are masks
@@ -217,12 +219,17 @@ def _table_fields(values: Table, where: str, is_masked: bool) -> dict[str, Any]:
 
 
 def _fields_by_record(values: Table) -> dict[str, dict[str, Any]]:
-    """Return the fields that keys set, by record of the table; "" stands for the table itself."""
+    """Return the values of fields, grouped by the record in the table that has the field.
+
+    The records are `changes`, `augmentation` and `buckets`; "" stands for the table itself.
+    """
     by_record: dict[str, dict[str, Any]] = {"changes": {}, "augmentation": {}, "buckets": {}, "": {}}
     for name, key in SUBSET_KEYS.items():
-        record, _, inner = key.field.rpartition(".")
         if key.field:
-            by_record[record][name if inner == SAME else inner] = values[name]
+            record, _, field_name = key.field.rpartition(".")
+            if field_name == SAME:
+                field_name = name
+            by_record[record][field_name] = values[name]
     return by_record
 
 
@@ -245,7 +252,8 @@ def _round_buckets(rule: BucketRule, where: str, warns: bool) -> BucketRule:
 def _find_contradictions(values: Table, is_masked: bool) -> list[str]:
     """Return an error line for each missing key of a subset, and for keys that conflict."""
     errors = []
-    conditioning, masks = values["conditioning_data_dir"], values["mask_directory"]
+    conditioning = values["conditioning_data_dir"]
+    masks = values["mask_directory"]
     from_json = values["metadata_file"] is not None
     if values["image_dir"] is None and not from_json:
         errors.append(
@@ -291,7 +299,10 @@ def _size_errors(values: Table) -> list[str]:
 
 
 def reject_changing(table: DatasetTable, keys: Sequence[str], what: str) -> None:
-    """Raise DatasetError if `keys`, which change items at random, are not empty: caching is impossible."""
+    """Raise DatasetError if a table has keys that change items at random, so that they cannot be cached.
+
+    `keys` are these keys of the table. `what` names what they change, "latents" or "texts".
+    """
     if keys:
         raise DatasetError(
             f"{table.name}: {' and '.join(keys)} change what is encoded, so that its {what} cannot be "
@@ -305,7 +316,7 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
     If several tables have the same image folder and resolution, the second gets `1024x768_2`. Caches shared
     with other programs, which have several resolutions, are in the image folder.
     """
-    used: Counter[tuple[str, str]] = Counter()
+    used: Counter[tuple[str, str]] = Counter()  # number of tables by image folder and resolution
     changed = []
     for table in tables:
         folder = table.picture_folder
@@ -315,7 +326,8 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
             name = as_shape(table.resolution)
             key = (os.path.normcase(real_path(folder)), name)
             used[key] += 1
-            name += f"_{used[key]}" if used[key] > 1 else ""
+            if used[key] > 1:
+                name += f"_{used[key]}"
             table = dataclasses.replace(table, cache_directory=folder / name)
         changed.append(table)
     return tuple(changed)
@@ -342,9 +354,9 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
             }
         ]
     else:
-        subsets = _subsets(folder, "--train_data_dir", is_reg=False, known=typed.reg_data_dir)
+        subsets = _list_subsets(folder, "--train_data_dir", is_reg=False, known=typed.reg_data_dir)
         if typed.reg_data_dir is not None:
-            subsets += _subsets(typed.reg_data_dir, "--reg_data_dir", is_reg=True)
+            subsets += _list_subsets(typed.reg_data_dir, "--reg_data_dir", is_reg=True)
     errors: list[str] = []
     tables = read_subsets(folder, {"datasets": [{"subsets": subsets}]}, typed, errors)
     if errors:
@@ -352,10 +364,16 @@ def folders_config(typed: SubsetOptions) -> DatasetConfig:
     return DatasetConfig(folder, tables)
 
 
-def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
-    """Return a subset for each subfolder whose name begins with a number of repeats.
+def _list_subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None) -> list[dict[str, Any]]:
+    """Return a subset, as a table of a dataset file, for each subfolder whose name begins with repeats.
 
-    A warning names other subfolders with images, except `known`, which another option reads.
+    A warning names other subfolders with images.
+
+    Args:
+        folder: Value of the option.
+        option: Option that named the folder, for messages.
+        is_reg: Whether the images are regularization images.
+        known: Subfolder that another option reads, which is not reported.
     """
     try:
         with os.scandir(folder) as entries:
@@ -364,17 +382,16 @@ def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None)
         raise DatasetError(f"{option} {folder}: {error.strerror}. Correct the path.") from error
     subsets = []
     for name in sorted(names):
-        meaning = read_folder_name(name)
-        if meaning is None:
-            place = folder / name
-            if known is None or real_path(place) != real_path(known):
-                _warn_left_out(place, option)
+        parsed = read_folder_name(name)
+        if parsed is None:
+            if known is None or real_path(folder / name) != real_path(known):
+                _warn_left_out(folder / name, option)
             continue
         subsets.append(
             {
                 "image_dir": str(folder / name),
-                "num_repeats": meaning.repeats,
-                "class_tokens": meaning.words,
+                "num_repeats": parsed.repeats,
+                "class_tokens": parsed.words,
                 "is_reg": is_reg,
             }
         )
@@ -385,7 +402,9 @@ def _subsets(folder: Path, option: str, is_reg: bool, known: Path | None = None)
         )
     if not subsets:
         inner = [folder / name for name in sorted(names) if _has_repeats(folder / name)]
-        remedy = f"Give {' or '.join(map(str, inner))}." if inner else "Move the pictures into one."
+        remedy = "Move the pictures into one."
+        if inner:
+            remedy = f"Give {' or '.join(map(str, inner))}."
         raise DatasetError(
             f"{option} {folder} has no folder whose name begins with a number of repeats, such as 10_cat. "
             f"{remedy}"
@@ -404,11 +423,11 @@ def _warn_left_out(folder: Path, option: str) -> None:
             folder,
         )
         return
-    from modules.media.reading import IMAGE_SUFFIXES  # loads decoders; only such folders need it
+    from modules.media.reading import IMAGE_SUFFIXES  # loads decoders, which are rarely needed here
 
     try:
         has_images = any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
-    except OSError:  # such as one of another user
+    except OSError:  # for example, a folder of another user
         has_images = True
     if has_images:
         match = _NAME.fullmatch(folder.name)
@@ -424,5 +443,5 @@ def _has_repeats(folder: Path) -> bool:
     """Return whether a folder has a subfolder whose name begins with a number of repeats."""
     try:
         return any(entry.is_dir() and read_folder_name(entry.name) is not None for entry in folder.iterdir())
-    except OSError:  # such as one of another user
+    except OSError:  # for example, a folder of another user
         return False

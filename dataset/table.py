@@ -37,7 +37,9 @@ class CaptionChanges:
     warmup_min: int = 1  # number of parts at the first step
     # step up to which the number of parts grows; below 1: a fraction of all steps; 0: off
     warmup_step: float = 0.0
-    is_raw: bool = False  # sources keep the unchanged text of the caption file, with wildcards
+    # captions of sources are the text of the file, to which the changes and then trigger_word, caption_prefix
+    # and caption_suffix are applied in each step
+    is_raw: bool = False
 
     @property
     def moves_parts(self) -> bool:
@@ -101,7 +103,7 @@ class Guide:
     """A folder of guide images, one for each clip of a table."""
 
     directory: Path
-    index: int  # of a frame (-1: right before the first), or of the latent frame that is replaced
+    index: int  # index of a frame (-1: right before the first), or of the latent frame that is replaced
     strength: float  # above 0, up to 1 (no noise is added)
     is_keyframe: bool = True  # an additional frame; False: replaces a latent frame of the clip
 
@@ -132,7 +134,7 @@ class DatasetTable:
     """
 
     config_path: Path
-    index: int  # place in the file, from 0
+    index: int  # index of the table in the file
     kind: Literal["image", "video"]
     # exactly one of `directory`, `jsonl_file` and `own` is set
     directory: Path | None = forms.of_kind(forms.PATH)
@@ -252,8 +254,8 @@ class DatasetTable:
     gives_parts: bool = False  # has guides, spatial_crop_region or audio_cond_mask_directory
     lists_controls: bool = True  # False: control media named in lists are ignored
     # --- for subsets in the layout of sd-scripts; tables in our layout have the defaults
-    group: int | None = None  # index of its dataset, whose subsets share batches; None: no subset
-    subset: int | None = None  # place in its dataset, from 0
+    group: int | None = None  # index of its [[datasets]], whose subsets share batches; None: not a subset
+    subset: int | None = None  # index of the subset in its [[datasets]]
     buckets: BucketRule | None = None  # None: buckets of video trainers
     changes: CaptionChanges = PLAIN_CAPTIONS
     augmentation: Augmentation = NO_AUGMENTATION
@@ -321,7 +323,7 @@ class DatasetTable:
                 self.keyframe_guide_extra_strengths or (),
                 strict=True,
             )
-            guides += [Guide(*values) for values in extra]
+            guides += [Guide(directory, index, strength) for directory, index, strength in extra]
         if self.latent_idx_guide_directory is not None:
             guides.append(
                 Guide(
@@ -343,13 +345,13 @@ class DatasetTable:
         return source
 
     def of(self, kind: type[Own]) -> Own:
-        """Return `own`, which must be of this class."""
+        """Return the keys of the table's data form, `own`, which must be of the class `kind`."""
         assert isinstance(self.own, kind)
         return self.own
 
     @property
     def picture_folder(self) -> Path:
-        """Base folder of relative paths of images."""
+        """Folder that relative paths of images refer to."""
         return self.directory or self.image_folder or self.source.parent
 
     @property
@@ -382,7 +384,8 @@ class DatasetTable:
     def seen_settings(self, bucket: Sequence[int]) -> dict[str, Any]:
         """Return the settings on which the text encoder's view of reference images depends, by name.
 
-        Empty unless the text encoder sees them as the VAE does. `bucket` is the item's width and height.
+        Returns {} unless the text encoder sees reference images in the size in which the VAE encodes them.
+        `bucket` is the item's width and height.
         """
         if self.references is None or not self.references.as_encoded:
             return {}
@@ -393,9 +396,12 @@ class DatasetTable:
     ) -> dict[str, Any]:
         """Return the settings on which the text encoder's view of a clip and its references depends, by name.
 
-        `sees_clip` says that text encoders see the frames of the clip. `shown` has the references in order;
-        None means that text encoders see no references. `further_text` is the `FURTHER_TEXT` of the row, used
-        only with `shown`. The values are JSON.
+        The values can be written as JSON.
+
+        Args:
+            sees_clip: Whether text encoders see the frames of the clip.
+            shown: Reference media in order; None if text encoders see none.
+            further_text: `FURTHER_TEXT` of the row, used only with `shown`.
         """
         settings: dict[str, Any] = {}
         if sees_clip:
@@ -410,10 +416,12 @@ class DatasetTable:
     def changed(self, stale: Stale) -> dict[str, Any]:
         """Return values that differ from their defaults, by key, for keys with one of these `stale` flags.
 
-        The values are JSON; a folder becomes its name.
+        The values can be written as JSON; a folder becomes its name.
         """
         values = {}
-        records: list[Any] = [self] if self.own is None else [self, self.own]
+        records: list[Any] = [self]
+        if self.own is not None:  # keys of the data form
+            records.append(self.own)
         for record in records:
             for name, default in defaults_of(stale, record.__class__).items():
                 value = getattr(record, name)
@@ -428,9 +436,9 @@ class DatasetTable:
         if self.is_reg:
             values["is_reg"] = True
         for name, subset_key in SUBSET_KEYS.items():  # random changes of captions and images
-            record, _, inner = subset_key.field.partition(".")
+            record, _, field_name = subset_key.field.partition(".")
             if record in ("changes", "augmentation"):
-                value = getattr(getattr(self, record), inner)
+                value = getattr(getattr(self, record), field_name)
                 if value != subset_key.default:
                     values[name] = _as_json(value)
         return values
@@ -439,7 +447,7 @@ class DatasetTable:
         """Return the table's entry of the metadata list `ss_datasets`.
 
         Args:
-            has_control: Whether there are control images; None: whether control_directory is set.
+            has_control: Whether there are control images; None if that follows from control_directory.
         """
         entry: dict[str, Any] = {
             "resolution": list(self.resolution),
@@ -461,11 +469,15 @@ class DatasetTable:
             entry["class_tokens"] = self.class_tokens
         if self.control_directory is not None:
             entry["control_directory"] = self.control_directory.name
-        entry["has_control"] = self.control_directory is not None if has_control is None else has_control
+        if has_control is None:
+            has_control = self.control_directory is not None
+        entry["has_control"] = has_control
         if self.kind == "video":
             entry["target_frames"] = list(self.target_frames)
-            unsaid = {"target_frames"} | ({"target_fps"} if self.target_fps is None else set())
-            entry |= {name: getattr(self, name) for name in defaults_of(FRAMES) if name not in unsaid}
+            for name in defaults_of(FRAMES):
+                is_default_rate = name == "target_fps" and self.target_fps is None
+                if name != "target_frames" and not is_default_rate:
+                    entry[name] = getattr(self, name)
         return entry | self.changed(SECTIONS) | self.learning_keys
 
 
@@ -484,10 +496,10 @@ CLIP, MEDIA = "clip", "media"
 
 
 class FurtherText(NamedTuple):
-    """A text that a row may have next to `references`, and that replaces the caption for one reader."""
+    """A text that a row may have next to `references`, and that one network sees instead of the caption."""
 
-    key: str  # in rows, and in the settings of a text record
-    reader: str  # name for messages
+    key: str  # key in rows, and in the settings of a text record
+    reader: str  # name of the network, for messages
 
 
 FURTHER_TEXT = FurtherText("teacher_caption", "the teacher")
@@ -507,6 +519,7 @@ def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
+    """Return a value as JSON can hold it; of a path, the name is enough."""
     if isinstance(value, Path):
         return value.name
     if isinstance(value, tuple):

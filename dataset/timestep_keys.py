@@ -24,7 +24,7 @@ TIMESTEP_KEYS = (*WINDOW_KEYS, SHIFT_KEY)
 
 
 def find_window_error(values: Mapping[str, Any]) -> str | None:
-    """Return the fault of a table's window of timesteps, by its keys; None if it has none."""
+    """Describe the error if a table's min_timestep is not below its max_timestep; None if there is none."""
     low, high = (values[name] for name in WINDOW_KEYS)
     if low is None or high is None or low < high:
         return None
@@ -32,10 +32,9 @@ def find_window_error(values: Mapping[str, Any]) -> str | None:
 
 
 def find_unused(declared: Mapping[str, Any]) -> str | None:
-    """Return the idle keys of a table that is only for validation, and the reason; None without such keys.
+    """Return an error about timestep keys in a table that is only for validation; None if there are none.
 
-    Args:
-        declared: The keys of the table.
+    `declared` has the keys of the table.
     """
     unused = [name for name in TIMESTEP_KEYS if name in declared]
     if not declared.get("validation") or not unused:

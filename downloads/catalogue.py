@@ -10,17 +10,12 @@ from typing import Any
 
 from modules.command import as_typed
 
-# the commands of a set, in the order they are run; sets of tools name theirs
+# the commands of most sets, in the order they are run; sets of tools name their own
 STEPS = ("latents", "texts", "train", "generate")
 TRAINING_ADAPTER = "--training_adapter"
 WITH_ADAPTER = "-adapter"  # end of the task of a set with one
-OTHER_KINDS = (
-    "whole",
-    "lllite",
-    "lllite_inpainting",
-    "controlnet",
-    "embedding",
-)  # kinds of runs that take no training adapter
+# kinds of runs that take no training adapter
+OTHER_KINDS = ("whole", "lllite", "lllite_inpainting", "controlnet", "embedding")
 
 
 @dataclass(frozen=True)
@@ -31,8 +26,8 @@ class Licence:
     key: str
     url: str
     terms: str  # what somebody who downloads the weights should know of it
-    comes_first: bool = False  # said before anything else of its files: it excludes many people
-    verified: bool = True  # False: the release's own page does not say it, or could not be read
+    comes_first: bool = False  # whether it is shown before its files, because it excludes many people
+    verified: bool = True  # False: the release's own page does not state it, or could not be read
 
 
 @dataclass(frozen=True)
@@ -53,8 +48,8 @@ class Inside:
     """A file of another option that may contain a component too, such as a checkpoint with its VAE."""
 
     option: str  # option of that file
-    tensors: str  # what their names begin with, in a single file
-    folder: str  # that has them, in a folder
+    tensors: str  # beginning of the names of the component's tensors, if that is a single file
+    folder: str  # folder of the component, if that is a folder
 
 
 @dataclass(frozen=True)
@@ -104,8 +99,8 @@ class ModelSet:
     released_by: str  # the repository of the original release
     components: tuple[Component, ...]
     commands: Mapping[str, str]  # in the order they are run
-    data: Mapping[str, Any]  # what its data are like; see catalogue.toml
-    usual: Mapping[str, Any]  # what counts where nothing is said, by fields of a form; see catalogue.toml
+    data: Mapping[str, Any]  # which data the model is trained with; see catalogue.toml
+    usual: Mapping[str, Any]  # defaults of the fields of a form for this model; see catalogue.toml
 
     @property
     def has_adapter(self) -> bool:
@@ -183,9 +178,9 @@ def _with_adapter(model: ModelSet, adapter: Component) -> ModelSet:
 
 
 def _read_set(entry: Mapping[str, Any], family: Mapping[str, Any], components: list[Component]) -> ModelSet:
-    """Return the set that an entry describes.
+    """Return the set that an entry of the catalogue describes.
 
-    `family` is the catalogue's table of the set's family.
+    `family` is the catalogue's table of the set's family, whose values count where the entry has none.
     """
     option_names = family.get("options", {})
     renamed = [replace(part, option=option_names.get(part.option, part.option)) for part in components]
@@ -298,12 +293,13 @@ class _Download:
 
     @property
     def command(self) -> str:
+        """The command that makes the download."""
         words = ["python", "tools/download.py", "--family", self.model.family, "--task", self.model.task]
         if self.in_fp8:
             words.append("--fp8_encoders")
         return as_typed([*words, "--to", str(self.folder)])
 
-    def is_of(self, scripts: Collection[str]) -> bool:
+    def runs_with(self, scripts: Collection[str]) -> bool:
         """Return whether one of these scripts runs the model."""
         return any(shlex.split(command)[1] in scripts for command in self.model.commands.values())
 
@@ -315,20 +311,17 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     there are none, the one with the smallest download is chosen. If only models of other scripts have the
     file, the sentence says so, with the smallest download for these scripts.
     """
-    downloads = []
-    for in_fp8 in (False, True):
-        for model in model_sets(in_fp8):
-            for component in model.components:
-                parts = component.path.parts
-                if component.option is not None and path.parts[-len(parts) :] == parts:
-                    downloads.append(_Download(model, in_fp8, path.parents[len(parts) - 1]))
-    of_scripts = [download for download in downloads if download.is_of(scripts)]
-    chosen = _select_smallest(of_scripts or downloads)
+    downloads = _list_downloads(path)
+    for_scripts = [download for download in downloads if download.runs_with(scripts)]
+    chosen = _select_smallest(for_scripts or downloads)
     if chosen is None:
         return None
-    of_own = [_Download(model, False, chosen.folder) for model in model_sets()]
-    own = _select_smallest([download for download in of_own if download.is_of(scripts)])
-    if of_scripts or own is None:
+    if for_scripts:
+        return f"{chosen.command} downloads it"
+    # the file belongs to models of other scripts: name a download of a model of these scripts
+    all_downloads = [_Download(model, False, chosen.folder) for model in model_sets()]
+    own = _select_smallest([download for download in all_downloads if download.runs_with(scripts)])
+    if own is None:
         return f"{chosen.command} downloads it"
     return (
         f"{path.name} is a file of {chosen.model.title}, and of no model of this script. {own.command} "
@@ -336,11 +329,25 @@ def download_hint(path: Path, scripts: Collection[str] = ()) -> str | None:
     )
 
 
+def _list_downloads(path: Path) -> list[_Download]:
+    """Return the downloads that include a file, to the folder in which its path ends with a released one."""
+    downloads = []
+    for in_fp8 in (False, True):
+        for model in model_sets(in_fp8):
+            for component in model.components:
+                parts = component.path.parts
+                if component.option is not None and path.parts[-len(parts) :] == parts:
+                    downloads.append(_Download(model, in_fp8, path.parents[len(parts) - 1]))
+    return downloads
+
+
 def _select_smallest(downloads: Sequence[_Download]) -> _Download | None:
-    # text encoders in 8 bits only if the missing file is one of them
+    """Return the download with the fewest missing bytes; None if there are none."""
+    # a set with text encoders in 8 bits is chosen only if the missing file is one of them
     return min(downloads, key=lambda download: (download.in_fp8, download.missing_bytes), default=None)
 
 
 @cache
 def _read_catalogue() -> dict[str, Any]:
+    """Return the content of catalogue.toml, which is read once."""
     return tomllib.loads(Path(__file__).with_suffix(".toml").read_text(encoding="utf-8"))

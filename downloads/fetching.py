@@ -32,10 +32,10 @@ from modules.text_files import parse_json, read_content, read_text, real_path
 
 logger = logging.getLogger(__name__)
 
-TRIES = 6  # in a row that bring nothing
-FIRST_WAIT = 1.0  # seconds between the first two
-SPARE_BYTES = 1 << 30  # left free on the disk
-_PIECES = b"\x0a"  # a SentencePiece model begins with its first piece
+TRIES = 6  # attempts in a row that bring nothing, after which a download fails
+FIRST_WAIT = 1.0  # seconds between the first two attempts
+SPARE_BYTES = 1 << 30  # of the disk, which stay free for other programs
+_SENTENCEPIECE_START = b"\x0a"  # a SentencePiece model begins with the tag of its first piece
 
 
 def run_download(options: DownloadOptions) -> None:
@@ -46,7 +46,7 @@ def run_download(options: DownloadOptions) -> None:
         OutputError: If it cannot be stored.
     """
     [model] = options.sets()
-    print_lines(describe_licenses(model))  # before a site is asked, which may want them accepted
+    print_lines(describe_licenses(model))  # first, because a site may ask for their acceptance
     files = [file for component in model.components for file in component.files]
     planned = []
     for file in files:
@@ -111,7 +111,12 @@ def _require_space(planned: Sequence[PlannedDownload], folder: Path) -> None:
 
 
 def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | None:
-    """Return the download of a file; None if the file is there and complete."""
+    """Return the download of a file; None if the file is there and complete.
+
+    Raises:
+        DownloadError: If the site lacks the file or has another one than the catalogue.
+        OutputError: If something else is at the file's path.
+    """
     target = options.to / file.name
     if not real_path(target.parent).is_relative_to(real_path(options.to)):
         raise OutputError(
@@ -126,7 +131,7 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | Non
         return None
     remote = find_file(file, options.source)
     if not options.accept_changed:
-        remote = _compare(file, remote)
+        remote = _add_known_checksums(file, remote)
     if not is_there:
         return PlannedDownload(remote, target)
     expected = remote if options.verify else replace(remote, sha256=None, git_sha1=None)
@@ -140,7 +145,7 @@ def _plan(file: ReleasedFile, options: DownloadOptions) -> PlannedDownload | Non
     return None
 
 
-def _compare(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
+def _add_known_checksums(file: ReleasedFile, remote: RemoteFile) -> RemoteFile:
     """Return `remote` with the size and checksums that the catalogue records added.
 
     Raises:
@@ -193,18 +198,7 @@ def download_file(
         if target.is_file() and target.stat().st_size == remote.size_bytes:
             return
         partial = partial_path(remote, target)
-        for is_last in (False, True):
-            _receive(remote, partial, wait, note)
-            damage = find_damage(partial, remote)
-            if damage is None:
-                break
-            partial.unlink()
-            if is_last:
-                raise DownloadError(
-                    f"{remote.page}: {target.name} arrived damaged twice: {damage}. Nothing was kept. Try "
-                    "another connection, or --source."
-                )
-            logger.warning("%s arrived damaged: %s. It is downloaded again.", target.name, damage)
+        _receive_undamaged(remote, partial, wait, note)
         error = find_other_kind(partial, target.name)
         if error is not None:
             partial.unlink()
@@ -213,9 +207,33 @@ def download_file(
                 "kept. Look at that page, or try --source or another mirror."
             )
         give_name(partial, target)
-        # partial downloads of other versions
+        # partial downloads of other versions are of no use any more
         for old in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
             old.unlink(missing_ok=True)
+
+
+def _receive_undamaged(
+    remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
+) -> None:
+    """Download what is missing of a file, and all of it once more if its checksum is wrong.
+
+    Raises:
+        DownloadError: If the data arrive damaged twice, or as `_receive` does.
+        OutputError: If the disk is full.
+    """
+    name = _display_name(partial)
+    for is_last in (False, True):
+        _receive(remote, partial, wait, note)
+        damage = find_damage(partial, remote)
+        if damage is None:
+            return
+        partial.unlink()
+        if is_last:
+            raise DownloadError(
+                f"{remote.page}: {name} arrived damaged twice: {damage}. Nothing was kept. Try another "
+                "connection, or --source."
+            )
+        logger.warning("%s arrived damaged: %s. It is downloaded again.", name, damage)
 
 
 def partial_path(remote: RemoteFile, target: Path) -> Path:
@@ -224,7 +242,8 @@ def partial_path(remote: RemoteFile, target: Path) -> Path:
     return target.with_name(f".{target.name}.{version[:12]}.part")
 
 
-def _shown(path: Path) -> str:
+def _display_name(path: Path) -> str:
+    """Return the name of the file that a partial download becomes."""
     return path.name[1:].rsplit(".", 2)[0] if path.suffix == ".part" else path.name
 
 
@@ -245,7 +264,7 @@ def find_damage(path: Path, remote: RemoteFile) -> str | None:
     else:
         name = "SHA-1"
         digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)  # as git computes it
-    with path.open("rb") as file, _bar(f"check {_shown(path)}", size) as bar:
+    with path.open("rb") as file, _make_bar(f"check {_display_name(path)}", size) as bar:
         while piece := file.read(PIECE):
             digest.update(piece)
             bar.update(len(piece))
@@ -284,7 +303,7 @@ def find_other_kind(path: Path, name: str) -> str | None:
             case "json" if not isinstance(parse_json(read_text(path, MAX_TOKENIZER_BYTES)), dict):
                 return "it is not a JSON table"
             case "model":
-                if not start.startswith(_PIECES):
+                if not start.startswith(_SENTENCEPIECE_START):
                     return "it is not a SentencePiece model"
                 check_sentencepiece(read_content(path, MAX_TOKENIZER_BYTES))
     except (CheckpointError, OSError, ValueError) as error:
@@ -296,21 +315,28 @@ def find_other_kind(path: Path, name: str) -> str | None:
 def _receive(
     remote: RemoteFile, partial: Path, wait: Callable[[float], None], note: Callable[[int, int], None]
 ) -> None:
-    """Download what is missing of a file into `partial`, in several tries if the connection breaks."""
-    name = _shown(partial)
+    """Download what is missing of a file into `partial`, in several tries if the connection breaks.
+
+    Raises:
+        DownloadError: If the site refuses, or if the connection stays broken.
+        OutputError: If the disk is full.
+    """
+    name = _display_name(partial)
     have = partial.stat().st_size if partial.exists() else 0
     if have:
         logger.info("%s: continuing after %.1f GB", name, have / 1e9)
 
     def ask(start: int, _: str | None) -> AbstractContextManager[Answer]:
+        """Ask the site for the file from byte `start` on."""
         # the version tag is not compared: a site's servers may have different ones for equal files
         return ask_http(remote.url, start, None, remote.headers)
 
     size = remote.size_bytes
     try:
-        with _bar(name, size, have) as bar:
+        with _make_bar(name, size, have) as bar:
 
             def show(arrived: int) -> None:
+                """Show and note how many bytes have arrived."""
                 bar.update(arrived - bar.n)
                 note(arrived, size)
 
@@ -342,7 +368,8 @@ def _receive(
         ) from error
 
 
-def _bar(name: str, total: int, done: int = 0) -> "tqdm[Any]":
+def _make_bar(name: str, total: int, done: int = 0) -> "tqdm[Any]":
+    """Return a progress bar in bytes; it is hidden where no terminal shows it."""
     return tqdm(
         total=total, initial=done, desc=name[:50], unit="B", unit_scale=True, disable=None, mininterval=0.5
     )

@@ -78,7 +78,7 @@ def find_on_hub(file: ReleasedFile, endpoint: str | None = None) -> RemoteFile:
         raise problem from error
     if metadata.size is None:
         raise DownloadError(f"{page} does not say how large {file.file} is: this is not a mirror of the hub.")
-    # the commit's own address: a later change of the repository does not mix two files
+    # the address of this commit, so that a change of the repository during the download mixes no two files
     url = hf_hub_url(file.repository, file.file, revision=metadata.commit_hash or "main", endpoint=site)
     checksum = (metadata.etag or "").strip('"').lower()
     return RemoteFile(

@@ -1,4 +1,7 @@
-"""Read the names that people give models: in any spelling, and those that are no families here. Light."""
+"""Read the names that people give models: in any spelling, also of models that are no families here.
+
+Imports nothing that is slow to load.
+"""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +15,7 @@ from protocols.families import with_scripts
 
 # Models that were trained further from a release here, by the beginnings of their names: the release, and who
 # they are. Their files fit its scripts.
-_MADE_FROM = """
+_FINE_TUNED = """
 stable_diffusion xl: pony illustrious noob animagine juggernaut realvis albedobase dreamshaperxl wai hassaku
 stable_diffusion xl: sdxlturbo sdxllightning sdxlhyper lightningxl copax zavychroma cyberrealisticxl bigasp
 stable_diffusion 1.5: dreamshaper realisticvision anything counterfeit deliberate abyssorange cyberrealistic
@@ -20,7 +23,7 @@ stable_diffusion 1.5: epicrealism majicmix meinamix toonyou revanimated novelai 
 stable_diffusion 2.1: sd2 stablediffusion2
 """
 # Models that no family here runs, by the beginnings of their names
-_NOT_HERE = """
+_UNSUPPORTED = """
 Stable Diffusion 3: sd3 stablediffusion3
 Stable Video Diffusion: svd stablevideo
 Stable Cascade: stablecascade wuerstchen cascade
@@ -58,7 +61,7 @@ SkyReels V2 and V3: skyreelsv2 skyreelsv3
 """
 
 
-_OF_MANY = {"video", "image"}  # words that several models have in their names
+_COMMON_WORDS = {"video", "image"}  # words that several models have in their names
 
 
 class NamedModel(NamedTuple):
@@ -152,7 +155,7 @@ def _read_exact_name(
 
 def _find_near(plain: str, by_spelling: Mapping[str, str], models: Sequence[ModelSet]) -> list[NamedModel]:
     """Return families whose names contain a text, else models whose tasks contain it."""
-    if len(plain) > 1 and plain not in _OF_MANY:
+    if len(plain) > 1 and plain not in _COMMON_WORDS:
         # at the beginning of a word: anima is not a part of image
         named = dict.fromkeys(name for name in by_spelling.values() if _begins_a_word(plain, name))
         named |= dict.fromkeys(name for spelling, name in by_spelling.items() if spelling.startswith(plain))
@@ -184,13 +187,13 @@ def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
     Raises:
         OptionError: If the model is known but not supported.
     """
-    subject = _find_subject(text, _MADE_FROM + _NOT_HERE)
+    subject = _find_subject(text, _FINE_TUNED + _UNSUPPORTED)
     if subject is None:
         return None
     family, _, task = subject.partition(" ")
     if any((model.family, model.task) == (family, task) for model in models):
         return NamedModel(family, task, made_from=True)
-    images, clips = (_kinds_of(models, is_clip) for is_clip in (False, True))
+    images, clips = (_list_families(models, is_clip) for is_clip in (False, True))
     raise OptionError(
         f"--family {text}: {subject} is not supported. For pictures choose from {images}; for clips from "
         f"{clips}"
@@ -199,7 +202,7 @@ def _read_known(text: str, models: Sequence[ModelSet]) -> NamedModel | None:
 
 def name_unsupported(text: str) -> str | None:
     """Return the title of a known, unsupported model if the text begins with its name; None otherwise."""
-    return _find_subject(text, _NOT_HERE)
+    return _find_subject(text, _UNSUPPORTED)
 
 
 def _find_subject(text: str, table: str) -> str | None:
@@ -213,7 +216,7 @@ def _find_subject(text: str, table: str) -> str | None:
     return beginnings[max(fitting, key=len)] if fitting else None
 
 
-def _kinds_of(models: Sequence[ModelSet], is_clip: bool) -> str:
+def _list_families(models: Sequence[ModelSet], is_clip: bool) -> str:
     """Return a phrase that lists the families of video models, or of image models."""
     trained = [model for model in models if "train" in model.commands]
     return ", ".join(families_of([model for model in trained if (model.data["frames"] != 1) == is_clip]))

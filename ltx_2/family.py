@@ -38,6 +38,7 @@ from ltx_2.given_media import (
 from ltx_2.given_media_options import Ltx2GivenMedia
 from ltx_2.guidance import guidance_rules
 from ltx_2.keyframes import (
+    add_generated,
     append_keyframes,
     append_learned,
     cut_to_shown,
@@ -455,6 +456,7 @@ class Ltx2(Ltx2Media):
             raise OptionError("--image_path and --drive_video: the video has all frames. Give one of them")
         if self.drive_video is not None and self.stages is not None:
             raise OptionError("--drive_video and --sample_two_stage: its images stay. Give one of them")
+        self._check_generated_keyframes()
         whole = {**media.image_files, "drive_video": self.drive_video}
         if request.source is not None and (media.image_files or media.audio_files):
             raise OptionError(
@@ -474,6 +476,24 @@ class Ltx2(Ltx2Media):
             check_opens("image_path", request.image_path, is_image=True)
         if self.drive_video is not None:
             check_opens("drive_video", self.drive_video, is_image=False)
+
+    def _check_generated_keyframes(self) -> None:
+        """Raise OptionError if keyframes are generated, but the network or another option rules them out."""
+        count = self.given.num_generated_keyframes
+        if not count:
+            return
+        option = f"--num_generated_keyframes {count}"
+        if self.version != "2.5":
+            raise OptionError(
+                f"{option}: LTX-{self.version} has no embedding that marks them. Use LTX-2.5, or leave it out"
+            )
+        if self.drive_video is not None:
+            raise OptionError(f"{option} and --drive_video: the video has all frames. Give one of them")
+        if self.reference_strength < 1:
+            raise OptionError(
+                f"{option} and --reference_strength {self.reference_strength:g}: references that are "
+                "denoised take their places. Leave one of them out"
+            )
 
     def _make_joint(self, prepared: Prepared) -> Joint | None:
         """Return the joint shape of video and audio; None without audio, as for a single image."""
@@ -542,6 +562,7 @@ class Ltx2(Ltx2Media):
             "drive_video": self.drive_video,
             "sample_two_stage": self.stages,
             "reference_video": request.extra.get("reference_video"),
+            "num_generated_keyframes": self.given.num_generated_keyframes,
             **media_of(self.given, request).image_files,
             "video_path": request.source,
         }
@@ -720,6 +741,10 @@ class Ltx2(Ltx2Media):
             first = conditions.pop(FIRST, None)
             given = take_given(conditions)
             keyframes = take_keyframes(conditions)
+            if number == 0:  # the second stage refines what the first one made
+                shape = self.latent.shape(stage.frames, stage.height, stage.width)
+                count = self.given.num_generated_keyframes
+                keyframes = add_generated(keyframes, count, stage.frames, shape)
             section = prompts[0].section(start, conditions)
             if isinstance(first, Tensor):
                 section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))

@@ -85,6 +85,11 @@ def check_media(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -
         check_opens(name, path, is_image=is_still(path))
     frames = prepared.frames
     check_keyframes(media.keyframes, frames)
+    if media.num_generated_keyframes and media.num_generated_keyframes + 2 > frames:
+        raise OptionError(
+            f"--num_generated_keyframes {media.num_generated_keyframes}: {frames} frames have {frames - 2} "
+            "between their ends. Give fewer, or make it longer"
+        )
     total = (frames - 1) // latent.frame_step + 1
     for image in media.latent_frames:
         check_opens("latent_frame", image.path, is_image=True)

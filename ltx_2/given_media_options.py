@@ -78,6 +78,14 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         metavar="INDEX:FILE[:STRENGTH]",
         facts=of_request("latent_frame"),
     )
+    num_generated_keyframes: int = option(
+        "LTX-2.5: how many single frames, evenly spaced between the ends, are denoised next to the clip, in "
+        "the first stage; they steady long clips and are not part of it",
+        flags=("--num-generated-keyframes",),
+        default=0,
+        minimum=0,
+        facts=OF_REQUEST,
+    )
     outpaint_source: Path | None = _file(
         "clip or folder of images that the result continues to all sides, at --outpaint_region",
         needs="outpaint_region",

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -59,6 +60,37 @@ def encode_keyframes(
     }
 
 
+def place_generated(count: int, frames: int) -> list[int]:
+    """Return the frame indices of `count` generated keyframes, evenly spaced between the ends of a clip."""
+    places = numpy.linspace(0, frames - 1, count + 2).round()[1:-1]
+    return [int(place) for place in places]
+
+
+def add_generated(keyframes: Conditions, count: int, frames: int, shape: Sequence[int]) -> Conditions:
+    """Return the conditions of keyframes, followed by `count` generated ones, which start as noise.
+
+    Args:
+        keyframes: From `take_keyframes`.
+        count: Number of generated keyframes.
+        frames: Number of frames of the clip.
+        shape: Shape of its latents, B C F H W.
+    """
+    if not count:
+        return keyframes
+    batch, channels, _, rows, columns = shape
+    added = {
+        KEYFRAMES: torch.zeros(batch, channels, count, rows, columns),
+        PLACES: torch.tensor([place_generated(count, frames)]),
+        SHARES: torch.zeros(batch, count, dtype=torch.int16),
+    }
+    joined: dict[str, Tensor] = {}
+    for name, tensor in added.items():
+        given = keyframes.get(name)
+        axis = 2 if name == KEYFRAMES else 1
+        joined[name] = torch.cat([given, tensor], dim=axis) if isinstance(given, Tensor) else tensor
+    return joined
+
+
 def take_keyframes(conditions: dict[str, Any]) -> Conditions:
     """Remove keyframes from conditions, and return them."""
     return {name: conditions.pop(name) for name in (KEYFRAMES, PLACES, SHARES) if name in conditions}
@@ -83,6 +115,7 @@ def append_keyframes(
     assert isinstance(places, Tensor)
     assert isinstance(shares, Tensor)
     clean = clean.to(start.device)
+    num_generated = int((shares == 0).sum())  # given images are kept in part at least
     shares = shares[:, None, :, None, None].expand(1, 1, *clean.shape[2:])
     kept = clean_fraction(shares, clean).expand_as(clean)
     levels = level * (1 - kept)
@@ -96,7 +129,9 @@ def append_keyframes(
 
     held = section.held or HeldLatents(torch.zeros_like(start), torch.zeros_like(start))
     given = append_shares(section.overrides.given, image, shares)
-    overrides = replace(section.overrides, given=replace(given, places=tuple(places[0].tolist())))
+    overrides = replace(
+        section.overrides, given=replace(given, places=tuple(places[0].tolist()), num_generated=num_generated)
+    )
     if joint is not None and audio is not None:
         channels, frames, rows, columns = joint.picture
         picture = (channels, frames + clean.shape[2], rows, columns)

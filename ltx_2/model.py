@@ -76,6 +76,7 @@ class StreamInputs:
     references: LtxReferences
     times: "TokenTimes | None" = None  # times per token; None: only the tokens in front have their own time
     keyframes: Sequence[int] = ()  # frame index of each image in the last latent frames
+    num_marked: int = 0  # how many of the last latent frames are marked as the first one is
 
     @cached_property
     def waves(self) -> Tensor:
@@ -292,6 +293,8 @@ class LtxModel(nn.Module):
                 keyframes=keyframes if is_video else (),
             )
             if overrides.given is not None:
+                if is_video:
+                    inputs = replace(inputs, num_marked=overrides.given.num_generated)
                 given = overrides.given.image if is_video else overrides.given.audio
                 if given is not None:
                     inputs = replace(inputs, times=find_token_times(inputs, given))
@@ -386,7 +389,7 @@ class LtxModel(nn.Module):
         tokens = in_own_dtype(self._get_layer(names, "patchify_proj"), flat).to(dtype)
         if names is not VIDEO or not self.config.marks_first:
             return tokens
-        return self._mark_first(tokens, sum(references.counts), latents.shape[-1] * latents.shape[-2])
+        return self._mark_single_frames(tokens, inputs)
 
     def unembed(self, x: Tensor, tokens: LtxTokens) -> dict[StreamNames, Tensor]:
         """Turn tokens B L+M W into the velocity of each stream, float32, in the shape of its latents."""
@@ -401,13 +404,20 @@ class LtxModel(nn.Module):
             velocities[names] = _shape_velocity(out, names, tokens)
         return velocities
 
-    def _mark_first(self, x: Tensor, before: int, count: int) -> Tensor:
-        """Add the learned mark to the `count` tokens of x, B L C, whose latent frame is one pixel frame.
+    def _mark_single_frames(self, x: Tensor, inputs: StreamInputs) -> Tensor:
+        """Add the learned mark to the tokens of x, B L C, whose latent frame is generated as one pixel frame.
 
-        `before` counts the tokens of references in front, which are not marked.
+        These are the first latent frame and keyframes that are made; references and given images are not
+        marked.
         """
-        in_front, first, behind = x.split([before, count, x.shape[1] - before - count], dim=1)
-        return torch.cat([in_front, first + self.keyframes_abs_pos_embedding.to(x.dtype), behind], dim=1)
+        before = sum(inputs.references.counts)
+        count = inputs.latents.shape[-1] * inputs.latents.shape[-2]  # tokens of a latent frame
+        marked = x.new_zeros(x.shape[1], 1)
+        marked[before : before + count] = 1
+        if inputs.num_marked:
+            marked[-inputs.num_marked * count :] = 1
+        mark: Tensor = self.keyframes_abs_pos_embedding.to(x.dtype)
+        return x + marked * mark
 
     def _get_layer(self, names: StreamNames, name: str) -> Any:
         return getattr(self, names.prefix + name)

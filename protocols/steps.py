@@ -100,6 +100,8 @@ class GivenTokens:
     # share of each of `keyframes` in each clip, 0 to WHOLE, B K int16; 0: noise alone takes its place
     keyframe_shares: Tensor | None = None
     keyframe_noise: Tensor | None = None  # noise for `keyframes`; None: all keyframes are clean
+    # number of the last latent frames that are keyframes made from noise; the network marks them
+    num_generated: int = 0
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "GivenTokens":
         """Return a copy with `move` applied to every tensor."""

@@ -41,6 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     family_name = options.family or family_of(options.lora[0], families)
 
     def make(family: object, generation_options: object) -> None:
+        """Generate and join the clips with the family that the generation script has made."""
         from generation.comparing import compare  # torch is loaded by now
 
         compare(family, generation_options, options)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Shared by local models and servers: choose frames, ask the question, take the caption from the answer."""
+"""What local models and servers share: select frames, ask the question, extract the answer's caption."""
 
 import math
 import os
@@ -7,7 +7,7 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from pathlib import Path
 
 from data_tools.captions.options import AskOptions, WordingOptions
-from data_tools.captions.places import CaptionPlace
+from data_tools.captions.places import CaptionLocation
 from dataset.caching.prefetch import run_ahead
 from dataset.sources.captions import add_trigger
 from modules.control_codes import take_answer
@@ -15,13 +15,13 @@ from modules.limits import MAX_CAPTION_BYTES
 from modules.media.reading import Frame, pick_frames, read_image, resize_stretched
 
 Frames = tuple[Frame, ...]  # each H W 3
-Look = Callable[[CaptionPlace], Frames]
-# the caption, or the reason why there is none; other errors end the run
-Answers = Generator[tuple[CaptionPlace, str | Exception], None, None]
-Answerer = Callable[[Sequence[CaptionPlace], Look], Answers]
-Shown = tuple[CaptionPlace, Frames]
-AHEAD_BYTES = 1 << 30  # of frames that wait for the model
-WORKERS = 4
+Look = Callable[[CaptionLocation], Frames]  # reads the frames that a model sees
+# pairs of a location, and its caption or the reason why there is none; other errors end the run
+Answers = Generator[tuple[CaptionLocation, str | Exception], None, None]
+Answerer = Callable[[Sequence[CaptionLocation], Look], Answers]  # a model or server that makes captions
+Shown = tuple[CaptionLocation, Frames]
+AHEAD_BYTES = 1 << 30  # limit for the frames that wait for the model
+WORKERS = 4  # threads that read frames
 
 PROMPTS = {
     "image": "Describe this image in one paragraph of plain English, for a model that learns to make images "
@@ -49,12 +49,15 @@ class NoCaptionError(Exception):
 
 
 def select_frames(num_frames: int, maximum: int) -> tuple[int, ...]:
-    """Return the indices of the frames to show: the middle frame of each of `maximum` equal parts, or all.
+    """Return the indices of at most `maximum` frames to show, the middle ones of as many equal parts.
+
+    All frames of a shorter clip are shown.
 
     Source: segment sampling, Wang et al. 2016, arXiv 1608.00859, section 3.1.
     """
     if num_frames <= maximum:
         return tuple(range(num_frames))
+    # part i covers [i, i + 1) * num_frames / maximum, with its middle at i + 1/2
     return tuple((2 * part + 1) * num_frames // (2 * maximum) for part in range(maximum))
 
 
@@ -68,6 +71,7 @@ def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> 
     """
 
     def shrink(frame: Frame) -> Frame:
+        """Return a frame with at most `max_pixels` pixels."""
         return _shrink(frame, max_pixels)
 
     if is_image:
@@ -81,30 +85,33 @@ def _shrink(frame: Frame, max_pixels: int) -> Frame:
     if height * width <= max_pixels:
         return frame
     scale = math.sqrt(max_pixels / (height * width))
-    return resize_stretched(frame, (max(1, int(width * scale)), max(1, int(height * scale))))
+    new_size = (max(1, int(width * scale)), max(1, int(height * scale)))
+    return resize_stretched(frame, new_size)
 
 
 def answer_in_batches(
-    places: Sequence[CaptionPlace],
+    locations: Sequence[CaptionLocation],
     look: Look,
     *,
     batch_size: int,
     item_bytes: int,
-    answer_batch: Callable[[Sequence[Shown]], Iterable[tuple[CaptionPlace, str | Exception]]],
+    answer_batch: Callable[[Sequence[Shown]], Iterable[tuple[CaptionLocation, str | Exception]]],
 ) -> Answers:
-    """Yield the answer of a local model for each place, in order, while threads read files ahead.
+    """Yield the answer of a local model for each image or clip, in order, while threads read files ahead.
 
-    `item_bytes` is the memory that the frames of a place take. `answer_batch` answers for at most
-    `batch_size` places.
+    `item_bytes` is the memory that the frames of a location take. `answer_batch` answers for at most
+    `batch_size` images or clips.
     """
     workers = min(WORKERS, os.cpu_count() or 1)
     batch: list[Shown] = []
-    ahead = run_ahead(places, look, workers=workers, size_bytes=lambda _: item_bytes, limit_bytes=AHEAD_BYTES)
-    for place, frames in ahead:
+    ahead = run_ahead(
+        locations, look, workers=workers, size_bytes=lambda _: item_bytes, limit_bytes=AHEAD_BYTES
+    )
+    for location, frames in ahead:
         if isinstance(frames, Exception):
-            yield place, frames
+            yield location, frames
             continue
-        batch.append((place, frames))
+        batch.append((location, frames))
         if len(batch) == batch_size:
             yield from answer_batch(batch)
             batch = []
@@ -112,11 +119,11 @@ def answer_in_batches(
         yield from answer_batch(batch)
 
 
-def prompt_for(place: CaptionPlace, ask: AskOptions) -> str:
+def prompt_for(location: CaptionLocation, ask: AskOptions) -> str:
     """Return the question for a source: its own, else that of the options, else the default for its kind."""
-    if place.question is not None:
-        return place.question
-    return ask.prompt if ask.prompt is not None else PROMPTS[place.source.table.kind]
+    if location.question is not None:
+        return location.question
+    return ask.prompt if ask.prompt is not None else PROMPTS[location.source.table.kind]
 
 
 def caption_in(answer: str, was_cut: bool) -> str:
@@ -135,9 +142,10 @@ def caption_in(answer: str, was_cut: bool) -> str:
 
 
 def reword(caption: str, wording: WordingOptions) -> str:
-    """Return "prefix trigger, caption suffix" after replacing, as the keys of a dataset table do.
+    """Apply the wording options to a caption: replacements, then trigger word, prefix and suffix.
 
-    Words already in the caption are not put in again.
+    The result is "prefix trigger, caption suffix", as with the keys of a dataset table. Parts that the
+    caption already has are not added again.
     """
     for old, new in wording.replace:
         caption = caption.replace(old, new)

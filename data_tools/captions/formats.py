@@ -1,4 +1,4 @@
-"""Captions that are JSON objects: the question for them, what an answer is, and words put into its texts."""
+"""Captions that are JSON objects: ask a model for them, check its answers, and change their texts."""
 
 import contextlib
 import dataclasses
@@ -11,7 +11,7 @@ from typing import Any
 
 from data_tools.captions.asking import Answerer, Answers, Look, NoCaptionError, reword
 from data_tools.captions.options import WordingOptions
-from data_tools.captions.places import CaptionPlace
+from data_tools.captions.places import CaptionLocation
 from dataset.sources.captions import add_trigger
 from modules.control_codes import shorten
 from modules.text_files import looks_like_object, read_object
@@ -19,7 +19,7 @@ from protocols.caption_formats import CaptionFormat
 
 logger = logging.getLogger(__name__)
 
-TIMES = 2  # that a model is asked for an object
+TIMES = 2  # maximum number of times that a model is asked for the same object
 SHOWN = 200  # characters of an answer in a message
 _QUESTION = (
     "Describe {what} as one JSON object, for a model that learns to make pictures from such objects. Say "
@@ -36,26 +36,23 @@ _WRONG = "Your last answer was wrong: {fault}. Write the whole object again, wit
 
 @dataclass
 class ObjectAsker:
-    """Ask a model for captions that are JSON objects, and check its answers.
-
-    `prompt` is an additional request; None stands for the default sentence. With `tells_plain`, the question
-    contains an existing caption that is plain text, so that the model turns it into an object.
-    """
+    """Ask a model for captions that are JSON objects, and check its answers."""
 
     format: CaptionFormat
     wording: WordingOptions
-    prompt: str | None
+    prompt: str | None  # the request before the list of keys; None: the default sentence
+    # whether the question contains an existing caption that is plain text, to convert it to an object
     tells_plain: bool
-    unsaid: Counter[str] = field(default_factory=Counter)  # keys that answers left out
+    unsaid: Counter[str] = field(default_factory=Counter)  # number of answers that lack a key, by key
 
-    def make_question(self, place: CaptionPlace) -> str:
+    def make_question(self, location: CaptionLocation) -> str:
         """Return the model's prompt for an image or clip: the request, and a line about each JSON key."""
-        what = "this image" if place.source.table.kind == "image" else "the video of these frames"
+        what = "this image" if location.source.table.kind == "image" else "the video of these frames"
         lines = [self.prompt or _QUESTION.format(what=what)]
         for key in self.format.keys:
             parts = ", ".join(f'"{part}"' for part in key.parts)
             lines.append(f'"{key.name}": {key.about}; {_OF_KIND[key.kind].format(parts=parts)}')
-        caption = place.caption
+        caption = location.caption
         if self.tells_plain and caption and not looks_like_object(caption):
             lines.append(_KNOWN.format(caption=" ".join(caption.split())))
         return "\n".join(lines)
@@ -84,34 +81,40 @@ class ObjectAsker:
     def around(self, answerer: Answerer) -> Answerer:
         """Wrap an answerer so that its captions are checked; an invalid answer is requested once more."""
 
-        def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
-            # the place with its question -> the place as the caller knows it
+        def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
+            """Yield the caption of each location; ask again if an answer cannot be read as an object."""
+            # location with its question -> location as the caller knows it
             questions = {
-                dataclasses.replace(place, question=self.make_question(place)): place for place in places
+                dataclasses.replace(location, question=self.make_question(location)): location
+                for location in locations
             }
             for attempt in range(1, TIMES + 1):
-                again: dict[CaptionPlace, CaptionPlace] = {}  # questions of the next attempt
+                again: dict[CaptionLocation, CaptionLocation] = {}  # questions of the next attempt
                 with contextlib.closing(answerer(list(questions), look)) as answers:
                     for with_question, text in answers:
-                        place = questions[with_question]
+                        location = questions[with_question]
                         try:
-                            yield place, self.read_answer(text) if isinstance(text, str) else text
+                            result = self.read_answer(text) if isinstance(text, str) else text
                         except NoCaptionError as error:
-                            if attempt == TIMES:
-                                yield place, NoCaptionError(f"{attempt} answers are wrong, the last: {error}")
+                            if attempt < TIMES:
+                                logger.warning("%s: %s. It is asked again", location.media, error)
+                                again[_add_error(with_question, error)] = location
                                 continue
-                            logger.warning("%s: %s. It is asked again", place.media, error)
-                            wrong = _WRONG.format(fault=error)
-                            question = f"{with_question.question}\n{wrong}"
-                            again[dataclasses.replace(with_question, question=question)] = place
+                            result = NoCaptionError(f"{attempt} answers are wrong, the last: {error}")
+                        yield location, result
                 questions = again
 
         return answer
 
     def describe_unsaid(self) -> str | None:
-        """Return how often which keys were left out, in a line; None if none was."""
+        """Describe which keys answers lacked, and how many answers; None if no key was missing."""
         counts = ", ".join(f"{name} in {count}" for name, count in self.unsaid.most_common())
         return counts or None
+
+
+def _add_error(location: CaptionLocation, error: NoCaptionError) -> CaptionLocation:
+    """Return the location with a question that also says what was wrong with the last answer."""
+    return dataclasses.replace(location, question=f"{location.question}\n{_WRONG.format(fault=error)}")
 
 
 def write_object(caption: dict[str, Any]) -> str:
@@ -120,10 +123,15 @@ def write_object(caption: dict[str, Any]) -> str:
 
 
 def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -> dict[str, Any]:
-    """Apply replacements to all texts of a JSON caption, and put words around the text of its key `main`."""
+    """Apply the wording options to a JSON caption.
+
+    Replacements apply to all its texts; trigger word, prefix and suffix are put around the text of its key
+    `main`.
+    """
     replacements = dataclasses.replace(wording, trigger_word="", caption_prefix="", caption_suffix="")
 
     def reword_value(value: Any) -> Any:
+        """Return a value of the object with its texts reworded, at any depth."""
         if isinstance(value, str):
             return reword(value, replacements)
         if isinstance(value, list):
@@ -132,13 +140,16 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
             return {name: reword_value(part) for name, part in value.items()}
         return value
 
-    reworded: dict[str, Any] = reword_value(caption) if wording.replace or wording.replace_regex else caption
-    words_around = dataclasses.replace(wording, replace=(), replace_regex=())
-    if not words_around.changes_something:
+    reworded = caption
+    if wording.replace or wording.replace_regex:
+        reworded = reword_value(caption)
+    additions = dataclasses.replace(wording, replace=(), replace_regex=())
+    if not additions.changes_something:
         return reworded
     full = write_object(reworded)
-    # a trigger word that some text of the object has already is not added again
+    # a trigger word that any text of the object contains is not added again
     if add_trigger(full, wording.trigger_word.strip()) == full:
-        words_around = dataclasses.replace(words_around, trigger_word="")
-    # the main text comes first if the object has none
-    return {main: "", **reworded} | {main: reword(str(reworded.get(main) or ""), words_around)}
+        additions = dataclasses.replace(additions, trigger_word="")
+    main_text = reword(str(reworded.get(main) or ""), additions)
+    # the key keeps its position; if the object lacks it, it comes first
+    return {main: "", **reworded} | {main: main_text}

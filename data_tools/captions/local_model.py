@@ -1,7 +1,7 @@
 """Describe images and clips with a vision-language model on this machine.
 
-Any model that transformers loads as `AutoModelForImageTextToText` will do, also GIT, which takes no text.
-Code and pickles that come with a model are never run.
+The model can be any that transformers loads as `AutoModelForImageTextToText`, also GIT, which takes no text.
+Code and pickles that come with a model are never executed.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ from data_tools.captions.asking import (
     prompt_for,
 )
 from data_tools.captions.options import AskOptions, CaptionModelOptions
-from data_tools.captions.places import CaptionPlace
+from data_tools.captions.places import CaptionLocation
 from modules.chat_templates import TemplateError, render_chat
 from modules.control_codes import shorten
 from modules.devices import select_compute_dtype, select_device
@@ -41,10 +41,10 @@ from modules.errors import (
     catch_panics,
 )
 
-# files to fetch from a repository: no code
+# files that are downloaded from a repository; these contain no code
 FETCHED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-GIT = "git"  # the type of models that describe one image and take no text, arXiv 2205.14100
+GIT = "git"  # model_type of models that describe one image and take no text, arXiv 2205.14100
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class LocalModel:
     processor: Any
     ask: AskOptions
     batch_size: int
-    takes_text: bool = True  # else it describes a single image in its own way
+    takes_text: bool = True  # False: it describes a single image, and no question can be asked
 
-    def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
-        """Return a caption, or the reason why there is none, for each place, in order.
+    def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
+        """Return a caption, or the reason why there is none, for each image or clip, in order.
 
         If a batch fails, its images and clips are processed one by one.
 
@@ -66,15 +66,15 @@ class LocalModel:
             MemoryPlanError: If the device's memory is too small.
         """
         return answer_in_batches(
-            places,
+            locations,
             look,
             batch_size=self.batch_size,
             item_bytes=3 * self.ask.max_pixels * self.ask.num_frames,
             answer_batch=self._answer_batch,
         )
 
-    def _answer_batch(self, batch: Sequence[Shown]) -> Iterator[tuple[CaptionPlace, str | Exception]]:
-        """Yield each place of a batch with its caption, or with the reason why there is none."""
+    def _answer_batch(self, batch: Sequence[Shown]) -> Iterator[tuple[CaptionLocation, str | Exception]]:
+        """Yield each image or clip of a batch with its caption, or with the reason why there is none."""
         try:
             answers = self.describe(batch)
         except torch.OutOfMemoryError:
@@ -82,32 +82,33 @@ class LocalModel:
                 f"{len(batch)} at a time with up to {self.ask.num_frames} frames do not fit into the memory. "
                 "Lower --batch_size, --num_frames or --max_pixels; what is written already stays."
             ) from None
-        except Exception as error:  # the processor or the model does not take an input: find out which one
+        except Exception as error:  # the processor or the model rejects an input: find out which one
             if len(batch) == 1:
-                yield batch[0][0], NoCaptionError(f"the model fails: {shorten(str(error), 300)}")
+                (location, _) = batch[0]
+                yield location, NoCaptionError(f"the model fails: {shorten(str(error), 300)}")
                 return
             for shown in batch:
                 yield from self._answer_batch([shown])
             return
-        for (place, _), (text, was_cut) in zip(batch, answers, strict=True):
+        for (location, _), (text, was_cut) in zip(batch, answers, strict=True):
             try:
-                yield place, caption_in(text, was_cut)
+                yield location, caption_in(text, was_cut)
             except NoCaptionError as error:
-                yield place, error
+                yield location, error
 
     @torch.no_grad()
     def describe(self, batch: Sequence[Shown]) -> list[tuple[str, bool]]:
         """Return the model's answer for each image or clip, and whether it was cut off."""
         texts = []
-        for place, frames in batch:
-            prompt = prompt_for(place, self.ask)
+        for location, frames in batch:
+            prompt = prompt_for(location, self.ask)
             texts.append(self.message(prompt, num_images=len(frames)))
         frames_of = [frames for _, frames in batch]
         if self.takes_text:
             inputs = self._make_inputs(texts, frames_of)
         else:
             inputs = self._make_image_inputs(batch)
-        names = [place.name for place, _ in batch]
+        names = [location.name for location, _ in batch]
         noise = RowNoise(self.ask.temperature, self.ask.seed, names)
         generated = self.model.generate(
             **inputs,
@@ -145,7 +146,7 @@ class LocalModel:
 
     def _make_image_inputs(self, batch: Sequence[Shown]) -> Any:
         """Return the inputs of a model that takes no text: images, and the token that starts each answer."""
-        if any(place.question is not None or len(frames) > 1 for place, frames in batch):
+        if any(location.question is not None or len(frames) > 1 for location, frames in batch):
             raise ValueError("it describes single images and takes no text; give another --model")
         images = [Image.fromarray(frames[0]) for _, frames in batch]
         inputs = self.processor(images=images, return_tensors="pt")
@@ -161,7 +162,7 @@ class LocalModel:
         return frozenset(ends if isinstance(ends, (list, tuple)) else [ends])
 
     def message(self, prompt: str, num_images: int) -> str:
-        """Return the model's input text: from its chat template, or else image marks and the prompt.
+        """Return the model's input text: from its chat template, or else image tokens and the prompt.
 
         Raises:
             OptionError: If the template does not take the system prompt.
@@ -170,15 +171,17 @@ class LocalModel:
             return ""
         system = self.ask.system_prompt
         template = getattr(self.processor, "chat_template", None)
-        image_mark = getattr(self.processor, "image_token", "<image>")
-        plain = f"{image_mark * num_images}\n{prompt}"
+        image_token = getattr(self.processor, "image_token", "<image>")
+        plain = f"{image_token * num_images}\n{prompt}"
         turns: list[dict[str, Any]] = []
         if template is not None:
             if system:
                 turns.append({"role": "system", "content": [{"type": "text", "text": system}]})
             images: list[dict[str, str]] = [{"type": "image"}] * num_images
             turns.append({"role": "user", "content": [*images, {"type": "text", "text": prompt}]})
-        elif self.processor.tokenizer.chat_template is not None:  # of a model for texts: contents are texts
+        elif (
+            self.processor.tokenizer.chat_template is not None
+        ):  # a template for text models takes only texts
             if system:
                 turns.append({"role": "system", "content": system})
             turns.append({"role": "user", "content": plain})
@@ -187,8 +190,8 @@ class LocalModel:
         try:
             return render_chat(self.processor.tokenizer, template, turns)
         except TemplateError as error:
-            why = "; does it know system messages? Try without --system_prompt" if system else ""
-            raise OptionError(f"--model: its chat template fails: {error}{why}") from None
+            hint = "; does it know system messages? Try without --system_prompt" if system else ""
+            raise OptionError(f"--model: its chat template fails: {error}{hint}") from None
 
 
 class RowNoise:
@@ -208,15 +211,14 @@ class RowNoise:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Return the scores B V with noise, in float32. `input_ids` are not used."""
-        # scores: B V
-        uniform = torch.stack(
-            [
-                torch.rand(scores.shape[1], generator=generator, dtype=torch.float64)
-                for generator in self._generators
-            ]
-        )
+        vocabulary_size = scores.shape[1]
+        rows = [
+            torch.rand(vocabulary_size, generator=generator, dtype=torch.float64)
+            for generator in self._generators
+        ]
+        uniform = torch.stack(rows)  # B V
         # the limits keep both logarithms finite
-        noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))
+        noise = -torch.log(-torch.log(uniform.clamp(1e-300, 1 - 1e-16)))  # Gumbel distribution
         return scores.float() / self._temperature + noise.to(scores.device, torch.float32)
 
 
@@ -253,7 +255,7 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
             processor.tokenizer.pad_token = processor.tokenizer.eos_token
         model = _load_network(folder, config, dtype)
         with catch_panics():
-            processor.tokenizer("a b")  # what fails with a text does so now
+            processor.tokenizer("a b")  # so that a tokenizer that fails with any text is reported here
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files raise errors of many libraries
@@ -268,7 +270,7 @@ def load_model(options: CaptionModelOptions, ask: AskOptions) -> LocalModel:
             f"--model {folder} takes no text: leave out --prompt and --system_prompt, or give another model"
         )
     loaded = LocalModel(model.to(device), processor, ask, options.batch_size or 1, takes_text)
-    loaded.message("a", 1)  # a template that fails does so now
+    loaded.message("a", 1)  # so that a chat template that always fails is reported here
     return loaded
 
 
@@ -299,8 +301,9 @@ def _load_processor(folder: Path, model_type: str) -> Any:
     return processor
 
 
-def _unusable(folder: Path, why: str) -> CheckpointError:
-    return CheckpointError(f"--model {folder}: {why}", folder)
+def _unusable(folder: Path, reason: str) -> CheckpointError:
+    """Return the error for a model that cannot be used."""
+    return CheckpointError(f"--model {folder}: {reason}", folder)
 
 
 def _without_videos(folder: Path, model_type: str) -> Any:
@@ -324,7 +327,8 @@ def _without_videos(folder: Path, model_type: str) -> Any:
     # transformers checks the parts in the constructor: a subclass with another check takes None for one
     images_only = type(kind.__name__, (kind,), {"check_argument_for_proper_class": check})
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
-    settings, unused = kind.get_processor_dict(folder, **LOCAL)  # either may have the template
+    # both dictionaries may have the chat template
+    settings, unused = kind.get_processor_dict(folder, **LOCAL)
     try:
         return images_only(
             image_processor=transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL),
@@ -337,6 +341,7 @@ def _without_videos(folder: Path, model_type: str) -> Any:
 
 
 def _reject_quantized(folder: Path, config: Any) -> None:
+    """Raise CheckpointError if the weights of a model are quantized."""
     if getattr(config, "quantization_config", None) is not None:
         raise _unusable(
             folder,
@@ -351,7 +356,7 @@ def _load_network(folder: Path, config: Any, dtype: torch.dtype | None) -> Any:
 
     settings = {"config": config, "dtype": dtype or "auto", "use_safetensors": True, **LOCAL}
     try:
-        # named, as config.json may name an attention whose code is fetched from the hub and run
+        # named here, because config.json may name an attention whose code would be downloaded and executed
         return AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="sdpa", **settings)
     except ValueError as error:
         if "attn_implementation" not in str(error) and "scaled_dot_product_attention" not in str(error):

@@ -30,9 +30,10 @@ from modules.text_files import bad_character, looks_like_object, parse_json, rea
 
 EXTENSION = ".txt"  # for tables that name no extension
 MADE = ".captions_made.jsonl"
-TRIES, PAUSE = 5, 0.2  # seconds between attempts while another program writes a list
-Change = tuple[dict[str, Any], dict[str, Any]]  # old values of a line, new ones
-# why a caption is made: of the last two the record and the .bak differ
+# number of attempts while another program writes a list, and seconds between them
+TRIES, PAUSE = 5, 0.2
+Change = tuple[dict[str, Any], dict[str, Any]]  # old values of a line by key, and new ones
+# reasons to make a caption; with FOREIGN, the old caption is backed up
 MISSING, EMPTY, OURS, FOREIGN = "missing", "empty", "made by this program", "hand-written"
 
 
@@ -48,56 +49,60 @@ class CaptionList:
         assert table.jsonl_file is not None
         self.path, self._key = table.jsonl_file, table.path_key
         self._lines: list[str] = []
-        self._numbers: dict[str, int] = {}  # path in the line -> its place
+        self._numbers: dict[str, int] = {}  # index of the line, by the path in it
         self._stamp: _Stamp | None = None
         self._has_backup = False  # whether the state before this run is backed up
         self._read()
-        self.entries: dict[Path, str] = {}  # of each source, its path as it stands in its line
+        self.entries: dict[Path, str] = {}  # path in the line, by path of the source
         rows = RowReader(table, self.path, self._key, is_list=True)
         for entry in self._numbers:
-            if is_address(entry):  # `rows` would do for paths too, but takes several times as long
+            if is_address(entry):  # `rows` could read paths, too, but takes several times as long
                 self.entries[rows.read(self.record(entry), str(self.path)).path] = entry
             else:
                 self.entries[expand_path(entry)] = entry
 
-    def take_waiting(self, waiting: Path) -> None:
+    def add_pending(self, pending: Path) -> None:
         """Add the captions that a killed run of an earlier version left in a file next to the list.
 
-        Raises OutputError if the list cannot be written.
+        Raises:
+            OutputError: If the list cannot be written.
         """
-        waiting_lines: dict[str, dict[str, Any]] = {}  # by the path in the line
-        # the last line may be unfinished, even within a letter
-        content = waiting.read_bytes().decode("utf-8", "replace")
+        pending_lines: dict[str, dict[str, Any]] = {}  # by the path in the line
+        # the last line may be unfinished, even within a character
+        content = pending.read_bytes().decode("utf-8", "replace")
         for text in content.split("\n"):
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 line = parse_json(text)
-                waiting_lines[line["path"]] = line
+                pending_lines[line["path"]] = line
         changes: dict[str, Change] = {}
         is_foreign = False
         for entry in self._numbers:
-            line = waiting_lines.get(_key_of(entry), {})
+            line = pending_lines.get(_key_of(entry), {})
             old = self.record(entry).get("caption")
             old_hash = None if old is None else _hash_of(str(old))
-            if "caption" in line and old_hash == line.get("old"):
+            if "caption" in line and old_hash == line.get("old"):  # the list has not been edited since
                 changes[entry] = ({"caption": old}, {"caption": line["caption"]})
                 is_foreign = is_foreign or bool(line.get("is_foreign"))
         self.write(changes, is_foreign)
-        waiting.unlink()
+        pending.unlink()
 
     def record(self, entry: str) -> dict[str, Any]:
-        """Return the object in an entry's line; empty if the list has no such entry."""
+        """Return the object in the line with the path `entry`; {} if the list has no such line."""
         number = self._numbers.get(entry)
         return {} if number is None else parse_json(self._lines[number].strip("\ufeff"))
 
     def write(self, changes: Mapping[str, Change], is_foreign: bool) -> int:
-        """Write values into lines, except lines that have changed on disk meanwhile; return their number.
+        """Write values into lines, except lines that have changed on disk meanwhile.
 
-        The first write of a run keeps the old list as .bak, unless the list has a .bak already and this
-        program wrote all the replaced values.
+        The first write of a run backs up the old list as .bak, unless there is a .bak and this program wrote
+        all the replaced values.
 
         Args:
-            changes: (old values, new values) by the path in the line.
+            changes: Old and new values, by the path in the line.
             is_foreign: Whether a person wrote the replaced values.
+
+        Returns:
+            The number of lines that were written.
 
         Raises:
             OutputError: If the list cannot be written.
@@ -126,7 +131,10 @@ class CaptionList:
         )
 
     def _change_lines(self, changes: Mapping[str, Change]) -> tuple[list[str], int]:
-        """Return all lines with these changes, and how many apply: the line still has the old values."""
+        """Return all lines with the changes applied, and the number of changed lines.
+
+        A change applies only if its line still has the old values.
+        """
         lines = list(self._lines)
         count = 0
         for entry, (old, new) in changes.items():
@@ -144,7 +152,7 @@ class CaptionList:
 
     def _replace_file(self, lines: Sequence[str]) -> None:
         """Write the list atomically. Raises _ListChanged if it has changed since it was read."""
-        path = real_path(self.path)  # a link stays one
+        path = real_path(self.path)  # so that a symbolic link is not replaced by a file
         assert self._stamp is not None
         with atomic_path(path, self._stamp.size_bytes) as temporary:
             temporary.write_bytes("".join(lines).encode("utf-8"))
@@ -153,19 +161,19 @@ class CaptionList:
                 raise _ListChanged
 
     def _read(self) -> None:
-        """Read the lines of the list and the number of each item's line."""
+        """Read the lines of the list, and find the line of each item."""
         self._stamp = _stamp_of(self.path)
         with self.path.open(encoding="utf-8", newline="") as file:
             self._lines = file.readlines()
         self._numbers = {}
         for number, line in enumerate(self._lines):
-            # a line may be half written by somebody else
+            # another program may have written only a part of a line so far
             with contextlib.suppress(ValueError, LookupError, TypeError):
                 self._numbers[str(parse_json(line.strip("\ufeff"))[self._key])] = number
 
 
 class _ListChanged(Exception):
-    """The list has changed since it was read."""
+    """Raised if a list has changed since it was read."""
 
 
 class _Stamp(NamedTuple):
@@ -176,18 +184,19 @@ class _Stamp(NamedTuple):
 
 
 def _stamp_of(path: Path) -> _Stamp:
+    """Return what changes when a file is changed."""
     state = path.stat()
     return _Stamp(state.st_mtime_ns, state.st_size)
 
 
 def _key_of(entry: str) -> str:
-    """Return a line's path, or the hash of an address, which may hold a secret."""
+    """Return the path in a line; for an address, which may contain a secret, its hash."""
     return short_hash(address_identity(entry)) if is_address(entry) else entry
 
 
 @dataclass(frozen=True, eq=False)
-class CaptionPlace:
-    """File or list entry that holds, or will hold, the caption of a source."""
+class CaptionLocation:
+    """File or line of a list in which the caption of a source is, or will be."""
 
     source: MediaSource
     file: Path  # a text file, or the list
@@ -195,7 +204,7 @@ class CaptionPlace:
     entry: str  # the path in the line of the list
     caption: str | None  # current text; None: missing, or in a file and not read
     has_caption: bool
-    question: str | None = None  # that is asked about it; None: the same as about all
+    question: str | None = None  # question for the model about this source; None: the question for all
 
     @property
     def name(self) -> str:
@@ -237,11 +246,11 @@ class CaptionPlace:
         return True
 
 
-def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
-    """Return the place of each caption in a dataset.
+def find_places(config: DatasetConfig, texts: bool) -> list[CaptionLocation]:
+    """Return where each caption of a dataset is, or will be.
 
     Sources are listed as for caching, without control media and masks. A caption that several tables share is
-    returned once. With `texts`, the captions in files are read too.
+    returned once. With `texts`, the captions in files are read, too.
 
     Raises:
         DatasetError: If the dataset cannot be used, or has tables whose captions cannot be written.
@@ -256,19 +265,19 @@ def find_places(config: DatasetConfig, texts: bool) -> list[CaptionPlace]:
     tables = tuple(map(_with_media_only, config.datasets))
     sources = find_all_sources(dataclasses.replace(config, datasets=tables))
     lists = {table.jsonl_file: CaptionList(table) for table in tables if table.jsonl_file is not None}
-    places: dict[tuple[Path, str], CaptionPlace] = {}
+    locations: dict[tuple[Path, str], CaptionLocation] = {}
     for source in sources:
         if source.caption_path is not None:
-            place = _place_in_file(source, source.caption_path, texts)
+            location = _locate_in_file(source, source.caption_path, texts)
         else:
             assert source.table.jsonl_file is not None  # else the source would have a caption file
-            place = _place_in_list(source, lists[source.table.jsonl_file])
-        places.setdefault((place.file, place.entry), place)
-    return list(places.values())
+            location = _locate_in_list(source, lists[source.table.jsonl_file])
+        locations.setdefault((location.file, location.entry), location)
+    return list(locations.values())
 
 
 def _with_media_only(table: DatasetTable) -> DatasetTable:
-    """Return a table without what belongs to its media, and with an extension of captions."""
+    """Return a table without control media, masks and audio, and with a caption_extension."""
     return dataclasses.replace(
         table,
         caption_extension=table.caption_extension or EXTENSION,
@@ -280,19 +289,27 @@ def _with_media_only(table: DatasetTable) -> DatasetTable:
     )
 
 
-def _place_in_file(source: MediaSource, file: Path, reads_text: bool) -> CaptionPlace:
+def _locate_in_file(source: MediaSource, file: Path, reads_text: bool) -> CaptionLocation:
+    """Return the location of a caption in a file of its own."""
     has_caption = source.caption is not None
     text = read_caption(file) if reads_text and has_caption else None
-    return CaptionPlace(source, file, lines=None, entry="", caption=text, has_caption=has_caption)
+    return CaptionLocation(source, file, lines=None, entry="", caption=text, has_caption=has_caption)
 
 
-def _place_in_list(source: MediaSource, lines: CaptionList) -> CaptionPlace:
+def _locate_in_list(source: MediaSource, lines: CaptionList) -> CaptionLocation:
+    """Return the location of a caption in a line of a list.
+
+    Raises:
+        DatasetError: If the list has changed since the source was found.
+    """
     entry = lines.entries.get(source.path)
     if entry is None:
         raise DatasetError(f"{lines.path}: the line of {source.path} cannot be found again. Run again.")
     text = lines.record(entry).get("caption")
     has_caption = source.caption is not None
-    return CaptionPlace(source, lines.path, lines=lines, entry=entry, caption=text, has_caption=has_caption)
+    return CaptionLocation(
+        source, lines.path, lines=lines, entry=entry, caption=text, has_caption=has_caption
+    )
 
 
 def say_missing_keys(config: DatasetConfig) -> list[str]:
@@ -307,23 +324,27 @@ def say_missing_keys(config: DatasetConfig) -> list[str]:
 
 
 class MadeCaptions:
-    """A record of the captions of a folder that this program wrote."""
+    """The record of the captions of a folder that this program wrote, which is a journal.
+
+    A pass is a run that remakes captions. Its beginning and end are recorded, so that the same command
+    continues after an interruption instead of remaking captions again.
+    """
 
     def __init__(self, folder: Path) -> None:
         """Read the record of a folder, if there is one.
 
         Raises:
-            DatasetError: If it cannot be read.
+            DatasetError: If the record cannot be read.
         """
         self.path = folder / MADE
-        self._written: set[tuple[str, str]] = set()  # names, and hashes of texts
-        self._pass: str | None = None  # identifies an unfinished run that remakes captions
-        self._of_pass: set[str] = set()
-        self._start = "\n"  # before the next line: a killed run may have left an unfinished one
+        self._written: set[tuple[str, str]] = set()  # pairs of a caption's name and the hash of its text
+        self._pass: str | None = None  # identifier of the unfinished pass
+        self._of_pass: set[str] = set()  # names of the captions that this pass has written
+        self._start = "\n"  # before the next line, because a killed run may have left an unfinished line
         try:
             for line in read_lines(self.path):
                 with contextlib.suppress(ValueError):
-                    self._take(parse_json(line))
+                    self._apply(parse_json(line))
         except FileNotFoundError:
             pass
         except (OSError, UnicodeDecodeError) as error:
@@ -332,7 +353,7 @@ class MadeCaptions:
                 "away: then all of them count as hand-written and are kept."
             ) from None
 
-    def _take(self, entry: Any) -> None:
+    def _apply(self, entry: Any) -> None:
         """Apply a line of the journal: a pass begins or ends, or a caption was written."""
         if "begin" in entry:
             self._pass = entry["begin"]
@@ -344,29 +365,25 @@ class MadeCaptions:
             self._of_pass.add(entry["name"])
 
     def has(self, name: str, text: str) -> bool:
-        """Return whether this program wrote this text as the caption of this name."""
+        """Return whether this program wrote `text` as the caption with the name `name`."""
         return (name, _hash_of(text)) in self._written
 
     def add(self, name: str, text: str) -> None:
         """Record a caption that is about to be written.
 
         Raises:
-            OutputError: If that fails.
+            OutputError: If the record cannot be written.
         """
         self._append({"name": name, "sha256": _hash_of(text)})
 
-    def done_before(self, what: str) -> set[str]:
-        """Return the names that an interrupted pass has already remade.
+    def done_before(self, pass_id: str) -> set[str]:
+        """Return the names of captions that an interrupted pass with this identifier has already remade."""
+        return self._of_pass if self._pass == pass_id else set()
 
-        Args:
-            what: Identifies passes with equal options.
-        """
-        return self._of_pass if self._pass == what else set()
-
-    def begin_pass(self, what: str) -> None:
-        """Record that a pass over all captions begins, unless it continues the last recorded pass."""
-        if self._pass != what:
-            self._append({"begin": what})
+    def begin_pass(self, pass_id: str) -> None:
+        """Record that a pass begins, unless it continues the last recorded pass."""
+        if self._pass != pass_id:
+            self._append({"begin": pass_id})
 
     def end_pass(self) -> None:
         """Record that a pass has remade all its captions; do nothing if no pass has begun."""
@@ -374,9 +391,10 @@ class MadeCaptions:
             self._append({"end": True})
 
     def _append(self, entry: dict[str, Any]) -> None:
+        """Append an entry to the file, and apply it."""
         append_text(self.path, f"{self._start}{json.dumps(entry)}\n")
         self._start = ""
-        self._take(entry)
+        self._apply(entry)
 
 
 def _hash_of(text: str) -> str:
@@ -384,53 +402,60 @@ def _hash_of(text: str) -> str:
     return hashlib.sha256(text.strip().encode("utf-8")).hexdigest()
 
 
-def read_made(places: Iterable[CaptionPlace]) -> dict[Path, MadeCaptions]:
+def read_made(locations: Iterable[CaptionLocation]) -> dict[Path, MadeCaptions]:
     """Return the record of each folder that has captions, by folder."""
-    folders = {place.file.parent for place in places}
+    folders = {location.file.parent for location in locations}
     return {folder: MadeCaptions(folder) for folder in folders}
 
 
 class WhichCaptions(NamedTuple):
     """Which existing captions to make again, in addition to the missing ones."""
 
-    ours: bool  # that this program wrote and nobody has edited
-    all: bool  # also hand-written ones; both also empty ones
-    empty: bool
-    plain: bool = False  # those that are no JSON objects
+    ours: bool  # captions that this program wrote and nobody has edited since
+    all: bool  # all captions, also hand-written and empty ones
+    empty: bool  # empty captions
+    plain: bool = False  # captions that are not JSON objects
 
 
 def plan_captions(
-    places: Sequence[CaptionPlace],
+    locations: Sequence[CaptionLocation],
     records: Mapping[Path, MadeCaptions],
     rewritten: WhichCaptions,
     pass_id: str,
-) -> tuple[dict[CaptionPlace, str], int]:
-    """Return the captions to make, with reasons, and how many an interrupted run has already made again.
+) -> tuple[dict[CaptionLocation, str], int]:
+    """Select the captions to make.
 
-    Nothing is written. Reasons are MISSING, EMPTY, OURS, and FOREIGN (the old caption will be kept as .bak).
-    `pass_id` identifies runs with equal options.
+    Args:
+        locations: Locations of all captions.
+        records: Record of each folder.
+        rewritten: Which existing captions to make again.
+        pass_id: Hash of the options, which is equal for a run that continues an interrupted one.
+
+    Returns:
+        The captions to make with the reason (MISSING, EMPTY, OURS or FOREIGN), and the number of captions
+        that an interrupted run has already made again.
     """
     jobs = {}
     num_done = 0
-    for place in places:
-        record = records[place.file.parent]
-        reason = _reason_to_make(place, record, rewritten)
-        if reason in (OURS, FOREIGN) and place.name in record.done_before(pass_id):
+    for location in locations:
+        record = records[location.file.parent]
+        reason = _reason_to_make(location, record, rewritten)
+        if reason in (OURS, FOREIGN) and location.name in record.done_before(pass_id):
             num_done += 1
         elif reason is not None:
-            jobs[place] = reason
+            jobs[location] = reason
     return jobs, num_done
 
 
-def _reason_to_make(place: CaptionPlace, record: MadeCaptions, rewritten: WhichCaptions) -> str | None:
+def _reason_to_make(location: CaptionLocation, record: MadeCaptions, rewritten: WhichCaptions) -> str | None:
     """Return the reason to make a caption; None if the existing caption is kept."""
-    if not place.has_caption:
+    if not location.has_caption:
         return MISSING
-    if place.caption is None:  # not read, or a line with a list of captions, which a person wrote
+    if location.caption is None:  # not read, or a line with a list of captions, which a person wrote
         return None
-    if not place.caption.strip():
+    if not location.caption.strip():
         return EMPTY if rewritten.empty or rewritten.all else None
-    is_converted = rewritten.plain and not looks_like_object(place.caption)
-    if record.has(place.name, place.caption):
+    is_converted = rewritten.plain and not looks_like_object(location.caption)
+    if record.has(location.name, location.caption):
         return OURS if rewritten.ours or rewritten.all or is_converted else None
     return FOREIGN if rewritten.all or is_converted else None

@@ -33,7 +33,7 @@ from data_tools.captions.places import (
     FOREIGN,
     OURS,
     CaptionList,
-    CaptionPlace,
+    CaptionLocation,
     Change,
     MadeCaptions,
     WhichCaptions,
@@ -60,24 +60,24 @@ from protocols.families import caption_formats
 
 logger = logging.getLogger(__name__)
 
-LISTED = 50  # most missing or failed captions to list
-LISTED_EDITS = 20  # most edits to list
+LISTED = 50  # maximum number of missing or failed captions that are listed
+LISTED_EDITS = 20  # maximum number of edits that are listed
 SHOWN = 160  # characters of a caption in messages
-GIVE_UP = 20  # stop after this number of failures if no file got a caption
-SERVER_GONE = 5  # stop after the server failed for this number of files in a row
+GIVE_UP = 20  # the run stops after this number of failures if no file got a caption
+SERVER_GONE = 5  # the run stops after the server failed for this number of files in a row
 
 
 @dataclass(frozen=True)
 class CaptionMaker:
     """The model or server that makes captions, and the selection of captions to write."""
 
-    name: str  # for messages
-    pass_id: str  # hash of the options
+    name: str  # name of the model, for messages
+    pass_id: str  # hash of the options, see `plan_captions`
     rewritten: WhichCaptions
-    load: Callable[[], Answerer]
-    look: Look  # Raises MediaError if a file cannot be read.
-    finish: Callable[[CaptionPlace, str], str]  # returns the caption for an answer; "": nothing remains
-    # called at the end: describes what the answers left out; None: nothing
+    load: Callable[[], Answerer]  # loads the model
+    look: Look  # reads the frames of a source; raises MediaError if that fails
+    finish: Callable[[CaptionLocation, str], str]  # turns an answer into a caption; "" if nothing remains
+    # called at the end: describes which keys answers lacked; None: no key was missing
     describe_unsaid: Callable[[], str | None] = lambda: None
 
 
@@ -108,8 +108,8 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
             options.overwrite, options.overwrite_all, options.fill_empty, options.convert_plain
         ),
         load=lambda: _load_answerer(options, ask),
-        look=lambda place: look_at(place, ask.num_frames, ask.max_pixels),
-        finish=lambda place, answer: reword(answer, options.wording),
+        look=lambda location: look_at(location, ask.num_frames, ask.max_pixels),
+        finish=lambda location, answer: reword(answer, options.wording),
     )
     if format is not None:  # the asker checks and rewords captions that are JSON objects
         _reject_edits(config, options)
@@ -117,7 +117,7 @@ def run_captioning(config: DatasetConfig, options: CaptioningOptions) -> None:
         maker = replace(
             maker,
             load=lambda: asker.around(_load_answerer(options, ask)),
-            finish=lambda place, answer: answer,
+            finish=lambda location, answer: answer,
             describe_unsaid=asker.describe_unsaid,
         )
     if options.api.api_base is not None:
@@ -141,6 +141,7 @@ def _reject_edits(config: DatasetConfig, options: CaptioningOptions) -> None:
 
 
 def _pass_of(options: CaptioningOptions) -> str:
+    """Return a hash of the options on which captions depend."""
     info = [options.caption_format, options.overwrite_all]
     made_by = [options.model.model, options.api.api_base, options.api.api_model]
     values = json.dumps([*info, *made_by, asdict(options.ask), asdict(options.wording)])
@@ -159,11 +160,11 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
     start = time.monotonic()
     replaces = maker.rewritten.ours or maker.rewritten.all
     if not dry_run:
-        _take_waiting(config)
-    places = find_places(config, texts=replaces or maker.rewritten.empty or maker.rewritten.plain)
-    records = read_made(places)
-    jobs, num_done = plan_captions(places, records, maker.rewritten, maker.pass_id)
-    num_kept = len(places) - len(jobs) - num_done
+        _add_pending(config)
+    locations = find_places(config, texts=replaces or maker.rewritten.empty or maker.rewritten.plain)
+    records = read_made(locations)
+    jobs, num_done = plan_captions(locations, records, maker.rewritten, maker.pass_id)
+    num_kept = len(locations) - len(jobs) - num_done
     if dry_run:
         _print_jobs(config, jobs, num_kept)
         return
@@ -182,7 +183,7 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
         for record in replaced_records:
             record.end_pass()
     num_written = len(jobs) - len(failures) - num_changed
-    num_not_written = len(places) - len(jobs) + num_changed
+    num_not_written = len(locations) - len(jobs) + num_changed
     foreign = f"{num_changed} of them were written by somebody else meanwhile" if num_changed else None
     rows: list[Row] = [
         ("captions", f"{num_written} written, {num_not_written} kept"),
@@ -200,10 +201,10 @@ def write_captions(config: DatasetConfig, maker: CaptionMaker, dry_run: bool) ->
         raise DatasetError("\n".join(lines))
 
 
-def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionPlace, str], num_kept: int) -> None:
+def _print_jobs(config: DatasetConfig, jobs: Mapping[CaptionLocation, str], num_kept: int) -> None:
     """Print which captions would be written, for --dry_run."""
     counts = f"{count_of(len(jobs), 'caption')} would be made, {num_kept} are kept"
-    lines = [f"{place.source.path} ({why}): {place}" for place, why in jobs.items()]
+    lines = [f"{location.source.path} ({why}): {location}" for location, why in jobs.items()]
     _print([f"{counts}. Nothing is written.", *first_lines(lines, LISTED), *say_missing_keys(config)])
 
 
@@ -215,49 +216,49 @@ def try_captions(config: DatasetConfig, maker: CaptionMaker, count: int) -> None
     Raises:
         DatasetError: If the dataset cannot be used, or if files got no caption.
     """
-    places = sorted(find_places(config, texts=False), key=lambda place: place.has_caption)[:count]
+    locations = sorted(find_places(config, texts=False), key=lambda location: location.has_caption)[:count]
     answerer = maker.load()
     failures: list[Failure] = []
-    answers = answerer(places, maker.look)
+    answers = answerer(locations, maker.look)
     with contextlib.closing(answers):
-        for place, answer in answers:
+        for location, answer in answers:
             if isinstance(answer, str):
-                _print([str(place.source.path), f"  {maker.finish(place, answer)}"])
+                _print([str(location.source.path), f"  {maker.finish(location, answer)}"])
                 sys.stdout.flush()
             elif isinstance(answer, (MediaError, NoCaptionError)):
-                failures.append(Failure.of(place.source, answer))
+                failures.append(Failure.of(location.source, answer))
             else:
                 raise answer
     if failures:
         raise DatasetError("\n".join(first_lines(failures, LISTED)))
 
 
-def look_at(place: CaptionPlace, num_frames: int, max_pixels: int) -> Frames:
+def look_at(location: CaptionLocation, num_frames: int, max_pixels: int) -> Frames:
     """Return the frames of a source that are shown to the model.
 
     Raises:
         MediaError: If the file cannot be read.
     """
-    source = place.source
+    source = location.source
     media = replace(source, control=(), mask=None, origins=source.origins[:1])
     is_image = source.table.kind == "image"
     with fetch(media) as fetched:
         return read_shown(fetched.path, is_image, num_frames, max_pixels)
 
 
-def _take_waiting(config: DatasetConfig) -> None:
+def _add_pending(config: DatasetConfig) -> None:
     """Move captions that a killed run of an earlier version left next to lists into these lists."""
     for table in config.datasets:
         if table.jsonl_file:
-            waiting = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
-            if waiting.exists():
-                CaptionList(table).take_waiting(waiting)
+            pending = table.jsonl_file.with_name(f".{table.jsonl_file.name}.captions")
+            if pending.exists():
+                CaptionList(table).add_pending(pending)
 
 
 def _show_start(
     config: DatasetConfig,
     maker: str,
-    jobs: Mapping[CaptionPlace, str],
+    jobs: Mapping[CaptionLocation, str],
     num_kept: int,
     num_done: int,
 ) -> None:
@@ -290,13 +291,15 @@ def _load_answerer(options: CaptioningOptions, ask: AskOptions) -> Answerer:
 
 def _make_captions(
     answerer: Answerer,
-    jobs: Mapping[CaptionPlace, str],
+    jobs: Mapping[CaptionLocation, str],
     records: Mapping[Path, MadeCaptions],
     maker: CaptionMaker,
 ) -> tuple[list[Failure], int]:
-    """Make captions, and write each at once.
+    """Make captions, and write each of them immediately.
 
-    Returns the failures, and the number of captions not replaced because they were changed meanwhile.
+    Returns:
+        The failures, and the number of captions that were not replaced because somebody changed them
+        meanwhile.
 
     Raises:
         UserError: If the server or the model fails repeatedly.
@@ -306,17 +309,17 @@ def _make_captions(
     rejections = _Rejections()
     answers = answerer(list(jobs), maker.look)
     with contextlib.closing(answers), Bar(len(jobs), "captions", unit="caption") as bar:
-        for place, answer in answers:
+        for location, answer in answers:
             error = None if isinstance(answer, str) else answer
             if isinstance(answer, str):
                 rejections.clear()
-                caption = maker.finish(place, answer)
+                caption = maker.finish(location, answer)
                 if not caption:
                     error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
-                elif not place.write(caption, jobs[place] == FOREIGN, records[place.file.parent]):
+                elif not location.write(caption, jobs[location] == FOREIGN, records[location.file.parent]):
                     num_changed += 1
             if isinstance(error, (MediaError, NoCaptionError)):
-                failures.append(Failure.of(place.source, error))
+                failures.append(Failure.of(location.source, error))
                 logger.warning("%s", failures[-1])
             elif error is not None:  # ends the run; may be SystemExit
                 raise error
@@ -359,6 +362,7 @@ class _Rejections:
 
 
 def _print(lines: Sequence[str]) -> None:
+    """Print lines. Control codes, which a caption may hold, are made visible."""
     sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
 
 
@@ -366,7 +370,7 @@ def _print(lines: Sequence[str]) -> None:
 class _Edit:
     """The change of one caption."""
 
-    place: CaptionPlace
+    location: CaptionLocation
     old: str
     new: str  # "" if a caption would become empty
     change: Change = ({}, {})  # old and new values, for a line in a list
@@ -377,39 +381,46 @@ def edit_captions(
 ) -> None:
     """Apply `wording` to all captions of a dataset; each changed file is backed up as .bak.
 
-    With `dry_run`, print the changes instead. `format` is the format of captions that are JSON objects. A
-    caption that would become empty is not changed.
+    A caption that would become empty is not changed.
+
+    Args:
+        config: The dataset.
+        wording: Changes of captions.
+        dry_run: Whether to print the changes instead of writing them.
+        format: Format of captions that are JSON objects; None if it is unknown.
 
     Raises:
         DatasetError: If the dataset cannot be used, or at the end if captions would have become empty.
         OptionError: If words should be added to a JSON object of unknown format.
     """
-    places = find_places(config, texts=True)
-    records = read_made(places)
-    all_edits = list(_list_edits(places, wording, format))
+    locations = find_places(config, texts=True)
+    records = read_made(locations)
+    all_edits = list(_list_edits(locations, wording, format))
     edits = [edit for edit in all_edits if edit.new]
     emptied = [edit for edit in all_edits if not edit.new]
     if dry_run:
         _print_edits(edits)
     else:
         _write_edits(edits, records)
-        unchanged = f"{len(places) - len(edits)} are unchanged"
+        unchanged = f"{len(locations) - len(edits)} are unchanged"
         show_box("Editing is finished", [("captions", f"{len(edits)} changed, {unchanged}")])
     if emptied:
         raise DatasetError(
             f"{count_of(len(emptied), 'caption')} would be empty and stay as they are, such as "
-            f"{emptied[0].place.media}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or remove "
+            f"{emptied[0].location.media}: {shorten(emptied[0].old, SHOWN)!r}. Write them by hand, or remove "
             "them and have new ones made."
         )
 
 
 def _print_edits(edits: Sequence[_Edit]) -> None:
-    lines = [f"{edit.place.media}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits]
+    """Print which captions would be changed, for --dry_run."""
+    lines = [f"{edit.location.media}: {_shorten(edit.old)!r} -> {_shorten(edit.new)!r}" for edit in edits]
     head = f"{count_of(len(edits), 'caption')} would be changed. Nothing is written."
     _print([head, *first_lines(lines, LISTED_EDITS)])
 
 
 def _shorten(caption: str) -> str:
+    """Return a caption on one line of at most SHOWN characters."""
     return shorten(" / ".join(caption.split("\n")), SHOWN)
 
 
@@ -417,52 +428,55 @@ def _write_edits(edits: Sequence[_Edit], records: Mapping[Path, MadeCaptions]) -
     """Write edited captions: files one by one, then each list once."""
     changes: dict[CaptionList, dict[str, Change]] = defaultdict(dict)
     for edit in edits:
-        place = edit.place
-        record = records[place.file.parent]
-        if record.has(place.name, edit.old):  # still counts as written by this program
-            record.add(place.name, edit.new)
-        if place.lines is None:
-            keep_backup(place.file)
-            write_text(place.file, edit.new)
+        location = edit.location
+        record = records[location.file.parent]
+        if record.has(location.name, edit.old):  # still counts as written by this program
+            record.add(location.name, edit.new)
+        if location.lines is None:
+            keep_backup(location.file)
+            write_text(location.file, edit.new)
         else:
-            changes[place.lines][place.entry] = edit.change
+            changes[location.lines][location.entry] = edit.change
     for captions, by_entry in changes.items():
         captions.write(by_entry, is_foreign=True)
 
 
 def _list_edits(
-    places: Sequence[CaptionPlace], wording: WordingOptions, format: CaptionFormat | None
+    locations: Sequence[CaptionLocation], wording: WordingOptions, format: CaptionFormat | None
 ) -> Iterator[_Edit]:
     """Yield an edit for each caption that `wording` changes."""
 
-    def reword_text(place: CaptionPlace, caption: str) -> str:
+    def reword_text(location: CaptionLocation, caption: str) -> str:
         """Apply the wording options to a caption: to a plain text, or to the texts in a JSON object."""
         content = read_if_object(caption)
         if content is None:
             return reword(caption, wording)
-        _check_words_around(place, content, wording, format)
+        _check_words_around(location, content, wording, format)
         return write_object(reword_object(content, wording, "" if format is None else format.main))
 
-    for place in places:
-        is_several = place.source.table.multi_caption
-        if place.lines is not None:
-            edit = _edit_line(place, place.lines.record(place.entry), is_several, reword_text)
+    for location in locations:
+        is_several = location.source.table.multi_caption
+        if location.lines is not None:
+            edit = _edit_line(location, location.lines.record(location.entry), is_several, reword_text)
             if edit is not None:
                 yield edit
-        elif place.caption is not None:
-            lines = lines_of(place.caption) if is_several else [place.caption]
-            text = "\n".join(filter(None, (reword_text(place, line) for line in lines)))
-            if text != place.caption:
-                yield _Edit(place, place.caption, text)
+        elif location.caption is not None:
+            lines = lines_of(location.caption) if is_several else [location.caption]
+            text = "\n".join(filter(None, (reword_text(location, line) for line in lines)))
+            if text != location.caption:
+                yield _Edit(location, location.caption, text)
 
 
 def _check_words_around(
-    place: CaptionPlace, content: Mapping[str, Any], wording: WordingOptions, format: CaptionFormat | None
+    location: CaptionLocation,
+    content: Mapping[str, Any],
+    wording: WordingOptions,
+    format: CaptionFormat | None,
 ) -> None:
     """Raise OptionError if words should be added to a JSON caption without a known main text."""
     if not (wording.trigger_word or wording.caption_prefix or wording.caption_suffix):
         return
-    what = f"{place.media}: its caption is a JSON object, which --trigger_word, --caption_prefix and "
+    what = f"{location.media}: its caption is a JSON object, which --trigger_word, --caption_prefix and "
     if format is None:
         formats = ", ".join(caption_formats())
         raise OptionError(
@@ -476,10 +490,10 @@ def _check_words_around(
 
 
 def _edit_line(
-    place: CaptionPlace,
+    location: CaptionLocation,
     line: Mapping[str, Any],
     is_several: bool,
-    reword_text: Callable[[CaptionPlace, str], str],
+    reword_text: Callable[[CaptionLocation, str], str],
 ) -> _Edit | None:
     """Return the edit of a line in a list; None if nothing changes.
 
@@ -494,9 +508,9 @@ def _edit_line(
         if value is None:
             continue
         if isinstance(value, str):
-            reworded: str | list[str] = reword_text(place, value)
+            reworded: str | list[str] = reword_text(location, value)
         else:
-            reworded = [reword_text(place, text) for text in value]
+            reworded = [reword_text(location, text) for text in value]
         if reworded != value:
             old[key] = value
             new[key] = reworded
@@ -504,7 +518,7 @@ def _edit_line(
         return None
     new_texts = _list_texts(new)
     return _Edit(
-        place,
+        location,
         old="\n".join(_list_texts(old)),
         new="\n".join(new_texts) if all(new_texts) else "",
         change=(old, new),

@@ -25,7 +25,7 @@ from PIL import Image
 
 from data_tools.captions.asking import Answers, Frames, Look, NoCaptionError, caption_in, prompt_for
 from data_tools.captions.options import ApiOptions, AskOptions
-from data_tools.captions.places import CaptionPlace
+from data_tools.captions.places import CaptionLocation
 from modules.control_codes import shorten
 from modules.errors import MediaError, OptionError, UserError
 from modules.limits import MAX_ANSWER_BYTES, MAX_WAIT_SECONDS
@@ -38,15 +38,15 @@ KEY = "OPENAI_API_KEY"  # environment variable
 WORKERS, TIMEOUT = 4, 120.0
 CONNECT_SECONDS = 20.0
 TRIES = 6  # of a request
-RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})
-REJECTED = {
+RETRIED = frozenset({408, 409, 425, 429, *range(500, 600)})  # status codes of passing failures
+REJECTED = {  # status codes that every further request would get too -> why
     401: "the key is missing or wrong",
     403: "the key has no right to this",
     404: "it knows no such model or path",
 }
 JPEG_QUALITY = 92
-NO_PROXIES: Any = {"http": None, "https": None}
-_NO_SERVER = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)
+NO_PROXIES: Any = {"http": None, "https": None}  # a proxy could not reach a local server
+_NO_SERVER = (ConnectionRefusedError, socket.gaierror, ssl.SSLError)  # errors of a wrong address
 LOCAL_HOSTS = frozenset({"localhost", "127.0.0.1", "::1"})
 # parameters that some models refuse -> their replacement, or None
 OTHER_NAMES: Mapping[str, str | None] = {
@@ -64,11 +64,12 @@ class _Session(requests.Session):
     """A session that follows no redirects, because the other address would get the key."""
 
     def get_redirect_target(self, resp: requests.Response) -> None:
-        return None
+        """Return no address, so that the library follows none."""
+        return
 
 
 class ApiServer:
-    """Settings and state of requests to a server, shared by threads."""
+    """Settings and state of requests to a server, shared by the threads that send them."""
 
     def __init__(
         self, options: ApiOptions, ask: AskOptions, environment: Mapping[str, str] = os.environ
@@ -101,51 +102,55 @@ class ApiServer:
         self._logged_reasons: set[str] = set()  # why it was asked again
         self._replaced: set[str] = set()  # parameters that the model refuses
 
-    def answer(self, places: Sequence[CaptionPlace], look: Look) -> Answers:
-        """Yield a caption, or the reason why there is none, for each place, in the order of arrival.
+    def answer(self, locations: Sequence[CaptionLocation], look: Look) -> Answers:
+        """Yield a caption, or the reason why there is none, for each location, in the order of arrival.
 
-        Requests that are pending when the caller stops are abandoned.
+        The caller can stop at any time: requests that are still pending are then abandoned.
         """
-        done: queue.SimpleQueue[tuple[CaptionPlace, Any]] = queue.SimpleQueue()
-        waiting: queue.SimpleQueue[CaptionPlace] = queue.SimpleQueue()
+        done: queue.SimpleQueue[tuple[CaptionLocation, Any]] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[CaptionLocation] = queue.SimpleQueue()
 
         def work() -> None:
-            """Answer for one place after the other, until none is waiting or the run ends."""
+            """Answer for one location after the other, until none is waiting or the run ends."""
             with contextlib.suppress(queue.Empty):
                 while not self._stop.is_set():
-                    place = waiting.get_nowait()
+                    location = waiting.get_nowait()
                     try:
-                        done.put((place, self.describe(place, look(place))))
+                        done.put((location, self.describe(location, look(location))))
                     except BaseException as error:
                         if not isinstance(error, (MediaError, NoCaptionError)):
                             self._stop.set()  # such an error ends the run: no more requests are sent
-                        done.put((place, error))
+                        done.put((location, error))
 
         self._stop.clear()
-        for place in places:
-            waiting.put(place)
-        for number in range(min(self._workers, len(places))):
+        for location in locations:
+            waiting.put(location)
+        for number in range(min(self._workers, len(locations))):
             threading.Thread(target=work, name=f"request-{number}", daemon=True).start()
         try:
-            num_left = len(places)
+            num_left = len(locations)
             while num_left:
                 try:
-                    place, result = done.get(timeout=0.5)  # on Windows, Ctrl-C is noticed between two calls
+                    # a limited wait, because Ctrl-C on Windows is noticed only between two calls
+                    location, result = done.get(timeout=0.5)
                 except queue.Empty:
                     continue
                 num_left -= 1
-                yield place, result
+                yield location, result
         finally:
             self._stop.set()
 
-    def describe(self, place: CaptionPlace, frames: Frames) -> str:
+    def describe(self, location: CaptionLocation, frames: Frames) -> str:
         """Return the caption of an image or clip.
+
+        A failed request is sent again after a wait that doubles each time, unless the server asks for
+        another.
 
         Raises:
             NoCaptionError: If the server returns no caption.
             UserError: If the server rejects the key or the model, or cannot be reached.
         """
-        body = self._make_body(prompt_for(place, self.ask), frames)
+        body = self._make_body(prompt_for(location, self.ask), frames)
         reason = ""
         for number in range(TRIES):
             try:
@@ -183,14 +188,22 @@ class ApiServer:
         return body
 
     def _request(self, body: Mapping[str, Any]) -> str:
-        """Send one request and return the caption. Raises _TryAgain if a retry may help."""
+        """Send one request and return the caption.
+
+        A request with a parameter that the model refuses is sent once more without it.
+
+        Raises:
+            _TryAgain: If a retry may help.
+            NoCaptionError: If the server has no caption for this request.
+            UserError: If every other request would fail too.
+        """
         parameters: dict[str, Any] = {}
         for key, value in body.items():
             name = OTHER_NAMES[key] if key in self._replaced else key
             if name is not None:
                 parameters[name] = value
         try:
-            status, wait, text = self._post(parameters)
+            status, server_seconds, text = self._post(parameters)
         except (requests.RequestException, urllib3.exceptions.HTTPError, ValueError) as error:
             raise self._explain_connection_error(error) from None
         self._has_answered = True
@@ -198,7 +211,7 @@ class ApiServer:
             return self._caption_in(text)
         message = self._hide(_read_error_text(text))
         if status in RETRIED:
-            raise _TryAgain(f"the server answers {status}: {message}", wait)
+            raise _TryAgain(f"the server answers {status}: {message}", server_seconds)
         if status in REJECTED:
             remedy = f"check {KEY}" if self._key else f"set {KEY}"
             if status == 404:
@@ -248,24 +261,27 @@ class ApiServer:
                 stream=True,
             ) as answer,
         ):
-            if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes packed twice may be gigabytes
+            if "," in answer.headers.get("Content-Encoding", ""):  # a few bytes, packed twice, can be GiB
                 raise NoCaptionError("the server's answer is packed more than once")
             content = bytearray()
             end = start + self.timeout
-            for piece in answer.iter_content(1):  # as they come: larger ones are waited for until full
+            for piece in answer.iter_content(1):  # it waits until a larger piece is full
                 content += piece
-                if time.monotonic() > end:  # the library's own time begins anew with each byte
+                if time.monotonic() > end:  # the library's own limit starts anew with each byte
                     raise requests.ReadTimeout
                 if len(content) > MAX_ANSWER_BYTES:
                     raise NoCaptionError(f"the server's answer is longer than {MAX_ANSWER_BYTES >> 20} MiB")
             try:
-                wait = float(answer.headers.get("Retry-After", "nan"))
+                server_seconds = float(answer.headers.get("Retry-After", "nan"))
             except ValueError:  # a date, or other words
-                wait = math.nan
-            return answer.status_code, wait, content.decode("utf-8", "replace")
+                server_seconds = math.nan
+            return answer.status_code, server_seconds, content.decode("utf-8", "replace")
 
     def _authorize(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Add the key to a request. Passed as `auth`, so that requests does not send an entry of netrc."""
+        """Add the key to a request.
+
+        Passed as `auth`, because the library sends a password of the user's netrc file if it gets none.
+        """
         if self._key:
             request.headers["Authorization"] = f"Bearer {self._key}"
         return request
@@ -282,7 +298,7 @@ class ApiServer:
             was_cut = choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError):
             raise NoCaptionError(f"the server's answer is of another form: {self._hide(text)!r}") from None
-        if isinstance(content, list):  # of parts
+        if isinstance(content, list):  # some servers return parts
             texts = [part.get("text") for part in content if isinstance(part, dict)]
             content = " ".join(part for part in texts if isinstance(part, str))
         return caption_in(content if isinstance(content, str) else "", was_cut)
@@ -299,13 +315,14 @@ class ApiServer:
         return False
 
     def _hide(self, text: str) -> str:
+        """Return a text for a message: without the key, in one line, shortened."""
         if self._key:
             text = text.replace(self._key, "(the key)")
         return shorten(" ".join(text.split()), 300)
 
 
 def _data_url(frame: Frame) -> str:
-    """Return a frame as an address that holds it as a JPEG."""
+    """Return a data URL that holds a frame as JPEG."""
     file = io.BytesIO()
     Image.fromarray(frame).save(file, "JPEG", quality=JPEG_QUALITY)
     encoded = base64.b64encode(file.getvalue()).decode("ascii")

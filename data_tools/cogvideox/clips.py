@@ -26,7 +26,7 @@ from torch import Tensor
 from data_tools.cogvideox.models import DTYPES, EncodeMoments
 from data_tools.cogvideox.options import ClipSourceOptions, EncodingOptions, PrepareOptions, ShapeOptions
 from dataset.cache.records import require_finite
-from dataset.caching.given import describe_embeds, embeds_note
+from dataset.caching.precomputed import describe_embeds, embeds_note
 from dataset.caching.prefetch import DECODED_BYTES, Failure, fill_batches, run_ahead, write_behind
 from dataset.config import DatasetTable
 from dataset.forms.cogvideox_keys import CogVideoXKeys
@@ -45,11 +45,11 @@ from modules.text_files import parse_json, read_text
 T = TypeVar("T")
 Clip = NDArray[np.uint8]  # F H W 3
 
-MAX_WAITING = 1 << 29  # bytes of frames that wait for a full batch
+MAX_WAITING = 1 << 29  # bytes of frames that may wait for a full batch of their shape
 IMAGES, VIDEOS, PROMPTS = "images", "videos", "prompts"
 FOLDERS = (IMAGES, IMAGE_MOMENTS, VIDEOS, MOMENTS, PROMPTS, EMBEDS)
 SUFFIXES = {IMAGES: ".png", VIDEOS: ".mp4", PROMPTS: ".txt"}  # suffixes; all others are .pt
-# in data.jsonl
+# keys in data.jsonl -> folders of the files that they name
 KEYS = {
     "prompt_embed": EMBEDS,
     "image": IMAGES,
@@ -259,6 +259,7 @@ def prepare_clips(
     size_bytes = 3 * max(shape.frame_buckets) * max(shape.height_buckets) * max(shape.width_buckets)
 
     def read(item: PreparedItem) -> Clip:
+        """Decode the clip of an item."""
         return read_clip(item.source, shape, item.name, threads.num_decode_threads)
 
     def clips() -> Iterator[tuple[PreparedItem, Clip]]:
@@ -379,7 +380,7 @@ def read_clip(path: Path, options: ShapeOptions, name: str, threads: int) -> Cli
 
 
 def select_frames(available: int, buckets: Sequence[int], maximum: int) -> int | None:
-    """Return the bucket nearest to min(available, most); the first one wins a tie.
+    """Return the bucket nearest to min(available, maximum); the first one wins a tie.
 
     Only buckets of at most `available` frames are considered; the result is None if there is none.
     """

@@ -26,7 +26,7 @@ from protocols.rules import CountTokens, TokenCount, kept_characters
 PARTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}  # by the names in options
 LATENT = LatentSpec(channels=16, stride=(4, 8, 8), pixel_step=16, frame_step=4)  # of CogVideoX
-KEY = "prompt_embeds"
+KEY = "prompt_embeds"  # of the text encoder's tensor in caches
 
 # class of a pipeline's VAE -> the family, the options of its text encoders by pipeline part, and how these
 # treat the number of tokens
@@ -79,13 +79,7 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
     hint = "Give the folder of a diffusers pipeline, with vae, text_encoder and tokenizer."
     if not (folder / "text_encoder").is_dir():
         raise CheckpointError(f"--model_id {folder} has no folder text_encoder. {hint}", folder)
-    config_path = folder / "vae" / "config.json"
-    try:
-        config = parse_json(read_text(config_path))
-        vae_class = str(config["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = f"{config_path} does not say what the VAE is ({type(error).__name__}: {error})"
-        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", config_path) from error
+    vae_class = _read_vae_class(folder, hint)
     if vae_class == COGVIDEOX:
         return make_cogvideox(folder, options)
     if vae_class not in KNOWN:
@@ -98,6 +92,16 @@ def find_maker(options: EncodingOptions) -> PipelineNetworks:
             f"--max_sequence_length {options.max_sequence_length}: {tokens}. Leave the option out."
         )
     return _make_of_family(family, folder, options, texts)
+
+
+def _read_vae_class(folder: Path, hint: str) -> str:
+    """Return the class of a pipeline's VAE, which tells the model. `hint` ends the message of an error."""
+    path = folder / "vae" / "config.json"
+    try:
+        return str(parse_json(read_text(path))["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = f"{path} does not say what the VAE is ({type(error).__name__}: {error})"
+        raise CheckpointError(f"--model_id {folder}: {why}. {hint}", path) from error
 
 
 def _make_of_family(
@@ -114,7 +118,8 @@ def _make_of_family(
     )
     words = []
     for part, option in texts.items():
-        if part.startswith("text") or (folder / part).exists():  # a missing text encoder is reported there
+        # a tokenizer is optional; the family reports a missing text encoder
+        if part.startswith("text") or (folder / part).exists():
             words += [option, str(folder / part)]
     texts_of = entry.make_family(
         "text_caching", *parse_options(None, words, entry.options_record("TextCaching"))
@@ -149,6 +154,7 @@ def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
     dtype = DTYPES[options.dtype]
 
     def load(device: torch.device) -> EncodeMoments:
+        """Load the VAE and return the function that encodes pixels to moments."""
         vae = (
             _load_part(diffusers.AutoencoderKLCogVideoX, folder / "vae", torch_dtype=dtype).to(device).eval()
         )
@@ -171,7 +177,7 @@ def make_cogvideox(folder: Path, options: EncodingOptions) -> PipelineNetworks:
 
 
 def usable_frames(frames: int) -> int:
-    """Return the largest number up to `frames` of the form 4n or 4n + 1, at least 1."""
+    """Return the largest number up to `frames` of the form 4n or 4n + 1, which the VAE takes."""
     return frames if frames % 4 < 2 else frames // 4 * 4 or 1
 
 
@@ -211,6 +217,7 @@ class CogTextEncoder:
             raise CheckpointError(f"{self.folder / 'tokenizer'} does not say where its tokens are")
 
         def count(text: str) -> TokenCount:
+            """Return how many tokens a caption has, and how many of its characters are encoded."""
             ends = [end for _, end in tokenizer(text, return_offsets_mapping=True)["offset_mapping"]]
             num_characters = kept_characters(ends[:-1], self.max_tokens - 1, len(text))
             return TokenCount(text, len(ends), self.max_tokens, num_characters)
@@ -225,6 +232,7 @@ class CogTextEncoder:
         self._model = model.to(device).eval()
 
     def _load_tokenizer(self) -> Any:
+        """Load the tokenizer of the text encoder."""
         return _load_part(_import_packages()[1].AutoTokenizer, self.folder / "tokenizer")
 
     @torch.no_grad()
@@ -262,7 +270,8 @@ def _load_part(kind: Any, folder: Path, **settings: Any) -> Any:
 
 
 def _import_packages() -> tuple[Any, Any]:
-    with hide_packages("bitsandbytes"):  # unused here
+    """Return diffusers and transformers. Only work that needs a network waits for them."""
+    with hide_packages("bitsandbytes"):  # imported if it is installed, but unused here
         import diffusers  # slow
         import transformers
 

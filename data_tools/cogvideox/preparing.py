@@ -62,7 +62,7 @@ def prepare(options: PrepareOptions) -> None:
     with join_processes(encoding.device) as share:
         is_main = share.rank == 0
         if is_main:
-            _resolve(options, maker)
+            _record_settings(options, maker)
             for name in clips.FOLDERS:
                 (folder / name).mkdir(exist_ok=True)
         share.gather(None)  # the others wait until the folder is known to fit
@@ -89,6 +89,7 @@ def prepare(options: PrepareOptions) -> None:
 
 
 def _show_start(options: PrepareOptions, share: Share, num_items: int, num_to_do: int) -> None:
+    """Print what is prepared, and how much of it is still to do."""
     who = "clips" if share.count == 1 else f"clips, process 1 of {share.count}"
     where = f"{options.source.data_root} -> {options.output_dir}"
     counts = f"{count_of(num_items, 'clip')}, {num_to_do} of them to do"
@@ -104,12 +105,14 @@ class _Work:
 
     @property
     def num_items(self) -> int:
+        """Number of clips with something to do."""
         return len({item.name for item in [*self.without_texts, *self.without_media]})
 
 
 def _find_work(
     items: Sequence[clips.PreparedItem], options: PrepareOptions, maker: PipelineNetworks | None
 ) -> _Work:
+    """Return the clips of which files are missing."""
     saves_latents = maker is not None
     saves_images = options.encoding.save_image_latents
     without_texts = [item for item in items if not item.has_texts(saves_latents)]
@@ -148,16 +151,16 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
     return dataclasses.replace(shape, frame_buckets=rounded)
 
 
-def _resolve(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
-    """Record the settings of the folder.
+def _record_settings(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
+    """Record the settings of the folder, and remove unfinished files of killed runs.
 
     Raises:
-        OptionError: If it was begun with different ones.
+        OptionError: If the folder was begun with different settings.
     """
     settings = dataclasses.asdict(options.shape)
     for name, value in settings.items():
         if isinstance(value, tuple):
-            settings[name] = list(value)  # as in JSON
+            settings[name] = list(value)  # the earlier settings, read from JSON, have lists too
     earlier = read_prepared(options.output_dir)
     now = PreparedFolder(None, {}, settings)
     if maker is not None:
@@ -174,13 +177,15 @@ def _resolve(options: PrepareOptions, maker: PipelineNetworks | None) -> None:
                 "ones to continue, or another folder."
             )
     write_prepared(options.output_dir, now)
-    for name in clips.FOLDERS:  # left by killed runs; no other process has begun
+    for name in clips.FOLDERS:
         folder = options.output_dir / name
         if folder.is_dir():
+            # no process of this run has begun to write: even the newest unfinished file is a leftover
             remove_leftovers(folder, lambda _: True, older_seconds=0)
 
 
 def _describe_model(folder: PreparedFolder) -> dict[str, Any]:
+    """Return what has to be equal for files of two runs to fit together."""
     return {"architecture": folder.architecture, **folder.vae}
 
 

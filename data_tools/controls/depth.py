@@ -57,6 +57,7 @@ class DepthModel:
 
 
 def _gives_distances(config: Any) -> bool:
+    """Return whether a model's values grow with the distance, as other models' fall."""
     is_metric = getattr(config, "depth_estimation_type", "relative") == "metric"  # of Depth Anything
     return is_metric or config.model_type in OF_DISTANCES
 

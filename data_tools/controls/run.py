@@ -77,7 +77,7 @@ class Plan:
 
     jobs: list[tuple[Path, Path]] = field(default_factory=list)  # image, its control image to write
     done: list[Path] = field(default_factory=list)  # made before, in the same way
-    other_way: list[Path] = field(default_factory=list)  # made before by this program, in another way
+    other_method: list[Path] = field(default_factory=list)  # made before by this program, in another way
     foreign: list[Path] = field(default_factory=list)  # of other programs
 
 
@@ -98,7 +98,7 @@ def make_control_images(options: ControlImageOptions) -> None:
     if not images:
         raise DatasetError(f"{options.folder} has no pictures. Folders in it are not looked into")
     _reject_equal_stems(images)
-    method = _describe_way(options)
+    method = _describe_method(options)
     plan = _plan(images, output, method, options.overwrite)
     _warn_of_kept(plan)
     failures: list[Failure] = []
@@ -112,9 +112,7 @@ def make_control_images(options: ControlImageOptions) -> None:
                 failures.append(Failure(path, str(error), 0, path.stem))
                 continue
             write_png(target, draw(image), {MADE: method})
-    num_kept = (
-        len(plan.done) + len(plan.other_way) + len(plan.foreign)
-    )  # existing files, which are left as is
+    num_kept = len(plan.done) + len(plan.other_method) + len(plan.foreign)
     rows: list[Row] = [
         ("made", f"{count_of(len(plan.jobs) - len(failures), 'control picture')}, {num_kept} there before"),
         ("by", method),
@@ -148,7 +146,7 @@ def _reject_equal_stems(pictures: Sequence[Path]) -> None:
             )
 
 
-def _describe_way(options: ControlImageOptions) -> str:
+def _describe_method(options: ControlImageOptions) -> str:
     """Return how control images are made, as it is written into them."""
     if options.depth is not None:
         return f"depth {real_path(options.depth).name}"
@@ -165,7 +163,7 @@ def _select_drawing(options: ControlImageOptions) -> Callable[[Frame], Frame]:
     return partial(draw_edges, low=low, high=high)
 
 
-def _plan(pictures: Sequence[Path], output: Path, way: str, overwrite: bool) -> Plan:
+def _plan(pictures: Sequence[Path], output: Path, method: str, overwrite: bool) -> Plan:
     """Plan which control images to make.
 
     With `overwrite`, control images that this program has made are made again.
@@ -176,21 +174,21 @@ def _plan(pictures: Sequence[Path], output: Path, way: str, overwrite: bool) -> 
     plan = Plan()
     for image in pictures:
         target = existing.get(image.stem.casefold())
-        made_by = None if target is None else _read_way(target)
+        made_by = None if target is None else _read_method(target)
         if target is None:
             plan.jobs.append((image, output / f"{image.stem}.png"))
         elif made_by is None:
             plan.foreign.append(target)
         elif overwrite:
             plan.jobs.append((image, target))
-        elif made_by == way:
+        elif made_by == method:
             plan.done.append(target)
         else:
-            plan.other_way.append(target)
+            plan.other_method.append(target)
     return plan
 
 
-def _read_way(path: Path) -> str | None:
+def _read_method(path: Path) -> str | None:
     """Return the method by which this program made a control image; None if it did not make it."""
     try:
         return read_tags(path).get(MADE)
@@ -200,11 +198,11 @@ def _read_way(path: Path) -> str | None:
 
 def _warn_of_kept(plan: Plan) -> None:
     """Warn of control images that are kept although they were made by another method."""
-    if plan.other_way:
+    if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
-            count_of(len(plan.other_way), "control picture"),
-            list_some([path.name for path in plan.other_way]),
+            count_of(len(plan.other_method), "control picture"),
+            list_some([path.name for path in plan.other_method]),
         )
     if plan.foreign:
         logger.warning(

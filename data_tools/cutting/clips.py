@@ -19,8 +19,8 @@ from modules.media.streams import SourceInfo
 
 SAMPLE_SECONDS = 0.25  # between two frames that are measured
 SHORT, BLACK, STATIC, BLURRED = "too short", "black", "static", "blurred"  # reasons to leave out a clip
-ROUNDING = 1e-6  # seconds: times are sums of fractions
-BLACK_PART = 0.5  # of the frames of a clip
+ROUNDING = 1e-6  # seconds by which a length may pass its limit: times are sums of rounded numbers
+BLACK_PART = 0.5  # part of the frames that are black in a clip that is left out
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,9 +86,7 @@ def _measure(number: int, pixels: Pixels, black_threshold: float) -> ImageMeasur
     return ImageMeasures(
         number,
         brightness=brightness(frame),
-        sharpness=float(
-            np.float32(sharpness(frame))
-        ),  # in the precision for which the thresholds were chosen
+        sharpness=float(np.float32(sharpness(frame))),  # the thresholds were chosen in this precision
         is_black=is_black(frame, black_threshold),
         is_flat=is_flat(frame),
         # motion is measured between color images: three channels that share the gray values
@@ -105,9 +103,9 @@ class PlannedClip:
     end: int
     start: float  # seconds
     seconds: float
-    brightness: float  # these three: means of some frames; 0..1, and of `measures.sharpness`
-    motion: float
-    sharpness: float
+    brightness: float  # mean of some frames, 0..1
+    motion: float  # mean of some frames, 0..1
+    sharpness: float  # mean of some frames, as `measures.sharpness` returns it
     dropped: str = ""  # why it is left out
 
     @property
@@ -123,14 +121,14 @@ def plan_clips(look: VideoLook, lengths: LengthOptions, choice: ChoiceOptions) -
         trimmed_begin = begin + lengths.trim_frames
         trimmed_end = end - lengths.trim_frames
         if trimmed_begin >= trimmed_end:
-            clips.append(_measured(look, scene, begin, end, dropped=SHORT))
+            clips.append(_make_clip(look, scene, begin, end, dropped=SHORT))
             continue
-        for first, last in _pieces(look, trimmed_begin, trimmed_end, lengths):
+        for first, last in _split_scene(look, trimmed_begin, trimmed_end, lengths):
             if _is_long_enough(look, first, last, lengths):
-                reason = _look_reason(look, first, last, choice)
+                reason = _find_content_reason(look, first, last, choice)
             else:
                 reason = SHORT
-            clips.append(_measured(look, scene, first, last, dropped=reason))
+            clips.append(_make_clip(look, scene, first, last, dropped=reason))
     return clips
 
 
@@ -141,12 +139,12 @@ def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, in
     return [(begin, end) for begin, end in zip(begins, ends, strict=True) if begin < end]
 
 
-def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
-    """Split a scene into as few equal pieces as the longest length allows.
+def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
+    """Yield first and end of the pieces of a scene: as few equal ones as the greatest length allows.
 
-    If these would be too short, use pieces of the longest length, and a rest.
+    If these would be too short, the pieces have the greatest length, and the last one is a rest.
     """
-    pieces = _equal_pieces(look, first, end, lengths)
+    pieces = _split_equally(look, first, end, lengths)
     are_long_enough = all(_is_long_enough(look, begin, stop, lengths) for begin, stop in pieces)
     if len(pieces) == 1 or (pieces and are_long_enough):
         yield from pieces
@@ -160,7 +158,7 @@ def _pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> It
         first = last
 
 
-def _equal_pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> list[tuple[int, int]]:
+def _split_equally(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> list[tuple[int, int]]:
     """Divide a scene into as few pieces of equal duration as possible; [] if no division fits the limits."""
     seconds = look.time(end) - look.time(first)
     num_frames = end - first
@@ -169,8 +167,9 @@ def _equal_pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions)
         minimum = max(minimum, math.ceil(seconds / lengths.max_seconds - ROUNDING))
     if lengths.max_frames:
         minimum = max(minimum, math.ceil(num_frames / lengths.max_frames))
+    # a piece between whole frames may be slightly longer than its part: then more pieces are tried
     for count in range(minimum, num_frames + 1):
-        # equal in time, not in frames: the rate may vary
+        # equal in time, not in frames, because the rate may vary
         times = [look.time(first) + seconds * index / count - ROUNDING for index in range(1, count)]
         inner = dict.fromkeys(bisect_left(look.starts, time, first, end) for time in times)
         borders = [first, *(border for border in inner if first < border < end), end]
@@ -181,8 +180,9 @@ def _equal_pieces(look: VideoLook, first: int, end: int, lengths: LengthOptions)
 
 
 def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
+    """Return whether frames fit the greatest lengths."""
     num_frames = end - first
-    if num_frames == 1:  # it cannot be cut
+    if num_frames == 1:  # a single frame cannot be split further
         return True
     seconds = look.time(end) - look.time(first)
     is_short = not lengths.max_seconds or seconds <= lengths.max_seconds + ROUNDING
@@ -191,11 +191,12 @@ def _is_short_enough(look: VideoLook, first: int, end: int, lengths: LengthOptio
 
 
 def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> bool:
+    """Return whether frames fit the least lengths."""
     seconds = look.time(end) - look.time(first)
     return end - first >= lengths.min_frames and seconds >= lengths.min_seconds - ROUNDING
 
 
-def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
+def _find_content_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
     """Return the reason why the content of a clip excludes it; "" if the clip is kept."""
     samples = look.samples_between(first, end)
     if not samples:
@@ -210,7 +211,7 @@ def _look_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -
     return BLURRED if choice.drop_blurred and 2 * num_blurred > len(samples) else ""
 
 
-def _measured(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
+def _make_clip(look: VideoLook, scene: int, first: int, end: int, dropped: str) -> PlannedClip:
     """Describe the frames `first` to `end` as a clip; `dropped` is the reason why it is not cut."""
     samples = look.samples_between(first, end)
     return PlannedClip(

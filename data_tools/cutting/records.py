@@ -47,7 +47,7 @@ class CutRecord:
     is_done: bool = False
     lists: tuple[str, ...] = ()  # lists that its lines were written to
 
-    def is_of(self, source: Path) -> bool:
+    def is_unchanged(self, source: Path) -> bool:
         """Return whether the source has the size and time that it had when it was cut."""
         status = source.stat()
         return (self.size_bytes, self.modified) == (status.st_size, status.st_mtime_ns)
@@ -56,12 +56,12 @@ class CutRecord:
         """Return the reason to cut a source again, such as `--min_seconds 2 (was 1)`; "" if there is none."""
         changed = [
             f"--{name} {value} (was {self.options.get(name)})"
-            for name, value in _deciding(options).items()
+            for name, value in _list_deciding_options(options).items()
             if self.options.get(name) != value
         ]
         if changed:
             return ", ".join(changed)
-        return "" if self.is_of(source) else "the file is another one"
+        return "" if self.is_unchanged(source) else "the file is another one"
 
 
 def start_record(
@@ -81,12 +81,13 @@ def start_record(
         modified=status.st_mtime_ns,
         width=look.width // 2 * 2,  # even: encoders cannot take an odd row or column
         height=look.height // 2 * 2,
-        options=_deciding(options),
+        options=_list_deciding_options(options),
         clips=tuple(written),
     )
 
 
-def _deciding(options: CuttingOptions) -> dict[str, Any]:
+def _list_deciding_options(options: CuttingOptions) -> dict[str, Any]:
+    """Return the options that decide which clips a source gives, and what is in them."""
     values: dict[str, Any] = {}
     for group in (options.scenes, options.lengths, options.choice, options.form):
         values |= option_values(group)
@@ -124,7 +125,7 @@ def _parse_record(text: str) -> CutRecord:
     )
     lists = tuple(content.pop("lists"))
     record = CutRecord(**content, clips=clips, lists=lists)
-    # names are joined to the output folder, where files of these names are removed
+    # a changed record could name files elsewhere, which cutting again would remove
     names = [record.stem, *(clip.name for clip in clips)]
     if any(Path(name).name != name or name == ".." for name in names):
         raise ValueError("it names files in other folders")
@@ -154,9 +155,9 @@ class ClipList:
         """
         self._path, self._output = path, output
         self._was_there = path.exists()
-        for _ in self._read():  # fails now if it cannot be read
+        for _ in self._read():  # a list that cannot be read is reported now, not after hours of cutting
             pass
-        self._unlisted: list[tuple[CutRecord, bool]] = []  # whose lines are not written yet
+        self._unlisted: list[tuple[CutRecord, bool]] = []  # (record, is new) whose lines are not written yet
         self._lock = Lock()
 
     @property
@@ -199,7 +200,7 @@ class ClipList:
                     listed_paths.add(path)
             for record, is_new in self._unlisted:
                 for clip in record.clips:
-                    info = _line_of(self._output, record, clip)
+                    info = _make_entry(self._output, record, clip)
                     is_listed = info["video_path"] in listed_paths
                     if not is_listed and (is_new or (self._output / clip.name).exists()):
                         lines.append(json.dumps(info, ensure_ascii=False))
@@ -228,7 +229,7 @@ class ClipList:
             ) from error
 
 
-def _line_of(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
+def _make_entry(output: Path, record: CutRecord, written: WrittenClip) -> dict[str, Any]:
     """Return the list entry of a clip: its path and its properties. Captions are added later."""
     clip = written.clip
     return {

@@ -33,11 +33,11 @@ from modules.text_files import bad_character, real_path
 
 logger = logging.getLogger(__name__)
 
-# including those of phones, cameras and broadcasts
+# footage also comes from phones, cameras and broadcasts, in formats that datasets do not take
 SUFFIXES = VIDEO_SUFFIXES | {".3gp", ".mts", ".m2ts", ".ts", ".vob", ".ogv"}
-WAIT_SECONDS = 0.5  # seconds: on Windows, Ctrl-C is noticed only between waits
-NAMED = 3  # files that a message names
-MICRO = 1_000_000
+WAIT_SECONDS = 0.5  # on Windows, Ctrl-C is noticed only between waits
+MAX_NAMED = 3  # files that a message names
+MICRO = 1_000_000  # in a second; times of clips are rounded to microseconds
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class CutResult:
 
 
 def cut_footage(options: CuttingOptions) -> None:
-    """Run the work of a command line.
+    """Cut all videos that the options name, write the list of clips, and show the numbers.
 
     Raises:
         UserError: If nothing can be done, and DatasetError at the end if some sources could not be cut.
@@ -82,13 +82,13 @@ def cut_footage(options: CuttingOptions) -> None:
         make_folder(list_path.parent, "--jsonl")
     clip_list = ClipList(list_path, output)
     shows_bars = options.num_workers == 1 or len(jobs) == 1
-    shop = Workshop(options, output, shows_bars, clip_list)
+    cutter = Cutter(options, output, shows_bars, clip_list)
     failures: list[tuple[Path, Exception]] = []
     results = []
     try:
-        for source, result in _cut_all(jobs, shop, failures):
+        for source, result in _cut_all(jobs, cutter, failures):
             results.append(result)
-            words = f"{source}: {_in_words(result.clips)}"
+            words = f"{source}: {_count_in_words(result.clips)}"
             if result.record is None:
                 lines = [words, *map(_format_scene_line, result.clips)]
                 sys.stdout.write(escape_control_codes("\n".join(lines)) + "\n")
@@ -171,7 +171,7 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
             name for name in folders if not name.startswith(".") and folder / name != output_folder
         )
         if folder != root and (folder / MARK).is_dir():
-            continue  # of clips that were cut before
+            continue  # a folder of clips that were cut before
         for name in sorted(names):
             file = folder / name
             if not name.startswith(".") and file.suffix.lower() in SUFFIXES and file.is_file():
@@ -189,8 +189,8 @@ def find_videos(path: Path, output: Path) -> dict[Path, str]:
 
 
 @dataclass(frozen=True)
-class Workshop:
-    """Cut sources with the options and the detector that all of them share."""
+class Cutter:
+    """Cuts sources with the options, output folder and list that all of them share, also in threads."""
 
     options: CuttingOptions
     output: Path  # absolute
@@ -222,7 +222,7 @@ class Workshop:
             clips = [written.clip for written in record.clips]
             logger.info("%s: continuing where the last run ended", path)
         num_written = self._write_clips(path, record)
-        if not record.is_of(path):
+        if not record.is_unchanged(path):
             raise MediaError(f"{path} has changed while it was cut. Run the same command again.")
         return CutResult(self._finish(record), clips, written=num_written)
 
@@ -250,8 +250,9 @@ class Workshop:
         """
         record = start_record(job.source, job.stem, self.options, look=look, clips=clips)
         if job.record is not None:
-            self._check_untouched(job.source, job.record, why)  # again: reading takes long
-        self._make_way(record, job.record)
+            # checked again, because reading took long enough for a user to change clips
+            self._check_untouched(job.source, job.record, why)
+        self._remove_old_clips(record, job.record)
         write_record(self.output, record)
         return record
 
@@ -290,32 +291,36 @@ class Workshop:
                     raise CuttingStopped
                 bar.update()
 
-    def _make_way(self, new: CutRecord, old: CutRecord | None) -> None:
+    def _remove_old_clips(self, new: CutRecord, old: CutRecord | None) -> None:
         """Remove the clips of an earlier cut and their lines; `_check_untouched` must have passed.
 
         Raises:
             OutputError: If a new clip would overwrite a file that is not ours.
         """
-        ours = set() if old is None else {clip.name for clip in old.clips}
+        own_names = set() if old is None else {clip.name for clip in old.clips}
         names = [clip.name for clip in new.clips if os.path.lexists(self.output / clip.name)]
-        strangers = [name for name in names if name not in ours]
-        if strangers:
+        foreign_names = [name for name in names if name not in own_names]
+        if foreign_names:
             raise OutputError(
-                f"{', '.join(strangers[:NAMED])} in {self.output} would be written, and there are files of "
-                "these names that this command has not made. Move them away, or choose another --output."
+                f"{', '.join(foreign_names[:MAX_NAMED])} in {self.output} would be written, and there are "
+                "files of these names that this command has not made. Move them away, or choose another "
+                "--output."
             )
         if old is not None:
             # first, the record says that the clips are incomplete: after a kill, the next run continues
             write_record(self.output, replace(old, options={}, is_done=False, lists=()))
-            self.clip_list.write(removed=[self.output / name for name in ours])
-            for name in ours:
+            self.clip_list.write(removed=[self.output / name for name in own_names])
+            for name in own_names:
                 (self.output / name).unlink(missing_ok=True)
 
     def _write_clips(self, source: Path, record: CutRecord) -> int:
         """Write the missing clips in one pass over the frames; return how many.
 
         A clip gets its name when it is complete. Frames keep the times of the source, also at variable rates.
-        Raises MediaError, OutputError.
+
+        Raises:
+            MediaError: If a frame cannot be decoded.
+            OutputError: If a clip cannot be written.
         """
         missing = [written for written in record.clips if not os.path.lexists(self.output / written.name)]
         if not missing:
@@ -355,12 +360,12 @@ def _frames_of(frames: Iterator[tuple[int, Picture]], source: Path, clip: Planne
 
 
 def _cut_all(
-    jobs: Sequence[CuttingJob], shop: Workshop, failures: list[tuple[Path, Exception]]
+    jobs: Sequence[CuttingJob], cutter: Cutter, failures: list[tuple[Path, Exception]]
 ) -> Iterator[tuple[Path, CutResult]]:
     """Yield each source and its result, in order; collect errors in `failures`, and log them."""
-    pool = ThreadPoolExecutor(shop.options.num_workers, thread_name_prefix="cut")
+    pool = ThreadPoolExecutor(cutter.options.num_workers, thread_name_prefix="cut")
     try:
-        futures = [pool.submit(shop.cut, job) for job in jobs]
+        futures = [pool.submit(cutter.cut, job) for job in jobs]
         for job, future in zip(jobs, futures, strict=True):
             while not future.done():
                 wait([future], WAIT_SECONDS)
@@ -374,11 +379,12 @@ def _cut_all(
                 if len(jobs) > 1:
                     logger.error("%s is skipped: %s", job.source, error)
     finally:
-        shop.stop.set()  # if this ends early, the threads stop at their next frame
+        cutter.stop.set()  # if this ends early, the threads stop at their next frame
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _format_scene_line(clip: PlannedClip) -> str:
+    """Describe a clip, or what is left out, in a line of --dry_run."""
     start = clock_time(Fraction(clip.start))
     end = clock_time(Fraction(clip.start + clip.seconds))
     status = f"left out: {clip.dropped}" if clip.dropped else "clip"
@@ -388,7 +394,8 @@ def _format_scene_line(clip: PlannedClip) -> str:
     )
 
 
-def _in_words(clips: Sequence[PlannedClip]) -> str:
+def _count_in_words(clips: Sequence[PlannedClip]) -> str:
+    """Return the numbers of scenes, clips and reasons to leave out some."""
     scenes = count_of(len({clip.scene for clip in clips}), "scene")
     written = count_of(sum(not clip.dropped for clip in clips), "clip")
     reasons = _describe_reasons(clips)
@@ -397,5 +404,6 @@ def _in_words(clips: Sequence[PlannedClip]) -> str:
 
 
 def _describe_reasons(clips: Sequence[PlannedClip]) -> str:
+    """Return how many clips are left out for each reason, the most frequent first."""
     counts = Counter(clip.dropped for clip in clips if clip.dropped)
     return ", ".join(f"{count} {reason}" for reason, count in counts.most_common())

@@ -8,16 +8,16 @@ import numpy as np
 from modules.media.encoding import Pixels
 from modules.media.measures import FLAT_SCENE, Thumbnail, scene_distance, thumbnail
 
-# (first, end): frames in between belong to no scene; at a hard cut both are the first frame of the new
-# scene
+# (first, end): the frames from first to before end belong to no scene; at a hard cut both are the first
+# frame of the new scene
 SceneChange = tuple[int, int]
 FLASH_SECONDS = 0.15  # a shorter interruption of a scene is a flash, or a damaged frame
 PLAIN_SECONDS = 0.1  # frames of one color for that long are the end of a scene
-# from the middle of a dissolve to its ends, about; longer ones are found by their steepest part
+# about the time from the middle of a dissolve to its ends; longer ones are found by their steepest part
 DISSOLVE_SECONDS = (0.2, 0.4, 0.8)
-# place in a dissolve, equal to the share of the second scene; and the most variance that may remain there,
-# as a part of the mean of both scenes, in theory 1/2 and 5/8. With these, 51 of 52 dissolves between filmed
-# scenes that move are found, and none within them
+# (position in a dissolve, which equals the share of the second scene there; greatest variance that may remain
+# there, as a part of the mean of both scenes, in theory 1/2 and 5/8). With these numbers, 51 of 52 dissolves
+# between filmed scenes that move are found, and none within scenes
 DIPS = ((0.5, 0.75), (0.25, 0.9), (0.75, 0.9))
 SHARE_OFF = 0.2  # how far the share of the second scene may be from an even rise
 BEGUN = 0.08  # share of the other scene from which a frame belongs to a dissolve
@@ -42,11 +42,11 @@ class SceneDetector:
     def __init__(self, threshold: float, rate: float) -> None:
         """Start with no frame seen; `rate` is the number of frames per second."""
         self._threshold = threshold
-        self._flash = max(1, round(rate * FLASH_SECONDS))
-        self._plain = max(2, round(rate * PLAIN_SECONDS))
-        self._count = 0
+        self._flash_frames = max(1, round(rate * FLASH_SECONDS))
+        self._plain_frames = max(2, round(rate * PLAIN_SECONDS))
+        self._num_seen = 0
         self._before: Thumbnail | None = None
-        self._jump: _Jump | None = None  # possible flash
+        self._jump: _Jump | None = None  # the last one, which may still turn out to be a flash
         self._structured: Thumbnail | None = None  # the last frame that was not plain
         self._plain_since: int | None = None
         self._changes: list[SceneChange] = []
@@ -55,8 +55,8 @@ class SceneDetector:
     def see(self, pixels: Pixels) -> None:
         """Look at the next frame, H W 3."""
         now = thumbnail(pixels)
-        number = self._count
-        self._count += 1
+        number = self._num_seen
+        self._num_seen += 1
         is_break = self._see_plain(now, number)
         before = self._before
         jump = self._jump
@@ -64,7 +64,7 @@ class SceneDetector:
             is_break = True
             is_flash = (
                 jump is not None
-                and number - jump.number <= self._flash
+                and number - jump.number <= self._flash_frames
                 and not self._differ(jump.before, now)
             )
             if is_flash:
@@ -72,28 +72,30 @@ class SceneDetector:
             else:
                 self._confirm()
                 self._jump = _Jump(number, before)
-        elif jump is not None and number - jump.number > self._flash:
+        elif jump is not None and number - jump.number > self._flash_frames:
             self._confirm()
         self._before = now
         self._dissolves.see(now, number, is_break)
 
     def _differ(self, first: Thumbnail, second: Thumbnail) -> bool:
+        """Return whether two frames look like different scenes."""
         return scene_distance(first, second, self._threshold) >= self._threshold
 
     def changes(self) -> list[SceneChange]:
         """Return the changes, in order, after the last frame."""
         self._confirm()
         if self._plain_since is not None:
-            self._end_plain(self._count, is_other=True)
+            self._end_plain(self._num_seen, is_other=True)
         joined: list[SceneChange] = []
         for begin, end in sorted({*self._changes, *self._dissolves.changes}):
             if joined and begin < joined[-1][1]:  # they overlap
                 begin, last = joined.pop()
                 end = max(last, end)
             joined.append((begin, end))
-        return [(begin, end) for begin, end in joined if end > 0 and begin < self._count]
+        return [(begin, end) for begin, end in joined if end > 0 and begin < self._num_seen]
 
     def _confirm(self) -> None:
+        """Record the pending jump as a hard cut: it was no flash."""
         if self._jump is not None:
             self._changes.append((self._jump.number, self._jump.number))
         self._jump = None
@@ -101,7 +103,7 @@ class SceneDetector:
     def _see_plain(self, now: Thumbnail, number: int) -> bool:
         """Track runs of frames of one color. Returns whether this frame is one."""
         pixels = now.gray[~now.is_white]
-        # of one color besides white: `scene_distance` cannot judge it
+        # a frame of one color besides white has no structure that `scene_distance` could compare
         if not pixels.size or float(pixels.std()) < FLAT_SCENE:
             if self._plain_since is None:
                 self._plain_since = number
@@ -120,8 +122,8 @@ class SceneDetector:
         """
         begin, self._plain_since = self._plain_since, None
         assert begin is not None
-        if is_other or end - begin >= self._plain:
-            # becomes a scene, which is usually too short for a clip, or black
+        if is_other or end - begin >= self._plain_frames:
+            # the run becomes a scene of its own, which is later left out as too short or black
             self._changes += [(begin, begin), (end, end)]
 
 
@@ -169,7 +171,7 @@ class _Dissolves:
         distance = scene_distance(self._images[offset], self._images[-1], self._threshold)
         if distance < self._threshold:
             return
-        mixed = [place for place, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
+        mixed = [position for position, share in enumerate(shares) if BEGUN < share < 1 - BEGUN]
         self.changes.append((first + mixed[0], first + mixed[-1] + 1))
 
     def _loses_contrast(self, offset: int, reach: int) -> bool:
@@ -185,10 +187,10 @@ class _Dissolves:
     def _count_second_shares(self, offset: int, reach: int) -> list[float]:
         """Return the share of the second scene in each frame from `offset` on."""
         begin = self._images[offset].gray
-        way = self._images[-1].gray - begin
-        length = max(float(np.square(way).sum()), 1e-12)
+        direction = self._images[-1].gray - begin
+        length = max(float(np.square(direction).sum()), 1e-12)
         shares = []
-        for place in range(2 * reach + 1):
-            progress = ((self._images[offset + place].gray - begin) * way).sum()
+        for position in range(2 * reach + 1):
+            progress = ((self._images[offset + position].gray - begin) * direction).sum()
             shares.append(float(progress) / length)
         return shares

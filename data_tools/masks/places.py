@@ -136,6 +136,7 @@ def list_media(folder: Path) -> list[tuple[Path, Kind]]:
 
 
 def _kind_of(path: Path) -> Kind:
+    """Return whether a file is a clip or an image; an animation is a clip."""
     if path.suffix.lower() in VIDEO_SUFFIXES:
         return "video"
     try:
@@ -375,6 +376,11 @@ def undo_change(place: MaskPlace) -> bool:
 
 
 def _require_mask(place: MaskPlace) -> Path:
+    """Return the path of a mask.
+
+    Raises:
+        DatasetError: If there is none.
+    """
     if place.mask is None:
         raise DatasetError(f"{place.medium.name} has no mask in {place.folder}")
     return place.mask

@@ -47,7 +47,7 @@ class MaskPlan:
     """What to do for each image and clip of some folders."""
 
     jobs: list[MaskPlace] = field(default_factory=list)
-    other_way: list[MaskPlace] = field(default_factory=list)  # made before by this program, in another way
+    other_method: list[MaskPlace] = field(default_factory=list)  # made before by this program, in another way
     by_hand: list[MaskPlace] = field(default_factory=list)  # drawn, changed or accepted by a person
     removed: list[MaskPlace] = field(default_factory=list)  # by a person
 
@@ -73,17 +73,17 @@ def make_masks(options: MaskOptions) -> None:
     """
     options.finder.require_one()
     folders = [real_path(folder) for folder in walk_folders(options.folder, options.recursive)]
-    by_folder = {folder: _masks_of(folder, options) for folder in folders}
+    by_folder = {folder: _find_mask_folder(folder, options) for folder in folders}
     places = [place for folder, masks in by_folder.items() for place in find_mask_places(folder, masks)]
     if not places:
         hint = "" if options.recursive else ". --recursive also takes the folders below it"
         raise DatasetError(f"{options.folder} has no pictures and no clips{hint}")
     _reject_unclear(places)
-    kind = _kind_of_model(options.finder)
+    kind = _find_kind(options.finder)
     shape = _read_shape(options, kind)
-    method = _describe_way(options, kind, shape)
+    method = _describe_method(options, kind, shape)
     plan = _make_plan(places, options, method)
-    _tell_kept(plan)
+    _warn_of_kept(plan)
     if options.dry_run:
         names = list_some([place.medium.name for place in plan.jobs])
         text = f"{count_of(len(plan.jobs), 'mask')} would be made{': ' if names else ''}{names}"
@@ -94,7 +94,7 @@ def make_masks(options: MaskOptions) -> None:
         finder = _load_finder(options.finder)
         for place in track(plan.jobs, "Masks", len(plan.jobs), unit="file"):
             frames = _draw(place, finder, shape, options)
-            _make_mask(place, frames, _texts(place, method, options.mode), outcome)
+            _make_mask(place, frames, _make_texts(place, method, options.mode), outcome)
     _show_outcome(outcome, places, num_kept=len(places) - len(plan.jobs), method=method)
     if outcome.failures:
         raise failure_error(outcome.failures, count_of(len(plan.jobs), "file"))
@@ -125,7 +125,7 @@ def _make_mask(
         (outcome.written if is_written else outcome.black).append(place)
 
 
-def _masks_of(folder: Path, options: MaskOptions) -> Path:
+def _find_mask_folder(folder: Path, options: MaskOptions) -> Path:
     """Return the folder of the masks for a folder of images. Raises OptionError if it is that folder."""
     if options.beside:
         return folder
@@ -151,11 +151,11 @@ def _reject_unclear(places: Sequence[MaskPlace]) -> None:
             raise DatasetError(f"{one} and {other.name} are masks of {place.medium.name}. Keep one")
 
 
-def _kind_of_model(finder: FinderOptions) -> str:
-    """Return what finds, as the masks say it.
+def _find_kind(finder: FinderOptions) -> str:
+    """Return the kind of finder: of a model for words, else the name of the option that is given.
 
     Raises:
-        CheckpointError: For a model that cannot.
+        CheckpointError: If the model is of a kind that finds no words in images.
     """
     if finder.prompts:
         from data_tools.masks.words import read_kind  # imports torch, which a color does not need
@@ -167,7 +167,7 @@ def _kind_of_model(finder: FinderOptions) -> str:
 def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
     """Return the shaping of the masks; options that are not given take the finder's default numbers."""
     shape = options.shape
-    is_exact = kind in ("faces", "colour")
+    is_exact = kind in ("faces", "colour")  # these find whole areas: smoothing would only blur the border
     default_smooth = 0 if is_exact else NETWORK_SMOOTH
     default_threshold = 0.5 if kind == "sam3" else 0.3
     return MaskShape(
@@ -179,7 +179,7 @@ def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
     )
 
 
-def _describe_way(options: MaskOptions, kind: str, shape: MaskShape) -> str:
+def _describe_method(options: MaskOptions, kind: str, shape: MaskShape) -> str:
     """Describe how masks are made, for the text that is stored in them."""
     parts = [
         _describe_finder(options.finder, kind),
@@ -194,6 +194,7 @@ def _describe_way(options: MaskOptions, kind: str, shape: MaskShape) -> str:
 
 
 def _describe_finder(finder: FinderOptions, kind: str) -> str:
+    """Describe how masks are found, for the record of each mask."""
     if finder.background is not None:
         return f"foreground by {real_path(finder.background).name}"
     if finder.faces is not None:
@@ -211,12 +212,12 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -
         texts = place.texts()
         made_by = texts.get(MADE, "")
         if place.mask is None:
-            if place.is_removed and options.mode == "fill":  # a person did not want a mask
+            if place.is_removed and options.mode == "fill":  # a person decided against a mask
                 plan.removed.append(place)
             else:
                 plan.jobs.append(place)
         elif made_by.split("\n")[-1] == method:
-            continue  # the last line of the note in the mask names the method: it is the same
+            continue  # the last line of the text in the mask names its last method: it is this one
         elif options.mode != "fill":
             plan.jobs.append(place)
         elif not made_by or ACCEPTED in texts:
@@ -224,20 +225,20 @@ def _make_plan(places: Sequence[MaskPlace], options: MaskOptions, method: str) -
         elif options.overwrite:
             plan.jobs.append(place)
         else:
-            plan.other_way.append(place)
+            plan.other_method.append(place)
     return plan
 
 
-def _texts(place: MaskPlace, way: str, mode: str) -> dict[str, str]:
+def _make_texts(place: MaskPlace, method: str, mode: str) -> dict[str, str]:
     """Return the texts of a new mask: a line for each method applied to it, and whether a person edited it.
 
     These lines keep a run that changes masks, and was interrupted, from changing a mask twice.
     """
     old = place.texts()
     if place.mask is None or mode in ("fill", "replace"):
-        return {MADE: way}
+        return {MADE: method}
     is_of_person = MADE not in old or ACCEPTED in old
-    made = "\n".join(filter(None, [old.get(MADE, ""), way]))
+    made = "\n".join(filter(None, [old.get(MADE, ""), method]))
     return {MADE: made, ACCEPTED: "yes"} if is_of_person else {MADE: made}
 
 
@@ -245,9 +246,11 @@ def _draw(place: MaskPlace, finder: Finder, shape: MaskShape, options: MaskOptio
     """Yield the mask of an image, or of each frame of a clip, H W.
 
     Raises:
-        MediaError: For a file that cannot be read, _NothingFoundError at the end if nothing was found.
+        MediaError: If a file cannot be read.
+        _NothingFoundError: At the end, if nothing was found in any frame.
     """
-    sizes: deque[tuple[int, int]] = deque()  # of frames whose mask is to come
+    # of the frames that are read and have no mask yet: a steady mask needs frames after its own
+    sizes: deque[tuple[int, int]] = deque()
     frames = video_frames(place.medium) if place.kind == "video" else iter([read_image(place.medium)])
     values = steady(
         _find_in(frames, finder, sizes), options.shape.steady_frames if place.kind == "video" else 0
@@ -297,13 +300,13 @@ def _load_finder(options: FinderOptions) -> Finder:
     return seen.make_color_finder(options.colour, options.colour_distance)
 
 
-def _tell_kept(plan: MaskPlan) -> None:
+def _warn_of_kept(plan: MaskPlan) -> None:
     """Warn of masks that are kept although this run would have made different ones."""
-    if plan.other_way:
+    if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",
-            count_of(len(plan.other_way), "mask"),
-            list_some([place.medium.name for place in plan.other_way]),
+            count_of(len(plan.other_method), "mask"),
+            list_some([place.medium.name for place in plan.other_method]),
         )
     if plan.by_hand:
         logger.warning(

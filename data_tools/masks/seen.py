@@ -19,7 +19,7 @@ from modules.onnx_models import load_onnx
 from postprocessing.faces.boxes import Detector
 from postprocessing.faces.detectors import load_detector
 
-# of ImageNet, by which networks of this kind see images
+# mean and deviation of the colors in ImageNet, by which networks of this kind normalize images
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 DEVIATION = np.array([0.229, 0.224, 0.225], np.float32)
 Run = Callable[[NDArray[np.float32]], NDArray[np.float32]]  # 1 3 S S -> 1 1 h w
@@ -34,7 +34,7 @@ class BackgroundFinder:
     side: int  # S
 
     def find(self, frame: Frame) -> Values:
-        """Return what stands before the background of an image, H W 3: h w, from 0 to 1 in each image.
+        """Return what stands before the background of an image, H W 3: h w, scaled to 0..1.
 
         Raises:
             CheckpointError: If the network fails.
@@ -86,7 +86,7 @@ class FaceFinder:
     least_score: float
 
     def find(self, frame: Frame) -> Values:
-        """Return the boxes of faces in an image, H W 3: H W, 1 inside, also where a box covers a part."""
+        """Return a map, H W, that is 1 at each pixel of an image, H W 3, that a face's box touches."""
         values = np.zeros(frame.shape[:2], np.float32)
         for face in self.detector.find(frame, self.least_score):
             left, top = (max(0, math.floor(side)) for side in face.box[:2])
@@ -99,7 +99,7 @@ def load_face_finder(path: Path, least_score: float, device: str | None) -> Face
     """Load a detector of faces.
 
     Raises:
-        CheckpointError: If the file is none.
+        CheckpointError: If the file is missing or no detector.
     """
     _require_file("--faces", path)
     chosen = select_device(device)

@@ -30,11 +30,9 @@ class MaskShape:
     inverts: bool
 
     def find(self, values: Values, size: tuple[int, int]) -> Values:
-        """Return where something is found, H W, 1 or, at a fading edge, less.
+        """Return where something is found: H W, 1 inside, less at a fading edge, 0 elsewhere.
 
-        `size` is width and height of the image.
-
-        Not inverted: `finish` does that.
+        `size` is width and height of the image. The result is not inverted: `finish` does that.
         """
         if self.smooth_pixels:
             side = 2 * self.smooth_pixels + 1

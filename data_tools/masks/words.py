@@ -25,7 +25,10 @@ from modules.errors import CheckpointError, InstallationError, MemoryPlanError
 from modules.media.reading import Frame
 from modules.text_files import parse_json, read_text
 
-LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+LOCAL: dict[str, Any] = {
+    "local_files_only": True,
+    "trust_remote_code": False,
+}  # settings of `from_pretrained`
 MAX_SIDE = 1024  # pixels; SAM 3 looks at 1008
 CLIPSEG, SAM3 = "clipseg", "sam3"  # model_type in config.json
 _CLASSES = {
@@ -71,7 +74,7 @@ class WordFinder:
         return logits.reshape(len(self.prompts), *logits.shape[-2:]).sigmoid()
 
     def _ask_sam(self, frame: Frame, prompt: str) -> Tensor:
-        """Return the values of the proposed things that are sure enough, in one map h w; 0 without any."""
+        """Return one map, h w, of the proposed things whose score is high enough; 0 if there are none."""
         inputs = self.processor(images=frame, text=prompt, return_tensors="pt").to(self.network.device)
         outputs = self.network(**inputs)
         scores = outputs.pred_logits[0].float().sigmoid()  # N

@@ -50,15 +50,15 @@ def listen(source: MediaSource) -> Heard:
     """
     seconds = None  # of the images
     try:
-        with fetch(source) as here:
-            path = find_audio(here)
+        with fetch(source) as local:
+            path = find_audio(local)
             track = track_info(path)
             if track is None:
                 raise NoAudio(f"{path}: it has no track of sound")
-            is_video = here.tensors is None and not here.path.is_dir() and not here.table.is_of_audio
+            is_video = local.tensors is None and not local.path.is_dir() and not local.table.is_of_audio
             if is_video:
-                info = video_info(here.path)
-                rate = here.table.declared_fps or info.fps
+                info = video_info(local.path)
+                rate = local.table.declared_fps or info.fps
                 seconds = info.frames / rate if info.frames and rate else None
     except NoAudio as reason:
         return Heard(silent=str(reason))
@@ -163,10 +163,10 @@ def draw_audio(source: MediaSource, fps: float, used: int) -> Markup | None:
     Raises MediaError or OSError if a file cannot be read.
     """
     try:
-        with fetch(source) as here:
+        with fetch(source) as local:
             # one channel; no latents are made, so their shape does not matter
             spec = AudioSpec(WAVE_RATE, 1, lambda frames, rate: (1, 1, 1))
-            (samples,) = read_audios(find_audio(here), [(0, used)], kept_rate(here, fps), spec)
+            (samples,) = read_audios(find_audio(local), [(0, used)], kept_rate(local, fps), spec)
     except NoAudio:
         return None
     amplitudes = np.abs(samples[0].numpy())

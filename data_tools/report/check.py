@@ -33,15 +33,15 @@ from dataset.batches.finding import FoundItems, find_items, learn_no_references
 from dataset.batches.items import NO_COMMANDS, CachingCommands, TrainingItem, group_items
 from dataset.batches.order import BatchOrder, split_validation
 from dataset.batches.reading import read_batch, stores_for
-from dataset.cache.form import list_shard_errors, other_form
+from dataset.cache.form import list_format_errors, list_shard_errors
 from dataset.cache.store import LatentNames, Stores, may_be_mixed, npz_names
 from dataset.cache_files import EMPTY
 from dataset.caching.audio import AudioWork, HearingFamily
-from dataset.caching.given import use_moments
 from dataset.caching.planning import Planning, Recipe, SourcePlan, plan_all
+from dataset.caching.precomputed import use_moments
 from dataset.caching.prefetch import SIZE_CHANGES, Failure, map_ahead, read_ahead, workers_of
 from dataset.caching.text_plans import caption_fitter, list_caption_files, plan_texts
-from dataset.config import DatasetConfig
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.forms.composing import form_of
 from dataset.options import CachingOptions, CheckPageOptions
 from dataset.sources.audio import list_silent
@@ -118,6 +118,7 @@ def print_check(
 
 
 def _print_lines(lines: Sequence[str]) -> None:
+    """Print lines, folded to the width of the terminal, with control codes made visible."""
     text = escape_control_codes("\n".join(lines))
     sys.stdout.write(fold(text, columns_of(sys.stdout)) + "\n")
 
@@ -178,9 +179,10 @@ def check_caching(
     identified = _identify(family, scope)
     stores = Stores(npz_names(family), skip_existing=skip_existing, verify=verify)
     recipe = _make_recipe(family, identified.media, stores, scope)
-    tables = []
     folders = TableFolders(config)
-    for table in config.datasets:
+
+    def check_table(table: DatasetTable) -> TableFindings:
+        """Return the findings of a table."""
         findings = find_table(config, table, folders)
         _check_form(findings, family, scope)
         if scope.media and findings.sources:
@@ -196,7 +198,9 @@ def check_caching(
         findings.title = f"{table.name}: {count_of(len(findings.sources), table.holds)}"
         if scope.media:
             findings.title += f", {count_of(findings.num_items, 'item')}"
-        tables.append(findings)
+        return findings
+
+    tables = [check_table(table) for table in config.datasets]
     sources = [source for findings in tables for source in findings.sources]
     log_lone_controls(sources)
     if scope.media:
@@ -220,6 +224,7 @@ def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, sc
     """
 
     def sections(table: MediaTable, frames: int) -> int | None:
+        """Return the number of sections that the family learns of an item; None if it is unknown."""
         # only the options of latent caching say how an image is divided into sections
         if table.kind == "image" and not scope.latents:
             return None
@@ -269,7 +274,7 @@ def _identify(family: Caches, scope: _Scope) -> _Identified:
 def _check_form(findings: TableFindings, family: Caches, scope: _Scope) -> None:
     """Add faults for folders whose caches are not in the cache_format of the table."""
     if (scope.latents or scope.texts) and may_be_mixed(findings.table):
-        lines = other_form(findings.table, family.cache_tag)
+        lines = list_format_errors(findings.table, family.cache_tag)
         findings.faults += [Fault("folders of caches are in the other form", line) for line in lines]
 
 
@@ -375,6 +380,7 @@ def _check_sources(findings: TableFindings, recipe: Recipe, workers: int) -> lis
 
 
 def _count_caches(plans: Sequence[SourcePlan]) -> str:
+    """Return a line with the numbers of valid and missing caches of latents."""
     num_valid = sum(len(plan.kept) for plan in plans)
     num_missing = sum(len(plan.missing or ()) for plan in plans)
     needs = count_words(num_missing, "items need encoding")

@@ -118,6 +118,7 @@ class TableFindings:
         return [self.title, *indent([*lines, *self.caches, *errors])]
 
     def _bucket_in_words(self, bucket: tuple[int, ...]) -> str:
+        """Describe the size of items, and their frames or references."""
         frames = f", {count_of(bucket[2], 'frame')}" if len(bucket) == 3 else references_in_words(bucket)
         if self.table.is_of_audio:
             return frames.removeprefix(", ")
@@ -434,6 +435,7 @@ def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str
 
 
 def _decode(path: Path, encoding: str) -> EncodingGuess | None:
+    """Return a caption file's text in an encoding; None if it is not in that encoding."""
     try:
         return EncodingGuess(encoding, read_content(path, MAX_CAPTION_BYTES).decode(encoding), is_sure=True)
     except (OSError, ValueError):

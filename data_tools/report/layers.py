@@ -23,8 +23,9 @@ def find_unusable_layers(plans: Sequence[SourcePlan], workers: int) -> Iterator[
 
 
 def _read_all(plan: SourcePlan) -> Failure | None:
+    """Return a failure if the layers of an image cannot be used."""
     try:
-        read_layers(plan.source, image_size(plan.source.path), place=_keep_corner)
+        read_layers(plan.source, image_size(plan.source.path), fit_image=_keep_corner)
     except MediaError as error:
         return Failure.of(plan.source, error)
     return None

@@ -126,6 +126,7 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     size: tuple[int, int] | None = None  # size of all frames, determined by the first frame
 
     def reduce(frame: Frame) -> Frame:
+        """Reduce a frame to the size at which measures are taken: that of the first frame."""
         nonlocal size
         if size is None:
             size = _select_measured_size(frame)
@@ -134,27 +135,36 @@ def measure(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
         return np.asarray(cv2.resize(frame, size, interpolation=cv2.INTER_AREA), np.uint8)
 
     sample = EvenFrames(reduce)
-    look = _look_over(source, fps, latent, sample.add)
-    has_companions = bool(source.control) or source.mask_from is not None
-    if has_companions and look.problem is None:
-        # decoded again as for caching, to check the control media and the mask
-        try:
-            decode_source(
-                source,
-                fps,
-                latent.pixel_step,
-                latent.lengths,
-                keeps_alpha=latent.keeps_alpha,
-                has_alpha=latent.has_alpha,
-            )
-        except (MediaError, DatasetError, OSError) as error:  # caching would reject it
-            look = replace(look, problem=str(error), lengths=(), none=None)
+    look = _collect_facts(source, fps, latent, sample.add)
+    if look.problem is None:
+        look = _check_companions(look, source, fps, latent)
     measures: Measures | None = None
     if look.problem is None and sample.frames:
         frames = select_evenly(sample.frames, MAX_FRAMES)
         measures = measure_frames(frames, source.table.kind == "video")
     # spans are left out, because there may be a million of these records
     return replace(look, measures=measures, spans=(), audio=_listen(source))
+
+
+def _check_companions(look: Look, source: MediaSource, fps: float, latent: LatentSpec) -> Look:
+    """Return the look with the problem that caching would have with control media or the mask, if any.
+
+    The source is decoded again, because only caching's own function reads it together with them.
+    """
+    if not source.control and source.mask_from is None:
+        return look
+    try:
+        decode_source(
+            source,
+            fps,
+            latent.pixel_step,
+            latent.lengths,
+            keeps_alpha=latent.keeps_alpha,
+            has_alpha=latent.has_alpha,
+        )
+    except (MediaError, DatasetError, OSError) as error:
+        return replace(look, problem=str(error), lengths=(), none=None)
+    return look
 
 
 def _select_measured_size(frame: Frame) -> tuple[int, int]:
@@ -174,11 +184,12 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
     height = sizes.clip_height if is_clip else sizes.image_height
 
     def reduce(frame: Frame) -> Frame:
+        """Scale a frame to the size of its thumbnail."""
         method = cv2.INTER_AREA if height < frame.shape[0] else cv2.INTER_CUBIC
         return _scale(frame, height, sizes.width, method)
 
     sample = EvenFrames(reduce)
-    look = _look_over(source, fps, latent, sample.add)
+    look = _collect_facts(source, fps, latent, sample.add)
     if sample.frames:
         name = escape_control_codes(source.path.name)
         strip = _join_frames(sample.frames, look.fit, sizes.width)
@@ -188,7 +199,7 @@ def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, 
             strip=embed_image(strip, name, sizes.width, quality=sizes.quality),
             small=embed_image(middle, name, SMALL, quality=70),
         )
-    return _with_audio(look, source, fps) if hears and look.used else look
+    return _add_audio(look, source, fps) if hears and look.used else look
 
 
 def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
@@ -198,7 +209,7 @@ def _scale(frame: Frame, height: int, max_width: int, method: int) -> Frame:
     return np.asarray(cv2.resize(frame, (width, height), interpolation=method), np.uint8)
 
 
-def _with_audio(look: Look, source: MediaSource, fps: float) -> Look:
+def _add_audio(look: Look, source: MediaSource, fps: float) -> Look:
     """Return the look with the audio of the used frames and a drawing of its waveform."""
     audio = _listen(source)
     wave: Markup | None = None
@@ -224,9 +235,9 @@ def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
 def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
     """Return the information in the header of a source; decode a clip whose header has no frame count."""
     try:
-        with fetch(source) as here:
-            plan = plan_source(here, fps, latent.pixel_step, latent.lengths)
-            info = video_info(here.path) if source.table.holds == "video" else None
+        with fetch(source) as local:
+            plan = plan_source(local, fps, latent.pixel_step, latent.lengths)
+            info = video_info(local.path) if source.table.holds == "video" else None
     except (MediaError, DatasetError, OSError) as error:
         return Look(problem=str(error))
     return Look(
@@ -241,21 +252,24 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
 
 def _listen(source: MediaSource) -> Heard | None:
+    """Return information about a clip's audio; None if it is not trained or cannot be read."""
     if is_heard(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
             return listen(source)
     return None
 
 
-def _look_over(source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None]) -> Look:
+def _collect_facts(
+    source: MediaSource, fps: float, latent: LatentSpec, use_frame: Callable[[Frame], None]
+) -> Look:
     """Pass each used frame of a source to `take`, at its own size; return what can be found out about it."""
     facts: dict[str, Any] = {"used": 0, "spans": ()}  # fields of `Look`; after an error, those known before
     try:
         if source.tensors is not None:  # the clip itself is not read and may be missing
             _read_tensors(source, latent, facts)
         else:
-            with fetch(source) as here:
-                _read_frames(here, fps, latent, take=take, facts=facts)
+            with fetch(source) as local:
+                _read_frames(local, fps, latent, use_frame=use_frame, facts=facts)
             _select_spans(source.table, latent, facts)
         facts["lengths"] = _count_lengths(facts["spans"])
     except (MediaError, DatasetError, OSError) as error:
@@ -273,7 +287,7 @@ def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]
     facts["fit"] = fit
     facts["frames"] = tensors.kept_frames
     facts["used"] = tensors.kept_frames
-    facts["bytes"] = _size_bytes(source)
+    facts["bytes"] = _read_file_size(source)
 
 
 def _select_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]) -> None:
@@ -288,11 +302,15 @@ def _select_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]
 
 
 def _read_frames(
-    source: MediaSource, fps: float, latent: LatentSpec, take: Callable[[Frame], None], facts: dict[str, Any]
+    source: MediaSource,
+    fps: float,
+    latent: LatentSpec,
+    use_frame: Callable[[Frame], None],
+    facts: dict[str, Any],
 ) -> None:
     """Pass the frames of a source on disk to `take`; add the facts to `facts`."""
     table = source.table
-    facts["bytes"] = _size_bytes(source)
+    facts["bytes"] = _read_file_size(source)
     if table.holds == "video":
         info = video_info(source.path)
         facts["fps"] = info.fps
@@ -305,16 +323,18 @@ def _read_frames(
             size = (frame.shape[1], frame.shape[0])
             facts["fit"] = fit_of(table, size, latent.pixel_step, source.path)
             facts["size"] = size
-        take(frame)
+        use_frame(frame)
         facts["used"] += 1
     facts["size_change"] = sizes.change
 
 
 def _count_lengths(spans: Sequence[Span]) -> tuple[tuple[int, int], ...]:
+    """Return pairs of length in frames and number of items, by length."""
     return tuple(sorted(Counter(length for _, length in spans).items()))
 
 
-def _size_bytes(source: MediaSource) -> int | None:
+def _read_file_size(source: MediaSource) -> int | None:
+    """Return the size of a source's file; None for a folder, or if it cannot be read."""
     try:
         path = source.path if source.tensors is None else source.tensors.moments
         return None if path.is_dir() else path.stat().st_size
@@ -328,7 +348,7 @@ class EvenFrames:
     def __init__(self, reduce: Callable[[Frame], Frame]) -> None:
         """Prepare to collect; `reduce` makes the small version of a frame, only for frames that are kept."""
         self.frames: list[Frame] = []
-        self._count = 0
+        self._num_seen = 0
         self._reduce = reduce
         self._step = 1
 
@@ -337,12 +357,12 @@ class EvenFrames:
 
         If too many frames are kept, the step is doubled, and every second kept frame is dropped.
         """
-        if self._count % self._step == 0:
+        if self._num_seen % self._step == 0:
             self.frames.append(self._reduce(frame))
             if len(self.frames) > 2 * MAX_FRAMES:
                 self.frames = self.frames[::2]
                 self._step *= 2
-        self._count += 1
+        self._num_seen += 1
 
 
 def select_evenly(items: Sequence[T], maximum: int) -> list[T]:
@@ -392,6 +412,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
 
 
 def _small_colors(frame: Frame) -> bytes:
+    """Return the colors of a frame reduced to a few pixels, to compare frames."""
     small = cv2.resize(frame, (COLOR_SIDE, COLOR_SIDE), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.uint8).tobytes()
 
@@ -421,10 +442,10 @@ def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) ->
         return ()
     names = [escape_control_codes(path.name) for path in source.control]
     try:
-        with fetch(source) as here:
+        with fetch(source) as local:
             return [
                 _show_reference(source.table, path, name, image=image, sizes=sizes)
-                for path, name in zip(here.control, names, strict=True)
+                for path, name in zip(local.control, names, strict=True)
             ]
     except MediaError as error:  # a download
         return [ShownReference(name, text=str(error), is_bad=True) for name in names]

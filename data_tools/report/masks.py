@@ -86,7 +86,7 @@ def _measure(plan: SourcePlan, latent: LatentSpec) -> MaskShare | None:
             step = ceil_div(num_frames, SHOWN_FRAMES)  # every step-th frame is read
             frames = itertools.islice(reading.video_frames(source.mask, alpha=True), 0, None, step)
             num_read = ceil_div(num_frames, step)
-            mask = read_moving(source.mask, frames, place=resize, size=size, num_frames=num_read)
+            mask = read_moving(source.mask, frames, fit_image=resize, size=size, num_frames=num_read)
     except (MediaError, OSError):
         return None
     _, height_stride, width_stride = latent.stride

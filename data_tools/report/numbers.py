@@ -112,6 +112,7 @@ def _list_measured(tables: Sequence[TableFindings], flag: str) -> list[str]:
 
 
 def _list_looks(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, MediaSource, Look]]:
+    """List (table, source, look) for all sources that were looked at."""
     looks = []
     for findings in tables:
         for source, look in zip(findings.sources, findings.looks, strict=False):
@@ -120,6 +121,7 @@ def _list_looks(tables: Sequence[TableFindings]) -> list[tuple[TableFindings, Me
 
 
 def _with_reason(tables: Sequence[TableFindings], name: str) -> list[Numbers]:
+    """List the sources whose look has a reason in attribute `name`."""
     return [
         {"path": str(source.path), "reason": getattr(look, name), "table": findings.table.index + 1}
         for findings, source, look in _list_looks(tables)
@@ -130,6 +132,7 @@ def _with_reason(tables: Sequence[TableFindings], name: str) -> list[Numbers]:
 def _list_texts(
     tables: Sequence[TableFindings], name: str, is_listed: Callable[[Fault], bool]
 ) -> list[Numbers]:
+    """List the selected findings of all tables; `name` is faults or remarks."""
     return [
         {"kind": error.kind, "text": error.text, "table": findings.table.index + 1}
         for findings in tables
@@ -148,6 +151,7 @@ def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
 
 
 def _items_per_epoch(findings: TableFindings) -> int:
+    """Return how many items of a table an epoch trains on; none of a validation table."""
     if findings.table.validation:
         return 0
     return round(findings.num_items * findings.table.num_repeats * findings.times)
@@ -257,6 +261,7 @@ def _count_audio(looks: Sequence[Look]) -> Numbers:
 
 
 def _make_distribution(name: str, values: Sequence[float]) -> Numbers:
+    """Return the summary and the histogram of values."""
     return {name: summarize(values), "histogram": count_bins(values)}
 
 
@@ -323,6 +328,7 @@ def _select_bin_width(minimum: float, are_integers: bool) -> float:
 
 
 def _plain(value: float) -> float | int:
+    """Return a number as JSON shows it best: rounded, and without ".0"."""
     number = round(float(value), DIGITS)
     return int(number) if number == int(number) else number
 
@@ -383,6 +389,7 @@ class _CaptionCounts:
             paths.setdefault(Path(path).absolute(), path)
 
     def _count_trigger(self, trigger: str | None, caption: str) -> None:
+        """Count a caption for its trigger word, and whether it has the word."""
         if trigger:
             self.triggers[trigger] += 1
             is_present = re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption) is not None

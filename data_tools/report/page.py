@@ -27,15 +27,16 @@ logger = logging.getLogger(__name__)
 TEMPLATE = Path(__file__).resolve().parent / "report.html"
 CHECK_STRIP = StripSize(clip_height=104, image_height=240, width=1180, quality=80)
 REPORT_STRIP = StripSize(clip_height=120, image_height=260, width=660, quality=78)
+# limits of what is shown, so that the page of a large dataset can still be opened
 MAX_CHARACTERS = 20_000  # of a caption
-MAX_LOST = 1000  # of what no encoder reads
-MAX_SPANS = 120  # of one length in the drawing of a clip
-MAX_BUCKETS = 60  # sizes of a table
-MAX_OUTLINES = 40  # different sizes that are drawn in a bucket
-MARGIN = 3  # percent of the drawing
-# lines of a list, rows of sizes and rates, groups of near copies, files in one
+MAX_LOST = 1000  # characters of a part of a caption that no encoder reads
+MAX_SPANS = 120  # spans of one length in the drawing of a clip
+MAX_BUCKETS = 60  # buckets of a table whose drawings are shown
+MAX_OUTLINES = 40  # outlines of different sizes in the drawing of a bucket
+MARGIN = 3  # around the outlines of a drawing, in percent of its longer side
+# for the template: lines of a list, rows of sizes and rates, groups of near duplicates, files of a group
 LIMITS = {"max_lines": 200, "max_rows": 7, "max_groups": 60, "max_in_group": 12}
-FILTERS = (
+FILTERS = (  # (class of cards, label of the button that shows only these)
     ("faulty", "with faults"),
     ("told", "with remarks"),
     ("copy", "near-duplicates"),
@@ -59,7 +60,7 @@ class Card:
     remarks: Sequence[str]
     counts: Sequence[tuple[str, TokenCount]]  # of the first caption
     texts: Sequence[Sequence[CaptionPart]]  # the captions as each group of encoders reads them
-    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # of `_windows`
+    windows: Sequence[tuple[int, Sequence[tuple[float, float]], int]]  # of `_place_spans`
     marks: Sequence[str]  # classes by which the page filters
     references: Sequence[ShownReference]  # of an image; empty for clips
 
@@ -86,7 +87,8 @@ def write_check_page(
     cards = _make_cards(tables, maximum, workers, drawing)
     num_files = sum(len(findings.sources) for findings in tables)
     sections = [
-        (findings, _describe(findings.table), _cards_of(cards, findings.table)) for findings in tables
+        (findings, _describe_settings(findings.table), _select_cards(cards, findings.table))
+        for findings in tables
     ]
     values = {"result": result, "sections": sections, "files": num_files}
     title = f"{config.path.name}: {count_of(num_files, 'file')} checked"
@@ -115,20 +117,21 @@ def write_report_page(
     sections = []  # of the template: numbers, drawings, number of drawings left out, and cards of a table
     for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
         drawings, num_not_drawn = _draw_table(table_numbers, findings)
-        cards_of_table = _cards_of(cards, findings.table)
+        cards_of_table = _select_cards(cards, findings.table)
         sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
     values = {
         "result": None,
         "report": numbers,
         "sections": sections,
         "links": {str(card.source.path): card for card in cards},
-        "number": _number,
+        "number": _format_number,
         "in_words": in_words,
     }
     _write_page(path, config.path.name, values, cards=cards, fps=options.fps)
 
 
-def _cards_of(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
+def _select_cards(cards: Sequence[Card], table: DatasetTable) -> list[Card]:
+    """Return the cards of a table's sources."""
     return [card for card in cards if card.source.table is table]
 
 
@@ -185,6 +188,7 @@ class _CardPlace:
 
     @property
     def source(self) -> MediaSource:
+        """The source of the card."""
         return self.findings.sources[self.index]
 
 
@@ -214,7 +218,7 @@ def _make_cards(
     )
     cards = []
     for _, card in read:
-        assert not isinstance(card, Failure)  # the card shows what cannot be read
+        assert not isinstance(card, Failure)  # an error is not raised: the card shows it
         cards.append(card)
     return cards
 
@@ -253,7 +257,7 @@ def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
         remarks=warnings,
         counts=counts[0] if counts else [],
         texts=texts,
-        windows=_windows(look),
+        windows=_place_spans(look),
         marks=[mark for mark in is_marked if is_marked[mark]],
         references=show_references(source, look.fit, drawing.sizes),
     )
@@ -299,9 +303,9 @@ def caption_segments(caption: str, counts: Sequence[tuple[str, TokenCount]]) -> 
 
 def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[CaptionPart]:
     """Split a text at each point where one of its encoders stops reading."""
-    places = sorted({0, len(text), *(count.num_read for _, count in readers)})
+    ends = sorted({0, len(text), *(count.num_read for _, count in readers)})
     segments = []
-    for start, end in zip(places, places[1:], strict=False):
+    for start, end in zip(ends, ends[1:], strict=False):
         unread = tuple(name for name, count in readers if count.num_read <= start)
         is_lost = len(unread) == len(readers)
         shown = _shorten(text[start:end], MAX_LOST if is_lost else MAX_CHARACTERS)
@@ -310,23 +314,24 @@ def _split_text(text: str, readers: Sequence[tuple[str, TokenCount]]) -> list[Ca
 
 
 def _shorten(text: str, maximum: int) -> str:
-    return (
-        text
-        if len(text) <= maximum
-        else f"{text[:maximum]} [... and {len(text) - maximum:,} more characters]"
-    )
+    """Return at most `maximum` characters of a text, and how many are left out."""
+    if len(text) <= maximum:
+        return text
+    return f"{text[:maximum]} [... and {len(text) - maximum:,} more characters]"
 
 
-def _windows(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
+def _place_spans(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
     """Return (length, [(start, width)], count) of the spans, in percent of the used frames."""
     by_length: dict[int, list[tuple[float, float]]] = {}
     for start, length in look.spans:
-        place = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
-        by_length.setdefault(length, []).append(place)
-    return [(length, places[:MAX_SPANS], len(places)) for length, places in sorted(by_length.items())]
+        position = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
+        by_length.setdefault(length, []).append(position)
+    return [
+        (length, positions[:MAX_SPANS], len(positions)) for length, positions in sorted(by_length.items())
+    ]
 
 
-def _describe(table: DatasetTable) -> str:
+def _describe_settings(table: DatasetTable) -> str:
     """Return the settings of a table in one line."""
     width, height = table.resolution
     buckets = "buckets" if table.enable_bucket else "one size"
@@ -388,5 +393,6 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
     }
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
+    """Return a number with separators of thousands, or with three digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -38,9 +38,9 @@ from protocols.rules import ReferenceRules
 
 logger = logging.getLogger(__name__)
 
-NAMED = 10  # faults of one kind in the log
-# latent channels and strides by (--pixel_step, --frame_step): Wan2.2 TI2V-5B and LTX-2; USUAL for all
-# others
+MAX_NAMED = 10  # faults of one kind in the log
+# latent channels and strides by (--pixel_step, --frame_step): of Wan2.2 TI2V-5B and LTX-2; all other models
+# have DEFAULT
 LATENTS: Mapping[tuple[int, int], tuple[int, tuple[int, int, int]]] = {
     (32, 4): (48, (4, 16, 16)),
     (32, 8): (128, (8, 32, 32)),
@@ -85,7 +85,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     if options.files:
         numbers["files"] = list_files(tables, options.fps, latent, workers)
     if errors:
-        text = "\n  ".join(list_errors(errors, NAMED))
+        text = "\n  ".join(list_errors(errors, MAX_NAMED))
         logger.warning("Faults were found:\n  %s", escape_control_codes(text))
     if options.output is not None:
         write_report_page(
@@ -118,6 +118,7 @@ def _select_latents(options: ReportOptions) -> LatentSpec:
 
 
 def _write_json(path: Path, numbers: Numbers, prints: bool) -> None:
+    """Write the report's numbers to a file, or print them."""
     # ASCII, so that no text from outside reaches a terminal unescaped
     text = json.dumps(numbers, indent=2) + "\n"
     if prints:
@@ -134,7 +135,7 @@ def _find_warnings(sources: Sequence[MediaSource], fps: float) -> list[Fault]:
     """
     remarks = find_other_lengths(sources, fps) + find_reordered(sources)
     for remark in find_colors(sources):
-        # a card shows only the text
+        # the page shows only the text of a warning, so the kind is added to it
         remarks.append(replace(remark, text=f"{remark.text} ({remark.kind})"))
     return remarks
 
@@ -160,6 +161,7 @@ def _measure_table(
         return findings
 
     def read(source: MediaSource) -> Look:
+        """Read the header of a source, or measure it, as the options ask."""
         remote_paths = (path for path, origin in source.parts if isinstance(origin, Remote))
         if options.no_download and not all(path.exists() for path in remote_paths):
             raise MediaError("not downloaded yet; caching does that")
@@ -196,12 +198,12 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
     for length, count in look.lengths:
         bucket = look.fit.bucket if is_image else (*look.fit.bucket, length)
         findings.buckets[bucket] += count
-    for kind, remark in _warnings_of(look).items():
+    for kind, remark in _list_warnings(look).items():
         if remark is not None:
             findings.remarks.append(Fault(kind, remark, source.stem))
 
 
-def _warnings_of(look: Look) -> dict[str, str | None]:
+def _list_warnings(look: Look) -> dict[str, str | None]:
     """Return the warnings about a source by their kind; None for kinds that do not apply."""
     remarks = {
         "give no item": look.none,
@@ -333,6 +335,7 @@ def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
 
 
 def _read_colors(measures: Sequence[Measures]) -> _Colors:
+    """Stack the colors of measured sources, to compare all at once."""
     num_frames = len(measures[0].hashes)
     images = np.frombuffer(b"".join(measured.colors for measured in measures), np.uint8)
     is_flat = np.array([measured.is_flat for measured in measures])
@@ -369,6 +372,7 @@ class _Centered(NamedTuple):
 
 
 def _center(pictures: NDArray[np.float32]) -> _Centered:
+    """Return images without their mean brightness, which does not tell images apart."""
     mean = pictures.mean(axis=(1, 2))
     centered = pictures - mean[:, None, None]
     return _Centered(centered, mean, power=np.square(centered).mean(axis=(1, 2)))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_tools.report.looks import select_evenly
 from dataset.batches.order import changed_caption
 from dataset.caching.prefetch import CacheReport, Failure, read_ahead
-from dataset.config import DatasetConfig
+from dataset.config import DatasetConfig, DatasetTable
 from dataset.listing import find_sources
 from dataset.options import COLOURS, DebugOptions
 from dataset.sources.decoding import DecodedMedia, decode_source
@@ -42,11 +42,12 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
     latent = family.latent
     fps = family.defaults.fps
     folder = config.path.absolute().parent / "debug_views"
-    display = _select_way(debug, folder)
+    display = _select_display(debug, folder)
     failures: list[Failure] = []
     dropped: list[Failure] = []
 
     def decode(source: MediaSource) -> DecodedMedia:
+        """Decode a source as caching does."""
         # a randomly changed image is shown in one of its variants
         return decode_source(
             source,
@@ -71,8 +72,11 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                 return answer
         return NEXT
 
-    for table in config.datasets:
-        logger.info("%s", table.name)
+    def show_table(table: DatasetTable) -> str:
+        """Show the items of a table, until the user or the limit of the console ends it.
+
+        Returns the last answer.
+        """
         num_left = debug.console_num_images if display == "console" else None
         sources = find_sources(table)
         ahead = read_ahead(
@@ -91,16 +95,23 @@ def show_datasets(family: Described, config: DatasetConfig, debug: DebugOptions,
                 if result.reason is not None:
                     dropped.append(Failure.of(source, result.reason))
                 answer = show_items(result, num_left)
-                if answer == QUIT:
-                    return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
+                if answer != NEXT:
+                    return answer
                 if num_left is not None:
                     num_left -= len(result.spans)
-                if answer == NEXT_DATASET or (num_left is not None and num_left <= 0):
-                    break
+                    if num_left <= 0:
+                        break
+        return NEXT
+
+    for table in config.datasets:
+        logger.info("%s", table.name)
+        if show_table(table) == QUIT:
+            break
     return CacheReport(failures=tuple(failures), dropped=tuple(dropped))
 
 
 def _log_item(media: DecodedMedia, span: Span) -> None:
+    """Print an item as training sees it: name, size and caption."""
     width, height = media.bucket
     size = f"{media.size[0]}x{media.size[1]}"
     frames = f"{span[1]} frames of " if media.source.table.kind == "video" else ""
@@ -108,15 +119,15 @@ def _log_item(media: DecodedMedia, span: Span) -> None:
     logger.info("%s, %s%dx%d from %s: %s", media.key(span), frames, width, height, size, caption)
 
 
-def _select_way(debug: DebugOptions, folder: Path) -> str:
-    """Return the function that shows items, and log where they are shown."""
+def _select_display(debug: DebugOptions, folder: Path) -> str:
+    """Return how items are shown, a value of --debug_mode or WINDOW, and log where they are shown."""
     if debug.debug_mode == "video":
         logger.info("writing clips to %s", folder)
     if debug.debug_mode != "image":
         return str(debug.debug_mode)
     reason = "this machine has no display"
     try:
-        # the headless build cannot open a window, and without a display OpenCV aborts
+        # without a display OpenCV would abort the program; its headless build raises an error
         if not sys.platform.startswith("linux") or has_display():
             cv2.namedWindow("dataset")
             logger.info("keys in the window: d for the next dataset, q to quit, any other for the next item")
@@ -130,18 +141,18 @@ def _select_way(debug: DebugOptions, folder: Path) -> str:
     return "image"
 
 
-def _show(way: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
+def _show(display: str, file: Path, frames: NDArray[np.uint8], fps: float, debug: DebugOptions) -> str:
     """Show frames F H W 3 of an item; return the user's answer.
 
     `file` is the path without suffix.
     """
-    if way == "console":
+    if display == "console":
         image = sheet(frames, CONSOLE_FRAMES)
         sys.stdout.write(colored_text(image, debug.console_width, debug.console_back))
         sys.stdout.flush()
-    elif way == "video" and len(frames) > 1:
+    elif display == "video" and len(frames) > 1:
         write_video(file.with_name(f"{file.name}.mp4"), frames, fps)
-    elif way == WINDOW:
+    elif display == WINDOW:
         image = sheet(frames)
         scale = min(1.0, WINDOW_WIDTH / image.shape[1])
         if scale < 1:
@@ -162,6 +173,7 @@ def _caption(source: MediaSource) -> str:
 
 
 def _make_rng(source: MediaSource) -> random.Random:
+    """Return a random source that shows the same variant of an image each time."""
     return random.Random(derive_seed(0, source.stem))
 
 
@@ -207,17 +219,19 @@ def colored_text(frame: Frame, columns: int, background: str | None) -> str:
 
 
 def _half_blocks(above: NDArray[np.uint8], below: NDArray[np.uint8]) -> str:
+    """Return a character that shows two pixels in a terminal, one above the other."""
     return f"\033[38;2;{_rgb(above)};48;2;{_rgb(below)}m▀"
 
 
-def _shade_pixel(pixel: NDArray[np.uint8], back: int) -> str:
+def _shade_pixel(pixel: NDArray[np.uint8], background_code: int) -> str:
     """Return a pixel as a character of SHADES in its color.
 
     `back` is the terminal code of the background.
     """
     shade = SHADES[int(pixel.mean()) * len(SHADES) // 256]
-    return f"\033[{back};38;2;{_rgb(pixel)}m{shade}"
+    return f"\033[{background_code};38;2;{_rgb(pixel)}m{shade}"
 
 
 def _rgb(pixel: NDArray[np.uint8]) -> str:
+    """Return a color as the terminal's codes take it."""
     return ";".join(str(int(value)) for value in pixel)

@@ -10,7 +10,7 @@ from modules.text_files import bad_character, parse_json, read_text
 
 TABLE, MAPPING = "selected_tags.csv", "tag_mapping.json"
 RATING, GENERAL, CHARACTER, QUALITY = "rating", "general", "character", "quality"
-# numbers of categories in the table, which are those of Danbooru, and 9
+# numbers of the categories in the table: those of Danbooru, and 9, which the taggers' makers added
 _BY_NUMBER = {
     "0": GENERAL,
     "1": "artist",
@@ -89,6 +89,7 @@ def _read_mapping(text: str) -> tuple[Label, ...]:
 
 
 def _make_label(name: object, category: str) -> Label:
+    """Return a label of a tag. Raises ValueError if the name could not be written as a tag in a caption."""
     if not isinstance(name, str) or not name.strip() or bad_character(name) or len(name.splitlines()) > 1:
         raise ValueError(f"{name!r} is not a tag")
     return Label(name, category)

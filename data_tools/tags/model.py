@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_tools.captions.asking import Answers, Look, NoCaptionError, Shown, answer_in_batches
-from data_tools.captions.places import CaptionPlace
+from data_tools.captions.places import CaptionLocation
 from data_tools.tags.labels import MAPPING, Label, has_mapping, read_labels
 from data_tools.tags.options import MODEL_FOLDER
 from data_tools.tags.words import TagChoice
@@ -43,12 +43,13 @@ class Tagger:
     max_frames: int
 
     def answerer(self, choice: TagChoice, separator: str) -> Any:
-        """Return the function that answers with a file's tags, joined by a separator."""
+        """Return the function that answers with the tags of each location, joined by a separator."""
 
-        def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
+        def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
+            """Yield the tags of each location."""
             yield from answer_in_batches(
-                places,
-                lambda place: tuple(map(self.fit, look(place))),
+                locations,
+                lambda location: tuple(map(self.fit, look(location))),
                 batch_size=self.batch_size,
                 item_bytes=3 * self.side**2 * self.max_frames,
                 answer_batch=lambda batch: self._answer_batch(batch, choice, separator),
@@ -58,21 +59,24 @@ class Tagger:
 
     def _answer_batch(
         self, batch: Sequence[Shown], choice: TagChoice, separator: str
-    ) -> list[tuple[CaptionPlace, str | Exception]]:
-        """Return the tags of each place, joined over its frames, or an error if no tag is probable enough."""
+    ) -> list[tuple[CaptionLocation, str | Exception]]:
+        """Return the tags of each location, or an error if no tag is probable enough.
+
+        The probabilities of a clip's frames are joined before tags are chosen.
+        """
         frames = [frame for _, shown in batch for frame in shown]
         probabilities = self.probabilities(frames)
-        answers: list[tuple[CaptionPlace, str | Exception]] = []
+        answers: list[tuple[CaptionLocation, str | Exception]] = []
         start = 0
-        for place, shown in batch:
+        for location, shown in batch:
             of_frames = probabilities[start : start + len(shown)]
             start += len(shown)
             joined = of_frames.mean(axis=0) if self.joins_by_mean else of_frames.max(axis=0)
             tags = choice.choose(self.labels, joined.tolist())
             if tags:
-                answers.append((place, separator.join(tags)))
+                answers.append((location, separator.join(tags)))
             else:
-                answers.append((place, NoCaptionError("no tag is as probable as --thresh asks")))
+                answers.append((location, NoCaptionError("no tag is as probable as --thresh asks")))
         return answers
 
     def probabilities(self, frames: Sequence[Frame]) -> Numbers:
@@ -87,7 +91,7 @@ class Tagger:
         for start in range(0, len(frames), size):
             images = [self.as_input(frame) for frame in frames[start : start + size]]
             count = len(images)
-            if self.fixed_batch is not None:
+            if self.fixed_batch is not None:  # the network takes no smaller batch: fill the last one up
                 images += [images[-1]] * (size - count)
             parts.append(self._run(np.stack(images))[:count])
         return np.concatenate(parts)
@@ -96,7 +100,7 @@ class Tagger:
         """Return a frame, H W 3 RGB, in the middle of a white square of the network's size: S S 3 BGR."""
         height, width = frame.shape[:2]
         side = max(height, width)
-        if side * side > MAX_PIXELS:  # a strip, whose square would take gigabytes: reduce it first
+        if side * side > MAX_PIXELS:  # the square of a long strip would take gigabytes: reduce it first
             scale = self.side / side
             height = max(1, round(height * scale))
             width = max(1, round(width * scale))
@@ -124,7 +128,11 @@ class Tagger:
         return numbers.transpose(2, 0, 1) if self.is_channels_first else numbers
 
     def _run(self, pictures: Numbers) -> Numbers:
-        """Return the probability of each tag for each image."""
+        """Return the probability of each tag for each image, B T; NaN becomes 0.
+
+        Raises:
+            CheckpointError: If the network has another number of tags than the list.
+        """
         output = self.model.run(pictures)[0]
         if output.shape != (len(pictures), len(self.labels)):
             raise CheckpointError(
@@ -139,7 +147,14 @@ class Tagger:
 def load_tagger(
     folder: Path, batch_size: int, joins_by_mean: bool, max_frames: int, option: str = "--model_dir"
 ) -> Tagger:
-    """Load the tagger in a folder, which `option` names.
+    """Load a tagger.
+
+    Args:
+        folder: Folder of its files.
+        batch_size: Number of images that it sees at a time, if the model takes any number.
+        joins_by_mean: Whether a clip's probability of a tag is the mean of its frames, else the highest.
+        max_frames: Number of frames of a clip that are tagged at most, to plan memory.
+        option: Option that names the folder, for messages.
 
     Raises:
         CheckpointError: If the folder has no model file, or if the model is not a tagger.

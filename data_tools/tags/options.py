@@ -113,6 +113,7 @@ class TaggingOptions(WritingOptions, title="what to do"):
 
 
 def _check_words(name: str, text: str) -> None:
+    """Raise OptionError if the value of an option could not stand in one line of a caption."""
     character = bad_character(text)
     if character is not None:
         raise OptionError(f"--{name} holds {character}: set the terminal to UTF-8")

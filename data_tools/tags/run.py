@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_tools.captions.asking import Answerer, Answers, Look
-from data_tools.captions.places import EXTENSION, CaptionPlace, WhichCaptions
+from data_tools.captions.places import EXTENSION, CaptionLocation, WhichCaptions
 from data_tools.captions.run import CaptionMaker, look_at, try_captions, write_captions
 from data_tools.folder_dataset import make_folder_dataset
 from data_tools.tags.labels import has_mapping
@@ -27,7 +27,7 @@ MAX_PIXELS = 4096**2  # of a frame that is looked at
 
 
 def tag_folder(options: TaggingOptions) -> None:
-    """Write tags as captions.
+    """Write tags as captions, or print those of a few files with --try_on.
 
     Raises:
         UserError: If something is unusable, or files got no tags.
@@ -39,6 +39,7 @@ def tag_folder(options: TaggingOptions) -> None:
     choice = read_choice(options, sorts=has_mapping(options.tagger.model_dir))
 
     def load() -> Answerer:
+        """Load the tagger and return the function that answers with its tags."""
         tagger = options.tagger
         loaded = load_tagger(
             tagger.model_dir,
@@ -48,30 +49,31 @@ def tag_folder(options: TaggingOptions) -> None:
         )
         return _counted(loaded.answerer(choice, separator), separator, found)
 
-    def finish(place: CaptionPlace, answer: str) -> str:
-        if not options.append_tags or not place.caption:
+    def finish(location: CaptionLocation, answer: str) -> str:
+        """Return the caption to write: the tags, with --append_tags behind the caption that is there."""
+        if not options.append_tags or not location.caption:
             return answer
-        if read_if_object(place.caption) is not None:
+        if read_if_object(location.caption) is not None:
             raise OptionError(
-                f"{place.media}: its caption is a JSON object, which --append_tags would break. Tag a folder "
-                "without such captions, or write them with tools/caption_dataset.py --caption_format"
+                f"{location.media}: its caption is a JSON object, which --append_tags would break. Tag a "
+                "folder without such captions, or write them with tools/caption_dataset.py --caption_format"
             )
         tags = answer.split(separator)
-        if place.source.table.multi_caption:
-            lines = filter(str.strip, place.caption.splitlines())
+        if location.source.table.multi_caption:  # each line is a caption of its own
+            lines = filter(str.strip, location.caption.splitlines())
             return "\n".join(extend_caption(line, tags, separator) for line in lines)
-        return extend_caption(place.caption, tags, separator)
+        return extend_caption(location.caption, tags, separator)
 
     maker = CaptionMaker(
         name=str(options.tagger.model_dir),
-        pass_id=_pass_of(options),
+        pass_id=_make_pass_id(options),
         rewritten=WhichCaptions(
             ours=options.overwrite,
             all=options.overwrite_all or options.append_tags,
             empty=options.fill_empty,
         ),
         load=load,
-        look=lambda place: look_at(place, options.tagger.num_frames, MAX_PIXELS),
+        look=lambda location: look_at(location, options.tagger.num_frames, MAX_PIXELS),
         finish=finish,
     )
     try:
@@ -88,22 +90,23 @@ def tag_folder(options: TaggingOptions) -> None:
 def _counted(answerer: Answerer, separator: str, found: Counter[str]) -> Answerer:
     """Wrap an answerer so that the tags in its answers are counted in `found`."""
 
-    def answer(places: Sequence[CaptionPlace], look: Look) -> Answers:
-        with contextlib.closing(answerer(places, look)) as answers:
-            for place, text in answers:
+    def answer(locations: Sequence[CaptionLocation], look: Look) -> Answers:
+        """Yield the answers, and count the tags in each."""
+        with contextlib.closing(answerer(locations, look)) as answers:
+            for location, text in answers:
                 if isinstance(text, str):
                     found.update(text.split(separator))
-                yield place, text
+                yield location, text
 
     return answer
 
 
-def _pass_of(options: TaggingOptions) -> str:
-    """Return a text that identifies runs which would write the same tags."""
+def _make_pass_id(options: TaggingOptions) -> str:
+    """Return an id that is equal for runs which write the same tags, so that one continues another."""
     records = (options.tagger, options.thresholds, options.words)
     info = [dataclasses.asdict(record) for record in records]
     info.append({"overwrite_all": options.overwrite_all, "append_tags": options.append_tags})
-    info[0].pop("batch_size")
+    info[0].pop("batch_size")  # it changes only the speed
     return hashlib.sha256(json.dumps(info, default=str).encode("utf-8")).hexdigest()
 
 

@@ -19,7 +19,7 @@ class TagChoice:
     """Which tags are written, and how."""
 
     thresholds: Mapping[str, float]  # least probability by category
-    places: Mapping[str, str | None]  # of rating and quality: first, last or None, not at all
+    ends: Mapping[str, str | None]  # where rating and quality stand: "first", "last" or None: nowhere
     undesired: frozenset[str]
     replacements: Mapping[str, str]
     removes_underscores: bool
@@ -32,8 +32,23 @@ class TagChoice:
         """Return the tags of an image in order, each once, from the probability of each label.
 
         Tags whose probability reaches the threshold of their category are selected. The categories in
-        `self.places`, rating and quality, instead give their most probable tag, or none.
+        `self.ends`, rating and quality, instead give their most probable tag, or none.
         """
+        tags = self._choose_above_thresholds(labels, probabilities)
+        for category, end in self.ends.items():
+            of_category = [index for index, label in enumerate(labels) if label.category == category]
+            if end is None or not of_category:
+                continue
+            best = max(of_category, key=lambda index: probabilities[index])
+            spelled = self._spell(labels[best])
+            tags = [*spelled, *tags] if end == "first" else [*tags, *spelled]
+
+        tags = list(dict.fromkeys(tag for tag in tags if tag not in self.undesired))
+        front = [tag for tag in self.always_first if tag in tags]
+        return [*front, *(tag for tag in tags if tag not in front)]
+
+    def _choose_above_thresholds(self, labels: Sequence[Label], probabilities: Sequence[float]) -> list[str]:
+        """Return the tags whose probability reaches the threshold of their category, in order."""
         order = list(range(len(labels)))
         if self.sorts:
             order.sort(key=lambda index: -probabilities[index])
@@ -41,22 +56,12 @@ class TagChoice:
         general: list[str] = []
         for index in order:
             label = labels[index]
-            if label.category in self.places or probabilities[index] < self.thresholds[label.category]:
+            if label.category in self.ends or probabilities[index] < self.thresholds[label.category]:
                 continue
             is_first = self.characters_first and label.category == CHARACTER
             tags = characters if is_first else general
             tags += self._spell(label)
-        tags = [*characters, *general]
-        for category, end in self.places.items():
-            of_category = [index for index in order if labels[index].category == category]
-            if end is None or not of_category:
-                continue
-            best = max(of_category, key=lambda index: probabilities[index])
-            spelled = self._spell(labels[best])
-            tags = [*spelled, *tags] if end == "first" else [*tags, *spelled]
-        tags = list(dict.fromkeys(tag for tag in tags if tag not in self.undesired))
-        front = [tag for tag in self.always_first if tag in tags]
-        return [*front, *(tag for tag in tags if tag not in front)]
+        return [*characters, *general]
 
     def _spell(self, label: Label) -> list[str]:
         """Return a label as it is written: one tag, or name and series; none if it is undesired."""
@@ -88,13 +93,13 @@ def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
     for category in CATEGORIES - {RATING, QUALITY}:
         value = getattr(limits, f"{category}_threshold")
         thresholds[category] = limits.thresh if value is None else value
-    places = {
-        QUALITY: _place(limits.use_quality_tags, limits.use_quality_tags_as_last_tag),
-        RATING: _place(limits.use_rating_tags, limits.use_rating_tags_as_last_tag),
+    ends = {
+        QUALITY: _choose_end(limits.use_quality_tags, limits.use_quality_tags_as_last_tag),
+        RATING: _choose_end(limits.use_rating_tags, limits.use_rating_tags_as_last_tag),
     }
     return TagChoice(
         thresholds=thresholds,
-        places=places,
+        ends=ends,
         undesired=frozenset(split_tags(limits.undesired_tags, separator)),
         replacements=_read_replacements(words.tag_replacement),
         removes_underscores=words.remove_underscore,
@@ -105,7 +110,8 @@ def read_choice(options: TaggingOptions, sorts: bool) -> TagChoice:
     )
 
 
-def _place(is_first: bool, is_last: bool) -> str | None:
+def _choose_end(is_first: bool, is_last: bool) -> str | None:
+    """Return the end of the text at which a category's tag is written, or None if it is not written."""
     if is_first:
         return "first"
     return "last" if is_last else None

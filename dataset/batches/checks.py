@@ -80,7 +80,7 @@ def check_channels(
 
 
 def other_space(channels: int, latent: data.LatentSpec) -> str:
-    """Return the message about latents with another number of channels than the model has."""
+    """Explain that latents have a different number of channels than the model's latents."""
     return (
         f"its latents have {channels} channels, this model's have {latent.channels}: they were encoded with "
         "the VAE of another model"
@@ -92,20 +92,25 @@ def text_errors(
 ) -> Iterator[str]:
     """Yield how the table or the caption file has changed since a caption was encoded.
 
-    `number` is the index of the caption. `is_shared` says that another program may have made the cache, which
-    then has no record.
+    Args:
+        item: Training item with the caption.
+        number: Index of the caption among the item's captions.
+        records: Record of each text encoder's part in the text cache, by encoder name.
+        is_shared: Whether another program may have made the cache, which then has no record.
+        checks: Checks of the run; a file is compared once.
     """
     table = item.table
     defaults = {**defaults_of(TEXTS), "captions": 1}
     settings = {**defaults, **table.changed(TEXTS), "captions": item.captions}
     if any(record.references for record in records.values()):
+        # the text encoder saw reference images, so the keys that change their look count as well
         settings |= table.seen_settings(item.bucket[:2])
     recorded = [record.settings for record in records.values()]
     if not recorded and not is_shared:
         recorded = [{}]  # a file without a record was made with default keys (early versions), or by hand
     for recorded_settings in recorded:
-        now = {**settings, **_sight_now(item, recorded_settings)}
-        changed = difference({**defaults, **recorded_settings}, now)
+        current = {**settings, **_current_sight(item, recorded_settings)}
+        changed = difference({**defaults, **recorded_settings}, current)
         if changed is not None:
             yield f"{changed} in {table.name}"
     yield from _find_seen_reference_errors(item, records)
@@ -118,27 +123,33 @@ def text_errors(
         file = checks.changed_file(folders, record.references)
         if file is not None:
             yield f"{file} has changed since its encoder saw it"
-        if record.file is None:
-            continue
-        path = table.directory / record.file.name
-        text = read_caption(path)
-        # a slice, because the file may have fewer captions than when it was cached
-        if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
-            continue
-        if stamp_of(path)[1] <= checks.started_ns:  # an edit during the run is not an error
-            yield f"made from the caption {record.caption!r}, which now is {text!r}"
+        if record.file is not None:
+            yield from _find_caption_change(table, table.directory / record.file.name, number, record, checks)
 
 
-def _sight_now(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the current values of the recorded settings about media that text encoders see.
+def _find_caption_change(
+    table: DatasetTable, path: Path, number: int, record: TextRecord, checks: CacheChecks
+) -> Iterator[str]:
+    """Yield a line if a caption file now has another caption than the encoded one at index `number`."""
+    text = read_caption(path)
+    # a slice, because the file may have fewer captions than when it was cached
+    if text is None or captions_in(text, table)[number : number + 1] == (record.caption,):
+        return
+    if stamp_of(path)[1] <= checks.started_ns:  # an edit during the run is not an error
+        yield f"made from the caption {record.caption!r}, which now is {text!r}"
 
-    If the sources are missing, the recorded values are returned for the media of the row.
+
+def _current_sight(item: TrainingItem, recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the current values of the settings about media that text encoders see.
+
+    If the item's sources cannot be listed, the recorded values of its row's media are returned, so that no
+    difference is reported for them.
     """
-    companions = _companions_now(item) if MEDIA in recorded else None
+    companions = _current_companions(item) if MEDIA in recorded else None
     sees_clip = CLIP in recorded
     if companions is not None:
-        caption = companions.further_text
-        return item.table.sight_settings(sees_clip, companions.shown, further_text=caption)
+        further_text = companions.further_text
+        return item.table.sight_settings(sees_clip, companions.shown, further_text=further_text)
     settings = item.table.sight_settings(sees_clip, shown=None)
     return settings | {key: recorded[key] for key in (MEDIA, FURTHER_TEXT.key) if key in recorded}
 
@@ -148,7 +159,8 @@ def _find_seen_reference_errors(item: TrainingItem, records: Mapping[str, TextRe
     rules = item.table.references
     if rules is None or not rules.seen_by_text:
         return
-    num_references = min(_references_now(item) or 0, rules.maximum)
+    num_references = min(_count_references(item) or 0, rules.maximum)
+    # without records, nothing says how many images were seen: no error
     num_seen = min((len(record.references) for record in records.values()), default=num_references)
     if num_seen < num_references:
         images = count_of(num_references, "reference picture")
@@ -165,7 +177,8 @@ def latent_errors(
 ) -> Iterator[str]:
     """Yield the reasons why cached latents do not fit the table and the model.
 
-    `record` is None if the cache has no record. `is_shared` says that another program may have made it.
+    `record` is None if the cache has no record. `is_shared` says that another program may have made the
+    cache.
     """
     table = item.table
     shape = list(tensors["latents"].shape)
@@ -201,8 +214,9 @@ def _mask_errors(
     if table.alpha_mask:
         allowed = {FROM_ALPHA}
     elif table.mask_directory is not None:
-        companions = _companions_now(item)
+        companions = _current_companions(item)
         has_mask = companions is not None and companions.has_mask
+        # without a mask file now, a cached mask is no error: only the file may have been deleted
         allowed = {FROM_FILE} if has_mask else {FROM_FILE, None}
     elif table.directory is None:  # a list, whose rows may name masks
         allowed = {FROM_FILE, None}
@@ -285,6 +299,7 @@ def _find_factor_errors(recorded: Sequence[int], factors_now: Sequence[int]) -> 
 
 
 def _describe_factors(factors: Sequence[int]) -> str:
+    """Name the factors of a low-resolution control."""
     return "size factor {}, time factor {} and {} frames (0: all)".format(*factors)
 
 
@@ -313,7 +328,7 @@ def audio_errors(
     if has_reference and table.reference_audio_directory is None:
         yield f"it was made with a reference, {table.name} has no reference_audio_directory"
     elif not has_reference and table.reference_audio_directory is not None:
-        companions = _companions_now(item)
+        companions = _current_companions(item)
         if companions is not None and companions.has_reference_audio:
             yield f"it was made without a reference, now {table.name} has one for it"
     num_files = len(record.files) - has_reference
@@ -356,7 +371,7 @@ def _reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterator[st
         return
     num_cached = _count_unmirrored(tensors, data.CONTROL)
     made_with = f"it was made with {count_of(num_cached, 'reference picture')}"
-    num_now = _references_now(item)
+    num_now = _count_references(item)
     if table.directory is None:
         if num_now is not None and min(num_now, rules.maximum) != num_cached:
             yield f"{made_with}, now {table.source} names {num_now}"
@@ -375,7 +390,7 @@ def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
     if table.reference_directory is None:
         num_now = 0
     else:
-        companions = _companions_now(item)
+        companions = _current_companions(item)
         num_now = num_cached if companions is None else companions.num_references
     if num_now != num_cached:
         made_with = count_of(num_cached, "reference")
@@ -383,19 +398,23 @@ def _clip_reference_errors(item: TrainingItem, tensors: Iterable[str]) -> Iterat
 
 
 def _count_unmirrored(tensors: Iterable[str], start: str) -> int:
+    """Return how many tensors start with a name and are not the mirrored ones."""
     return sum(key.startswith(start) and not key.endswith(FLIPPED) for key in tensors)
 
 
-def _references_now(item: TrainingItem) -> int | None:
-    """Return the current number of an item's reference images, uncapped; None if unknown."""
+def _count_references(item: TrainingItem) -> int | None:
+    """Return the number of an item's reference images on disk, without a limit; None if unknown."""
     if item.table.directory is not None and item.table.control_directory is None:
         return None
-    companions = _companions_now(item)
+    companions = _current_companions(item)
     return None if companions is None else companions.num_controls
 
 
-def _companions_now(item: TrainingItem) -> "CompanionCounts | None":
-    """Return an item's current companions; None if it is not listed, or if listing could download files."""
+def _current_companions(item: TrainingItem) -> "CompanionCounts | None":
+    """Count the files that accompany an item now, such as its mask and its references.
+
+    Returns None if the item is in no listing, or if listing its table could download files.
+    """
     table = item.table
     if not form_of(table).is_listed_in_training:
         return None
@@ -411,7 +430,7 @@ def _companions_now(item: TrainingItem) -> "CompanionCounts | None":
 _FINGERPRINT = re.compile(r"([0-9a-f]{8})[0-9a-f]{24}")
 SHORTENED = r"\1..."
 # keys of `Family.media_identity` for conditions cached with the latents, which only some tables have
-_BESIDE_LATENTS = frozenset({"image", "sections"})
+_OPTIONAL_CONDITIONS = frozenset({"image", "sections"})
 
 
 @dataclass
@@ -439,11 +458,13 @@ class SameEncoders:
         has_other_networks = False
         for origin in made_by:
             first = self._first.setdefault(origin.part, origin)
-            names = origin.encoder.keys() | first.encoder.keys()
-            if origin.part == data.LATENTS_MADE:  # only common encoders: not all tables have image conditions
-                names = (origin.encoder.keys() & first.encoder.keys()) - _BESIDE_LATENTS
-            keys = [name for name in sorted(names) if first.encoder.get(name) != origin.encoder.get(name)]
-            if origin.part in self._warned or not keys:
+            if origin.part == data.LATENTS_MADE:
+                # only the keys of both: not all tables have image conditions
+                keys = (origin.encoder.keys() & first.encoder.keys()) - _OPTIONAL_CONDITIONS
+            else:
+                keys = origin.encoder.keys() | first.encoder.keys()
+            changed = [key for key in sorted(keys) if first.encoder.get(key) != origin.encoder.get(key)]
+            if origin.part in self._warned or not changed:
                 continue
             self._warned.add(origin.part)
             if first.part in (data.LATENTS_MADE, data.AUDIO_MADE):
@@ -451,9 +472,10 @@ class SameEncoders:
             else:
                 has_texts = True
             for file in (first, origin):
-                texts = {key: file.encoder.get(key, "none") for key in keys}
-                has_other_networks |= any(map(_FINGERPRINT.fullmatch, texts.values()))
-                shown = [f"{key} {shorten_fingerprint(text)}" for key, text in texts.items()]
+                identity = {key: file.encoder.get(key, "none") for key in changed}
+                # a fingerprint is that of a network's file; other values are, for example, a dtype
+                has_other_networks |= any(map(_FINGERPRINT.fullmatch, identity.values()))
+                shown = [f"{key} {shorten_fingerprint(value)}" for key, value in identity.items()]
                 lines.append(f"{file.path}: {', '.join(shown)}")
         if not lines:
             return None
@@ -472,7 +494,7 @@ class SameEncoders:
 
 
 def shorten_fingerprint(text: str) -> str:
-    """Shorten the fingerprints in a text to their first characters."""
+    """Shorten each fingerprint in a text to its first eight characters."""
     return _FINGERPRINT.sub(SHORTENED, text)
 
 

@@ -1,4 +1,4 @@
-"""Find the source of a training item, to show in a command what the model was given."""
+"""Find the files and the caption of a training item, for an example command that generates from them."""
 
 import contextlib
 import itertools
@@ -9,7 +9,7 @@ from pathlib import Path
 from dataset.batches.items import TrainingItem
 from dataset.cache.records import latent_record, text_records
 from dataset.cache.store import Stores
-from dataset.sources.frames import one_frame_words
+from dataset.sources.frames import one_frame_settings
 from modules.console import quiet
 from modules.errors import UserError
 
@@ -27,31 +27,32 @@ class ExampleItem:
     control_mask: Path | None = None
     references: tuple[Path, ...] = ()  # of a clip
     cached: frozenset[str] = frozenset()  # keys of its latents' cache
-    places: str = ""  # of a single image and its control images, as --one_frame_inference takes them
+    # times of a single image and of its control images, as --one_frame_inference takes them
+    places: str = ""
 
 
 def find_example(item: TrainingItem, stores: Stores) -> ExampleItem:
     """Return the files and the caption of an item; anything that cannot be found is left out."""
     table = item.table
     cached: frozenset[str] = frozenset()
-    if item.kind.sizes is None:  # else its image is encoded while training
+    if item.kind.sizes is None:  # its latents are cached, not encoded while training
         with contextlib.suppress(UserError, OSError):
             cached = stores.of(table).read(item.file_name, is_full=False).keys
     example = ExampleItem(
         _read_caption(item, stores),
         cached=cached,
-        places=one_frame_words(table) if table.kind == "image" else "",
+        places=one_frame_settings(table) if table.kind == "image" else "",
     )
     with contextlib.suppress(UserError, OSError), quiet():
-        # other files that belong to an item, whose names only a listing of the table gives
+        # files that belong to an item; only a listing of the table finds their names
         companions = (table.control_directory, table.control_mask_directory, table.reference_directory)
         if table.directory is not None and not any(companions):
-            if table.kind == "video":
+            if table.kind == "video":  # a clip without such files has nothing to show
                 return example
             image = _recorded_image(item, stores)
             if image is not None and image.is_file():
                 return replace(example, picture=image)
-        if _is_large(table.directory):
+        if _is_large(table.directory):  # listing it would take long
             return example
         from dataset.listing import find_sources  # only for lists and companions
 
@@ -78,6 +79,7 @@ def _recorded_image(item: TrainingItem, stores: Stores) -> Path | None:
 
 
 def _is_large(folder: Path | None) -> bool:
+    """Return whether a folder has more than MAX_LISTED files; the rest is not counted."""
     if folder is None:
         return False
     with os.scandir(folder) as entries:

@@ -17,7 +17,7 @@ from dataset.batches.items import (
     TrainingItem,
     tables_of,
 )
-from dataset.cache.index import is_heard_apart, is_indexed, read_index
+from dataset.cache.index import has_audio_caches, is_indexed, read_index
 from dataset.cache.latent_files import (
     LatentFile,
     depends_on_references,
@@ -37,7 +37,7 @@ from protocols.data import FPS, REFERENCE_AUDIO, AudioSpec, LatentSpec
 
 logger = logging.getLogger(__name__)
 
-LOOKED_AT = 1000  # items whose headers are read to find out whether any item has a reference
+SAMPLED = 1000  # items whose headers are read to find out whether any item has a reference
 _LATENTS_OF_ANY = re.compile(r"_[0-9]+x[0-9]+_[a-z0-9]+\.safetensors$")  # names of latent caches of any model
 _TEXTS_OF_ANY = re.compile(r"_[a-z0-9]+_te\.safetensors$")
 
@@ -54,17 +54,18 @@ class FoundItems:
     unfinished_text: dict[Path, None] = field(default_factory=dict)
     # missing caches of the empty prompt, for tables that need it
     missing_empty: list[Path] = field(default_factory=list)
-    unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)  # why caches may be missing
+    # tables whose caches cannot be trusted to be complete, each with the reason
+    unsound: list[tuple[DatasetTable, str]] = field(default_factory=list)
     missing_audio: list[Path] = field(default_factory=list)  # missing audio caches, if audio is required
     needs_audio: str = 'audio = "required"'  # why missing audio is an error
     silent: AudioSpec | None = None  # set if the run trains audio, but no item has any
-    # folders without text caches for this model -> a text cache of another model there
+    # folder without text caches for this model -> name of a text cache of another model in that folder
     texts_of_others: dict[Path, str] = field(default_factory=dict)
-    # Sources by folder, as several tables may share one: stems of current sources; and (folder, stem) of
-    # caches that a table does not list
+    # stems of current sources, by folder because several tables may share one
     listed: dict[Path, set[str]] = field(default_factory=dict)
+    # (folder, stem) of caches whose table does not list the source
     unlisted: dict[tuple[Path, str], None] = field(default_factory=dict)
-    # index of a table -> sources without latents, if the items were taken from the index of its caches
+    # index of a table -> sources without latents; only if the items were taken from the index of its caches
     left_out: dict[int, list[str]] = field(default_factory=dict)
 
 
@@ -80,8 +81,8 @@ def find_items(
 ) -> FoundItems:
     """Find all training items by the names of their cache files; at most headers are read.
 
-    Sources of a table are listed only if they are encoded while training, or if its caches are shared with
-    other programs. In these cases caches without a source are left out.
+    The sources of a table are listed only if they are encoded while training, or if other programs use the
+    table's caches, too. In these cases caches without a source are left out.
 
     Args:
         config: The dataset.
@@ -89,9 +90,10 @@ def find_items(
         latent: The family's latent space.
         text_keys: Names of the tensors that a complete text cache has.
         stores: Stores of the run; None for the cache directories of the tables.
-        live: Tables that are encoded while training, by index.
+        live: Item kinds of the tables that are encoded while training, by table index.
         audio: Audio spec of the family; None if no audio is trained.
-        trusts_index: Whether to take the items of a table from the index of its caches if it is up to date.
+        trusts_index: Whether to take the items of a table from the index of its caches if that is up to
+            date.
     """
     stores = stores or Stores(NpzNames(cache_tag, latent, text_keys))
     listing = FoundItems()
@@ -109,8 +111,9 @@ def find_items(
         )
     if audio is not None and audio.is_alone:
         listing.needs_audio = "sound alone is learned"
-    is_apart = audio is not None and not audio.is_inside  # audio has cache files of its own
-    if is_apart and listing.items and not live and not any(item.has_sound for item in listing.items):
+    has_own_caches = audio is not None and not audio.is_inside
+    # audio that is encoded while training is unknown here, so nothing can be said of it
+    if has_own_caches and listing.items and not live and not any(item.has_sound for item in listing.items):
         listing.silent = audio
     return listing
 
@@ -127,32 +130,32 @@ def _add_table(
     """Add the items of a table, and their missing caches, to `listing`."""
     store = stores.of(table)
     names = store.names()
-    is_own = table.index not in stores.elsewhere
+    in_own_folder = table.index not in stores.elsewhere
     is_cached = kind.has_text and not kind.sources
     # fast path: the index of the caches lists the items, if nothing has changed since caching
-    if trusts_index and is_own and is_cached and is_indexed(table, audio) and not latent.has_layers:
+    if trusts_index and in_own_folder and is_cached and is_indexed(table, audio) and not latent.has_layers:
         index = read_index(table, names, tag=kind.tag, latent=latent)
         if index is not None:
             kind = replace(kind, compared=index.compared)
             listing.items += [_item(table, kind, file, captions) for file, captions in index.items]
             listing.left_out[table.index] = index.left_out
             return
-    if is_own and may_be_mixed(table, names):
-        _add_form_errors(listing, table, kind.tag)
+    if in_own_folder and may_be_mixed(table, names):
+        _add_format_errors(listing, table, kind.tag)
     latent_files = _latent_files(names, kind)
     stems = None  # stems of the table's sources; None: sources are not listed, and all caches count
     if kind.sources or store.is_shared:  # a shared folder may also have caches of other tables
         stems = _find_listed_stems(table, kind, latent_files)
     if stems is not None:
         listing.listed.setdefault(table.picture_folder, set()).update(stems)
-        latent_files = _take_listed(listing, table, latent_files, tag=kind.tag, stems=stems)
+        latent_files = _select_listed(listing, table, latent_files, tag=kind.tag, stems=stems)
     texts_store = stores.of_texts(table)
     text_names = names if texts_store is store else texts_store.names()
-    texts = _TextNames(table, text_names, kind.tag, listing) if kind.has_text else None
-    audios = None
-    if audio is not None and is_heard_apart(table, audio):
-        audios = _AudioNames(table, names=names, tag=kind.tag, spec=audio, listing=listing)
-    del names, text_names  # frees memory: there may be a million; `texts` and `audios` have what is needed
+    text_caches = _TextCaches(table, text_names, kind.tag, listing) if kind.has_text else None
+    audio_caches = None
+    if audio is not None and has_audio_caches(table, audio):
+        audio_caches = _AudioCaches(table, names=names, tag=kind.tag, spec=audio, listing=listing)
+    del names, text_names  # frees memory: there may be a million names, and they are not needed any more
     is_empty = True
     with pause_collection():
         for file in list_latent_files(
@@ -164,22 +167,23 @@ def _add_table(
             reads_references=depends_on_references(table) and kind.sizes is None,
         ):
             is_empty = False
-            if texts is None:
+            if text_caches is None:  # captions are encoded while training
                 num_captions = 1 + len(kind.sources[file.stem].more_captions)
-            elif texts.has(file.stem):
-                num_captions = texts.captions.get(file.stem, 1)
+            elif text_caches.has(file.stem):
+                num_captions = text_caches.captions.get(file.stem, 1)
             else:
                 continue
             if latent.has_layers:  # only items with the same number of layers can share a batch
                 num_images = _count_images(kind, store, file)
                 file = file._replace(bucket=(*file.bucket, num_images))
             item = _item(table, kind, file, num_captions)
-            listing.items.append(item if audios is None else audios.add_to(item, store))
+            listing.items.append(item if audio_caches is None else audio_caches.add_to(item, store))
     if is_empty:
         listing.empty_tables.append(table)
 
 
 def _item(table: DatasetTable, kind: ItemKind, file: LatentFile, num_captions: int) -> TrainingItem:
+    """Return the training item of a latent cache file."""
     return TrainingItem(
         file_name=file.file,
         stem_length=len(file.stem),
@@ -203,23 +207,25 @@ def _count_images(kind: ItemKind, store: CacheStore, file: LatentFile) -> int:
     return 1
 
 
-def _take_listed(
+def _select_listed(
     listing: FoundItems, table: DatasetTable, files: Sequence[str], tag: str, stems: Collection[str]
 ) -> list[str]:
-    """Return the latent caches whose source is listed; add the others to `listing.unlisted`."""
-    taken = []
+    """Return the latent caches whose source is in `stems`; add the others to `listing.unlisted`."""
+    selected = []
     for name, stem, _ in cache_files.latent_names(files, tag, table.kind):
         if stem in stems:
-            taken.append(name)
+            selected.append(name)
         else:
             listing.unlisted[table.picture_folder, stem] = None
-    return taken
+    return selected
 
 
-def _add_form_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
-    from dataset.cache.form import list_shard_errors, other_form  # few folders have caches in two formats
+def _add_format_errors(listing: FoundItems, table: DatasetTable, tag: str) -> None:
+    """Add lines about caches in another format than the table's."""
+    # imported here, because few folders have caches in two formats
+    from dataset.cache.form import list_format_errors, list_shard_errors
 
-    for line in (*other_form(table, tag), *list_shard_errors(table)):
+    for line in (*list_format_errors(table, tag), *list_shard_errors(table)):
         listing.unsound.append((table, line))
 
 
@@ -230,7 +236,7 @@ def _latent_files(names: Collection[str], kind: ItemKind) -> list[str]:
     return sorted([name for name in candidates if name.endswith(ending)])
 
 
-class _AudioNames:
+class _AudioCaches:
     """Audio caches of a table."""
 
     def __init__(
@@ -242,7 +248,8 @@ class _AudioNames:
         self._is_needed = table.audio == REQUIRED or spec.is_alone
         ending = f"_{cache_files.audio_tag(tag)}{cache_files.SUFFIX}"
         self._names = {name for name in names if name.endswith(ending)}
-        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}  # shares equal tuples, to save memory
+        # each shape as its own key: items share one tuple, which saves memory
+        self._shapes: dict[tuple[int, ...], tuple[int, ...]] = {}
 
     def add_to(self, item: TrainingItem, store: CacheStore) -> TrainingItem:
         """Return an item with the fields of its audio; the shape is () if batches do not depend on it."""
@@ -261,9 +268,9 @@ class _AudioNames:
 
 
 def _audio_shape(store: CacheStore, latents: str, audio: AudioSpec, frames: int) -> tuple[int, ...]:
-    """Return the shape of an item's audio latents.
+    """Return the shape of an item's audio latents, C T M.
 
-    The shape is () if the latents do not state their frame rate; this is reported when a batch is read.
+    Returns () if the cached latents do not record their frame rate; this is reported when a batch is read.
     """
     rate: float | None = None
     with contextlib.suppress(CacheError, KeyError, ValueError):
@@ -287,8 +294,8 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
     """
     sized = []
     for item in items:
-        is_read = not item.references and item.kind.sizes is None
-        if is_read and _may_have_references(item.table):
+        is_unread = not item.references and item.kind.sizes is None
+        if is_unread and _may_have_references(item.table):
             sizes = reference_sizes(stores.of(item.table), item.file_name)
             item = replace(item, references=sizes)
         sized.append(item)
@@ -296,6 +303,7 @@ def with_reference_sizes(items: Iterable[TrainingItem], stores: Stores) -> list[
 
 
 def _may_have_references(table: DatasetTable) -> bool:
+    """Return whether items of a table could have references; only then are records read."""
     if table.references or table.fp_1f_clean_indices:
         return True
     has_source = table.reference_directory or table.control_directory or table.directory is None
@@ -303,10 +311,11 @@ def _may_have_references(table: DatasetTable) -> bool:
 
 
 def learn_no_references(items: Sequence[TrainingItem], stores: Stores) -> bool:
-    """Return whether the model edits references, but none of about LOOKED_AT sampled items has any."""
+    """Return whether the model edits references, but none of at most SAMPLED items has any."""
     edited = [item for item in items if _is_edited(item.table)]
-    for item in edited[:: len(edited) // LOOKED_AT + 1]:
-        if item.kind.sizes is not None:
+    stride = len(edited) // SAMPLED + 1
+    for item in edited[::stride]:
+        if item.kind.sizes is not None:  # encoded while training: the source knows its references
             source = item.kind.sources[item.source_stem]
             references: Sequence[object] = source.control or source.references
         else:
@@ -323,21 +332,22 @@ def _is_edited(table: DatasetTable) -> bool:
     return table.clip_references is not None and table.clip_references.edits
 
 
-class _TextNames:
+class _TextCaches:
     """Text caches of a table."""
 
     def __init__(self, table: DatasetTable, names: Collection[str], tag: str, listing: FoundItems) -> None:
         """Find the text caches; unfinished and missing ones are added to `listing`."""
         self._table, self._tag, self._listing = table, tag, listing
-        self._end = cache_files.text_file_name("", tag)
-        self._first = {name for name in names if name.endswith(self._end)}
+        self._ending = cache_files.text_file_name("", tag)
+        self._first = {name for name in names if name.endswith(self._ending)}
         if not self._first:
             of_others = next((name for name in sorted(names) if _TEXTS_OF_ANY.search(name)), None)
             if of_others is not None:
                 listing.texts_of_others[table.cache_directory] = of_others
         unfinished = [name for name in names if name.endswith(cache_files.PART)]
-        self._unfinished_first = {name for name in unfinished if name.endswith(self._end + cache_files.PART)}
-        for name in unfinished:  # first captions are reported by `has`
+        unfinished_ending = self._ending + cache_files.PART
+        self._unfinished_first = {name for name in unfinished if name.endswith(unfinished_ending)}
+        for name in unfinished:  # unfinished first captions are reported by `has`
             if self._is_used(name.removesuffix(cache_files.PART)):
                 listing.unfinished_text[table.cache_directory / name] = None
         # number of captions by stem, if there are several
@@ -355,21 +365,22 @@ class _TextNames:
 
     def has(self, stem: str) -> bool:
         """Return whether the first caption of a source is cached; report it in `listing` if it is not."""
-        text = stem + self._end
+        name = stem + self._ending
+        unfinished_name = name + cache_files.PART
         folder = self._table.cache_directory
-        if text + cache_files.PART in self._unfinished_first:
-            self._listing.unfinished_text[folder / (text + cache_files.PART)] = None
-        elif text not in self._first:
-            self._listing.missing_text[folder / text] = None
-        if text not in self._first:
+        if unfinished_name in self._unfinished_first:
+            self._listing.unfinished_text[folder / unfinished_name] = None
+        elif name not in self._first:
+            self._listing.missing_text[folder / name] = None
+        if name not in self._first:
             return False
         if self._empty is not None:
-            name = cache_files.empty_text_name(self._tag)
-            if self._table.texts_see_references:
-                name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
-            if name not in self._empty:
-                self._listing.missing_empty.append(folder / name)
-                self._empty = None
+            empty_name = cache_files.empty_text_name(self._tag)
+            if self._table.texts_see_references:  # then each source has an empty prompt of its own
+                empty_name = cache_files.text_file_name(stem, self._tag, cache_files.EMPTY)
+            if empty_name not in self._empty:
+                self._listing.missing_empty.append(folder / empty_name)
+                self._empty = None  # one is reported for each table
         return True
 
 
@@ -377,13 +388,15 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
     """Return the number of captions by stem, counted up to the first missing number; only if above 1."""
     further: dict[str, set[int]] = {}
     for name in names:
-        parsed = cache_files.parse_more_text_name(name, tag) if ".caption" in name else None
+        if ".caption" not in name:  # faster than parsing a million names
+            continue
+        parsed = cache_files.parse_more_text_name(name, tag)
         if parsed is not None:
             stem, number = parsed
             further.setdefault(stem, set()).add(number)
     counts = {}
     for stem, numbers in further.items():
-        counts[stem] = 1
+        counts[stem] = 1  # the first caption, which has no number in its name
         while counts[stem] in numbers:
             counts[stem] += 1
     return counts
@@ -392,8 +405,8 @@ def _count_captions(names: Iterable[str], tag: str) -> dict[str, int]:
 def _find_listed_stems(table: DatasetTable, kind: ItemKind, latents: Sequence[str]) -> Collection[str] | None:
     """Return the stems of a table's current sources; None if the caches alone determine the items.
 
-    Sources are listed if they are read while training or if other programs share the caches. The caching
-    script removes our own caches when their source is gone, but never shared ones.
+    Sources are listed if they are read while training or if other programs share the caches. When a source
+    is gone, the caching script removes its caches, but never caches that it shares with other programs.
     """
     if kind.sources:
         return kind.sources.keys()
@@ -413,8 +426,9 @@ _EMPTY_IS_FOR = "caption_dropout_rate, --guided_target and --blank_prior_weight 
 def require_items(listing: FoundItems, commands: CachingCommands = NO_COMMANDS) -> Sequence[TrainingItem]:
     """Return the items to train on. Items without a text cache are left out with a warning.
 
-    Raises CacheError with the caching commands if a table has no usable cache, or text caching has not
-    finished.
+    Raises:
+        CacheError: If a table has no usable cache, or text caching has not finished. The message has the
+            commands that cache.
     """
     if listing.unsound or listing.unfinished_text:
         _reject_unfinished(listing, commands)
@@ -466,15 +480,16 @@ def _reject_unfinished(listing: FoundItems, commands: CachingCommands) -> None:
 
 def _explain_empty(table: DatasetTable) -> str:
     """Explain why a table may have no latent cache."""
+    # shared caches are npz files, whose names the pattern below does not match
     names = [] if table.cache_format in SHARED_CACHES else sorted(open_store(table).names())
-    of_any_model = next(filter(_LATENTS_OF_ANY.search, names), None)
+    of_other_model = next(filter(_LATENTS_OF_ANY.search, names), None)
     error = f"{table.name}: no latent cache in {table.cache_directory}"
     folder = table.directory
     if folder is not None and not folder.exists() and not table.cache_directory.exists():
         error = f"{table.name}: {folder}: no such folder{explain_lookup(folder, table.config_path)}"
-    if of_any_model is not None:
+    if of_other_model is not None:
         error += (
-            f" of {table.kind}s for this model: {of_any_model} is for another model, or of something else"
+            f" of {table.kind}s for this model: {of_other_model} is for another model, or of something else"
         )
     return error
 
@@ -509,6 +524,7 @@ def _warn_left_out(listing: FoundItems, commands: CachingCommands) -> None:
             next(iter(listing.missing_text)),
             commands.text,
         )
+    # a cache that one table does not list may be of a source that another table of the folder lists
     gone = [folder / stem for folder, stem in listing.unlisted if stem not in listing.listed[folder]]
     if gone:
         logger.warning(

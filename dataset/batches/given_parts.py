@@ -1,4 +1,4 @@
-"""What a training may give of its items: a region of their images, and parts of their audio in seconds."""
+"""Parts of clips that training keeps clean: a region of the frame, spans of the audio, guide images."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,23 +14,23 @@ from protocols import data
 from protocols.steps import WHOLE
 
 Times = tuple[tuple[float, float], ...]
-KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # that a JSON file may have
+KEYS = ("audio_cond_mask_intervals", "cond_mask_intervals", "intervals")  # keys of a JSON file of spans
 
 
 def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Batch:
     """Add the parts of clips that training may keep clean, as conditions, to a batch.
 
-    These are a region of the frame, spans of time of the audio, and images that guide the clip; the items'
-    tables name them.
+    These parts are a region of the frame, spans of the audio, and images that guide the clip. The tables of
+    the items name them.
 
     Raises:
         DatasetError: If a file of spans cannot be used (see `read_times`), or caches lack guides.
     """
     regions = tuple(item.table.spatial_crop_region for item in items)
-    rates = batch.tensors.get(data.FPS)
+    rates = batch.tensors.get(data.FPS)  # B, in thousandths of a frame per second
     times = []
     for index, item in enumerate(items):
-        fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None  # batches have thousandths
+        fps = float(rates[index]) / 1000 if isinstance(rates, Tensor) else None
         times.append(read_times(item, fps))
     tensors = dict(batch.tensors)
     guides = items[0].table.guides  # all items of a batch have the same table
@@ -41,8 +41,9 @@ def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Ba
                 f"{batch.keys[0]}: its cache has {num_cached} guides, {items[0].table.name} {len(guides)}. "
                 "Cache again"
             )
-        numbers = [[guide.index, round(WHOLE * guide.strength)] for guide in guides]
-        tensors[data.GUIDES] = torch.tensor(numbers).expand(len(items), -1, -1)
+        # frame index and strength of each guide; integers keep their values when a batch is cast
+        positions = [[guide.index, round(WHOLE * guide.strength)] for guide in guides]
+        tensors[data.GUIDES] = torch.tensor(positions).expand(len(items), -1, -1)
     return replace(
         batch,
         tensors=tensors,
@@ -52,17 +53,17 @@ def add_given_parts(batch: data.Batch, items: Sequence[TrainingItem]) -> data.Ba
 
 
 def read_times(item: TrainingItem, fps: float | None) -> Times | None:
-    """Return beginnings and ends, in seconds of an item's clip; None if the item has no file of times.
+    """Return the start and end of each span, in seconds of an item's clip; None if the item has no file.
 
     The file is STEM.json, with pairs in a list or under one of KEYS, or STEM.txt with a pair in each line.
-    Times in the file count from the start of the source, of which the clip may be a later part.
+    Times in the file count from the start of the source; the item's clip may begin later in it.
 
     Args:
         item: An item of training.
         fps: Frames per second of its clip; None if unknown.
 
     Raises:
-        DatasetError: If the file cannot be read, or has anything but pairs of seconds.
+        DatasetError: If the file cannot be read, or has anything other than pairs of seconds.
     """
     folder = item.table.audio_cond_mask_directory
     if folder is None:
@@ -76,9 +77,10 @@ def read_times(item: TrainingItem, fps: float | None) -> Times | None:
         content = parse_json(text) if path.suffix == ".json" else [line.split() for line in text.splitlines()]
         if isinstance(content, dict):
             content = next(content[key] for key in KEYS if key in content)
-        times = [(float(start), float(end)) for start, end in filter(None, content)]
+        pairs = [pair for pair in content if pair]  # without empty lines
+        times = [(float(start), float(end)) for start, end in pairs]
         if not all(0 <= start < end < float("inf") for start, end in times):
-            raise ValueError
+            raise ValueError  # reported below, like text that is no number
     except (OSError, ValueError, TypeError, StopIteration):
         raise DatasetError(
             f"{path}: not a list of pairs of seconds. Give lines such as 0.5 1.25 in a .txt file, or "
@@ -89,8 +91,9 @@ def read_times(item: TrainingItem, fps: float | None) -> Times | None:
 
 
 def _find_first_second(item: TrainingItem, fps: float | None) -> float:
-    """Return where the item begins in its source, in seconds."""
+    """Return where the item begins in its source, in seconds; 0.0 if that is unknown."""
     name = parse_latent_name(item.file_name, item.kind.tag, "video")
     if name is None or name.span is None or fps is None:
         return 0.0
-    return name.span[0] / fps
+    first_frame, _ = name.span
+    return first_frame / fps

@@ -13,27 +13,27 @@ from modules.media.buckets import Size
 
 @dataclass(frozen=True)
 class ItemKind:
-    """Facts that all items of a table share: names of their caches, and sources that training reads."""
+    """What all items of a table share: names of their caches, and sources that are read while training."""
 
     tag: str  # the family's cache_tag
-    text_keys: frozenset[str] = frozenset()  # what a text file has to hold
+    text_keys: frozenset[str] = frozenset()  # names of the tensors that a complete text cache has
     has_text: bool = True  # False: captions are encoded while training
-    # by stem: of the images that are encoded while training; None: their latents are cached
+    # bucket by stem, of images that are encoded while training; None: the table's latents are cached
     sizes: Mapping[str, Size] | None = field(default=None, compare=False, repr=False)
-    # by stem, if anything is read from them
+    # sources by stem, if media or captions are read from them while training
     sources: Mapping[str, MediaSource] = field(default_factory=dict, compare=False, repr=False)
-    # by name of a cache file: the checksum of its record, if the index of the caches has it and the table and
-    # its sources are as they were: then nothing of the record has to be compared with them
+    # checksum of the record, by name of a cache file, from the index of the caches. Such a record is not
+    # compared with the table and its sources again, because the index is used only if these are unchanged
     compared: Mapping[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     def latent_names(self) -> list[str]:
-        """Return the names that latent caches of its images would have."""
+        """Return the names that the latent caches of the images in `sizes` would have."""
         return [LatentName(stem, size).file_name(self.tag) for stem, size in (self.sizes or {}).items()]
 
     def caption(self, stem: str, number: int) -> str:
-        """Return a caption of a source that is encoded while training, as it is in its file.
+        """Return a caption, as its file has it, of a source that is encoded while training.
 
-        `number` is EMPTY for the empty caption.
+        `number` is the caption's index; EMPTY stands for the empty caption.
         """
         if number == EMPTY:
             return ""
@@ -46,21 +46,21 @@ LiveTables = Mapping[int, ItemKind]  # by table index: tables with a part that i
 
 @dataclass(frozen=True, slots=True)
 class TrainingItem:
-    """A pair of cache files. There may be millions."""
+    """A pair of cache files, latents and text. A run may have millions of items, so they are small."""
 
-    file_name: str  # of the latents; whole, as in the listing: a copy of each would be a lot
-    stem_length: int  # of `file_name`, how much is the name of the source
+    file_name: str  # of the latent cache; the same object as in the folder's listing, to save memory
+    stem_length: int  # number of characters of `file_name` that are the stem of the source
     table: DatasetTable
     # width, height in pixels; for videos also frames (of a section: the frames that it decodes to)
     bucket: tuple[int, ...]
     kind: ItemKind
-    parts: int = 1  # how many files of the same clip are there
-    captions: int = 1  # how many text files of the source are there, besides the empty prompt's
+    parts: int = 1  # number of latent caches of the same clip
+    captions: int = 1  # number of text caches of the source, without the empty prompt
     # width and height of the latents of each reference image, if they must be equal in a batch
     references: tuple[int, ...] = ()
-    # C T M of its sound, silent or not, if it must be equal in a batch
+    # shape C T M of the clip's audio latents, silent or not, if it must be equal in a batch
     audio: tuple[int, ...] = ()
-    has_sound: bool = False  # in a cache of its own
+    has_sound: bool = False  # whether the clip's audio has a cache file
     # length of the latents of the audio that its audio is made after, if it must be equal in a batch
     audio_reference: int = 0
 
@@ -87,11 +87,11 @@ class TrainingItem:
 
     @property
     def audio_path(self) -> Path:
-        """Path of the cache of the clip's sound."""
+        """Path of the cache of the clip's audio."""
         return self.table.cache_directory / audio_file_name(self.file_name, self.kind.tag)
 
     def caption_path(self, number: int) -> Path:
-        """Return the text file of a caption, or of the empty prompt if `number` is EMPTY."""
+        """Return the text cache of a caption, or of the empty prompt if `number` is EMPTY."""
         name = text_file_name(self.source_stem, self.kind.tag, number)
         if number == EMPTY and not self.table.texts_see_references:
             name = empty_text_name(self.kind.tag)
@@ -127,10 +127,13 @@ def group_items(items: Iterable[TrainingItem]) -> dict[tuple[int, ...], list[Tra
 
 
 class CachingCommands:
-    """The two caching commands of a configuration, as a user types them; they are built for a message."""
+    """The two caching commands of a configuration, as a user types them.
+
+    They are built only when a message shows them.
+    """
 
     def __init__(self, build: Callable[[], tuple[str, str]]) -> None:
-        """Keep `build`, which returns the commands that cache latents and texts; workers get a copy of it."""
+        """Take the function that returns the commands for latents and for texts; it must be picklable."""
         self._build = build
 
     @property
@@ -149,6 +152,7 @@ class CachingCommands:
 
 
 def _name_scripts() -> tuple[str, str]:
+    """Return words for the scripts, where no family names them."""
     return "the latent caching script", "the text caching script"
 
 

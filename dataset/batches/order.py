@@ -50,8 +50,8 @@ class BatchOrder:
         self.num_batches = sum(ceil_div(len(pool), pool[0].table.batch_size) for pool in self._pools.values())
         self._last = -1  # the epoch whose batches are cached; -1: none
         self._batches: list[tuple[TrainingItem, ...]] = []
-        self._starts = array("q")  # number of items of the epoch before each batch
-        # number of items of the same group of tables before each batch; empty until it is needed
+        self._starts = array("q")  # for each batch: number of items of the epoch before it
+        # for each batch: number of items of its group of tables before it; empty until it is needed
         self._group_starts = array("q")
 
     def _warn_of_unused(self) -> None:
@@ -77,11 +77,11 @@ class BatchOrder:
     def epoch(self, number: int) -> Sequence[tuple[TrainingItem, ...]]:
         """Return the batches of an epoch (counted from 0) in order; the most recent epoch is cached."""
         if self._last != number:
-            self._last = -1
+            self._last = -1  # in case that building is interrupted
             self._batches = []  # freed before the next epoch is built
             draw_bits = random.Random(derive_seed(self._seed, "items", number)).getrandbits
             batches: list[tuple[TrainingItem, ...]] = []
-            with pause_collection():
+            with pause_collection():  # garbage collection would look through all items again and again
                 for _, pool in sorted(self._pools.items()):
                     size = pool[0].table.batch_size
                     shuffled = _shuffle(pool, draw_bits)
@@ -99,7 +99,10 @@ class BatchOrder:
         return epoch * self.num_items + self._starts[index]
 
     def group_items_before(self, epoch: int, index: int) -> int:
-        """Return the number of items in the group of a batch that are trained before it, in all epochs."""
+        """Return the number of items of a batch's group that are trained before the batch, in all epochs.
+
+        The group of a batch is the group of tables that its items are from (`DatasetTable.batch_group`).
+        """
         batches = self.epoch(epoch)
         if not self._group_starts:
             counts: Counter[int] = Counter()
@@ -111,25 +114,31 @@ class BatchOrder:
         return epoch * in_epoch + self._group_starts[index]
 
 
-def repeat_regularization(repeats: Sequence[int], learned: int) -> list[int]:
-    """Return the number of repeats of each regularization image in an epoch; the sum is at least `learned`.
+def repeat_regularization(repeats: Sequence[int], num_learned: int) -> list[int]:
+    """Return the number of repeats of each regularization image, at least `num_learned` in total.
 
     Images are taken in order, with the repeats of their tables, until there are enough; the remaining images
     get 0. If all images are not enough, repeats are added evenly, beginning with the first image.
 
     Args:
         repeats: Repeats of each image, from its table, in order.
-        learned: Number of other images in an epoch.
+        num_learned: Number of other images in an epoch.
     """
-    if not repeats or not learned:
+    if not repeats or not num_learned:
         return [0] * len(repeats)
     counts = []
     total = 0
     for count in repeats:
-        counts.append(count if total < learned else 0)
-        total += counts[-1]
-    rounds, remainder = divmod(max(0, learned - total), len(repeats))
-    return [count + rounds + (place < remainder) for place, count in enumerate(counts)]
+        used = count if total < num_learned else 0
+        counts.append(used)
+        total += used
+    missing = max(0, num_learned - total)
+    rounds, remainder = divmod(missing, len(repeats))
+    for index in range(len(counts)):
+        counts[index] += rounds
+        if index < remainder:  # the first images get the rest
+            counts[index] += 1
+    return counts
 
 
 class Grouped(Protocol):
@@ -186,15 +195,15 @@ def _count_repeats(items: Sequence[Grouped]) -> list[int]:
     counts = [item.table.num_repeats for item in items]
     for group in {item.table.batch_group for item in items if item.table.is_reg}:
         reg_indices: list[int] = []  # indices of regularization images
-        learned = 0  # number of other images, with repeats
+        num_learned = 0  # number of other images, with repeats
         for index, item in enumerate(items):
             if item.table.batch_group != group:
                 continue
             if item.table.is_reg:
                 reg_indices.append(index)
             else:
-                learned += counts[index]
-        repeats = repeat_regularization([counts[index] for index in reg_indices], learned)
+                num_learned += counts[index]
+        repeats = repeat_regularization([counts[index] for index in reg_indices], num_learned)
         for index, count in zip(reg_indices, repeats, strict=True):
             counts[index] = count
     return counts
@@ -207,12 +216,12 @@ def _shuffle(values: Sequence[T], draw_bits: Callable[[int], int]) -> list[T]:
     give the same batches; this is also a fifth faster.
     """
     shuffled = list(values)
-    for place in range(len(shuffled) - 1, 0, -1):
-        bits = (place + 1).bit_length()
-        drawn = draw_bits(bits)
-        while drawn > place:
-            drawn = draw_bits(bits)
-        shuffled[place], shuffled[drawn] = shuffled[drawn], shuffled[place]
+    for index in range(len(shuffled) - 1, 0, -1):  # Fisher-Yates
+        num_bits = (index + 1).bit_length()
+        drawn = draw_bits(num_bits)
+        while drawn > index:  # drawn again, so that 0..index are equally likely
+            drawn = draw_bits(num_bits)
+        shuffled[index], shuffled[drawn] = shuffled[drawn], shuffled[index]
     return shuffled
 
 
@@ -223,9 +232,9 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
     """Split items into those for training and those for validation.
 
     Validation gets the tables marked `validation`, and a fraction of the sources of all other tables. Sources
-    are selected by name only, so that all crops of a clip, in all tables, are on the same side. A fraction
-    above 0 selects at least one source and leaves at least one. Subsets (the layout of
-    sd-scripts) are split separately, by their own fraction and seed if they have them.
+    are selected by name only, so that all crops of a clip, in all tables, are in the same part. A fraction
+    above 0 selects at least one source and leaves at least one. Subsets (the layout of sd-scripts) are split
+    separately, by their own fraction and seed if they have them.
 
     Args:
         items: Items of all tables.
@@ -253,6 +262,7 @@ def split_validation(items: Sequence[S], fraction: float, seed: int = 0) -> tupl
 
 
 def _digest(stem: str) -> bytes:
+    """Return bytes by which stems are put in an arbitrary order that never changes."""
     return hashlib.sha256(stem.encode("utf-8", "surrogateescape")).digest()
 
 
@@ -262,39 +272,44 @@ def _split_subsets(items: Sequence[S], fraction: float, seed: int) -> tuple[list
     The sorted names of a subset are shuffled by the seed. Those after the first ceil(n (1 - fraction)) are
     for validation: once each, without augmentation or caption changes.
     """
-    chosen: dict[int, tuple[frozenset[str], DatasetTable]] = {}  # by index of the table
+    held_out_stems: dict[int, frozenset[str]] = {}  # by index of the table
+    validation_tables: dict[int, DatasetTable] = {}
     for table in tables_of(items):
-        share = fraction if table.validation_split is None else table.validation_split
-        if not share or table.is_reg:
+        table_fraction = fraction if table.validation_split is None else table.validation_split
+        if not table_fraction or table.is_reg:
             continue
         names = sorted({item.source_stem for item in items if item.table.index == table.index})
         table_seed = seed if table.validation_seed is None else table.validation_seed
         random.Random(table_seed).shuffle(names)
         # rounded because 10 * (1 - 0.7) is slightly above 3
-        held_back = frozenset(names[math.ceil(round(len(names) * (1 - share), 9)) :])
-        changes = dataclasses.replace(
-            table.changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
-        )
-        as_validated = dataclasses.replace(
-            table,
-            num_repeats=1,
-            augmentation=NO_AUGMENTATION,
-            changes=changes,
-            caption_dropout_rate=0.0,
-            reference_dropout_rate=0.0,
-            prior_loss_weight=1.0,
-        )
-        chosen[table.index] = held_back, as_validated
+        num_trained = math.ceil(round(len(names) * (1 - table_fraction), 9))
+        held_out_stems[table.index] = frozenset(names[num_trained:])
+        validation_tables[table.index] = _without_randomness(table)
     training: list[S] = []
     validation: list[S] = []
     for item in items:
-        if item.table.index in chosen:
-            held_back, as_validated = chosen[item.table.index]
-            if item.source_stem in held_back:
-                validation.append(dataclasses.replace(item, table=as_validated))
-                continue
-        training.append(item)
+        index = item.table.index
+        if index in held_out_stems and item.source_stem in held_out_stems[index]:
+            validation.append(dataclasses.replace(item, table=validation_tables[index]))
+        else:
+            training.append(item)
     return training, validation
+
+
+def _without_randomness(table: DatasetTable) -> DatasetTable:
+    """Return a table without repeats, loss weight and random changes, as validation uses it."""
+    changes = dataclasses.replace(
+        table.changes, shuffle=False, dropout_every_n_epochs=0, part_dropout_rate=0.0, warmup_step=0.0
+    )
+    return dataclasses.replace(
+        table,
+        num_repeats=1,
+        augmentation=NO_AUGMENTATION,
+        changes=changes,
+        caption_dropout_rate=0.0,
+        reference_dropout_rate=0.0,
+        prior_loss_weight=1.0,
+    )
 
 
 def changed_caption(
@@ -314,10 +329,10 @@ def changed_caption(
         changes: How captions of the table vary.
         table: Table of the source.
         step: Step, counted from 0.
-        total_steps: Number of steps of the run, for a warm-up that is a fraction of it.
-        generator: Source of random numbers.
+        total_steps: Number of steps of the run, for a warm-up that is a fraction of the run.
+        generator: Random generator.
     """
-    if not changes.is_raw:  # the caption of the source is final
+    if not changes.is_raw:  # the trigger word, prefix and suffix were added when the source was listed
         return caption
     lines = lines_of(caption) or [""]
     text = generator.choice(lines) if changes.wildcards else lines[0]
@@ -334,31 +349,36 @@ def changed_caption(
 
     # parts between the fixed parts are shuffled, and dropped at random or by the warm-up
     first, moving, last = _split_parts(text, changes)
-    # the number of moving parts grows linearly from warmup_min to all
-    end = math.floor(changes.warmup_step * total_steps) if changes.warmup_step < 1 else changes.warmup_step
-    if step < end:
-        num_added = math.floor(step * (len(moving) - changes.warmup_min) / end)
+    # the warm-up increases the number of moving parts linearly, from warmup_min to all
+    warmup_end = changes.warmup_step
+    if warmup_end < 1:  # a fraction of the run
+        warmup_end = math.floor(warmup_end * total_steps)
+    if step < warmup_end:
+        num_added = math.floor(step * (len(moving) - changes.warmup_min) / warmup_end)
         moving = moving[: num_added + changes.warmup_min]
     if changes.shuffle:
         generator.shuffle(moving)
     rate = changes.part_dropout_rate
     if rate:
         moving = [part for part in moving if generator.random() >= rate]
-    between = changes.separator if changes.separator[-1].isspace() else f"{changes.separator} "
-    return join_parts(between.join([*first, *moving, *last]), changes)
+    separator = changes.separator if changes.separator[-1].isspace() else f"{changes.separator} "
+    return join_parts(separator.join([*first, *moving, *last]), changes)
 
 
 def _split_parts(text: str, changes: CaptionChanges) -> tuple[list[str], list[str], list[str]]:
     """Split a caption into a fixed beginning, parts that may be shuffled, and a fixed end."""
 
     def split(section: str) -> list[str]:
+        """Return the parts of a caption that are shuffled."""
         return [part.strip() for part in section.split(changes.separator)]
 
     separator = changes.keep_tokens_separator
     if separator and separator in text:
+        # a second separator marks where the fixed end begins
         sections = [[part for part in split(section) if part] for section in text.split(separator, 2)]
         first, moving = sections[:2]
-        return first, moving, sections[2] if len(sections) > 2 else []
+        last = sections[2] if len(sections) > 2 else []
+        return first, moving, last
     parts = split(text)
     return parts[: changes.keep_tokens], parts[changes.keep_tokens :], []
 
@@ -390,13 +410,14 @@ def select_captions(
     """
     selected = []
     for position, item in enumerate(items):
-        rate, every = item.table.caption_dropout_rate, item.table.changes.dropout_every_n_epochs
-        caption_index = 0
-        if every > 0 and (epoch + 1) % every == 0:  # all captions of every n-th epoch are empty
+        rate = item.table.caption_dropout_rate
+        interval = item.table.changes.dropout_every_n_epochs
+        if interval > 0 and (epoch + 1) % interval == 0:  # all captions of every n-th epoch are empty
             rate = 1.0
+        caption_index = 0
         if rate or item.captions > 1:
             generator = random.Random(derive_seed(seed, "caption", number, position))
-            is_dropped = generator.random() < rate
+            is_dropped = generator.random() < rate  # drawn even if unused, so that `drops` changes no caption
             caption_index = EMPTY if is_dropped and drops else generator.randrange(item.captions)
         selected.append(caption_index)
     return tuple(selected)
@@ -407,8 +428,9 @@ def drops_references(items: Sequence[TrainingItem], seed: int, number: int) -> b
 
     `number` is the index of the micro-batch in the run.
     """
-    rate = items[0].table.reference_dropout_rate
-    return rate > 0 and random.Random(derive_seed(seed, "references", number)).random() < rate
+    rate = items[0].table.reference_dropout_rate  # all items of a batch have the same rate
+    generator = random.Random(derive_seed(seed, "references", number))
+    return rate > 0 and generator.random() < rate
 
 
 def change_captions(
@@ -420,11 +442,11 @@ def change_captions(
     "".
     """
     changed = []
-    for place, (item, text, which) in enumerate(zip(items, texts, chosen, strict=True)):
-        if which == EMPTY:
+    for position, (item, text, caption_index) in enumerate(zip(items, texts, chosen, strict=True)):
+        if caption_index == EMPTY:
             changed.append("")
             continue
-        seed = derive_seed(run.seed, "caption changes", run.number, place)
+        seed = derive_seed(run.seed, "caption changes", run.number, position)
         caption = changed_caption(
             text,
             changes=item.table.changes,
@@ -439,8 +461,8 @@ def change_captions(
 
 def select_sides(items: Sequence[TrainingItem], seed: int, number: int) -> tuple[bool, ...]:
     """Return whether each item is mirrored: with probability 0.5 if its table has flip_aug."""
-    return tuple(
-        item.table.augmentation.flip
-        and random.Random(derive_seed(seed, "flip", number, place)).random() < 0.5
-        for place, item in enumerate(items)
-    )
+    are_mirrored = []
+    for position, item in enumerate(items):
+        generator = random.Random(derive_seed(seed, "flip", number, position))
+        are_mirrored.append(item.table.augmentation.flip and generator.random() < 0.5)
+    return tuple(are_mirrored)

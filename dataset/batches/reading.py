@@ -83,7 +83,7 @@ def read_batch(
     media = []
     for position, (item, is_mirrored) in enumerate(zip(items, are_mirrored, strict=True)):
         part = reader.read_media(item, position, is_mirrored)
-        if not reads_rejected:
+        if not reads_rejected:  # items with and without rejected latents may share a batch
             part.tensors.pop(data.REJECTED_LATENTS, None)
         media.append(part)
     texts = reader.read_texts(items, caption_indices)
@@ -133,10 +133,10 @@ def _list_makers(
     return tuple(makers)
 
 
-def _take_inner_audio(
+def _unpack_inner_audio(
     tensors: dict[str, Tensor | list[Tensor]], path: Path, commands: CachingCommands
 ) -> None:
-    """Rename and reshape audio from latent caches as if it came from separate audio caches.
+    """Rename and reshape audio that latent caches contain, as if it came from audio caches.
 
     Args:
         tensors: Tensors of the batch, changed in place.
@@ -154,7 +154,7 @@ def _take_inner_audio(
             f"{path}: it has no {lacking}, which the model needs with every clip, also with a silent one. "
             f"Cache again with: {commands.latents}"
         )
-    tensors[data.SOUND] = audio.squeeze(2) if audio.ndim > 4 else audio
+    tensors[data.SOUND] = audio.squeeze(2) if audio.ndim > 4 else audio  # B C T M
     tensors[data.HAS_AUDIO] = is_heard.flatten() != 0
 
 
@@ -177,16 +177,16 @@ def _join_media_and_texts(
     media: Sequence["_Part"], texts: Sequence["_Part"], latent: data.LatentSpec, commands: CachingCommands
 ) -> dict[str, Any]:
     """Return the stacked tensors of all items of a batch, by their keys."""
-    has_sound = [data.SOUND in part.tensors for part in media]
+    has_audio = [data.SOUND in part.tensors for part in media]  # before gaps are filled
     if len(media) > 1:
         _fill_gaps(media)
     tensors = {**_stack(media, commands, is_text=False), **_stack(texts, commands, is_text=True)}
     if latent.references_first:  # the model takes references as the first frames of the clip
-        _put_in_front(tensors)
-    if any(has_sound):
-        tensors[data.HAS_AUDIO] = torch.tensor(has_sound)
+        _prepend_references(tensors)
+    if any(has_audio):
+        tensors[data.HAS_AUDIO] = torch.tensor(has_audio)
     if latent.holds_audio and media:
-        _take_inner_audio(tensors, media[0].path, commands)
+        _unpack_inner_audio(tensors, media[0].path, commands)
     rates = tensors.get(data.FPS)
     if isinstance(rates, Tensor):
         # thousandths of a frame per second: integers keep their values when a batch is cast to bfloat16
@@ -199,6 +199,7 @@ def _count_windows(item: TrainingItem, record: LatentRecord, lengths: ClipLength
     table, clip = item.table, record.clip
     if table.gives_latents or clip is None or record.parts > 1:
         return 0
+    # reading may have stopped early; only windows at the head do not depend on the length of the clip
     if not clip.complete and table.frame_extraction != "head":
         return 0
     return len(spans(table, clip.kept_frames, lengths))
@@ -227,12 +228,12 @@ class _Reader:
     checks: CacheChecks
     encoded: Mapping[int, Mapping[str, Tensor]]
 
-    def read_media(self, item: TrainingItem, place: int, flip: bool) -> _Part:
+    def read_media(self, item: TrainingItem, position: int, is_mirrored: bool) -> _Part:
         """Read an item's latents, and its audio if there is any.
 
-        `place` is the item's index in the batch. `flip` selects the mirrored latents.
+        `position` is the item's index in the batch. `is_mirrored` selects the mirrored latents.
         """
-        encoded = self.encoded.get(place)
+        encoded = self.encoded.get(position)
         if encoded is not None:
             part = _Part(item.latent_path, dict(encoded))
         else:
@@ -246,13 +247,14 @@ class _Reader:
             else:
                 unmirrored[key] = tensor
         part.tensors = unmirrored
-        if flip:
+        if is_mirrored:
             if data.LOSS_MASK in unmirrored:  # caches have no mirrored masks
                 mirrored[data.LOSS_MASK] = unmirrored[data.LOSS_MASK].flip(-1)
             part.tensors |= mirrored
-        said_sizes = part.tensors.pop(data.STATED_SIZES, None)  # used only by models with size conditions
+        # removed for all models, because only models with size conditions use it
+        cached_sizes = part.tensors.pop(data.STATED_SIZES, None)
         if self.latent.has_size_conditions:
-            part.tensors[data.SIZES] = _sizes_of(item, said_sizes, flip)
+            part.tensors[data.SIZES] = _size_conditions(item, cached_sizes, is_mirrored)
         return part
 
     def _read_cached_media(self, item: TrainingItem) -> _Part:
@@ -396,23 +398,23 @@ def _is_compared(item: TrainingItem, entry: Entry, name: str) -> bool:
     return name in item.kind.compared and item.kind.compared[name] == entry.metadata.get(CHECK_KEY)
 
 
-def _sizes_of(item: TrainingItem, stated: Tensor | None, is_mirrored: bool) -> Tensor:
+def _size_conditions(item: TrainingItem, cached_sizes: Tensor | None, is_mirrored: bool) -> Tensor:
     """Return the size conditions of SDXL for an image, `data.SIZES`, without batch dimension.
 
-    `stated` is `data.STATED_SIZES` from the cache, which takes precedence over computed sizes.
+    `cached_sizes` is `data.STATED_SIZES` from the cache, which takes precedence over computed sizes.
     """
-    bucket = item.bucket[0], item.bucket[1]
-    if stated is None:
+    bucket_width, bucket_height = item.bucket[:2]
+    if cached_sizes is None:
         name = parse_latent_name(item.file_name, item.kind.tag, item.table.kind)
         assert name is not None  # items are found by such names
         width, height = name.size
-        left, top, right, _ = inner_box(name.size, bucket)
+        left, top, right, _ = inner_box(name.size, (bucket_width, bucket_height))
     else:
-        width, height, left, top, right, _ = stated.tolist()
+        width, height, left, top, right, _ = cached_sizes.tolist()
     if is_mirrored:  # the distance to the right edge becomes the distance to the left edge
-        left = bucket[0] - right
+        left = bucket_width - right
     # original size, top left corner of the crop, target size
-    return torch.tensor((height, width, top, left, bucket[1], bucket[0]), dtype=torch.float32)
+    return torch.tensor((height, width, top, left, bucket_height, bucket_width), dtype=torch.float32)
 
 
 def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
@@ -422,12 +424,13 @@ def stores_for(item: TrainingItem, latent: data.LatentSpec) -> Stores:
 
 def _fill_gaps(media: Sequence[_Part]) -> None:
     """Add tensors that only some items have to the others: audio as zeros (not learned), masks as white."""
-    for name, filling in ((data.SOUND, 0), (data.CONTROL_MASK, 255)):  # white: the whole clip is generated
-        like = next((part.tensors[name] for part in media if name in part.tensors), None)
-        if like is not None:
+    fillings = {data.SOUND: 0, data.CONTROL_MASK: 255}  # white: the whole clip is generated
+    for name, filling in fillings.items():
+        template = next((part.tensors[name] for part in media if name in part.tensors), None)
+        if template is not None:
             for part in media:
-                part.tensors.setdefault(name, torch.full_like(like, filling))
-    if any(data.LOSS_MASK in part.tensors for part in media):
+                part.tensors.setdefault(name, torch.full_like(template, filling))
+    if any(data.LOSS_MASK in part.tensors for part in media):  # its size depends on the item's latents
         for part in media:
             ones = torch.ones(part.tensors["latents"].shape[1:], dtype=torch.float16)
             part.tensors.setdefault(data.LOSS_MASK, ones)
@@ -450,10 +453,10 @@ def _stack(
         return {}
     first = parts[0]
     for part in parts:
-        odd = part.tensors.keys() ^ first.tensors.keys()
-        if odd:
+        unequal = part.tensors.keys() ^ first.tensors.keys()
+        if unequal:
             raise CacheError(
-                f"{part.path} and {first.path} do not have the same tensors: {', '.join(sorted(odd))}.\n"
+                f"{part.path} and {first.path} do not have the same tensors: {', '.join(sorted(unequal))}.\n"
                 f"  Make them again with the same options: {commands.get(is_text)}"
             )
     stacked: dict[str, Tensor | list[Tensor]] = {}
@@ -481,18 +484,19 @@ def _check_shapes(parts: Sequence[_Part], name: str, commands: CachingCommands, 
             )
 
 
-def _put_in_front(tensors: dict[str, Tensor | list[Tensor]]) -> None:
+def _prepend_references(tensors: dict[str, Tensor | list[Tensor]]) -> None:
     """Prepend reference latents, each B C 1 H W, to the latents of clips; the loss covers them, too."""
     names = sorted(name for name in tensors if name.startswith(data.REFERENCE_LATENTS))
-    # in descending order of their numbers
-    names.sort(key=lambda name: int(name.rpartition("_")[2]), reverse=True)
     if not names:
         return
+    # highest number first: each reference is put before those with lower numbers
+    names.sort(key=lambda name: int(name.rpartition("_")[2]), reverse=True)
     references = [tensors[name] for name in names]
     for name in {"latents", data.REJECTED_LATENTS} & tensors.keys():
         tensors[name] = torch.cat([*references, tensors[name]], dim=2)  # type: ignore[list-item]
     mask = tensors.get(data.LOSS_MASK)
     if isinstance(mask, Tensor):
+        # B F H W, padded at the beginning of F
         tensors[data.LOSS_MASK] = functional.pad(mask, (0, 0, 0, 0, len(names), 0), value=1.0)
 
 

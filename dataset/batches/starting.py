@@ -23,8 +23,8 @@ from dataset.config_keys import IGNORE
 from dataset.forms.composing import SHARED_CACHES
 from dataset.listing import find_sources
 from dataset.sources.audio import list_silent
-from dataset.sources.clock import kept_one_clock
-from dataset.sources.colors import shown_otherwise
+from dataset.sources.clock import has_one_clock
+from dataset.sources.colors import reading_difference
 from dataset.sources.media_source import MediaSource
 from modules.console import count_of
 from modules.errors import CacheError, DatasetError, MediaError
@@ -33,15 +33,15 @@ from protocols.family import Family
 
 logger = logging.getLogger(__name__)
 
-OLDER = (
+CLOCKS_DIFFER = (
     "%s is of an earlier version, which read control clips and masks without regard to their clip's rate: "
     "if the rates differ, as here, the frames do not match. Cache again: only such caches change.\n  %s"
 )
 READ_OTHERWISE = "%s is of an earlier version: %s. Cache again: only such caches change.\n  %s"
-MAX_LOOKED_AT = 100  # clips of which a frame is decoded
-MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # of caches: a second or a few
+MAX_DECODED = 100  # clips of which a frame is decoded
+MAX_READ, MAX_READ_BYTES = 1000, 1 << 30  # limits of what is read from caches: takes a few seconds
 MAX_LISTED = 50_000  # files of a folder, captions among them
-NOT_KNOWN: Mapping[str, Mapping[str, str]] = {}  # encoders of a model whose training does not know them
+NOT_KNOWN: Mapping[str, Mapping[str, str]] = {}  # `own_encoders` if training does not know the encoders
 
 
 def check_caches(
@@ -66,22 +66,22 @@ def check_caches(
         stores: Stores of the run.
         has_live_texts: Whether captions are encoded while training.
         process: Rank of this process, and number of processes; each reads a part.
-        view: Selects the part of a batch that a teacher sees (`Batch.view`).
-        own_encoders: Identities of the trained model's text encoders by name, if texts are compared with
-            them.
+        view: Part of a batch that a teacher sees (`Batch.view`); "" if there is no teacher.
+        own_encoders: Identities of the trained model's text encoders by name, if cached texts are compared
+            with them.
 
     Raises:
         CacheError: For everything that reading a batch would reject: damage, another encoder or release,
             changed captions.
     """
-    rank, count = process
+    rank, num_processes = process
     cached = [item for item in items if item.kind.sizes is None]
     size_bytes = 0
     checks = CacheChecks()
     earlier: list[tuple[TrainingItem, MadeBy]] = []  # caches of versions that read clips in another way
     # number of windows that each clip was cut into, as its caches record it; by table index and stem
     windows: dict[tuple[int, str], int] = {}
-    for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, count):
+    for item, caption_index in itertools.islice(_sample_captions(cached), rank, None, num_processes):
         batch = read_batch(
             [item], family.latent, commands, checks=checks, captions=[caption_index], stores=stores
         )
@@ -89,7 +89,7 @@ def check_caches(
             if origin.part in own_encoders:
                 _require_own_encoder(origin, own_encoders[origin.part], commands)
             is_earlier = origin.own_clocks or origin.as_shown is not None
-            if is_earlier and caption_index == 0:
+            if is_earlier and caption_index == 0:  # further captions have the same latents
                 earlier.append((item, origin))
         num_windows = max((origin.windows for origin in batch.made_by), default=0)
         windows[item.table.index, item.source_stem] = num_windows
@@ -110,12 +110,15 @@ def check_caches(
 
 
 def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: CachingCommands) -> None:
-    """Raise CacheError if another text encoder than the trained model's made a text, by its record.
+    """Raise CacheError if a cached text was not encoded by the trained model's text encoder.
 
-    Texts of other programs have no record. Dtype, length and the tokenizer's files are not compared.
+    Text caches of other programs have no record and pass. Dtype, length and the tokenizer's files are not
+    compared.
     """
+    if not origin.encoder:
+        return
     compared = [key for key in own if not key.endswith(("_dtype", "_tokenizer", "_chunks"))]
-    for key in compared if origin.encoder else ():
+    for key in compared:
         recorded = origin.encoder.get(key)
         if recorded != own[key]:
             raise CacheError(
@@ -128,6 +131,7 @@ def _require_own_encoder(origin: MadeBy, own: Mapping[str, str], commands: Cachi
 
 def _sample_captions(cached: Sequence[TrainingItem]) -> Iterator[tuple[TrainingItem, int]]:
     """Yield at most MAX_READ random items with the index of a caption; additional captions come last."""
+    # a fixed seed, so that all processes draw the same sample and each can take its part
     sample = random.Random(0).sample(cached, min(len(cached), MAX_READ))
     first = ((item, 0) for item in sample)
     further = ((item, number) for item in sample for number in range(1, item.captions))
@@ -139,14 +143,14 @@ def _warn_of_earlier(
 ) -> None:
     """Warn of caches by earlier versions that would be made differently now.
 
-    `origins` holds the origins of each item's parts.
+    `origins` are pairs of an item and the origin of its latents.
     """
-    by_own_clocks = [item for item, origin in origins if origin.own_clocks]
-    if by_own_clocks:
-        _compare_clocks(by_own_clocks, family.defaults.fps, commands)
-    read_before = [(item, origin.as_shown) for item, origin in origins if origin.as_shown is not None]
-    if read_before:
-        _compare_reading(read_before, family.latent.keeps_alpha, commands)
+    with_own_clocks = [item for item, origin in origins if origin.own_clocks]
+    if with_own_clocks:
+        _compare_clocks(with_own_clocks, family.defaults.fps, commands)
+    read_otherwise = [(item, origin.as_shown) for item, origin in origins if origin.as_shown is not None]
+    if read_otherwise:
+        _compare_reading(read_otherwise, family.latent.keeps_alpha, commands)
 
 
 def _warn_of_fewer(
@@ -173,18 +177,21 @@ def _warn_of_fewer(
 
 
 def _compare_clocks(older: Sequence[TrainingItem], fps: float, commands: CachingCommands) -> None:
-    """Warn of caches from before clip and companions shared one clock, if they would be different now.
+    """Warn of caches from versions that read control clips at a rate of their own, if the rates differ.
 
-    Compares the headers of the source files; missing files are skipped.
+    The rates are read from the headers of the source files. Missing files are skipped.
     """
-    stems = {(item.table.index, item.source_stem): item for item in older}
+    by_source = {(item.table.index, item.source_stem): item for item in older}
     for table in {item.table.index: item.table for item in older}.values():
         for source in _sources_of(table):
-            item = stems.get((table.index, source.stem))
+            item = by_source.get((table.index, source.stem))
+            # sources with origins are in tars or downloads, which are not opened for a warning
+            if item is None or source.origins:
+                continue
             with contextlib.suppress(MediaError, OSError):
-                if item is not None and not source.origins and not kept_one_clock(source, fps):
-                    logger.warning(OLDER, item.latent_path, commands.latents)
-                    return
+                if not has_one_clock(source, fps):
+                    logger.warning(CLOCKS_DIFFER, item.latent_path, commands.latents)
+                    return  # one warning is enough
 
 
 def _compare_reading(
@@ -192,20 +199,25 @@ def _compare_reading(
 ) -> None:
     """Warn of caches whose clips an earlier version read with frames in another order or orientation.
 
-    `items` are pairs of an item and the mark that says how its clip was read. `keeps_alpha` is the field of
-    the family's LatentSpec. At most MAX_LOOKED_AT clips are checked; missing files are skipped.
+    At most MAX_DECODED clips are checked; missing files are skipped.
+
+    Args:
+        items: Pairs of an item and the version of reading clips (`LatentRecord.as_shown`) in its record.
+        keeps_alpha: `LatentSpec.keeps_alpha` of the family.
+        commands: Commands that cache again, for the warning.
     """
-    marks = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_LOOKED_AT]}
+    by_source = {(item.table.index, item.source_stem): (item, mark) for item, mark in items[:MAX_DECODED]}
     for table in {item.table.index: item.table for item, _ in items}.values():
         for source in _sources_of(table):
-            if source.origins or (table.index, source.stem) not in marks:
+            # sources with origins are in tars or downloads, which are not opened for a warning
+            if source.origins or (table.index, source.stem) not in by_source:
                 continue
-            item, mark = marks[table.index, source.stem]
+            item, mark = by_source[table.index, source.stem]
             with contextlib.suppress(MediaError, OSError):
-                difference = shown_otherwise(source, keeps_alpha, mark)
+                difference = reading_difference(source, keeps_alpha, mark)
                 if difference is not None:
                     logger.warning(READ_OTHERWISE, item.latent_path, difference, commands.latents)
-                    return
+                    return  # one warning is enough
 
 
 def _sources_of(table: DatasetTable) -> Sequence[MediaSource]:
@@ -230,9 +242,9 @@ def compare_sources(
     tag: str,
     hears: bool = False,
 ) -> None:
-    """Warn of files without latents, latents without a file, and sound that is not cached.
+    """Warn of files without latents, latents without a file, and audio that is not cached.
 
-    Caching may have been stopped between a clip's latents and its sound. Folders of more than MAX_LISTED
+    Caching may have been stopped between a clip's latents and its audio. Folders of more than MAX_LISTED
     files are left out.
 
     Args:
@@ -240,7 +252,7 @@ def compare_sources(
         listing: Items that were found for them.
         commands: Commands that cache, for messages.
         tag: The family's cache_tag.
-        hears: Whether the run is with sound.
+        hears: Whether the run trains audio.
     """
     for table in tables:
         items = [item for item in listing.items if item.table.index == table.index]
@@ -250,13 +262,13 @@ def compare_sources(
             continue
         gone: list[str] = []
         unheard: list[str] = []
-        if table.index in listing.left_out:
+        if table.index in listing.left_out:  # the index of the caches has the answer
             new = listing.left_out[table.index]
         else:
             sources = _sources_of_small(table, table.directory)
             if sources is None:
                 continue
-            # they have latents, and a warning of their own
+            # sources without texts have latents, and `require_items` has warned of them
             without_text = {path.name for path in listing.missing_text}
             new = []
             for stem, source in sources.items():
@@ -289,9 +301,9 @@ def compare_sources(
 
 
 def _sources_of_small(table: DatasetTable, folder: Path) -> dict[str, MediaSource] | None:
-    """Return the sources of a folder by stem; None if it is large or cannot be listed.
+    """Return the sources of a folder by stem; None if the folder is large or cannot be listed.
 
-    A folder that cannot be listed is one that the caches were copied without.
+    The folder may be missing because only the caches were copied to this machine.
     """
     try:
         with os.scandir(folder) as entries:

@@ -25,7 +25,8 @@ from modules.errors import CacheError, OutputError
 from modules.limits import MAX_CACHE_NAME_BYTES, MAX_ENTRY_BYTES, MAX_GENERATION
 
 FORMAT = 1  # PRAGMA user_version
-_JOURNAL = bytes.fromhex("d9d505f920a163d7")  # SQLite's mark behind the name of another journal
+# SQLite's magic number, which in a rollback journal follows the name of a super-journal
+_JOURNAL = bytes.fromhex("d9d505f920a163d7")
 PAGE_BYTES = 16384  # writes entries of 2 KB twice as fast as 4096, and entries of 64 KB equally fast
 SHARD_TABLE = """
     CREATE TABLE entries (place INTEGER PRIMARY KEY, name BLOB, generation INTEGER, size INTEGER,
@@ -34,7 +35,7 @@ SHARD_TABLE = """
 """
 _STATEMENTS = [statement.strip() for statement in SHARD_TABLE.split(";")[:-1]]
 REMOVED_CRC32 = -1  # instead of a checksum
-# what a volume, not a file, is at fault for
+# SQLite errors that are caused by the volume, not by the content of the file
 _UNAVAILABLE = (
     sqlite3.SQLITE_IOERR,
     sqlite3.SQLITE_CANTOPEN,
@@ -47,10 +48,10 @@ _UNAVAILABLE = (
 
 
 class CatalogRow(NamedTuple):
-    """Facts about a name."""
+    """Where the current entry of a name is stored."""
 
     shard: str
-    place: int
+    place: int  # key of the row in SQLite; offset of the bytes in a tar of earlier versions
     generation: int
     size: int | None  # None: the entry was removed
     crc32: int
@@ -84,21 +85,23 @@ def connect(uri: str, seconds: float = 0.2) -> sqlite3.Connection:
     return connection
 
 
-def _bound(rows: sqlite3.Connection, size: int) -> None:
+def _limit_steps(connection: sqlite3.Connection, size: int) -> None:
     """Stop statements that take far more steps than a file of `size` bytes can need.
 
     In a malicious file pages can refer to each other in a circle.
     """
-    turns = itertools.count()
-    rows.set_progress_handler(lambda: next(turns) > 2 + (size >> 18), 1 << 20)
+    calls = itertools.count()
+    max_calls = 2 + (size >> 18)
+    # called every 2^20 instructions of SQLite's virtual machine; a true result stops the statement
+    connection.set_progress_handler(lambda: next(calls) > max_calls, 1 << 20)
 
 
-def _require_table(rows: sqlite3.Connection) -> None:
+def _require_table(connection: sqlite3.Connection) -> None:
     """Raise sqlite3.DatabaseError unless a database has the table of a shard and nothing else.
 
-    A view, a trigger or a computed column would run statements of whoever made the file.
+    A view, a trigger or a computed column would run SQL that somebody else wrote.
     """
-    statements = [sql for (sql,) in rows.execute("SELECT sql FROM sqlite_master LIMIT 3")]
+    statements = [sql for (sql,) in connection.execute("SELECT sql FROM sqlite_master LIMIT 3")]
     if sorted(map(str, statements)) != sorted(_STATEMENTS):
         raise sqlite3.DatabaseError("it has other tables than a shard")
 
@@ -109,7 +112,7 @@ def open_shard(path: Path) -> sqlite3.Connection:
 
 
 class Catalog:
-    """The entries of a folder, as they were when it was looked at."""
+    """The entries of a folder at the time when its shards were read."""
 
     def __init__(self, folder: Path, writer: "ShardWriter | None" = None) -> None:
         """Read the catalog of a folder; `writer` writes the shard of this process.
@@ -117,9 +120,10 @@ class Catalog:
         Raises CacheError if a shard cannot be read.
         """
         self.shards = list_shards(folder)
-        self.damaged: set[str] = set()  # shards that are cut or changed: nothing of them is used
-        self.faults: list[str] = []  # sentences
-        self.bytes: dict[str, int] = {}  # of all rows of a shard of ours, those of replaced entries too
+        self.damaged: set[str] = set()  # shards that were cut or changed: none of their entries is used
+        self.faults: list[str] = []  # messages about shards that cannot be used
+        # total size of all rows by SQLite shard, including those of replaced entries
+        self.bytes: dict[str, int] = {}
         self.rows: dict[str, CatalogRow] = {}  # by name
         for name in self.shards:
             path = folder / name
@@ -130,7 +134,7 @@ class Catalog:
                     self.faults.append(f"{path} has no end: caching was stopped, or is still running")
                 elif path.suffix == ".tar":
                     self._add(name, read_old_shard(path))
-                    del self.bytes[name]  # which counts shards of today's form only
+                    del self.bytes[name]  # only SQLite shards are counted
                 else:
                     self._read_shard(path)
             except FileNotFoundError:  # merged meanwhile: the new shard has its entries
@@ -166,21 +170,27 @@ class Catalog:
                 self.rows[name] = row
 
     def _read_shard(self, path: Path) -> None:
-        """Add the rows of a shard. Raises CacheError if the disk, not the file, is at fault."""
+        """Add the rows of a shard.
+
+        Raises:
+            CacheError: If the disk, not the file, is at fault.
+            sqlite3.Error: If the file is damaged.
+        """
         try:
-            with contextlib.closing(open_shard(path)) as rows:
-                _bound(rows, path.stat().st_size)
-                ((version,),) = rows.execute("PRAGMA user_version")
+            with contextlib.closing(open_shard(path)) as connection:
+                _limit_steps(connection, path.stat().st_size)
+                ((version,),) = connection.execute("PRAGMA user_version")
                 if version > FORMAT:
                     self.faults.append(
                         f"{path} is of a later version of this program. It is left alone: move it out of the "
                         "folder, or use that version"
                     )
                     return
-                _require_table(rows)
-                self._add(path.name, _rows_in(rows))
+                _require_table(connection)
+                self._add(path.name, _rows_in(connection))
         except sqlite3.Error as error:
-            with path.open("rb") as file:  # SQLite takes some errors of a volume for damage
+            # SQLite reports some errors of the volume as damage; reading the file raises OSError for them
+            with path.open("rb") as file:
                 while file.read(1 << 20):
                     pass
             if getattr(error, "sqlite_errorcode", 0) & 0xFF in _UNAVAILABLE:
@@ -188,20 +198,29 @@ class Catalog:
             raise
 
 
-def _rows_in(rows: sqlite3.Connection) -> list[OldRow]:
+def _rows_in(connection: sqlite3.Connection) -> list[OldRow]:
     """Return the rows of a shard.
 
     Raises:
-        sqlite3.DatabaseError: If values have other types than ours, as SQLite columns take any type.
+        sqlite3.DatabaseError: If a value has an unexpected type, as SQLite columns take any type.
     """
-    entries = rows.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
-    limits = MAX_GENERATION, MAX_ENTRY_BYTES, 0xFFFFFFFF
+    entries = connection.execute("SELECT name, place, generation, size, crc32 FROM entries").fetchall()
     for name, _, generation, size, crc32 in entries:
-        is_name = isinstance(name, bytes) and 0 < len(name) <= MAX_CACHE_NAME_BYTES
-        numbers = zip((generation, size or 0, crc32), limits, strict=True)
-        if not is_name or not all(type(number) is int and -1 <= number <= limit for number, limit in numbers):
+        is_valid = (
+            isinstance(name, bytes)
+            and 0 < len(name) <= MAX_CACHE_NAME_BYTES
+            and _is_within(generation, MAX_GENERATION)
+            and _is_within(size or 0, MAX_ENTRY_BYTES)
+            and _is_within(crc32, 0xFFFFFFFF)
+        )
+        if not is_valid:
             raise sqlite3.DatabaseError("a row of another program")
     return entries
+
+
+def _is_within(number: object, limit: int) -> bool:
+    """Return whether a value is an integer from -1 (REMOVED_CRC32) to `limit`; booleans are none."""
+    return type(number) is int and -1 <= number <= limit
 
 
 # --- the shard that a process writes
@@ -222,15 +241,15 @@ def explain_sqlite(path: Path) -> Iterator[None]:
 
 
 def machine() -> str:
-    """Return eight characters that stand for this machine in the names of shards."""
+    """Return eight characters that identify this machine in the names of shards."""
     return f"{zlib.crc32(platform.node().encode()):08x}"
 
 
 class ShardWriter:
-    """The shard that a process fills. It is locked until it is finished, so that nobody adopts it.
+    """The shard that a process writes. It stays locked until it is finished, so that nobody adopts it.
 
-    It uses a write-ahead log: all entries survive if the process is killed, and all but the last megabytes
-    survive a power failure.
+    SQLite writes it with a write-ahead log: all entries survive if the process is killed, and all but the
+    last megabytes survive a power failure.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -238,7 +257,7 @@ class ShardWriter:
         self.began = time.monotonic()
         with explain_sqlite(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            # three attempts with locks; the last one is for volumes that have no locks
+            # three attempts with locks, then one for volumes that have no locks
             for parameters in ("", "", "", "?nolock=1"):
                 self.path = folder / f"cache-{machine()}{secrets.token_hex(12)}.writing"
                 try:
@@ -255,25 +274,29 @@ class ShardWriter:
 
     def put(self, name: bytes, generation: int, data: bytes | None) -> CatalogRow:
         """Write a row, replacing an earlier one; `data` None marks the entry as removed."""
-        size, crc32 = (None, REMOVED_CRC32) if data is None else (len(data), zlib.crc32(data))
+        size: int | None = None
+        crc32 = REMOVED_CRC32
+        if data is not None:
+            size = len(data)
+            crc32 = zlib.crc32(data)
         check_space(self.path, size or 0)
         with explain_sqlite(self.path), self.rows:
             self.rows.execute("BEGIN")
             if generation:  # 0 is a new entry
                 self.rows.execute("DELETE FROM entries WHERE name = ?", (name,))
             values = (name, generation, size, crc32, data)
-            done = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
+            cursor = self.rows.execute("INSERT INTO entries VALUES (NULL, ?, ?, ?, ?, ?)", values)
         self.size += size or 0
-        assert done.lastrowid is not None
+        assert cursor.lastrowid is not None
         return CatalogRow(
-            shard=self.path.name, place=done.lastrowid, generation=generation, size=size, crc32=crc32
+            shard=self.path.name, place=cursor.lastrowid, generation=generation, size=size, crc32=crc32
         )
 
     def finish(self) -> None:
         """Make sure that all rows survive, and give the shard its final name."""
         with explain_sqlite(self.path):
             try:
-                self.rows.execute("PRAGMA journal_mode = DELETE")
+                self.rows.execute("PRAGMA journal_mode = DELETE")  # moves the write-ahead log into the file
             finally:
                 self.rows.close()
             _give_final_name(self.path)
@@ -281,23 +304,24 @@ class ShardWriter:
 
 def _begin(uri: str) -> sqlite3.Connection:
     """Create the database of a new shard, locked for this process."""
-    rows = connect(uri)
+    connection = connect(uri)
     try:
-        for setting in (f"page_size = {PAGE_BYTES}", "locking_mode = EXCLUSIVE", "cache_size = -65536"):
-            rows.execute(f"PRAGMA {setting}")
-        rows.execute("PRAGMA journal_mode = WAL")
-        rows.execute("PRAGMA synchronous = NORMAL")
-        rows.execute(f"PRAGMA user_version = {FORMAT}")
-        rows.executescript(SHARD_TABLE)
+        connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("PRAGMA cache_size = -65536")  # in KiB
+        connection.execute("PRAGMA journal_mode = WAL")
+        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute(f"PRAGMA user_version = {FORMAT}")
+        connection.executescript(SHARD_TABLE)
     except BaseException:
-        rows.close()
+        connection.close()
         raise
-    return rows
+    return connection
 
 
 def _give_final_name(path: Path) -> None:
     """Rename a shard that is no longer written, so that all processes may read it without locks."""
-    final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")
+    final = path.with_name(f"cache-{path.stem[-16:]}.sqlite")  # the last 16 of its random characters
     try:
         path.rename(final)
     except FileNotFoundError:  # another process was faster, and may have merged it since
@@ -307,34 +331,38 @@ def _give_final_name(path: Path) -> None:
 
 
 def adopt_shards(folder: Path, own_shard: Path | None = None) -> None:
-    """Finish the shards whose writers were killed; leave those whose writers may live.
+    """Finish the shards whose writers were killed; leave those whose writers may still run.
 
-    Locks show whether a writer lives. For writers on other machines and volumes without locks, the file's age
-    decides. `own_shard` is the shard that this process writes.
+    Locks show whether a writer still runs. For writers on other machines and volumes without locks, the
+    file's age decides. `own_shard` is the shard that this process writes.
     """
     for path in folder.glob("cache-*.writing"):
         with contextlib.suppress(OSError, sqlite3.Error):
             is_old = path.stat().st_mtime < time.time() - LEFTOVER_SECONDS
-            if path == own_shard or (not is_old and path.stem[6:14] != machine()) or not _is_own(path):
+            is_of_this_machine = path.stem[6:14] == machine()  # after "cache-"
+            if path == own_shard or not (is_old or is_of_this_machine) or not _is_safe_to_open(path):
                 continue
             try:
                 is_empty = _recover(path)
             except sqlite3.OperationalError as error:
                 if not is_old or error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY:
                     continue
-                is_empty = _recover(path, "&nolock=1")
+                is_empty = _recover(path, "&nolock=1")  # a volume without locks
             if not is_empty:
                 _give_final_name(path)
-    for path in folder.glob("cache-*.writing-*"):  # journals of writers that were killed at once
-        if not os.path.lexists(path.with_name(path.name.rpartition("-")[0])):
+    # journals of writers that were killed before their shard had any content
+    for path in folder.glob("cache-*.writing-*"):
+        shard_name = path.name.rpartition("-")[0]
+        if not os.path.lexists(path.with_name(shard_name)):
             with contextlib.suppress(OSError):  # a folder of that name
                 path.unlink()
 
 
-def _is_own(path: Path) -> bool:
-    """Return whether a shard and its journals are plain files that make SQLite open nothing elsewhere.
+def _is_safe_to_open(path: Path) -> bool:
+    """Return whether a shard and its journals are regular files that make SQLite touch no other file.
 
-    False if one is a link, or if a rollback journal names another file at its end, which SQLite would remove.
+    False if one is a link, or if a rollback journal ends with the name of another file, which SQLite would
+    remove.
     """
     for suffix in ("", "-wal", "-shm", "-journal"):
         file = path.with_name(path.name + suffix)
@@ -349,19 +377,22 @@ def _is_own(path: Path) -> bool:
     return True
 
 
-def _recover(path: Path, how: str = "") -> bool:
-    """Keep what the writer of a shard has committed.
+def _recover(path: Path, parameters: str = "") -> bool:
+    """Recover the entries that the killed writer of a shard had committed.
+
+    `parameters` are added to the shard's SQLite URI.
 
     Returns:
         True if not even the table was committed; the shard is removed then.
     """
-    with contextlib.closing(connect(f"{path.absolute().as_uri()}?mode=rw{how}", seconds=0)) as rows:
-        _bound(rows, path.stat().st_size)
-        rows.execute("PRAGMA locking_mode = EXCLUSIVE")
-        rows.execute("BEGIN EXCLUSIVE")
-        ((tables,),) = rows.execute("SELECT count(*) FROM sqlite_master")
-        rows.execute("COMMIT")
-        rows.execute("PRAGMA journal_mode = DELETE")
-        if not tables:  # while it is locked: its writer may have just begun, and begins again then
-            path.unlink()
-        return not tables
+    uri = f"{path.absolute().as_uri()}?mode=rw{parameters}"
+    with contextlib.closing(connect(uri, seconds=0)) as connection:
+        _limit_steps(connection, path.stat().st_size)
+        connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        connection.execute("BEGIN EXCLUSIVE")
+        ((num_tables,),) = connection.execute("SELECT count(*) FROM sqlite_master")
+        connection.execute("COMMIT")
+        connection.execute("PRAGMA journal_mode = DELETE")
+        if not num_tables:
+            path.unlink()  # while it is locked: a writer that has just begun notices and begins again
+        return not num_tables

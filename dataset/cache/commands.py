@@ -1,6 +1,6 @@
 """Remember the options of the caching commands in each cache folder, for the commands that follow.
 
-Only what is still true is used again: a file that is gone is not named.
+Options that are no longer valid, such as the path of a deleted file, are not used again.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from protocols.families import FamilyEntry
 
 NAME = ".reelsmith_commands.json"  # hidden: cache folders may be folders of images
 VERSION = 1
-MAX_BYTES = 1 << 20  # of a few families with a few dozen options each
+MAX_BYTES = 1 << 20  # ample for a few families with a few dozen options each
 MAX_CHARACTERS = 10_000  # of one value
 KINDS = ("LatentCaching", "TextCaching")
 
@@ -42,8 +42,8 @@ def remember_options(
 ) -> None:
     """Write the options of a caching command into the cache folders of all tables.
 
-    A training from these caches repeats them. A folder that cannot be written to is left unchanged: the
-    caches are what counts.
+    A training from these caches repeats them. A folder that cannot be written to is skipped, because its
+    caches are usable without the file.
 
     Args:
         config: The dataset.
@@ -54,14 +54,11 @@ def remember_options(
         training: Options that a training from these caches needs in addition, by flag.
     """
     accepted = accepted_options(type(family_options))
-    options = {
-        option.name: {
-            "flag": option.typed,
-            "value": _as_json(option.value),
-            "is_path": Path in accepted[option.name].types,
-        }
-        for option in repeat_given(family_options, typed)
-    }
+    options = {}
+    for option in repeat_given(family_options, typed):
+        is_path = Path in accepted[option.name].types
+        options[option.name] = {"flag": option.typed, "value": _as_json(option.value), "is_path": is_path}
+    # relative paths among the values are relative to the current folder
     command: dict[str, Any] = {"folder": str(real_path(Path.cwd())), "options": options}
     if training:
         command["training"] = {flag.lstrip("-"): {"value": value} for flag, value in training.items()}
@@ -82,11 +79,11 @@ def recall_options(
     kinds: Sequence[str] = KINDS,
     for_training: bool = False,
 ) -> list[RepeatedOption]:
-    """Return the options with which the caches in these folders were made, the first folder's first.
+    """Return the options with which the caches in these folders were made, in the order of the folders.
 
     With `for_training`, options that training from the caches needs are included. A path is returned as typed
-    if this is the folder in which it was typed, else as an absolute path. Unknown options, and paths of files
-    that are gone, are left out.
+    if the command was run in the current folder, else as an absolute path. Unknown options, and paths of
+    files that no longer exist, are left out.
     """
     recalled: list[RepeatedOption] = []
     for folder in dict.fromkeys(folders):
@@ -103,7 +100,7 @@ def recall_options(
 def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iterable[RepeatedOption]:
     """Yield the options of a remembered command that are known and still valid.
 
-    `key` is "options" for the command's own, or "training" for those that a training needs.
+    `key` is "options" for the command's own options, or "training" for those that a training needs.
     """
     accepted = accepted_options(record)
     folder = command.get("folder")
@@ -115,7 +112,7 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
             continue
         option = accepted[name]
         value = info.get("value")
-        if not _is_plain(value) or not any(_has_type(value, kind) for kind in option.types):
+        if not _can_be_shown(value) or not any(_has_type(value, kind) for kind in option.types):
             continue
         if option.choices and isinstance(value, str) and value not in option.choices:
             continue
@@ -126,47 +123,49 @@ def _recall(command: Mapping[str, Any], key: str, record: type[Options]) -> Iter
             if not path_exists(value):
                 continue
         flag = info.get("flag")
-        typed = flag if flag in option.flags else option.flags[-1]
+        typed = flag if flag in option.flags else option.flags[-1]  # the last one is the public name
         yield RepeatedOption(name, option.flags, typed, value)
 
 
 def _has_type(value: Any, kind: Any) -> bool:
-    """Return whether a value of the file has the type that an option takes.
-
-    In a command, the second word of a list could be mistaken for an option.
-    """
+    """Return whether a value of the file has the type that an option takes."""
     if typing.get_origin(kind) is tuple:
-        word_type = typing.get_args(kind)[0]
-        return isinstance(value, list) and all(_is_word(word, word_type) for word in value)
+        item_type = typing.get_args(kind)[0]
+        return isinstance(value, list) and all(_is_list_item(item, item_type) for item in value)
     if kind is Path:
         return isinstance(value, str) and bool(value)
-    return type(value) in ((int, float) if kind is float else (kind,))
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind  # not isinstance: a boolean is no number
 
 
-def _is_word(value: Any, kind: Any) -> bool:
+def _is_list_item(value: Any, kind: Any) -> bool:
+    """Return whether a value has the type of a list's items and could not be mistaken for an option."""
     return _has_type(value, kind) and not (isinstance(value, str) and value.startswith("-"))
 
 
-def _is_plain(value: Any) -> bool:
+def _can_be_shown(value: Any) -> bool:
     """Return whether a value may be shown in a command: short, on one line, without control codes."""
     values = value if isinstance(value, list) else [value]
-    words = value_words(value)
+    arguments = value_words(value)
     if not all(isinstance(item, (str, int, float)) for item in values):
         return False
-    return all(
-        len(word) <= MAX_CHARACTERS and escape_control_codes(word) == word and "\n" not in word
-        for word in words
-    )
+    for argument in arguments:
+        has_control_codes = escape_control_codes(argument) != argument or "\n" in argument
+        if len(argument) > MAX_CHARACTERS or has_control_codes:
+            return False
+    return True
 
 
 def _as_json(value: Any) -> Any:
+    """Return an option's value as JSON can hold it."""
     if isinstance(value, (list, tuple)):
         return [_as_json(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 
 def _read_families(folder: Path) -> dict[str, Any]:
-    """Return the commands that a cache folder remembers by family; empty if its file is unreadable."""
+    """Return the remembered commands of a cache folder by family; {} if its file is unreadable."""
     try:
         content = parse_json(read_text(folder / NAME, MAX_BYTES))
     except (OSError, ValueError):

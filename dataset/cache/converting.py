@@ -1,6 +1,7 @@
 """Convert a cache folder: single files to shards, and back.
 
-Entries are copied byte for byte, whoever made them; the originals go when all copies have been read again.
+Entries are copied byte for byte, whichever program made them. The originals are removed only after all
+copies have been read again.
 """
 
 import contextlib
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 from dataset import cache_files
 from dataset.cache.catalog import Catalog
-from dataset.cache.form import single_files
+from dataset.cache.form import list_single_files
 from dataset.cache.index import NAME as INDEX
 from dataset.cache.shards import ShardStore, merge_shards, shard_errors
 from dataset.cache.store import SingleFiles
@@ -30,17 +31,18 @@ logger = logging.getLogger(__name__)
 class Converted(NamedTuple):
     """Result of a conversion."""
 
-    copied: int  # entries
-    unchanged: int  # entries that were in the new form already
-    size_bytes: int  # of the copied ones
+    copied: int  # number of entries
+    unchanged: int  # number of entries that were in the new format already
+    size_bytes: int  # total size of the copied entries
 
 
 def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -> None:
-    """Convert folders and log the results.
+    """Convert the cache folders of a dataset, or those of the options, and log the results.
 
     Raises:
+        OptionError: If a table's caches are shared with other programs.
         CacheError: If entries are damaged.
-        OutputError: If a file cannot be written; then nothing is lost, and the same command continues.
+        OutputError: If a file cannot be written. Nothing is lost, and the same command continues.
     """
     for table in config.datasets if config else ():
         if table.cache_format in SHARED_CACHES:
@@ -68,15 +70,23 @@ def convert_caches(options: ConvertCacheOptions, config: DatasetConfig | None) -
 
 
 def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
-    """Put the single files of a folder into shards. Files that are not caches do not change.
+    """Copy the single files of a folder into shards, then remove them. Only cache files are touched.
 
-    Shards of earlier versions, in tars, are made again. With `keep`, leave the files too. With `dry_run`,
-    change nothing. Raises CacheError, OutputError.
+    Tar shards of earlier versions are converted to SQLite shards.
+
+    Args:
+        folder: Cache folder.
+        keep: Whether to keep the single files, too.
+        dry_run: Whether to change nothing and only count.
+
+    Raises:
+        CacheError: If a file is damaged; then no file is removed.
+        OutputError: If a shard cannot be written.
     """
-    names = list(single_files(folder, cache_files.is_cache_name))
+    names = list(list_single_files(folder, cache_files.is_cache_name))
     files, shards = SingleFiles(folder), ShardStore(folder)
     errors: list[str] = []
-    counts = _copy(names, files, target=shards, what="file", dry_run=dry_run, damaged=errors)
+    converted = _copy(names, files, target=shards, what="file", dry_run=dry_run, damaged=errors)
     if errors:
         raise CacheError("\n  ".join(errors))
     if not dry_run:
@@ -85,28 +95,31 @@ def files_to_shards(folder: Path, keep: bool = False, dry_run: bool = False) -> 
         if not keep:
             _require_equal(names, folder)
             with explain_errors(folder):
-                for name in (*names, INDEX):
+                for name in (*names, INDEX):  # the index is of single files only
                     files.remove(name)
-    return counts
+    return converted
 
 
 def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> Converted:
-    """Write each entry of a folder's shards as a single file.
+    """Write each entry of a folder's shards as a single file, then remove the shards.
 
-    With `keep`, the shards are kept too. With `dry_run`, nothing is changed.
+    Args:
+        folder: Cache folder.
+        keep: Whether to keep the shards, too.
+        dry_run: Whether to change nothing and only count.
 
     Raises:
-        CacheError: If entries are damaged (all other entries are written, and the shards are kept).
+        CacheError: If entries are damaged. All other entries are written, and the shards stay.
         OutputError: If a file cannot be written.
     """
     shards = ShardStore(folder)
     if not dry_run:
-        shards.close(is_last=True)  # what a killed run left is whole after it
+        shards.close(is_last=True)  # finishes the shards of killed runs
         if folder.is_dir():
             remove_leftovers(folder, cache_files.is_cache_name, older_seconds=0)
     names = sorted(filter(cache_files.is_safe_name, shards.names()))
     damaged = [] if dry_run else shard_errors(folder)
-    counts = _copy(
+    converted = _copy(
         names,
         shards,
         target=SingleFiles(folder),
@@ -116,41 +129,51 @@ def shards_to_files(folder: Path, keep: bool = False, dry_run: bool = False) -> 
     )
     if damaged:
         raise CacheError(
-            f"{folder}: {len(damaged)} faults in the shards, which are kept; {counts.copied} entries are "
+            f"{folder}: {len(damaged)} faults in the shards, which are kept; {converted.copied} entries are "
             f"whole. The first: {damaged[0]}.\n"
             '  Cache again with cache_format = "shards", which repairs them, then convert again.'
         )
     if not dry_run and not keep:
-        _require_equal(names, folder)
-        catalog = Catalog(folder)
-        if set(catalog.names()) != set(names):
-            raise CacheError(
-                f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
-            )
-        busy = next((name for name in catalog.shards if name.endswith(".writing")), None)
-        if busy is not None:
-            raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")
-        with explain_errors(folder):
-            for name in (*OLD_INDEXES, *catalog.shards):
-                (folder / name).unlink(missing_ok=True)
-    return counts
+        _remove_shards(folder, names)
+    return converted
 
 
-Form = SingleFiles | ShardStore
+def _remove_shards(folder: Path, names: Sequence[str]) -> None:
+    """Remove the shards of a folder whose entries, `names`, have been written as files.
+
+    Raises:
+        CacheError: If a file differs from its entry, or if another process has written shards meanwhile.
+        OutputError: If a file cannot be removed.
+    """
+    _require_equal(names, folder)
+    catalog = Catalog(folder)
+    if set(catalog.names()) != set(names):
+        raise CacheError(
+            f"{folder}: entries were added in the meantime; the shards are kept. Run this again."
+        )
+    busy = next((name for name in catalog.shards if name.endswith(".writing")), None)
+    if busy is not None:
+        raise CacheError(f"{folder / busy}: another process writes it. Run this again later.")
+    with explain_errors(folder):
+        for name in (*OLD_INDEXES, *catalog.shards):
+            (folder / name).unlink(missing_ok=True)
+
+
+ByteStore = SingleFiles | ShardStore
 
 
 def _copy(
-    names: Sequence[str], source: Form, target: Form, what: str, dry_run: bool, damaged: list[str]
+    names: Sequence[str], source: ByteStore, target: ByteStore, what: str, dry_run: bool, damaged: list[str]
 ) -> Converted:
     """Copy entries that the target lacks or has with other contents.
 
     Args:
         names: Names of the entries.
-        source: Form to read.
-        target: Form to write.
-        what: Word for an entry of the source.
-        dry_run: Count only.
-        damaged: List that gets a line for each entry that cannot be read.
+        source: Store to read.
+        target: Store to write.
+        what: What a message calls an entry of the source.
+        dry_run: Whether to count only.
+        damaged: List to which a message is added for each entry that cannot be read.
     """
     copied = unchanged = size_bytes = 0
     for name in track(names, f"Converting {source.folder.name}", len(names), unit="file"):
@@ -160,7 +183,7 @@ def _copy(
             damaged.append(str(error))
             continue
         if name in target:
-            with contextlib.suppress(CacheError):
+            with contextlib.suppress(CacheError):  # a damaged entry of the target is replaced
                 if target.read_bytes(name) == data:
                     unchanged += 1
                     continue

@@ -1,4 +1,4 @@
-"""Compare the form of a cache folder, single files or shards, with `cache_format`."""
+"""Compare how a cache folder stores its entries, in single files or in shards, with `cache_format`."""
 
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -11,16 +11,16 @@ from modules.errors import CacheError, DatasetError
 
 
 def require_form(tables: Iterable[DatasetTable], tag: str) -> None:
-    """Check that caches are in the form that the `cache_format` of their table names.
+    """Check that the caches of tables are in the format that their `cache_format` names.
 
     Args:
-        tables: Tables that `may_be_mixed`.
+        tables: Tables for which `may_be_mixed` is true.
         tag: The family's cache_tag.
 
     Raises:
-        DatasetError: If caches are in another form; the message has the command that converts them.
+        DatasetError: If caches are in another format; the message has the command that converts them.
     """
-    errors = [line for table in tables for line in other_form(table, tag)]
+    errors = [line for table in tables for line in list_format_errors(table, tag)]
     if errors:
         raise DatasetError("\n".join(errors))
 
@@ -34,39 +34,43 @@ def list_shard_errors(table: DatasetTable) -> list[str]:
     return shard_errors(table.cache_directory)
 
 
-def other_form(table: DatasetTable, tag: str) -> Iterator[str]:
-    """Yield an error if a table that `may_be_mixed` has caches only in another form than its `cache_format`.
+def list_format_errors(table: DatasetTable, tag: str) -> Iterator[str]:
+    """Yield an error if a table has a cache that is only in another format than its `cache_format`.
 
-    Caches in both forms, as `tools/convert_cache.py --keep` leaves them, are not an error.
+    The table is one for which `may_be_mixed` is true. A cache in both formats, as `tools/convert_cache.py
+    --keep` leaves it, is not an error.
     """
     from dataset.cache.catalog import list_shards  # few folders are mixed
     from dataset.cache.shards import ShardStore
 
     def is_of_table(name: str) -> bool:
+        """Return whether a file is a cache of this table's kind and model."""
         return _is_of(name, tag, table.kind)
 
-    folder, form = table.cache_directory, table.cache_format
+    folder = table.cache_directory
+    target = table.cache_format
     shards = ShardStore(folder) if list_shards(folder) else None
-    first = None  # the first cache in the other form alone
-    if form == "shards":
-        single_names = single_files(folder, is_of_table)
+    first = None  # the first cache that is only in the other format
+    if target == "shards":
+        single_names = list_single_files(folder, is_of_table)
         first = next((name for name in single_names if shards is None or name not in shards), None)
     elif shards is not None:
         names_in_shards = filter(is_of_table, shards.names())
         first = next((name for name in names_in_shards if not (folder / name).exists()), None)
     if first is not None:
-        words = ["python", "tools/convert_cache.py", "--dataset_config", str(table.config_path), "--to", form]
-        where = "a file of its own" if form == "shards" else "a shard"
+        command = ["python", "tools/convert_cache.py"]
+        command += ["--dataset_config", str(table.config_path), "--to", target]
+        where = "a file of its own" if target == "shards" else "a shard"
         yield (
-            f'{table.name}: cache_format = "{form}", but in {folder} {first} is in {where}.\n'
-            f"  Convert what is there: {as_typed(words)}"
+            f'{table.name}: cache_format = "{target}", but in {folder} {first} is in {where}.\n'
+            f"  Convert what is there: {as_typed(command)}"
         )
 
 
 def _is_of(name: str, tag: str, kind: str) -> bool:
-    """Return whether an entry is one of a family's: latents, sound or texts.
+    """Return whether an entry name is that of a family's latents, audio or texts, also unfinished texts.
 
-    `tag` is the family's cache_tag.
+    `tag` is the family's cache_tag; `kind` is the table's kind, "image" or "video".
     """
     for latent_tag in (tag, cache_files.audio_tag(tag)):
         if cache_files.parse_latent_name(name, latent_tag, kind) is not None:
@@ -74,15 +78,20 @@ def _is_of(name: str, tag: str, kind: str) -> bool:
     return cache_files.is_text_name(name.removesuffix(cache_files.PART), tag)
 
 
-def single_files(folder: Path, of: Callable[[str], bool]) -> Iterator[str]:
-    """Yield the names of a folder's files for which `of` holds and whose tensors are those of a cache."""
-    for name in sorted(os.listdir(folder)) if folder.is_dir() else ():
-        if not of(name):
+def list_single_files(folder: Path, is_selected: Callable[[str], bool]) -> Iterator[str]:
+    """Yield the names of a folder's cache files that `is_selected` accepts, sorted.
+
+    The names of the tensors show whether a file is a cache; unreadable files are left out.
+    """
+    if not folder.is_dir():
+        return
+    for name in sorted(os.listdir(folder)):
+        if not is_selected(name):
             continue
         try:
             header = cache_files.read_entry(folder / name, is_full=False)
         except CacheError:
             continue
-        maker = header.metadata.get("architecture", "")
+        maker = header.metadata.get("architecture", "")  # of any family
         if cache_files.is_latent_cache(header, maker) or cache_files.is_text_cache(header, maker):
             yield name

@@ -1,12 +1,13 @@
-"""The index of a cache folder: what caching left there, so that training lists and compares no source.
+"""The index of a cache folder, with which training need not list the sources and compare caches with them.
 
-`index.jsonl` has a part for the latents and one for the texts of each family that caches there. A part is a
-line about its table and a line for each cache file: its source, what it holds, the checksum of its record,
-and size and time of the files that it was made from. A part counts only while nothing has changed: neither
-the settings of the table, nor the names in the folders that it reads, nor the names of the cache files.
-Otherwise, and without an index, training lists the caches and compares them with their sources. A cache file
-is taken as compared only if its record still has the checksum in the index, so that an index that was copied,
-lost or left behind by a killed run never decides anything alone.
+`index.jsonl` has a part for the latents and one for the texts of each family that caches in the folder. A
+part has a line about its table and a line for each cache file: its source, its bucket, the checksum of its
+record, and size and time of the files that it was made from. A part is used only while nothing has changed:
+neither the settings of the table, nor the names in its folders, nor the names of the cache files. Otherwise,
+and without an index, training lists the caches and compares them with their sources.
+
+A cache file counts as compared only if its record still has the checksum in the index. Therefore an index
+that was copied, or left behind by a killed run, never decides anything alone.
 """
 
 import dataclasses
@@ -18,9 +19,7 @@ from typing import Any, NamedTuple
 
 from dataset import cache_files
 from dataset.cache.latent_files import LatentFile
-from dataset.cache.records import (
-    stamp_of,
-)
+from dataset.cache.records import stamp_of
 from dataset.config_keys import IGNORE
 from dataset.table import DatasetTable
 from modules.errors import MediaError
@@ -31,10 +30,10 @@ from protocols.data import AudioSpec, LatentSpec
 NAME = "index.jsonl"
 VERSION = 1
 LATENTS, TEXTS = "latents", "texts"
-MAX_FILES = 50_000  # of a folder or a table: the names of more are read faster than so many lines
-# of an index that somebody else changed
+MAX_FILES = 50_000  # files of a folder or a table; listing more is faster than reading an index of them
+# errors of reading an index that is missing, damaged, or was changed by another program
 DAMAGES = (OSError, ValueError, KeyError, TypeError, AttributeError)
-# keys of a table that say how its items are learned: its caches are the same; empty prompts are looked up
+# keys of a table on which caches do not depend, because they say how items are learned
 _NOT_COMPARED = frozenset(
     {
         *("config_path", "index", "attributes", "num_repeats", "validation", "validation_split"),
@@ -45,16 +44,16 @@ _NOT_COMPARED = frozenset(
         *("keyframe_guide_strength", "keyframe_guide_extra_strengths", "latent_idx_guide_strength"),
     }
 )
-# what `for_family` makes of keys: it differs between the scripts of a family, and texts depend on none of it
-_OF_FAMILY = (
+# fields that `for_family` sets: they differ between the scripts of a family, and texts do not depend on them
+_SET_BY_FAMILY = (
     *("finds_audio", "shows_media", "source_fps", "target_frames"),
     *("references", "clip_references", "reference_dropout_rate"),
 )
-# paths that are not listed: what is in them is named elsewhere, or is no source
+# folders that are not listed: they have no sources, or their files are named in a list
 _NOT_LISTED = frozenset({"cache_directory", "download_directory", "image_folder", "conditioning_directory"})
 
 
-def is_heard_apart(table: DatasetTable, audio: AudioSpec) -> bool:
+def has_audio_caches(table: DatasetTable, audio: AudioSpec) -> bool:
     """Return whether the audio of a table's clips is in separate cache files."""
     return not audio.is_inside and table.kind == "video" and table.audio != IGNORE
 
@@ -64,21 +63,21 @@ def is_indexed(table: DatasetTable, audio: AudioSpec | None) -> bool:
 
     The table must be a folder or a JSONL list, cached in single files, whose texts are captions only.
     """
-    has_audio_files = audio is not None and is_heard_apart(table, audio)
+    has_audio_files = audio is not None and has_audio_caches(table, audio)
     has_other_parts = has_audio_files or table.texts_see_references
     return table.own is None and table.cache_format == "files" and not has_other_parts
 
 
 def mark_table(table: DatasetTable) -> str | None:
-    """Return a mark that differs once settings of a table, or names in the folders that it reads, do.
+    """Return a fingerprint of a table's settings and of the names in the folders that it reads.
 
-    It is None if a folder cannot be listed or has more than `MAX_FILES` entries.
+    Returns None if a folder cannot be listed or has more than `MAX_FILES` entries.
     """
     lines: list[str] = []
     try:
         for field in dataclasses.fields(table):
             value = getattr(table, field.name)
-            if field.name in _NOT_COMPARED or field.name in _OF_FAMILY or not field.init:
+            if field.name in _NOT_COMPARED or field.name in _SET_BY_FAMILY or not field.init:
                 continue
             lines.append(f"{field.name} {value!r}")
             if isinstance(value, Path) and field.name not in _NOT_LISTED:
@@ -90,20 +89,22 @@ def mark_table(table: DatasetTable) -> str | None:
 
 def mark_space(table: DatasetTable, latent: LatentSpec) -> str:
     """Return a fingerprint of the latent space and of how the family interprets the table's keys."""
-    of_family = [getattr(table, name) for name in _OF_FAMILY]
-    return _hash(repr((dataclasses.replace(latent, npz=None), of_family)))  # without sets, of no order
+    set_by_family = [getattr(table, name) for name in _SET_BY_FAMILY]
+    # without `npz`, which contains sets, whose order in a text varies
+    return _hash(repr((dataclasses.replace(latent, npz=None), set_by_family)))
 
 
 def _hash(text: str) -> str:
+    """Return a short digest of a text; file names may hold bytes that are no UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
 def _list_path(path: Path, only_files: bool) -> list[str]:
-    """List the names in a folder, sorted, without files of caching; of a single file, its size and time.
+    """List the names in a folder, sorted, without cache files; for a single file, its size and time.
 
     Raises:
-        OSError: If it cannot be read.
-        ValueError: If the folder has too many entries.
+        OSError: If the folder or the file cannot be read.
+        ValueError: If the folder has more than MAX_FILES entries.
     """
     if not path.is_dir():
         return [repr(stamp_of(path))]
@@ -113,8 +114,9 @@ def _list_path(path: Path, only_files: bool) -> list[str]:
         raise ValueError(f"{len(names)} entries")
     listed = []
     for name in names:  # sources and caches may be in the same folder
-        is_hidden = name[0] == "."
-        if not (is_hidden or name == NAME or cache_files.is_cache_name(name.removesuffix(cache_files.PART))):
+        is_hidden = name.startswith(".")
+        is_cache = cache_files.is_cache_name(name.removesuffix(cache_files.PART))
+        if not is_hidden and not is_cache and name != NAME:
             listed.append(name)
     return sorted(listed)
 
@@ -123,7 +125,7 @@ class Index(NamedTuple):
     """Content of the index for a table that has not changed since its caches were made."""
 
     items: list[tuple[LatentFile, int]]  # sorted by file name, each with the number of its captions
-    compared: Mapping[str, str]  # by name of a cache file: the checksum of its record
+    compared: Mapping[str, str]  # checksum of the record, by name of a cache file
     left_out: list[str]  # paths of the sources that have no latents
 
 
@@ -138,7 +140,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
     """
     if NAME not in names:
         return None
-    latent_files, text_files = names_of(names, tag)
+    latent_files, text_files = split_names(names, tag)
     try:
         parts = read_parts(table.cache_directory)
         latents, texts = parts[tag, LATENTS], parts[tag, TEXTS]
@@ -146,34 +148,31 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
             return None
         if latents.space != mark_space(table, latent) or latents.mark != texts.mark:
             return None
-        if latents.mark != mark_table(table):
+        if latents.mark != mark_table(table):  # last, because it lists folders
             return None
         captions = _count_captions(table, texts.lines.values())
         if table.caches_empty_prompt and cache_files.empty_text_name(tag) not in names:
             return None
-        items = [
-            (
-                LatentFile(
-                    file=line["file"],
-                    stem=line["source"],
-                    bucket=tuple(map(int, line["bucket"])),
-                    parts=int(line["parts"]),
-                    references=tuple(map(int, line["references"])),
-                ),
-                captions[line["source"]],
+        items = []
+        for line in latents.lines.values():
+            file = LatentFile(
+                file=line["file"],
+                stem=line["source"],
+                bucket=tuple(map(int, line["bucket"])),
+                parts=int(line["parts"]),
+                references=tuple(map(int, line["references"])),
             )
-            for line in latents.lines.values()
-        ]
+            items.append((file, captions[line["source"]]))  # KeyError if no caption is cached
         if not items:
             return None
         lines = [*latents.lines.values(), *texts.lines.values()]
         return Index(items, _find_unchanged(lines), [str(path) for path in latents.left_out])
-    except DAMAGES:  # or it is not there
+    except DAMAGES:
         return None
 
 
-def names_of(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
-    """Return the names of a family's latents and of its texts, unfinished ones too, each sorted."""
+def split_names(names: Collection[str], tag: str) -> tuple[list[str], list[str]]:
+    """Split file names into a family's latent caches and its text caches, sorted, also unfinished ones."""
     latents = [name for name in names if name.endswith(f"_{tag}{cache_files.SUFFIX}")]
     texts = [name for name in names if f"{tag}_te." in name]
     return sorted(latents), sorted(texts)
@@ -203,11 +202,11 @@ def _count_captions(table: DatasetTable, lines: Collection[Mapping[str, Any]]) -
 
 
 def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """Return the checksums of records by file, of those whose sources have the size and time in the index."""
-    stamps: dict[str, list[int] | None] = {}
+    """Return the checksums, by file, of the records whose sources have the size and time in the index."""
+    stamps: dict[str, list[int] | None] = {}  # size and time by path; None: the source cannot be read
     compared = {}
     for line in lines:
-        if line["record"] is None:
+        if line["record"] is None:  # of unknown origin
             continue
         for path in line["sources"]:
             if path not in stamps:
@@ -221,24 +220,24 @@ def _find_unchanged(lines: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 class IndexPart(NamedTuple):
-    """The latents, or the texts, of a family in an index."""
+    """The lines of an index about the latents of a family, or about its texts."""
 
-    mark: str  # see `mark_table`
-    space: str  # of the latents; "" of texts
-    left_out: list[str]
-    lines: dict[str, dict[str, Any]]  # by file, in the order of the index
+    mark: str  # fingerprint of the table, from `mark_table`
+    space: str  # fingerprint of the latent space, from `mark_space`; "" for texts
+    left_out: list[str]  # paths of the sources that have no latents
+    lines: dict[str, dict[str, Any]]  # by name of the cache file, in the order of the index
 
 
 def read_parts(folder: Path) -> dict[tuple[str, str], IndexPart]:
-    """Return the parts of an index by cache_tag and by what they are of.
+    """Return the parts of an index by cache_tag and by LATENTS or TEXTS.
 
-    Raises one of `DAMAGES` if it cannot be read.
+    Raises one of `DAMAGES` if the index cannot be read.
     """
     parts: dict[tuple[str, str], IndexPart] = {}
-    part = IndexPart("", "", [], {})
+    part = IndexPart("", "", [], {})  # for lines before the first part, which are ignored
     for text in read_text(folder / NAME, MAX_INDEX_BYTES).splitlines():
         line = parse_json(text)
-        if "table" in line:
+        if "table" in line:  # the first line of a part
             if line["version"] != VERSION:
                 raise ValueError(f"version {line['version']}")
             part = IndexPart(line["table"], line["space"], line["left_out"], {})

@@ -26,7 +26,7 @@ class LatentFile(NamedTuple):
     """A latent cache, described by its name; its header is read only for sizes of reference images."""
 
     file: str
-    stem: str  # of its source
+    stem: str  # stem of the source
     # width, height in pixels; for videos also frames (of a section: the frames that it decodes to)
     bucket: tuple[int, ...]
     parts: int  # number of files of the same clip
@@ -51,16 +51,20 @@ def list_latent_files(
         store: Store of the table, which reads headers.
         reads_references: Whether batches depend on the sizes of reference images.
     """
-    sections = _count_sections(files, tag) if table.kind == "video" else Counter[tuple[str, LatentName]]()
-    buckets: dict[int, tuple[int, ...]] = {}  # by the identity of a name's end, which many names share
-    known_sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct tuple once
+    num_sections: Counter[tuple[str, LatentName]] = Counter()
+    if table.kind == "video":
+        num_sections = _count_sections(files, tag)
+    # by id of the parsed ending, because `latent_names` yields one object for all names with equal endings
+    buckets: dict[int, tuple[int, ...]] = {}
+    known_sizes: dict[tuple[int, ...], tuple[int, ...]] = {}  # each distinct tuple once, to save memory
     for name, stem, ending in cache_files.latent_names(files, tag, table.kind):
         bucket = buckets.get(id(ending))
         if bucket is None:
-            bucket = buckets[id(ending)] = _bucket(table, ending, latent, table.cache_directory / name)
+            bucket = _find_bucket(table, ending, latent, table.cache_directory / name)
+            buckets[id(ending)] = bucket
         parts = 1
-        if sections:
-            parts = sections[stem, replace(ending, section=None)] or 1
+        if num_sections:  # 0 for a clip without sections, which is in one file
+            parts = num_sections[stem, replace(ending, section=None)] or 1
         references: tuple[int, ...] = ()
         if reads_references:
             references = reference_sizes(store, name)
@@ -75,31 +79,35 @@ def depends_on_references(table: DatasetTable) -> bool:
 
 def _count_sections(files: Collection[str], tag: str) -> Counter[tuple[str, LatentName]]:
     """Count the sections of each clip: files whose names differ only in the section."""
-    return Counter(
-        (stem, replace(ending, section=None))
-        for _, stem, ending in cache_files.latent_names(files, tag, "video")
-        if ending.section is not None
-    )
+    num_sections: Counter[tuple[str, LatentName]] = Counter()
+    for _, stem, ending in cache_files.latent_names(files, tag, "video"):
+        if ending.section is not None:
+            num_sections[stem, replace(ending, section=None)] += 1
+    return num_sections
 
 
-def _bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
-    """Return the bucket of a cache file: for videos its name holds the size after bucketing."""
+def _find_bucket(table: DatasetTable, name: LatentName, latent: LatentSpec, path: Path) -> tuple[int, ...]:
+    """Return the bucket of a cache file from its name.
+
+    The name of an image has the original size, that of a clip the size after bucketing.
+    """
     if table.kind == "image":
         return bucket_of(table, name.size, latent.pixel_step, path)
-    if name.section is not None:  # clips of all lengths share a batch: their sections are equal
+    if name.section is not None:  # sections of clips of any length share a batch: all have this length
         return (*name.size, section_frames(table.fp_latent_window_size, latent))
     assert name.span is not None
-    return (*name.size, name.span[1])
+    _, num_frames = name.span
+    return (*name.size, num_frames)
 
 
 def reference_sizes(store: CacheStore, name: str) -> tuple[int, ...]:
-    """Return width and height of each control, reference and guide latent of an entry, in order.
+    """Return width and height of each control, reference and guide latent of an entry, as one flat tuple.
 
-    Items whose references have different sizes, or of which one has guides, cannot share a batch. Mirrored
-    references are left out, because they have the sizes of the originals.
+    Items whose references differ in number or size cannot share a batch. Mirrored references are left out,
+    because they have the sizes of the originals.
 
     Returns:
-        Width and height in turn; () if the entry is damaged, which is an error when it is read for a batch.
+        Alternating widths and heights; () if the entry is damaged, which is reported when a batch reads it.
     """
     try:
         shapes = store.read(name, is_full=False).shapes

@@ -1,6 +1,6 @@
-"""Shards of earlier versions: tars, each entry behind a comment with its facts.
+"""Read the shards of earlier versions: tars in which a comment precedes each entry and describes it.
 
-`tools/convert_cache.py --to shards` makes them again.
+`tools/convert_cache.py --to shards` converts them to SQLite shards.
 """
 
 import re
@@ -18,23 +18,24 @@ _COMMENT = re.compile(
 )
 _MAX_COMMENT = 1 << 16
 
-# name, offset of its bytes, generation, length (None: it was removed), CRC-32 of its bytes
+# a row of a shard, from a tar as from SQLite: name; offset of the bytes in the tar, or key of the row in
+# SQLite; generation; number of bytes, None if the entry was removed; CRC-32 of the bytes
 OldRow = tuple[bytes, int, int, int | None, int]
 
 
 def read_old_shard(path: Path) -> list[OldRow]:
     """Return the rows of a shard of earlier versions, which is a tar.
 
-    A pax header with a comment precedes each entry: it has the name, the generation, the size and the
-    checksum. The comment of a global pax header says that an entry was removed.
+    A pax header precedes each entry; its comment has the name, the generation, the size and the checksum.
+    The comment of a global pax header says that an entry was removed.
 
     Raises:
         tarfile.HeaderError: If the tar is damaged.
-        OSError: If it cannot be read.
+        OSError: If the tar cannot be read.
     """
     rows: list[OldRow] = []
     size = path.stat().st_size
-    comment: re.Match[bytes] | None = None
+    comment: re.Match[bytes] | None = None  # of the entry that follows
     with path.open("rb") as file:
         while True:
             block = file.read(tarfile.BLOCKSIZE)
@@ -51,6 +52,7 @@ def read_old_shard(path: Path) -> list[OldRow]:
                 comment = _read_comment(file.read(header.size))
                 if comment is not None and comment["kind"] == b"removed":
                     generation = int(comment["generation"])
+                    # a removed entry has no bytes: no offset, no size, and -1 (REMOVED_CRC32) as checksum
                     rows.append((comment["name"], 0, generation, None, -1))
             elif comment is not None and header.size == int(comment["size"]):
                 generation = int(comment["generation"])
@@ -63,7 +65,11 @@ def read_old_shard(path: Path) -> list[OldRow]:
 
 
 def _read_comment(content: bytes) -> re.Match[bytes] | None:
-    """Return the information in a header's content. Raises tarfile.HeaderError if it is damaged."""
+    """Parse the comment in the content of a pax header; None if it has no comment of ours.
+
+    Raises:
+        tarfile.HeaderError: If the comment does not match its checksum.
+    """
     comment = _COMMENT.search(content)
     if comment is not None and zlib.crc32(comment["facts"] + comment["name"]) != int(comment["check"], 16):
         raise tarfile.HeaderError("a wrong comment")

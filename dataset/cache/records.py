@@ -49,12 +49,12 @@ from protocols.data import LatentSpec
 RECORD_KEY = "reelsmith_record"
 CHECK_KEY = "reelsmith_record_crc32"
 VERSION = 1
-# parts of a record's text (`record_metadata`) that differ between the items of a table
-_OF_ITEM = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
-MAX_CHECKED = 1 << 16  # most items to remember as unchanged, a few megabytes
+# parts of a record's JSON text (`record_metadata`) that differ between the items of a table
+_ITEM_PARTS = re.compile(r'"crc32": \{[^{}]*\}|"file": \{[^{}]*\}|"files": (\[[^\[\]]*\])')
+MAX_CHECKED = 1 << 16  # items to remember as unchanged: a few megabytes
 
 
-# key in the options of a record: frames of control clips and masks were selected by the clip's timestamps
+# key in a record's options, set if frames of control clips and masks were selected by the clip's timestamps
 CLOCK = "one_clock"
 # key in the options of a record of audio: the last of its files is the reference of that audio
 HAS_REFERENCE = "reference_audio"
@@ -70,7 +70,7 @@ class LatentRecord:
     clip: ClipInfo | None  # None for images
     parts: int  # number of files of the item (one, or one per section)
     crc32: Mapping[str, str]  # checksum by tensor name
-    as_shown: int = AS_SHOWN
+    as_shown: int = AS_SHOWN  # version of reading frames (orientation, order, colors)
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def record_metadata(record: LatentRecord | Mapping[str, TextRecord]) -> dict[str
     content: dict[str, Any] = {"version": VERSION}
     if isinstance(record, LatentRecord):
         latents = dataclasses.asdict(record)
-        if record.clip is not None and not record.clip.size_changes:
+        if (
+            record.clip is not None and not record.clip.size_changes
+        ):  # left out if empty, as in early versions
             del latents["clip"]["size_changes"]
         content["latents"] = latents
     else:
@@ -131,7 +133,7 @@ def latent_record(entry: Entry) -> LatentRecord | None:
 def _clip_info(content: Any) -> ClipInfo:
     """Return the `ClipInfo` in a record.
 
-    Raises ValueError, TypeError or KeyError if it is damaged.
+    Raises ValueError, TypeError or KeyError if the record is damaged.
     """
     kept_frames = content["kept_frames"]
     if type(kept_frames) is not int or not 0 <= kept_frames <= MAX_FRAMES:
@@ -141,23 +143,25 @@ def _clip_info(content: Any) -> ClipInfo:
 
 
 def shared_part(entry: Entry) -> tuple[Sequence[str], tuple[FileIdentity, ...]] | None:
-    """Split the record of a latent cache into text without checksums and files, and the files.
+    """Split the record of a latent cache into the text that a table's items share, and the item's files.
 
-    Records with equal texts differ only in checksums and files.
+    The shared text is the record's JSON without checksums and files.
 
     Returns:
-        The pieces of text and the files; None if the record is missing, damaged or cannot be split.
+        The pieces of the shared text, and the files; None if the record is missing, damaged or cannot be
+        split.
     """
     text = entry.metadata.get(RECORD_KEY, "")
-    # pieces of text, and at index 3 the list of files, which the pattern captures
-    parts = _OF_ITEM.split(text)
-    if len(parts) != 5 or _crc(text) != entry.metadata.get(CHECK_KEY):
+    # The pattern matches the checksums and then the list of files, which its group captures: text, None,
+    # text, list of files, text
+    pieces = _ITEM_PARTS.split(text)
+    if len(pieces) != 5 or _crc(text) != entry.metadata.get(CHECK_KEY):
         return None
     try:
-        files = tuple(FileIdentity(**file) for file in json.loads(parts.pop(3)))
+        files = tuple(FileIdentity(**file) for file in json.loads(pieces.pop(3)))
     except (ValueError, TypeError):
         return None
-    return parts, files
+    return pieces, files
 
 
 def text_records(entry: Entry) -> dict[str, TextRecord]:
@@ -186,15 +190,16 @@ def source_folders(table: DatasetTable, record: LatentRecord) -> list[Path | Non
     """Return the folder of each file in a record of latents.
 
     Records list the files of an item in this order: the item itself, control media, mask, control mask,
-    references, guides, rejected item, audio, layers. Their number follows from the options, except for
-    control media.
+    references, guides, rejected item, audio, layers. The options of the record say how many there are of
+    each kind, except for control media, which are the rest.
     """
     companions: list[Path | None] = []
     if record.options.get("mask") == FROM_FILE:
         companions.append(table.mask_directory)
     if CONTROL_MASK in record.options:
         companions.append(table.control_mask_directory)
-    num_references = record.options.get(CLIP_REFERENCES, [0])[0]  # followed by factors of their sizes
+    # a list of the number of references and of factors of their sizes
+    num_references = record.options.get(CLIP_REFERENCES, [0])[0]
     companions += [table.reference_directory] * num_references
     if NUM_GUIDES in record.options:
         companions += [guide.directory for guide in table.guides]
@@ -220,9 +225,9 @@ def require_finite(tensor: Tensor, item: str, key: str) -> None:
     """Raise CacheError if a value is NaN or infinite, because it would ruin the training."""
     if is_finite(tensor):
         return
-    wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
+    num_wrong = tensor.numel() - int(torch.isfinite(tensor.float()).sum())
     raise CacheError(
-        f"{item}: {wrong} of {tensor.numel()} values of {key} are NaN or infinite, so it is not cached.\n"
+        f"{item}: {num_wrong} of {tensor.numel()} values of {key} are NaN or infinite, so it is not cached.\n"
         "  Give the encoder a wider dtype (bfloat16 or float32 instead of float16), or another file."
     )
 
@@ -231,15 +236,17 @@ def difference(then: Mapping[str, Any], now: Mapping[str, Any]) -> str | None:
     """Describe how two mappings of JSON values differ; None if they are equal."""
     if then == now:
         return None
-    then, now = json.loads(json.dumps(dict(then))), json.loads(json.dumps(dict(now)))
-    changed = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    return ", ".join(f"{key} was {then.get(key)}, is now {now.get(key)}" for key in changed) or None
+    # through JSON, which turns tuples into lists: then a value from a file equals the same value in memory
+    old = json.loads(json.dumps(dict(then)))
+    new = json.loads(json.dumps(dict(now)))
+    changed = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
+    return ", ".join(f"{key} was {old.get(key)}, is now {new.get(key)}" for key in changed) or None
 
 
 def identify(path: Path, origin: Origin | None = None) -> FileIdentity:
     """Return size, time and content hash of a file, or of the images in a folder.
 
-    `origin` says where the part of a source comes from; files at an address are downloaded.
+    `origin` is where the file was read from if it is not a file on disk; a file at an address is downloaded.
     """
     size_bytes, mtime_ns = stamp_of(path, origin)
     return FileIdentity(path.name, size_bytes, mtime_ns, _content_hash(path, size_bytes, mtime_ns, origin))
@@ -272,7 +279,7 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
         MediaError: If a folder has no images.
     """
     if origin is not None and not isinstance(origin, Remote):
-        # os.stat is a third faster than Path.stat; called up to a million times
+        # os.stat is a third faster than Path.stat, and this function is called up to a million times
         return origin.size_bytes, os.stat(origin.container).st_mtime_ns  # noqa: PTH116
     info = os.stat(path)  # noqa: PTH116
     if not stat.S_ISDIR(info.st_mode):
@@ -282,7 +289,7 @@ def stamp_of(path: Path, origin: Origin | None = None) -> tuple[int, int]:
     return size_bytes, max((image.st_mtime_ns for image in images), default=0)
 
 
-# cached, because training checks every item again if a dataset was copied without its times
+# cached, because in a dataset that was copied without its times, training hashes every item at each check
 @functools.lru_cache(maxsize=4096)
 def _content_hash(path: Path, size_bytes: int, mtime_ns: int, origin: Origin | None = None) -> str:
     """Return SHA-256 of a file, or of the names and hashes of a folder's images.
@@ -331,6 +338,7 @@ def _content(entry: Entry, key: str) -> Iterator[Any]:
 
 
 def _crc(text: str) -> str:
+    """Return a checksum of a text."""
     return f"{zlib.crc32(text.encode()):08x}"
 
 
@@ -342,20 +350,20 @@ def section_frames(window: int, latent: LatentSpec) -> int:
 def options_difference(then: Mapping[str, Any], now: Mapping[str, Any], latent: LatentSpec) -> str | None:
     """Describe how the options of two records differ; None if they agree.
 
-    Records leave out default values of the keys of sections. These keys are ignored if latents do not depend
-    on them, because one dataset may serve several models.
+    Records leave out the keys of sections that have their default values. For models without sections, these
+    keys are ignored, because one dataset may serve several models.
     """
-    defaults = defaults_of(SECTIONS)
+    section_defaults = defaults_of(SECTIONS)
     if latent.in_sections:
-        return difference({**defaults, **then}, {**defaults, **now})
-    then = {key: value for key, value in then.items() if key not in defaults}
-    now = {key: value for key, value in now.items() if key not in defaults}
-    return difference(then, now)
+        return difference({**section_defaults, **then}, {**section_defaults, **now})
+    old = {key: value for key, value in then.items() if key not in section_defaults}
+    new = {key: value for key, value in now.items() if key not in section_defaults}
+    return difference(old, new)
 
 
 @dataclass
 class CacheChecks:
-    """Checks sources during one run.
+    """Find sources that have changed since they were cached, during one run.
 
     Files newer than `started_ns` pass, so that an edit does not end the run. Missing sources are not an
     error, because training needs only the caches.
@@ -363,13 +371,13 @@ class CacheChecks:
 
     started_ns: int = field(default_factory=time.time_ns)
     max_checked: int = MAX_CHECKED
-    # table and key of items whose sources are as they were
+    # table index and key of items whose sources are unchanged
     checked: set[tuple[int, str]] = field(default_factory=set)
 
     def add(self, table: int, key: str) -> None:
-        """Remember an item that passed.
+        """Remember an item whose sources are unchanged.
 
-        If there are too many items, older ones are forgotten and checked again.
+        After `max_checked` items, all earlier ones are forgotten and will be checked again.
         """
         if len(self.checked) >= self.max_checked:
             self.checked.clear()

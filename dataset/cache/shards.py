@@ -1,7 +1,7 @@
-"""A store that keeps its entries in few large files: SQLite databases, one for each writer.
+"""A store with its entries in few large files: SQLite databases, one for each writer.
 
-Each writer fills a shard of its own, so that any number may write into a folder. A kill costs nothing that
-was written. `tools/convert_cache.py` turns shards into files.
+Each writer fills its own shard, so that any number of processes may write into a folder. Entries that were
+written survive if a process is killed. `tools/convert_cache.py` converts shards to single files.
 """
 
 import contextlib
@@ -40,12 +40,12 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 SHARD_BYTES = 1 << 30  # a shard of at least this size is finished, and the writer begins another one
-# or after so long: on other machines, and on a volume without locks, only finished ones are seen
+# a shard is also finished after this time: other machines see the entries of finished shards only
 SHARD_SECONDS = 300.0
-MAX_OPEN = 64  # shards at once
-SMALL = 0.5  # of SHARD_BYTES: smaller ones are merged
-MAX_HOLES = 0.25  # of the bytes of a shard: what more is reclaimed
-LOCK = ".cache-index.lock"  # is there while shards are merged
+MAX_OPEN = 64  # shards that are open at once
+SMALL = 0.5  # fraction of SHARD_BYTES; smaller shards are merged
+MAX_HOLES = 0.25  # fraction of a shard's bytes that replaced entries may occupy before it is rewritten
+LOCK = ".cache-index.lock"  # exists while shards are merged
 
 
 class ShardStore:
@@ -61,10 +61,10 @@ class ShardStore:
         self._writer: ShardWriter | None = None
         self._opened: dict[str, sqlite3.Connection] = {}
         self._process = os.getpid()
-        self._inherited: object = None
+        self._inherited: object = None  # what a forked process got from its parent
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # a copy in another process opens files of its own
+        # without connections, which cannot be pickled: the copy in another process opens its own
         return ShardStore, (self.folder, self._shard_bytes)
 
     def names(self) -> Collection[str]:
@@ -78,31 +78,31 @@ class ShardStore:
             return row is not None and row.size is not None
 
     def read(self, name: str, is_full: bool = True) -> Entry:
-        """Read an entry to the CPU.
+        """Read an entry to the CPU, or only its header if `is_full` is False.
 
         Raises:
-            CacheError: If it is missing or damaged.
+            CacheError: If the entry is missing or damaged.
         """
         path = self.folder / name
         if is_full:
             return unpack(path, self.read_bytes(name))
 
         def read_header(row: CatalogRow) -> Entry:
-            """Read the beginning of the entry's blob, without its tensors if the shard is open."""
-            rows = self._open(row.shard)
-            if rows is None:
-                data = _read_row(rows, self.folder, row)
+            """Read the beginning of the entry's blob; from a tar, all bytes of the entry."""
+            connection = self._open(row.shard)
+            if connection is None:  # a tar
+                data = _read_row(connection, self.folder, row)
                 return unpack_header(path, len(data), io.BytesIO(data).read)
-            with rows.blobopen("entries", "data", row.place, readonly=True) as blob:
+            with connection.blobopen("entries", "data", row.place, readonly=True) as blob:
                 return unpack_header(path, len(blob), blob.read)
 
         return self._with_row(name, read_header)
 
     def read_bytes(self, name: str) -> bytes:
-        """Read the bytes of an entry's file.
+        """Read the bytes of an entry, which are those of a safetensors file.
 
         Raises:
-            CacheError: If it is missing or damaged.
+            CacheError: If the entry is missing or damaged.
         """
         return self._with_row(name, lambda row: _read_row(self._open(row.shard), self.folder, row))
 
@@ -111,9 +111,10 @@ class ShardStore:
         self.write_bytes(name, safetensors_bytes(tensors, dict(sorted(metadata.items()))))
 
     def write_bytes(self, name: str, data: bytes | None) -> None:
-        """Write an entry with the bytes of a file; None removes the entry.
+        """Write an entry with the bytes of a safetensors file; None marks the entry as removed.
 
-        Raises OutputError if that fails.
+        Raises:
+            OutputError: If the entry cannot be written.
         """
         with self._lock:
             catalog = self._read_catalog()
@@ -129,20 +130,20 @@ class ShardStore:
             catalog.rows[name] = self._writer.put(encode_name(name), generation, data)
 
     def remove(self, name: str) -> None:
-        """Write that an entry is gone; its bytes are freed when shards are rewritten."""
+        """Mark an entry as removed; its bytes are freed when shards are rewritten."""
         with self._lock:
             if name in self:
                 self.write_bytes(name, None)
 
     def close(self, is_last: bool = False) -> None:
-        """Make sure that all written entries survive; later writes begin another shard.
+        """Finish this process's shard, so that all written entries survive; later writes begin another shard.
 
         Args:
-            is_last: All writers of a run have finished. Then small shards are merged, and removed and damaged
-                entries are reclaimed.
+            is_last: Whether all writers of a run have finished. Then small shards are merged, and the bytes
+                of removed and damaged entries are freed.
 
         Raises:
-            OutputError: If the disk is full; then nothing is lost.
+            OutputError: If the disk is full; no entry is lost.
         """
         with self._lock:
             self._finish()
@@ -150,23 +151,26 @@ class ShardStore:
                 merge_shards(self.folder, self._shard_bytes)
 
     def _finish(self) -> None:
+        """Finish the shard that is being written."""
         writer = self._writer
         if writer is not None:
             self._writer = None
-            self._forget()
+            self._forget()  # the catalog has the shard under its unfinished name
             writer.finish()
 
     # --- reading ---
 
     def _read_catalog(self, is_new: bool = False) -> Catalog:
         """Return the catalog of all shards; with `is_new`, look for shards of other processes first."""
-        if self._process != os.getpid():  # a forked process must not close its parent's connections
+        if self._process != os.getpid():
+            # A forked process must not close its parent's connections: they are kept, but not used
             self._inherited = self._writer, self._opened, self._catalog
             self._process = os.getpid()
             self._writer = None
             self._forget()
         if is_new or self._catalog is None:
-            adopt_shards(self.folder, None if self._writer is None else self._writer.path)
+            own_shard = None if self._writer is None else self._writer.path
+            adopt_shards(self.folder, own_shard)
         if is_new and self._catalog is not None:
             shards = list_shards(self.folder)
             if _finished(shards) != _finished(self._catalog.shards):
@@ -176,12 +180,17 @@ class ShardStore:
         return self._catalog
 
     def _forget(self) -> None:
+        """Drop what was read of the shards, because they have changed."""
         self._catalog = None
         self._opened = {}
 
     def _with_row(self, name: str, read: Callable[[CatalogRow], T]) -> T:
-        """Read an entry; if that fails, list the shards again and retry: they may have been merged."""
-        for is_last in (False, True):
+        """Call `read` with the row of an entry.
+
+        If that fails, the shards are listed again and it is called once more, because another process may
+        have merged them.
+        """
+        for is_last_attempt in (False, True):
             with self._lock:
                 row = self._read_catalog().rows.get(name)
             if row is None or row.size is None:
@@ -193,7 +202,7 @@ class ShardStore:
                     error = failure
                 except (sqlite3.Error, OSError) as failure:
                     error = CacheError(f"{self.folder / name}: cannot be read from {row.shard} ({failure})")
-            if is_last:
+            if is_last_attempt:
                 raise error
             with self._lock:
                 self._forget()
@@ -208,7 +217,8 @@ class ShardStore:
                 return self._writer.rows
             if shard not in self._opened:
                 if len(self._opened) >= MAX_OPEN:
-                    self._opened.pop(next(iter(self._opened)))
+                    oldest = next(iter(self._opened))
+                    self._opened.pop(oldest)  # closed when no thread reads from it any more
                 self._opened[shard] = open_shard(self.folder / shard)
             return self._opened[shard]
 
@@ -218,27 +228,31 @@ def _finished(shards: Mapping[str, int]) -> dict[str, int]:
     return {name: size for name, size in shards.items() if not name.endswith(".writing")}
 
 
-def _read_row(rows: sqlite3.Connection | None, folder: Path, row: CatalogRow) -> bytes:
+def _read_row(connection: sqlite3.Connection | None, folder: Path, row: CatalogRow) -> bytes:
     """Return the bytes of an entry.
 
-    `rows` is its open shard; None for a tar.
+    `connection` is that of its shard; None for a tar.
 
-    Raises OSError or sqlite3.Error, CacheError if the bytes are missing or differ from those written.
+    Raises:
+        CacheError: If the bytes are missing or differ from those written.
+        OSError: If a tar cannot be read.
+        sqlite3.Error: If an SQLite shard cannot be read.
     """
-    if rows is None:
+    if connection is None:
         with (folder / row.shard).open("rb") as file:
             file.seek(row.place)
             data = file.read(row.size)
     else:
-        (data,) = rows.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone() or (b"",)
-        if not isinstance(data, bytes):
+        found = connection.execute("SELECT data FROM entries WHERE place = ?", (row.place,)).fetchone()
+        data = b"" if found is None else found[0]
+        if not isinstance(data, bytes):  # SQLite columns take any type
             data = b""
     if zlib.crc32(data) != row.crc32:
         raise CacheError(f"{folder / row.shard}: damaged, the bytes of an entry do not match their checksum")
     return data
 
 
-# --- a folder in order
+# --- tidying a folder
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -250,11 +264,11 @@ def shard_errors(folder: Path) -> list[str]:
 def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool = False) -> None:
     """Tidy a folder, so that at most one shard is small and none is unfinished or damaged.
 
-    Only one process at a time does this. Shards that other processes are writing are left alone. With
+    Only one process at a time does this. Shards that other processes are writing do not change. With
     `with_tars`, tar shards of earlier versions are converted to SQLite files.
 
     Raises:
-        OutputError: If the disk is full; then nothing is lost.
+        OutputError: If the disk is full; no entry is lost.
     """
     if not folder.is_dir():
         return
@@ -266,19 +280,21 @@ def merge_shards(folder: Path, shard_bytes: int = SHARD_BYTES, with_tars: bool =
         catalog = Catalog(folder)
         sizes = catalog.entry_bytes()
         small = {name for name in catalog.bytes if catalog.shards[name] < shard_bytes * SMALL}
-        untidy = catalog.damaged | {
-            name for name, size in catalog.bytes.items() if sizes[name] < size * (1 - MAX_HOLES)
-        }
-        untidy |= {name for name in catalog.shards if with_tars and name.endswith(".tar")}
-        if len(small) > 1 or untidy:
+        untidy = set(catalog.damaged)
+        for name, size in catalog.bytes.items():
+            if sizes[name] < size * (1 - MAX_HOLES):  # too many replaced entries
+                untidy.add(name)
+        if with_tars:
+            untidy |= {name for name in catalog.shards if name.endswith(".tar")}
+        if len(small) > 1 or untidy:  # a single small shard is the last one of a run
             _rewrite(folder, catalog, small | untidy, shard_bytes)
 
 
 def _rewrite(folder: Path, catalog: Catalog, shards: Collection[str], shard_bytes: int) -> None:
     """Write the valid entries of some shards to new ones, then remove the old ones.
 
-    If the process is killed, every entry is in one shard or in two. A record without bytes says that an entry
-    was removed; it is written again, because a shard elsewhere in the folder may still have the entry.
+    If the process is killed, every entry is in one shard or in two. Rows of removed entries are copied, too,
+    because another shard of the folder may still have the entry.
     """
     sizes = catalog.entry_bytes()
     opened: dict[str, sqlite3.Connection] = {}

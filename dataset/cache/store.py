@@ -1,7 +1,7 @@
-"""Where the entries of a cache folder are kept: reading, writing and removing them by their names.
+"""Stores of cache entries, which read, write and remove entries by their names.
 
-An entry has the name of a single cache file (see dataset/cache_files.py), whatever holds it. Messages name it
-as `folder/name`.
+An entry has the name of a single cache file (see dataset/cache_files.py) in all stores. Messages name it as
+`folder/name`.
 """
 
 import logging
@@ -36,15 +36,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class SingleFiles:
-    """Store with a file for each entry, the form that existing trainers read and write."""
+    """Store with a file for each entry, the format that other trainers read and write."""
 
     folder: Path
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = False
 
     def names(self) -> Collection[str]:
-        """List the cache folder; it is empty if the folder does not exist."""
-        # not `iterdir`: a Path for each name takes longer than all else; a list, as a set takes as long again
+        """List the names in the cache folder; [] if the folder does not exist."""
+        # not `iterdir`, because creating a Path for each name takes longer than listing; not a set, because
+        # building it takes as long as listing
         return os.listdir(self.folder) if self.folder.is_dir() else []
 
     def __contains__(self, name: str) -> bool:
@@ -63,7 +64,7 @@ class SingleFiles:
         """Read all bytes of a file.
 
         Raises:
-            CacheError: If it cannot be read.
+            CacheError: If the file cannot be read.
         """
         try:
             return (self.folder / name).read_bytes()
@@ -71,11 +72,11 @@ class SingleFiles:
             raise CacheError(f"{self.folder / name}: cannot be read ({error.strerror})") from error
 
     def write_bytes(self, name: str, data: bytes) -> None:
-        """Write these bytes as a file. Raises OutputError if that fails."""
+        """Write these bytes as a file. Raises OutputError if the file cannot be written."""
         write_bytes(self.folder / name, data)
 
     def remove(self, name: str) -> None:
-        """Remove a file; one that is gone already is no error."""
+        """Remove a file if it exists."""
         (self.folder / name).unlink(missing_ok=True)
 
     def close(self, is_last: bool = False) -> None:
@@ -86,9 +87,9 @@ class SingleFiles:
 
 @dataclass(frozen=True)
 class MemoryStore:
-    """Keep entries in memory. Reading copies nothing, so tensors must not be changed.
+    """Store with its entries in memory. Reading copies nothing, so tensors must not be changed.
 
-    Not meant to be sent to other processes: only the training process reads from it.
+    Only the training process reads from it; it is not sent to other processes.
     """
 
     folder: Path  # for messages
@@ -110,13 +111,13 @@ class MemoryStore:
         return self.entries[name]
 
     def write(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Keep copies of tensors in host memory."""
-        # copies: what an encoder gives may be a part of a larger tensor
+        """Copy tensors to host memory."""
+        # copies, because the output of an encoder may be a view of a larger tensor
         named = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
         self.entries[name] = Entry.of(self.folder / name, dict(metadata), named)
 
     def remove(self, name: str) -> None:
-        """Remove an entry; a missing entry is no error."""
+        """Remove an entry if it exists."""
         self.entries.pop(name, None)
 
     def close(self, is_last: bool = False) -> None:
@@ -129,12 +130,12 @@ class MemoryStore:
 
 
 def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore:
-    """Open the store of a table's cache folder, in the form of its `cache_format`.
+    """Open the store of a table's cache folder, in the format that its `cache_format` names.
 
-    `names` are the family's names in npz files; the form npz requires them.
+    `names` are the family's names in npz files, which the format npz requires.
 
     Raises:
-        DatasetError: If the form is npz but the family has no such names.
+        DatasetError: If the format is npz but the family has no npz names.
     """
     if table.cache_format == "files":
         return SingleFiles(table.cache_directory)
@@ -146,43 +147,52 @@ def open_store(table: DatasetTable, names: NpzNames | None = None) -> CacheStore
 
 
 def open_shared(table: DatasetTable, names: NpzNames | None, cache_format: str, folder: Path) -> CacheStore:
-    """Open the store of caches that are shared with other programs, in one of the forms `SHARED_CACHES`.
+    """Open the store of caches that are shared with other programs, in one of the formats `SHARED_CACHES`.
 
-    `folder` holds the caches, except for images that a list names, whose caches may be anywhere. `names` are
-    the family's names in npz files.
+    Args:
+        table: Table of the dataset.
+        names: The family's names in npz files.
+        cache_format: A key of SHARED_CACHES.
+        folder: Folder of the caches. The caches of images that a list names are next to these images instead.
 
     Raises:
-        DatasetError: If the family has no caches in this form.
+        DatasetError: If the family has no caches in this format.
     """
     return SHARED_CACHES[cache_format].open_store(table, names, folder, partial(_list_images, table))
 
 
 def _list_images(table: DatasetTable) -> dict[str, Path]:
-    """Return the images that a list names anywhere, without suffix, by stem; none of other forms."""
+    """Return the paths, without suffix, of the images that a list names, by stem.
+
+    Returns {} if the table's images are all in its folder.
+    """
     if not form_of(table).names_images_anywhere:
         return {}
-    from dataset.listing import find_sources  # a training of our own caches lists none
+    from dataset.listing import find_sources  # only for shared caches of lists
 
     sources = find_sources(table, captions=False, faults=[])
     return {source.stem: source.path.with_suffix("") for source in sources}
 
 
 def may_be_mixed(table: DatasetTable, names: Collection[str] | None = None) -> bool:
-    """Return whether a table may have both single files and shards, although `cache_format` names one form.
+    """Return whether a table may have both single files and shards, although `cache_format` names one format.
 
-    `names` are the names in its cache folder, if they have been listed.
+    `names` are the names in the table's cache folder, if they have been listed.
     """
     folder = table.cache_directory
-    if table.cache_format != "files":  # shared ones may lie next to ours, which other trainings use
-        return table.cache_format == "shards"
-    names = os.listdir(folder) if names is None and folder.is_dir() else names or ()
+    if table.cache_format == "shards":
+        return True
+    if table.cache_format != "files":  # files next to shared caches may be those of another training
+        return False
+    if names is None:
+        names = os.listdir(folder) if folder.is_dir() else ()
     return any(map(OF_SHARDS.fullmatch, names))
 
 
 def npz_names(family: Caches) -> NpzNames:
-    """Return what the names in npz files depend on: cache tag, latent space and keys of texts."""
-    # the keys may be known only if all encoders are given, which a check does not need
+    """Return what the names in npz files depend on: cache tag, latent space and text keys of a family."""
     has_npz = family.latent.npz is not None
+    # text_keys is not read without need, because for some families it requires options for all encoders
     return NpzNames(family.cache_tag, family.latent, family.text_keys if has_npz else frozenset())
 
 
@@ -200,16 +210,20 @@ class Stores:
     It is copied into the processes that read batches, so stores can be pickled.
     """
 
-    names: NpzNames | None = None  # of the family in npz files; None: no table has any
-    # of latents and of texts, by table index, if they are elsewhere than its cache_format says
+    names: NpzNames | None = None  # the family's names in npz files; None: no table has npz files
+    # stores by table index, for tables whose entries are not where their cache_format says
     elsewhere: Mapping[int, StorePair] = field(default_factory=dict)
-    trusts: bool = False  # shared files that are there are taken to be right, unread
-    skip_existing: bool = False  # what has no record counts as valid if its size or its caption is right
-    verify: bool = False  # read all values to compare entries, however many there are
-    _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)
+    trusts: bool = False  # existing shared files count as valid without being read
+    skip_existing: bool = False  # entries without a record are valid if their size or their caption fits
+    verify: bool = False  # read all values to compare entries, no matter how many entries there are
+    _opened: dict[tuple[int, Path], CacheStore] = field(default_factory=dict)  # by table index and folder
 
     def of(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's latents. Raises DatasetError if the family has no such caches."""
+        """Return the store of a table's latents.
+
+        Raises:
+            DatasetError: If the table's format is npz but the family has no npz names.
+        """
         if table.index in self.elsewhere:
             return self.elsewhere[table.index].latents
         key = table.index, table.cache_directory
@@ -218,7 +232,7 @@ class Stores:
         return self._opened[key]
 
     def of_texts(self, table: DatasetTable) -> CacheStore:
-        """Return the store of a table's texts, which usually is the store of its latents."""
+        """Return the store of a table's texts, which is usually the store of its latents, too."""
         if table.index in self.elsewhere:
             return self.elsewhere[table.index].texts
         return self.of(table)
@@ -242,7 +256,8 @@ Names = Mapping[str, LatentName]
 class LatentNames:
     """The latent cache files of one table, by the stem of the source that they were made from.
 
-    A table may have millions of files, so the part of a name after the stem is stored only once.
+    A table may have millions of files, so each distinct ending (the part of a name after the stem) is stored
+    only once.
     """
 
     def __init__(self, store: CacheStore, tag: str, kind: str) -> None:
@@ -250,8 +265,8 @@ class LatentNames:
 
         `kind` is that of the table, "image" or "video".
         """
-        self._endings: dict[str, LatentName] = {}  # by the end of a name
-        self._files: dict[str, tuple[str, ...]] = {}  # by stem; mostly there is one
+        self._endings: dict[str, LatentName] = {}  # parsed name by ending
+        self._files: dict[str, tuple[str, ...]] = {}  # file names by stem; most stems have one
         for file, stem, ending in latent_names(store.names(), tag, kind):
             self._endings.setdefault(file[len(stem) :], ending)
             self._files[stem] = (*self._files.get(stem, ()), file)
@@ -262,34 +277,41 @@ class LatentNames:
 
     def not_in(self, names: Container[str], except_of: Container[str]) -> list[str]:
         """Return the files that are not among `names`, sorted by stem; stems in `except_of` are skipped."""
-        stale = []
+        others = []
         for stem, files in self._files.items():
             if stem not in except_of:
-                stale += [(stem, file) for file in files if file not in names]
-        return [file for _, file in sorted(stale)]
+                others += [(stem, file) for file in files if file not in names]
+        return [file for _, file in sorted(others)]
 
 
 ExistingNames = Mapping[int, LatentNames]  # by table index
 
 
 def remove_caches(store: CacheStore, names: Iterable[str], is_cache: Callable[[Entry], bool]) -> int:
-    """Remove the files whose tensor names show that they are caches; return how many were removed.
+    """Remove entries that are caches without a source, and return how many were removed.
 
-    `names` were listed before the run listed its sources.
+    Nothing is removed from a store that is shared with other programs.
+
+    Args:
+        store: Store with the entries.
+        names: Names of entries without a source, listed before the run listed its sources.
+        is_cache: Returns whether an entry's header is that of a cache, not of another safetensors file.
     """
+    if store.is_shared:
+        return 0
     count = 0
-    for name in () if store.is_shared else names:
+    for name in names:
         try:
-            is_ours = is_cache(store.read(name, is_full=False))
+            is_removable = is_cache(store.read(name, is_full=False))
         except CacheError as error:
             if name not in store:  # another process has just removed it
                 continue
-            is_ours = store.holds_only_caches
-            if not is_ours:
+            is_removable = store.holds_only_caches
+            if not is_removable:
                 logger.warning(
                     "%s. It belongs to no item, but is kept because it may not be a cache file.", error
                 )
-        if is_ours:
+        if is_removable:
             store.remove(name)
             count += 1
     return count

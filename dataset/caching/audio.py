@@ -1,6 +1,6 @@
-"""Encode the sound of clips whose latents are cached, each into a file of its own next to the latents.
+"""Encode the audio of clips whose latents are cached, into separate files next to the latents.
 
-Turning sound on therefore encodes sound alone, and a changed sound file makes only its own cache stale.
+If audio is turned on later, only audio is encoded; and a changed audio file makes only its own cache stale.
 """
 
 import contextlib
@@ -33,26 +33,27 @@ from modules.media.samples import read_reference
 from protocols.data import REFERENCE_AUDIO, SOUND
 from protocols.family import Caches, HearsAudio
 
-Entries = frozenset[tuple[int, str]]  # table index and name of each
+Entries = frozenset[tuple[int, str]]  # pairs of a table index and the name of an entry
 
 
 class HearingFamily(Caches, HearsAudio, Protocol):
-    """Functions that caching of sound needs of a family."""
+    """What caching of audio calls of a family."""
 
 
 @dataclass(frozen=True)
 class AudioPlan:
-    """Plan the sound of one clip's cached items; the fields after `missing` are read from its sound file."""
+    """Plan for the audio of one clip's cached items."""
 
     source: MediaSource
     kept: tuple[str, ...]  # names of valid files
-    foreign: int  # how many of them have no record
+    foreign: int  # number of valid files without a record
     missing: tuple[cache_files.LatentName, ...]  # items without a valid file
-    files: tuple[FileIdentity, ...] = ()  # that the sound is from
-    rate: float = 0.0  # frames in a second
-    samples: tuple[Tensor, ...] = ()  # of each missing item, channels S
-    references: tuple[Tensor, ...] = ()  # of each missing item, channels S; () without references
-    silent: str | None = None  # why there is none
+    # the following are set when the audio has been read
+    files: tuple[FileIdentity, ...] = ()  # files that the audio was read from
+    rate: float = 0.0  # frames of the clip per second
+    samples: tuple[Tensor, ...] = ()  # audio of each missing item, channels S
+    references: tuple[Tensor, ...] = ()  # reference audio of each missing item, channels S; () without one
+    silent: str | None = None  # why the clip has no audio
 
 
 class _AudioJob(NamedTuple):
@@ -77,7 +78,7 @@ class AudioWork:
         device: torch.device,
         before_loading: Callable[[], None] = lambda: None,
     ) -> None:
-        """List entries.
+        """List the existing audio entries of all video tables.
 
         `before_loading` is called to free the device before the networks are loaded.
         """
@@ -96,10 +97,15 @@ class AudioWork:
     def encode(
         self, sources: Sequence[MediaSource], latents: Entries, workers: int, shows: bool
     ) -> CacheReport:
-        """Encode the sound of all items of some sources that have latents and no valid entry of sound.
+        """Encode the audio of all items that have cached latents but no valid audio entry.
 
-        `latents` is the valid entries of latents. A clip whose sound cannot be read, or is missing but
-        needed, becomes a failure of the report.
+        A clip whose audio cannot be read, or is missing but required, becomes a failure in the report.
+
+        Args:
+            sources: Sources of the clips.
+            latents: Valid latent entries of these sources.
+            workers: Number of threads that decode audio.
+            shows: Whether a progress bar is shown.
 
         Raises:
             CheckpointError: If a network cannot be loaded.
@@ -111,7 +117,7 @@ class AudioWork:
             names = items.get((source.table.index, source.stem))
             if names is not None:
                 jobs.append(_AudioJob(source, names))
-        verifies = self._stores.verify or len(jobs) < MANY
+        verifies = self._stores.verify or len(jobs) < MANY  # checksums of many files would take long
         ahead = read_ahead(
             jobs,
             source_of=lambda job: job.source,
@@ -128,21 +134,14 @@ class AudioWork:
                     report = replace(report, failures=(*report.failures, plan))
                     continue
                 files = list(plan.kept)
-                for index, name in enumerate(plan.missing[: len(plan.samples)]):
+                for index, name in enumerate(plan.missing[: len(plan.samples)]):  # no samples: silent
                     file = name.file_name(self._tag)
                     write(self._encode(file, name, index, plan))
                     files.append(file)
                 valid |= {(job.source.table.index, file) for file in files}
-                silent = () if plan.silent is None else (Failure.of(job.source, plan.silent),)
-                report = replace(
-                    report,
-                    written=report.written + len(plan.samples),
-                    kept=report.kept + len(plan.kept),
-                    foreign=report.foreign + plan.foreign,
-                    silent=report.silent + silent,
-                )
+                report = _add_plan(report, plan)
                 del plan  # frees its samples before waiting for the next source
-        return replace(report, right=frozenset(valid))
+        return replace(report, valid=frozenset(valid))
 
     def remove_stale(self, table: DatasetTable, valid: Collection[str], failed: Collection[str]) -> int:
         """Remove a table's audio entries that are not in `valid`; return their number.
@@ -152,8 +151,8 @@ class AudioWork:
         if table.index not in self._existing:
             return 0
         stale = self._existing[table.index].not_in(valid, except_of=failed)
-        is_ours = partial(cache_files.is_latent_cache, architecture=self._family.name, audio=True)
-        return remove_caches(self._stores.of(table), stale, is_ours)
+        is_of_family = partial(cache_files.is_latent_cache, architecture=self._family.name, audio=True)
+        return remove_caches(self._stores.of(table), stale, is_of_family)
 
     def free(self) -> None:
         """Release the networks, if they are loaded."""
@@ -172,11 +171,13 @@ class AudioWork:
         missing: list[cache_files.LatentName] = []
         for name in names:
             file = name.file_name(self._tag)
+            if source.table.audio == IGNORE:
+                if file in existing:
+                    valid.append(file)
+                continue
             try:
-                if source.table.audio != IGNORE:
-                    foreign += self._check(file, source, name, verifies)
-                elif file not in existing:
-                    continue
+                if not self._check(file, source, name, verifies):
+                    foreign += 1
                 valid.append(file)
             except CacheError:
                 missing.append(name)
@@ -192,10 +193,7 @@ class AudioWork:
         return len(self.plan(source, names, self._stores.verify).kept)
 
     def _items_of(self, latents: Entries) -> dict[tuple[int, str], list[cache_files.LatentName]]:
-        """Return the items that have latents, by index of the table and stem of the clip.
-
-        `latents` are pairs of a table's index and the name of an entry of latents.
-        """
+        """Return the items with cached latents, by index of the table and stem of the clip."""
         by_table: dict[int, list[str]] = {}
         for index, name in sorted(latents):
             if index in self._existing:
@@ -207,7 +205,7 @@ class AudioWork:
         return items
 
     def _check(self, file: str, source: MediaSource, name: cache_files.LatentName, verifies: bool) -> bool:
-        """Check an entry; return whether it lacks a record.
+        """Check that an entry is valid; return whether it has a record.
 
         Raises:
             CacheError: If the entry has to be made again.
@@ -217,29 +215,41 @@ class AudioWork:
         if record is None:
             if not self._stores.skip_existing or SOUND not in entry.keys:
                 raise CacheError(f"{file}: it has no record of what it was made from")
-            return True
+            return False
         difference = records.difference(record.encoder, self._family.audio_identity)
-        difference = difference or records.difference(record.options, self._options(source, name))
-        parts = _parts(source)
-        if difference is not None or len(parts) != len(record.files):
+        if difference is None:
+            difference = records.difference(record.options, self._options(source, name))
+        if difference is not None:
             raise CacheError(f"{file}: {difference}")
+        parts = _parts(source)
+        if len(parts) != len(record.files):
+            raise CacheError(
+                f"{file}: it was made from {len(record.files)} files, now there are {len(parts)}"
+            )
         for identity, (path, origin) in zip(record.files, parts, strict=True):
             if not records.is_unchanged(identity, path, origin):
                 raise CacheError(f"{file}: its clip or its audio changed since")
         if verifies:
             records.verify_tensors(entry, record.crc32)
-        return False
+        return True
 
     def _options(self, source: MediaSource, name: cache_files.LatentName) -> dict[str, Any]:
-        declared = source.table.source_fps
-        rates = {"source_fps": declared, "fps": None if declared is None else self._family.defaults.fps}
-        options = {"span": [*(name.span or ())], **rates}
+        """Return the options on which an item's audio depends, as its record has them."""
+        source_fps = source.table.source_fps
+        # without source_fps, no frames are dropped to reach the family's rate
+        fps = None if source_fps is None else self._family.defaults.fps
+        options = {"span": [*(name.span or ())], "source_fps": source_fps, "fps": fps}
         if source.reference_audio is not None:  # a key of its own, so that other caches stay valid
             options[HAS_REFERENCE] = True
         return options
 
     def _read(self, plan: AudioPlan) -> AudioPlan:
-        """Decode the sound that a plan lacks. Raises MediaError or OSError."""
+        """Return the plan with the decoded audio of its missing items.
+
+        Raises:
+            MediaError: If the audio cannot be read, or is missing but required.
+            OSError: If a file cannot be opened.
+        """
         if not plan.missing:
             return plan
         spans = [name.span for name in plan.missing if name.span is not None]
@@ -273,7 +283,7 @@ class AudioWork:
     def _encode(
         self, file: str, name: cache_files.LatentName, index: int, plan: AudioPlan
     ) -> Callable[[], None]:
-        """Encode the sound of an item, at `index` of the plan; return the function that writes it."""
+        """Encode the audio of an item, at `index` of the plan; return the function that writes its entry."""
         if self._networks is None:
             self._before_loading()
             self._networks = self._family.audio_networks(self._device, decodes=False)
@@ -282,7 +292,7 @@ class AudioWork:
         samples = plan.samples[index][None]
         (latents,) = self._family.encode_audio(self._networks, samples, frames, plan.rate)
         expected = self.spec.shape(frames, plan.rate)
-        if tuple(latents.shape) != expected:  # batches are made by it
+        if tuple(latents.shape) != expected:  # training groups items into batches by the expected shape
             raise ValueError(f"latents of sound are {tuple(latents.shape)}, SoundSpec.shape says {expected}")
         length = torch.tensor(expected[1], dtype=torch.int32)
         tensors = {SOUND: latents.detach().cpu().contiguous(), cache_files.AUDIO_LENGTH: length}
@@ -306,8 +316,20 @@ class AudioWork:
             file=file,
             named={cache_files.tensor_name(key, tensor): tensor for key, tensor in tensors.items()},
             record=record,
-            facts={"frame_count": str(frames)},
+            additional_metadata={"frame_count": str(frames)},
         )
+
+
+def _add_plan(report: CacheReport, plan: AudioPlan) -> CacheReport:
+    """Return the report with the numbers of a clip's files, and with the clip if it has no audio."""
+    silent = () if plan.silent is None else (Failure.of(plan.source, plan.silent),)
+    return replace(
+        report,
+        written=report.written + len(plan.samples),
+        kept=report.kept + len(plan.kept),
+        foreign=report.foreign + plan.foreign,
+        silent=report.silent + silent,
+    )
 
 
 def _parts(source: MediaSource) -> list[tuple[Path, Origin | None]]:

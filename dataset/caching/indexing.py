@@ -15,8 +15,8 @@ from dataset.cache.index import (
     VERSION,
     IndexPart,
     mark_space,
-    names_of,
     read_parts,
+    split_names,
 )
 from dataset.cache.latent_files import depends_on_references, list_latent_files
 from dataset.cache.records import CHECK_KEY, latent_record, source_folders, stamp_of, text_records
@@ -29,12 +29,12 @@ from modules.file_locks import only_one
 from protocols.data import LatentSpec
 
 
-class _Known(NamedTuple):
-    """Facts about a cache file from the previous index, so that the file need not be opened again."""
+class _IndexedFile(NamedTuple):
+    """What the previous index says of a cache file, so that the file need not be opened again."""
 
     stamp: list[int]  # size and time of the cache file
-    record: str
-    sources: dict[str, list[int]]
+    record: str  # checksum of its record
+    sources: dict[str, list[int]]  # size and time of the files that it was made from, by path
 
 
 def write_index(
@@ -43,58 +43,41 @@ def write_index(
     tag: str,
     latent: LatentSpec,
     mark: str | None,
-    right: Collection[str],
+    valid: Collection[str],
     left_out: Mapping[str, str],
 ) -> None:
     """Write one part of a table's index, replacing the previous part.
 
-    If the process is killed, the earlier index remains. Another process that writes at the same time waits.
-    If the disk is full, there will be no index, and training lists the caches instead.
+    If the process is killed, the previous index remains. Another process that writes at the same time waits.
+    If the index cannot be written, there is none, and training lists the caches instead.
 
     Args:
         table: Table of the dataset.
         part: LATENTS or TEXTS.
         tag: The family's cache_tag.
         latent: The family's latent space.
-        mark: Fingerprint of the table, taken before its sources were listed.
-        right: Names of the cache files that this run made, or compared with their sources.
+        mark: Fingerprint of the table, taken before its sources were listed; None if there is none.
+        valid: Names of the cache files that this run made, or compared with their sources.
         left_out: Paths of the sources that could not be cached, by stem.
     """
     store = SingleFiles(table.cache_directory)
     path = store.folder / NAME
-    latent_files, text_files = names_of(store.names(), tag)
+    latent_files, text_files = split_names(store.names(), tag)
     if mark is None or len(latent_files) + len(text_files) > MAX_FILES or not store.folder.is_dir():
         return
     with contextlib.suppress(OSError, OutputError), only_one(store.folder / f".{NAME}.lock"):
         parts: dict[tuple[str, str], IndexPart] = {}
-        before: dict[str, _Known] = {}
-        with contextlib.suppress(*DAMAGES):
+        previous: dict[str, _IndexedFile] = {}
+        with contextlib.suppress(*DAMAGES):  # then all lines are made anew
             parts = read_parts(store.folder)
             for name, line in parts[tag, part].lines.items():
                 if line["record"] is not None:
-                    before[name] = _Known(line["stamp"], line["record"], line["sources"])
+                    previous[name] = _IndexedFile(line["stamp"], line["record"], line["sources"])
         if part == LATENTS:
-            files = list_latent_files(
-                table,
-                latent_files,
-                tag=tag,
-                latent=latent,
-                store=store,
-                reads_references=depends_on_references(table),
-            )
-            lines: list[dict[str, Any]] = [
-                {
-                    "file": file.file,
-                    "source": file.stem,
-                    "bucket": file.bucket,
-                    "parts": file.parts,
-                    "references": file.references,
-                }
-                for file in files
-            ]
+            lines = _list_latents(table, latent_files, tag, latent=latent, store=store)
             space = mark_space(table, latent)
         else:
-            lines = [*_list_texts(text_files, tag)]
+            lines = list(_list_texts(text_files, tag))
             space = ""
         cached = {line["source"] for line in lines}
         paths = [left_out[stem] for stem in left_out.keys() - cached]
@@ -102,21 +85,43 @@ def write_index(
         for line in lines:
             name = line["file"]
             line["stamp"] = list(stamp_of(store.folder / name))
-            known = before.get(name)
-            if name not in right:  # such as a cache of a source that is gone: nothing is known of its origin
+            indexed = previous.get(name)
+            if name not in valid:  # for example, the cache of a deleted source: its origin is unknown
                 line |= {"record": None, "sources": {}}
-            elif (
-                known is not None and known.stamp == line["stamp"]
-            ):  # unchanged: its record is not read again
-                line |= {"record": known.record, "sources": known.sources}
+            elif indexed is not None and indexed.stamp == line["stamp"]:  # its record is not read again
+                line |= {"record": indexed.record, "sources": indexed.sources}
             else:
                 line |= _describe_origin(table, store, name, part)
             parts[tag, part].lines[name] = line
         write_text(path, "".join(_as_lines(parts)))
 
 
+def _list_latents(
+    table: DatasetTable, names: Sequence[str], tag: str, latent: LatentSpec, store: SingleFiles
+) -> list[dict[str, Any]]:
+    """Return a line of the index for each latent cache, without its origin."""
+    files = list_latent_files(
+        table,
+        names,
+        tag=tag,
+        latent=latent,
+        store=store,
+        reads_references=depends_on_references(table),
+    )
+    return [
+        {
+            "file": file.file,
+            "source": file.stem,
+            "bucket": file.bucket,
+            "parts": file.parts,
+            "references": file.references,
+        }
+        for file in files
+    ]
+
+
 def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
-    """Yield a record for each text cache of a model: its file, its source, and the number of its caption."""
+    """Yield a line of the index for each text cache, without its origin."""
     for file in files:
         stem = cache_files.parse_text_name(file, tag)
         if stem is not None:
@@ -131,8 +136,12 @@ def _list_texts(files: Sequence[str], tag: str) -> Iterator[dict[str, Any]]:
 
 
 def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: str) -> dict[str, Any]:
-    """Return the checksum of a cache's record, and size and time of the files that it was made from."""
-    nothing: dict[str, Any] = {"record": None, "sources": {}}
+    """Return the fields of a cache's line about its origin.
+
+    These are the checksum of its record, and size and time of the files that it was made from. If they are
+    unknown, training compares the cache itself.
+    """
+    unknown: dict[str, Any] = {"record": None, "sources": {}}
     made_from: list[tuple[Path | None, FileIdentity]] = []
     try:
         entry = store.read(file, is_full=False)
@@ -143,11 +152,11 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
         else:
             for text in text_records(entry).values():
                 if text.references or {CLIP, MEDIA} & text.settings.keys():
-                    return nothing  # its encoder saw more than the caption
+                    return unknown  # its encoder saw images, too, whose folders are not known here
                 if text.file is not None:
                     made_from.append((table.directory, text.file))
     except CacheError:
-        return nothing
+        return unknown
     sources = {}
     for folder, identity in made_from:
         if folder is not None:
@@ -156,6 +165,7 @@ def _describe_origin(table: DatasetTable, store: SingleFiles, file: str, part: s
 
 
 def _as_lines(parts: Mapping[tuple[str, str], IndexPart]) -> Iterator[str]:
+    """Yield the lines of an index; `parts` are by cache_tag and by LATENTS or TEXTS."""
     for (tag, name), part in sorted(parts.items(), key=lambda pair: pair[0]):
         head = {
             "version": VERSION,

@@ -1,4 +1,4 @@
-"""Turn sources into cache entries: decode, cut out items, encode items of one size together, write."""
+"""Turn sources into cache entries: decode, cut out items, encode items of equal size together, write."""
 
 import dataclasses
 import itertools
@@ -25,12 +25,12 @@ from modules.errors import MediaError
 from protocols import data
 from protocols.family import Caches
 
-if TYPE_CHECKING:  # it is loaded only for families with audio
+if TYPE_CHECKING:  # loaded only for families with audio
     from dataset.sources.audio import SpanAudios
 
 PARTIAL_BYTES = 1 << 29  # limit for the frames of items that wait until their batch is full
 
-SMALLEST_SIDE = 8  # pixels: one latent
+SMALLEST_SIDE = 8  # pixels; less than one latent in either direction cannot be encoded
 
 
 def decode(
@@ -38,24 +38,28 @@ def decode(
 ) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
     """Read the frames of a source, or its moments; return its completed plan and its missing items.
 
-    Items that overlap, or are large, are cut out one by one when they are asked for. Raises MediaError,
-    DatasetError or OSError if the source cannot be used.
+    Large or overlapping items are cut out one by one when they are iterated over, to save memory.
+
+    Raises:
+        MediaError: If the source cannot be read or is too small.
+        DatasetError: If the resolution does not fit the model.
+        OSError: If a file cannot be opened.
     """
     source, latent = plan.source, recipe.latent
     rate: float | None = None
     if source.tensors is not None:
-        from dataset.caching.given import decode_moments  # few tables have moments
+        from dataset.caching.precomputed import decode_moments  # few tables have moments
 
         media = decode_moments(source, latent)
         if recipe.has_rates:
             rate = kept_rate(source, recipe.fps)
     else:
-        with fetch(source) as here:
-            check_memory(here)
+        with fetch(source) as local:
+            check_memory(local)
             if recipe.has_rates:
-                rate = kept_rate(here, recipe.fps)
+                rate = kept_rate(local, recipe.fps)
             media = decode_source(
-                here,
+                local,
                 recipe.fps,
                 latent.pixel_step,
                 latent.lengths,
@@ -68,7 +72,7 @@ def decode(
                 f"{source.path}: {width}x{height} pixels are too few to encode; each side needs at least "
                 f"{SMALLEST_SIDE}"
             )
-    if plan.missing is None:
+    if plan.missing is None:  # the items were unknown until the source was decoded
         planning = Planning(source, existing.of(source.stem), recipe)
         plan = planning.compare(media.size, media.spans, len(media.frames), media.reason)
     if media.clip is not None:
@@ -78,8 +82,8 @@ def decode(
     if recipe.keeps_audio and recipe.audio is not None and missing and source.table.kind == "video":
         from dataset.sources.audio import audios_of  # only of families with audio
 
-        with fetch(source) as here:
-            audios = audios_of(here, missing, recipe.fps, recipe.audio)
+        with fetch(source) as local:
+            audios = audios_of(local, missing, recipe.fps, recipe.audio)
         plan = dataclasses.replace(plan, silent=audios.silent)
     files = tuple(itertools.starmap(identify, recipe.parts_of(source))) if missing else ()
     media = dataclasses.replace(media, source=source, files=files, rate=rate)
@@ -87,8 +91,10 @@ def decode(
     if audios is not None:
         items = _add_audios(items, audios)
     is_large = sum(clip.nbytes for clip in (media.frames, *media.control)) > PARTIAL_BYTES
-    overlaps = sum(length for _, length in missing) > len(media.frames)
-    return plan, items if is_large or overlaps else list(items)
+    overlap = sum(length for _, length in missing) > len(media.frames)
+    if not is_large and not overlap:
+        items = list(items)  # cut out by the thread that decodes
+    return plan, items
 
 
 def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator[DecodedMedia]:
@@ -100,7 +106,7 @@ def _add_audios(items: Iterable[DecodedMedia], audios: "SpanAudios") -> Iterator
 def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[DecodedMedia]]:
     """Group items of equal shapes into batches.
 
-    `size` is the batch size; None takes that of the table.
+    `size` is the batch size; None means the batch_size of the table.
     """
     return fill_batches(
         items,
@@ -112,10 +118,10 @@ def batches(items: Iterable[DecodedMedia], size: int | None) -> Iterator[list[De
 
 
 def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
-    """Return the media encoders of a family.
+    """Load the media encoders of a family.
 
     Raises:
-        CheckpointError: If they cannot be loaded.
+        CheckpointError: If an encoder cannot be loaded.
     """
     loaded = family.media_encoders(device)
     weight = next(loaded.vae.parameters(), None) if isinstance(loaded.vae, nn.Module) else None
@@ -125,7 +131,7 @@ def load_encoders(family: Caches, device: torch.device) -> data.MediaEncoders:
 
 
 def batch_media(items: Sequence[DecodedMedia], keys: Sequence[str]) -> data.MediaBatch:
-    """Join items of equal shapes to one batch for the encoders.
+    """Stack items of equal shapes into one batch for the encoders.
 
     `keys` are the names of the items, without suffix.
     """
@@ -157,48 +163,57 @@ def encode(
 ) -> Sequence[Sequence[data.CacheEntry]]:
     """Encode a batch; return the cache entries of each item, with mirrored latents if its table flips.
 
-    `keys` are the names of the items, without suffix. `encoders` are the family's encoders; precomputed
-    moments need none.
+    Args:
+        items: Decoded items of equal shapes, all of one table.
+        keys: Names of the items, without suffix.
+        family: Family that encodes.
+        encoders: The family's encoders; None if the items have precomputed moments.
     """
     if items[0].moments:
-        of_items = zip(*(item.moments for item in items), strict=True)
-        moments, *of_first_frames = [torch.stack(tensors) for tensors in of_items]
-        batch = data.MomentsBatch(moments, tuple(keys), *of_first_frames)
+        moments_by_part = zip(*(item.moments for item in items), strict=True)
+        # moments of the clips and, for image-to-video models, of their first frames
+        moments, *first_frame_moments = [torch.stack(tensors) for tensors in moments_by_part]
+        batch = data.MomentsBatch(moments, tuple(keys), *first_frame_moments)
         return [[entry] for entry in family.latents_from_moments(batch)]
     assert encoders is not None
     media = batch_media(items, keys)
     all_rejected = [item.rejected for item in items if item.rejected is not None]
-    rejected = _stack_batch(all_rejected) if all_rejected else None
-    encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
-    if rejected is not None:
-        encoded = _join_rejected(encoded, family.encode_media(encoders, _with_frames(media, rejected)))
+    rejected = _stack_batch(all_rejected) if all_rejected else None  # B F H W C
+    encoded = _encode_pair(media, rejected, family, encoders)
     if not items[0].source.table.augmentation.flip:
         return encoded
-    mirror = _mirror(media)
-    mirrored: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, mirror)
-    if rejected is not None:
-        mirrored_rejected = _with_frames(mirror, rejected.flip(3))
-        mirrored = _join_rejected(mirrored, family.encode_media(encoders, mirrored_rejected))
-    with_both_sides = []
+    mirrored_rejected = None if rejected is None else rejected.flip(3)
+    mirrored = _encode_pair(_mirror(media), mirrored_rejected, family, encoders)
+    with_mirrored = []
     for entries, mirrored_entries in zip(encoded, mirrored, strict=True):
         pairs = zip(entries, mirrored_entries, strict=True)
-        with_both_sides.append([_add_mirrored(entry, mirrored_entry) for entry, mirrored_entry in pairs])
-    return with_both_sides
+        with_mirrored.append([_add_mirrored(entry, mirrored_entry) for entry, mirrored_entry in pairs])
+    return with_mirrored
+
+
+def _encode_pair(
+    media: data.MediaBatch, rejected: Tensor | None, family: Caches, encoders: data.MediaEncoders
+) -> Sequence[Sequence[data.CacheEntry]]:
+    """Encode a batch and, if there are any, its rejected clips, whose latents are added to the entries."""
+    encoded: Sequence[Sequence[data.CacheEntry]] = family.encode_media(encoders, media)
+    if rejected is None:
+        return encoded
+    return _add_all_rejected(encoded, family.encode_media(encoders, _with_frames(media, rejected)))
 
 
 def _with_frames(media: data.MediaBatch, rejected: Tensor) -> data.MediaBatch:
     """Return the batch with the rejected clips in place of the chosen ones, for the same control media.
 
-    `rejected` are the rejected clips, B F H W C uint8. The transparency of the chosen clips does not apply to
-    them and is dropped.
+    `rejected` are the rejected clips, B F H W C uint8. The alpha channel of the chosen clips does not apply
+    to them and is dropped.
     """
     return dataclasses.replace(media, frames=rejected, alpha=None)
 
 
-def _join_rejected(
+def _add_all_rejected(
     encoded: Sequence[Sequence[data.CacheEntry]], encoded_rejected: Sequence[Sequence[data.CacheEntry]]
 ) -> Sequence[Sequence[data.CacheEntry]]:
-    """Return the entries of each item with the latents of its worse one."""
+    """Return the entries of each item with the latents of its rejected clip added."""
     joined = []
     for entries, rejected_entries in zip(encoded, encoded_rejected, strict=True):
         pairs = zip(entries, rejected_entries, strict=True)
@@ -207,6 +222,7 @@ def _join_rejected(
 
 
 def _add_rejected(entry: data.CacheEntry, rejected: data.CacheEntry) -> data.CacheEntry:
+    """Return a cache entry that also has the latents of the rejected image."""
     tensors = {**entry.tensors, data.REJECTED_LATENTS: rejected.tensors["latents"]}
     return dataclasses.replace(entry, tensors=tensors)
 
@@ -225,10 +241,11 @@ def _mirror(media: data.MediaBatch) -> data.MediaBatch:
 
 
 def _add_mirrored(entry: data.CacheEntry, mirrored: data.CacheEntry) -> data.CacheEntry:
+    """Return a cache entry that also has the tensors of the mirrored item."""
     tensors = dict(entry.tensors)
     for key, tensor in mirrored.tensors.items():
         is_mirrored = key.startswith("latents") or key == data.CONTROL_PIXELS
-        if is_mirrored and not key.endswith("_audio"):  # of sound
+        if is_mirrored and not key.endswith("_audio"):  # audio latents have no left and right
             tensors[f"{key}{cache_files.FLIPPED}"] = tensor
     return dataclasses.replace(entry, tensors=tensors)
 
@@ -237,8 +254,9 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
     """Return all tensors of an entry, including loss mask and frame rate, by their names in the file."""
     tensors = {key: tensor.detach().cpu() for key, tensor in entry.tensors.items()}
     if item.mask is not None:
-        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride, spec.clip)
-        tensors[data.LOSS_MASK] = mask[entry.start : entry.start + tensors["latents"].shape[1]].clone()
+        mask = shrink_mask(torch.from_numpy(item.mask), spec.stride, spec.clip)  # F H W of latents
+        end = entry.start + tensors["latents"].shape[1]  # an entry may be one section of the item
+        tensors[data.LOSS_MASK] = mask[entry.start : end].clone()
     if item.rate is not None:
         tensors[data.FPS] = torch.tensor(item.rate)
     named = {}
@@ -251,7 +269,7 @@ def name_tensors(item: DecodedMedia, entry: data.CacheEntry, spec: data.LatentSp
             has_frames=spec.names_frames,
         )
         is_flat = spec.flat_in_caches and cache_files.grid_in_name(name) is not None
-        named[name] = tensor.squeeze(1) if is_flat else tensor
+        named[name] = tensor.squeeze(1) if is_flat else tensor  # C H W instead of C 1 H W
     return named
 
 
@@ -261,20 +279,34 @@ def write_entry(
     file: str,
     named: Mapping[str, Tensor],
     record: LatentRecord,
-    facts: Mapping[str, str],
+    additional_metadata: Mapping[str, str],
 ) -> None:
     """Write a latent cache with its record.
 
-    `named` are the tensors by their names in the file. `facts` are additional metadata.
+    Args:
+        store: Store to write to.
+        family: Family that made the latents.
+        file: Name of the entry.
+        named: Tensors by their names in the file.
+        record: Record of the origin; checksums are added.
+        additional_metadata: Further metadata entries.
 
-    Raises OutputError, or CacheError if a value is NaN or infinite.
+    Raises:
+        OutputError: If the entry cannot be written.
+        CacheError: If a value is NaN or infinite.
     """
     for name, tensor in named.items():
         records.require_finite(tensor, file, cache_files.tensor_key(name))
-    sums = {name: cache_files.checksum(name, tensor) for name, tensor in named.items()}
-    metadata = {"architecture": family.name, "format_version": cache_files.FORMAT_VERSION, **facts}
-    store.write(file, named, metadata | records.record_metadata(dataclasses.replace(record, crc32=sums)))
+    checksums = {name: cache_files.checksum(name, tensor) for name, tensor in named.items()}
+    metadata = {
+        "architecture": family.name,
+        "format_version": cache_files.FORMAT_VERSION,
+        **additional_metadata,
+        **records.record_metadata(dataclasses.replace(record, crc32=checksums)),
+    }
+    store.write(file, named, metadata)
 
 
 def _stack_batch(arrays: Sequence[NDArray[np.uint8]]) -> Tensor:
+    """Stack arrays along a new first dimension; a single array is not copied."""
     return torch.from_numpy(arrays[0][None] if len(arrays) == 1 else np.stack(arrays))

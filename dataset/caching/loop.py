@@ -1,9 +1,10 @@
 """The caching loop: encode media to latents and captions to text embeddings, with a record of their sources.
 
-Both halves do the same: compare existing files with what this run would make, encode the rest, and, when all
-processes are done, remove files that no longer belong to any item. A file is complete or missing, never
-partial, so the same command continues a run that was killed. The work itself is in work.py and texts.py; a
-run that does only one shard of it removes nothing, because it does not know what the other machines make.
+Both halves do the same: compare existing files with those that this run would make, encode the rest, and,
+when all processes have finished, remove files that no longer belong to any item. A file is complete or
+missing, never partial, so the same command continues a run that was killed. The encoding itself is in work.py
+and texts.py. A run that caches a single shard removes nothing, because it does not know the files of other
+shards.
 """
 
 import contextlib
@@ -35,18 +36,18 @@ from protocols.family import Caches, audio_of
 
 T = TypeVar("T")
 
-# the work of each half, of which a run loads one
+# module and class of each half; a run imports one of them
 LATENTS, TEXTS = "dataset.caching.work:MediaWork", "dataset.caching.texts:TextWork"
 STAYS = "What is cached so far stays; the same command continues from there."
-PATIENCE = datetime.timedelta(days=7)  # timeout: one share may take far longer than another
+TIMEOUT = datetime.timedelta(days=7)  # one process may take far longer than another
 
 
 @dataclass(frozen=True)
 class NextCommand:
     """The command that follows a caching command, and the values that it needs."""
 
-    words: Sequence[str]
-    remember: Callable[[], None]  # keeps the options of this command, once all is cached
+    words: Sequence[str]  # the command line
+    remember: Callable[[], None]  # writes the options of this command into the cache folders
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Share:
 
     rank: int
     count: int
-    device: torch.device  # as asked for; else, if several processes run, the GPU of this one
-    group: Any = None  # of torch.distributed; None for a single process
+    device: torch.device
+    group: Any = None  # process group of torch.distributed; None for a single process
 
     def gather(self, value: T) -> list[T]:
         """Return the values of all processes, by rank. All processes must call it."""
@@ -71,17 +72,17 @@ class Share:
 def join_processes(device: str | None) -> Iterator[Share]:
     """Connect the processes that a launcher (torchrun, accelerate, mpirun) started; yield this one's share.
 
+    Processes communicate through gloo, on the CPU, no matter on which device they encode.
+
     Args:
-        device: The device option, if given. Processes communicate through gloo, on the CPU, whatever device
-            they encode on.
+        device: Value of the device option; None to choose the GPU of each process.
 
     Raises:
-        OptionError: If the launcher's variables are incomplete.
+        OptionError: If the launcher's environment variables are incomplete.
     """
-    rank, count, local_rank = (  # each from the first of its variables that is set
-        next((int(os.environ[name]) for name in names if name in os.environ), None)
-        for names in (RANK, COUNT, LOCAL_RANK)
-    )
+    rank = _read_first(RANK)
+    count = _read_first(COUNT)
+    local_rank = _read_first(LOCAL_RANK)
     if count is None or count <= 1:
         yield Share(0, 1, select_device(device))
         return
@@ -90,20 +91,28 @@ def join_processes(device: str | None) -> Iterator[Share]:
             f"WORLD_SIZE is {count}, but RANK is not set: start the processes with accelerate launch or "
             "torchrun"
         )
-    started_here = not dist.is_initialized()  # the caller may have done so, and then ends it
-    if started_here:
+    is_started_here = not dist.is_initialized()  # a caller that has started it also ends it
+    if is_started_here:
         host = os.environ.get("MASTER_ADDR", "127.0.0.1")
         port = os.environ.get("MASTER_PORT", "29500")
-        where = f"tcp://{host}:{port}"
-        dist.init_process_group("gloo", init_method=where, rank=rank, world_size=count, timeout=PATIENCE)
+        address = f"tcp://{host}:{port}"
+        dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count, timeout=TIMEOUT)
     try:
-        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        group = dist.new_group(backend="gloo", timeout=TIMEOUT)
         if device is None and torch.cuda.is_available():
             device = f"cuda:{(local_rank or 0) % torch.cuda.device_count()}"
         yield Share(rank, count, select_device(device), group)
     finally:
-        if started_here:
+        if is_started_here:
             dist.destroy_process_group()
+
+
+def _read_first(names: Sequence[str]) -> int | None:
+    """Return the integer in the first of some environment variables that is set; None if none is set."""
+    for name in names:
+        if name in os.environ:
+            return int(os.environ[name])
+    return None
 
 
 def cache(
@@ -111,10 +120,16 @@ def cache(
 ) -> CacheReport:
     """Encode all sources without a valid cache, in all processes of a launcher; then remove stale files.
 
-    `kind` is LATENTS or TEXTS. `stores` replaces the caches that the tables name. A source that cannot be
-    read becomes a failure in the report and does not stop the run. Encoders are loaded only if there is
-    something to encode. A text cache is complete when all of its encoders have run; until then there is a
-    `.part` file, which a later run continues.
+    A source that cannot be read becomes a failure in the report and does not stop the run. Encoders are
+    loaded only if there is something to encode. A text cache is complete when all of its encoders have run;
+    until then there is a `.part` file, which a later run continues.
+
+    Args:
+        kind: LATENTS or TEXTS.
+        family: Family that encodes.
+        config: The dataset.
+        options: Options of the run.
+        stores: Stores of the caches; None for those that the tables name.
 
     Raises:
         DatasetError: If the dataset cannot be used or a caption is missing.
@@ -129,14 +144,15 @@ def cache(
         work = make_work(family, config, options, device=share.device, stores=stores)
         is_main = share.rank == 0
         pieces = work.pieces
-        who = ""  # which share of the work, shown after the progress
+        label = ""  # shown with the progress if this is not all of the work
         if shard.num_shards is not None:
             pieces = pieces[shard.shard_index :: shard.num_shards]
-            who = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
+            label = f", --shard_index {shard.shard_index} of {shard.num_shards} shards"
         if share.count > 1:
-            who += f", process {share.rank + 1} of {share.count}"
+            label += f", process {share.rank + 1} of {share.count}"
         try:
-            part = work.encode(pieces[share.rank :: share.count], who if is_main else None)
+            # only the main process shows progress
+            part = work.encode(pieces[share.rank :: share.count], label if is_main else None)
         finally:
             work.free()
         work.stores.close(config.datasets)
@@ -145,7 +161,7 @@ def cache(
         if is_main and shard.num_shards is None:  # one shard does not know the valid files of the others
             for table in work.full_tables:
                 failed = {failure.stem for failure in report.failures if failure.table == table.index}
-                removed += work.remove_stale(table, report.right, failed, options.keep_cache)
+                removed += work.remove_stale(table, report.valid, failed, options.keep_cache)
             work.stores.close(config.datasets, is_last=True)
         return replace(report, removed=sum(share.gather(removed)), is_main=is_main)
 
@@ -169,7 +185,8 @@ def _write_indexes(
             continue
         left_out = {}
         for failure in (*report.failures, *report.dropped):
-            if failure.table == table.index and failure.path != table.source:  # of no file that can be read
+            # the path of a failure of the whole list is that of the table, not of a source
+            if failure.table == table.index and failure.path != table.source:
                 left_out[failure.stem] = str(failure.path)
         write_index(
             table,
@@ -177,7 +194,7 @@ def _write_indexes(
             tag=family.cache_tag,
             latent=family.latent,
             mark=marks[table.index],
-            right={name for number, name in report.right if number == table.index},
+            valid={name for index, name in report.valid if index == table.index},
             left_out=left_out,
         )
 
@@ -190,21 +207,28 @@ def run_caching(
     debug: DebugOptions | None,
     following: NextCommand,
 ) -> None:
-    """Run --debug_mode, --check, or the caching of one half, LATENTS or TEXTS.
+    """Run --debug_mode, --check, or the caching of one half.
 
-    `following` is what comes next, if no shard is missing.
+    Args:
+        kind: LATENTS or TEXTS.
+        family: Family that encodes.
+        config: The dataset.
+        options: Options of the run.
+        debug: Options of --debug_mode; None if the command has none.
+        following: The next command, shown unless only a shard was cached.
 
     Raises:
-        UserError: If caching fails, and SystemExit with the result of a check.
+        UserError: If caching fails.
+        SystemExit: With the result of a check.
     """
     if debug is not None and debug.debug_mode is not None:
         from data_tools.report.views import show_datasets  # only with --debug_mode
 
         conclude(show_datasets(family, config, debug, workers_of(options)))
         return
-    what, then = "sources", "cache the captions"
+    noun, next_task = "sources", "cache the captions"
     if kind == TEXTS:
-        what, then = "captions", "check all before training"
+        noun, next_task = "captions", "check all before training"
     if options.check:
         from data_tools.report.check import check_script  # only with --check
 
@@ -225,7 +249,7 @@ def run_caching(
     memory = peak_in_words(select_device(options.device))
     costs: list[Row] = [("time", in_words(time.monotonic() - started)), ("peak memory", memory)]
     if options.shard.num_shards is None:
-        heading = f"Next, {then}"
+        heading = f"Next, {next_task}"
         missing = missing_words(following.words)
         if missing:
             paths = "that path" if len(missing) == 1 else "those paths"
@@ -233,7 +257,7 @@ def run_caching(
         conclude(report, costs, [(heading, as_typed(following.words))])
         return
     rows: list[Row] = [
-        ("this shard", f"{report.share} of {report.whole} {what}"),
+        ("this shard", f"{report.share} of {report.total} {noun}"),
         (
             "when all are done",
             "run this command once without --num_shards and --shard_index: it checks everything, makes what "

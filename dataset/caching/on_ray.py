@@ -1,7 +1,7 @@
 """Cache on a Ray cluster: `map_batches` over shards of the work, by actors that load the encoders once.
 
-An actor does the work of the caching loop, with the same code (work.py), for one shard after another, and
-writes into the shared cache folder. Nothing is removed: the plain command does that afterwards.
+An actor runs the code of the caching loop (work.py, texts.py) for one shard after another, and writes into
+the shared cache folder. Stale files are not removed: the caching command does that afterwards.
 """
 
 import dataclasses
@@ -28,16 +28,18 @@ from protocols.family import Caches
 
 logger = logging.getLogger(__name__)
 
-SHARDS_PER_ACTOR = 8  # of latents: actors idle little at the end. A shard of texts loads all encoders
-# `main` of a caching script: reads the arguments, then calls the function in place of caching
+# Of latents: small shards, so that actors finish at about the same time. Texts have one shard for each actor,
+# because every shard loads all text encoders
+SHARDS_PER_ACTOR = 8
+# `main` of a caching script: reads the arguments, then calls the given function instead of caching
 Main = Callable[[Sequence[str], Callable[..., None]], None]
 
 
 class CachingActor:
-    """A callable class for `map_batches`: caches the shards of each batch, and reports on them.
+    """A callable class for `map_batches`: caches the shards of each batch, and returns their results.
 
     A call takes the column `shard_index`. It returns the columns `shard_index`, the counts `written`, `kept`
-    and `sources`, `failures` (a JSON list of texts) and `error` (empty if the shard was completed).
+    and `sources`, `failures` (a JSON list of messages) and `error` ("" if the shard was completed).
     """
 
     def __init__(
@@ -49,11 +51,15 @@ class CachingActor:
         threads: int,
         folder: str | None = None,
     ) -> None:
-        """Store the settings; work begins with the first batch.
+        """Store the settings; the dataset is read with the first batch.
 
-        `main` and `words` are a caching script and its arguments. `threads` is the number of threads that
-        read ahead, unless the arguments set it. `folder` is the folder in which the command was typed; the
-        actor's process changes to it.
+        Args:
+            main: `main` of a caching script.
+            words: Arguments of the script.
+            is_latents: Whether latents are cached, not texts.
+            num_shards: Number of shards of the work.
+            threads: Number of threads that read ahead, unless the arguments set it.
+            folder: Folder in which the command was typed; the actor's process changes to it.
         """
         self._begin = partial(main, words, self._make)
         self._is_latents, self._num_shards = is_latents, num_shards
@@ -62,12 +68,12 @@ class CachingActor:
         self._tables: Sequence[DatasetTable] = ()
 
     def __call__(self, batch: Mapping[str, Sequence[int]]) -> dict[str, list[Any]]:
-        """Cache some shards. A UserError becomes the shard's `error`; other errors are raised."""
+        """Cache some shards. A UserError becomes the `error` of its shard; other errors are raised."""
         rows = [self._row(int(index)) for index in batch["shard_index"]]
         return {column: [row[column] for row in rows] for column in rows[0]}
 
     def _row(self, index: int) -> dict[str, Any]:
-        """Cache one shard; return its results as a row of a table of Ray. Errors are texts in it."""
+        """Cache one shard; return its results as a row of a Ray dataset."""
         error = ""
         report = CacheReport()
         try:
@@ -90,9 +96,9 @@ class CachingActor:
             options = dataclasses.replace(options, num_workers=self._threads)
         if options.disable_cudnn_backend:
             leave_cudnn_out(select_device(options.device))
-        kind = MediaWork if self._is_latents else TextWork
-        # Ray shows an actor its own GPUs only
-        self._work = kind(family, config, options, select_device(options.device))
+        work_class = MediaWork if self._is_latents else TextWork
+        # the first GPU is right, because Ray shows an actor only its own GPUs
+        self._work = work_class(family, config, options, select_device(options.device))
         self._tables = config.datasets
 
 
@@ -102,10 +108,11 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
     Raises:
         InstallationError: If Ray is missing.
         OptionError: If the command cannot be run on a cluster.
-        DatasetError: If the cluster cannot be reached, a shard could not be done or a source not be used.
+        DatasetError: If the cluster cannot be reached, a shard fails, or a source cannot be used.
     """
     words = options.command[1:]
-    main(words, _reject_looks)  # checks the options before the cluster is contacted; caches nothing
+    # called instead of caching, so that wrong options are reported before the cluster is contacted
+    main(words, _reject_unsuitable)
     try:
         import ray
         import ray.data
@@ -122,41 +129,47 @@ def run_on_ray(main: Main, options: RayOptions) -> None:
         gpus, cpus = options.gpus_per_actor, options.cpus_per_actor
         if gpus is None:
             gpus = 1.0 if available.get("GPU", 0) >= 1 else 0.0
-        default_actors = max(1, int(available.get("GPU", 0) / gpus)) if gpus else 1
-        actors = options.num_actors or default_actors
-        for name, needed in (("GPU", actors * gpus), ("CPU", actors * cpus)):
+        default_actors = 1
+        if gpus:  # as many as the cluster has GPUs for
+            default_actors = max(1, int(available.get("GPU", 0) / gpus))
+        num_actors = options.num_actors or default_actors
+        for name, needed in (("GPU", num_actors * gpus), ("CPU", num_actors * cpus)):
             if needed > available.get(name, 0):  # Ray would wait for them forever
                 raise DatasetError(
-                    f"{actors} actors need {needed:g} {name}s, the cluster has {available.get(name, 0):g}. "
-                    f"Give a smaller --num_actors or --{name.lower()}s_per_actor."
+                    f"{num_actors} actors need {needed:g} {name}s, the cluster has "
+                    f"{available.get(name, 0):g}. Give a smaller --num_actors or --{name.lower()}s_per_actor."
                 )
         shards_per_actor = SHARDS_PER_ACTOR if options.is_latents else 1
-        count = options.num_shards or actors * shards_per_actor
-        logger.info("%d actors cache %d shards", actors, count)
+        num_shards = options.num_shards or num_actors * shards_per_actor
+        logger.info("%d actors cache %d shards", num_actors, num_shards)
         ray.data.DataContext.get_current().enable_progress_bars = False
         # one block for each shard: tasks that split blocks would wait for the cores that the actors occupy
         shards = ray.data.from_items(
-            [{"shard_index": index} for index in range(count)], override_num_blocks=count
+            [{"shard_index": index} for index in range(num_shards)], override_num_blocks=num_shards
         )
-        reports = shards.map_batches(
+        results = shards.map_batches(
             CachingActor,
             batch_size=1,
-            concurrency=actors,
+            concurrency=num_actors,
             num_cpus=cpus,
             num_gpus=gpus or None,
-            fn_constructor_args=(main, words, options.is_latents, count, cpus, str(Path.cwd())),
+            fn_constructor_args=(main, words, options.is_latents, num_shards, cpus, str(Path.cwd())),
         )
         rows = []
-        for row in reports.iter_rows():
+        for row in results.iter_rows():
             rows.append(row)
-            logger.info("shard %d is done: %d of %d", row["shard_index"], len(rows), count)
+            logger.info("shard %d is done: %d of %d", row["shard_index"], len(rows), num_shards)
     finally:
         ray.shutdown()
     conclude_shards(sorted(rows, key=lambda row: int(row["shard_index"])), options)
 
 
 def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> None:
-    """Show the results of the actors. Raises DatasetError with the failures that they reported."""
+    """Show the results of the actors, one row for each shard.
+
+    Raises:
+        DatasetError: With the failures that the actors reported, if there are any.
+    """
     done = [row for row in rows if not row["error"]]
     num_written = sum(row["written"] for row in done)
     num_kept = sum(row["kept"] for row in done)
@@ -175,7 +188,7 @@ def conclude_shards(rows: Sequence[Mapping[str, Any]], options: RayOptions) -> N
 
 
 def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Return the lines on shards that could not be done; if all are, those on sources."""
+    """Return lines about shards that failed; if none failed, about sources that could not be used."""
     errors = [f"shard {row['shard_index']}: {row['error']}" for row in rows if row["error"]]
     if errors:
         return [f"{len(errors)} of {len(rows)} shards could not be done; all others are:", *errors]
@@ -187,8 +200,10 @@ def _errors_of(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     return failures
 
 
-def _reject_looks(family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any) -> None:
-    """Raise OptionError if the command only looks at the dataset, or caches a single shard."""
+def _reject_unsuitable(
+    family: Caches, config: DatasetConfig, options: CachingOptions, *arguments: Any
+) -> None:
+    """Raise OptionError if the command only shows the dataset, or caches a single shard."""
     options.shard.reject_beside(as_typed(["python", "tools/cache_on_ray.py"]))
     debug = arguments[0] if arguments else None
     if options.check or getattr(debug, "debug_mode", None) is not None:
@@ -197,10 +212,12 @@ def _reject_looks(family: Caches, config: DatasetConfig, options: CachingOptions
 
 def _join_cluster(ray: Any, options: RayOptions) -> None:
     """Connect to the cluster of --address, or start Ray on this machine with enough processors."""
-    # actors import our modules as this process does; the package is found without
-    paths = [] if PREFIX else [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    settings: dict[str, Any] = {"address": options.address or "local"}
-    settings["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}} if paths else {}
+    settings: dict[str, Any] = {"address": options.address or "local", "runtime_env": {}}
+    if not PREFIX:  # not an installed package, so actors need the path of our modules
+        paths = [str(ROOT)]
+        if os.environ.get("PYTHONPATH"):
+            paths.append(os.environ["PYTHONPATH"])
+        settings["runtime_env"] = {"env_vars": {"PYTHONPATH": os.pathsep.join(paths)}}
     if options.address is None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
         settings["include_dashboard"] = False

@@ -15,8 +15,8 @@ from dataset.cache.store import ExistingNames, Names, Stores
 from dataset.cache_files import Entry, LatentName
 from dataset.caching.prefetch import MANY, Failure, map_ahead
 from dataset.config_keys import IGNORE, REFERENCES, SECTIONS
-from dataset.sources.clock import has_companions, kept_one_clock
-from dataset.sources.colors import has_codes, shown_otherwise
+from dataset.sources.clock import has_companions, has_one_clock
+from dataset.sources.colors import has_codes, reading_difference
 from dataset.sources.decoding import plan_source
 from dataset.sources.frames import Span, bucket_of, describe_short, frames_wanted, media_table, spans
 from dataset.sources.media_source import (
@@ -67,13 +67,13 @@ class OtherKind(CacheError):
 class Recipe:
     """Settings of a run, other than sources and tables, on which cached latents depend."""
 
-    tag: str  # in file names
-    encoder: Mapping[str, str]
+    tag: str  # the family's cache_tag
+    encoder: Mapping[str, str]  # Family.media_identity
     latent: LatentSpec
-    fps: float
+    fps: float  # the family's frame rate
     sections: Callable[[MediaTable, int], int | None]  # Family.sections_of
     stores: Stores
-    # items of sources whose caches were found valid; key: `Planning._make_shape_key`
+    # items of sources whose caches were found valid, by `Planning._make_shape_key`
     valid: dict[tuple[object, ...], tuple[tuple[int, ...], ...]] = field(default_factory=dict)
     has_rates: bool = False  # each cache file records its frame rate (`Abilities.rate`)
     audio: AudioSpec | None = None  # None: the family has no audio
@@ -86,9 +86,10 @@ class Recipe:
         table = source.table
         options: dict[str, Any] = {name: [*numbers] for name, numbers in sizes.items()}
         if table.kind == "video":
-            fps_of_model = None if table.source_fps is None else self.fps
+            # without source_fps, no frames are dropped to reach the family's rate
+            family_fps = None if table.source_fps is None else self.fps
             options["source_fps"] = table.source_fps
-            options["fps"] = table.target_fps or fps_of_model
+            options["fps"] = table.target_fps or family_fps
         if source.mask_from is not None:
             options["mask"] = source.mask_from
         if source.tensors is not None:
@@ -141,7 +142,8 @@ class Recipe:
         recorded = dict(record.options)
         if FLIP not in options:
             recorded.pop(FLIP, None)  # unused mirrored latents do no harm
-        if records.CLOCK in options and records.CLOCK not in recorded and kept_one_clock(source, self.fps):
+        # an early record: if the rates are equal, the current version selects the same frames
+        if records.CLOCK in options and records.CLOCK not in recorded and has_one_clock(source, self.fps):
             recorded[records.CLOCK] = True
         changed = records.difference(record.encoder, self.encoder)
         if self.audio is not None and self.audio.is_alone:
@@ -150,6 +152,7 @@ class Recipe:
 
 
 def _describe_shown(medium: ShownMedium) -> str:
+    """Describe a reference medium for a record; the text must not change, as it is compared."""
     if medium.kind != "video" or medium.audio is None:
         return f"{medium.kind}, silent" if medium.is_silent else medium.kind
     return f"{medium.kind}, sound of a file"
@@ -168,8 +171,8 @@ class SourcePlan:
     reason: str | None = None  # why the source gives no items
     short: str | None = None  # the target_frames that the clip is too short for, if it gives other items
     outdated: str | None = None  # why an existing file is replaced
-    is_other: bool = False  # an existing file raised OtherKind
-    size_changes: tuple[str, ...] = ()  # of `ClipInfo`
+    is_other: bool = False  # whether an existing file raised OtherKind
+    size_changes: tuple[str, ...] = ()  # `ClipInfo.size_changes`
     silent: str | None = None  # why the clip is cached with silent audio
 
 
@@ -188,10 +191,13 @@ def plan_all(
     reads_values = recipe.stores.verify or len(sources) < MANY
 
     def plan(source: MediaSource) -> SourcePlan | Failure:
+        """Plan a source, or return why it cannot be read."""
         try:
             planning = Planning(source, existing[source.table.index].of(source.stem), recipe, reads_values)
-            reads_values_or_trusts = reads_values or recipe.stores.trusts
-            return planning.plan() if reads_values_or_trusts else planning.plan_by_shape()
+            # if all files are read, or none, nothing is saved by comparing shapes
+            if reads_values or recipe.stores.trusts:
+                return planning.plan()
+            return planning.plan_by_shape()
         except (MediaError, OSError) as error:
             return Failure.of(source, error)
 
@@ -235,9 +241,11 @@ class Planning:
         self._records: dict[str, records.LatentRecord | None] = {}
         # identities of parts of the source that were found unchanged, by index in `parts_of`
         self._unchanged: dict[int, FileIdentity] = {}
-        # how an earlier version read the source differently, by the version number in a record (`as_shown`)
+        # how an earlier version read the source differently, by that version (`LatentRecord.as_shown`)
         self._reading_changes: dict[int, str | None] = {}
-        self._by_header = False  # the plan used the source's header, which may be wrong about the frames
+        self._by_header = (
+            False  # whether the plan relied on the source's header, whose frame count may be wrong
+        )
 
     def plan_by_shape(self) -> SourcePlan:
         """Do the same as `plan`, but faster.
@@ -248,22 +256,22 @@ class Planning:
         shape = self._make_shape_key()
         valid = self.recipe.valid
         if shape in valid:
-            return self._find_valid_plan(valid[shape])
+            return self._make_valid_plan(valid[shape])
         plan = self.plan()
-        is_valid = self._find_valid_plan(plan.items) == plan
+        is_valid = plan == self._make_valid_plan(plan.items)
         if shape is not None and is_valid and not self._by_header and len(valid) < MANY:
             valid[shape] = plan.items
         return plan
 
-    def _find_valid_plan(self, items: tuple[tuple[int, ...], ...]) -> SourcePlan:
+    def _make_valid_plan(self, items: tuple[tuple[int, ...], ...]) -> SourcePlan:
         """Return the plan of a source whose caches are all valid and have records."""
         names = frozenset(self.existing)
         return SourcePlan(source=self.source, kept=names, foreign=0, missing=(), items=items)
 
     def _make_shape_key(self) -> tuple[object, ...] | None:
-        """Return all that `plan` depends on except source files; None if source files may have changed."""
+        """Return everything that `plan` depends on except source files; None if these may have changed."""
         source = self.source
-        # the number of control files decides which keys of the table matter
+        # numbers of files and their presence decide which keys of the table a record has
         shape: list[object] = [
             self.table.index,
             source.mask_from,
@@ -280,24 +288,29 @@ class Planning:
                 return None
             if record is None:
                 return None
-            texts, files = record
+            shared_texts, files = record
             if self._find_change(files) is not None:
                 return None
-            if has_companions(source) and not any(records.CLOCK in text for text in texts if text):
+            if has_companions(source) and not any(records.CLOCK in text for text in shared_texts if text):
                 return None  # an early record, without the clock: `plan` compares the companions' headers
-            if not self._is_as_shown(texts):
+            if not self._is_as_shown(shared_texts):
                 return None  # from an earlier version: the result depends on the images
-            shape += (file[len(source.stem) :], *texts)
+            ending = file[len(source.stem) :]
+            shape += (ending, *shared_texts)
         return tuple(shape)
 
-    def _is_as_shown(self, texts: Sequence[str]) -> bool:
-        """Return whether current and recorded ways of reading the source give the same pixels."""
+    def _is_as_shown(self, record_texts: Sequence[str]) -> bool:
+        """Return whether the current way of reading the source gives the same pixels as the recorded way.
+
+        `record_texts` are the pieces of a record's text from `shared_part`.
+        """
+        joined = "".join(text or "" for text in record_texts)
         # early records have `true` for version 1, or no version at all
-        joined = "".join(text or "" for text in texts)
-        marks = {1 if mark == "true" else int(mark) for mark in _AS_SHOWN.findall(joined)}
-        if marks == {AS_SHOWN}:
+        versions = {1 if version == "true" else int(version) for version in _AS_SHOWN.findall(joined)}
+        if versions == {AS_SHOWN}:
             return True
-        return min(marks, default=0) > 0 and not any(has_codes(path) for path, _ in self.source.parts)
+        # since version 1, only the reading of files with codes of color, order or orientation has changed
+        return min(versions, default=0) > 0 and not any(has_codes(path) for path, _ in self.source.parts)
 
     def plan(self) -> SourcePlan:
         """Compare existing cache files with those that this run would write, if possible without decoding.
@@ -311,7 +324,9 @@ class Planning:
         unknown = SourcePlan(self.source, kept=frozenset(), foreign=0, missing=None)
         if table.kind == "image":
             size = self._read_image_size()
-            return unknown if size is None else self.compare(size, [(0, self.source.num_images)])
+            if size is None:
+                return unknown
+            return self.compare(size, [(0, self.source.num_images)])  # one span of all images (layers)
         clip = self._read_recorded_clip() if self.existing else None
         if self.source.tensors is not None:
             from dataset.sources.moments import full_span, measure_source  # few tables have moments
@@ -341,7 +356,7 @@ class Planning:
             record = self._record_of(file)
             if record is None or record.clip is None:
                 continue
-            # with other frame rates other frames of the source were counted
+            # at another frame rate, another number of frames is kept
             if any(record.options.get(key) != options.get(key) for key in ("source_fps", "fps", "moments")):
                 continue
             if self._find_reading_change(record) is not None:
@@ -371,8 +386,11 @@ class Planning:
     ) -> SourcePlan:
         """Return the plan of a source whose size and spans are known.
 
-        `kept_frames` is the number of kept frames if the clip was decoded. `reason` says why there is no
-        span.
+        Args:
+            size: Width and height of the source.
+            source_spans: Spans of the source, one for each item.
+            kept_frames: Number of frames of the clip at the family's rate; None if the clip was not decoded.
+            reason: Why there is no span.
         """
         table, recipe = self.table, self.recipe
         bucket = bucket_of(table, size, recipe.latent.pixel_step, self.source.path)
@@ -381,48 +399,52 @@ class Planning:
         for file, name in sorted(self.existing.items(), key=lambda pair: pair[1].section or 0):
             by_item.setdefault((name.size, name.span), {})[file] = name
         trusts = recipe.stores.trusts and self.store.is_shared and not self.source.control
-        progress = _Comparison()
+        comparison = _Comparison()
         items: list[tuple[int, ...]] = []
         for span in source_spans:
-            num_sections = recipe.sections(media_table(table), span[1])
+            _, num_frames = span
+            num_sections = recipe.sections(media_table(table), num_frames)
             items += self._trained_sizes(bucket, span, num_sections)
+            # names of images have the original size, those of clips the bucket
             item = (size, None) if table.kind == "image" else (bucket, span)
             files = by_item.get(item, {})
             if not files:
-                progress.missing.append(span)
+                comparison.missing.append(span)
                 continue
             try:
+                num_foreign = 0
                 if trusts:  # files of other programs count as valid without being read
-                    foreign = [True] * len(files)
+                    num_foreign = len(files)
                 else:
                     self._check_sections(files, num_sections)
-                    foreign = [
-                        self._check_file(file, files, size, bucket=bucket, span=span) for file in files
-                    ]
-                progress.foreign += sum(foreign)
-                progress.valid |= set(files)
+                    for file in files:
+                        if not self._check_file(file, files, size, bucket=bucket, span=span):
+                            num_foreign += 1
+                comparison.foreign += num_foreign
+                comparison.valid |= set(files)
             except CacheError as error:
-                progress.missing.append(span)
-                progress.add_outdated(error)
+                comparison.missing.append(span)
+                comparison.add_outdated(error)
         short = None  # a warning: the clip is too short for some of the lengths in target_frames
         if kept_frames is not None and len(table.target_frames) > 1:
             short = describe_short(table, source_spans, kept_frames)
         return SourcePlan(
             source=self.source,
-            kept=frozenset(progress.valid),
-            foreign=progress.foreign,
-            missing=tuple(progress.missing),
+            kept=frozenset(comparison.valid),
+            foreign=comparison.foreign,
+            missing=tuple(comparison.missing),
             items=tuple(items),
             reason=reason,
             short=short,
-            outdated=progress.outdated,
-            is_other=progress.is_other,
+            outdated=comparison.outdated,
+            is_other=comparison.is_other,
         )
 
     def _trained_sizes(self, bucket: Size, span: Span, num_sections: int | None) -> list[tuple[int, ...]]:
         """Return the sizes of the training items: one for the full item, or one for each section."""
         _, num_frames = span
         if self.table.kind == "image":
+            # with multiple_target, the number of frames is that of the image's layers
             size = (*bucket, num_frames) if self.table.multiple_target else bucket
             return [size] * (num_sections or 1)
         if num_sections is not None:
@@ -442,16 +464,16 @@ class Planning:
         )
 
     def _check_file(self, file: str, files: Names, size: Size, bucket: Size, span: Span) -> bool:
-        """Check that an item's file is what this run would write.
+        """Check that an item's file is equal to the file that this run would write.
 
         Returns:
-            Whether the file lacks a record.
+            Whether the file has a record.
 
         Raises:
             CacheError: If the file differs.
         """
         path = self.table.cache_directory / file
-        entry: Entry | None = None
+        entry: Entry | None = None  # with tensors, if these are checked
         if self.reads_values:
             header = entry = self.store.read(file)
             record = records.latent_record(header)
@@ -460,7 +482,7 @@ class Planning:
             record = self._record(file)
         if record is None:
             self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
-            return True
+            return False
         if record.parts != len(files):
             raise CacheError(f"{path}: {record.parts} files belong together, {len(files)} were found")
         changed = self.recipe.difference(record, self.source, size=size, bucket=bucket, span=span)
@@ -471,14 +493,14 @@ class Planning:
             raise CacheError(f"{path}: {changed}")
         if entry is not None:
             records.verify_tensors(entry, record.crc32)
-        return False
+        return True
 
     def _check_foreign(self, path: Path, header: Entry, name: LatentName, bucket: Size, span: Span) -> None:
-        """Raise OtherKind if the header of a file without a record shows that it does not fit."""
+        """Raise OtherKind if the header of a file without a record shows that the file does not fit."""
         self._check_foreign_tensors(path, header)
-        for fact, value in self.recipe.latent.declared:
-            if header.metadata.get(fact, value) != value:
-                made_for = f"it was made for {fact} {header.metadata[fact]}"
+        for key, value in self.recipe.latent.declared:  # metadata that the family's files always have
+            if header.metadata.get(key, value) != value:
+                made_for = f"it was made for {key} {header.metadata[key]}"
                 raise OtherKind(f"{path}: {made_for}, this run has {value}")
         if not (self.recipe.stores.skip_existing or self.store.is_shared):
             raise OtherKind(f"{path}: it has no record of what it was made from")
@@ -513,17 +535,19 @@ class Planning:
         _, num_frames = span
         width, height = bucket
         if self.table.multiple_target:
-            num_frames = 1  # number in file names, as musubi-tuner writes it; tensors have all layers
+            num_frames = 1  # musubi-tuner writes 1 into tensor names, although the tensors have all layers
         if name.section is not None:
             num_frames = records.section_frames(self.table.fp_latent_window_size, self.recipe.latent)
         return self.recipe.latent.shape(num_frames, height, width)[2:]
 
     def _read_header(self, file: str) -> Entry:
+        """Read the header of a cache file once."""
         if file not in self._headers:
             self._headers[file] = self.store.read(file, is_full=False)
         return self._headers[file]
 
     def _record(self, file: str) -> records.LatentRecord | None:
+        """Read the record in a cache file once."""
         if file not in self._records:
             self._records[file] = records.latent_record(self._read_header(file))
         return self._records[file]
@@ -532,7 +556,9 @@ class Planning:
         """Describe how the version that wrote a record read the source differently; None if it did not."""
         mark = record.as_shown
         if mark not in self._reading_changes:
-            self._reading_changes[mark] = shown_otherwise(self.source, self.recipe.latent.keeps_alpha, mark)
+            self._reading_changes[mark] = reading_difference(
+                self.source, self.recipe.latent.keeps_alpha, mark
+            )
         return self._reading_changes[mark]
 
     def _find_change(self, files: Sequence[FileIdentity]) -> str | None:
@@ -540,23 +566,26 @@ class Planning:
         parts = self.recipe.parts_of(self.source)
         if len(parts) != len(files):
             return f"it was made from {len(files)} source files, now there are {len(parts)}"
-        changed = [
-            str(path)
-            for number, ((path, _), identity) in enumerate(zip(parts, files, strict=True))
-            if not self._is_unchanged(number, identity)
-        ]
+        changed = []
+        for index, ((path, _), identity) in enumerate(zip(parts, files, strict=True)):
+            if not self._is_unchanged(index, identity):
+                changed.append(str(path))
         return f"{', '.join(changed)} changed since" if changed else None
 
-    def _is_unchanged(self, number: int, identity: FileIdentity) -> bool:
-        """Return whether a part of the source is unchanged; each part is checked once."""
-        if self._unchanged.get(number) != identity:
-            path, origin = self.recipe.parts_of(self.source)[number]
+    def _is_unchanged(self, index: int, identity: FileIdentity) -> bool:
+        """Return whether a part of the source, by its index in `parts_of`, is unchanged.
+
+        A part that was found unchanged is not checked again.
+        """
+        if self._unchanged.get(index) != identity:
+            path, origin = self.recipe.parts_of(self.source)[index]
             if not records.is_unchanged(identity, path, origin):
                 return False
-            self._unchanged[number] = identity
+            self._unchanged[index] = identity
         return True
 
     def _record_of(self, file: str) -> records.LatentRecord | None:
+        """Return the record of a file; None if it has none or is damaged."""
         with contextlib.suppress(CacheError):
             return self._record(file)
         return None
@@ -570,6 +599,7 @@ class Planning:
         Raises:
             MediaError: If the header of the image cannot be read.
         """
+        # if all caches are read anyway, or none is, the image itself is opened
         if (self.reads_values or self.recipe.stores.trusts) and not self.source.origins:
             return image_size(self.source.path)
         for file, name in self.existing.items():

@@ -1,4 +1,4 @@
-"""Work ahead on many sources in threads, in order and within a memory limit; report what was done."""
+"""Work ahead on many sources in threads, in order and within a memory limit; report the results of a run."""
 
 import collections
 import contextlib
@@ -27,8 +27,8 @@ from modules.media.reading import video_info
 
 logger = logging.getLogger(__name__)
 
-LISTED = 200  # most lines about sources in a message
-NAMED = 3  # most clips that a warning names
+LISTED = 200  # maximum number of lines about sources in a message
+NAMED = 3  # maximum number of clips that a warning names
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Failure:
 
     path: Path
     reason: str
-    table: int
-    stem: str
+    table: int  # index of the source's table
+    stem: str  # stem of the source
 
     @staticmethod
     def of(source: MediaSource, reason: object) -> "Failure":
@@ -57,9 +57,8 @@ class CacheReport:
     """Results of a caching run; counts are numbers of cache files."""
 
     written: int = 0
-    kept: int = 0
-    # valid files of another program, which have no record
-    foreign: int = 0
+    kept: int = 0  # valid files that existed before
+    foreign: int = 0  # valid files of another program, which have no record
     removed: int = 0
     failures: tuple[Failure, ...] = ()  # sources that could not be read
     dropped: tuple[Failure, ...] = ()  # sources that can be read but give no item
@@ -67,10 +66,10 @@ class CacheReport:
     resized: tuple[Failure, ...] = ()  # clips whose frames change their size
     silent: tuple[Failure, ...] = ()  # clips without sound, of a model with audio
     share: int = 0  # number of sources or captions in the share of this run
-    whole: int = 0  # number of all sources or captions
-    is_main: bool = True  # whether this process reports for all
+    total: int = 0  # number of all sources or captions
+    is_main: bool = True  # whether this process shows the results
     # table index and name of each valid entry
-    right: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
+    valid: frozenset[tuple[int, str]] = field(default=frozenset(), compare=False, repr=False)
 
 
 class SourceListing(NamedTuple):
@@ -93,31 +92,34 @@ def list_sources(config: DatasetConfig, captions: bool) -> SourceListing:
 
 def join_reports(reports: Sequence[CacheReport]) -> CacheReport:
     """Merge the reports of several shares of the sources; failures are sorted by path."""
-    fields: dict[str, Any] = {"whole": max((report.whole for report in reports), default=0)}
+    fields: dict[str, Any] = {"total": max((report.total for report in reports), default=0)}
     for name in ("written", "kept", "foreign", "share"):
         fields[name] = sum(getattr(report, name) for report in reports)
     for name in ("failures", "dropped", "shortened", "resized", "silent"):
         failures = [failure for report in reports for failure in getattr(report, name)]
         fields[name] = tuple(sorted(failures, key=lambda failure: str(failure.path)))
-    return CacheReport(**fields, right=frozenset().union(*(report.right for report in reports)))
+    return CacheReport(**fields, valid=frozenset().union(*(report.valid for report in reports)))
 
 
 def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[Row] = ()) -> None:
     """Show the results.
 
-    `rows` and `commands` are additional lines of the box. If the variable RUN_GOES_ON says that this caching
-    is a step of a longer run, no commands are shown, and failures have a separate exit code.
+    Args:
+        report: Results of the run.
+        rows: Additional rows of the box with the results.
+        commands: Next commands, which are shown below the box.
 
     Raises:
-        DatasetError: If a source failed; in processes other than the main one, SystemExit with its code.
+        DatasetError: If a source failed or no source gives an item, in the main process.
+        SystemExit: If a source failed, in other processes, with the same exit code.
     """
-    code = DatasetError.exit_code
-    if os.environ.get(RUN_GOES_ON):
-        code = SOURCES_LEFT_OUT
+    exit_code = DatasetError.exit_code
+    if os.environ.get(RUN_GOES_ON):  # this caching is a step of a longer run, which has its own next command
+        exit_code = SOURCES_LEFT_OUT
         commands = ()
     if not report.is_main:
         if report.failures:
-            raise SystemExit(code)
+            raise SystemExit(exit_code)
         return
     if report.dropped:
         lines = "\n".join(first_lines(report.dropped, LISTED))
@@ -134,17 +136,19 @@ def conclude(report: CacheReport, rows: Sequence[Row] = (), commands: Sequence[R
             "%s by another program: only the size could be compared (--skip_existing)",
             count_words(report.foreign, "files were made"),
         )
-    # with a single shard of the dataset, nothing to do is a normal result
-    if report.written or report.kept or report.removed or report.share < report.whole:
+    has_files = report.written or report.kept
+    is_partial = report.share < report.total  # a shard without files is a normal result
+    if has_files or report.removed or is_partial:
         files = f"{report.written} written, {report.kept} kept, {report.removed} removed"
-        show_box("Caching is finished", [("cache files", files), *rows], () if report.failures else commands)
+        shown_commands = () if report.failures else commands  # failures have to be repaired first
+        show_box("Caching is finished", [("cache files", files), *rows], shown_commands)
     if report.failures:
         failed = failure_error(report.failures, "sources")
-        failed.exit_code = code
+        failed.exit_code = exit_code
         raise failed
-    if report.dropped and not report.written and not report.kept and report.share == report.whole:
+    if report.dropped and not has_files and report.share == report.total:
         raise DatasetError(
-            f"not one of the {report.whole} sources gives an item to train on: the lines above say why. "
+            f"not one of the {report.total} sources gives an item to train on: the lines above say why. "
             "Lower target_frames, or use longer clips"
         )
 
@@ -174,8 +178,10 @@ R = TypeVar("R")
 
 AHEAD_PER_WORKER = 2  # waiting results per worker, so that one slow clip does not stall the encoder
 WRITES_BEHIND = 4  # pending writes per thread
-MANY = 4096  # from this number of sources on, tensor values are not read to compare caches: training does
-AT_ONCE = 64  # most values that a thread of `map_ahead` takes at a time
+MANY = (
+    4096  # from this number of sources on, caching does not read tensor values of caches, only training does
+)
+AT_ONCE = 64  # maximum number of values that a thread of `map_ahead` takes at a time
 
 
 def workers_of(options: CachingOptions) -> int:
@@ -195,9 +201,15 @@ def run_ahead(
     """Yield (job, its result or exception) in the order of `jobs`, while threads work on later jobs.
 
     Threads are enough, because FFmpeg, OpenCV and hashing release the GIL, and frames need not be copied
-    between processes. `size_bytes` estimates the size of a job's result and is called just before the job
-    starts. A job starts only if all results that are in progress, waiting or in use (until the next one is
-    requested) stay below `limit_bytes` in total; a single result may be larger.
+    between processes.
+
+    Args:
+        jobs: Jobs in order.
+        work: Does one job.
+        workers: Number of threads.
+        size_bytes: Estimates the size of a job's result; it is called just before the job starts.
+        limit_bytes: Maximum total size of all results that are in progress, waiting or in use; a result is
+            in use until the next one is requested. A single result may be larger.
     """
     waiting: collections.deque[tuple[T, int, Future[R]]] = collections.deque()
     used = 0  # bytes of all results in progress, waiting or in use
@@ -217,10 +229,10 @@ def run_ahead(
                 started += 1
             job, in_use, future = waiting.popleft()
             error = future.exception()
-            if error is not None and not isinstance(error, Exception):
+            if error is not None and not isinstance(error, Exception):  # such as KeyboardInterrupt
                 raise error
             yield job, future.result() if error is None else error
-            del future  # it holds the result, which the caller may have freed
+            del future  # it references the result, which the caller may want to free
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -262,8 +274,9 @@ def write_behind(threads: int = 1) -> Iterator[Write]:
     with ThreadPoolExecutor(threads, thread_name_prefix="writer") as pool:
 
         def write(work: Callable[[], object]) -> None:
+            """Write in another thread; wait if it is too far behind."""
             while len(waiting) > WRITES_BEHIND * threads or (waiting and waiting[0].done()):
-                waiting.popleft().result()
+                waiting.popleft().result()  # waits, and raises the error of that write
             waiting.append(pool.submit(work))
 
         yield write
@@ -278,10 +291,17 @@ def fill_batches(
     bytes_of: Callable[[T], int],
     max_bytes: int,
 ) -> Iterator[list[T]]:
-    """Collect items by group, and yield a batch of a group once it has `max_of(item)` items.
+    """Collect items by group, and yield a group as a batch once it is full.
 
-    If all waiting items together take more than `max_bytes`, the largest group is yielded early. Incomplete
-    groups are yielded at the end.
+    Args:
+        items: Items of any group.
+        group_of: Returns the group of an item.
+        max_of: Returns the batch size for an item.
+        bytes_of: Returns the size of an item.
+        max_bytes: Limit for all waiting items together; beyond it, the largest group is yielded early.
+
+    Yields:
+        Batches of items of one group; incomplete ones come at the end.
     """
     waiting: dict[object, list[T]] = {}
     for item in items:
@@ -312,7 +332,15 @@ def read_ahead(
 ) -> Generator[tuple[T, R | Failure], None, None]:
     """Yield (job, result or Failure) in order while threads work on later jobs.
 
-    `decodes` says that `work` decodes its source; waiting frames are then limited to DECODED_BYTES.
+    A MediaError or OSError becomes a Failure; other errors are raised.
+
+    Args:
+        jobs: Jobs in order.
+        source_of: Returns the source of a job.
+        work: Does one job.
+        workers: Number of threads.
+        bar: Progress bar, which counts jobs.
+        decodes: Whether `work` decodes the source; waiting frames are then limited to DECODED_BYTES.
     """
     ahead = run_ahead(
         jobs,
@@ -342,13 +370,14 @@ def estimate_decoded_bytes(source: MediaSource) -> int:
     if source.tensors is not None:
         return 0  # moments are small
     num_frames: float | None = 1 if table.kind == "image" else frames_wanted(table)
-    if not num_frames:
+    if not num_frames:  # the table uses the whole clip
         num_frames = _estimate_frames(source)
     width, height = table.resolution
     clips = (
         1 + len(source.control) + len(source.references) + (source.rejected is not None) + len(source.layers)
     )
-    channels = 3 * clips + (source.mask_from is not None) + (source.control_mask is not None)
+    num_masks = (source.mask_from is not None) + (source.control_mask is not None)
+    channels = 3 * clips + num_masks  # clips have three channels, masks one
     return int(num_frames) * width * height * channels
 
 

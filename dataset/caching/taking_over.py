@@ -1,7 +1,7 @@
-"""Take over latents that another model has cached, if they are the ones that this run would make.
+"""Copy latents that another model has cached, if this run would make the same latents.
 
 Models that share an autoencoder and cache the means of its posteriors (`LatentSpec.shares_caches`) write
-equal latents, if its file, its dtype and its tiles are equal, which records say.
+equal latents if file, dtype and tiling of the autoencoder are equal. The records of the caches tell these.
 """
 
 import logging
@@ -27,11 +27,13 @@ class OtherCaches:
 
     def __init__(self, family: Caches, recipe: Recipe) -> None:
         self._family, self._recipe = family, recipe
-        self._by_table: dict[int, dict[str, LatentNames]] = {}  # by the models' tags
-        self._taken: Counter[str] = Counter()  # by the name of the model that cached them
-        self._rejected: dict[str, str] = {}  # file -> why it cannot be taken over
-        self._makers: set[str] = set()  # of those that are refused
-        self._is_made_otherwise = False  # one of these by another autoencoder, or with other options
+        # latent caches by table index, then by the cache_tag of the other model
+        self._by_table: dict[int, dict[str, LatentNames]] = {}
+        self._num_copied: Counter[str] = Counter()  # by name of the other model
+        self._rejected: dict[str, str] = {}  # file -> why it cannot be copied
+        self._makers: set[str] = set()  # models that made the rejected files
+        # whether a rejected file was made by another autoencoder, or with other options
+        self._is_made_otherwise = False
 
     def take_source(self, plan: SourcePlan) -> SourcePlan:
         """Copy usable latents of another model for a source without valid caches, under this model's names.
@@ -45,36 +47,33 @@ class OtherCaches:
         if source.table.kind != "image" or source.tensors is not None:
             return plan
         store = self._recipe.stores.of(source.table)
-        refused: dict[str, str] = {}
+        rejected: dict[str, str] = {}  # counts only if no other model's latents are usable
         is_made_otherwise = False
         for tag, names in self._list_others(plan, self._recipe.stores).items():
             existing = names.of(source.stem)
-            if not existing or not self._has_our_shape(store, next(iter(existing))):
+            first_file = next(iter(existing), None)
+            if first_file is None or not self._has_our_channels(store, first_file):
                 continue
-            file = next(iter(existing))
-            why: str | None = _SIZES_OF_REFERENCES
-            if not source.control:
-                compared = Planning(source, existing, self._recipe).plan()
-                if compared.kept and compared.missing == () and not compared.foreign:
-                    files = [self._copy(store, name, tag) for name in sorted(compared.kept)]
-                    return replace(compared, kept=frozenset(files))
-                why = compared.outdated
-                is_made_otherwise = is_made_otherwise or compared.is_other
-            refused[file] = why or f"{file}: it has no record of what it was made from"
-        self._rejected |= refused
+            if source.control:  # models resize reference images differently
+                rejected[first_file] = _SIZES_OF_REFERENCES
+                continue
+            compared = Planning(source, existing, self._recipe).plan()
+            if compared.kept and compared.missing == () and not compared.foreign:
+                files = [self._copy(store, name, tag) for name in sorted(compared.kept)]
+                return replace(compared, kept=frozenset(files))
+            no_record = f"{first_file}: it has no record of what it was made from"
+            rejected[first_file] = compared.outdated or no_record
+            is_made_otherwise = is_made_otherwise or compared.is_other
+        self._rejected |= rejected
         self._is_made_otherwise = self._is_made_otherwise or is_made_otherwise
-        self._makers |= {self._read_maker(store, file) for file in refused}
+        self._makers |= {self._read_maker(store, file) for file in rejected}
         return plan
 
     def report(self, shows: bool) -> None:
-        """Log how many caches were taken over, and why others could not be.
-
-        Args:
-            shows: Whether this process writes to the log.
-        """
+        """Log how many caches were copied, and why others could not be; nothing unless `shows` is true."""
         if not shows:
             return
-        for maker, count in sorted(self._taken.items()):
+        for maker, count in sorted(self._num_copied.items()):
             logger.info(
                 "%s: the latents that %s has cached with the same autoencoder are taken over, and nothing is "
                 "encoded for them",
@@ -102,8 +101,8 @@ class OtherCaches:
             self._by_table[table.index] = {tag: LatentNames(store, tag, table.kind) for tag in tags}
         return self._by_table[table.index]
 
-    def _has_our_shape(self, store: CacheStore, file: str) -> bool:
-        """Return whether an entry has latents of the shape that this model has for its size."""
+    def _has_our_channels(self, store: CacheStore, file: str) -> bool:
+        """Return whether the latents of an entry have as many channels as this model's."""
         try:
             header = store.read(file, is_full=False)
         except CacheError:
@@ -112,14 +111,15 @@ class OtherCaches:
         return channels == {self._recipe.latent.channels}
 
     def _read_maker(self, store: CacheStore, file: str) -> str:
+        """Return the name of the program that made a cache file."""
         return store.read(file, is_full=False).metadata.get("architecture", "another program")
 
     def _copy(self, store: CacheStore, file: str, tag: str) -> str:
-        """Write an entry of another model under this model's name, which is returned."""
+        """Copy an entry of another model; return its new name, with this model's tag."""
         name = parse_latent_name(file, tag, "image")
-        assert name is not None  # it was listed by this rule
+        assert name is not None  # `LatentNames` lists only names that can be parsed
         entry = store.read(file)
-        ours = name.file_name(self._recipe.tag)
-        store.write(ours, entry.named, {**entry.metadata, "architecture": self._family.name})
-        self._taken[entry.metadata.get("architecture", "another program")] += 1
-        return ours
+        new_file = name.file_name(self._recipe.tag)
+        store.write(new_file, entry.named, {**entry.metadata, "architecture": self._family.name})
+        self._num_copied[entry.metadata.get("architecture", "another program")] += 1
+        return new_file

@@ -1,10 +1,10 @@
-"""List the texts to encode, and find out which encoders still have to run for each.
+"""List the texts to encode, and find out which text encoders still have to run for each.
 
-Outputs may be valid in finished files and in unfinished ones (`.part`).
+Valid outputs may be in the finished file of a text or in its unfinished one (`.part`).
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -26,15 +26,15 @@ from protocols.family import Caches, TextEncoder, can_mark, fits_captions
 
 logger = logging.getLogger(__name__)
 
-# (encoder, its identity), in the order in which they run
+# pairs of an encoder and its identity, in the order in which encoders run
 Encoders = Sequence[tuple[TextEncoder, Mapping[str, str]]]
 
 
 class Sight(NamedTuple):
     """What text encoders see in addition to captions and reference images."""
 
-    clip: bool = False  # the frames of the item
-    media: bool = False  # the reference media in its row (`ShownMedium`)
+    clip: bool = False  # whether they see the frames of the item
+    media: bool = False  # whether they see the reference media in the item's row (`ShownMedium`)
 
 
 BLIND = Sight()
@@ -47,37 +47,43 @@ class CaptionFile:
     table: DatasetTable
     file_name: str  # name of the cache file
     name: str  # name of the source, for messages
-    caption: str | None
+    caption: str | None  # None: the source has no caption
     caption_path: Path | None  # caption file, which need not exist
     settings: Mapping[str, Any] = field(default_factory=dict)  # as in `TextRecord`
-    pass_over: int = 0  # 0: the first captions of a table, 1: further ones, 2: the empty prompt
+    pass_over: int = 0  # round in which it is encoded; 0: first captions, 1: further ones, 2: empty prompts
     embeds: Path | None = None  # file with precomputed outputs of text encoders
     source: MediaSource | None = None  # set if an encoder sees media of the source with the caption
     references: Sequence[tuple[Path, Origin | None]] = ()  # files of these media
     sight: "Sight" = BLIND
-    # the following are set by `plan_texts`: names of the encoders that must run, in order
-    missing: tuple[str, ...] = ()
+    # the following are set by `plan_texts`
+    missing: tuple[str, ...] = ()  # names of the encoders that must run, in order
     in_part: bool = False  # valid outputs of some other encoders are only in the unfinished file
     is_foreign: bool = False  # valid outputs have no record, because another program made them
 
 
-FitText = Callable[[MediaSource, str], str]  # (source, caption) -> caption with positions in the bucket
-FITTED = "fitted"  # setting in records of captions whose positions were changed to those in the bucket
+# (source, caption) -> caption whose positions in the image are converted to positions in the bucket
+FitText = Callable[[MediaSource, str], str]
+FITTED = "fitted"  # key in a record's settings, set if positions in the caption were converted
 
 
 def caption_fitter(family: Caches) -> FitText | None:
-    """Return the function that converts positions in captions to the bucket; None if it is not needed."""
+    """Return the function that converts positions in captions to the bucket.
+
+    Returns None if the family's captions contain no positions.
+    """
     step = family.latent.pixel_step
     if not fits_captions(family):
         return None
-    fitting = family
+    fitting_family = family  # of the narrower type, also inside the function
 
     def fit(source: MediaSource, caption: str) -> str:
-        if not fitting.names_places(caption):
+        """Return a caption whose places are those of the resized image."""
+        if not fitting_family.names_places(caption):
             return caption
         try:
             size = image_size(source.path)
-            return fitting.fit_caption(caption, size, fit_of(source.table, size, step, source.path))
+            bucket_fit = fit_of(source.table, size, step, source.path)
+            return fitting_family.fit_caption(caption, size, bucket_fit)
         except (MediaError, OSError) as error:
             logger.warning("%s: the places in its caption stay as they are (%s)", source.stem, error)
             return caption
@@ -90,8 +96,13 @@ def list_caption_files(
 ) -> list[CaptionFile]:
     """Return the texts of all sources, by table: first captions, additional ones, then the empty prompt.
 
-    Batches of first captions are thereby the same as without other texts. `sight` says which media text
-    encoders see. `fit` is the result of `caption_fitter`.
+    In this order, additional captions do not change the batches of first captions.
+
+    Args:
+        sources: Sources with their captions.
+        tag: The family's cache_tag.
+        sight: Which media text encoders see.
+        fit: Result of `caption_fitter`.
     """
     by_table: dict[int, list[MediaSource]] = {}
     for source in sources:
@@ -114,50 +125,13 @@ def _files_of_table(
     first: list[CaptionFile] = []
     additional: list[CaptionFile] = []
     empty: list[CaptionFile] = []
-    table_settings = table.changed(TEXTS)
     for source in sources:
-        references: tuple[tuple[Path, Origin | None], ...] = ()
-        shown_source = None
-        if source.control and table.texts_see_references:
-            shown_source = source
-            references = source.parts[1 : 1 + len(source.control)]
-        captions = (source.caption, *source.more_captions)
-        settings = (
-            table_settings if shown_source is None else {**table_settings, **_list_seen_settings(source)}
-        )
-        if sight != BLIND:
-            shown_source = source
-            references = (*references, *_list_seen_files(source, sight))
-            media = source.shown if sight.media else None
-            seen = table.sight_settings(sight.clip, media, further_text=source.further_text)
-            settings = {**settings, **seen}
-        if len(captions) > 1:
-            settings = {**settings, "captions": len(captions)}
-        for number, caption in enumerate(captions):
-            embeds = None if source.tensors is None or number else source.tensors.embeds
-            caption_settings = settings
-            if fit is not None and caption is not None:
-                fitted = fit(source, caption)
-                if fitted != caption:
-                    caption_settings = {**settings, FITTED: True}
-                caption = fitted
-            file = CaptionFile(
-                table=table,
-                file_name=text_file_name(source.stem, tag, number),
-                name=source.stem,
-                caption=caption,
-                caption_path=source.caption_path,
-                settings=caption_settings,
-                pass_over=1 if number else 0,
-                embeds=embeds,
-                source=shown_source,
-                references=references,
-                sight=sight,
-            )
-            if number:
-                additional.append(file)
-            else:
+        seen = _list_seen(source, sight)
+        for number, file in enumerate(_list_captions(source, seen, tag=tag, sight=sight, fit=fit)):
+            if number == 0:
                 first.append(file)
+            else:
+                additional.append(file)
         if table.caches_empty_prompt and table.texts_see_references:
             file = CaptionFile(
                 table=table,
@@ -165,10 +139,10 @@ def _files_of_table(
                 name=f"the empty prompt of {source.stem}",
                 caption="",
                 caption_path=None,
-                settings={} if shown_source is None else _list_seen_settings(source),
+                settings={} if seen.source is None else _list_reference_settings(source),
                 pass_over=2,
-                source=shown_source,
-                references=references,
+                source=seen.source,
+                references=seen.files,
             )
             empty.append(file)
     if table.caches_empty_prompt and not table.texts_see_references:
@@ -184,16 +158,77 @@ def _files_of_table(
     return [*first, *additional, *empty]
 
 
+class _SeenMedia(NamedTuple):
+    """The media of a source that text encoders see with its captions."""
+
+    source: MediaSource | None  # None: they see no media
+    files: tuple[tuple[Path, Origin | None], ...]
+    settings: Mapping[str, Any]  # settings of the captions' records that depend on these media
+
+
+def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
+    """Return the media of a source that text encoders see: reference images, and what `sight` says."""
+    table = source.table
+    seen_source = None
+    files: tuple[tuple[Path, Origin | None], ...] = ()
+    settings: dict[str, Any] = {}
+    if source.control and table.texts_see_references:
+        seen_source = source
+        files = source.parts[1 : 1 + len(source.control)]  # the first part is the source itself
+        settings |= _list_reference_settings(source)
+    if sight != BLIND:
+        seen_source = source
+        files = (*files, *_list_seen_files(source, sight))
+        media = source.shown if sight.media else None
+        settings |= table.sight_settings(sight.clip, media, further_text=source.further_text)
+    return _SeenMedia(seen_source, files, settings)
+
+
+def _list_captions(
+    source: MediaSource, seen: _SeenMedia, tag: str, sight: Sight, fit: FitText | None
+) -> Iterator[CaptionFile]:
+    """Yield the text of each caption of a source, in order."""
+    captions = (source.caption, *source.more_captions)
+    settings = {**source.table.changed(TEXTS), **seen.settings}
+    if len(captions) > 1:
+        settings["captions"] = len(captions)
+    for number, caption in enumerate(captions):
+        embeds = None
+        if source.tensors is not None and number == 0:  # only first captions have precomputed embeddings
+            embeds = source.tensors.embeds
+        fitted = caption
+        caption_settings = settings
+        if fit is not None and caption is not None:
+            fitted = fit(source, caption)
+            if fitted != caption:
+                caption_settings = {**settings, FITTED: True}
+        yield CaptionFile(
+            table=source.table,
+            file_name=text_file_name(source.stem, tag, number),
+            name=source.stem,
+            caption=fitted,
+            caption_path=source.caption_path,
+            settings=caption_settings,
+            pass_over=1 if number else 0,
+            embeds=embeds,
+            source=seen.source,
+            references=seen.files,
+            sight=sight,
+        )
+
+
 def _list_seen_files(source: MediaSource, sight: Sight) -> tuple[tuple[Path, Origin | None], ...]:
     """Return the files that an encoder sees: clip or image, control images, reference media of the row."""
-    files = source.parts[: 1 + len(source.control)] if sight.clip else ()
-    if not sight.media:
-        return files
-    paths = (path for medium in source.shown for path in (medium.path, medium.audio) if path is not None)
-    return (*files, *((path, None) for path in paths))
+    files: list[tuple[Path, Origin | None]] = []
+    if sight.clip:
+        files += source.parts[: 1 + len(source.control)]
+    if sight.media:
+        for medium in source.shown:
+            files += [(path, None) for path in (medium.path, medium.audio) if path is not None]
+    return tuple(files)
 
 
-def _list_seen_settings(source: MediaSource) -> dict[str, Any]:
+def _list_reference_settings(source: MediaSource) -> dict[str, Any]:
     """Return `DatasetTable.seen_settings` for a source, whose bucket is read from its header.
 
     The bucket is () if the source has to be downloaded, and (0, 0) if it cannot be read.
@@ -212,11 +247,12 @@ def distinct_texts(files: Sequence[CaptionFile], stores: Stores) -> list[Caption
     """Return the texts without those that share a cache file with a text of an earlier table.
 
     Raises:
-        DatasetError: If two texts with the same file have different captions.
+        DatasetError: If two texts with the same cache file have different captions.
     """
     by_entry: dict[tuple[Path | int, str], CaptionFile] = {}
     for file in files:
         store = stores.of_texts(file.table)
+        # shared files are next to the images, so tables with the same images have the same files
         owner = store.folder if store.is_shared else file.table.index
         first = by_entry.setdefault((owner, file.file_name), file)
         if first is not file and first.caption != file.caption:
@@ -273,16 +309,21 @@ def _plan(file: CaptionFile, encoders: Encoders, stores: Stores, reads_values: b
     if stores.trusts and store.is_shared and file.file_name in store:
         return file
     find = partial(find_outputs, file, encoders, stores)
-    # names of encoders with valid outputs -> whether these have a record
-    _, has_record = find(reads_values=reads_values)
-    if len(has_record) == len(encoders):  # the unfinished file, if there is one, is not needed
-        return file if all(has_record.values()) else replace(file, is_foreign=True)
-    _, in_part = find(in_part=True)
-    _, has_record = find(reads_values=reads_values)  # another process may have finished the file now
-    incomplete = [encoder.name for encoder, _ in encoders if encoder.name not in has_record]
-    missing = tuple(name for name in incomplete if name not in in_part)
-    is_foreign = not all(has_record.values())
-    return replace(file, missing=missing, in_part=len(missing) < len(incomplete), is_foreign=is_foreign)
+    # names of encoders with valid outputs in the finished file -> whether these have a record
+    _, finished = find(reads_values=reads_values)
+    if len(finished) == len(encoders):  # the unfinished file, if there is one, is not needed
+        return file if all(finished.values()) else replace(file, is_foreign=True)
+    _, unfinished = find(in_part=True)
+    # read again, because another process may have finished the file in the meantime
+    _, finished = find(reads_values=reads_values)
+    not_finished = [encoder.name for encoder, _ in encoders if encoder.name not in finished]
+    missing = tuple(name for name in not_finished if name not in unfinished)
+    return replace(
+        file,
+        missing=missing,
+        in_part=len(missing) < len(not_finished),
+        is_foreign=not all(finished.values()),
+    )
 
 
 def find_outputs(
@@ -290,16 +331,20 @@ def find_outputs(
 ) -> tuple[Entry | None, Mapping[str, bool]]:
     """Find the valid outputs in a text's cache.
 
-    With `in_part`, the unfinished file is searched. If any output in it is outdated, no outputs are returned,
-    because merging the file would corrupt valid outputs. Without `reads_values`, only
-    the header is read.
+    Args:
+        file: The text.
+        encoders: Encoders of the family with their identities.
+        stores: Stores of the run.
+        in_part: Whether to search the unfinished file. If any output in it is outdated, no outputs are
+            returned, because merging the file would corrupt valid outputs.
+        reads_values: Whether to compare tensors with their checksums; else only the header is read.
 
     Returns:
-        The entry, None if the file is missing or damaged; and for each encoder with valid outputs, whether
+        The entry, or None if the file is missing or damaged; and for each encoder with valid outputs, whether
         these have a record.
 
     Raises:
-        CacheError: If another program's file is to be kept but is for something else.
+        CacheError: If a file of another program does not fit this model.
     """
     store = stores.of_texts(file.table)
     has_record: dict[str, bool] = {}
@@ -315,10 +360,10 @@ def find_outputs(
         record = records.get(encoder.name)
         if record is None:
             # a cache in another program's format needs no record, because that program writes none
-            accepts = store.is_shared or (stores.skip_existing and not in_part and not file.settings)
+            needs_no_record = store.is_shared or (stores.skip_existing and not in_part and not file.settings)
             is_same_caption = entry.metadata.get("caption1", file.caption) == file.caption
-            if accepts and is_same_caption and encoder.keys <= entry.keys:
-                if can_mark(encoder):
+            if needs_no_record and is_same_caption and encoder.keys <= entry.keys:
+                if can_mark(encoder):  # then metadata tell which encoder made the outputs
                     encoder.check_metadata(store.folder / name, entry.metadata)
                 has_record[encoder.name] = False
             continue
@@ -332,7 +377,7 @@ def find_outputs(
             has_record[encoder.name] = True
         except CacheError as error:
             logger.warning("%s. It is made again.", error)
-    has_outdated_outputs = records.keys() - has_record.keys()
-    if in_part and (has_outdated_outputs or not has_record):
+    outdated = records.keys() - has_record.keys()
+    if in_part and (outdated or not has_record):
         return None, {}
     return entry, has_record

@@ -106,7 +106,8 @@ class TextWork:
                 reject_changing(table, table.changes.varying_keys, "texts")
         listing = list_sources(config, captions=True)
         self._sources = listing.sources
-        self.not_listed, self.full_tables = listing.report, listing.complete_tables
+        self.not_listed = listing.report  # failures of listing
+        self.full_tables = listing.complete_tables
         if any(source.caption is None for source in self._sources):
             require_captions(self._sources)
         log_warnings(find_caption_warnings(self._sources), NAMED)
@@ -132,24 +133,24 @@ class TextWork:
         # texts that cannot be encoded, or whose reference images are unusable, by name of the cache file
         self._failed: dict[str, Failure] = {}
 
-    def encode(self, pieces: Sequence[TextBatch], who: str | None) -> CacheReport:
+    def encode(self, pieces: Sequence[TextBatch], label: str | None) -> CacheReport:
         """Encode the captions of `pieces` that have no valid cache entry, one encoder after the other.
 
-        An encoder without work is not loaded. `who` is the name of this share of the work, for progress bars;
-        None means no progress bars.
+        An encoder is not loaded if all its outputs are cached. `label` names this share of the work; None
+        means that no progress is shown.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
             OutputError: If an entry cannot be written.
         """
-        if who is not None:
+        if label is not None:
             captions = count_of(len(self._files), "caption")
             data = f"{self._config.path}, {captions}"
             show_box("Caching texts", [("data", data), ("device", str(self._device))])
-        files = [file for batch in pieces for file in batch]
-        files = plan_texts(files, self._encoders, self.stores, self._workers)
-        planned = iter(files)  # same order and number as in `pieces`: split into the same batches
-        batches = [tuple(itertools.islice(planned, len(batch))) for batch in pieces]
+        all_files = [file for batch in pieces for file in batch]
+        files = plan_texts(all_files, self._encoders, self.stores, self._workers)
+        remaining = iter(files)  # in the order of `pieces`, so that they form the same batches
+        batches = [tuple(itertools.islice(remaining, len(batch))) for batch in pieces]
         self._failed.clear()
         for file in files:
             if not file.missing:
@@ -159,23 +160,26 @@ class TextWork:
             to_do = [file for file in to_do if file.file_name not in self._failed]
             logger.info("%s: %d captions, %d of them to encode", encoder.name, len(files), len(to_do))
             if to_do:
-                self._encode(encoder, identity, batches=batches, to_do=to_do, shows=who is not None)
+                self._encode(encoder, identity, batches=batches, to_do=to_do, shows=label is not None)
         num_failed = len(self._failed)
         num_written = sum(bool(file.missing or file.in_part) for file in files) - num_failed
+        valid = [file for file in files if file.file_name not in self._failed]
         return CacheReport(
             written=num_written,
             kept=len(files) - num_written - num_failed,
             foreign=sum(file.is_foreign for file in files),
-            failures=tuple(dict.fromkeys(self._failed.values())),
+            failures=tuple(dict.fromkeys(self._failed.values())),  # several texts of a source: one failure
             share=len(files),
-            whole=len(self._files),
-            right=frozenset(
-                (file.table.index, file.file_name) for file in files if file.file_name not in self._failed
-            ),
+            total=len(self._files),
+            valid=frozenset((file.table.index, file.file_name) for file in valid),
         )
 
     def _finish_part(self, file: CaptionFile) -> None:
-        """Write a text to which no encoder has to add outputs, or remove its `.part` if it is not needed."""
+        """Finish the cache of a text for which all encoders have run.
+
+        If some outputs are only in the `.part`, the file is written from it; a `.part` that is not needed is
+        removed.
+        """
         part = file.file_name + PART
         if file.in_part:  # an earlier run was stopped before it wrote the file
             unfinished, encoders = self._find(file, in_part=True)
@@ -184,11 +188,12 @@ class TextWork:
             self.stores.of_texts(file.table).remove(part)
 
     def remove_stale(
-        self, table: DatasetTable, right: object, failed: Collection[str], keep_cache: bool
+        self, table: DatasetTable, valid: object, failed: Collection[str], keep_cache: bool
     ) -> int:
         """Remove the entries of a table that belong to no caption; return their number.
 
-        With `keep_cache`, only entries of further captions are removed, if a source now has fewer captions.
+        `valid` and `failed` are not used, because the captions alone determine the names. With `keep_cache`,
+        only entries of further captions are removed, if a source now has fewer captions.
         """
         names = {file.file_name for file in self._files if file.table.index == table.index}
         # `.part` entries, too
@@ -197,8 +202,8 @@ class TextWork:
         if keep_cache:
             stale = self._further_captions(table, stale)
         store = self.stores.of_texts(table)
-        is_ours = partial(is_text_cache, architecture=self._family.name)
-        return remove_caches(store, stale, is_ours) if stale else 0
+        is_of_family = partial(is_text_cache, architecture=self._family.name)
+        return remove_caches(store, stale, is_of_family) if stale else 0
 
     def _further_captions(self, table: DatasetTable, names: Sequence[str]) -> list[str]:
         """Return the names of entries of the second and further captions of current sources."""
@@ -226,26 +231,26 @@ class TextWork:
         to_do: list[CaptionFile],
         shows: bool,
     ) -> None:
-        """Encode every batch that lacks outputs, and write the missing outputs.
+        """Encode every batch in which a text lacks outputs, and write the missing outputs.
 
-        All texts of such a batch are encoded, because the last bits of an embedding depend on the other texts
-        in the batch. A resumed run therefore writes the same files as an uninterrupted run.
+        All texts of the batch are encoded, because the last bits of an embedding depend on the other texts in
+        the batch. A resumed run therefore writes the same files as an uninterrupted run.
         """
         with write_behind() as write:
             submit = partial(self._submit, write, encoder, identity)
             if any(file.embeds is not None for file in to_do):
-                from dataset.caching.given import take_embeds  # few tables have precomputed embeddings
+                # imported here, because few tables have precomputed embeddings
+                from dataset.caching.precomputed import submit_embeds
 
-                to_do = take_embeds(to_do, encoder, identity, submit)
+                to_do = submit_embeds(to_do, encoder, identity, submit)
                 if not to_do:
                     return
             if self._loaded is not encoder:
                 self.free()
                 self._loaded = encoder  # set before loading, so that `free` also works after a failure
                 encoder.load(self._device)
-            warn_cut_captions(
-                encoder, [(file.caption_path or file.name, file.caption or "") for file in to_do]
-            )
+            captions = [(file.caption_path or file.name, file.caption or "") for file in to_do]
+            warn_cut_captions(encoder, captions)
             incomplete = {*to_do}
             bar = Bar(len(to_do), f"Encoding with {encoder.name}", "caption", shows, at_once=True)
             with bar, torch.no_grad():
@@ -263,38 +268,46 @@ class TextWork:
         If a reference image or a text cannot be used, the texts are encoded one by one, and only the invalid
         text becomes a failure.
         """
-        rules = self._family.references
-        sees_encoded = rules is not None and rules.as_encoded
         try:
-            with contextlib.ExitStack() as stack:
-                prompts = []
-                for file in batch:
-                    references: tuple[Path, ...] = ()
-                    if file.source is not None and file.source.table.references is not None:
-                        references = stack.enter_context(hold_references(file.source))
-                    prompt = Prompt(file.caption or "", pictures=references)
-                    if file.source is not None and sees_encoded:
-                        prompt = dataclasses.replace(prompt, frames=self._frames_of(file.source))
-                    if file.source is not None and self._sight.clip:
-                        prompt = self._show_item(prompt, file.source)
-                    prompts.append(prompt)
+            with contextlib.ExitStack() as stack:  # holds reference images while the encoder reads them
+                prompts = [self._make_prompt(file, stack) for file in batch]
                 encoded = encoder.encode(prompts)
             return list(zip(batch, encoded, strict=True))
         except (MediaError, CaptionError) as error:
             if len(batch) > 1:  # the error does not say which of the texts is unusable
-                alone = [self._encode_batch(encoder, [file]) for file in batch]
-                return [*itertools.chain.from_iterable(alone)]
+                one_by_one = [self._encode_batch(encoder, [file]) for file in batch]
+                return [*itertools.chain.from_iterable(one_by_one)]
             (file,) = batch
             if isinstance(error, CaptionError):
-                place = file.caption_path or Path(file.name)
-                self._failed[file.file_name] = Failure(place, str(error), file.table.index, file.name)
+                path = file.caption_path or Path(file.name)
+                self._failed[file.file_name] = Failure(path, str(error), file.table.index, file.name)
                 return []
-            if file.source is None:
+            if file.source is None:  # not an error of the dataset
                 raise
             if file.source.table.references is not None:
                 error = explain_reference(file.source, error)
             self._failed[file.file_name] = Failure.of(file.source, error)
             return []
+
+    def _make_prompt(self, file: CaptionFile, stack: contextlib.ExitStack) -> Prompt:
+        """Return the prompt of a text with the media that text encoders see.
+
+        Raises:
+            MediaError: If the source cannot be used.
+        """
+        source = file.source
+        if source is None:
+            return Prompt(file.caption or "", pictures=())
+        references: tuple[Path, ...] = ()
+        if source.table.references is not None:
+            references = stack.enter_context(hold_references(source))
+        prompt = Prompt(file.caption or "", pictures=references)
+        rules = self._family.references
+        if rules is not None and rules.as_encoded:
+            prompt = dataclasses.replace(prompt, frames=self._frames_of(source))
+        if self._sight.clip:
+            prompt = self._show_item(prompt, source)
+        return prompt
 
     def _show_item(self, prompt: Prompt, source: MediaSource) -> Prompt:
         """Return the prompt with the frames, control images and reference media of a source.
@@ -311,7 +324,7 @@ class TextWork:
             )
         (span,) = media.spans
         item = media.cut(span)
-        controls = tuple(torch.from_numpy(control[0]) for control in item.control)
+        controls = tuple(torch.from_numpy(control[0]) for control in item.control)  # first frames, H W C
         clip = torch.from_numpy(item.frames)
         shown = source.shown if self._sight.media else ()
         return dataclasses.replace(
@@ -355,10 +368,14 @@ class TextWork:
         file: CaptionFile,
         conditions: Conditions,
     ) -> None:
-        """Schedule the writing of a caption's cache.
+        """Schedule the writing of one encoder's outputs for a caption.
 
-        `identity` identifies the encoder in the record. `conditions` are the encoder's outputs by name; an
-        output of variable length is a list of one tensor.
+        Args:
+            write: Runs a function in the background.
+            encoder: Encoder that made the outputs.
+            identity: Identity of the encoder, for the record.
+            file: The text.
+            conditions: Outputs of the encoder by name; an output of variable length is a list of one tensor.
         """
         named = {}
         for key, output in conditions.items():
@@ -366,10 +383,10 @@ class TextWork:
             require_finite(tensor, file.name, key)
             named[tensor_name(key, tensor, variable=key in encoder.variable_length)] = tensor
         caption_file = None
-        # without a caption file, the text is the class_tokens of the table
+        # without a caption file, the caption is the class_tokens of the table
         if file.caption_path is not None and path_exists(file.caption_path):
             caption_file = identify(file.caption_path)
-        references = tuple(identify(*reference) for reference in file.references)
+        references = tuple(identify(path, origin) for path, origin in file.references)
         record = TextRecord(
             encoder=identity,
             caption=file.caption or "",
@@ -379,10 +396,19 @@ class TextWork:
             references=references,
             as_shown=AS_SHOWN if references else 0,
         )
-        marks: Mapping[str, str] = {}  # additional header entries of this encoder
+        encoder_metadata: Mapping[str, str] = {}
         if can_mark(encoder):
-            marks = encoder.cache_metadata(record.caption, [image.sha256 for image in references])
-        write(partial(self._write, file, named, encoder.name, record, marks=marks))
+            encoder_metadata = encoder.cache_metadata(record.caption, [image.sha256 for image in references])
+        write(
+            partial(
+                self._write,
+                file,
+                tensors=named,
+                encoder=encoder.name,
+                record=record,
+                encoder_metadata=encoder_metadata,
+            )
+        )
 
     def _write(
         self,
@@ -390,27 +416,35 @@ class TextWork:
         tensors: Mapping[str, Tensor],
         encoder: str,
         record: TextRecord,
-        marks: Mapping[str, str],
+        encoder_metadata: Mapping[str, str],
     ) -> None:
-        """Add one encoder's tensors (by name in the file) to the `.part`, or finish the file.
+        """Add one encoder's outputs to the `.part`, or finish the file.
 
-        `marks` are additional metadata. Tensors, metadata and records of other encoders are kept.
+        Tensors, metadata and records of other encoders stay.
+
+        Args:
+            file: The text.
+            tensors: Outputs of the encoder, by name in the file.
+            encoder: Name of the encoder.
+            record: Record of the outputs, without checksums.
+            encoder_metadata: Metadata entries that only this encoder adds.
 
         Raises:
             OutputError: If writing fails.
             CacheError: If the outputs of other encoders are missing.
         """
         store = self.stores.of_texts(file.table)
-        sums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
+        checksums = {name: checksum(name, tensor) for name, tensor in tensors.items()}
         metadata = {
             "architecture": self._family.name,
             "caption1": record.caption,
             "format_version": FORMAT_VERSION,
-            **marks,
-            **record_metadata({encoder: dataclasses.replace(record, crc32=sums)}),
+            **encoder_metadata,
+            **record_metadata({encoder: dataclasses.replace(record, crc32=checksums)}),
         }
         new = Entry.of(store.folder / file.file_name, metadata, tensors)
-        # the unfinished file is read before the finished one, as another process may finish it in between
+        # the unfinished file is read before the finished one (in `_finish`), because another process may
+        # finish it in between
         part, encoders = self._find(file, in_part=True)
         if part is not None:
             new = _join(part, new)
@@ -422,8 +456,8 @@ class TextWork:
     def _finish(self, file: CaptionFile, new: Entry | None, encoders: Collection[str]) -> None:
         """Merge an entry into the existing file, if any; write the file, then remove its `.part`.
 
-        `encoders` are the names of encoders with valid outputs in the entry. A changed caption is
-        replaced with a warning.
+        `encoders` are the names of encoders with valid outputs in `new`. A changed caption is replaced with a
+        warning.
 
         Raises:
             OutputError: If writing fails.
@@ -440,7 +474,7 @@ class TextWork:
                     "%s: the caption was %r, now it is %r; it is replaced", path, old_caption, caption
                 )
             new = old if new is None else _join(old, new)
-        if new is None:
+        if new is None:  # another process has just finished the text and removed its `.part`
             return
         complete = {*encoders, *valid}
         lost = [encoder.name for encoder, _ in self._encoders if encoder.name not in complete]

@@ -43,7 +43,7 @@ if TYPE_CHECKING:  # loaded only for families with audio
 
 logger = logging.getLogger(__name__)
 
-NUMBER_BYTES = 2  # bytes of a latent value, for an estimate: float32 takes 4
+NUMBER_BYTES = 2  # bytes of a latent value, for an estimate: some families cache float32, which takes 4
 
 
 def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[MediaSource]) -> None:
@@ -51,6 +51,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
     errors = []
     spec = audio_of(family)
     learns_audio_alone = spec is not None and spec.is_alone
+    # by table index: tables with control media, sources with references or control masks, media of rows
     with_control = {source.table.index for source in sources if source.control}
     with_companions: dict[int, list[MediaSource]] = {}
     shown: dict[int, list[tuple[ShownMedium, ...]]] = {}
@@ -72,6 +73,7 @@ def _check_tables(family: Caches, config: DatasetConfig, sources: Sequence[Media
             if learns_audio_alone or table.is_of_audio:
                 _check_audio(table, learns_audio_alone)
         except DatasetError as error:
+            # image trainers use the same key for control images and, with --masked_loss, for masks
             may_be_masks = has_control and table.conditioning_directory is not None
             hint = MASKS_HINT if may_be_masks else ""
             errors.append(f"{error}{hint}")
@@ -88,13 +90,18 @@ def _check_table(
 ) -> None:
     """Raise DatasetError if a family cannot use a table.
 
-    `companions` are the sources with references or control masks. `shown` has the reference media of rows.
+    Args:
+        family: Family that encodes.
+        table: Table of the dataset.
+        has_control: Whether sources of the table have control media.
+        companions: Sources of the table with references or control masks.
+        shown: Reference media of each row.
     """
     if table.group is not None:
         reject_changing(table, table.augmentation.varying_keys, "latents")
     # checked first: precomputed latents ignore keys that the family's own check rejects
     if table.gives_latents:
-        from dataset.caching.given import reject_moments  # few tables have precomputed latents
+        from dataset.caching.precomputed import reject_moments  # few tables have precomputed latents
 
         reject_moments(family, table)
     check_resolution(table, family.latent.pixel_step)
@@ -123,12 +130,12 @@ def _check_sources(
     """Check sources and the family's files before anything is encoded; return the sources to encode."""
     _check_tables(family, config, sources)
     warn_captions(sources)
-    # only lists and tables have columns, and only models that edit take reference images
+    # only lists have columns that may be unused, and only models that edit take reference images
     if any(table.directory is None or table.references is not None for table in config.datasets):
         warn_unused(config, sources)
     family.check_given_files()
     if any(source.tensors is not None for source in sources):
-        from dataset.caching.given import use_moments  # few tables have precomputed latents
+        from dataset.caching.precomputed import use_moments  # few tables have precomputed latents
 
         return use_moments(family, sources)
     return sources
@@ -200,18 +207,18 @@ class MediaWork:
         self._options, self._device = options, device
         self._encoders: MediaEncoders | None = None
 
-    def encode(self, pieces: Sequence[MediaSource], who: str | None) -> prefetch.CacheReport:
+    def encode(self, pieces: Sequence[MediaSource], label: str | None) -> prefetch.CacheReport:
         """Encode the items of `pieces` that have no valid cache entry.
 
-        A source that cannot be read becomes a failure in the report and does not stop the run. `who` is the
-        name of this share of the work, for progress bars; None means no progress bars.
+        A source that cannot be read becomes a failure in the report and does not stop the run. `label` names
+        this share of the work; None means that no progress is shown.
 
         Raises:
             CheckpointError: If an encoder cannot be loaded.
             OutputError: If an entry cannot be written.
         """
         workers = prefetch.workers_of(self._options)
-        shows = who is not None
+        shows = label is not None
         plans, failures = plan_all(
             pieces,
             existing=self._existing,
@@ -225,20 +232,14 @@ class MediaWork:
             others = OtherCaches(self._family, self._recipe)
             plans = [plan if plan.missing == () else others.take_source(plan) for plan in plans]
             others.report(shows)
+        # missing is None for sources whose items are unknown until they are decoded
         to_do = [plan for plan in plans if plan.missing is None or plan.missing]
-        sources = [plan.source for plan in to_do]
-        recipe = self._recipe
-        errors: list[Fault] = []  # sources whose frame rate, order or colors may be wrong
-        # only if source_fps is a number is the rate not taken from the files
-        if any(table.declared_fps is not None for table in self._config.datasets):
-            errors += find_wrong_rates(sources)
-        errors += find_media_warnings(sources, recipe.latent, recipe.fps, recipe.has_rates)
-        log_warnings(errors, LISTED)
-        if who is not None:
-            self._show(to_do, len(pieces), who)
-        of_another_kind = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
-        if of_another_kind and shows:
-            _warn_of_outdated(of_another_kind)
+        self._warn_of_media([plan.source for plan in to_do])
+        if label is not None:
+            self._show(to_do, len(pieces), label)
+        of_other_kind = [plan.outdated for plan in to_do if plan.outdated is not None and plan.is_other]
+        if of_other_kind and shows:
+            _warn_of_outdated(of_other_kind)
         finished = [plan for plan in plans if plan.missing == ()]
         written: set[tuple[int, str]] = set()
         if to_do:
@@ -248,7 +249,7 @@ class MediaWork:
                     written |= self._write(batch, write)
                     del batch  # frees its frames before waiting for the next source
         reasons = [plan.outdated for plan in finished if plan.outdated is not None]
-        if len(reasons) > len(of_another_kind):  # not all reasons have been logged: explain the extra work
+        if len(reasons) > len(of_other_kind):  # not all reasons have been logged: explain the extra work
             logger.info(
                 "%d sources had outdated cache files, which were made again. The first: %s",
                 len(reasons),
@@ -257,30 +258,45 @@ class MediaWork:
         report = _report_of(finished, failures, written, share=len(pieces), total=len(self.pieces))
         if self._audio is None:
             return report
-        of_audio = self._audio.encode(pieces, report.right, workers, shows)
-        return prefetch.join_reports([report, of_audio])
+        audio_report = self._audio.encode(pieces, report.valid, workers, shows)
+        return prefetch.join_reports([report, audio_report])
+
+    def _warn_of_media(self, sources: Sequence[MediaSource]) -> None:
+        """Warn of sources whose frame rate, order of frames or colors may be wrong."""
+        recipe = self._recipe
+        warnings: list[Fault] = []
+        # with a number as source_fps, the rate is not taken from the files and may differ from theirs
+        if any(table.declared_fps is not None for table in self._config.datasets):
+            warnings += find_wrong_rates(sources)
+        warnings += find_media_warnings(sources, recipe.latent, recipe.fps, recipe.has_rates)
+        log_warnings(warnings, LISTED)
 
     def remove_stale(
         self,
         table: DatasetTable,
-        right: Collection[tuple[int, str]],
+        valid: Collection[tuple[int, str]],
         failed: Collection[str],
         keep_cache: bool,
     ) -> int:
         """Remove the entries of a table that belong to no item; return their number.
 
-        `right` has table index and name of the valid files of all processes. `failed` has the stems of
-        sources that failed; their entries are kept.
+        Args:
+            table: Table whose entries are removed.
+            valid: Table index and name of the valid files of all processes.
+            failed: Stems of sources that failed; their entries stay.
+            keep_cache: Whether to remove nothing.
         """
         if keep_cache:
             return 0
-        belongs = {name for index, name in right if index == table.index}
-        store = self.stores.of(table)
-        family = self._family
-        stale = self._existing[table.index].not_in(belongs, except_of=failed)
-        of_audio = 0 if self._audio is None else self._audio.remove_stale(table, belongs, failed)
-        is_ours = partial(is_latent_cache, architecture=family.name)
-        return of_audio + (remove_caches(store, stale, is_ours) if stale else 0)
+        valid_names = {name for index, name in valid if index == table.index}
+        count = 0
+        if self._audio is not None:
+            count += self._audio.remove_stale(table, valid_names, failed)
+        stale = self._existing[table.index].not_in(valid_names, except_of=failed)
+        if stale:
+            is_of_family = partial(is_latent_cache, architecture=self._family.name)
+            count += remove_caches(self.stores.of(table), stale, is_of_family)
+        return count
 
     def free(self) -> None:
         """Release the video and audio encoders, if they are loaded."""
@@ -304,6 +320,7 @@ class MediaWork:
         """
 
         def decode(plan: SourcePlan) -> tuple[SourcePlan, Iterable[DecodedMedia]]:
+            """Decode the media of a plan."""
             return latents.decode(plan, self._existing[plan.source.table.index], self._recipe)
 
         ahead = prefetch.read_ahead(
@@ -335,9 +352,11 @@ class MediaWork:
             self._encoders = latents.load_encoders(self._family, self._device)
         names = []
         for item in batch:
-            is_image = item.source.table.kind == "image"
-            size, span = (item.size, None) if is_image else (item.bucket, item.spans[0])
-            names.append(LatentName(item.source.stem, size, span))
+            if item.source.table.kind == "image":
+                name = LatentName(item.source.stem, item.size)
+            else:
+                name = LatentName(item.source.stem, item.bucket, item.spans[0])
+            names.append(name)
         keys = [name.file_name(self._recipe.tag).removesuffix(SUFFIX) for name in names]
         encoded = latents.encode(batch, keys, self._family, self._encoders)
         written: set[tuple[int, str]] = set()
@@ -360,13 +379,15 @@ class MediaWork:
             parts=len(entries),
             crc32={},  # filled in by `write_entry`
         )
-        info = {"width": str(name.size[0]), "height": str(name.size[1])}
+        width, height = name.size
+        item_metadata = {"width": str(width), "height": str(height)}
         if name.span is not None:
-            info["frame_count"] = str(name.span[1])
-        if item.rate is not None:  # as text: training groups items into batches by their headers alone
-            info[FPS] = repr(item.rate)
+            _, num_frames = name.span
+            item_metadata["frame_count"] = str(num_frames)
+        if item.rate is not None:  # also in the header, which is all that training reads to form batches
+            item_metadata[FPS] = repr(item.rate)
         fingerprints = {}
-        if self._family.latent.declared:
+        if self._family.latent.declared:  # other programs that read these caches require them
             parts = self._recipe.parts_of(item.source)
             fingerprints["media_fingerprints"] = _join_fingerprints(item.files, parts)
         store = self.stores.of(item.source.table)
@@ -374,17 +395,16 @@ class MediaWork:
         for entry in entries:
             file = dataclasses.replace(name, section=entry.section).file_name(self._recipe.tag)
             tensors = latents.name_tensors(item, entry, self._family.latent)
-            write(
-                partial(
-                    latents.write_entry,
-                    store,
-                    self._family,
-                    file=file,
-                    named=tensors,
-                    record=record,
-                    facts={**info, **entry.metadata, **fingerprints},
-                )
+            write_file = partial(
+                latents.write_entry,
+                store,
+                self._family,
+                file=file,
+                named=tensors,
+                record=record,
+                additional_metadata={**item_metadata, **entry.metadata, **fingerprints},
             )
+            write(write_file)
             files.append(file)
         return files
 
@@ -403,21 +423,21 @@ class MediaWork:
                 surplus.append(file)
         if surplus:
             store = self.stores.of(item.source.table)
-            is_ours = partial(is_latent_cache, architecture=self._family.name)
-            write(partial(remove_caches, store, surplus, is_ours))
+            is_of_family = partial(is_latent_cache, architecture=self._family.name)
+            write(partial(remove_caches, store, surplus, is_of_family))
 
-    def _show(self, to_do: Sequence[SourcePlan], num_sources: int, who: str) -> None:
-        """Show the plan of the share of the work with the name `who`."""
+    def _show(self, to_do: Sequence[SourcePlan], num_sources: int, label: str) -> None:
+        """Show what is to be encoded, in the share of the work that `label` names."""
         sources = count_of(num_sources, "source")
         rows: list[Row] = [
             ("data", str(self._config.path)),
-            (f"latents{who}", f"{sources}, {len(to_do)} of them to encode"),
-            ("disk", self._disk(to_do)),
+            (f"latents{label}", f"{sources}, {len(to_do)} of them to encode"),
+            ("disk", self._describe_disk(to_do)),
             ("device", str(self._device)),
         ]
         show_box("Caching latents", rows)
 
-    def _disk(self, plans: Sequence[SourcePlan]) -> str | None:
+    def _describe_disk(self, plans: Sequence[SourcePlan]) -> str | None:
         """Describe the estimated disk space for the latents of some sources; None if no size is known yet."""
         sizes = [size for plan in plans for size in plan.items]
         num_with_sizes = sum(plan.missing is not None for plan in plans)
@@ -427,8 +447,8 @@ class MediaWork:
         _, height_stride, width_stride = latent.stride
         num_values = 0
         for width, height, *lengths in sizes:
-            frames = lengths[0] if lengths else 1
-            latent_frames = latent.count_latents(frames)
+            num_frames = lengths[0] if lengths else 1  # the size of an image has no third number
+            latent_frames = latent.count_latents(num_frames)
             latent_pixels = (height // height_stride) * (width // width_stride)
             num_values += latent.channels * latent_frames * latent_pixels
         # sources of unknown size are assumed to have the average size
@@ -444,7 +464,7 @@ MASKS_HINT = (
 
 
 def _join_fingerprints(files: Sequence[FileIdentity], parts: Sequence[tuple[Path, object]]) -> str:
-    """Return size and modification time of an item's files by path, as JSON in the form of other programs."""
+    """Return size and modification time of an item's files by path, as JSON that other programs read."""
     stamps = {}
     for identity, (path, _) in zip(files, parts, strict=True):
         stamps[str(path.absolute())] = f"{identity.size_bytes}-{identity.mtime_ns}"
@@ -460,9 +480,14 @@ def _report_of(
 ) -> prefetch.CacheReport:
     """Return the report of this process.
 
-    `share` is the number of sources of this process, `total` the number of all sources.
+    Args:
+        finished: Plans whose items are known.
+        failures: Sources that could not be read.
+        written: Table index and name of each written file.
+        share: Number of sources of this process.
+        total: Number of all sources.
     """
-    valid = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
+    kept = {(plan.source.table.index, name) for plan in finished for name in plan.kept}
     dropped, shortened, resized, silent = [], [], [], []
     for plan in finished:
         if plan.reason is not None:
@@ -483,8 +508,8 @@ def _report_of(
         resized=tuple(resized),
         silent=tuple(silent),
         share=share,
-        whole=total,
-        right=frozenset(valid | written),
+        total=total,
+        valid=frozenset(kept | written),
     )
 
 

@@ -1,11 +1,13 @@
-"""Forms of data, each in files that can be deleted with its lines below; but folder, jsonl and metadata.
+"""Data forms: how items, rows and caches are stored.
+
+The files of a form can be deleted with its lines below, except those of folder, jsonl and metadata.
 
 cogvideox: prompts and clips in two lists or a table
 cogvideox_keys: the keys of such tables
-cogvideox_lists: read these lists, and find tensors computed before
+cogvideox_lists: read these lists, and find precomputed tensors
 columns: the rows and columns of a table of any format
-composing: what reading a dataset asks all forms for
-contract: what forms of items, rows and caches are
+composing: combine all forms: their keys, row formats, shared caches
+contract: base classes of forms of items, rows and caches
 delimited: tables as text, CSV and TSV
 delimited_rows: read CSV and TSV row by row
 folder: images or clips in a folder
@@ -23,7 +25,7 @@ rows: turn rows of lists and tables into sources
 tables: tables of any format with a column of paths
 tables_listing: find the sources of a table
 tars: WebDataset tars, which are not unpacked
-tars_index: samples of a tar, kept for the next run
+tars_index: samples of a tar, stored for the next run
 tars_listing: find the sources of tars
 unread: columns of lists and tables that nothing reads
 """

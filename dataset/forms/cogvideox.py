@@ -1,6 +1,6 @@
-"""Data sets as CogVideoX's tools read and write them.
+"""Datasets in the layout of CogVideoX's tools.
 
-Prompts and clips are in two lists or a table, and tensors that were computed before may be next to them.
+Prompts and clips are in two lists or a table; precomputed tensors may be next to the clips.
 """
 
 import logging
@@ -36,8 +36,9 @@ class CogVideoX(DataForm):
     def complete(self, fields: dict[str, Any], where: str) -> None:
         """Set `gives_latents`; warn of keys about frames, which have no effect with precomputed latents."""
         fields["gives_latents"] = fields["own"].load_tensors
-        of_frames = defaults_of(FRAMES) if fields["gives_latents"] else {}
-        unused = [name for name, default in of_frames.items() if fields[name] != default]
+        if not fields["gives_latents"]:
+            return
+        unused = [name for name, default in defaults_of(FRAMES).items() if fields[name] != default]
         if unused:
             logger.warning(
                 "%s: %s is ignored because with load_tensors each clip is what was prepared, whole",
@@ -46,7 +47,7 @@ class CogVideoX(DataForm):
             )
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the lists, or the table of the data."""
+        """Return a source for each clip of the lists, or of the table."""
         from dataset.forms.cogvideox_lists import list_cogvideox  # it loads torch
 
         return list_cogvideox(table, faults)

@@ -10,13 +10,13 @@ from dataset.table import VIDEO
 
 @dataclass(frozen=True)
 class CogVideoXKeys:
-    """The keys that only tables in this form have."""
+    """The keys that only tables in CogVideoX form have."""
 
     cogvideox_root: Path = key(forms.PATH, kinds=VIDEO, stale=NOTHING)
     dataset_file: Path | None = key(forms.PATH, kinds=VIDEO, stale=NOTHING)
-    video_column: str | None = key(forms.COLUMN, kinds=VIDEO, stale=NOTHING)  # None: the usual names
-    id_token: str = key(forms.WORDS, "", kinds=VIDEO, stale=NOTHING)  # "" for none
-    # latents are computed already
+    video_column: str | None = key(forms.COLUMN, kinds=VIDEO, stale=NOTHING)  # None: the default names
+    id_token: str = key(forms.WORDS, "", kinds=VIDEO, stale=NOTHING)  # put in front of each caption; "": none
+    # latents are precomputed
     load_tensors: bool = key(forms.YES_NO, False, kinds=VIDEO, stale=LATENTS)
 
     @property

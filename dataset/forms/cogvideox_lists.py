@@ -1,4 +1,4 @@
-"""Read the lists of a data set in CogVideoX form, and find the tensors computed for its clips before."""
+"""Read the lists of a dataset in CogVideoX form, and find precomputed tensors of its clips."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -20,9 +20,9 @@ from modules.errors import DatasetError
 
 # folders next to that of the clips
 MOMENTS, IMAGE_MOMENTS, EMBEDS = "video_latents", "image_latents", "prompt_embeds"
-# lists of the folder form; the second name of prompts is what the tools of CogVideoX write
+# default names of the two lists; the tools of CogVideoX write prompts.txt
 PROMPTS, VIDEOS = ("prompt.txt", "prompts.txt"), "videos.txt"
-# columns that are looked for in this order, in JSON Lines the captions' in the opposite order
+# default names of columns, in order of preference; in JSON Lines, the order of caption columns is reversed
 CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 
 
@@ -30,21 +30,21 @@ CAPTION_COLUMNS, VIDEO_COLUMNS = ("caption", "prompt"), ("video", "video_path")
 class CogRow:
     """One clip with its caption."""
 
-    where: str  # "videos.txt, line 3": for messages
-    caption: str  # with the id token
+    where: str  # position for messages: "videos.txt, line 3"
+    caption: str  # with the id_token
     video: Path
 
 
 def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     """Return the sources of the table, in the order of its lists; add errors to `faults`.
 
-    With load_tensors, a source's latents are precomputed, and its clip need not exist.
+    With load_tensors, the latents of a source are precomputed, and its clip need not exist.
 
     Raises:
-        DatasetError: If there is nothing to list.
+        DatasetError: If a list, a folder or a column is missing.
     """
     sources: list[MediaSource] = []
-    folders: dict[str, _TensorFolder] = {}
+    folders: dict[str, _TensorFolder] = {}  # filled by `_find_tensors`, which lists each folder once
     load_tensors = table.of(CogVideoXKeys).load_tensors
     for row in read_rows(table, table.name, faults):
         (caption,) = complete_captions([row.caption], table)
@@ -64,14 +64,15 @@ def list_cogvideox(table: DatasetTable, faults: list[Fault]) -> list[MediaSource
             tensors=tensors,
         )
         sources.append(source)
-    # a clip may be listed with several captions; files of tensors exist only once for each clip
+    # A clip may be listed with several captions, and becomes several sources with numbered stems. Precomputed
+    # tensors exist only once for each clip, so that numbered stems would have none
     return sources if load_tensors else number_repeats(sources)
 
 
 def read_rows(table: DatasetTable, name: str, faults: list[Fault]) -> Iterator[CogRow]:
     """Yield clips and captions in the order of the lists; add unusable lines to `faults`.
 
-    `name` is the dataset's name, for messages. Existence of the clips is not checked.
+    Whether the clips exist is not checked. `name` is the dataset's name, for messages.
 
     Raises:
         DatasetError: If a list is missing, the two lists differ in length, or a column is missing.
@@ -96,11 +97,13 @@ def _text_in(row: TableRow, column: str) -> str:
     """Return the text in a column, stripped of white space.
 
     Raises:
-        DatasetError: If there is none.
+        DatasetError: If the row has a fault, or has no text in the column.
     """
+    if row.fault is not None:
+        raise DatasetError(f"{row.where}: {row.fault}")
     text = row.values.get(column, "")
-    if row.fault is not None or not isinstance(text, str) or not text.strip():
-        raise DatasetError(f"{row.where}: {row.fault or f'{column} is missing, or not a text'}")
+    if not isinstance(text, str) or not text.strip():
+        raise DatasetError(f"{row.where}: {column} is missing, or not a text")
     check_text(text, f"{row.where}: {column}")
     return text.strip()
 
@@ -114,7 +117,7 @@ def missing_clips(name: str, rows: list[CogRow]) -> list[Fault]:
 
 
 class _Clips(NamedTuple):
-    """The clips of a data set, one a row."""
+    """The clips of a dataset, one in each row."""
 
     rows: Iterable[TableRow]
     caption_column: str
@@ -122,14 +125,13 @@ class _Clips(NamedTuple):
 
 
 def _open_lists(table: DatasetTable, root: Path, name: str) -> _Clips:
-    """Return the rows of two text files, one with the prompts and one with the videos, line by line."""
+    """Return the rows of two text files: a line of the prompts with the same line of the videos."""
     prompts = root / (table.caption_column or _find_prompts(root, name))
     videos = root / (table.of(CogVideoXKeys).video_column or VIDEOS)
     _require_list(prompts, "caption_column", name)
     _require_list(videos, "video_column", name)
     captions = [line for line in table_lines(prompts) if line.strip()]
-    numbered = enumerate(table_lines(videos), 1)
-    paths = [(number, line) for number, line in numbered if line.strip()]
+    paths = [(number, line) for number, line in enumerate(table_lines(videos), 1) if line.strip()]
     if len(captions) != len(paths):
         raise DatasetError(
             f"{name}: {prompts} has {len(captions)} lines, {videos} has {len(paths)}; each video has one "
@@ -152,10 +154,10 @@ def _require_list(path: Path, key: str, name: str) -> None:
 
 
 def _find_prompts(root: Path, name: str) -> str:
-    """Return the usual name of the list of captions in a folder.
+    """Return the name of the list of captions in a folder; if there is none, the first default name.
 
     Raises:
-        DatasetError: If it has two.
+        DatasetError: If the folder has both default names.
     """
     present = [file for file in PROMPTS if (root / file).exists()]
     if len(present) > 1:
@@ -169,27 +171,28 @@ def _open_table(table: DatasetTable, root: Path, name: str) -> _Clips:
     """Return the rows of dataset_file, a CSV table or JSON Lines with columns of captions and videos."""
     keys = table.of(CogVideoXKeys)
     assert keys.dataset_file is not None
-    places = (keys.dataset_file, root / keys.dataset_file)
-    path = next((place for place in places if place.exists()), None)
+    candidates = (keys.dataset_file, root / keys.dataset_file)
+    path = next((candidate for candidate in candidates if candidate.exists()), None)
     if path is None:
         raise DatasetError(f"{name}: dataset_file {keys.dataset_file} is neither there nor in {root}")
     names = column_names(path)
-    # a JSON Lines file with both columns has its captions in "prompt", a CSV table in "caption"
-    caption_columns = CAPTION_COLUMNS[::-1] if row_format(path) is JSON_LINES else CAPTION_COLUMNS
-    caption = table.caption_column or _first_of(caption_columns, names)
-    video = keys.video_column or _first_of(VIDEO_COLUMNS, names)
-    for key, column in (("caption_column", caption), ("video_column", video)):
+    caption_columns = CAPTION_COLUMNS
+    if row_format(path) is JSON_LINES:  # if it has both columns, captions are in "prompt"
+        caption_columns = caption_columns[::-1]
+    caption_column = table.caption_column or _find_default(caption_columns, names)
+    video_column = keys.video_column or _find_default(VIDEO_COLUMNS, names)
+    for key, column in (("caption_column", caption_column), ("video_column", video_column)):
         if column not in names:
             raise DatasetError(
                 f"{name}: {path} has no column {column!r}; it has {', '.join(names)}. Name one of them "
                 f"with {key}."
             )
-    return _Clips(read_columns(path, (caption, video)), caption, video)
+    return _Clips(read_columns(path, (caption_column, video_column)), caption_column, video_column)
 
 
-def _first_of(usual: Sequence[str], names: Sequence[str]) -> str:
-    """Return the first usual name that is among `names`; the first one if none is."""
-    return next((name for name in usual if name in names), usual[0])
+def _find_default(defaults: Sequence[str], names: Sequence[str]) -> str:
+    """Return the first default name that is among `names`; if none is, the first default name."""
+    return next((name for name in defaults if name in names), defaults[0])
 
 
 # --- tensors
@@ -200,8 +203,8 @@ def _first_of(usual: Sequence[str], names: Sequence[str]) -> str:
 class CogVideoXTensors:
     """Files of precomputed tensors of a clip, in folders next to the folder of the clips."""
 
-    folder: Path  # that these folders are in; shared
-    name: str  # of the files, without suffix
+    folder: Path  # folder that contains these folders; clips share the object
+    name: str  # name of the files, without suffix
     has_embeds: bool
     uses_image: bool = True
 
@@ -217,7 +220,7 @@ class CogVideoXTensors:
 
     @property
     def embeds(self) -> Path | None:
-        """File of the precomputed prompt embedding; None if the prompt is to be encoded."""
+        """File of the precomputed prompt embedding; None if the prompt still has to be encoded."""
         return self.folder / EMBEDS / f"{self.name}.pt" if self.has_embeds else None
 
     def without_image(self) -> "CogVideoXTensors":
@@ -226,39 +229,46 @@ class CogVideoXTensors:
 
 
 class _TensorFolder(NamedTuple):
-    """A folder X, and the names in X/video_latents and X/prompt_embeds; None for a missing folder."""
+    """A folder that contains the folders of precomputed tensors."""
 
     path: Path
-    moments: frozenset[str] | None
-    embeds: frozenset[str] | None
+    moments: frozenset[str] | None  # names of files in `video_latents`; None if that folder is missing
+    embeds: frozenset[str] | None  # names of files in `prompt_embeds`; None if that folder is missing
 
 
 def _find_tensors(
     row: CogRow, folders: dict[str, _TensorFolder], faults: list[Fault]
 ) -> CogVideoXTensors | None:
-    """Return the computed tensors' files for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
+    """Return the precomputed tensors for X/videos/NAME.mp4: X/video_latents/NAME.pt and so on.
 
-    Without a folder of embeddings, captions are encoded as always. `folders` are the folders X listed so far;
-    new ones are added. If a file is missing, a fault is added to `faults` and None is returned.
+    Without a folder of embeddings, captions are encoded as usual. If a file is missing, a fault is added to
+    `faults` and None is returned.
+
+    Args:
+        row: The clip.
+        folders: Folders X listed so far; new ones are added.
+        faults: List to which faults are added.
     """
     root = os.path.dirname(os.path.dirname(row.video))  # noqa: PTH120  # a Path takes three times as long
     folder = folders.get(root)
     if folder is None:  # listed once, because a million calls of exists() are slow
         path = Path(root)
-        folder = folders[root] = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
+        folder = _TensorFolder(path, _names_in(path / MOMENTS), _names_in(path / EMBEDS))
+        folders[root] = folder
         if folder.moments is None:
             faults.append(Fault("folders are missing, which load_tensors needs", str(path / MOMENTS)))
     if folder.moments is None:  # its fault was added with the first row
         return None
     stem = row.video.stem
-    for inner, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
+    for subfolder, names in ((MOMENTS, folder.moments), (EMBEDS, folder.embeds)):
         if names is not None and f"{stem}.pt" not in names:
             kind = "files are missing, which load_tensors needs"
-            file = f"{folder.path / inner / stem}.pt"
+            file = f"{folder.path / subfolder / stem}.pt"
             faults.append(Fault(kind, f"{file} ({row.where})", stem))
             return None
     return CogVideoXTensors(folder.path, stem, has_embeds=folder.embeds is not None)
 
 
 def _names_in(folder: Path) -> frozenset[str] | None:
+    """Return the names of the files in a folder; None if it is no folder."""
     return frozenset(os.listdir(folder)) if folder.is_dir() else None

@@ -1,4 +1,4 @@
-"""What the formats of tables share: the lines of a file, and names of columns that can be used."""
+"""What all formats of tables need: the lines of a file, and a check of column names."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -11,12 +11,12 @@ from modules.text_files import read_lines
 
 
 def table_lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a file without their ends.
+    """Yield the lines of a file without line ends.
 
     Raises:
-        DatasetError: If it cannot be read as UTF-8.
+        DatasetError: If the file cannot be read, or is not UTF-8.
     """
-    number = 0
+    number = 0  # of the last readable line, for the error
     try:
         for number, line in enumerate(read_lines(path), 1):  # noqa: B007
             yield line

@@ -1,4 +1,4 @@
-"""What reading a dataset asks all forms of data for. Standard library only."""
+"""Combine all data forms: their keys, their row formats, and shared caches. Standard library only."""
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
@@ -18,22 +18,22 @@ from modules.errors import DatasetError
 
 def _list_declared_sources() -> dict[str, tuple[TableKey, DataForm]]:
     """Return the keys that say where items are: for images, for clips, then those for any kind."""
-    # keys of one kind of media, such as image_directory and video_directory: the name behind the kind
-    of_kind: list[tuple[str, forms.Form, DataForm]] = []
+    # for keys of one kind of media, such as image_directory and video_directory: the name without the kind
+    kind_keys: list[tuple[str, forms.Form, DataForm]] = []
     # keys that are spelled alike for all kinds
-    alone: dict[str, tuple[TableKey, DataForm]] = {}
+    common_keys: dict[str, tuple[TableKey, DataForm]] = {}
     for form in FORMS:
         record: Any = form.keys or DatasetTable
         for field in fields(record):
             if field.name == form.source and "source" in field.metadata:
-                of_kind.append((field.name, field.metadata["source"], form))
+                kind_keys.append((field.name, field.metadata["source"], form))
             elif field.name == form.source:
-                alone[field.name] = field.metadata["key"], form
+                common_keys[field.name] = field.metadata["key"], form
     by_key = {}
     for kind in forms.BOTH:
-        for name, values, form in of_kind:
-            by_key[f"{kind}_{name}"] = TableKey(values, None, (kind,)), form
-    return by_key | alone
+        for name, value_type, form in kind_keys:
+            by_key[f"{kind}_{name}"] = TableKey(value_type, None, (kind,)), form
+    return by_key | common_keys
 
 
 _SOURCES = _list_declared_sources()
@@ -65,32 +65,37 @@ KEYS: Mapping[str, TableKey] = _compose_keys()
 
 
 def _list_keys_of(source: str, form: DataForm) -> frozenset[str]:
-    """Return the keys that a table with a source may have apart from it."""
+    """Return the keys that a table with the source key `source` may have in addition."""
     own = {} if form.keys is None else declared_keys(form.keys)
     common = {name for name, key in KEYS.items() if not (key.of_some_forms or name in OWN_KEYS)}
-    of_form = (common | {*form.shared_keys, *own}) - {*SOURCES}
+    keys_of_form = (common | {*form.shared_keys, *own}) - {*SOURCES}
     kind = KEYS[source].kinds[0]
-    return frozenset(name for name in of_form if kind in KEYS[name].kinds)
+    return frozenset(name for name in keys_of_form if kind in KEYS[name].kinds)
 
 
 KEYS_OF_SOURCE: Mapping[str, frozenset[str]] = {
     source: _list_keys_of(source, form) for source, form in FORM_OF_SOURCE.items()
 }
-_ADDRESSING = [form for form in FORMS if "allow_urls" in form.shared_keys]  # in rows, or by their key
+# forms whose rows, or whose source key, may name addresses
+_ADDRESSING = [form for form in FORMS if "allow_urls" in form.shared_keys]
+# in the order in which a message lists them: JSONL last
 SOURCES_WITH_ADDRESSES = [form.source for form in sorted(_ADDRESSING, key=lambda form: form is JSONL)]
 
 
 def form_of(table: DatasetTable) -> DataForm:
-    """Return the form of data of a table, by the keys that it has."""
+    """Return the data form of a table, which follows from the table's keys."""
     if table.own is None:
         return FOLDER if table.directory is not None else JSONL
     return next(form for form in FORMS if form.keys is type(table.own))
 
 
 def read_own_keys(form: DataForm, source_key: str, values: Mapping[str, Any]) -> Any:
-    """Return the record of the keys that only this form has, if it has any.
+    """Return the record of the keys that only this form has.
 
-    `values` are the values of all keys of the table.
+    Args:
+        form: Data form with keys of its own.
+        source_key: Key that names the source in the table, such as `video_tars`.
+        values: Values of all keys of the table.
     """
     assert form.keys is not None
     own = {name: values[name] for name in declared_keys(form.keys)}
@@ -104,10 +109,10 @@ FORMAT_OF_SUFFIX: Mapping[str, RowFormat] = {suffix: rows for rows in ROWS for s
 
 
 def row_format(path: Path) -> RowFormat:
-    """Return the format of a table's rows, by its name.
+    """Return the format of a table's rows, judged by the table's file name.
 
     Raises:
-        DatasetError: If it is in no format.
+        DatasetError: If no format reads files of this name.
     """
     for rows in ROWS:
         if rows.reads(path):
@@ -140,20 +145,21 @@ def read_columns(path: Path, names: Collection[str] | None = None) -> Iterator[T
 
 
 def find_cells(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function that maps a row's number to its file in column `name`; None if it holds no files.
+    """Return a function that locates the file in the cell of a row in column `name`.
 
-    With `finds_nulls`, the function returns None for a cell that is null.
+    Returns None if the column holds no files. With `finds_nulls`, the function returns None for a cell that
+    is null.
     """
     return row_format(path).find_cells(path, name, finds_nulls)
 
 
 def plain_columns(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return those columns whose values can be read cheaply, and those that hold whole files."""
+    """Return those columns among `names` with small values, and those that contain files."""
     return row_format(path).plain_columns(path, names)
 
 
 # --- caches
 # ------------------------------------------------------------------------------------------------------------
 
-# by `cache_format`, except our own files and shards
+# by value of `cache_format`; without "files" and "shards", which other programs do not share
 SHARED_CACHES: Mapping[str, SharedCaches] = {caches.cache_format: caches for caches in CACHES}

@@ -14,7 +14,7 @@ class Delimited(RowFormat):
 
     def column_names(self, path: Path) -> tuple[str, ...]:
         """Return the names in the first line."""
-        from dataset.forms.delimited_rows import header_of  # it loads what decodes
+        from dataset.forms.delimited_rows import header_of  # it loads decoders
 
         return header_of(path)
 

@@ -1,4 +1,4 @@
-"""Read CSV and TSV row by row; values are texts, as in the file."""
+"""Read CSV and TSV row by row; all values are strings."""
 
 import csv
 import itertools
@@ -16,6 +16,7 @@ CSV, TSV = "CSV", "TSV"
 
 
 def _kind_of(path: Path) -> str:
+    """Return whether a file's values are separated by commas or by tabs."""
     return CSV if path.suffix.lower() == ".csv" else TSV
 
 
@@ -23,22 +24,22 @@ def header_of(path: Path) -> tuple[str, ...]:
     """Return the names of the columns.
 
     Raises:
-        DatasetError: If the file has none.
+        DatasetError: If the file has no header.
     """
     names, _ = _open(path)
     return tuple(names)
 
 
 def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows; bad ones have a fault.
+    """Yield the rows with the columns `names`, None for all; rows that cannot be read have a fault.
 
     Raises:
         DatasetError: If the file cannot be read.
     """
     header, rows = _open(path)
-    positions = [(name, position) for position, name in enumerate(header) if names is None or name in names]
-    while True:
-        number = rows.line_num + 1
+    columns = [(name, index) for index, name in enumerate(header) if names is None or name in names]
+    while True:  # not a `for` loop, which an error in one row would end
+        number = rows.line_num + 1  # of the row's first line; after `next` it is that of the last
         try:
             cells = next(rows)
         except StopIteration:
@@ -52,14 +53,14 @@ def read_delimited(path: Path, names: Collection[str] | None) -> Iterator[TableR
             yield TableRow(path, "line", number, fault=f"it is not valid {_kind_of(path)}: {error}")
             continue
         if len(cells) == len(header):
-            yield TableRow(path, "line", number, {name: cells[position] for name, position in positions})
+            yield TableRow(path, "line", number, {name: cells[index] for name, index in columns})
         elif cells:  # else an empty line
             fault = f"it has {len(cells)} cells, the header has {len(header)}"
             yield TableRow(path, "line", number, fault=fault)
 
 
 def _open(path: Path) -> tuple[list[str], Any]:
-    """Return the columns of a CSV or TSV file, and a csv.reader of the rows after them."""
+    """Return the column names of a CSV or TSV file, and a csv.reader that continues with the first row."""
     lines = table_lines(path)
     num_empty = 0
     header = ""  # the line that names the columns
@@ -70,12 +71,12 @@ def _open(path: Path) -> tuple[list[str], Any]:
     if not header.strip():
         raise DatasetError(f"{path} is empty; its first line names the columns")
     kind = _kind_of(path)
-    delimiter = _mark_between(header, kind)
+    delimiter = _find_delimiter(header, kind)
     separator_line = re.fullmatch(r"sep=(.) *", header) if kind == CSV else None
     if separator_line is not None:  # as spreadsheets write it: the next line names the columns
         delimiter = separator_line[1]
         header = ""
-    head = [*[""] * num_empty, header]
+    head = [*[""] * num_empty, header]  # the lines read so far, so that the reader counts them, too
     lines_with_ends = (f"{line}\n" for line in itertools.chain(head, lines))
     rows = csv.reader(lines_with_ends, delimiter=delimiter, strict=True)
     try:
@@ -91,9 +92,9 @@ def _open(path: Path) -> tuple[list[str], Any]:
     return names, rows
 
 
-def _mark_between(first: str, kind: str) -> str:
-    """Return the separator of a table's cells, from the line that names its columns."""
-    if kind == TSV or ("," not in first and ";" not in first and "\t" in first):
+def _find_delimiter(header: str, kind: str) -> str:
+    """Return the delimiter of a table's cells, from the line that names its columns."""
+    if kind == TSV or ("," not in header and ";" not in header and "\t" in header):
         return "\t"
-    # spreadsheets write semicolons where the comma stands in numbers
-    return ";" if "," not in first and ";" in first else ","
+    # spreadsheets write semicolons in languages with decimal commas
+    return ";" if "," not in header and ";" in header else ","

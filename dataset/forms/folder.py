@@ -1,6 +1,6 @@
-"""Images or clips in a folder, with captions and other companions in files named like them.
+"""Images or clips in a folder; captions and other companions are in files of the same names.
 
-`dataset/listing.py` lists them: it is what every dataset may have.
+`dataset/listing.py` lists folders, because any program with a dataset needs that.
 """
 
 from dataset.forms.contract import DataForm

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dataset.forms.contract import DataForm, LookedAt, RowFormat, TableRow
+from dataset.forms.contract import DataForm, InspectedColumns, RowFormat, TableRow
 from dataset.table import DatasetTable
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
@@ -51,15 +51,15 @@ class JsonLists(DataForm):
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
         """Read the list, line by line."""
-        from dataset.forms.jsonl_rows import list_lines  # it loads what decodes
+        from dataset.forms.jsonl_rows import list_lines  # it loads decoders
 
         return list_lines(table, faults)
 
-    def look_at(self, table: DatasetTable) -> LookedAt:
+    def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
         """Return the rows of the list and the names that are read from them."""
-        from dataset.forms.jsonl_rows import look_at_lines
+        from dataset.forms.jsonl_rows import inspect_lines
 
-        return look_at_lines(table)
+        return inspect_lines(table)
 
     def describe_caption_place(self, table: DatasetTable) -> str:
         """Return where a missing caption would be: in the line of the list."""

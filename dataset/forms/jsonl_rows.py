@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dataset.forms.columns import table_lines
-from dataset.forms.contract import LookedAt, TableRow
+from dataset.forms.contract import InspectedColumns, TableRow
 from dataset.forms.rows import RowReader, find_base, list_rows, names_read, require_file
 from dataset.sources.media_source import Fault, MediaSource
 from dataset.table import DatasetTable
@@ -14,7 +14,7 @@ from modules.command import as_typed
 from modules.errors import DatasetError
 from modules.text_files import parse_json
 
-FIRST_LINES = 100  # whose keys are taken for the columns
+FIRST_LINES = 100  # number of lines whose keys count as the columns
 
 
 def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
@@ -31,18 +31,18 @@ def list_lines(table: DatasetTable, faults: list[Fault]) -> list[MediaSource]:
     return list_rows(reader, read_jsonl(path, None, example), faults)
 
 
-def look_at_lines(table: DatasetTable) -> LookedAt:
+def inspect_lines(table: DatasetTable) -> InspectedColumns:
     """Return the rows of a list and the names that are read from them."""
     media = table.path_key
     read = names_read(table, media, "caption")
-    return LookedAt(media, read, cells=[], rows=read_jsonl(table.source, None), is_list=True)
+    return InspectedColumns(media, read, cells=[], rows=read_jsonl(table.source, None), is_list=True)
 
 
 def first_keys(path: Path) -> tuple[str, ...]:
     """Return the keys of the first lines of a file.
 
     Raises:
-        DatasetError: If it cannot be read.
+        DatasetError: If the file cannot be read.
     """
     keys: dict[str, None] = {}
     for row in itertools.islice(read_jsonl(path, None), FIRST_LINES):
@@ -51,9 +51,12 @@ def first_keys(path: Path) -> tuple[str, ...]:
 
 
 def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> Iterator[TableRow]:
-    """Yield the rows of a JSONL file, whatever its suffix is; empty lines are skipped.
+    """Yield the rows of a JSONL file; empty lines are skipped, and invalid lines have a fault.
 
-    `example` is a valid line to show in errors.
+    Args:
+        path: Path of the file, with any suffix.
+        names: Keys to read; None for all.
+        example: A valid line, shown in errors.
 
     Raises:
         DatasetError: If the file cannot be read or is not JSONL but an array, an object over several lines,
@@ -77,12 +80,15 @@ def read_jsonl(path: Path, names: Collection[str] | None, example: str = "") -> 
         is_first = False
         if fault is None and not isinstance(record, dict):
             fault = f"it is not an object of columns and values{hint}"
-        cells: Mapping[str, Any] = {} if fault is not None else record or {}
+        cells: Mapping[str, Any] = {}
+        if fault is None and record is not None:
+            cells = record
         keys = cells if names is None else names
         values = {key: cells[key] for key in keys if cells.get(key) is not None}
         yield TableRow(path, "line", number, values, fault=fault)
 
 
+# program for `python -c` that writes a JSON array as JSON Lines
 TO_LINES = (
     "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], encoding='utf-8'))]"
 )
@@ -93,22 +99,23 @@ def _reject_other_form(path: Path, line: str) -> None:
 
     `line` is not empty, and not a JSON object.
     """
-    start = line.strip()
-    form = "a list has one object on each line, with nothing around or between them (JSONL)"
-    is_array = start.startswith("[") and start[1:].strip()[:1] in {"", "{"}
+    text = line.strip()
+    rule = "a list has one object on each line, with nothing around or between them (JSONL)"
+    is_array = text.startswith("[") and text[1:].strip()[:1] in {"", "{"}
     if is_array:
-        lines = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])
-        remedy = f"{as_typed(['python', '-c', TO_LINES, str(path)])} > {lines}"
-        raise DatasetError(f"{path} is one JSON array; {form}.\n  Convert it: {remedy}")
-    continues = start.endswith(("{", "[", ":", ",")) and not start.endswith("},")
-    if start.startswith("{") and continues:
+        output = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])
+        remedy = f"{as_typed(['python', '-c', TO_LINES, str(path)])} > {output}"
+        raise DatasetError(f"{path} is one JSON array; {rule}.\n  Convert it: {remedy}")
+    # a line that ends in "}," is an object with a comma after it, which is reported as such
+    continues = text.endswith(("{", "[", ":", ",")) and not text.endswith("},")
+    if text.startswith("{") and continues:
         raise DatasetError(
-            f"{path} has an object over several lines; {form}. Write each object on one line, as json.dumps "
+            f"{path} has an object over several lines; {rule}. Write each object on one line, as json.dumps "
             "without indent does."
         )
-    has_separator = any(mark in start for mark in ",\t;")
-    if has_separator and not start.startswith(("{", "[")):
+    has_separator = any(separator in text for separator in ",\t;")
+    if has_separator and not text.startswith(("{", "[")):
         raise DatasetError(
-            f"{path} looks like a table with a header ({start[:60]!r}); {form}. Name it .csv or .tsv, and "
+            f"{path} looks like a table with a header ({text[:60]!r}); {rule}. Name it .csv or .tsv, and "
             "give it to image_table_file or video_table_file."
         )

@@ -1,4 +1,4 @@
-"""A JSON file of image trainers: caption and tags by image. A subset of the image guides' form names it."""
+"""Metadata files of sd-scripts: JSON with the caption and tags of each image, which a subset names."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +13,10 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class MetadataKeys:
-    """The key metadata_file of a subset, which names its list of images and captions."""
+    """The key metadata_file of a subset, which names a list of images and captions."""
 
     metadata_file: Path
-    folder = None  # `dataset.subsets` chooses where their caches are
+    folder = None  # `dataset.subsets` sets the cache directory
 
     @property
     def source(self) -> Path:
@@ -39,7 +39,7 @@ class Metadata(DataForm):
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
         """Read the file and find the images that it names."""
-        from dataset.forms.metadata_listing import list_metadata  # it loads what decodes
+        from dataset.forms.metadata_listing import list_metadata  # it loads decoders
 
         return list_metadata(table, table.source, faults)
 

@@ -16,16 +16,23 @@ from modules.text_files import bad_character, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
-SIZE_KEY = "train_resolution"  # in one, written by the preparing scripts of image trainers
+SIZE_KEY = "train_resolution"  # key of an entry, written by prepare_buckets_latents.py of sd-scripts
 
 
 def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[MediaSource]:
-    """Return a source for each image that a table's metadata_file names, with its captions and tags.
+    """Return a source for each image that a table's metadata_file names, with its caption and tags.
 
         {"cat.png": {"caption": "a cat", "tags": "red, chair"}, "sub/dog": {"tags": "dog"}}
 
-    A key is a path, or a name in the table's folder of images, with or without its suffix. Raises
-    DatasetError if the file cannot be read. Faults of single entries are added to `faults`.
+    A key is a path, or a name in the table's folder of images, with or without its suffix.
+
+    Args:
+        table: Table of the dataset.
+        path: Path of the file.
+        faults: List to which faults of single entries are added.
+
+    Raises:
+        DatasetError: If the file cannot be read.
     """
     try:
         content = parse_json(read_text(path, MAX_METADATA_BYTES))
@@ -42,7 +49,7 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
             f'{path}: the top level must be an object with a picture for each key: {{"cat": {{"caption": '
             '"a cat"}}'
         )
-    listed: dict[Path, dict[str, Path]] = {}
+    listed: dict[Path, dict[str, Path]] = {}  # filled by `find_image`, which lists each folder once
     images: list[Path] = []
     texts: list[str | None] = []
     for key, entry in content.items():
@@ -72,7 +79,10 @@ def list_metadata(table: DatasetTable, path: Path, faults: list[Fault]) -> list[
 def find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]]) -> Path:
     """Return the image that a key of a metadata file names.
 
-    `listed` caches the images of folders by name without suffix; missing folders are added to it.
+    Args:
+        key: Path or name of the image, with or without suffix.
+        folder: Folder that relative paths refer to; None for the working folder.
+        listed: Images of the folders listed so far, by name without suffix; new folders are added.
 
     Raises:
         ValueError: If there is no such image.
@@ -81,12 +91,13 @@ def find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]
         raise ValueError("this is not a path")
     path = Path(key) if folder is None else folder / key
     if folder is not None and Path(key).is_relative_to(folder) and not path.parent.is_dir():
-        path = Path(key)  # written with its folder, as the folder is typed
+        path = Path(key)  # the key begins with the folder, spelled as in the dataset file
     check_length(path)
     if path.suffix.lower() in image_suffixes() and path.is_file():
         return path
     parent = path.parent
     if parent not in listed:
+        # in reverse order, so that of several files with the same stem the first one stays
         entries = sorted(parent.iterdir(), reverse=True) if parent.is_dir() else []
         listed[parent] = {entry.stem: entry for entry in entries if entry.suffix.lower() in image_suffixes()}
     if path.name not in listed[parent]:
@@ -96,21 +107,32 @@ def find_image(key: str, folder: Path | None, listed: dict[Path, dict[str, Path]
 
 
 def _caption(entry: Any, table: DatasetTable) -> str | None:
-    """Return the text of an entry: its caption, then its tags; with wildcards the tags end every line.
+    """Return the text of an entry: its caption followed by its tags; class_tokens if it has neither.
+
+    With wildcards, each line of the caption is an alternative, so the tags follow every line.
 
     Raises:
         ValueError: If a value is not a text.
     """
     if not isinstance(entry, dict):
         raise ValueError("its value is not an object with caption or tags")
-    texts = {name: "" if entry.get(name) is None else entry[name] for name in ("caption", "tags")}
-    for name, text in texts.items():
-        if not isinstance(text, str) or bad_character(text):
-            raise ValueError(f"{name} is not a text")
-    caption, tags = (text.strip() for text in texts.values())
+    caption = _read_entry_text(entry, "caption")
+    tags = _read_entry_text(entry, "tags")
+    if not caption or not tags:
+        return caption or tags or table.class_tokens
     separator = table.changes.separator
-    if caption and tags:
-        tags = separator.join(lines_of(tags)) if table.changes.wildcards else tags
-        lines = lines_of(caption) if table.changes.wildcards else [caption]
-        return "\n".join(f"{line}{separator} {tags}" for line in lines)
-    return caption or tags or table.class_tokens
+    lines = [caption]
+    if table.changes.wildcards:
+        tags = separator.join(lines_of(tags))
+        lines = lines_of(caption)
+    return "\n".join(f"{line}{separator} {tags}" for line in lines)
+
+
+def _read_entry_text(entry: dict[str, Any], name: str) -> str:
+    """Return the text under a key of an entry; "" if it is missing. Raises ValueError if it is not a text."""
+    text = entry.get(name)
+    if text is None:
+        return ""
+    if not isinstance(text, str) or bad_character(text):
+        raise ValueError(f"{name} is not a text")
+    return text.strip()

@@ -17,7 +17,7 @@ def open_store(
 ) -> "NpzStore":
     """Open the npz caches of a table.
 
-    `folder` is the folder of its images, except for those that `list_images` returns.
+    `folder` is the folder of the table's images, except for those that `list_images` returns.
 
     Raises:
         DatasetError: If the family has no caches in npz files.

@@ -1,10 +1,11 @@
 """npz files: arrays of numbers read without trusting the file, and written completely or not at all.
 
-An npz file is a zip archive with one `.npy` member for each array. Nothing is ever unpickled. Ours have one
-more array of bytes, the record, which holds JSON: the metadata that a file of ours would have, and the name,
-dtype and shape of each tensor, so that reading returns the written tensors bit for bit. The record also holds
-the archive's checksum of each array: if another program replaces an array, it differs and the record is
-ignored.
+An npz file is a zip archive with one `.npy` member for each array. Nothing is ever unpickled.
+
+The files that this program writes have one more array of bytes, the record. It is JSON with the metadata that
+a safetensors cache would have, and the name, dtype and shape of each tensor, so that reading returns the
+written tensors bit for bit. The record also has the archive's checksum of each array: if another program
+replaces an array, the checksum differs, and the record is ignored.
 """
 
 import contextlib
@@ -33,16 +34,17 @@ from modules.text_files import parse_json
 Array = NDArray[Any]
 
 _MEMBER = ".npy"
-_FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # of all members, so that equal contents give equal bytes
+_FIRST_TIME = (1980, 1, 1, 0, 0, 0)  # time of all members, so that equal contents give equal bytes
+# errors of reading a damaged file
 _ERRORS = (
     zipfile.BadZipFile, zipfile.LargeZipFile, zlib.error,
     OSError, ValueError, KeyError, RuntimeError, NotImplementedError, EOFError, MemoryError,
     SyntaxError, tokenize.TokenError, TypeError, OverflowError, RecursionError,  # of numpy's own parser
 )  # fmt: skip
 
-OURS = "reelsmith"  # array with the record
+OURS = "reelsmith"  # name of the array with the record
 RECORD_VERSION = 1
-# what a tensor may be restored to
+# dtypes that a tensor may be restored to, by name
 _DTYPES = {
     dtype_name(dtype): dtype
     for dtype in (
@@ -51,7 +53,7 @@ _DTYPES = {
     )
 }  # fmt: skip
 
-# key, tensor of an array, original shape -> the tensor in that shape
+# (key of a tensor, its array, recorded shape) -> the tensor in that shape
 Reshape = Callable[[str, Tensor, tuple[int, ...]], Tensor]
 
 
@@ -59,24 +61,26 @@ class NpzArray(NamedTuple):
     """An array of a file, as other programs see it."""
 
     tensor: Tensor
-    crc32: int  # of the whole member, which reading has compared
+    crc32: int  # checksum of the archive's member, which was verified by reading it
 
 
 def read_arrays(path: Path, is_wanted: Callable[[str], bool]) -> dict[str, NpzArray]:
-    """Return the arrays of a file whose names satisfy `is_wanted`.
+    """Return the arrays of a file whose names `is_wanted` accepts.
 
     Raises:
-        CacheError: If the file is missing or damaged, or if an array holds anything but numbers.
+        CacheError: If the file is missing or damaged, or if an array contains anything other than numbers.
     """
     arrays = {}
     with _open(path) as file:
-        for name in filter(is_wanted, _names(file)):
+        for name in filter(is_wanted, _list_names(file)):
             with file.open(name + _MEMBER) as member:
                 array = npy.read_array(member, allow_pickle=False)
-                if member.read(1):  # the end, where the checksum is compared
+                if member.read(1):  # zipfile compares the checksum only at the end of a member
                     raise ValueError(f"{name} is longer than its header says")
             if array.dtype.kind not in "biuf" or array.dtype.itemsize > 8:
                 raise ValueError(f"{name} is of {array.dtype}, which are not numbers")
+            # in the byte order of this machine, for torch; `reshape`, as `ascontiguousarray` makes a scalar
+            # one-dimensional
             native = np.ascontiguousarray(array, array.dtype.newbyteorder("=")).reshape(array.shape)
             arrays[name] = NpzArray(torch.from_numpy(native), file.getinfo(name + _MEMBER).CRC)
     return arrays
@@ -86,17 +90,21 @@ def list_arrays(path: Path) -> list[str]:
     """Return the names of the arrays of a file.
 
     Raises:
-        CacheError: If it is missing or damaged.
+        CacheError: If the file is missing or damaged.
     """
     with _open(path) as file:
-        return _names(file)
+        return _list_names(file)
 
 
 def read_members(path: Path) -> dict[str, bytes]:
-    """Return the bytes of all members by the names of their arrays; raise CacheError if damaged."""
+    """Return the bytes of all members by the names of their arrays.
+
+    Raises:
+        CacheError: If the file is missing or damaged.
+    """
     members = {}
     with _open(path) as file:
-        for name in _names(file):
+        for name in _list_names(file):
             with file.open(name + _MEMBER) as member:
                 members[name] = member.read()
     return members
@@ -120,11 +128,13 @@ def format_array(array: Array) -> bytes:
     return stream.getvalue()
 
 
-def _names(file: zipfile.ZipFile) -> list[str]:
+def _list_names(file: zipfile.ZipFile) -> list[str]:
+    """Return the names of the arrays. Raises ValueError if they are too many or too large."""
     infos = [info for info in file.infolist() if info.filename.endswith(_MEMBER)]
     if len(infos) > MAX_ARRAYS:
         raise ValueError(f"it has {len(infos)} arrays")
-    size_bytes = sum(info.file_size for info in infos)  # no more is read, whatever they unpack to
+    # zipfile reads no more than these stated sizes, even if a member unpacks to more
+    size_bytes = sum(info.file_size for info in infos)
     if size_bytes > MAX_ARRAY_BYTES:
         raise ValueError(f"its arrays have {size_bytes:,} bytes")
     return [info.filename.removesuffix(_MEMBER) for info in infos]
@@ -132,6 +142,11 @@ def _names(file: zipfile.ZipFile) -> list[str]:
 
 @contextlib.contextmanager
 def _open(path: Path) -> Iterator[zipfile.ZipFile]:
+    """Open a cache file.
+
+    Raises:
+        CacheError: If it is missing or damaged.
+    """
     if not path.is_file():
         raise CacheError(f"{path}: no such cache file")
     try:
@@ -142,12 +157,13 @@ def _open(path: Path) -> Iterator[zipfile.ZipFile]:
 
 
 def as_array(tensor: Tensor, keep_half: bool) -> Array:
-    """Convert a tensor to an array that other programs read: floats below 32 bits become float32.
+    """Convert a tensor to an array that other programs can read: floats below 32 bits become float32.
 
-    With `keep_half`, float16 is kept.
+    With `keep_half`, float16 stays float16.
     """
-    if tensor.is_floating_point() and not (keep_half and tensor.dtype == torch.float16):
-        tensor = tensor.double() if tensor.dtype == torch.float64 else tensor.float()
+    is_kept = tensor.dtype == torch.float64 or (keep_half and tensor.dtype == torch.float16)
+    if tensor.is_floating_point() and not is_kept:
+        tensor = tensor.float()
     array: Array = tensor.detach().cpu().contiguous().numpy()
     return array
 
@@ -158,25 +174,35 @@ def describe_tensors(
     metadata: Mapping[str, str],
     members: Mapping[str, bytes],
 ) -> Array:
-    """Return the record of tensors as an array of bytes, which an npz file keeps as one of its members.
+    """Return the record of tensors as an array of bytes, which an npz file has as one of its members.
 
     Args:
         tensors: Tensors by name.
-        sources: Name of the tensor behind each array.
-        metadata: Texts to record.
+        sources: Name of the tensor in each array, by name of the array.
+        metadata: Metadata of the entry.
         members: Bytes of each array, for its checksum.
     """
-    described = {
-        array: [name, dtype_name(tensors[name].dtype), list(tensors[name].shape), zlib.crc32(members[array])]
-        for array, name in sources.items()
-    }
+    described = {}
+    for array, name in sources.items():
+        tensor = tensors[name]
+        crc32 = zlib.crc32(members[array])
+        described[array] = [name, dtype_name(tensor.dtype), list(tensor.shape), crc32]
     content = {"version": RECORD_VERSION, "metadata": dict(metadata), "tensors": described}
     text = json.dumps(content, sort_keys=True, ensure_ascii=True)
     return np.frombuffer(text.encode(), np.uint8)
 
 
 def open_record(path: Path, arrays: Mapping[str, NpzArray], reshape: Reshape) -> Entry | None:
-    """Return the entry if we wrote it; None if another program wrote it or replaced some of it."""
+    """Return the entry that the record describes.
+
+    Returns None if there is no record, because another program wrote the file, or if an array has been
+    replaced.
+
+    Args:
+        path: Path of the file.
+        arrays: Arrays of the file, by name.
+        reshape: Restores the recorded shape of a tensor.
+    """
     record = arrays.get(OURS)
     if record is None:
         return None

@@ -52,10 +52,10 @@ T = TypeVar("T")
 
 NPZ = ".npz"
 LOCK = ".reelsmith-npz.lock"  # held while a resolution is added to a file of the folder
-ALPHA, MIRRORED = "alpha_mask", "latents" + cache_files.FLIPPED
-_KNOWN = ("latents", MIRRORED)
-# suffixes of file names that state their content; other files may be `STEM.npz`
-_OTHER_END = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
+ALPHA, MIRRORED = "alpha_mask", "latents" + cache_files.FLIPPED  # names of arrays
+_KNOWN = ("latents", MIRRORED)  # keys of tensors that other programs read
+# endings of file names that state their content; files with other names may be `STEM.npz`
+_STATED_CONTENT = re.compile(r"_(\d{4,5}x\d{4,5}_\w+|te_outputs|\w+_te)$")
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,9 @@ class NpzStore:
     latent: LatentSpec
     text_keys: frozenset[str]  # keys of a complete text cache
     folder: Path
-    # images of a list, which may be in several folders: stem -> path without suffix
+    # paths without suffix, by stem, of images that a list names and that may be in several folders
     image_paths: Mapping[str, Path] = field(default_factory=dict)
-    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # file that was warned about
+    _warned: set[str] = field(default_factory=set, compare=False, repr=False)  # the file that was warned of
     holds_only_caches: ClassVar[bool] = False
     is_shared: ClassVar[bool] = True
 
@@ -82,13 +82,15 @@ class NpzStore:
         stems = {path: stem for stem, path in self.image_paths.items()}
         names = []
         for folder in {self.folder, *(path.parent for path in stems)}:
-            for file in os.listdir(folder) if folder.is_dir() else ():
-                name = self._find_entry_name(file, folder, stems) or self._find_nameless_entry(
-                    file, folder, stems
-                )
+            if not folder.is_dir():
+                continue
+            for file in os.listdir(folder):
+                name = self._find_entry_name(file, folder, stems)
+                if name is None:
+                    name = self._find_nameless_entry(file, folder, stems)
                 if name is not None:
                     names.append(name)
-        return [*dict.fromkeys(names)]
+        return [*dict.fromkeys(names)]  # an entry may be in a file of each kind
 
     def __contains__(self, name: str) -> bool:
         return self._file_of(name).is_file()
@@ -113,9 +115,9 @@ class NpzStore:
         suffix = self._suffix(name)
         with explain_errors(path), only_one(path.with_name(LOCK)):
             members = read_members(path) if path.is_file() else {}
-            of_other_sizes = {array: data for array, data in members.items() if not array.endswith(suffix)}
-            if of_other_sizes:
-                write_members(path, of_other_sizes)
+            other_sizes = {array: data for array, data in members.items() if not array.endswith(suffix)}
+            if other_sizes:
+                write_members(path, other_sizes)
             else:
                 path.unlink(missing_ok=True)
 
@@ -123,39 +125,41 @@ class NpzStore:
         """Do nothing: each file is flushed when it is written, and a later write removes leftovers."""
 
     @property
-    def form(self) -> NpzFormat:
+    def format(self) -> NpzFormat:
         """Layout of the family's npz files."""
-        assert self.latent.npz is not None  # `dataset.forms.npz`
+        assert self.latent.npz is not None  # checked by `open_store` in dataset/forms/npz.py
         return self.latent.npz
 
     # --- names ---
 
     def _is_text(self, name: str) -> bool:
+        """Return whether a file is a text cache."""
         return cache_files.is_text_name(name.removesuffix(cache_files.PART), self.tag)
 
     def _path(self, name: str) -> Path:
         """Return the path of the npz file of an entry."""
         finished = name.removesuffix(cache_files.PART)
-        part = name[len(finished) :]
-        stem = _replace_end(finished.removesuffix(cache_files.SUFFIX), self._ends())
+        part = name[len(finished) :]  # PART or ""
+        stem = _replace_ending(finished.removesuffix(cache_files.SUFFIX), self._endings())
         file = f"{stem}{NPZ}{part}"
         source = self._source_stem(name)
-        place = self.image_paths.get(source)
-        if place is None:
+        image_path = self.image_paths.get(source)
+        if image_path is None:
             return self.folder / file
-        return place.with_name(place.name + file.removeprefix(source))
+        # the stem of an image in a list may differ from its file name
+        return image_path.with_name(image_path.name + file.removeprefix(source))
 
     def _file_of(self, name: str) -> Path:
         """Return the file to read an entry from: that of `_path`, else `STEM.npz` of an older program."""
         path = self._path(name)
         source = self._source_stem(name)
-        if not self.form.has_nameless or self._is_text(name) or not source or path.is_file():
+        if not self.format.has_nameless or self._is_text(name) or not source or path.is_file():
             return path
-        older = self.image_paths.get(source, self.folder / source)
-        nameless = older.with_name(older.name + NPZ)
+        image_path = self.image_paths.get(source, self.folder / source)
+        nameless = image_path.with_name(image_path.name + NPZ)
         if not nameless.is_file():
             return path
-        if not self._warned:
+        if not self._warned:  # one warning for all such files
             self._warned.add(nameless.name)
             logger.warning(
                 "%s: latents of an older program, whose name does not say the model. Remove such files if "
@@ -168,12 +172,11 @@ class NpzStore:
     def _find_nameless_entry(self, file: str, folder: Path, stems: Mapping[Path, str]) -> str | None:
         """Return the entry name of latents in a `STEM.npz` of an older program; None if there are none."""
         stem = file.removesuffix(NPZ)
-        if not self.form.has_nameless or not file.endswith(NPZ) or _OTHER_END.search(stem):
+        if not self.format.has_nameless or not file.endswith(NPZ) or _STATED_CONTENT.search(stem):
             return None
+        source: str | None = stem
         if self.image_paths:
             source = stems.get(folder / stem)
-        else:
-            source = stem if folder == self.folder else None
         if source is None:
             return None
         try:
@@ -203,9 +206,9 @@ class NpzStore:
         finished = file.removesuffix(cache_files.PART)
         if not finished.endswith(NPZ):
             return None
-        part = file[len(finished) :]
-        ends_of_entries = [(theirs, ours) for ours, theirs in self._ends()]
-        name = _replace_end(finished.removesuffix(NPZ), ends_of_entries) + cache_files.SUFFIX
+        part = file[len(finished) :]  # PART or ""
+        reversed_endings = [(of_file, of_entry) for of_entry, of_file in self._endings()]
+        name = _replace_ending(finished.removesuffix(NPZ), reversed_endings) + cache_files.SUFFIX
         if not self._is_text(name) and cache_files.parse_latent_name(name, self.tag, "image") is None:
             return None
         source = self._source_stem(name)
@@ -215,14 +218,14 @@ class NpzStore:
             return None
         return name + part
 
-    def _ends(self) -> tuple[tuple[str, str], ...]:
-        """Return pairs of endings, of entry names (without suffix) and of the names of their files."""
-        return (f"_{self.tag}_te", self.form.texts), (f"_{self.tag}", self.form.latents)
+    def _endings(self) -> tuple[tuple[str, str], ...]:
+        """Return pairs of an ending of entry names (without suffix) and the ending of their files."""
+        return (f"_{self.tag}_te", self.format.texts), (f"_{self.tag}", self.format.latents)
 
     # --- latents ---
 
-    def _bucket(self, name: str) -> tuple[Size, Size]:
-        """Return the size of an image and of its bucket, from the entry name."""
+    def _sizes(self, name: str) -> tuple[Size, Size]:
+        """Return the size of an image, from the entry name, and the size of its bucket."""
         parsed = cache_files.parse_latent_name(name, self.tag, "image")
         if parsed is None:
             raise CacheError(f"{self.folder / name}: its name is not that of a picture's latents")
@@ -231,13 +234,13 @@ class NpzStore:
 
     def _grid(self, name: str) -> tuple[int, int]:
         """Return height and width of latents, from the entry name."""
-        _, (width, height) = self._bucket(name)
+        _, (width, height) = self._sizes(name)
         *_, latent_height, latent_width = self.latent.shape(1, height, width)
         return latent_height, latent_width
 
     def _suffix(self, name: str) -> str:
-        """Return the suffix of array names of an entry's resolution; "" if the format has none."""
-        if not self.form.has_resolutions:
+        """Return the suffix of array names of an entry's resolution; "" if files have one resolution."""
+        if not self.format.has_resolutions:
             return ""
         height, width = self._grid(name)
         return f"_{height}x{width}"
@@ -253,26 +256,29 @@ class NpzStore:
             raise CacheError(f"{path}: it has no latents{suffix}, but those of {sizes or 'nothing'}")
 
         def reshape(key: str, tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
-            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # a mask in pixels, not latent pixels
+            """Return a tensor in the shape that training takes."""
+            if key == LOSS_MASK and tensor.numel() != math.prod(shape):  # stored in pixels for other programs
                 return shrink_mask(tensor[None] * 255, self.latent.stride)
             return tensor.reshape(shape)
 
-        return open_record(path, arrays, reshape) or self._read_foreign_latents(
-            path, arrays, self._grid(name)
-        )
+        entry = open_record(path, arrays, reshape)
+        if entry is not None:
+            return entry
+        return self._read_foreign_latents(path, arrays, self._grid(name))
 
     def _read_foreign_latents(
         self, path: Path, arrays: Mapping[str, NpzArray], grid: tuple[int, int]
     ) -> cache_files.Entry:
         """Return latents that another program wrote; raise CacheError if they do not fit the table."""
-        needed_by = {"latents": ""}
+        needed_by = {"latents": ""}  # array -> key of the table that needs it; latents have been checked
         if self.table.augmentation.flip:
             needed_by[MIRRORED] = "flip_aug"
         if self.table.alpha_mask:
             needed_by[ALPHA] = "alpha_mask"
-        for key, option in needed_by.items():
+        height, width = grid
+        for key, table_key in needed_by.items():
             if key not in arrays:
-                raise CacheError(f"{path}: it has no {key} of {grid[0]}x{grid[1]}, which {option} needs")
+                raise CacheError(f"{path}: it has no {key} of {height}x{width}, which {table_key} needs")
         named = {}
         shape = (self.latent.channels, *grid)
         for key in needed_by:
@@ -288,7 +294,7 @@ class NpzStore:
                     f"{path}: its {key} are {dtype_name(tensor.dtype)} of shape {tuple(tensor.shape)}, this "
                     f"model's are floating-point numbers of shape {shape}"
                 )
-            latents = tensor[:, None]
+            latents = tensor[:, None]  # C 1 H W
             named[cache_files.tensor_name(key, latents)] = latents
         if self.latent.has_size_conditions:
             sizes = _read_sizes(path, arrays)
@@ -298,38 +304,38 @@ class NpzStore:
     def _read_foreign_mask(self, path: Path, mask: Tensor, grid: tuple[int, int]) -> Tensor:
         """Convert a mask that another program wrote to 1 H W in latent pixels.
 
-        `mask` is H W, in latent pixels or in pixels.
+        `mask` is H W, in latent pixels or in pixels. `grid` is the height and width of the latents.
         """
-        stride = self.latent.stride
-        pixels = grid[0] * stride[1], grid[1] * stride[2]
+        _, height_stride, width_stride = self.latent.stride
+        height, width = grid
         if mask.shape == grid:
             return mask[None].half()
-        if mask.shape == pixels:
-            return shrink_mask(mask.float()[None] * 255, stride)
+        if mask.shape == (height * height_stride, width * width_stride):
+            return shrink_mask(mask.float()[None] * 255, self.latent.stride)  # takes values 0..255
         raise CacheError(f"{path}: its alpha_mask has the shape {tuple(mask.shape)}, its latents have {grid}")
 
     def _write_latents(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write the latents of one bucket to a file; arrays of other buckets in it are kept."""
+        """Write the latents of one bucket to a file; arrays of other buckets in the file do not change."""
         arrays: dict[str, Array] = {}
-        tensor_names: dict[str, str] = {}  # by array
+        tensor_names: dict[str, str] = {}  # name of the tensor in each array
         for tensor_name, tensor in tensors.items():
             array_name, array = self._latent_array(cache_files.tensor_key(tensor_name), tensor)
             arrays[array_name] = array
             tensor_names[array_name] = tensor_name
-        self._add_arrays_of_others(name, arrays)
+        self._add_foreign_arrays(name, arrays)
         members = {array_name: format_array(array) for array_name, array in arrays.items()}
         members[OURS] = format_array(describe_tensors(tensors, tensor_names, metadata, members))
         path, suffix = self._path(name), self._suffix(name)
         with explain_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with explain_errors(path), only_one(path.with_name(LOCK)):
-            members_in_file = self._other_sizes(path, suffix)
-            members_in_file |= {array_name + suffix: data for array_name, data in members.items()}
-            write_members(path, members_in_file)
+            all_members = self._read_other_sizes(path, suffix)
+            all_members |= {array_name + suffix: data for array_name, data in members.items()}
+            write_members(path, all_members)
 
-    def _add_arrays_of_others(self, name: str, arrays: dict[str, Array]) -> None:
-        """Add the arrays that other programs need."""
-        size, bucket = self._bucket(name)
+    def _add_foreign_arrays(self, name: str, arrays: dict[str, Array]) -> None:
+        """Add the arrays that only other programs need."""
+        size, bucket = self._sizes(name)
         if self.table.alpha_mask and ALPHA not in arrays:  # opaque
             width, height = bucket
             arrays[ALPHA] = np.ones((height, width), np.float32)
@@ -337,16 +343,16 @@ class NpzStore:
         arrays["crop_ltrb"] = np.array(inner_box(size, bucket))
 
     def _latent_array(self, key: str, tensor: Tensor) -> tuple[str, Array]:
-        """Return name and values of the array that holds a tensor of a latent entry."""
+        """Return name and values of the array that stores a tensor of a latent entry."""
         if key in _KNOWN and tensor.shape[1] == 1:
-            return key, as_array(tensor, keep_half=False)[:, 0]
-        if key == LOSS_MASK and self.table.alpha_mask:  # from latent pixels to pixels
-            _, down, across = self.latent.stride
-            mask = tensor[0].repeat_interleave(down, 0).repeat_interleave(across, 1)
+            return key, as_array(tensor, keep_half=False)[:, 0]  # C H W
+        if key == LOSS_MASK and self.table.alpha_mask:  # other programs read it in pixels
+            _, height_stride, width_stride = self.latent.stride
+            mask = tensor[0].repeat_interleave(height_stride, 0).repeat_interleave(width_stride, 1)
             return ALPHA, as_array(mask, keep_half=False)
-        return f"{OURS}_{key}", as_array(tensor, keep_half=False)
+        return f"{OURS}_{key}", as_array(tensor, keep_half=False)  # a name that other programs ignore
 
-    def _other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
+    def _read_other_sizes(self, path: Path, suffix: str) -> dict[str, bytes]:
         """Return the members of other resolutions in a file; {} if the file is damaged.
 
         `suffix` is the suffix of members of this resolution.
@@ -363,11 +369,15 @@ class NpzStore:
     # --- texts ---
 
     def _read_text(self, name: str) -> cache_files.Entry:
-        """Read a text's outputs, from our record if the file has one, otherwise by the format's keys."""
+        """Read the cached outputs of text encoders.
+
+        They are described by our record if the file has one, otherwise by the keys of the format.
+        """
         path = self._path(name)
-        form = self.form
+        npz_format = self.format
         keys = self.text_keys
-        arrays = read_arrays(path, lambda array: array in keys or array in form.constants or array == OURS)
+        wanted = {OURS, *keys, *npz_format.constants}
+        arrays = read_arrays(path, wanted.__contains__)
         is_part = name.endswith(cache_files.PART)
         if not is_part:
             self._check_constants(path, arrays)
@@ -380,21 +390,22 @@ class NpzStore:
         named = {}
         for key in sorted(keys):
             tensor = arrays[key].tensor
-            named[cache_files.tensor_name(key, tensor, key in form.variable_length)] = tensor
+            named[cache_files.tensor_name(key, tensor, key in npz_format.variable_length)] = tensor
         return cache_files.Entry.of(path, {}, named)
 
     def _check_constants(self, path: Path, arrays: Mapping[str, NpzArray]) -> None:
         """Raise CacheError if texts were made with other settings than those of this training."""
-        for name, expected in self.form.constants.items():
+        for name, expected in self.format.constants.items():
             array = arrays.get(name)
-            is_number = array is not None and array.tensor.numel() == 1
-            constant = array.tensor.item() if array is not None and is_number else None
-            if constant != expected:
-                shown = "nothing" if constant is None else constant
+            stored = None
+            if array is not None and array.tensor.numel() == 1:
+                stored = array.tensor.item()
+            if stored != expected:
+                shown = "nothing" if stored is None else stored
                 raise CacheError(f"{path}: it was made with {name} {shown}, this training has {expected}")
 
     def _write_text(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-        """Write a text's outputs, and the constant arrays that other programs expect."""
+        """Write the outputs of text encoders, and the constant arrays that other programs expect."""
         tensor_names = {cache_files.tensor_key(tensor_name): tensor_name for tensor_name in tensors}
         arrays: dict[str, Array] = {}
         for key, tensor_name in tensor_names.items():
@@ -408,14 +419,14 @@ class NpzStore:
 
     def _make_constants(self, arrays: Mapping[str, Array]) -> dict[str, Array]:
         """Return the arrays that other programs expect in addition to outputs: constants, settings, zeros."""
-        added: dict[str, Array] = {name: np.array(value) for name, value in self.form.constants.items()}
-        for setting, key in self.form.of_table.items():
-            added[setting] = np.array(getattr(self.table, key), np.float32)
-        for zeros, (like, columns) in self.form.zeros.items():
-            if like in arrays:  # same number of rows as this output
-                added[zeros] = np.zeros((len(arrays[like]), columns), np.float32)
-            elif not like:
-                added[zeros] = np.zeros(columns, np.float32)
+        added: dict[str, Array] = {name: np.array(value) for name, value in self.format.constants.items()}
+        for setting, table_field in self.format.of_table.items():
+            added[setting] = np.array(getattr(self.table, table_field), np.float32)
+        for name, (output, num_columns) in self.format.zeros.items():
+            if output in arrays:  # zeros with as many rows as this output
+                added[name] = np.zeros((len(arrays[output]), num_columns), np.float32)
+            elif not output:
+                added[name] = np.zeros(num_columns, np.float32)
         return added
 
 
@@ -435,9 +446,12 @@ def _read_sizes(path: Path, arrays: Mapping[str, NpzArray]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float32)
 
 
-def _replace_end(stem: str, ends: Sequence[tuple[str, str]]) -> str:
-    """Replace the first matching ending of a name; return other names unchanged."""
-    for end, replacement in ends:
-        if stem.endswith(end):
-            return stem.removesuffix(end) + replacement
+def _replace_ending(stem: str, replacements: Sequence[tuple[str, str]]) -> str:
+    """Replace the first ending that a name has; return other names unchanged.
+
+    `replacements` are pairs of an ending and its replacement.
+    """
+    for ending, replacement in replacements:
+        if stem.endswith(ending):
+            return stem.removesuffix(ending) + replacement
     return stem

@@ -1,8 +1,8 @@
-"""Parquet files that others made: opened, bounded in what they unpack to, and files in their columns.
+"""Parquet files of unknown origin: opening them, limits of their unpacked size, and files in their columns.
 
-A few bytes may stand for a gigabyte of text in each row. Sizes in the metadata may be wrong; the header of
-each page decides the memory. Source: github.com/apache/parquet-format, parquet.thrift (Apache-2.0), and
-Thrift's compact protocol.
+A few bytes may unpack to a gigabyte of text in each row. Sizes in the metadata may be wrong, so the header of
+each page is read before pyarrow unpacks it. Source: github.com/apache/parquet-format, parquet.thrift
+(Apache-2.0), and Thrift's compact protocol.
 """
 
 import bisect
@@ -22,24 +22,26 @@ from modules.limits import MAX_GROUP_BYTES, MAX_UNPACKED_TIMES, MIN_UNPACKED_BYT
 from modules.text_files import require_regular_file
 from modules.varints import read_varint
 
-ROW_BYTES, VALUE_BYTES = 256, 16  # memory of a row, and of a value, besides its content
-# bytes of a page's header, with the statistics in it: usual ones, and at most, which is pyarrow's own limit
+ROW_BYTES, VALUE_BYTES = 256, 16  # memory overhead of a row, and of a value
+# bytes that are read of a page's header, with the statistics in it; the last one is pyarrow's own limit
 _HEADERS = (1 << 12, 1 << 16, 1 << 20, 1 << 24)
-_DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7
-# numbers of fields in a page's header: type, sizes, and the structs of the kinds of pages
+_DICTIONARY_PAGE, _DELTA_BYTE_ARRAY = 2, 7  # a page type (PageType), and an encoding (Encoding)
+# field ids in a page's header (PageHeader): type, sizes, and the structs of the two kinds of data pages
 _TYPE, _UNPACKED, _PACKED, _DATA, _DATA_V2 = 1, 2, 3, 5, 8
-_ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field in that struct
-_BINARY, _STRUCT = 8, 12  # kinds of fields
-_NUMBERS = (4, 5, 6)
-_SWITCHES = (1, 2)
-_ONE_AT_A_TIME = threading.Lock()  # else all threads that begin would read, and hold, the same row group
+_NUM_VALUES = 1  # field id in both structs of data pages
+_ENCODINGS = {_DATA: 2, _DATA_V2: 4}  # field id of the encoding in these structs
+# types in Thrift's compact protocol
+_BINARY, _STRUCT = 8, 12
+_INTEGERS = (4, 5, 6)  # i16, i32, i64
+_BOOLEANS = (1, 2)  # true and false; they have no further bytes
+_ONE_AT_A_TIME = threading.Lock()  # else all threads would read, and hold, the same row group at once
 
 
 def parquet_parts(path: Path) -> list[Path]:
-    """Return the file itself, or the parts in a folder, by name.
+    """Return the file itself, or the parts in a folder, sorted by name.
 
     Raises:
-        DatasetError: If it has none.
+        DatasetError: If a folder has no parts.
     """
     if not path.is_dir():
         return [path]
@@ -81,7 +83,7 @@ def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
         ) from error
 
 
-# --- what a file unpacks to
+# --- limits of the unpacked size
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -91,25 +93,25 @@ class Unpacking:
 
     path: Path
     max_bytes: int
-    found_bytes: int = 0
+    num_bytes: int = 0
 
     @staticmethod
     def of(path: Path) -> "Unpacking":
-        """Begin for a file.
+        """Return a counter for a file, whose limit depends on the size of the file.
 
         Raises:
-            OSError: If it is gone.
+            OSError: If the file does not exist.
         """
         return Unpacking(path, MIN_UNPACKED_BYTES + MAX_UNPACKED_TIMES * path.stat().st_size)
 
     def add(self, size_bytes: int) -> None:
-        """Count bytes about to be unpacked.
+        """Count bytes that are about to be unpacked.
 
         Raises:
-            DatasetError: If they are far too many for the file.
+            DatasetError: If the limit is exceeded.
         """
-        self.found_bytes += size_bytes
-        if self.found_bytes > self.max_bytes:
+        self.num_bytes += size_bytes
+        if self.num_bytes > self.max_bytes:
             raise DatasetError(
                 f"{self.path}: a file of {self.path.stat().st_size:,} bytes that unpacks to more than "
                 f"{self.max_bytes >> 20:,} MiB is damaged, or made to fill the memory. Write it again from "
@@ -118,19 +120,19 @@ class Unpacking:
 
 
 def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[str]) -> int:
-    """Return the size of the largest page whose values rows can refer to, in bytes.
+    """Return an upper limit for the size of a value in some columns of a row group, in bytes.
 
-    Such pages hold dictionaries or prefixes. A damaged or malicious file could make each row as large as the
-    page.
+    Values may refer to pages with dictionaries or prefixes, so that in a damaged or malicious file each row
+    could be as large as such a page.
 
     Args:
         file: A `ParquetFile`.
         pages: Counter for the pages of this row group.
         group: Index of the row group.
-        columns: Names of columns, with all nested ones.
+        columns: Names of columns, including nested ones.
 
     Returns:
-        The size, or 0 if there is no such page.
+        The size of the largest such page, or of the largest value of a fixed length; 0 if there is neither.
 
     Raises:
         DatasetError: If the decompressed pages would be too large.
@@ -141,22 +143,25 @@ def largest_value(file: Any, pages: Unpacking, group: int, columns: Collection[s
     largest = 0
     names = set(columns)
     with pages.path.open("rb") as content:
-        for number in range(chunks.num_columns):
-            chunk = chunks.column(number)
+        for index in range(chunks.num_columns):
+            chunk = chunks.column(index)
             # a column of a struct, `image.bytes`, counts if one of its parents, `image`, is asked for
             parents = accumulate(chunk.path_in_schema.split("."), "{}.{}".format)
             if not names.isdisjoint(parents):
                 pages.add(chunk.num_values * VALUE_BYTES)
-                largest = max(largest, file.schema.column(number).length)
-                largest = max(largest, _count_pages(content, chunk, pages))
+                fixed_length = file.schema.column(index).length
+                largest = max(largest, fixed_length, _count_pages(content, chunk, pages))
     return largest
 
 
 def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
-    """Count the unpacked bytes of a column in a row group; return its `largest_value`.
+    """Count the unpacked bytes of a column in a row group.
 
-    The page headers are read, because the footer's sizes may be wrong. A column chunk is a row of pages: one
-    dictionary, if any, then data pages, each with a header in front.
+    The page headers are read, because the sizes in the footer may be wrong. A column chunk is a sequence of
+    pages: at most one dictionary, then data pages, each with a header in front.
+
+    Returns:
+        The size of the largest page that values may refer to; 0 if there is none.
     """
     largest = 0
     num_values = 0
@@ -166,72 +171,83 @@ def _count_pages(content: Any, chunk: Any, pages: Unpacking) -> int:
     end = offset + chunk.total_compressed_size
     while offset < end and num_values < chunk.num_values:
         header, header_size = _read_header(content, offset)
-        unpacked_size = _number(header, _UNPACKED)
-        packed_size = _number(header, _PACKED)
+        unpacked_size = _read_size(header, _UNPACKED)
+        packed_size = _read_size(header, _PACKED)
         pages.add(unpacked_size)
-        # values that rows refer to: a dictionary, or below a page of texts that repeat starts of earlier ones
+        # values refer to a dictionary, or to earlier texts of a page whose beginnings they repeat
         is_referred_to = header.get(_TYPE) == _DICTIONARY_PAGE
         data_page = next((field for field in _ENCODINGS if isinstance(header.get(field), dict)), None)
         if data_page is not None:
-            count = _number(header[data_page], 1)
-            pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)  # the rest is counted already
+            count = _read_size(header[data_page], _NUM_VALUES)
+            # `largest_value` has counted chunk.num_values; a damaged page may have more
+            pages.add(max(0, count - chunk.num_values) * VALUE_BYTES)
             num_values += count
-            is_referred_to |= header[data_page].get(_ENCODINGS[data_page]) == _DELTA_BYTE_ARRAY
+            encoding = header[data_page].get(_ENCODINGS[data_page])
+            is_referred_to = is_referred_to or encoding == _DELTA_BYTE_ARRAY
         if is_referred_to:
             largest = max(largest, unpacked_size)
         offset += header_size + packed_size
     return largest
 
 
-def _number(fields: dict[int, Any], field: int) -> int:
+def _read_size(fields: dict[int, Any], field: int) -> int:
+    """Return a size or count in a header. Raises ValueError if it is missing or negative."""
     number = fields.get(field)
     if not isinstance(number, int) or number < 0:
         raise ValueError("a page without a size")
     return number
 
 
-def _read_header(content: Any, place: int) -> tuple[dict[int, Any], int]:
-    """Return the fields of a page's header, and its size in bytes."""
+def _read_header(content: Any, offset: int) -> tuple[dict[int, Any], int]:
+    """Return the fields of the page header at an offset, and its size in bytes."""
     for maximum in _HEADERS:
-        content.seek(place)
+        content.seek(offset)
         data = content.read(maximum)
         try:
             return _read_struct(memoryview(data), 0)
-        except IndexError:
-            if len(data) < maximum:
+        except IndexError:  # the header is longer than `data`
+            if len(data) < maximum:  # the file ends in it
                 break
     raise ValueError("a page is cut short")
 
 
-def _read_struct(data: memoryview, place: int, depth: int = 0) -> tuple[dict[int, Any], int]:
-    """Parse a struct of Thrift's compact protocol: return numbers and structs by field id, and the end."""
-    if depth > 4:  # a page's header, its kind, its statistics
+def _read_struct(data: memoryview, position: int, depth: int = 0) -> tuple[dict[int, Any], int]:
+    """Parse a struct of Thrift's compact protocol that begins at a position of `data`.
+
+    Each field begins with a byte: its upper half is the difference to the previous field id (0: the id
+    follows), its lower half the type. A zero byte ends the struct.
+
+    Returns:
+        Integers and structs by field id, and the position after the struct.
+    """
+    if depth > 4:  # a page's header has a struct for its kind, which has one of statistics
         raise ValueError("a page's header is damaged")
     values: dict[int, Any] = {}
     field = 0
-    while data[place]:
-        step = data[place] >> 4
-        kind = data[place] & 15
-        place += 1
-        if step:
-            field += step
+    while data[position]:
+        difference = data[position] >> 4
+        kind = data[position] & 15
+        position += 1
+        if difference:
+            field += difference
         else:
-            field, place = _signed(data, place)
+            field, position = _read_signed(data, position)
         if kind == _STRUCT:
-            values[field], place = _read_struct(data, place, depth + 1)
-        elif kind in _NUMBERS:
-            values[field], place = _signed(data, place)
+            values[field], position = _read_struct(data, position, depth + 1)
+        elif kind in _INTEGERS:
+            values[field], position = _read_signed(data, position)
         elif kind == _BINARY:
-            size, place = read_varint(data, place)
-            place += size
-        elif kind not in _SWITCHES:
+            size, position = read_varint(data, position)
+            position += size
+        elif kind not in _BOOLEANS:
             raise ValueError("a page's header is damaged")
-    return values, place + 1
+    return values, position + 1
 
 
-def _signed(data: memoryview, place: int) -> tuple[int, int]:
-    number, place = read_varint(data, place)
-    return (number >> 1) ^ -(number & 1), place
+def _read_signed(data: memoryview, position: int) -> tuple[int, int]:
+    """Return a signed integer (a zigzag varint) at a position, and the position after it."""
+    number, position = read_varint(data, position)
+    return (number >> 1) ^ -(number & 1), position
 
 
 # --- images and clips in a column, as the Hugging Face hub stores them
@@ -243,17 +259,17 @@ class ParquetCell:
     """A file in a row of a Parquet file."""
 
     container: Path
-    group: int  # of rows; both from 0
-    row: int  # in the group
+    group: int  # index of the row group
+    row: int  # index of the row in the group
     column: str  # "image.bytes"
-    size_bytes = 0  # not known without reading it
+    size_bytes = 0  # unknown, because the cell would have to be read
     has_suffix = False
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield its bytes at once.
+        """Yield the bytes of the file, in one piece.
 
         Raises:
-            MediaError: If it is empty or cannot be read.
+            MediaError: If the cell is empty or cannot be read.
         """
         yield read_cell(self)
 
@@ -263,20 +279,24 @@ class ParquetCell:
 
 
 def cells_of_parts(path: Path, name: str, finds_nulls: bool) -> FindCell | None:
-    """Return a function that maps a row's number to its file in column `name`; None if it holds no files.
+    """Return a function that locates the file in the cell of a row in column `name`.
 
-    With `finds_nulls`, the function returns None for a cell that is null.
+    Returns None if the column holds no files. With `finds_nulls`, the function returns None for a cell that
+    is null.
     """
     parts = parquet_parts(path)
     column = cell_column(parts[0], name)
     if column is None:
         return None
-    places = {part: cells_of(part, column, finds_nulls) for part in parts}
-    return lambda row: places[row.file](row.number)
+    finders = {part: cells_of(part, column, finds_nulls) for part in parts}
+    return lambda row: finders[row.file](row.number)
 
 
 def cell_column(path: Path, name: str) -> str | None:
-    """Return the column with the bytes of `name`: itself, or `name.bytes`; None if it holds no bytes."""
+    """Return the column with the bytes of files in `name`: `name` itself, or `name.bytes` of a struct.
+
+    Returns None if `name` holds no files.
+    """
     from pyarrow import types
 
     with open_parquet(path) as file:
@@ -301,22 +321,22 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
         finds_nulls: Whether to return None for a null cell; row groups with null cells have to be read.
 
     Raises:
-        DatasetError: If row groups are too large to be read one at a time.
+        DatasetError: If a row group is too large to be read at once.
     """
-    may_be_null: list[bool] = []  # by row group: whether some cells may be null
-    starts = [0]  # rows before each row group, and before the end
+    may_be_null: list[bool] = []  # whether some cells may be null, by row group
+    starts = [0]  # number of rows before each row group; the last element is the number of all rows
     leaves: set[str] = set()
     with open_parquet(path) as file:
         for index in range(file.metadata.num_row_groups):
             group = file.metadata.row_group(index)
             starts.append(starts[-1] + group.num_rows)
-            chunks = [group.column(place) for place in range(group.num_columns)]
+            chunks = [group.column(column_index) for column_index in range(group.num_columns)]
             leaves |= {chunk.path_in_schema for chunk in chunks}
             cells = [chunk for chunk in chunks if chunk.path_in_schema == column]
             size_bytes = sum(chunk.total_uncompressed_size for chunk in cells)
             _check_group_size(path, column, size_bytes)
             may_be_null.append(finds_nulls and _may_have_nulls(cells))
-    # a cell of a data set of files has `bytes` or `path`; it is null only if both are
+    # in datasets of the Hugging Face hub, a cell has `bytes` or `path`; it is null only if both are
     path_column = f"{column.rpartition('.')[0]}.path"
     columns = [name for name in (column, path_column) if name in leaves]
 
@@ -330,6 +350,7 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
             return [True] * (starts[group + 1] - starts[group])
 
     def find_cell(number: int) -> ParquetCell | None:
+        """Return the cell of a row, numbered from 1; None if it has no value."""
         group = bisect.bisect_right(starts, number - 1) - 1  # the last one that starts at or before the row
         row = number - 1 - starts[group]
         has_value = not may_be_null[group] or is_filled(group)[row]
@@ -339,7 +360,7 @@ def cells_of(path: Path, column: str, finds_nulls: bool = False) -> Callable[[in
 
 
 def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
-    """Raise DatasetError if the cells of a row group are too large to be read at a time."""
+    """Raise DatasetError if the cells of a row group are too large to be read at once."""
     if size_bytes > MAX_GROUP_BYTES:
         raise DatasetError(
             f"{path}: a row group holds {size_bytes / 1e9:.1f} GB of {column}, at most "
@@ -349,7 +370,7 @@ def _check_group_size(path: Path, column: str, size_bytes: int) -> None:
 
 
 def _may_have_nulls(chunks: Sequence[Any]) -> bool:
-    """Return whether chunks of a column have nulls, or do not say how many."""
+    """Return whether chunks of a column have null values; True if none of them says how many."""
     counts = []
     for chunk in chunks:
         if chunk.is_stats_set and chunk.statistics.has_null_count:
@@ -361,7 +382,7 @@ def read_cell(origin: ParquetCell) -> bytes:
     """Return the bytes of a cell.
 
     Raises:
-        MediaError: If it is empty or cannot be read.
+        MediaError: If the cell is empty or cannot be read.
     """
     where = f"{origin.container}, row {origin.row + 1} of row group {origin.group + 1}"
     try:
@@ -377,9 +398,9 @@ def read_cell(origin: ParquetCell) -> bytes:
 
 def _column(path: Path, group: int, column: str) -> Any:
     """Return a column of a row group. Raises DatasetError, OSError or ValueError if it cannot be read."""
-    stamp = path.stat().st_mtime_ns
+    mtime_ns = path.stat().st_mtime_ns
     with _ONE_AT_A_TIME:
-        return _group(path, group, column, stamp)
+        return _group(path, group, column, mtime_ns)
 
 
 @lru_cache(maxsize=2)  # sources are read in the order of rows
@@ -391,11 +412,12 @@ def _group(path: Path, group: int, column: str, mtime_ns: int) -> Any:
     with open_parquet(path, [column]) as file:
         pages = Unpacking.of(path)
         pages.max_bytes = min(pages.max_bytes, MAX_GROUP_BYTES)
-        largest_value(file, pages, group, [column])
+        largest_value(file, pages, group, [column])  # raises DatasetError if the pages are too large
         cells = file.read_row_group(group, columns=[column], use_threads=False).column(0)
+    # pyarrow returns a column of a struct as a struct with that one field
     if "." in column and hasattr(cells.type, "num_fields") and cells.type.num_fields:
         import pyarrow.compute as pc
 
         cells = pc.struct_field(cells, column.rpartition(".")[2])
-    cells.validate(full=True)  # else indices into dictionaries are not checked
+    cells.validate(full=True)  # checks indices into dictionaries, too
     return cells

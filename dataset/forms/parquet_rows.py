@@ -1,4 +1,4 @@
-"""Read Parquet row by row. Only the rows of one batch are in memory; values are any that the file has."""
+"""Read Parquet row by row. Only the rows of one batch are in memory; values may have any type."""
 
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
@@ -9,7 +9,7 @@ from dataset.forms.columns import check_names
 from dataset.forms.contract import TableRow
 from modules.errors import DatasetError
 
-BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # in memory at a time
+BATCH_ROWS, BATCH_BYTES = 4096, 1 << 26  # maximum number of rows, and of bytes, in memory at a time
 
 
 def columns_of_parts(path: Path) -> tuple[str, ...]:
@@ -25,31 +25,32 @@ def read_parts(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
     """Yield the rows of a file, or of the parts in a folder.
 
     Raises:
-        DatasetError: If it cannot be read.
+        DatasetError: If a file cannot be read.
     """
     for part in parquet_files.parquet_parts(path):
         yield from _read_rows(part, names)
 
 
 def plain_columns_of(path: Path, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return those columns whose values can be read cheaply, and those that hold whole files."""
+    """Return those columns among `names` with small values, and those that contain files."""
     part = parquet_files.parquet_parts(path)[0]
     cells = [name for name in names if parquet_files.cell_column(part, name) is not None]
     nested = _find_columns(part, names).nested
-    return [name for name in names if name not in nested and name not in cells], cells
+    plain = [name for name in names if name not in nested and name not in cells]
+    return plain, cells
 
 
 def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
-    """Yield the rows of a Parquet file with the cells of some columns; None: all of them."""
+    """Yield the rows of a Parquet file with the columns `names`; None means all columns."""
     columns = _find_columns(path, names)
-    if columns.nested:  # their size is unknown
+    if columns.nested:  # rejected, because the unpacked size of their values is unknown
         name, kind = next(iter(columns.nested.items()))
         raise DatasetError(
             f"{path}: the column {name!r} holds {kind}, which is neither a text nor a list of them"
         )
     with parquet_files.open_parquet(path, columns.leaves_of_lists) as file:
         limit = parquet_files.Unpacking.of(path)
-        if not columns.names:
+        if not columns.names:  # rows without values still have numbers
             limit.add(parquet_files.ROW_BYTES * file.metadata.num_rows)
             for number in range(1, file.metadata.num_rows + 1):
                 yield TableRow(path, "row", number)
@@ -66,9 +67,9 @@ def _read_rows(path: Path, names: Collection[str] | None) -> Iterator[TableRow]:
 def _read_batches(
     file: Any, path: Path, names: Sequence[str], limit: parquet_files.Unpacking
 ) -> Iterator[list[list[Any]]]:
-    """Yield the values of rows by column, some rows at a time.
+    """Yield the values of some rows at a time, as a list for each column.
 
-    `limit` counts the memory that they take.
+    `limit` counts the memory that the values take.
     """
     for group in range(file.metadata.num_row_groups):
         largest = parquet_files.largest_value(file, parquet_files.Unpacking.of(path), group, names)
@@ -82,12 +83,12 @@ class _ParquetColumns(NamedTuple):
     """Columns of a Parquet file."""
 
     names: tuple[str, ...]
-    nested: dict[str, Any]  # types of those with nested values
-    leaves_of_lists: list[str]  # for `open_parquet`, which then holds equal texts once
+    nested: dict[str, Any]  # types of columns with nested values, by name
+    leaves_of_lists: list[str]  # `repeating` of `open_parquet`: equal texts in lists are stored once
 
 
 def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
-    """Return the columns of these names; None: all of them."""
+    """Return the columns `names` of a file; None means all columns."""
     with parquet_files.open_parquet(path) as file:
         schema = file.schema_arrow
         leaves = [file.schema.column(number).path for number in range(len(file.schema))]
@@ -108,16 +109,16 @@ def _find_columns(path: Path, names: Collection[str] | None) -> _ParquetColumns:
 
 
 def _values(array: Any, limit: parquet_files.Unpacking) -> list[Any]:
-    """Return the values of a column; `limit` counts the memory that they take when unpacked."""
+    """Return the values of a column as Python objects; `limit` counts the memory that these take."""
     from pyarrow import compute, types
 
     if types.is_list(array.type) or types.is_large_list(array.type):
-        array.validate(full=True)  # else indices into dictionaries are not checked
-        inner = array.flatten()
-        limit.add(parquet_files.VALUE_BYTES * len(inner))
-        if types.is_dictionary(inner.type):
-            sizes = compute.binary_length(inner.dictionary)
-            limit.add(compute.sum(compute.take(sizes, inner.indices)).as_py() or 0)
+        array.validate(full=True)  # checks indices into dictionaries, too
+        items = array.flatten()
+        limit.add(parquet_files.VALUE_BYTES * len(items))
+        if types.is_dictionary(items.type):  # each index becomes a copy of a text
+            sizes = compute.binary_length(items.dictionary)
+            limit.add(compute.sum(compute.take(sizes, items.indices)).as_py() or 0)
         return list(array.to_pylist())
     values: list[Any] = array.to_pylist()
     limit.add(sum(len(value) for value in values if isinstance(value, (str, bytes))))

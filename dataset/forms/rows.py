@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 MAX_SHOWN = 80  # characters of a path in a message
 CAPTION_COLUMNS = ("caption", "text", "prompt")  # the first one that the table has is used
 FIRST_ROWS = 100  # rows that are searched for the base folder of relative paths
-# The column with paths is the first that the table has of: image_path or video_path, these, and a column
+# The column with paths is the first one that the table has of: image_path or video_path, these names, and
 # `image` or `video`, which may also contain the files themselves
 PATH_COLUMNS = ("path", "file_name", "url")
 MULTI_CAPTION = "multi_caption = true"
 DOWNLOADS = "downloads"  # subfolder of the cache directory, if the table has no download_directory
 
-Part = tuple[Path, media_source.Origin | None]  # local path, and origin of its bytes unless they are there
+Part = tuple[Path, media_source.Origin | None]  # local path, and where its bytes are; None: in that file
 
 
 class _Media(NamedTuple):
@@ -43,7 +43,7 @@ class _Media(NamedTuple):
 
     part: Part
     stem: str
-    identity: str  # different for different sources
+    identity: str  # path, address or name; differs between sources, unlike the stem
 
 
 class RejectedAddress(DatasetError):
@@ -59,13 +59,13 @@ class RowReader:
     """Turn the rows of one list or table into sources."""
 
     table: DatasetTable
-    file: Path  # for messages
+    file: Path  # the list or table, for messages
     path_column: str
     caption_column: str | None = "caption"
     is_list: bool = False  # a JSONL list: captions are used unchanged, and file names are unique
     base: Path | None = None  # base folder of relative paths; None: the working folder
-    _identities: list[str] = field(default_factory=list)  # of each source; different for different sources
-    _gaps: list[str] = field(default_factory=list)  # rows whose numbered columns skip a number
+    _identities: list[str] = field(default_factory=list)  # `_Media.identity` of each source that was read
+    _gaps: list[str] = field(default_factory=list)  # messages about numbered columns that skip a number
 
     def read(
         self, values: Mapping[str, Any], where: str, contained: tuple[str, Part] | None = None
@@ -82,17 +82,17 @@ class RowReader:
             RejectedAddress: If an address is not allowed.
         """
         if contained is None:
-            media = self._media(values, where)
+            media = self._read_media(values, where)
         else:
             name, part = contained
             media = _Media(part, stem=name, identity=name)
         texts = self._read_captions(values, where)
         captions = complete_captions(texts, self.table) if texts else None
         controls, references = self._read_parts(values, where)
-        mask = self._part("mask_path", values.get("mask_path"), where)
+        mask = self._read_part("mask_path", values.get("mask_path"), where)
         layers = self._read_layers(values, where) if self.table.multiple_target else []
-        control_mask = self._part("control_mask_path", values.get("control_mask_path"), where)
-        rejected = self._part("worse_path", values.get("worse_path"), where)
+        control_mask = self._read_part("control_mask_path", values.get("control_mask_path"), where)
+        rejected = self._read_part("worse_path", values.get("worse_path"), where)
         source = make_source(
             self.table,
             where=where,
@@ -106,14 +106,7 @@ class RowReader:
             rejected=rejected,
             layers=layers,
         )
-        audio_path = values.get("audio_path") if self.table.kind == "video" else None
-        audio = self._part("audio_path", audio_path, where)
-        if audio is None and self.table.finds_audio and not source.origins:
-            from dataset.sources.folders import find_audio_beside  # few lists have audio
-
-            audio = find_audio_beside(source.path)
-        if audio is not None:
-            source = replace(source, audio=cast(tuple[Path, media_source.Remote | None], audio))
+        source = self._add_audio(source, values, where)
         if self.table.shows_media and values.get("references") is not None:
             from dataset.sources.shown import read_shown  # few lists have references
 
@@ -123,7 +116,21 @@ class RowReader:
         self._identities.append(media.identity)
         return source
 
-    def _media(self, values: Mapping[str, Any], where: str) -> "_Media":
+    def _add_audio(
+        self, source: media_source.MediaSource, values: Mapping[str, Any], where: str
+    ) -> media_source.MediaSource:
+        """Return a source with the audio file that its row names, or that is next to the clip."""
+        audio_path = values.get("audio_path") if self.table.kind == "video" else None
+        audio = self._read_part("audio_path", audio_path, where)
+        if audio is None and self.table.finds_audio and not source.origins:
+            from dataset.sources.folders import find_audio_beside  # few lists have audio
+
+            audio = find_audio_beside(source.path)
+        if audio is None:
+            return source
+        return replace(source, audio=cast(tuple[Path, media_source.Remote | None], audio))
+
+    def _read_media(self, values: Mapping[str, Any], where: str) -> "_Media":
         """Return the image or clip that a row names."""
         text = values.get(self.path_column)
         if text is None and self.table.multiple_target:  # image_path_0 is the image, image_path_1 a layer
@@ -164,8 +171,10 @@ class RowReader:
         layers: dict[int, Part] = {}
         for name, value in values.items():
             number = control_number(name, column)
-            part = self._part(name, value, where) if number else None
-            if number and part is not None:
+            if not number:  # another column, or the full image
+                continue
+            part = self._read_part(name, value, where)
+            if part is not None:
                 layers[number] = part
         self._note_gap(layers, column, where)
         return [layers[number] for number in sorted(layers)]
@@ -198,13 +207,19 @@ class RowReader:
     def _add_parts(
         self, parts: dict[int, Part], column: str, name: str, value: Any, first: int, where: str
     ) -> None:
-        """Add the files in the column `name` to `parts`, numbered from `first`.
+        """Add the files in a column to `parts`, by their numbers.
 
-        `column` is the default name of such columns, for messages.
+        Args:
+            parts: Control media, or references, of the row so far.
+            column: Default name of such columns, for messages.
+            name: Name of the column.
+            value: A path, or a list of paths.
+            first: Number of the first path.
+            where: Position of the row, for messages.
         """
         paths = value if isinstance(value, list) else [value]
         for number, path in enumerate(paths, first):
-            part = self._part(name, path, where)
+            part = self._read_part(name, path, where)
             if part is None:
                 continue
             if number in parts:
@@ -224,6 +239,7 @@ class RowReader:
         stems = media_source.unique_stems([source.stem for source in sources], self._identities)
         named = []
         for source, stem in zip(sources, stems, strict=True):
+            # equal file names in a list are an error, which is reported later
             keeps_stem = stem == source.stem or (self.is_list and not source.origins)
             named.append(source if keeps_stem else replace(source, stem=stem))
         numbered = media_source.number_repeats(named)
@@ -284,10 +300,11 @@ class RowReader:
         stripped = [text.strip() for text in captions]
         if caption is None or not self.table.multi_caption:
             return stripped
-        lines = lines_of(stripped[0]) or [""]
-        return [*lines, *stripped[1:]]
+        first_lines = lines_of(stripped[0]) or [""]  # with multi_caption, each line is a caption
+        return [*first_lines, *stripped[1:]]
 
     def _read_further_text(self, value: Any, where: str) -> str:
+        """Return the `FURTHER_TEXT` of a row. Raises DatasetError if it is not a text."""
         if not isinstance(value, str) or not value.strip():
             raise DatasetError(
                 f"{where}: {FURTHER_TEXT.key} = {_show(value)} is not a text. Write what "
@@ -297,6 +314,7 @@ class RowReader:
         return value
 
     def _further_captions(self, values: Mapping[str, Any], where: str) -> list[str]:
+        """Return the list `captions` of a row, which only tables with multi_caption have."""
         texts = values.get("captions") if self.table.multi_caption else None
         if texts is None:
             return []
@@ -304,13 +322,13 @@ class RowReader:
             raise DatasetError(f"{where}: captions = {_show(texts)} is not a list of texts")
         return texts
 
-    def _part(self, name: str, value: Any, where: str) -> Part | None:
+    def _read_part(self, name: str, value: Any, where: str) -> Part | None:
         """Return the file in a column of control media, masks or audio; None if there is none.
 
-        `value` is a path, or the location of a file that the row contains.
+        `value` is a path, or the `Part` of a file that the row contains.
         """
         is_blank = isinstance(value, str) and not value.strip()
-        if value is None or (is_blank and not self.is_list):
+        if value is None or (is_blank and not self.is_list):  # an empty cell of a CSV table means no file
             return None
         if is_blank:
             raise DatasetError(f"{where}: {name} is empty. Write a path, or leave it out")
@@ -330,7 +348,7 @@ def list_rows(
 ) -> list[media_source.MediaSource]:
     """Return the sources of rows, in order; errors, with row numbers, are added to `faults`.
 
-    `cells` has, by column, a function that locates the file that a row itself contains.
+    `cells` has a function for each column with files, which locates the file in the cell of a row.
     """
     sources = []
     kind = f"{reader.unit}s of {reader.file} cannot be used"
@@ -345,9 +363,10 @@ def list_rows(
 
 
 def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -> media_source.MediaSource:
-    """Return the source of a row. `cells` is that of `list_rows`.
+    """Return the source of a row; `cells` is the argument of `list_rows`.
 
-    Raises DatasetError if a cell is invalid.
+    Raises:
+        DatasetError: If the row has a fault, or a cell is invalid.
     """
     if row.fault is not None:
         raise DatasetError(f"{row.where}: {row.fault}")
@@ -357,14 +376,15 @@ def _read_row(reader: RowReader, row: TableRow, cells: Mapping[str, FindCell]) -
     values = {**row.values}
     for column, find_cell in cells.items():
         origin = find_cell(row)
-        if origin is None:  # null: the row has no such file
+        if origin is None:  # null: the row has no file in this column
             continue
-        name = f"{row.number:08d}"
-        if column == reader.path_column:  # `train-00000-of-00002_00000012`
-            stem = f"{media_source.readable_stem(row.file.stem).replace('.', '_')}_{name}"
-            media = stem, (row.file / name, origin)
+        number = f"{row.number:08d}"
+        if column == reader.path_column:
+            file_stem = media_source.readable_stem(row.file.stem).replace(".", "_")
+            stem = f"{file_stem}_{number}"  # such as `train-00000-of-00002_00000012`
+            media = stem, (row.file / number, origin)
         else:
-            values[column] = row.file / f"{name} {media_source.readable_stem(column)}", origin
+            values[column] = row.file / f"{number} {media_source.readable_stem(column)}", origin
     return reader.read(values, row.where, media)
 
 
@@ -381,16 +401,18 @@ def make_source(
     rejected: Part | None = None,
     layers: Sequence[Part] = (),
 ) -> media_source.MediaSource:
-    """Make a source from one row, or from one sample of a tar. `where` is its position for messages."""
+    """Make a source from one row, or from one sample of a tar; `where` is its position, for messages."""
     if mask is not None and table.alpha_mask:
         raise DatasetError(f"{where}: its mask and alpha_mask = true exclude each other; leave out one.")
     caption, more_captions = first_and_more(captions, where)
     masks = [part for part in (mask, control_mask) if part is not None]
     all_rejected = [] if rejected is None else [rejected]
-    parts = (media, *controls, *masks, *references, *all_rejected, *layers)  # ordered as `MediaSource.parts`
+    # in the order of `MediaSource.parts`
+    parts = (media, *controls, *masks, *references, *all_rejected, *layers)
     origins = tuple(origin for _, origin in parts)
+    media_path, _ = media
     return media_source.MediaSource(
-        path=media[0],
+        path=media_path,
         stem=stem,
         caption=caption,
         caption_path=None,
@@ -423,6 +445,9 @@ def locate(text: str, base: Path | None, where: str) -> Path:
     """Return the path that a text of a row names.
 
     `base` is the base folder of relative paths; None means the working folder.
+
+    Raises:
+        DatasetError: If the text cannot be a path.
     """
     try:
         return expand_path(text, base)
@@ -462,6 +487,7 @@ def check_controls(
 
 
 def _show(value: Any) -> str:
+    """Return the beginning of a value for a message, without passwords in addresses."""
     return hide_secrets(json.dumps(value, default=repr)[:80])
 
 
@@ -480,8 +506,8 @@ def require_file(table: DatasetTable) -> Path:
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
     """Return the names of columns that are read, except numbered ones (see `is_companion`)."""
-    names = {path_column, caption_column, table.control_column or "", "mask_path", "control_mask_path"}
-    names.add("worse_path")
+    names = {path_column, caption_column, table.control_column or ""}
+    names |= {"mask_path", "control_mask_path", "worse_path"}
     if table.multi_caption:
         names.add("captions")
     if table.kind == "video":
@@ -490,24 +516,29 @@ def names_read(table: DatasetTable, path_column: str, caption_column: str) -> se
 
 
 def is_companion(name: str) -> bool:
-    """Return whether a column holds numbered control media or references, such as `control_path_1`."""
+    """Return whether a column has numbered control media or references, such as `control_path_1`."""
     return control_number(name) is not None or control_number(name, "reference_path") is not None
 
 
 def is_layer(table: DatasetTable, name: str) -> bool:
-    """Return whether a numbered column holds an image or one of its layers."""
+    """Return whether a numbered column has an image or one of its layers."""
     return table.multiple_target and control_number(name, table.path_key) is not None
 
 
 def is_control(table: DatasetTable, name: str) -> bool:
-    """Return whether a column holds control media."""
+    """Return whether a column has control media."""
     return name == table.control_column or control_number(name) is not None
 
 
 def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
     """Return the base folder of relative paths; None for the working folder, or if no file is found.
 
-    The first existing file decides. `rows` are those of the list or table at `path`; `column` has the paths.
+    The first relative path of an existing file decides.
+
+    Args:
+        path: Path of the list or table.
+        column: Column with the paths.
+        rows: Rows of the list or table.
     """
     folder = path if path.is_dir() else path.parent
     for row in itertools.islice(rows, FIRST_ROWS):
@@ -515,12 +546,12 @@ def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
         if not isinstance(text, str) or "\0" in text or not text.strip() or is_address(text):
             continue
         with contextlib.suppress(ValueError):  # a text that cannot be a path is reported with its row
-            file = expand_path(text)
-            if file.is_absolute():
+            in_working_folder = expand_path(text)
+            if in_working_folder.is_absolute():
                 continue
-            beside = expand_path(text, folder)
-            if file.exists():
-                if beside.exists() and not file.samefile(beside):
+            next_to_list = expand_path(text, folder)
+            if in_working_folder.exists():
+                if next_to_list.exists() and not in_working_folder.samefile(next_to_list):
                     logger.warning(
                         "%s: %s is both in the working folder and in %s: the first is used. Write absolute "
                         "paths, or start in another folder, if that is wrong.",
@@ -529,6 +560,6 @@ def find_base(path: Path, column: str, rows: Iterable[TableRow]) -> Path | None:
                         folder,
                     )
                 return None
-            if beside.exists():
+            if next_to_list.exists():
                 return folder
     return None

@@ -1,4 +1,4 @@
-"""Tables that others made, of any format, with a column of paths, addresses or whole files."""
+"""Tables of any format and origin, with a column of paths, addresses or files."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dataset import config_keys as forms
 from dataset.config_keys import NOTHING, key, of_kind
-from dataset.forms.contract import DataForm, LookedAt
+from dataset.forms.contract import DataForm, InspectedColumns
 from dataset.table import DatasetTable
 
 if TYPE_CHECKING:  # torch is not loaded to read a dataset file
@@ -15,11 +15,11 @@ if TYPE_CHECKING:  # torch is not loaded to read a dataset file
 
 @dataclass(frozen=True)
 class TableKeys:
-    """The keys that only these tables have."""
+    """The keys that only datasets in a table have."""
 
     table_file: Path = of_kind(forms.LIST_PATH)
-    path_column: str | None = key(forms.COLUMN, stale=NOTHING)  # None: the usual names
-    folder = None  # where their caches are, the dataset file has to say
+    path_column: str | None = key(forms.COLUMN, stale=NOTHING)  # None: the default names
+    folder = None  # there is no default: the dataset file has to name a cache_directory
 
     @property
     def source(self) -> Path:
@@ -32,7 +32,7 @@ class TableKeys:
 
 
 class Tables(DataForm):
-    """Rows of a table that names files, addresses or holds files."""
+    """Rows of a table that names files or addresses, or contains files."""
 
     name = "tables"
     source = "table_file"
@@ -43,7 +43,7 @@ class Tables(DataForm):
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
         """Read the table, row by row."""
-        from dataset.forms.tables_listing import list_table  # it loads what decodes
+        from dataset.forms.tables_listing import list_table  # it loads decoders
 
         return list_table(table, table.of(TableKeys).path_column, faults)
 
@@ -51,11 +51,11 @@ class Tables(DataForm):
         """Return where a missing caption would be: in the row's column of captions."""
         return f'no "{table.caption_column or "caption"}" in its row'
 
-    def look_at(self, table: DatasetTable) -> LookedAt:
+    def inspect_columns(self, table: DatasetTable) -> InspectedColumns:
         """Return the rows of the table and the columns that are read."""
-        from dataset.forms.tables_listing import look_at_table
+        from dataset.forms.tables_listing import inspect_table
 
-        return look_at_table(table, table.of(TableKeys).path_column)
+        return inspect_table(table, table.of(TableKeys).path_column)
 
 
 TABLES = Tables()

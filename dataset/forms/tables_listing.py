@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from dataset.forms import JSON_LINES
 from dataset.forms.composing import column_names, find_cells, plain_columns, read_columns, row_format
-from dataset.forms.contract import LookedAt
+from dataset.forms.contract import InspectedColumns
 from dataset.forms.rows import (
     CAPTION_COLUMNS,
     PATH_COLUMNS,
@@ -37,14 +37,18 @@ def list_table(table: DatasetTable, path_column: str | None, faults: list[Fault]
     media, caption_column = _select_columns(table, path_column, columns)
     names = names_read(table, media, caption_column or "")
     names |= {name for name in columns if is_companion(name)}
-    cells = {}  # by column: finds its files, if it holds files
+    cells = {}  # functions that find the files in columns with files
     for name in names - {"audio_path", caption_column}:
+        # an empty cell of the media is an error; of other columns it means that the row has no such file
         find_cell = find_cells(path, name, finds_nulls=name != media)
         if find_cell is not None:
             cells[name] = find_cell
     names -= cells.keys()
-    base = None if media in cells else find_base(path, media, read_columns(path, [media]))
+    base = None
+    if media not in cells:  # a column of paths
+        base = find_base(path, media, read_columns(path, [media]))
     reader = RowReader(table, path, media, caption_column, base=base)
+    # the columns of JSON Lines are only those of the first lines, so that all keys are read
     rows = read_columns(path, None if row_format(path) is JSON_LINES else names)
     return list_rows(reader, rows, faults, cells)
 
@@ -53,11 +57,11 @@ class _ReadColumns(NamedTuple):
     """The columns of a table's media and captions."""
 
     media: str
-    caption: str | None  # None: it has none
+    caption: str | None  # None: the table has no captions
 
 
 def _select_columns(table: DatasetTable, path_column: str | None, columns: Sequence[str]) -> _ReadColumns:
-    """Return the columns that are read. `path_column` is the value in the dataset file.
+    """Return the columns of the media and captions; `path_column` is the value in the dataset file.
 
     Raises:
         DatasetError: If the column of the media, or a column that a key names, is missing.
@@ -84,16 +88,18 @@ def _select_columns(table: DatasetTable, path_column: str | None, columns: Seque
 
 
 def _shown(columns: Sequence[str]) -> str:
+    """List columns for a message, at most MAX_SHOWN."""
     if not columns:
         return "no columns"
     shown = ", ".join(map(repr, columns[:MAX_SHOWN]))
     return f"{shown} and {len(columns) - MAX_SHOWN} more" if len(columns) > MAX_SHOWN else shown
 
 
-def look_at_table(table: DatasetTable, path_column: str | None) -> LookedAt:
-    """Open a table for warnings about its columns. `path_column` is the value in the dataset file.
+def inspect_table(table: DatasetTable, path_column: str | None) -> InspectedColumns:
+    """Open a table for warnings about its columns; `path_column` is the value in the dataset file.
 
-    Raises DatasetError as listing it does.
+    Raises:
+        DatasetError: If the table cannot be listed.
     """
     path = table.source
     columns = column_names(path)
@@ -103,4 +109,4 @@ def look_at_table(table: DatasetTable, path_column: str | None) -> LookedAt:
     unread = [name for name in columns if name not in read and not is_companion(name)]
     plain, cells = plain_columns(path, [*unread, *control])
     unused_cells = [name for name in cells if name != media]
-    return LookedAt(media, names_read(table, media, ""), unused_cells, read_columns(path, plain))
+    return InspectedColumns(media, names_read(table, media, ""), unused_cells, read_columns(path, plain))

@@ -19,11 +19,11 @@ class TarKeys:
     """The keys that only tables of tars have."""
 
     tars: tuple[str, ...] = of_kind(forms.TARS)  # paths, globs or addresses
-    folder = None  # where their caches are, the dataset file has to say
+    folder = None  # there is no default: the dataset file has to name a cache_directory
 
     @property
     def source(self) -> Path:
-        """Return the first name, without passwords."""
+        """Return the first path, glob or address, without passwords."""
         return Path(hide_secrets(self.tars[0]))
 
     def source_key(self, kind: str) -> str:
@@ -32,7 +32,7 @@ class TarKeys:
 
 
 class Tars(DataForm):
-    """Samples in tars, local ones or behind addresses."""
+    """Samples in tars, on disk or at addresses."""
 
     name = "tars"
     source = "tars"
@@ -41,8 +41,8 @@ class Tars(DataForm):
     empty = "holds no {kind}s"
 
     def list_sources(self, table: DatasetTable, faults: "list[Fault]") -> "list[MediaSource]":
-        """Read the indexes of the tars, which are downloaded first if they are at addresses."""
-        from dataset.forms.tars_listing import list_tars  # it loads what decodes
+        """List the samples of the tars; tars at addresses are downloaded first."""
+        from dataset.forms.tars_listing import list_tars  # it loads decoders
 
         return list_tars(table, table.of(TarKeys).tars, faults)
 

@@ -1,9 +1,9 @@
-"""The samples of one tar: read from its headers once, then kept next to the caches for the next run.
+"""The samples of one tar, read from its headers once and stored next to the caches for the next run.
 
-A sample is the files of a tar whose names are equal up to the first dot (the WebDataset form). Texts are read
-at the same time, because they are next to the headers. Nothing is unpacked, and names are only labels, so
-that absolute names and links do no harm. Reading the headers of a million samples takes half a minute from
-memory, and far longer from a disk.
+A sample is the files of a tar whose names are equal up to the first dot, as in WebDataset. Texts are read at
+the same time, because they are next to the headers. Nothing is unpacked, and names are only labels, so that
+absolute names and links do no harm. Reading the headers of a million samples takes half a minute from memory,
+and far longer from a disk.
 """
 
 import contextlib
@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 VERSION = 2
 FOLDER = "tar_index"  # in the cache directory
-MIN_SAMPLES = 1000  # fewer are read from their tar each time
+MIN_SAMPLES = 1000  # a tar with fewer samples has no stored index, because its headers are read quickly
 MASK, CONTROL = "mask", "control"
 _ROLE = re.compile(r"(mask|control)(?:_(\d{1,9}))?(\.\w+)", re.ASCII)
 BLOCK = tarfile.BLOCKSIZE
+# first bytes of a compressed file -> the compression, and a command that unpacks it
 COMPRESSED = {
     b"\x1f\x8b": ("gzip", "gunzip -k"),
     b"BZh": ("bzip2", "bunzip2 -k"),
@@ -51,21 +52,21 @@ class TarDamage(Exception):
 class Member(NamedTuple):
     """A regular file in a tar."""
 
-    name: str  # as stated; bytes that are not UTF-8 are escaped
-    offset: int
+    name: str  # as in the header; bytes that are not UTF-8 are escaped
+    offset: int  # of its first byte in the tar
     size_bytes: int
 
 
 @dataclass(frozen=True)
 class TarRules:
-    """Roles of a sample's files."""
+    """Which files of a sample are its media, its caption and its companions."""
 
-    media: tuple[str, ...]  # suffixes
-    spare: tuple[str, ...]  # suffixes that count if there is no other
+    media: tuple[str, ...]  # suffixes of images or clips
+    spare: tuple[str, ...]  # suffixes that count as media only if no file has one of `media`
     companions: tuple[str, ...]  # suffixes of masks and control media
     caption_suffix: str  # ".txt"
-    caption_names: tuple[str, ...]  # in a .json, in order
-    json_first: bool
+    caption_names: tuple[str, ...]  # keys of the caption in a .json, in order of preference
+    json_first: bool  # whether a .json takes precedence over a caption file
     multi_caption: bool
 
 
@@ -76,7 +77,7 @@ class TarSample:
     key: str  # name up to the first dot, with its folder
     media: Member
     caption: str | None
-    extras: tuple[tuple[str, int, Member], ...] = ()  # MASK or CONTROL, number, member
+    extras: tuple[tuple[str, int, Member], ...] = ()  # role (MASK or CONTROL), number, member
 
 
 @dataclass
@@ -84,9 +85,9 @@ class TarIndex:
     """Content of a tar."""
 
     samples: list[TarSample] = field(default_factory=list)
-    faults: list[tuple[str, str]] = field(default_factory=list)  # key and what is wrong
-    others: list[str] = field(default_factory=list)  # the first of the keys without media
-    num_others: int = 0
+    faults: list[tuple[str, str]] = field(default_factory=list)  # key of a sample, and its error
+    others: list[str] = field(default_factory=list)  # the first key without media, if there is any
+    num_others: int = 0  # number of keys without media
     damage: str | None = None  # why the tar cannot be read to its end
 
 
@@ -99,9 +100,10 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
     """
     require_regular_file(tar)
     stat = tar.stat()
-    # an index is valid for this version of the code, this state of the tar and these rules
-    valid_for = [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)]
-    made_for = json.dumps(valid_for, ensure_ascii=False)
+    # a stored index is valid only for this version of the code, this state of the tar and these rules
+    made_for = json.dumps(
+        [VERSION, stat.st_size, stat.st_mtime_ns, dataclasses.asdict(rules)], ensure_ascii=False
+    )
     tar_hash = short_hash(str(real_path(tar)))
     path = cache_directory / FOLDER / f"{tar.stem[:80]}-{tar_hash}.json"
     with contextlib.suppress(OSError, ValueError, TypeError):  # no index, or a damaged one
@@ -111,14 +113,14 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
             return TarIndex(samples, others=others, num_others=num_others)
     with tar.open("rb", buffering=0) as file:
         index = _scan(file, stat.st_size, rules, tar)
-    # a damaged tar is scanned again next time: one that is still being written may keep its size and time
+    # no index of a damaged tar: it may still be written, without a change of its size and time
     if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
         _write_index(path, index, made_for)
     return index
 
 
 def _write_index(path: Path, index: TarIndex, made_for: str) -> None:
-    """Write an index. `made_for` is its version, its tar and its rules."""
+    """Store an index for the next run; `made_for` is a text that must be equal for the index to be valid."""
     rows = [(sample.key, sample.media, sample.caption, sample.extras) for sample in index.samples]
     try:
         write_text(path, json.dumps([made_for, index.others, index.num_others, rows]))
@@ -133,13 +135,10 @@ def _unpack_sample(key: str, media: Any, caption: str | None, extras: Any) -> Ta
 
 
 def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarIndex:
-    """Return the samples and the errors of an opened tar, up to its end or its first damage.
-
-    Files with the same name up to the first dot of the base name are one sample, as in WebDataset.
-    """
+    """Return the samples and the errors of an opened tar, up to its end or its first damage."""
     _reject_compressed(file, tar)
     index = TarIndex()
-    groups: dict[str, _Group] = {}  # by key
+    groups: dict[str, _Group] = {}  # files of each sample, by key
     last_key = ""  # of the last member read: a damage may have cut its group
     try:
         for member in read_members(file, size_bytes):
@@ -163,9 +162,18 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
                 f"{tar} is no tar, or it is damaged at its beginning. Make it again."
             ) from None
         index.damage = _describe_damage(damage, groups, last_key)
+    _add_samples(index, groups, rules)
+    return index
+
+
+_Group = dict[str, Member | str]  # files of a sample: name after the first dot -> member, or its text
+
+
+def _add_samples(index: TarIndex, groups: Mapping[str, _Group], rules: TarRules) -> None:
+    """Make a sample of each group of files, and add it, or its error, to the index."""
     for key, group in groups.items():
         try:
-            sample = _sample(key, group, rules)
+            sample = _make_sample(key, group, rules)
         except ValueError as error:
             index.faults.append((key, str(error)))
             continue
@@ -175,36 +183,36 @@ def _scan(file: BinaryIO, size_bytes: int, rules: TarRules, tar: Path) -> TarInd
             index.num_others += 1
             if not index.others:
                 index.others.append(key)
-    return index
-
-
-_Group = dict[str, Member | str]  # name after the first dot -> place, or text
 
 
 def _reject_compressed(file: BinaryIO, tar: Path) -> None:
-    start = file.read(8)
+    """Raise DatasetError if a file begins like a compressed one."""
+    first_bytes = file.read(8)
     file.seek(0)
     for magic, (compression, command) in COMPRESSED.items():
-        if start.startswith(magic):
+        if first_bytes.startswith(magic):
             raise DatasetError(
                 f"{tar} is compressed with {compression}, so that single files of it cannot be read. Unpack "
                 f"it once: {command} {tar.name}"
             )
 
 
-def _describe_damage(damage: TarDamage, groups: dict[str, _Group], last: str) -> str:
+def _describe_damage(damage: TarDamage, groups: dict[str, _Group], last_key: str) -> str:
     """Describe the usable part of a damaged tar. The last group is removed unless it seems complete."""
-    group = groups.pop(last, {})
-    lost = f"{last} and what follows"
-    # complete if it has the same kinds of files as another
-    if any(complete.keys() == group.keys() for complete in groups.values()):
-        groups[last] = group
+    last_group = groups.pop(last_key, {})
+    lost = f"{last_key} and what follows"
+    # it is complete if it has the same kinds of files as another group
+    if any(group.keys() == last_group.keys() for group in groups.values()):
+        groups[last_key] = last_group
         lost = "what follows"
     return f"{damage}. {len(groups)} samples before that are used, {lost} cannot be read"
 
 
 def _read_text(file: BinaryIO, member: Member) -> str:
-    """Return the text of a member; for other data, a message that begins with NUL, which no text contains."""
+    """Return the text of a member.
+
+    If it is not a text, the result is NUL and the end of an error message. A text contains no NUL.
+    """
     if member.size_bytes > MAX_CAPTION_BYTES:
         return f"\0has {member.size_bytes:,} bytes, at most {MAX_CAPTION_BYTES:,} are read"
     file.seek(member.offset)
@@ -218,8 +226,12 @@ def _read_text(file: BinaryIO, member: Member) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
-    """Build a sample from a group of files; None without media. Raises ValueError if it is ambiguous."""
+def _make_sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
+    """Make a sample from the files of a group; None if none of them is an image or clip.
+
+    Raises:
+        ValueError: If several files have the same role, or the caption cannot be used.
+    """
     texts: dict[str, str] = {}
     files: dict[str, Member] = {}
     for ending, content in group.items():
@@ -227,7 +239,7 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
             texts[ending] = content
         else:
             files[ending] = content
-    by_role: dict[tuple[str, int], list[str]] = {}  # names as `mask.png` or `control_1.png`
+    by_role: dict[tuple[str, int], list[str]] = {}  # endings such as `mask.png` or `control_1.png`
     candidates = []
     for ending in files:
         role = _find_role(ending, rules)
@@ -235,44 +247,51 @@ def _sample(key: str, group: _Group, rules: TarRules) -> TarSample | None:
             candidates.append(ending)
         else:
             by_role.setdefault(role, []).append(ending)
-    media = _media_among(candidates, rules.media) or _media_among(candidates, rules.spare)
+    media = _select_media(candidates, rules.media) or _select_media(candidates, rules.spare)
     if not media:
         return None
     if len(media) > 1:
         raise ValueError(f"it has several files to learn: {', '.join(media)}; keep one")
     caption = _caption(texts, rules)
     extras = []
-    for (kind, number), endings in sorted(by_role.items()):
+    for (role_name, number), endings in sorted(by_role.items()):
         if len(endings) > 1:
             raise ValueError(f"it has two files of one kind among {', '.join(endings)}; keep one")
-        extras.append((kind, number, files[endings[0]]))
+        extras.append((role_name, number, files[endings[0]]))
     return TarSample(key, files[media[0]], caption, tuple(extras))
 
 
 def _find_role(ending: str, rules: TarRules) -> tuple[str, int] | None:
     """Return the role, MASK or CONTROL, and the number of a companion file; None for other names."""
     match = _ROLE.fullmatch(ending)
-    if match is None or match[3] not in rules.companions:
+    if match is None:
         return None
-    if match[1] == MASK and match[2] is not None:
+    role, number, suffix = match.groups()
+    if suffix not in rules.companions:
         return None
-    return match[1], int(match[2] or 0)
+    if role == MASK and number is not None:  # masks have no numbers
+        return None
+    return role, int(number or 0)
 
 
-def _media_among(endings: Sequence[str], suffixes: Container[str]) -> list[str]:
-    """Return the names of media to learn: names that are a suffix, else names that end in one."""
+def _select_media(endings: Sequence[str], suffixes: Container[str]) -> list[str]:
+    """Return the endings of media to learn: those that are a suffix, such as `png`, else `crop.png`."""
     exact = [ending for ending in endings if f".{ending}" in suffixes]
-    return sorted(exact or [ending for ending in endings if f".{ending.rpartition('.')[2]}" in suffixes])
+    if exact:
+        return sorted(exact)
+    return sorted([ending for ending in endings if f".{ending.rpartition('.')[2]}" in suffixes])
 
 
 def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
-    """Return the caption in the texts of a sample.
+    """Return the caption in the texts of a sample; None if there is none.
+
+    With multi_caption, each line of the result is a caption.
 
     Raises:
-        ValueError: If it cannot be used.
+        ValueError: If the caption cannot be used.
     """
     for ending, text in texts.items():
-        if text.startswith("\0"):
+        if text.startswith("\0"):  # an error, see `_read_text`
             raise ValueError(f"its .{ending} {text[1:]}")
     caption_text = texts.get(rules.caption_suffix[1:])
     json_text = texts.get("json")
@@ -285,7 +304,7 @@ def _caption(texts: Mapping[str, str], rules: TarRules) -> str | None:
         return None
     if not rules.multi_caption:
         return captions[0].strip()
-    further = [" ".join(caption.split()) for caption in captions[1:]]
+    further = [" ".join(caption.split()) for caption in captions[1:]]  # each on one line
     return "\n".join([captions[0], *further]).strip()
 
 
@@ -293,7 +312,7 @@ def _captions_in_json(text: str, rules: TarRules) -> list[str]:
     """Return the captions in the .json of a sample.
 
     Raises:
-        ValueError: If they cannot be used.
+        ValueError: If the captions cannot be used.
     """
     try:
         record = parse_json(text)
@@ -316,7 +335,7 @@ def _captions_in_json(text: str, rules: TarRules) -> list[str]:
 
 
 class _HeaderFile:
-    """A tar for `tarfile` to read headers and long names from; refuses larger reads than these need."""
+    """A file from which `tarfile` reads headers and long names; it refuses larger reads than these need."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -336,13 +355,17 @@ class _HeaderFile:
 def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
     """Yield the regular files of a tar in order.
 
-    `file` is not buffered and at its beginning; it may be read between two members.
+    Args:
+        file: The tar, unbuffered and at its beginning. Callers may read from it between two members.
+        size_bytes: Size of the tar.
 
-    Raises TarDamage where the tar is cut or damaged, after all members before that, OSError.
+    Raises:
+        TarDamage: After all members before the position at which the tar is cut or damaged.
+        OSError: If the file cannot be read.
     """
     cut = f"it is cut short after {size_bytes:,} bytes"
     tar = None
-    place = 0
+    offset = 0  # position of the last header
     while True:
         try:
             if tar is None:
@@ -354,18 +377,19 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
             info = tar.next()
         except TarDamage:
             raise
-        except Exception as error:  # the library passes on errors of other modules
-            if isinstance(error, OSError) and error.errno != errno.EINVAL:  # not a seek to a damaged place
+        except Exception as error:  # `tarfile` passes on errors of several modules
+            # EINVAL: a damaged header makes `tarfile` seek to an invalid position
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
                 raise
             if file.tell() >= size_bytes:
                 raise TarDamage(cut) from None
-            raise TarDamage(f"it is damaged at byte {place:,}", is_no_tar=place == 0) from None
+            raise TarDamage(f"it is damaged at byte {offset:,}", is_no_tar=offset == 0) from None
         if info is None:
             break
-        if info.size < 0 or tar.offset <= place:
-            raise TarDamage(f"it is damaged at byte {place:,}: a size is no number")
-        place = tar.offset
-        tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; else it keeps all of them
+        if info.size < 0 or tar.offset <= offset:
+            raise TarDamage(f"it is damaged at byte {offset:,}: a size is no number")
+        offset = tar.offset
+        tar.members = []  # type: ignore[attr-defined]  # typeshed lacks it; `tarfile` would store all members
         if info.isreg() and not info.issparse():
             if info.offset_data + info.size > size_bytes:
                 raise TarDamage(f"{cut}, in {ascii(info.name[-80:])}")
@@ -375,22 +399,25 @@ def read_members(file: BinaryIO, size_bytes: int) -> Iterator[Member]:
             yield Member(name, info.offset_data, info.size)
     file.seek(tar.offset)
     block = file.read(BLOCK)
-    if block != bytes(BLOCK):  # the library ends at a damaged header as at the end
-        raise TarDamage(cut if len(block) < BLOCK else f"it is damaged at byte {tar.offset:,}")
+    # `tarfile` stops at a damaged header as at the end, where there must be an empty block
+    if len(block) < BLOCK:
+        raise TarDamage(cut)
+    if block != bytes(BLOCK):
+        raise TarDamage(f"it is damaged at byte {tar.offset:,}")
 
 
 def _read_name(info: tarfile.TarInfo, file: BinaryIO) -> str:
     """Return the name of a member without times.
 
-    GNU tar writes times into incremental archives where other archives have the beginning of a name, and
-    `tarfile` reads them as a name.
+    Incremental archives of GNU tar have times in the header field in which other archives have the beginning
+    of a long name (the prefix). `tarfile` reads the times as part of the name.
     """
-    if not info.name[0].isdigit():
+    if not info.name[0].isdigit():  # times are digits
         return info.name
     position = file.tell()
     file.seek(info.offset_data - BLOCK)
     header = file.read(BLOCK)
     file.seek(position)
-    times = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
-    is_gnu = header[257:263] == b"ustar "
-    return info.name.removeprefix(f"{times}/") if times and is_gnu else info.name
+    prefix = header[345:500].partition(b"\0")[0].decode("ascii", "backslashreplace")
+    is_gnu = header[257:263] == b"ustar "  # magic of GNU tar; POSIX archives have "ustar\0"
+    return info.name.removeprefix(f"{prefix}/") if prefix and is_gnu else info.name

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d{1,12})\.\.(\d{1,12})", re.ASCII)
-PIECE = 1 << 20  # bytes
+PIECE = 1 << 20  # bytes that are read at once
 
 
 def check_tar(path: Path) -> None:
@@ -44,28 +44,28 @@ class TarMember:
     """A file in a tar that is not compressed."""
 
     container: Path  # the tar
-    offset: int  # of its first byte
+    offset: int  # of its first byte in the tar
     size_bytes: int
     has_suffix = True
 
     def pieces(self) -> Iterator[bytes]:
-        """Yield its bytes.
+        """Yield the bytes of the file in pieces.
 
         Raises:
-            OSError: If the tar is gone, or shorter than it was.
+            OSError: If the tar was removed, or is shorter than before.
         """
-        left = self.size_bytes
+        remaining = self.size_bytes
         with self.container.open("rb") as file:
             file.seek(self.offset)
-            while left:
-                piece = file.read(min(PIECE, left))
+            while remaining:
+                piece = file.read(min(PIECE, remaining))
                 if not piece:
                     raise OSError(errno.EIO, "the tar is shorter than it was", str(self.container))
-                left -= len(piece)
+                remaining -= len(piece)
                 yield piece
 
     def describe(self) -> dict[str, Any]:
-        """Return the tar and the bytes in it that the member has, as a cache records them."""
+        """Return the tar, and the position of the member in it, as a cache records them."""
         return {"in": str(self.container), "offset": self.offset, "bytes": self.size_bytes}
 
 
@@ -74,13 +74,13 @@ def list_tars(
 ) -> list[media_source.MediaSource]:
     """Return the sources of a table of tars, in any order, and add errors to `faults`.
 
-    Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that ends no
-    run.
+    Tars at addresses are downloaded first. A tar that is cut or cannot be downloaded is a fault that does not
+    end the run.
 
     Args:
         table: Table of the dataset.
         patterns: Paths, globs or addresses of its tars, with braces.
-        faults: List that gets a fault for each tar or sample that cannot be used.
+        faults: List to which a fault is added for each tar or sample that cannot be used.
 
     Raises:
         DatasetError: If no tar is named.
@@ -93,29 +93,28 @@ def list_tars(
         companions=tuple(sorted(mask_suffixes(table.kind))),
         caption_suffix=(table.caption_extension or ".txt").lower(),
         caption_names=CAPTION_COLUMNS if table.caption_column is None else (table.caption_column,),
-        json_first=table.caption_column is not None,
+        json_first=table.caption_column is not None,  # a key of the .json that the table names
         multi_caption=table.multi_caption,
     )
-    num_others = 0
-    example = ""
+    num_others = 0  # samples without media
+    example = ""  # one of them
+    unusable = f"tars of {table.name} cannot be used"
+    incomplete = f"tars of {table.name} cannot be read to their end"
+    unusable_sample = f"samples of {table.name} cannot be used"
     for tar in _find_tars(table, patterns, faults):
-        kind = f"tars of {table.name} cannot be read to their end"
         try:
             index = read_index(tar, rules, table.cache_directory)
         except DatasetError as error:
-            faults.append(media_source.Fault(f"tars of {table.name} cannot be used", str(error)))
+            faults.append(media_source.Fault(unusable, str(error)))
             continue
         except OSError as error:
-            faults.append(media_source.Fault(kind, f"{tar}: {error.strerror}", ends_run=False))
+            faults.append(media_source.Fault(incomplete, f"{tar}: {error.strerror}", ends_run=False))
             continue
         samples += [(tar, sample) for sample in index.samples]
-        kind_of_sample = f"samples of {table.name} cannot be used"
-        faults += [
-            media_source.Fault(kind_of_sample, f"{name_parts(tar, key)}: {text}.")
-            for key, text in index.faults
-        ]
+        for key, error_text in index.faults:
+            faults.append(media_source.Fault(unusable_sample, f"{name_parts(tar, key)}: {error_text}."))
         if index.damage is not None:
-            faults.append(media_source.Fault(kind, f"{tar}: {index.damage}", ends_run=False))
+            faults.append(media_source.Fault(incomplete, f"{tar}: {index.damage}", ends_run=False))
         num_others += index.num_others
         if index.others and not example:
             example = str(name_parts(tar, index.others[0]))
@@ -136,8 +135,9 @@ def _sources(
 ) -> list[media_source.MediaSource]:
     """Return the sources of samples. A sample's stem is its key, with a hash if two tars have that key."""
     tars = {tar for tar, _ in samples}
-    names = Counter(tar.name for tar in tars)
-    labels = {tar: tar.name if names[tar.name] == 1 else str(tar) for tar, _ in samples}
+    name_counts = Counter(tar.name for tar in tars)
+    # the name of a tar if it is unique, so that moving the tars does not change the stems
+    labels = {tar: tar.name if name_counts[tar.name] == 1 else str(tar) for tar in tars}
     stems = media_source.unique_stems(
         [media_source.readable_stem(sample.key) for _, sample in samples],
         [f"{labels[tar]}/{sample.key}" for tar, sample in samples],
@@ -146,17 +146,17 @@ def _sources(
     sources = []
     for (tar, sample), stem in zip(samples, stems, strict=True):
         try:
-            sources.append(_source(table, tar, sample, stem))
+            sources.append(_make_source(table, tar, sample, stem))
         except DatasetError as error:
             faults.append(media_source.Fault(f"samples of {table.name} cannot be used", str(error), stem))
     return sources
 
 
-def _source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
-    """Return the source of a sample.
+def _make_source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> media_source.MediaSource:
+    """Make the source of a sample.
 
     Raises:
-        DatasetError: If it cannot be used.
+        DatasetError: If the sample cannot be used.
     """
     media = _part(tar, sample.media)
     controls = [_part(tar, member) for role, _, member in sample.extras if role == CONTROL]
@@ -174,7 +174,7 @@ def _source(table: DatasetTable, tar: Path, sample: TarSample, stem: str) -> med
 
 
 def _part(tar: Path, member: Member) -> Part:
-    """Return a name for a member, and where its bytes are."""
+    """Return a path that names a member in messages, and where its bytes are."""
     origin = TarMember(tar, member.offset, member.size_bytes)
     return name_parts(tar, readable_path(member.name)), origin
 
@@ -185,15 +185,15 @@ def name_parts(path: Path, name: str) -> Path:
 
 
 def readable_path(name: str) -> str:
-    """Make each part of a member's name readable (`readable_stem`); the suffix is kept."""
-    folder, mark, base = name.rpartition("/")
-    if mark:
+    """Make each part of a member's name readable (`readable_stem`); the suffix does not change."""
+    folder, slash, base = name.rpartition("/")
+    if slash:
         folder = "/".join(map(media_source.readable_stem, folder.split("/")))
     stem, dot, suffix = base.rpartition(".")
-    return f"{folder}{mark}{media_source.readable_stem(stem)}{dot}{suffix}"
+    return f"{folder}{slash}{media_source.readable_stem(stem)}{dot}{suffix}"
 
 
-# --- which tars
+# --- finding tars
 # ------------------------------------------------------------------------------------------------------------
 
 
@@ -218,10 +218,10 @@ def _find_tars(table: DatasetTable, patterns: Sequence[str], faults: list[media_
 
 
 def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
-    """Yield the tars that a name without braces stands for.
+    """Yield the tars of a path, glob or address, whose braces have been expanded.
 
     Raises:
-        DatasetError: If there is no tar.
+        DatasetError: If there is no such file.
         MediaError: If a tar cannot be downloaded.
     """
     if is_address(name) and protocol_of(name) == "file":
@@ -231,6 +231,7 @@ def _list_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 
 def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
     """Yield the tars of an address, each as soon as it is downloaded."""
+    # servers of http and https cannot list files, so that "?" is the beginning of a query
     has_pattern = protocol_of(name) not in HTTP and has_wildcard(name)
     addresses = _find_remote(name) if has_pattern else [name]
     if not addresses:
@@ -244,26 +245,30 @@ def _list_remote_tars(table: DatasetTable, name: str) -> Iterator[Path]:
 
 
 def _find_remote(pattern: str) -> list[str]:
-    """Return the addresses that match one with `*`, `?` or `[`, sorted. http and https have no lists.
+    """Return the addresses that match a pattern with `*`, `?` or `[`, sorted.
 
     Raises:
-        MediaError: If they cannot be listed.
+        MediaError: If the storage cannot be listed.
     """
-    shown, protocol = hide_secrets(pattern), protocol_of(pattern)
-    problem = protocol_error(protocol)
+    shown = hide_secrets(pattern)
+    problem = protocol_error(protocol_of(pattern))
     if problem is not None:
         raise MediaError(f"{shown}: {problem}")
     import fsspec
 
     try:
-        system, path = fsspec.core.url_to_fs(pattern)
-        return sorted(system.unstrip_protocol(match) for match in system.glob(path))
-    except Exception as error:  # each storage has its own; their texts may hold secrets
+        file_system, path = fsspec.core.url_to_fs(pattern)
+        return sorted(file_system.unstrip_protocol(match) for match in file_system.glob(path))
+    except Exception as error:  # each storage has its own errors, whose messages may contain secrets
         raise MediaError(f"{shown} cannot be listed ({type(error).__name__})") from None
 
 
 def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
-    """Return the tars that a path or a glob names, without shards of caches."""
+    """Return the tars that a path or a glob names, without shards of caches.
+
+    Raises:
+        DatasetError: If there is none, or the path is a folder.
+    """
     try:
         path = expand_path(name)
     except ValueError as error:
@@ -272,47 +277,51 @@ def _list_local_tars(table: DatasetTable, name: str) -> list[Path]:
         if path.is_dir():
             raise DatasetError(f"{path} is a folder. Name its tars: {path / '*.tar'}")
         return [path]
-    matches = sorted(glob.glob(str(path))) if has_wildcard(name) else []  # noqa: PTH207  # of any depth and root
-    # caches may be next to the sources, and shards of earlier versions are tars too
-    matches = [name for name in matches if not media_source.OF_SHARDS.fullmatch(Path(name).name)]
-    if not matches:
+    matches: list[Path] = []
+    if has_wildcard(name):
+        # Path.glob takes no absolute patterns
+        matches = [Path(match) for match in sorted(glob.glob(str(path)))]  # noqa: PTH207
+    # caches may be next to the sources, and shards of earlier versions are tars, too
+    tars = [match for match in matches if not media_source.OF_SHARDS.fullmatch(match.name)]
+    if not tars:
         raise DatasetError(f"{path}: no such file{explain_lookup(path, table.config_path)}")
-    return [Path(match) for match in matches]
+    return tars
 
 
 def has_wildcard(name: str) -> bool:
     """Return whether a name is a glob."""
-    return any(mark in name for mark in "*?[")
+    return any(wildcard in name for wildcard in "*?[")
 
 
 def expand_braces(pattern: str, where: str) -> list[str]:
     """Expand `{000..012}` and `{a,b}` in a name, in order; numbers keep their leading zeros.
 
     Raises:
-        DatasetError: If there are too many names.
+        DatasetError: If there are more than MAX_PATTERN_NAMES names.
     """
     names = [pattern]
-    while _BRACES.search(names[0]):
-        longer: list[str] = []
+    while _BRACES.search(names[0]):  # the first braces of each name are expanded in each round
+        expanded: list[str] = []
         for name in names:
             braces = _BRACES.search(name)
-            assert braces is not None  # the names differ only in what earlier braces stood for
+            assert braces is not None  # all names have the same remaining braces
             options: Sequence[Any] = braces[1].split(",")
             width = 0
             limits = _RANGE.fullmatch(braces[1])
             if limits is not None:
-                options = _count(int(limits[1]), int(limits[2]))
+                options = _range_of(int(limits[1]), int(limits[2]))
                 width = len(limits[1]) if limits[1].startswith("0") else 0
-            if len(longer) + len(options) > MAX_PATTERN_NAMES:
+            if len(expanded) + len(options) > MAX_PATTERN_NAMES:
                 raise DatasetError(
                     f"{where}: {hide_secrets(pattern)} stands for more than {MAX_PATTERN_NAMES:,} names"
                 )
             before = name[: braces.start()]
             after = name[braces.end() :]
-            longer += [f"{before}{option:0>{width}}{after}" for option in options]
-        names = longer
+            expanded += [f"{before}{option:0>{width}}{after}" for option in options]
+        names = expanded
     return names
 
 
-def _count(first: int, last: int) -> range:
+def _range_of(first: int, last: int) -> range:
+    """Return the numbers from `first` to `last`, up or down."""
     return range(first, last + 1) if first <= last else range(first, last - 1, -1)

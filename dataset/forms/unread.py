@@ -1,4 +1,4 @@
-"""Find columns of lists and tables that nothing reads, though they hold files or are named as if they did."""
+"""Find columns of lists and tables that nothing reads, although their values or names suggest files."""
 
 import difflib
 import itertools
@@ -18,12 +18,12 @@ from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 from modules.paths import expand_path, hide_secrets, path_exists
 
-LOOKED_AT = 1000  # rows of a file
-MAX_SHOWN = 80  # characters of a value
-NEAR = 0.84  # how alike names are, 0..1: contol_path is near control_path, caption_en not near caption
-# of rows of models whose tables have `shows_media`
+MAX_ROWS = 1000  # rows of a file that are checked
+MAX_SHOWN = 80  # characters of a value in a message
+NEAR = 0.84  # similarity of names, 0..1: contol_path is near control_path, caption_en is not near caption
+# columns that only models read whose tables have `shows_media`
 OF_SHOWN_MEDIA = frozenset({"references", FURTHER_TEXT.key})
-# our column name -> what it holds, and words in other programs' names of such columns
+# our column -> its contents, for messages, and words in other programs' names of such columns
 MEANT: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "control_path": (
         "reference pictures and control media are",
@@ -40,25 +40,28 @@ _QUOTED = re.compile(r"""["']([^"']+)["']""")
 
 
 def find_unused(table: DatasetTable) -> list[Fault]:
-    """Warn of each unused column that holds files, or whose name is similar to that of a used column.
+    """Return a warning for each unused column that has files, or whose name resembles that of a used one.
 
-    At most LOOKED_AT rows are checked. Raises DatasetError if the table cannot be listed.
+    At most MAX_ROWS rows are checked.
+
+    Raises:
+        DatasetError: If the table cannot be listed.
     """
     path = table.source
     if not form_of(table).has_columns or not path.exists():  # reported by the listing
         return []
-    columns = form_of(table).look_at(table)
-    companion_cells = [name for name in columns.cells if is_control(table, name)]
-    unread: dict[str, str] = {}  # text by column
+    columns = form_of(table).inspect_columns(table)
+    control_cells = [name for name in columns.cells if is_control(table, name)]
+    unread: dict[str, str] = {}  # end of the warning, by column
     for name in columns.cells:
-        if name not in companion_cells:
+        if name not in control_cells:
             unread[name] = f", which holds files{_make_hint(name, table) or ''}"
-    finders = {name: find_cells(path, name, finds_nulls=True) for name in companion_cells}
-    for row in itertools.islice(columns.rows, LOOKED_AT):
+    finders = {name: find_cells(path, name, finds_nulls=True) for name in control_cells}
+    for row in itertools.islice(columns.rows, MAX_ROWS):
         values: dict[str, Any] = {}
         for name, finder in finders.items():
             if finder is not None and finder(row) is not None:
-                values[name] = True
+                values[name] = True  # stands for one file
         values |= row.values
         for name in _list_surplus(values, table):
             unread[name] = f": of such files the model takes {table.control_count} an item"
@@ -69,17 +72,18 @@ def find_unused(table: DatasetTable) -> list[Fault]:
             lacks_caption = columns.is_list and not row.values.get("caption")
             text = _explain_by_name(name, value, table, lacks_caption)
             if text is None:
-                text = _explain(name, value, table=table, path=path, media=row.values.get(columns.media))
+                media = row.values.get(columns.media)
+                text = _explain_by_value(name, value, table=table, path=path, media=media)
             # other programs' tables have columns with names of keys, such as `resolution`; lists do not
             if text is None and columns.is_list and name in KEYS:
                 text = OF_TABLE
             if text is not None:
                 unread[name] = text
-    return _as_errors(path, unread)
+    return _as_faults(path, unread)
 
 
 def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: bool) -> str | None:
-    """Return a warning about an unused column whose name has a meaning elsewhere, or None.
+    """Return the end of a warning about an unused column if its name has another meaning; else None.
 
     `lacks_caption` says that the row of a list has no text in the column `caption`.
     """
@@ -94,37 +98,43 @@ def _explain_by_name(name: str, value: Any, table: DatasetTable, lacks_caption: 
     return None
 
 
-def _as_errors(path: Path, unread: Mapping[str, str]) -> list[Fault]:
-    """Return the faults of a file.
-
-    `unread` are the text by column.
-    """
+def _as_faults(path: Path, unread: Mapping[str, str]) -> list[Fault]:
+    """Return the warnings about a file; `unread` has the end of each warning, by column."""
     kind = f"column of {path} is not read" if len(unread) == 1 else f"columns of {path} are not read"
     lines = [f"{name!r}{text}" for name, text in unread.items()]
     return [Fault(kind, line if line.endswith("?") else f"{line}.") for line in lines]
 
 
 def _list_surplus(values: Mapping[str, Any], table: DatasetTable) -> list[str]:
-    """Return the columns of a row with control media beyond those that the model takes."""
-    numbered = []
+    """Return the columns of a row that have more control media than the model takes."""
+    numbered = []  # number and column of each file
     for name, value in values.items():
         if not is_control(table, name) or not value:
             continue
         first = 0 if name == table.control_column else control_number(name) or 0
-        count = len([*filter(None, value)]) if isinstance(value, list) else 1
-        numbered += [(first + place, name) for place in range(count)]
+        count = 1
+        if isinstance(value, list):
+            count = sum(bool(path) for path in value)
+        numbered += [(first + offset, name) for offset in range(count)]
     maximum = len(numbered) if table.control_count is None else table.control_count
     return [name for _, name in sorted(numbered)[maximum:]]
 
 
-def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
-    """Return a warning about a value of an unused column, or None.
+def _explain_by_value(name: str, value: Any, table: DatasetTable, path: Path, media: Any) -> str | None:
+    """Return the end of a warning about an unused column if a value suggests a file; else None.
 
-    `media` is the path of the media in the same row.
+    A column whose name resembles that of a used one is reported, too.
+
+    Args:
+        name: Name of the column.
+        value: Value of the column in one row.
+        table: Table of the dataset.
+        path: The list or table.
+        media: Path of the media in the same row.
     """
     hint = _make_hint(name, table)
     texts = _texts_in(value)
-    for text in texts[:4]:
+    for text in texts[:4]:  # more would take long in tables with long lists
         if not isinstance(text, str) or not text.strip() or text == media or "\n" in text:
             continue
         suffix = Path(text.split("?")[0]).suffix.lower()
@@ -136,8 +146,9 @@ def _explain(name: str, value: Any, table: DatasetTable, path: Path, media: Any)
 
 
 def _texts_in(value: Any) -> list[Any]:
-    """Return the texts of a value: itself, those in a list, or in a list in the cell of a table."""
+    """Return the texts in a value: the value itself, or the items of a list or an object."""
     if isinstance(value, str):
+        # a cell of a CSV table may contain a list as text
         return _QUOTED.findall(value) if value.lstrip().startswith("[") else [value]
     if isinstance(value, dict):
         return [*value.values()]
@@ -145,6 +156,7 @@ def _texts_in(value: Any) -> list[Any]:
 
 
 def _exists(text: str, path: Path) -> bool:
+    """Return whether a relative path exists in the working folder or next to the list or table `path`."""
     try:
         return any(path_exists(expand_path(text, base)) for base in (None, path.parent))
     except ValueError:  # a name that no file can have
@@ -152,19 +164,19 @@ def _exists(text: str, path: Path) -> bool:
 
 
 def _find_similar(name: str, table: DatasetTable) -> str | None:
-    """Return the column of ours that a name is almost equal to."""
-    bare = re.sub(r"_?\d+$", "", name.lower())
-    ours = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
-    ours += ["reference_path", "control_mask_path", "worse_path"]
-    return next(iter(difflib.get_close_matches(bare, ours, 1, NEAR)), None)
+    """Return the column that is read and whose name is most similar; None if no name is near."""
+    without_number = re.sub(r"_?\d+$", "", name.lower())
+    used = [table.path_key, "caption", "control_path", "mask_path", "audio_path"]
+    used += ["reference_path", "control_mask_path", "worse_path"]
+    return next(iter(difflib.get_close_matches(without_number, used, 1, NEAR)), None)
 
 
 def _make_hint(name: str, table: DatasetTable) -> str | None:
-    """Return advice for a column whose name equals, or is a synonym of, that of a known column."""
-    words = set(re.split(r"[^a-z]+", name.lower()))
+    """Return advice for a column whose name resembles, or is a synonym of, that of a column that is read."""
+    name_parts = set(re.split(r"[^a-z]+", name.lower()))
     similar = _find_similar(name, table)
     for column, (contents, synonyms) in MEANT.items():
-        if similar == column or (similar is None and words.intersection(synonyms)):
+        if similar == column or (similar is None and name_parts.intersection(synonyms)):
             advice = f": {contents} read from {column}. Rename it"
             if column == "control_path":
                 advice += f", or say control_column = {name!r} in the table"

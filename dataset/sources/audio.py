@@ -1,4 +1,4 @@
-"""Find and read the sound of clips, and say why a clip has none."""
+"""Find and read the audio of clips, and say why a clip has none."""
 
 import contextlib
 import itertools
@@ -21,8 +21,8 @@ from modules.media.reading import Frame
 from modules.media.samples import read_track, track_info
 from protocols.data import AudioSpec
 
-MAX_OPENED = 200  # clips, of each table: headers of some milliseconds each
-SAME_RATE = 0.01  # by how much the rate of a clip may differ from source_fps, so that its sound fits
+MAX_OPENED = 200  # clips of each table whose headers are read; each takes a few milliseconds
+SAME_RATE = 0.01  # relative difference of a clip's rate from source_fps at which its audio still fits
 
 
 class NoAudio(MediaError):
@@ -30,12 +30,12 @@ class NoAudio(MediaError):
 
 
 def find_audio(source: MediaSource) -> Path:
-    """Return the file with the sound of a clip, downloaded if it is at an address.
+    """Return the file with the audio of a fetched clip, downloaded if it is at an address.
 
-    `source` has been fetched. The file may still have no track.
+    The file need not have an audio track.
 
     Raises:
-        NoSound: If no file fits.
+        NoAudio: If no file fits.
         MediaError: If a file is missing or unreadable.
     """
     table, path = source.table, source.path
@@ -62,30 +62,34 @@ def find_audio(source: MediaSource) -> Path:
 
 @dataclass(frozen=True)
 class SpanAudios:
-    """The sound of spans of a clip."""
+    """The audio of spans of a clip."""
 
-    samples: tuple[Tensor, ...]  # of each, C S
-    silent: str | None = None  # why they are zeros
+    samples: tuple[Tensor, ...]  # audio of each span, C S
+    silent: str | None = None  # why the samples are zeros; None: the clip has audio
 
 
-def audios_of(here: MediaSource, spans: Sequence[Span], fps: float, spec: AudioSpec) -> SpanAudios:
+def audios_of(local: MediaSource, spans: Sequence[Span], fps: float, spec: AudioSpec) -> SpanAudios:
     """Return the audio of spans of a clip, or silence if the clip has none.
 
-    `here` is the fetched source. `fps` is the frame rate of the family.
+    Args:
+        local: The fetched source.
+        spans: Spans of the clip.
+        fps: Frame rate of the family.
+        spec: Audio spec of the family.
 
     Raises:
-        MediaError: If a file that its list or folder names has no sound, or none is there and the table needs
-            it.
+        MediaError: If the clip has no audio although the table requires it, or a separate audio file has no
+            track.
     """
-    rate = kept_rate(here, fps)
+    rate = kept_rate(local, fps)
     silent = 'audio = "ignore"'
-    if here.table.audio != IGNORE:
+    if local.table.audio != IGNORE:
         try:
-            return SpanAudios(tuple(read_audios(find_audio(here), spans, rate, spec)))
+            return SpanAudios(tuple(read_audios(find_audio(local), spans, rate, spec)))
         except NoAudio as reason:
-            if here.table.audio == REQUIRED:
+            if local.table.audio == REQUIRED:
                 raise MediaError(f'{reason}; audio = "required" asks for it') from None
-            if here.audio is not None:
+            if local.audio is not None:
                 raise MediaError(f"{reason}. Give another file, or take it out") from None
             silent = str(reason)
     counts = [round(frames / rate * spec.rate) for _, frames in spans]
@@ -110,51 +114,55 @@ def count_frames(path: Path, fps: float) -> int:
 
 
 def black_frames(path: Path, fps: float) -> Iterator[tuple[Frame, int, float]]:
-    """Yield a black frame for each of `count_frames`, its number, and its second."""
+    """Yield the black frames that stand for an audio file, each with its index and time in seconds."""
     black = np.zeros((64, 64, 3), np.uint8)
-    return ((black, number, number / fps) for number in range(count_frames(path, fps)))
+    return ((black, index, index / fps) for index in range(count_frames(path, fps)))
 
 
 def list_silent(sources: Iterable[MediaSource], silent: Collection[str]) -> list[Path]:
     """Return the clips that have audio although none is cached.
 
-    `silent` are the stems of clips without cached audio. At most MAX_OPENED files are opened, none is
-    downloaded, and unreadable ones are skipped.
+    At most MAX_OPENED files are opened; files that are not on disk, or unreadable, are skipped. `silent` are
+    the stems of clips without cached audio.
     """
-    local = (source for source in sources if source.stem in silent and not any(source.origins))
-    unheard = []
-    for source in itertools.islice(local, MAX_OPENED):
+    on_disk = (source for source in sources if source.stem in silent and not any(source.origins))
+    uncached = []
+    for source in itertools.islice(on_disk, MAX_OPENED):
         with contextlib.suppress(MediaError, OSError):
             if not source.path.exists():
                 continue
-            _, origin = source.audio or (None, None)
-            if origin is None and track_info(find_audio(source)) is not None:
-                unheard.append(source.path)
-    return unheard
+            if source.audio is not None:
+                _, origin = source.audio
+                if origin is not None:  # would have to be downloaded
+                    continue
+            if track_info(find_audio(source)) is not None:
+                uncached.append(source.path)
+    return uncached
 
 
 def read_audios(path: Path, spans: Sequence[Span], rate: float, spec: AudioSpec) -> list[Tensor]:
-    """Read the audio of spans of a clip's kept frames: channels S each, at `spec.rate` samples per second.
+    """Read the audio of spans of a clip's kept frames, each C S.
 
-    The track is decoded once. `path` comes from `find_audio`, and `rate`, the frame rate, from `kept_rate`.
+    The track is decoded once.
+
+    Args:
+        path: File with the audio, from `find_audio`.
+        spans: Spans of the clip.
+        rate: Frames per second, from `kept_rate`.
+        spec: Audio spec of the family, with the number of channels and the sample rate.
 
     Raises:
         NoAudio: If there is no audio track.
         MediaError: If the file cannot be read or its audio is damaged.
     """
-    ranges = []  # of samples
-    for first, num_frames in spans:
-        start = round(first / rate * spec.rate)
+    ranges = []  # first and last sample of each span
+    for first_frame, num_frames in spans:
+        start = round(first_frame / rate * spec.rate)
         ranges.append((start, start + round(num_frames / rate * spec.rate)))
     begin = min(start for start, _ in ranges)
     length = max(end for _, end in ranges) - begin
-    samples = read_track(
-        path,
-        Fraction(begin, spec.rate),
-        length,
-        rate=spec.rate,
-        channels=spec.channels,
-    )
+    samples = read_track(path, Fraction(begin, spec.rate), length, rate=spec.rate, channels=spec.channels)
     if samples is None:
         raise NoAudio(f"{path}: it has no track of sound")
+    # copied, so that the samples between the spans are freed
     return [torch.from_numpy(samples[:, start - begin : end - begin].copy()) for start, end in ranges]

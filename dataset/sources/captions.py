@@ -25,9 +25,10 @@ def caption_path(media: Path, extension: str) -> Path:
 
 
 SHOWN = 60  # characters of a caption in a message
-ANSI = "cp1252"  # what Windows' editor calls ANSI in Western Europe and America
-ANSI_OF_CENTER = "cp1250"  # and in Central Europe
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # and what it calls Unicode
+# encodings of the editor of Windows: "ANSI" in Western Europe and America, in Central Europe, and "Unicode"
+ANSI = "cp1252"
+ANSI_OF_CENTER = "cp1250"
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 NOT_UTF8 = "have a caption that is not UTF-8"
 
 
@@ -36,13 +37,14 @@ class CaptionContent:
     """The text of a caption file, stripped of white space, and its encoding if that is not UTF-8."""
 
     text: str
-    encoding: str | None = None  # as people call it: "Windows-1252 (Western European)"
+    encoding: str | None = None  # common name: "Windows-1252 (Western European)"
 
 
 def read_caption(path: Path) -> str | None:
     """Return the text of a caption file, stripped of white space; None if there is no file.
 
-    Raises DatasetError if the file cannot be read.
+    Raises:
+        DatasetError: If the file cannot be read.
     """
     file = read_caption_file(path)
     return None if file is None else file.text
@@ -93,28 +95,32 @@ def guess_of_editor(content: bytes) -> "EncodingGuess | None":
     guess = guess_encoding(content)
     if guess is None or guess.encoding == ANSI or content.startswith(UTF_16):
         return guess
-    if guess.encoding == ANSI_OF_CENTER:  # many letters are the same in both
+    if guess.encoding == ANSI_OF_CENTER:  # many letters are the same in both encodings
         western = content.decode(ANSI, "replace")
-        if guess.text == western or not (guess.is_sure or "\ufffd" in western):
+        is_valid = "\ufffd" not in western  # U+FFFD stands for bytes that ANSI does not have
+        if guess.text == western or (is_valid and not guess.is_sure):
             return EncodingGuess(ANSI, western, is_sure=False)
     return None
 
 
 def describe_encoding(path: Path, text: str, encoding: str) -> str:
     """Return `cat.txt: read as Windows-1252 (...): 'ein Mädchen'`."""
-    words = " ".join(text.split())
-    shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
+    one_line = " ".join(text.split())
+    shown = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
     return f"{path}: read as {encoding}: {shown!r}"
 
 
 def captions_in(text: str, table: DatasetTable) -> tuple[str, ...]:
     """Return the captions in the text of a caption file, ready to be encoded; at least one.
 
-    With multi_caption each non-empty line is a caption. Tables in the form of image trainers have a single
+    With multi_caption, each non-empty line is a caption. Tables in the layout of sd-scripts have a single
     caption: the first line, or, if captions vary, the full text, which `dataset.batches.order` changes.
     """
     if table.group is None:
-        return complete_captions((lines_of(text) or [""]) if table.multi_caption else [text], table)
+        captions = [text]
+        if table.multi_caption:
+            captions = lines_of(text) or [""]
+        return complete_captions(captions, table)
     if table.changes.is_raw:
         return (text,)
     first_line = next(iter(lines_of(text)), "")
@@ -128,7 +134,7 @@ def first_and_more(
     """Split captions into the first and the remaining ones.
 
     Raises:
-        DatasetError: If there are too many.
+        DatasetError: If there are more than MAX_CAPTIONS.
     """
     if captions and len(captions) > MAX_CAPTIONS:
         raise DatasetError(
@@ -148,9 +154,9 @@ def complete_captions(captions: Iterable[str], table: DatasetTable) -> tuple[str
 
 
 def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> str:
-    """Return "prefix trigger, caption suffix"; a caption that contains the trigger word is not given another.
+    """Return "prefix trigger, caption suffix"; the trigger is left out if the caption contains it.
 
-    In a JSON object of a model's format, the words are put around the main text.
+    In a caption that is a JSON object in the format of a model, they are put around the main text.
     """
     if trigger or prefix or suffix:
         full = _complete_object(caption, trigger, prefix, suffix)
@@ -164,24 +170,27 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> str | None:
-    """Put the words into the main text of a caption that is a JSON object; None if its format is unknown."""
+    """Complete the main text of a caption that is a JSON object; None for other captions.
+
+    None, too, for an object in an unknown format.
+    """
     content = read_if_object(caption)
     if content is None:
         return None
-    import json  # only with such a caption
+    import json  # only for captions that are objects
 
     key = _find_key(content, _list_text_keys())
     if key is None:
         return None
-    missing = "" if add_trigger(caption, trigger) == caption else trigger
-    content[key] = complete_caption(content[key], missing, prefix, suffix)
+    has_trigger = add_trigger(caption, trigger) == caption  # anywhere in the object
+    content[key] = complete_caption(content[key], "" if has_trigger else trigger, prefix, suffix)
     return json.dumps(content, ensure_ascii=False)
 
 
 def find_text(caption: str) -> str:
-    """Return the text of a caption; of a JSON object its instruction, or else its main text.
+    """Return the text of a caption; for a JSON object, its instruction, or else its main text.
 
-    Returns "" for an object without either.
+    Returns "" for an object that has neither.
     """
     content = read_if_object(caption)
     if content is None:
@@ -196,6 +205,7 @@ def _list_text_keys() -> list[str]:
 
 
 def _find_key(content: Mapping[str, Any], keys: Iterable[str]) -> str | None:
+    """Return the first key whose value is a text."""
     return next((key for key in keys if isinstance(content.get(key), str)), None)
 
 
@@ -205,13 +215,13 @@ def lines_of(text: str) -> list[str]:
 
 
 def join_parts(text: str, changes: CaptionChanges) -> str:
-    """Return a text in which parts that are shuffled together are separated like all other parts."""
-    second = changes.secondary_separator
-    return text.replace(second, changes.separator) if second else text
+    """Replace the secondary separator, which joins parts that are shuffled as one, by the separator."""
+    secondary = changes.secondary_separator
+    return text.replace(secondary, changes.separator) if secondary else text
 
 
 def add_trigger(caption: str, trigger: str) -> str:
-    """Put the trigger word in front of a caption that does not have it as a word."""
+    """Put the trigger word in front of a caption that does not contain it as a word."""
     if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
@@ -220,7 +230,7 @@ def add_trigger(caption: str, trigger: str) -> str:
 def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
     """Guess the encoding of caption files that are not UTF-8, from all of them together.
 
-    None for a file that is probably no text, or cannot be read.
+    The guess is None for a file that is probably not a text, or cannot be read.
     """
     from modules.text_encodings import guess_encodings
 
@@ -229,7 +239,7 @@ def guess_captions(paths: Sequence[Path]) -> "list[EncodingGuess | None]":
         try:
             contents.append(read_content(path, MAX_CAPTION_BYTES))
         except OSError:
-            contents.append(b"")
+            contents.append(b"")  # its guess is None
     return guess_encodings(contents)
 
 
@@ -245,14 +255,17 @@ def explain_captions(paths: Sequence[Path], errors: Sequence[str]) -> list[str]:
     explained = []
     for error, guess in zip(errors, guess_captions(paths), strict=True):
         if guess is not None and "UTF-8" in error:
-            words = " ".join(guess.text.split())[:SHOWN]
-            error = f"{error} It looks like {guess.name}: {words!r}; --check --repair_captions converts it."
+            start = " ".join(guess.text.split())[:SHOWN]
+            error = f"{error} It looks like {guess.name}: {start!r}; --check --repair_captions converts it."
         explained.append(error)
     return explained
 
 
-def describe_cut(place: Path | str, encoder: str, count: TokenCount) -> str:
-    """Return the message for a caption that is longer than an encoder reads, with the text that is lost."""
-    words = " ".join(count.cut_text.split())
-    lost = words if len(words) <= SHOWN else f"{words[:SHOWN]}... ({len(words)} characters)"
-    return f"{place}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"
+def describe_cut(where: Path | str, encoder: str, count: TokenCount) -> str:
+    """Return the message for a caption that is longer than an encoder reads, with the text that is lost.
+
+    `where` is the caption file, or the name of the source.
+    """
+    cut_text = " ".join(count.cut_text.split())
+    lost = cut_text if len(cut_text) <= SHOWN else f"{cut_text[:SHOWN]}... ({len(cut_text)} characters)"
+    return f"{where}: {count.tokens} tokens, {encoder} reads {count.limit}; lost: {lost}"

@@ -1,7 +1,8 @@
-"""Choose frames of control clips and mask clips that belong to the kept frames of a clip.
+"""Choose the frames of control clips and mask clips that belong to the kept frames of a clip.
 
-The clip alone decides which of its frames are kept. A control or mask clip gives a frame for each kept frame:
-the frame of the same number, if it has as many frames or the same rate, else the one shown at the same time.
+Only the clip's own timing decides which of its frames are kept. A control or mask clip (its companion) then
+provides a frame for each of them: the frame with the same index, if both have equally many frames or the same
+rate, else the frame that is shown at the same time.
 """
 
 import contextlib
@@ -32,19 +33,19 @@ from modules.media.buckets import Size
 from modules.media.decoding import animation_durations, is_animation
 from modules.media.reading import is_still
 
-# a frame, its number in the file, and the second at which other clips show the same moment
+# a frame, its index in the file, and the time in seconds at which companions show the same moment
 KeptFrame = tuple[reading.Frame, int, float]
-SAME_RATE = 1e-4  # by how much equal rates of two files differ
-UNEVEN = 0.011  # seconds by which durations of frames differ that are not only rounded
-MANY_FRAMES = 1000  # of a clip whose header does not say how many
+SAME_RATE = 1e-4  # relative difference of rates that count as equal
+UNEVEN = 0.011  # seconds; durations of frames that differ by less are equal, but rounded to 10 ms
+MANY_FRAMES = 1000  # assumed for a clip whose header does not say how many frames it has
 
 
 def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False) -> Iterator[KeptFrame]:
-    """Yield the frames of a clip that are kept at `fps`, at their own size, no more than the table needs.
+    """Yield the frames of a clip that are kept at `fps`, in their original size, if the table uses them.
 
     With source_fps = "auto", and for GIF and WebP, frames are sampled by time at this rate. If source_fps is
     a number, GIF and WebP are treated like clips with that frame rate. A folder of images has no times: all
-    images are kept. With `alpha`, frames keep their transparency.
+    images are kept. With `alpha`, frames have an alpha channel if the file has one.
     """
     fps = table.target_fps or fps
     if table.is_of_audio:
@@ -65,10 +66,13 @@ def kept_frames(path: Path, table: DatasetTable, fps: float, alpha: bool = False
 
 
 def _all_frames(path: Path, alpha: bool) -> Iterator[KeptFrame]:
-    begin = None
-    for number, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
-        begin = start if begin is None else begin
-        yield frame, number, start - begin + reading.PLACE_IN_FRAME * (end - start)
+    """Yield all frames of a clip; times count from the first frame."""
+    first_start = None
+    for index, (frame, start, end) in enumerate(reading.timed_frames(path, alpha)):
+        if first_start is None:
+            first_start = start
+        # a moment inside of the frame, so that rounded times do not select a neighbor
+        yield frame, index, start - first_start + reading.PLACE_IN_FRAME * (end - start)
 
 
 def companion_frames(
@@ -81,33 +85,33 @@ def companion_frames(
 ) -> Iterator[reading.Frame]:
     """Yield a frame of a control clip or mask for each kept frame of its clip.
 
-    If the companion ends earlier there are fewer frames, but at least one.
+    If the companion ends before its clip, there are fewer frames, but at least one.
 
     Args:
         path: Control clip or mask.
         clip: Clip that it belongs to.
         table: Table of both.
         fps: Frame rate of the kept frames.
-        clock: Index and second of each kept frame.
-        alpha: Keep transparency, as in `kept_frames`.
+        clock: Index and time of each kept frame.
+        alpha: Whether frames have an alpha channel, as in `kept_frames`.
 
     Raises:
         MediaError: If the file cannot be decoded.
     """
-    numbers = [number for number, _ in clock]
-    # if both have the same frames, frames with equal indices belong together, otherwise those at equal times
-    if not _Pair(path, clip, table, fps).is_numbered:
-        seconds = [second for _, second in clock]
-        if not path.is_dir():
-            return (frame for frame, _, _ in reading.frames_at(path, seconds, alpha))
-        rate = table.declared_fps or table.target_fps or fps
-        numbers = [int(second * rate) for second in seconds]
-    return _numbered(reading.video_frames(path, alpha), numbers)
+    if _Pair(path, clip, table, fps).is_matched_by_index:
+        indices = [index for index, _ in clock]
+        return _select_frames(reading.video_frames(path, alpha), indices)
+    seconds = [second for _, second in clock]
+    if not path.is_dir():
+        return (frame for frame, _, _ in reading.frames_at(path, seconds, alpha))
+    # the images of a folder have no times; they are taken to have the table's rate
+    rate = table.declared_fps or table.target_fps or fps
+    return _select_frames(reading.video_frames(path, alpha), [int(second * rate) for second in seconds])
 
 
 def read_mask(
     path: Path,
-    here: MediaSource,
+    local: MediaSource,
     sizes: tuple[Size, Size],
     count: int,
     fps: float,
@@ -115,32 +119,44 @@ def read_mask(
 ) -> Mask:
     """Read the mask of a fetched clip for `count` kept frames: an image for all of them, or a clip.
 
-    `sizes` are the sizes of the clip and of its bucket. `clock` has the index and time of each kept frame.
-    Raises MediaError if the mask cannot be used.
+    Args:
+        path: The mask.
+        local: The fetched source.
+        sizes: Size of the clip, and of its bucket.
+        count: Number of kept frames.
+        fps: Frame rate of the kept frames.
+        clock: Index and time of each kept frame.
+
+    Raises:
+        MediaError: If the mask cannot be used.
     """
     size, bucket = sizes
-    place = functools.partial(reading.resize_cover, bucket=bucket)
+    fit_image = functools.partial(reading.resize_cover, bucket=bucket)
     if is_still(path):
-        return read_still(path, place, size, count)
-    frames = companion_frames(path, here.path, table=here.table, fps=fps, clock=clock, alpha=True)
-    return read_moving(path, frames, place=place, size=size, num_frames=count)
+        return read_still(path, fit_image, size, count)
+    frames = companion_frames(path, local.path, table=local.table, fps=fps, clock=clock, alpha=True)
+    return read_moving(path, frames, fit_image=fit_image, size=size, num_frames=count)
 
 
-def _numbered(frames: Iterator[reading.Frame], numbers: Sequence[int]) -> Iterator[reading.Frame]:
-    """Yield the frames with these ascending numbers; the last frame if all numbers are beyond it."""
-    done = 0
+def _select_frames(frames: Iterator[reading.Frame], indices: Sequence[int]) -> Iterator[reading.Frame]:
+    """Yield the frames with these indices, which ascend and may repeat.
+
+    If all indices are beyond the end, the last frame is yielded.
+    """
+    num_yielded = 0
     frame = None
-    for number, frame in enumerate(frames):
-        while done < len(numbers) and numbers[done] == number:
+    for index, frame in enumerate(frames):
+        while num_yielded < len(indices) and indices[num_yielded] == index:
             yield frame
-            done += 1
-        if done == len(numbers):
+            num_yielded += 1
+        if num_yielded == len(indices):
             return
-    if not done and frame is not None:
+    if not num_yielded and frame is not None:
         yield frame
 
 
 def _is_timed(path: Path, table: DatasetTable) -> bool:
+    """Return whether the frames of a clip are sampled by their times in the file."""
     return is_animation(path) or (table.source_fps == AUTO and not path.is_dir())
 
 
@@ -148,14 +164,16 @@ def _is_timed(path: Path, table: DatasetTable) -> bool:
 class _Timing:
     """Information from a clip's header."""
 
-    frames: int | None
-    rate: float  # frames a second; NaN if they are not shown equally long
-    seconds: float  # 0: unknown
+    frames: int | None  # number of frames, if the header has it
+    rate: float  # frames per second; NaN if the frames have different durations
+    seconds: float  # duration; 0: unknown
 
     @property
     def likely(self) -> int:
-        """Return the number of frames computed from the duration; 0 if unknown."""
-        return self.frames or (round(self.seconds * self.rate) if self.rate > 0 else 0)
+        """Number of frames, computed from the duration if the header does not have it; 0 if unknown."""
+        if self.frames:
+            return self.frames
+        return round(self.seconds * self.rate) if self.rate > 0 else 0  # False for NaN
 
 
 class _Pair:
@@ -166,25 +184,28 @@ class _Pair:
         self._default_rate = table.declared_fps or table.target_fps or fps
         self._is_timed = _is_timed(path, table)
         self._clip_is_timed = _is_timed(clip, table)
-        # frames of a folder have the numbers of its clip's frames, whatever rate the clip's header states
-        self._in_step = path.is_dir() and table.declared_fps is not None and not self._clip_is_timed
+        # with a number as source_fps, a folder of images has one image for each frame of the clip
+        self._is_frame_folder = path.is_dir() and table.declared_fps is not None and not self._clip_is_timed
         self.clip = self._measure(clip)
         self.companion = self._measure(path)
 
     def _measure(self, path: Path) -> _Timing:
+        """Read the frames, rate and duration of a clip."""
         info = reading.video_info(path)
         rate = info.fps or self._default_rate
         seconds = (info.frames or 0) / rate if info.seconds is None else info.seconds
         if is_animation(path):
-            times = animation_durations(path)
-            rate = rate if max(times) - min(times) < UNEVEN else math.nan
+            durations = animation_durations(path)
+            if max(durations) - min(durations) >= UNEVEN:
+                rate = math.nan
         return _Timing(info.frames, rate, seconds)
 
     @property
-    def is_numbered(self) -> bool:
+    def is_matched_by_index(self) -> bool:
         """Return whether frames correspond by index instead of by time."""
-        tolerance = TOLERANCE if self._clip_path.is_dir() else SAME_RATE  # of a folder a rate is only stated
-        if self._in_step or abs(self.companion.rate / self.clip.rate - 1) < tolerance:
+        # the rate of a folder is only declared, so it need not be exact
+        tolerance = TOLERANCE if self._clip_path.is_dir() else SAME_RATE
+        if self._is_frame_folder or abs(self.companion.rate / self.clip.rate - 1) < tolerance:
             return True
         num_frames = self.companion.frames or reading.count_frames(self._path)
         return num_frames == (self.clip.frames or reading.count_frames(self._clip_path))
@@ -194,10 +215,11 @@ class _Pair:
         """Return whether earlier versions, which timed each clip separately, selected the same frames."""
         companion_rate = self.companion.rate if self._is_timed else self._default_rate
         clip_rate = self.clip.rate if self._clip_is_timed else self._default_rate
-        ratio_now = 1.0 if self.is_numbered else self.companion.rate / self.clip.rate
-        drift = abs(companion_rate / clip_rate / ratio_now - 1)
+        former_ratio = companion_rate / clip_rate
+        current_ratio = 1.0 if self.is_matched_by_index else self.companion.rate / self.clip.rate
+        drift = abs(former_ratio / current_ratio - 1)
         frames_apart = drift * (self.clip.likely or MANY_FRAMES)  # at the end of the clip
-        return frames_apart < reading.PLACE_IN_FRAME
+        return frames_apart < reading.PLACE_IN_FRAME  # False for NaN, too
 
     @property
     def differs(self) -> bool:
@@ -206,7 +228,8 @@ class _Pair:
         if not companion.likely or not clip.likely or companion.likely in (1, clip.likely):
             return False
         frame_seconds = max(companion.seconds / companion.likely, clip.seconds / clip.likely)
-        tolerance = max(1.5 * frame_seconds, TOLERANCE * clip.seconds)  # a frame, rounded
+        # durations in headers may be wrong by one frame, and are rounded
+        tolerance = max(1.5 * frame_seconds, TOLERANCE * clip.seconds)
         return abs(companion.seconds - clip.seconds) > tolerance
 
 
@@ -225,15 +248,17 @@ def has_companions(source: MediaSource) -> bool:
     return source.table.kind == "video" and source.tensors is None and has_any
 
 
-def kept_one_clock(source: MediaSource, fps: float) -> bool:
-    """Return whether an old cache, made before companions were timed by their clip, equals one made now.
+def has_one_clock(source: MediaSource, fps: float) -> bool:
+    """Return whether earlier versions, which timed companions separately, selected the same frames of them.
 
-    Only headers are read, also those of files at addresses and in tars. Raises MediaError if one cannot be
-    read.
+    Only headers are read, also those of files at addresses and in tars.
+
+    Raises:
+        MediaError: If a header cannot be read.
     """
-    with fetch(source) as here:
-        paths = _list_moving_companions(here)
-        return all(_Pair(path, here.path, here.table, fps).was_so_before for path in paths)
+    with fetch(source) as local:
+        paths = _list_moving_companions(local)
+        return all(_Pair(path, local.path, local.table, fps).was_so_before for path in paths)
 
 
 OTHER_LENGTHS = (
@@ -248,8 +273,8 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
     Only headers of local files are read, of at most LOOKED_AT clips. Unreadable files are reported elsewhere.
     """
     clips = [source for source in sources if has_companions(source) and not source.origins]
-    errors = []
-    step = ceil_div(len(clips), LOOKED_AT) or 1
+    warnings = []
+    step = ceil_div(len(clips), LOOKED_AT) or 1  # evenly spaced among all clips
     for source in clips[::step]:
         with contextlib.suppress(MediaError, OSError):
             for path in _list_moving_companions(source):
@@ -258,5 +283,5 @@ def find_other_lengths(sources: Sequence[MediaSource], fps: float) -> list[Fault
                     companion = f"{pair.companion.likely} frames, {pair.companion.seconds:.2f} s"
                     clip = f"{pair.clip.likely} frames, {pair.clip.seconds:.2f} s"
                     text = f"{path}: {companion}; its clip {clip}"
-                    errors.append(Fault(OTHER_LENGTHS, text, source.stem, ends_run=False))
-    return errors
+                    warnings.append(Fault(OTHER_LENGTHS, text, source.stem, ends_run=False))
+    return warnings

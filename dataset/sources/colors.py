@@ -1,4 +1,4 @@
-"""Find media that need a remark on how they are shown: transparency, profiles, HDR, order of frames."""
+"""Find media that need a warning about how they are read: transparency, profiles, HDR, order of frames."""
 
 import contextlib
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ REORDERED = (
     "folders of frames have another order by the numbers in their names than by the names as texts; the "
     "numbers count"
 )
-LOOKED_AT = 10_000  # images and clips of a dataset
+LOOKED_AT = 10_000  # images and clips of a dataset that are checked
 CONVERTED = "have a color profile, or colors other than sRGB, and are converted to sRGB"
 PALE = "are HDR, and their brightness is not converted: they look pale. Convert them to SDR first"
 MOVING = "are animated: only the first frame of each is used. Tables of clips learn all of them"
@@ -27,26 +27,28 @@ def keeps_transparency(source: MediaSource, keeps_alpha: bool) -> tuple[bool, bo
 
     `keeps_alpha` is the field of the family's LatentSpec.
     """
-    by_family = keeps_alpha and source.table.kind == "image"
-    return by_family or source.table.alpha_mask, by_family
+    for_family = keeps_alpha and source.table.kind == "image"
+    # with alpha_mask, transparency is the mask of the loss, so the colors below it are used
+    return for_family or source.table.alpha_mask, for_family
 
 
-def shown_otherwise(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
+def reading_difference(source: MediaSource, keeps_alpha: bool, as_shown: int) -> str | None:
     """Describe a file of a source that an earlier version read differently; None if there is none.
 
-    `as_shown` is the mark of that version in a record. Files that still have to be downloaded count as equal.
+    Files that still have to be downloaded count as equal. `as_shown` is the earlier version in a record
+    (`LatentRecord.as_shown`).
     """
     if source.tensors is not None or not any(_may_differ(path, as_shown) for path, _ in source.parts):
         return None
     if any(isinstance(origin, Remote) and not path.exists() for path, origin in source.parts):
         return None
-    with fetch(source) as here:
+    with fetch(source) as local:
         source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
-        parts = [(here.path, source_keeps)]
-        parts += [(path, control_keeps) for path in here.control]
-        parts += [(path, False) for path in (here.mask, here.control_mask) if path is not None]
-        parts += [(path, False) for path in here.references]
-        parts += [(path, source_keeps) for path in (here.rejected, *here.layers) if path is not None]
+        parts = [(local.path, source_keeps)]
+        parts += [(path, control_keeps) for path in local.control]
+        parts += [(path, False) for path in (local.mask, local.control_mask) if path is not None]
+        parts += [(path, False) for path in local.references]
+        parts += [(path, source_keeps) for path in (local.rejected, *local.layers) if path is not None]
         return _find_changed(parts, as_shown)
 
 
@@ -73,6 +75,7 @@ def has_codes(path: Path) -> bool:
 
 
 def _may_differ(path: Path, as_shown: int) -> bool:
+    """Return whether a version may have read a file differently, without opening the file."""
     return as_shown == 0 or (as_shown < AS_SHOWN and has_codes(path))
 
 
@@ -89,11 +92,12 @@ def _find_changed(parts: Sequence[tuple[Path, bool]], as_shown: int) -> str | No
         with contextlib.suppress(MediaError, OSError):  # errors are reported when it is read
             pair = reordered_images(path) if path.is_dir() else None
             if pair is not None:
-                names = f"{pair[0].name} before {pair[1].name}"
+                earlier, later = pair
+                names = f"{earlier.name} before {later.name}"
                 return f"{path.name} was read in the order of names as texts, now in that of numbers: {names}"
             if is_laid_otherwise(path):
                 return f"{path.name} was read without the mirroring that it states, now with it"
-            if as_shown > 1:  # colors and pixel shapes were respected already
+            if as_shown > 1:  # since version 2, colors and pixel shapes are respected
                 continue
             ignored = _formerly_ignored(media_colors(path), keeps_transparent, had_profiles=as_shown > 0)
             if ignored is not None:
@@ -128,7 +132,8 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
     for source in sources:
         if source.origins or source.tensors is not None:
             continue
-        for position, path in enumerate((source.path, *source.control)):
+        source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
+        for path in (source.path, *source.control):
             if len(read) == LOOKED_AT and path not in read:
                 return list(warnings.values())
             try:
@@ -136,9 +141,7 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
             except (MediaError, OSError):
                 continue
             read[path] = colors
-            source_keeps, control_keeps = keeps_transparency(source, keeps_alpha)
-            keeps = control_keeps if position else source_keeps
-            kinds = _describe(colors, keeps)
+            kinds = _describe(colors, source_keeps if path is source.path else control_keeps)
             # GIF and WebP files in a folder of images are named when they are listed
             is_named = source.table.directory is not None and path.suffix.lower() in ANIMATION_SUFFIXES
             if colors.is_animated and source.table.kind == "image" and not is_named:
@@ -149,19 +152,19 @@ def find_colors(sources: Sequence[MediaSource], keeps_alpha: bool = False) -> li
 
 
 def _describe(colors: Colors, keeps_transparency: bool) -> dict[str, str]:
-    """Return warnings on the colors of a file: its kind, and a text behind the path."""
-    remarks = {}
+    """Return the kinds of warnings about the colors of a file, each with the text that follows the path."""
+    warnings = {}
     if colors.is_transparent and not keeps_transparency:
-        remarks["are transparent and filled with white"] = ""
+        warnings["are transparent and filled with white"] = ""
     if colors.is_converted:
-        remarks[CONVERTED] = ""
+        warnings[CONVERTED] = ""
     if colors.rejection is not None:
-        remarks["have a color profile that is not used"] = f": {colors.rejection}"
+        warnings["have a color profile that is not used"] = f": {colors.rejection}"
     if colors.hdr is not None:
-        remarks[PALE] = f": {colors.hdr}"
+        warnings[PALE] = f": {colors.hdr}"
     if colors.is_interlaced:
-        remarks[TORN] = ""
-    return remarks
+        warnings[TORN] = ""
+    return warnings
 
 
 def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
@@ -169,17 +172,18 @@ def find_reordered(sources: Sequence[MediaSource]) -> list[Fault]:
 
     At most LOOKED_AT local folders are listed. Unreadable folders are reported elsewhere.
     """
-    remarks: dict[Path, Fault | None] = {}  # of all folders that were listed
+    warnings: dict[Path, Fault | None] = {}  # by folder; None: no warning
     for source in sources:
         if source.origins or source.table.kind == "image":
             continue
         for path, _ in source.parts:
-            if path in remarks or not path.is_dir() or len(remarks) == LOOKED_AT:
+            if path in warnings or not path.is_dir() or len(warnings) == LOOKED_AT:
                 continue
-            remarks[path] = None
+            warnings[path] = None
             with contextlib.suppress(MediaError, OSError):
                 pair = reordered_images(path)
                 if pair is not None:
-                    text = f"{path}: {pair[0].name} comes before {pair[1].name}"
-                    remarks[path] = Fault(REORDERED, text, source.stem)
-    return [remark for remark in remarks.values() if remark is not None]
+                    earlier, later = pair
+                    text = f"{path}: {earlier.name} comes before {later.name}"
+                    warnings[path] = Fault(REORDERED, text, source.stem)
+    return [warning for warning in warnings.values() if warning is not None]

@@ -1,4 +1,4 @@
-"""Find by name, read and cut references of clips, and masks that say which part of a control clip is new."""
+"""Find by name and read references of clips, and masks of the part of control clips that is generated."""
 
 import contextlib
 import logging
@@ -42,8 +42,8 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
     """Add references and control masks, found by name in the folders of a table, to its sources.
 
     `cat.mp4`, `cat.png` or a folder `cat` belongs to `cat.mp4`; references may also be numbered `cat_0.mp4`,
-    `cat_1.mp4`, ..., which gives their order. Two files with the same number, and a folder in which nothing
-    fits, are errors. A warning counts sources and files without a partner.
+    `cat_1.mp4`, ..., which determines their order. Two files with the same number, and a folder in which
+    nothing fits, are errors. Sources without a file and files without a source are logged as a warning.
     """
     stems = frozenset(source.stem for source in sources)
     for key in (REFERENCE, MASK):
@@ -53,14 +53,13 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
         try:
             paired, alone = pair_by_name(table, folder, key, stems)
             if not paired:
-                raise DatasetError(explain_unpaired(table, folder, key, stems))
+                raise DatasetError(explain_unpaired(table, folder, key, stems))  # caught below
         except DatasetError as error:
             faults.append(Fault(f"problems with {key} of {table.name}", f"{str(error).rstrip('.')}."))
             continue
         lacking = [source.path for source in sources if source.stem not in paired]
         warn_of_paths(table, f"of {len(sources)} {table.kind}s {NONE[key]}", lacking)
-        unread = f"in {key} belong to no {table.kind} by their name, and are not read"
-        warn_of_paths(table, unread, alone)
+        warn_of_paths(table, f"in {key} belong to no {table.kind} by their name, and are not read", alone)
         completed = []
         for source in sources:
             paths = paired.get(source.stem, ())
@@ -73,7 +72,7 @@ def add_companions(table: DatasetTable, sources: list[MediaSource], faults: list
 
 
 def explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collection[str]) -> str:
-    """Describe the names that files need in a folder in which nothing fits."""
+    """Say how files must be named in a folder of which no file belongs to an item."""
     example = next(iter(sorted(stems)), "clip")
     text = (
         f"{folder} has nothing for any {table.kind}. Files and folders there are named like "
@@ -82,18 +81,28 @@ def explain_unpaired(table: DatasetTable, folder: Path, key: str, stems: Collect
     return f"{text} or {example}_0.mp4, {example}_1.mp4" if key == REFERENCE else text
 
 
-def warn_of_paths(table: DatasetTable, remark: str, paths: Sequence[Path]) -> None:
-    """Log how many paths of a table a remark is about, and the first of them."""
+def warn_of_paths(table: DatasetTable, problem: str, paths: Sequence[Path]) -> None:
+    """Log how many paths of a table have a problem, and the first of them; nothing if there are none."""
     if paths:
-        logger.warning("%s: %d %s, such as %s", table.name, len(paths), remark, paths[0])
+        logger.warning("%s: %d %s, such as %s", table.name, len(paths), problem, paths[0])
 
 
 def pair_by_name(
     table: DatasetTable, folder: Path, key: str, stems: Collection[str]
 ) -> tuple[dict[str, tuple[Path, ...]], list[Path]]:
-    """Return the paths for each stem, in order, and the paths without a stem.
+    """Find the files of a folder that belong to each item by their names.
 
-    Raises DatasetError if two files have one stem and number.
+    Args:
+        table: Table of the items.
+        folder: Folder with the files.
+        key: Key of the table that names the folder.
+        stems: Stems of the items.
+
+    Returns:
+        The paths of each stem, in the order of their numbers; and the paths that belong to no stem.
+
+    Raises:
+        DatasetError: If two files have the same stem and number, or the folder cannot be listed.
     """
     suffixes = image_suffixes() | ANIMATION_SUFFIXES | VIDEO_SUFFIXES
     numbered: dict[str, dict[int, Path]] = {}
@@ -103,11 +112,11 @@ def pair_by_name(
         is_folder = entry.is_dir()
         if not is_folder and path.suffix.lower() not in suffixes:
             continue
-        match = _place_of(entry.name if is_folder else path.stem, key, stems)
-        if match is None:
+        owner = _parse_name(entry.name if is_folder else path.stem, key, stems)
+        if owner is None:
             alone.append(path)
             continue
-        stem, number = match
+        stem, number = owner
         first = numbered.setdefault(stem, {}).setdefault(number, path)
         if first != path:
             raise DatasetError(f"{first} and {path.name} have the same name except for the suffix. Keep one")
@@ -122,12 +131,13 @@ def _in_order(numbered: Mapping[str, Mapping[int, Path]]) -> dict[str, tuple[Pat
     return paths
 
 
-def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
+def _parse_name(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | None:
     """Return the stem that a name belongs to, and its number (-1 if it has none); None if it fits no stem."""
     if name in stems:
         return name, -1
     stem, _, number = name.rpartition("_")
-    if key != REFERENCE or stem not in stems or not (number.isdecimal() and number.isascii()):
+    is_number = number.isdecimal() and number.isascii()
+    if key != REFERENCE or stem not in stems or not is_number:  # only references may be several
         return None
     return stem, int(number)
 
@@ -135,13 +145,14 @@ def _place_of(name: str, key: str, stems: Collection[str]) -> tuple[str, int] | 
 def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> None:
     """Raise DatasetError if a table has references or control masks that the model does not take.
 
-    `sources` are the sources of the table that have some.
+    `sources` are the sources of the table that have references or a control mask.
     """
     rules = table.clip_references
+    maximum = 0 if rules is None else rules.maximum
     for source in sources:
-        if len(source.references) > (0 if rules is None else rules.maximum):
-            takes = "none beside control_path" if rules is None else f"{rules.maximum} at most"
-            raise DatasetError(f"{table.name}: {source.path} has references; this model takes {takes}.")
+        if len(source.references) > maximum:
+            accepted = "none beside control_path" if rules is None else f"{maximum} at most"
+            raise DatasetError(f"{table.name}: {source.path} has references; this model takes {accepted}.")
         if source.control_mask is not None and not (rules is not None and rules.control_masks):
             raise DatasetError(
                 f"{table.name}: {source.path} has a control mask, which this model does not take."
@@ -161,34 +172,36 @@ def find_moving_references(sources: Sequence[MediaSource]) -> list[Fault]:
 
     Only local files are checked. Unreadable files are reported elsewhere.
     """
-    remarks: dict[Path, Fault] = {}
+    warnings: dict[Path, Fault] = {}
     for source in sources:
         if source.origins:
             continue
         for path in _single_references(source):
             with contextlib.suppress(MediaError, OSError):
                 if path.is_dir() or path.suffix.lower() in VIDEO_SUFFIXES or is_animation(path):
-                    remarks.setdefault(path, Fault(FIRST_ONLY, str(path), source.stem))
-    return list(remarks.values())
+                    warnings.setdefault(path, Fault(FIRST_ONLY, str(path), source.stem))
+    return list(warnings.values())
 
 
 def _single_references(source: MediaSource) -> list[Path]:
-    """Return the references of a source that have to be single images, not clips."""
+    """Return the references of a source of which the model takes only one image, also if they are clips."""
     if source.table.kind == "image":
         return [*source.references, *source.control]
     rules = source.table.clip_references
+    # models that put references on a white canvas take images
     return [*source.references] if rules is not None and rules.on_white else []
 
 
 def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iterator[str]:
-    """Yield lines about the pairs of a table for its report; add a warning for each item without partner."""
+    """Yield lines for the report about how many references and control masks the items of a table have.
+
+    If only some items have any, a warning for each of the others is added to `faults`.
+    """
     num_references = [len(source.references) for source in sources]
     num_masks = [int(source.control_mask is not None) for source in sources]
-    for key, title, counts in (
-        (REFERENCE, "references", num_references),
-        (MASK, "control masks", num_masks),
-    ):
-        if not any(counts):  # the table has no such files
+    titled_counts = {REFERENCE: ("references", num_references), MASK: ("control masks", num_masks)}
+    for key, (title, counts) in titled_counts.items():
+        if not any(counts):  # no item has any
             continue
         items_by_count = sorted(Counter(counts).items())
         parts = [f"{count_of(num_items, 'item')} with {count}" for count, num_items in items_by_count]
@@ -199,21 +212,21 @@ def companion_lines(sources: Sequence[MediaSource], faults: list[Fault]) -> Iter
 
 
 def read_companions(
-    here: MediaSource,
+    local: MediaSource,
     size: Size,
     bucket: Size,
     count: int,
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read references, guides (behind the references) and the control mask of a fetched source.
+    """Read references, guides (which follow the references) and the control mask of a fetched source.
 
-    References are cropped to the bucket divided by the family's factor, or padded with white. A reference
-    clip gives `count` frames, those shown at the times of `clock`, with the last one repeated if it ends
-    earlier; an image gives one frame.
+    References are cropped to the bucket divided by the family's factor, or padded with white. An image has
+    one frame. A reference clip has `count` frames, those at the times of `clock`; if it ends earlier, its
+    last frame is repeated.
 
     Args:
-        here: The fetched source.
+        local: The fetched source.
         size: Size of the source.
         bucket: Size of the source's bucket.
         count: Number of kept frames of the source.
@@ -223,40 +236,41 @@ def read_companions(
     Raises:
         MediaError: If a reference or the mask cannot be read.
     """
-    rules = here.table.clip_references
+    rules = local.table.clip_references
     factor = 1 if rules is None else rules.size_factor
     step = 1 if rules is None else rules.step * factor
-    if here.references and (bucket[0] % step or bucket[1] % step):
+    width, height = bucket
+    if local.references and (width % step or height % step):
         raise MediaError(
-            f"{here.path}: it has {bucket[0]}x{bucket[1]} pixels; with references {factor} times smaller "
+            f"{local.path}: it has {width}x{height} pixels; with references {factor} times smaller "
             f"(--reference_downscale) sides are multiples of {step}. Choose another resolution"
         )
-    reference_size = bucket[0] // factor, bucket[1] // factor
+    reference_size = width // factor, height // factor
     references: list[Clip] = []
     size_changes: list[str] = []
-    for path in here.references:
+    for path in local.references:
         if rules is not None and rules.on_white:
             from modules.media.canvas import on_white  # only few models need white canvases
 
             references.append(pixels_to_uint8(on_white(first_frame(path), *reference_size)))
             continue
-        if is_still(path) or here.table.kind == "image":
+        if is_still(path) or local.table.kind == "image":
             references.append(resize_cover(read_image(path), reference_size)[None])
             continue
         sizes = FrameSizes()
-        frames = sizes.watch(companion_frames(path, here.path, table=here.table, fps=fps, clock=clock))
+        frames = sizes.watch(companion_frames(path, local.path, table=local.table, fps=fps, clock=clock))
         references.append(_fit_reference_clip(frames, reference_size, count))
         if sizes.change is not None:
             size_changes.append(f"{path.name}: {sizes.change}")
     control_mask = None
-    if here.control_mask is not None:
-        control_mask = read_mask(here.control_mask, here, (size, bucket), count=count, fps=fps, clock=clock)
-    references += [resize_cover(first_frame(path), bucket)[None] for path in here.guides]
+    if local.control_mask is not None:
+        control_mask = read_mask(local.control_mask, local, (size, bucket), count=count, fps=fps, clock=clock)
+    references += [resize_cover(first_frame(path), bucket)[None] for path in local.guides]
     return ClipCompanions(tuple(references), control_mask, tuple(size_changes))
 
 
 def _fit_reference_clip(frames: Iterable[Frame], size: Size, count: int) -> Clip:
-    """Return the first `count` frames at a size; a shorter clip is completed with its last frame."""
+    """Return the first `count` frames at a size, without alpha; a shorter clip repeats its last frame."""
     clip = [resize_cover(np.ascontiguousarray(frame[..., :3]), size) for frame in frames][:count]
-    last = clip[-1:]
-    return np.stack(clip + last * (count - len(clip)))
+    missing = count - len(clip)
+    return np.stack(clip + clip[-1:] * missing)

@@ -52,7 +52,7 @@ Clip = NDArray[np.uint8]  # F H W C
 
 NO_FRAMES: Clip = np.empty((0, 0, 0, 3), np.uint8)
 LARGE = 1 << 14  # side of an image that is large enough for every table
-GROWTH = 64  # frames by which memory grows at a time
+GROWTH = 64  # number of frames for which memory is allocated at once
 DECODED_COPIES = 9  # bytes per pixel while an image is decoded: three RGB copies
 SMALL_IMAGE = 1 << 26  # bytes; images below this size do not count against the budget
 
@@ -122,9 +122,10 @@ class DecodedMedia:
     @property
     def group(self) -> tuple[object, ...]:
         """Return the key that is equal for items that fit one batch: the table and the shapes of arrays."""
+        # the counts tell which of the arrays are which
         counts = len(self.control), len(self.references), self.rejected is not None
-        audio = () if self.audio is None else (self.audio.shape,)
-        return (self.source.table.index, counts, *(array.shape for array in self.arrays), *audio)
+        audio_shapes = () if self.audio is None else (self.audio.shape,)
+        return (self.source.table.index, counts, *(array.shape for array in self.arrays), *audio_shapes)
 
     @property
     def size_bytes(self) -> int:
@@ -138,7 +139,7 @@ class DecodedMedia:
         end = start + length
         num_frames = len(self.frames)
         clips = [clip[start:end] for clip in (self.frames, *self.control)]
-        if 2 * length < num_frames:
+        if 2 * length < num_frames:  # a view would keep more than twice the memory alive
             clips = [clip.copy() for clip in clips]
         frames, *control = clips
         references = []
@@ -146,21 +147,28 @@ class DecodedMedia:
             if len(reference) == num_frames:
                 reference = reference[start:end]
             references.append(reference.copy())
+
+        def cut_copy(array: NDArray[np.uint8] | None) -> NDArray[np.uint8] | None:
+            """Return a copy of the frames, so that the whole clip can be freed."""
+            return None if array is None else array[start:end].copy()
+
         return dataclasses.replace(
             self,
             frames=frames,
             spans=(span,),
             control=tuple(control),
-            mask=None if self.mask is None else self.mask[start:end].copy(),
+            mask=cut_copy(self.mask),
             references=tuple(references),
-            control_mask=None if self.control_mask is None else self.control_mask[start:end].copy(),
-            rejected=None if self.rejected is None else self.rejected[start:end].copy(),
+            control_mask=cut_copy(self.control_mask),
+            rejected=cut_copy(self.rejected),
         )
 
     def key(self, span: Span) -> str:
         """Return the name of an item for messages: `pic`, or `clip_00000-017`."""
-        is_image = self.source.table.kind == "image"
-        return self.source.stem if is_image else f"{self.source.stem}_{span[0]:05d}-{span[1]:03d}"
+        if self.source.table.kind == "image":
+            return self.source.stem
+        first_frame, num_frames = span
+        return f"{self.source.stem}_{first_frame:05d}-{num_frames:03d}"
 
 
 def decode_source(
@@ -174,32 +182,39 @@ def decode_source(
 ) -> DecodedMedia:
     """Read a source and its control media.
 
-    Memory holds all frames at bucket size, but only one frame at a time at its original size. `fps` is the
-    family's frame rate, reached by dropping frames if the table has source_fps. `step`, `lengths`,
-    `keeps_alpha` and `has_alpha` are fields of the family's LatentSpec. `rng` is the random generator for
-    the table's `augmentation` of images; None means no augmentation.
+    Memory holds all frames at bucket size, but only one frame at a time at its original size.
+
+    Args:
+        source: The source.
+        fps: Frame rate of the family, which is reached by dropping frames if the table has source_fps.
+        step: `pixel_step` of the family's LatentSpec.
+        lengths: `lengths` of the family's LatentSpec.
+        rng: Random generator for the table's `augmentation` of images; None means no augmentation.
+        keeps_alpha: `keeps_alpha` of the family's LatentSpec.
+        has_alpha: `has_alpha` of the family's LatentSpec.
 
     Raises:
-        MediaError: If a file is unreadable or too small.
+        MediaError: If a file is unreadable or too small, or if the source has precomputed latents.
         DatasetError: If the resolution is not a multiple of `step`.
     """
-    with fetch(source) as here:
+    with fetch(source) as local:
         if source.tensors is not None:
-            why = "its latents are given (load_tensors), so that no frames are read"
-            raise MediaError(f"{source.path}: {why}")
+            raise MediaError(
+                f"{source.path}: its latents are given (load_tensors), so that no frames are read"
+            )
         if source.table.kind == "image":
-            with IMAGES.hold(planned_bytes(here)):
+            with IMAGES.hold(planned_bytes(local)):
                 media = _decode_image(
-                    here, step, rng, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
+                    local, step, rng, keeps_alpha=keeps_alpha or has_alpha, has_alpha=has_alpha
                 )
                 return dataclasses.replace(media, source=source)
-        return _decode_clip(source, here, fps=fps, step=step, lengths=lengths)
+        return _decode_clip(source, local, fps=fps, step=step, lengths=lengths)
 
 
 def _decode_clip(
-    source: MediaSource, here: MediaSource, fps: float, step: int, lengths: ClipLengths
+    source: MediaSource, local: MediaSource, fps: float, step: int, lengths: ClipLengths
 ) -> DecodedMedia:
-    """Read a clip and its control media; `here` is the source with local files.
+    """Read a clip and its control media; `local` is the fetched source.
 
     Control media are read only if the clip has a span, at the times of the clip's kept frames.
     """
@@ -208,7 +223,7 @@ def _decode_clip(
 
     def read_frames() -> Iterator[Frame]:
         """Yield the kept frames; `clock` is complete when all of them have been taken."""
-        for frame, index, second in kept_frames(here.path, table, fps, table.alpha_mask):
+        for frame, index, second in kept_frames(local.path, table, fps, table.alpha_mask):
             clock.append((index, second))
             yield frame
 
@@ -217,34 +232,34 @@ def _decode_clip(
     frames_in = sizes.watch(read_frames())
     first = next(frames_in)  # the size of the first frame selects the bucket
     size = (first.shape[1], first.shape[0])
-    bucket = bucket_of(table, size, step, here.path)
+    bucket = bucket_of(table, size, step, local.path)
     max_frames = frames_wanted(table)
     frames_in = itertools.chain([first], frames_in)
     mask: Mask | None = None
     if table.is_of_audio:  # frames are black; only their number matters
         frames = _repeat_first(frames_in)
     else:
-        frames, mask = _gather(frames_in, bucket, max_frames)
+        frames, mask = _collect_frames(frames_in, bucket, max_frames)
     if sizes.change is not None:
         size_changes.append(f"{source.path.name}: {sizes.change}")
     count = len(frames)
-    if here.mask is not None:  # one image for all frames, or a clip
-        mask = read_mask(here.mask, here, (size, bucket), count=count, fps=fps, clock=clock)
+    if local.mask is not None:  # one image for all frames, or a clip
+        mask = read_mask(local.mask, local, (size, bucket), count=count, fps=fps, clock=clock)
     found_spans, reason = spans_or_reason(table, count, lengths)
     control: list[Clip] = []
     companions = ClipCompanions()
     rejected: Clip | None = None
     if found_spans:
-        if here.control:
+        if local.control:
             control = _read_control_clips(
-                here, bucket, count=count, fps=fps, clock=clock, changes=size_changes
+                local, bucket, count=count, fps=fps, clock=clock, changes=size_changes
             )
-        if here.references or here.guides or here.control_mask is not None:
-            companions = _read_companions(here, size, bucket, count=count, fps=fps, clock=clock)
-        if here.rejected is not None:
+        if local.references or local.guides or local.control_mask is not None:
+            companions = _read_companions(local, size, bucket, count=count, fps=fps, clock=clock)
+        if local.rejected is not None:
             from dataset.sources.pairs import read_rejected_clip  # few clips have a rejected one
 
-            rejected = read_rejected_clip(here, size, bucket, count=count, fps=fps, clock=clock)
+            rejected = read_rejected_clip(local, size, bucket, count=count, fps=fps, clock=clock)
     return DecodedMedia(
         source=source,
         size=size,
@@ -268,26 +283,34 @@ def _decode_clip(
 
 
 def _read_control_clips(
-    here: MediaSource,
+    local: MediaSource,
     bucket: Size,
     count: int,
     fps: float,
     clock: Sequence[tuple[int, float]],
     changes: list[str],
 ) -> list[Clip]:
-    """Read the control clips of a fetched clip of `count` frames.
+    """Read the control clips of a fetched clip, each with `count` frames.
 
-    A line is added to `changes` for each clip whose frames change size. `clock` has the index and time of
-    each kept frame.
+    Args:
+        local: The fetched source.
+        bucket: Size of the source's bucket.
+        count: Number of kept frames of the source.
+        fps: Frame rate of the kept frames.
+        clock: Index and time of each kept frame.
+        changes: List to which a line is added for each control clip whose frames change size.
+
+    Raises:
+        MediaError: If a control clip cannot be read.
     """
     clips = []
-    for path in here.control:
+    for path in local.control:
         sizes = FrameSizes()
-        frames = sizes.watch(companion_frames(path, here.path, table=here.table, fps=fps, clock=clock))
-        clip, _ = _gather(frames, bucket, count)
+        frames = sizes.watch(companion_frames(path, local.path, table=local.table, fps=fps, clock=clock))
+        clip, _ = _collect_frames(frames, bucket, count)
         if sizes.change is not None:
             changes.append(f"{path.name}: {sizes.change}")
-        clips.append(_lengthen(clip, count))  # a longer control clip has already been cut
+        clips.append(_lengthen(clip, count))  # of a longer control clip, only `count` frames were read
     return clips
 
 
@@ -298,10 +321,9 @@ def _lengthen(clip: Clip, count: int) -> Clip:
 
 
 def planned_bytes(source: MediaSource) -> int:
-    """Estimate from headers the memory for decoding an image and its control images; 0 up to SMALL_IMAGE.
+    """Estimate from headers the memory for decoding a fetched image and its control images.
 
-    Args:
-        source: The fetched source. Unreadable files count as 0, because decoding reports them.
+    Returns 0 if it is at most SMALL_IMAGE. Unreadable files count as 0, because decoding reports them.
     """
     total = 0
     for path in (source.path, *source.control, *filter(None, (source.rejected,)), *source.layers):
@@ -311,8 +333,35 @@ def planned_bytes(source: MediaSource) -> int:
     return total if total > SMALL_IMAGE else 0
 
 
+def _fit_alpha_and_mask(
+    source: MediaSource,
+    alpha: NDArray[np.uint8] | None,
+    size: tuple[int, int],
+    fit_to_bucket: Callable[[Frame], Frame],
+) -> tuple[NDArray[np.uint8] | None, NDArray[np.uint8] | None]:
+    """Return the transparency that the model sees and the mask of the loss, both fitted, or None.
+
+    With the table's alpha_mask, transparency is the mask instead, and the model does not see it.
+
+    Args:
+        source: The fetched source.
+        alpha: Transparency of the image, H W; None if it has none.
+        size: Width and height of the image.
+        fit_to_bucket: Resizes and crops a frame like the image.
+    """
+    fitted_alpha: NDArray[np.uint8] | None = None
+    if alpha is not None and alpha.min() < 255:
+        fitted_alpha = fit_to_bucket(alpha)
+    if not source.table.alpha_mask:
+        mask = None if source.mask is None else read_still(source.mask, fit_to_bucket, size, 1)
+        return fitted_alpha, mask
+    if fitted_alpha is None or fitted_alpha.min() == 255:  # the crop may be opaque
+        return None, None
+    return None, fitted_alpha[None]
+
+
 def _read_companions(
-    here: MediaSource,
+    local: MediaSource,
     size: Size,
     bucket: Size,
     *,
@@ -320,13 +369,13 @@ def _read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read the references and the control mask of a source.
+    """Read the references and the control mask of a fetched source, see `read_companions`.
 
-    `count`, `fps` and `clock` are those of the source's kept frames; an image has one frame.
+    The defaults are for an image, which has one frame.
     """
     from dataset.sources.companions import read_companions  # few sources have any
 
-    return read_companions(here, size, bucket=bucket, count=count, fps=fps, clock=clock)
+    return read_companions(local, size, bucket=bucket, count=count, fps=fps, clock=clock)
 
 
 def _decode_image(
@@ -334,11 +383,16 @@ def _decode_image(
 ) -> DecodedMedia:
     """Read an image and its control images.
 
-    `source` has local files. With `has_alpha`, frames and control images get four channels.
+    Args:
+        source: The fetched source.
+        step: `pixel_step` of the family's LatentSpec.
+        generator: Random generator for augmentation; None means no augmentation.
+        keeps_alpha: Whether alpha is read separately from the colors.
+        has_alpha: Whether frames and control images have alpha as a fourth channel.
     """
     table = source.table
     image, alpha = split_alpha(read_image(source.path, keeps_alpha or table.alpha_mask))
-    size = (image.shape[1], image.shape[0])
+    size = (image.shape[1], image.shape[0])  # width, height
     fit = fit_of(table, size, step, source.path)
     is_mirrored = False
     if generator is not None:
@@ -347,20 +401,20 @@ def _decode_image(
         if table.augmentation.color:
             image = change_colors(image, generator)
 
-    def fit_to_bucket(picture: Frame) -> Frame:
-        """Resize, crop and mirror a picture like the image: used for control images, masks and layers."""
-        image_size = (picture.shape[1], picture.shape[0])
+    def fit_to_bucket(other: Frame) -> Frame:
+        """Resize, crop and mirror the image, or a control image, mask or layer of it in the same way."""
+        other_size = (other.shape[1], other.shape[0])
         if table.buckets is None:
-            image_fit = fit_cover(image_size, fit.bucket)
+            other_fit = fit_cover(other_size, fit.bucket)
         else:
-            image_fit = fit_like(fit, image_size, size)
-        placed = fit_frame(picture, image_fit)
-        return mirror(placed) if is_mirrored else placed
+            other_fit = fit_like(fit, other_size, size)
+        fitted = fit_frame(other, other_fit)
+        return mirror(fitted) if is_mirrored else fitted
 
     control = _read_controls(
         source,
         bucket=fit.bucket,
-        place=fit_to_bucket,
+        fit_image=fit_to_bucket,
         is_mirrored=is_mirrored,
         keeps_alpha=keeps_alpha,
         has_alpha=has_alpha,
@@ -368,25 +422,21 @@ def _decode_image(
     if has_alpha and not table.alpha_mask and alpha is not None:
         # the model takes transparency as a fourth channel
         image, alpha = np.dstack([image, alpha]), None
-    placed_alpha = None if alpha is None or alpha.min() == 255 else fit_to_bucket(alpha)
-    mask = None if source.mask is None else read_still(source.mask, fit_to_bucket, size, 1)
-    if table.alpha_mask:  # transparency is the mask of the loss; the model does not see it
-        is_opaque = placed_alpha is None or placed_alpha.min() == 255
-        mask = None if placed_alpha is None or is_opaque else placed_alpha[None]
-        placed_alpha = None
-    placed = fit_to_bucket(image)
-    frames = (add_alpha(placed) if has_alpha else placed)[None]
+    fitted_alpha, mask = _fit_alpha_and_mask(source, alpha, size, fit_to_bucket)
+    fitted = fit_to_bucket(image)
+    frames = (add_alpha(fitted) if has_alpha else fitted)[None]
     if source.layers:
         from dataset.sources.layers import read_layers  # few images have layers
 
         frames = np.stack([frames[0], *read_layers(source, size, fit_to_bucket)])
-        mask = None if mask is None else np.repeat(mask, len(frames), axis=0)
+        if mask is not None:  # all layers have the mask of their image
+            mask = np.repeat(mask, len(frames), axis=0)
     companions = ClipCompanions()
     if source.references or source.control_mask is not None:
         companions = _read_companions(source, size, fit.bucket)
     rejected: Clip | None = None
     if source.rejected is not None:
-        rejected = _read_rejected(source, size, place=fit_to_bucket, has_alpha=has_alpha)
+        rejected = _read_rejected(source, size, fit_image=fit_to_bucket, has_alpha=has_alpha)
     return DecodedMedia(
         source=source,
         size=size,
@@ -394,7 +444,7 @@ def _decode_image(
         frames=frames,
         spans=((0, source.num_images),),
         control=tuple(control),
-        alpha=placed_alpha,
+        alpha=fitted_alpha,
         mask=mask,
         references=companions.references,
         control_mask=companions.control_mask,
@@ -405,24 +455,30 @@ def _decode_image(
 def _read_controls(
     source: MediaSource,
     bucket: Size,
-    place: Callable[[Frame], Frame],
+    fit_image: Callable[[Frame], Frame],
     is_mirrored: bool,
     keeps_alpha: bool,
     has_alpha: bool,
 ) -> list[Clip]:
     """Read the control images of an image, each 1 H W C.
 
-    `bucket`, `place` and `is_mirrored` say how the image itself was resized and mirrored.
+    Args:
+        source: The fetched source.
+        bucket: Size of the image's bucket.
+        fit_image: Resizes, crops and mirrors like the image.
+        is_mirrored: Whether the image was mirrored.
+        keeps_alpha: Whether alpha is read separately from the colors.
+        has_alpha: Whether the result has alpha as a fourth channel.
     """
-    if source.table.references is None:
-        return [_read_control(path, place, keeps_alpha) for path in source.control]
+    if source.table.references is None:  # control images are resized like their image
+        return [_read_control(path, fit_image, keeps_alpha) for path in source.control]
     references = []
     for path in source.control:
         reference = read_reference(
             path,
             source,
             bucket=bucket,
-            place=place,
+            fit_image=fit_image,
             is_mirrored=is_mirrored,
             has_alpha=has_alpha,
         )
@@ -430,22 +486,27 @@ def _read_controls(
     return references
 
 
-def _read_rejected(source: MediaSource, size: Size, place: Callable[[Frame], Frame], has_alpha: bool) -> Clip:
-    """Read the rejected image of a pair, 1 H W C.
+def _read_rejected(
+    source: MediaSource, size: Size, fit_image: Callable[[Frame], Frame], has_alpha: bool
+) -> Clip:
+    """Read the rejected image of a pair, 1 H W C, resized like the chosen one.
 
     `size` is the original size of the chosen image.
+
+    Raises:
+        MediaError: If the rejected image has another size, or cannot be read.
     """
     from dataset.sources.pairs import require_equal_size  # few images have a rejected one
 
     assert source.rejected is not None
     rejected = read_image(source.rejected, has_alpha and not source.table.alpha_mask)
     require_equal_size(source, size, (rejected.shape[1], rejected.shape[0]))
-    placed = place(rejected)
-    return (add_alpha(placed) if has_alpha else placed)[None]
+    fitted = fit_image(rejected)
+    return (add_alpha(fitted) if has_alpha else fitted)[None]
 
 
 def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) -> Fit:
-    """Draw a random crop of an image, if its table asks for one.
+    """Draw a random crop of an image if its table has random_crop or face_crop_aug_range; else return `fit`.
 
     `fit` is the crop without augmentation.
     """
@@ -464,51 +525,57 @@ def _draw_crop(source: MediaSource, size: Size, fit: Fit, rng: random.Random) ->
     return crop_anywhere(fit, rng) if changes.random_crop else fit
 
 
-def _read_control(path: Path, place: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
-    """Read a control image, 1 H W 3 or 4.
+def _read_control(path: Path, fit_image: Callable[[Frame], Frame], keeps_alpha: bool) -> Clip:
+    """Read a control image, 1 H W 3, or 1 H W 4 if it has alpha.
 
-    Alpha is resized separately from the colors, as in generation: Pillow would darken colors by alpha.
+    Alpha is resized separately from the colors, as in generation, because Pillow would darken the colors of
+    transparent pixels.
     """
     colors, alpha = split_alpha(read_image(path, keeps_alpha))
-    channels = [place(colors)]
+    channels = [fit_image(colors)]
     if alpha is not None:
-        channels.append(place(alpha)[..., None])
+        channels.append(fit_image(alpha)[..., None])
     return np.concatenate(channels, axis=2)[None]
 
 
 def plan_source(
     source: MediaSource, fps: float, step: int = 16, lengths: ClipLengths = DEFAULT_LENGTHS
 ) -> DecodedMedia:
-    """Return what `decode_source` would, without pixels, to compare it with caches without a record.
+    """Return the result of `decode_source` without pixels, to compare it with caches without a record.
 
-    It is computed from headers, whose number of frames may be wrong; a clip is decoded if its header has no
-    number of frames. Raises the same errors as `decode_source` if the header shows them.
+    It is computed from headers, whose number of frames may be wrong. A clip is decoded if its header does not
+    have the number of frames, or if frames are selected by time.
+
+    Raises:
+        MediaError: If a file is unreadable or too small, as far as its header shows.
+        DatasetError: If the resolution is not a multiple of `step`.
     """
     table = source.table
     found_spans: tuple[Span, ...] = ((0, source.num_images),)
     reason: str | None = None
-    with fetch(source) as here:
+    with fetch(source) as local:
         if table.kind == "image":
-            size = image_size(here.path)
+            size = image_size(local.path)
         elif table.is_of_audio:
             size = table.resolution
-            num_kept = _count_kept(here, fps)
+            num_kept = _count_kept(local, fps)
             found_spans, reason = spans_or_reason(table, num_kept, lengths)
         else:
-            info = video_info(here.path)
+            info = video_info(local.path)
             size = (info.width, info.height)
-            if info.frames is None or table.source_fps == AUTO or is_animation(here.path):
-                num_kept = _count_kept(here, fps)
+            if info.frames is None or table.source_fps == AUTO or is_animation(local.path):
+                num_kept = _count_kept(local, fps)
             else:
                 num_kept = len(resample_indices(info.frames, table.declared_fps, table.target_fps or fps))
             found_spans, reason = spans_or_reason(table, num_kept, lengths)
-        bucket = bucket_of(table, size, step, here.path)
+        bucket = bucket_of(table, size, step, local.path)
     return DecodedMedia(
         source=source, size=size, bucket=bucket, frames=NO_FRAMES, spans=found_spans, reason=reason
     )
 
 
 def _count_kept(source: MediaSource, fps: float) -> int:
+    """Decode a fetched clip to count its kept frames."""
     return sum(1 for _ in kept_frames(source.path, source.table, fps))
 
 
@@ -518,11 +585,11 @@ def source_frames(source: MediaSource, fps: float) -> Iterator[Frame]:
     Raises:
         MediaError: If the file cannot be read.
     """
-    with fetch(source) as here:
+    with fetch(source) as local:
         if source.table.kind == "image":
-            yield read_image(here.path)
+            yield read_image(local.path)
         else:
-            yield from (frame for frame, _, _ in kept_frames(here.path, source.table, fps))
+            yield from (frame for frame, _, _ in kept_frames(local.path, source.table, fps))
 
 
 def fit_of(table: DatasetTable, size: Size, step: int, path: Path | None = None) -> Fit:
@@ -561,26 +628,28 @@ def _repeat_first(frames: Iterator[Frame]) -> Clip:
     return np.ndarray((count, *black.shape), np.uint8, black, strides=(0, *black.strides))
 
 
-def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) -> tuple[Clip, Mask | None]:
-    """Collect frames at bucket size, and their transparency if they have any.
+def _collect_frames(
+    frames: Iterator[Frame], bucket: Size, max_frames: int | None
+) -> tuple[Clip, Mask | None]:
+    """Collect frames at bucket size, and their alpha if any frame is transparent.
 
-    The array grows in place, so that a clip is never copied.
+    The array grows in place, so that a clip is never copied. `max_frames` is the number of frames if it is
+    known, to allocate no more memory.
     """
     width, height = bucket
-    room = min(wanted_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for
-    clip = np.empty((room, height, width, 3), np.uint8)
+    capacity = min(max_frames or GROWTH, GROWTH)  # number of frames that `clip` has memory for
+    clip = np.empty((capacity, height, width, 3), np.uint8)
     count = 0
     alphas = []
     for frame in frames:
         if count == len(clip):
-            # no other reference to the array exists yet
-            room = count + max(GROWTH, count // 4)
-            clip.resize((room, height, width, 3), refcheck=False)
+            capacity = count + max(GROWTH, count // 4)
+            clip.resize((capacity, height, width, 3), refcheck=False)  # nothing else refers to the array yet
         colors, alpha = (frame, None) if frame.shape[2] == 3 else split_alpha(frame)
         alphas.append(None if alpha is None else resize_cover(alpha, bucket))
         clip[count] = resize_cover(colors, bucket)
         count += 1
-    clip.resize((count, height, width, 3), refcheck=False)
+    clip.resize((count, height, width, 3), refcheck=False)  # gives back the memory that is not used
     present = [alpha for alpha in alphas if alpha is not None]
     return clip, _stack_alphas(alphas, present) if present else None
 
@@ -588,10 +657,10 @@ def _gather(frames: Iterator[Frame], bucket: Size, wanted_frames: int | None) ->
 def _stack_alphas(
     alphas: Sequence[NDArray[np.uint8] | None], present: Sequence[NDArray[np.uint8]]
 ) -> Mask | None:
-    """Return the transparency of all frames; None if all are opaque.
+    """Return the alpha of all frames, F H W; None if all frames are opaque.
 
     Args:
-        alphas: Transparency of each frame, H W; None for frames without.
+        alphas: Alpha of each frame, H W; None for frames without alpha.
         present: Those of `alphas` that are not None; at least one.
     """
     if all(alpha.min() == 255 for alpha in present):
@@ -608,10 +677,9 @@ def spans_or_reason(
     if found_spans:
         return found_spans, None
     declared = table.declared_fps
-    rate = f" after dropping from source_fps = {declared:g}" if declared else ""
+    selection = f" after dropping from source_fps = {declared:g}" if declared else ""
     if table.source_fps == AUTO:
-        rate = ' at the rate of the model (source_fps = "auto")'
-    return (
-        (),
-        f"{count_of(num_kept, 'frame')}{rate}, the shortest of target_frames is {min(table.target_frames)}",
-    )
+        selection = ' at the rate of the model (source_fps = "auto")'
+    shortest = min(table.target_frames)
+    reason = f"{count_of(num_kept, 'frame')}{selection}, the shortest of target_frames is {shortest}"
+    return (), reason

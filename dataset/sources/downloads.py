@@ -1,7 +1,7 @@
-"""Download files at addresses: http:// and https:// by requests, all others by fsspec.
+"""Download files at addresses: http:// and https:// with requests, all others with fsspec.
 
-A file is downloaded once, whatever number of processes ask for it, and appears under its name when it is
-whole. Files at addresses count as unchanging: a downloaded one is not asked for again.
+A file is downloaded once, even if several processes ask for it, and appears under its name when it is
+complete. Files at addresses are assumed not to change: a downloaded file is not downloaded again.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ from modules.file_locks import only_one
 from modules.limits import MAX_DOWNLOAD_BYTES
 from modules.paths import hide_secrets, protocol_of, short_hash
 
-TRIES = 3  # in a row that bring nothing
-FIRST_WAIT = 0.5  # seconds before the second try; before the third twice as long
-NUM_LOCKS = 64  # files in a folder by which processes wait for one another
-# protocols of fsspec by which a file's content can make it open other addresses or local files
+TRIES = 3  # number of consecutive attempts that receive nothing, after which a download fails
+FIRST_WAIT = 0.5  # seconds before the second attempt; the third waits twice as long
+NUM_LOCKS = 64  # lock files in a folder, which serve all downloads
+# protocols of fsspec with which the content of a file can make fsspec open other addresses or local files
 INDIRECT = frozenset(
     [
         "reference", "filecache", "blockcache", "simplecache", "cached", "dir", "zip", "tar", "libarchive",
@@ -34,7 +34,7 @@ HTTP = frozenset({"http", "https"})
 
 @lru_cache(maxsize=256)
 def protocol_error(protocol: str) -> str | None:
-    """Return the reason why addresses of a protocol cannot be read, with the remedy; None if they can."""
+    """Explain why addresses of a protocol cannot be read, with the remedy; None if they can be read."""
     if protocol in HTTP:
         return None
     try:
@@ -60,8 +60,11 @@ def download(
 ) -> None:
     """Download `address` to `target`, unless the file exists.
 
-    `wait` is called with the seconds to wait before another attempt. `check` checks the file before it gets
-    its final name; if it raises MediaError, the file is discarded.
+    Args:
+        address: Address of the file.
+        target: Path of the downloaded file.
+        wait: Waits for some seconds before another attempt.
+        check: Checks the file before it gets its final name; if it raises MediaError, the file is discarded.
 
     Raises:
         MediaError: If the file cannot be downloaded, after several attempts if these may help.
@@ -121,43 +124,52 @@ def _check_downloaded(check: Callable[[Path], None], path: Path, address: str) -
     try:
         check(path)
     except MediaError as error:
-        why = str(error).replace(str(path), "it")
-        raise MediaError(f"{address}: {why} Nothing of it is kept.") from None
+        reason = str(error).replace(str(path), "it")
+        raise MediaError(f"{address}: {reason} Nothing of it is kept.") from None
 
 
 def check_media(path: Path) -> None:
     """Raise MediaError if a downloaded file is not an image, clip or audio file in a supported format."""
-    from modules.media.opening import require_media  # here: tables without addresses need no decoder
+    from modules.media.opening import require_media  # it loads decoders
 
     require_media(path)
 
 
-# --- what fsspec knows
+# --- fsspec
 # ------------------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
-def _ask_filesystem(address: str, have: int, version: str | None) -> Iterator[Answer]:
-    """Open a file through fsspec, after the first `have` bytes if it has not changed since."""
+def _ask_filesystem(address: str, num_received: int, version: str | None) -> Iterator[Answer]:
+    """Open a file through fsspec, to continue a download.
+
+    Args:
+        address: Address of the file.
+        num_received: Number of bytes received by earlier attempts.
+        version: Version of the file at that time; if it has changed, the download starts again.
+    """
     import fsspec
 
     with _explain_filesystem():
-        system, path = fsspec.core.url_to_fs(address)
-        info = system.info(path)
+        file_system, path = fsspec.core.url_to_fs(address)
+        info = file_system.info(path)
         if info.get("type") == "directory":
             raise DownloadRejected("it is a folder, not a file")
         size = info.get("size")
-        now = str([size, *(info.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "updated"))])
-        start = have if now == version else 0
-        file = system.open(path, "rb")
+        # storages have different keys for the version of a file
+        stamps = [info.get(key) for key in ("ETag", "etag", "LastModified", "mtime", "updated")]
+        current_version = str([size, *stamps])
+        start = num_received if current_version == version else 0
+        file = file_system.open(path, "rb")
         file.seek(start)
     try:
-        yield Answer(start, size, now, _pieces(file))
+        yield Answer(start, size, current_version, _read_pieces(file))
     finally:
         file.close()
 
 
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
+def _read_pieces(file: BinaryIO) -> Iterator[bytes]:
+    """Yield the rest of a file in pieces."""
     while True:
         with _explain_filesystem():
             piece = file.read(PIECE)
@@ -168,7 +180,7 @@ def _pieces(file: BinaryIO) -> Iterator[bytes]:
 
 @contextlib.contextmanager
 def _explain_filesystem() -> Iterator[None]:
-    """Translate errors of fsspec: those of the site are final, all others are tried again."""
+    """Convert errors of fsspec to DownloadRejected, or to RetryableError; then the download goes on."""
     try:
         yield
     except DownloadRejected:
@@ -177,5 +189,5 @@ def _explain_filesystem() -> Iterator[None]:
         raise DownloadRejected("nothing is there") from None
     except PermissionError:
         raise DownloadRejected("not allowed; a login may be missing") from None
-    except Exception as error:  # each storage has its own; their texts may hold secrets
+    except Exception as error:  # each storage has its own errors, whose messages may contain secrets
         raise RetryableError(f"it could not be read ({type(error).__name__})") from None

@@ -1,4 +1,4 @@
-"""Make the bytes of a source a file while it is decoded. Files on disk cost nothing."""
+"""Provide the files of a source on disk while it is decoded: download them, or copy them out of a tar."""
 
 import contextlib
 import dataclasses
@@ -13,21 +13,22 @@ from pathlib import Path
 from dataset.sources.media_source import MediaSource, PackedFile, Remote
 from modules.errors import MediaError
 
-PREFIX = "reelsmith-extracted-"  # of folders of copies
-LEFTOVER_SECONDS = 86_400.0  # no clip is decoded for a day
+PREFIX = "reelsmith-extracted-"  # beginning of the names of temporary folders
+LEFTOVER_SECONDS = 86_400.0  # age at which such a folder is a leftover, as no clip is decoded for a day
+# first bytes of files without a suffix, and the suffix that animations need to be recognized
 _MAGIC = (
     (b"GIF8", ".gif"),
     (b"RIFF", ".webp"),
-)  # of files without a suffix: they may be animations
+)
 
 
 @contextlib.contextmanager
 def fetch(source: MediaSource) -> Iterator[MediaSource]:
-    """Yield the source with local files that can be opened in the block.
+    """Yield the source with files on disk, which can be opened in the block.
 
-    A source with local files is yielded unchanged. A file at an address is downloaded and kept. A file in a
-    tar or table is copied to the system's folder for temporary files, one source at a time in each thread,
-    and removed after the block; errors name the original location.
+    A source whose files are on disk is yielded unchanged. A file at an address is downloaded and stays. A
+    file in a tar or table is copied to the system's folder for temporary files, and removed after the block;
+    a MediaError that is raised in the block names the original location.
 
     Raises:
         MediaError: If a file is unavailable.
@@ -37,7 +38,7 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
         return
     with contextlib.ExitStack() as stack:
         path_of_copy: dict[Path, Path] = {}  # copy -> the path that errors name
-        folder: Path | None = None  # of copies, made for the first one
+        folder: Path | None = None  # temporary folder, made for the first copy
         paths = []
         for path, origin in source.parts:
             if isinstance(origin, Remote):
@@ -72,24 +73,25 @@ def fetch(source: MediaSource) -> Iterator[MediaSource]:
             raise type(error)(text) from error
 
 
-@lru_cache(maxsize=4)
-def _sweep(folder: str) -> None:
-    for left in Path(folder).glob(f"{PREFIX}*"):
+@lru_cache(maxsize=4)  # once for each folder
+def _remove_leftovers(folder: str) -> None:
+    """Remove temporary folders of runs that were killed."""
+    for leftover in Path(folder).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError):
-            if left.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
+            if leftover.stat().st_mtime < time.time() - LEFTOVER_SECONDS:
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def _make_temporary_folder(stack: contextlib.ExitStack) -> Path:
-    """Make a temporary folder, removed with the stack; folders that killed runs left are removed first."""
-    _sweep(tempfile.gettempdir())
-    # Windows cannot remove a file that is still open: the next run does
+    """Make a temporary folder that is removed when the stack is closed."""
+    _remove_leftovers(tempfile.gettempdir())
+    # Windows cannot remove a file that is still open; a later run removes it as a leftover
     temporary = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     return Path(stack.enter_context(temporary))
 
 
 def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
-    """Write a part of a file to `copy` with a suffix; returns that path."""
+    """Write a file inside of another one to the path `copy`, to which a suffix is added; return that path."""
     try:
         pieces = origin.pieces()
         first = next(pieces, b"")

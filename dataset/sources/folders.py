@@ -33,7 +33,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     Raises:
         DatasetError: If the folder cannot be listed.
     """
-    paths = _leave_out_results(table, _media_in(table, faults))
+    paths = _leave_out_results(table, _list_media(table, faults))
     if not all(path.name.isascii() for path in paths):
         paths = _leave_out_bad_names(table, paths, faults)
     layers: Mapping[Path, tuple[Path, ...]] = {}
@@ -55,7 +55,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     assert table.directory is not None
     extension = table.caption_extension
     errors: dict[Path, str] = {}  # by caption file
-    stems: list[str] = []  # stems of the items whose caption file has an error
+    stems_with_error: list[str] = []  # stems of the items whose caption file has an error
     sources = []
     for path, control in zip(paths, controls, strict=True):
         stem = path.stem
@@ -65,7 +65,10 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             content = _read_captions(caption_path, table)
             if content.error:
                 errors[caption_path] = content.error
-                stems.append(stem)
+                stems_with_error.append(stem)
+        audio = None
+        if audios or table.finds_audio:
+            audio = _find_audio(table, path, audios, faults)
         source = MediaSource(
             path=path,
             stem=stem,
@@ -75,7 +78,7 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
             table=table,
             more_captions=content.further,
             mask=masks.get(path),
-            audio=_audio_of(table, path, audios, faults) if audios or table.finds_audio else None,
+            audio=audio,
             caption_encoding=content.encoding,
             layers=layers.get(path, ()),
         )
@@ -83,11 +86,12 @@ def list_table_folder(table: DatasetTable, captions: bool, faults: list[Fault]) 
     if errors:
         kind = "have a caption that cannot be used"
         messages = explain_captions(list(errors), list(errors.values()))
-        faults += [Fault(kind, message, stem) for message, stem in zip(messages, stems, strict=True)]
+        for message, stem in zip(messages, stems_with_error, strict=True):
+            faults.append(Fault(kind, message, stem))
     return sources
 
 
-def _audio_of(
+def _find_audio(
     table: DatasetTable, clip: Path, audios: Mapping[Path, Path], faults: list[Fault]
 ) -> tuple[Path, None] | None:
     """Return the separate audio file of a clip; None if there is none.
@@ -132,7 +136,7 @@ def _leave_out_bad_names(table: DatasetTable, paths: list[Path], faults: list[Fa
 class _Captions(NamedTuple):
     """The captions of one image or clip."""
 
-    first: str | None = None
+    first: str | None = None  # None: there is no caption
     further: tuple[str, ...] = ()
     encoding: str | None = None  # encoding of the caption file; None: UTF-8
     error: str = ""  # why the file cannot be used
@@ -142,7 +146,7 @@ _NO_CAPTION = _Captions()
 
 
 def _read_captions(path: Path, table: DatasetTable) -> _Captions:
-    """Return the captions in a file; a missing file has the class_tokens of the table, if set."""
+    """Return the captions in a file; if there is no file, the class_tokens of the table, if set."""
     encoding = None
     try:
         file = read_caption_file(path)
@@ -173,7 +177,7 @@ def _find_companions(
         if not companions:
             raise DatasetError(
                 f"{table.name}: {folder} has no {what} for any {table.kind}. Files there have the name of "
-                f"their {table.kind} except for the suffix: {_example_of(table, what)}."
+                f"their {table.kind} except for the suffix: {_make_example(table, what)}."
             )
     except DatasetError as error:
         faults.append(Fault(f"problems with the {what} of {table.name}", str(error)))
@@ -185,8 +189,8 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
     """Return the masks or audio files in a folder by the stem of the image or clip they belong to."""
     if what == "mask":
         entries = list_entries(folder, "mask_directory", table.config_path)
-        is_beside = table.directory is not None and folder_id(folder) == folder_id(table.directory)
-        return masks_by_stem(map(Path, entries), table.kind, is_beside)
+        in_media_folder = table.directory is not None and folder_id(folder) == folder_id(table.directory)
+        return masks_by_stem(map(Path, entries), table.kind, in_media_folder)
     entries = list_entries(folder, "audio_directory", table.config_path)
     suffixes = AUDIO_SUFFIXES | VIDEO_SUFFIXES
     if folder == table.directory:  # the clips themselves are in this folder
@@ -194,54 +198,63 @@ def _companions_by_stem(table: DatasetTable, what: str, folder: Path) -> dict[st
     return files_by_stem(map(Path, entries), suffixes, False)
 
 
-def _example_of(table: DatasetTable, what: str) -> str:
+def _make_example(table: DatasetTable, what: str) -> str:
+    """Return example names of a mask or audio file and its item, for an error message."""
     if table.kind == "image":
         return "cat.png for cat.jpg"
     return "cat.png or cat.mp4 for cat.mp4" if what == "mask" else "cat.wav for cat.mp4"
 
 
-def _media_in(table: DatasetTable, faults: list[Fault]) -> list[Path]:
+def _list_media(table: DatasetTable, faults: list[Fault]) -> list[Path]:
     """Return a table folder's images or clips, sorted; add a fault for each that is not a regular file."""
     assert table.directory is not None
-    suffixes, spare = media_suffixes(table.holds)
+    suffixes, spare_suffixes = media_suffixes(table.holds)
     key = table.source_key if table.group is None else "image_dir"
     entries = list_entries(table.directory, f"{table.name}: {key}", table.config_path)
-    endings = [split_name(entry.name)[1].lower() for entry in entries]
+    found_suffixes: set[str] = set()
     media: list[Path] = []
     spare_files: list[Path] = []
-    for entry, ending in zip(entries, endings, strict=True):
-        if ending in spare and label_of(split_name(entry.name)[0]) is None:
-            spare_files.append(table.directory / entry.name)
-        if ending not in suffixes or label_of(split_name(entry.name)[0]) is not None:
+    for entry in entries:
+        stem, suffix = split_name(entry.name)
+        suffix = suffix.lower()
+        found_suffixes.add(suffix)
+        if suffix not in suffixes and suffix not in spare_suffixes:
+            continue
+        if label_of(stem) is not None:  # a mask or conditioning image of OneTrainer
             continue
         path = table.directory / entry.name
-        if is_file(entry):
+        if suffix in spare_suffixes:
+            spare_files.append(path)
+        elif is_file(entry):
             media.append(path)
         else:
             kind = f"{table.holds}s of {table.name} cannot be opened"
             text = f"{path}: {_explain(path)}"
             faults.append(Fault(kind, text, path.stem, ends_run=False))
-    if (ANIMATION_SUFFIXES | spare).isdisjoint(endings):
+    if (ANIMATION_SUFFIXES | spare_suffixes).isdisjoint(found_suffixes):
         return media
     if table.leaves_animations:
         animations = _find_animations(table, [*media, *spare_files])
         media = [path for path in media if path not in animations]
         spare_files = [path for path in spare_files if path not in animations]
-    media += _find_spare(table, spare_files, media)
+    media += _select_spare(table, spare_files, media)
     return sorted(media, key=str)
 
 
 def _find_animations(table: DatasetTable, paths: Sequence[Path]) -> set[Path]:
     """Return the animations among the files of an image table; log their number."""
-    animations = {path for path in paths if _moves(path)}
+    animations = {path for path in paths if _is_animated(path)}
     if animations:
         text = "%s: %d files, such as %s, are animated: the table of clips with the same folder takes them"
         logger.info(text, table.name, len(animations), min(animations))
     return animations
 
 
-def _moves(path: Path) -> bool:
-    """Return whether a file is an animation. Damaged files count as animations: decoding reports them."""
+def _is_animated(path: Path) -> bool:
+    """Return whether a file is an animation.
+
+    A damaged file counts as an animation, so that decoding it with the clips reports the error.
+    """
     try:
         return is_animation(path)
     except MediaError:
@@ -249,7 +262,7 @@ def _moves(path: Path) -> bool:
 
 
 def is_file(entry: "os.DirEntry[str]") -> bool:
-    """Return whether a directory entry is a file, without accessing the file."""
+    """Return whether a directory entry is a file; False for a link that cannot be followed."""
     try:
         return entry.is_file()
     except OSError:
@@ -259,7 +272,10 @@ def is_file(entry: "os.DirEntry[str]") -> bool:
 def _find_folder_controls(
     table: DatasetTable, folder: "ControlFolder", paths: Sequence[Path], faults: list[Fault]
 ) -> list[tuple[Path, ...]]:
-    """Return the control media of each path; log control media that are not used."""
+    """Return the control media of each path; log control media that are not used.
+
+    A fault is added for each path without the required control media.
+    """
     controls: list[tuple[Path, ...]] = []
     kind = f"problems with the control media of {table.name}"
     for path in paths:
@@ -324,7 +340,12 @@ class ControlFolder:
     """Index of the files in a `control_directory`, which is listed only once."""
 
     def __init__(self, folder: Path, stems: Container[str], config_path: Path | None = None) -> None:
-        """List the folder. `stems` are the stems of all images or clips of the table.
+        """List the folder.
+
+        Args:
+            folder: Folder of the control media.
+            stems: Stems of all images or clips of the table.
+            config_path: The dataset file, for an error message.
 
         Raises:
             DatasetError: If the folder cannot be listed.
@@ -333,7 +354,7 @@ class ControlFolder:
         self._stems = stems
         entries = [folder / entry.name for entry in list_entries(folder, "control_directory", config_path)]
         self._by_name = {path.name: path for path in entries}
-        # reversed: of several clips with one stem, the first is kept; videos take precedence over animations
+        # reversed, so that the first of several clips with the same stem stays; videos replace animations
         self._clips = {path.stem: path for path in reversed(entries) if _ends_in(path, ANIMATION_SUFFIXES)}
         self._clips |= {path.stem: path for path in reversed(entries) if _ends_in(path, VIDEO_SUFFIXES)}
         self._images: dict[str, list[Path]] = {}  # control images by the stem of their image
@@ -344,11 +365,11 @@ class ControlFolder:
         self.alone = self._images.get("", [])  # control images that belong to no image
 
     def _owners(self, name: str) -> set[str]:
-        """Return the stems of the images that a control image may belong to; "" if there is none.
+        """Return the stems of the images that a control image may belong to; "" stands for none.
 
-        The owner is the longest stem that `name` begins with: `pic_10_0` belongs to `pic_10`, not to `pic`.
-        If `name` ends in an underscore and a number, the text before them is an owner too: `pic_1` belongs to
-        `pic_1` and to `pic`. `name` is the file name of the control image without suffix.
+        The owner is the longest stem that `name`, the stem of the control image, begins with: `pic_10_0`
+        belongs to `pic_10`, not to `pic`. If `name` ends in an underscore and a number, the text before them
+        is an owner, too: `pic_1` belongs to `pic_1` and to `pic`.
         """
         longest = ""
         for length in range(len(name), 0, -1):
@@ -393,7 +414,8 @@ class ControlFolder:
                     f"{path}: a control image of {stem} must be named {stem}{path.suffix} or "
                     f"{stem}_<number>{path.suffix}"
                 )
-            ranked.append((-1 if path.stem == stem else int(number), path))
+            rank = -1 if path.stem == stem else int(number)
+            ranked.append((rank, path))
         return [path for _, path in sorted(ranked)]
 
     def for_video(self, video: Path) -> Path:
@@ -419,6 +441,7 @@ class ControlFolder:
 
 
 def _ends_in(path: Path, suffixes: Container[str]) -> bool:
+    """Return whether a file has one of the suffixes."""
     return path.suffix.lower() in suffixes
 
 
@@ -427,8 +450,13 @@ def list_entries(folder: Path, key: str, config_path: Path | None = None) -> Seq
 
     Entries are not converted to Path, because there may be a million.
 
+    Args:
+        folder: The folder.
+        key: Key of the table that names the folder, for an error message.
+        config_path: The dataset file, for an error message.
+
     Raises:
-        DatasetError: If the folder cannot be listed; the message begins with `key`, the key of the table.
+        DatasetError: If the folder cannot be listed.
     """
     try:
         with os.scandir(folder) as entries:
@@ -443,7 +471,7 @@ def list_entries(folder: Path, key: str, config_path: Path | None = None) -> Seq
 def split_name(name: str) -> tuple[str, str]:
     """Split a file name into stem and suffix, like `Path` but faster."""
     stem, suffix = os.path.splitext(name)  # noqa: PTH122
-    return (name, "") if suffix == "." else (stem, suffix)
+    return (name, "") if suffix == "." else (stem, suffix)  # a name that ends in a dot has no suffix
 
 
 # --- files by suffix: images, clips, audio
@@ -464,22 +492,22 @@ def media_suffixes(kind: str) -> tuple[frozenset[str], frozenset[str]]:
     return image_suffixes() - spare, spare
 
 
-def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Path]) -> list[Path]:
-    """Return the GIF, WebP and TIFF files among `entries` that the table uses in addition to `media`.
+def _select_spare(table: DatasetTable, spare_files: Sequence[Path], media: Sequence[Path]) -> list[Path]:
+    """Return the GIF, WebP and TIFF files that the table uses in addition to `media`.
 
     A video table takes only animations; an image table takes the first image of each GIF and TIFF. A file
     with the same stem as a file of `media` is left out with a warning, because both would share a cache.
     """
-    files = [path for path in entries if path.is_file()]
+    files = [path for path in spare_files if path.is_file()]
     if table.kind == "image":
-        several = [path for path in (*media, *files) if _has_several(path, table)]
-        animations = [path for path in several if path.suffix.lower() not in TIFF_SUFFIXES]
+        with_several = [path for path in (*media, *files) if _has_several(path, table)]
+        animations = [path for path in with_several if path.suffix.lower() not in TIFF_SUFFIXES]
         _warn_of_files(
             table,
             animations,
             "animated: only the first frame of each is used. video_directory takes clips",
         )
-        with_pages = [path for path in several if path not in animations]
+        with_pages = [path for path in with_several if path not in animations]
         _warn_of_files(table, with_pages, "of several pages: only the first of each is used")
     else:
         files = [path for path in files if _has_several(path, table)]
@@ -492,19 +520,21 @@ def _find_spare(table: DatasetTable, entries: Sequence[Path], media: Sequence[Pa
 
 
 def _has_several(path: Path, table: DatasetTable) -> bool:
-    """Return whether a file has several images. Damaged files count as such in video tables only."""
+    """Return whether a file has several images."""
     try:
         return _has_pages(path) if path.suffix.lower() in TIFF_SUFFIXES else is_animation(path)
-    except MediaError:  # decoding reports the error
+    except MediaError:  # damaged: it stays in the table, and decoding reports the error
         return table.kind == "video"
 
 
 def _warn_of_files(table: DatasetTable, paths: Sequence[Path], problem: str) -> None:
+    """Log how many files have a problem, and the first of them; nothing if there are none."""
     if paths:
         logger.warning("%s: %d files, such as %s, are %s.", table.name, len(paths), paths[0], problem)
 
 
 def _has_pages(path: Path) -> bool:
+    """Return whether an image file has several frames."""
     with open_image(path) as image:
         return int(getattr(image, "n_frames", 1)) > 1
 
@@ -523,13 +553,14 @@ def _explain(path: Path) -> str:
 def _leave_out_results(table: DatasetTable, paths: Sequence[Path]) -> list[Path]:
     """Return the paths without results of our own tools, such as clip_SWINIR.mkv next to clip.mp4.
 
-    Logs a warning. Only files whose names begin with the stem of another file are opened.
+    Results that are left out are logged as a warning. Only files whose names begin with the stem of another
+    file are opened.
     """
     stems = {path.stem for path in paths}
     results = set()
     for path in paths:
         parts = path.stem.split("_")[:-1]
-        beginnings = itertools.accumulate(parts, "{}_{}".format)
+        beginnings = itertools.accumulate(parts, "{}_{}".format)  # of a_b_c: a, a_b
         if not stems.isdisjoint(beginnings):
             with contextlib.suppress(MediaError, OSError):  # decoding reports errors
                 if any(TOOL_TAG.fullmatch(name) for name in read_tags(path)):

@@ -1,8 +1,8 @@
-"""Select the frames of a video, the bucket of an image, and read loss masks.
+"""Select the frames of a video and the bucket of an image; read loss masks.
 
-Frames are dropped to reach a frame rate, then spans are cut as frame_extraction says. A span is (first frame,
-number of frames), counted in kept frames. White areas of a loss mask are learned, black areas are not; masks
-come from a file (`mask_directory`, `mask_path`) or from transparency (`alpha_mask`).
+Frames are dropped to reach a frame rate, then spans are cut as frame_extraction says. White areas of a loss
+mask are learned, black areas are not; masks come from a file (`mask_directory`, `mask_path`) or from
+transparency (`alpha_mask`).
 """
 
 import functools
@@ -32,17 +32,17 @@ from modules.media.reading import Frame, MaskLook, read_mask
 from protocols.data import KEYFRAME_LATENTS, LATENT_GUIDE, MediaTable
 from protocols.rules import ShownMedium
 
-Span = tuple[int, int]
+Span = tuple[int, int]  # index of the first frame, and number of frames, counted in kept frames
 
-TOLERANCE = 0.02  # relative difference of equal frame rates: 29.97 counts as 30
-LOOKED_AT = 1000  # most clips of a dataset whose headers are read for their frame rates
+TOLERANCE = 0.02  # relative difference of frame rates that count as equal: 29.97 is 30
+LOOKED_AT = 1000  # maximum number of clips of a dataset whose headers are read for their frame rates
 
 
 def spans(table: DatasetTable, kept_frames: int, lengths: ClipLengths = DEFAULT_LENGTHS) -> tuple[Span, ...]:
     """Return the spans of a clip with `kept_frames` frames; () if it is too short for all target_frames.
 
-    `lengths` are the clip lengths of the family, to which "full" rounds down. Spans are sorted by target,
-    then by start, without duplicates.
+    Spans are sorted by target, then by start, without duplicates. `lengths` are the clip lengths of the
+    family, to which frame_extraction = "full" rounds down.
     """
     if table.frame_extraction == "full":
         length = min(kept_frames, table.max_frames)
@@ -65,7 +65,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
         case "slide":
             return range(0, last + 1, table.frame_stride)
         case "uniform":
-            # float64, rounded down, as in musubi-tuner, so that caches agree
+            # computed in float64 and rounded down, as in musubi-tuner, so that caches agree
             starts: list[int] = np.linspace(0, last, table.frame_sample).astype(int).tolist()
             return starts
         case mode:
@@ -73,7 +73,7 @@ def _starts(table: DatasetTable, target: int, last: int) -> Iterable[int]:
 
 
 def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frames: int) -> str | None:
-    """Describe for which target_frames a clip is too short; None if for none of them or for all."""
+    """Describe for which target_frames a clip is too short; None if it is too short for none or for all."""
     if not clip_spans or table.kind == "image" or table.frame_extraction == "full":
         return None
     lengths = {length for _, length in clip_spans}
@@ -84,10 +84,12 @@ def describe_short(table: DatasetTable, clip_spans: Collection[Span], kept_frame
 
 
 def frames_wanted(table: DatasetTable) -> int | None:
-    """Return the number of kept frames after which decoding can stop; None if all are needed."""
+    """Return the number of kept frames after which decoding can stop; None if all frames are needed."""
     if table.frame_extraction == "head":
         return max(table.target_frames)
-    return table.max_frames if table.frame_extraction == "full" else None
+    if table.frame_extraction == "full":
+        return table.max_frames
+    return None  # spans may begin anywhere
 
 
 def media_table(
@@ -97,16 +99,28 @@ def media_table(
     has_guides: bool = False,
     shown: tuple[tuple[ShownMedium, ...], ...] = (),
 ) -> MediaTable:
-    """Return the properties of a table that families check."""
-    is_full = table.frame_extraction == "full"
-    has_targets = table.kind == "video" and not is_full
+    """Return the properties of a table that families check.
+
+    Args:
+        table: Table of the dataset.
+        has_control: Whether its items have control media.
+        has_references: Whether its items have references or control masks.
+        has_guides: Whether its items have guides.
+        shown: Reference media of each row.
+    """
+    target_frames: tuple[int, ...] = ()
+    max_frames = None
+    if table.kind == "video" and table.frame_extraction == "full":
+        max_frames = table.max_frames  # lengths vary
+    elif table.kind == "video":
+        target_frames = table.target_frames
     return MediaTable(
         name=table.name,
         kind=table.kind,
         has_control=has_control,
         has_references=has_references,
-        target_frames=table.target_frames if has_targets else (),
-        max_frames=table.max_frames if table.kind == "video" and is_full else None,
+        target_frames=target_frames,
+        max_frames=max_frames,
         window=table.fp_latent_window_size,
         clean_indices=table.fp_1f_clean_indices or (),
         target_index=table.fp_1f_target_index,
@@ -125,16 +139,16 @@ def name_guides(guides: Sequence[Guide]) -> tuple[str, ...]:
     )
 
 
-def one_frame_words(table: DatasetTable) -> str:
+def one_frame_settings(table: DatasetTable) -> str:
     """Return the value of --one_frame_inference that matches a table with fp_1f keys; "" for others."""
-    words = []
+    settings = []
     if table.fp_1f_target_index is not None:
-        words.append(f"target_index={table.fp_1f_target_index}")
+        settings.append(f"target_index={table.fp_1f_target_index}")
     if table.fp_1f_clean_indices:
-        words.append(f"control_index={'+'.join(map(str, table.fp_1f_clean_indices))}")
+        settings.append(f"control_index={'+'.join(map(str, table.fp_1f_clean_indices))}")
     if table.fp_1f_no_post:
-        words.append("no_post")
-    return ",".join(words)
+        settings.append("no_post")
+    return ",".join(settings)
 
 
 def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
@@ -144,22 +158,18 @@ def keep_pattern(source_fps: float | None, target_fps: float) -> Iterator[bool]:
     The running sum must be float64, because its rounding decides about some frames in existing caches.
     """
     ratio = 1.0 if source_fps is None else target_fps / source_fps
-    position = 0.0
-    last = -1
+    position = 0.0  # of the frame, in frames at the target rate
+    last_slot = -1
     while True:
         slot = int(position)
         position += ratio
-        yield slot != last
-        last = slot
+        yield slot != last_slot  # the first frame of each slot is kept
+        last_slot = slot
 
 
 def resample_indices(num_frames: int, source_fps: float | None, target_fps: float) -> tuple[int, ...]:
     """Return the indices of the kept frames among `num_frames` decoded frames."""
-    return tuple(
-        index
-        for index, keep in zip(range(num_frames), keep_pattern(source_fps, target_fps), strict=False)
-        if keep
-    )
+    return tuple(itertools.compress(range(num_frames), keep_pattern(source_fps, target_fps)))
 
 
 # --- frame rates of files
@@ -202,13 +212,20 @@ def kept_rate(source: MediaSource, fps: float) -> float:
 
 
 def compare_rates(rate: float | None, declared: object, fps: float) -> str | None:
-    """Describe how a file's frame rate differs from source_fps, or from the model's rate without it."""
+    """Describe how a file's frame rate differs from the rate that is assumed; None if it does not differ.
+
+    Args:
+        rate: Frame rate of the file; None if unknown.
+        declared: source_fps of the table. Without it, the model's rate is assumed.
+        fps: Frame rate of the model.
+    """
     if isinstance(declared, (int, float)):
         expected = float(declared)
         cause = f"source_fps says {declared:g}"
     elif declared is None:
-        expected, cause = fps, "without source_fps all frames are used"
-    else:  # "auto"
+        expected = fps
+        cause = "without source_fps all frames are used"
+    else:  # "auto": the rate of the file is used
         return None
     if not rate or abs(rate / expected - 1) < TOLERANCE:
         return None
@@ -275,34 +292,45 @@ class ClipCompanions(NamedTuple):
     size_changes: tuple[str, ...] = ()  # a line for each reference whose frames change size
 
 
-Place = Callable[[Frame], Frame]  # resizes and crops an image
+FitImage = Callable[[Frame], Frame]  # resizes and crops an image
 
 
-def read_still(path: Path, place: Place, size: buckets.Size, num_frames: int) -> Mask:
+def read_still(path: Path, fit_image: FitImage, size: buckets.Size, num_frames: int) -> Mask:
     """Read an image as the mask of `num_frames` frames.
 
-    `size` is the size of the image; the mask must have the same aspect ratio. `place` resizes and crops the
-    mask like the image.
+    Args:
+        path: The mask.
+        fit_image: Resizes and crops the mask like the image or clip.
+        size: Size of the image or clip; the mask must have the same aspect ratio.
+        num_frames: Number of frames, which all have this mask.
     """
-    mask = _gray(path, read_mask(path), place, size)
+    mask = _gray(path, read_mask(path), fit_image, size)
     return np.broadcast_to(mask, (num_frames, *mask.shape))
 
 
 def read_moving(
-    path: Path, frames: Iterator[Frame], place: Place, size: buckets.Size, num_frames: int
+    path: Path, frames: Iterator[Frame], fit_image: FitImage, size: buckets.Size, num_frames: int
 ) -> Mask:
-    """Turn the frames of a mask clip, H W 3 or 4, into `num_frames` masks.
+    """Convert the frames of a mask clip, H W 3 or 4, to `num_frames` masks.
 
     A longer clip is cut; the last frame of a shorter clip is repeated.
+
+    Args:
+        path: The mask clip, for error messages.
+        frames: Frames of the mask clip.
+        fit_image: Resizes and crops the mask like its clip.
+        size: Size of the clip; the mask must have the same aspect ratio.
+        num_frames: Number of frames of the clip.
     """
-    look = MaskLook()
+    look = MaskLook()  # finds out whether the mask is in the colors or in the alpha of the frames
     masks: list[Frame] = []
     opacities: list[Frame] = []
     for frame in itertools.islice(frames, num_frames):
         on_white, opacity = look.add(frame)
-        masks.append(_gray(path, on_white, place, size))
-        opacities.append(place(opacity) if frame.shape[2] == 4 else np.full_like(masks[-1], 255))
-    masks = opacities if look.is_drawn else masks
+        masks.append(_gray(path, on_white, fit_image, size))
+        opacities.append(fit_image(opacity) if frame.shape[2] == 4 else np.full_like(masks[-1], 255))
+    if look.is_drawn:  # in the alpha
+        masks = opacities
     masks += [masks[-1]] * (num_frames - len(masks))
     return np.stack(masks)
 
@@ -310,28 +338,29 @@ def read_moving(
 def shrink_mask(mask: Tensor, stride: tuple[int, int, int], clip: int = 0) -> Tensor:
     """Average a mask F H W, 0..255, over the pixels of each latent: float16, 0..1, F H W of the latents.
 
-    `stride` and `clip` are fields of the family's LatentSpec. In time, the first frame of a video, or of
-    each part of `clip` frames, is one latent frame, and so is each following group of `stride[0]` frames.
+    In time, the first frame of a video, or of each part of `clip` frames, is one latent frame, and so is each
+    following group of `stride[0]` frames. `stride` and `clip` are fields of the family's LatentSpec.
     """
-    frame_stride, down, across = stride
+    frame_stride, height_stride, width_stride = stride
     weights = mask.float().unsqueeze(1) / 255
-    weights = torch.nn.functional.avg_pool2d(weights, (down, across)).squeeze(1)
+    weights = torch.nn.functional.avg_pool2d(weights, (height_stride, width_stride)).squeeze(1)
     parts = []
     for part in weights.split(clip or len(weights)):
-        groups = (len(part) - 1) // frame_stride
-        after_first = part[1 : 1 + groups * frame_stride]
-        parts += [part[:1], after_first.unflatten(0, (groups, frame_stride)).mean(1)]
+        num_groups = (len(part) - 1) // frame_stride
+        after_first = part[1 : 1 + num_groups * frame_stride]
+        parts += [part[:1], after_first.unflatten(0, (num_groups, frame_stride)).mean(1)]
     return torch.cat(parts).half()
 
 
-def _gray(path: Path, frame: Frame, place: Place, size: buckets.Size) -> NDArray[np.uint8]:
+def _gray(path: Path, frame: Frame, fit_image: FitImage, size: buckets.Size) -> NDArray[np.uint8]:
+    """Convert a frame of a mask, H W 3, to gray, and fit it; raise MediaError if its aspect ratio differs."""
     height, width = frame.shape[:2]
     if not is_of_shape((width, height), size):
         raise MediaError(
             f"{path} has {width}x{height} pixels, what it masks has {size[0]}x{size[1]}: they need the same "
             "shape, or the mask would cover other places"
         )
-    return place(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.uint8))
+    return fit_image(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY).astype(np.uint8))
 
 
 def bucket_of(table: DatasetTable, size: buckets.Size, step: int, path: Path | None = None) -> buckets.Size:

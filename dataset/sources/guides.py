@@ -16,12 +16,12 @@ LACKING = "clips without a guide, while their table has guides. Add these images
 def add_guides(table: DatasetTable, sources: list[MediaSource], faults: list[Fault]) -> list[MediaSource]:
     """Add the guides of a table, found by name in their folders, to its sources.
 
-    `door.png` belongs to `door.mp4`, and to all items that are cut from it. A clip without one of its guides,
-    two files of one name, and a folder in which nothing fits, are errors. Of a clip as guide, the first frame
-    counts.
+    `door.png` belongs to `door.mp4`, and to all items that are cut from it. If a guide is a clip, its first
+    frame is used. A clip without one of its guides, two files with the same stem, and a folder of which no
+    file fits, are errors, which are added to `faults`.
     """
     stems = frozenset(source.stem for source in sources)
-    by_guide: list[Mapping[str, tuple[Path, ...]]] = []
+    by_guide: list[Mapping[str, tuple[Path, ...]]] = []  # for each guide: its files by stem of the clip
     for guide in table.guides:
         key = KEYFRAMES if guide.is_keyframe else REPLACED
         try:

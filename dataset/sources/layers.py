@@ -1,4 +1,4 @@
-"""Pictures with layers (`multiple_target`): find the layers of each by their names, and read them."""
+"""Images with layers (`multiple_target`): find the layers of each image by their names, and read them."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -10,7 +10,7 @@ from modules.media.buckets import Size
 from modules.media.reading import Frame, add_alpha, read_image
 from modules.option_values import as_shape
 
-Layers = Mapping[Path, tuple[Path, ...]]  # of each whole image, from back to front
+Layers = Mapping[Path, tuple[Path, ...]]  # layers of each full image, from back to front
 
 
 def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
@@ -30,7 +30,8 @@ def check_layers(config: DatasetConfig, has_layers: bool, who: str) -> None:
                 f"{table.name}: {who} learns pictures with their layers. Give the table multiple_target = "
                 "true, and each picture cat.png its layers cat_1.png, cat_2.png, ... from back to front"
             )
-        elif has_layers and table.control_directory is not None:  # before what it lacks is asked for
+        elif has_layers and table.control_directory is not None:
+            # without this message, missing control images would be reported
             errors.append(
                 f"{table.name}: control_directory: {who} takes no control images, as the picture itself is "
                 "taken apart. Leave it out"
@@ -48,32 +49,38 @@ def group_layers(paths: Sequence[Path], extension: str | None) -> Layers:
     stems = {path.stem for path in paths}
 
     def has_caption(path: Path) -> bool:
+        """Return whether an image has a caption of its own: then it is no layer."""
         return extension is not None and path.with_name(f"{path.stem}{extension}").is_file()
 
     def is_numbered(path: Path) -> bool:
-        start, _, number = path.stem.rpartition("_")
-        return start in stems and number.isdecimal()
+        """Return whether a file is named like a layer: an image's name and a number."""
+        owner, _, number = path.stem.rpartition("_")
+        return owner in stems and number.isdecimal()
 
     layers = {path for path in paths if is_numbered(path) and not has_caption(path)}
-    by_stem: dict[str, list[Path]] = {path.stem: [] for path in paths if path not in layers}
+    layers_by_stem: dict[str, list[Path]] = {path.stem: [] for path in paths if path not in layers}
     for layer in layers:
         owner = layer.stem.rpartition("_")[0]
-        if owner in by_stem:
-            by_stem[owner].append(layer)
-        else:  # a layer of a layer: it is an image by itself, which then lacks layers
-            by_stem.setdefault(layer.stem, [])
-    wholes = [path for path in paths if path.stem in by_stem]
-    return {full: tuple(sorted(by_stem[full.stem], key=_number_of)) for full in wholes}
+        if owner in layers_by_stem:
+            layers_by_stem[owner].append(layer)
+        else:  # a layer of a layer counts as a full image, which is then reported to have no layers
+            layers_by_stem.setdefault(layer.stem, [])
+    grouped = {}
+    for path in paths:
+        if path.stem in layers_by_stem:
+            grouped[path] = tuple(sorted(layers_by_stem[path.stem], key=_number_of))
+    return grouped
 
 
 def _number_of(layer: Path) -> int:
+    """Return the number at the end of a layer's name."""
     return int(layer.stem.rpartition("_")[2])
 
 
 def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> list[Fault]:
     """Return an error for each image without layers, and for layers with the same number.
 
-    The layers of cat.png are called cat_1.png, cat_2.png and so on. Rows of a list name theirs in columns.
+    In a folder, the layers of cat.png are called cat_1.png, cat_2.png, ... A list names them in columns.
     """
     errors = []
     kind = f"problems with the layers of {table.name}"
@@ -93,13 +100,13 @@ def find_layer_errors(table: DatasetTable, sources: Iterable[MediaSource]) -> li
     return errors
 
 
-def read_layers(source: MediaSource, size: Size, place: Callable[[Frame], Frame]) -> list[Frame]:
+def read_layers(source: MediaSource, size: Size, fit_image: Callable[[Frame], Frame]) -> list[Frame]:
     """Read the layers of an image, each H W 4 uint8, resized and cropped like the image.
 
     Args:
         source: The fetched image.
         size: Original width and height of the image.
-        place: Resizes and crops like the image.
+        fit_image: Resizes and crops like the image.
 
     Raises:
         MediaError: If a layer cannot be read, has another size, or hides others because it is opaque.
@@ -113,10 +120,10 @@ def read_layers(source: MediaSource, size: Size, place: Callable[[Frame], Frame]
                 f"{path} has {as_shape(layer_size)} pixels, its picture, {source.path}, has "
                 f"{as_shape(size)}: a picture and its layers need one size"
             )
-        if frames and frame[..., 3].min() == 255:
+        if frames and frame[..., 3].min() == 255:  # the first layer is the background, which may be opaque
             raise MediaError(
                 f"{path} is opaque, so that it hides the layers below it. Write it as PNG with alpha, and "
                 "number layers from back to front"
             )
-        frames.append(place(frame))
+        frames.append(fit_image(frame))
     return frames

@@ -17,17 +17,17 @@ from modules.media.labels import MASK_FOLDERS, MASK_LABEL, label_of
 from modules.media.opening import AUDIO_SUFFIXES
 from modules.media.remedies import remedy_of
 
-LOOKED_INTO = 1000  # most names of a subfolder to search
-# files that are usual next to media and are not reported: files of runs and caches, captions of other
+LOOKED_INTO = 1000  # maximum number of names of a subfolder that are searched
+# files that are often next to media and are not reported: files of runs and caches, captions of other
 # programs
 NO_MEDIA = {"prompts.txt", "check.html", "thumbs.db", "desktop.ini"}
 _EXPECTED = frozenset({".json", ".jsonl", ".toml", ".bak", ".npz", ".safetensors", ".ini", ".db", ".txt"})
 _EXPECTED |= {".caption", ".csv", ".tsv", ".parquet", ".md"}
-# usual suffixes of captions, in lower case
+# common suffixes of captions, in lower case
 CAPTION_ENDINGS = frozenset({".txt", ".caption", ".cap", ".tags", ".tag", ".text"})
-FOLDERS_OF_RUNS = {"cache", "output"}
+FOLDERS_OF_RUNS = {"cache", "output"}  # subfolders of a folder with run.toml, which are not reported
 _KINDS = ("image", "video")
-_Named = tuple["os.DirEntry[str]", str, str]  # entry, stem, suffix
+_Named = tuple["os.DirEntry[str]", str, str]  # entry of a folder, and its name split into stem and suffix
 
 
 class TableFolders:
@@ -38,9 +38,9 @@ class TableFolders:
         self._sharing: dict[str, list[DatasetTable]] = {}  # tables by `folder_id`
         for table in config.datasets:
             if table.directory is not None:
-                place = folder_id(table.directory)
-                self._ids[table.index] = place
-                self._sharing.setdefault(place, []).append(table)
+                identity = folder_id(table.directory)
+                self._ids[table.index] = identity
+                self._sharing.setdefault(identity, []).append(table)
         # other folders that tables read or write
         keys = [f"{kind}_directory" for kind in ("cache", "control", "mask", "audio", "download")]
         keys += ["reference_directory", "reference_audio_directory", "control_mask_directory"]
@@ -52,12 +52,10 @@ class TableFolders:
         self._others = {folder_id(folder) for folder in folders if folder}
 
     def left_out_files(self, table: DatasetTable) -> str | None:
-        """Return a line with the number of unread files in a table's folder, by suffix.
+        """Return a warning with the number of unread files in a table's folder, by suffix.
 
-        Files that are usual next to media are not counted.
-
-        Returns:
-            The line; None if there are no such files, or if an earlier table has the same folder.
+        Files that are often next to media are not counted. Returns None if all files are read, or if an
+        earlier table has the same folder.
 
         Raises:
             DatasetError: If the folder cannot be listed.
@@ -71,23 +69,27 @@ class TableFolders:
         kinds = {str(each.holds) for each in sharing}
         captions = {each.caption_extension for each in sharing if each.caption_extension}
         read = _all_suffixes(kinds)
-        if folder_key in self._others:  # it also has masks, control media or sound
+        if folder_key in self._others:  # the folder also has masks, control media or audio
             read |= AUDIO_SUFFIXES | _all_suffixes(_KINDS)
         # plain strings, because making a million Path objects is slow
         entries = [(entry, *split_name(entry.name)) for entry in list_entries(table.directory, table.name)]
         stems = {stem for _, stem, suffix in entries if suffix.lower() in read}
         with_caption = {stem for _, stem, suffix in entries if suffix in captions}
         if stems == with_caption and len(entries) == 2 * len(stems):
-            others = (suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries)
-            if not any(others):
-                return None  # each image or clip has a caption, and there is nothing else
-        masks = [other.mask_directory for other in sharing if other.mask_directory is not None]
+            # fast path: each image or clip has a caption, and there is nothing else
+            needs_check = (
+                suffix.lower() in ANIMATION_SUFFIXES or label_of(stem) for _, stem, suffix in entries
+            )
+            if not any(needs_check):
+                return None
+        mask_folders = {folder_id(each.mask_directory) for each in sharing if each.mask_directory is not None}
+        read_labels = {MASK_LABEL} if folder_key in mask_folders else set()
         rules = _UnusedRules(
             kinds,
             read,
             caption_suffixes=captions,
             caption_endings={suffix.lower() for suffix in captions},
-            read_labels=frozenset({MASK_LABEL} if folder_key in map(folder_id, masks) else ()),
+            read_labels=frozenset(read_labels),
         )
         counts = _count_unused(table, table.directory, rules, entries=entries, stems=stems)
         return f"{table.directory}: {_describe(counts)}" if counts else None
@@ -119,12 +121,12 @@ class TableFolders:
 
 def _describe(counts: Mapping[str, Counter[str]]) -> str:
     """Return the counts of `_count_unused` as a text, largest first."""
-    num_files = sum(of_endings.total() for of_endings in counts.values())
+    num_files = sum(by_suffix.total() for by_suffix in counts.values())
     verb = "file is" if num_files == 1 else "files are"
     parts = []
-    for why, of_endings in sorted(counts.items(), key=lambda pair: -pair[1].total()):
-        files = ", ".join(f"{ending} ({count})" for ending, count in sorted(of_endings.items()))
-        parts.append(f"{files}: {why}" if why else files)
+    for hint, by_suffix in sorted(counts.items(), key=lambda pair: -pair[1].total()):
+        files = ", ".join(f"{suffix} ({count})" for suffix, count in sorted(by_suffix.items()))
+        parts.append(f"{files}: {hint}" if hint else files)
     return f"{num_files} {verb} not read: {'; '.join(parts)}"
 
 
@@ -135,15 +137,15 @@ def _count_unused(
 
     `entries` are the entries of the folder, `stems` the stems of its media files.
     """
-    pictures = _all_suffixes(["image"])
+    image_suffixes = _all_suffixes(["image"])
     captions = _find_captions(table, entries, rules)
-    handled = {name for names in captions.values() for name in names}
+    counted = {name for names in captions.values() for name in names}
     # hint -> number of files by suffix
-    counts = {why: Counter(split_name(name)[1] for name in names) for why, names in captions.items()}
+    counts = {hint: Counter(split_name(name)[1] for name in names) for hint, names in captions.items()}
     for entry, stem, suffix in entries:
-        if entry.name in handled:
+        if entry.name in counted:
             continue
-        label = label_of(stem) if suffix.lower() in pictures else None
+        label = label_of(stem) if suffix.lower() in image_suffixes else None
         if label is not None and label not in rules.read_labels:
             counts.setdefault(_explain_label(label, folder), Counter())[f"{label}{suffix}"] += 1
             continue
@@ -152,17 +154,17 @@ def _count_unused(
         if _is_used(entry, suffix.lower(), folder, rules):
             continue
         if suffix.lower() in rules.caption_endings:
-            why = f"captions of no {table.holds}"
+            hint = f"captions of no {table.holds}"
             shown = suffix
         else:
             shown = suffix.lower()
-            why = _explain(shown, rules.kinds)
-        counts.setdefault(why, Counter())[shown or "no suffix"] += 1
+            hint = _explain(shown, rules.kinds)
+        counts.setdefault(hint, Counter())[shown or "no suffix"] += 1
     return counts
 
 
 def _is_used(entry: "os.DirEntry[str]", ending: str, folder: Path, rules: "_UnusedRules") -> bool:
-    """Return whether an entry is read as media, or can be no media file: a folder, or part of a shard."""
+    """Return whether an entry is read as media, or is a folder or part of a shard, which are not counted."""
     if ending in rules.read:  # only a GIF or WebP may be unread: a still image in a folder of clips
         is_unread = rules.may_be_still(ending) and _is_still(folder / entry.name)
         if not is_unread:
@@ -178,8 +180,8 @@ class CaptionOwners:
         self._by_name: dict[str, str] = {}
         self._by_stem: dict[str, str] = {}
         for name in names:
-            self._by_name[_as_read(name)] = name
-            self._by_stem[_as_read(Path(name).stem)] = name
+            self._by_name[_normalize(name)] = name
+            self._by_stem[_normalize(Path(name).stem)] = name
 
     def find(self, stem: str) -> str | None:
         """Return the name of the media file that a caption probably belongs to; None if there is none.
@@ -187,22 +189,23 @@ class CaptionOwners:
         Names may differ in case or Unicode normalization, and the name of the caption may include the suffix
         of the media file (`cat.png.txt`). `stem` is the name of the caption without its suffix.
         """
-        key = _as_read(stem)
+        key = _normalize(stem)
         return self._by_name.get(key) or self._by_stem.get(key)
 
 
-def _as_read(name: str) -> str:
-    """Return a name in normalized form: equal for names that look the same except for case."""
+def _normalize(name: str) -> str:
+    """Return a form of a name that is equal for names that look the same except for case."""
+    # normalized again, because `casefold` may decompose characters
     return unicodedata.normalize("NFC", unicodedata.normalize("NFC", name).casefold())
 
 
 def _find_captions(
     table: DatasetTable, entries: Sequence[_Named], rules: "_UnusedRules"
 ) -> dict[str, list[str]]:
-    """Return the names of unread caption files by hint.
+    """Return the names of caption files that are probably unread by mistake, by hint.
 
-    Each file belongs to an image or clip without a caption, but does not have the caption_extension of the
-    table, or does not have the name of its image or clip.
+    Each file belongs to an image or clip without a caption, but does not have the table's caption_extension,
+    or not the name of its image or clip.
     """
     if not rules.caption_suffixes:
         return {}
@@ -215,7 +218,7 @@ def _find_captions(
         and label_of(stem) is None
         and not any(f"{stem}{caption}" in names for caption in rules.caption_suffixes)
     )
-    by_suffix: dict[str, list[str]] = {}
+    by_suffix: dict[str, list[str]] = {}  # caption files that differ from the wanted ones in the suffix alone
     misnamed: list[tuple[str, str]] = []  # (caption file, its media file)
     for entry, stem, suffix in entries:
         if suffix.lower() not in rules.caption_endings | CAPTION_ENDINGS or entry.name.lower() in NO_MEDIA:
@@ -227,21 +230,31 @@ def _find_captions(
             misnamed.append((entry.name, owner))
         elif suffix not in rules.caption_suffixes:
             by_suffix.setdefault(suffix, []).append(entry.name)
-    found: dict[str, list[str]] = {}
+    return _describe_captions(table, by_suffix, misnamed, wanted_suffix=min(rules.caption_suffixes))
+
+
+def _describe_captions(
+    table: DatasetTable,
+    by_suffix: Mapping[str, list[str]],
+    misnamed: Sequence[tuple[str, str]],
+    wanted_suffix: str,
+) -> dict[str, list[str]]:
+    """Return the names of caption files that are not read, by a hint at how to have them read."""
+    by_hint: dict[str, list[str]] = {}
     for suffix, captions in by_suffix.items():
         setting = _name_suffix_setting(table, suffix)
-        found[f"captions of {table.holds}s without another one, which {setting} reads"] = captions
+        by_hint[f"captions of {table.holds}s without another one, which {setting} reads"] = captions
     if misnamed:
         caption, owner = misnamed[0]
-        wanted = f"{split_name(owner)[0]}{min(rules.caption_suffixes)}"
+        wanted = f"{split_name(owner)[0]}{wanted_suffix}"
         example = f"{caption} of {owner}, which reads {wanted}"
-        why = f"captions under another name than their {table.holds}: {example}; rename them"
-        found[why] = [name for name, _ in misnamed]
-    return found
+        hint = f"captions under another name than their {table.holds}: {example}; rename them"
+        by_hint[hint] = [name for name, _ in misnamed]
+    return by_hint
 
 
 def _name_suffix_setting(table: DatasetTable, suffix: str) -> str:
-    """Return the option or table key with which captions of this suffix are read."""
+    """Return the option, or the key of the table, with which captions of a suffix are read."""
     if table.config_path.is_dir():  # the dataset is given as a folder
         return f"--caption_extension {suffix}"
     return f'caption_extension = "{suffix}"'
@@ -273,6 +286,7 @@ class _UnusedRules:
 
 
 def _all_suffixes(kinds: Iterable[str]) -> frozenset[str]:
+    """Return all suffixes of media of some kinds."""
     suffixes: frozenset[str] = frozenset()
     for kind in kinds:
         suffixes = suffixes.union(*media_suffixes(kind))
@@ -288,12 +302,14 @@ def _is_still(path: Path) -> bool:
 
 
 def _explain_label(label: str, folder: Path) -> str:
+    """Return the hint for files of OneTrainer with a label in their names."""
     if label == MASK_LABEL:
         return f'masks of OneTrainer, which mask_directory = "{folder.as_posix()}" uses'
     return "conditioning images of OneTrainer; models with control read them from a folder of their own"
 
 
 def _explain(ending: str, kinds: set[str]) -> str:
+    """Return the hint for unread files with a suffix, or "". `kinds` are those of the tables."""
     for kind in _KINDS:
         if kind not in kinds and any(ending in suffixes for suffixes in media_suffixes(kind)):
             return f"{kind}s, for which a table with {kind}_directory is needed"
@@ -326,15 +342,15 @@ def _describe_contents(folder: Path, suffixes: Sequence[str]) -> str:
 
 
 def _holds(folder: str, suffixes: frozenset[str], used: set[str]) -> bool:
-    """Return whether a folder or a subfolder, except those in `used`, has files with these suffixes."""
+    """Return whether a folder, or a subfolder that is not in `used`, has files with these suffixes."""
     num_names = 0
-    for place, folders, all_names in os.walk(folder):
+    for path, folders, all_names in os.walk(folder):
         names = list(itertools.islice(all_names, LOOKED_INTO))
         if any(Path(name).suffix.lower() in suffixes for name in names):
             return True
         num_names += len(names) + len(folders)
         # os.walk descends only into the remaining folders
-        folders[:] = [name for name in folders if name[0] != "." and folder_id(Path(place, name)) not in used]
+        folders[:] = [name for name in folders if name[0] != "." and folder_id(Path(path, name)) not in used]
         if num_names > LOOKED_INTO:
             break
     return False

@@ -1,4 +1,4 @@
-"""Know by their names which files are masks of the loss, and of which picture or clip. Imports no torch."""
+"""Find out from their names which files are loss masks, and of which image or clip. Imports no torch."""
 
 from collections.abc import Container, Iterable
 from pathlib import Path
@@ -8,12 +8,14 @@ from modules.media.decoding import ANIMATION_SUFFIXES
 from modules.media.labels import MASK_LABEL, label_of, owner_of
 from modules.media.reading import VIDEO_SUFFIXES, image_suffixes
 
-SAME_SHAPE = 0.02  # by how much the ratio of a mask's sides may differ from that of what it masks
+SAME_SHAPE = 0.02  # relative difference of aspect ratios that count as equal
 
 
 def is_of_shape(mask: Size, size: Size) -> bool:
-    """Return whether a mask has the shape of what it masks, in whatever size. Sizes are width and height."""
-    return abs(mask[0] * size[1] / (mask[1] * size[0]) - 1) <= SAME_SHAPE
+    """Return whether a mask has the aspect ratio of its image or clip; arguments are width and height."""
+    mask_width, mask_height = mask
+    width, height = size
+    return abs(mask_width * height / (mask_height * width) - 1) <= SAME_SHAPE
 
 
 def mask_suffixes(kind: str) -> frozenset[str]:
@@ -22,15 +24,18 @@ def mask_suffixes(kind: str) -> frozenset[str]:
     return images if kind == "image" else images | VIDEO_SUFFIXES | ANIMATION_SUFFIXES
 
 
-def masks_by_stem(entries: Iterable[Path], kind: str, is_beside: bool) -> dict[str, list[Path]]:
-    """Return the masks among the entries of a folder, by the names without suffix of what they mask.
+def masks_by_stem(entries: Iterable[Path], kind: str, in_media_folder: bool) -> dict[str, list[Path]]:
+    """Return the masks among the entries of a folder, by the stems of their images or clips.
 
-    `kind` is image or video. `is_beside` says that the folder is that of the images or clips themselves;
-    then only files with the label of masks are masks, because an image is not a mask of itself.
+    Args:
+        entries: Paths of the entries.
+        kind: "image" or "video".
+        in_media_folder: Whether the images or clips are in the same folder. Then only files with the label of
+            masks in their names are masks, because an image is not its own mask.
     """
     masks: dict[str, list[Path]] = {}
     for stem, paths in files_by_stem(entries, mask_suffixes(kind), kind == "video").items():
-        if not is_beside or label_of(stem) == MASK_LABEL:
+        if not in_media_folder or label_of(stem) == MASK_LABEL:
             masks.setdefault(owner_of(stem, MASK_LABEL), []).extend(paths)
     return masks
 
@@ -38,9 +43,9 @@ def masks_by_stem(entries: Iterable[Path], kind: str, is_beside: bool) -> dict[s
 def files_by_stem(
     entries: Iterable[Path], suffixes: Container[str], with_folders: bool
 ) -> dict[str, list[Path]]:
-    """Return the files with these suffixes among the entries of a folder, by their names without suffix.
+    """Return the files with some suffixes among the entries of a folder, by stem.
 
-    With `with_folders`, folders are found too, by their full names.
+    With `with_folders`, folders are included, by their full names.
     """
     by_stem: dict[str, list[Path]] = {}
     for path in entries:

@@ -1,7 +1,7 @@
-"""A source of a dataset: an image or clip with its caption and the files next to it; nothing is opened yet.
+"""A source of a dataset: an image or clip with its caption and companions, whose files are not opened here.
 
-Its bytes are in a file at its path, in a tar, in a table, or at an address. Below: its names for caches and
-downloads, and faults of files, collected so that one run reports all of them.
+Its bytes are in a file on disk, in a tar, in a table, or at an address. Further below are the names of
+sources in caches and downloads, and faults, which are collected so that one run reports all of them.
 """
 
 import contextlib
@@ -20,12 +20,14 @@ from modules.errors import DatasetError
 from modules.paths import address_identity, address_name, short_hash, split_address
 from protocols.rules import ShownMedium
 
-# in the options of a record: how many references, and `ReferenceRules.factors`; that there is a mask; that
-# there is a worse one
-CLIP_REFERENCES, CONTROL_MASK, REJECTED, LAYERS = "references", "control_mask", "worse", "layers"
-NUM_GUIDES = "guides"
-# more keys in these options: that the audio is from a file of its own; what is shown, in order
-AUDIO_FILE, SHOWN = "sound_file", "shown"
+# keys in the options of a latent record
+CLIP_REFERENCES = "references"  # number of references, followed by `ReferenceRules.factors`
+CONTROL_MASK = "control_mask"  # true if there is a control mask
+REJECTED = "worse"  # true if there is a rejected item
+LAYERS = "layers"  # number of layers
+NUM_GUIDES = "guides"  # number of guides
+AUDIO_FILE = "sound_file"  # true if the audio is in a separate file
+SHOWN = "shown"  # kinds of the reference media of the row, in order
 # warning for a model that takes reference images and gets none
 NO_REFERENCE = (
     "nothing has a reference: this trains on texts alone. To train edits, give control_directory, or "
@@ -34,27 +36,28 @@ NO_REFERENCE = (
 
 
 class PackedFile(Protocol):
-    """A file inside another one: see `dataset/forms`. It can be compared and hashed."""
+    """A file inside another file, such as a tar (see `dataset/forms`). It can be compared and hashed."""
 
     def __hash__(self) -> int: ...
 
     @property
     def container(self) -> Path:
-        """The file that it is in."""
+        """The file that contains this one."""
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the file; 0 if they are not known without reading it."""
+        """Size of the file; 0 if it would have to be read to find out."""
 
     @property
     def has_suffix(self) -> bool:
-        """Whether its path ends as files of its kind do."""
+        """Whether the path in `MediaSource` has the suffix of the file's format."""
 
     def pieces(self) -> Iterator[bytes]:
         """Yield the bytes of the file in pieces.
 
         Raises:
-            MediaError: If they cannot be read, or OSError.
+            MediaError: If the content cannot be used.
+            OSError: If the container cannot be read.
         """
 
     def describe(self) -> dict[str, Any]:
@@ -63,16 +66,16 @@ class PackedFile(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A file at an address; once it is downloaded it is at the source's path."""
+    """A file at an address, which is downloaded to the source's path."""
 
-    address: str = field(repr=False)  # with its password and signature
+    address: str = field(repr=False)  # includes its password and signature
 
 
 Origin = PackedFile | Remote
 
 
 class GivenTensors(Protocol):
-    """Files of tensors computed for a clip before. They may be millions: they are not opened here."""
+    """Files of precomputed tensors of a clip. There may be millions, so they are not opened here."""
 
     @property
     def folder(self) -> Path:
@@ -84,11 +87,11 @@ class GivenTensors(Protocol):
 
     @property
     def image(self) -> Path | None:
-        """File of moments of the first frame alone, which may be missing; None if it is not used."""
+        """File of the moments of the first frame, which may be missing; None if they are not used."""
 
     @property
     def embeds(self) -> Path | None:
-        """File of the encoded caption; None if the caption is encoded here."""
+        """File of the precomputed embedding of the caption; None if there is none."""
 
     def without_image(self) -> "GivenTensors":
         """Return the tensors without moments of the first frame."""
@@ -98,39 +101,38 @@ class GivenTensors(Protocol):
 class MediaSource:
     """An image or clip of a table. No media file has been opened."""
 
-    # a file, or for a clip also a folder of images. In a tar: only a name for it. At an address: where its
-    # download is, or will be. `fetch` gives files that can be opened
+    # a file, or for a clip also a folder of images. In a tar: only a name for messages. At an address: the
+    # path of the download, which need not exist yet. `fetch` provides files that can be opened
     path: Path
     stem: str  # file name without suffix: the beginning of its cache names, unique within the table
     caption: str | None  # None: missing (see `missing_captions`), or not read
-    # the text file of the caption, there or not; None: in a list, or no caption_extension
+    # caption file, which need not exist; None: the caption is in a list, or there is no caption_extension
     caption_path: Path | None
     control: tuple[Path, ...]  # control images in order, or one control clip; () without control
     table: DatasetTable
-    more_captions: tuple[str, ...] = ()  # of multi_caption: those after the first
+    more_captions: tuple[str, ...] = ()  # captions after the first one
     mask: Path | None = None  # an image, clip or folder of images: white is learned
-    tensors: GivenTensors | None = None  # instead of `path`, which may be missing
-    origins: tuple[Origin | None, ...] = ()  # of each of `parts`; (): all of them are on disk
-    # of a clip: the file that has its sound, and where it is if not on disk; None: the clip itself, if any
+    tensors: GivenTensors | None = None  # precomputed; then the file at `path` may be missing
+    origins: tuple[Origin | None, ...] = ()  # origin of each of `parts`; (): all of them are on disk
+    # separate audio file of a clip, and its origin if it is not on disk; None: the audio of the clip itself
     audio: tuple[Path, Remote | None] | None = None
     reference_audio: Path | None = None  # of a clip: audio that the clip's own audio is made after
     references: tuple[Path, ...] = ()  # clips, folders of images or images; not the control images
-    control_mask: Path | None = None  # an image, clip or folder of images: white is made anew
-    guides: tuple[Path, ...] = ()  # an image for each of `DatasetTable.guides`, or none at all
-    caption_encoding: str | None = None  # of its caption file, if that is not UTF-8
-    rejected: Path | None = (
-        None  # an image, clip or folder of images of the same size, which is to be less likely
-    )
-    shown: tuple[ShownMedium, ...] = ()  # `references` of its row, on disk
-    further_text: str | None = None  # of its row, to be read with `shown`
-    layers: tuple[Path, ...] = ()  # of an image, from back to front
+    control_mask: Path | None = None  # an image, clip or folder of images: white is generated
+    guides: tuple[Path, ...] = ()  # an image for each of `DatasetTable.guides`, or ()
+    caption_encoding: str | None = None  # encoding of its caption file, if that is not UTF-8
+    # the rejected item of a preference pair: an image, clip or folder of images of the same size
+    rejected: Path | None = None
+    shown: tuple[ShownMedium, ...] = ()  # reference media that its row names, on disk
+    further_text: str | None = None  # `FURTHER_TEXT` of its row
+    layers: tuple[Path, ...] = ()  # layers of an image, from back to front
 
     @property
     def parts(self) -> tuple[tuple[Path, Origin | None], ...]:
-        """Return the files or folders that latents are made from, and where each is if not on disk.
+        """Return the files or folders that latents are made from, each with its origin if it is not on disk.
 
-        The media, its control media, mask, control mask, references, guides, the worse one and its layers; or
-        what was computed before.
+        The order is: media, control media, mask, control mask, references, guides, rejected item, layers. A
+        source with precomputed moments has only their files.
         """
         if self.tensors is not None:
             moments = (self.tensors.moments, self.tensors.image)
@@ -149,7 +151,7 @@ class MediaSource:
 
     @property
     def num_images(self) -> int:
-        """Return how many images an image is: itself and its layers."""
+        """Number of images to encode for an image: the image itself and its layers."""
         return 1 + len(self.layers)
 
     @property
@@ -172,13 +174,13 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """Facts found by decoding a clip, so that a later run knows the clip's items without decoding."""
+    """What decoding a clip has found, so that a later run knows the clip's items without decoding it."""
 
-    # width, height of the original; of given latents that of the clip that moments stand for
+    # width, height of the original; of precomputed moments, the size of the clip that was encoded
     size: tuple[int, int]
     kept_frames: int
     complete: bool = True  # False: decoding stopped early, there may be more frames
-    # of it and its control clips and references: "cat.mp4: 64x32, from frame 9 on 32x64"
+    # of the clip, its control clips and references: "cat.mp4: 64x32, from frame 9 on 32x64"
     size_changes: tuple[str, ...] = ()
 
 
@@ -186,8 +188,8 @@ class ClipInfo:
 def pause_collection() -> Iterator[None]:
     """Pause Python's cycle collection during the block, unless it was off before.
 
-    While a list of a million objects grows, the collector would visit all of them again and again: a third of
-    the time. Objects outside cycles are freed as ever.
+    While a list of a million objects grows, the collector would visit all of them again and again, which
+    takes a third of the time. Objects outside cycles are freed as usual.
     """
     was_enabled = gc.isenabled()
     gc.disable()
@@ -198,38 +200,45 @@ def pause_collection() -> Iterator[None]:
             gc.enable()
 
 
-# what Windows allows in no name, separators of folders, and control characters
-_UNFIT = re.compile(r'[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff/\\:*?"<>|]')
-LONGEST_SUFFIX = 12  # of an address
-MAX_BYTES = 120  # of a stem; behind it stand span, size and the family's name, at most 255 bytes in all
+# characters that Windows does not allow in names, separators of folders, and control characters
+_INVALID = re.compile(r'[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff/\\:*?"<>|]')
+LONGEST_SUFFIX = 12  # characters of the suffix of an address
+MAX_BYTES = 120  # bytes of a stem; with span, size and the family's name, a file name has at most 255 bytes
 
 
 def readable_stem(name: str) -> str:
-    """Return a name as the beginning of a file's name: `a/b` becomes `a_b`; it never begins with a dot."""
-    stem = _UNFIT.sub("_", name).strip(" ") or "_"
+    """Convert any name to a valid stem of a file: `a/b` becomes `a_b`; the stem never begins with a dot."""
+    stem = _INVALID.sub("_", name).strip(" ") or "_"
     if stem.startswith("."):
         stem = f"_{stem[1:]}"
     return stem.encode("utf-8")[:MAX_BYTES].decode("utf-8", "ignore").rstrip(" .") or "_"
 
 
 def unique_stems(stems: Sequence[str], identities: Sequence[str]) -> list[str]:
-    """Return the stems; if several are equal (ignoring case), each gets a hash of its identity.
+    """Return the stems; if different sources have equal stems (ignoring case), a hash is added to each.
 
-    `identities` are the texts that differ if the sources do. A stem that occurs once depends neither on order
-    nor on other rows. Equal sources keep equal stems, which the listing reports.
+    A stem that occurs once does not depend on order or on other rows. Equal sources still have equal stems,
+    which the listing reports.
+
+    Args:
+        stems: Stem of each source.
+        identities: Path or address of each source, which is hashed.
     """
-    counts = Counter(stem for stem, _ in {*zip(map(str.casefold, stems), identities, strict=True)})
-    return [
-        stem if counts[stem.casefold()] == 1 else f"{stem}-{short_hash(identity)}"
-        for stem, identity in zip(stems, identities, strict=True)
-    ]
+    pairs = list(zip(stems, identities, strict=True))
+    distinct = {(stem.casefold(), identity) for stem, identity in pairs}
+    counts = Counter(stem for stem, _ in distinct)
+    unique = []
+    for stem, identity in pairs:
+        is_unique = counts[stem.casefold()] == 1
+        unique.append(stem if is_unique else f"{stem}-{short_hash(identity)}")
+    return unique
 
 
 def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
-    """Give each row its own stem if several rows name one file and differ in something else.
+    """Give each row its own stem if several rows name the same file but differ in other values.
 
-    They may differ in captions, control media, masks or sound. The stems are `t`, `t-2`, `t-3`, in the order
-    of the rows. Equal rows keep equal stems, which the listing reports.
+    They may differ in captions, control media, masks or audio. The stems are `t`, `t-2`, `t-3`, in the order
+    of the rows. Equal rows still have equal stems, which the listing reports.
     """
     rows_by_file = Counter((source.path, source.origins[:1]) for source in sources)
     if not rows_by_file or max(rows_by_file.values()) == 1:
@@ -252,7 +261,9 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
             source.further_text,
             source.layers,
         )
-        stems = by_file.setdefault(file, {}) if rows_by_file[file] > 1 else {}
+        stems: dict[object, str] = {}
+        if rows_by_file[file] > 1:
+            stems = by_file.setdefault(file, {})
         if row not in stems:
             stem = source.stem
             number = len(stems) + 1
@@ -266,7 +277,8 @@ def number_repeats(sources: Sequence[MediaSource]) -> list[MediaSource]:
     return numbered
 
 
-# endings of images, clips, sounds and tars: no other comes from an address, as programs run files by theirs
+# suffixes of images, clips, audio and tars. Downloads get no other suffix, because it could make a system
+# execute the file
 DOWNLOADED_SUFFIXES = frozenset(
     [
         ".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jxl",
@@ -278,62 +290,70 @@ DOWNLOADED_SUFFIXES = frozenset(
 
 
 def local_name(address: str) -> str:
-    """Return the name of a downloaded file: the address's last part, readable, with a hash of the address.
+    """Return the name of a downloaded file: the last part of the address, with a hash of the address.
 
-    The suffix is kept if it is one of media.
+    The suffix is left out unless it is one of DOWNLOADED_SUFFIXES.
     """
     stem, suffix = split_name(address)
-    suffix = suffix if suffix.lower() in DOWNLOADED_SUFFIXES else ""
+    if suffix.lower() not in DOWNLOADED_SUFFIXES:
+        suffix = ""
     return f"{stem}-{short_hash(address_identity(address), 16)}{suffix}"
 
 
-@lru_cache(maxsize=1024)  # asked for twice
+@lru_cache(maxsize=1024)  # called twice for each address
 def split_name(address: str) -> tuple[str, str]:
-    """Return the last part of an address, readable, and its suffix; without one, the host."""
-    stem, dot, end = address_name(address).rpartition(".")
-    if not stem or not 0 < len(end) < LONGEST_SUFFIX or not end.isalnum():
-        stem = address_name(address)
-        dot = ""
-        end = ""
-    return readable_stem(stem or split_address(address).hostname or ""), dot + end
+    """Split the last part of an address into a valid stem and a suffix, such as `.png` or "".
+
+    The stem of an address without a path is the host.
+    """
+    name = address_name(address)
+    stem, dot, end = name.rpartition(".")
+    has_suffix = stem and 0 < len(end) < LONGEST_SUFFIX and end.isalnum()
+    suffix = dot + end
+    if not has_suffix:
+        stem = name
+        suffix = ""
+    return readable_stem(stem or split_address(address).hostname or ""), suffix
 
 
-LISTED = 20  # how many faults of one kind a message shows
+LISTED = 20  # maximum number of faults of one kind in a message
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One thing that is wrong. A text that is a whole sentence ends with a full stop."""
+    """A problem of a dataset. A text that is a complete sentence ends with a full stop."""
 
-    kind: str  # "captions cannot be read": follows a count
-    text: str  # one line: where, and what
-    stem: str | None = None  # of the source that it concerns
-    ends_run: bool = True  # False: what it concerns is skipped, and counted at the end
+    kind: str  # heading of faults of the same kind, which follows their number: "captions cannot be read"
+    text: str  # one line that says where the problem is, and what it is
+    stem: str | None = None  # stem of the source with the problem
+    ends_run: bool = True  # False: the source is skipped, and counted at the end
 
 
 def raise_errors(faults: Sequence[Fault]) -> None:
-    """Raise DatasetError with all faults by kind, if there are any that end a run."""
-    faults = [error for error in faults if error.ends_run]
-    if len(faults) == 1 and faults[0].text.endswith("."):
-        raise DatasetError(faults[0].text)
-    if faults:
-        raise DatasetError("\n".join(list_errors(faults, LISTED)))
+    """Raise DatasetError with all faults that end a run, by kind; do nothing if there are none."""
+    errors = [fault for fault in faults if fault.ends_run]
+    if len(errors) == 1 and errors[0].text.endswith("."):  # a sentence needs no heading
+        raise DatasetError(errors[0].text)
+    if errors:
+        raise DatasetError("\n".join(list_errors(errors, LISTED)))
 
 
 def list_errors(faults: Iterable[Fault], maximum: int) -> list[str]:
-    """Return lines: each kind with its count, then its first `maximum` faults."""
+    """Return the lines of a message: each kind with its number of faults, then at most `maximum` of them."""
     by_kind: dict[str, list[str]] = {}
-    for error in faults:
-        by_kind.setdefault(error.kind, []).append(error.text)
+    for fault in faults:
+        by_kind.setdefault(fault.kind, []).append(fault.text)
     lines = []
     for kind, texts in by_kind.items():
-        lines += [f"{count_words(len(texts), kind)}:", *(f"  {text}" for text in texts[:maximum])]
-        lines += [f"  ... and {len(texts) - maximum} more"] if len(texts) > maximum else []
+        lines.append(f"{count_words(len(texts), kind)}:")
+        lines += [f"  {text}" for text in texts[:maximum]]
+        if len(texts) > maximum:
+            lines.append(f"  ... and {len(texts) - maximum} more")
     return lines
 
 
-OLD_INDEXES = {"cache-index.sqlite", "cache-index.parquet"}  # of earlier versions
-# finished, of earlier versions, and being written: by a word for the machine
+OLD_INDEXES = {"cache-index.sqlite", "cache-index.parquet"}  # indexes of shards, which earlier versions wrote
+# names of shards: finished ones, also of earlier versions (tar), and those that are being written
 SHARD = re.compile(r"cache-[0-9a-f]{16}\.(sqlite|tar)|cache-[0-9a-f]{32}\.writing")
-# names of all that belongs to them
+# names of shards, their journals, and their former indexes
 OF_SHARDS = re.compile(rf"(?:{SHARD.pattern})(-journal|-wal)?|cache-index\.(sqlite|parquet)")

@@ -8,18 +8,19 @@ from modules.text_files import real_path
 
 
 def explain_lookup(path: Path, config_path: Path | None) -> str:
-    """Return the end of a message that a path does not exist: where it was looked for, and a hint.
+    """Return the end of a message about a missing path: where it was looked for, and a hint.
 
-    Begins with " (looked for at ...)" for a relative path, else with the full stop.
+    It begins with " (looked for at ...)" for a relative path, else with the full stop of the sentence.
 
     Args:
         path: The path, as the dataset file has it.
         config_path: The dataset file; None if no file names the path.
     """
-    if path_exists(path):  # it cannot be opened, which its name does not explain
+    if path_exists(path):  # it exists but cannot be opened: no hint about its name
         return ". Correct the path."
     hint = "" if config_path is None else hint_of_start(path, config_path)
-    return f"{describe_lookup(path)}.{hint or explain_missing(path) or ' Correct the path.'}"
+    hint = hint or explain_missing(path) or " Correct the path."
+    return f"{describe_lookup(path)}.{hint}"
 
 
 def hint_of_start(path: Path, config_path: Path) -> str:

@@ -1,6 +1,6 @@
-"""Moments of clips that were computed before, and which VAE they are of.
+"""Precomputed moments of clips, and the VAE that made them.
 
-A file of moments, as CogVideoX's tools write them, is one tensor 2C F H/8 W/8: C means, then C logarithms of
+A file of moments, as CogVideoX's tools write it, is one tensor 2C F H/8 W/8: C means, then C logarithms of
 variances, before any normalization.
 """
 
@@ -32,10 +32,10 @@ def full_span(clip: ClipInfo, lengths: ClipLengths) -> Span:
 
 
 def read_tensor(path: Path) -> Tensor:
-    """Read the tensor of a .pt file, mapped. Code in it is refused, not run.
+    """Read the tensor of a .pt file, memory-mapped. Code in the file is rejected, not executed.
 
     Raises:
-        MediaError: If the file is missing, damaged, or holds anything else.
+        MediaError: If the file is missing or damaged, or contains anything other than a tensor.
     """
     if not path.exists():
         raise MediaError(f"{path} does not exist")
@@ -49,11 +49,9 @@ def read_tensor(path: Path) -> Tensor:
 
 
 def read_moments(path: Path, latent: LatentSpec) -> Tensor:
-    """Read moments 2C F h w, mapped.
+    """Read moments 2C F h w, memory-mapped, for a model with the latent space `latent`.
 
-    `latent` is that of the model that they are for.
-
-    A leading axis of size 1, which some tools leave, is removed.
+    A batch dimension of 1, which some tools write, is removed.
 
     Raises:
         MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
@@ -75,22 +73,19 @@ def read_moments(path: Path, latent: LatentSpec) -> Tensor:
 
 
 def explain_channels(channels: int, latent: LatentSpec) -> str:
-    """Describe the channels that the model needs.
-
-    `channels` is those of the file.
-    """
-    plain = " These look like latents, not like moments." if channels == latent.channels else ""
+    """Describe the channels that the model needs; `channels` is the number of channels in the file."""
+    guess = " These look like latents, not like moments." if channels == latent.channels else ""
     return (
         f"this model's VAE has {2 * latent.channels}, a mean and a variance for each of {latent.channels}."
-        f"{plain} Compute them with this model's VAE (prepare_dataset.py), or leave out load_tensors"
+        f"{guess} Compute them with this model's VAE (prepare_dataset.py), or leave out load_tensors"
     )
 
 
 def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
     """Return size and number of frames of the clip from which moments 2C F h w were encoded.
 
-    If the number of latent frames is even, each stands for four frames; if it is odd, the first stands for
-    one.
+    If the number of latent frames is even, each stands for `stride[0]` frames; if it is odd, the first stands
+    for one frame.
 
     Raises:
         MediaError: If the model does not take the size.
@@ -104,14 +99,15 @@ def measure(moments: Tensor, latent: LatentSpec, path: Path) -> ClipInfo:
             f"{path} is of a clip of {width}x{height}; the model takes sides that are multiples of "
             f"{latent.pixel_step}"
         )
-    num_frames = (
-        latent_frames * frame_stride if latent_frames % 2 == 0 else (latent_frames - 1) * frame_stride + 1
-    )
+    if latent_frames % 2 == 0:
+        num_frames = latent_frames * frame_stride
+    else:
+        num_frames = (latent_frames - 1) * frame_stride + 1
     return ClipInfo((width, height), num_frames)
 
 
 def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
-    """Return the clip of a source with tensors, from the header of its file.
+    """Return size and number of frames of a source with precomputed moments, from the shape of its tensor.
 
     Raises:
         MediaError: If the file cannot be read, or if its tensor cannot be moments of the model.
@@ -123,28 +119,28 @@ def measure_source(source: MediaSource, latent: LatentSpec) -> ClipInfo:
 
 @dataclass(frozen=True)
 class PreparedFolder:
-    """Facts that all items of a prepared folder share. Values are those of JSON."""
+    """What all items of a folder have in common that prepare_dataset.py has written, as JSON values."""
 
     architecture: str | None  # `Family.name` of the model whose VAE made the moments; None: there are none
     vae: Mapping[str, str]  # identity of that VAE
-    settings: Mapping[str, Any]  # what items depend on besides their sources
+    settings: Mapping[str, Any]  # settings on which items depend in addition to their sources
 
 
 def write_prepared(folder: Path, prepared: PreparedFolder) -> None:
-    """Write the file of a folder.
+    """Write the file that describes a prepared folder.
 
     Raises:
-        OutputError: If that fails.
+        OutputError: If the file cannot be written.
     """
     content = {"version": VERSION, **asdict(prepared)}
     write_text(folder / PREPARED, json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n")
 
 
 def read_prepared(folder: Path) -> PreparedFolder | None:
-    """Read the file of a folder; None if there is none: another program made it.
+    """Read the file that describes a prepared folder; None if there is none, as in folders of other programs.
 
     Raises:
-        DatasetError: If it cannot be read.
+        DatasetError: If the file cannot be read.
     """
     path = folder / PREPARED
     if not path.exists():

@@ -9,29 +9,29 @@ GAPS = "have numbered files of which one is missing: the others are used in thei
 
 
 def find_gap(numbers: Collection[int]) -> int | None:
-    """Return the lowest missing number up to the largest one, counted from 0 or 1; None if none is."""
+    """Return the lowest missing number up to the largest one, counted from 0 or 1; None if there is none."""
     first = 0 if 0 in numbers else 1
     expected = range(first, max(numbers, default=0) + 1)
     return next((number for number in expected if number not in numbers), None)
 
 
 def find_number_gaps(sources: Iterable[MediaSource]) -> list[Fault]:
-    """Return a remark for each image of a folder whose numbered files skip a number."""
-    remarks = []
+    """Return a warning for each image of a folder whose numbered files skip a number."""
+    warnings = []
     for source in sources:
-        if source.table.directory is None:  # the files of a list have any names
+        if source.table.directory is None:  # files that a list names need not be numbered
             continue
         for files in (source.layers, source.control, source.references):
             numbers = _read_numbers(source.stem, files)
             gap = find_gap(numbers)
             if gap is not None:
                 text = f"{source.path}: there is no {source.stem}_{gap}, but {source.stem}_{max(numbers)}"
-                remarks.append(Fault(GAPS, text, source.stem))
-    return remarks
+                warnings.append(Fault(GAPS, text, source.stem))
+    return warnings
 
 
 def _read_numbers(stem: str, files: Sequence[Path]) -> set[int]:
-    """Return the numbers behind the stem in the names of files; other files have none."""
+    """Return the numbers that follow the stem in the names of files; files with other names are ignored."""
     numbers = set()
     for file in files:
         start, _, number = file.stem.rpartition("_")

@@ -1,4 +1,4 @@
-"""Pairs of a better and a worse picture or clip: find the worse one by its name, and read it."""
+"""Preference pairs: find the rejected image or clip of each pair by its name, and read it."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -51,7 +51,7 @@ def add_rejected(
 
 
 def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]]:
-    """Return the files of worse_directory by stem; a folder counts as a clip of frames."""
+    """Return the files of worse_directory by stem; in a table of clips, a folder of frames is a clip."""
     suffixes = image_suffixes() if table.kind == "image" else VIDEO_SUFFIXES | ANIMATION_SUFFIXES
     by_stem: dict[str, list[Path]] = {}
     for entry in list_entries(folder, "worse_directory", table.config_path):
@@ -65,7 +65,7 @@ def _rejected_by_stem(table: DatasetTable, folder: Path) -> dict[str, list[Path]
 
 
 def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> None:
-    """Raise MediaError if the worse one of a source has another width or height in pixels."""
+    """Raise MediaError if the rejected item of a source has another width or height in pixels."""
     if size != rejected_size:
         raise MediaError(
             f"{source.path} has {as_shape(size)} pixels, its worse one, {source.rejected}, has "
@@ -74,24 +74,30 @@ def require_equal_size(source: MediaSource, size: Size, rejected_size: Size) -> 
 
 
 def read_rejected_clip(
-    here: MediaSource, size: Size, bucket: Size, count: int, fps: float, clock: Sequence[tuple[int, float]]
+    local: MediaSource, size: Size, bucket: Size, count: int, fps: float, clock: Sequence[tuple[int, float]]
 ) -> Clip:
     """Read the rejected clip of a pair at the times of the chosen clip's frames: F H W 3.
 
-    `size` is the size of the chosen clip in pixels. `clock` has the index and time of each of its frames.
+    Args:
+        local: The fetched source.
+        size: Size of the chosen clip in pixels.
+        bucket: Size of the source's bucket.
+        count: Number of kept frames of the chosen clip.
+        fps: Frame rate of the kept frames.
+        clock: Index and time of each kept frame.
 
     Raises:
         MediaError: If the rejected clip has another size or is shorter.
     """
-    assert here.rejected is not None
+    assert local.rejected is not None
     frames: list[Clip] = []
-    for frame in companion_frames(here.rejected, here.path, table=here.table, fps=fps, clock=clock):
+    for frame in companion_frames(local.rejected, local.path, table=local.table, fps=fps, clock=clock):
         if not frames:
-            require_equal_size(here, size, (frame.shape[1], frame.shape[0]))
+            require_equal_size(local, size, (frame.shape[1], frame.shape[0]))
         frames.append(resize_cover(np.ascontiguousarray(frame[..., :3]), bucket))
         if len(frames) == count:
             return np.stack(frames)
     raise MediaError(
-        f"{here.path} gives {count} frames, its worse one, {here.rejected}, only {len(frames)}: "
+        f"{local.path} gives {count} frames, its worse one, {local.rejected}, only {len(frames)}: "
         "both of a pair need one length. Cut the longer one"
     )

@@ -1,4 +1,4 @@
-"""Reference pictures: the control images of a family that takes several, each of a size of its own."""
+"""Reference images: control images of a family that takes several of them in different sizes."""
 
 import contextlib
 import filecmp
@@ -27,7 +27,7 @@ _bucket_sizes = functools.cache(bucket_sizes)
 def lack_references(tables: Sequence[DatasetTable], sources: Iterable[MediaSource]) -> bool:
     """Return whether an editing model is trained on images none of which has a reference.
 
-    Models that also generate images from text alone are trained without references in most cases.
+    Only tables with `learns_edits` count: other models are often trained on texts alone.
     """
     editing = {table.index for table in tables if table.learns_edits}
     images = [source for source in sources if source.table.index in editing]
@@ -45,12 +45,12 @@ def find_equal_references(sources: Iterable[MediaSource]) -> list[Fault]:
 
 
 def _is_equal(source: MediaSource) -> bool:
-    with contextlib.suppress(OSError):  # errors are reported when it is read
-        size = source.path.stat().st_size
-        return any(
-            path.stat().st_size == size and filecmp.cmp(path, source.path, shallow=False)
-            for path in source.control
-        )
+    """Return whether a reference image has the same bytes as the image."""
+    with contextlib.suppress(OSError):  # errors are reported when the file is read
+        size_bytes = source.path.stat().st_size
+        for path in source.control:
+            if path.stat().st_size == size_bytes and filecmp.cmp(path, source.path, shallow=False):
+                return True
     return False
 
 
@@ -63,29 +63,29 @@ def limit_references(table: DatasetTable, sources: list[MediaSource]) -> list[Me
     if not any(source.control for source in sources):
         return sources
     maximum = table.references.maximum
-    number = len(sources)
-    over = [source for source in sources if len(source.control) > maximum]
-    if over:
+    num_sources = len(sources)
+    with_surplus = [source for source in sources if len(source.control) > maximum]
+    if with_surplus:
         logger.warning(
             "%s: %d of %d images have more reference pictures than the %d that this model takes; further "
             "ones are left out. The first: %s has %d",
             table.name,
-            len(over),
-            number,
+            len(with_surplus),
+            num_sources,
             maximum,
-            over[0].path,
-            len(over[0].control),
+            with_surplus[0].path,
+            len(with_surplus[0].control),
         )
         sources = [_without_surplus(source, maximum) for source in sources]
-    none = [source for source in sources if not source.control]
-    if none:
+    without_any = [source for source in sources if not source.control]
+    if without_any:
         logger.warning(
             "%s: %d of %d images have no reference picture and are trained without one, such as %s. Add it, "
             "or move the image to a table of its own, if that is not meant",
             table.name,
-            len(none),
-            number,
-            none[0].path,
+            len(without_any),
+            num_sources,
+            without_any[0].path,
         )
     return sources
 
@@ -94,8 +94,9 @@ def _without_surplus(source: MediaSource, maximum: int) -> MediaSource:
     """Return a copy of a source with only its first `maximum` reference images."""
     if len(source.control) <= maximum:
         return source
-    # the first origin is that of the image
-    origins = source.origins[: 1 + maximum] + source.origins[1 + len(source.control) :]
+    # the first origin is that of the image; those of the control images follow
+    end_of_controls = 1 + len(source.control)
+    origins = source.origins[: 1 + maximum] + source.origins[end_of_controls:]
     return replace(source, control=source.control[:maximum], origins=origins)
 
 
@@ -103,14 +104,19 @@ def read_reference(
     path: Path,
     source: MediaSource,
     bucket: Size,
-    place: Callable[[Frame], Frame],
+    fit_image: Callable[[Frame], Frame],
     is_mirrored: bool,
     has_alpha: bool = False,
 ) -> NDArray[np.uint8]:
     """Read a reference of an image, 1 H W 3, or 1 H W 4 with `has_alpha`.
 
-    `bucket` is the bucket of the image. `place` resizes, crops and mirrors a reference like the image. With
-    `is_mirrored`, a reference that keeps its own size or shape is mirrored too.
+    Args:
+        path: The reference.
+        source: The image.
+        bucket: Size of the image's bucket.
+        fit_image: Resizes, crops and mirrors a reference like the image.
+        is_mirrored: Whether the image was mirrored; then a reference with a size of its own is mirrored, too.
+        has_alpha: Whether the result has alpha as a fourth channel.
 
     Raises:
         MediaError: If the reference cannot be used.
@@ -120,12 +126,13 @@ def read_reference(
         fit = fit_reference(source.table, (image.shape[1], image.shape[0]), path, bucket)
     except MediaError as error:
         raise explain_reference(source, error) from error
-    if fit is None:
-        placed = place(image)
+    if fit is None:  # the size of the image
+        fitted = fit_image(image)
     else:
-        placed = fit_frame(image, fit)
-        placed = mirror(placed) if is_mirrored else placed
-    return (add_alpha(placed) if has_alpha else placed)[None]
+        fitted = fit_frame(image, fit)
+        if is_mirrored:
+            fitted = mirror(fitted)
+    return (add_alpha(fitted) if has_alpha else fitted)[None]
 
 
 @contextlib.contextmanager
@@ -135,10 +142,10 @@ def hold_references(source: MediaSource) -> Iterator[tuple[Path, ...]]:
     Raises:
         MediaError: If a reference is missing, or too small according to its header.
     """
-    with fetch(source) as here:
-        for path in here.control:
+    with fetch(source) as local:
+        for path in local.control:
             fit_reference(source.table, image_size(path), path)
-        yield here.control
+        yield local.control
 
 
 def reference_buckets(source: MediaSource, bucket: Size) -> tuple[Size, ...]:

@@ -1,4 +1,4 @@
-"""Remarks about the media and captions of a dataset: the same in caching, in training and in --check."""
+"""Warnings about the media and captions of a dataset, which caching, training and --check share."""
 
 import logging
 import random
@@ -22,7 +22,7 @@ from protocols.rules import CountTokens
 
 logger = logging.getLogger(__name__)
 
-NAMED = 3  # captions of one kind
+NAMED = 3  # maximum number of captions that a warning names
 LONE_BRACE = "captions have a brace that belongs to no {a|b}, and learn it as text"
 NOT_DRAWN = (
     "captions have {a|b}, which is learned as text: only enable_wildcard = true of a [[datasets.subsets]] "
@@ -48,27 +48,31 @@ def find_media_warnings(
 ) -> list[Fault]:
     """Return warnings about the rates, lengths, order, numbers, references and colors of sources.
 
-    `fps` and `has_rates` are the frames per second of the model, and whether it takes any rate.
+    Args:
+        sources: Sources to check.
+        latent: Latent space of the family.
+        fps: Frame rate of the model.
+        has_rates: Whether the model takes clips of any rate.
     """
-    remarks = [] if has_rates else find_far_rates(sources, fps)
+    warnings = [] if has_rates else find_far_rates(sources, fps)
     have_companions = any(
         source.control or source.references or source.mask or source.control_mask for source in sources
     )
     if have_companions:
-        remarks += find_other_lengths(sources, fps)
-        remarks += find_equal_references(sources)
-    # the items of a folder are files; companions, and what lists name, may be folders of frames
+        warnings += find_other_lengths(sources, fps)
+        warnings += find_equal_references(sources)
+    # companions, and the items of lists, may be folders of frames; the items of a folder are files
     if have_companions or any(source.table.directory is None for source in sources):
-        remarks += find_reordered(sources)
+        warnings += find_reordered(sources)
     if any(source.references or source.control or source.layers for source in sources):
         from dataset.sources.numbering import find_number_gaps  # few tables have numbered files
 
-        remarks += find_number_gaps(sources)
+        warnings += find_number_gaps(sources)
     if any(source.references or source.control for source in sources):
         from dataset.sources.companions import find_moving_references  # few tables have references
 
-        remarks += find_moving_references(sources)
-    return remarks + find_colors(sources, latent.keeps_alpha)
+        warnings += find_moving_references(sources)
+    return warnings + find_colors(sources, latent.keeps_alpha)
 
 
 # --- captions
@@ -76,9 +80,9 @@ def find_media_warnings(
 
 
 def whole_texts(source: MediaSource) -> Iterator[str]:
-    """Yield the texts that the captions of a source become, without anything dropped or shuffled.
+    """Yield the captions of a source as the text encoder gets them if nothing is dropped or shuffled.
 
-    Of each choice `{a|b}` that is drawn while training, one is taken.
+    One alternative of each choice `{a|b}` is drawn, always the same.
     """
     table = source.table
     if source.caption is None:
@@ -111,8 +115,8 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
             if _BACKSLASH.search(caption):
                 kinds[BACKSLASH] = None
         if kinds:
-            words = " ".join((source.caption or "").split())
-            shown = words if len(words) <= SHOWN else f"{words[:SHOWN]}..."
+            one_line = " ".join((source.caption or "").split())
+            shown = one_line if len(one_line) <= SHOWN else f"{one_line[:SHOWN]}..."
             text = f"{source.caption_path or source.path}: {shown}"
             warnings += [Fault(kind, text, source.stem) for kind in kinds]
     return warnings
@@ -121,9 +125,9 @@ def find_caption_warnings(sources: Iterable[MediaSource]) -> list[Fault]:
 def find_cut_captions(
     sources: Iterable[MediaSource], counters: Mapping[str, CountTokens]
 ) -> tuple[list[Fault], dict[str, list[int]]]:
-    """Return a warning for each caption that an encoder cuts, and the bytes of all text caches by encoder.
+    """Return a warning for each caption that an encoder cuts, and the size of each text cache by encoder.
 
-    `counters` are found by the names of the encoders.
+    `counters` are functions that count the tokens of a text, by name of the encoder.
     """
     warnings = []
     sizes_bytes: dict[str, list[int]] = {}
@@ -142,31 +146,33 @@ def find_cut_captions(
 def warn_cut_captions(encoder: TextEncoder, captions: Sequence[tuple[Path | str, str]]) -> None:
     """Warn about captions with more tokens than the encoder reads, whose ends are not used.
 
-    `captions` are pairs of a location, for the message, and a caption.
+    `captions` are pairs of a caption file, or of a source's name, and the caption.
     """
     try:
         count_tokens = encoder.token_counter()
     except CheckpointError as error:
         logger.info("tokens of the captions are not counted: %s", error)
         return
-    number = 0
+    num_cut = 0
     lines: list[str] = []
-    for place, caption in captions:
+    for path, caption in captions:
         count = count_tokens(caption)
-        number += count.is_cut
-        if count.is_cut and len(lines) < NAMED:
-            lines.append(describe_cut(place, encoder.name, count))
-    if number:
+        if not count.is_cut:
+            continue
+        num_cut += 1
+        if len(lines) < NAMED:
+            lines.append(describe_cut(path, encoder.name, count))
+    if num_cut:
         logger.warning(
             "%d of %d captions are longer than %s reads; the rest of them is not used. The first:\n  %s",
-            number,
+            num_cut,
             len(captions),
             encoder.name,
             escape_control_codes("\n  ".join(lines)),
         )
 
 
-def log_warnings(remarks: Sequence[Fault], maximum: int) -> None:
-    """Log all warnings as one message, in which at most `maximum` of each kind are named."""
-    if remarks:
-        logger.warning("%s", escape_control_codes("\n".join(list_errors(remarks, maximum))))
+def log_warnings(warnings: Sequence[Fault], maximum: int) -> None:
+    """Log all warnings as one message, which lists at most `maximum` of each kind."""
+    if warnings:
+        logger.warning("%s", escape_control_codes("\n".join(list_errors(warnings, maximum))))

@@ -1,8 +1,8 @@
-"""References that a row of a list shows with its clip: pictures, clips and sounds, in their order.
+"""Reference media that a row of a list names for its clip: images, clips and audio, in order.
 
 `"references": [{"type": "image", "path": "style.png"}, {"type": "video", "path": "motion.mp4", "audio_path":
-"motion.wav"}, {"type": "audio", "path": "voice.wav"}]`. The audio of a clip is that of `audio_path`, else its
-own track; with `"audio_path": null` it is left out.
+"motion.wav"}, {"type": "audio", "path": "voice.wav"}]`. The audio of a clip is in the file of `audio_path`,
+or in the clip itself; with `"audio_path": null` it is left out.
 """
 
 import json
@@ -22,8 +22,12 @@ MAX_SHOWN = 80  # characters of a value in a message
 def read_shown(value: Any, file: Path, where: str) -> tuple[ShownMedium, ...]:
     """Parse the references of a row.
 
-    A relative path is looked up in the working folder, then in the folder of the list. `file` is the list,
-    and `where` is the row for messages, such as `list.jsonl, line 3`.
+    A relative path is looked up in the working folder, then in the folder of the list.
+
+    Args:
+        value: `references` of the row.
+        file: The list.
+        where: Position of the row for messages, such as `list.jsonl, line 3`.
 
     Raises:
         DatasetError: If the value is not a list of references, or if a file does not exist.
@@ -53,20 +57,28 @@ def _read_medium(entry: Mapping[str, Any], file: Path, where: str) -> ShownMediu
 
 
 def _locate(text: Any, file: Path, where: str) -> Path:
-    """Return the path of a reference: as written, or in the folder of its list."""
+    """Return the path of a reference: relative to the working folder, or to the folder of its list.
+
+    Raises:
+        DatasetError: If neither file exists.
+    """
     if not isinstance(text, str) or not text.strip():
         raise DatasetError(f"{where} = {_show(text)} is not a path in quotes")
     if is_address(text):
         raise DatasetError(f"{where}: references are read from disk alone. Download it, and name the file")
     try:
-        places = (expand_path(text, None), expand_path(text, file.parent))
+        in_working_folder = expand_path(text, None)
+        in_folder_of_list = expand_path(text, file.parent)
     except ValueError as error:
         raise DatasetError(f"{where} = {_show(text)}: {error}.") from None
-    for place in places:
-        if place.exists():
-            return place
-    raise DatasetError(f"{where}: {places[0]}: no such file, nor in the folder of {file.name}. Correct it")
+    for path in (in_working_folder, in_folder_of_list):
+        if path.exists():
+            return path
+    raise DatasetError(
+        f"{where}: {in_working_folder}: no such file, nor in the folder of {file.name}. Correct it"
+    )
 
 
 def _show(value: Any) -> str:
+    """Return the beginning of a value for a message."""
     return json.dumps(value, default=repr)[:MAX_SHOWN]

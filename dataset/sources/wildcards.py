@@ -1,4 +1,4 @@
-"""Choices in captions: `a {red|blue} coat`, which enable_wildcard draws each time a picture is trained."""
+"""Choices in captions: `a {red|blue} coat`, of which enable_wildcard draws one in each training step."""
 
 import random
 import re
@@ -6,16 +6,16 @@ from dataclasses import dataclass, field
 
 _CHOICE = re.compile(r"\{[^{}]*\|[^{}]*\}")
 _BRACES = re.compile(r"(\{++|\}++)")
-_MAX_NESTED = 100  # choices in one another; a limit on time, which grows with its square
-_BAR = "\0"  # stands for a bar that is literal; no caption holds this character
+_MAX_NESTED = 100  # depth of nested choices, because the time grows with its square
+_BAR = "\0"  # stands for a literal bar; no caption contains this character
 
 
 @dataclass
 class _OpenChoice:
-    """Opening braces at one position, and the text after them so far, with its choices drawn."""
+    """Opening braces at one position, and the text that follows them."""
 
-    opened: int
-    pieces: list[str] = field(default_factory=list)
+    opened: int  # number of braces that have not been closed
+    pieces: list[str] = field(default_factory=list)  # the text so far, in which inner choices are drawn
 
 
 @dataclass(frozen=True)
@@ -32,23 +32,23 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
     `{{` and `}}` stand for the braces themselves, as in sd-scripts, unless one of the two braces closes or
     opens a choice around another one: `{{a|b} c|d}`, `{a|b {c|d}}`.
     """
-    groups = [_OpenChoice(0)]  # the first is the text outside of all braces
-    lone_braces = 0
+    groups = [_OpenChoice(0)]  # a stack; the first element is the text outside of all braces
+    num_lone = 0
     for piece in _BRACES.split(text):
         if piece.startswith("{") and len(groups) > _MAX_NESTED:
-            lone_braces += 1
+            num_lone += 1
             groups[-1].pieces.append(piece)
         elif piece.startswith("{"):
             groups.append(_OpenChoice(len(piece)))
         elif piece.startswith("}"):
-            lone_braces += _close(groups, len(piece), generator)
+            num_lone += _close(groups, len(piece), generator)
         else:
             groups[-1].pieces.append(piece)
-    while len(groups) > 1:  # opened, and closed nowhere: no choice is drawn
+    while len(groups) > 1:  # braces that are never closed: no choice is drawn
         group = groups.pop()
-        lone_braces += group.opened % 2
-        groups[-1].pieces += ["{" * _literal(group.opened), *group.pieces]
-    return FilledText("".join(groups[0].pieces).replace(_BAR, "|"), lone_braces > 0)
+        num_lone += group.opened % 2
+        groups[-1].pieces += ["{" * _count_literal(group.opened), *group.pieces]
+    return FilledText("".join(groups[0].pieces).replace(_BAR, "|"), num_lone > 0)
 
 
 def has_choice(text: str) -> bool:
@@ -62,21 +62,21 @@ def _close(groups: list[_OpenChoice], closed: int, generator: random.Random) -> 
         group = groups[-1]
         matched = min(group.opened, closed)
         content = "".join(group.pieces)
-        if matched % 2:  # pairs of braces stand for braces; the odd one is that of a choice
+        if matched % 2:  # each pair of braces is literal; the odd one encloses a choice
             content = generator.choice(content.split("|"))
-        else:  # no choice: its bars are kept from the choice around it
+        else:  # no choice: its bars must not divide a choice around it
             content = content.replace("|", _BAR)
-        pairs = matched // 2
-        group.pieces = ["{" * pairs, content, "}" * pairs]
+        num_pairs = matched // 2
+        group.pieces = ["{" * num_pairs, content, "}" * num_pairs]
         group.opened -= matched
         closed -= matched
         if not group.opened:
             groups.pop()
             groups[-1].pieces += group.pieces
-    groups[-1].pieces.append("}" * _literal(closed))
+    groups[-1].pieces.append("}" * _count_literal(closed))
     return closed % 2
 
 
-def _literal(braces: int) -> int:
-    """Return how many braces a run stands for: two stand for one, and a single one for itself."""
-    return (braces + 1) // 2
+def _count_literal(num_braces: int) -> int:
+    """Return the number of literal braces in a run: two stand for one, and a single one for itself."""
+    return (num_braces + 1) // 2

@@ -180,6 +180,14 @@ def test_a_weight_stands_behind_the_last_colon(folder: Path, line: str, text: st
     assert expand(folder, "__one__") == text
 
 
+def test_a_wildcard_file_may_have_many_lines_and_large_weights(folder: Path) -> None:
+    """The limit of weights in prompts, 100, is not one of the weights to draw by."""
+    write(folder, "many", "\n".join(["word"] * 1000))
+    write(folder, "heavy", "rare:1\ncommon:1000000")
+    assert expand(folder, "__many__") == "word"
+    assert expand(folder, "__heavy__") == "common"
+
+
 def test_wildcards_and_alternatives_may_hold_one_another(folder: Path) -> None:
     write(folder, "pair", "{left|left} __one__")
     write(folder, "one", "hand")

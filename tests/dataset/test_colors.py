@@ -22,7 +22,7 @@ from dataset.caching.loop import cache_media
 from dataset.caching.prefetch import SIZE_CHANGES, conclude
 from dataset.config import DatasetConfig
 from dataset.listing import find_sources
-from dataset.sources.colors import MOVING, REORDERED, find_colors, find_reordered, shown_otherwise
+from dataset.sources.colors import MOVING, REORDERED, find_colors, find_reordered, reading_difference
 from dataset.sources.decoding import decode_source
 from dataset.table import DatasetTable
 from tests.dataset.caching.test_loop import make_config
@@ -141,7 +141,7 @@ def test_clips_that_name_their_colours_or_are_not_square_are_made_again(
         assert set(cached(config)) == {"wide", "dv"}
 
     assert "size was [64, 32], is now [32, 32]" in caplog.text
-    said = [str(shown_otherwise(source, False, 1)).partition(" (")[0] for source in find_sources(table)]
+    said = [str(reading_difference(source, False, 1)).partition(" (")[0] for source in find_sources(table)]
     shape = "dv.mp4 was read without the shape of its pixels, which are not square, now with it"
     assert said == [shape, "None", "wide.mkv was read without the colors that it names"]
     assert [one.name for one in (tmp_path / "cache").glob("dv_*")] == [path.name]

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from blissful_tuner.latent_preview import bring_home
+from blissful_tuner.latent_preview import copy_to_host
 from checkpoints.filling import load_module
 from checkpoints.opening import open_checkpoint, plain_sources
 from modules.devices import send_ahead
@@ -341,7 +341,7 @@ def test_a_preview_is_brought_home_without_a_wait(cuda: torch.device) -> None:
 
     with no_waits(cuda):
         torch.cuda._sleep(100_000_000)
-        home = bring_home(x * 3)
+        home = copy_to_host(x * 3)
         noise = [torch.full_like(x, -1) for _ in range(4)]  # would take the memory of the product
 
     assert equal_bits(home(), expected)

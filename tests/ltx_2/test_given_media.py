@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ltx2_generate_video
+from ltx_2.keyframes import place_generated
 from modules.media.reading import resize_cover
 from modules.media.writing import write_png
 from protocols.data import SOUND
@@ -235,6 +236,57 @@ def test_keyframes_equal_those_of_diffusers(release: TinyRelease, media: Path, t
     assert_equal(made["latent"], expect_placed(condition_pipe(release), *conditions), "latents")
 
 
+def expect_generated(pipe: Any, frames: list[int]) -> Tensor:
+    """The latents of diffusers' loop with single frames behind the clip, from noise and at the clip's time.
+
+    Their tokens have the mark of the first frame, as in its pipeline for keyframes that are generated.
+    """
+    count = len(frames) * torch.Size(SHAPE[1:]).numel()
+    sizes = {
+        "batch_size": 1,
+        "height": SHAPE[1],
+        "width": SHAPE[2],
+        "device": torch.device("cpu"),
+        "fps": 24.0,
+    }
+    coords = []
+    for frame in frames:
+        one = pipe.transformer.rope.prepare_video_coords(num_frames=1, **sizes)
+        one[:, 0] = torch.tensor([frame, frame + 1]) / 24.0
+        coords.append(one)
+
+    def prepare(*_: Any, **__: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(SEED)
+        shapes = (SHAPE, (len(frames), *SHAPE[1:]))
+        drawn = [torch.randn(1, 16, *shape, generator=generator) for shape in shapes]
+        start = torch.cat([pipe._pack_latents(one, 1, 1) for one in drawn], dim=1)
+        return start, torch.zeros_like(start[..., :1]), torch.zeros_like(start), torch.cat(coords, dim=2)
+
+    def mark(_: Any, words: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        mask = given["video_keyframes_mask"].clone()
+        mask[:, -count:] = 1
+        return words, {**given, "video_keyframes_mask": mask}
+
+    pipe.prepare_latents = prepare
+    pipe.transformer.register_forward_pre_hook(mark, with_kwargs=True)
+    latents, _ = call(pipe)
+    normalized: Tensor = pipe._normalize_latents(latents, pipe.vae.latents_mean, pipe.vae.latents_std)[0]
+    return normalized
+
+
+def test_generated_keyframes_equal_those_of_diffusers(tmp_path: Path) -> None:
+    release = write_release(tmp_path / "model", "2.5")
+    words = [*scale_words(SCALES, SCALES), "--stg_blocks", 1]
+
+    made = generate(release, tmp_path / "a", *words, "--num_generated_keyframes", 2, frames=FRAMES)
+    other = generate(release, tmp_path / "b", *words, frames=FRAMES)
+
+    assert place_generated(2, FRAMES) == [5, 11]
+    assert place_generated(1, 10) == [4]  # 4.5, to the even number, as in the official code
+    assert_equal(made["latent"], expect_generated(condition_pipe(release), [5, 11]), "latents")
+    assert (made["latent"] - other["latent"]).abs().max() > 1e-3
+
+
 def make_by_line(release: TinyRelease, folder: Path, line: str, *words: object) -> dict[str, Tensor]:
     """The latents of the only line of a file of prompts."""
     folder.mkdir()
@@ -447,6 +499,8 @@ def test_kept_audio_changes_the_rest_as_in_diffusers(release: TinyRelease, tmp_p
         ("--inpaint_mask {0}/mask.png", "give --inpaint_source, the clip that it changes"),
         ("--inpaint_source {0}/clip --retake 2,1", "give START,END in seconds"),
         ("--inpaint_source {0}/clip --retake 0,1 --inpaint_mask {0}/mask.png", "give one of them"),
+        ("--num_generated_keyframes 2", "LTX-2.3 has no embedding that marks them"),
+        ("--num_generated_keyframes 2 --ltx2_mode audio", "sound alone has no pictures"),
         ("--extend_prefix {0}/clip", "give all of it"),
         ("--extend_suffix {0}/mask.png", "at least 9 frames are needed"),
         ("--extend_prefix {0}/clip --extend_prefix_frames 99", "asks for 99"),

@@ -14,7 +14,7 @@ from data_tools.captions import places
 from data_tools.captions.asking import Frames, caption_in, read_shown, reword, select_frames
 from data_tools.captions.local_model import LocalModel, load_model
 from data_tools.captions.options import AskOptions, CaptionModelOptions, WordingOptions
-from data_tools.captions.places import CaptionList, CaptionPlace, find_places
+from data_tools.captions.places import CaptionList, CaptionLocation, find_places
 from data_tools.captions.run import run_captioning
 from dataset.config import load_dataset_config
 from dataset.sources.captions import complete_captions
@@ -104,7 +104,7 @@ def load(folder: Path, batch_size: int = 1, **ask: Any) -> LocalModel:
     return load_model(options, dataclasses.replace(ASK, **ask))
 
 
-def make_jobs(folder: Path) -> list[tuple[CaptionPlace, Frames]]:
+def make_jobs(folder: Path) -> list[tuple[CaptionLocation, Frames]]:
     """Three sources with one, two and three frames of noise."""
     places = find_places(load_dataset_config(make_folder(folder)), False)
     rng = np.random.default_rng(0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dataset.batches.items import ItemKind, TrainingItem
-from dataset.batches.reading import _sizes_of
+from dataset.batches.reading import _size_conditions
 from dataset.config import load_dataset_config
 
 SAID = torch.tensor([320.0, 120.0, 3.0, 5.0, 150.0, 90.0])  # width and height; left, top, right, bottom
@@ -30,4 +30,4 @@ def test_sizes_of_a_picture(
     (table,) = load_dataset_config(data).datasets
     item = TrainingItem("cat_0300x0100_sdxl.safetensors", 3, table, (192, 128), ItemKind("sdxl"))
 
-    assert _sizes_of(item, said, flip).tolist() == expected
+    assert _size_conditions(item, said, flip).tolist() == expected

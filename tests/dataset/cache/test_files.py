@@ -7,7 +7,7 @@ import torch
 
 from dataset.cache.catalog import list_shards
 from dataset.cache.converting import files_to_shards, shards_to_files
-from dataset.cache.form import other_form
+from dataset.cache.form import list_format_errors
 from dataset.cache.shards import ShardStore
 from dataset.cache_files import (
     LatentName,
@@ -249,11 +249,11 @@ def test_a_folder_with_both_forms_serves_either_while_they_agree(folder: Path) -
     assert before.items() <= contents(folder).items()
     assert shards_to_files(folder, keep=True)[:2] == (0, len(CACHES))
     both = [make_table(folder.parent, cache_format=form) for form in ("files", "shards")]
-    assert [list(other_form(one, "wan")) for one in both] == [[], []]
+    assert [list(list_format_errors(one, "wan")) for one in both] == [[], []]
 
     (folder / CACHES[0]).unlink()
-    assert [len(list(other_form(one, "wan"))) for one in both] == [1, 0]
+    assert [len(list(list_format_errors(one, "wan"))) for one in both] == [1, 0]
     store = ShardStore(folder)
     store.remove(CACHES[1])
     store.close()
-    assert [len(list(other_form(one, "wan"))) for one in both] == [1, 1]
+    assert [len(list(list_format_errors(one, "wan"))) for one in both] == [1, 1]

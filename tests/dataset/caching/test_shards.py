@@ -96,7 +96,7 @@ def test_the_shards_together_give_the_bytes_of_a_single_run(tmp_path: Path, coun
     assert entries(shared) == entries(full)
     assert sum(one.share for one in media) == len(CLIPS)
     assert sum(one.share for one in texts) == len(CLIPS) + 1  # and the empty prompt
-    assert all(one.whole == len(CLIPS) for one in media)
+    assert all(one.total == len(CLIPS) for one in media)
     for report in (cache_media(family(), shared, options()), cache_texts(family(), shared, options())):
         assert report.written == report.removed == 0
         assert report.kept

@@ -1,6 +1,6 @@
-"""Use tensors that other programs computed (load_tensors): moments of clips, embeddings of captions.
+"""Use tensors that other programs have computed (load_tensors): moments of clips, embeddings of captions.
 
-This module is imported with the first table that has any.
+This module is imported only if a table has such tensors.
 """
 
 import dataclasses
@@ -39,15 +39,15 @@ def use_moments(family: Caches, sources: Sequence[MediaSource]) -> list[MediaSou
     Unreadable files are reported later, by caching.
 
     Raises:
-        DatasetError: If the family cannot use moments, if they are visibly of another model's VAE, or if
-            moments of first frames are needed and missing.
+        DatasetError: If the family cannot use moments, if another model's VAE made them, or if moments of
+            first frames are required but missing.
     """
     with_tensors = [source for source in sources if source.tensors is not None]
     if not with_tensors:
         return list(sources)
     reject_moments(family, with_tensors[0].table)
     first_of_folder: dict[Path, MediaSource] = {}
-    for source in reversed(with_tensors):
+    for source in reversed(with_tensors):  # so that the first source of each folder stays
         assert source.tensors is not None
         first_of_folder[source.tensors.folder] = source
     for folder, source in first_of_folder.items():
@@ -78,14 +78,16 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
     """Return a source with its moments instead of frames.
 
     Raises:
-        MediaError: If they cannot be used.
+        MediaError: If the moments cannot be used.
     """
     paths = [path for path, _ in source.parts]
-    # copies: a file that is mapped can change, and Windows does not replace it
+    # copied, because a memory-mapped file can change, and cannot be replaced on Windows
     moments = tuple(moments_files.read_moments(path, latent).clone() for path in paths)
     clip = moments_files.measure(moments[0], latent, paths[0])
-    if len(moments) > 1 and moments[1].shape != (moments[0].shape[0], 1, *moments[0].shape[2:]):
-        raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
+    if len(moments) > 1:  # the second tensor has the moments of the first frame, as a clip of one frame
+        channels, _, height, width = moments[0].shape
+        if moments[1].shape != (channels, 1, height, width):
+            raise MediaError(f"{paths[1]} is not of a single frame of the size of {paths[0]}")
     return DecodedMedia(
         source=source,
         size=clip.size,
@@ -98,11 +100,12 @@ def decode_moments(source: MediaSource, latent: LatentSpec) -> DecodedMedia:
 
 
 def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
-    """Raise DatasetError if the moments in a folder are of another model's VAE."""
+    """Raise DatasetError if another model's VAE made the moments in a folder."""
     assert source.tensors is not None
     path = source.tensors.moments
     try:
-        channels = next((size for size in moments_files.read_tensor(path).shape[-4:]), 0)
+        shape = moments_files.read_tensor(path).shape[-4:]  # C F H W, without a batch dimension
+        channels = shape[0] if shape else 0
     except MediaError:
         return  # reported with the other files
     if channels != 2 * family.latent.channels:  # moments are a mean and a log variance for each channel
@@ -127,8 +130,8 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
             f"({folder / moments_files.PREPARED}), this is {family.name}. Prepare the data with this "
             "model, or leave out load_tensors."
         )
-    theirs, ours = prepared.vae.get("vae"), family.media_identity.get("vae")
-    if theirs != ours:
+    # the same VAE may be stored in different files, so this is only a warning
+    if prepared.vae.get("vae") != family.media_identity.get("vae"):
         logger.warning(
             "%s: %s was made with another file of the VAE of %s than --vae. That is right only if both hold "
             "the same weights, such as in another format or precision.",
@@ -139,7 +142,7 @@ def _check_vae(family: Caches, folder: Path, source: MediaSource) -> None:
 
 
 def embeds_note(path: Path) -> Path:
-    """Return the file that names the texts of the embeddings in `path`: NAME.json next to NAME.pt."""
+    """Return the path of the note that describes stored embeddings: NAME.json next to NAME.pt."""
     return path.with_suffix(".json")
 
 
@@ -149,9 +152,13 @@ def describe_embeds(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    """Return the content of the file `embeds_note`, which describes stored embeddings.
+    """Return the content of the note that describes stored embeddings (see `embeds_note`).
 
-    `identities` identify the encoders, by name. `tensors` are the stored tensors, by key.
+    Args:
+        caption: Caption of the embeddings.
+        architecture: Name of the family.
+        identities: Identity of each text encoder, by encoder name.
+        tensors: The stored tensors, by key.
     """
     return {
         "caption": caption,
@@ -161,15 +168,15 @@ def describe_embeds(
     }
 
 
-def take_embeds(
+def submit_embeds(
     files: Sequence[CaptionFile],
     encoder: TextEncoder,
     identity: Mapping[str, str],
     submit: Callable[[CaptionFile, Conditions], None],
 ) -> list[CaptionFile]:
-    """Submit an encoder's precomputed outputs; return the texts that have none and must be encoded."""
+    """Pass the precomputed outputs of an encoder to `submit`; return the texts that must be encoded."""
     to_encode = []
-    errors: list[str] = []
+    errors: list[str] = []  # outputs that exist but cannot be used
     for file in files:
         conditions = None
         try:
@@ -193,13 +200,14 @@ def take_embeds(
 
 
 class _UnfitEmbeds(Exception):
-    """The reason against using embeddings of a caption that were computed earlier."""
+    """Raised if precomputed embeddings do not fit the caption or the encoder."""
 
 
 def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]) -> Conditions | None:
-    """Return an encoder's precomputed outputs for a caption; None if there are none.
+    """Return an encoder's precomputed outputs for a caption; None if the caption has none.
 
-    Raises _UnfitEmbeds if the outputs have changed, or belong to another encoder or caption.
+    Raises:
+        _UnfitEmbeds: If the outputs have changed, or belong to another encoder or caption.
     """
     if file.embeds is None:
         return None
@@ -210,7 +218,7 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
     except CheckpointError as error:
         raise _UnfitEmbeds(str(error)) from error
     if isinstance(tensors, Tensor) and len(encoder.keys) == 1:
-        tensors = dict.fromkeys(encoder.keys, tensors)
+        tensors = dict.fromkeys(encoder.keys, tensors)  # a file with a single tensor does not name it
     if not isinstance(tensors, dict):
         raise _UnfitEmbeds(f"it holds {type(tensors).__name__}, not tensors by name")
     conditions: dict[str, Tensor | list[Tensor]] = {}
@@ -218,17 +226,18 @@ def read_embeds(file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, 
         tensor = tensors.get(key)
         if not isinstance(tensor, Tensor) or _shape_of(tensor) != declared[key]:
             raise _UnfitEmbeds(f"its {key} is not what {note.name} says")
-        # a copy: a file that is mapped can change
-        conditions[key] = [tensor.clone()] if key in encoder.variable_length else tensor.clone()
+        copied = tensor.clone()  # because a memory-mapped file can change
+        conditions[key] = [copied] if key in encoder.variable_length else copied
     return conditions
 
 
 def _read_declared_shapes(
     note: Path, file: CaptionFile, encoder: TextEncoder, identity: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Return the shapes of the encoder's tensors, by key, as stated in the note on the embeddings.
+    """Return shape and dtype of the encoder's tensors, by key, from the note that describes the embeddings.
 
-    Raises _UnfitEmbeds if they belong to another encoder or caption, or if there is no note.
+    Raises:
+        _UnfitEmbeds: If the embeddings belong to another encoder or caption, or if there is no note.
     """
     if not note.exists():
         raise _UnfitEmbeds(f"nothing next to it says which encoder made it ({note.name} is missing)")
@@ -245,4 +254,5 @@ def _read_declared_shapes(
 
 
 def _shape_of(tensor: Tensor) -> dict[str, Any]:
+    """Describe a tensor for a record."""
     return {"shape": list(tensor.shape), "dtype": dtype_name(tensor.dtype)}
