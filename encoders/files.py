@@ -102,7 +102,7 @@ class TransformerFiles(ABC):
 
         Args:
             chosen: Value of the encoder's option; None if it is not set.
-            default: Dtype next to a transformer that is not float32; None for `usual`.
+            default: Dtype if the option is not set and the transformer is not in float32; None for `usual`.
         """
         is_float32 = self.compute_dtype() == torch.float32
         if chosen:

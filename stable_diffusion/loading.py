@@ -62,19 +62,19 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     tokenizers = find_tokenizers(
         options.tokenizer_cache_dir, release.path, [plan.is_open_clip for plan in release.texts]
     )
-    for words, plan in zip(tokenizers, release.texts, strict=True):
-        check_vocabulary(words, plan.network.config.vocabulary, release.path)
+    for tokenizer, plan in zip(tokenizers, release.texts, strict=True):
+        check_vocabulary(tokenizer, plan.network.config.vocabulary, release.path)
     parts = _make_networks(release, dtype, vae_dtype)
-    _fill(parts, META)  # compares names and shapes; reads nothing
-    what = release.kind.words
-    if release.unet.config.get("in_channels") == 9:
-        what += ", inpainting"
+    _fill(parts, META)  # first without weights: compares names and shapes, and reads nothing
+    description = release.kind.words
+    if release.unet.config.get("in_channels") == 9:  # latents, mask and masked image
+        description += ", inpainting"
     if release.marks.words:
-        what += f", which {release.marks.words}"
+        description += f", which {release.marks.words}"
     logger.info(
         "Loading %s: %s, as %s, VAE as %s",
         release.path,
-        what,
+        description,
         dtype_name(dtype),
         dtype_name(vae_dtype),
     )
@@ -89,14 +89,14 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     towers = tuple(
         TextTower(
             network=network,
-            tokenize=words.tokenize,
-            start=words.start,
-            end=words.end,
-            pad=OPEN_CLIP_PAD if plan.is_open_clip else words.end,
+            tokenize=tokenizer.tokenize,
+            start=tokenizer.start,
+            end=tokenizer.end,
+            pad=OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end,
             lora_prefix=lora_prefix,
-            missing_layers=1 if release.kind is SD2 else 0,
+            missing_layers=1 if release.kind is SD2 else 0,  # its last layer is not used, and not in files
         )
-        for plan, network, words, lora_prefix in rows
+        for plan, network, tokenizer, lora_prefix in rows
     )
     _set_computation(options, unet, vae)
     return Model(
