@@ -160,14 +160,14 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
             )
         return info.shape
 
-    layers = {}  # layer of a block -> input width
-    blocks = 0
+    layers = {}  # name of a layer in its block -> input width
+    num_blocks = 0
     for name in names:
         match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
         if match is not None:
             layers[f"{match[2]}.{match[3]}"] = shape(name, 2)[1]
-            blocks = max(blocks, int(match[1]) + 1)
-    first = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
+            num_blocks = max(num_blocks, int(match[1]) + 1)
+    first_down = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
     channels = shape(f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
@@ -181,12 +181,12 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
         cond_emb_dim=shape(f"{TRUNK}.out_norm.weight", 1)[0],
         cond_dim=shape(f"{TRUNK}.conv3.weight", 4)[0],
         resblocks=count(names, rf"{TRUNK}\.resblocks\.\d+"),
-        mlp_dim=shape(first, 2)[0],
+        mlp_dim=shape(first_down, 2)[0],
         use_aspp=f"{TRUNK}.aspp.proj.0.weight" in names,
         dilations=_read_dilations(checkpoint),
         layers=tuple(layers),
     )
-    return LoadPlan(LllitePlan(config, blocks, layers), checkpoint, plain_sources(checkpoint))
+    return LoadPlan(LllitePlan(config, num_blocks, layers), checkpoint, plain_sources(checkpoint))
 
 
 def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:

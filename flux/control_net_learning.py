@@ -94,7 +94,7 @@ def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFile
         make=partial(make_control_net, options),
         check=partial(_check, options, files),
         generate=_say_generation,
-        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),
+        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),  # the lowest, a typical and the highest one
         write=_write,
         start_option=CONTROL_NET.removeprefix("--"),
     )
@@ -152,9 +152,10 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
 
 
 def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
-    """Check by headers that a ControlNet fits the transformer.
+    """Check that a ControlNet can be trained with the transformer; only headers of files are read.
 
-    Raises OptionError, or CheckpointError for a file that training cannot start from.
+    Raises OptionError for options that do not fit the files, and CheckpointError for a file that training
+    cannot start from.
     """
     config = files.dit_header().config
     if config.kind == CHROMA:
@@ -162,7 +163,7 @@ def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
             f"{files.dit_path} is Chroma, and ControlNets of FLUX.1 take its embeddings of time and pooled "
             "text, which Chroma does not have. Give FLUX.1 dev or schnell"
         )
-    if options.controlnet is None:
+    if options.controlnet is None:  # a new ControlNet, copied from the transformer's first blocks
         if files.dit_header().block_dtype.itemsize == 1:
             raise OptionError(
                 f"{files.dit_path} is rounded to 8 bits or fewer, and a ControlNet begins as a copy of its "

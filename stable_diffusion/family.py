@@ -231,7 +231,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Steps, guidance, size and sampler of a generation whose request does not set them."""
+        """Steps, guidance, size and sampler that apply if a request does not set them."""
         return image_defaults(
             STEPS,
             GUIDANCE_SCALE,
@@ -840,7 +840,7 @@ def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
 def family_for_generation(
     kinds: tuple[ModelKind, ...], options: StableDiffusionGenerationOptions
 ) -> StableDiffusion:
-    """Return the model of a generation.
+    """Return the Stable Diffusion model to generate with.
 
     Raises:
         OptionError: If the options contradict the checkpoint.

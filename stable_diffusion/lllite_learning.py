@@ -114,7 +114,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values
             assert isinstance(module, LlliteModule)
             nn.init.zeros_(module.up[0].weight)  # type: ignore[arg-type]
             nn.init.zeros_(module.up[0].bias)  # type: ignore[arg-type]
-        path = Path()
+        path = Path()  # only for messages about a file
     else:
         with open_checkpoint(path) as checkpoint:
             plan = read_lllite(checkpoint, WEIGHTS)

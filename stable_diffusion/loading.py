@@ -65,9 +65,9 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     for tokenizer, plan in zip(tokenizers, release.texts, strict=True):
         check_vocabulary(tokenizer, plan.network.config.vocabulary, release.path)
     parts = _make_networks(release, dtype, vae_dtype)
-    _fill(parts, META)  # first without weights: compares names and shapes, and reads nothing
+    _fill(parts, META)  # compares names and shapes; reads nothing
     description = release.kind.words
-    if release.unet.config.get("in_channels") == 9:  # latents, mask and masked image
+    if release.unet.config.get("in_channels") == 9:
         description += ", inpainting"
     if release.marks.words:
         description += f", which {release.marks.words}"
@@ -85,7 +85,7 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
         )
     _fill(parts, device)
     *texts, unet, vae = (network for network, *_ in parts)
-    rows = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
+    tower_parts = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
     towers = tuple(
         TextTower(
             network=network,
@@ -94,9 +94,9 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
             end=tokenizer.end,
             pad=OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end,
             lora_prefix=lora_prefix,
-            missing_layers=1 if release.kind is SD2 else 0,  # its last layer is not used, and not in files
+            missing_layers=1 if release.kind is SD2 else 0,  # the last layer is never used, so not loaded
         )
-        for plan, network, tokenizer, lora_prefix in rows
+        for plan, network, tokenizer, lora_prefix in tower_parts
     )
     _set_computation(options, unet, vae)
     return Model(

@@ -305,7 +305,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
 def _with_rates_of_now(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return saved parameter groups of the optimizer with the learning rates of the current settings."""
+    """Return the optimizer's saved parameter groups with the learning rates of the current settings."""
     merged = []
     for saved_group, group in zip(saved_groups, groups, strict=False):
         rates = {name: group[name] for name in RATES if name in group and name in saved_group}

@@ -246,8 +246,8 @@ def dtypes_of(dit: nn.Module) -> str:
         sizes[name] = sizes.get(name, 0) + dry_run.round_up_bytes(tensor.nbytes)
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     # sizes below 0.005 GiB, which round to 0.00, are left out, unless there is nothing else
-    shown = [(name, size) for name, size in ordered if size >= GIB // 200] or ordered[:1]
-    return ", ".join(f"{gib(size)} {name}" for name, size in shown)
+    listed = [(name, size) for name, size in ordered if size >= GIB // 200] or ordered[:1]
+    return ", ".join(f"{gib(size)} {name}" for name, size in listed)
 
 
 def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:

@@ -407,7 +407,7 @@ def _spell_as(entry: Path, start: str) -> str:
 
 
 def is_saved_folder(folder: Path) -> bool:
-    """Return whether a folder is a model that a training has saved."""
+    """Return whether a folder is a model saved by a training run."""
     return (folder / INDEX).is_file() or is_model_folder(folder)
 
 
