@@ -30,7 +30,7 @@ from flux.model import FluxModel
 from flux.options import CONTROL_NET, FluxControlNetTrainingOptions
 from modules.errors import OptionError
 from modules.option_values import FillIn, option_words
-from protocols.family_networks import DefaultRate, MadeNetwork
+from protocols.family_networks import CustomNetwork, DefaultRate
 from protocols.loading import TensorInfo
 
 CALLED = "ControlNet"
@@ -83,14 +83,14 @@ class TrainedFluxControl(nn.Module):
         )
 
 
-def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> MadeNetwork:
+def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> CustomNetwork:
     """Return a ControlNet as the network that a training makes."""
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
-    return MadeNetwork(
-        called=CALLED,
-        words=f"{CALLED}, {copied if path is None else f'from {path.name}'}",
-        ending="controlnet",
+    return CustomNetwork(
+        label=CALLED,
+        description=f"{CALLED}, {copied if path is None else f'from {path.name}'}",
+        architecture_suffix="controlnet",
         make=partial(make_control_net, options),
         check=partial(_check, options, files),
         generate=_say_generation,

@@ -257,7 +257,7 @@ class Flux3Text(NamedTuple):
     is_even: bool  # all tokens are real
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return each sample's real tokens, with `before` tokens in front; None if all are real."""
+        """Return the number of real tokens of each sample, plus `before` in front; None without padding."""
         if self.is_even:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)

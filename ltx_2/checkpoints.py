@@ -55,6 +55,7 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     try:
         config = _config(shapes, settings)
         widths = [*(stream.dim for stream in config.streams.values()), config.cross_dim]
+        # rotary embedding rotates pairs of channels, so the width of a head must be even
         fits = all(width % (2 * config.num_heads) == 0 for width in widths)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(

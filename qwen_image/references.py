@@ -62,8 +62,8 @@ def read_reference(
     Args:
         path: The image file.
         target: Size to cover; the rest is cropped.
-        area: Without `target`, stretch the image to its official size of about this many pixels. None keeps
-            its size, cropped at the right and bottom to multiples of STEP.
+        area: Without `target`, stretch the image to the model's size for its aspect ratio, of about this many
+            pixels. None keeps the size, cropped at the right and bottom to multiples of STEP.
         has_alpha: Return four channels.
 
     Raises:

@@ -314,8 +314,8 @@ def smallest_swap(prediction: Swappable, usable: int) -> int | None:
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
     """Return the number of blocks to swap, and its reason if --blocks_to_swap is `auto`.
 
-    With `auto` the number is the smallest that fits the device, the largest possible if none fits, and 0
-    without a device to fit.
+    With `auto`, the number is the smallest that fits the device, or the largest possible if none fits. It is
+    0 if the memory of the device is not known.
 
     Raises:
         OptionError: If there are too few blocks.
