@@ -74,7 +74,7 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
     if not settings.controls:
         return {0: conditions}
     latents = {}
-    for path in dict.fromkeys(settings.controls):
+    for path in dict.fromkeys(settings.controls):  # each file once, even if it is given twice
         latents[path] = _encode_latents(encoders, path, prepared, on_white=False)
     masked = []
     for index, path in enumerate(settings.controls):
@@ -131,6 +131,7 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
         height: Height of the latents.
         width: Width of the latents.
     """
+    # the box is the largest centered part with the aspect ratio of the latents
     scale = min(alpha.shape[1] / width, alpha.shape[0] / height)
     left, top = (alpha.shape[1] - scale * width) / 2, (alpha.shape[0] - scale * height) / 2
     box = (left, top, alpha.shape[1] - left, alpha.shape[0] - top)
