@@ -30,7 +30,7 @@ from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.random_masks import draw_mask
 from modules.option_values import FillIn, option_words
 from protocols.data import CONTROL_PIXELS, Conditions
-from protocols.family_networks import DefaultRate, MadeNetwork, describe_start
+from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 
 CALLED = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite_anima"  # as other programs call it
@@ -70,7 +70,7 @@ class AttachedLllite(AnimaLllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor of what the modules add."""
+        """Set the factor on the outputs of the modules."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
@@ -253,13 +253,13 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 # Training
 
 
-def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
+def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
     """Return ControlNet-LLLite as the network that a training makes."""
     config = _start_config(options)
-    return MadeNetwork(
-        called=CALLED,
-        words=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
-        ending="control-net-lllite",
+    return CustomNetwork(
+        label=CALLED,
+        description=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
+        architecture_suffix="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=partial(_say_generation, config.cond_in_channels == MASKED_CHANNELS),

@@ -71,7 +71,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def __init__(
         self, *args: Any, t5_tokenizer: Path | None = None, t5_max_tokens: int, **settings: Any
     ) -> None:
-        """Set up the encoder; `t5_max_tokens` tokens of T5 are kept, including the end token.
+        """Set up the encoder; prompts are cut to `t5_max_tokens` tokens of T5, including the end token.
 
         `t5_tokenizer` is the path of its option; other arguments as in `LanguageModelEncoder`.
         """

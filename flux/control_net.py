@@ -240,17 +240,21 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the settings in a ControlNet's config.json; None without one, or if it is of another model."""
-    place = checkpoint.path
-    file = place / "config.json" if place.is_dir() else place.with_name("config.json")
-    if not file.is_file():
+    """Return the settings in a ControlNet's config.json.
+
+    The result is None if there is no such file, or if it describes another model.
+    """
+    opened = checkpoint.path
+    config_path = opened / "config.json" if opened.is_dir() else opened.with_name("config.json")
+    if not config_path.is_file():
         return None
     try:
-        settings = parse_json(read_text(file))
+        settings = parse_json(read_text(config_path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}). Copy it again.", path) from error
+        raise CheckpointError(f"{config_path} cannot be read ({error}). Copy it again.", path) from error
     if not isinstance(settings, Mapping) or settings.get("_class_name") != FluxControlNetModel.__name__:
         return None
+    # other settings, such as the version of diffusers, are no arguments of the class
     parameters = inspect.signature(FluxControlNetModel.__init__).parameters
     return {name: value for name, value in settings.items() if name in parameters}
 

@@ -86,7 +86,7 @@ class Flux3Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
         """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` are the ascending indices of the selected tokens, B K.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
@@ -180,7 +180,7 @@ class JointBlock(ParallelBlock):
 def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> Tensor:
     """Return the attention of the tokens of one kind to each other, B L N D.
 
-    `heads` are query, key and value; `place` is the index of the kind among those that are present.
+    `heads` are query, key and value. `place` is the index of the kind among the kinds in the sequence.
     """
     part = tokens.parts[place] if tokens.parts else None
     if part is not None:
@@ -257,7 +257,7 @@ class Flux3Text(NamedTuple):
     is_even: bool  # all tokens are real
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return each sample's real tokens, with `before` tokens in front; None if all are real."""
+        """Return the number of real tokens of each sample, plus `before` in front; None without padding."""
         if self.is_even:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)

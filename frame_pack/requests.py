@@ -52,7 +52,9 @@ def prepare_request(
     is_f1: bool,
     takes_shape: bool = False,
 ) -> requests.Prepared:
-    """Resolve size, frames and numbers, and check the images. Unusable settings are dropped with a warning.
+    """Resolve the size and the sections of a request, and check its images.
+
+    Unusable settings are dropped with a warning.
 
     Args:
         request: The request.
@@ -115,7 +117,7 @@ def prepare_request(
 
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the bucket of the first image in a dataset with this resolution."""
+    """Return the size of the bucket that the first image would have in a dataset of this resolution."""
     from modules.media.reading import image_size  # only for single images
 
     buckets = bucket_sizes(width, height, step)
@@ -151,8 +153,8 @@ def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> reque
 
     Raises OptionError if a file cannot be opened.
     """
-    why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
-    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_image}, why_not)
+    reason = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
+    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_image}, reason)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
     if is_image and request.source is not None:
@@ -224,12 +226,15 @@ def _with_controls(request: requests.Request) -> requests.Request:
 
 def _list_images(request: requests.Request, sections: int, is_image: bool) -> tuple[Path, ...]:
     """Return the start image of each section. Raises OptionError if one is missing or cannot be read."""
-    text = request.extra.get("image_path") or (
+    typed_paths = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
-    if text is None and request.first_image is not None:  # the first frame of the video that it starts from
+    # without an image, the first frame of the video in the request is the start image
+    if typed_paths is None and request.first_image is not None:
         return (request.first_image,) * sections
-    entries = _read_entries(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_image)
+    entries = _read_entries(
+        require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_image
+    )
     paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):
         _check_image("--image_path", path)

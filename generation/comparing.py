@@ -320,7 +320,7 @@ def _files(run: GenerationRun, cell: GenerationJob) -> ClipFiles:
 
 
 def _is_same_clip(run: GenerationRun, cell: GenerationJob) -> bool:
-    """Return whether existing files of this name belong to exactly this clip; True if there are none."""
+    """Return whether existing output files of this name are of exactly this clip; True if there are none."""
     video, latents = _files(run, cell)
     settings = _select_making_settings(as_tags(cell.metadata or {}))
     try:

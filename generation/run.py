@@ -229,7 +229,7 @@ def explain_lack(advice: str) -> Iterator[None]:
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
-    """Run the mode that the options select; with several processes per prompt, start them first.
+    """Run the mode that the options select. If several processes share each prompt, this call starts them.
 
     Args:
         family: The model family.

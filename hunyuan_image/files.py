@@ -197,7 +197,7 @@ class HunyuanImageFiles(TransformerFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that the text encoders that are given or needed fit their options and the transformer."""
+        """Check that the named or needed text encoders fit their options and the transformer."""
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
             width = read_once(path, _read_text_width)

@@ -218,16 +218,16 @@ class LtxModel(nn.Module):
         references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the velocities of video and audio in float32; None for a stream that is not given.
+        """Return the velocities of video and audio in float32; None for a stream without input.
 
         Args:
             noisy: Latents of the video, B Z F H W; None for audio alone.
-            timesteps: B, 0..1000; 0 for a video that is given.
+            timesteps: B, 0..1000; 0 for a clean video.
             text: States for the video stream, B T text_dim, without a mask.
             fps: Frame rate of the video.
             audio: Latents of the audio, B Z M K with K bins each; None for video alone, which uses no weight
                 of the audio stream.
-            audio_timesteps: B, 0 for audio that is given; None: those of the video.
+            audio_timesteps: B, 0 for clean audio; None: those of the video.
             audio_text: States for the audio stream, B T text_dim.
             has_sound: B, whether each sample has audio; other samples' audio does not influence their video.
                 None: all samples have audio.

@@ -469,7 +469,7 @@ def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int
 
 
 def resolve_length(frames: int | None, seconds: float | None) -> int:
-    """Return the number of frames. Raises OptionError if both are given."""
+    """Return the number of frames. Raises OptionError if both options are set."""
     if seconds is None:
         return FRAMES if frames is None else frames
     if frames is not None:

@@ -44,8 +44,8 @@ class TileRow:
 def cut_axis(length: int, size: int, minimum: int, step: int) -> TileRow:
     """Cover `length` with tiles of `size` that overlap by at least `minimum`, as the released VAE does.
 
-    All numbers are in pixels. The overlaps grow one after another by `step`, starting with the first and
-    repeatedly, until the tiles end exactly at `length`.
+    All numbers are in pixels. Each overlap in turn grows by `step`, again and again from the first one, until
+    the tiles end exactly at `length`.
     """
     if size >= length:
         return TileRow((0,), length, ())

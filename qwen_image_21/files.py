@@ -96,7 +96,7 @@ MAX_LEVELS = 1000
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
     """Read a file's header, with the --dit_config file or else the config.json next to it."""
     names = checkpoint.tensors
-    # blocks share one modulation; those of the earlier Qwen-Image have their own
+    # one modulation for all blocks, where Qwen-Image has one in each
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if MARK not in names or not has_modulation:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
@@ -323,7 +323,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def channels(self) -> int | None:
-        """Number of latent channels of the given files; None if no file is given."""
+        """Number of latent channels of the files; None if no option names a file."""
         if self.dit is not None:
             channels: int = self.dit_header().config.channels
             return channels

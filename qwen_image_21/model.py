@@ -127,7 +127,7 @@ class QwenImage21Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` are the ascending indices of the selected tokens, B K.
         """
         num_image = self.num_image - num_left_out
         rotary = take_rows(self.rotary, kept, num_left_out)

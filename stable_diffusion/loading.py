@@ -216,7 +216,7 @@ def read_chosen_vae(
         path: File or folder of the VAE.
         option: Option that names the file, for messages.
         kind: Kind of the checkpoint.
-        files: Closes what is opened.
+        files: Closes the opened files.
 
     Raises:
         CheckpointError: If the VAE is missing or another network.

@@ -277,7 +277,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
 
 
 def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Path]:
-    """Generate the images of the lines that the module of --from_module yields."""
+    """Generate the images of the prompt lines that the user's --from_module module yields."""
     asking = run.asking
     lines_of_round = module_lines(
         module,

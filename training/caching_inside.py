@@ -339,9 +339,9 @@ def _warn_of_live(
     images: list[MediaSource] = []
     tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
-        live = tables.get(table.index)
-        if live is not None and live.sizes is not None:  # its images are encoded during training
-            images += live.sources.values()
+        live_table = tables.get(table.index)
+        if live_table is not None and live_table.sizes is not None:  # its images are encoded during training
+            images += live_table.sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
     if tables_of_lists:
@@ -350,7 +350,7 @@ def _warn_of_live(
     log_warnings(find_media_warnings(images, latent, fps, family.can.rate), LISTED)
     if not encoders:
         return
-    sources = [source for live in tables.values() for source in live.sources.values()]
+    sources = [source for live_table in tables.values() for source in live_table.sources.values()]
     log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
         (source.caption_path or source.path, text) for source in sources for text in whole_texts(source)

@@ -410,4 +410,4 @@ def judge_rate(options: TrainingOptions, learner: Learner) -> str:
     if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text
     level = "LOW" if rate < usual_rates.low else "HIGH"
-    return f"{text}, which is {level} for {learner.has_rate_of}: {usual_rates.usual} is usual"
+    return f"{text}, which is {level} for {learner.rate_label}: {usual_rates.usual} is usual"

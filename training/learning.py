@@ -451,7 +451,7 @@ class Learners:
             network_options,
             dit,
             self.plan.progress.seed,
-            encoders={} if texts is None else texts.networks_for(learner.is_word),
+            encoders={} if texts is None else texts.networks_for(learner.is_embedding),
             in_dit=options.parts is None or options.parts.trains_dit,
             resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )

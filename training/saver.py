@@ -81,7 +81,7 @@ def make_saver(
             names=plan.names,
             is_lora=plan.options.network is not None,
             release=plan.family.release,
-            metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.ending),
+            metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.architecture_suffix),
             prompts=[prompt for prompt in prompts if prompt],
         )
         publisher = publisher.for_run(published)
@@ -170,7 +170,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) ->
         now=datetime.now(),
         licence=family.release.licence if family.release.covers_all else None,
         tables=plan.config.datasets,
-        ending=ending,
+        architecture_suffix=ending,
     )
 
 
@@ -305,7 +305,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
 def _with_rates_of_now(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return saved parameter groups of the optimizer with the learning rates of the current settings."""
+    """Return the optimizer's saved parameter groups with the learning rates of the current settings."""
     merged = []
     for saved_group, group in zip(saved_groups, groups, strict=False):
         rates = {name: group[name] for name in RATES if name in group and name in saved_group}

@@ -205,8 +205,8 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
         sizes: Ranks and alphas of a network that continues from a file; they replace the options.
     """
     network, full_dit = plan.learner.lora, plan.options.full_dit
-    if plan.learner.words:
-        return plan.learner.words
+    if plan.learner.description:
+        return plan.learner.description
     if network is None:
         parts = full_dit.name_parts if full_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"

@@ -64,17 +64,17 @@ def identify(path: Path) -> str | None:
     """Describe a file that is a Wan transformer or another known file; return None if it is unknown."""
     try:
         with open_checkpoint(path) as checkpoint:
-            named = bare_names(checkpoint)
-            kind = kind_of(named.tensors)
-            if _is_wan(_list_shapes(named)):
-                return f"it is a Wan transformer (--dit) for --task {_name_models(_read_header(named))}"
+            bare = bare_names(checkpoint)
+            kind = kind_of(bare.tensors)
+            if _is_wan(_list_shapes(bare)):
+                return f"it is a Wan transformer (--dit) for --task {_name_models(_read_header(bare))}"
             return None if kind is None else f"it looks like {kind}"
     except CheckpointError:
         return None
 
 
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: str = "--dit") -> None:
-    """Raise CheckpointError if a file is another kind of model than --task says. Its size may differ.
+    """Raise CheckpointError if a file is another kind of model than --task says. Any size is accepted.
 
     `option` is the option that named the file.
     """
@@ -226,7 +226,10 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
-    """Read the sizes of a Wan from its shapes; raise CheckpointError if they do not fit each other."""
+    """Read the dimensions of a Wan transformer from the shapes of its tensors.
+
+    Raises CheckpointError if the shapes do not fit each other.
+    """
     _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers = _count_blocks(shapes, "blocks")

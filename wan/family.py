@@ -309,9 +309,9 @@ class Wan(OneTransformer):
             tensor = cond.get(name)
             if isinstance(tensor, Tensor):
                 arguments[argument] = tensor.to(noisy.device)
-        places = cond.get(PLACES)
-        if isinstance(places, Tensor):  # on the host, the same for all samples
-            arguments["places"] = tuple(places[0].tolist())
+        positions = cond.get(PLACES)
+        if isinstance(positions, Tensor):  # on the host, the same for all samples
+            arguments["places"] = tuple(positions[0].tolist())
         clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
         if overrides.nag is not None:
@@ -327,7 +327,7 @@ class Wan(OneTransformer):
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request for the task: media, size, frames, flow shift and control.
 
-        A training of single images samples single images, as `wan.one_frame` prepares them.
+        If single images are trained, samples are single images too, which `wan.one_frame` prepares.
         """
         task = self.files.task
         self.files.check_dits()
@@ -417,15 +417,17 @@ class Wan(OneTransformer):
             frames += 1
         start = noise.draw((batch, channels, frames, *area))
         conditions = dict(inputs.get(0, {}))
-        first = conditions.pop(FIRST_LATENTS, None)
+        first_latents = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.files.task.takes_image:
             condition = conditions["condition_latents"]
             assert isinstance(condition, Tensor)
             conditions["condition_latents"] = self._add_image_noise(condition, noise)
             del condition  # this frame lives as long as the denoising
         section = prompts[0].section(start, conditions)
-        if isinstance(first, Tensor):
-            section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
+        if isinstance(first_latents, Tensor):
+            section = replace(
+                section, given=first_latents, overrides=Overrides(given_frames=first_latents.shape[2])
+            )
         latents = yield section
         if is_image:
             return latents[:, :, prepared.family_record.slot].unsqueeze(2)

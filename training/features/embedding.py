@@ -21,7 +21,7 @@ from training.learning_options import LARGEST_RATE
 
 if TYPE_CHECKING:
     from protocols.family import Described, Family
-    from protocols.family_networks import MadeNetwork
+    from protocols.family_networks import CustomNetwork
     from training.features.hooks import RunFeatures
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ class LearnsEmbeddings(Protocol):
         """Return the family with embedding rows for the word in its text encoders."""
         ...
 
-    def word_network(self, word: WordToLearn) -> "MadeNetwork":
+    def word_network(self, word: WordToLearn) -> "CustomNetwork":
         """Return the network that holds the vectors."""
         ...
 
@@ -142,12 +142,12 @@ class EmbeddingOptions(
 
 def _teach(word: WordToLearn, family: "Family") -> "Family":
     """Return the model with embedding rows for the word. Raises OptionError if the script trains no LoRA."""
-    from protocols.family_networks import made_network_of  # torch: only with a word
+    from protocols.family_networks import custom_network_of  # torch: only with a word
 
-    made = made_network_of(family)
+    made = custom_network_of(family)
     if made is not None:
         raise OptionError(
-            f"--train_embedding learns a word next to a LoRA, and this script trains {made.called}. Leave it "
+            f"--train_embedding learns a word next to a LoRA, and this script trains {made.label}. Leave it "
             "out"
         )
     return cast(LearnsEmbeddings, family).with_word_in_texts(word)
@@ -176,7 +176,7 @@ def _describe(options: EmbeddingOptions) -> str:
     return f"{options.train_embedding}, {count_of(options.embedding_vectors, 'vector')}{length}"
 
 
-def _describe_alone(word: WordToLearn, family: "Described") -> "MadeNetwork":
+def _describe_alone(word: WordToLearn, family: "Described") -> "CustomNetwork":
     """Return the network of the word, for a run that trains it instead of a LoRA."""
     network = cast(LearnsEmbeddings, family).word_network(word)
     return replace(

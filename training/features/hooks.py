@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from networks.options import NetworkOptions
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family
-    from protocols.family_networks import MadeNetwork
+    from protocols.family_networks import CustomNetwork
     from protocols.rules import Expert
     from runtime.options import TrainingSpeedOptions
     from runtime.ways.contract import FurtherModel
@@ -482,7 +482,7 @@ class RunFeatures:
     # reads the tables of the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
-    in_place_of_lora: "Callable[[Described], MadeNetwork] | None" = None
+    in_place_of_lora: "Callable[[Described], CustomNetwork] | None" = None
     storage: Storage | None = None
     # creates the dataset, instead of reading one of the user
     make_data: "Callable[[], DatasetConfig] | None" = None

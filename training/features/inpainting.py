@@ -130,18 +130,18 @@ def _prepare(run: "RunFeatures", family: "Family") -> "Family":
     """Return the model's inpainting variant. Raises OptionError if this run cannot train it."""
     if NO_DATASET in run.needs:
         raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Leave it out")
-    from protocols.family_networks import made_network_of  # torch: only with this feature
+    from protocols.family_networks import custom_network_of  # torch: only with this feature
 
     if not _can_inpaint(family):
         raise OptionError(
             f"{SWITCH} is for Stable Diffusion 1, 2 and XL, and this script trains {family.name}. Leave "
             "it out"
         )
-    made = made_network_of(cast("Described", family))
-    if made is not None and not made.in_texts:
+    custom = custom_network_of(cast("Described", family))
+    if custom is not None and not custom.in_text_encoders:
         raise OptionError(
             f"{SWITCH} is for LoRAs, textual inversion and whole checkpoints, and this script trains "
-            f"{made.called}. Leave it out"
+            f"{custom.label}. Leave it out"
         )
     return family.for_inpainting()
 

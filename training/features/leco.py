@@ -45,12 +45,12 @@ class LecoProgress:
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
     """Return the model unchanged. Raises OptionError if LECO does not support it or the pairs' sizes."""
-    from protocols.family_networks import made_network_of  # torch: only with this feature
+    from protocols.family_networks import custom_network_of  # torch: only with this feature
 
-    made = made_network_of(family)
+    made = custom_network_of(family)
     if made is not None:
         raise OptionError(
-            f"--prompts_file {path} is for LoRAs, and this script trains {made.called}. Leave it out"
+            f"--prompts_file {path} is for LoRAs, and this script trains {made.label}. Leave it out"
         )
     if not family.noise.keeps_variance:
         raise OptionError(

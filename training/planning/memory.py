@@ -221,7 +221,7 @@ def predict(
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
-        network=find_learner(family, options.network, options.features.in_place_of_lora).called,
+        network=find_learner(family, options.network, options.features.in_place_of_lora).label,
     )
 
 

@@ -335,7 +335,7 @@ def _make_learning_groups(
         network_options,
         dit,
         0,
-        encoders={} if texts is None else texts.networks_for(learner.is_word),
+        encoders={} if texts is None else texts.networks_for(learner.is_embedding),
         in_dit=options.parts is None or options.parts.trains_dit,
         with_values=False,
     )
