@@ -67,7 +67,7 @@ class Marks:
 
     @property
     def words(self) -> str:
-        """Return what the model predicts, by its checkpoint; "" for noise, or if the checkpoint does not say it."""
+        """Return what the model predicts, by its checkpoint; "" for noise or if that is not recorded."""
         if not self.predicts_velocity:
             return ""
         also = " with a zero terminal SNR" if self.zero_terminal_snr else ""
