@@ -158,7 +158,7 @@ class HunyuanImageModel(BlockNetwork):
         if any(glyph_counts):  # in each sample they come first, then the text, then padding
             glyph_tokens = self.byt5_in(glyphs[:, :longest]).to(dtype)
             tokens = join_texts(glyph_tokens, glyph_counts, tokens, text_counts)
-        return tokens, [sum(both) for both in zip(glyph_counts, text_counts, strict=True)]
+        return tokens, [sum(sample_counts) for sample_counts in zip(glyph_counts, text_counts, strict=True)]
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""

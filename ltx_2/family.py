@@ -533,8 +533,8 @@ class Ltx2(Ltx2Media):
             metadata["reference_strength"] = f"{self.reference_strength:g}"
         if images and self.reference_attention != (None, 1):
             mask, strength = self.reference_attention
-            words = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
-            metadata["conditioning_attention_mask"] = words
+            mask_and_strength = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
+            metadata["conditioning_attention_mask"] = mask_and_strength
         if self.stages is not None:
             metadata |= self.stages.metadata
         return metadata

@@ -61,16 +61,16 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     stored = plain_sources(checkpoint)
     stored_shapes = {name: info.shape for name, info in names.items()}
     has_encoder = "encoder.conv_in.weight" in names
-    facts = _read_declared_info(checkpoint)
+    declared = _read_declared_info(checkpoint)
     if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
-        sources = _separate_heads(stored, facts.head_width)
+        sources = _separate_heads(stored, declared.head_width)
         shapes = stored_shapes
     elif has_encoder and "decoder.transformer_blocks.0.attn.to_q.weight" in names:
         sources = _from_diffusers(stored)
         shapes = joined_shapes(stored_shapes, DIFFUSERS)
     else:
         raise other_kind(checkpoint, WHAT, "--vae", FILES)
-    return LoadPlan(_read_config(checkpoint, shapes, facts), checkpoint, sources, UNUSED)
+    return LoadPlan(_read_config(checkpoint, shapes, declared), checkpoint, sources, UNUSED)
 
 
 def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSource]:

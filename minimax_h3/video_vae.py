@@ -53,8 +53,8 @@ def cut_axis(length: int, size: int, minimum: int, step: int) -> TileRow:
     num_overlaps = count - 1
     overlaps = [minimum] * num_overlaps
     excess = size * count - sum(overlaps) - length  # pixels that the tiles cover beyond `length`
-    for number in range(excess // step):
-        overlaps[number % num_overlaps] += step
+    for index in range(excess // step):
+        overlaps[index % num_overlaps] += step
     starts = [0]
     for overlap in overlaps:
         starts.append(starts[-1] + size - overlap)

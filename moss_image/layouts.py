@@ -63,7 +63,7 @@ def _is_box(box: Any) -> bool:
 
 
 def _find_box_errors(box: Any, size: Size) -> list[str]:
-    """Return the errors in a box relative to the image's center: wrong order, or outside the image."""
+    """Return the errors in a box: wrong order, or outside the image. Its origin is the image's center."""
     if not _is_box(box):
         return ["its bbox is not four numbers"]
     top, left, bottom, right = box

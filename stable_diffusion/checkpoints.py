@@ -193,8 +193,8 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
         )
 
     return UnetDepths(
-        down=[read_depths("down", level, layer) for level, layer in enumerate(layers)],
-        up=[read_depths("up", level, layer + 1) for level, layer in enumerate(layers[::-1])],
+        down=[read_depths("down", level, num_layers) for level, num_layers in enumerate(layers)],
+        up=[read_depths("up", level, num_layers + 1) for level, num_layers in enumerate(layers[::-1])],
     )
 
 

@@ -652,13 +652,13 @@ class StableDiffusion(ModelOfImages):
         read = [texts.positive.text]
         if has_negative and texts.negative is not None:
             read.append(texts.negative.text)
-        count = 1
+        num_chunks = 1
         if self.chunks > 1 or self.tells_cut:
-            count = max(encoder.count_chunks(text) for encoder in self._counting for text in read)
+            num_chunks = max(encoder.count_chunks(text) for encoder in self._counting for text in read)
         return replace(
             texts,
-            positive=replace(texts.positive, marked_chunks=count),
-            negative=None if texts.negative is None else replace(texts.negative, marked_chunks=count),
+            positive=replace(texts.positive, marked_chunks=num_chunks),
+            negative=None if texts.negative is None else replace(texts.negative, marked_chunks=num_chunks),
         )
 
     @cached_property

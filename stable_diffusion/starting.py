@@ -312,8 +312,8 @@ def decode_latents(
         vae_batch_size: Number of images that the VAE decodes at once; None for all.
     """
     images: list[Image.Image] = []
-    size = vae_batch(vae_batch_size, len(latents))
-    for group in latents.split(size):
+    group_size = vae_batch(vae_batch_size, len(latents))
+    for group in latents.split(group_size):
         pixels = model.vae.decode((group / model.kind.latent_scale).to(model.vae_dtype)).sample.float()
         for image in pixels:
             images.append(to_image(image, labels[len(images)]))
