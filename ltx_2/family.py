@@ -432,6 +432,10 @@ class Ltx2(Ltx2Media):
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
         check_media(media, prepared, self.latent)
+        if media.paste_source is not None:
+            from ltx_2.source_pasting import add_pasting  # few requests ask for it
+
+            prepared = add_pasting(prepared, media, self.latent)
         return prepared
 
     def _check_audio_reference(self, path: Path, joint: Joint | None, media: Ltx2GivenMedia) -> None:
