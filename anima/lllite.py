@@ -30,7 +30,7 @@ from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.random_masks import draw_mask
 from modules.option_values import FillIn, option_words
 from protocols.data import CONTROL_PIXELS, Conditions
-from protocols.family_networks import DefaultRate, MadeNetwork, describe_start
+from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 
 CALLED = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite_anima"  # as other programs call it
@@ -160,14 +160,14 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
             )
         return info.shape
 
-    layers = {}  # layer of a block -> input width
-    blocks = 0
+    layers = {}  # name of a layer in its block -> input width
+    num_blocks = 0
     for name in names:
         match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
         if match is not None:
             layers[f"{match[2]}.{match[3]}"] = shape(name, 2)[1]
-            blocks = max(blocks, int(match[1]) + 1)
-    first = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
+            num_blocks = max(num_blocks, int(match[1]) + 1)
+    first_down = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
     channels = shape(f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
@@ -181,12 +181,12 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
         cond_emb_dim=shape(f"{TRUNK}.out_norm.weight", 1)[0],
         cond_dim=shape(f"{TRUNK}.conv3.weight", 4)[0],
         resblocks=count(names, rf"{TRUNK}\.resblocks\.\d+"),
-        mlp_dim=shape(first, 2)[0],
+        mlp_dim=shape(first_down, 2)[0],
         use_aspp=f"{TRUNK}.aspp.proj.0.weight" in names,
         dilations=_read_dilations(checkpoint),
         layers=tuple(layers),
     )
-    return LoadPlan(LllitePlan(config, blocks, layers), checkpoint, plain_sources(checkpoint))
+    return LoadPlan(LllitePlan(config, num_blocks, layers), checkpoint, plain_sources(checkpoint))
 
 
 def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -251,13 +251,13 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 # Training
 
 
-def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
+def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
     """Return ControlNet-LLLite as the network that a training makes."""
     config = _start_config(options)
-    return MadeNetwork(
-        called=CALLED,
-        words=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
-        ending="control-net-lllite",
+    return CustomNetwork(
+        label=CALLED,
+        description=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
+        architecture_suffix="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=partial(_say_generation, config.cond_in_channels == MASKED_CHANNELS),

@@ -49,7 +49,7 @@ class AnimaTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs for the tokens of one process."""
+        """Return the inputs restricted to the tokens of one process."""
         return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property

@@ -320,7 +320,7 @@ class Fibo2Model(BlockNetwork):
             _read_states(arguments)
             for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask)
         ]
-        gists = [self._make_gist(one, image.shape[1], dtype) for one in texts]
+        gists = [self._make_gist(text_states, image.shape[1], dtype) for text_states in texts]
         tokens = Fibo2Tokens(
             grids[0],
             rotary=self._rotary.get_table(Fibo2Layout(grids, gists[0].tokens.shape[1]), image.device),
@@ -334,11 +334,11 @@ class Fibo2Model(BlockNetwork):
         image = self._refine(image, tokens)
         for second in gists[1:]:  # at most one
             assert overrides.steer is not None  # it comes with a second text
-            count = second.tokens.shape[1]
+            num_gist = second.tokens.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(image.shape[1], count, second.lengths, overrides.steer),
-                second_rotary=self._make_table(Fibo2Layout(grids, count), device=image.device),
+                second=SecondText(image.shape[1], num_gist, second.lengths, overrides.steer),
+                second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=image.device),
             )
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
 

@@ -86,7 +86,11 @@ def video_sections(
 
 
 def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """Return the newest section with its neighbor, so that the preview has the final video's transition."""
+    """Return the newest section with its neighbor, so that the preview has the final video's transition.
+
+    `history` is all that has been generated, in playing order; the newest section is at its front if
+    `order.in_front`, otherwise at its end. `number` counts sections from 0 in the order of generation.
+    """
     # in playing order, the start image comes before the first section
     first = window if order.in_front else window + 1
     length = 2 * window if number else first

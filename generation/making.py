@@ -157,7 +157,7 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     if max_passes < run.processes:
         logger.warning(
             "%s: the largest number of passes in a step is %d, which makes %d processes no faster than %d",
-            options.speed.joined.divides_passes,
+            options.speed.modes.divides_passes,
             max_passes,
             run.processes,
             max_passes,

@@ -268,9 +268,9 @@ class HunyuanVideo(OneTransformer):
         generators = [posterior_generator(prepared.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}
         if self._starts_from_image and image is not None:
-            first = encoders.vae.encode(image_pixels(image, width, height), generators) * LATENT.scale
-            length = LATENT.shape(frames, height, width)[2]
-            conditions["condition_latents"] = first_frame_condition(first, length).cpu()
+            image_latents = encoders.vae.encode(image_pixels(image, width, height), generators) * LATENT.scale
+            latent_frames = LATENT.shape(frames, height, width)[2]
+            conditions["condition_latents"] = first_frame_condition(image_latents, latent_frames).cpu()
         return {0: conditions}
 
     def sections(

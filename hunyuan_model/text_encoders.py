@@ -131,7 +131,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
             skip_layers: Number of layers after the returned state; 0 returns the last state, which is always
                 normed.
             final_norm: Apply the final norm to other states, too.
-            form: Form of the weights in memory.
+            form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """
         use = replace(
             self.usual,
@@ -171,7 +171,7 @@ def find_pad(tokenizer: TextTokenizer) -> int:
     name = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
     candidates = (name, "<pad>", "<|end_of_text|>")
     ids = (tokenizer.number(token) for token in candidates if isinstance(token, str))
-    return next((number for number in ids if number is not None), 0)
+    return next((pad_id for pad_id in ids if pad_id is not None), 0)
 
 
 class HunyuanClip(ClipTextEncoder):

@@ -308,9 +308,9 @@ class Ltx2(Ltx2Media):
         joint = overrides.joint
         image, audio = split_audio(noisy, joint)
         image_times = audio_times = timesteps
-        if timesteps.ndim == 2:
+        if timesteps.ndim == 2:  # a column for each stream
             image_times, audio_times = timesteps.unbind(1)
-        frames = image.shape[2]
+        num_frames = image.shape[2]
         given = overrides.given or GivenTokens()
         if given.keyframes is not None:  # only in training; a generation appends them to the noisy video
             keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
@@ -339,12 +339,12 @@ class Ltx2(Ltx2Media):
             keyframes=given.places,
             **arguments_of(cond),
         )
-        if not self.files.has_images:
+        if not self.files.has_images:  # joint latents have a velocity for both streams
             velocity = torch.zeros_like(image)
         if denoised is not None:
             velocity = denoised.pack_velocity(velocity, image, sigma=image_times / 1000)
         if given.keyframes is not None:
-            velocity = velocity[:, :, :frames]
+            velocity = velocity[:, :, :num_frames]  # without the appended keyframes
         if joint is None:
             return velocity
         return joint.join(velocity, audio_velocity)

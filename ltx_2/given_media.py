@@ -299,7 +299,10 @@ def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> 
 
 
 def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
-    """Return which latents, from `starts` to `ends` in seconds, overlap an interval."""
+    """Return a mask of the latents that overlap an interval.
+
+    `starts` and `ends` are the times of each latent, in seconds.
+    """
     start, end = interval
     return (ends > start) & (starts < end)
 

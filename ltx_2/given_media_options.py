@@ -154,7 +154,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def region(self) -> Rectangle | None:
-        """Region of the result in which the source of outpainting is placed; None without it."""
+        """Region of the result in which the source of outpainting is placed; None without outpainting."""
         if self.outpaint_region is None:
             return None
         words = self.outpaint_region.split(",")

@@ -271,13 +271,13 @@ class LtxModel(nn.Module):
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
-        References come before the tokens of their stream; attention depends on positions only, not on the
-        order.
+        The arguments are those of `forward`, by stream. References come before the tokens of their stream;
+        attention depends on positions only, not on the order of tokens.
         """
         self._check(latents, texts)
-        first = next(iter(latents.values()))
-        dtype = activation_dtype(first.device, self.compute_dtype)
-        prompts = overrides.texts(len(first), text=texts[VIDEO], audio_text=texts[SOUND])
+        first_latents = next(iter(latents.values()))
+        dtype = activation_dtype(first_latents.device, self.compute_dtype)
+        prompts = overrides.texts(len(first_latents), text=texts[VIDEO], audio_text=texts[SOUND])
         sees_other = len(latents) == 2 and not overrides.isolated
         parts = {}
         streams = {}
@@ -304,6 +304,7 @@ class LtxModel(nn.Module):
             stream = self._embed_stream(inputs, [text.to(dtype) for text in stream_texts], fps)
             if sees_other:
                 other_times = timesteps[SOUND if is_video else VIDEO]
+                # audio of a sample without sound must not influence its video
                 influence = has_sound if is_video else None
                 cross = self._embed_cross(inputs, other_times, influence, fps)
                 stream = replace(stream, cross=cross)

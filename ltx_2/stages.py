@@ -249,6 +249,7 @@ def stage_sections(
     start = second.joint.join(start, audio_start)
     section = begin(second, 1, start)
     latents = yield _of_stage(section, second, 1)
+    # the result has the audio of the first stage; the second stage only lets it influence the images
     image, _ = second.joint.split(latents)
     return second.joint.join(image, audio)
 

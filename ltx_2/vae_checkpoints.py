@@ -158,6 +158,7 @@ def _read_half(
     width_out, last_width = shape(f"{half}.conv_out.conv.weight", 5)[:2]
     width = last_width  # channels after the current part
     num_parts = count(names, rf"{re.escape(start)}\.\d+")
+    # from the last part backward: a resampling layer's factor needs the width after it
     for index in reversed(range(num_parts)):
         name = f"{start}.{index}"
         if f"{name}.conv.conv.weight" in names:

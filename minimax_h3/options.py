@@ -406,7 +406,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
     options: Any = shared
     request = options.request
     check_guidance(request.guidance_scale, "--guidance_scale")
-    shares_passes = options.speed.joined.divides_passes
+    shares_passes = options.speed.modes.divides_passes
     if shares_passes:
         raise OptionError(
             f"{shares_passes} shares the passes with and without the prompt among processes, and "

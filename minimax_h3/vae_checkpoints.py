@@ -115,7 +115,7 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 
 
 def _read_declared_info(checkpoint: Checkpoint) -> _DeclaredInfo:
-    """Return what config.json next to the file says. Raises CheckpointError if it cannot be used."""
+    """Return what the config.json next to the file declares."""
     path, settings = declared_settings(checkpoint, {DIFFUSERS_CLASS})
     info: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():

@@ -126,28 +126,29 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
     config: Any = tower.config
     merge = config.spatial_merge_size
     step = config.patch_size * merge
-    at_once = config.temporal_patch_size
+    patch_frames = config.temporal_patch_size
     size = (frames.shape[1], frames.shape[2])
-    height, width = resized_sides(len(frames), size, limits=limits, step=step, at_once=at_once)
+    height, width = resized_sides(len(frames), size, limits=limits, step=step, at_once=patch_frames)
     pixels = rearrange(frames, "f h w c -> f c h w").contiguous()
     if (height, width) != tuple(pixels.shape[2:]):
         pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
     colors = {**_read_tower_colors(tower), **limits.colors}
     by_channel = [torch.tensor(colors[name], dtype=torch.float32) for name in COLOURS]
-    mean, std = (numbers.view(3, 1, 1) for numbers in by_channel)
+    mean, std = (values.view(3, 1, 1) for values in by_channel)
     normalized = (pixels.float() - mean * 255) / (std * 255)
-    missing = -len(normalized) % at_once
+    # the last frame is repeated until the last patch is complete
+    missing = -len(normalized) % patch_frames
     normalized = torch.cat([normalized, normalized[-1:].expand(missing, -1, -1, -1)])
     patches = rearrange(
         normalized,
         "(t ft) c (h mh ph) (w mw pw) -> (t h w mh mw) (c ft ph pw)",
-        ft=at_once,
+        ft=patch_frames,
         mh=merge,
         mw=merge,
         ph=config.patch_size,
         pw=config.patch_size,
     )
-    num_images = len(normalized) // at_once
+    num_images = len(normalized) // patch_frames
     sides = (height // step, width // step)
     return ReadImages(patches, (sides,) * num_images)
 

@@ -321,21 +321,21 @@ class MossImageModel(BlockNetwork):
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        stream = select_stream(dtype)
-        grids = tuple(map(self.grid_of, references))
+        stream_dtype = select_stream(dtype)
+        reference_grids = tuple(map(self.grid_of, references))
         grid = self.grid_of(noisy)
-        images = [self.embed_image(latents).to(stream) for latents in (*references, noisy)]
+        images = [self.embed_image(latents).to(stream_dtype) for latents in (*references, noisy)]
         texts = []
         for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
-            texts.append(self._embed_text(arguments, stream))
+            texts.append(self._embed_text(arguments, stream_dtype))
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
-        num_references = sum(math.prod(sides) for sides in grids)
+        num_references = sum(math.prod(sides) for sides in reference_grids)
         num_images = num_references + math.prod(grid)
         num_isolated = num_references if isolated else 0  # these do not attend to a text's tokens
         first, *seconds = texts
         tokens = MossImageTokens(
             grid,
-            rotary=self._find_rotary(grid, grids, first),
+            rotary=self._find_rotary(grid, reference_grids, first),
             lengths=first.lengths(num_images - num_isolated),  # of the tokens that attend to all
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
@@ -351,7 +351,8 @@ class MossImageModel(BlockNetwork):
                 tokens,
                 second=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
                 second_rotary=self._make_table(
-                    MossImageLayout(grid, grids, second.states.shape[1], second.clocks), device=x.device
+                    MossImageLayout(grid, reference_grids, second.states.shape[1], second.clocks),
+                    device=x.device,
                 ),
             )
         return Hidden(x, tokens)

@@ -679,6 +679,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
     if channel_error is not None:
         logger.warning(f"{lora.path}: {channel_error}; the rest is used without it")
         bias = delta.bias(CPU)
+        # only the bias is left, which does not depend on the input channels
         delta = read_delta({} if bias is None else {"diff_b": bias})
     for change in changes_of(LoraUse(lora), delta):
         target = weight

@@ -216,7 +216,7 @@ class QwenImage(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: family.NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section; with a mask or --rcm_threshold, parts of it are held to the first image."""
+        """Yield the one section, which has an anchor if there is a mask or --rcm_threshold."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):

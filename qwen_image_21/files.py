@@ -96,6 +96,7 @@ MAX_LEVELS = 1000
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
     """Read a file's header, with the --dit_config file or else the config.json next to it."""
     names = checkpoint.tensors
+    # one modulation for all blocks, where Qwen-Image has one in each
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if MARK not in names or not has_modulation:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)

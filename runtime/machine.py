@@ -134,7 +134,7 @@ def _describe_torch() -> tuple[str, str, tuple[MachineGpu, ...]]:
     except Exception:  # a damaged installation raises any error; `doctor` reports it
         return "", "", ()
     number = clean_version(torch.__version__)
-    build = _BUILD.match(torch.__version__, len(number))
+    build = _BUILD.match(torch.__version__, len(number))  # such as +cu130, behind the version number
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)

@@ -122,7 +122,7 @@ class Asking:
             yield from images
 
     def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
-        """Return the seeds of a line's images, and the line with its `{...}` groups replaced by choices."""
+        """Return (seed, text) for each image of a line, in which choices replace the `{...}` groups."""
         count = line.pictures or self.options.prompts.images_per_prompt
         if line.is_plain:
             seeds = self.seeds.for_line(None)

@@ -209,9 +209,9 @@ def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Mar
     are_open_clip = [text.is_open_clip for text in release.texts]
     tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
     for index, (text, (source, file)) in enumerate(zip(release.texts, tokenizers, strict=True)):
-        words = checkpoint.tokenizers[index]
-        pad = OPEN_CLIP_PAD if text.is_open_clip else words.end
-        tokens = {"bos_token_id": words.start, "eos_token_id": words.end, "pad_token_id": pad}
+        tokenizer = checkpoint.tokenizers[index]
+        pad = OPEN_CLIP_PAD if text.is_open_clip else tokenizer.end
+        tokens = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": pad}
         name = text_encoder_name(index)
         settings[f"{name}/config.json"] = _describe_text(text.network.config, index, tokens)
 
@@ -277,7 +277,7 @@ def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> 
         name = text_encoder_name(number)
         index[name] = ["transformers", _text_class(number)]
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
-    if not is_xl:
+    if not is_xl:  # diffusers' pipeline expects entries for these components, even without them
         index |= {
             "safety_checker": [None, None],
             "feature_extractor": [None, None],

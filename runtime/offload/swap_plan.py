@@ -67,8 +67,8 @@ def max_blocks(
     """
     if counts is None:
         return 0
-    numbers = range(sum(num_blocks), 0, -1)  # largest first
-    return next((number for number in numbers if _fits(num_blocks, counts(number), unswapped)), 0)
+    candidates = range(sum(num_blocks), 0, -1)  # largest first
+    return next((candidate for candidate in candidates if _fits(num_blocks, counts(candidate), unswapped)), 0)
 
 
 def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:

@@ -61,6 +61,7 @@ def _run_part(
     if hidden.side is not None:
         hidden.side = parts[0].take(hidden.side)
     inner(dit, hidden, overrides)
+    # the layers after the blocks compute on complete tokens again
     hidden.added = added
     lengths_here = [part.of_first(part.length) for part in parts]
     joined = []
