@@ -524,7 +524,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
-        """Return metadata of outputs about given media, references and stages."""
+        """Return the metadata of outputs about conditioning media, references and stages."""
         metadata = media.metadata
         images = references.images
         if references.audio is not None:
@@ -642,7 +642,7 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of the parts of the result that are kept, and the share of each that is kept."""
+        """Return the latents of the media that the result contains, and how much of each stays clean."""
         media = media_of(self.given, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
