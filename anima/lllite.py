@@ -70,7 +70,7 @@ class AttachedLllite(AnimaLllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor of what the modules add."""
+        """Set the factor by which the outputs of the modules are multiplied."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
