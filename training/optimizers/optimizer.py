@@ -337,7 +337,7 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
     except Exception:
         if has_stepped:
             raise
-        averaging.state.clear()  # before the first step there is no average, so the weights are used as they are
+        averaging.state.clear()  # before the first step there is no average: the weights are used as is
     try:
         yield
     finally:
