@@ -124,11 +124,11 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
     start = f"{ADAPTER_START}blocks.0."
     vocabulary, dim = shapes.of(f"{ADAPTER_START}embed.weight")
     (width,) = shapes.of(f"{start}cross_attn.q_norm.weight", axes=1)
-    wanted = shapes.of("blocks.0.cross_attn.k_proj.weight")[1]
-    if dim % width or width % 2 or dim != wanted:
+    text_width = shapes.of("blocks.0.cross_attn.k_proj.weight")[1]
+    if dim % width or width % 2 or dim != text_width:
         raise CheckpointError(
             f"{shapes.path}: an adapter that is {dim} wide with heads of {width} does not fit a transformer "
-            f"that takes texts of {wanted} numbers. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
+            f"that takes texts of {text_width} numbers. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
             shapes.path,
         )
     return AdapterConfig(

@@ -70,7 +70,7 @@ class AttachedLllite(AnimaLllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor by which the outputs of the modules are multiplied."""
+        """Set the factor on the outputs of the modules."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
@@ -86,20 +86,22 @@ class AttachedLllite(AnimaLllite):
         if controls is None or strength * self.multiplier == 0:
             return
         trunk = self.lllite_conditioning1
-        seen = controls * 2 - 1
+        inputs = controls * 2 - 1  # 0..1 to -1..1
         if self.takes_mask:
             assert mask is not None  # whoever gives control images gives it too
             if self.hides_masked:
-                seen = seen * (1 - mask)
-            seen = torch.cat([seen, mask * 2 - 1], dim=1)
-        self.condition = trunk(seen.to(trunk.conv1.weight.dtype))
+                inputs = inputs * (1 - mask)
+            inputs = torch.cat([inputs, mask * 2 - 1], dim=1)
+        self.condition = trunk(inputs.to(trunk.conv1.weight.dtype))
 
     def attach_to(self, dit: nn.Module, path: Path | None) -> None:
         """Attach the modules to the inputs of their layers. `path` is their file, for messages.
 
         Raises CheckpointError if they do not fit the transformer.
         """
-        by_name = {PREFIX + place.replace(".", "_"): layer for place, layer in dit.named_modules()}
+        by_name = {
+            PREFIX + module_path.replace(".", "_"): layer for module_path, layer in dit.named_modules()
+        }
         for name, module in self.named_children():
             if not isinstance(module, AnimaLlliteModule):
                 continue
@@ -261,6 +263,7 @@ def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=partial(_say_generation, config.cond_in_channels == MASKED_CHANNELS),
+        # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
             "lllite.version": VERSION,
@@ -320,12 +323,13 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
             attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
     else:
         config = _start_config(options)
-        depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
+        num_layers: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
         widths = {}
         for _, layer_path in list_layers(config.layers, 1):
             layer: Any = dit.get_submodule(layer_path)
+            # the path inside the block, without the list of blocks and the index
             widths[layer_path.split(".", 2)[2]] = layer.in_features
-        attached = build(LllitePlan(config, depth, widths))
+        attached = build(LllitePlan(config, num_layers, widths))
     attached.attach_to(dit, path)
     return attached
 

@@ -176,7 +176,6 @@ class Perceiver(nn.Module):
             choice: Attention to use.
             dtype: Dtype of the tokens.
         """
-        # -> B G C. gist: G. lengths: of the samples' own numbers of gist tokens; None: all have G
         bundle = text.bundle(0)
         x = self.latent_queries[:gist].to(dtype).expand(len(bundle), -1, -1)
         for layer in self.layers:
@@ -222,7 +221,7 @@ class Fibo2Block(JointTransformerBlock):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def read(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Return what the tokens x read of this block's bundle of the text, normed, B L' C."""
+        """Return the normed attention of the tokens x to this block's bundle of text states, B L' C."""
         assert self.bundle is not None
         h = self.cross_attn_norm1(x)
         attended = []

@@ -66,7 +66,7 @@ class TrainedFluxControl(nn.Module):
         control: Tensor,
         strength: float,
     ) -> list[Tensor | None]:
-        """Return what is added in a call of the transformer, as `compute_additions`; [] for nothing."""
+        """Return what the ControlNet adds, as `compute_additions` does; [] if its factor is 0."""
         strength *= self.multiplier
         if strength == 0:
             return []

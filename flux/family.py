@@ -186,7 +186,7 @@ class Flux(ModelOfImages):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each image.
 
-        For a ControlNet also `latents_control` of its control image.
+        For a ControlNet, an entry also has `latents_control`, the latents of the control image.
         """
         entries = super().encode_media(encoders, media)
         sees_controls = self.controlnet is not None or self.custom_network is not None or self.stores_controls

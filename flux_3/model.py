@@ -86,7 +86,7 @@ class Flux3Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
         """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` are the ascending indices of the selected tokens, B K.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
@@ -180,7 +180,7 @@ class JointBlock(ParallelBlock):
 def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> Tensor:
     """Return the attention of the tokens of one kind to each other, B L N D.
 
-    `heads` are query, key and value; `place` is the index of the kind among those that are present.
+    `heads` are query, key and value. `place` is the index of the kind among the kinds in the sequence.
     """
     part = tokens.parts[place] if tokens.parts else None
     if part is not None:
@@ -190,9 +190,9 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> 
     elif tokens.second is None:
         attended = _attend(heads, tokens, tokens.text_lengths)
     else:
-        count = tokens.second.count
-        firsts = [tensor[:, :-count] for tensor in heads]
-        seconds = [tensor[:, -count:] for tensor in heads]
+        num_second = tokens.second.count
+        firsts = [tensor[:, :-num_second] for tensor in heads]
+        seconds = [tensor[:, -num_second:] for tensor in heads]
         attended_first = _attend(firsts, tokens, tokens.text_lengths)
         attended_second = _attend(seconds, tokens, tokens.second_lengths)
         attended = torch.cat([attended_first, attended_second], dim=1)

@@ -38,7 +38,8 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
         dit: File of the transformer, for messages.
 
     Raises:
-        CacheError: Naming the item and the command to run, if a tensor is missing or does not fit the others.
+        CacheError: If a tensor is missing or does not fit the others. The message names the item and the
+            command to run.
     """
     batch.check(dict.fromkeys(sorted(TEXT_KEYS), TEXTS_AGAIN), "the transformer")
     texts = {"llama_vec": config.text_dim, "clip_l_pooler": config.pooled_dim}

@@ -59,7 +59,7 @@ def video_sections(
     start = _tensor(inputs[plan[0].index], "start_latents")
     history = order.begin(start, end)
     piece = None
-    device = CPU
+    device = CPU  # that of the denoised sections, to which the video is moved at the end
     for number, section in enumerate(plan):
         section_inputs = inputs[section.index]
         start = _tensor(section_inputs, "start_latents")

@@ -52,7 +52,9 @@ def prepare_request(
     is_f1: bool,
     takes_shape: bool = False,
 ) -> requests.Prepared:
-    """Resolve size, frames and numbers, and check the images. Unusable settings are dropped with a warning.
+    """Resolve the size and the sections of a request, and check its images.
+
+    Unusable settings are dropped with a warning.
 
     Args:
         request: The request.
@@ -115,7 +117,7 @@ def prepare_request(
 
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the bucket of the first image in a dataset with this resolution."""
+    """Return the size of the bucket that the first image would have in a dataset of this resolution."""
     from modules.media.reading import image_size  # only for single images
 
     buckets = bucket_sizes(width, height, step)

@@ -158,7 +158,7 @@ class HunyuanVideo(OneTransformer):
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return the conditions of a training batch: text, guidance (B), `condition_latents` (B C F H W).
 
-        The last only for transformers that take an image.
+        Only transformers that take an image have `condition_latents`.
         """
         batch.check(dict.fromkeys(sorted(TEXT_KEYS), "cache_text_encoder_outputs.py"), "the transformer")
         config = self.files.dit_header().config
@@ -280,7 +280,7 @@ class HunyuanVideo(OneTransformer):
         inputs: Mapping[int, data.Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section.
+        """Yield the video's one section for the denoising loop, and return its latents.
 
         Noise is drawn frame by frame, so that a longer video starts with the noise of a shorter one.
         """

@@ -124,7 +124,7 @@ class LlavaTextEncoder(LanguageModelEncoder):
         """Set up the encoder; `load` reads the files.
 
         Args:
-            path: As in `LanguageModelEncoder`, like `dtype`, `tokenizer` and `form`.
+            path: File or folder of the model, or of a release that holds it in its subfolder `text_encoder`.
             dtype: Compute dtype.
             tokenizer: Folder or file of the tokenizer.
             template: Chat around each prompt.

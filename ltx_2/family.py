@@ -432,6 +432,10 @@ class Ltx2(Ltx2Media):
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
         check_media(media, prepared, self.latent)
+        if media.paste_source is not None:
+            from ltx_2.source_pasting import add_pasting  # few requests ask for it
+
+            prepared = add_pasting(prepared, media, self.latent)
         return prepared
 
     def _check_audio_reference(self, path: Path, joint: Joint | None, media: Ltx2GivenMedia) -> None:
@@ -520,7 +524,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
-        """Return metadata of outputs about given media, references and stages."""
+        """Return the metadata of outputs about conditioning media, references and stages."""
         metadata = media.metadata
         images = references.images
         if references.audio is not None:
@@ -638,7 +642,7 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of the parts of the result that are kept, and the share of each that is kept."""
+        """Return the latents of the media that the result contains, and how much of each stays clean."""
         media = media_of(self.given, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:

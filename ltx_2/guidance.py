@@ -18,7 +18,7 @@ def guidance_rules(
     is_alone: bool = False,
     identity: float = 0.0,
 ) -> GuidanceRules:
-    """Return the weights of guidance from the options, or those of the release where an option is not set.
+    """Return the weights of guidance: those of the options, else the released defaults.
 
     Args:
         options: The options.
@@ -26,7 +26,7 @@ def guidance_rules(
         num_blocks: Number of blocks of the network.
         perturbed: Block whose self-attention the release skips.
         is_alone: Audio is generated without video.
-        identity: Weight of identity guidance, which changes the audio only.
+        identity: Weight of identity guidance, which acts on the audio only.
 
     Raises:
         OptionError: If --stg_blocks names a block that does not exist.

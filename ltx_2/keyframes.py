@@ -105,7 +105,7 @@ def append_keyframes(
         section: A section that starts from noise.
         conditions: From `take_keyframes`.
         joint: Shapes of its video and audio; None for video alone.
-        noise: Source of the noise of keyframes that are not kept entirely.
+        noise: Source of the noise of keyframes that do not stay entirely clean.
         level: Noise level at which the section starts.
     """
     start = section.noise
@@ -147,12 +147,12 @@ def append_keyframes(
 
 
 def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> GivenTokens:
-    """Return how much of each latent of a clip, and of the keyframes after it, is given.
+    """Return the clean share of each latent of a clip, and of the keyframes after it.
 
     Args:
-        given: What is given of the clip alone; None if it is nothing.
-        image: Latents of the clip, B C F H W, for their shape.
-        shares: Those of the keyframes, B 1 K H W int16.
+        given: Clean shares of the clip alone; None if all of it is generated.
+        image: Latents of the clip, B C F H W, of which only the shape is used.
+        shares: Clean shares of the keyframes, B 1 K H W int16.
     """
     given = given or GivenTokens()
     of_image = given.image
@@ -168,12 +168,12 @@ def append_learned(
 
     Args:
         image: Noisy latents of the clips, B C F H W.
-        given: What is given of the clips, with shares and noise of their keyframes.
+        given: Clean shares of the clips, and shares and noise of their keyframes.
         keyframes: Clean latents in model space, B C K H W.
         sigmas: Noise level of each sample, B.
 
     Returns:
-        The latents, and how much is given of each of them, keyframes included.
+        The latents with the keyframes, and the clean share of each of them.
     """
     _, _, _, rows, columns = keyframes.shape
     assert given.keyframe_shares is not None

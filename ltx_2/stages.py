@@ -177,7 +177,7 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
     ends_early = False
     if isinstance(options, Ltx2OfficialStages):
         for path, strength in options.first_loras:
-            loras.append(StageLora(path, _LORA, strength, 0.0))
+            loras.append(StageLora(path, _LORA, strength, 0.0))  # not in the second stage
         ends_early = options.skip_stage_2
     return TwoStages(upscalers, options.sample_stage2_steps, tuple(loras), ends_early)
 

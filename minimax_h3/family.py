@@ -209,7 +209,7 @@ class MiniMaxH3(OneTransformer):
             self.caching.check_table(table)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: clips are cached as a whole.
+        """Return None, because clips are cached as a whole.
 
         Raises MediaError if the model does not take the length.
         """

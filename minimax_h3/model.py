@@ -280,7 +280,7 @@ class H3Model(nn.Module):
         self.video_patch_proj = nn.Linear(config.channels * PATCH**2, dim)
         self.audio_patch_proj = nn.Linear(config.audio_channels, dim)
         self.condition_proj = nn.Linear(config.text_dim, dim)
-        if config.table_rows:
+        if config.table_rows:  # a pruned file has a table in place of the time embedder
             self.adaln_t_table = nn.Parameter(torch.zeros(config.table_rows, config.time_dim))
         else:
             layers = {

@@ -209,13 +209,13 @@ def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patc
 
     `patch` is the rows of the decoder's last layer.
     """
-    numbers = 3 * config.time_stride * config.space_stride**2
+    patch_width = 3 * config.time_stride * config.space_stride**2
     if config.head_width < 1 or config.dim % config.head_width:
         error = f"a decoder of width {config.dim} has no heads of {config.head_width}"
     elif channels != config.latent_channels:
         error = f"its decoder takes {channels} channels, its latents have {config.latent_channels}"
-    elif patch != numbers:
-        error = f"its decoder makes patches of {patch} numbers, its encoder takes {numbers}"
+    elif patch != patch_width:
+        error = f"its decoder makes patches of {patch} numbers, its encoder takes {patch_width}"
     elif not len(config.mean) == len(config.std) == config.latent_channels:
         error = (
             f"{len(config.mean)} means and {len(config.std)} deviations for {config.latent_channels} latent "

@@ -89,16 +89,16 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
         raise _make_error(file, '"size" is no object')
     fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
     maximum = sizes.get("longest_edge", settings.get("max_pixels", released.maximum))
-    are_full = type(fewest) is int and type(maximum) is int
-    if not are_full or not 0 < fewest <= maximum <= MAX_PIXELS or fewest > MAX_ENLARGED:
+    are_integers = type(fewest) is int and type(maximum) is int
+    if not are_integers or not 0 < fewest <= maximum <= MAX_PIXELS or fewest > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {fewest} to {maximum} pixels")
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
     colors = {name: settings[name] for name in COLOURS if settings.get(name) is not None}
-    for name, numbers in colors.items():
-        if not _are_colors(numbers, above=0 if name == "image_std" else -math.inf):
-            raise _make_error(file, f'"{name}" is {numbers!r}')
+    for name, values in colors.items():
+        if not _are_colors(values, above=0 if name == "image_std" else -math.inf):
+            raise _make_error(file, f'"{name}" is {values!r}')
     return replace(released, fewest=fewest, maximum=maximum, colors=colors, tokens_of_frame=tokens)
 
 

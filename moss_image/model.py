@@ -251,16 +251,16 @@ class MossImageModel(BlockNetwork):
         With `overrides.section_cache`, isolated references are computed once for each pass: their positions
         depend on its text's length, and their keys on its skipped blocks.
         """
-        memory = overrides.section_cache if isolated and references else None
-        if memory is None or overrides.turn is None or overrides.nag is not None:
+        cache = overrides.section_cache if isolated and references else None
+        if cache is None or overrides.turn is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )
-        which = overrides.turn.which
-        if which not in memory:
+        pass_name = overrides.turn.which
+        if pass_name not in cache:
             skips = Overrides(skip_blocks=overrides.skip_blocks)
-            memory[which] = self.remember(references, named_inputs["text_mask"], skips)
-        with remembering(memory[which], self.attentions()):
+            cache[pass_name] = self.remember(references, named_inputs["text_mask"], skips)
+        with remembering(cache[pass_name], self.attentions()):
             return super().forward(*inputs, overrides=overrides, isolated=isolated, **named_inputs)
 
     def remember(
@@ -272,11 +272,12 @@ class MossImageModel(BlockNetwork):
         """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
-        times = torch.zeros(len(references[0]), device=device)
+        times = torch.zeros(len(references[0]), device=device)  # references are clean
         images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
         _, counts = real_tokens(text_mask)
-        clocks = RefinedText(x, counts).clocks
+        clocks = RefinedText(x, counts).clocks  # uses the counts only
+        # no image and no text: the keys and values are those of references alone
         layout = MossImageLayout((0, 0), tuple(map(self.grid_of, references)), texts=0, clocks=clocks)
         tokens = MossImageTokens(
             layout.grid,

@@ -109,7 +109,7 @@ class QwenImageLayered(ModelOfImages):
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entry of each image: normalized means of it and of its layers, each encoded alone."""
+        """Return each image's entry: normalized posterior means of it and its layers, each encoded alone."""
         vae = encoders.vae
         entries = []
         for frames in media.frames:
@@ -208,7 +208,7 @@ class QwenImageLayered(ModelOfImages):
         return count
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the input image, 1 C 1 h w: the mean."""
+        """Encode the input image as the mean of its posterior, 1 C 1 h w."""
         (path,) = prepared.request.control_images
         taken: TakenImage = prepared.family_record
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)

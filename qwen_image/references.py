@@ -100,7 +100,8 @@ def fill_size(request: Request) -> Request:
 def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
     """Return the request with its images in all prompts, and in the names of its files on request.
 
-    Raises OptionError if the result cannot be held to the first image, or the mask cannot be read.
+    Raises OptionError if there are both a mask and --rcm_threshold, or one of them and a first image of
+    another size than the result, or if the mask cannot be read.
     """
     paths = prepared.request.control_images
     mask = prepared.request.extra.get(MASK)
@@ -149,7 +150,7 @@ def check_mask(path: Path, has_image: bool) -> None:
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
-    """Return the anchor that holds the result to the first image; None if it is not requested.
+    """Return the first image as the anchor of the result; None without a mask and without a threshold.
 
     `latents` are those of the first image, 1 C 1 h w.
     """

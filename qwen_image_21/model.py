@@ -127,7 +127,7 @@ class QwenImage21Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` are the ascending indices of the selected tokens, B K.
         """
         num_image = self.num_image - num_left_out
         rotary = take_rows(self.rotary, kept, num_left_out)
@@ -194,7 +194,7 @@ class QwenImage21Attention(nn.Module):
             remembered_key, remembered_value = self.remembered
             key = torch.cat([key, remembered_key], dim=1)
             value = torch.cat([value, remembered_value], dim=1)
-        if len(segments) == 1:
+        if len(segments) == 1:  # all samples have the same layout
             return attend_segments(query, key, value=value, tokens=tokens, segments=segments[0])
         samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
         return torch.cat([attend_segments(*sample[:3], tokens, sample[3]) for sample in samples])
@@ -391,6 +391,7 @@ class QwenImage21Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = self.embed_prefix(dtype, **prompt)
         times = self.time_text_embed(torch.zeros_like(timesteps))[:, None]
+        # no image: the keys and values are those of the prefix alone
         layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
         tokens = QwenImage21Tokens(
             grid=(0, 0),

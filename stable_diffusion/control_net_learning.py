@@ -169,6 +169,7 @@ def describe_control_net(
         make=partial(make_control_net, path, new_layers_lr, checkpoints, files.kind),
         check=check,
         generate=partial(say_generation, options, "--control_net_models"),
+        # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(5e-7, "1e-5", 5e-4),
         write=partial(_write, files),
         start_option=WEIGHTS.removeprefix("--"),

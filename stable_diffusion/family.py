@@ -411,7 +411,7 @@ class StableDiffusion(ModelOfImages):
         return self.files.unet_dtype(placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the U-Net; there is a single expert."""
+        """Load the U-Net. Stable Diffusion has one network for all noise levels."""
         unet = self.files.load_unet(placement, self.dit)
         if self.learning_texts is not None and self.learning_texts.layers:
             from stable_diffusion.layer_texts import give_parts  # only for a word with vectors for each layer

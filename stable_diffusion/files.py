@@ -67,7 +67,7 @@ class Marks:
 
     @property
     def words(self) -> str:
-        """Return what the model predicts according to the checkpoint; "" for noise or if it is not stated."""
+        """Return what the model predicts, by its checkpoint; "" for noise or if that is not recorded."""
         if not self.predicts_velocity:
             return ""
         also = " with a zero terminal SNR" if self.zero_terminal_snr else ""

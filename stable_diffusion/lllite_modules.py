@@ -85,7 +85,7 @@ class LlliteModule(nn.Module):
         return embedding if self.part.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return what is added to the layer's input `x`, given the embedding of the control image."""
+        """Return the change of the layer's input `x` for the embedded control image."""
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
         axis = 1 if self.part.is_convolution else 2
         rows = embedding

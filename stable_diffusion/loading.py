@@ -216,14 +216,14 @@ def read_chosen_vae(
         path: File or folder of the VAE.
         option: Option that names the file, for messages.
         kind: Kind of the checkpoint.
-        files: Closes what is opened.
+        files: Closes the opened files.
 
     Raises:
         CheckpointError: If the VAE is missing or another network.
     """
     if option == "--ckpt" or path.is_dir():
-        inner = path / "vae"
-        folder = inner if not (path / "config.json").is_file() and inner.is_dir() else path
+        vae_subfolder = path / "vae"
+        folder = vae_subfolder if not (path / "config.json").is_file() and vae_subfolder.is_dir() else path
         return folders.read_folder_vae(folder, option, kind.latent_scale, files)
     if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)

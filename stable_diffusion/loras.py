@@ -283,7 +283,7 @@ def _make_folding(
 
 
 def _attach_loras(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
-    """Attach each file's LoRA to a network; return what each adds, by our names of modules."""
+    """Attach each file's LoRA to a network; return the added layers of each file by module name."""
     changeable = find_parameters(target.network, target.published_module)
     files: list[dict[str, AddedPart]] = []
     for use in uses:

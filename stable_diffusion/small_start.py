@@ -195,8 +195,8 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
             lambda _, args, kwargs: shrinking.enter_output(args, kwargs), with_kwargs=True
         )
         attentions = getattr(output, "attentions", None)
-        for layer, last in enumerate(list(attentions or output.resnets)[:-1]):
-            yield last.register_forward_hook(
+        for layer, module in enumerate(list(attentions or output.resnets)[:-1]):
+            yield module.register_forward_hook(
                 lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
             )
     yield unet.conv_norm_out.register_forward_pre_hook(

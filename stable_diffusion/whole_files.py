@@ -55,7 +55,7 @@ class PartTensor:
 class CheckpointFiles:
     """Writes the checkpoints of a training.
 
-    The source file stays open, so that it may be deleted meanwhile.
+    The source file stays open, so it may be deleted during the training.
     """
 
     networks: Mapping[str, nn.Module]  # trained networks, by name

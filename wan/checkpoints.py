@@ -74,7 +74,7 @@ def identify(path: Path) -> str | None:
 
 
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: str = "--dit") -> None:
-    """Raise CheckpointError if a file is another kind of model than --task says. Its size may differ.
+    """Raise CheckpointError if a file is another kind of model than --task says. Any size is accepted.
 
     `option` is the option that named the file.
     """
@@ -226,7 +226,10 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
-    """Read the sizes of a Wan from its shapes; raise CheckpointError if they do not fit each other."""
+    """Read the dimensions of a Wan transformer from the shapes of its tensors.
+
+    Raises CheckpointError if the shapes do not fit each other.
+    """
     _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers = _count_blocks(shapes, "blocks")

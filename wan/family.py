@@ -327,7 +327,7 @@ class Wan(OneTransformer):
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request for the task: media, size, frames, flow shift and control.
 
-        A training of single images samples single images, as `wan.one_frame` prepares them.
+        If single images are trained, samples are single images too, which `wan.one_frame` prepares.
         """
         task = self.files.task
         self.files.check_dits()

@@ -244,7 +244,7 @@ def _read_boundary(index: Path) -> float | None:
 
 
 def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
-    """Fill in the files that options do not give from a release.
+    """Add the files of a release whose options are not given.
 
     If --dit is given, the release's transformer for high noise is not used either, because --dit alone means
     one transformer for all noise levels.
@@ -352,10 +352,10 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 def find_boundary(
     options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
 ) -> float | None:
-    """Return the timestep from which on the high-noise expert works: by option, else release, else task.
+    """Return the timestep from which on the high-noise expert is used; None if nothing sets one.
 
-    `of_release` is the boundary that a release's files state. The result is None if none of the three has a
-    boundary. Raises OptionError if --dit_high_noise is given for a task with one expert.
+    --timestep_boundary comes first, then `of_release`, the boundary in a release's files, then the task's
+    default. Raises OptionError if --dit_high_noise is given for a task with one expert.
     """
     task = files.task
     if files.dit_high_noise is not None and task.boundary is None:

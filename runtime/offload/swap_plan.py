@@ -74,7 +74,7 @@ def max_blocks(
 def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:
     """Return whether this many blocks of each list can be swapped.
 
-    A list with several blocks can always swap one.
+    `unswapped` blocks of each list have to stay, except that a list with several blocks can always swap one.
     """
     maximum = [max(total - unswapped, 1 if total > 1 else 0) for total in num_blocks]
     return all(count <= limit for count, limit in zip(swapped, maximum, strict=True))
@@ -171,8 +171,8 @@ class HostWeights:
             plan: The plan of the swap.
             pinned: Whether the memory is locked, for a CUDA device.
             machine: Processes that share the memory; None if there is only one.
-            all_weights: Whether to hold all tensors instead of only the swapped ones, for a network that
-                shares its device with another by turns.
+            all_weights: Whether to hold all tensors instead of only the swapped ones, as for networks that
+                take turns on one device.
         """
         self.plan = plan
         self._pinned, self._machine, self._all_weights = pinned, machine, all_weights

@@ -378,8 +378,9 @@ def _watch(
         return lambda _: ledger.enter(phase)
 
     def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        if ledger.is_backward:
+        if ledger.is_backward:  # checkpointing recomputes the block, which counts as its backward pass
             return forward(x, *inputs, **named)
+        # the gradient of the first block's input is ready when the backward pass leaves the blocks
         if is_first and x.requires_grad:
             x.register_hook(enter_hook("backward before the blocks"))
         ledger.inputs[name] = round_up_bytes(x.nbytes)

@@ -229,7 +229,7 @@ def parts_of(
         if kind == dry_run.WEIGHTS:
             size -= swap.saved
             host = swap.host
-        elif kind == dry_run.KEPT:
+        elif kind == dry_run.KEPT:  # activations, some of which wait in host memory for the backward pass
             host = waiting
         elif kind == dry_run.NETWORK:
             name = f"{name} ({network})"

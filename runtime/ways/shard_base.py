@@ -82,6 +82,7 @@ def _make_place(device: "torch.device") -> "BlockPlace | None":
 
 
 def _join(run: RunModes, options: ShardBaseOptions) -> None:
+    """Add --shard_base to the ways of a run. Raises OptionError if blocks are swapped as well."""
     swapping = run.speed.swap.typed
     if swapping:
         raise OptionError(
