@@ -785,7 +785,7 @@ def _device_of(vae: Any) -> torch.device:
 
 
 def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the texts among the conditions under the names of the network's arguments."""
+    """Return the text embeddings of the conditions, keyed by the names of the network's arguments."""
     names = {"text": prompt_key(VIDEO), "audio_text": prompt_key(AUDIO)}
     present = {argument: name for argument, name in names.items() if name in conditions}
     return name_texts(conditions, present, device)
