@@ -413,12 +413,19 @@ def decode_all(
         for job in denoised:
             with failures.note_errors(job.label), keep_on_failure(job):
                 assert job.latents is not None, "it is denoised"
+                pixels = decode(run.family, encoders, job.latents, job.prepared.shown)
+                metadata, edit = job.metadata, job.prepared.edit
+                if edit is not None:
+                    pixels = edit.apply(pixels)
+                    if metadata is not None:  # the latents do not have it
+                        changes = {f"bt_{name}": text for name, text in edit.metadata.items()}
+                        metadata = {**metadata, **changes}
                 path = outputs.save_pixels(
                     output,
                     str(job.stem),
-                    decode(run.family, encoders, job.latents, job.prepared.shown),
+                    pixels,
                     fps=job.prepared.fps,
-                    metadata=job.metadata,
+                    metadata=metadata,
                     post=run.post,
                     track=tracks.get(job.label),
                     latent=run.family.latent,

@@ -99,7 +99,7 @@ class HunyuanImageModel(BlockNetwork):
         glyph_mask: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Return image and text tokens, B L+J C, and the other inputs of the blocks.
+        """Return image tokens (L) and text tokens (J), B L+J C, and the other inputs of the blocks.
 
         Args:
             noisy: B in_dim H W.

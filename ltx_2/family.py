@@ -432,6 +432,10 @@ class Ltx2(Ltx2Media):
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
         check_media(media, prepared, self.latent)
+        if media.paste_source is not None:
+            from ltx_2.source_pasting import add_pasting  # few requests ask for it
+
+            prepared = add_pasting(prepared, media, self.latent)
         return prepared
 
     def _check_audio_reference(self, path: Path, joint: Joint | None, media: Ltx2GivenMedia) -> None:
@@ -781,7 +785,7 @@ def _device_of(vae: Any) -> torch.device:
 
 
 def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the texts among the conditions under the names of the network's arguments."""
+    """Return the text embeddings of the conditions, keyed by the names of the network's arguments."""
     names = {"text": prompt_key(VIDEO), "audio_text": prompt_key(AUDIO)}
     present = {argument: name for argument, name in names.items() if name in conditions}
     return name_texts(conditions, present, device)

@@ -409,6 +409,7 @@ class AddedLayer(nn.Module):
                     # a new parameter, not new data: the backward pass needs the changed values
                     weight = parameter.data
                     changed = delta.reshape(weight.shape)
+                    # a part that sets the weight replaces it; a bias is always a difference
                     if name != self._target.leaf or not part.sets_weight:
                         changed = changed + weight.float()
                     parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)

@@ -64,9 +64,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
-    """Load the networks with their trained part, create its optimizer, and restore the state of --resume.
+    """Load the networks, attach what is trained, create the optimizer, and restore the state of --resume.
 
-    Text encoders that run during training are loaded already; trained ones get a part of the network.
+    Text encoders that run during training are loaded already. To those that are trained, a part of the LoRA
+    is attached.
 
     Args:
         plan: The plan of the run.

@@ -40,6 +40,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     """Return the metadata for the file of each part of the model, by the part's name."""
     plan = model.plan
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
+    # several experts are trained, or one of a model that has several
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
     times = list_times(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}

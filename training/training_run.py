@@ -97,7 +97,7 @@ class Requests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        """Request the end after this step; at the second signal, end the process as by default."""
+        """Ask for the end of the run after this step; at the second signal, end the process at once."""
         if self.ends:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
