@@ -13,7 +13,7 @@ from generation.prompt_lines import (
     read_path,
     read_switch,
 )
-from generation.script_options import IMAGE_OUTPUTS, ScriptDefaults
+from generation.script_options import IMAGE_OUTPUTS, UNDECODED, ScriptDefaults
 from generation.scripts import generation_script
 from ltx_2.audio_reference_options import IDENTITY_SCALE
 from ltx_2.model_options import VIDEO
@@ -56,6 +56,8 @@ def settle(
     shared, family_options = resolve_generation(shared, family_options)
     if VIDEO not in family_options.streams:
         reject_image_options(shared)
+    if family_options.given.paste_source is not None:
+        check_decodes(shared)
     references = family_options.references
     paths = references.paths or None
     is_about_references = references.reference_strength < 1 or references.conditioning_attention_mask
@@ -91,6 +93,19 @@ def settle(
 
         return keep_for_first_stage(shared, family_options)
     return shared, family_options
+
+
+def check_decodes(shared: GenerationOptions) -> None:
+    """Raise OptionError if --paste_source has no new pixels to change."""
+    if shared.latent_path:
+        raise OptionError(
+            "--paste_source with --latent_path: a file of latents does not say what was kept. Leave it out"
+        )
+    if shared.output.output_type in UNDECODED:
+        raise OptionError(
+            "--paste_source with --output_type latent: no frames are decoded. Use --output_type both, or "
+            "leave it out"
+        )
 
 
 def reject_image_options(shared: GenerationOptions) -> None:

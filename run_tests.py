@@ -97,7 +97,7 @@ def _list_checks(
 
     Args:
         python: Interpreter of the test environment.
-        typed: Arguments for pytest; with any, nothing else is run.
+        typed: Arguments for pytest. If there are any, only pytest runs.
         tier: Arguments for pytest that select the tier.
         rooms: Rooms whose recorded numbers are compared again.
         is_fast: Whether only fast tests run.

@@ -22,13 +22,15 @@ import modules.interpreter  # noqa: F401
 from modules.atomic_write import write_text
 from modules.card_builds import BUILDS, BuildInfo, select_build
 from modules.command import command_line
-from modules.environment import OWN, prepare_environment, python_of, read_builds
+from modules.environment import OWN_FOLDER, prepare_environment, python_of, read_builds
 from modules.errors import InstallationError, OptionError
 from modules.installation import ROOT
 from modules.parser import Parser
 from package.updating import go_back, note_version, repair, update
 
-NOTE = OWN / "build.txt"  # the build of torch that this file installed; without it, .venv is the user's own
+NOTE = (
+    OWN_FOLDER / "build.txt"
+)  # the build of torch that this file installed; without it, .venv is the user's own
 REPLACING = "replacing"  # behind it in that file: another build is there, or half of each
 STARTED_IN = "REELSMITH_STARTED_IN"  # variable of the folder in which Reelsmith.command was typed
 GB = 1e9

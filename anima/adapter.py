@@ -127,11 +127,12 @@ def read_texts(
         attention: Passed to `modules.attention.attend`.
     """
     positions = torch.arange(1, ids.shape[1] + 1, device=weights.device)
+    # number of tokens up to the last one with a weight: weights in between may be 0
     ends = ((weights != 0) * positions).amax(dim=1).tolist()
     embedded = []
     for sample, (count, end) in enumerate(zip(counts, ends, strict=True)):
         length = min(max(end, 1), rows)
         prompt = adapter(states[sample : sample + 1, :count], ids[sample : sample + 1, :length], attention)
-        of_rows = weights[sample, :length, None].to(prompt.dtype)
-        embedded.append(prompt[0] * send_ahead(of_rows, prompt.device))
+        row_weights = weights[sample, :length, None].to(prompt.dtype)
+        embedded.append(prompt[0] * send_ahead(row_weights, prompt.device))
     return embedded

@@ -44,7 +44,7 @@ from protocols.data import (
     SamplingDefaults,
 )
 from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from protocols.family_networks import MadeNetwork
+from protocols.family_networks import CustomNetwork
 from protocols.few_steps import FewSteps
 from protocols.loading import Placement
 from protocols.requests import Prepared, Request
@@ -69,7 +69,7 @@ class Anima(ModelOfImages):
     files: AnimaFiles
     options: Any = NO_OPTIONS  # set for trainings only
     # what a training makes in place of a LoRA, which sees the control images
-    made_network: MadeNetwork | None = None
+    custom_network: CustomNetwork | None = None
     stores_controls: bool = False  # latents are cached together with the control images of a table
     lora_module: str = LORA[0].network_module
 
@@ -102,7 +102,7 @@ class Anima(ModelOfImages):
     @property
     def defaults(self) -> SamplingDefaults:
         """Size, steps and guidance; a ControlNet-LLLite in training adds its strength."""
-        if self.made_network is None:
+        if self.custom_network is None:
             return DEFAULTS
         mask = (control_pictures.MASK_PATH,) if self.takes_mask else ()
         return replace(DEFAULTS, extras=("control_multiplier", *mask))
@@ -116,8 +116,8 @@ class Anima(ModelOfImages):
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError unless a table fits: control images belong to a ControlNet-LLLite only."""
-        if self.made_network is not None:
-            table = control_pictures.check_controls(table, self.made_network.called)
+        if self.custom_network is not None:
+            table = control_pictures.check_controls(table, self.custom_network.label)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -166,9 +166,9 @@ class Anima(ModelOfImages):
         batch.check_widths({STATES: adapter.text_dim}, self.files.dit_path, remedy)
         check_tokens(batch.tensor(IDS), adapter.vocabulary, self.files.dit_path)
         conditions = {name: batch.tensor(name) for name in INPUTS.values()}
-        if self.made_network is not None:
+        if self.custom_network is not None:
             conditions |= control_pictures.controls_of(
-                batch, latents, LATENT.stride[1], self.made_network.called
+                batch, latents, LATENT.stride[1], self.custom_network.label
             )
             if control_pictures.CONTROL_MASK in batch.tensors:  # drawn for each step: caches have none
                 conditions[control_pictures.CONTROL_MASK] = batch.tensor(control_pictures.CONTROL_MASK)
@@ -202,13 +202,13 @@ class Anima(ModelOfImages):
 
     def keep_media(self, request: Request, who: str) -> Request:
         """Return the request without unused media; a ControlNet-LLLite in training uses the control image."""
-        sees = self.made_network is not None
+        sees = self.custom_network is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
         """Return the control image for a ControlNet-LLLite, as pixels."""
         size = prepared.width, prepared.height
-        if self.made_network is not None:
+        if self.custom_network is not None:
             controls = control_pictures.sample_controls(prepared)
             mask = prepared.request.extra.get(control_pictures.MASK_PATH)
             if controls and mask is not None and self.takes_mask:
@@ -281,7 +281,7 @@ def family_for_training(options: AnimaLearningOptions) -> Anima:
 
         if options.lllite_cond_in_channels > 3:  # a mask follows the image's channels, drawn in each step
             model = replace(model, noise=replace(NOISE, vary_inputs=draw_masks))
-        return replace(model, made_network=describe_lllite(options), lora_module=MODULE)
+        return replace(model, custom_network=describe_lllite(options), lora_module=MODULE)
     return model
 
 

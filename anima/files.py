@@ -80,8 +80,8 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[AnimaConfig]:
 def _read_config(shapes: DitShapes) -> AnimaConfig:
     """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
     dim, columns = shapes.of("x_embedder.proj.1.weight")
-    numbers, _ = shapes.of("final_layer.linear.weight")
-    if columns == numbers + 2 * PATCH**2:
+    patch_width, _ = shapes.of("final_layer.linear.weight")
+    if columns == patch_width + 2 * PATCH**2:
         raise CheckpointError(
             f"{shapes.path} takes two channels more than latents have: it is Cosmos-Predict2 for videos, "
             f"which is not supported. Give {FILES}.",
@@ -95,13 +95,14 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         )
     rows, _ = shapes.of("blocks.0.self_attn.q_proj.weight")
     (width,) = shapes.of("blocks.0.self_attn.q_norm.weight", axes=1)
-    has_patches = numbers % PATCH**2 == 0 and columns == numbers + PATCH**2
+    # the embedder takes one channel more than the output has: the mask of padding
+    has_patches = patch_width % PATCH**2 == 0 and columns == patch_width + PATCH**2
     # frequencies come in pairs, and more than one of them are stretched on each axis
     has_heads = rows == dim and dim % width == 0 and width % 2 == 0 and width // 6 >= 2
     if not has_heads or not has_patches:
         raise CheckpointError(
             f"{shapes.path}: width {dim}, {rows} rows of queries, heads of {width}, patches of {columns} and "
-            f"{numbers} numbers are not those of {WHAT}. Copy the file again.",
+            f"{patch_width} numbers are not those of {WHAT}. Copy the file again.",
             shapes.path,
         )
     return AnimaConfig(
@@ -112,7 +113,7 @@ def _read_config(shapes: DitShapes) -> AnimaConfig:
         context_dim=shapes.of("blocks.0.cross_attn.k_proj.weight")[1],
         modulation_dim=shapes.of("blocks.0.adaln_modulation_mlp.1.weight")[0],
         adapter=_read_adapter(shapes),
-        channels=numbers // PATCH**2,
+        channels=patch_width // PATCH**2,
     )
 
 
@@ -123,11 +124,11 @@ def _read_adapter(shapes: DitShapes) -> AdapterConfig | None:
     start = f"{ADAPTER_START}blocks.0."
     vocabulary, dim = shapes.of(f"{ADAPTER_START}embed.weight")
     (width,) = shapes.of(f"{start}cross_attn.q_norm.weight", axes=1)
-    wanted = shapes.of("blocks.0.cross_attn.k_proj.weight")[1]
-    if dim % width or width % 2 or dim != wanted:
+    text_width = shapes.of("blocks.0.cross_attn.k_proj.weight")[1]
+    if dim % width or width % 2 or dim != text_width:
         raise CheckpointError(
             f"{shapes.path}: an adapter that is {dim} wide with heads of {width} does not fit a transformer "
-            f"that takes texts of {wanted} numbers. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
+            f"that takes texts of {text_width} numbers. Give {ADAPTER_FILES} to {ADAPTER_OPTION}.",
             shapes.path,
         )
     return AdapterConfig(

@@ -30,7 +30,7 @@ from modules.errors import CheckpointError, OptionError, UserError
 from modules.media.random_masks import draw_mask
 from modules.option_values import FillIn, option_words
 from protocols.data import CONTROL_PIXELS, Conditions
-from protocols.family_networks import DefaultRate, MadeNetwork, describe_start
+from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 
 CALLED = "ControlNet-LLLite"
 MODULE = "networks.control_net_lllite_anima"  # as other programs call it
@@ -70,7 +70,7 @@ class AttachedLllite(AnimaLllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the factor of what the modules add."""
+        """Set the factor on the outputs of the modules."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float, mask: Tensor | None = None) -> None:
@@ -86,20 +86,22 @@ class AttachedLllite(AnimaLllite):
         if controls is None or strength * self.multiplier == 0:
             return
         trunk = self.lllite_conditioning1
-        seen = controls * 2 - 1
+        inputs = controls * 2 - 1  # 0..1 to -1..1
         if self.takes_mask:
             assert mask is not None  # whoever gives control images gives it too
             if self.hides_masked:
-                seen = seen * (1 - mask)
-            seen = torch.cat([seen, mask * 2 - 1], dim=1)
-        self.condition = trunk(seen.to(trunk.conv1.weight.dtype))
+                inputs = inputs * (1 - mask)
+            inputs = torch.cat([inputs, mask * 2 - 1], dim=1)
+        self.condition = trunk(inputs.to(trunk.conv1.weight.dtype))
 
     def attach_to(self, dit: nn.Module, path: Path | None) -> None:
         """Attach the modules to the inputs of their layers. `path` is their file, for messages.
 
         Raises CheckpointError if they do not fit the transformer.
         """
-        by_name = {PREFIX + place.replace(".", "_"): layer for place, layer in dit.named_modules()}
+        by_name = {
+            PREFIX + module_path.replace(".", "_"): layer for module_path, layer in dit.named_modules()
+        }
         for name, module in self.named_children():
             if not isinstance(module, AnimaLlliteModule):
                 continue
@@ -160,14 +162,14 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
             )
         return info.shape
 
-    layers = {}  # layer of a block -> input width
-    blocks = 0
+    layers = {}  # name of a layer in its block -> input width
+    num_blocks = 0
     for name in names:
         match = re.fullmatch(rf"{PREFIX}blocks_(\d+)_(self_attn|cross_attn|mlp)_(\w+)\.down\.weight", name)
         if match is not None:
             layers[f"{match[2]}.{match[3]}"] = shape(name, 2)[1]
-            blocks = max(blocks, int(match[1]) + 1)
-    first = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
+            num_blocks = max(num_blocks, int(match[1]) + 1)
+    first_down = next(name for name in names if name.startswith(PREFIX) and name.endswith(".down.weight"))
     channels = shape(f"{TRUNK}.conv1.weight", 4)[1]
     if channels not in {3, MASKED_CHANNELS}:
         raise CheckpointError(
@@ -181,12 +183,12 @@ def read_lllite(checkpoint: Checkpoint, option: str) -> LoadPlan[LllitePlan]:
         cond_emb_dim=shape(f"{TRUNK}.out_norm.weight", 1)[0],
         cond_dim=shape(f"{TRUNK}.conv3.weight", 4)[0],
         resblocks=count(names, rf"{TRUNK}\.resblocks\.\d+"),
-        mlp_dim=shape(first, 2)[0],
+        mlp_dim=shape(first_down, 2)[0],
         use_aspp=f"{TRUNK}.aspp.proj.0.weight" in names,
         dilations=_read_dilations(checkpoint),
         layers=tuple(layers),
     )
-    return LoadPlan(LllitePlan(config, blocks, layers), checkpoint, plain_sources(checkpoint))
+    return LoadPlan(LllitePlan(config, num_blocks, layers), checkpoint, plain_sources(checkpoint))
 
 
 def _read_dilations(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -251,16 +253,17 @@ def _check_blocks(plan: LllitePlan, path: Path, dit: nn.Module) -> None:
 # Training
 
 
-def describe_lllite(options: AnimaLlliteTrainingOptions) -> MadeNetwork:
+def describe_lllite(options: AnimaLlliteTrainingOptions) -> CustomNetwork:
     """Return ControlNet-LLLite as the network that a training makes."""
     config = _start_config(options)
-    return MadeNetwork(
-        called=CALLED,
-        words=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
-        ending="control-net-lllite",
+    return CustomNetwork(
+        label=CALLED,
+        description=describe_start(CALLED, f" at {options.lllite_target_layers}", options.network_weights),
+        architecture_suffix="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_start, options),
         generate=partial(_say_generation, config.cond_in_channels == MASKED_CHANNELS),
+        # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(1e-5, "2e-4", 5e-3),
         values={
             "lllite.version": VERSION,
@@ -320,12 +323,13 @@ def make_lllite(options: AnimaLlliteTrainingOptions, dit: nn.Module, with_values
             attached = load_planned(plan, build, torch.device("cpu"), torch.float32, what=WHAT)
     else:
         config = _start_config(options)
-        depth: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
+        num_layers: int = dit.config.num_layers  # type: ignore[union-attr,assignment]
         widths = {}
         for _, layer_path in list_layers(config.layers, 1):
             layer: Any = dit.get_submodule(layer_path)
+            # the path inside the block, without the list of blocks and the index
             widths[layer_path.split(".", 2)[2]] = layer.in_features
-        attached = build(LllitePlan(config, depth, widths))
+        attached = build(LllitePlan(config, num_layers, widths))
     attached.attach_to(dit, path)
     return attached
 

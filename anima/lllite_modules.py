@@ -121,7 +121,7 @@ class LlliteTrunk(nn.Module):
 
 
 class AnimaLlliteModule(nn.Module):
-    """Compute what is added to the input of one layer."""
+    """Computes the change of the input of one layer from the control image."""
 
     def __init__(self, config: LlliteConfig, width: int, dropout: float = 0.0) -> None:
         """Build the module of a layer whose input has `width` channels."""
@@ -137,8 +137,7 @@ class AnimaLlliteModule(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        """Return what is added to x, B L C, under a condition B L E."""
-        # x: B L C    condition: B L E
+        """Return the change of x, B L C, for the embedded control image, B L E."""
         own = condition + self.depth_embed
         gamma, beta = self.cond_to_film(own).chunk(2, dim=-1)
         h = self.mid(torch.cat([own, functional.silu(self.down(x))], dim=-1))

@@ -49,7 +49,7 @@ class AnimaTokens:
     part: "TokenPart | None" = None  # the tokens that this process has; None: all
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs for the tokens of one process."""
+        """Return the inputs restricted to the tokens of one process."""
         return replace(self, rotary=part.rows(self.rotary), part=part)
 
     @property
@@ -60,7 +60,7 @@ class AnimaTokens:
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for some tokens of x.
 
-        `kept` are the ascending positions of the kept ones, B K.
+        `kept` are the ascending indices of these tokens, B K.
         """
         return replace(self, rotary=take_rows(self.rotary, kept, num_left_out))
 

@@ -71,7 +71,7 @@ class AnimaTextEncoder(LanguageModelEncoder):
     def __init__(
         self, *args: Any, t5_tokenizer: Path | None = None, t5_max_tokens: int, **settings: Any
     ) -> None:
-        """Set up the encoder; `t5_max_tokens` tokens of T5 are kept, including the end token.
+        """Set up the encoder; prompts are cut to `t5_max_tokens` tokens of T5, including the end token.
 
         `t5_tokenizer` is the path of its option; other arguments as in `LanguageModelEncoder`.
         """
@@ -125,15 +125,15 @@ class AnimaTextEncoder(LanguageModelEncoder):
         for prompt, conditions in zip(prompts, super().encode(prompts), strict=True):
             written = self.write(prompt)
             tokens = tokenizer.read(written.text)
-            kept = tokens.cut(self.t5_max_tokens)
-            if len(kept.ids) < len(tokens.ids):
-                left_out = len(tokens.ids) - len(kept.ids)
+            used = tokens.cut(self.t5_max_tokens)
+            if len(used.ids) < len(tokens.ids):
+                left_out = len(tokens.ids) - len(used.ids)
                 text = "%d of T5's tokens of the prompt are cut off, %d are used: %.60s"
                 logger.info(text, left_out, self.t5_max_tokens, prompt.text)
-            ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([kept.ids], self.t5_max_tokens, PAD))
+            ids, mask = (rows[0].to(torch.int32) for rows in fill_rows([used.ids], self.t5_max_tokens, PAD))
             if prompt.spans:
                 mask = mask.float()
-                mask[: len(kept.ids)] *= torch.tensor(weights_of(written, kept.places))
+                mask[: len(used.ids)] *= torch.tensor(weights_of(written, used.places))
             encoded.append({**conditions, IDS: ids, WEIGHTS: mask})
         return encoded
 

@@ -46,7 +46,7 @@ class GuidanceStage:
 
 @dataclass(frozen=True)
 class PassPlan:
-    """The passes and stages of one step."""
+    """The network passes of one sampling step, and the stages in which their outputs are combined."""
 
     passes: tuple[Pass, ...]  # the positive pass and those of the stages, each once; () if no pass is run
     # stages of the video, and of its audio

@@ -88,6 +88,7 @@ class ComparableRun:
     def problem(self) -> str:
         """Reason why no clip can be generated with the files of this run; "" if clips can be generated."""
         for name, values in self.options.items():
+            # a file that the run did not have, or a part of its command that the user has to replace
             is_missing = any(word in self.missing or PLACEHOLDER.fullmatch(word) for word in values)
             if is_missing and name not in REPLACED:  # the comparison itself sets the options in REPLACED
                 return say(

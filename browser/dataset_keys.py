@@ -55,7 +55,7 @@ class DatasetKeys:
         return any("subsets" in table for table in self.tables)
 
     def explain_unused(self, option: str) -> str:
-        """Return the reason why an option of the training has no effect with this file.
+        """Return why a training option has no effect with this dataset file; "" if it has one.
 
         Returns "" if it has an effect.
         """

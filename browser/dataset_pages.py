@@ -455,6 +455,7 @@ def dataset_routes(runs: Runs, read_only: bool) -> list[Route]:
 
         def answer(request: Request, *body: bytes) -> Response:
             dataset = pages.datasets.find(request.path_params["id"])
+            # "/dataset/ID/": the page itself, not a part of it
             if dataset is None and request.url.path.count("/") == 3:  # the page itself, not a part of it
                 return answer_not_found_page(request)
             return answer_not_found() if dataset is None else show(dataset, request, *body)

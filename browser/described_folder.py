@@ -284,7 +284,7 @@ class TextForm:
         return cls(tidy_lines(decoded), start, newline="\r\n" if "\r\n" in decoded else "\n")
 
     def with_text(self, text: str) -> bytes:
-        """Return the bytes of the file with another text, the same byte order mark and the same line ends."""
+        """Return the file's bytes with its text replaced, keeping the byte order mark and line endings."""
         return self.start + tidy_lines(text).replace("\n", self.newline).encode()
 
 

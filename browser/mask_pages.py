@@ -87,7 +87,7 @@ class MaskPages:
             return answer_json({"error": str(error)}, 422)
 
     def make_item(self, folder: Path, places: list[MaskPlace], at: int, error: str = "") -> dict[str, Any]:
-        """Return the JSON values of an image or clip, its index, and the reason if nothing was done."""
+        """Return the JSON values of an image or clip at an index, and the error of the last action."""
         return {
             **self.review.describe(folder, places[at]),
             "at": at,

@@ -315,7 +315,10 @@ class RenderWorker:
                         self._changed.wait(wait)
 
     def _has_ended(self) -> bool:
-        """Return whether nothing is left to do. The thread then ends, and `_begin` starts another one."""
+        """Return whether nothing is left to do.
+
+        If so, the thread ends, and the next request starts a new one.
+        """
         with self._changed:
             if self.session is not None or self._unsaved or self._has_waiting():
                 return False

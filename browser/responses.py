@@ -84,7 +84,7 @@ def answer_not_found_page(request: Request) -> Response:
 
 
 def answer_unknown() -> Response:
-    """Return the response to a form whose button does not exist (status 404)."""
+    """Return the response (status 404) to a form whose button the page does not know."""
     return answer_text(say("There is no such request."), 404)
 
 

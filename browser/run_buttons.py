@@ -710,7 +710,7 @@ class RunButtons:
         job = self.find_running_job(shown)
         if job is not None:
             self.site.queue.stop(job.id)
-            if job.stops:  # second request: kills the process
+            if job.stops:  # it had been asked before: this second request kills the process
                 return say("Ended at once.")
             return say("Asked: it saves and ends when its step is done.")
         if run.state == RUNNING and run.start is not None and run.start.listens:

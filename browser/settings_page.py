@@ -125,7 +125,7 @@ class SettingsPages:
         return str(token.place.absolute()) if is_given and token.place is not None else None
 
     def phone_argv(self, worker: str) -> list[str]:
-        """Return the command that starts this page for other devices, too."""
+        """Return the command that starts this page so that other devices, such as a phone, can open it."""
         token = self._find_token_file() or str(Path("token.txt").absolute())
         return self._make_argv("0.0.0.0", DEFAULT_PORT, token, worker)
 

@@ -210,7 +210,7 @@ class SharePages:
     # ---- for a friend
 
     def find(self, request: Request) -> RunSummary | None:
-        """Return the run that an address shares; None if another run has taken its path."""
+        """Return the run whose share has this address; None if the path belongs to another run by now."""
         share = self.shares.find(request.path_params["word"])
         if share is None:
             return None

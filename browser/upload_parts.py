@@ -72,7 +72,7 @@ class Touched:
 
 
 class PieceUploads:
-    """Takes the pieces that a page sends, one after another."""
+    """Receive files that a page uploads in pieces, one piece after another."""
 
     def __init__(self, uploads: FileUploads) -> None:
         self.uploads = uploads

@@ -97,6 +97,7 @@ class GgufFile(HeaderFile):
         if axes > _MAX_AXES or name in self.tensors:
             raise ValueError(f"{shorten(name, 60)} has {axes} axes, or is there twice")
         stored_shape = tuple(reader.read_number("Q") for _ in range(axes))[::-1]  # GGUF lists columns first
+        # a zero must not hide a huge axis
         if math.prod(max(length, 1) for length in stored_shape) > MAX_ELEMENTS:
             raise ValueError(f"{name} has the impossible shape {stored_shape}")
         shape = model_shapes.get(name, stored_shape)

@@ -148,7 +148,7 @@ def require_matching_shapes(
 
 
 def build_on_meta(build: Callable[[Any], Any], config: Any) -> Any:
-    """Build a network from a configuration of transformers on the meta device."""
+    """Build a network on the meta device from a transformers configuration."""
     with torch.device("meta"):
         return build(config)
 

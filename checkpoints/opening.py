@@ -230,12 +230,14 @@ def checkpoint_paths(path: Path) -> list[Path]:
     Raises:
         CheckpointError: If a file is missing.
     """
-    if path.is_dir():  # the files of an index, else all shards, else the only model file
+    if path.is_dir():
+        # in this order: the files of an index, all shards, the only model file
         indexes = sorted(path.glob("*.index.json"))
         if len(indexes) == 1:
             return _read_index(indexes[0])
         files = sorted(file for file in path.iterdir() if file.suffix in SUFFIXES and file.is_file())
         safetensors = [file for file in files if file.suffix in {".safetensors", ".sft"}]
+        # a single file, or shards and nothing else
         is_one_model = len(safetensors) == 1 or all(_SHARD.fullmatch(file.name) for file in safetensors)
         if not indexes and safetensors and is_one_model:
             require_all_shards(safetensors)

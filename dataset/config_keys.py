@@ -190,7 +190,7 @@ SOURCE_FPS = Form(lambda value: AUTO if value == AUTO else RATE.read(value), RAT
 
 
 def _is_region(value: list[Any]) -> bool:
-    """Return whether a list has top, left, bottom and right of a rectangle in pixels."""
+    """Return whether a list is a rectangle in pixels: top, left, bottom, right."""
     if len(value) != 4 or not all(type(side) is int and 0 <= side <= LONGEST_SIDE for side in value):
         return False
     top, left, bottom, right = value

@@ -38,7 +38,7 @@ from protocols.rules import ONE_EXPERT, Expert, ReferenceRules
 
 if TYPE_CHECKING:
     from protocols.bundled_embeddings import WordsByFile
-    from protocols.family_networks import MadeNetwork
+    from protocols.family_networks import CustomNetwork
     from protocols.new_tokens import WordToLearn
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class TransformerFiles(ABC):
 
         Args:
             chosen: Value of the encoder's option; None if it is not set.
-            default: Dtype next to a transformer that is not float32; None for `usual`.
+            default: Dtype if the option is not set and the transformer is not in float32; None for `usual`.
         """
         is_float32 = self.compute_dtype() == torch.float32
         if chosen:
@@ -237,7 +237,7 @@ class OneTransformer:
         copy: Self = replace(family, files=replace(self.files, words=tuple(words)))
         return copy
 
-    def word_network(self, word: "WordToLearn") -> "MadeNetwork":
+    def word_network(self, word: "WordToLearn") -> "CustomNetwork":
         """Return the trainable vectors of a word."""
         from encoders.inversion import invert_encoders  # only to train one
 

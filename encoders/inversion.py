@@ -31,7 +31,7 @@ from modules.console import count_of, quiet
 from modules.errors import CheckpointError, DatasetError, OptionError
 from protocols.bundled_embeddings import WordContent, find_words, is_of_word
 from protocols.family import TextEncoder
-from protocols.family_networks import DefaultRate, MadeNetwork
+from protocols.family_networks import CustomNetwork, DefaultRate
 from protocols.loading import TensorInfo
 from protocols.new_tokens import WordToLearn
 
@@ -154,14 +154,14 @@ class Inversion:
         self.read_vectors = read_vectors
         self.word = NewWord(word.text, word.count)
 
-    def describe(self) -> MadeNetwork:
+    def describe(self) -> CustomNetwork:
         """Describe this inversion as a network that is trained next to a LoRA."""
         word = self.word
         encoders = {1: "the text encoder", 2: "both text encoders"}[len(self.towers)]
-        return MadeNetwork(
-            called=CALLED,
-            words=f"the word {word.text}: {count_of(word.count, 'vector')} for {encoders}",
-            ending="textual-inversion",
+        return CustomNetwork(
+            label=CALLED,
+            description=f"the word {word.text}: {count_of(word.count, 'vector')} for {encoders}",
+            architecture_suffix="textual-inversion",
             make=self.make,
             check=self.check,
             generate=_leave_command,
@@ -174,7 +174,7 @@ class Inversion:
                 "modelspec.trigger_phrase": word.text,
                 "ss_num_vectors_per_token": word.count,
             },
-            in_texts=True,
+            in_text_encoders=True,
             check_captions=self.check_captions,
         )
 
@@ -343,7 +343,7 @@ def find_in_lora(path: Path, word: str) -> WordContent | None:
     return find_words(stored).get(word)
 
 
-def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> MadeNetwork:
+def invert_encoders(word: WordToLearn, encoders: Sequence[TextEncoder]) -> CustomNetwork:
     """Return the trainable vectors of a word for text encoders that support additional words.
 
     Args:

@@ -107,7 +107,7 @@ class WordEncoder(TextEncoder, Protocol):
         """The loaded network."""
 
     def tokenize_word(self, text: str) -> list[int]:
-        """Return the token ids of words inside of a text; loads no weights."""
+        """Return the token ids of a word as it is tokenized within a text; loads no weights."""
 
 
 def takes_words(encoder: TextEncoder) -> TypeGuard[WordEncoder]:

@@ -178,7 +178,7 @@ def _split_caption(content: dict[str, Any]) -> tuple[dict[str, Any] | str | None
 
 
 def find_edit_error(content: dict[str, Any]) -> str:
-    """Return what is wrong with the object of an edit; "" if nothing is."""
+    """Return the error in the object of an edit; "" if it is valid."""
     if not isinstance(content.get(INSTRUCTION), str) or not content[INSTRUCTION].strip():
         return f"it has no {INSTRUCTION}, a text that says what is changed"
     if CAPTION not in content:

@@ -173,7 +173,6 @@ class Perceiver(nn.Module):
             choice: Attention to use.
             dtype: Dtype of the tokens.
         """
-        # -> B G C. gist: G. lengths: of the samples' own numbers of gist tokens; None: all have G
         bundle = text.bundle(0)
         x = self.latent_queries[:gist].to(dtype).expand(len(bundle.states), -1, -1)
         for layer in self.layers:
@@ -221,7 +220,7 @@ class Fibo2Block(JointTransformerBlock):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def read(self, x: Tensor, tokens: Fibo2Tokens) -> Tensor:
-        """Return what the tokens x read of this block's bundle of the text, normed, B L' C."""
+        """Return the normed attention of the tokens x to this block's bundle of text states, B L' C."""
         h = self.cross_attn_norm1(x)
         attended = [
             self.cross_attention.attend_text(h, bundle, tokens.attention) for bundle in tokens.bundles
@@ -326,7 +325,7 @@ class Fibo2Model(BlockNetwork):
             _read_states(arguments)
             for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask)
         ]
-        gists = [self._make_gist(one, image.shape[1], dtype) for one in texts]
+        gists = [self._make_gist(text_states, image.shape[1], dtype) for text_states in texts]
         tokens = Fibo2Tokens(
             grids[0],
             rotary=self._rotary.get_table(Fibo2Layout(grids, gists[0].tokens.shape[1]), image.device),
@@ -340,11 +339,11 @@ class Fibo2Model(BlockNetwork):
         image = self._refine(image, tokens)
         for second in gists[1:]:  # at most one
             assert overrides.steer is not None  # it comes with a second text
-            count = second.tokens.shape[1]
+            num_gist = second.tokens.shape[1]
             tokens = replace(
                 tokens,
-                second=SecondText(image.shape[1], count, second.lengths, overrides.steer),
-                second_rotary=self._make_table(Fibo2Layout(grids, count), device=image.device),
+                second=SecondText(image.shape[1], num_gist, second.lengths, overrides.steer),
+                second_rotary=self._make_table(Fibo2Layout(grids, num_gist), device=image.device),
             )
         return Hidden(torch.cat([image, *(gist.tokens for gist in gists)], dim=1), tokens)
 

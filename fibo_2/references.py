@@ -84,14 +84,14 @@ def read_masked(path: Path, mask: Path, size: Size) -> Tensor:
     """
     check_opens(MASK, mask, is_image=True)
     frame = read_image(path)
-    made_anew = np.asarray(Image.fromarray(read_image(mask)).convert("L")) >= GRAY
-    if made_anew.shape != frame.shape[:2]:
-        (height, width), (rows, columns) = frame.shape[:2], made_anew.shape
+    is_masked = np.asarray(Image.fromarray(read_image(mask)).convert("L")) >= GRAY  # lighter than middle gray
+    if is_masked.shape != frame.shape[:2]:
+        (height, width), (rows, columns) = frame.shape[:2], is_masked.shape
         raise OptionError(
             f"--{MASK} {mask}: {columns} x {rows} pixels, {path} has {width} x {height}. Give a mask of the "
             "picture's size"
         )
-    return torch.from_numpy(crop_cover(np.where(made_anew[..., None], np.uint8(GRAY), frame), size).copy())
+    return torch.from_numpy(crop_cover(np.where(is_masked[..., None], np.uint8(GRAY), frame), size).copy())
 
 
 def find_size(path: Path) -> Size:

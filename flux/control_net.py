@@ -99,10 +99,11 @@ def compute_additions(
     device = noisy.device
     has_guidance: bool = network.config["guidance_embeds"]
     _, rows, columns = grid_of(noisy)
-    places = torch.zeros(rows, columns, 3, device=device)
-    places[..., 1] += torch.arange(rows, device=device)[:, None]
-    places[..., 2] += torch.arange(columns, device=device)[None]
-    assert pooled is not None
+    # (image, row, column) of each image token; the network makes its rotary table from them
+    positions = torch.zeros(rows, columns, 3, device=device)
+    positions[..., 1] += torch.arange(rows, device=device)[:, None]
+    positions[..., 2] += torch.arange(columns, device=device)[None]
+    assert pooled is not None  # only Chroma has none, and its files are refused with a ControlNet
     outputs = network(
         hidden_states=pack(noisy).to(dtype),
         controlnet_cond=pack(control).to(dtype),
@@ -111,18 +112,21 @@ def compute_additions(
         pooled_projections=pooled.to(dtype),
         timestep=timesteps / TIMESTEPS,
         guidance=guidance if has_guidance else None,
-        img_ids=places.flatten(0, 1),
-        txt_ids=torch.zeros(t5.shape[1], 3, device=device),
+        img_ids=positions.flatten(0, 1),
+        txt_ids=torch.zeros(t5.shape[1], 3, device=device),  # text tokens are all at the origin
         return_dict=False,
     )
-    added: list[Tensor | None] = []
-    for output, count_of_list in zip(outputs, blocks, strict=True):
-        added += _spread(output, count_of_list)
-    return added
+    additions: list[Tensor | None] = []
+    for output, num_blocks in zip(outputs, blocks, strict=True):
+        additions += _spread(output, num_blocks)
+    return additions
 
 
 def _spread(output: list[Tensor] | None, blocks: int) -> list[Tensor | None]:
-    """Return the tensor to add after each block. One output of the ControlNet serves several blocks."""
+    """Return the tensor to add after each block; one output serves several consecutive blocks.
+
+    A ControlNet without blocks of a kind has no output for that kind, and nothing is added.
+    """
     if not output:
         return [None] * blocks
     span = math.ceil(blocks / len(output))
@@ -192,19 +196,22 @@ def read_control_net(path: Path, checkpoint: Checkpoint, config: FluxConfig) -> 
         )
 
     def takes(layer: str) -> int:
+        """Return the number of a layer's inputs; 0 if the file lacks the layer."""
         return names[layer].shape[1] if layer in names else 0
 
-    # what -> sizes of the ControlNet and of the transformer
+    # dimension -> its size in the ControlNet and in the transformer
     sizes = {
         "width": (names[_MARK].shape[0], config.dim),
         "numbers of a token": (names[_MARK].shape[1], config.token_dim),
         "text": (takes("context_embedder.weight"), config.text_dim),
         "pooled text": (takes("time_text_embed.text_embedder.linear_1.weight"), config.pooled_dim),
     }
-    wrong = [f"{what} {size} and {needed}" for what, (size, needed) in sizes.items() if size != needed]
-    if wrong:
+    misfits = [
+        f"{dimension} {size} and {needed}" for dimension, (size, needed) in sizes.items() if size != needed
+    ]
+    if misfits:
         raise CheckpointError(
-            f"{CONTROL_NET} {path} does not fit the transformer: {', '.join(wrong)}. ControlNets of FLUX.1 "
+            f"{CONTROL_NET} {path} does not fit the transformer: {', '.join(misfits)}. ControlNets of FLUX.1 "
             "fit dev and schnell, not Chroma",
             path,
         )
@@ -233,17 +240,21 @@ def _open(path: Path) -> Checkpoint:
 
 
 def _read_config(path: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """Return the settings in a ControlNet's config.json; None without one, or if it is of another model."""
-    place = checkpoint.path
-    file = place / "config.json" if place.is_dir() else place.with_name("config.json")
-    if not file.is_file():
+    """Return the settings in a ControlNet's config.json.
+
+    The result is None if there is no such file, or if it describes another model.
+    """
+    opened = checkpoint.path
+    config_path = opened / "config.json" if opened.is_dir() else opened.with_name("config.json")
+    if not config_path.is_file():
         return None
     try:
-        settings = parse_json(read_text(file))
+        settings = parse_json(read_text(config_path))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}). Copy it again.", path) from error
+        raise CheckpointError(f"{config_path} cannot be read ({error}). Copy it again.", path) from error
     if not isinstance(settings, Mapping) or settings.get("_class_name") != FluxControlNetModel.__name__:
         return None
+    # other settings, such as the version of diffusers, are no arguments of the class
     parameters = inspect.signature(FluxControlNetModel.__init__).parameters
     return {name: value for name, value in settings.items() if name in parameters}
 

@@ -30,7 +30,7 @@ from flux.model import FluxModel
 from flux.options import CONTROL_NET, FluxControlNetTrainingOptions
 from modules.errors import OptionError
 from modules.option_values import FillIn, option_words
-from protocols.family_networks import DefaultRate, MadeNetwork
+from protocols.family_networks import CustomNetwork, DefaultRate
 from protocols.loading import TensorInfo
 
 CALLED = "ControlNet"
@@ -66,7 +66,7 @@ class TrainedFluxControl(nn.Module):
         control: Tensor,
         strength: float,
     ) -> list[Tensor | None]:
-        """Return what is added in a call of the transformer, as `compute_additions`; [] for nothing."""
+        """Return what the ControlNet adds, as `compute_additions` does; [] if its factor is 0."""
         strength *= self.multiplier
         if strength == 0:
             return []
@@ -83,18 +83,18 @@ class TrainedFluxControl(nn.Module):
         )
 
 
-def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> MadeNetwork:
+def describe_control_net(options: FluxControlNetTrainingOptions, files: FluxFiles) -> CustomNetwork:
     """Return a ControlNet as the network that a training makes."""
     path = options.controlnet
     copied = f"a copy of {options.double_blocks} double and {options.single_blocks} single blocks"
-    return MadeNetwork(
-        called=CALLED,
-        words=f"{CALLED}, {copied if path is None else f'from {path.name}'}",
-        ending="controlnet",
+    return CustomNetwork(
+        label=CALLED,
+        description=f"{CALLED}, {copied if path is None else f'from {path.name}'}",
+        architecture_suffix="controlnet",
         make=partial(make_control_net, options),
         check=partial(_check, options, files),
         generate=_say_generation,
-        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),
+        default_rate=DefaultRate(5e-7, "1e-5", 5e-4),  # the lowest, a typical and the highest one
         write=_write,
         start_option=CONTROL_NET.removeprefix("--"),
     )
@@ -152,9 +152,10 @@ def _copy_weights(network: FluxControlNetModel, dit: FluxModel) -> dict[str, Ten
 
 
 def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
-    """Check by headers that a ControlNet fits the transformer.
+    """Check that a ControlNet can be trained with the transformer; only headers of files are read.
 
-    Raises OptionError, or CheckpointError for a file that training cannot start from.
+    Raises OptionError for options that do not fit the files, and CheckpointError for a file that training
+    cannot start from.
     """
     config = files.dit_header().config
     if config.kind == CHROMA:
@@ -162,7 +163,7 @@ def _check(options: FluxControlNetTrainingOptions, files: FluxFiles) -> None:
             f"{files.dit_path} is Chroma, and ControlNets of FLUX.1 take its embeddings of time and pooled "
             "text, which Chroma does not have. Give FLUX.1 dev or schnell"
         )
-    if options.controlnet is None:
+    if options.controlnet is None:  # a new ControlNet, copied from the transformer's first blocks
         if files.dit_header().block_dtype.itemsize == 1:
             raise OptionError(
                 f"{files.dit_path} is rounded to 8 bits or fewer, and a ControlNet begins as a copy of its "

@@ -53,7 +53,7 @@ from protocols.data import (
     name_texts,
 )
 from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec
-from protocols.family_networks import MadeNetwork
+from protocols.family_networks import CustomNetwork
 from protocols.few_steps import UNDOING, FewSteps
 from protocols.loading import Placement
 from protocols.rules import ModelRelease
@@ -86,7 +86,7 @@ class Flux(ModelOfImages):
     options: Any = NO_OPTIONS  # set for trainings and generations
     controlnet: Path | None = None  # next to the transformer, frozen; cached latents are made for it
     # what a training makes in place of a LoRA, which sees the control images
-    made_network: MadeNetwork | None = None
+    custom_network: CustomNetwork | None = None
     stores_controls: bool = False  # latents are cached together with the control images of a table
     lora_module: str = LORA[0].network_module
 
@@ -122,7 +122,7 @@ class Flux(ModelOfImages):
     @property
     def dit(self) -> DitSpec:
         """Names inside the transformer, and whether a ControlNet adds to its blocks."""
-        has_additions = self.controlnet is not None or self.made_network is not None
+        has_additions = self.controlnet is not None or self.custom_network is not None
         return replace(dit_spec(self.files.kind), has_additions=has_additions)
 
     @property
@@ -138,7 +138,7 @@ class Flux(ModelOfImages):
         default = image_defaults(
             configs.STEPS[kind], scale, 1024, embedded_guidance=configs.EMBEDDED_GUIDANCE[kind]
         )
-        return default if self.made_network is None else replace(default, extras=("control_multiplier",))
+        return default if self.custom_network is None else replace(default, extras=("control_multiplier",))
 
     @property
     def release(self) -> ModelRelease:
@@ -166,8 +166,8 @@ class Flux(ModelOfImages):
 
     def check_table(self, table: MediaTable) -> None:
         """Raise DatasetError if a table has clips, or control images without a ControlNet."""
-        if self.made_network is not None:
-            table = control_pictures.check_controls(table, self.made_network.called)
+        if self.custom_network is not None:
+            table = control_pictures.check_controls(table, self.custom_network.label)
         sees_controls = self.controlnet is not None or self.stores_controls
         if table.has_control and not sees_controls and self.references is None:
             raise DatasetError(
@@ -186,10 +186,10 @@ class Flux(ModelOfImages):
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
         """Return the cache entry of each image.
 
-        For a ControlNet also `latents_control` of its control image.
+        For a ControlNet, an entry also has `latents_control`, the latents of the control image.
         """
         entries = super().encode_media(encoders, media)
-        sees_controls = self.controlnet is not None or self.made_network is not None or self.stores_controls
+        sees_controls = self.controlnet is not None or self.custom_network is not None or self.stores_controls
         if not sees_controls or not media.control:
             return entries
         if len(media.control) > 1:
@@ -237,8 +237,8 @@ class Flux(ModelOfImages):
     def batch_conditions(self, latents: Tensor, batch: Batch) -> Conditions:
         """Return the conditions of a training batch: text, and guidance (B).
 
-        Raises CacheError if T5 read captions with other settings than in this training, or states have no
-        mask.
+        Raises CacheError if a cached tensor is missing or does not fit the transformer, or if T5 read the
+        captions with other settings than this training has.
         """
         control = self._read_control(latents, batch)
         batch.check(dict.fromkeys(sorted(self.text_keys), TEXTS_AGAIN), "the transformer")
@@ -249,21 +249,21 @@ class Flux(ModelOfImages):
         batch.check_widths(widths, self.files.dit_path, f"{TEXTS_AGAIN} and the text encoders of FLUX.1")
         self._check_t5(batch)
         conditions = {name: batch.tensor(name) for name in self.text_keys}
-        # Chroma is made for 0
+        # Chroma is made for guidance 0
         guidance = 0.0 if self.files.kind == configs.CHROMA else self.trained_guidance
         return {**conditions, **control, GUIDANCE: torch.full((len(latents),), guidance)}
 
     def _read_control(self, latents: Tensor, batch: Batch) -> dict[str, Tensor]:
         """Return the latents of control images for a ControlNet. Raises CacheError if their size differs."""
-        if self.made_network is not None:
-            taker, remedy = self.made_network.called, "flux_cache_latents.py --control_pictures"
+        if self.custom_network is not None:
+            consumer, remedy = self.custom_network.label, "flux_cache_latents.py --control_pictures"
         elif self.controlnet is not None:
-            taker, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"
+            consumer, remedy = CONTROL_NET, f"flux_cache_latents.py and {CONTROL_NET}, of a control picture"
         else:
             if CONTROL in batch.tensors:
                 _warn_of_unused_control()
             return {}
-        batch.check({CONTROL: remedy}, taker)
+        batch.check({CONTROL: remedy}, consumer)
         control = batch.tensor(CONTROL)
         if control.shape != latents.shape:
             raise CacheError(
@@ -273,16 +273,20 @@ class Flux(ModelOfImages):
         return {CONTROL: control}
 
     def _check_t5(self, batch: Batch) -> None:
-        """Raise CacheError if T5 read captions with other settings, or states have no mask."""
+        """Check that cached states of T5 fit this training.
+
+        Raises CacheError if padding was masked differently, if the mask and the states differ in length, or
+        if a text is too long.
+        """
         uses_mask = self.files.uses_mask
         for record in batch.made_by:
             mask = record.encoder.get("t5_mask")
             if mask not in (None, "used" if uses_mask else "not used"):
                 option = configs.CHROMA if self.files.kind == configs.CHROMA else "--apply_t5_attn_mask"
-                how = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
+                own_setting = f"for {option}" if uses_mask else "without --apply_t5_attn_mask"
                 raise CacheError(
                     f"{record.path}: T5's mask of padding was {mask} when it was made, and this training is "
-                    f"{how}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
+                    f"{own_setting}. Cache again with {TEXTS_AGAIN} and the same --model_type and "
                     "--apply_t5_attn_mask."
                 )
         batch_size, length = batch.tensor(STATES).shape[:2]
@@ -314,7 +318,7 @@ class Flux(ModelOfImages):
         """
         device = noisy.device
         images = references_in(cond, device)
-        is_control = bool(images) and (self.controlnet is not None or self.made_network is not None)
+        is_control = bool(images) and (self.controlnet is not None or self.custom_network is not None)
         return dit(
             noisy,
             timesteps.float(),
@@ -330,7 +334,7 @@ class Flux(ModelOfImages):
 
     def keep_media(self, request: requests.Request, who: str) -> requests.Request:
         """Return the request without unused media; a ControlNet in training uses the control image."""
-        sees = self.made_network is not None
+        sees = self.custom_network is not None
         return control_pictures.keep_control(request, super().keep_media, who, sees=sees)
 
     def needs_media(self, prepared: requests.Prepared) -> bool:
@@ -342,19 +346,19 @@ class Flux(ModelOfImages):
         self, encoders: MediaEncoders, prepared: requests.Prepared
     ) -> Mapping[int, Conditions]:
         """Encode the control image as `latents_control`, 1 Z 1 h w: the mean of its posterior."""
-        if self.made_network is not None:
-            seen = control_pictures.sample_controls(prepared)
+        if self.custom_network is not None:
+            control = control_pictures.sample_controls(prepared)
         elif self._control_image is not None:
             size = prepared.width, prepared.height
             strength = self.options.control_multiplier
-            seen = control_pictures.read_control(self._control_image, *size, strength=strength)
+            control = control_pictures.read_control(self._control_image, *size, strength=strength)
         else:
             return super().request_conditions(encoders, prepared)
-        if not seen:
+        if not control:
             return {0: {}}
-        frames = rearrange(seen[CONTROL_PIXELS], "b c h w -> b 1 h w c")
+        frames = rearrange(control[CONTROL_PIXELS], "b c h w -> b 1 h w c")
         latents = encoders.vae.encode(byte_clips(frames))
-        return {0: {CONTROL: latents, CONTROL_STRENGTH: seen[CONTROL_STRENGTH]}}
+        return {0: {CONTROL: latents, CONTROL_STRENGTH: control[CONTROL_STRENGTH]}}
 
     @property
     def _control_image(self) -> Path | None:
@@ -371,12 +375,12 @@ class Flux(ModelOfImages):
         default = self.defaults
         guidance = request.embedded_guidance
         if guidance not in (None, default.embedded_guidance, DEFAULT_GUIDANCE) and kind != configs.DEV:
-            why = "is made for 0" if kind == configs.CHROMA else "has no input for it"
+            reason = "is made for 0" if kind == configs.CHROMA else "has no input for it"
             logger.warning(
                 "the embedded guidance %g (--embedded_cfg_scale) is ignored because %s %s",
                 guidance,
                 self.files.dit_path,
-                why,
+                reason,
             )
         if kind != configs.DEV:
             request = replace(request, embedded_guidance=None)
@@ -438,7 +442,7 @@ def family_for_training(options: FluxLearningOptions) -> Flux:
         from flux.control_net_learning import MODULE, describe_control_net  # only to train one
 
         made = describe_control_net(options, model.files)
-        return replace(model, made_network=made, lora_module=MODULE)
+        return replace(model, custom_network=made, lora_module=MODULE)
     return replace(model, controlnet=options.controlnet)
 
 

@@ -65,7 +65,7 @@ HEAD_MULTIPLE = 16  # a head's width divides into whole pairs for frames, rows a
 def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     """Read config and dialect of a FLUX.1 or Chroma file; raise CheckpointError for another model."""
     names = checkpoint.tensors
-    dialect = "official"
+    dialect = "official"  # if no mark is found, the check below refuses the file
     for name, (mark, _) in DIALECTS.items():
         if mark in names:
             dialect = name
@@ -73,9 +73,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FluxConfig]:
     mark, table = DIALECTS[dialect]
     stored_shapes = {name: info.shape for name, info in names.items()}
     file_shapes = joined_shapes(stored_shapes, table)
-    is_relative = any(name in names for name in OTHERS)
-    takes_tokens = len(file_shapes.get("img_in.weight", ())) == 2
-    if mark not in names or not takes_tokens or is_relative:
+    is_related_model = any(name in names for name in OTHERS)
+    # FLUX.1 embeds flattened patches by a matrix; related models use a convolution, which has more axes
+    has_matrix = len(file_shapes.get("img_in.weight", ())) == 2
+    if mark not in names or not has_matrix or is_related_model:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
     shapes = DitShapes(checkpoint.path, file_shapes, "FLUX.1")
     dim, token_dim = shapes.of("img_in.weight")

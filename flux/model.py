@@ -166,21 +166,22 @@ class FluxModel(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         latents = (noisy, *references)
         images = [in_own_dtype(self.img_in, pack(image)).to(dtype) for image in latents]
-        # a reference stands at the next place of the axis of frames
+        # the index of the image or reference is its position on the first axis of the rotary embedding
         grids = [Grid(grid_of(image), first=index) for index, image in enumerate(latents)]
         rotary = self._rotary.get_table(tuple(grids), noisy.device)
         scale: Tensor | None = torch.zeros_like(timesteps) if guidance is None else guidance
-        rows = None
+        # Chroma computes the modulation of all blocks at once; other models compute it from a vector below
+        chroma_modulation = None
         if self.config.approximator is not None:
             for modulation_rows in self._modulation_rows:
                 modulation_rows.place(timesteps.device)
-            rows = self.distilled_guidance_layer(timesteps, scale).unsqueeze(1)
+            chroma_modulation = self.distilled_guidance_layer(timesteps, scale).unsqueeze(1)
         elif not self.config.has_guidance or not overrides.embedded_guidance:
             scale = None
         texts = []
         for prompt in overrides.texts(len(noisy), t5=t5, t5_mask=t5_mask, pooled=pooled):
             text, lengths = self._embed_text(prompt["t5"], prompt["t5_mask"], len(rotary), dtype)
-            vector = rows
+            vector = chroma_modulation
             if vector is None:
                 vector = activate(self._embed_vector(timesteps, prompt["pooled"], scale), dtype)
             texts.append(EmbeddedText(text, lengths, vector))
@@ -193,7 +194,7 @@ class FluxModel(BlockNetwork):
             dtype=dtype,
             attention=self.attention,
         )
-        del images, texts
+        del images, texts  # their tokens were copied into `hidden`: free the originals for the ControlNet
         if control is not None and self.controlnet is not None:
             hidden.added = self.controlnet(
                 noisy,

@@ -48,19 +48,19 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[Flux2Config]:
     stored_shapes = {name: info.shape for name, info in names.items()}
     shapes = DitShapes(checkpoint.path, joined_shapes(stored_shapes, table), NAME)
     dim, channels = shapes.of("img_in.weight")
-    (width,) = shapes.of(HEADS, axes=1)
+    (head_dim,) = shapes.of(HEADS, axes=1)
     ffn_dim = shapes.of("double_blocks.0.img_mlp.2.weight")[1]
-    has_heads = dim % width == 0 and width % (2 * AXES) == 0
+    has_heads = dim % head_dim == 0 and head_dim % (2 * AXES) == 0
     if not has_heads or shapes.of("double_blocks.0.img_mlp.0.weight")[0] != 2 * ffn_dim:
         raise CheckpointError(
-            f"{checkpoint.path}: width {dim}, heads of {width} and feed-forwards of {ffn_dim} are not those "
-            f"of {WHAT}. Copy the file again.",
+            f"{checkpoint.path}: width {dim}, heads of {head_dim} and feed-forwards of {ffn_dim} are not "
+            f"those of {WHAT}. Copy the file again.",
             checkpoint.path,
         )
     config = Flux2Config(
         dim=dim,
         ffn_dim=ffn_dim,
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         double_blocks=shapes.blocks("double_blocks"),
         single_blocks=shapes.blocks("single_blocks"),
         channels=channels,
@@ -123,15 +123,16 @@ class Flux2Files(LanguageModelFiles):
         header: DitHeader[Flux2Config] = super().dit_header()
         takes_guidance = self.version.defaults.embedded_guidance is not None
         other_releases = {}  # width -> first version with this width
+        # in reverse order, so that the first version of a width replaces the later ones
         for name, release in reversed(VERSIONS.items()):
             if release.dim != self.version.dim:
                 other_releases[release.dim] = name
         if header.config.has_guidance != takes_guidance or header.config.dim in other_releases:
             # with the expected width, the file differs in whether it takes guidance as an input
-            fit = other_releases.get(header.config.dim, "klein-4b" if takes_guidance else "dev")
+            fitting = other_releases.get(header.config.dim, "klein-4b" if takes_guidance else "dev")
             raise OptionError(
                 f"--dit {self.dit_path} is {describe(header)} of width {header.config.dim}, not that of "
-                f"--model_version {self.model_version}. Give the version of the file, such as {fit}, or "
+                f"--model_version {self.model_version}. Give the version of the file, such as {fitting}, or "
                 "another file"
             )
         return header
@@ -146,6 +147,6 @@ class Flux2Files(LanguageModelFiles):
 
 
 def files_of(options: Flux2TrainingOptions | Flux2GenerationOptions) -> Flux2Files:
-    """Return the files that the options of a training or a generation name."""
+    """Return the model files that the training or generation options name."""
     files = Flux2Files(model_version=options.model_version).add_dit(options.dit, options.dit_dtype)
     return files.add_vae(options.vae.file).add_text(options.text)

@@ -256,7 +256,7 @@ class Flux2Model(BlockNetwork):
         for prompt in overrides.texts(len(noisy), text=text):
             tokens = in_own_dtype(self.txt_in, prompt["text"]).to(dtype)
             texts.append(blocks.EmbeddedText(tokens, None, vector))
-        # an image's token stands at (image, row, column, 0), a text's at (0, 0, 0, place)
+        # positions of tokens: (APART * image, row, column, 0) in images, (0, 0, 0, index) in texts
         grids = []
         for number, latents in enumerate(images):
             _, _, _, rows, columns = latents.shape

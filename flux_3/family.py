@@ -100,7 +100,7 @@ class Flux3(pictures.ModelOfImages):
     # the network
 
     def block_counts(self) -> tuple[int, ...]:
-        """Return the numbers of blocks: of each kind of tokens alone, and of joint blocks."""
+        """Return the number of blocks for single kinds of tokens, and the number of joint blocks."""
         config = self.files.dit_header().config
         return (*[config.mode_blocks] * len(MODE_LISTS), config.joint_blocks)
 

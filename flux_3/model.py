@@ -86,7 +86,7 @@ class Flux3Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> "Flux3Tokens":
         """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` are the ascending indices of the selected tokens, B K.
         """
         of_image, *others = self.counts
         lengths = None if self.lengths is None else self.lengths.without(num_left_out)
@@ -180,7 +180,7 @@ class JointBlock(ParallelBlock):
 def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> Tensor:
     """Return the attention of the tokens of one kind to each other, B L N D.
 
-    `heads` are query, key and value; `place` is the index of the kind among those that are present.
+    `heads` are query, key and value. `place` is the index of the kind among the kinds in the sequence.
     """
     part = tokens.parts[place] if tokens.parts else None
     if part is not None:
@@ -190,9 +190,9 @@ def _attend_within(heads: Sequence[Tensor], tokens: Flux3Tokens, place: int) -> 
     elif tokens.second is None:
         attended = _attend(heads, tokens, tokens.text_lengths)
     else:
-        count = tokens.second.count
-        firsts = [tensor[:, :-count] for tensor in heads]
-        seconds = [tensor[:, -count:] for tensor in heads]
+        num_second = tokens.second.count
+        firsts = [tensor[:, :-num_second] for tensor in heads]
+        seconds = [tensor[:, -num_second:] for tensor in heads]
         attended_first = _attend(firsts, tokens, tokens.text_lengths)
         attended_second = _attend(seconds, tokens, tokens.second_lengths)
         attended = torch.cat([attended_first, attended_second], dim=1)
@@ -257,7 +257,7 @@ class Flux3Text(NamedTuple):
     is_even: bool  # all tokens are real
 
     def lengths(self, before: int) -> Lengths | None:
-        """Return each sample's real tokens, with `before` tokens in front; None if all are real."""
+        """Return the number of real tokens of each sample, plus `before` in front; None without padding."""
         if self.is_even:  # attention gets no mask
             return None
         return make_lengths([before + count for count in self.counts], self.states.device)
@@ -333,7 +333,7 @@ class Flux3Model(BlockNetwork):
             references: Clean latents of reference images, each B Z 1 h w of its own size.
 
         Raises:
-            ValueError: If sizes do not match, or `next_timesteps` does not fit the model.
+            ValueError: If sizes do not match, or `next_timesteps` is missing or not taken by the model.
         """
         for latents in (noisy, *references):
             if latents.shape[1] != self.config.channels or latents.shape[2] != 1:
@@ -345,21 +345,24 @@ class Flux3Model(BlockNetwork):
         if (next_timesteps is not None) != self.config.is_flow_map:
             raise ValueError("a distilled transformer, and no other, takes the times at which steps end")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        contents = [self._embed_image(IMAGE, noisy)]
-        contents += [self._embed_image(REFERENCES, latents) for latents in references]
+        images = [self._embed_image(IMAGE, noisy)]
+        images += [self._embed_image(REFERENCES, latents) for latents in references]
         texts = []
         for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
             texts.append(self._embed_text(arguments, dtype))
-        x = torch.cat([*(tokens.to(dtype) for tokens in contents), *(words.states for words in texts)], dim=1)
-        of_image = contents[0].shape[1]
-        of_contents = sum(tokens.shape[1] for tokens in contents)
-        counts = {IMAGE: of_image, TEXT: x.shape[1] - of_contents}
+        x = torch.cat(
+            [*(tokens.to(dtype) for tokens in images), *(embedded.states for embedded in texts)], dim=1
+        )
+        num_image = images[0].shape[1]
+        num_images = sum(tokens.shape[1] for tokens in images)
+        # token counts by modality, in the order of the tokens in `x`
+        counts = {IMAGE: num_image, TEXT: x.shape[1] - num_images}
         if references:
-            counts = {IMAGE: of_image, REFERENCES: of_contents - of_image, TEXT: counts[TEXT]}
+            counts = {IMAGE: num_image, REFERENCES: num_images - num_image, TEXT: counts[TEXT]}
         layout = Flux3Layout(
             grid=_measure_grid(noisy),
             references=tuple(_measure_grid(latents) for latents in references),
-            texts=tuple(words.states.shape[1] for words in texts),
+            texts=tuple(embedded.states.shape[1] for embedded in texts),
         )
         first, *seconds = texts
         tokens = Flux3Tokens(
@@ -370,13 +373,13 @@ class Flux3Model(BlockNetwork):
             vector=self._embed_times(timesteps, next_timesteps, tuple(counts)),
             dtype=dtype,
             attention=self.attention,
-            lengths=first.lengths(of_contents),
+            lengths=first.lengths(num_images),
             text_lengths=first.lengths(0),
         )
         for second in seconds:  # at most one
             assert overrides.steer is not None  # it comes with a second text
             second_text = SecondText(
-                of_contents, second.states.shape[1], second.lengths(of_contents), overrides.steer
+                num_images, second.states.shape[1], second.lengths(num_images), overrides.steer
             )
             tokens = replace(tokens, second=second_text, second_lengths=second.lengths(0))
         return Hidden(x, tokens)

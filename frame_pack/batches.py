@@ -38,7 +38,8 @@ def read_conditions(batch: Batch, config: FramePackConfig, dit: Path) -> Conditi
         dit: File of the transformer, for messages.
 
     Raises:
-        CacheError: Naming the item and the command to run, if a tensor is missing or does not fit the others.
+        CacheError: If a tensor is missing or does not fit the others. The message names the item and the
+            command to run.
     """
     batch.check(dict.fromkeys(sorted(TEXT_KEYS), TEXTS_AGAIN), "the transformer")
     texts = {"llama_vec": config.text_dim, "clip_l_pooler": config.pooled_dim}
@@ -71,12 +72,12 @@ def _check_indices(batch: Batch, tensors: Mapping[str, Tensor], latents: str, in
             f"{batch.keys[0]}: the cache has {latents} without {indices}. Cache again with {LATENTS_AGAIN}."
         )
     target = tensors["latents"]
-    places = tensors[indices]
+    stored = tensors[indices]
     _, _, frames, *area = tensors[latents].shape
-    is_full = not places.dtype.is_floating_point
-    if not is_full or places.shape != (len(target), frames) or area != list(target.shape[3:]):
+    has_integers = not stored.dtype.is_floating_point
+    if not has_integers or stored.shape != (len(target), frames) or area != list(target.shape[3:]):
         raise CacheError(
-            f"{batch.keys[0]}: {indices} of shape {_join_sides(places)} ({places.dtype}) and {latents} "
+            f"{batch.keys[0]}: {indices} of shape {_join_sides(stored)} ({stored.dtype}) and {latents} "
             f"of {_join_sides(tensors[latents])} do not fit latents of {_join_sides(target)}. Cache "
             f"again with {LATENTS_AGAIN}."
         )

@@ -188,6 +188,7 @@ def image_entries(encoders: MediaEncoders, media: MediaBatch, switches: OneFrame
     for latents, frames in zip(controls, media.control, strict=True):
         alpha = frames[:, 0, :, :, 3] if frames.shape[-1] == 4 else None
         frames_before.append(apply_masks(latents, alpha))
+    # the remaining indices are those of black frames, whose latents are 0
     num_black = len(indices.clean) - len(frames_before)
     frames_before += [torch.zeros_like(target)] * num_black
     clean = torch.cat(frames_before, dim=2)

@@ -221,16 +221,16 @@ class FramePack(OneTransformer):
         """
         device = noisy.device
         history: dict[str, Tensor] = {}
-        for name, (latents, indices) in HISTORY.items():
+        for name, (argument, indices) in HISTORY.items():
             if indices not in cond:
                 continue
-            places = data.send_tensor(cond, indices, device)
+            positions = data.send_tensor(cond, indices, device)
             if name in cond:
-                history[latents] = data.send_tensor(cond, name, device).to(noisy.dtype)
+                history[argument] = data.send_tensor(cond, name, device).to(noisy.dtype)
             else:
-                black = (*noisy.shape[:2], places.shape[1], *noisy.shape[3:])
-                history[latents] = noisy.new_zeros(black)
-            history[indices] = places
+                black = (*noisy.shape[:2], positions.shape[1], *noisy.shape[3:])
+                history[argument] = noisy.new_zeros(black)
+            history[indices] = positions
         guidance = data.send_tensor(cond, "guidance", device)
         # `turn` has the timestep on the host, so that the host need not wait for the device
         on_host = timesteps if overrides.turn is None else torch.tensor([overrides.turn.timestep])

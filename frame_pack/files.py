@@ -95,11 +95,11 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[FramePackConfig]:
             "the transformer's checkpoint, such as the folder of FramePackI2V_HY or "
             "FramePackI2V_HY_bf16.safetensors,"
         )
-        relative = hunyuan.describe(checkpoint)
-        if relative is None:
+        related = hunyuan.describe(checkpoint)
+        if related is None:
             raise other_kind(checkpoint, WHAT, "--dit", files)
         raise CheckpointError(
-            f"{path} is not {WHAT}; it looks like {relative}.\n  Give {files} to --dit.", path
+            f"{path} is not {WHAT}; it looks like {related}.\n  Give {files} to --dit.", path
         )
     shapes = DitShapes(path, {name: info.shape for name, info in names.items()}, "FramePack")
     shared = hunyuan.read_dimensions(shapes, DIT, DIMENSIONS)

@@ -59,7 +59,7 @@ def video_sections(
     start = _tensor(inputs[plan[0].index], "start_latents")
     history = order.begin(start, end)
     piece = None
-    device = CPU
+    device = CPU  # that of the denoised sections, to which the video is moved at the end
     for number, section in enumerate(plan):
         section_inputs = inputs[section.index]
         start = _tensor(section_inputs, "start_latents")
@@ -86,7 +86,11 @@ def video_sections(
 
 
 def _take_newest(order: Order, history: Tensor, window: int, number: int) -> Piece:
-    """Return the newest section with its neighbor, so that the preview has the final video's transition."""
+    """Return the newest section with its neighbor, so that the preview has the final video's transition.
+
+    `history` is all that has been generated, in playing order; the newest section is at its front if
+    `order.in_front`, otherwise at its end. `number` counts sections from 0 in the order of generation.
+    """
     # in playing order, the start image comes before the first section
     first = window if order.in_front else window + 1
     length = 2 * window if number else first

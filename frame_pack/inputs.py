@@ -74,7 +74,7 @@ def one_frame_inputs(encoders: MediaEncoders, prepared: Prepared) -> dict[int, C
     if not settings.controls:
         return {0: conditions}
     latents = {}
-    for path in dict.fromkeys(settings.controls):
+    for path in dict.fromkeys(settings.controls):  # each file once, even if it is given twice
         latents[path] = _encode_latents(encoders, path, prepared, on_white=False)
     masked = []
     for index, path in enumerate(settings.controls):
@@ -124,13 +124,14 @@ def _encode_latents(encoders: MediaEncoders, path: Path, prepared: Prepared, on_
 def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
     """Resize transparency to the size of latents, height x width float32: 0 transparent, 1 opaque.
 
-    Lanczos filter, as in kisekaeichi's implementation in musubi-tuner.
+    The filter is Lanczos, as in kisekaeichi's implementation in musubi-tuner.
 
     Args:
         alpha: H W uint8, cropped to the part of an image that covers the latents.
         height: Height of the latents.
         width: Width of the latents.
     """
+    # the box is the largest centered part with the aspect ratio of the latents
     scale = min(alpha.shape[1] / width, alpha.shape[0] / height)
     left, top = (alpha.shape[1] - scale * width) / 2, (alpha.shape[0] - scale * height) / 2
     box = (left, top, alpha.shape[1] - left, alpha.shape[0] - top)
@@ -139,7 +140,7 @@ def latent_mask(alpha: Tensor, height: int, width: int) -> Tensor:
 
 
 def apply_masks(latents: Tensor, alpha: Tensor | None) -> Tensor:
-    """Multiply latents B C F h w, in their dtype, by masks made of `alpha`, B H W uint8; None: unchanged."""
+    """Multiply latents B C F h w, in their dtype, by masks made of `alpha`, B H W uint8, if there is one."""
     if alpha is None:
         return latents
     masks = torch.stack([latent_mask(image, *latents.shape[-2:]) for image in alpha])

@@ -304,7 +304,7 @@ class FramePackModel(BlockNetwork):
             guidance: B, 1000 times the scale.
             image_embeddings: States of the image encoder, B S image_dim.
             latent_indices: Indices in time of the noisy latents, B F integers.
-            clean_latents: Finished latents, B in_dim n H W; None without.
+            clean_latents: Finished latents, B in_dim n H W; None if there are none.
             clean_latent_indices: Their indices, B n.
             clean_latents_2x: Finished latents to embed at half resolution.
             clean_latent_2x_indices: Their indices, B n.

@@ -28,10 +28,11 @@ def one_frame_indices(settings: OneFrame, controls: int, window: int) -> Indices
             controls,
         )
     typed = settings.control_indices[:controls]
-    places = (*typed, *[0] * (controls - len(typed)))
+    control_indices = (*typed, *[0] * (controls - len(typed)))
+    # black frames are at the indices of history behind a section that starts at index 1
     black = later_indices(1 + window)
     return Indices(
-        clean=(*places, *black.clean) if settings.has_post else places,
+        clean=(*control_indices, *black.clean) if settings.has_post else control_indices,
         clean_2x=black.clean_2x if settings.has_2x else (),
         clean_4x=black.clean_4x if settings.has_4x else (),
         target=(window if settings.target_index is None else settings.target_index,),

@@ -46,12 +46,12 @@ def parse_entries(text: str, option: str) -> dict[int, str]:
 def _parse_piece(piece: str, option: str) -> Iterator[tuple[int, str]]:
     """Yield (section, text) for a piece such as `1-2: a cat`; without numbers, section 0."""
     head, colon, text = piece.partition(":")
-    places = _PLACES.fullmatch(head.strip())
-    if not colon or places is None:
+    numbers = _PLACES.fullmatch(head.strip())
+    if not colon or numbers is None:
         yield 0, piece.strip()
         return
-    first = int(places[1])
-    last = first if places[2] is None else int(places[2])
+    first = int(numbers[1])
+    last = first if numbers[2] is None else int(numbers[2])
     if not first <= last < first + MAX_SECTIONS:
         raise OptionError(
             f"{option}: {head.strip()} is not a range of sections. Write the smaller number first, as 1-2."

@@ -52,7 +52,9 @@ def prepare_request(
     is_f1: bool,
     takes_shape: bool = False,
 ) -> requests.Prepared:
-    """Resolve size, frames and numbers, and check the images. Unusable settings are dropped with a warning.
+    """Resolve the size and the sections of a request, and check its images.
+
+    Unusable settings are dropped with a warning.
 
     Args:
         request: The request.
@@ -65,9 +67,9 @@ def prepare_request(
     Raises:
         OptionError: For invalid settings.
     """
-    text = request.extra.get("one_frame")
-    is_image = text is not None
-    one_frame = None if text is None else parse_one_frame(text)
+    typed_settings = request.extra.get("one_frame")
+    is_image = typed_settings is not None
+    one_frame = None if typed_settings is None else parse_one_frame(typed_settings)
     if is_image and is_f1:
         raise OptionError(
             "--one_frame_inference needs the FramePack model: leave --f1 out and give that model to --dit."
@@ -76,6 +78,7 @@ def prepare_request(
     sections = _count_sections(request, usual, window, is_image)
     width, height, _ = requests.size_of(request, usual)
     frames = 1 if is_image else video_frames(sections, window)
+    # one section is denoised at a time, so the length of the whole video is not limited
     requests.check_size((width, height, min(frames, video_frames(1, window))), latent)
     request = _with_controls(request)
     settings = FramePackRequest(
@@ -92,11 +95,12 @@ def prepare_request(
     flow_shift = request.flow_shift
     if flow_shift is None:
         *_, rows, columns = latent.shape(1, height, width)
+        # the released schedule depends on the number of tokens that are denoised together
         flow_shift = compute_flow_shift(count_tokens(1 if is_image else window, rows, columns))
     prepared = requests.settle(request, usual, (width, height, frames), flow_shift, default_negative="")
     # metadata of saved files, by the names of options
     metadata = dict(request.extra)
-    metadata.pop("video_seconds", None)
+    metadata.pop("video_seconds", None)  # the typed length, replaced by that of whole sections below
     metadata |= {"latent_window_size": str(window), "video_sections": str(sections), "f1": str(is_f1)}
     if not is_image:  # in seconds at 30 frames per second, as in --video_seconds, regardless of --fps
         metadata["video_seconds"] = f"{frames / FRAMES_PER_SECOND:g}"
@@ -113,7 +117,7 @@ def prepare_request(
 
 
 def _select_bucket(images: Sequence[Path], width: int, height: int, step: int) -> tuple[int, int]:
-    """Return the bucket of the first image in a dataset with this resolution."""
+    """Return the size of the bucket that the first image would have in a dataset of this resolution."""
     from modules.media.reading import image_size  # only for single images
 
     buckets = bucket_sizes(width, height, step)
@@ -149,8 +153,8 @@ def _with_media(request: requests.Request, is_f1: bool, is_image: bool) -> reque
 
     Raises OptionError if a file cannot be opened.
     """
-    why_not = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
-    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_image}, why_not)
+    reason = "--f1 generates a video from its start" if is_f1 else "a single picture has no end"
+    request = requests.keep_usable_media(request, {"end_image_path": not is_f1 and not is_image}, reason)
     if request.end_image_path is not None:
         _check_image("--end_image_path", request.end_image_path)
     if is_image and request.source is not None:
@@ -222,12 +226,15 @@ def _with_controls(request: requests.Request) -> requests.Request:
 
 def _list_images(request: requests.Request, sections: int, is_image: bool) -> tuple[Path, ...]:
     """Return the start image of each section. Raises OptionError if one is missing or cannot be read."""
-    text = request.extra.get("image_path") or (
+    typed_paths = request.extra.get("image_path") or (
         None if request.image_path is None else str(request.image_path)
     )
-    if text is None and request.first_image is not None:  # the first frame of the video that it starts from
+    # without an image, the first frame of the video in the request is the start image
+    if typed_paths is None and request.first_image is not None:
         return (request.first_image,) * sections
-    entries = _read_entries(require(text, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_image)
+    entries = _read_entries(
+        require(typed_paths, "--image_path", _NEEDS_IMAGE), "--image_path", sections, is_image
+    )
     paths = tuple(to_path("--image_path", path) for path in entries)
     for path in dict.fromkeys(paths):
         _check_image("--image_path", path)

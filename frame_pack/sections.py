@@ -137,7 +137,7 @@ def parse_paddings(text: str) -> tuple[int, ...]:
     try:
         paddings = tuple(int(piece) for piece in text.split(","))
     except ValueError:
-        paddings = (-1,)
+        paddings = (-1,)  # refused below, with the same message
     if min(paddings) < 0 or max(paddings) > FURTHEST:
         raise OptionError(
             f"--latent_paddings {text!r}: give whole numbers from 0 to {FURTHEST} with commas between them, "

@@ -157,7 +157,7 @@ def _warn_of_passes(run: GenerationRun, jobs: Sequence[GenerationJob]) -> None:
     if max_passes < run.processes:
         logger.warning(
             "%s: the largest number of passes in a step is %d, which makes %d processes no faster than %d",
-            options.speed.joined.divides_passes,
+            options.speed.modes.divides_passes,
             max_passes,
             run.processes,
             max_passes,
@@ -413,12 +413,19 @@ def decode_all(
         for job in denoised:
             with failures.note_errors(job.label), keep_on_failure(job):
                 assert job.latents is not None, "it is denoised"
+                pixels = decode(run.family, encoders, job.latents, job.prepared.shown)
+                metadata, edit = job.metadata, job.prepared.edit
+                if edit is not None:
+                    pixels = edit.apply(pixels)
+                    if metadata is not None:  # the latents do not have it
+                        changes = {f"bt_{name}": text for name, text in edit.metadata.items()}
+                        metadata = {**metadata, **changes}
                 path = outputs.save_pixels(
                     output,
                     str(job.stem),
-                    decode(run.family, encoders, job.latents, job.prepared.shown),
+                    pixels,
                     fps=job.prepared.fps,
-                    metadata=job.metadata,
+                    metadata=metadata,
                     post=run.post,
                     track=tracks.get(job.label),
                     latent=run.family.latent,

@@ -458,7 +458,7 @@ def advice(
             return predict(family, fp8, prepared, device=device, turns=prediction.turns, room=room)
 
     cheaper = [("--fp8_scaled", in_fp8)] if speed.fp8.quantization is None else []
-    can_swap = not speed.joined.splits_weights
+    can_swap = not speed.modes.splits_weights
     changes, cheapest = memory_plan.advise(
         prediction, cheaper, room.usable, can_swap=can_swap, phase=" while denoising"
     )

@@ -129,7 +129,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
     if not runs_no_transformer:
         check_launch(speed, launched, _uses_of(family, options))
     if launched == 1:
-        flags = " and ".join(speed.joined.typed)
+        flags = " and ".join(speed.modes.typed)
         logger.warning("%s has no effect with one process, which does all. Use %s", flags, LAUNCH)
         generate(family, options, select_device(options.device))
         return
@@ -139,7 +139,7 @@ def generate_together(generate: Generate, family: Family, options: GenerationOpt
             generate(family, options, select_device(options.device))
         return
     meet_anew()
-    device = join_processes(options.device, speed.joined.typed[0])
+    device = join_processes(options.device, speed.modes.typed[0])
     rank = distributed.get_rank()
     if rank > 0:
         # only the first process logs and writes files
@@ -193,10 +193,10 @@ def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
 def check_together(family: Family, options: GenerationOptions) -> None:
     """Raise OptionError if options do not work with several processes that generate a prompt together."""
     speed = options.speed
-    flags = " and ".join(speed.joined.typed)
+    flags = " and ".join(speed.modes.typed)
     count_shared_passes(speed, launched_processes())
     uses = _uses_of(family, options)
-    for check in speed.joined.on.check:
+    for check in speed.modes.on.check:
         check(uses)
     if options.sheet.sheet is not None:
         raise OptionError(

@@ -91,7 +91,7 @@ class DitLoader:
         # to switch LoRAs later, the original weights are recorded instead of merging LoRAs into them
         patch = self.originals[expert] if self.originals else merged
         host = host_weights or swapped_weights(family.dit, speed.swap, self.device)
-        blocks = make_block_place(speed, self.device) if speed.joined.on.place else None
+        blocks = make_block_place(speed, self.device) if speed.modes.on.place else None
         placement = Placement(
             self.device,
             attention=speed.attention.choice,
@@ -122,7 +122,7 @@ class DitLoader:
         set_up_network(
             dit, family.dit, self.device, compilation=speed.compilation.choice, host=host, blocks=blocks
         )
-        if speed.joined.on.finish:
+        if speed.modes.on.finish:
             finish_network(dit, speed, self.device)
         return dit
 

@@ -209,7 +209,7 @@ class GenerationOptions(Options, title="run"):
     @property
     def splits_guidance(self) -> bool:
         """Whether guidance passes run one by one: by an option, for the attention, or to share them."""
-        return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.joined.divides_passes)
+        return self.split_uncond or self.speed.attention.split_attn or bool(self.speed.modes.divides_passes)
 
     @property
     def axes(self) -> tuple[Axis, ...]:

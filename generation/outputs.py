@@ -340,7 +340,7 @@ def _save_video(
     path = options.save_path / name
     first_frames = list(islice(playing, 1))
     height, width = first_frames[0].shape[:2]
-    codec = resolve_codec(options.format.codec, width, height)  # hardware encoders reject small frames
+    codec = resolve_codec(options.format.codec, width, height)  # an encoder may reject small frames
     playing = chain(first_frames, playing)
     with ExitStack() as opened:
         if options.format.keep_pngs:

@@ -229,7 +229,7 @@ def explain_lack(advice: str) -> Iterator[None]:
 
 @explain_lack("Finished latents are kept: --latent_path decodes them.")
 def generate(family: Family, options: GenerationOptions, device: torch.device | None = None) -> None:
-    """Run the mode that the options select; with several processes per prompt, start them first.
+    """Run the mode that the options select. If several processes share each prompt, this call starts them.
 
     Args:
         family: The model family.
@@ -241,7 +241,7 @@ def generate(family: Family, options: GenerationOptions, device: torch.device | 
     """
     freeze_libraries()
     reject_other_splits()
-    if device is None and options.speed.joined.typed:
+    if device is None and options.speed.modes.typed:
         from generation.multi_process import generate_together  # only with several processes
 
         generate_together(generate, family, options)
@@ -328,7 +328,7 @@ def _make_run(
 
         rewriter = PromptRewriter(rewriting.prompt_rewrite_model, rewriting.prompt_rewrite)
     run = GenerationRun(family, options, session, predicted=predicted, rewriter=rewriter, post=post)
-    if options.speed.joined.typed:
+    if options.speed.modes.typed:
         # these errors may occur in a single process. They must end the run, because the other processes would
         # wait forever for this one's blocks or passes
         run = replace(run, fatal=(RuntimeError, OutputError, CheckpointError))
@@ -435,7 +435,7 @@ def make_session(family: Family, options: GenerationOptions, loader: DitLoader, 
                 logger.warning("%s is ignored because a single transformer takes no turns", option)
         one_at_a_time = False
         lazy = False
-    blocks = make_block_place(options.speed, loader.device) if options.speed.joined.on.place else None
+    blocks = make_block_place(options.speed, loader.device) if options.speed.modes.on.place else None
     dits = DitTurns(
         family.experts,
         loader.device,

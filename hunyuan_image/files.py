@@ -108,13 +108,13 @@ def _read_config(shapes: DitShapes) -> HunyuanImageConfig:
             f"  Give {RELEASE} to {OPTION}.",
             shapes.path,
         )
-    first, glyph_dim = shapes.of("byt5_in.fc1.weight")
+    first_width, glyph_dim = shapes.of("byt5_in.fc1.weight")
     return HunyuanImageConfig(
         dim=dim,
         in_dim=in_dim,
         out_dim=shapes.of("final_layer.linear.weight")[0],
         glyph_dim=glyph_dim,
-        glyph_hidden=(first, shapes.of("byt5_in.fc2.weight")[0]),
+        glyph_hidden=(first_width, shapes.of("byt5_in.fc2.weight")[0]),
         **hunyuan.read_block_dimensions(shapes, DIT, DIMENSIONS, dim),
     )
 
@@ -197,7 +197,7 @@ class HunyuanImageFiles(TransformerFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that the text encoders that are given or needed fit their options and the transformer."""
+        """Check that the named or needed text encoders fit their options and the transformer."""
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
             width = read_once(path, _read_text_width)

@@ -99,7 +99,7 @@ class HunyuanImageModel(BlockNetwork):
         glyph_mask: Tensor,
         overrides: Overrides = NO_OVERRIDES,
     ) -> Hidden:
-        """Return image and text tokens, B L+J C, and the other inputs of the blocks.
+        """Return image tokens (L) and text tokens (J), B L+J C, and the other inputs of the blocks.
 
         Args:
             noisy: B in_dim H W.
@@ -158,7 +158,7 @@ class HunyuanImageModel(BlockNetwork):
         if any(glyph_counts):  # in each sample they come first, then the text, then padding
             glyph_tokens = self.byt5_in(glyphs[:, :longest]).to(dtype)
             tokens = join_texts(glyph_tokens, glyph_counts, tokens, text_counts)
-        return tokens, [sum(both) for both in zip(glyph_counts, text_counts, strict=True)]
+        return tokens, [sum(sample_counts) for sample_counts in zip(glyph_counts, text_counts, strict=True)]
 
     def unembed(self, x: Tensor, tokens: HunyuanTokens) -> Tensor:
         """Turn tokens B L+J C into the velocity, B out_dim H W in float32."""

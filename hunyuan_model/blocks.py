@@ -152,9 +152,9 @@ def join_tokens(
     Args:
         video: Tokens of the video, in parts.
         texts: The prompt and, if `steer` is given, a second text.
-        steer: How a second text changes the attention; None if there is none.
-        record: Class of the inputs.
-        **inputs: Other fields of the record.
+        steer: How the second text changes the attention; None without a second text.
+        record: Class of the returned inputs.
+        **inputs: Further fields of that class.
     """
     x = torch.cat([*video, *(text.tokens for text in texts)], dim=1)
     vectors = {id(text.vector): text.vector for text in texts}  # texts may have one in common

@@ -58,11 +58,11 @@ def identify(path: Path) -> str | None:
     """Describe a file of this family's or a related transformer; return None if it is unknown."""
     try:
         with open_checkpoint(path) as checkpoint:
-            named = bare_names(checkpoint)
-            relative = _name_relative(named)
-            if relative is not None:
-                return f"it looks like {relative}"
-            return f"it is {_name_model(_read_header(named).config)} (--dit)"
+            bare = bare_names(checkpoint)
+            related = _name_relative(bare)
+            if related is not None:
+                return f"it looks like {related}"
+            return f"it is {_name_model(_read_header(bare).config)} (--dit)"
     except CheckpointError:
         return None
 
@@ -91,10 +91,10 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[HunyuanVideoConfig]:
     """Read config and dialect of a checkpoint; raise CheckpointError for a variant that is not supported."""
     path = checkpoint.path
     names = checkpoint.tensors
-    relative = _name_relative(checkpoint)
-    if relative is not None:
+    related = _name_relative(checkpoint)
+    if related is not None:
         raise CheckpointError(
-            f"{path} is {relative}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 "
+            f"{path} is {related}, which is not supported here.\n  Give a HunyuanVideo T2V or SkyReels V1 "
             "checkpoint to --dit.",
             path,
         )

@@ -158,7 +158,7 @@ class HunyuanVideo(OneTransformer):
     def batch_conditions(self, latents: Tensor, batch: data.Batch) -> data.Conditions:
         """Return the conditions of a training batch: text, guidance (B), `condition_latents` (B C F H W).
 
-        The last only for transformers that take an image.
+        Only transformers that take an image have `condition_latents`.
         """
         batch.check(dict.fromkeys(sorted(TEXT_KEYS), "cache_text_encoder_outputs.py"), "the transformer")
         config = self.files.dit_header().config
@@ -268,9 +268,9 @@ class HunyuanVideo(OneTransformer):
         generators = [posterior_generator(prepared.seed)]
         conditions: dict[str, Tensor | list[Tensor]] = {}
         if self._starts_from_image and image is not None:
-            first = encoders.vae.encode(image_pixels(image, width, height), generators) * LATENT.scale
-            length = LATENT.shape(frames, height, width)[2]
-            conditions["condition_latents"] = first_frame_condition(first, length).cpu()
+            image_latents = encoders.vae.encode(image_pixels(image, width, height), generators) * LATENT.scale
+            latent_frames = LATENT.shape(frames, height, width)[2]
+            conditions["condition_latents"] = first_frame_condition(image_latents, latent_frames).cpu()
         return {0: conditions}
 
     def sections(
@@ -280,7 +280,7 @@ class HunyuanVideo(OneTransformer):
         inputs: Mapping[int, data.Conditions],
         noise: NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section.
+        """Yield the video's one section for the denoising loop, and return its latents.
 
         Noise is drawn frame by frame, so that a longer video starts with the noise of a shorter one.
         """

@@ -124,14 +124,14 @@ class LlavaTextEncoder(LanguageModelEncoder):
         """Set up the encoder; `load` reads the files.
 
         Args:
-            path: As in `LanguageModelEncoder`, like `dtype`, `tokenizer` and `form`.
+            path: File or folder of the model, or of a release that holds it in its subfolder `text_encoder`.
             dtype: Compute dtype.
             tokenizer: Folder or file of the tokenizer.
             template: Chat around each prompt.
             skip_layers: Number of layers after the returned state; 0 returns the last state, which is always
                 normed.
             final_norm: Apply the final norm to other states, too.
-            form: Form of the weights in memory.
+            form: Module of `checkpoints.stored` that quantizes the weights; None keeps the file's form.
         """
         use = replace(
             self.usual,
@@ -171,7 +171,7 @@ def find_pad(tokenizer: TextTokenizer) -> int:
     name = pad_token.get("content") if isinstance(pad_token, dict) else pad_token
     candidates = (name, "<pad>", "<|end_of_text|>")
     ids = (tokenizer.number(token) for token in candidates if isinstance(token, str))
-    return next((number for number in ids if number is not None), 0)
+    return next((pad_id for pad_id in ids if pad_id is not None), 0)
 
 
 class HunyuanClip(ClipTextEncoder):

@@ -113,6 +113,7 @@ class HunyuanVae(nn.Module):
             width // PIXELS,
         )
         moments = torch.empty(shape, device=self.device)
+        # a latent frame is made from FRAMES frames, and tiles are cut between latent frames
         cut = Cut(self.tiling.frames // FRAMES, FRAMES, 1)
         start = 0
         for span in compute_in_spans(self._encode, pixels, cut):

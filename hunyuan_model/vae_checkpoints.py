@@ -89,10 +89,10 @@ def _read_widths(
 
     Raises CheckpointError if the file has more or fewer levels than the model.
     """
-    number = dialects.count(sources, re.escape(start) + r"\.\d+")
-    if number != levels:
+    num_levels = dialects.count(sources, re.escape(start) + r"\.\d+")
+    if num_levels != levels:
         raise CheckpointError(
-            f"{checkpoint.path}: {start} has {number} levels, HunyuanVideo's has {levels}. "
+            f"{checkpoint.path}: {start} has {num_levels} levels, HunyuanVideo's has {levels}. "
             f"The file holds another model, or tensors are missing. Give {RELEASE} to --vae.",
             checkpoint.path,
         )

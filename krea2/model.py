@@ -197,7 +197,7 @@ class TextFusion(nn.Module):
         self.refiner_blocks = nn.ModuleList(TextBlock(config.text) for _ in range(config.refiner_blocks))
 
     def forward(self, states: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
-        """Return fused states, B T C, of states B T n C."""
+        """Fuse the n layers of text states for each token, B T n C, to B T C."""
         # states: B T n C -> B T C
         x = states.flatten(0, 1)
         for block in self.layerwise_blocks:

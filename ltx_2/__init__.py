@@ -26,6 +26,7 @@ refused_options: options of musubi-tuner's fork that are rejected, as data
 released: parts of a released file, and their settings
 rope: positions in seconds and pixels, and rotation by them
 audio: mel spectrograms, audio VAE, vocoders, and their files
+source_pasting: source pixels put back over what was kept
 stage_options: options of making clips in two stages
 stages: the two stages of a clip
 text_encoder: Gemma with the connectors behind it

@@ -264,7 +264,7 @@ def load_audio_vae(path: Path, device: torch.device, option: str = "--audio_vae"
 
 
 def load_vocoder(path: Path, device: torch.device, option: str = "--audio_vae") -> Vocoder:
-    """Load the vocoder of LTX-2 or LTX-2.3, from the same kinds of files.
+    """Load the vocoder of LTX-2 or LTX-2.3 from any file that `read_vocoder` accepts.
 
     `option` is the option that named the path. Raises CheckpointError if the file is damaged or holds another
     model.

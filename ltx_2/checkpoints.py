@@ -55,6 +55,7 @@ def _read_config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
     try:
         config = _config(shapes, settings)
         widths = [*(stream.dim for stream in config.streams.values()), config.cross_dim]
+        # rotary embedding rotates pairs of channels, so the width of a head must be even
         fits = all(width % (2 * config.num_heads) == 0 for width in widths)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(
@@ -101,8 +102,9 @@ def _config(shapes: DitShapes, settings: Mapping[str, Any]) -> LtxConfig:
 def _read_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the dimensions that no tensor shows, from a record of settings in either layout.
 
-    Raises ValueError for invalid numbers, and Python's own errors for values of other types.
+    Raises ValueError for invalid numbers, and TypeError or the like for values of other types.
     """
+    # of two names for a setting, the first is diffusers'; the release's one takes precedence
     frames = settings.get("pos_embed_max_pos", 20)
     rows = settings.get("base_height", 2048)
     columns = settings.get("base_width", 2048)

@@ -308,9 +308,9 @@ class Ltx2(Ltx2Media):
         joint = overrides.joint
         image, audio = split_audio(noisy, joint)
         image_times = audio_times = timesteps
-        if timesteps.ndim == 2:
+        if timesteps.ndim == 2:  # a column for each stream
             image_times, audio_times = timesteps.unbind(1)
-        frames = image.shape[2]
+        num_frames = image.shape[2]
         given = overrides.given or GivenTokens()
         if given.keyframes is not None:  # only in training; a generation appends them to the noisy video
             keyframes = self.latent.to_model(given.keyframes.to(noisy.device, noisy.dtype))
@@ -339,12 +339,12 @@ class Ltx2(Ltx2Media):
             keyframes=given.places,
             **arguments_of(cond),
         )
-        if not self.files.has_images:
+        if not self.files.has_images:  # joint latents have a velocity for both streams
             velocity = torch.zeros_like(image)
         if denoised is not None:
             velocity = denoised.pack_velocity(velocity, image, sigma=image_times / 1000)
         if given.keyframes is not None:
-            velocity = velocity[:, :, :frames]
+            velocity = velocity[:, :, :num_frames]  # without the appended keyframes
         if joint is None:
             return velocity
         return joint.join(velocity, audio_velocity)
@@ -432,6 +432,10 @@ class Ltx2(Ltx2Media):
         if self.drive_video is not None:
             check_frames("--drive_video", self.drive_video, prepared.frames)
         check_media(media, prepared, self.latent)
+        if media.paste_source is not None:
+            from ltx_2.source_pasting import add_pasting  # few requests ask for it
+
+            prepared = add_pasting(prepared, media, self.latent)
         return prepared
 
     def _check_audio_reference(self, path: Path, joint: Joint | None, media: Ltx2GivenMedia) -> None:
@@ -520,7 +524,7 @@ class Ltx2(Ltx2Media):
         )
 
     def _make_output_metadata(self, references: RequestReferences, media: Ltx2GivenMedia) -> dict[str, str]:
-        """Return metadata of outputs about given media, references and stages."""
+        """Return the metadata of outputs about conditioning media, references and stages."""
         metadata = media.metadata
         images = references.images
         if references.audio is not None:
@@ -533,8 +537,8 @@ class Ltx2(Ltx2Media):
             metadata["reference_strength"] = f"{self.reference_strength:g}"
         if images and self.reference_attention != (None, 1):
             mask, strength = self.reference_attention
-            words = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
-            metadata["conditioning_attention_mask"] = words
+            mask_and_strength = f"{mask.name} {strength:g}" if mask else f"{strength:g}"
+            metadata["conditioning_attention_mask"] = mask_and_strength
         if self.stages is not None:
             metadata |= self.stages.metadata
         return metadata
@@ -638,7 +642,7 @@ class Ltx2(Ltx2Media):
         return {FIRST: vae.encode(pixels.to(vae.device)).float().cpu(), **conditions}
 
     def _encode_given(self, vae: Any, prepared: Prepared) -> dict[str, Tensor]:
-        """Return the latents of the parts of the result that are kept, and the share of each that is kept."""
+        """Return the latents of the media that the result contains, and how much of each stays clean."""
         media = media_of(self.given, prepared.request)
 
         def encode_pixels(pixels: Tensor) -> Tensor:
@@ -781,7 +785,7 @@ def _device_of(vae: Any) -> torch.device:
 
 
 def _name_texts(conditions: Conditions, device: torch.device) -> dict[str, Tensor]:
-    """Return the texts among the conditions under the names of the network's arguments."""
+    """Return the text embeddings of the conditions, keyed by the names of the network's arguments."""
     names = {"text": prompt_key(VIDEO), "audio_text": prompt_key(AUDIO)}
     present = {argument: name for argument, name in names.items() if name in conditions}
     return name_texts(conditions, present, device)

@@ -61,7 +61,7 @@ AUDIO_SETTINGS: Settings = {"latent_channels": 8, "mel_bins": 64, "in_channels":
 
 @dataclass(frozen=True)
 class Ltx2Files(TransformerFiles):
-    """Files of a run. A part without an option of its own is in the released file or folder."""
+    """Files of a run. A part that has no option is read from the released file or folder."""
 
     checkpoint: Path | None = None
     audio_vae: Path | None = None
@@ -211,7 +211,7 @@ class Ltx2Files(TransformerFiles):
             )
 
     def audio_identity(self) -> dict[str, str]:
-        """Return what cached audio depends on besides the samples; the VAE is always float32."""
+        """Return what cached audio depends on besides the samples. The VAE always computes in float32."""
         return {"audio_vae": fingerprint(self.audio_path("audio_vae"))}
 
     def load_audio(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:

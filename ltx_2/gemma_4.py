@@ -33,17 +33,17 @@ def read_settings(
     """
     layers = _list_layer_types(num_layers, shapes)
     rope = settings.get("rope_parameters") or {}
-    far = rope.get(FAR) or {}
-    near = rope.get(NEAR) or {}
-    theta = float(far.get("rope_theta", THETA))
-    near_theta = float(near.get("rope_theta", NEAR_THETA))
-    rotated_share = float(far.get("partial_rotary_factor", 0.25))
+    full = rope.get(FAR) or {}
+    sliding = rope.get(NEAR) or {}
+    theta = float(full.get("rope_theta", THETA))
+    sliding_theta = float(sliding.get("rope_theta", NEAR_THETA))
+    rotated_share = float(full.get("partial_rotary_factor", 0.25))
     window = int(settings.get("sliding_window", WINDOW))
     has_kinds = (
-        far.get("rope_type", "proportional") == "proportional"
-        and near.get("rope_type", "default") == "default"
+        full.get("rope_type", "proportional") == "proportional"
+        and sliding.get("rope_type", "default") == "default"
     )
-    are_finite = all(0 < number < math.inf for number in (theta, near_theta, window))
+    are_finite = all(0 < number < math.inf for number in (theta, sliding_theta, window))
     if not has_kinds or not are_finite:
         raise ValueError(f"rotary frequencies {rope}, sliding_window {window}")
     layer_types = settings.get("layer_types")
@@ -51,13 +51,13 @@ def read_settings(
         raise ValueError(f"partial_rotary_factor {rotated_share}, layer_types {layer_types} for {layers}")
     if layers[-1] != FAR:
         raise ValueError(f"{num_layers} layers, of which the last one sees a window of tokens")
-    far_layer = f"layers.{layers.index(FAR)}.self_attn"
-    (width,) = shapes.get(f"{far_layer}.q_norm.weight", (0,))
-    rows = shapes.get(f"{far_layer}.k_proj.weight", (0,))[0]
+    full_layer = f"layers.{layers.index(FAR)}.self_attn"
+    (width,) = shapes.get(f"{full_layer}.q_norm.weight", (0,))
+    rows = shapes.get(f"{full_layer}.k_proj.weight", (0,))[0]
     if width < 2 or rows < width or rows % width:
         raise ValueError(f"{rows} rows of keys for heads of {width} channels")
-    near_rope = {"rope_type": "default", "rope_theta": near_theta}
-    far_rope = {
+    sliding_rope = {"rope_type": "default", "rope_theta": sliding_theta}
+    full_rope = {
         "rope_type": "proportional",
         "partial_rotary_factor": rotated_share,
         "rope_theta": theta,
@@ -68,7 +68,7 @@ def read_settings(
         "num_global_key_value_heads": rows // width,
         "attention_k_eq_v": True,
         "sliding_window": window,
-        "rope_parameters": {NEAR: near_rope, FAR: far_rope},
+        "rope_parameters": {NEAR: sliding_rope, FAR: full_rope},
     }
 
 

@@ -76,6 +76,11 @@ def media_of(media: Ltx2GivenMedia, request: Request) -> Ltx2GivenMedia:
         raise OptionError(
             f"--inpaint_source {media.inpaint_source}: give --{MASK} or --retake, which say what to change"
         )
+    if media.paste_source is not None and not (media.inpaint_mask or media.outpaint_source):
+        raise OptionError(
+            f"--paste_source {media.paste_source}: there is no clip to paste. Give --{MASK} or "
+            "--outpaint_source, or leave it out"
+        )
     return media
 
 
@@ -219,7 +224,7 @@ def encode_images(
             height=prepared.height,
             frames=prepared.frames,
         )
-        given.keep(encode(pixels), _mark_kept(media, prepared, latent, given))
+        given.keep(encode(pixels), mark_kept(media, prepared, latent))
     if media.extend_prefix is not None:
         count = count_end(media, "extend_prefix", latent)
         frames = deque(_frames_of(media.extend_prefix), maxlen=count)
@@ -260,10 +265,15 @@ def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
     return canvas
 
 
-def _mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec, given: GivenImages) -> Tensor:
-    """Return which latents are kept of the source that is changed, F H W bool, or F 1 1."""
+def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
+    """Return which latents are kept of the source that is changed, F H W bool, or F 1 1.
+
+    Raises:
+        OptionError: If the mask keeps all or nothing, or is a clip with too few frames.
+    """
     if media.retaken is not None:
-        starts, ends = video_bounds(given.frames, latent.frame_step, prepared.fps)
+        frames = latent.shape(prepared.frames, prepared.height, prepared.width)[2]
+        starts, ends = video_bounds(frames, latent.frame_step, prepared.fps)
         return ~touch(starts, ends, media.retaken)[:, None, None]
     assert media.inpaint_mask is not None  # checked by the options
     size = (prepared.width, prepared.height, prepared.frames)
@@ -289,7 +299,10 @@ def _mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec, gi
 
 
 def touch(starts: Tensor, ends: Tensor, interval: tuple[float, float]) -> Tensor:
-    """Return which latents, from `starts` to `ends` in seconds, overlap an interval."""
+    """Return a mask of the latents that overlap an interval.
+
+    `starts` and `ends` are the times of each latent, in seconds.
+    """
     start, end = interval
     return (ends > start) & (starts < end)
 

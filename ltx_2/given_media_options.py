@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 from modules.errors import OptionError
 from modules.options import OF_REQUEST, Options, of_request, option
 
+FEATHER = 16  # pixels, half of a latent: what is generated beside a latent hardly changes more of it
+
 
 class Rectangle(NamedTuple):
     """A part of an image, in pixels."""
@@ -116,6 +118,19 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
         ignored_without="inpaint_mask",
         facts=OF_REQUEST,
     )
+    paste_source: int | None = option(
+        "put the pixels of --inpaint_source or --outpaint_source back over what is kept of them in the "
+        "decoded result; PIXELS: over how many pixels from the edge of what is kept the two are blended; "
+        f"without a value {FEATHER}",
+        nargs="?",
+        const=FEATHER,
+        metavar="PIXELS",
+        minimum=0,
+        maximum=1024,
+        excludes=("retake", "extend_prefix", "extend_suffix", "latent_frame"),
+        hint="only pixels of one clip, kept in all frames, are put back",
+        facts=OF_REQUEST,
+    )
     retake: str | None = option(
         "START,END in seconds: what is made anew of --inpaint_source, images and audio",
         needs="inpaint_source",
@@ -139,7 +154,7 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def region(self) -> Rectangle | None:
-        """Region of the result in which the source of outpainting is placed; None without it."""
+        """Region of the result in which the source of outpainting is placed; None without outpainting."""
         if self.outpaint_region is None:
             return None
         words = self.outpaint_region.split(",")
@@ -176,12 +191,15 @@ class Ltx2GivenMedia(Options, title="given parts of the result"):
 
     @property
     def metadata(self) -> dict[str, str]:
-        """What is given, for the metadata of a result: by option, files without their folders."""
+        """What is given, for the metadata of a result: by option, files without their folders.
+
+        Without --paste_source, which changes no latents: only a decoded result records it.
+        """
         texts = {}
         without = Ltx2GivenMedia()
         for field in fields(self):
             value = getattr(self, field.name)
-            if value != getattr(without, field.name):
+            if value != getattr(without, field.name) and field.name != "paste_source":
                 texts[field.name] = value.name if isinstance(value, Path) else str(value)
         for name, images in (("keyframe", self.keyframes), ("latent_frame", self.latent_frames)):
             if images:

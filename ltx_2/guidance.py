@@ -18,7 +18,7 @@ def guidance_rules(
     is_alone: bool = False,
     identity: float = 0.0,
 ) -> GuidanceRules:
-    """Return the weights of guidance: the options' values, else the released ones.
+    """Return the weights of guidance: those of the options, else the released defaults.
 
     Args:
         options: The options.
@@ -26,7 +26,7 @@ def guidance_rules(
         num_blocks: Number of blocks of the network.
         perturbed: Block whose self-attention the release skips.
         is_alone: Audio is generated without video.
-        identity: Weight of identity guidance, of the audio alone.
+        identity: Weight of identity guidance, which acts on the audio only.
 
     Raises:
         OptionError: If --stg_blocks names a block that does not exist.
@@ -36,6 +36,7 @@ def guidance_rules(
     if text_scales[AUDIO] is None and scale is None:
         text_scales[AUDIO] = 7.0  # as in the release, like the other defaults here
     modality_scales = {VIDEO: options.video_modality_scale, AUDIO: options.audio_modality_scale}
+    # a network smaller than the release may lack the block
     skipped = options.stg_blocks or (min(perturbed, num_blocks - 1),)
     if max(skipped) >= num_blocks:
         raise OptionError(f"--stg_blocks {max(skipped)}: the model has the blocks 0 to {num_blocks - 1}")
@@ -48,6 +49,7 @@ def guidance_rules(
             rescale=_select_weight(options.rescaling(stream), 0.7),
         )
 
+    # without video there is nothing to guide in its stream
     image = StreamGuidance(text=1.0) if is_alone else guidance_of(VIDEO)
     audio = replace(guidance_of(AUDIO), identity=identity)
     return GuidanceRules(streams=(image, audio), perturbed_blocks=frozenset(skipped))

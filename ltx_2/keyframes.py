@@ -105,20 +105,20 @@ def append_keyframes(
         section: A section that starts from noise.
         conditions: From `take_keyframes`.
         joint: Shapes of its video and audio; None for video alone.
-        noise: Source of the noise of keyframes that are not kept entirely.
+        noise: Source of the noise of keyframes that do not stay entirely clean.
         level: Noise level at which the section starts.
     """
     start = section.noise
     image, audio = (start, None) if joint is None else joint.split(start)
-    clean, places, shares = (conditions[name] for name in (KEYFRAMES, PLACES, SHARES))
+    clean, frame_indices, shares = (conditions[name] for name in (KEYFRAMES, PLACES, SHARES))
     assert isinstance(clean, Tensor)
-    assert isinstance(places, Tensor)
+    assert isinstance(frame_indices, Tensor)
     assert isinstance(shares, Tensor)
     clean = clean.to(start.device)
-    num_generated = int((shares == 0).sum())  # given images are kept in part at least
+    num_generated = int((shares == 0).sum())  # given images have a share above 0
     shares = shares[:, None, :, None, None].expand(1, 1, *clean.shape[2:])
-    kept = clean_fraction(shares, clean).expand_as(clean)
-    levels = level * (1 - kept)
+    kept_share = clean_fraction(shares, clean).expand_as(clean)
+    levels = level * (1 - kept_share)
     noisy = (1 - levels) * clean + levels * noise.draw(clean.shape).to(clean.device)
 
     def append(latents: Tensor, keyframes: Tensor) -> Tensor:
@@ -130,7 +130,8 @@ def append_keyframes(
     held = section.held or HeldLatents(torch.zeros_like(start), torch.zeros_like(start))
     given = append_shares(section.overrides.given, image, shares)
     overrides = replace(
-        section.overrides, given=replace(given, places=tuple(places[0].tolist()), num_generated=num_generated)
+        section.overrides,
+        given=replace(given, places=tuple(frame_indices[0].tolist()), num_generated=num_generated),
     )
     if joint is not None and audio is not None:
         channels, frames, rows, columns = joint.picture
@@ -139,19 +140,19 @@ def append_keyframes(
     return replace(
         section,
         noise=append(start, noisy),
-        held=HeldLatents(append(held.clean, clean), append(held.shares, kept)),
+        held=HeldLatents(append(held.clean, clean), append(held.shares, kept_share)),
         overrides=overrides,
         shown=image.shape[2],
     )
 
 
 def append_shares(given: GivenTokens | None, image: Tensor, shares: Tensor) -> GivenTokens:
-    """Return how much of each latent of a clip, and of the keyframes after it, is given.
+    """Return the clean share of each latent of a clip, and of the keyframes after it.
 
     Args:
-        given: What is given of the clip alone; None if it is nothing.
-        image: Latents of the clip, B C F H W, for their shape.
-        shares: Those of the keyframes, B 1 K H W int16.
+        given: Clean shares of the clip alone; None if all of it is generated.
+        image: Latents of the clip, B C F H W, of which only the shape is used.
+        shares: Clean shares of the keyframes, B 1 K H W int16.
     """
     given = given or GivenTokens()
     of_image = given.image
@@ -167,21 +168,21 @@ def append_learned(
 
     Args:
         image: Noisy latents of the clips, B C F H W.
-        given: What is given of the clips, with shares and noise of their keyframes.
+        given: Clean shares of the clips, and shares and noise of their keyframes.
         keyframes: Clean latents in model space, B C K H W.
         sigmas: Noise level of each sample, B.
 
     Returns:
-        The latents, and how much is given of each of them, keyframes included.
+        The latents with the keyframes, and the clean share of each of them.
     """
     _, _, _, rows, columns = keyframes.shape
     assert given.keyframe_shares is not None
     shares = given.keyframe_shares[:, None, :, None, None]
     if given.keyframe_noise is not None:
-        kept = clean_fraction(shares, keyframes)
-        levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - kept)
+        kept_share = clean_fraction(shares, keyframes)
+        levels = sigmas.view(-1, 1, 1, 1, 1) * (1 - kept_share)
         # a clip that does not see a keyframe gets noise alone for it, as the clip itself would be in it
-        levels = levels.masked_fill(kept == 0, 1)
+        levels = levels.masked_fill(kept_share == 0, 1)
         noise = given.keyframe_noise.to(keyframes.device)
         keyframes = ((1 - levels) * keyframes + levels * noise).to(image.dtype)
     shares = shares.expand(-1, -1, -1, rows, columns)

@@ -182,12 +182,15 @@ class LtxModel(nn.Module):
         if config.projects_text:
             sizes = (stream.text_dim, dim, dim)
             parts[f"{prefix}caption_projection"] = TwoLayers("linear_1 linear_2", sizes, gelu)
+        # shift, scale and gate of each sublayer: the attention to the text may have none
         parts[f"{prefix}adaln_single"] = modulation(9 if config.modulates_text else 6)
         if config.modulates_text and config.times_text:
             parts[f"{prefix}prompt_adaln_single"] = modulation(2)
         if len(config.streams) == 2:
+            # of the attention between the streams: scale and shift as query and as key, and the gate
             parts[names.cross_rows] = modulation(4)
             parts[names.cross_gate] = modulation(1)
+        # shift and scale of the output
         parts[f"{prefix}scale_shift_table"] = nn.Parameter(torch.zeros(2, dim))
         parts[f"{prefix}proj_out"] = nn.Linear(dim, stream.channels)
         parts[f"{prefix}norm_out"] = Float32LayerNorm(dim, EPS)
@@ -215,16 +218,16 @@ class LtxModel(nn.Module):
         references: References = NO_REFERENCES,
         keyframes: Sequence[int] = (),
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Return the velocities of video and audio in float32; None for a stream that is not given.
+        """Return the velocities of video and audio in float32; None for a stream without input.
 
         Args:
             noisy: Latents of the video, B Z F H W; None for audio alone.
-            timesteps: B, 0..1000; 0 for a video that is given.
+            timesteps: B, 0..1000; 0 for a clean video.
             text: States for the video stream, B T text_dim, without a mask.
             fps: Frame rate of the video.
             audio: Latents of the audio, B Z M K with K bins each; None for video alone, which uses no weight
                 of the audio stream.
-            audio_timesteps: B, 0 for audio that is given; None: those of the video.
+            audio_timesteps: B, 0 for clean audio; None: those of the video.
             audio_text: States for the audio stream, B T text_dim.
             has_sound: B, whether each sample has audio; other samples' audio does not influence their video.
                 None: all samples have audio.
@@ -271,13 +274,13 @@ class LtxModel(nn.Module):
     ) -> Hidden:
         """Return the tokens of all streams, B L+M W, and the other inputs of the blocks.
 
-        References come before the tokens of their stream; attention depends on positions only, not on the
-        order.
+        The arguments are those of `forward`, by stream. References come before the tokens of their stream;
+        attention depends on positions only, not on the order of tokens.
         """
         self._check(latents, texts)
-        first = next(iter(latents.values()))
-        dtype = activation_dtype(first.device, self.compute_dtype)
-        prompts = overrides.texts(len(first), text=texts[VIDEO], audio_text=texts[SOUND])
+        first_latents = next(iter(latents.values()))
+        dtype = activation_dtype(first_latents.device, self.compute_dtype)
+        prompts = overrides.texts(len(first_latents), text=texts[VIDEO], audio_text=texts[SOUND])
         sees_other = len(latents) == 2 and not overrides.isolated
         parts = {}
         streams = {}
@@ -304,6 +307,7 @@ class LtxModel(nn.Module):
             stream = self._embed_stream(inputs, [text.to(dtype) for text in stream_texts], fps)
             if sees_other:
                 other_times = timesteps[SOUND if is_video else VIDEO]
+                # audio of a sample without sound must not influence its video
                 influence = has_sound if is_video else None
                 cross = self._embed_cross(inputs, other_times, influence, fps)
                 stream = replace(stream, cross=cross)
@@ -328,6 +332,7 @@ class LtxModel(nn.Module):
         references = inputs.references
         num_hidden, num_without_text = 0, 0
         if isinstance(references, LtxAudioReferences):
+            # all tokens of references, or none
             num_hidden = sum(references.counts) * references.is_hidden_from_video
             num_without_text = sum(references.counts) * references.is_without_text
         return Stream(

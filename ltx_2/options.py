@@ -371,17 +371,17 @@ def with_recipe(options: R) -> R:
     path = options.given.ltx2_conditioning_config
     if path is None:
         return options
-    who = f"--ltx2_conditioning_config {path}"
+    source = f"--ltx2_conditioning_config {path}"
     values = read_recipe(path, options.model.streams)
     for record in (options, options.given):
         for field in fields(record):
             name = option_name(field)
             if name in values:
-                values[name] = check_value(name, values[name], who)
+                values[name] = check_value(name, values[name], source)
                 typed = getattr(record, field.name)
                 if is_given(record, field) and typed != values[name]:
                     raise OptionError(
-                        f"--{name} {typed} and {who}, which says {values[name]}: give one of them"
+                        f"--{name} {typed} and {source}, which says {values[name]}: give one of them"
                     )
     return override_options(options, {**values, "ltx2_conditioning_config": None})
 

@@ -177,7 +177,7 @@ def two_stages(options: Ltx2StageOptions) -> TwoStages | None:
     ends_early = False
     if isinstance(options, Ltx2OfficialStages):
         for path, strength in options.first_loras:
-            loras.append(StageLora(path, _LORA, strength, 0.0))
+            loras.append(StageLora(path, _LORA, strength, 0.0))  # not in the second stage
         ends_early = options.skip_stage_2
     return TwoStages(upscalers, options.sample_stage2_steps, tuple(loras), ends_early)
 
@@ -249,6 +249,7 @@ def stage_sections(
     start = second.joint.join(start, audio_start)
     section = begin(second, 1, start)
     latents = yield _of_stage(section, second, 1)
+    # the result has the audio of the first stage; the second stage only lets it influence the images
     image, _ = second.joint.split(latents)
     return second.joint.join(image, audio)
 

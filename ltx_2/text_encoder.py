@@ -54,22 +54,22 @@ def read_settings(
     Reads the keys of transformers 4 and 5. Raises ValueError or TypeError for invalid values.
     """
     rope = settings.get("rope_parameters") or {}
-    far = rope.get(FAR) or {}
-    near = rope.get(NEAR) or {}
+    full = rope.get(FAR) or {}
+    sliding = rope.get(NEAR) or {}
     old_scaling = settings.get("rope_scaling") or {}
-    scaling = far if rope else old_scaling
+    scaling = full if rope else old_scaling
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     stretch = float(scaling.get("factor", 1.0)) if settings else STRETCH
     # transformers 5 has bases by the kind of layer, 4 has one name for each
     theta = settings.get("rope_theta", THETA)
-    theta = float(far.get("rope_theta", theta))
-    near_theta = settings.get("rope_local_base_freq", NEAR_THETA)
-    near_theta = float(near.get("rope_theta", near_theta))
+    theta = float(full.get("rope_theta", theta))
+    sliding_theta = settings.get("rope_local_base_freq", NEAR_THETA)
+    sliding_theta = float(sliding.get("rope_theta", sliding_theta))
     scalar = int(settings.get("query_pre_attn_scalar", head_width))
     window = int(settings.get("sliding_window", WINDOW))
     pattern = settings.get("_sliding_window_pattern", PATTERN)
     pattern = int(settings.get("sliding_window_pattern", pattern))
-    numbers = (stretch, theta, near_theta, scalar, window, pattern)
+    numbers = (stretch, theta, sliding_theta, scalar, window, pattern)
     are_possible = all(0 < number < math.inf for number in numbers)
     if kind not in ("default", "linear") or not are_possible:
         listed = ", ".join(map(str, numbers))
@@ -79,7 +79,7 @@ def read_settings(
         rope_scaling = {"rope_type": "linear", "factor": stretch}
     return {
         "rope_theta": theta,
-        "rope_local_base_freq": near_theta,
+        "rope_local_base_freq": sliding_theta,
         "rope_scaling": rope_scaling,
         "query_pre_attn_scalar": scalar,
         "sliding_window": window,

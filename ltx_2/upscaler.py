@@ -63,6 +63,7 @@ def read_upscaler(checkpoint: Checkpoint, option: str) -> LoadPlan[Settings]:
         raise rejection
     if side is None or (side > 2 and not is_rational):
         raise rejection
+    # a factor of 3 is the numerator of a fraction whose denominator no tensor shows
     scale = _scale(checkpoint, option) if side == 3 else SCALES.get(side, 2.0)
     settings = {
         "in_channels": channels,

@@ -57,10 +57,10 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[VideoVaeConfig]:
     encoder = _read_half(shape, sources, "encoder", rejection)
     decoder = _read_half(shape, sources, "decoder", rejection)
     config = _with_info(checkpoint, encoder, decoder)
-    colors = shape("encoder.conv_in.conv.weight", 5)[1]
-    if colors != 3 * config.patch**2:
+    patch_width = shape("encoder.conv_in.conv.weight", 5)[1]
+    if patch_width != 3 * config.patch**2:  # 3 colors for each pixel of a patch
         raise rejection
-    if shape("decoder.conv_out.conv.weight", 5)[0] != colors or not _halves_fit(config):
+    if shape("decoder.conv_out.conv.weight", 5)[0] != patch_width or not _halves_fit(config):
         raise rejection
     return LoadPlan(config, checkpoint, sources, UNUSED)
 
@@ -147,7 +147,7 @@ def _translate_flat_names(names: Iterable[str]) -> Callable[[str], str]:
 def _read_half(
     shape: Callable[..., tuple[int, ...]], names: Iterable[str], half: str, rejection: CheckpointError
 ) -> HalfConfig:
-    """Read the encoder or the decoder; what no tensor shows is as in LTX-2.3.
+    """Read the encoder or the decoder; settings that no tensor shows are those of LTX-2.3.
 
     The factor of a resampling layer follows from its channels and those after it.
     """
@@ -158,6 +158,7 @@ def _read_half(
     width_out, last_width = shape(f"{half}.conv_out.conv.weight", 5)[:2]
     width = last_width  # channels after the current part
     num_parts = count(names, rf"{re.escape(start)}\.\d+")
+    # from the last part backward: a resampling layer's factor needs the width after it
     for index in reversed(range(num_parts)):
         name = f"{start}.{index}"
         if f"{name}.conv.conv.weight" in names:
@@ -188,7 +189,7 @@ def _read_half(
 
 
 def _with_info(checkpoint: Checkpoint, encoder: HalfConfig, decoder: HalfConfig) -> VideoVaeConfig:
-    """Add what no tensor shows. Raises CheckpointError if the file's settings cannot be used."""
+    """Add the settings that no tensor shows. Raises CheckpointError if those of the file cannot be used."""
     path = checkpoint.path
     settings = read_settings(checkpoint, "vae", DIFFUSERS_CLASS)
     try:
@@ -208,7 +209,7 @@ def _apply_settings(
 ) -> tuple[HalfConfig, HalfConfig]:
     """Add paddings, shortcuts and causality to both halves.
 
-    Raises ValueError for invalid settings, and Python's own errors for values of other types.
+    Raises ValueError for invalid settings, and TypeError or the like for values of other types.
     """
     is_first = [part.factors for part in decoder.resamplings] == 3 * [FACTORS[8]]
     shortcuts = _read_shortcuts(settings, len(decoder.resamplings), is_first)

@@ -121,6 +121,7 @@ def encode_references(
             raise MediaError(str(error)) from error
         audio = reference.path if reference.kind == AUDIO else reference.audio
         if audio is not None:
+            # a single picture has no length that could limit the audio
             seconds = frames / FPS if frames > 1 else MAX_SECONDS
             samples = read_reference_audio(audio, seconds)
             tensors[reference_key(index, AUDIO)] = audio_vae.encode(samples)[0]

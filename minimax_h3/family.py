@@ -209,7 +209,7 @@ class MiniMaxH3(OneTransformer):
             self.caching.check_table(table)
 
     def sections_of(self, table: MediaTable, frames: int) -> int | None:
-        """Return None: clips are cached as a whole.
+        """Return None, because clips are cached as a whole.
 
         Raises MediaError if the model does not take the length.
         """
@@ -313,23 +313,23 @@ class MiniMaxH3(OneTransformer):
         images, audios = joint.split(noisy)
         if timesteps.ndim == 1:  # equal shifts: one level for both
             timesteps = timesteps.unsqueeze(1).expand(-1, 2)
-        times = (1 - timesteps.double() / 1000).tolist()
+        times = (1 - timesteps.double() / 1000).tolist()  # the network's time is 0 for noise, 1 for clean
         velocities = []
         for sample, (image_time, audio_time) in enumerate(times):
             rows = slice(sample, sample + 1)
-            is_shown = (cond[TAGS][sample] == 0).tolist()
+            is_of_image = (cond[TAGS][sample] == 0).tolist()
             placement = self._place_conditions(cond, sample, images)
             image, audio = dit(
                 images[rows],
                 audios[rows],
                 (image_time, audio_time),
                 send(cond[KEY][sample], noisy.device).unsqueeze(0),
-                shown=is_shown if any(is_shown) else (),
+                shown=is_of_image if any(is_of_image) else (),
                 start=placement.start,
                 conditions=placement.conditions,
                 overrides=overrides,
             )
-            velocities.append(-joint.join(image, audio))
+            velocities.append(-joint.join(image, audio))  # the network predicts latents - noise
         return torch.cat(velocities)
 
     def _place_conditions(self, cond: Conditions, sample: int, pictures: Tensor) -> H3Placement:
@@ -390,7 +390,7 @@ class MiniMaxH3(OneTransformer):
             flow_shift=flow_shift,
             default_negative=None,
         )
-        _, *image = self.latent.shape(frames, height, width)
+        _, *image = self.latent.shape(frames, height, width)  # without the axis of samples
         channels, length, rows, columns = image
         sources = self._make_sources(media, (width, height), frames)
         if not media.references:
@@ -401,6 +401,7 @@ class MiniMaxH3(OneTransformer):
             family_record=H3Request(media, sources),
             own_metadata=_describe_media(media),
             joint=Joint((channels, length, rows, columns), self.audio.shape(frames, FPS)),
+            # relative: it turns the noise levels of images into those of the audio
             audio_shift=_find_audio_shift(request, self.noise) / flow_shift,
         )
 

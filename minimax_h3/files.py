@@ -235,7 +235,7 @@ class H3Files(LanguageModelFiles):
         )
 
     def vae_identity(self) -> dict[str, str]:
-        """Return what latents depend on apart from pixels and audio; all is encoded in float32."""
+        """Return what latents depend on apart from pixels and audio. Encoding is always in float32."""
         tile = self.vae_tile or TILE
         return {"vae": fingerprint(self.vae_path), "tile": str(tile), **self.audio_identity()}
 
@@ -293,7 +293,7 @@ class H3Files(LanguageModelFiles):
         return replace(super().add_text(options), text_form=options.form)
 
     def check(self, needed: Collection[str] = ()) -> None:
-        """Check the task, and the files that are given or needed. Loads nothing."""
+        """Check the task, and the files that are named or needed. No weights are loaded."""
         self.check_task()
         super().check(needed)
 

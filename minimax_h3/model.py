@@ -280,7 +280,7 @@ class H3Model(nn.Module):
         self.video_patch_proj = nn.Linear(config.channels * PATCH**2, dim)
         self.audio_patch_proj = nn.Linear(config.audio_channels, dim)
         self.condition_proj = nn.Linear(config.text_dim, dim)
-        if config.table_rows:
+        if config.table_rows:  # a pruned file has a table in place of the time embedder
             self.adaln_t_table = nn.Parameter(torch.zeros(config.table_rows, config.time_dim))
         else:
             layers = {
@@ -349,10 +349,10 @@ class H3Model(nn.Module):
         self._check_sizes(noisy, audio)
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         num_text = text.shape[1]
-        begin = float(num_text) if start is None else start
+        first_time = float(num_text) if start is None else start
         grid = ImageGrid(noisy.shape[2], noisy.shape[3] // PATCH, noisy.shape[4] // PATCH)
-        learned_audio = H3Condition(audio, AudioPlace(audio.shape[3], begin, grid))
-        media = [H3Condition(noisy, ImagePlace(grid, begin)), learned_audio, *conditions]
+        learned_audio = H3Condition(audio, AudioPlace(audio.shape[3], first_time, grid))
+        media = [H3Condition(noisy, ImagePlace(grid, first_time)), learned_audio, *conditions]
         parts = [self._embed_medium(medium) for medium in media]
         # Tokens share a level if the same rule sets it, even if the values of two rules are equal: compiled
         # blocks depend on which tokens share one, and both schedules begin at the same level.
@@ -368,7 +368,7 @@ class H3Model(nn.Module):
         places = tuple(medium.place for medium in media)
         tokens = H3Tokens(
             grid,
-            audio=segments[1].tokens,
+            audio=segments[1].tokens,  # the second medium is the noisy audio
             rotary=self._rotary.get_table((places, num_text), noisy.device),
             times=self._embed_times(list(levels.values()), noisy.device),
             slots=tuple(KINDS * segment.time + segment.kind for segment in segments),

@@ -406,7 +406,7 @@ def resolve_generation(shared: T, own_options: H3GenerationOptions) -> tuple[T, 
     options: Any = shared
     request = options.request
     check_guidance(request.guidance_scale, "--guidance_scale")
-    shares_passes = options.speed.joined.divides_passes
+    shares_passes = options.speed.modes.divides_passes
     if shares_passes:
         raise OptionError(
             f"{shares_passes} shares the passes with and without the prompt among processes, and "
@@ -438,23 +438,23 @@ def _resolve_size(size: Sequence[int] | None, own_options: H3GenerationOptions) 
     Raises OptionError if two options give different ones.
     """
     own_size = None
-    words = f"--ratio {own_options.ratio}"
+    typed = f"--ratio {own_options.ratio}"
     if own_options.ratio == ADAPTIVE:
         if size is not None:
-            raise OptionError(f"{words} and --video_size: give one of them")
+            raise OptionError(f"{typed} and --video_size: give one of them")
         return None
     if own_options.ratio is not None:
         width, height = map(int, own_options.ratio.split(":"))
         own_size = canvas(width / height)
     elif own_options.height is not None and own_options.width is not None:
         own_size = (own_options.height, own_options.width)
-        words = f"--height {own_size[0]} --width {own_size[1]}"
-    given = None if size is None else (size[0], size[1])
-    if None not in (own_size, given) and own_size != given:
+        typed = f"--height {own_size[0]} --width {own_size[1]}"
+    shared_size = None if size is None else (size[0], size[1])
+    if None not in (own_size, shared_size) and own_size != shared_size:
         raise OptionError(
-            f"{words} and --video_size {' '.join(map(str, size or ()))} differ: give one of them"
+            f"{typed} and --video_size {' '.join(map(str, size or ()))} differ: give one of them"
         )
-    return own_size or given or SIZE
+    return own_size or shared_size or SIZE
 
 
 def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int:
@@ -469,7 +469,7 @@ def _resolve_frames(frames: int | None, own_options: H3GenerationOptions) -> int
 
 
 def resolve_length(frames: int | None, seconds: float | None) -> int:
-    """Return the number of frames. Raises OptionError if both are given."""
+    """Return the number of frames. Raises OptionError if both options are set."""
     if seconds is None:
         return FRAMES if frames is None else frames
     if frames is not None:

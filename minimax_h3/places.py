@@ -61,7 +61,7 @@ def last_frame_place(start: float, frames: int) -> float:
 
 
 def clip_span(frames: int) -> float:
-    """Return the duration of a reference clip of `frames` latent frames: the sum of theirs, as released."""
+    """Return the duration of a reference clip of `frames` latent frames, the sum of their durations."""
     return float(sum(spans(frames).tolist()))
 
 

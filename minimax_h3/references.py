@@ -110,7 +110,7 @@ def read_media(request: Request) -> H3Media:
             "--condition_image is for a single picture (--one_frame_inference). Give the frames of a clip to "
             "--first_frame and --last_frame"
         )
-    if places is not None:
+    if places is not None:  # a single picture takes its keyframes as control images
         controls = (*(path for path in (first, last) if path is not None), *controls)
         first = last = None
         _check_places(places, len(controls))

@@ -38,7 +38,7 @@ CLEAN = "clean_shares"  # in conditions of a training: `Clean`, 2 float32 on the
 
 
 class Clean(NamedTuple):
-    """Fractions of the latents in conditions; the rest is noise."""
+    """Fraction of clean latents in the conditions, by kind; the rest of the mixture is noise."""
 
     visual: float  # noise level of images and clips
     audio: float

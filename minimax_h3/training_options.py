@@ -403,7 +403,7 @@ def _translate_guidance(args: argparse.Namespace, shared: Shared) -> None:
 
 def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
     """Translate the options of the model's own trainer for teacher matching to those in `shared`."""
-    own = H3TargetOptions.usual()
+    defaults = H3TargetOptions.usual()
     own_names = {
         "h3_teacher_loss_dc_weight": "teacher_colour_weight",
         "h3_teacher_loss_mag_weight": "teacher_size_weight",
@@ -420,7 +420,7 @@ def _translate_teacher(args: argparse.Namespace, shared: Shared) -> None:
     name = "--h3_teacher_condition_sigma_max"
     shared["teacher_max_timestep"] = name, in_thousandths(name, args.h3_teacher_condition_sigma_max)
     for own_name, shared_name in own_names.items():
-        if getattr(args, own_name) != getattr(own, own_name) or own_name in args.typed_options:
+        if getattr(args, own_name) != getattr(defaults, own_name) or own_name in args.typed_options:
             shared[shared_name] = f"--{own_name}", getattr(args, own_name)
     if "teacher_anchor_weight" in shared and args.h3_teacher_condition_sigma_max == 1:
         raise OptionError(

@@ -61,16 +61,16 @@ def read_video_vae(checkpoint: Checkpoint) -> LoadPlan[H3VideoVaeConfig]:
     stored = plain_sources(checkpoint)
     stored_shapes = {name: info.shape for name, info in names.items()}
     has_encoder = "encoder.conv_in.weight" in names
-    facts = _read_declared_info(checkpoint)
+    declared = _read_declared_info(checkpoint)
     if has_encoder and "decoder.transformer_blocks.0.attn.to_qkv.weight" in names:
-        sources = _separate_heads(stored, facts.head_width)
+        sources = _separate_heads(stored, declared.head_width)
         shapes = stored_shapes
     elif has_encoder and "decoder.transformer_blocks.0.attn.to_q.weight" in names:
         sources = _from_diffusers(stored)
         shapes = joined_shapes(stored_shapes, DIFFUSERS)
     else:
         raise other_kind(checkpoint, WHAT, "--vae", FILES)
-    return LoadPlan(_read_config(checkpoint, shapes, facts), checkpoint, sources, UNUSED)
+    return LoadPlan(_read_config(checkpoint, shapes, declared), checkpoint, sources, UNUSED)
 
 
 def _from_diffusers(stored: Mapping[str, TensorSource]) -> Mapping[str, TensorSource]:
@@ -115,7 +115,7 @@ _KEYS: Mapping[str, tuple[str, type]] = {
 
 
 def _read_declared_info(checkpoint: Checkpoint) -> _DeclaredInfo:
-    """Return what config.json next to the file says. Raises CheckpointError if it cannot be used."""
+    """Return what the config.json next to the file declares."""
     path, settings = declared_settings(checkpoint, {DIFFUSERS_CLASS})
     info: dict[str, Any] = {}
     for key, (name, kind) in _KEYS.items():
@@ -209,13 +209,13 @@ def _check(checkpoint: Checkpoint, config: H3VideoVaeConfig, channels: int, patc
 
     `patch` is the rows of the decoder's last layer.
     """
-    numbers = 3 * config.time_stride * config.space_stride**2
+    patch_width = 3 * config.time_stride * config.space_stride**2
     if config.head_width < 1 or config.dim % config.head_width:
         error = f"a decoder of width {config.dim} has no heads of {config.head_width}"
     elif channels != config.latent_channels:
         error = f"its decoder takes {channels} channels, its latents have {config.latent_channels}"
-    elif patch != numbers:
-        error = f"its decoder makes patches of {patch} numbers, its encoder takes {numbers}"
+    elif patch != patch_width:
+        error = f"its decoder makes patches of {patch} numbers, its encoder takes {patch_width}"
     elif not len(config.mean) == len(config.std) == config.latent_channels:
         error = (
             f"{len(config.mean)} means and {len(config.std)} deviations for {config.latent_channels} latent "

@@ -44,8 +44,8 @@ class TileRow:
 def cut_axis(length: int, size: int, minimum: int, step: int) -> TileRow:
     """Cover `length` with tiles of `size` that overlap by at least `minimum`, as the released VAE does.
 
-    All numbers are in pixels. The overlaps grow one after another by `step`, starting with the first and
-    repeatedly, until the tiles end exactly at `length`.
+    All numbers are in pixels. Each overlap in turn grows by `step`, again and again from the first one, until
+    the tiles end exactly at `length`.
     """
     if size >= length:
         return TileRow((0,), length, ())
@@ -53,8 +53,8 @@ def cut_axis(length: int, size: int, minimum: int, step: int) -> TileRow:
     num_overlaps = count - 1
     overlaps = [minimum] * num_overlaps
     excess = size * count - sum(overlaps) - length  # pixels that the tiles cover beyond `length`
-    for number in range(excess // step):
-        overlaps[number % num_overlaps] += step
+    for index in range(excess // step):
+        overlaps[index % num_overlaps] += step
     starts = [0]
     for overlap in overlaps:
         starts.append(starts[-1] + size - overlap)
@@ -161,26 +161,26 @@ class H3VideoVae(nn.Module):
         """Yield the frames of consecutive clips, blended where two clips have decoded the same frames."""
         config = self.config
         size = config.clip_latents
-        missing = -(latents.shape[2] + config.dropped) % size
-        padded = torch.cat([latents, *[latents[:, :, -1:]] * missing], dim=2)
+        num_repeats = -(latents.shape[2] + config.dropped) % size
+        padded = torch.cat([latents, *[latents[:, :, -1:]] * num_repeats], dim=2)
         has_overlap = config.dropped > 0
         clips = (padded.shape[2] + config.dropped) // size - int(has_overlap)
         frames_left = self._count_frames(latents.shape[2])
-        own_frames = size * config.time_stride  # frames of a clip, including the padding in front
-        before: Tensor | None = None
-        for number in range(clips):
-            start = number * size
+        clip_frames = size * config.time_stride  # frames of a clip, including the padding in front
+        previous: Tensor | None = None
+        for index in range(clips):
+            start = index * size
             end = start + size + config.shared_latents
             decoded = self._decode_clip(padded[:, :, start:end])
-            clip = decoded[:, :, config.first_padding : own_frames]
-            if before is not None:
-                clip = _blend(before, clip, config.shared_frames, axis=2)
-            before = decoded[:, :, own_frames + config.first_padding :] if has_overlap else None
+            clip = decoded[:, :, config.first_padding : clip_frames]
+            if previous is not None:
+                clip = _blend(previous, clip, config.shared_frames, axis=2)
+            previous = decoded[:, :, clip_frames + config.first_padding :] if has_overlap else None
             clip = clip[:, :, :frames_left]
             frames_left -= clip.shape[2]
             yield clip
-        if before is not None and frames_left > 0:
-            yield before[:, :, :frames_left]
+        if previous is not None and frames_left > 0:
+            yield previous[:, :, :frames_left]
 
     def _count_frames(self, latent_frames: int) -> int:
         """Return the number of frames of latent frames; the first of each clip covers fewer."""

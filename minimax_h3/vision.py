@@ -89,16 +89,16 @@ def _read_limits(source: tuple[Path, Mapping[str, Any]], released: Limits) -> Li
         raise _make_error(file, '"size" is no object')
     fewest = sizes.get("shortest_edge", settings.get("min_pixels", released.fewest))
     maximum = sizes.get("longest_edge", settings.get("max_pixels", released.maximum))
-    are_full = type(fewest) is int and type(maximum) is int
-    if not are_full or not 0 < fewest <= maximum <= MAX_PIXELS or fewest > MAX_ENLARGED:
+    are_integers = type(fewest) is int and type(maximum) is int
+    if not are_integers or not 0 < fewest <= maximum <= MAX_PIXELS or fewest > MAX_ENLARGED:
         raise _make_error(file, f"sizes of {fewest} to {maximum} pixels")
     tokens = settings.get("max_video_tokens", 768) if settings.get("cap_pixels_per_frame") is True else 0
     if type(tokens) is not int or not 0 <= tokens <= MAX_PIXELS:
         raise _make_error(file, f'"max_video_tokens" is {tokens!r}')
     colors = {name: settings[name] for name in COLOURS if settings.get(name) is not None}
-    for name, numbers in colors.items():
-        if not _are_colors(numbers, above=0 if name == "image_std" else -math.inf):
-            raise _make_error(file, f'"{name}" is {numbers!r}')
+    for name, values in colors.items():
+        if not _are_colors(values, above=0 if name == "image_std" else -math.inf):
+            raise _make_error(file, f'"{name}" is {values!r}')
     return replace(released, fewest=fewest, maximum=maximum, colors=colors, tokens_of_frame=tokens)
 
 
@@ -126,28 +126,29 @@ def cut_clip(tower: nn.Module, frames: Tensor, limits: Limits) -> ReadImages:
     config: Any = tower.config
     merge = config.spatial_merge_size
     step = config.patch_size * merge
-    at_once = config.temporal_patch_size
+    patch_frames = config.temporal_patch_size
     size = (frames.shape[1], frames.shape[2])
-    height, width = resized_sides(len(frames), size, limits=limits, step=step, at_once=at_once)
+    height, width = resized_sides(len(frames), size, limits=limits, step=step, at_once=patch_frames)
     pixels = rearrange(frames, "f h w c -> f c h w").contiguous()
     if (height, width) != tuple(pixels.shape[2:]):
         pixels = functional.interpolate(pixels, size=(height, width), mode="bicubic", antialias=True)
     colors = {**_read_tower_colors(tower), **limits.colors}
     by_channel = [torch.tensor(colors[name], dtype=torch.float32) for name in COLOURS]
-    mean, std = (numbers.view(3, 1, 1) for numbers in by_channel)
+    mean, std = (values.view(3, 1, 1) for values in by_channel)
     normalized = (pixels.float() - mean * 255) / (std * 255)
-    missing = -len(normalized) % at_once
+    # the last frame is repeated until the last patch is complete
+    missing = -len(normalized) % patch_frames
     normalized = torch.cat([normalized, normalized[-1:].expand(missing, -1, -1, -1)])
     patches = rearrange(
         normalized,
         "(t ft) c (h mh ph) (w mw pw) -> (t h w mh mw) (c ft ph pw)",
-        ft=at_once,
+        ft=patch_frames,
         mh=merge,
         mw=merge,
         ph=config.patch_size,
         pw=config.patch_size,
     )
-    num_images = len(normalized) // at_once
+    num_images = len(normalized) // patch_frames
     sides = (height // step, width // step)
     return ReadImages(patches, (sides,) * num_images)
 

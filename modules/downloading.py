@@ -53,7 +53,7 @@ class DownloadRejected(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """The answer of a site."""
+    """A server's HTTP response to the request for a file."""
 
     start: int  # offset of the first byte in the file
     size_bytes: int | None  # size of the whole file; None if not stated

@@ -38,7 +38,7 @@ class ReadLine(NamedTuple):
 
 
 def warning(text: str) -> str:
-    """Return a line about something that somebody may want to change."""
+    """Return a line about something that the user may want to change."""
     return KindLine(WARNING, text)
 
 

@@ -38,7 +38,7 @@ class OnnxModel:
         """Return the outputs for some images, in the order of `outputs`.
 
         Raises:
-            CheckpointError: If the network fails, also for lack of memory or time.
+            CheckpointError: If the network fails, or exceeds its limit of memory or time.
         """
         import onnxruntime
 

@@ -103,7 +103,7 @@ class MossImage(pictures.ModelOfImages):
         return looks_like_object(caption)
 
     def find_caption_errors(self, caption: str, size: Size) -> Sequence[str]:
-        """Return what is wrong with a layout for an image of this size."""
+        """Return the errors in a layout for an image of this size."""
         return find_layout_errors(caption, size)
 
     def fit_caption(self, caption: str, size: Size, fit: Fit) -> str:

@@ -17,7 +17,7 @@ BOX_SIDES = 4
 
 
 def find_layout_errors(text: str, size: Size) -> list[str]:
-    """Return what is wrong with a layout for an image of this size (width, height); [] if nothing is."""
+    """Return the errors in a layout for an image of this size (width, height); [] if it is valid."""
     try:
         layout = read_object(text)
     except ValueError as error:
@@ -44,7 +44,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _find_item_errors(item: Any, size: Size) -> list[str]:
-    """Return what is wrong with an element of a layout."""
+    """Return the errors in an item of a layout."""
     if not isinstance(item, dict):
         return ["it is no JSON object"]
     errors = []
@@ -63,7 +63,7 @@ def _is_box(box: Any) -> bool:
 
 
 def _find_box_errors(box: Any, size: Size) -> list[str]:
-    """Return what is wrong with a box: order, or outside of the image (a box is relative to its center)."""
+    """Return the errors in a box: wrong order, or outside the image. Its origin is the image's center."""
     if not _is_box(box):
         return ["its bbox is not four numbers"]
     top, left, bottom, right = box
@@ -91,15 +91,15 @@ def fit_layout(text: str, size: Size, fit: Fit) -> str:
     items = layout.get("items")
     if not isinstance(items, list):
         return text
-    kept = []
+    fitted_items = []
     for item in items:
         if isinstance(item, dict) and _is_box(item.get("bbox")):
             box = _fit_box(item["bbox"], size, fit)
             if box[0] >= box[2] or box[1] >= box[3]:
                 continue
             item = {**item, "bbox": box}
-        kept.append(item)
-    return json.dumps({**layout, "items": kept}, ensure_ascii=False, separators=(",", ":"))
+        fitted_items.append(item)
+    return json.dumps({**layout, "items": fitted_items}, ensure_ascii=False, separators=(",", ":"))
 
 
 def _fit_box(box: list[float], size: Size, fit: Fit) -> list[int]:

@@ -251,16 +251,16 @@ class MossImageModel(BlockNetwork):
         With `overrides.section_cache`, isolated references are computed once for each pass: their positions
         depend on its text's length, and their keys on its skipped blocks.
         """
-        memory = overrides.section_cache if isolated and references else None
-        if memory is None or overrides.turn is None or overrides.nag is not None:
+        cache = overrides.section_cache if isolated and references else None
+        if cache is None or overrides.turn is None or overrides.nag is not None:
             return super().forward(
                 *inputs, overrides=overrides, references=references, isolated=isolated, **named_inputs
             )
-        which = overrides.turn.which
-        if which not in memory:
+        pass_name = overrides.turn.which
+        if pass_name not in cache:
             skips = Overrides(skip_blocks=overrides.skip_blocks)
-            memory[which] = self.remember(references, named_inputs["text_mask"], skips)
-        with remembering(memory[which], self.attentions()):
+            cache[pass_name] = self.remember(references, named_inputs["text_mask"], skips)
+        with remembering(cache[pass_name], self.attentions()):
             return super().forward(*inputs, overrides=overrides, isolated=isolated, **named_inputs)
 
     def remember(
@@ -272,11 +272,12 @@ class MossImageModel(BlockNetwork):
         """
         device = references[0].device
         dtype = activation_dtype(device, self.compute_dtype)
-        times = torch.zeros(len(references[0]), device=device)
+        times = torch.zeros(len(references[0]), device=device)  # references are clean
         images = [self.embed_image(latents).to(select_stream(dtype)) for latents in references]
         x = torch.cat(images, dim=1)
         _, counts = real_tokens(text_mask)
-        clocks = RefinedText(x, counts).clocks
+        clocks = RefinedText(x, counts).clocks  # uses the counts only
+        # no image and no text: the keys and values are those of references alone
         layout = MossImageLayout((0, 0), tuple(map(self.grid_of, references)), texts=0, clocks=clocks)
         tokens = MossImageTokens(
             layout.grid,
@@ -321,21 +322,21 @@ class MossImageModel(BlockNetwork):
         if text_mask.shape != text.shape[:2]:
             raise ValueError(f"a text mask of {tuple(text_mask.shape)} for text of {tuple(text.shape)}")
         dtype = activation_dtype(noisy.device, self.compute_dtype)
-        stream = select_stream(dtype)
-        grids = tuple(map(self.grid_of, references))
+        stream_dtype = select_stream(dtype)
+        reference_grids = tuple(map(self.grid_of, references))
         grid = self.grid_of(noisy)
-        images = [self.embed_image(latents).to(stream) for latents in (*references, noisy)]
+        images = [self.embed_image(latents).to(stream_dtype) for latents in (*references, noisy)]
         texts = []
         for arguments in overrides.texts(len(noisy), text=text, text_mask=text_mask):
-            texts.append(self._embed_text(arguments, stream))
+            texts.append(self._embed_text(arguments, stream_dtype))
         x = torch.cat([*images, *(embedded.states for embedded in texts)], dim=1)
-        num_references = sum(math.prod(sides) for sides in grids)
+        num_references = sum(math.prod(sides) for sides in reference_grids)
         num_images = num_references + math.prod(grid)
         num_isolated = num_references if isolated else 0  # these do not attend to a text's tokens
         first, *seconds = texts
         tokens = MossImageTokens(
             grid,
-            rotary=self._find_rotary(grid, grids, first),
+            rotary=self._find_rotary(grid, reference_grids, first),
             lengths=first.lengths(num_images - num_isolated),  # of the tokens that attend to all
             time=self._embed_times(timesteps, bool(references)),
             dtype=dtype,
@@ -351,7 +352,8 @@ class MossImageModel(BlockNetwork):
                 tokens,
                 second=SecondText(num_images, second.states.shape[1], lengths, overrides.steer),
                 second_rotary=self._make_table(
-                    MossImageLayout(grid, grids, second.states.shape[1], second.clocks), device=x.device
+                    MossImageLayout(grid, reference_grids, second.states.shape[1], second.clocks),
+                    device=x.device,
                 ),
             )
         return Hidden(x, tokens)

@@ -574,7 +574,8 @@ def _expression(key: str) -> Callable[[str], bool]:
     """Return a function that tests whether a key of PEFT's `alpha_pattern` matches a module's path.
 
     Raises:
-        ValueError: If the key is not a regular expression. The function raises it if matching takes too long.
+        ValueError: If the key is not a regular expression. The returned function raises ValueError if
+            matching takes too long.
     """
     import regex  # rarely needed
 

@@ -159,7 +159,7 @@ class Delta:
         return self.normalization.decompose(weight, delta, magnitudes, by_frozen_norms)
 
     def dense_rows(self, rows: slice | Tensor, device: torch.device) -> "Delta":
-        """Return a delta for some rows as a full difference; for factors that cannot be cut (LoKr)."""
+        """Return some rows of this delta as a dense difference, as the factors of LoKr cannot be sliced."""
         dense = self.dense(device)
         assert dense is not None
         factors = {"diff": dense[rows]}

@@ -409,6 +409,7 @@ class AddedLayer(nn.Module):
                     # a new parameter, not new data: the backward pass needs the changed values
                     weight = parameter.data
                     changed = delta.reshape(weight.shape)
+                    # a part that sets the weight replaces it; a bias is always a difference
                     if name != self._target.leaf or not part.sets_weight:
                         changed = changed + weight.float()
                     parameters[name] = nn.Parameter(changed.to(weight.dtype), requires_grad=False)
@@ -679,6 +680,7 @@ def _fit_delta(lora: LoraFile, name: str, delta: Delta, parameter: ChangedParame
     if channel_error is not None:
         logger.warning(f"{lora.path}: {channel_error}; the rest is used without it")
         bias = delta.bias(CPU)
+        # only the bias is left, which does not depend on the input channels
         delta = read_delta({} if bias is None else {"diff_b": bias})
     for change in changes_of(LoraUse(lora), delta):
         target = weight

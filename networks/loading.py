@@ -516,7 +516,7 @@ def _named_twice(native: key_formats.NativeTensors) -> tuple[str, str] | None:
 
 
 def _find_pairs(family: FamilyNames, paths: Mapping[str, str]) -> Iterator[tuple[str, str]]:
-    """Yield each pair of paths in a file that name a weight of the family and a part of that weight.
+    """Yield pairs of paths in a file where one names a fused weight of the family and the other a part of it.
 
     Args:
         family: The model family.

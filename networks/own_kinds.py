@@ -80,12 +80,12 @@ def read_own(name: str, typed: NetworkArguments) -> tuple[LoraSettings, Any]:
     module = OWN_MODULES[name]
     kind = module.kind
     arguments = dict(typed.arguments)
-    own = kind.read_arguments(arguments)
+    own_settings = kind.read_arguments(arguments)  # takes them out of `arguments`
     rank = kind.default_size if typed.rank is None else typed.rank
     settings = read_settings(rank, typed.alpha, typed.dropout, arguments=arguments, rules=module.rules)
     ratios = (settings.loraplus_lr_ratio, settings.loraplus_encoder_ratio)
     has_ratio = any(ratio is not None for ratio in ratios)
-    of_loras = any((settings.variants, settings.reg_rates, settings.perturbation, has_ratio))
+    has_lora_settings = any((settings.variants, settings.reg_rates, settings.perturbation, has_ratio))
     if not kind.takes_all_settings:
-        kind.check_settings(settings, of_loras)
-    return settings, own
+        kind.check_settings(settings, has_lora_settings)
+    return settings, own_settings

@@ -80,7 +80,7 @@ def _advise_on_word(key: str) -> str:
 
 
 def _find_kind_of_weight(name: str, leaf: str) -> UnusedKind:
-    """Return the kind of a whole weight of a model's module.
+    """Return the kind of a tensor that is a whole weight of the model instead of a change.
 
     Args:
         name: Our name of the module.

@@ -682,7 +682,7 @@ class Passes(Protocol):
         Args:
             dit: Network that `load_dit` returned.
             noisy: Noisy latents in model space, B C F H W.
-            timesteps: Input of the model, B, about 1000 * sigma.
+            timesteps: Timesteps as the model expects them, B; about 1000 * sigma.
             cond: Conditions by the names that caches use.
             overrides: Changes to this single call.
 

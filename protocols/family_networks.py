@@ -30,16 +30,16 @@ class DefaultRate:
 
 
 @dataclass(frozen=True)
-class MadeNetwork:
+class CustomNetwork:
     """A network that a family creates for a training.
 
     It runs alongside the model and gets a control image for each image, or it is part of the text encoders
-    (`in_texts`).
+    (`in_text_encoders`).
     """
 
-    called: str  # "ControlNet-LLLite"
-    words: str  # with its sizes, for boxes
-    ending: str  # of the architecture in metadata, as "lora" is that of a LoRA
+    label: str  # "ControlNet-LLLite"
+    description: str  # with its sizes, for boxes
+    architecture_suffix: str  # of the architecture in metadata, as "lora" is that of a LoRA
     # puts the module into the loaded model, or into an nn.ModuleDict of the text encoders in their order;
     # returns it, with what `networks.adapter.ForeignNetwork` asks for; its state
     # dict is what states hold. The second argument: whether it begins with its file's values
@@ -54,7 +54,7 @@ class MadeNetwork:
     report: Callable[[nn.Module], None] = lambda module: None
     start_option: str = "network_weights"  # of the file that it begins with
     values: Mapping[str, Any] = field(default_factory=dict)  # entries of its files
-    in_texts: bool = False  # it is a part of the text encoders, and sees captions alone
+    in_text_encoders: bool = False  # it is a part of the text encoders, and sees captions alone
     # given the captions of all pictures: says which of them it learns nothing from, "" if there are none;
     # raises DatasetError if all are such
     check_captions: Callable[[Sequence[str]], str] = lambda captions: ""
@@ -66,14 +66,14 @@ def describe_start(called: str, sizes: str, path: Path | None) -> str:
     return f"{called}{sizes}" if path is None else f"{called} of {path.name}"
 
 
-class MakesNetwork(Described, Protocol):
+class HasCustomNetwork(Described, Protocol):
     """A family that trains an additional network in some runs."""
 
     @property
-    def made_network(self) -> MadeNetwork | None:
+    def custom_network(self) -> CustomNetwork | None:
         """The additional network that this run trains next to the frozen model; None if it trains a LoRA."""
 
 
-def made_network_of(family: Described) -> MadeNetwork | None:
+def custom_network_of(family: Described) -> CustomNetwork | None:
     """Return the network that a family trains instead of a LoRA; None if it trains LoRAs."""
-    return cast(MakesNetwork, family).made_network if family.can.make_network else None
+    return cast(HasCustomNetwork, family).custom_network if family.can.make_network else None

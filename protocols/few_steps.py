@@ -90,7 +90,10 @@ class FewSteps:
 
     @property
     def instead_of_full(self) -> str:
-        """Return the advice to users who fine-tune the full distilled model, without the final period."""
+        """Return what to advise users who fine-tune the full distilled model.
+
+        The sentence has no final period.
+        """
         if not self.base:
             return "Train a LoRA with one of the targets that keep it: see docs/targets.md"
         return f"Train on {self.base}"

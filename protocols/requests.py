@@ -3,7 +3,7 @@
 import functools
 import itertools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -158,6 +158,7 @@ class Prepared:
     name_end: str = ""  # appended to the names of output files
     shown: Box | None = None  # region to which decoded pixels are cropped; None: all pixels
     own_metadata: Mapping[str, str] = field(default_factory=dict)  # additional metadata of outputs
+    edit: "PixelEdit | None" = None  # change of the decoded pixels; None: they are written as they are
 
     @property
     def is_audio_alone(self) -> bool:
@@ -173,6 +174,14 @@ class Prepared:
     def num_steps(self) -> int:
         """Number of steps to run; fewer than `steps` if denoising starts from a source."""
         return self.steps - self.first_step
+
+
+@dataclass(frozen=True)
+class PixelEdit:
+    """A change of a result's decoded pixels, which its latents do not have."""
+
+    apply: "Callable[[Iterator[Tensor]], Iterator[Tensor]]"  # chunks of pixels, 1 3 F H W in -1..1
+    metadata: Mapping[str, str]  # added to that of the written result, as `own_metadata` is
 
 
 logger = logging.getLogger(__name__)

@@ -134,7 +134,10 @@ class QwenImage(ModelOfImages):
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return each image's entry: normalized means of it and its references, in the VAE's dtype."""
+        """Return the entry of each image: normalized posterior means of the image and of its references.
+
+        They have the VAE's dtype.
+        """
         vae = encoders.vae
         return encode_images(media, vae.device, lambda frames: vae.encode(to_pixels(frames)).to(vae.dtype))
 
@@ -200,7 +203,7 @@ class QwenImage(ModelOfImages):
         return TEXT_TO_IMAGE
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the images to edit as `latents_control_0`, ..., each 1 C 1 h w: means."""
+        """Encode the images to edit as `latents_control_0`, ..., each 1 C 1 h w: posterior means."""
         conditions: dict[str, Tensor | list[Tensor]] = {}
         fits = self.edit.resize_control_to_image_size
         target = (prepared.width, prepared.height) if fits else None
@@ -216,7 +219,7 @@ class QwenImage(ModelOfImages):
         inputs: Mapping[int, Conditions],
         noise: family.NoiseSource,
     ) -> Generator[Section, Tensor, Tensor]:
-        """Yield the one section; with a mask or --rcm_threshold, parts of it are held to the first image."""
+        """Yield the one section, which has an anchor if there is a mask or --rcm_threshold."""
         section = prompts[0].section(self.draw_noise(prepared, noise), inputs.get(0))
         first = inputs.get(0, {}).get(f"{CONTROL}_0")
         if isinstance(first, Tensor):

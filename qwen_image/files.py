@@ -92,21 +92,22 @@ def _read_header(checkpoint: Checkpoint) -> DitHeader[QwenImageConfig]:
 
 def _read_config(shapes: DitShapes, has_layers: bool) -> QwenImageConfig:
     """Return the dimensions of a transformer. Raises CheckpointError for another model's."""
-    dim, numbers = shapes.of("img_in.weight")
-    (width,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
-    if dim % width or width % 16 or numbers % PATCH**2:
+    dim, token_dim = shapes.of("img_in.weight")
+    (head_dim,) = shapes.of("transformer_blocks.0.attn.norm_q.weight", axes=1)
+    # 16: a head divides into whole pairs of channels for images, rows and columns (see `rotary_widths`)
+    if dim % head_dim or head_dim % 16 or token_dim % PATCH**2:
         raise CheckpointError(
-            f"{shapes.path}: width {dim}, heads of {width} and tokens of {numbers} numbers are not those "
-            f"of {WHAT}. Copy the file again.",
+            f"{shapes.path}: width {dim}, heads of {head_dim} and tokens of {token_dim} numbers are not "
+            f"those of {WHAT}. Copy the file again.",
             shapes.path,
         )
     shapes.of(QUERY)  # raises if it is missing
     return QwenImageConfig(
         dim=dim,
         ffn_dim=shapes.of("transformer_blocks.0.img_mlp.net.0.proj.weight")[0],
-        num_heads=dim // width,
+        num_heads=dim // head_dim,
         num_layers=shapes.blocks("transformer_blocks"),
-        channels=numbers // PATCH**2,
+        channels=token_dim // PATCH**2,
         text_dim=shapes.of("txt_in.weight")[1],
         freq_dim=shapes.of("time_text_embed.timestep_embedder.linear_1.weight")[1],
         has_layers=has_layers,

@@ -109,7 +109,7 @@ class QwenImageLayered(ModelOfImages):
         return {**super().media_identity, **PIXELS}
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the entry of each image: normalized means of it and of its layers, each encoded alone."""
+        """Return each image's entry: normalized posterior means of it and its layers, each encoded alone."""
         vae = encoders.vae
         entries = []
         for frames in media.frames:
@@ -167,28 +167,29 @@ class QwenImageLayered(ModelOfImages):
         self.files.check()
         request = self._keep_image(request)
         (path,) = request.control_images
-        own_size = image_size(path)
+        source_size = image_size(path)
         area = None
         if request.width is None and request.height is None:
             area = SIDE**2  # the image and its layers are of this size, as released
-            width, height = official_size(own_size, area)
+            width, height = official_size(source_size, area)
             request = replace(request, width=width, height=height)
         width, height = full_patches(request.width or SIDE, request.height or SIDE, self.latent)
+        # the first frame is the image itself, unless only the layers are generated
         size = width, height, self._count_layers(request) + self.latent.has_full
         check_size(size, self.latent)
-        taken = TakenImage(area, (width, height) if self.edit.resize_control_to_image_size else None)
-        source_width, source_height = taken_size(own_size, taken.area, taken.target)
+        seen_image = TakenImage(area, (width, height) if self.edit.resize_control_to_image_size else None)
+        source_width, source_height = taken_size(source_size, seen_image.area, seen_image.target)
         tokens = count_image_tokens(self.latent.shape(1, source_height, source_width))
         shift = math.sqrt(tokens / FEW_TOKENS) if request.flow_shift is None else request.flow_shift
         prepared = settle(request, self.defaults, size=size, flow_shift=shift, default_negative=NEGATIVE)
         rules = GuidanceRules(token_side=PATCH) if self.keeps_norms else AS_PLAIN
-        end = f"_{path.stem}" if self.edit.append_original_name else ""
-        return replace(prepared, rules=rules, name_end=end, family_record=taken)
+        name_suffix = f"_{path.stem}" if self.edit.append_original_name else ""
+        return replace(prepared, rules=rules, name_end=name_suffix, family_record=seen_image)
 
     def _keep_image(self, request: Request) -> Request:
         """Return the request with its one image to split; other media are dropped with a warning."""
-        takes = {**NO_MEDIA, "control_images": True}
-        request = keep_usable_media(request, takes, f"{self.called} does not take it")
+        usable_media = {**NO_MEDIA, "control_images": True}
+        request = keep_usable_media(request, usable_media, f"{self.called} does not take it")
         if len(request.control_images) != 1:
             raise OptionError(
                 f"--control_image_path (--ci in a prompt line): {len(request.control_images)} pictures, "
@@ -207,7 +208,7 @@ class QwenImageLayered(ModelOfImages):
         return count
 
     def request_conditions(self, encoders: MediaEncoders, prepared: Prepared) -> Mapping[int, Conditions]:
-        """Encode the input image, 1 C 1 h w: the mean."""
+        """Encode the input image as the mean of its posterior, 1 C 1 h w."""
         (path,) = prepared.request.control_images
         taken: TakenImage = prepared.family_record
         frame = read_reference(path, taken.target, area=taken.area, has_alpha=True)

@@ -62,8 +62,8 @@ def read_reference(
     Args:
         path: The image file.
         target: Size to cover; the rest is cropped.
-        area: Without `target`, stretch the image to its official size of about this many pixels. None keeps
-            its size, cropped at the right and bottom to multiples of STEP.
+        area: Without `target`, stretch the image to the model's size for its aspect ratio, of about this many
+            pixels. None keeps the size, cropped at the right and bottom to multiples of STEP.
         has_alpha: Return four channels.
 
     Raises:
@@ -100,13 +100,14 @@ def fill_size(request: Request) -> Request:
 def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepared:
     """Return the request with its images in all prompts, and in the names of its files on request.
 
-    Raises OptionError if the result cannot be held to the first image, or the mask cannot be read.
+    Raises OptionError if there are both a mask and --rcm_threshold, or one of them and a first image of
+    another size than the result, or if the mask cannot be read.
     """
     paths = prepared.request.control_images
     mask = prepared.request.extra.get(MASK)
-    rcm = options.rcm_threshold is not None
+    uses_threshold = options.rcm_threshold is not None
     if mask is not None:
-        if rcm:
+        if uses_threshold:
             raise OptionError(
                 f"--{MASK} {mask} (in a prompt line): leave --rcm_threshold out, which excludes it"
             )
@@ -114,15 +115,15 @@ def add_images(prepared: Prepared, options: QwenImageReferenceOptions) -> Prepar
     if not paths:
         return prepared
     target = (prepared.width, prepared.height) if options.resize_control_to_image_size else None
-    if mask is not None or rcm:
-        option = "--rcm_threshold" if rcm else f"--{MASK} {mask}"
+    if mask is not None or uses_threshold:
+        option = "--rcm_threshold" if uses_threshold else f"--{MASK} {mask}"
         size = taken_size(image_size(paths[0]), find_area(options), target)
         check_equal_size(option, paths[0], size, prepared)
     metadata = dict(prepared.own_metadata)
     if mask is not None:
         metadata[MASK] = Path(mask).name
-    end = f"_{paths[0].stem}" if options.append_original_name else ""
-    return replace(show_references(prepared, target), own_metadata=metadata, name_end=end)
+    name_suffix = f"_{paths[0].stem}" if options.append_original_name else ""
+    return replace(show_references(prepared, target), own_metadata=metadata, name_end=name_suffix)
 
 
 def check_equal_size(option: str, path: Path, size: Size, prepared: Prepared) -> None:
@@ -149,7 +150,7 @@ def check_mask(path: Path, has_image: bool) -> None:
 
 
 def read_anchor(prepared: Prepared, latents: Tensor, options: QwenImageReferenceOptions) -> Anchor | None:
-    """Return the anchor that holds the result to the first image; None if it is not requested.
+    """Return the first image as the anchor of the result; None without a mask and without a threshold.
 
     `latents` are those of the first image, 1 C 1 h w.
     """
@@ -179,5 +180,5 @@ def read_mask(path: Path, size: Size, latent_step: int) -> Tensor:
     frame = resize_frame(read_image(path), size, "lanczos")
     gray = torch.from_numpy(frame.copy()).float().mean(-1)
     is_white = (gray >= 127.5).float()[None, None]
-    sides = size[1] // latent_step, size[0] // latent_step
-    return functional.interpolate(is_white, sides)[:, :, None]
+    latent_size = size[1] // latent_step, size[0] // latent_step
+    return functional.interpolate(is_white, latent_size)[:, :, None]

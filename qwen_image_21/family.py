@@ -78,7 +78,7 @@ class QwenImage21(pictures.ModelOfImages):
 
     @property
     def latent(self) -> LatentSpec:
-        """Latent space with as many channels as the given files have."""
+        """Latent space with as many channels as the files of the run have."""
         channels = self.files.channels
         return LATENT if channels in (None, LATENT.channels) else replace(LATENT, channels=channels)
 
@@ -233,7 +233,7 @@ class QwenImage21(pictures.ModelOfImages):
 
 
 def all_channels(frames: Tensor) -> Tensor:
-    """View B F H W C uint8 as B C F H W, with alpha if there is some."""
+    """View B F H W C uint8 as B C F H W, with the alpha channel if there is one."""
     return frames.movedim(-1, 1)
 
 

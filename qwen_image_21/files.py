@@ -96,6 +96,7 @@ MAX_LEVELS = 1000
 def _read_header(checkpoint: Checkpoint, config_json: Path | None) -> DitHeader[QwenImage21Config]:
     """Read a file's header, with the --dit_config file or else the config.json next to it."""
     names = checkpoint.tensors
+    # one modulation for all blocks, where Qwen-Image has one in each
     has_modulation = "modulation.1.weight" in names and "transformer_blocks.0.img_mod.1.weight" not in names
     if MARK not in names or not has_modulation:
         raise other_kind(checkpoint, WHAT, OPTION, FILES)
@@ -270,7 +271,7 @@ def _read_levels(index: Path) -> tuple[float, ...] | None:
         return None
     is_list = isinstance(levels, list) and 0 < len(levels) <= MAX_LEVELS
     if not is_list or not all(type(level) in (int, float) and 0 < level <= 1 for level in levels):
-        levels = [0, 0]
+        levels = [0, 0]  # these do not fall, so that the error below is raised
     if any(level <= next_level for level, next_level in itertools.pairwise(levels)):
         raise CheckpointError(
             f"{index}: sample_sigmas must be falling numbers from 1 down to above 0, at most {MAX_LEVELS}. "
@@ -322,7 +323,7 @@ class QwenImage21Files(LanguageModelFiles):
 
     @property
     def channels(self) -> int | None:
-        """Number of latent channels of the given files; None if no file is given."""
+        """Number of latent channels of the files; None if no option names a file."""
         if self.dit is not None:
             channels: int = self.dit_header().config.channels
             return channels

@@ -127,7 +127,7 @@ class QwenImage21Tokens:
     def select(self, kept: Tensor, num_left_out: int) -> Self:
         """Return the inputs for some tokens of x; only tokens of the latents to learn are left out.
 
-        `kept` are the ascending positions of the kept tokens, B K.
+        `kept` are the ascending indices of the selected tokens, B K.
         """
         num_image = self.num_image - num_left_out
         rotary = take_rows(self.rotary, kept, num_left_out)
@@ -194,7 +194,7 @@ class QwenImage21Attention(nn.Module):
             remembered_key, remembered_value = self.remembered
             key = torch.cat([key, remembered_key], dim=1)
             value = torch.cat([value, remembered_value], dim=1)
-        if len(segments) == 1:
+        if len(segments) == 1:  # all samples have the same layout
             return attend_segments(query, key, value=value, tokens=tokens, segments=segments[0])
         samples = zip(query.split(1), key.split(1), value.split(1), segments, strict=True)
         return torch.cat([attend_segments(*sample[:3], tokens, sample[3]) for sample in samples])
@@ -391,6 +391,7 @@ class QwenImage21Model(BlockNetwork):
         dtype = activation_dtype(noisy.device, self.compute_dtype)
         embedded = self.embed_prefix(dtype, **prompt)
         times = self.time_text_embed(torch.zeros_like(timesteps))[:, None]
+        # no image: the keys and values are those of the prefix alone
         layout = QwenImage21Layout((0, 0), embedded.prefixes, has_prefix=True)
         tokens = QwenImage21Tokens(
             grid=(0, 0),
@@ -443,7 +444,7 @@ class QwenImage21Model(BlockNetwork):
         time = self.time_text_embed(timesteps)[:, None]
         times = time  # B 1 C for the image; then B 2 C: the prefix is clean, at timestep 0
         prompts = overrides.texts(len(noisy), text=text, text_mask=text_mask, slots=slots)
-        if is_remembered:
+        if is_remembered:  # the blocks still need the positions of the prefix
             prefixes = order_prefixes(text_mask, slots, references)
         else:
             embedded = []
@@ -487,17 +488,17 @@ class QwenImage21Model(BlockNetwork):
         """Return texts and references in their order. Inputs as in `embed`; `dtype` is that of the tokens."""
         prefixes = order_prefixes(text_mask, slots, references)
         for latents in references:
-            self.grid_of(latents)
+            self.grid_of(latents)  # raises ValueError for latents of another model
         longest = max(prefix.texts for prefix in prefixes)
         texts = self.txt_in(text[:, :longest].to(dtype)).to(dtype)
         images = [self.embed_image(latents).to(dtype) for latents in references]
         samples = []
-        for number, prefix in enumerate(prefixes):
-            tokens = texts[number, : prefix.texts]
+        for sample, prefix in enumerate(prefixes):
+            tokens = texts[sample, : prefix.texts]
             pieces = []
             start = 0
             for slot, image in zip(prefix.slots, images, strict=True):
-                pieces += [tokens[start:slot], image[number]]
+                pieces += [tokens[start:slot], image[sample]]
                 start = slot
             pieces.append(tokens[start:])
             samples.append(torch.cat(pieces))
@@ -558,18 +559,18 @@ class QwenImage21Model(BlockNetwork):
             return on_grid([axis(time, 1, time_width), along_rows, along_columns])
 
         # text tokens advance the position by one, an image by the length of its longer side
-        place = 0
-        before = 0  # text tokens so far
+        position = 0
+        texts_before = 0  # text tokens so far
         tables = []
         for slot, grid in zip(prefix.slots, prefix.grids, strict=True):
-            tables.append(torch.cat([axis(place, slot - before, width) for width in widths], dim=1))
-            place += slot - before
-            before = slot
-            tables.append(picture(grid, place))
-            place += max(grid)
-        count = prefix.texts - before
-        tables.append(torch.cat([axis(place, count, width) for width in widths], dim=1))
-        target = picture(layout.grid, place + count)
+            tables.append(torch.cat([axis(position, slot - texts_before, width) for width in widths], dim=1))
+            position += slot - texts_before
+            texts_before = slot
+            tables.append(picture(grid, position))
+            position += max(grid)
+        num_left = prefix.texts - texts_before
+        tables.append(torch.cat([axis(position, num_left, width) for width in widths], dim=1))
+        target = picture(layout.grid, position + num_left)
         return torch.cat([target, *tables * layout.has_prefix]).unsqueeze(1)
 
 

@@ -399,7 +399,7 @@ def _check_levels(checkpoint: Checkpoint, half: str, levels: Sequence[VaeLevel],
 
 
 def _read_statistics(checkpoint: Checkpoint, channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of the latents: those of config.json next to the file, else as released.
+    """Return mean and deviation of the latents: of config.json next to the file, else the released ones.
 
     Raises CheckpointError unless there is a number for each channel. Without config.json, only the released
     number of channels is accepted.

@@ -53,9 +53,11 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
         Names for what is put around the network afterwards: a compiled block is recomputed as a whole.
     """
     parts: Sequence[nn.Module] = [*chain.from_iterable(spec.blocks(dit).values())]
-    rest = replace(spec, recomputed_list="")
+    outer_spec = replace(spec, recomputed_list="")
+    # a spec with a compiled list compiles the layers of that list one by one, with sizes as variables unless
+    # the options ask for fixed sizes
     if spec.compiled_list and choice.dynamic is not False:
-        rest = spec
+        outer_spec = spec
         parts = [layer for part in parts for layer in getattr(part, spec.compiled_list, ())]
         choice = replace(choice, dynamic=True)
     elif spec.compiled_list:
@@ -63,7 +65,7 @@ def compile_blocks(dit: nn.Module, spec: DitSpec, choice: Compilation) -> DitSpe
     compile_each(parts, choice)
     dit.register_forward_pre_hook(_find_clock().report)
     logger.info("The blocks are compiled with %s at their first use, which takes some time.", choice.backend)
-    return rest
+    return outer_spec
 
 
 class CompileClock:

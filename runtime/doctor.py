@@ -55,28 +55,31 @@ def _examine_packages() -> Iterator[Finding]:
         return
     from packaging.requirements import Requirement  # accelerate brings it
 
-    wrong = []
+    mismatches = []
     for requirement in map(Requirement, read_requirements()):
         if not _is_there(requirement.name):
             continue
         installed = version(requirement.name)
         if not requirement.specifier.contains(installed, prereleases=True):
-            wrong.append(f"{requirement.name} {installed} is not {requirement.specifier}")
+            mismatches.append(f"{requirement.name} {installed} is not {requirement.specifier}")
     verdict = "all of requirements.txt, in the versions that it asks for"
-    if wrong:
+    if mismatches:
         remedy = "; nothing here was tried with that: python -m pip install -r requirements.txt"
-        verdict = ", ".join(wrong) + remedy
-    yield Finding("packages", verdict, is_fit=not wrong)
+        verdict = ", ".join(mismatches) + remedy
+    yield Finding("packages", verdict, is_fit=not mismatches)
     namesake = find_namesake()
     if namesake is not None:
+        # only an installed Reelsmith has files that the other distribution may have replaced
         yield Finding("name", namesake, is_fit=not PREFIX)
     yield Finding("video", f"PyAV {version('av')}; it brings FFmpeg, so no other is needed")
     if importlib.util.find_spec("bitsandbytes") is not None:
         yield Finding("bitsandbytes", f"{version('bitsandbytes')}: optimizers in 8 bits (adamw8bit) work")
     else:
-        lacking = "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
+        consequence = (
+            "missing: --optimizer_type adamw8bit is refused; adamw takes 6 bytes more for each weight"
+        )
         remedy = "" if sys.platform == "darwin" else " that learns. python -m pip install bitsandbytes"
-        yield Finding("bitsandbytes", lacking + remedy)
+        yield Finding("bitsandbytes", consequence + remedy)
     yield Finding("browser", "works: `reelsmith browser` opens a page to train, generate and watch by clicks")
 
 
@@ -95,8 +98,8 @@ def _examine_torch() -> Iterator[Finding]:
         yield Finding("torch", verdict, is_fit=False)
         return
     device = select_device(None)
-    built = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
-    yield Finding("torch", f"{torch.__version__}, {built}")
+    build = f"for CUDA {torch.version.cuda}" if torch.version.cuda else "a build without CUDA"
+    yield Finding("torch", f"{torch.__version__}, {build}")
     if device.type == "cuda":
         for number in range(torch.cuda.device_count()):
             info = torch.cuda.get_device_properties(number)
@@ -109,14 +112,14 @@ def _examine_torch() -> Iterator[Finding]:
     verdict = f"missing {missing}. Without it --compile and --optimized are refused" if missing else "works"
     yield Finding("compile", verdict)
     installed = ["torch's own"]
-    lacking: list[str] = []
+    not_installed: list[str] = []
     for backend in BACKENDS.values():
         if backend.module:
             has_package = importlib.util.find_spec(backend.module) is not None
-            (installed if has_package else lacking).append(backend.name)
+            (installed if has_package else not_installed).append(backend.name)
     verdict = ", ".join(installed)
-    if lacking:
-        names = ", ".join(lacking)
+    if not_installed:
+        names = ", ".join(not_installed)
         verdict += f"; not installed: {names}. Their options are refused, torch's own needs none"
     yield Finding("attention", verdict)
 

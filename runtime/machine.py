@@ -57,7 +57,7 @@ class SharedMachine:
 
 
 def describe_machine() -> SharedMachine:
-    """Return the description of this machine. Nothing of it is from variables or folders of the user."""
+    """Return the description of this machine. It holds no environment variables and no paths."""
     torch_version, cuda, gpus = _describe_torch()
     commit = _ask_git("rev-parse", "HEAD")
     commit = commit if re.fullmatch(r"[0-9a-f]{40,64}", commit) else ""
@@ -98,7 +98,7 @@ def list_shared_lines(info: SharedMachine) -> list[str]:
 
 
 def lacks_bfloat16() -> bool:
-    """Return whether there is an NVIDIA GPU older than Ampere, on which torch emulates bfloat16, slowly."""
+    """Return whether an NVIDIA GPU is older than Ampere: on those torch emulates bfloat16, which is slow."""
     import torch
 
     if not torch.cuda.is_available() or torch.version.hip is not None:
@@ -113,7 +113,7 @@ def clean_version(text: str) -> str:
 
 
 def clean_name(text: str) -> str:
-    """Return a product's name with letters, digits and a few signs only, which make no address."""
+    """Return a product's name without signs that a path or an address would need."""
     return re.sub(r"[^A-Za-z0-9 ()_-]", "", text)[:MAX_NAME].strip()
 
 
@@ -134,7 +134,7 @@ def _describe_torch() -> tuple[str, str, tuple[MachineGpu, ...]]:
     except Exception:  # a damaged installation raises any error; `doctor` reports it
         return "", "", ()
     number = clean_version(torch.__version__)
-    build = _BUILD.match(torch.__version__, len(number))
+    build = _BUILD.match(torch.__version__, len(number))  # such as +cu130, behind the version number
     gpus = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         card = torch.cuda.get_device_properties(index)
@@ -159,7 +159,7 @@ def _count_host_bytes() -> int:
 
 
 def _ask_git(*words: str) -> str:
-    """Return git's answer about this clone; "" if there is no clone or no git."""
+    """Return what git prints about this clone; "" if this is no clone, or git is missing or fails."""
     if PREFIX or not (ROOT / ".git").exists():
         return ""
     try:

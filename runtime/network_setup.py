@@ -33,7 +33,7 @@ def swapped_weights(
         spec: Names of the network's blocks.
         swap: Options of block swap.
         device: Device of the run.
-        all_weights: Whether to hold all weights, for a network that shares its device with another by turns.
+        all_weights: Whether to hold all weights, as for networks that take turns on one device.
     """
     if not (all_weights or swap.blocks_to_swap or swap.img_in_txt_in_offloading):
         return None
@@ -66,6 +66,7 @@ def set_up_network(
     Raises:
         OptionError: If the network has fewer blocks than are to be swapped.
     """
+    # each step wraps the `forward` that the steps before it have made; modules are imported only if used
     if in_pieces:
         from runtime.offload.checkpointing import compute_in_pieces
 

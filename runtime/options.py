@@ -20,7 +20,7 @@ from modules.speed_options import (
     flag_of,
 )
 from runtime.ways.composing import join_ways, options_of_ways
-from runtime.ways.contract import JoinedWays
+from runtime.ways.contract import RunModes
 
 if TYPE_CHECKING:  # records of what the list of ways has
     WaysOfTraining = Options
@@ -184,10 +184,10 @@ class TrainingSpeedOptions(Options, title="memory and speed"):
     plan: PlanOptions = option(facts=FREE)
 
     def __post_init__(self) -> None:
-        _ = self.joined  # raises OptionError
+        _ = self.modes  # raises OptionError
 
     @functools.cached_property
-    def joined(self) -> JoinedWays:
+    def modes(self) -> RunModes:
         """Return what the active ways to run the transformer have contributed."""
         return join_ways(self)
 
@@ -209,10 +209,10 @@ class GenerationSpeedOptions(Options, title="memory and speed"):
     not_by_preset: tuple[str, ...] = option(default=(), facts=NO_PIXELS)  # options that the user gave instead
 
     def __post_init__(self) -> None:
-        _ = self.joined  # raises OptionError
+        _ = self.modes  # raises OptionError
 
     @functools.cached_property
-    def joined(self) -> JoinedWays:
+    def modes(self) -> RunModes:
         """Return what the active ways to run the transformer have contributed."""
         return join_ways(self)
 
@@ -221,7 +221,7 @@ Speed = TypeVar("Speed", TrainingSpeedOptions, GenerationSpeedOptions)
 
 
 def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
-    """Return the generation options that load the model in the same form as a training did, by flag."""
+    """Return the generation options, by flag, that load the model in the form that a training used."""
     swap = speed.swap
     mode = speed.attention.choice.mode
     ring = swap.block_swap_ring_size
@@ -231,7 +231,7 @@ def say_for_generation(speed: TrainingSpeedOptions) -> dict[str, Any]:
         "--blocks_to_swap": swap.blocks_to_swap or None,
         "--img_in_txt_in_offloading": swap.img_in_txt_in_offloading,
         "--block_swap_ring_size": None if ring == SLOTS else ring,
-        **speed.joined.for_generation,
+        **speed.modes.for_generation,
     }
 
 

@@ -82,6 +82,7 @@ def run_in_order(dit: nn.Module, hidden: Hidden, overrides: Overrides) -> None:
         block = blocks[index]
         if in_side_list[index]:
             if hidden.side is not None:  # this call uses the side stream
+                # blocks are numbered over both lists, and the main list comes first
                 side_index = index - len(lists[spec.block_lists[0]])
                 hint = _run_side_block(block, hidden, side_index)
             continue

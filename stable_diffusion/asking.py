@@ -122,7 +122,7 @@ class Asking:
             yield from images
 
     def _expand_texts(self, line: Line) -> list[tuple[int, str]]:
-        """Return the seeds of a line's images, and the line with its `{...}` groups replaced by choices."""
+        """Return (seed, text) for each image of a line, in which choices replace the `{...}` groups."""
         count = line.pictures or self.options.prompts.images_per_prompt
         if line.is_plain:
             seeds = self.seeds.for_line(None)
@@ -227,7 +227,7 @@ def _select_strengths(options: GenImgOptions, values: Mapping[str, Any]) -> tupl
 def settle(
     options: GenImgOptions, values: Mapping[str, Any], kind: ModelKind, image: Path | None
 ) -> ImageSettings:
-    """Return the settings of an image of one part; warn of values without effect.
+    """Return the settings of an image whose prompt has one part; warn of values without effect.
 
     Args:
         options: Options of the command line.
@@ -276,7 +276,7 @@ def settle(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: the given ones, else the input image's, else the model's default."""
+    """Return width and height: of the options, else of the input image, else the model's default."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)
@@ -346,7 +346,7 @@ def batches(pictures: Iterable[RequestedImage], size: int) -> Iterator[list[Requ
 
 
 def _group_key(picture: RequestedImage) -> tuple[Any, ...]:
-    """Return what images of one batch must have in common."""
+    """Return a key that is equal for images that can be in one batch."""
     return (
         picture.settings,
         picture.image is None,

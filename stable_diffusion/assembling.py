@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 
 def _check_painting(options: GenImgOptions, release: OpenedCheckpoint) -> None:
-    """Raise OptionError if an inpainting checkpoint has no image and mask."""
+    """Raise OptionError if an inpainting checkpoint is used without an image and a mask."""
     is_painted = options.prompts.image_path is not None and options.prompts.mask_path is not None
     if release.unet.config["in_channels"] == 9 and not is_painted:
         raise OptionError(
@@ -39,8 +39,9 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
     Raises OptionError or CheckpointError, if possible before any network is loaded.
     """
     check_attention(options.model, device)
-    strength = options.text.clip_vision_strength
+    vision_strength = options.text.clip_vision_strength
     loras = read_networks(options.networks) if options.networks.network_weights else []
+    # errors of options and files come before any weights are loaded
     with ExitStack() as files:
         release = open_release(options.model, files)
         check_networks(loras, release)
@@ -50,34 +51,34 @@ def assemble(options: GenImgOptions, device: torch.device) -> ImageGenerator:
         _check_painting(options, release)
         check_control_nets(options.control, release.unet.config, release.kind)
         check_lllites(options.control, release.kind)
-        layers = list_cross_attentions(release.unet.sources) if options.text.XTI_embeddings else {}
+        cross_attentions = list_cross_attentions(release.unet.sources) if options.text.XTI_embeddings else {}
         configs = [plan.network.config for plan in release.texts]
-        bundled = words_of(loras)
-        check_texts(options.text, release.kind, configs, list(layers), bundled=bundled)
+        bundled = words_of(loras)  # embeddings of learned words in the LoRA files
+        check_texts(options.text, release.kind, configs, list(cross_attentions), bundled=bundled)
         guides = check_guides(options.guides)
-        if strength is not None:
+        if vision_strength is not None:
             check_vision(release.kind, release.path, options.model.tokenizer_cache_dir)
         model = load_release(options.model, release, device)
     # before LoRAs are merged: a ControlNet of differences is added to the checkpoint's own weights
     control_nets = load_control_nets(options.control, model)
     lllites = load_lllites(options.control, model)
     networks = load_networks(options.networks, model, loras)
-    texts = Texts(model.texts, model.kind, options.text, list(layers), bundled=bundled)
+    texts = Texts(model.texts, model.kind, options.text, list(cross_attentions), bundled=bundled)
     batch_hooks: list[BatchHook] = []
     if control_nets is not None:
         batch_hooks.append(control_nets)
     if lllites is not None:
         batch_hooks.append(lllites)
     batch_hooks.append(DeepShrinks(model.unet))
-    batch_hooks.append(LayerTexts(model.unet, tuple(layers.values())))
+    batch_hooks.append(LayerTexts(model.unet, tuple(cross_attentions.values())))
     regions = Regions(
         model.unet,
         () if networks is None else networks.layers,
         options.networks.network_regional_mask_max_color_codes,
     )
     vision = None
-    if strength is not None:
-        vision = ImageVectors(model, options.model.tokenizer_cache_dir, strength)
+    if vision_strength is not None:
+        vision = ImageVectors(model, options.model.tokenizer_cache_dir, vision_strength)
     return ImageGenerator(
         model=model,
         texts=texts,

@@ -119,7 +119,7 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     """
     names = checkpoint.tensors
     sources = dialects.rename_sources(plain_sources(checkpoint), name_translator(names))
-    layers = read_levels(names)
+    layers_by_level = read_levels(names)
 
     def broken(why: str) -> CheckpointError:
         return CheckpointError(
@@ -129,11 +129,14 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
         )
 
     shape = dialects.shapes_of(checkpoint, sources, broken("a tensor has another shape"))
-    for level, layer in enumerate(layers):  # bounds the work: a tensor name may contain any number
-        if layer < 1 or layer != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
+    # a tensor name may contain any number, so the count is checked before it sets the work
+    for level, num_layers in enumerate(layers_by_level):
+        if num_layers < 1 or num_layers != dialects.count(sources, rf"down_blocks\.{level}\.resnets\.\d+"):
             raise broken("some of its input_blocks are missing")
-    widths = tuple(shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers)))
-    depths = _read_depths(sources, layers)
+    widths = tuple(
+        shape(f"down_blocks.{level}.resnets.0.conv1.weight")[0] for level in range(len(layers_by_level))
+    )
+    depths = _read_depths(sources, layers_by_level)
     attention = _find_last_attention(sources, depths)
     if attention is None:
         raise broken("it has no attention to the text")
@@ -142,13 +145,13 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     if kind is SD1:
         heads = [SD1_HEADS] * len(widths)
     config: dict[str, Any] = {
-        "sample_size": kind.size // 8,
+        "sample_size": kind.size // 8,  # in latents, whose sides are an eighth of the image's
         "in_channels": shape("conv_in.weight")[1],
         "out_channels": shape("conv_out.weight")[0],
         "block_out_channels": widths,
-        "layers_per_block": layers,
-        "down_block_types": tuple(_select_block_type(of_level, "Down") for of_level in depths.down),
-        "up_block_types": tuple(_select_block_type(of_level, "Up") for of_level in depths.up),
+        "layers_per_block": layers_by_level,
+        "down_block_types": tuple(_select_block_type(level_depths, "Down") for level_depths in depths.down),
+        "up_block_types": tuple(_select_block_type(level_depths, "Up") for level_depths in depths.up),
         "norm_num_groups": GROUPS,
         "cross_attention_dim": shape(f"{attention}.transformer_blocks.0.attn2.to_k.weight", 2)[1],
         "use_linear_projection": projection is not None and len(names[projection.names[0]].shape) == 2,
@@ -157,9 +160,10 @@ def read_unet(checkpoint: Checkpoint, kind: ModelKind, pooled: int) -> dialects.
     }
     if kind is SDXL:
         config |= _read_pooled_settings(shape("add_embedding.linear_1.weight", 2)[1], pooled, broken)
-    for width, of_level in zip(widths, depths.down, strict=True):
+    for width, level_depths in zip(widths, depths.down, strict=True):
+        # levels without attention have no heads, and SD1 has a number of heads instead of their width
         divisor = SD1_HEADS if kind is SD1 else HEAD_WIDTH
-        if width % GROUPS or (any(of_level) and width % divisor):
+        if width % GROUPS or (any(level_depths) and width % divisor):
             raise broken(f"a width of {width} channels cannot be divided into groups and heads")
     return dialects.LoadPlan(config, checkpoint, sources)
 
@@ -170,7 +174,7 @@ def _find_last_attention(sources: Mapping[str, TensorSource], depths: UnetDepths
     Returns None if no level has one, or if the middle has none.
     """
     has_middle = any(name.startswith("mid_block.attentions.0.") for name in sources)
-    levels = [level for level, of_level in enumerate(depths.down) if any(of_level)]
+    levels = [level for level, level_depths in enumerate(depths.down) if any(level_depths)]
     return f"down_blocks.{levels[-1]}.attentions.0" if levels and has_middle else None
 
 
@@ -189,8 +193,8 @@ def _read_depths(sources: Mapping[str, TensorSource], layers: Sequence[int]) -> 
         )
 
     return UnetDepths(
-        down=[read_depths("down", level, layer) for level, layer in enumerate(layers)],
-        up=[read_depths("up", level, layer + 1) for level, layer in enumerate(layers[::-1])],
+        down=[read_depths("down", level, num_layers) for level, num_layers in enumerate(layers)],
+        up=[read_depths("up", level, num_layers + 1) for level, num_layers in enumerate(layers[::-1])],
     )
 
 

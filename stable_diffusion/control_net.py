@@ -88,7 +88,7 @@ class ControlNets:
         yield control
 
     def _compute_residuals(self, number: int, call: UnetCall, guides: Tensor, parts: int) -> Residuals:
-        """Return what ControlNet `number` adds to the U-Net's skips and middle block in a call."""
+        """Return the residuals of ControlNet `number` for the U-Net's skips and middle block in a call."""
         # guides: B 3 H W; row r of the call belongs to image r modulo B
         network = self._networks[number]
         dtype = self._model.dtype

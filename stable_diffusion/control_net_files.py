@@ -124,7 +124,7 @@ def _read_control_net(
     """Plan how to load a ControlNet from an open file.
 
     Args:
-        path: Path as the user gave it.
+        path: Path of the file or folder, as in the option.
         checkpoint: The opened checkpoint.
         unet: Configuration of the U-Net.
         words: Name of the U-Net's model.

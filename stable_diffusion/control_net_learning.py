@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from checkpoints.model_files import require_file
 from checkpoints.writing import save_tensors
-from protocols.family_networks import DefaultRate, MadeNetwork
+from protocols.family_networks import CustomNetwork, DefaultRate
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.contract import SDXL, ModelKind
 from stable_diffusion.control_net_files import OWN_PARTS, load_control_net
@@ -151,7 +151,7 @@ def describe_control_net(
     path: Path | None,
     new_layers_lr: float | None,
     checkpoints: bool,
-) -> MadeNetwork:
+) -> CustomNetwork:
     """Describe a ControlNet as a network that a training makes. For the arguments see `make_control_net`."""
 
     def check() -> None:
@@ -162,13 +162,14 @@ def describe_control_net(
             )
 
     origin = "a copy of the U-Net's first half" if path is None else f"from {path.name}"
-    return MadeNetwork(
-        called=CALLED,
-        words=f"{CALLED}, {origin}",
-        ending="controlnet",
+    return CustomNetwork(
+        label=CALLED,
+        description=f"{CALLED}, {origin}",
+        architecture_suffix="controlnet",
         make=partial(make_control_net, path, new_layers_lr, checkpoints, files.kind),
         check=check,
         generate=partial(say_generation, options, "--control_net_models"),
+        # the lowest, a typical and the highest learning rate
         default_rate=DefaultRate(5e-7, "1e-5", 5e-4),
         write=partial(_write, files),
         start_option=WEIGHTS.removeprefix("--"),

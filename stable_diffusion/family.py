@@ -38,7 +38,7 @@ from protocols.data import (
     send_tensor,
 )
 from protocols.family import Abilities, DitSpec, Family, NoiseSource, NoiseSpec, TextEncoder
-from protocols.family_networks import MadeNetwork
+from protocols.family_networks import CustomNetwork
 from protocols.few_steps import FewSteps
 from protocols.full_model import CheckpointWriter, LearningParts
 from protocols.loading import Placement
@@ -182,7 +182,7 @@ class StableDiffusion(ModelOfImages):
     tells_cut: bool = False  # whether to warn if a prompt is cut off
     learning_texts: LearningTexts | None = None  # set for full training only
     # the network that a training makes instead of a LoRA; None for a LoRA
-    made_network: MadeNetwork | None = None
+    custom_network: CustomNetwork | None = None
     # whether the U-Net also takes a mask and the masked image (`INPAINTING`)
     inpaints: bool = False
     stores_controls: bool = False  # whether latents are cached together with a table's control images
@@ -231,7 +231,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def defaults(self) -> SamplingDefaults:
-        """Steps, guidance, size and sampler of a generation whose request does not set them."""
+        """Steps, guidance, size and sampler that apply if a request does not set them."""
         return image_defaults(
             STEPS,
             GUIDANCE_SCALE,
@@ -316,15 +316,15 @@ class StableDiffusion(ModelOfImages):
     # control images
 
     @property
-    def _control_network(self) -> MadeNetwork | None:
+    def _control_network(self) -> CustomNetwork | None:
         """Return the trained network that takes control images."""
-        made = self.made_network
-        return None if made is None or made.in_texts else made
+        made = self.custom_network
+        return None if made is None or made.in_text_encoders else made
 
     def check_table(self, table: MediaTable) -> None:
         """Check a table of the dataset: only some trained networks use control images."""
         if self._control_network is not None:
-            table = control_pictures.check_controls(table, self._control_network.called)
+            table = control_pictures.check_controls(table, self._control_network.label)
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
@@ -411,7 +411,7 @@ class StableDiffusion(ModelOfImages):
         return self.files.unet_dtype(placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the U-Net; there is a single expert."""
+        """Load the U-Net. Stable Diffusion has one network for all noise levels."""
         unet = self.files.load_unet(placement, self.dit)
         if self.learning_texts is not None and self.learning_texts.layers:
             from stable_diffusion.layer_texts import give_parts  # only for a word with vectors for each layer
@@ -461,7 +461,7 @@ class StableDiffusion(ModelOfImages):
         learning = replace(self.learning_texts, word=NewWord(word.text, word.count))
         return replace(self, learning_texts=learning)
 
-    def word_network(self, word: WordToLearn) -> MadeNetwork:
+    def word_network(self, word: WordToLearn) -> CustomNetwork:
         """Return the network that holds the vectors of a trained word."""
         from stable_diffusion.inversion_learning import invert  # only to train one
 
@@ -559,7 +559,7 @@ class StableDiffusion(ModelOfImages):
             conditions[INPAINTING] = batch.tensor(INPAINTING)
         if self._control_network is not None:
             conditions |= control_pictures.controls_of(
-                batch, latents, self.latent.stride[1], self._control_network.called
+                batch, latents, self.latent.stride[1], self._control_network.label
             )
         return conditions
 
@@ -626,7 +626,7 @@ class StableDiffusion(ModelOfImages):
 
     def comfy_model(self) -> "ComfyModel":
         """Return how ComfyUI runs the checkpoint. Raises OptionError if it is no single file, or repaints."""
-        if self.inpaints or self.made_network is not None:
+        if self.inpaints or self.custom_network is not None:
             raise OptionError(
                 "only those of a LoRA of a checkpoint that makes images from texts are known here"
             )
@@ -652,13 +652,13 @@ class StableDiffusion(ModelOfImages):
         read = [texts.positive.text]
         if has_negative and texts.negative is not None:
             read.append(texts.negative.text)
-        count = 1
+        num_chunks = 1
         if self.chunks > 1 or self.tells_cut:
-            count = max(encoder.count_chunks(text) for encoder in self._counting for text in read)
+            num_chunks = max(encoder.count_chunks(text) for encoder in self._counting for text in read)
         return replace(
             texts,
-            positive=replace(texts.positive, marked_chunks=count),
-            negative=None if texts.negative is None else replace(texts.negative, marked_chunks=count),
+            positive=replace(texts.positive, marked_chunks=num_chunks),
+            negative=None if texts.negative is None else replace(texts.negative, marked_chunks=num_chunks),
         )
 
     @cached_property
@@ -790,7 +790,7 @@ def with_inversion(model: StableDiffusion) -> StableDiffusion:
 
     made = learn_alone(model.word_network(model.options.word), model.options)
     taught = model.with_word_in_texts(model.options.word)
-    return replace(taught, made_network=made, lora_module=MODULE)
+    return replace(taught, custom_network=made, lora_module=MODULE)
 
 
 def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
@@ -807,7 +807,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
     taught = model.with_word_in_texts(word)
     assert taught.learning_texts is not None  # as for each training
     learning = replace(taught.learning_texts, layers=layers)
-    return replace(taught, learning_texts=learning, made_network=made, lora_module=MODULE)
+    return replace(taught, learning_texts=learning, custom_network=made, lora_module=MODULE)
 
 
 def with_control_net(
@@ -823,7 +823,7 @@ def with_control_net(
         new_layers_lr=new_layers_lr,
         checkpoints=checkpoints,
     )
-    return replace(model, made_network=made, lora_module=MODULE)
+    return replace(model, custom_network=made, lora_module=MODULE)
 
 
 def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
@@ -840,7 +840,7 @@ def _check_block_rates(rates: Sequence[float], files: TrainingFiles) -> None:
 def family_for_generation(
     kinds: tuple[ModelKind, ...], options: StableDiffusionGenerationOptions
 ) -> StableDiffusion:
-    """Return the model of a generation.
+    """Return the Stable Diffusion model to generate with.
 
     Raises:
         OptionError: If the options contradict the checkpoint.

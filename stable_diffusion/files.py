@@ -67,7 +67,7 @@ class Marks:
 
     @property
     def words(self) -> str:
-        """Return what the model predicts according to the checkpoint; "" for noise or if it is not stated."""
+        """Return what the model predicts, by its checkpoint; "" for noise or if that is not recorded."""
         if not self.predicts_velocity:
             return ""
         also = " with a zero terminal SNR" if self.zero_terminal_snr else ""
@@ -101,18 +101,18 @@ def read_marks(path: Path, names: Collection[str], metadata: Mapping[str, str]) 
             path,
         )
     assert kind is not None
-    said = read_prediction(metadata)
+    declared = read_prediction(metadata)
     if V_PRED in names:
-        return Marks(kind, True, ZTSNR in names or said.zero_terminal_snr, said_by=f"its tensor {V_PRED}")
-    if said.unknown:
+        return Marks(kind, True, ZTSNR in names or declared.zero_terminal_snr, said_by=f"its tensor {V_PRED}")
+    if declared.unknown:
         logger.warning(
             "%s: its metadata say %s, which is not known here; the model is taken to predict noise unless "
             "--v_parameterization is given",
             path,
-            said.unknown,
+            declared.unknown,
         )
-    velocity = said.velocity is True
-    is_zero = ZTSNR in names or (velocity and said.zero_terminal_snr)
+    velocity = declared.velocity is True
+    is_zero = ZTSNR in names or (velocity and declared.zero_terminal_snr)
     return Marks(kind, velocity, is_zero, said_by="its metadata" if velocity else "")
 
 

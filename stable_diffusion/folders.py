@@ -126,10 +126,10 @@ def read_folder_unet(folder: Path, files: ExitStack) -> LoadPlan[UnetSizes]:
     for name, values in _PLAIN.items():
         if config.get(name) not in values:
             is_lcm = name == "time_cond_proj_dim"
-            lcm = " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
+            lcm_hint = " (a latent consistency model; give its base model with an LCM LoRA)" if is_lcm else ""
             raise CheckpointError(
                 f"{folder / 'unet' / 'config.json'}: {name} is {config[name]!r}, which no Stable Diffusion "
-                f"1.x, 2.x or XL has{lcm}.\n  Give {GIVE}.",
+                f"1.x, 2.x or XL has{lcm_hint}.\n  Give {GIVE}.",
                 folder,
             )
     return LoadPlan(config, checkpoint, plain_sources(checkpoint))

@@ -100,13 +100,13 @@ def _plan_layers(checkpoint: Checkpoint, last: int) -> list[_Layer]:
     """
     channels = 3
     layers: list[_Layer] = []
-    for number in range(last + 1):
-        info = checkpoint.tensors.get(f"{_START}{number}.weight")
+    for index in range(last + 1):
+        info = checkpoint.tensors.get(f"{_START}{index}.weight")
         if info is None and layers:
             layers.append("relu" if isinstance(layers[-1], tuple) else "pool")
             if layers[-2:] == ["pool", "pool"]:
                 raise OptionError(
-                    f"--vgg16_guidance_layer {last}: the last layer in {checkpoint.path} is {number - 1}. "
+                    f"--vgg16_guidance_layer {last}: the last layer in {checkpoint.path} is {index - 1}. "
                     f"Give a lower one, or {RELEASE} to {OPTION}"
                 )
             continue

@@ -64,9 +64,9 @@ def keep_image(request: Request, keep: Callable[[Request, str], Request], who: s
         OptionError: If the image or the mask cannot be read, or if there is a mask without an image.
     """
     path, others = request.image_path, request.control_images
-    if path is None and others:
+    if path is None and others:  # the first control image is the one to repaint
         path, others = others[0], others[1:]
-    without = keep(replace(request, image_path=None, control_images=others), who)
+    usable = keep(replace(request, image_path=None, control_images=others), who)
     source = request.source
     if source is not None and source.option == IMAGE:
         path = source.path
@@ -79,7 +79,7 @@ def keep_image(request: Request, keep: Callable[[Request, str], Request], who: s
                 f"the mask {mask} needs the image that is repainted where it is white ({_OPTIONS})"
             )
         _check_image("the mask", Path(mask))
-    return replace(without, image_path=path)
+    return replace(usable, image_path=path)
 
 
 def _check_image(what: str, path: Path) -> None:

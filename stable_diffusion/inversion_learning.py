@@ -17,7 +17,7 @@ from encoders.inversion import Inversion, WordTower, find_in_lora
 from encoders.new_words import NewWord, compile_words
 from modules.console import quiet
 from modules.option_values import option_words
-from protocols.family_networks import MadeNetwork
+from protocols.family_networks import CustomNetwork
 from protocols.new_tokens import WordToLearn
 from stable_diffusion.contract import SDXL
 from stable_diffusion.inversion_options import InversionOptions
@@ -54,7 +54,7 @@ STYLE_SENTENCES = tuple(
 )
 
 
-def invert(word: WordToLearn, files: TrainingFiles) -> MadeNetwork:
+def invert(word: WordToLearn, files: TrainingFiles) -> CustomNetwork:
     """Return the network of a word's vectors for the text encoders of a checkpoint."""
     keys = SEVERAL if files.kind is SDXL else (SINGLE,)
 
@@ -86,7 +86,7 @@ def _tokenize(files: TrainingFiles, number: int, text: str) -> list[int]:
     return [] if words.end in ids else ids
 
 
-def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str]) -> MadeNetwork:
+def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str]) -> CustomNetwork:
     """Return the network of a word's vectors for each cross-attention of the U-Net.
 
     Args:
@@ -105,8 +105,8 @@ def learn_extended(word: WordToLearn, files: TrainingFiles, layers: Sequence[str
 
 
 def learn_alone(
-    network: MadeNetwork, options: InversionOptions, option: str = "--textual_inversion_embeddings"
-) -> MadeNetwork:
+    network: CustomNetwork, options: InversionOptions, option: str = "--textual_inversion_embeddings"
+) -> CustomNetwork:
     """Return the network of a word as the only network of a training.
 
     Args:

@@ -79,7 +79,7 @@ def give_parts(unet: nn.Module, paths: Sequence[str]) -> list[tuple[nn.Module, C
 
 
 def _with_part(attend: Callable[..., Tensor], place: int, places: int) -> Callable[..., Tensor]:
-    """Return a cross-attention that attends to part `place` of a context of `places` equal parts."""
+    """Return a cross-attention to the part with index `place` of a context of `places` equal parts."""
 
     def forward(hidden_states: Tensor, encoder_hidden_states: Tensor, **settings: Any) -> Tensor:
         # encoder_hidden_states: R A*L C

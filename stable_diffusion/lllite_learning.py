@@ -13,7 +13,7 @@ from checkpoints.dialects import load_planned
 from checkpoints.model_files import require_file
 from checkpoints.opening import open_checkpoint
 from modules.errors import OptionError, UserError
-from protocols.family_networks import DefaultRate, MadeNetwork, describe_start
+from protocols.family_networks import CustomNetwork, DefaultRate, describe_start
 from stable_diffusion.beside_unet import BesideUnet
 from stable_diffusion.control_net_options import say_generation
 from stable_diffusion.lllite_modules import (
@@ -114,7 +114,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values
             assert isinstance(module, LlliteModule)
             nn.init.zeros_(module.up[0].weight)  # type: ignore[arg-type]
             nn.init.zeros_(module.up[0].bias)  # type: ignore[arg-type]
-        path = Path()
+        path = Path()  # only for messages about a file
     else:
         with open_checkpoint(path) as checkpoint:
             plan = read_lllite(checkpoint, WEIGHTS)
@@ -143,14 +143,14 @@ def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[
             )
 
 
-def describe_lllite(options: SdxlLlliteTrainingOptions) -> MadeNetwork:
+def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
     """Describe ControlNet-LLLite as a network that a training makes."""
     width, rank = _start_sizes(options)
     sizes = f", rank {rank}, control picture as {width} numbers"
-    return MadeNetwork(
-        called=CALLED,
-        words=describe_start(CALLED, sizes, options.network_weights),
-        ending="control-net-lllite",
+    return CustomNetwork(
+        label=CALLED,
+        description=describe_start(CALLED, sizes, options.network_weights),
+        architecture_suffix="control-net-lllite",
         make=partial(make_lllite, options),
         check=partial(_check_file, options),
         generate=partial(say_generation, options, "--control_net_lllite_models"),

@@ -85,7 +85,7 @@ class LlliteModule(nn.Module):
         return embedding if self.part.is_convolution else rearrange(embedding, "b e h w -> b (h w) e")
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """Return what is added to the layer's input `x`, given the embedding of the control image."""
+        """Return the change of the layer's input `x` for the embedded control image."""
         # x: R L C or R C h w    embedding: B L E or B E h w; row r belongs to image r modulo B
         axis = 1 if self.part.is_convolution else 2
         rows = embedding
@@ -114,22 +114,21 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
     levels: int = len(unet.config["block_out_channels"])  # type: ignore[index]
     parts = {}
     for block in _BLOCKS:
-        number = 0
-        while (
-            path := find_layer_path(f"{PREFIX}{block}_transformer_blocks_{number}_attn1_to_q")
-        ) is not None:
+        index = 0
+        while (path := find_layer_path(f"{PREFIX}{block}_transformer_blocks_{index}_attn1_to_q")) is not None:
             first = _get_layer(unet, path)
             if first is None:
                 break
             path_parts = path.split(".")
+            # the middle block has the resolution of the last level
             level = int(path_parts[1]) if path_parts[0] == "down_blocks" else levels - 1
             # (channels, stride) of each convolution: the last one has the full width
             *strides, last_stride = _STRIDES[level]
             convolutions = (*((width // 2, stride) for stride in strides), (width, last_stride))
             for leaf in _LAYERS:
-                name = f"{PREFIX}{block}_transformer_blocks_{number}_{leaf}"
+                name = f"{PREFIX}{block}_transformer_blocks_{index}_{leaf}"
                 parts[name] = LllitePart(convolutions, first.in_features, rank, is_convolution=False)
-            number += 1
+            index += 1
     return parts
 
 

@@ -62,19 +62,19 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
     tokenizers = find_tokenizers(
         options.tokenizer_cache_dir, release.path, [plan.is_open_clip for plan in release.texts]
     )
-    for words, plan in zip(tokenizers, release.texts, strict=True):
-        check_vocabulary(words, plan.network.config.vocabulary, release.path)
+    for tokenizer, plan in zip(tokenizers, release.texts, strict=True):
+        check_vocabulary(tokenizer, plan.network.config.vocabulary, release.path)
     parts = _make_networks(release, dtype, vae_dtype)
     _fill(parts, META)  # compares names and shapes; reads nothing
-    what = release.kind.words
+    description = release.kind.words
     if release.unet.config.get("in_channels") == 9:
-        what += ", inpainting"
+        description += ", inpainting"
     if release.marks.words:
-        what += f", which {release.marks.words}"
+        description += f", which {release.marks.words}"
     logger.info(
         "Loading %s: %s, as %s, VAE as %s",
         release.path,
-        what,
+        description,
         dtype_name(dtype),
         dtype_name(vae_dtype),
     )
@@ -85,18 +85,18 @@ def load_release(options: ModelOptions, release: OpenedCheckpoint, device: torch
         )
     _fill(parts, device)
     *texts, unet, vae = (network for network, *_ in parts)
-    rows = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
+    tower_parts = zip(release.texts, texts, tokenizers, release.kind.lora_prefixes, strict=True)
     towers = tuple(
         TextTower(
             network=network,
-            tokenize=words.tokenize,
-            start=words.start,
-            end=words.end,
-            pad=OPEN_CLIP_PAD if plan.is_open_clip else words.end,
+            tokenize=tokenizer.tokenize,
+            start=tokenizer.start,
+            end=tokenizer.end,
+            pad=OPEN_CLIP_PAD if plan.is_open_clip else tokenizer.end,
             lora_prefix=lora_prefix,
-            missing_layers=1 if release.kind is SD2 else 0,
+            missing_layers=1 if release.kind is SD2 else 0,  # the last layer is never used, so not loaded
         )
-        for plan, network, words, lora_prefix in rows
+        for plan, network, tokenizer, lora_prefix in tower_parts
     )
     _set_computation(options, unet, vae)
     return Model(
@@ -216,14 +216,14 @@ def read_chosen_vae(
         path: File or folder of the VAE.
         option: Option that names the file, for messages.
         kind: Kind of the checkpoint.
-        files: Closes what is opened.
+        files: Closes the opened files.
 
     Raises:
         CheckpointError: If the VAE is missing or another network.
     """
     if option == "--ckpt" or path.is_dir():
-        inner = path / "vae"
-        folder = inner if not (path / "config.json").is_file() and inner.is_dir() else path
+        vae_subfolder = path / "vae"
+        folder = vae_subfolder if not (path / "config.json").is_file() and vae_subfolder.is_dir() else path
         return folders.read_folder_vae(folder, option, kind.latent_scale, files)
     if not path.exists() and _is_of_hub(path):
         path = find_model_folder(option, path.as_posix(), PATTERNS_VAE)

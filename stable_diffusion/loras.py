@@ -221,19 +221,19 @@ def load_networks(
     if not adjustable:
         return None
     defaults = tuple(use.multiplier for use in adjustable)
-    if options.network_pre_calc:
+    if options.network_pre_calc:  # weights are folded anew when multipliers change
         return ChosenLoras(defaults, _make_folding(targets, adjustable, options.lora_rounding), None)
-    by_target = [_attach_loras(target, adjustable, model) for target in targets]
+    parts_by_target = [_attach_loras(target, adjustable, model) for target in targets]
     for index, use in enumerate(adjustable):
-        _log_added(use, [part for files in by_target for part in files[index].values()])
+        _log_added(use, [part for by_file in parts_by_target for part in by_file[index].values()])
 
     def use_multipliers(multipliers: Multipliers) -> None:
-        for files in by_target:
-            for parts, multiplier in zip(files, multipliers, strict=True):
+        for by_file in parts_by_target:
+            for parts, multiplier in zip(by_file, multipliers, strict=True):
                 for part in parts.values():
                     part.multiplier = multiplier
 
-    unet_layers = [{part.target.module_path: part for part in parts.values()} for parts in by_target[0]]
+    unet_layers = [{part.target.module_path: part for part in parts.values()} for parts in parts_by_target[0]]
     return ChosenLoras(defaults, use_multipliers, unet_layers)
 
 
@@ -283,7 +283,7 @@ def _make_folding(
 
 
 def _attach_loras(target: _Target, uses: Sequence[LoraUse], model: Model) -> list[dict[str, AddedPart]]:
-    """Attach each file's LoRA to a network; return what each adds, by our names of modules."""
+    """Attach each file's LoRA to a network; return the added layers of each file by module name."""
     changeable = find_parameters(target.network, target.published_module)
     files: list[dict[str, AddedPart]] = []
     for use in uses:

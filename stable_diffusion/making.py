@@ -167,7 +167,7 @@ class ImageGenerator:
             guidance = self.guides.steer(guidance, passes, picture)
         section = self._make_section(beginning.latents, texts, settings)
 
-        def network(_: float) -> nn.Module:
+        def network(_: float) -> nn.Module:  # one network for all noise levels
             unet: nn.Module = self.model.unet
             return unet
 
@@ -176,7 +176,7 @@ class ImageGenerator:
 
             def show(_: StepDone) -> bool:
                 bar.update()
-                return False
+                return False  # True would stop the loop
 
             latents = loop.denoise(
                 passes,
@@ -189,7 +189,7 @@ class ImageGenerator:
                 split=False,
                 first_step=sampler.first,
             )
-        return latents.squeeze(2)
+        return latents.squeeze(2)  # without the axis of frames
 
     def _make_section(self, latents: Tensor, texts: _Texts, settings: contract.ImageSettings) -> Section:
         """Return latents and texts as a section for the denoising loop."""
@@ -285,8 +285,8 @@ class ImageGenerator:
             for parts, avoided_texts in zip(prompts, avoided, strict=True):
                 for text in (parts[number], *avoided_texts):
                     if (text, part) not in states:
-                        networks = (settings.multipliers, part)
-                        states[text, part] = self.texts.encode(text, chunks, networks)
+                        lora_key = (settings.multipliers, part)
+                        states[text, part] = self.texts.encode(text, chunks, lora_key)
         return states
 
     def _select_loras(self, settings: contract.ImageSettings, part: int | None = None) -> None:

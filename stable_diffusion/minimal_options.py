@@ -113,4 +113,5 @@ def gen_img_words(options: MinimalInpaintingOptions, mask: Path, seed: int) -> l
         "--seed": seed,
         "--outdir": image.output_dir,
     }
+    # one word, because a prompt may begin with a dash
     return [*option_words(values), f"--prompt={line}"]

@@ -48,6 +48,7 @@ class ModelUpscaler:
         vae_batch_size: int,
     ) -> list[Image.Image]:
         """Return the enlarged images; the caller resizes them to the final size."""
+        # arguments of the call that all upscalers share, which this one does not need
         del latents, dtype, batch_size, vae_batch_size, width, height
         stage = self._stages.get(vae.device)
         if stage is None:

@@ -102,14 +102,14 @@ def make_noise_spec(
         vary: Changes the noise; None leaves it Gaussian.
     """
     betas = read_betas()
-    shares = torch.cumprod(1 - betas, dim=0)
-    factors = () if weights is None else loss_factors(weights, shares, predicts_v)
+    alphas_cumprod = torch.cumprod(1 - betas, dim=0)
+    factors = () if weights is None else loss_factors(weights, alphas_cumprod, predicts_v)
     if zero_terminal_snr:
-        shares = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
+        alphas_cumprod = torch.cumprod(1 - rescale_zero_terminal_snr(betas), dim=0)
     return NoiseSpec(
         training_offset=0.0,
         integer_timesteps=True,
-        table=tuple((1 - shares).sqrt().tolist()),
+        table=tuple((1 - alphas_cumprod).sqrt().tolist()),
         keeps_variance=True,
         predicts_v=predicts_v,
         loss_factors=factors,

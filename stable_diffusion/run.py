@@ -263,7 +263,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
         if options.prompts.from_module is None:
             lines = list_lines(options, inputs)
             num_lines = len(lines) * options.prompts.n_iter
-            failures.strict = num_lines == 1
+            failures.strict = num_lines == 1  # the error of a single prompt is raised at once
             paths = _make_lines(options, start, lines, failures)
         else:
             module = import_prompter(options.prompts.from_module)
@@ -277,7 +277,7 @@ def generate(options: GenImgOptions, load: Load = assemble) -> None:
 
 
 def _make_prompted(run: Run, module: ModuleType, failures: Failures) -> list[Path]:
-    """Generate the images of the lines that the module of --from_module yields."""
+    """Generate the images of the prompt lines that the user's --from_module module yields."""
     asking = run.asking
     lines_of_round = module_lines(
         module,

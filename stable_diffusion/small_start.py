@@ -195,8 +195,8 @@ def _install(shrinking: _Shrinking, unet: Any) -> Iterator[Any]:
             lambda _, args, kwargs: shrinking.enter_output(args, kwargs), with_kwargs=True
         )
         attentions = getattr(output, "attentions", None)
-        for layer, last in enumerate(list(attentions or output.resnets)[:-1]):
-            yield last.register_forward_hook(
+        for layer, module in enumerate(list(attentions or output.resnets)[:-1]):
+            yield module.register_forward_hook(
                 lambda _, args, output, layer=layer: shrinking.leave_layer(layer, output)
             )
     yield unet.conv_norm_out.register_forward_pre_hook(
@@ -255,40 +255,41 @@ def begin_small(
     """
     if sampler.first >= sampler.schedule.num_steps:
         return latents, sampler
-    full = _size(latents)
+    full_size = _size(latents)
     unsharp = gradual.unsharp
     timesteps = sampler.schedule.timesteps[sampler.first :].tolist()
     growth = {sampler.first + index: ratio for index, ratio in plan_growth(timesteps, gradual).items()}
-    sizes = [scale_size(full, ratio) for ratio in growth.values()]
+    sizes = [scale_size(full_size, ratio) for ratio in growth.values()]
+    # the blur pads by half of its width, which has to be less than the smallest enlarged side
     if unsharp is not None and sizes and unsharp.ksize // 2 >= min(sizes[0]):
         raise OptionError(
             f"the blur of {unsharp.ksize} of --gradual_latent_unsharp_params (--glus) is too large for "
             f"latents of {sizes[0][1]} x {sizes[0][0]}. Give a smaller one, such as 3"
         )
-    first = scale_size(full, gradual.gradual_latent_ratio)
-    if first == full and gradual.gradual_latent_ratio < NEARLY:
+    first_size = scale_size(full_size, gradual.gradual_latent_ratio)
+    if first_size == full_size and gradual.gradual_latent_ratio < NEARLY:
         logger.warning(
             "--gradual_latent_timesteps (--glt) does nothing to %d x %d pixels: it begins with multiples of "
             "%d pixels. Give larger --W and --H, or a smaller --gradual_latent_ratio",
-            full[1] * STRIDE,
-            full[0] * STRIDE,
+            full_size[1] * STRIDE,
+            full_size[0] * STRIDE,
             STEP * STRIDE,
         )
-    last = sizes[-1] if sizes else first
-    if last != full:
+    last_size = sizes[-1] if sizes else first_size
+    if last_size != full_size:
         logger.warning(
             "Gradual Latent ends at %d x %d pixels instead of %d x %d: there are too few steps to grow. "
             "Give more --steps, a larger --gradual_latent_ratio_step or a higher "
             "--gradual_latent_timesteps.",
-            last[1] * STRIDE,
-            last[0] * STRIDE,
-            full[1] * STRIDE,
-            full[0] * STRIDE,
+            last_size[1] * STRIDE,
+            last_size[0] * STRIDE,
+            full_size[1] * STRIDE,
+            full_size[0] * STRIDE,
         )
     growing = GrowingSteps(
-        sampler.scheduler, full, growth=growth, unsharp=unsharp, s_noise=gradual.gradual_latent_s_noise
+        sampler.scheduler, full_size, growth=growth, unsharp=unsharp, s_noise=gradual.gradual_latent_s_noise
     )
-    return resize_latents(latents, first), replace(sampler, around=growing)
+    return resize_latents(latents, first_size), replace(sampler, around=growing)
 
 
 def check_batch(pictures: Sequence[RequestedImage], sampler: str) -> None:

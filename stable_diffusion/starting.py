@@ -192,41 +192,44 @@ def begin(
         ]
         return torch.stack(noises).to(model.device)
 
-    if find_strength(pictures[0], start) is None:
+    if find_strength(pictures[0], start) is None:  # there is no input image
         return Beginning((draw_noise() * sampler.noise_level).unsqueeze(2), sampler)
-    is_painted = is_masked(pictures[0])
+    has_mask = is_masked(pictures[0])
     # inpainting at full strength starts from pure noise
-    from_noise = is_painted and settings.strength == 1
+    starts_from_noise = has_mask and settings.strength == 1
     pixels = _start_pixels(pictures, start)
     clean: Tensor | None = None
     if pixels is None:
         assert start is not None
         assert start.latents is not None
         clean = start.latents.to(model.device, torch.float32)
-    elif not (from_noise and model.is_inpainting and not keeps_rest):
+    # from pure noise, an inpainting model without `keeps_rest` takes latents of the masked image only
+    elif not (starts_from_noise and model.is_inpainting and not keeps_rest):
         clean = encode_pixels(model, pixels, generators)
     noise = draw_noise()
-    if clean is None or from_noise:
+    if clean is None or starts_from_noise:
         latents = noise * sampler.noise_level
     elif sampler.first >= sampler.schedule.num_steps:  # no step is left
         latents = clean
     else:
         latents = sampler.add_noise(sampler.first, clean, noise)
-    latents = latents.unsqueeze(2)
-    if not is_painted:
+    latents = latents.unsqueeze(2)  # the loop's latents have an axis of frames
+    if not has_mask:
         return Beginning(latents, sampler)
     masks = _read_masks(pictures)
-    small = masks[:, :, ::STRIDE, ::STRIDE].to(model.device)  # B 1 h w: the upper left pixel of each square
+    latent_mask = masks[:, :, ::STRIDE, ::STRIDE].to(
+        model.device
+    )  # B 1 h w: the upper left pixel of each square
     # drawn even if the U-Net does not take it, so that the steps' noise is that of diffusers' pipeline
     unmasked = None if pixels is None else encode_pixels(model, pixels * (1 - masks), generators)
     inputs = None
     if model.is_inpainting:
         assert unmasked is not None
-        inputs = torch.cat([small, unmasked], dim=1)
+        inputs = torch.cat([latent_mask, unmasked], dim=1)
         if not keeps_rest:
             return Beginning(latents, sampler, inputs)
     assert clean is not None
-    return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, small)), inputs)
+    return Beginning(latents, replace(sampler, around=Inpainting(sampler, clean, noise, latent_mask)), inputs)
 
 
 def _start_pixels(pictures: Sequence[RequestedImage], start: SecondStart | None) -> Tensor | None:
@@ -309,8 +312,8 @@ def decode_latents(
         vae_batch_size: Number of images that the VAE decodes at once; None for all.
     """
     images: list[Image.Image] = []
-    size = vae_batch(vae_batch_size, len(latents))
-    for group in latents.split(size):
+    group_size = vae_batch(vae_batch_size, len(latents))
+    for group in latents.split(group_size):
         pixels = model.vae.decode((group / model.kind.latent_scale).to(model.vae_dtype)).sample.float()
         for image in pixels:
             images.append(to_image(image, labels[len(images)]))

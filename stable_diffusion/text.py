@@ -215,12 +215,12 @@ def weigh_states(states: Tensor, weights: Sequence[float], mode: str) -> Tensor:
     """
     if all(weight == 1 for weight in weights):
         return states
-    plain = states.float()
-    weighted = plain * torch.tensor(weights, device=states.device)[:, None]
+    unweighted = states.float()
+    weighted = unweighted * torch.tensor(weights, device=states.device)[:, None]
     if mode == "original":
-        weighted = weighted * _divide_or_one(plain.mean(), weighted.mean())
+        weighted = weighted * _divide_or_one(unweighted.mean(), weighted.mean())
     elif mode == "abs":
-        weighted = weighted * _divide_or_one(plain.abs().mean(), weighted.abs().mean())
+        weighted = weighted * _divide_or_one(unweighted.abs().mean(), weighted.abs().mean())
     return weighted.to(states.dtype)
 
 
@@ -330,17 +330,17 @@ class ImageVectors:
         Raises:
             CheckpointError: If the tower's files are damaged or do not fit the model.
         """
-        new = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
+        new_paths = [path for path in dict.fromkeys(pictures) if path not in self._vectors]
         device = self._model.device
-        if new:
+        if new_paths:
             if self._tower is None:
                 self._tower = self._load_tower()
             tower = self._tower.to(device)
-            for path in new:
+            for path in new_paths:
                 image = Image.fromarray(first_frame(path))
                 self._vectors[path] = tower.encode([image])[0] * self._strength
             if device.type != "cpu":
-                tower.to("cpu")
+                tower.to("cpu")  # frees the device's memory for the U-Net
         return [
             replace(state, pooled=self._vectors[path]) for state, path in zip(states, pictures, strict=True)
         ]

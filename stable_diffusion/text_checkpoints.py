@@ -141,6 +141,7 @@ def _with_projection(plan: LoadPlan[ClipTextConfig], checkpoint: Checkpoint) -> 
         if name not in checkpoint.tensors:
             continue
         shape = checkpoint.tensors[name].shape
+        # `is_linear` is also the index of the axis C
         if len(shape) != 2 or shape[is_linear] != config.dim:
             raise CheckpointError(
                 f"--ckpt {checkpoint.path}: its {name} has {' x '.join(map(str, shape))} numbers; the text "

@@ -205,14 +205,14 @@ def parse_weights(text: str) -> tuple[Part, ...]:
     products = {"(": [1.0], "[": [1.0]}
     begins_chunk = False
     for event in _split_at_marks(text):
-        if event is None:
+        if event is None:  # BREAK
             begins_chunk = True
         elif isinstance(event, _Bracket):
-            of_kind = products[event.kind]
+            open_products = products[event.kind]
             if event.closes:
-                of_kind.pop()
+                open_products.pop()
             else:
-                of_kind.append(_bounded(of_kind[-1] * event.weight))
+                open_products.append(_bounded(open_products[-1] * event.weight))
         elif event:
             weight = _bounded(products["("][-1] * products["["][-1])
             if parts and parts[-1].weight == weight and not begins_chunk:
@@ -239,7 +239,7 @@ def _split_at_marks(text: str) -> list[_Event]:
             bracket = _Bracket(kind, DEFAULT[kind])
             opened[kind].append(bracket)
             events.append(bracket)
-        elif mark["escaped"] or not opened[kind]:
+        elif mark["escaped"] or not opened[kind]:  # a bracket that is text: escaped, or closing nothing
             events.append(mark["escaped"] or mark[0])
         else:
             bracket = opened[kind].pop()

@@ -185,15 +185,16 @@ class TowerEncoder:
             vocabulary = release.texts[self._number].network.config.vocabulary
         path = self.files.path
         sources = tokenizers.find_tokenizer_files(self.files.tokenizer_cache_dir, path, are_open_clip)
+        # its own tokenizer or an earlier encoder's: all have the same vocabulary
         source, file = next((pair for pair in sources[self._number :: -1] if pair[1] is not None), sources[0])
         if file is None:
             file = source.download(path, may_download=False)
-        words = self._teach(load_clip_words(source, file), vocabulary)
+        tokenizer = self._teach(load_clip_words(source, file), vocabulary)
         maximum = tokenizers.SIZE * self._chunks
 
         def count(text: str) -> TokenCount:
-            ids = words.tokenize(text)
-            num_read = len(text) if len(ids) <= maximum else _find_cut(text, words.tokenize, maximum)
+            ids = tokenizer.tokenize(text)
+            num_read = len(text) if len(ids) <= maximum else _find_cut(text, tokenizer.tokenize, maximum)
             return TokenCount(text, tokens=len(ids) + 2, limit=maximum + 2, num_read=num_read)
 
         return count

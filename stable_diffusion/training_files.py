@@ -220,8 +220,8 @@ class TrainingFiles:
                 host=placement.host,
                 check=placement.check,
             )
-        # diffusers' own is torch's too, but leaves the choice of the kernel to torch: on a Hopper GPU that is
-        # cuDNN's, whose gradients of several samples may be NaN (modules/attention/sdpa.py)
+        # diffusers' default processor also calls torch's attention, but lets torch choose the kernel: on a
+        # Hopper GPU that is cuDNN's, whose gradients of several samples may be NaN (sdpa.py)
         if placement.attention != SDPA or placement.device.type == "cuda":
             unet.set_attn_processor(ChosenAttention(placement.attention))  # type: ignore[operator]
         use_fewer_kernels(unet)

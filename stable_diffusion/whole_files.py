@@ -55,7 +55,7 @@ class PartTensor:
 class CheckpointFiles:
     """Writes the checkpoints of a training.
 
-    The source file stays open, so that it may be deleted meanwhile.
+    The source file stays open, so it may be deleted during the training.
     """
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
@@ -133,7 +133,7 @@ def make_writer(
     """
     path = checkpoint.path
     if path.is_dir():
-        opened = ExitStack()
+        opened = ExitStack()  # stays open: frozen parts are read when a checkpoint is written
         release = opened.enter_context(replace(checkpoint, vae=None).opened())  # not the VAE of --vae
         plans = list_plans(release)
         logger.info("Trained checkpoints of %s are single files, with the names of the released ones.", path)

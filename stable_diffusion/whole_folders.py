@@ -98,15 +98,15 @@ class FolderWriter:
         """
         states = {name: network.state_dict() for name, network in self.networks.items()}
         infos = {network: self._list_infos(network, dtype) for network in self.files}
-        tensors = [info for of_network in infos.values() for info in of_network.values()]
+        tensors = [info for network_infos in infos.values() for info in network_infos.values()]
         check_space(path, sum(info.size_bytes for info in tensors) + sum(map(len, self.texts.values())))
         with atomic_folder(path) as folder:
-            for network, announced in infos.items():
+            for network, file_infos in infos.items():
                 file_metadata = {**metadata, **_METADATA} if network == DIT else _METADATA
                 self.form.write_in(
                     folder / self.files[network].name,
-                    announced,
-                    partial(self._read, states, network, announced),
+                    file_infos,
+                    partial(self._read, states, network, file_infos),
                     file_metadata,
                 )
             for name, content in self.texts.items():
@@ -209,9 +209,9 @@ def _make_texts(checkpoint: TrainingFiles, release: OpenedCheckpoint, marks: Mar
     are_open_clip = [text.is_open_clip for text in release.texts]
     tokenizers = fetch_tokenizer_files(checkpoint.tokenizer_cache_dir, checkpoint.path, are_open_clip)
     for index, (text, (source, file)) in enumerate(zip(release.texts, tokenizers, strict=True)):
-        words = checkpoint.tokenizers[index]
-        pad = OPEN_CLIP_PAD if text.is_open_clip else words.end
-        tokens = {"bos_token_id": words.start, "eos_token_id": words.end, "pad_token_id": pad}
+        tokenizer = checkpoint.tokenizers[index]
+        pad = OPEN_CLIP_PAD if text.is_open_clip else tokenizer.end
+        tokens = {"bos_token_id": tokenizer.start, "eos_token_id": tokenizer.end, "pad_token_id": pad}
         name = text_encoder_name(index)
         settings[f"{name}/config.json"] = _describe_text(text.network.config, index, tokens)
 
@@ -277,7 +277,7 @@ def _describe_index(source: Path, release: OpenedCheckpoint, scheduler: str) -> 
         name = text_encoder_name(number)
         index[name] = ["transformers", _text_class(number)]
         index[name.replace("text_encoder", "tokenizer")] = ["transformers", "CLIPTokenizer"]
-    if not is_xl:
+    if not is_xl:  # diffusers' pipeline expects entries for these components, even without them
         index |= {
             "safety_checker": [None, None],
             "feature_extractor": [None, None],
@@ -293,7 +293,7 @@ def _text_class(number: int) -> str:
 
 def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int]) -> dict[str, Any]:
     """Return the settings of a text encoder, named as in the package transformers."""
-    ours = asdict(config)
+    dimensions = asdict(config)
     names = {
         "vocab_size": "vocabulary",
         "max_position_embeddings": "positions",
@@ -304,7 +304,7 @@ def _describe_text(config: ClipTextConfig, number: int, tokens: Mapping[str, int
         "hidden_act": "activation",
         "layer_norm_eps": "eps",
     }
-    settings = {theirs: ours[name] for theirs, name in names.items()}
+    settings = {transformers_name: dimensions[name] for transformers_name, name in names.items()}
     return {
         "architectures": [_text_class(number)],
         "model_type": "clip_text_model",

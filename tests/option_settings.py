@@ -435,6 +435,7 @@ SETTINGS: dict[str, Setting] = {
     "outpaint_region": Setting(("0,0,32,32", "--outpaint_source", "clips/clip 0.mp4")),
     "inpaint_source": Setting(("clips/clip 0.mp4", "--retake", "0,0.02")),
     "inpaint_mask": Setting(("mask.png", "--inpaint_source", "clips/clip 0.mp4")),
+    "paste_source": Setting(("4", "--inpaint_source", "clips/clip 0.mp4", "--inpaint_mask", "mask.png")),
     "retake": Setting(("0,0.02", "--inpaint_source", "clips/clip 0.mp4")),
     "drive_audio": Setting(("clips/clip 0.mp4",), family=SOUND),
     "audio_prefix": Setting(("clips/clip 0.mp4", "--audio_prefix_seconds", "0.2"), family=SOUND),

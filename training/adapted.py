@@ -21,7 +21,7 @@ def list_adapter_warnings(family: Family, options: TrainingOptions) -> str:
     path = options.frozen.training_adapter
     assert path is not None
     warnings = []
-    for target in options.joined.targets:
+    for target in options.features.targets:
         if target.keeps_guidance:
             warnings.append(
                 f"--training_adapter with {target.option}: the adapter has undone the guidance that was "

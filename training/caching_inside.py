@@ -120,7 +120,7 @@ def prepare_sources(
         device: Device for encoding.
         texts: Encoders that run during training; their outputs are not cached.
         commands: Commands to show if a cache cannot be used.
-        needs: What batches need, as in `JoinedRun`.
+        needs: What batches need, as in `RunFeatures`.
         on_media: Change the tensors of images that are encoded at each step, as `Hooks.media` does.
 
     Raises:
@@ -211,7 +211,7 @@ def plan_tables(
         config: The dataset, as read from its file.
         options: Options of the run.
         live: Names of text tensors that are encoded at each step; the others come from caches.
-        needs: What batches need, as in `JoinedRun`.
+        needs: What batches need, as in `RunFeatures`.
 
     Raises:
         DatasetError: If images that change each time are to be cached.
@@ -339,9 +339,9 @@ def _warn_of_live(
     images: list[MediaSource] = []
     tables_of_lists: list[DatasetTable] = []  # whose items come from a list instead of a folder
     for table in config.datasets:
-        live = tables.get(table.index)
-        if live is not None and live.sizes is not None:  # its images are encoded during training
-            images += live.sources.values()
+        live_table = tables.get(table.index)
+        if live_table is not None and live_table.sizes is not None:  # its images are encoded during training
+            images += live_table.sources.values()
             if table.directory is None:
                 tables_of_lists.append(table)
     if tables_of_lists:
@@ -350,7 +350,7 @@ def _warn_of_live(
     log_warnings(find_media_warnings(images, latent, fps, family.can.rate), LISTED)
     if not encoders:
         return
-    sources = [source for live in tables.values() for source in live.sources.values()]
+    sources = [source for live_table in tables.values() for source in live_table.sources.values()]
     log_warnings(find_caption_warnings(sources), NAMED)
     captions = [
         (source.caption_path or source.path, text) for source in sources for text in whole_texts(source)
@@ -390,11 +390,11 @@ def find_live_texts(family: Family, options: TrainingOptions, config: DatasetCon
     Raises:
         OptionError: If caches are requested for texts that change, or if a required encoder is not given.
     """
-    needs_none = NO_DATASET in options.joined.needs
+    needs_none = NO_DATASET in options.features.needs
     texts = None if needs_none else _select_live_texts(family, options, config)
     if texts is None:
         return None
-    return replace(texts, adds_empty=EMPTY_PROMPT in options.joined.needs)
+    return replace(texts, adds_empty=EMPTY_PROMPT in options.features.needs)
 
 
 def _select_live_texts(family: Family, options: TrainingOptions, config: DatasetConfig) -> LiveTexts | None:
@@ -419,7 +419,7 @@ def _select_live_texts(family: Family, options: TrainingOptions, config: Dataset
         if full_texts is not None:
             return full_texts
     # a new word is learned
-    if LIVE_TEXTS in options.joined.needs:
+    if LIVE_TEXTS in options.features.needs:
         encoders = _encoders(family, "they learn a new word")
         able = [encoder for encoder in encoders if can_learn(encoder)]
         learning = _select_learning_encoders(family, options, able)
@@ -508,7 +508,7 @@ def _overrides_text_cache(
 
 def _may_learn(options: TrainingOptions) -> bool:
     """Return whether the options train LoRAs of text encoders, if the family has trainable ones."""
-    trains_lora = options.network is not None and options.joined.in_place_of_lora is None
+    trains_lora = options.network is not None and options.features.in_place_of_lora is None
     return options.parts is not None and options.parts.trains_texts and trains_lora
 
 

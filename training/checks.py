@@ -63,22 +63,22 @@ def check_before_loading(
     family.check_given_files()
     if options.full_dit is not None:
         reject_quantized_bases(family)
-    for check_files in options.joined.on.check_files:
+    for check_files in options.features.on.check_files:
         check_files(family, others)
     if sampling is not None:
         sampling.check_given_files()
         option = family.can.sample_apart
         require_equal_shapes(sampling, family, option, "what is trained is not for both")
     check_experts(family, options)
-    if options.speed.joined.on.check:
+    if options.speed.modes.on.check:
         uses = uses_of(family, options, others)
-        for check_way in options.speed.joined.on.check:
+        for check_way in options.speed.modes.on.check:
             check_way(uses)
     counts = family.block_counts()
     swap = options.speed.swap
     if counts and swap.blocks_to_swap and not swap.is_auto:
         check_swap(family.dit, swap.number, counts)
-    for check in options.joined.on.check:
+    for check in options.features.on.check:
         check(family, counts)
     check_schedule(options, options.loop.known_steps)
     with quiet():
@@ -225,7 +225,7 @@ def uses_of(family: Family, options: TrainingOptions, others: OtherFamilies = NO
     return RunUses(
         takes_turns=("--offload_inactive_dit",) if takes_turns else (),
         samples_apart="" if others.sampling is None else family.can.sample_apart,
-        further_models=tuple(options.joined.further_models),
+        further_models=tuple(options.features.further_models),
         foreign_module=next((module for module in modules if module not in OWN_MODULES), ""),
         own_modules=OWN_MODULES,
     )
@@ -256,7 +256,7 @@ def check_networks(family: Family, options: TrainingOptions) -> None:
         known_module = OWN_MODULES.get(module)
         with quiet():  # the same warnings are logged when the network is built
             check_network(network, module, depths, family.dit.numbered)
-            merge = options.joined.merge
+            merge = options.features.merge
             uses = [] if merge is None else [*merge(expert).uses]
             if network.network_weights is not None and known_module is not None:
                 from networks.loading import LoraUse, read_lora  # only with LoRA files
@@ -410,4 +410,4 @@ def judge_rate(options: TrainingOptions, learner: Learner) -> str:
     if not is_comparable or finds_rate_itself or usual_rates.low <= rate <= usual_rates.high:
         return text
     level = "LOW" if rate < usual_rates.low else "HIGH"
-    return f"{text}, which is {level} for {learner.has_rate_of}: {usual_rates.usual} is usual"
+    return f"{text}, which is {level} for {learner.rate_label}: {usual_rates.usual} is usual"

@@ -18,7 +18,7 @@ from modules.seeds import derive_seed
 from networks.adapter import ForeignNetwork, TrainableNetwork, make_network
 from networks.options import NetworkOptions
 from protocols.family import Described, Trains
-from protocols.family_networks import DefaultRate, MadeNetwork, WritesNetwork, made_network_of
+from protocols.family_networks import CustomNetwork, DefaultRate, WritesNetwork, custom_network_of
 
 ReadCaptions = Callable[[Sequence[str]], str]
 LORA_RATE = DefaultRate(2e-5, "1e-4", 5e-3)
@@ -51,14 +51,14 @@ class MakeNetwork(Protocol):
 class Learner:
     """What a run trains, for the code that checks, loads, saves and describes the run."""
 
-    called: str  # "LoRA", "ControlNet-LLLite"
-    has_rate_of: str  # "a LoRA": what `default_rate` is usual for
+    label: str  # "LoRA", "ControlNet-LLLite"
+    rate_label: str  # "a LoRA": what `default_rate` is usual for
     default_rate: DefaultRate
     make: MakeNetwork | None  # None: the model itself is trained
-    is_word: bool = False  # whether the network belongs to text encoders that learn a new word
+    is_embedding: bool = False  # whether the network belongs to text encoders that learn a new word
     lora: NetworkOptions | None = None  # None: the network has no ranks, arguments and formats of a LoRA
-    words: str = ""  # description with sizes, for boxes; "" if the options describe it
-    ending: str = "lora"  # suffix of the architecture in the metadata
+    description: str = ""  # description with sizes, for boxes; "" if the options describe it
+    architecture_suffix: str = "lora"  # suffix of the architecture in the metadata
     values: Mapping[str, Any] = field(default_factory=dict)  # metadata entries of its files
     write: WritesNetwork | None = None  # None: files are written like those of LoRAs, or of the model
     check: Callable[[], None] = lambda: None  # raises UserError if the file to start from cannot be used
@@ -73,56 +73,56 @@ class Learner:
 
 
 FULL_MODEL = Learner(
-    called="model", has_rate_of="a whole model", default_rate=FULL_RATE, make=None, start_option=""
+    label="model", rate_label="a whole model", default_rate=FULL_RATE, make=None, start_option=""
 )
 
 
 def find_learner(
     family: Trains,
     network: NetworkOptions | None,
-    in_place_of_lora: Callable[[Described], MadeNetwork] | None = None,
+    in_place_of_lora: Callable[[Described], CustomNetwork] | None = None,
 ) -> Learner:
     """Return a description of what a run trains (a LoRA, another network, or the model) and how to create it.
 
     Args:
         family: The model family.
         network: Options of the network; None if the model itself is trained.
-        in_place_of_lora: See `JoinedRun.in_place_of_lora`.
+        in_place_of_lora: See `RunFeatures.in_place_of_lora`.
     """
     if network is None:
         return FULL_MODEL
     if in_place_of_lora is not None:
-        return replace(_describe_made(in_place_of_lora(family)), is_word=True)
-    made = made_network_of(family) if family.can.make_network else None
-    if made is not None:
-        return _describe_made(made)
+        return replace(_describe_custom_network(in_place_of_lora(family)), is_embedding=True)
+    custom = custom_network_of(family) if family.can.make_network else None
+    if custom is not None:
+        return _describe_custom_network(custom)
     return Learner(
-        called="LoRA",
-        has_rate_of="a LoRA",
+        label="LoRA",
+        rate_label="a LoRA",
         default_rate=LORA_RATE,
         make=partial(_make_lora, family.lora_module),
         lora=network,
     )
 
 
-def _describe_made(made: MadeNetwork) -> Learner:
+def _describe_custom_network(custom: CustomNetwork) -> Learner:
     """Return the `Learner` of a network that the model family defines, such as a ControlNet."""
-    reads_captions = made.in_texts and not made.sentences
+    reads_captions = custom.in_text_encoders and not custom.sentences
     return Learner(
-        called=made.called,
-        has_rate_of=made.called,
-        default_rate=made.default_rate,
-        make=partial(_make_own, made),
-        words=made.words,
-        ending=made.ending,
-        values=made.values,
-        write=made.write,
-        check=made.check,
-        check_data=partial(_check_data, made),
-        read_captions=(made.check_captions,) if reads_captions else (),
-        sentences=made.sentences,
-        start_option=made.start_option,
-        generate=made.generate,
+        label=custom.label,
+        rate_label=custom.label,
+        default_rate=custom.default_rate,
+        make=partial(_make_custom_network, custom),
+        description=custom.description,
+        architecture_suffix=custom.architecture_suffix,
+        values=custom.values,
+        write=custom.write,
+        check=custom.check,
+        check_data=partial(_check_data, custom),
+        read_captions=(custom.check_captions,) if reads_captions else (),
+        sentences=custom.sentences,
+        start_option=custom.start_option,
+        generate=custom.generate,
     )
 
 
@@ -141,8 +141,8 @@ def _make_lora(
     return make_network(options, module, dit, seed, encoders=encoders, in_dit=in_dit, resumed=resumed)
 
 
-def _make_own(
-    made: MadeNetwork,
+def _make_custom_network(
+    custom: CustomNetwork,
     options: NetworkOptions,
     dit: nn.Module,
     seed: int,
@@ -152,35 +152,35 @@ def _make_own(
     resumed: Mapping[str, Tensor] | None = None,
     with_values: bool = True,
 ) -> TrainableNetwork:
-    """Make a network of the family's own, see `MakeNetwork`; its settings are in the record `made`."""
+    """Make a network of the family's own, see `MakeNetwork`; its settings are in the record `custom`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed(seed, "network"))
-        module = made.make(nn.ModuleDict(encoders) if made.in_texts else dit, with_values)
+        module = custom.make(nn.ModuleDict(encoders) if custom.in_text_encoders else dit, with_values)
     return ForeignNetwork(module.requires_grad_(True), dit)
 
 
-def _check_data(made: MadeNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
+def _check_data(custom: CustomNetwork, config: DatasetConfig, kept: str) -> DatasetConfig:
     """Check the tables for a family's own network: control images, or images of a new word.
 
     Returns the dataset, see `Learner.check_data`. Images need no captions if sentences replace them.
     """
-    if not made.in_texts:
+    if not custom.in_text_encoders:
         from dataset.control_pairs import check_pairs  # other trainings read caches alone
 
-        check_pairs(config, made.called)
+        check_pairs(config, custom.label)
         return config
     for table in config.datasets:
         if table.is_reg:
             raise DatasetError(
-                f"{table.name}: {made.called} learns nothing from regularization images, as their captions "
+                f"{table.name}: {custom.label} learns nothing from regularization images, as their captions "
                 "lack the word. Leave them out"
             )
         if kept in table.attributes:
             raise DatasetError(
                 f"{table.name}: {kept} compares a network in the transformer with the model without it, and "
-                f"{made.called} has none there. Leave it out"
+                f"{custom.label} has none there. Leave it out"
             )
-    if not made.sentences:
+    if not custom.sentences:
         return config
     tables = tuple(replace(table, class_tokens=table.class_tokens or "") for table in config.datasets)
     return replace(config, datasets=tables)

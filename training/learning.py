@@ -64,9 +64,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
-    """Load the networks with their trained part, create its optimizer, and restore the state of --resume.
+    """Load the networks, attach what is trained, create the optimizer, and restore the state of --resume.
 
-    Text encoders that run during training are loaded already; trained ones get a part of the network.
+    Text encoders that run during training are loaded already. To those that are trained, a part of the LoRA
+    is attached.
 
     Args:
         plan: The plan of the run.
@@ -76,7 +77,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
     loading = Loading(plan, swap)
     encoders = {} if plan.texts is None else plan.texts.networks_with_new_word
     # networks that features train in addition to the LoRA, such as the vectors of a new word
-    besides = [make(encoders, plan.progress.seed, True) for make in plan.joined.on.beside]
+    besides = [make(encoders, plan.progress.seed, True) for make in plan.features.on.beside]
     continued = None if plan.options.network is None else plan.options.network.network_weights
     if continued is not None:
         _check_continued(plan, continued, besides)
@@ -107,7 +108,7 @@ def load_model(plan: TrainingPlan, swap: SwapOptions) -> TrainedModel:
         scaler=scaler,
         stepping=_make_stepping(plan, trainable, optimizer, scaler),
     )
-    for hook in plan.joined.on.after_load:
+    for hook in plan.features.on.after_load:
         hook(model)
     for adapter in model.dits.loras:
         adapter.place_on(accelerator.device, model.compute_dtype)
@@ -187,13 +188,13 @@ def make_run(
     rule = _make_rule(model)
     validation = Validation(plan, rule) if plan.validation else None
     # only after `Validation` was made: it ignores the targets of features
-    joined = plan.joined
+    features = plan.features
     rule = replace(
         rule,
-        targets=joined.on.target,
-        passes=joined.on.passes,
-        has_own_pass=joined.has_own_pass,
-        learning_pass=joined.on.learning_pass,
+        targets=features.on.target,
+        passes=features.on.passes,
+        has_own_pass=features.has_own_pass,
+        learning_pass=features.on.learning_pass,
         in_lockstep=plan.steps.in_lockstep,
         seed=plan.progress.seed,
         seed_networks=functools.partial(
@@ -224,9 +225,9 @@ def _make_rule(model: TrainedModel) -> LossRule:
         plan.options.loss,
         plan.options.predicted,
         as_base=model.trainable.as_base if model.trainable.networks else None,
-        always_as_base=plan.steps.in_lockstep and BASE_MODEL in plan.joined.needs,
-        kept_attributes=frozenset(plan.joined.kept_attributes),
-        targets=plan.joined.on.validation,
+        always_as_base=plan.steps.in_lockstep and BASE_MODEL in plan.features.needs,
+        kept_attributes=frozenset(plan.features.kept_attributes),
+        targets=plan.features.on.validation,
     )
 
 
@@ -234,19 +235,19 @@ def _make_feed(model: TrainedModel) -> Feed:
     """Return the feed that prepares the micro-batches of this process."""
     plan = model.plan
     options, family, accelerator = plan.options, plan.family, plan.accelerator
-    joined = plan.joined
+    features = plan.features
     randomness = Randomness(
         options.timesteps,
         plan.progress.seed,
         noise=family.noise,
         latent=family.latent,
         experts=tuple(family.experts),
-        on_noise=tuple(joined.on.noise),
+        on_noise=tuple(features.on.noise),
         weighted_by=options.weighted_by,
         audio=family.audio_learning if trains_audio(family) else None,
-        on_batch=tuple(joined.on.batch),
+        on_batch=tuple(features.on.batch),
         sentences=plan.learner.sentences,
-        view=joined.view,
+        view=features.view,
     )
     return Feed(
         order=plan.order,
@@ -256,10 +257,10 @@ def _make_feed(model: TrainedModel) -> Feed:
         process=accelerator.process_index // plan.steps.peers,
         workers=options.loop.max_data_loader_n_workers,
         pin_memory=accelerator.device.type == "cuda",
-        reads_dropped=DROPPED_CAPTIONS in joined.needs and CAPTION in family.fuller,
-        reads_empty=EMPTY_PROMPT in joined.needs,
+        reads_dropped=DROPPED_CAPTIONS in features.needs and CAPTION in family.fuller,
+        reads_empty=EMPTY_PROMPT in features.needs,
         table_times=plan.table_times,
-        reads_rejected=REJECTED_ONES in joined.needs,
+        reads_rejected=REJECTED_ONES in features.needs,
     )
 
 
@@ -303,11 +304,11 @@ class Loading:
         plan, options, device = self.plan, self.plan.options, self.plan.accelerator.device
         expert = family.experts[index]
         host = swapped_weights(family.dit, self.swap, device, all_weights=self.takes_turns)
-        blocks = make_block_place(options.speed, device) if options.speed.joined.on.place else None
+        blocks = make_block_place(options.speed, device) if options.speed.modes.on.place else None
         network_options = experts.network_for(options, expert)
         patch: LoraPatch | None = None
         masked: Sequence[LoraUse] = ()
-        merge = plan.joined.merge
+        merge = plan.features.merge
         is_of_plan = family is plan.family or family is plan.sampled
         if merge is not None and network_options is not None and is_of_plan:
             loras = merge(expert)
@@ -363,7 +364,7 @@ class Loading:
         options, device = self.plan.options, self.plan.accelerator.device
         dit, family = network.dit, network.family
         if family is self.plan.family:
-            for add in self.plan.joined.on.before_setup:
+            for add in self.plan.features.on.before_setup:
                 add(network)
         has_samples = options.samples.sample_prompts is not None
         if has_samples or options.frozen.training_adapter is not None:
@@ -389,7 +390,7 @@ class Loading:
             host=network.host,
             blocks=network.blocks,
         )
-        if options.speed.joined.on.finish:
+        if options.speed.modes.on.finish:
             finish_network(dit, options.speed, device)
 
     def _add_frozen_loras(self, network: UnpreparedNetwork, has_samples: bool) -> None:
@@ -451,7 +452,7 @@ class Learners:
             network_options,
             dit,
             self.plan.progress.seed,
-            encoders={} if texts is None else texts.networks_for(learner.is_word),
+            encoders={} if texts is None else texts.networks_for(learner.is_embedding),
             in_dit=options.parts is None or options.parts.trains_dit,
             resumed={} if self.plan.saved is None else self._saved_tensors(self.plan.saved, expert),
         )

@@ -139,7 +139,7 @@ def take_step(run: TrainingRun, group: range, micro_batches: Iterator[NoisyBatch
         row[WISHES] = numbers_on(run.device, [run.requests.ends, wishes.saves, wishes.samples], torch.float32)
         row = sum_over_processes([each for each in reached if each not in trainable.split], row)
     gate = None
-    if run.joined.on.before_step:
+    if run.features.on.before_step:
         gate = _StepGate(run, GradientStep(loss=row[0], keys=keys, kind=_find_kind(run, group)))
     norms = _step_weights(run, gate)
     batches = run.feed.order.epoch(run.progress.epoch)
@@ -207,7 +207,7 @@ class _StepGate:
         run = self.run
         try:
             # hooks after the first one that gives a reason are not called
-            reasons = (hook(run, self.step, gradient_norm) for hook in run.joined.on.before_step)
+            reasons = (hook(run, self.step, gradient_norm) for hook in run.features.on.before_step)
             self.reason = next(filter(None, reasons), "")
         except UserError:
             _note(run, run.readings.flush())  # the previous step, whose numbers are still on the device
@@ -255,7 +255,7 @@ def _step_weights(run: TrainingRun, gate: _StepGate | None = None) -> list[Tenso
     if model.trainable.max_norm is not None:
         norms.append(model.trainable.limit_norms(model.trainable.max_norm, run.device))
     if gate is None or not gate.reason:
-        for hook in run.joined.on.after_step:
+        for hook in run.features.on.after_step:
             hook()
     return [*norms, gradient_norm.view(1)]
 
@@ -286,7 +286,7 @@ def _accumulate(
             # a void pass adds no gradients: it runs because others need this process's part of the blocks
             is_void = is_repeat or expert != noisy_batch.expert
             loss, streams = _propagate(run, expert, noisy_batch, divisor=divisor, is_void=is_void)
-            for tally in run.joined.tallies:
+            for tally in run.features.tallies:
                 metrics = tally.take()
                 if metrics is not None and not is_void:
                     _add_metrics(run, row, tally.names, metrics)
@@ -591,7 +591,7 @@ def _as_sampled(run: TrainingRun) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for loras in run.model.sample_dits.loras:
             stack.enter_context(loras.switched_on(run.device, run.model.compute_dtype))
-        average = run.joined.average
+        average = run.features.average
         if run.model.average is not None and average is not None and average.is_sampled:
             stack.enter_context(run.model.average.in_place())
         yield
@@ -614,7 +614,7 @@ def _validate(run: TrainingRun, validation: Validation, occasion: str) -> None:
     lowest = ", the lowest so far" if earlier and loss < min(earlier.values()) else ""
     logger.info("Step %d: validation loss %s%.5f%s", step, previous, loss, lowest)
     run.reporter.log_validation(step, losses)
-    for judge in run.joined.on.after_validation:
+    for judge in run.features.on.after_validation:
         reason = judge(run, loss)
         if reason and step < run.steps.total_steps:
             logger.info("Ended after step %d of %d: %s.", step, run.steps.total_steps, reason)

@@ -92,7 +92,7 @@ def run_metadata(plan: TrainingPlan, optimizer: str, lr_scheduler: str) -> dict[
         if not lora.kind.has_alpha:
             values["ss_network_alpha"] = None
     values |= plan.learner.values
-    values |= plan.joined.info.for_loading
+    values |= plan.features.info.for_loading
     values |= {
         key: value
         for key, value in info.items()
@@ -144,7 +144,7 @@ def file_metadata(
     now: datetime,
     licence: str | None = None,
     tables: Sequence[DatasetTable] = (),
-    ending: str = "lora",
+    architecture_suffix: str = "lora",
 ) -> dict[str, str]:
     """Return the metadata of a file that is saved now: entries of the run, its progress, and `modelspec.*`.
 
@@ -160,12 +160,12 @@ def file_metadata(
         now: Time of saving.
         licence: License of the model, used without --metadata_license.
         tables: Tables of the dataset, whose timesteps may differ from those of the options.
-        ending: Suffix of the architecture's name for a network.
+        architecture_suffix: Suffix of the architecture's name for a network.
     """
     texts, times = options.metadata, options.timesteps
     architecture = texts.architecture or family_metadata.get("architecture")
     if architecture and options.network is not None:
-        architecture = f"{architecture}/{ending}"
+        architecture = f"{architecture}/{architecture_suffix}"
     default = IMAGE_RESOLUTION if options.is_for_images else RESOLUTION
     resolution = family_metadata.get("resolution", default)
     if texts.resolution is not None:  # one number means a square

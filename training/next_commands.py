@@ -259,7 +259,7 @@ class NextSteps:
         """Return the command that generates with a trained file, with the first sample's settings if any."""
         shows_sample = self.plan.options.samples.sample_prompts is not None and self.sample
         note = "The first sample again; change the prompt." if shows_sample else ""
-        launcher = self._launcher() if self.plan.options.speed.joined.for_generation else ["python"]
+        launcher = self._launcher() if self.plan.options.speed.modes.for_generation else ["python"]
         words = self._generation_words
         assert self.command.entry is not None
         spellings = self.command.entry.spellings
@@ -293,7 +293,7 @@ class NextSteps:
 
     def _trained_files(self, file: Path) -> tuple[list[Path], list[Path]]:
         """Return the files saved together with a file: that of the high-noise expert, and the others."""
-        average = self.plan.joined.average
+        average = self.plan.features.average
         suffix = AVERAGE if average is not None and average.is_sampled else ""  # what the samples show
         files = [*self.plan.names.files(self.plan.names.stem_of(file) + suffix).values()]
         high_files = []

@@ -49,7 +49,7 @@ from training.features.contract import (
     AT_NOISE,
     AT_WEIGHTS,
 )
-from training.features.hooks import JoinedRun
+from training.features.hooks import RunFeatures
 from training.saving.options import MetadataOptions, SavingOptions
 
 logger = logging.getLogger(__name__)
@@ -133,9 +133,9 @@ class TrainingOptions(Options, must_give=True):
             raise OptionError(f"--network_dim {rank}: {MAX_RANK} is the most. Usual ranks are 4 to 128.")
         if self.is_fused:
             self._check_fused()
-        if self.joined.show is not None:  # `joined` raises OptionError if features do not fit the options
+        if self.features.show is not None:  # `features` raises OptionError if features do not fit the options
             return
-        has_data = self.joined.make_data is not None or (
+        has_data = self.features.make_data is not None or (
             self.subset is not None and self.subset.replaces_toml
         )
         if not has_data:
@@ -159,7 +159,7 @@ class TrainingOptions(Options, must_give=True):
         return next(record for record in records if type(record) is kind)
 
     @functools.cached_property
-    def joined(self) -> JoinedRun:
+    def features(self) -> RunFeatures:
         """Return what the active features contribute, as far as options alone decide.
 
         Raises OptionError if a feature rejects the run.
@@ -172,7 +172,7 @@ class TrainingOptions(Options, must_give=True):
     def exits_before_training(self) -> bool:
         """Whether the command shows something and exits before training, as with --check or --plan."""
         shows_images = self.subset is not None and self.subset.debug_dataset
-        is_shown = self.joined.show is not None or shows_images
+        is_shown = self.features.show is not None or shows_images
         return is_shown or self.loop.check or self.speed.plan.is_planning
 
     @property
@@ -193,7 +193,7 @@ class TrainingOptions(Options, must_give=True):
     @property
     def can_swap(self) -> bool:
         """Whether blocks can be swapped: the DiT is frozen, and its weights are not split over processes."""
-        return self.full_dit is None and not self.speed.joined.splits_weights
+        return self.full_dit is None and not self.speed.modes.splits_weights
 
     @property
     def is_fused(self) -> bool:
@@ -219,7 +219,7 @@ class TrainingOptions(Options, must_give=True):
                 f"--full_bf16 with --mixed_precision {precision}: the model then computes in bf16; use bf16 "
                 "for both"
             )
-        for reject_full in self.speed.joined.on.whole:
+        for reject_full in self.speed.modes.on.whole:
             reject_full(precision)
         stored = self.speed.fp8.quantization
         if stored is not None:

@@ -39,7 +39,7 @@ from training.data.table_times import check_times, list_times, times_by_group
 from training.experts import check_computing, log_experts, module_of
 from training.features.composing import begin_run
 from training.features.contract import EMPTY_PROMPT, KEPT, LIVE_TEXTS, REJECTED_ONES
-from training.features.hooks import JoinedRun
+from training.features.hooks import RunFeatures
 from training.learner import Learner
 from training.noise_options import TimestepOptions
 from training.optimizers.stepping import check_fused_backward, check_offload, check_split
@@ -70,7 +70,7 @@ class TrainingPlan:
 
     family: Family
     options: TrainingOptions  # as given; --blocks_to_swap may be auto
-    joined: JoinedRun  # what the active features contribute
+    features: RunFeatures  # what the active features contribute
     learner: Learner
     network_module: str  # as in --network_module; empty if the model itself is trained
     names: Names  # names of the saved files
@@ -115,17 +115,17 @@ class TrainingPlan:
         return splits_full_model(self.options)
 
 
-def _name_files(family: Family, options: TrainingOptions, joined: JoinedRun) -> Names:
+def _name_files(family: Family, options: TrainingOptions, features: RunFeatures) -> Names:
     """Return the names of the run's files: one per expert if each has its own LoRA."""
     parts = tuple(expert.name for expert in family.experts) if options.by_expert.lora_per_expert else ()
     full_dit = options.full_dit
     ending = "" if full_dit is not None and full_dit.saves_folders else SAFETENSORS
-    return Names(*options.saving.place, parts, ending, tuple(joined.files_beside))
+    return Names(*options.saving.place, parts, ending, tuple(features.files_beside))
 
 
 def splits_full_model(options: TrainingOptions) -> bool:
     """Return whether the full model is trained and each process holds a part of it."""
-    return options.full_dit is not None and bool(options.speed.joined.splits_weights) and have_joined()
+    return options.full_dit is not None and bool(options.speed.modes.splits_weights) and have_joined()
 
 
 def make_plan(
@@ -155,7 +155,7 @@ def make_plan(
     progress = initial_progress(options, saved)
     quantization = check_computing(family, options, accelerator.device)
     check_before_loading(family, options, learner, others)  # early: encoding the dataset may take minutes
-    joined = begin_run(options, family, config.datasets)
+    features = begin_run(options, family, config.datasets)
     if options.network is None:
         _check_tables(config)
     if family.can.one_sample:
@@ -166,7 +166,7 @@ def make_plan(
         from training.caching_inside import find_live_texts  # most runs read caches alone
 
         texts = find_live_texts(family, options, config)
-    for check_texts in joined.on.texts:
+    for check_texts in features.on.texts:
         check_texts(texts)
     lora_format = select_lora_format(family, learner.lora, () if texts is None else texts.learning)
     sources = _find_sources(
@@ -176,7 +176,7 @@ def make_plan(
         device=accelerator.device,
         texts=texts,
         commands=commands,
-        joined=joined,
+        features=features,
         may_encode=may_encode,
     )
     items = _find_items(
@@ -185,11 +185,11 @@ def make_plan(
         sources,
         accelerator=accelerator,
         has_live_texts=texts is not None,
-        view=joined.view,
+        view=features.view,
         trusts_caches=options.caching is not None and options.caching.skip_cache_check,
     )
     training, validation = _split_items(options, config, items, progress.seed)
-    _check_items(joined, learner, training)
+    _check_items(features, learner, training)
     if is_main:
         _warn_of_missing(options, config, [*training, *validation], sources)
     order = BatchOrder(training, progress.seed)
@@ -214,10 +214,10 @@ def make_plan(
     plan = TrainingPlan(
         family=family,
         options=options,
-        joined=joined,
+        features=features,
         learner=learner,
         network_module=module_of(family, options),
-        names=_name_files(family, options, joined),
+        names=_name_files(family, options, features),
         others=others,
         accelerator=accelerator,
         quantization=quantization,
@@ -258,13 +258,13 @@ def _compare_with_state(plan: TrainingPlan, saved: SavedState | ForeignState) ->
     return replace(plan, changes=changes, steps=steps)
 
 
-def _check_items(joined: JoinedRun, learner: Learner, training: Sequence[TrainingItem]) -> None:
+def _check_items(features: RunFeatures, learner: Learner, training: Sequence[TrainingItem]) -> None:
     """Raise UserError for captions that a feature cannot learn from; warn of unused rejected items."""
-    for read in (*joined.read_captions, *learner.read_captions):
+    for read in (*features.read_captions, *learner.read_captions):
         from training.token_captions import check_captions  # only to learn a word
 
         check_captions(read, training)
-    if REJECTED_ONES not in joined.needs:
+    if REJECTED_ONES not in features.needs:
         tables = {item.table.index: item.table for item in training}.values()
         names = [table.name for table in tables if table.worse_directory is not None]
         if names:
@@ -279,7 +279,7 @@ def _may_encode(options: TrainingOptions, config: DatasetConfig) -> bool:
     """Return whether the training may encode images or captions itself."""
     subsets = [table for table in config.datasets if table.group is not None]
     is_changing = any(table.changes.varying_keys or table.augmentation.varying_keys for table in subsets)
-    is_live = LIVE_TEXTS in options.joined.needs
+    is_live = LIVE_TEXTS in options.features.needs
     return is_changing or is_live or options.is_for_images or options.caching is not None
 
 
@@ -290,7 +290,7 @@ def _find_sources(
     device: torch.device,
     texts: LiveTexts | None,
     commands: CachingCommands,
-    joined: JoinedRun,
+    features: RunFeatures,
     may_encode: bool,
 ) -> BatchSources:
     """Return where batches are read from, except for the text tensors that `texts` encodes."""
@@ -304,12 +304,12 @@ def _find_sources(
             device=device,
             texts=texts,
             commands=commands,
-            needs=joined.needs,
-            on_media=joined.on.media,
+            needs=features.needs,
+            on_media=features.on.media,
         )
     else:
         sources = BatchSources(family.latent, SameEncoders(commands), stores=Stores(npz_names(family)))
-    if EMPTY_PROMPT in joined.needs and brings_empty_text(family):
+    if EMPTY_PROMPT in features.needs and brings_empty_text(family):
         return replace(sources, empty_text=family.empty_text())
     return sources
 
@@ -324,7 +324,7 @@ def join_processes(
     other run can use the name of this one, and the processes monitor each other.
     """
     accelerator = make_accelerator(options.accelerator)
-    if accelerator.num_processes == 1 and options.speed.joined.alone:
+    if accelerator.num_processes == 1 and options.speed.modes.alone:
         warn_if_alone(options.speed)
     if not accelerator.is_main_process:
         logging.getLogger().setLevel(logging.WARNING)  # one process logs for all
@@ -346,7 +346,7 @@ def join_processes(
         if options.full_dit.offloads_states:
             check_offload(options.optimizer.optimizer_type)
         if splits_full_model(options):
-            check_split(options.speed.joined.splits_weights, options.optimizer.optimizer_type)
+            check_split(options.speed.modes.splits_weights, options.optimizer.optimizer_type)
     compilation = options.speed.compilation.choice
     if compilation is not None:
         from runtime.compile import check_compilation  # only with --compile
@@ -386,8 +386,8 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
         UserError: If the data cannot be used, or if the noise levels of a table cannot be trained.
     """
     path, subset = options.loop.dataset_config, options.subset
-    if options.joined.make_data is not None:
-        config = options.joined.make_data()
+    if options.features.make_data is not None:
+        config = options.features.make_data()
     elif subset is not None and subset.replaces_toml and path is None:
         config = folders_config(subset)
     else:
@@ -395,7 +395,7 @@ def read_config(options: TrainingOptions, family: Family, learner: Learner) -> D
             logger.warning("--train_data_dir is ignored because --dataset_config %s describes the data", path)
         path = require(path, "--dataset_config", "the clips to train on")
         config = load_dataset_config(path, subset)
-    if EMPTY_PROMPT in options.joined.needs and not (brings_empty_text(family) and family.empty_text()):
+    if EMPTY_PROMPT in options.features.needs and not (brings_empty_text(family) and family.empty_text()):
         config = with_empty_prompts(config)
     check_times(options.timesteps, config.datasets, family)
     return for_family(learner.check_data(config, KEPT), family)
@@ -526,9 +526,9 @@ def _plan_steps(options: TrainingOptions, order: BatchOrder, processes: int, pro
     steps = StepPlan(
         num_batches=order.num_batches,
         processes=count_groups(speed, processes),
-        peers=speed.joined.num_peers,
+        peers=speed.modes.num_peers,
         accumulation=loop.gradient_accumulation_steps,
-        in_lockstep=bool(speed.joined.splits_weights) and processes > 1,
+        in_lockstep=bool(speed.modes.splits_weights) and processes > 1,
         total_steps=loop.max_train_steps,
         first_epoch=progress.plan_epoch,
         first_position=progress.plan_position,

@@ -66,7 +66,7 @@ def show_preview(
         commands: Commands to show if caches are missing.
         others: Models in addition to the trained one.
     """
-    show = options.joined.show
+    show = options.features.show
     if show is not None:
         show(options, family, partial(_tables_of, family, options, learner))
         return 0
@@ -100,14 +100,14 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     config = read_config(options, family, learner)
     counters = findings.load_counters(family.text_encoders)
     texts = find_live_texts(family, options, config)
-    joined = begin_run(options, family, config.datasets)
-    for check_texts in joined.on.texts:
+    features = begin_run(options, family, config.datasets)
+    for check_texts in features.on.texts:
         check_texts(texts)
-    for check_model in joined.on.check:
+    for check_model in features.on.check:
         check_model(family, family.block_counts() if family.dit_files else ())
     learner.check()
     plans = plan_tables(
-        family, config, options.caching, () if texts is None else texts.keys, needs=joined.needs
+        family, config, options.caching, () if texts is None else texts.keys, needs=features.needs
     )
     seed = options.validation.validation_seed
     if seed is None:
@@ -139,7 +139,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
         )
         lines = [*_describe_plans(plans), *counters.missing]
         result = replace(result, head=("Where the training has them:", *findings.indent(lines)))
-    for read in (*joined.read_captions, *learner.read_captions):
+    for read in (*features.read_captions, *learner.read_captions):
         _add_words(read, result.tables)
     if options.samples.sample_prompts is not None or _encode_texts(plans):
         result.tables[0].faults += counters.find_unreachable(counters.unreachable)
@@ -148,7 +148,7 @@ def _check(family: Family, options: TrainingOptions, learner: Learner, commands:
     if few_steps:
         lines.append(few_steps)
     above = _describe_each("Timesteps of the tables:", describe_times(options.timesteps, config.datasets))
-    above += _describe_each("Targets:", joined.describe_targets())
+    above += _describe_each("Targets:", features.describe_targets())
     result = replace(result, tail=(*result.tail, *above, *lines))
     code: int = check.print_check(result, family, config, page=options.loop.page, workers=workers)
     return code
@@ -222,9 +222,9 @@ def _plan(
         reject_quantized_bases(family)
     config = read_config(options, family, learner)
     texts = find_live_texts(family, options, config)
-    for check_texts in options.joined.on.texts:
+    for check_texts in options.features.on.texts:
         check_texts(texts)
-    for check_model in options.joined.on.check:
+    for check_model in options.features.on.check:
         check_model(family, family.block_counts())
     noisy_batch = _read_for_plan(family, options, commands, config=config, texts=texts)
     sample_files: Sequence[Path] = ()
@@ -271,7 +271,7 @@ def _read_for_plan(
 ) -> NoisyBatch:
     """Read the largest batch of the training. Raises OptionError if it is not in caches on disk."""
     live = () if texts is None else texts.keys
-    plans = plan_tables(family, config, options.caching, live, needs=options.joined.needs)
+    plans = plan_tables(family, config, options.caching, live, needs=options.features.needs)
     if any(plan.latents is TensorLocation.LIVE for plan in plans):
         raise OptionError(
             "--plan rehearses a batch from caches, and images of this training are encoded at each step. "

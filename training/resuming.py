@@ -63,7 +63,7 @@ def find_state(
         CheckpointError: If the state cannot be used.
     """
     saving = options.saving
-    storage = options.joined.storage
+    storage = options.features.storage
     folder = None if storage is None else storage.fetch_state(resume, saving.place[0] / "resumed")
     if folder is None and resume in {LATEST, LATEST_ONLY}:
         # one process searches, and also cleans up after a kill
@@ -113,7 +113,7 @@ def initial_progress(
     if isinstance(saved, states.SavedState):
         with states.one_error(saved.folder):
             # values of inactive features are kept unchanged and not checked
-            for kind in options.joined.remembers:
+            for kind in options.features.remembers:
                 saved.progress.of(kind)  # raises TypeError if values have a wrong type
         return saved.progress
     seed, session_id, started_at = broadcast_object_list(
@@ -124,7 +124,7 @@ def initial_progress(
     else:
         logger.info("Using a random seed: --seed %d.", seed)
     progress = Progress(seed=seed, session_id=session_id, started_at=started_at)
-    for kind in options.joined.remembers:
+    for kind in options.features.remembers:
         progress.of(kind)  # creates the default values of an active feature
     return progress
 

@@ -67,9 +67,9 @@ def train_network(
     Raises:
         UserError: If the options, the data or a file cannot be used.
     """
-    for change in options.joined.on.family:
+    for change in options.features.on.family:
         family = change(family)
-    learner = find_learner(family, options.network, options.joined.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.in_place_of_lora)
     if os.environ.get(RUN_GOES_ON) == RUN_CHECKS:  # `reelsmith run` checks the training before it caches
         read_config(options, family, learner)
         check_before_loading(family, options, learner, others)
@@ -81,7 +81,7 @@ def train_network(
         return show_preview(family, options, learner, commands, others)
     dynamo()  # the first optimizer step would import it; import it earlier, so that it is frozen too
     freeze_libraries()
-    with end_of_run(options.joined) as end:
+    with end_of_run(options.features) as end:
         try:
             with prepare_run(family, options, command, others=others, end=end) as run:
                 end.has_begun = True
@@ -115,8 +115,8 @@ def prepare_run(
     Raises:
         UserError: If the options, the data or a file cannot be used.
     """
-    end = end or RunEnd(options.joined)
-    learner = find_learner(family, options.network, options.joined.in_place_of_lora)
+    end = end or RunEnd(options.features)
+    learner = find_learner(family, options.network, options.features.in_place_of_lora)
     config = read_config(options, family, learner)  # its errors are reported before processes are started
     with contextlib.ExitStack() as stack:
         accelerator, processes = stack.enter_context(join_processes(family, options, config))
@@ -133,7 +133,7 @@ def prepare_run(
             others=others,
         )
         end.progress, end.total_steps = plan.progress, plan.steps.total_steps
-        for prepare in plan.joined.on.plan:
+        for prepare in plan.features.on.plan:
             prepare(plan)
         # texts and images of samples are encoded before the DiT takes the memory
         sampler = None
@@ -158,7 +158,7 @@ def prepare_run(
         # only after everything is loaded, so that a failed start does not move the earlier results
         _move_earlier_run_away(plan, reporter.history.path)
         accelerator.wait_for_everyone()  # before any process writes samples
-        publisher = None if plan.joined.storage is None else plan.joined.storage.make_publisher()
+        publisher = None if plan.features.storage is None else plan.features.storage.make_publisher()
         saver = make_saver(
             model,
             publisher,
@@ -195,7 +195,7 @@ def _make_logs(plan: TrainingPlan, swap: SwapOptions) -> Logs:
         plan.accelerator,
         plan.steps.total_steps,
         first_step=progress.step,
-        recorders=[make(plan, (options, plan.saving, swap)) for make in plan.joined.on.recorders],
+        recorders=[make(plan, (options, plan.saving, swap)) for make in plan.features.on.recorders],
         extras=partial(watch_run, plan),
         clock=StepClock(pauses_after),
     )
@@ -226,7 +226,7 @@ def _make_sampler(plan: TrainingPlan, prompts: Path) -> "Sampler":
     from training.samples import prepare_samples  # only with prompts
 
     weights = "".join(f" + {path.name}:{multiplier:g}" for path, multiplier in options.samples.loras())
-    average = plan.joined.average
+    average = plan.features.average
     if average is not None and average.is_sampled:
         weights = f" ({average.name}){weights}"
     sampler = prepare_samples(

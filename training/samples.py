@@ -279,14 +279,15 @@ def _show_steps(
         def on_section(section: Section) -> None:
             """Replace the bar by one for the steps of the next section."""
             preview_section(section)
-            stack.close()
+            stack.close()  # closes the bar of the section before
             name = ", ".join(filter(None, (title, section.label)))
+            # a section's own solver knows its number of steps, else its stage does
             stage = prepared.stages[section.stage] if prepared.stages else prepared
             num_steps = stage.num_steps if section.solver is None else section.solver.schedule.num_steps
             bars.append(stack.enter_context(Bar(num_steps, name)))
 
         def watch(_: StepDone) -> bool:
-            """Show a step on the bar; return False, because no preview is needed."""
+            """Show a step on the bar. Returns False: a watcher returns True to ask for a preview image."""
             bars[-1].update()
             note(bars[-1].line())
             check()

@@ -40,6 +40,7 @@ def _collect_metadata(model: TrainedModel) -> dict[str, dict[str, str]]:
     """Return the metadata for the file of each part of the model, by the part's name."""
     plan = model.plan
     of_run = run_metadata(plan, model.optimizer_name, model.schedule.name)
+    # several experts are trained, or one of a model that has several
     has_experts = len(plan.family.experts) > 1 or len(plan.family.defaults.experts) > 1
     times = list_times(plan.options.timesteps, plan.config.datasets) if has_experts else ()
     metadata: dict[str, dict[str, str]] = {}
@@ -81,7 +82,7 @@ def make_saver(
             names=plan.names,
             is_lora=plan.options.network is not None,
             release=plan.family.release,
-            metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.ending),
+            metadata=_metadata_now(plan, next(iter(metadata.values())), plan.learner.architecture_suffix),
             prompts=[prompt for prompt in prompts if prompt],
         )
         publisher = publisher.for_run(published)
@@ -89,7 +90,7 @@ def make_saver(
 
     def handle_saved(paths: Sequence[Path]) -> None:
         """Call the features' save callbacks, then log the files."""
-        for act in plan.joined.on.save:
+        for act in plan.features.on.save:
             act(paths)
         log_saved(paths, progress.step)
 
@@ -158,8 +159,8 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) ->
     epoch = progress.epoch + (progress.position > 0 or progress.step == 0)
     of_features: dict[str, str] = {}
     if not plan.options.metadata.no_metadata:
-        of_features = {f"ss_{name}": str(value) for name, value in plan.joined.info.in_files.items()}
-        if plan.joined.on.before_step:  # steps may be left out
+        of_features = {f"ss_{name}": str(value) for name, value in plan.features.info.in_files.items()}
+        if plan.features.on.before_step:  # steps may be left out
             of_features["ss_skipped_steps"] = str(progress.skipped)
     return file_metadata(
         {**of_run, **of_features},
@@ -170,7 +171,7 @@ def _metadata_now(plan: TrainingPlan, of_run: Mapping[str, str], ending: str) ->
         now=datetime.now(),
         licence=family.release.licence if family.release.covers_all else None,
         tables=plan.config.datasets,
-        ending=ending,
+        architecture_suffix=ending,
     )
 
 
@@ -233,7 +234,7 @@ def restore(model: TrainedModel) -> None:
         elif model.plan.splits_model:
             raise OptionError(
                 f"--resume {saved.folder}: the state of another program is not split over processes. Resume "
-                f"it without {model.plan.options.speed.joined.splits_weights} and save a state, which can be "
+                f"it without {model.plan.options.speed.modes.splits_weights} and save a state, which can be "
                 "split"
             )
         else:
@@ -305,7 +306,7 @@ def _restore_own(model: TrainedModel, saved: states.SavedState) -> None:
 def _with_rates_of_now(
     saved_groups: Sequence[Mapping[str, Any]], groups: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """Return saved parameter groups of the optimizer with the learning rates of the current settings."""
+    """Return the optimizer's saved parameter groups with the learning rates of the current settings."""
     merged = []
     for saved_group, group in zip(saved_groups, groups, strict=False):
         rates = {name: group[name] for name in RATES if name in group and name in saved_group}

@@ -127,7 +127,7 @@ def _make_learning_rows(run: TrainingRun, parameters: Sequence[Tensor]) -> list[
         data += f", {count_of(len(plan.validation), 'item')} for validation"
     data += f", {count_of(plan.steps.num_batches, 'batch')}"
     times = describe_times(options.timesteps, plan.config.datasets) if plan.table_times else ()
-    targets = plan.joined.describe_targets() if plan.joined.targets or plan.joined.info.targets else ()
+    targets = plan.features.describe_targets() if plan.features.targets or plan.features.info.targets else ()
     return [
         ("model", ", ".join(model)),
         ("learns", f"{_describe_learner(plan, sizes)}, {count_of(num_weights, 'weight')}"),
@@ -181,7 +181,7 @@ def _make_writing_rows(
     if samples.sample_prompts is not None:
         sampling = f"{_sampling_times(samples)}, from {samples.sample_prompts}"
     counts = count_saves(plan.saving, plan.steps, plan.progress.step, plan.progress.epoch)
-    has_average = plan.joined.average is not None
+    has_average = plan.features.average is not None
     model_bytes, state_bytes = saved_bytes(parameters, dtype, has_average)
     family = plan.family
     if options.network is None and trains_checkpoint(family):  # frozen weights are saved too
@@ -193,7 +193,7 @@ def _make_writing_rows(
         ("disk", disk_needed(plan.names.folder, counts, (model_bytes, state_bytes))),
         ("folder", str(plan.names.folder)),
         ("page", None if options.logs.no_page else str(page)),
-        *plan.joined.info.at_start.items(),
+        *plan.features.info.at_start.items(),
     ]
 
 
@@ -205,8 +205,8 @@ def _describe_learner(plan: TrainingPlan, sizes: tuple[Sequence[int], Sequence[f
         sizes: Ranks and alphas of a network that continues from a file; they replace the options.
     """
     network, full_dit = plan.learner.lora, plan.options.full_dit
-    if plan.learner.words:
-        return plan.learner.words
+    if plan.learner.description:
+        return plan.learner.description
     if network is None:
         parts = full_dit.name_parts if full_dit is not None else ()
         return f"of the model: {' '.join(parts)}" if parts else "the whole model"
@@ -271,7 +271,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     clock = run.logs.clock
     speed = "" if clock.seconds_per_step is None else f" ({clock.seconds_per_step:.3g} s a step)"
     rows.append(("steps", f"{clock.steps} in {in_words(clock.active)}{speed}, without pauses"))
-    if run.joined.on.before_step:  # a feature that can skip steps
+    if run.features.on.before_step:  # a feature that can skip steps
         rows.append(("skipped steps", str(run.progress.skipped)))
     if losses:
         rows.append(("average loss", f"{sum(losses) / len(losses):.4g}"))
@@ -293,7 +293,7 @@ def show_end(run: TrainingRun, run_history: history.RunHistory, following: NextS
     following_rows: list[Row] = [
         (command.heading, command.powershell if is_windows else command.bash) for command in commands
     ]
-    following_rows += [(heading, as_typed(words)) for heading, words in run.joined.info.commands.items()]
+    following_rows += [(heading, as_typed(words)) for heading, words in run.features.info.commands.items()]
     show_box(f"{names.name} is trained", rows, following_rows)
 
 
@@ -443,8 +443,8 @@ def make_reporter(plan: TrainingPlan, following: NextSteps, memory: MemoryWatch 
         process=history.describe_process(),
         written_in=str(real_path(names.folder)),
         working_folder=str(Path.cwd()),
-        charts=[chart for tally in plan.joined.tallies for chart in tally.charts],
-        tiles=[tile for tally in plan.joined.tallies for tile in tally.tiles],
+        charts=[chart for tally in plan.features.tallies for chart in tally.charts],
+        tiles=[tile for tally in plan.features.tallies for tile in tally.tiles],
     )
     return RunReporter(
         history=lines,

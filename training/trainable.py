@@ -206,7 +206,7 @@ def train_network(
         modules=modules,
         groups=groups,
         group_names=tuple(names),
-        writes={"": WrittenFile(save, learner.ending, network)},
+        writes={"": WrittenFile(save, learner.architecture_suffix, network)},
         networks=[network],
         max_norm=max_norm,
     )

@@ -25,7 +25,7 @@ from protocols.rules import AUDIO_STREAM, IMAGE_STREAM
 from runtime.planning.device_memory import MemoryWatch
 from training.data.feed import Feed
 from training.experts import AUTOCAST, ExpertNetworks
-from training.features.hooks import Average, JoinedRun, NetworkLoading
+from training.features.hooks import Average, NetworkLoading, RunFeatures
 from training.loss import Autocast, LossRule
 from training.optimizers.lr_schedule import LrSchedule
 from training.optimizers.stepping import FusedBackward, StepAfterBackward
@@ -97,7 +97,7 @@ class Requests:
                 signal.signal(number, handler)
 
     def _handle(self, number: int, _: FrameType | None) -> None:
-        """Request the end after this step; at the second signal, end the process as by default."""
+        """Ask for the end of the run after this step; at the second signal, end the process at once."""
         if self.ends:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
@@ -224,7 +224,7 @@ class TrainingRun:
     # values of the model's plan
     plan: TrainingPlan = field(init=False)
     options: TrainingOptions = field(init=False)
-    joined: JoinedRun = field(init=False)
+    features: RunFeatures = field(init=False)
     family: Family = field(init=False)
     steps: StepPlan = field(init=False)
     progress: Progress = field(init=False)  # the object is changed while training, never replaced
@@ -237,7 +237,7 @@ class TrainingRun:
 
     def __post_init__(self) -> None:
         plan = self.model.plan
-        self.plan, self.options, self.joined = plan, plan.options, plan.joined
+        self.plan, self.options, self.features = plan, plan.options, plan.features
         self.family, self.steps, self.progress = plan.family, plan.steps, plan.progress
         self.device = plan.accelerator.device
         self.autocast = plan.accelerator.autocast
@@ -250,11 +250,11 @@ class TrainingRun:
         self.parts = ()
         if len(experts) > 1:
             self.parts = tuple(expert.name for expert in experts)
-        elif audio is not None and not plan.joined.joins_streams:
+        elif audio is not None and not plan.features.joins_streams:
             self.parts = (IMAGE_STREAM, AUDIO_STREAM)
         # columns for the losses of parts, then for the values of features
         self.layout = RowLayout(
-            [*self.parts, *(name for tally in self.joined.tallies for name in tally.names)]
+            [*self.parts, *(name for tally in self.features.tallies for name in tally.names)]
         )
 
     @property

@@ -37,7 +37,8 @@ class Validation:
         self.loss = loss
         self.checks = CacheChecks()
         self.process = plan.accelerator.process_index // plan.steps.peers
-        self.is_of_images, times = plan.options.is_for_images, plan.options.timesteps
+        self.is_of_images = plan.options.is_for_images
+        times = plan.options.timesteps
         low = times.lowest
         width = times.highest - times.lowest
         if self.is_of_images:

@@ -142,17 +142,18 @@ def _read_features(task: WanTask, config: WanConfig, batch: Batch) -> Tensor:
     """Return the CLIP features of a batch. Raises CacheError if they are for another number of images."""
     clip = batch.tensor("clip")
     positions = config.image_positions
+    # a model with embedded positions takes the features of two images, one without takes those of one
     if positions:
         fits = clip.shape[1] == positions
-        switches, images = "--clip --flf2v", "two images"
+        options, images = "--clip --flf2v", "two images"
     else:
         fits = clip.shape[1] != 2 * CLIP_TOKENS
-        switches, images = "--clip, without --flf2v", "one image"
+        options, images = "--clip, without --flf2v", "one image"
     if fits:
         return clip
     raise CacheError(
         f"{batch.keys[0]}: the cached CLIP features have {clip.shape[1]} rows, --task {task.name} needs "
-        f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {switches}."
+        f"{positions or CLIP_TOKENS}, of {images}. Cache again with wan_cache_latents.py {options}."
     )
 
 

@@ -64,17 +64,17 @@ def identify(path: Path) -> str | None:
     """Describe a file that is a Wan transformer or another known file; return None if it is unknown."""
     try:
         with open_checkpoint(path) as checkpoint:
-            named = bare_names(checkpoint)
-            kind = kind_of(named.tensors)
-            if _is_wan(_list_shapes(named)):
-                return f"it is a Wan transformer (--dit) for --task {_name_models(_read_header(named))}"
+            bare = bare_names(checkpoint)
+            kind = kind_of(bare.tensors)
+            if _is_wan(_list_shapes(bare)):
+                return f"it is a Wan transformer (--dit) for --task {_name_models(_read_header(bare))}"
             return None if kind is None else f"it looks like {kind}"
     except CheckpointError:
         return None
 
 
 def check_task(header: DitHeader[WanConfig], task: WanTask, path: Path, option: str = "--dit") -> None:
-    """Raise CheckpointError if a file is another kind of model than --task says. Its size may differ.
+    """Raise CheckpointError if a file is another kind of model than --task says. Any size is accepted.
 
     `option` is the option that named the file.
     """
@@ -172,11 +172,11 @@ def add_vace_header(checkpoint: Checkpoint, header: DitHeader[WanConfig], dit: P
     path = checkpoint.path
     config = header.config
     shapes = _list_shapes(bare_names(checkpoint))
-    weight = shapes.get("vace_patch_embedding.weight", ())
+    patch_shape = shapes.get("vace_patch_embedding.weight", ())
     layers = _count_blocks(shapes, "vace_blocks")
-    if len(weight) != 5 or weight[1] != VACE_DIM or not layers:
+    if len(patch_shape) != 5 or patch_shape[1] != VACE_DIM or not layers:
         raise CheckpointError(f"--vace {path}: it has no blocks of VACE. Give a file with vace_blocks.", path)
-    width, channels, *_ = weight
+    width, channels, *_ = patch_shape
     if config.vace_layers:
         raise CheckpointError(f"{dit} has blocks of VACE itself: leave --vace {path} out.", path)
     if width != config.dim or config.num_layers % layers:
@@ -226,7 +226,10 @@ def _check_shapes(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig:
-    """Read the sizes of a Wan from its shapes; raise CheckpointError if they do not fit each other."""
+    """Read the dimensions of a Wan transformer from the shapes of its tensors.
+
+    Raises CheckpointError if the shapes do not fit each other.
+    """
     _check_shapes(path, shapes)
     dim, in_dim, *patch = shapes["patch_embedding.weight"]
     layers = _count_blocks(shapes, "blocks")
@@ -246,7 +249,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
         raise CheckpointError(
             f"{path}: width {dim} is not a multiple of {HEAD_WIDTH}, the head width of Wan models.", path
         )
-    image = shapes.get("img_emb.proj.0.weight")
+    image_layer = shapes.get("img_emb.proj.0.weight")
     frames, rows, columns = patch[:3]
     return WanConfig(
         dim=dim,
@@ -261,7 +264,7 @@ def _read_config(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> WanConfig
         out_dim=shapes["head.head.weight"][0] // (frames * rows * columns),
         patch_size=(frames, rows, columns),
         has_image="blocks.0.cross_attn.k_img.weight" in shapes,
-        image_dim=image[0] if image else WanConfig.image_dim,
+        image_dim=image_layer[0] if image_layer else WanConfig.image_dim,
         image_positions=shapes["img_emb.emb_pos"][-2] if "img_emb.emb_pos" in shapes else 0,
         has_ref_conv="ref_conv.weight" in shapes,
     )

@@ -77,7 +77,7 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
     if (
         "cls_embedding" not in sources
         or "pos_embedding" not in sources
-        or count(sources, r"transformer\.\d+") < 2
+        or count(sources, r"transformer\.\d+") < 2  # the last block is not loaded, and one must be left
     ):
         raise other_kind(
             checkpoint,
@@ -86,9 +86,10 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
             "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth or clip_vision_h.safetensors",
         )
     if "embeddings.class_embedding" in checkpoint.tensors:
+        # Hugging Face stores both embeddings without the leading axes of size 1
         sources["cls_embedding"] = sources["cls_embedding"].then(lambda tensor: tensor[None, None])
         sources["pos_embedding"] = sources["pos_embedding"].then(lambda tensor: tensor[None])
-    num_layers = count(sources, r"transformer\.\d+") - 1  # without the last one
+    num_layers = count(sources, r"transformer\.\d+") - 1  # Wan uses the states before the last block
     _join_heads(sources, num_layers)
     shape = shapes_of(checkpoint, sources)
     dim, _, patch, _ = shape("patch_embedding.weight")
@@ -97,13 +98,13 @@ def read_clip(checkpoint: Checkpoint) -> LoadPlan[ClipConfig]:
             f"{checkpoint.path}: width {dim} is not a multiple of {CLIP_HEAD_WIDTH}, the head width of ViT-H",
             checkpoint.path,
         )
-    side = math.isqrt(shape("pos_embedding")[-2] - 1)
+    grid_size = math.isqrt(shape("pos_embedding")[-2] - 1)
     config = ClipConfig(
         dim=dim,
         ffn_dim=shape("transformer.0.mlp.0.weight")[0],
         num_heads=dim // CLIP_HEAD_WIDTH,
         num_layers=num_layers,
-        image_size=side * patch,
+        image_size=grid_size * patch,
         patch_size=patch,
     )
     unused = (

@@ -147,8 +147,8 @@ class Wan(OneTransformer):
     def defaults(self) -> SamplingDefaults:
         """Steps, guidance, flow shift and frames of the task, and the size of training samples."""
         task = self.files.task
-        high = task.high_noise_guidance
-        strong = {} if high is None else {HIGH_NOISE: high}
+        high_noise_guidance = task.high_noise_guidance
+        expert_guidance = {} if high_noise_guidance is None else {HIGH_NOISE: high_noise_guidance}
         return SamplingDefaults(
             steps=task.steps,
             fps=task.fps,
@@ -159,7 +159,7 @@ class Wan(OneTransformer):
             width=256,
             height=256,
             frames=task.frames,
-            expert_guidance=strong,
+            expert_guidance=expert_guidance,
             experts=ONE_EXPERT if self.boundary is None else _experts(self.boundary),
             extras=(ONE_FRAME, MASK, SCALE) if task.kind == VACE else (ONE_FRAME,),
         )
@@ -309,9 +309,9 @@ class Wan(OneTransformer):
             tensor = cond.get(name)
             if isinstance(tensor, Tensor):
                 arguments[argument] = tensor.to(noisy.device)
-        places = cond.get(PLACES)
-        if isinstance(places, Tensor):  # on the host, the same for all samples
-            arguments["places"] = tuple(places[0].tolist())
+        positions = cond.get(PLACES)
+        if isinstance(positions, Tensor):  # on the host, the same for all samples
+            arguments["places"] = tuple(positions[0].tolist())
         clip = cond.get("clip")
         features = clip.to(noisy.device) if isinstance(clip, Tensor) else None
         if overrides.nag is not None:
@@ -327,7 +327,7 @@ class Wan(OneTransformer):
     def prepare(self, request: Request) -> Prepared:
         """Resolve a request for the task: media, size, frames, flow shift and control.
 
-        A training of single images samples single images, as `wan.one_frame` prepares them.
+        If single images are trained, samples are single images too, which `wan.one_frame` prepares.
         """
         task = self.files.task
         self.files.check_dits()
@@ -410,25 +410,28 @@ class Wan(OneTransformer):
         is_image = ONE_FRAME in request.extra
         # a frame for each control image precedes the clip and is cut off at the end: references of VACE or
         # control images of a single image
-        front = len(request.control_images)
-        frames += front
+        num_leading = len(request.control_images)
+        frames += num_leading
+        # an end image is one more latent frame behind the video
         if not is_image and appends_end(self.files.task, request):
             frames += 1
         start = noise.draw((batch, channels, frames, *area))
         conditions = dict(inputs.get(0, {}))
-        first = conditions.pop(FIRST_LATENTS, None)
+        first_latents = conditions.pop(FIRST_LATENTS, None)
         if self.image_noise and self.files.task.takes_image:
             condition = conditions["condition_latents"]
             assert isinstance(condition, Tensor)
             conditions["condition_latents"] = self._add_image_noise(condition, noise)
             del condition  # this frame lives as long as the denoising
         section = prompts[0].section(start, conditions)
-        if isinstance(first, Tensor):
-            section = replace(section, given=first, overrides=Overrides(given_frames=first.shape[2]))
+        if isinstance(first_latents, Tensor):
+            section = replace(
+                section, given=first_latents, overrides=Overrides(given_frames=first_latents.shape[2])
+            )
         latents = yield section
         if is_image:
             return latents[:, :, prepared.family_record.slot].unsqueeze(2)
-        return latents[:, :, front:]
+        return latents[:, :, num_leading:]
 
     def _add_image_noise(self, condition: Tensor, noise: NoiseSource) -> Tensor:
         """Return the condition with noise on the image's channels, which are the last ones."""

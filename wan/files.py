@@ -244,15 +244,15 @@ def _read_boundary(index: Path) -> float | None:
 
 
 def add_release(files: WanFiles, release: Mapping[str, Path]) -> WanFiles:
-    """Fill in the files that options do not give from a release.
+    """Add the files of a release whose options are not given.
 
     If --dit is given, the release's transformer for high noise is not used either, because --dit alone means
     one transformer for all noise levels.
     """
-    typed = {name for name in release if getattr(files, name) is not None}
+    names_in_use = {name for name in release if getattr(files, name) is not None}
     if files.dit is not None:
-        typed.add("dit_high_noise")
-    added: dict[str, Any] = {name: path for name, path in release.items() if name not in typed}
+        names_in_use.add("dit_high_noise")
+    added: dict[str, Any] = {name: path for name, path in release.items() if name not in names_in_use}
     for name in sorted(added.keys() & OFFICIAL_EXPERTS.keys()):
         logger.info("--%s is %s, from --ckpt_dir", name, added[name])
     return replace(files, **added)
@@ -266,11 +266,11 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
     Raises:
         OptionError: If both names say that the files were swapped.
     """
-    given = {LOW_NOISE: dit, HIGH_NOISE: dit_high_noise}
+    files = {LOW_NOISE: dit, HIGH_NOISE: dit_high_noise}
     experts = dict(WAN.experts)
     # expert for which a file is given -> the one that its name suggests, if that is another
     misnamed: dict[str, str] = {}
-    for use, path in given.items():
+    for use, path in files.items():
         name = None if path is None else expert_of_file(path, experts)
         if name not in (None, use):
             misnamed[use] = name
@@ -284,7 +284,7 @@ def check_names(dit: Path | None, dit_high_noise: Path | None) -> None:
         logger.warning(
             "--%s %s is used for %s, but its name says that it is for %s noise",
             _OPTIONS[use],
-            given[use],
+            files[use],
             "all noise levels" if is_alone else f"{_name_noise(use)} noise",
             _name_noise(name),
         )
@@ -352,10 +352,10 @@ def files_and_boundary(options: WanGenerationOptions) -> tuple[WanFiles, float |
 def find_boundary(
     options: WanTrainingOptions | WanGenerationOptions, files: WanFiles, of_release: float | None = None
 ) -> float | None:
-    """Return the timestep from which on the high-noise expert works: by option, else release, else task.
+    """Return the timestep from which on the high-noise expert is used; None if nothing sets one.
 
-    `of_release` is the boundary that a release's files state. The result is None if none of the three has a
-    boundary. Raises OptionError if --dit_high_noise is given for a task with one expert.
+    --timestep_boundary comes first, then `of_release`, the boundary in a release's files, then the task's
+    default. Raises OptionError if --dit_high_noise is given for a task with one expert.
     """
     task = files.task
     if files.dit_high_noise is not None and task.boundary is None:

@@ -215,10 +215,10 @@ def _encode_images(vae: WanVae, task: WanTask, prepared: Prepared, first: Path) 
     def pixels(path: Path) -> Tensor:
         return image_pixels(path, prepared.width, prepared.height, keep_aspect=False)
 
-    end = prepared.request.end_image_path
-    if end is not None and not appends_end(task, prepared.request):
-        return first_last_condition(vae, pixels(first), pixels(end), prepared.frames)
-    return image_condition(vae, pixels(first), prepared.frames, pixels(end) if end else None)
+    end_image = prepared.request.end_image_path
+    if end_image is not None and not appends_end(task, prepared.request):
+        return first_last_condition(vae, pixels(first), pixels(end_image), prepared.frames)
+    return image_condition(vae, pixels(first), prepared.frames, pixels(end_image) if end_image else None)
 
 
 def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_end: bool = False) -> Tensor:
@@ -238,13 +238,13 @@ def control_channels(task: WanTask, control: Tensor, image: Tensor | None, has_e
             image = control.new_zeros(control.shape[0], channels, *control.shape[2:])
         return torch.cat([control, image.to(control)], dim=1)
     # Wan2.1 sees the first latent frame of the image, and the last one if an end image was appended
-    start = torch.zeros_like(control)
+    start_latents = torch.zeros_like(control)
     if image is not None:
         latents = image[:, -LATENT.channels :]
-        start[:, :, 0] = latents[:, :, 0].to(start)
+        start_latents[:, :, 0] = latents[:, :, 0].to(start_latents)
         if has_end:
-            start[:, :, -1] = latents[:, :, -1].to(start)
-    return torch.cat([control, start], dim=1)
+            start_latents[:, :, -1] = latents[:, :, -1].to(start_latents)
+    return torch.cat([control, start_latents], dim=1)
 
 
 def prepare_request(
@@ -274,6 +274,7 @@ def prepare_request(
             f"--video_length {frames}: --task {task.name} makes one image. Leave it out, or use a t2v task."
         )
     flow_shift = default_flow_shift(task, width, height) if request.flow_shift is None else request.flow_shift
+    # the released image-to-video code and that of TI2V-5B round the size in different ways
     if task.takes_image and request.first_image is not None:
         width, height = size_like_image(image_size(request.first_image), width * height)
     elif task.keeps_image and request.image_path is not None:

@@ -73,13 +73,13 @@ class CrossAttention(SelfAttention):
         """Return the attention of video tokens x, B L C, to the texts and the image."""
         heads = (self.num_heads, -1)
         q = self.norm_q(in_own_dtype(self.q, x)).unflatten(-1, heads)
-        of_texts = []
+        attended_texts = []
         for text, repeats in tokens.texts:
             k = self.norm_k(in_own_dtype(self.k, text)).unflatten(-1, heads)
             v = in_own_dtype(self.v, text).unflatten(-1, heads)
-            of_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
-        attended = of_texts[0] if tokens.combine is None else tokens.combine(*of_texts)
-        del of_texts, k, v  # large: not held while the image is seen and `o` computes
+            attended_texts.append(_attend(q, k, v, tokens, repeats=repeats))  # B L N D
+        attended = attended_texts[0] if tokens.combine is None else tokens.combine(*attended_texts)
+        del attended_texts, k, v  # large: not held while the image is seen and `o` computes
         if tokens.image is not None:
             k = self.norm_k_img(in_own_dtype(self.k_img, tokens.image)).unflatten(-1, heads)
             v = in_own_dtype(self.v_img, tokens.image).unflatten(-1, heads)
@@ -248,8 +248,8 @@ class WanModel(BlockNetwork):
             self.ref_conv = nn.Conv2d(REF_CHANNELS, dim, 2, 2)
         head_width = dim // config.num_heads
         # rows and columns get a third of the pairs each, rounded down; frames get the rest
-        side = 2 * (head_width // 6)
-        widths = (head_width - 2 * side, side, side)
+        spatial_width = 2 * (head_width // 6)
+        widths = (head_width - 2 * spatial_width, spatial_width, spatial_width)
         self._rotary = GridTable(table_maker(TABLES[rope], widths, dtype=precision))
 
     def embed(

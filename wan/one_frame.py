@@ -78,6 +78,7 @@ def order_frames(controls: Sequence[int], target: int | None) -> FrameOrder:
     target = DEFAULT_TARGET if target is None else target
     if target in controls:
         raise ValueError(f"the image and a control image are both at {target}. Give the image another place")
+    # (index in time, index of the control image); -1 marks the target
     pairs = sorted([*zip(controls, range(len(controls)), strict=True), (target, -1)])
     return FrameOrder(tuple(position for position, _ in pairs), tuple(image for _, image in pairs))
 
@@ -233,6 +234,7 @@ def encode_items(encoders: MediaEncoders, media: MediaBatch, store: torch.dtype)
     latents = [*control_latents, vae.encode(picture)]
     gray = vae.encode(torch.zeros_like(controls[0]))
     tensors = {
+        # `latents` ends with the target, so that its index -1 in `order.images` selects it
         "latents": torch.cat([latents[image] for image in order.images], dim=2).to(store),
         "latents_image": _make_condition(order, control_latents, gray).to(store),
     }

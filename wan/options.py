@@ -172,8 +172,8 @@ class WanModelOptions(Options, title="Wan"):
                 self.task,
             )
         # each of two transformers needs VACE's blocks, and a single one must not have two files of them
-        both = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
-        if self.vace is not None and (self.vace_high_noise is None) != (both == (None, None)):
+        other_transformers = (self.experts.dit_high_noise, getattr(self, "sample_dit_other", None))
+        if self.vace is not None and (self.vace_high_noise is None) != (other_transformers == (None, None)):
             missing = "--vace_high_noise" if self.vace_high_noise is None else "--dit_high_noise"
             raise OptionError(
                 "--vace with two transformers: each has blocks of VACE, --vace and --vace_high_noise. "
@@ -377,19 +377,20 @@ def generation_options(options: WanTrainingOptions, sample: Mapping[str, Any]) -
         sample: Values of a sample to generate, by the names of `Request`.
     """
     task = TASKS[options.task]
-    low = options.dit
-    high = options.experts.dit_high_noise
-    if high is None:
-        high = options.sample_dit_other
+    low_noise_dit = options.dit
+    high_noise_dit = options.experts.dit_high_noise
+    # --sample_dit_other is the transformer that is not trained: that for high noise if only --dit is trained
+    if high_noise_dit is None:
+        high_noise_dit = options.sample_dit_other
     else:
-        low = low or options.sample_dit_other
-    boundary = None if high is None else options.experts.timestep_boundary
+        low_noise_dit = low_noise_dit or options.sample_dit_other
+    boundary = None if high_noise_dit is None else options.experts.timestep_boundary
     clip = (options.clip or FillIn("CLIP_FILE")) if task.has_features else None
     return {
         "--task": options.task,
         "--timestep_boundary": boundary,
-        "--dit": low or FillIn("DIT_FILE"),
-        "--dit_high_noise": high,
+        "--dit": low_noise_dit or FillIn("DIT_FILE"),
+        "--dit_high_noise": high_noise_dit,
         "--vace": options.vace,
         "--vace_high_noise": options.vace_high_noise,
         "--vae": options.vae.vae or FillIn("VAE_FILE"),

@@ -156,15 +156,15 @@ def pad_texts(
         raise ValueError(f"a text has {longest} tokens, the model takes {length}")
     on_cpu = text[0].device.type == "cpu"
     can_repeat = attention is not None and attention.mode == SDPA.mode
-    size = length
+    num_rows = length
     if on_cpu and can_repeat:
-        size = min(longest + 1, length)
-    padded = [functional.pad(rows, (0, 0, 0, size - len(rows))) for rows in text]
+        num_rows = min(longest + 1, length)  # one more row, which stands for all padding
+    padded = [functional.pad(rows, (0, 0, 0, num_rows - len(rows))) for rows in text]
     # autocast in float16 rejects cached texts in bfloat16 here, and has nothing to add to equal dtypes
     with torch.autocast(text[0].device.type, enabled=False):
         stacked = torch.stack(padded)
-    if size == length:
+    if num_rows == length:
         return stacked, None
-    repeats = torch.ones(size, device=stacked.device)
+    repeats = torch.ones(num_rows, device=stacked.device)
     repeats[-1] = length - longest
     return stacked, repeats

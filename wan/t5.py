@@ -58,6 +58,7 @@ def clean_text(text: str) -> str:
                 "prompts of Wan are cleaned with the package ftfy, which is not installed. Install it: "
                 f"{sys.executable} -m pip install ftfy"
             ) from None
+        # twice, as in the released code
         text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return re.sub(r"\s+", " ", text)
 

@@ -52,6 +52,7 @@ def batch_control(batch: Batch) -> dict[str, Tensor | list[Tensor]]:
     if CONTROL_MASK in batch.tensors:
         mask = batch.tensor(CONTROL_MASK).to(halves) / 255
     else:
+        # white, so that all is generated anew: one channel for each pixel of a latent pixel
         mask = halves.new_ones(len(halves), LATENT.stride[1] * LATENT.stride[2], *halves.shape[2:])
     names = [name for name in batch.tensors if name.startswith(REFERENCE_LATENTS)]
     names.sort(key=lambda name: int(name.rpartition("_")[2]))  # by the index at the end

@@ -65,24 +65,24 @@ class WanVae(nn.Module):
         Raises:
             ValueError: For other sizes.
         """
-        step, side, _ = RELEASES[self.config.latent_channels].stride
-        check_clip(pixels, step, side)
+        frame_stride, stride, _ = RELEASES[self.config.latent_channels].stride
+        check_clip(pixels, frame_stride, stride)
         batch, _, frames, height, width = pixels.shape
-        latent_frames = (frames - 1) // step + 1
-        latent_height = height // side
-        latent_width = width // side
+        latent_frames = (frames - 1) // frame_stride + 1
+        latent_height = height // stride
+        latent_width = width // stride
         if self.tile is None:
             return self._encode(pixels, as_moments)
-        edge = max(1, self.tile // side)  # of a tile, in latent pixels
-        if max(latent_height, latent_width) <= edge:
+        tile_edge = max(1, self.tile // stride)  # in latent pixels
+        if max(latent_height, latent_width) <= tile_edge:
             return self._encode(pixels, as_moments)
-        grid = (tiles(latent_height, edge), tiles(latent_width, edge))
+        grid = (tiles(latent_height, tile_edge), tiles(latent_width, tile_edge))
         channels = (self.conv1 if as_moments else self.conv2).in_channels
         latents = torch.zeros(
             (batch, channels, latent_frames, latent_height, latent_width), device=self.device
         )
         add_in_tiles(
-            lambda tile: [self._encode(tile, as_moments)], pixels, cuts=grid, units=(side, 1), out=latents
+            lambda tile: [self._encode(tile, as_moments)], pixels, cuts=grid, units=(stride, 1), out=latents
         )
         return latents
 
@@ -105,8 +105,8 @@ class WanVae(nn.Module):
         chunks = self._decode(latents)
         if self.tile is not None:
             stride = RELEASES[self.config.latent_channels].stride
-            edge = max(1, self.tile // stride[1])
-            grid = (tiles(latents.shape[-2], edge), tiles(latents.shape[-1], edge))
+            tile_edge = max(1, self.tile // stride[1])  # in latent pixels
+            grid = (tiles(latents.shape[-2], tile_edge), tiles(latents.shape[-1], tile_edge))
             chunks = decode_in_tiles(self._decode, latents, grid, stride)
         for chunk in chunks:
             yield chunk.clamp_(-1, 1) if clamps else chunk

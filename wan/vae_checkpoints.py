@@ -78,7 +78,7 @@ def read_vae(
     is_of_clips = convolution is not None and len(convolution.shape) != 4
     translate: Callable[[str], str] | None = None
     if any(mark in names for mark, _ in OF_OTHERS):
-        pass  # a related VAE, whose layers have the same names
+        pass  # a related VAE, whose layers have the same names: `other_kind` below names that model
     elif "quant_conv.weight" in names and "encoder.down_blocks.0.conv1.weight" in names:
         translate = _translate_flat_names(names)
     elif is_of_clips and "encoder.down_blocks.0.resnets.0.norm1.gamma" in names:
@@ -179,25 +179,28 @@ def _read_layers(
 
 
 def _check_dimensions(config: WanVaeConfig, colors: int, path: Path) -> None:
-    """Raise CheckpointError if a VAE is of neither generation. The first layer has `colors` inputs."""
+    """Raise CheckpointError unless a VAE has the channels and the strides of a released one.
+
+    `colors` is the number of inputs of the first layer.
+    """
     release = RELEASES.get(config.latent_channels)
     if release is None:
         raise _make_vae_error(path, f"has {config.latent_channels} latent channels")
     has_alpha = config.colors == 4 and config.patch == 1  # tensor that identifies Qwen-Image-Layered
     if colors != 3 * config.patch**2 and not has_alpha:
         raise _make_vae_error(path, f"takes {colors} channels")
-    frame_stride, side_stride, _ = release.stride
+    frame_stride, pixel_stride, _ = release.stride
     for half, layers in (("encoder", config.encoder), ("decoder", config.decoder)):
-        frames = 1
-        side = config.patch
+        time_factor = 1
+        space_factor = config.patch
         for layer in layers:
             layer_frames, layer_rows, _ = FACTORS[layer.kind]
-            frames *= layer_frames
-            side *= layer_rows
-        if (frames, side) != (frame_stride, side_stride):
+            time_factor *= layer_frames
+            space_factor *= layer_rows
+        if (time_factor, space_factor) != (frame_stride, pixel_stride):
             raise CheckpointError(
-                f"{path}: its {half} scales time by {frames} and space by {side}, that of "
-                f"{release.name} by {frame_stride} and {side_stride}. It holds another model, or "
+                f"{path}: its {half} scales time by {time_factor} and space by {space_factor}, that of "
+                f"{release.name} by {frame_stride} and {pixel_stride}. It holds another model, or "
                 f"tensors are missing.\n  Give {release.files} to --vae.",
                 path,
             )

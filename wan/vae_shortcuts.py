@@ -61,6 +61,7 @@ def add_repeated(h: Tensor, x: Tensor, factors: Factors) -> Tensor:
     step = x.shape[1] // width
     skipped = x.shape[2] * frames - h.shape[2]
     for index, (i, j, k) in enumerate(product(range(frames), range(rows), range(columns))):
+        # the first block of frames has no frame i < `skipped`, so that frame i comes from the second block
         is_left_out = i < skipped
         start = i - skipped + is_left_out * frames
         h[:, :, start::frames, j::rows, k::columns] += x[:, index * step // block :: step, is_left_out:]

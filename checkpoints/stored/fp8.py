@@ -111,7 +111,10 @@ class Fp8:
         return Stored(self, (rows, columns), quantize(weight, self.quantization))
 
     def empty(self, shape: Shape) -> Stored:
-        """Return a weight on the meta device, to plan memory. Scales are too small to count."""
+        """Return a weight on the meta device, to plan memory.
+
+        Its scales are left out, as they are negligible.
+        """
         return Stored(self, shape, (torch.empty(shape, dtype=E4M3, device="meta"), None))
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:

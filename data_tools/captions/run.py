@@ -312,12 +312,15 @@ def _make_captions(
         for location, answer in answers:
             error = None if isinstance(answer, str) else answer
             if isinstance(answer, str):
-                rejections.clear()
+                rejections.clear()  # the server or model works
                 caption = maker.finish(location, answer)
                 if not caption:
                     error = NoCaptionError(f"--replace leaves nothing of the answer {answer!r}")
-                elif not location.write(caption, jobs[location] == FOREIGN, records[location.file.parent]):
-                    num_changed += 1
+                else:
+                    replaces_foreign = jobs[location] == FOREIGN  # a caption that somebody else wrote
+                    record = records[location.file.parent]
+                    if not location.write(caption, replaces_foreign, record):
+                        num_changed += 1
             if isinstance(error, (MediaError, NoCaptionError)):
                 failures.append(Failure.of(location.source, error))
                 logger.warning("%s", failures[-1])

@@ -162,7 +162,7 @@ class ClipList:
 
     @property
     def captioned(self) -> set[str]:
-        """Return the clips whose lines currently have a caption.
+        """Return the clips that have a caption in their line of the list.
 
         Raises:
             OutputError: If the list cannot be read.

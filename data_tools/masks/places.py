@@ -68,7 +68,7 @@ class MaskPlace:
 
     @property
     def is_removed(self) -> bool:
-        """Return whether a person has removed the mask, of which a copy is kept until another one is made."""
+        """Return whether a person has removed the mask; a copy is kept until a new mask is made."""
         return not self.masks and self.before.is_dir() and any(self.before.iterdir())
 
     def target(self, moves: bool) -> Path:

@@ -370,7 +370,7 @@ def check_captions(
 
 
 def is_unused(source: MediaSource) -> bool:
-    """Return whether a caption file exists but could not be read, which the listing has reported."""
+    """Return whether a caption file exists but could not be read; the errors name the file already."""
     return source.caption_path is not None and path_exists(source.caption_path)
 
 

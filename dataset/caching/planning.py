@@ -510,7 +510,7 @@ class Planning:
             raise OtherKind(f"{path}: it holds {stored}, this configuration writes {as_shape(grid)}")
 
     def _check_foreign_tensors(self, path: Path, header: Entry) -> None:
-        """Raise OtherKind if a file without a record lacks a tensor that this run needs."""
+        """Raise OtherKind if a cache file of another program lacks a tensor that this run needs."""
         recipe, is_shared = self.recipe, self.store.is_shared
         if self.source.mask_from is not None and not (is_shared and LOSS_MASK in header.keys):
             raise OtherKind(f"{path}: it has no mask of the loss")

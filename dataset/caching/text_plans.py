@@ -187,7 +187,11 @@ def _list_seen(source: MediaSource, sight: Sight) -> _SeenMedia:
 def _list_captions(
     source: MediaSource, seen: _SeenMedia, tag: str, sight: Sight, fit: FitText | None
 ) -> Iterator[CaptionFile]:
-    """Yield the text of each caption of a source, in order."""
+    """Yield the cache file of each caption of a source, in order.
+
+    `seen` and `sight` say which files the text encoder sees with a caption; `fit` shortens a caption to its
+    limit.
+    """
     captions = (source.caption, *source.more_captions)
     settings = {**source.table.changed(TEXTS), **seen.settings}
     if len(captions) > 1:

@@ -215,7 +215,7 @@ class CogVideoXTensors:
 
     @property
     def image(self) -> Path | None:
-        """File of the moments of the first frame; None if the family does not use them."""
+        """File with the VAE's mean and deviation of the first frame; None if the family uses no such file."""
         return self.folder / IMAGE_MOMENTS / f"{self.name}.pt" if self.uses_image else None
 
     @property

@@ -101,6 +101,7 @@ def _reject_other_form(path: Path, line: str) -> None:
     """
     text = line.strip()
     rule = "a list has one object on each line, with nothing around or between them (JSONL)"
+    # "[" alone, or followed by an object
     is_array = text.startswith("[") and text[1:].strip()[:1] in {"", "{"}
     if is_array:
         output = as_typed([str(path.with_name(f"{path.stem}_lines.jsonl"))])

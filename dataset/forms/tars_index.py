@@ -113,7 +113,7 @@ def read_index(tar: Path, rules: TarRules, cache_directory: Path) -> TarIndex:
             return TarIndex(samples, others=others, num_others=num_others)
     with tar.open("rb", buffering=0) as file:
         index = _scan(file, stat.st_size, rules, tar)
-    # no index of a damaged tar: it may still be written, without a change of its size and time
+    # no index of a damaged tar: another process may still be writing it without a change of size or time
     if len(index.samples) >= MIN_SAMPLES and index.damage is None and not index.faults:
         _write_index(path, index, made_for)
     return index

@@ -170,7 +170,7 @@ def complete_caption(caption: str, trigger: str, prefix: str, suffix: str) -> st
 
 
 def _complete_object(caption: str, trigger: str, prefix: str, suffix: str) -> str | None:
-    """Complete the main text of a caption that is a JSON object; None for other captions.
+    """Return the caption with its main text completed; None for any other than a known JSON object.
 
     None, too, for an object in an unknown format.
     """

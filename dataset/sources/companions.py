@@ -149,11 +149,12 @@ def reject_companions(table: DatasetTable, sources: Sequence[MediaSource]) -> No
     """
     rules = table.clip_references
     maximum = 0 if rules is None else rules.maximum
+    accepts_masks = rules is not None and rules.control_masks
     for source in sources:
         if len(source.references) > maximum:
             accepted = "none beside control_path" if rules is None else f"{maximum} at most"
             raise DatasetError(f"{table.name}: {source.path} has references; this model takes {accepted}.")
-        if source.control_mask is not None and not (rules is not None and rules.control_masks):
+        if source.control_mask is not None and not accepts_masks:
             raise DatasetError(
                 f"{table.name}: {source.path} has a control mask, which this model does not take."
             )

@@ -116,7 +116,7 @@ def is_empty(value: Any) -> bool:
 
 
 def _note_unknown(project: ForeignProject, key: str, value: Any) -> None:
-    """Keep a key without a rule until the script is known, or note it as unknown."""
+    """Store a key that no rule covers until the script is known; then log it as unknown."""
     if project.program.knows_options:
         project.others[key] = value
     elif is_empty(value):

@@ -146,7 +146,7 @@ class BlockSwap:
     def bring(self, position: int, skipped: Set[int]) -> None:
         """Bring the weights of a block to the device before a pass.
 
-        Nothing is copied if the weights are there already, as after a pass that fetched ahead.
+        Nothing is copied if the weights are there already, because the previous pass prefetched them.
 
         Args:
             position: Position of the block in the order of blocks.
@@ -204,7 +204,7 @@ class BlockSwap:
         return output
 
     def settle(self) -> None:
-        """Copy the newest values of all weights to host memory, and point the parameters there."""
+        """Copy trained weights back to host memory, and make all parameters refer to their host memory."""
         for ring in self.rings:
             for slot in ring.slots:
                 self._empty(slot, self._transfer.mark() if slot.is_changed else None)
@@ -287,7 +287,7 @@ class BlockSwap:
             slot.is_changed = True  # they are stepped as soon as their gradients are complete
 
     def _pack(self, tensor: Tensor) -> Tensor | Kept:
-        """Save a weight of a swapped block by its place in the block's slot, any other tensor itself."""
+        """Return what autograd stores: a `Kept` for a weight in a slot, otherwise the tensor itself."""
         slot, index = self._owners.get(tensor.untyped_storage().data_ptr(), (None, 0))
         if slot is None:
             return tensor.detach()
@@ -376,7 +376,7 @@ def _make_rings(dit: nn.Module, lists: Sequence[ListPlan], host_weights: Mapping
 def _report(
     lists: Sequence[ListPlan], swap: BlockSwap, host_weights: Mapping[str, Tensor], device: torch.device
 ) -> None:
-    """Log how many blocks wait in host memory, and how much memory they take here and there."""
+    """Log how many blocks are in host memory, and the bytes that swapping takes there and on the device."""
     total = sum(tensor.nbytes for tensor in host_weights.values()) / 1e9
     if swap.rings:
         streamed = sum(len(blocks.streamed) for blocks in lists)

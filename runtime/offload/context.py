@@ -156,7 +156,11 @@ class _Exchange(torch.autograd.Function):
 
 
 class _Join(torch.autograd.Function):
-    """Join tokens. All processes compute the same from them, so each has the sum of their gradients."""
+    """Gather the tokens of all processes.
+
+    All processes compute the same from the joined tokens. So the sum of their gradients is the gradient of
+    one process times their number.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, part: TokenPart) -> Tensor:

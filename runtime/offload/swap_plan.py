@@ -67,14 +67,14 @@ def max_blocks(
     """
     if counts is None:
         return 0
-    numbers = range(sum(num_blocks), 0, -1)  # largest first
-    return next((number for number in numbers if _fits(num_blocks, counts(number), unswapped)), 0)
+    candidates = range(sum(num_blocks), 0, -1)  # largest first
+    return next((candidate for candidate in candidates if _fits(num_blocks, counts(candidate), unswapped)), 0)
 
 
 def _fits(num_blocks: Sequence[int], swapped: Sequence[int], unswapped: int) -> bool:
     """Return whether this many blocks of each list can be swapped.
 
-    A list with several blocks can always swap one.
+    `unswapped` blocks of each list have to stay, except that a list with several blocks can always swap one.
     """
     maximum = [max(total - unswapped, 1 if total > 1 else 0) for total in num_blocks]
     return all(count <= limit for count, limit in zip(swapped, maximum, strict=True))
@@ -171,8 +171,8 @@ class HostWeights:
             plan: The plan of the swap.
             pinned: Whether the memory is locked, for a CUDA device.
             machine: Processes that share the memory; None if there is only one.
-            all_weights: Whether to hold all tensors instead of only the swapped ones, for a network that
-                shares its device with another by turns.
+            all_weights: Whether to hold all tensors instead of only the swapped ones, as for networks that
+                take turns on one device.
         """
         self.plan = plan
         self._pinned, self._machine, self._all_weights = pinned, machine, all_weights

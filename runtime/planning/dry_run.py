@@ -180,13 +180,15 @@ class Ledger(TorchDispatchMode):
 
 
 def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
-    """Run an operator.
+    """Run an operator on tensors with or without values.
 
-    Its result has values if all inputs have some, or if it is a new small integer tensor.
+    The result has values if all inputs have values and it stays on the host or is of integers, or if it is a
+    new, small tensor of integers.
     """
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     fakes = [tensor for tensor in tensors if isinstance(tensor, FakeTensor)]
     if tensors and not fakes:  # all inputs have values
+        # a copy of floating-point data on the device needs only its size: values would take real memory
         goes_to_device = device != HOST and kwargs.get("device") == device
         if goes_to_device and any(tensor.is_floating_point() for tensor in tensors):
             dtype = kwargs.get("dtype") or tensors[0].dtype
@@ -203,6 +205,7 @@ def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
 
         args, kwargs = tree_map_only(Tensor, without_values, (args, kwargs))
     result = func(*args, **kwargs)
+    # without tensors as inputs the operator creates one; code may read small masks and lengths later
     if (
         not tensors
         and isinstance(result, FakeTensor)
@@ -210,7 +213,7 @@ def _compute(func: Any, args: Any, kwargs: Any, device: torch.device) -> Any:
         and result.numel() <= SMALL
     ):
         if "device" in kwargs:
-            kwargs = {**kwargs, "device": HOST}
+            kwargs = {**kwargs, "device": HOST}  # values can only be on the host
         with unset_fake_temporarily():
             return func(*args, **kwargs)
     return result
@@ -375,8 +378,9 @@ def _watch(
         return lambda _: ledger.enter(phase)
 
     def run(x: Tensor, *inputs: Any, **named: Any) -> Tensor:
-        if ledger.is_backward:
+        if ledger.is_backward:  # checkpointing recomputes the block, which counts as its backward pass
             return forward(x, *inputs, **named)
+        # the gradient of the first block's input is ready when the backward pass leaves the blocks
         if is_first and x.requires_grad:
             x.register_hook(enter_hook("backward before the blocks"))
         ledger.inputs[name] = round_up_bytes(x.nbytes)

@@ -140,7 +140,7 @@ GATHERED = 3  # blocks on the device: one computes, one is gathered, one is the 
 
 def sharing_processes(speed: TrainingSpeedOptions | GenerationSpeedOptions) -> int:
     """Return the number of processes that share the transformer; with --plan and no launcher, at least 2."""
-    if not speed.joined.splits_weights:
+    if not speed.modes.splits_weights:
         return 1
     launched = launched_processes()
     if launched == 1 and speed.plan.is_planning:
@@ -229,7 +229,7 @@ def parts_of(
         if kind == dry_run.WEIGHTS:
             size -= swap.saved
             host = swap.host
-        elif kind == dry_run.KEPT:
+        elif kind == dry_run.KEPT:  # activations, some of which wait in host memory for the backward pass
             host = waiting
         elif kind == dry_run.NETWORK:
             name = f"{name} ({network})"
@@ -246,8 +246,8 @@ def dtypes_of(dit: nn.Module) -> str:
         sizes[name] = sizes.get(name, 0) + dry_run.round_up_bytes(tensor.nbytes)
     ordered = sorted(sizes.items(), key=lambda item: -item[1])
     # sizes below 0.005 GiB, which round to 0.00, are left out, unless there is nothing else
-    shown = [(name, size) for name, size in ordered if size >= GIB // 200] or ordered[:1]
-    return ", ".join(f"{gib(size)} {name}" for name, size in shown)
+    listed = [(name, size) for name, size in ordered if size >= GIB // 200] or ordered[:1]
+    return ", ".join(f"{gib(size)} {name}" for name, size in listed)
 
 
 def verdict(plan: MemoryPlan, room: Room | None, advice: Sequence[str] = ()) -> str:
@@ -314,8 +314,8 @@ def smallest_swap(prediction: Swappable, usable: int) -> int | None:
 def swap_for(prediction: Swappable, swap: SwapOptions, room: Room | None) -> tuple[int, str | None]:
     """Return the number of blocks to swap, and its reason if --blocks_to_swap is `auto`.
 
-    With `auto` the number is the smallest that fits the device, the largest possible if none fits, and 0
-    without a device to fit.
+    With `auto`, the number is the smallest that fits the device, or the largest possible if none fits. It is
+    0 if the memory of the device is not known.
 
     Raises:
         OptionError: If there are too few blocks.

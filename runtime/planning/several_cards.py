@@ -215,7 +215,8 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
         argv: Arguments of the planning command.
         is_training: Whether the run is a training.
     """
-    kept: list[str] = []  # arguments without the options that `way` decides, and without their values
+    # arguments without the options that `way` decides, and without the values of these options
+    other_arguments: list[str] = []
     num_values = 0  # number of the following words that are values of a removed option
     for word in argv[1:]:
         name, equals_sign, _ = word.partition("=")
@@ -224,9 +225,9 @@ def command_of(way: Way, added: Sequence[str], argv: Sequence[str], is_training:
             continue
         num_values = 0 if equals_sign else DECIDED.get(name, 0)
         if name not in DECIDED:
-            kept.append(word)
+            other_arguments.append(word)
     script = Path(argv[0]).name
-    words = [str(find_script(script) or script), *kept, *added, *way.words]
+    words = [str(find_script(script) or script), *other_arguments, *added, *way.words]
     if not is_training and way.at_once > 1:  # separate generations, each a process without a launcher
         return as_typed(["python", *words])
     # LAUNCH ends with N, a placeholder for the number of processes

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import option
-from runtime.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun
+from runtime.ways.contract import RunModes, RunUses, WayOptions, WayToRun
 
 if TYPE_CHECKING:
     import torch
@@ -27,7 +27,7 @@ class CfgParallelOptions(WayOptions, in_training=False):
     )
 
 
-def _check(run: JoinedWays, uses: RunUses) -> None:
+def _check(run: RunModes, uses: RunUses) -> None:
     splitting = run.splits_weights
     if uses.calibrates:
         raise OptionError(
@@ -48,7 +48,7 @@ def _make_passes(grid: "ProcessGrid", in_lockstep: bool, device: "torch.device")
     return SharedPasses(grid, in_lockstep, device)
 
 
-def _join(run: JoinedWays, options: CfgParallelOptions) -> None:
+def _join(run: RunModes, options: CfgParallelOptions) -> None:
     run.typed.append("--cfg_parallel")
     run.divides_passes = "--cfg_parallel"
     run.on.check.append(partial(_check, run))

@@ -13,7 +13,7 @@ from modules.command import LAUNCH
 from modules.errors import OptionError
 from modules.options import NO_PIXELS, Options, info_of, option
 from runtime.ways import WAYS
-from runtime.ways.contract import Division, JoinedWays, RunUses, SpeedOptions
+from runtime.ways.contract import Division, RunModes, RunUses, SpeedOptions
 
 if TYPE_CHECKING:
     import torch
@@ -39,13 +39,13 @@ def options_of_ways(is_training: bool) -> type[Options]:
     return type("OptionsOfWays", (Options,), content)
 
 
-def join_ways(speed: SpeedOptions) -> JoinedWays:
+def join_ways(speed: SpeedOptions) -> RunModes:
     """Let the active modes of running join a run.
 
     Raises:
         OptionError: If other options conflict with them.
     """
-    run = JoinedWays(speed)
+    run = RunModes(speed)
     for way in WAYS:
         options = getattr(speed.ways, way.name, None)
         if options is not None and way.is_on(options):
@@ -56,9 +56,9 @@ def join_ways(speed: SpeedOptions) -> JoinedWays:
 def check_launch(speed: SpeedOptions, processes: int, uses: RunUses) -> None:
     """Raise OptionError if the launched processes would repeat a generation or cannot share it."""
     times = count_groups(speed, processes)
-    if speed.joined.divides_passes:
+    if speed.modes.divides_passes:
         times = 1
-    for check in speed.joined.on.launch:
+    for check in speed.modes.on.launch:
         check(processes, times, uses)
 
 
@@ -73,9 +73,9 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
     Raises:
         OptionError: If the processes cannot be divided into such groups.
     """
-    group_size = speed.joined.num_peers * passes
+    group_size = speed.modes.num_peers * passes
     if processes % group_size:
-        typed = " ".join(speed.joined.peers)
+        typed = " ".join(speed.modes.peers)
         raise OptionError(
             f"{typed}: {processes} processes make no groups of {group_size}. Start a multiple of "
             f"{group_size}: accelerate launch --multi_gpu --num_processes {group_size}"
@@ -85,9 +85,9 @@ def count_groups(speed: SpeedOptions, processes: int, passes: int = 1) -> int:
 
 def count_shared_passes(speed: SpeedOptions, processes: int) -> int:
     """Return the number of processes that divide the passes of a step. Raises as `count_groups` does."""
-    if not speed.joined.divides_passes:
+    if not speed.modes.divides_passes:
         return 1
-    passes = max(processes // speed.joined.num_peers, 1)
+    passes = max(processes // speed.modes.num_peers, 1)
     count_groups(speed, processes, passes)
     return passes
 
@@ -101,12 +101,12 @@ def lay_out(speed: SpeedOptions, shares_passes: bool) -> "ProcessGrid":
     processes = distributed.get_world_size()
     passes = count_shared_passes(speed, processes) if shares_passes else 1
     groups = count_groups(speed, processes, passes)
-    return ProcessGrid(distributed.get_rank(), groups, passes, speed.joined.num_peers)
+    return ProcessGrid(distributed.get_rank(), groups, passes, speed.modes.num_peers)
 
 
 def make_block_place(speed: SpeedOptions, device: "torch.device") -> "BlockPlace | None":
     """Return the place to load a network's blocks into; None if this process holds complete blocks."""
-    places = [make_place(device) for make_place in speed.joined.on.place]
+    places = [make_place(device) for make_place in speed.modes.on.place]
     return next(filter(None, places), None)
 
 
@@ -116,7 +116,7 @@ def finish_network(network: "nn.Module", speed: SpeedOptions, device: "torch.dev
     Raises:
         OptionError: If an active mode does not support this network.
     """
-    for finish in speed.joined.on.finish:
+    for finish in speed.modes.on.finish:
         finish(network, lay_out(speed, False), device)
 
 
@@ -125,14 +125,14 @@ def make_passes(speed: SpeedOptions, device: "torch.device") -> "RunPasses | Non
 
     The processes have joined before.
     """
-    in_lockstep = bool(speed.joined.splits_weights)
-    made = [make(lay_out(speed, True), in_lockstep, device) for make in speed.joined.on.passes]
+    in_lockstep = bool(speed.modes.splits_weights)
+    made = [make(lay_out(speed, True), in_lockstep, device) for make in speed.modes.on.passes]
     return next(iter(made), None)
 
 
 def warn_if_alone(speed: SpeedOptions) -> None:
     """Warn of active options that have no effect in a single process."""
-    for typed, alone in speed.joined.alone.items():
+    for typed, alone in speed.modes.alone.items():
         logger.warning("%s has no effect with one process, which %s. Use %s", typed, alone, LAUNCH)
 
 

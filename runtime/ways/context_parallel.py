@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import OF_BLOCKS, SETTING, option
-from runtime.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun
+from runtime.ways.contract import RunModes, RunUses, WayOptions, WayToRun
 
 if TYPE_CHECKING:
     import torch
@@ -61,7 +61,7 @@ def _finish(network: "nn.Module", grid: "ProcessGrid", device: "torch.device") -
     share_tokens(network, grid, device)
 
 
-def _join(run: JoinedWays, options: ContextParallelOptions) -> None:
+def _join(run: RunModes, options: ContextParallelOptions) -> None:
     typed = f"--context_parallel {options.context_parallel}"
     run.typed.append(typed)
     run.divides_tokens = typed

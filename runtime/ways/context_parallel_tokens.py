@@ -36,6 +36,7 @@ def share_tokens(network: nn.Module, grid: ProcessGrid, device: torch.device) ->
     group = device_mesh(grid, device).get_group("context")
     set_runner(network, functools.partial(_run_part, runner_of(network), group))
     setattr(network, TOKEN_GROUP, group)
+    # a LoRA's neuron dropout reads it, so that each part of the tokens has its own mask
     for block in chain.from_iterable(spec_of(network).blocks(network).values()):
         for layer in block.modules():
             setattr(layer, TOKEN_PART, grid.rank % grid.context)
@@ -61,6 +62,7 @@ def _run_part(
     if hidden.side is not None:
         hidden.side = parts[0].take(hidden.side)
     inner(dit, hidden, overrides)
+    # the layers after the blocks compute on complete tokens again
     hidden.added = added
     lengths_here = [part.of_first(part.length) for part in parts]
     joined = []

@@ -2,7 +2,7 @@
 
 A mode is one light file, and its line in `runtime/ways/__init__.py`. The code that changes a network is in
 `runtime/offload/`. Training and generation know no single mode: each active mode adds its contributions to a
-`JoinedWays`, which they read.
+`RunModes`, which they read.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -41,7 +41,7 @@ class SpeedOptions(Protocol):
         """Options that keep blocks in host memory."""
 
     @property
-    def joined(self) -> "JoinedWays":
+    def modes(self) -> "RunModes":
         """The contributions of the active modes."""
 
 
@@ -129,7 +129,7 @@ class WayHooks:
 
 
 @dataclass
-class JoinedWays:
+class RunModes:
     """The contributions of the active modes to a run. Options are spelled as a user types them."""
 
     speed: SpeedOptions
@@ -158,4 +158,4 @@ class WayToRun:
     name: str  # name of its option
     options: type[WayOptions]
     is_on: Callable[[Any], bool]  # takes the mode's options
-    join: Callable[[JoinedWays, Any], None]  # takes a run and the mode's options; raises OptionError
+    join: Callable[[RunModes, Any], None]  # takes a run and the mode's options; raises OptionError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from modules.errors import OptionError
 from modules.options import OF_BLOCKS, option
-from runtime.ways.contract import JoinedWays, RunUses, WayOptions, WayToRun
+from runtime.ways.contract import RunModes, RunUses, WayOptions, WayToRun
 
 if TYPE_CHECKING:
     import torch
@@ -81,7 +81,8 @@ def _make_place(device: "torch.device") -> "BlockPlace | None":
     return ShardedBlocks(device, "--shard_base")
 
 
-def _join(run: JoinedWays, options: ShardBaseOptions) -> None:
+def _join(run: RunModes, options: ShardBaseOptions) -> None:
+    """Add --shard_base to the ways of a run. Raises OptionError if blocks are swapped as well."""
     swapping = run.speed.swap.typed
     if swapping:
         raise OptionError(

@@ -30,7 +30,7 @@ def family_for_training(options: SdxlLearningOptions) -> family.StableDiffusion:
     if isinstance(options, SdxlLlliteTrainingOptions):
         from stable_diffusion.lllite_learning import MODULE, describe_lllite  # only to train one
 
-        return replace(made, made_network=describe_lllite(options), lora_module=MODULE)
+        return replace(made, custom_network=describe_lllite(options), lora_module=MODULE)
     if isinstance(options, InversionOptions):
         return family.with_inversion(made)
     if isinstance(options, SdxlControlNetTrainingOptions):

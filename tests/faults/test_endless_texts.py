@@ -12,7 +12,7 @@ from browser.datasets import TABLES
 from browser.dropped_settings import read_dropped_settings
 from browser.launch import command_part
 from modules.errors import UserError
-from modules.media.audio import _read_plain_text
+from modules.media.audio import _read_subtitle
 from modules.paths import hide_secrets
 
 MAX_SECONDS = 5.0  # of the processor; each takes a hundredth of it
@@ -25,11 +25,11 @@ def read_settings(line: str) -> None:
 
 
 def read_ass(text: str) -> None:
-    _read_plain_text("ass", text.encode())
+    _read_subtitle("ass", text.encode())
 
 
 def read_srt(text: str) -> None:
-    _read_plain_text("subrip", text.encode())
+    _read_subtitle("subrip", text.encode())
 
 
 CASES: dict[str, tuple[Callable[[str], object], str]] = {
@@ -58,5 +58,5 @@ def test_a_text_of_a_stranger_is_read_at_once(case: str) -> None:
 
 
 def test_marks_of_style_are_left_out_as_before() -> None:
-    assert _read_plain_text("ass", b"0,0,Default,,0,0,0,,{\\i1}a{\\i0} b\\Nc {x") == "a b\nc {x"
-    assert _read_plain_text("subrip", b"<i>a</i> < b <b >c> <d") == "a < b c> <d"
+    assert _read_subtitle("ass", b"0,0,Default,,0,0,0,,{\\i1}a{\\i0} b\\Nc {x") == "a b\nc {x"
+    assert _read_subtitle("subrip", b"<i>a</i> < b <b >c> <d") == "a < b c> <d"

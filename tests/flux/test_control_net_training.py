@@ -69,8 +69,8 @@ def make_batch() -> tuple[NoisyBatch, dict[str, Any]]:
 
 def make_network(family: Flux) -> tuple[nn.Module, TrainedFluxControl]:
     dit = family.load_dit(Placement(CPU)).requires_grad_(False)
-    assert family.made_network is not None
-    network = family.made_network.make(dit, True).requires_grad_(True)
+    assert family.custom_network is not None
+    network = family.custom_network.make(dit, True).requires_grad_(True)
     assert isinstance(network, TrainedFluxControl)
     return dit, network
 
@@ -141,7 +141,7 @@ def test_files_are_those_that_diffusers_reads(tmp_path: Path) -> None:
     family = make_family(tmp_path)
     _, network = make_network(family)
     path = tmp_path / "saved.safetensors"
-    made = family.made_network
+    made = family.custom_network
     assert made is not None
     assert made.write is not None
 

@@ -1,7 +1,7 @@
 """Sound that LTX-2's sound is made after: steps and results equal those computed with diffusers."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from fractions import Fraction
 from pathlib import Path
@@ -32,6 +32,7 @@ from tests.parity.running import assert_equal
 from tests.parity.training import (
     SEED,
     Factors,
+    Item,
     assert_steps_of_descent,
     descent,
     learning,
@@ -47,6 +48,10 @@ from tests.tiny.project import write_image
 LEARNED = re.compile(
     r"\.(?:(?:audio_attn[12]|audio_to_video_attn|video_to_audio_attn)\.(?:to_[qkv]|to_out\.0)"
     r"|audio_ff\.net\.(?:0\.proj|2))\.weight$"
+)
+# those of presets with clips as references
+ALL_LEARNED = re.compile(
+    r"(?:attn\d?|to_video_attn|to_audio_attn)\.(?:to_[qkv]|to_out\.0)\.weight$|ff\.net\.(?:0\.proj|2)\.weight$"
 )
 STEP = 0.04  # seconds of a latent
 SWITCHES = (
@@ -136,16 +141,24 @@ def see_voice(
             both,
             audio_timestep=times,
             audio_coords=coordinates(dit, count, others, is_before),
-            timestep=time.expand(inputs["noisy"][0, 0].numel())[None],
-            **more,
+            **{"timestep": time.expand(inputs["noisy"][0, 0].numel())[None], **more},
         )
     return image, audio[:, :, :count]
 
 
 def losses(
-    dit: Any, batch: Sequence[Heard], voices: Sequence[Tensor], step: int, is_before: bool, hides: bool
+    dit: Any,
+    batch: Sequence[Heard],
+    voices: Sequence[Tensor],
+    step: int,
+    is_before: bool,
+    hides: bool,
+    see: Callable[..., tuple[Tensor, Tensor]] = see_voice,
 ) -> tuple[Tensor, Tensor]:
-    """The losses of images and of the sound, without that of voices."""
+    """The losses of images and of the sound, without that of voices.
+
+    see: how the network sees a clip with its voice.
+    """
     sigmas, noise = uniform_of(batch, step).float(), noise_of(batch, step)
     assert batch[0].audio is not None
     of_audio = torch.randn(len(batch), *batch[0].audio.shape, generator=stream(SEED, "sound", step))
@@ -160,7 +173,7 @@ def losses(
             **{"noisy": mixed[0][None], "audio": mixed[1][None], "timesteps": time, "audio_timesteps": time},
             **{"text": item.text[None], "audio_text": item.audio_text[None], "fps": item.fps},
         }
-        made = see_voice(dit, inputs, voice, is_before, hides)
+        made = see(dit, inputs, voice, is_before, hides)
         errors = [
             (one[0] - (other - full)).square().mean()
             for one, other, full in zip(made, drawn, clean, strict=True)
@@ -203,6 +216,138 @@ def test_two_steps_with_a_voice_equal_those_computed_with_diffusers(project: Pro
     torch.testing.assert_close(measured, torch.tensor(expected), atol=0, rtol=1e-4)
     with safe_open(project.folder / "out" / "lora.safetensors", "pt") as file:
         assert file.metadata()["audio_ref_use_negative_positions"] == ("true" if hides else "false")
+
+
+def see_clip_and_voice(
+    dit: Any, inputs: dict[str, Any], given: tuple[Tensor, Tensor], is_before: bool, hides: bool
+) -> tuple[Tensor, Tensor]:
+    """The velocities of a clip with a clean clip behind its images, and a voice, maybe of length 0."""
+    reference, voice = given
+    noisy, time = inputs["noisy"], inputs["timesteps"]
+    count, size = noisy[0, 0].numel(), {"device": "cpu", "fps": inputs["fps"]}
+    coords = [dit.rope.prepare_video_coords(1, *one.shape[-3:], **size) for one in (noisy, reference)]
+
+    def cut(_: Any, __: Any, made: Any) -> Any:
+        made.sample = made.sample[:, :count]
+        return made
+
+    handle = dit.register_forward_hook(cut)
+    try:
+        return see_voice(
+            dit,
+            inputs,
+            voice,
+            is_before,
+            hides,
+            hidden_states=torch.cat([noisy[0].flatten(1).T, reference.flatten(1).T])[None],
+            timestep=torch.cat([time.expand(count), torch.zeros(reference[0].numel())])[None],
+            video_coords=torch.cat(coords, dim=2),
+        )
+    finally:
+        handle.remove()
+
+
+def read_clip_references(folder: Path) -> list[Tensor]:
+    """The reference clips in caches, C F H W each, in the order of their names."""
+    stored = [load_file(path) for path in sorted(folder.glob("*_ltx2.safetensors"))]
+    return [
+        next(one.float() for name, one in tensors.items() if name.startswith("latents_reference_0_"))
+        for tensors in stored
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["av_ic", "video_ref_only_av"])
+def test_two_steps_with_clips_as_references_equal_those_computed_with_diffusers(
+    tmp_path: Path, strategy: str
+) -> None:
+    write_voices(tmp_path / "voices")
+    (tmp_path / "references").mkdir()
+    for number, name in enumerate("abc"):
+        write_media(tmp_path / "references" / f"{name}.mp4", frames=20 - number)
+    keys = f'reference_directory = "{(tmp_path / "references").as_posix()}"\n'
+    if strategy == "av_ic":
+        keys += f'reference_audio_directory = "{(tmp_path / "voices").as_posix()}"'
+    project = write_project(tmp_path, audios="abc", more=keys)
+
+    project.train(*descent(RATE), "--lora_target_preset", strategy)
+
+    there = project.release.networks
+    items, state = read_items(project.folder / "cache"), there["state"]
+    if strategy == "av_ic":
+        voices = read_voices(project.folder / "cache")
+    else:
+        voices = [item.audio[:, :0] for item in items if item.audio is not None]
+    pairs = zip(read_clip_references(project.folder / "cache"), voices, strict=True)
+    references = {id(item): pair for item, pair in zip(items, pairs, strict=True)}
+    paths = [name.removesuffix(".weight") for name in state if ALL_LEARNED.search(name)]
+    parts = {
+        path.replace(".", "_"): [name.removesuffix(".weight")]
+        for path in paths
+        for name in dit_diffusers_state({f"{path}.weight": state[f"{path}.weight"]})
+    }
+
+    def gradients(factors: Factors, step: int) -> Factors:
+        dit = dit_in_diffusers(there["version"], state, config=dit_config(there["version"]))
+        batch = shuffled(items, step)
+        with learning(dit, parts, factors) as found:
+            given: Any = [references[id(item)] for item in batch]
+            images, heard = losses(dit, batch, given, step, False, False, see_clip_and_voice)
+            (images + heard).backward()
+        return found()
+
+    assert_steps_of_descent(project.folder / "out", parts, RATE, gradients, "LTX-2")
+
+
+@pytest.mark.slow
+def test_two_steps_of_sound_alone_with_a_voice_equal_those_computed_with_diffusers(tmp_path: Path) -> None:
+    release = write_release(tmp_path / "model")
+    write_voices(tmp_path / "bells", "ab", seconds=1.5)
+    write_voices(tmp_path / "voices", "ab")
+    for name in "ab":
+        (tmp_path / "bells" / f"{name}.txt").write_text(f"a bell {name}", encoding="utf-8")
+    table = '[[datasets]]\naudio_directory = "bells"\ncache_directory = "cache"\nmax_frames = 33\n'
+    table += 'caption_extension = ".txt"\nbatch_size = 2\nreference_audio_directory = "voices"\n'
+    (tmp_path / "bells.toml").write_text(table, encoding="utf-8")
+    words = ["--ltx2_mode", "audio", "--dataset_config", "bells.toml"]
+    succeed_here("ltx2_cache_latents.py", *release.words, *words, folder=tmp_path)
+    texts = ["ltx2_cache_text_encoder_outputs.py", *release.words, *words, *release.texts]
+    succeed_here(*texts, "--text_encoder_dtype", "float32", folder=tmp_path)
+
+    Project(tmp_path, release).train(*descent(RATE), *words, "--lora_target_preset", "audio_ref_ic")
+
+    there = release.networks
+    sounds, captions = (
+        [load_file(path) for path in sorted((tmp_path / "cache").glob(f"*_ltx2_{end}.safetensors"))]
+        for end in ("audio", "te")
+    )
+    audios = [next(one.float() for name, one in file.items() if name.startswith("audio")) for file in sounds]
+    embeds = [next(one for name, one in file.items() if name.startswith("audio_prompt")) for file in captions]
+    parts_of_items = zip(audios, embeds, read_voices(tmp_path / "cache"), strict=True)
+    items = [Item(audio, text.float(), extra=voice) for audio, text, voice in parts_of_items]
+    paths = [name.removesuffix(".weight") for name in there["state"] if LEARNED.search(name)]
+    parts = {
+        path.replace(".", "_"): [path] for path in paths if ".audio_" in path and "_to_video_attn" not in path
+    }
+
+    def gradients(factors: Factors, step: int) -> Factors:
+        dit = dit_in_diffusers(there["version"], there["state"], config=dit_config(there["version"]))
+        sigmas = torch.rand(2, generator=stream(SEED, "sound timesteps", step), dtype=torch.float64).float()
+        noise = torch.randn(2, *audios[0].shape, generator=stream(SEED, "sound", step))
+        with learning(dit, parts, factors) as found:
+            for item, sigma, drawn in zip(shuffled(items, step), sigmas, noise, strict=True):
+                audio, time = item.latents, 1000 * sigma.view(1)
+                inputs = {
+                    **{"noisy": torch.zeros(1, 16, 1, 1, 1), "text": torch.zeros(1, 1, 24), "fps": 25},
+                    **{"timesteps": time, "audio_timesteps": time, "audio_text": item.text[None]},
+                    "audio": ((1 - sigma) * audio + sigma * drawn)[None],
+                }
+                assert item.extra is not None  # its voice
+                _, made = see_voice(dit, inputs, item.extra, False, isolate_modalities=True)
+                ((made[0] - (drawn - audio)).square().mean() / 2).backward()
+        return found()
+
+    assert_steps_of_descent(tmp_path / "out", parts, RATE, gradients, "sound alone")
 
 
 def expect_with_voice(

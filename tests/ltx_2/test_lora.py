@@ -39,7 +39,10 @@ OF_PRESETS = {
     "video_sa_ca_ff": VIDEO | {"ff"},
     "audio": SOUND | {"audio_ff"},
     "audio_v2a": SOUND | {"audio_ff", "video_to_audio_attn"},
+    "audio_ref_ic": SOUND | CROSS | {"audio_ff"},
     "v2v": VIDEO | {"ff"},
+    "av_ic": VIDEO | SOUND | CROSS | {"ff", "audio_ff"},
+    "video_ref_only_av": VIDEO | SOUND | CROSS | {"ff", "audio_ff"},
     "full": VIDEO | SOUND | CROSS | {"ff", "audio_ff"},
 }
 LINEARS = {"to_q", "to_k", "to_v", "to_out_0"}

@@ -60,8 +60,8 @@ def test_loss_and_gradients_are_those_of_diffusers(kind: str, tmp_path: Path) ->
     family = family_of(kind, tmp_path, path)
     noisy_batch = with_controls(make_batch(family, (20, 999)))
     unet = family.load_dit(Placement(CPU)).requires_grad_(False)
-    assert family.made_network is not None
-    network = family.made_network.make(unet, True).requires_grad_(True)
+    assert family.custom_network is not None
+    network = family.custom_network.make(unet, True).requires_grad_(True)
 
     loss = training_loss(family, unet, noisy_batch, contextlib.nullcontext)
     loss.backward()
@@ -87,10 +87,12 @@ def test_a_new_one_copies_the_u_net_and_changes_nothing(tmp_path: Path) -> None:
     noisy_batch = with_controls(make_batch(family, (20, 999)))
     unet = family.load_dit(Placement(CPU)).requires_grad_(False)
     with torch.no_grad():
-        before = training_loss(replace(family, made_network=None), unet, noisy_batch, contextlib.nullcontext)
-    assert family.made_network is not None
+        before = training_loss(
+            replace(family, custom_network=None), unet, noisy_batch, contextlib.nullcontext
+        )
+    assert family.custom_network is not None
 
-    network = family.made_network.make(unet, True)
+    network = family.custom_network.make(unet, True)
 
     assert isinstance(network, TrainedControlNet)
     with torch.no_grad():
@@ -110,13 +112,13 @@ def test_a_new_one_copies_the_u_net_and_changes_nothing(tmp_path: Path) -> None:
 def test_files_have_the_names_that_other_programs_read(kind: str, tmp_path: Path) -> None:
     family = family_of(kind, tmp_path, None)
     unet = family.load_dit(Placement(CPU))
-    assert family.made_network is not None
+    assert family.custom_network is not None
     network = make_control_net(
         write_control_net(tmp_path / "start.safetensors", kind), None, False, KINDS[kind], unet, True
     )
     path = tmp_path / "saved.safetensors"
 
-    write = family.made_network.write
+    write = family.custom_network.write
     assert write is not None
     write(network, path, torch.float16, {"modelspec.title": "it"})
 

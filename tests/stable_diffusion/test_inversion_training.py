@@ -62,9 +62,9 @@ def make_rows(family: StableDiffusion) -> tuple[LearntRows, LiveTexts]:
     encoders = [encoder for encoder in family.text_encoders() if isinstance(encoder, TowerEncoder)]
     texts = LiveTexts(encoders, encoders)
     texts.load(CPU)
-    assert family.made_network is not None
+    assert family.custom_network is not None
     torch.manual_seed(0)
-    rows = family.made_network.make(torch.nn.ModuleDict(texts.networks), True).requires_grad_(True)
+    rows = family.custom_network.make(torch.nn.ModuleDict(texts.networks), True).requires_grad_(True)
     assert isinstance(rows, LearntRows)
     return rows, texts
 

@@ -51,7 +51,7 @@ def options_of(**values: Any) -> SdxlLlliteTrainingOptions:
 
 def lllite_family(folder: Path, **values: Any) -> StableDiffusion:
     made = describe_lllite(options_of(**values))
-    return make_family("sdxl", folder, made_network=made)
+    return make_family("sdxl", folder, custom_network=made)
 
 
 def with_controls(noisy_batch: NoisyBatch) -> NoisyBatch:
@@ -81,8 +81,8 @@ def test_loss_and_gradients_of_all_weights_are_those_of_the_formula(
     family = lllite_family(tmp_path, network_weights=path)
     noisy_batch = with_controls(make_batch(family, (20, 999)))
     unet: Any = family.load_dit(Placement(CPU)).requires_grad_(False)
-    assert family.made_network is not None
-    network = family.made_network.make(unet, True).requires_grad_(True)
+    assert family.custom_network is not None
+    network = family.custom_network.make(unet, True).requires_grad_(True)
     if checkpointing:
         unet.enable_gradient_checkpointing()
         unet.train()
@@ -111,7 +111,9 @@ def test_a_new_one_is_the_base_and_learns_up_first(tmp_path: Path) -> None:
     noisy_batch = with_controls(make_batch(family, (20, 999)))
     unet = family.load_dit(Placement(CPU)).requires_grad_(False)
     with torch.no_grad():
-        before = training_loss(replace(family, made_network=None), unet, noisy_batch, contextlib.nullcontext)
+        before = training_loss(
+            replace(family, custom_network=None), unet, noisy_batch, contextlib.nullcontext
+        )
     network = make_lllite(options_of(network_dim=8, cond_emb_dim=6), unet, True)
 
     loss = training_loss(family, unet, noisy_batch, contextlib.nullcontext)

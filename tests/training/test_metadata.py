@@ -51,7 +51,7 @@ def make_plan(options: TrainingOptions, folder: str, name: str, **family: str) -
     )
     return SimpleNamespace(
         options=options,
-        joined=options.joined,
+        features=options.features,
         learner=find_learner(model, options.network),
         family=model,
         progress=Progress(42, 7, 12.5),

@@ -57,7 +57,7 @@ def plan_of(options: TrainingOptions, folder: Path, family: str = "hunyuan_video
     )
     return SimpleNamespace(
         options=options,
-        joined=options.joined,
+        features=options.features,
         learner=find_learner(model, options.network),
         names=Names(folder, "x"),
         steps=SimpleNamespace(total_steps=40),

@@ -134,7 +134,7 @@ def test_the_first_loss_is_the_logarithm_of_two(tmp_path: Path) -> None:
         noisy_batch = run.feed.read((0, 0))
         ((loss,),) = loss_passes(family, run.model.dits.at(0), noisy_batch, run.autocast, run.rule)
 
-        (tally,) = run.joined.tallies
+        (tally,) = run.features.tallies
         numbers = tally.take()
     assert loss.item() == torch.tensor(2.0).log().item()
     assert numbers is not None

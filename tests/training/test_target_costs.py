@@ -61,7 +61,7 @@ def test_the_passes_of_the_box_are_those_that_run(
     toy.train_toy(tmp_path, *words, family=family)
 
     options = toy.toy_options(tmp_path, *words)
-    assert options.joined.count_passes() == passes
+    assert options.features.count_passes() == passes
     assert family.passes.count(True) == 8 * passes.with_gradients
     assert family.passes.count(False) == 8 * passes.without
     (start,) = (text for text in caplog.messages if text.startswith("Training x"))
@@ -86,7 +86,7 @@ def test_times_are_those_of_the_page() -> None:
 def test_bands_masks_and_tokens_are_described(tmp_path: Path) -> None:
     toy.write_caches(tmp_path)
     words = ("--teacher", "base", "--teacher_max_timestep", 750, "--mask_prior_weight", 0.5)
-    lines = toy.toy_options(tmp_path, *words, "--tread", 0.25).joined.describe_targets()
+    lines = toy.toy_options(tmp_path, *words, "--tread", 0.25).features.describe_targets()
 
     assert lines == [
         "0.5 of the loss from the model without the network, which knows more from 0 to 750 thousandths of "
@@ -111,10 +111,10 @@ def test_the_table_of_the_page_has_the_times_that_the_box_tells(tmp_path: Path) 
         lora = write_file(tmp_path, KINDS["LoRA"])
         delta = ["--teacher_delta", "--teacher_lora", lora] if "--teacher_delta" in rest else []
         options = toy.toy_options(tmp_path, f"--{option}", value, *delta)
-        low_high = re.search(r"about ([\d.]+ to [\d.]+) times", options.joined.count_passes().words)
+        low_high = re.search(r"about ([\d.]+ to [\d.]+) times", options.features.count_passes().words)
         assert low_high is not None
         assert time.startswith(low_high[1]), option
         if option != "teacher":  # whose empty prompt is that of dropped captions
-            assert (EMPTY_PROMPT in options.joined.needs) == (needs_empty == "yes"), option
+            assert (EMPTY_PROMPT in options.features.needs) == (needs_empty == "yes"), option
     anchored = StepPasses(4, 4).words.partition("about ")[2].partition(" times")[0]
     assert f"with an anchor {anchored}" in page

@@ -500,5 +500,5 @@ def test_every_option_of_a_target_is_in_the_table(tmp_path: Path) -> None:
     options = toy.toy_options(tmp_path, *itertools.chain.from_iterable(default.items()))
     entered = {str(words[0]) for name, words in WORDS.items() if name != "slider"}
 
-    assert {target.option.partition(" ")[0] for target in options.joined.targets} == set(default)
+    assert {target.option.partition(" ")[0] for target in options.features.targets} == set(default)
     assert set(default) | {"--teacher", "--preference"} == entered

@@ -235,7 +235,7 @@ def test_options_that_do_not_go_with_it(words: tuple[str, ...], said: str, tmp_p
         (tmp_path / name).write_text(LINE, encoding="utf-8")
     typed = [str(tmp_path / word) if "." in word else word for word in words]
     with pytest.raises(OptionError, match=said):
-        toy.toy_options(tmp_path, "--save_workflow", *typed).joined  # noqa: B018
+        toy.toy_options(tmp_path, "--save_workflow", *typed).features  # noqa: B018
 
 
 def test_models_whose_nodes_are_not_known_have_none(tmp_path: Path) -> None:

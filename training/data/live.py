@@ -81,9 +81,9 @@ class LiveTexts:
         """Return the networks that learn a new word, by the names of their encoders."""
         return {encoder.name: encoder.network for encoder in self.taught}
 
-    def networks_for(self, is_word: bool) -> dict[str, nn.Module]:
+    def networks_for(self, is_embedding: bool) -> dict[str, nn.Module]:
         """Return `networks_with_new_word` if a new word is trained alone, else `networks`."""
-        return self.networks_with_new_word if is_word else self.networks
+        return self.networks_with_new_word if is_embedding else self.networks
 
     def add_to(self, batch: Batch) -> Batch:
         """Return the batch with the outputs of these encoders for its captions, B first, on the CPU.

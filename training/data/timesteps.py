@@ -71,7 +71,7 @@ def draw(
         generator: Generator on the CPU, made for this micro-batch.
         seed: Seed of the run; used with --num_timestep_buckets only.
         first_sample: Number of samples drawn before this micro-batch; used with --num_timestep_buckets only.
-        noise: How the family numbers its timesteps.
+        noise: Noise conventions of the family.
         shape: Shape of the latents, B C F H W, for a shift that depends on the size.
         experts: Experts of the run. A level belongs to the expert that runs there in generation; levels below
             the lowest expert are not trained.
@@ -83,9 +83,10 @@ def draw(
     flow_shift = find_shift(options, noise, shape)
     lowest = min(experts, key=lambda expert: expert.lowest)
     uniform = functools.partial(torch.rand, batch_size, generator=generator, dtype=torch.float64)
-    takes_all = not options.preserve_distribution_shape and lowest.lowest <= 0
-    low, high = 0.0, 1.0
-    if not takes_all:
+    # no draw is rejected
+    accepts_all = not options.preserve_distribution_shape and lowest.lowest <= 0
+    low, high = 0.0, 1.0  # range of the uniform numbers
+    if not accepts_all:
         any_expert = replace(lowest, highest=math.inf)  # stands for the joined range of all experts
         low, high = find_accepted_range(options, noise, flow_shift, any_expert)
 
@@ -107,7 +108,7 @@ def draw(
             raise ValueError("with num_timestep_buckets the number of the first sample is needed")
         u = _in_buckets(u, options.num_timestep_buckets, seed, first_sample)
     fractions = fractions_between(u, low, high)
-    if not takes_all:
+    if not accepts_all:
         fractions = draw_again(fractions, any_expert, low, high)
     if len(experts) == 1:
         return times_at(options, fractions, noise)
@@ -334,7 +335,7 @@ def is_accepted(options: TimestepOptions, fractions: Tensor, noise: NoiseSpec, e
     Args:
         options: Options of the timestep distribution.
         fractions: Fraction of noise of each draw, B, 0..1.
-        noise: How the family numbers its timesteps.
+        noise: Noise conventions of the family.
         expert: The network that the batch trains, with its range of timesteps.
     """
     levels = NUM_TIMESTEPS * fractions.double()

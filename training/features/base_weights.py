@@ -19,7 +19,7 @@ from training.learning_options import MERGED_BEFORE
 if TYPE_CHECKING:
     from protocols.family import Family
     from protocols.rules import Expert
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
 
 
 class HighNoiseBaseOptions(Options, title="two transformers"):
@@ -93,7 +93,7 @@ def _read_merged(options: BaseWeightsOptions, expert: "Expert") -> MergedLoras:
     return MergedLoras(uses, options.lora_rounding)
 
 
-def _join(run: "JoinedRun", options: BaseWeightsOptions) -> None:
+def _join(run: "RunFeatures", options: BaseWeightsOptions) -> None:
     high_noise = options.high_noise
     if high_noise is not None and high_noise.base_weights_high_noise == ():
         raise OptionError("--base_weights_high_noise has no file behind it: give one, or leave it out")

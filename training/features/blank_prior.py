@@ -11,7 +11,7 @@ from training.features.contract import AT_NETWORK, EMPTY_PROMPT, Feature, Featur
 from training.features.step_targets import StepPasses, StepTarget
 
 if TYPE_CHECKING:
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
     from training.targets.passes import Streams, TrainingPasses
 
@@ -49,7 +49,7 @@ def blank_pass(weight: float, passes: "TrainingPasses", noisy_batch: "NoisyBatch
     yield tuple(weight * error for error in errors)
 
 
-def _join(run: "JoinedRun", options: BlankPriorOptions) -> None:
+def _join(run: "RunFeatures", options: BlankPriorOptions) -> None:
     if run.options.is_fused:
         raise OptionError(
             "--blank_prior_weight with --fused_backward_pass: the gradients of its two passes are added, "

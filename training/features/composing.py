@@ -9,7 +9,7 @@ from modules.errors import OptionError
 from modules.options import Options, find_reach, hints_of, info_of, option, record_of
 from training.features import FEATURES
 from training.features.contract import AGAINST_BAD_STEPS, AT_NETWORK
-from training.features.hooks import JoinedRun, RunEnd
+from training.features.hooks import RunEnd, RunFeatures
 from training.features.step_targets import StepTarget
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def bad_step_remedies() -> str:
     return " ".join(filter(None, remedies))
 
 
-def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> JoinedRun:
+def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> RunFeatures:
     """Have the active features join a run.
 
     Args:
@@ -82,7 +82,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
     Raises:
         OptionError: If options or tables conflict with each other.
     """
-    run = JoinedRun(options, tables)
+    run = RunFeatures(options, tables)
     attributes = {name for table in tables for name in table.attributes}
     for feature in FEATURES:
         own_options = options.of(feature.options)
@@ -97,7 +97,7 @@ def join_run(options: "OptionsOfRun", tables: "Sequence[DatasetTable]" = ()) -> 
 
 def begin_run(
     options: "OptionsOfRun", family: "Described", tables: "Sequence[DatasetTable]" = ()
-) -> JoinedRun:
+) -> RunFeatures:
     """Join a run as `join_run` does, then call `on.start` of the features, which may need torch."""
     run = join_run(options, tables)
     run.family = family
@@ -129,7 +129,7 @@ def _note_unused(tables: "Sequence[DatasetTable]") -> None:
 
 
 @contextlib.contextmanager
-def end_of_run(run: JoinedRun) -> Iterator[RunEnd]:
+def end_of_run(run: RunFeatures) -> Iterator[RunEnd]:
     """Call the features' `on.end` hooks when the block ends; yields the `RunEnd` that is passed to them."""
     end = RunEnd(run, total_steps=run.options.loop.known_steps)
     try:

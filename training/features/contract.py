@@ -7,7 +7,7 @@ call a feature by name: an active feature adds values and functions to the run, 
     class BlurOptions(FeatureOptions, title="blur", at=AT_NOISE, facts=HABIT):
         blur: float | None = option("blur the noise by this much", above=0, hint="0.1 is usual")
 
-    def _join(run: "JoinedRun", options: BlurOptions) -> None:
+    def _join(run: "RunFeatures", options: BlurOptions) -> None:
         if run.options.is_fused:
             raise OptionError("--blur with --fused_backward_pass: ... Leave out one of the two")
         run.info.in_files |= given_values(options)
@@ -16,7 +16,7 @@ call a feature by name: an active feature adds values and functions to the run, 
     BLUR = Feature("blur", BlurOptions, is_on=lambda options: options.blur is not None, join=_join)
 
 `_join` is called as soon as the options are read, so that impossible combinations are rejected at once: it
-raises OptionError, and does not import torch. A function in `run.on.start` may. `JoinedRun` (`hooks.py`) has
+`_join` is called as soon as the options are read, so that impossible combinations are rejected at once: it
 what a feature can add: needs of batches, targets, information about the run (`info`), and functions for the
 points of a run (`on`):
 
@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from modules.options import Options, is_given, option_name
-from training.features.hooks import JoinedRun
+from training.features.hooks import RunFeatures
 from training.learning_options import NO_FROZEN_MODEL
 
 # values of `FeatureOptions.place`, the position in --help: after the options of the network (rejected by full
@@ -47,10 +47,10 @@ from training.learning_options import NO_FROZEN_MODEL
 AT_NETWORK, AT_NOISE, AT_LOSS = "network", "noise", "loss"
 AT_WEIGHTS, AT_LOGS, AT_ENDING, AT_METADATA = "weights", "logs", "ending", "metadata"
 
-# values of `JoinedRun.needs`: additional parts of batches
+# values of `RunFeatures.needs`: additional parts of batches
 EMPTY_PROMPT, REJECTED_ONES = "the empty prompt", "the worse one of each pair"
 DROPPED_CAPTIONS = "captions as they are before dropout"
-# further values of `JoinedRun.needs`: predictions of the model without the network
+# further values of `RunFeatures.needs`: predictions of the model without the network
 BASE_MODEL = "the model without the network"
 # text encoders run during training, because they learn a new word
 LIVE_TEXTS = "text encoders that learn a word"
@@ -105,7 +105,7 @@ class Feature:
     name: str
     options: type[FeatureOptions]
     is_on: Callable[[Any], bool]  # given its options
-    join: Callable[[JoinedRun, Any], None]  # given a run and its options, if it is on
+    join: Callable[[RunFeatures, Any], None]  # given a run and its options, if it is on
 
 
 def given_values(options: Options) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from modules.options import HABIT, option
 from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import HookedRun, JoinedRun, PlannedRun, RunInfo
+    from training.features.hooks import HookedRun, PlannedRun, RunFeatures, RunInfo
 
 
 class EarlyStoppingOptions(FeatureOptions, title="early stopping", at=AT_WEIGHTS, facts=HABIT):
@@ -65,7 +65,7 @@ def _require_validation(planned: "PlannedRun") -> None:
         )
 
 
-def _join(run: "JoinedRun", options: EarlyStoppingOptions) -> None:
+def _join(run: "RunFeatures", options: EarlyStoppingOptions) -> None:
     patience = options.early_stopping_patience
     assert patience is not None  # the feature is on
     run.remembers.append(EarlyStoppingProgress)

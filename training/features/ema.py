@@ -12,7 +12,7 @@ from training.features.contract import AT_WEIGHTS, Feature, FeatureOptions
 from training.features.hooks import AverageInfo
 
 if TYPE_CHECKING:
-    from training.features.hooks import HookedModel, JoinedRun
+    from training.features.hooks import HookedModel, RunFeatures
 
 
 class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEIGHTS, facts=FREE):
@@ -37,7 +37,7 @@ class EmaOptions(FeatureOptions, title="average of the weights (EMA)", at=AT_WEI
     )
 
 
-def _keep_average(run: "JoinedRun", options: EmaOptions, model: "HookedModel") -> None:
+def _keep_average(run: "RunFeatures", options: EmaOptions, model: "HookedModel") -> None:
     from training.features.ema_weights import make_average  # torch: only with --ema_decay
 
     assert options.ema_decay is not None  # the feature is on
@@ -54,7 +54,7 @@ def _keep_average(run: "JoinedRun", options: EmaOptions, model: "HookedModel") -
         run.on.after_step.append(average.after_step)
 
 
-def _join(run: "JoinedRun", options: EmaOptions) -> None:
+def _join(run: "RunFeatures", options: EmaOptions) -> None:
     if run.options.full_dit is not None and options.sample_ema:
         raise OptionError(
             "--sample_ema: the average of a whole model is in host memory. Leave it out, and generate "

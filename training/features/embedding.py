@@ -21,8 +21,8 @@ from training.learning_options import LARGEST_RATE
 
 if TYPE_CHECKING:
     from protocols.family import Described, Family
-    from protocols.family_networks import MadeNetwork
-    from training.features.hooks import JoinedRun
+    from protocols.family_networks import CustomNetwork
+    from training.features.hooks import RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ class LearnsEmbeddings(Protocol):
         """Return the family with embedding rows for the word in its text encoders."""
         ...
 
-    def word_network(self, word: WordToLearn) -> "MadeNetwork":
+    def word_network(self, word: WordToLearn) -> "CustomNetwork":
         """Return the network that holds the vectors."""
         ...
 
@@ -142,12 +142,12 @@ class EmbeddingOptions(
 
 def _teach(word: WordToLearn, family: "Family") -> "Family":
     """Return the model with embedding rows for the word. Raises OptionError if the script trains no LoRA."""
-    from protocols.family_networks import made_network_of  # torch: only with a word
+    from protocols.family_networks import custom_network_of  # torch: only with a word
 
-    made = made_network_of(family)
+    made = custom_network_of(family)
     if made is not None:
         raise OptionError(
-            f"--train_embedding learns a word next to a LoRA, and this script trains {made.called}. Leave it "
+            f"--train_embedding learns a word next to a LoRA, and this script trains {made.label}. Leave it "
             "out"
         )
     return cast(LearnsEmbeddings, family).with_word_in_texts(word)
@@ -158,7 +158,7 @@ def _check(word: WordToLearn, family: "Family", counts: Sequence[int]) -> None:
     cast(LearnsEmbeddings, family).word_network(word).check()
 
 
-def _start(word: WordToLearn, has_file: bool, run: "JoinedRun") -> None:
+def _start(word: WordToLearn, has_file: bool, run: "RunFeatures") -> None:
     """Prepare a run that trains vectors of a word."""
     from training.features.embedding_rows import make_word_rows  # torch: only with a word
 
@@ -176,7 +176,7 @@ def _describe(options: EmbeddingOptions) -> str:
     return f"{options.train_embedding}, {count_of(options.embedding_vectors, 'vector')}{length}"
 
 
-def _describe_alone(word: WordToLearn, family: "Described") -> "MadeNetwork":
+def _describe_alone(word: WordToLearn, family: "Described") -> "CustomNetwork":
     """Return the network of the word, for a run that trains it instead of a LoRA."""
     network = cast(LearnsEmbeddings, family).word_network(word)
     return replace(
@@ -200,7 +200,7 @@ def _list_given(record: Options | None) -> list[str]:
     return [option_name(field) for field in own if is_given(record, field)]
 
 
-def _join_alone(run: "JoinedRun", options: EmbeddingOptions) -> None:
+def _join_alone(run: "RunFeatures", options: EmbeddingOptions) -> None:
     """Let a run learn the word in place of a LoRA."""
     name = run.options.saving.output_name
     given = [*_list_given(run.options.network), *_list_given(run.options.parts)]
@@ -223,7 +223,7 @@ def _join_alone(run: "JoinedRun", options: EmbeddingOptions) -> None:
     run.in_place_of_lora = partial(_describe_alone, options.word())
 
 
-def _join(run: "JoinedRun", options: EmbeddingOptions) -> None:
+def _join(run: "RunFeatures", options: EmbeddingOptions) -> None:
     """Let a run learn the vectors of a new word, for which text encoders have to stay loaded."""
     text = options.train_embedding
     assert text is not None  # the feature is on

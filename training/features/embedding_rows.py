@@ -14,7 +14,7 @@ from checkpoints.opening import open_checkpoint
 from checkpoints.writing import save_tensors
 from modules.seeds import derive_seed
 from protocols.bundled_embeddings import bundle_word, word_of
-from protocols.family_networks import MadeNetwork
+from protocols.family_networks import CustomNetwork
 from protocols.new_tokens import WordToLearn
 from training.trainable import Trainable, WrittenFile
 
@@ -28,7 +28,7 @@ class WordRows:
     """The embedding vectors of a word, trained together with a network."""
 
     word: WordToLearn
-    network: MadeNetwork  # describes the module with the vectors
+    network: CustomNetwork  # describes the module with the vectors
     module: nn.Module  # its state dict is the content of an embedding file
     has_file: bool = False  # whether an embedding file is saved next to each LoRA
 
@@ -78,7 +78,7 @@ class WordRows:
             total_steps: Number of steps of the run.
             device: Device of the run.
         """
-        word, ending = self.word, self.network.ending
+        word, ending = self.word, self.network.architecture_suffix
         files = {word.text: WrittenFile(self.write, ending)} if self.has_file else {}
         self.module.to(device=device, dtype=torch.float32)
         return replace(
@@ -93,7 +93,7 @@ class WordRows:
 
 def make_word_rows(
     word: WordToLearn,
-    network: MadeNetwork,
+    network: CustomNetwork,
     has_file: bool,
     encoders: Mapping[str, nn.Module],
     seed: int,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from protocols.family import Family
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
     from training.targets.passes import TargetComparison, TrainingPasses
 
@@ -138,7 +138,7 @@ def with_guided_target(
     return [replace(clip, target=guide(guided, passes, noisy_batch, clip.target)), *others]
 
 
-def _join(run: "JoinedRun", options: GuidedTargetOptions) -> None:
+def _join(run: "RunFeatures", options: GuidedTargetOptions) -> None:
     target = StepTarget(
         option=f"--guided_target {options.guided_target:g}",
         words=_describe(options),

@@ -1,7 +1,7 @@
 """What features contribute to a run, and what they can read of it.
 
-A feature gets a `JoinedRun` and adds functions to its `Hooks`, which lists the points of a run in order. The
-protocols before them describe the parts of a run and its networks that features use.
+A feature gets a `RunFeatures` and adds functions to its `Hooks`, which lists the points of a run in order.
+The protocols before them describe the parts of a run and its networks that features use.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # features are loaded one by one, and without torch
     from networks.options import NetworkOptions
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family
-    from protocols.family_networks import MadeNetwork
+    from protocols.family_networks import CustomNetwork
     from protocols.rules import Expert
     from runtime.options import TrainingSpeedOptions
     from runtime.ways.contract import FurtherModel
@@ -332,7 +332,7 @@ class GradientStep:
 class RunEnd:
     """How far a run has come, for features that act at its end, even if it failed while loading."""
 
-    run: "JoinedRun"
+    run: "RunFeatures"
     is_due: bool = False  # whether features act in this process: only in the first, after all have joined
     progress: "Progress | None" = None  # None: there is no plan yet
     total_steps: int | None = None  # None: not known yet
@@ -363,7 +363,7 @@ class RunInfo:
 
     in_files: dict[str, Any] = field(default_factory=dict)  # metadata of saved files, whose names get `ss_`
     for_loading: dict[str, Any] = field(default_factory=dict)  # entries without the prefix, always written
-    targets: list[str] = field(default_factory=list)  # lines after those of `JoinedRun.targets`
+    targets: list[str] = field(default_factory=list)  # lines after those of `RunFeatures.targets`
     at_start: dict[str, str] = field(default_factory=dict)  # last lines of the box at the start
     commands: dict[str, Sequence[str]] = field(default_factory=dict)  # next commands, in words, by heading
 
@@ -406,7 +406,7 @@ class Hooks:
     """The points of a run, in order. At each of them features act in the order of their list."""
 
     # may load torch, and puts further functions into these lists; in measurements of memory too
-    start: "list[Callable[[JoinedRun], None]]" = field(default_factory=list)
+    start: "list[Callable[[RunFeatures], None]]" = field(default_factory=list)
     # given the model of the run, return the model to use instead. Raises OptionError if that is impossible
     family: "list[Callable[[Family], Family]]" = field(default_factory=list)
     # given the model and the numbers of its blocks, which may be unknown: raises OptionError
@@ -454,7 +454,7 @@ class Hooks:
 
 
 @dataclass
-class JoinedRun:
+class RunFeatures:
     """What the active features contribute to a run. Inactive features leave nothing in it."""
 
     options: OptionsOfRun
@@ -482,7 +482,7 @@ class JoinedRun:
     # reads the tables of the dataset, none if there is no dataset
     show: "Callable[[OptionsOfRun, Family, Callable[[], Sequence[DatasetTable]]], None] | None" = None
     # given the model, return the network that is trained instead of a LoRA, as part of the text encoders
-    in_place_of_lora: "Callable[[Described], MadeNetwork] | None" = None
+    in_place_of_lora: "Callable[[Described], CustomNetwork] | None" = None
     storage: Storage | None = None
     # creates the dataset, instead of reading one of the user
     make_data: "Callable[[], DatasetConfig] | None" = None

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dataset.sources.decoding import DecodedMedia
     from protocols.data import MediaEncoders
     from protocols.family import Caches, Described, Family
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
 
 SWITCH = "--train_inpainting"
 
@@ -126,27 +126,27 @@ def add_inputs(
     return changed | family.encode_masked(encoders, pixels, torch.from_numpy(mask), of_posterior)
 
 
-def _prepare(run: "JoinedRun", family: "Family") -> "Family":
+def _prepare(run: "RunFeatures", family: "Family") -> "Family":
     """Return the model's inpainting variant. Raises OptionError if this run cannot train it."""
     if NO_DATASET in run.needs:
         raise OptionError(f"{SWITCH} hides parts of images, and LECO learns without images. Leave it out")
-    from protocols.family_networks import made_network_of  # torch: only with this feature
+    from protocols.family_networks import custom_network_of  # torch: only with this feature
 
     if not _can_inpaint(family):
         raise OptionError(
             f"{SWITCH} is for Stable Diffusion 1, 2 and XL, and this script trains {family.name}. Leave "
             "it out"
         )
-    made = made_network_of(cast("Described", family))
-    if made is not None and not made.in_texts:
+    custom = custom_network_of(cast("Described", family))
+    if custom is not None and not custom.in_text_encoders:
         raise OptionError(
             f"{SWITCH} is for LoRAs, textual inversion and whole checkpoints, and this script trains "
-            f"{made.called}. Leave it out"
+            f"{custom.label}. Leave it out"
         )
     return family.for_inpainting()
 
 
-def _join(run: "JoinedRun", options: InpaintingOptions) -> None:
+def _join(run: "RunFeatures", options: InpaintingOptions) -> None:
     """Let a run learn to fill masked parts of images, which are encoded in each step."""
     caching = run.options.caching
     if caching is not None and caching.caches_latents:

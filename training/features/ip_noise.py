@@ -13,7 +13,7 @@ from training.features.contract import AT_NOISE, Feature, FeatureOptions
 if TYPE_CHECKING:
     import torch
 
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
 
 
 class IpNoiseOptions(FeatureOptions, title="noise", at=AT_NOISE, facts={**HABIT, **IN_IMAGE_FILES}):
@@ -52,7 +52,7 @@ def draw_perturbation(options: IpNoiseOptions, shape: "torch.Size", seed: int, n
     return perturbation
 
 
-def _join(run: "JoinedRun", options: IpNoiseOptions) -> None:
+def _join(run: "RunFeatures", options: IpNoiseOptions) -> None:
     run.info.in_files |= asdict(options)
     run.on.noise.append(partial(draw_perturbation, options))
 

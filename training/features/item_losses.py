@@ -9,7 +9,7 @@ from modules.options import FREE, option
 from training.features.contract import AT_LOGS, Feature, FeatureOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
 
 
 class ItemLossOptions(FeatureOptions, title="loss of each picture", at=AT_LOGS, facts=FREE):
@@ -21,7 +21,7 @@ class ItemLossOptions(FeatureOptions, title="loss of each picture", at=AT_LOGS, 
     )
 
 
-def _start(run: "JoinedRun") -> None:
+def _start(run: "RunFeatures") -> None:
     from training.features.item_losses_recording import ItemLossRecorder  # torch: only in a training
 
     folder, name = run.options.saving.place
@@ -30,7 +30,7 @@ def _start(run: "JoinedRun") -> None:
     run.on.recorders.append(recorder.join_run)
 
 
-def _join(run: "JoinedRun", options: ItemLossOptions) -> None:
+def _join(run: "RunFeatures", options: ItemLossOptions) -> None:
     run.on.start.append(_start)
 
 

@@ -28,7 +28,7 @@ from training.features.step_targets import StepPasses, StepTarget
 if TYPE_CHECKING:
     from dataset.table import DatasetConfig
     from protocols.family import Family
-    from training.features.hooks import HookedModel, JoinedRun, PlannedRun
+    from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +45,12 @@ class LecoProgress:
 
 def _check_family(path: Path, pairs: Sequence[LecoPair], family: "Family") -> "Family":
     """Return the model unchanged. Raises OptionError if LECO does not support it or the pairs' sizes."""
-    from protocols.family_networks import made_network_of  # torch: only with this feature
+    from protocols.family_networks import custom_network_of  # torch: only with this feature
 
-    made = made_network_of(family)
+    made = custom_network_of(family)
     if made is not None:
         raise OptionError(
-            f"--prompts_file {path} is for LoRAs, and this script trains {made.called}. Leave it out"
+            f"--prompts_file {path} is for LoRAs, and this script trains {made.label}. Leave it out"
         )
     if not family.noise.keeps_variance:
         raise OptionError(
@@ -85,7 +85,7 @@ def make_blank_dataset() -> "DatasetConfig":
     return load_dataset_config(path)
 
 
-def _encode(run: "JoinedRun", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun") -> None:
+def _encode(run: "RunFeatures", options: LecoOptions, pairs: Sequence[LecoPair], plan: "PlannedRun") -> None:
     """Encode the prompts before the network is loaded, and add the passes that replace those of clips."""
     progress = plan.progress.of(LecoProgress)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
@@ -104,13 +104,13 @@ def _encode(run: "JoinedRun", options: LecoOptions, pairs: Sequence[LecoPair], p
     run.on.after_load.append(learn)
 
 
-def _add_functions(run: "JoinedRun") -> None:
+def _add_functions(run: "RunFeatures") -> None:
     from training.features.leco_passes import weigh_equally  # torch: only with this feature
 
     run.on.batch.append(weigh_equally)
 
 
-def _join_leco(run: "JoinedRun", options: LecoOptions) -> None:
+def _join_leco(run: "RunFeatures", options: LecoOptions) -> None:
     """Set up a run that trains on pairs of prompts (LECO) instead of a dataset."""
     path = options.path
     if run.options.parts is not None and not run.options.parts.trains_dit:

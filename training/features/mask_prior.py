@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from dataset.batches.items import TrainingItem
     from dataset.cache.store import Stores
-    from training.features.hooks import JoinedRun, PlannedRun
+    from training.features.hooks import PlannedRun, RunFeatures
     from training.loss import NoisyBatch
     from training.targets.passes import Streams, TargetComparison, TrainingPasses
 
@@ -42,7 +42,7 @@ class MaskPriorOptions(FeatureOptions, title="what the model keeps", at=AT_NETWO
         return self.mask_prior_weight or 0.0
 
 
-def _require_masks(run: "JoinedRun", options: MaskPriorOptions, plan: "PlannedRun") -> None:
+def _require_masks(run: "RunFeatures", options: MaskPriorOptions, plan: "PlannedRun") -> None:
     """Raise OptionError if no training item has a mask that weights its loss."""
     if run.masks_taken_by and not any(item.table.alpha_mask for item in plan.training):
         raise OptionError(
@@ -95,7 +95,7 @@ def _measure_outside(
     return sample_errors_outside(passes.family.noise, output - target, noisy_batch, passes.rule)
 
 
-def _join(run: "JoinedRun", options: MaskPriorOptions) -> None:
+def _join(run: "RunFeatures", options: MaskPriorOptions) -> None:
     target = StepTarget(
         option=f"--mask_prior_weight {options.weight:g}",
         words=f"outside masks as the model without the network, weight {options.weight:g}",

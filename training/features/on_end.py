@@ -11,7 +11,7 @@ from modules.typed_command import AT_END, read_command
 from training.features.contract import AT_ENDING, Feature, FeatureOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import JoinedRun, RunEnd
+    from training.features.hooks import RunEnd, RunFeatures
 
 FLAG = "--on_end"
 
@@ -52,7 +52,7 @@ def run_end_command(end: "RunEnd") -> None:
     start_command(FLAG, options.of(EndOptions).words, info, end.error, has_begun=end.has_begun)
 
 
-def _join(run: "JoinedRun", options: EndOptions) -> None:
+def _join(run: "RunFeatures", options: EndOptions) -> None:
     run.info.at_start["at the end"] = f"starts {options.words[0]}"
     run.on.end.append(run_end_command)
 

@@ -13,7 +13,7 @@ from training.features.contract import AT_NETWORK, BASE_MODEL, KEPT, Feature, Fe
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
     from training.targets.passes import TargetComparison, TrainingPasses
 
@@ -44,7 +44,7 @@ def preserve(
     return [replace(clip, target=preserve_output(passes, noisy_batch, clip.target)), *others]
 
 
-def _join(run: "JoinedRun", options: OutputPreservationOptions) -> None:
+def _join(run: "RunFeatures", options: OutputPreservationOptions) -> None:
     if run.options.full_dit is not None:
         name = next(table.name for table in run.tables if KEPT in table.attributes)
         raise OptionError(

@@ -17,7 +17,7 @@ from training.reports.metric_charts import MetricChart, MetricTile
 
 if TYPE_CHECKING:
     from protocols.family import Family
-    from training.features.hooks import JoinedRun, PlannedRun
+    from training.features.hooks import PlannedRun, RunFeatures
 
 # logged values of each step: errors of preferred and rejected items, fraction of pairs in the right order
 BETTER, REJECTED, RIGHT = "preference/better", "preference/worse", "preference/right"
@@ -64,7 +64,7 @@ def _check(options: PreferenceOptions, family: "Family", counts: Sequence[int]) 
         )
 
 
-def _check_tables(run: "JoinedRun") -> None:
+def _check_tables(run: "RunFeatures") -> None:
     """Raise OptionError for tables that ask for another target."""
     preserving = next((table.name for table in run.tables if KEPT in table.attributes), None)
     if preserving is not None:
@@ -80,14 +80,14 @@ def _require_pairs(plan: "PlannedRun") -> None:
     require_pairs(plan.training, plan.sources.stores, plan.sources.encoders.commands)
 
 
-def _start(options: PreferenceOptions, tally: Tally, run: "JoinedRun") -> None:
+def _start(options: PreferenceOptions, tally: Tally, run: "RunFeatures") -> None:
     from training.features.preference_pairs import Preference, pair_passes  # torch: only with --preference
 
     preference = Preference(options.beta, options.preference_data_weight)
     run.on.passes.append(partial(pair_passes, preference, tally))
 
 
-def _join(run: "JoinedRun", options: PreferenceOptions) -> None:
+def _join(run: "RunFeatures", options: PreferenceOptions) -> None:
     """Let a run learn from pairs of a chosen and a rejected item (Diffusion-DPO)."""
     _check_tables(run)
     target = StepTarget(

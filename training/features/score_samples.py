@@ -12,7 +12,7 @@ from modules.options import FREE, option
 from training.features.contract import AT_LOGS, Feature, FeatureOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
 
 
 class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS, facts=FREE):
@@ -41,7 +41,7 @@ class SampleScoringOptions(FeatureOptions, title="scores of samples", at=AT_LOGS
     )
 
 
-def _start(run: "JoinedRun") -> None:
+def _start(run: "RunFeatures") -> None:
     """Add the recorder that starts a scoring process after each round of samples."""
     from training.features.score_samples_starting import SampleScorer  # starts processes: only in a training
 
@@ -79,7 +79,7 @@ def _require_files(options: SampleScoringOptions) -> None:
             )
 
 
-def _join(run: "JoinedRun", options: SampleScoringOptions) -> None:
+def _join(run: "RunFeatures", options: SampleScoringOptions) -> None:
     if run.options.samples.sample_prompts is None:
         raise OptionError("--score_samples needs samples: give --sample_prompts, or leave it out")
     if run.options.logs.no_page:

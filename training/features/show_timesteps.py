@@ -14,7 +14,7 @@ from training.noise_options import NOTHING
 if TYPE_CHECKING:
     from dataset.table import DatasetTable
     from protocols.family import Family
-    from training.features.hooks import JoinedRun, OptionsOfRun
+    from training.features.hooks import OptionsOfRun, RunFeatures
 
 
 class ShowTimestepsOptions(FeatureOptions, title="timesteps and loss weights", at=AT_NOISE, facts=FREE):
@@ -45,7 +45,7 @@ def _show(
     )
 
 
-def _join(run: "JoinedRun", options: ShowTimestepsOptions) -> None:
+def _join(run: "RunFeatures", options: ShowTimestepsOptions) -> None:
     run.show = _show
 
 

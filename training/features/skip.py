@@ -16,7 +16,7 @@ from training.features.contract import AGAINST_BAD_STEPS, AT_WEIGHTS, Feature, F
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from training.features.hooks import GradientStep, HookedRun, JoinedRun
+    from training.features.hooks import GradientStep, HookedRun, RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -184,7 +184,7 @@ def describe_skip(
     return f"{text}."
 
 
-def _join(run: "JoinedRun", options: SkipOptions) -> None:
+def _join(run: "RunFeatures", options: SkipOptions) -> None:
     if run.options.is_fused:
         flag = "--skip_spikes" if options.skip_bad_steps is None else "--skip_bad_steps"
         raise OptionError(

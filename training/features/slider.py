@@ -17,7 +17,7 @@ from training.features.step_targets import StepPasses, StepTarget
 
 if TYPE_CHECKING:
     from training.data.live import LiveTexts
-    from training.features.hooks import HookedModel, JoinedRun, PlannedRun
+    from training.features.hooks import HookedModel, PlannedRun, RunFeatures
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class SliderOptions(FeatureOptions, title="slider", at=AT_NETWORK, facts=HABIT):
         return self.slider
 
 
-def _check_tables(run: "JoinedRun", path: Path) -> None:
+def _check_tables(run: "RunFeatures", path: Path) -> None:
     """Raise OptionError for tables that ask for another target or strength."""
     for table in run.tables:
         if KEPT in table.attributes:
@@ -69,7 +69,7 @@ def _check_texts(path: Path, texts: "LiveTexts | None") -> None:
     logger.info("The captions of the dataset are not used: --slider %s has its own.", path)
 
 
-def _encode(run: "JoinedRun", file: SliderFile, plan: "PlannedRun") -> None:
+def _encode(run: "RunFeatures", file: SliderFile, plan: "PlannedRun") -> None:
     """Encode the captions before the transformer is loaded, and replace the usual pass by the sliders'."""
     from training.features.slider_passes import encode_sliders, slider_passes  # torch: only with --slider
 
@@ -81,7 +81,7 @@ def _encode(run: "JoinedRun", file: SliderFile, plan: "PlannedRun") -> None:
     run.on.after_load.append(learn)
 
 
-def _join(run: "JoinedRun", options: SliderOptions) -> None:
+def _join(run: "RunFeatures", options: SliderOptions) -> None:
     path = options.path
     if run.options.is_fused:
         raise OptionError(

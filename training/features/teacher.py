@@ -19,7 +19,7 @@ from training.features.teacher_options import BASE, OTHER_DIT, TeacherOptions
 if TYPE_CHECKING:
     from protocols.family import Family
     from training.data.live import LiveTexts
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
     from training.other_models import OtherFamilies
 
 
@@ -70,7 +70,7 @@ def _describe(options: TeacherOptions) -> str:
     return f"{options.teacher_weight:g} of the loss from {name}{band}"
 
 
-def _start(options: TeacherOptions, run: "JoinedRun") -> None:
+def _start(options: TeacherOptions, run: "RunFeatures") -> None:
     """Install the teacher; another transformer as the teacher is loaded next to the trained one."""
     from training.features.teacher_passes import install_teacher  # torch: only with --teacher
 
@@ -83,7 +83,7 @@ def _start(options: TeacherOptions, run: "JoinedRun") -> None:
         run.on.after_load.append(other.load)
 
 
-def _join(run: "JoinedRun", options: TeacherOptions) -> None:
+def _join(run: "RunFeatures", options: TeacherOptions) -> None:
     """Let a run learn from the predictions of a teacher, in addition to the clips or instead of them."""
     options.check()
     loss_type = run.options.loss.loss_type

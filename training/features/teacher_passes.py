@@ -13,7 +13,7 @@ from protocols.family import Trains
 from protocols.steps import clean_fraction
 from training.data.feed import Randomness
 from training.data.timesteps import find_shift
-from training.features.hooks import JoinedRun
+from training.features.hooks import RunFeatures
 from training.features.teacher_balance import find_balance
 from training.features.teacher_errors import EVEN_SPLIT, Split, split_errors
 from training.features.teacher_options import TeacherOptions
@@ -34,7 +34,7 @@ BALANCE = "anchor"  # key in `NoisyBatch.notes`: factor on the loss outside of t
 Teach = Callable[[TrainingPasses, NoisyBatch], Tensor]  # returns the teacher's prediction
 
 
-def install_teacher(run: JoinedRun, options: TeacherOptions) -> "Teaching":
+def install_teacher(run: RunFeatures, options: TeacherOptions) -> "Teaching":
     """Add the comparison with the teacher to a run.
 
     Until the teacher is loaded, and when memory is predicted, the trained model is used in its place.

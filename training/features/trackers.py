@@ -11,17 +11,17 @@ from training.features.trackers_options import NEEDS_FOLDER, TrackerOptions, che
 
 if TYPE_CHECKING:
     from protocols.family import Family
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
     from training.other_models import OtherFamilies
 
 
-def _start(run: "JoinedRun") -> None:
+def _start(run: "RunFeatures") -> None:
     from training.features.trackers_sending import make_trackers  # torch: only in a training
 
     run.on.recorders.append(make_trackers)
 
 
-def _join(run: "JoinedRun", options: TrackerOptions) -> None:
+def _join(run: "RunFeatures", options: TrackerOptions) -> None:
     def check(family: "Family", others: "OtherFamilies") -> None:
         check_trackers(options)
 

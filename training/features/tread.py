@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from protocols.family import Family
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
     from training.loss import NoisyBatch
 
 MIDDLE = (2, -2)  # first and last bypassed block, as in --tread_blocks
@@ -105,14 +105,14 @@ def pass_by(
     return routed(dit, Route(first, last, select))
 
 
-def _register(run: "JoinedRun", options: TreadOptions) -> None:
+def _register(run: "RunFeatures", options: TreadOptions) -> None:
     """Check the options, and register what TREAD does in a run."""
     if len(options.tread_blocks) != 2:
         raise OptionError(
             f"--tread_blocks takes two numbers and has {len(options.tread_blocks)}: give the first and the "
             "last block, such as 2 -2"
         )
-    dividing = run.options.speed.joined.divides_tokens
+    dividing = run.options.speed.modes.divides_tokens
     if dividing:
         raise OptionError(
             f"--tread {options.tread:g} with {dividing}: each process has some of the "

@@ -12,7 +12,7 @@ from training.features.contract import Feature
 from training.features.uploads_options import UploadOptions
 
 if TYPE_CHECKING:
-    from training.features.hooks import JoinedRun
+    from training.features.hooks import RunFeatures
     from training.saving.files import Publisher
 
 
@@ -39,7 +39,7 @@ class Hub:
         return download_state(name, self.options.huggingface_token, folder)
 
 
-def _join(run: "JoinedRun", options: UploadOptions) -> None:
+def _join(run: "RunFeatures", options: UploadOptions) -> None:
     if options.resume_from_huggingface:
         require(
             run.options.saving.resume,

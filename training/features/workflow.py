@@ -12,7 +12,7 @@ from training.features.contract import AT_NETWORK, Feature, FeatureOptions
 
 if TYPE_CHECKING:
     from protocols.family import Family
-    from training.features.hooks import JoinedRun, PlannedRun
+    from training.features.hooks import PlannedRun, RunFeatures
     from training.other_models import OtherFamilies
 
 
@@ -31,7 +31,7 @@ class WorkflowOptions(
     )
 
 
-def _join(run: "JoinedRun", options: WorkflowOptions) -> None:
+def _join(run: "RunFeatures", options: WorkflowOptions) -> None:
     if run.options.samples.sample_prompts is None:
         raise OptionError(
             "--save_workflow writes what makes the samples, and there are none: give "
@@ -47,7 +47,7 @@ def _join(run: "JoinedRun", options: WorkflowOptions) -> None:
     run.on.plan.append(partial(_plan, run))
 
 
-def _start(run: "JoinedRun") -> None:
+def _start(run: "RunFeatures") -> None:
     if run.files_beside:
         raise OptionError(
             "--save_workflow with --train_embedding: ComfyUI takes a learned word by another name than the "
@@ -61,7 +61,7 @@ def _check(family: "Family", others: "OtherFamilies") -> None:
     find_model(family, others)
 
 
-def _plan(run: "JoinedRun", plan: "PlannedRun") -> None:
+def _plan(run: "RunFeatures", plan: "PlannedRun") -> None:
     from training.features.workflow_nodes import plan_workflows  # only with --save_workflow
 
     workflows = plan_workflows(plan)

@@ -179,7 +179,7 @@ class Workflows:
                 )
 
     def write(self, paths: Sequence[Path]) -> None:
-        """Write a workflow for each LoRA, or for the LoRAs of both transformers.
+        """Write one workflow file per LoRA. The two LoRAs of a model with two transformers share one.
 
         Args:
             paths: Files of a save.

@@ -366,7 +366,7 @@ def _read_adafactor_rates(optimizer: Any, before: float) -> list[float]:
 
 
 def _import_scheduler(options: LrScheduleOptions, optimizer: Optimizer) -> LRScheduler:
-    """Make the scheduler of --lr_scheduler_type, a class of torch or of another package."""
+    """Create the scheduler that --lr_scheduler_type names: a class from torch or another package."""
     type_name = options.lr_scheduler_type
     module, _, name = type_name.rpartition(".")
     kind = import_object("--lr_scheduler_type", type_name, module or "torch.optim.lr_scheduler", name)

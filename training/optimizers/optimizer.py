@@ -337,7 +337,7 @@ def finished_weights(optimizer: Optimizer, parameters: Sequence[Parameter]) -> I
     except Exception:
         if has_stepped:
             raise
-        averaging.state.clear()  # before the first step there is no average: the weights are used
+        averaging.state.clear()  # before the first step there is no average: the weights are used as is
     try:
         yield
     finally:
@@ -474,8 +474,8 @@ def _copy_state(value: Any, device: torch.device | str = "cpu") -> Any:
 def _page(optimizer: Any, parameter: Tensor, state: dict[str, Any], device: torch.device) -> None:
     """Move state tensors as large as their parameter into the buffers of a paged bitsandbytes optimizer.
 
-    The driver moves these buffers between host and device: on the device alone they may not fit. A function
-    of its own, so that its copies are freed before those of the next parameter are made.
+    The driver moves these buffers between host and device, as they may not fit on the device. This is a
+    separate function so that its copies are freed before those of the next parameter are made.
     """
     like = torch.empty_like(parameter, device=device)  # the buffers are for the device that steps
     for name, value in state.items():

@@ -87,13 +87,13 @@ class StepPrediction:
                 kinds.append(dry.GRADIENTS)
             trained_bytes = sum(moment.get(kind, 0) for kind in kinds)
             parts.append(memory_plan.MemoryPart("what learns in them", self.further * trained_bytes))
-        for model in self.options.joined.further_models:
+        for model in self.options.features.further_models:
             device = moment.get(dry.WEIGHTS, 0) - swap.saved
             parts.append(memory_plan.MemoryPart(f"{model.name}'s transformer", device, swap.host))
         if self.offloaded:
             note = "those of one weight at a time are on the device"
             parts.append(memory_plan.MemoryPart("all states of the optimizer", 0, self.offloaded, note))
-        average = self.options.joined.average
+        average = self.options.features.average
         if self.average and average is not None:
             name = f"average of the weights ({average.name})"
             parts.append(memory_plan.MemoryPart(name, 0, self.average))
@@ -201,7 +201,7 @@ def predict(
         if texts is not None:
             texts.free()
     offloaded = average = 0  # bytes
-    if options.full_dit is not None and options.joined.average is not None:
+    if options.full_dit is not None and options.features.average is not None:
         average = 4 * sum(learning)  # float32; frozen weights are not averaged
     if options.full_dit is not None and options.full_dit.offloads_states:
         moments, offloaded = _offload_states(moments, max(learning) / sum(learning))
@@ -221,7 +221,7 @@ def predict(
         further=len(family.experts) - 1,
         sampled=sampled,
         texts=texts,
-        network=find_learner(family, options.network, options.joined.in_place_of_lora).called,
+        network=find_learner(family, options.network, options.features.in_place_of_lora).label,
     )
 
 
@@ -273,8 +273,8 @@ def read_largest(
         largest,
         checks=CacheChecks(),
         stream=("largest",),
-        reads_empty=EMPTY_PROMPT in options.joined.needs,
-        reads_rejected=REJECTED_ONES in options.joined.needs,
+        reads_empty=EMPTY_PROMPT in options.features.needs,
+        reads_rejected=REJECTED_ONES in options.features.needs,
     )
     # clean conditioning frames need a little more memory: if they can be drawn, the largest batch has some
     noise = replace(family.noise, first_frame_probability=math.ceil(family.noise.first_frame_probability))
@@ -284,9 +284,9 @@ def read_largest(
         options.timesteps,
         0,
         noise,
-        on_noise=options.joined.on.noise,
+        on_noise=options.features.on.noise,
         audio=AudioLearning(),
-        view=options.joined.view,
+        view=options.features.view,
     )
     return drawn.add(batch, 0, 0)
 

@@ -103,15 +103,15 @@ class Rehearsal:
                 batch = self.texts.add_to(noisy_batch.batch)
             noisy_batch = replace(noisy_batch, batch=batch).to(self.ledger.device)
         self.ledger.enter("forward outside the blocks")
-        joined = begin_run(self.options, self.family, self.tables)
+        features = begin_run(self.options, self.family, self.tables)
         rule = LossRule(
             self.options.loss,
             self.options.predicted,
             as_base=contextlib.nullcontext,
-            kept_attributes=frozenset(joined.kept_attributes),
-            targets=joined.on.target,
-            passes=joined.on.passes,
-            has_own_pass=joined.has_own_pass,
+            kept_attributes=frozenset(features.kept_attributes),
+            targets=features.on.target,
+            passes=features.on.passes,
+            has_own_pass=features.has_own_pass,
             in_lockstep=True,  # so that every pass runs, whatever the noise levels and masks
             learning_pass=self.learning_pass,
         )
@@ -212,7 +212,7 @@ def rehearse(
         on_device = noisy_batch.moved(lambda tensor: stand_in_batch(tensor, ledger))
         measure = functools.partial(rehearsal.measure, on_device)
         rehearsal.learning_pass = [
-            functools.partial(_enter_with, enter, noisy_batch) for enter in options.joined.on.learning_pass
+            functools.partial(_enter_with, enter, noisy_batch) for enter in options.features.on.learning_pass
         ]
         if rehearsal.learning_pass:
             # some blocks get fewer tokens than others, so all blocks are measured instead of extrapolated
@@ -283,7 +283,7 @@ def set_up_trainable(
             lambda weight: None if weight.grad is None else ledger.see(weight.grad, dry.GRADIENTS)
         )
     average: list[Tensor] = []
-    if options.joined.average is not None and options.full_dit is None:
+    if options.features.average is not None and options.full_dit is None:
         with ledger.allocating(dry.NETWORK):
             average = [parameter.new_empty(parameter.shape, dtype=torch.float32) for parameter in parameters]
     return Rehearsal(
@@ -323,7 +323,7 @@ def _make_learning_groups(
     texts: LiveTexts | None,
 ) -> list[dict[str, Any]]:
     """Add the network and adapters, or select trained weights of the DiT; return the optimizer's groups."""
-    learner = find_learner(family, options.network, options.joined.in_place_of_lora)
+    learner = find_learner(family, options.network, options.features.in_place_of_lora)
     if options.network is None or learner.make is None:
         trainable = train_full(family, options, dit, texts, writes=False)
         trainable = arrange_weights(trainable, options.optimizer, family.dit)
@@ -335,7 +335,7 @@ def _make_learning_groups(
         network_options,
         dit,
         0,
-        encoders={} if texts is None else texts.networks_for(learner.is_word),
+        encoders={} if texts is None else texts.networks_for(learner.is_embedding),
         in_dit=options.parts is None or options.parts.trains_dit,
         with_values=False,
     )

@@ -99,7 +99,7 @@ def _divide_prediction(
         check_fused_backward(options.optimizer.optimizer_type, cards)
     if division != Division(cards):  # more than plain data parallelism: the ways may not support it
         uses = uses_of(family, options)
-        for check in with_division(options.speed, division).joined.on.check:
+        for check in with_division(options.speed, division).modes.on.check:
             check(uses)
     if division.context > 1:
         moments = divide_tokens(moments, division.context, counter)

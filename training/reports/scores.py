@@ -454,7 +454,7 @@ def make_section(folder: Path, name: str, run_history: RunHistory) -> PageSectio
 
 
 def read_present_scores(folder: Path, name: str, run_history: RunHistory) -> RunScores | None:
-    """Return the scores of a run's samples, with the files that exist; None if it was not scored."""
+    """Return the scores of those samples of a run whose files still exist; None if the run was not scored."""
     scores = read_scores(scores_path(folder, name))
     if scores is None:
         return None

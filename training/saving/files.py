@@ -92,7 +92,7 @@ class Publisher(Protocol):
     """Send saved files and states to another place, such as a hub."""
 
     def for_run(self, run: PublishedRun) -> "Publisher":
-        """Return a publisher that also knows the run, such as for a model card."""
+        """Return a publisher that can describe the run, for example in a model card."""
 
     def publish(self, path: Path) -> None:
         """Start publishing a saved file."""
@@ -407,7 +407,7 @@ def _spell_as(entry: Path, start: str) -> str:
 
 
 def is_saved_folder(folder: Path) -> bool:
-    """Return whether a folder is a model that a training has saved."""
+    """Return whether a folder is a model saved by a training run."""
     return (folder / INDEX).is_file() or is_model_folder(folder)
 
 

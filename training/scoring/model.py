@@ -64,7 +64,7 @@ class EmbedsImages(Protocol):
 
 @dataclass(frozen=True)
 class ImageModel:
-    """A loaded model of images alone, with its preprocessing."""
+    """A loaded vision model without a text encoder, with its preprocessing."""
 
     network: Any
     processor: Any

@@ -151,10 +151,13 @@ def score_run(options: ScoreOptions, load_tagger: LoadTagger) -> None:
     likeness_model = None
     if options.likeness_model is not None:
         likeness_model = load_image_model(options.likeness_model, options.device)
-    prompt_vectors = _embed(run, rows, options, model, config if likeness_model is None else None)
-    likeness_vectors = (
-        prompt_vectors if likeness_model is None else _embed(run, rows, options, likeness_model, config)
-    )
+    # without a model for likeness, the one for prompts also compares samples with the dataset
+    if likeness_model is None:
+        prompt_vectors = _embed(run, rows, options, model, config)
+        likeness_vectors = prompt_vectors
+    else:
+        prompt_vectors = _embed(run, rows, options, model, None)
+        likeness_vectors = _embed(run, rows, options, likeness_model, config)
     training = likeness_vectors.training
     comparison = SampleComparison(
         _embed_prompts(model, [row for row, _ in rows], notes), training, options.num_frames

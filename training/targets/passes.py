@@ -123,7 +123,7 @@ def _weigh_losses(errors: Streams, noisy_batch: NoisyBatch) -> Streams:
 
 
 def velocity_of(passes: TrainingPasses, noisy_batch: NoisyBatch) -> Tensor:
-    """Return the true velocity of the batch, from clean latents to noise; with audio, both joined."""
+    """Return the true velocity of the batch, from clean latents to noise; with audio, both features."""
     family = passes.family
     target = family.noise.velocity(passes.latents, noisy_batch.noise, noisy_batch.sigmas)
     audio = noisy_batch.audio

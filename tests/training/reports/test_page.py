@@ -279,7 +279,7 @@ def test_of_two_processes_one_writes_the_page_with_the_samples_of_both(
 
 def test_the_numbers_of_pairs_are_curves_and_the_latest_ones_a_tile(tmp_path: Path) -> None:
     history = History(tmp_path / "h.jsonl", 1)
-    (told,) = toy_options(tmp_path, "--preference", 2000).joined.tallies
+    (told,) = toy_options(tmp_path, "--preference", 2000).features.tallies
     history.add(0, started=asdict(Start("toy", 9, charts=told.charts, tiles=told.tiles)))
     for step in range(1, 5):
         pairs = {"preference/better": 0.5**step, "preference/worse": 2.0, "preference/right": step / 4}
