@@ -234,7 +234,9 @@ class OwnNetwork(nn.Module):
                 else:
                     group = groups.setdefault(label, {"params": [], "lr": rate})
                 group["params"].append(parameter)
-        labels = _sort_labels(groups)
+        labels = [*groups]
+        if any(label.endswith(" plus") for label in labels):  # groups of LoRA+ follow those of their modules
+            labels = _sort_labels(labels)
         return [groups[label] for label in labels], labels
 
     def _find_matches_of_patterns(self) -> list[tuple[int, ...]]:
