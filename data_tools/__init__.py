@@ -9,7 +9,7 @@ cutting/: find scenes in footage, and write clips of them
 face_crops: cut faces out of images, upright
 folder_captions: caption the images of a folder
 folder_dataset: the dataset of a folder without a dataset file
-folders: walk through folders, without those of masks
+folders: walk through folders, list the images of one
 masks/: make masks, look through them, correct them
 metadata: collect captions or tags in a metadata file
 report/: faults and pages of a dataset, frames a model sees

@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from data_tools.folders import list_images
 from data_tools.masks.options import FACE_FILE
 from dataset.caching.prefetch import Failure, failure_error
 from modules.atomic_write import make_folder
@@ -19,7 +20,7 @@ from modules.console import Row, count_of, list_some, show_box
 from modules.devices import select_device
 from modules.errors import CheckpointError, DatasetError, MediaError, OptionError
 from modules.limits import MAX_SIDE
-from modules.media.reading import Frame, image_suffixes, is_still, read_image, resize_frame
+from modules.media.reading import Frame, is_still, read_image, resize_frame
 from modules.media.writing import write_png
 from modules.options import Options, option
 from modules.text_files import real_path
@@ -169,8 +170,7 @@ def crop_faces(options: CropFacesOptions) -> None:
     source, target = real_path(options.src_dir), real_path(options.dst_dir)
     if source == target:
         raise OptionError(f"--dst_dir {options.dst_dir} is the folder of the images. Give another folder")
-    images = [path for path in sorted(source.iterdir()) if path.suffix.lower() in image_suffixes()]
-    images = [path for path in images if path.is_file() and is_still(path) and not path.name.startswith(".")]
+    images = [path for path in list_images(source) if is_still(path)]
     if not images:
         raise DatasetError(f"{options.src_dir} has no images. Folders in it are not looked into")
     detector = _load_detector(options)

@@ -1,10 +1,11 @@
-"""Walk through folders of pictures and clips."""
+"""Walk through folders of images and clips, and list the images of one."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from modules.media.labels import MASK_FOLDERS
+from modules.media.reading import image_suffixes
 
 
 def walk_folders(folder: Path, is_recursive: bool) -> Iterator[Path]:
@@ -16,3 +17,25 @@ def walk_folders(folder: Path, is_recursive: bool) -> Iterator[Path]:
                 name for name in names if not name.startswith(".") and name.lower() not in MASK_FOLDERS
             )
             yield from (Path(parent, name) for name in names)
+
+
+def list_images(folder: Path) -> list[Path]:
+    """Return the files with the suffix of an image in a folder, sorted, without hidden ones.
+
+    Animations are among them, because some have an image's suffix.
+    """
+    return [
+        path
+        for path in sorted(folder.iterdir())
+        if path.suffix.lower() in image_suffixes() and not path.name.startswith(".") and path.is_file()
+    ]
+
+
+def find_equal_stems(images: Sequence[Path]) -> tuple[Path, Path] | None:
+    """Return the first two images whose names differ in case or suffix only; None if there are none."""
+    by_stem: dict[str, Path] = {}
+    for path in images:
+        first = by_stem.setdefault(path.stem.casefold(), path)
+        if first != path:
+            return first, path
+    return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_tools.folders import find_equal_stems, list_images
 from dataset.caching.prefetch import Failure, failure_error
 from modules.atomic_write import atomic_path, make_folder
 from modules.bars import track
@@ -14,7 +15,7 @@ from modules.console import Row, count_of, show_box
 from modules.errors import DatasetError, MediaError, OptionError
 from modules.limits import MAX_SIDE
 from modules.media.buckets import Fit, Size, fit_within
-from modules.media.reading import Frame, image_suffixes, is_still, read_image, resize_frame
+from modules.media.reading import Frame, is_still, read_image, resize_frame
 from modules.media.writing import write_still
 from modules.options import Options, option
 from modules.text_files import real_path
@@ -104,8 +105,7 @@ def resize_images(options: ResizeImagesOptions) -> None:
             f"{options.dst_img_folder} is the folder of the images, where the next run would make its copies "
             "smaller too. Give another folder"
         )
-    images = [path for path in sorted(source.iterdir()) if path.suffix.lower() in image_suffixes()]
-    images = [path for path in images if path.is_file() and not path.name.startswith(".")]
+    images = list_images(source)
     if not images:
         raise DatasetError(f"{options.src_img_folder} has no images. Folders in it are not looked into")
     _reject_equal_stems(images)
@@ -138,11 +138,10 @@ def resize_images(options: ResizeImagesOptions) -> None:
 
 def _reject_equal_stems(images: Sequence[Path]) -> None:
     """Raise DatasetError if two images would have copies of the same name."""
-    by_stem: dict[str, Path] = {}
-    for path in images:
-        first = by_stem.setdefault(path.stem.casefold(), path)
-        if first != path:
-            raise DatasetError(f"{first} and {path.name} would have copies of one name. Rename one of them")
+    pair = find_equal_stems(images)
+    if pair is not None:
+        first, second = pair
+        raise DatasetError(f"{first} and {second.name} would have copies of one name. Rename one of them")
 
 
 def _name_copy(stem: str, size: Size, suffix: str) -> str:

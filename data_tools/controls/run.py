@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from data_tools.folders import find_equal_stems, list_images
 from dataset.caching.prefetch import Failure, failure_error
 from modules.atomic_write import make_folder
 from modules.bars import track
@@ -14,7 +15,7 @@ from modules.errors import DatasetError, MediaError, OptionError
 from modules.media.edges import draw_edges
 from modules.media.labels import label_of
 from modules.media.options import EDGE_THRESHOLDS
-from modules.media.reading import Frame, image_suffixes, read_image, read_tags
+from modules.media.reading import Frame, read_image, read_tags
 from modules.media.writing import write_png
 from modules.options import Options, option
 from modules.text_files import real_path
@@ -125,25 +126,17 @@ def make_control_images(options: ControlImageOptions) -> None:
 
 def _find_images(folder: Path) -> list[Path]:
     """Return the images of a folder, sorted, without hidden ones, masks and condition images."""
-    return [
-        path
-        for path in sorted(folder.iterdir())
-        if path.suffix.lower() in image_suffixes()
-        and not path.name.startswith(".")
-        and label_of(path.stem) is None
-        and path.is_file()
-    ]
+    return [path for path in list_images(folder) if label_of(path.stem) is None]
 
 
 def _reject_equal_stems(pictures: Sequence[Path]) -> None:
     """Raise DatasetError if two images would share one control image."""
-    by_stem: dict[str, Path] = {}
-    for path in pictures:
-        first = by_stem.setdefault(path.stem.casefold(), path)
-        if first != path:
-            raise DatasetError(
-                f"{first} and {path.name} would have the same control picture. Rename one of them"
-            )
+    pair = find_equal_stems(pictures)
+    if pair is not None:
+        first, second = pair
+        raise DatasetError(
+            f"{first} and {second.name} would have the same control picture. Rename one of them"
+        )
 
 
 def _describe_method(options: ControlImageOptions) -> str:
