@@ -186,7 +186,7 @@ def count(names: Iterable[str], start: str, path: Path | None = None) -> int:
 
     Args:
         names: Names of the tensors.
-        start: Pattern of a block prefix with its index, such as r"blocks\.\d+".
+        start: Pattern of a block prefix and its index, to match names such as blocks.0.
         path: The file, for the message.
 
     Raises:

@@ -416,7 +416,7 @@ def _begin_phase(
     uses: network_setup.LorasByExpert,
     originals: Sequence[OriginalWeights] | None = None,
 ) -> AbstractContextManager[DitAt]:
-    """Start a denoising phase of clips, which loads networks with these LoRAs; yield the `dit_at` function."""
+    """Return a denoising phase, which loads networks with these LoRAs and yields the `dit_at` function."""
     dits = run.session.dits
     loader = network_setup.dit_loader(run.family, uses, dits.device, run.options, originals=originals)
     dits.load = loader

@@ -141,8 +141,7 @@ def identify(path: Path) -> str | None:
             with open_checkpoint(path) as checkpoint:
                 kind = _find_kind(checkpoint.tensors)
                 other_model = _describe_other(checkpoint.tensors, kind)
-            is_ours = kind is not None and other_model is None
-            description = f"{kind.words} checkpoint" if is_ours else None
+            description = None if kind is None or other_model is not None else f"{kind.words} checkpoint"
     except (CheckpointError, OSError):
         return None
     family = "sdxl" if kind is SDXL else "sd1"

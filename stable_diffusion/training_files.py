@@ -350,7 +350,7 @@ class DiffusersVae:
 
 
 def unet_parts(config: Mapping[str, Any]) -> list[tuple[str, int]]:
-    """Return the paths and lengths of a U-Net's lists of residual blocks and transformers, in forward order."""
+    """Return paths and lengths of a U-Net's lists of residual blocks and transformers, in forward order."""
     down_types: Sequence[str] = config["down_block_types"]
     counts = count_layers(config)
     parts: list[tuple[str, int]] = []

@@ -243,7 +243,7 @@ def _simplify(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _describe_schedule(source: Path, of_source: Marks, marks: Marks) -> dict[str, Any]:
-    """Return the source folder's scheduler settings if its prediction type is the same, otherwise defaults."""
+    """Return the source folder's scheduler settings if it predicts the same, otherwise defaults."""
     if source.is_dir() and of_source == marks and (source / _SCHEDULE).is_file():
         return read_settings(source / _SCHEDULE)
     of_kind = dict(_SCHEDULERS[marks.kind.name])
