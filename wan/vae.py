@@ -145,7 +145,7 @@ class WanVae(nn.Module):
 
 
 def normalise(means: Tensor) -> Tensor:
-    """Normalize posterior means to latents, B Z f h w float32, by the statistics of the VAE with Z channels."""
+    """Normalize posterior means to latents, B Z f h w float32, with the statistics for Z channels."""
     mean, std = _statistics(means.shape[1], means.device)
     return ((means.float() - mean) / std).contiguous()
 

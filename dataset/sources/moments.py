@@ -27,7 +27,7 @@ VERSION = 1
 
 
 def full_span(clip: ClipInfo, lengths: ClipLengths) -> Span:
-    """Return the span of the single item of precomputed moments: all frames, cut to a length of the family."""
+    """Return the span of the item of precomputed moments: all frames, cut to a length of the family."""
     return (0, lengths.fit(clip.kept_frames))
 
 
