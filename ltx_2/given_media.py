@@ -251,7 +251,7 @@ def _resize(frames: Iterable[Any], size: tuple[int, int]) -> Tensor:
 
 
 def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
-    """Return a clip at its place in a gray canvas of the result's size, 1 3 F H W."""
+    """Return a canvas of the result's size, 1 3 F H W, gray except for the source clip in `region`."""
     clip = video_pixels(
         path,
         "--outpaint_source",
@@ -266,7 +266,7 @@ def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
 
 
 def mark_kept(media: Ltx2GivenMedia, prepared: Prepared, latent: LatentSpec) -> Tensor:
-    """Return which latents are kept of the source that is changed, F H W bool, or F 1 1.
+    """Return True for each latent of the source clip that is not generated again, F H W bool or F 1 1.
 
     Raises:
         OptionError: If the mask keeps all or nothing, or is a clip with too few frames.
