@@ -86,7 +86,7 @@ class AnimaTextOptions(Options):
     text_encoder_cpu: bool = option("run the text encoder on the CPU")
 
     def words(self) -> dict[str, Any]:
-        """Return the options that encode texts in the same way."""
+        """Return the values of command-line options with which another script encodes texts alike."""
         return {
             "--qwen3_tokenizer": self.text_encoder_tokenizer,
             "--t5_tokenizer_path": self.t5_tokenizer_path,

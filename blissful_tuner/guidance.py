@@ -97,7 +97,7 @@ def make_guidance(
 
 
 class _Steering:
-    """The overrides of positive passes for --nag_scale: one object for each section."""
+    """Makes the overrides of positive passes for --nag_scale, once for each section of a video."""
 
     def __init__(self, options: NagOptions) -> None:
         self._options = options

@@ -164,7 +164,7 @@ class LatentPreviews:
 
     @torch.no_grad()
     def write(self, take: Callable[[], Shot | None]) -> None:
-        """Replace the previous preview file atomically."""
+        """Write the image or clip that `take` returns over the previous preview; None writes nothing."""
         with self.optional():
             shot = take()
             if shot is None:

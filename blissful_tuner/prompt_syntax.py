@@ -52,7 +52,7 @@ class Lines:
 
 @dataclass
 class Drawing:
-    """All random draws for the texts of one video."""
+    """Draws the random parts of all texts of one video: wildcards and alternatives."""
 
     options: PromptOptions
     random: Random
@@ -115,7 +115,7 @@ class Drawing:
         return self._expand(line, f"{lines.path}, line {lines.numbers[index]}", (*keys, key))
 
     def _check_draws(self, key: str, where: str, keys: tuple[str, ...]) -> None:
-        """Raise OptionError if wildcards draw each other endlessly, or too often."""
+        """Raise OptionError if a wildcard contains itself, directly or through others, or draws too often."""
         if len(keys) == MAX_WILDCARD_ROUNDS:
             chain = " -> ".join(f"__{shorten(name, 40)}__" for name in (*keys[:4], key))
             raise OptionError(

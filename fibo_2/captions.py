@@ -58,7 +58,7 @@ EMPTY: dict[str, Any] = {key.name: key.kind() for key in FORMAT.keys if key.name
 
 
 class WrittenCaption(NamedTuple):
-    """A caption as it is encoded. The characters of a plain text are between `before` and `after`."""
+    """A caption as the text encoder gets it. Plain text is wrapped in JSON, between `before` and `after`."""
 
     text: str
     before: str = ""

@@ -101,7 +101,7 @@ class Fibo2CrossAttention(ZImageAttention):
         self.to_k, self.to_v = (nn.Linear(config.text_dim, config.dim, bias=False) for _ in range(2))
 
     def attend_text(self, x: Tensor, bundle: TextBundle, choice: AttentionChoice) -> Tensor:
-        """Return the attention of tokens x, B L C, to a bundle of the text: B L N D."""
+        """Return the attention of tokens x, B L C, to the text's states without their padding: B L N D."""
         query, key, value = (
             in_own_dtype(layer, tokens).unflatten(-1, (self.num_heads, -1))
             for layer, tokens in ((self.to_q, x), (self.to_k, bundle.states), (self.to_v, bundle.states))

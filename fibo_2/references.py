@@ -55,7 +55,7 @@ def crop_cover(frame: Frame, size: Size) -> Frame:
 
 
 def shrink(picture: Tensor) -> Tensor:
-    """Return an image, H W C uint8, as the text encoder sees it: H W 3, at most `SHOWN_SIDE` a side."""
+    """Downscale an image, H W C uint8, for the text encoder: H W 3 with sides of at most `SHOWN_SIDE`."""
     image = Image.fromarray(picture[..., :3].numpy())
     image.thumbnail((SHOWN_SIDE, SHOWN_SIDE))
     return torch.from_numpy(np.array(image))

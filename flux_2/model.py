@@ -71,7 +71,7 @@ class PairNorm(nn.Module):
 
 
 class StreamAttention(nn.Module):
-    """The layers around the attention of one of the two streams."""
+    """Projections and query and key norms of the image's or the text's stream; both share one attention."""
 
     def __init__(self, config: Flux2Config) -> None:
         super().__init__()

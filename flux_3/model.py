@@ -238,14 +238,17 @@ def _gather_streams(heads: Sequence[Tensor], tokens: Flux3Tokens) -> list[Tensor
 
 
 def _give_back(attended: Tensor, parts: Sequence["TokenPart"]) -> Tensor:
-    """Exchange all tokens of this process's heads for all heads of its tokens, in streams."""
+    """Exchange all tokens of this process's heads for all heads of its tokens, stream by stream.
+
+    Undoes `_gather_streams` after attention, in sequence parallelism.
+    """
     streams = attended.split([part.length for part in parts], dim=1)
     pairs = zip(parts, streams, strict=True)
     return torch.cat([part.gather_heads(stream) for part, stream in pairs], dim=1)
 
 
 class Flux3Layout(NamedTuple):
-    """The key of a table of rotations."""
+    """Sizes that determine the rotary table of a batch; the key under which the table is cached."""
 
     grid: tuple[int, int]  # rows, columns of the image's tokens
     references: tuple[tuple[int, int], ...]  # rows, columns of each reference's tokens

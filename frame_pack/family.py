@@ -138,7 +138,7 @@ class FramePack(OneTransformer):
 
     @property
     def media_identity(self) -> Mapping[str, str]:
-        """What caches depend on: VAE and its tiling in time, image encoder, and kind of sections."""
+        """What cached latents depend on: VAE, its tiling in time, image encoder, and kind of sections."""
         kind = "f1" if self.is_f1 else "anti-drifting"
         if self.one_frame is not None:
             left_out = {"no 2x": not self.one_frame.has_2x, "no 4x": not self.one_frame.has_4x}

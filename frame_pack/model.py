@@ -205,7 +205,7 @@ class CleanEmbedding(nn.Module):
         self.proj, self.proj_2x, self.proj_4x = patches(1), patches(2), patches(4)
 
     def forward(self, latents: Tensor, times: int) -> Tensor:
-        """Embed B in_dim F H W as B l C; `times` (1, 2 or 4) is the coarseness.
+        """Embed latents, B in_dim F H W, as tokens, B l C, with patches `times` (1, 2 or 4) the normal size.
 
         Incomplete patches are padded with the border's values.
         """

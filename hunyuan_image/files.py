@@ -197,7 +197,10 @@ class HunyuanImageFiles(TransformerFiles):
         read_once(self.vae_path, read_vae)
 
     def check_texts(self, config: Any, needed: bool) -> None:
-        """Check that the named or needed text encoders fit their options and the transformer."""
+        """Raise CheckpointError if a text encoder's states have another width than the transformer takes.
+
+        Encoders without an option are checked only if `needed`.
+        """
         if self.text_encoder is not None or needed:
             path, qwen = QwenTextEncoder(self.text_encoder_path).path, QWEN_USE.model
             width = read_once(path, _read_text_width)

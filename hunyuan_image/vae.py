@@ -238,10 +238,9 @@ def _make_error(checkpoint: Checkpoint, why: str) -> CheckpointError:
 
 
 class NamesByLevel:
-    """Translates diffusers' names to the published ones.
+    """Translates diffusers' tensor names to the names of the released file.
 
-    A published level ends with the layer that changes the resolution, which diffusers counts as a block of
-    its own.
+    diffusers numbers a layer that changes the resolution like a block; the release appends it to its level.
     """
 
     def __init__(self, names: Iterable[str]) -> None:

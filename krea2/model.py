@@ -108,7 +108,7 @@ class GatedAttention(GroupedAttention):
         return attend_rotated(self, rotated, tokens, lengths)
 
     def see_text(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None) -> Tensor:
-        """Return the attention of text tokens x, B T C, which have no positions."""
+        """Return the gated attention between text tokens x, B T C, without rotary embedding."""
         query, key, value = self.heads(x)
         return self.gated(x, attend(query, *serve(query, key, value), choice, lengths).flatten(2))
 
@@ -181,7 +181,6 @@ class TextBlock(StreamBlock):
 
     def forward(self, x: Tensor, choice: AttentionChoice, lengths: Lengths | None = None) -> Tensor:
         """Apply the block to states x, B T C."""
-        # x: B T C
         x = x + self.attn.see_text(self.prenorm(x), choice, lengths)
         output: Tensor = x + self.mlp(self.postnorm(x))
         return output

@@ -77,7 +77,7 @@ class CrossInputs:
 
 @dataclass(frozen=True)
 class Stream:
-    """Inputs of the blocks for a stream (video or sound), in addition to its tokens."""
+    """Inputs of the blocks for a stream (video or audio), in addition to its tokens."""
 
     rotary: Tensor  # rotations of its tokens, L N D/2 2, or B L N D/2 2
     texts: tuple[Tensor, ...]  # each B T C; one unless there is a second text
@@ -332,7 +332,7 @@ class LtxBlock(nn.Module):
         return add_gated(x, gate, layer(modulate(norm_tokens(x.float()), shift, scale, dtype)))
 
     def _see_itself(self, names: StreamNames, x: Tensor, tokens: LtxTokens) -> Tensor:
-        """Return the self-attention of a stream, over the tokens of all processes."""
+        """Return the self-attention of a stream, in which x attends to the tokens of all processes."""
         layer = getattr(self, f"{names.prefix}attn1")
         stream = tokens.streams[names]
         value = layer.values(x)

@@ -188,7 +188,7 @@ class Ltx2(Ltx2Media):
 
     @property
     def fuller(self) -> tuple[str, ...]:
-        """Return the conditions that only a teacher gets: those of all families, and the first frame."""
+        """Conditions that only a teacher may get: those of every family, and the first frame."""
         return (*super().fuller, FIRST_FRAME)
 
     @property

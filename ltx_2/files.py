@@ -211,7 +211,7 @@ class Ltx2Files(TransformerFiles):
             )
 
     def audio_identity(self) -> dict[str, str]:
-        """Return what cached audio depends on besides the samples. The VAE always computes in float32."""
+        """Return the checksum of the audio VAE, by name. Its dtype does not count: it is always float32."""
         return {"audio_vae": fingerprint(self.audio_path("audio_vae"))}
 
     def load_audio(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:

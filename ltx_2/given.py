@@ -160,9 +160,9 @@ def _mark_lowest(ranks: Tensor, count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class KeyframeRule:
-    """Latent frames of clips that training also shows as keyframes, drawn for each clip.
+    """Rule by which training draws, for each clip, the latent frames that are also given as keyframes.
 
-    Those between the ends are the same for all clips of a batch that see them.
+    All clips of a batch that get interior keyframes get the same ones.
     """
 
     first: float  # probability of showing the first frame

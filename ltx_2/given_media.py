@@ -252,7 +252,7 @@ def _resize(frames: Iterable[Any], size: tuple[int, int]) -> Tensor:
 
 
 def _paste(path: Path, region: Rectangle, prepared: Prepared) -> Tensor:
-    """Return a clip at its place in a gray canvas of the result's size, 1 3 F H W."""
+    """Return a canvas of the result's size, 1 3 F H W, gray except for the source clip in `region`."""
     clip = video_pixels(
         path,
         "--outpaint_source",

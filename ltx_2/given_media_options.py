@@ -26,7 +26,7 @@ def _file(text: str, **relations: Any) -> Any:
 
 @dataclass(frozen=True)
 class PlacedImage:
-    """An image at a place of the result."""
+    """An image that replaces, or guides, one frame of the generated clip."""
 
     index: int  # index of a frame, or of a latent frame
     path: Path
@@ -34,7 +34,7 @@ class PlacedImage:
 
     @property
     def share(self) -> int:
-        """The strength as in `protocols.steps.GivenTokens`."""
+        """The strength in thousandths, the unit of `protocols.steps.GivenTokens`."""
         return round(1000 * self.strength)
 
     @property

@@ -65,11 +65,9 @@ class Ltx2Media(OneTransformer):
         if encoders.vae is not None and latents.shape[2]:
             yield from encoders.vae.decode(latents)
 
-    # sound
-
     @property
     def audio_identity(self) -> Mapping[str, str]:
-        """What cached audio depends on besides the samples."""
+        """Checksum of the audio VAE, on which cached audio latents depend besides their samples."""
         return self.files.audio_identity()
 
     def audio_networks(self, device: torch.device, decodes: bool) -> tuple[AudioVae, Vocoder | None]:

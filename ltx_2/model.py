@@ -94,7 +94,10 @@ class StreamInputs:
         return in_given_frames + sum(self.references.counts)
 
     def dim_references(self) -> tuple[Tensor, Tensor] | None:
-        """Return additional channels of queries and keys that dim references; None if nothing dims them."""
+        """Return channels to append to queries and keys, which weaken attention to references.
+
+        None if all references have full strength.
+        """
         strengths = self.references.strengths
         if strengths is None:
             return None

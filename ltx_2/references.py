@@ -224,10 +224,10 @@ def _blend_with_noise(references: Tensor, strength: float, noise: NoiseSource) -
 def velocity_of_references(
     velocity: Tensor, noisy: Tensor, clean: Tensor, strength: float, sigma: Tensor
 ) -> Tensor:
-    """Return the velocity, B C N, with which references follow the video's noise level `sigma`, B.
+    """Return the velocity, B C N, that denoises references along with the video at noise level `sigma`, B.
 
-    `velocity` is the network's, at a noise level of (1 - strength) sigma. Its clean prediction is mixed with
-    `strength` of the reference. Source: the released code of LTX-2.
+    The network predicted `velocity` at the lower noise level (1 - strength) * sigma. The clean latents that
+    follow from it are mixed with `strength` parts of `clean`. Source: the released code of LTX-2.
     """
     return (1 - strength) ** 2 * velocity + strength * (noisy - clean) / sigma.view(-1, 1, 1)
 

@@ -232,7 +232,10 @@ class PixelsToChannels(nn.Module):
 
 
 class ChannelsToPixels(nn.Module):
-    """Convolve, then turn channels into blocks of pixels. Only the last frame of the first block is kept."""
+    """Convolve, then move channels to pixels, which multiplies frames, height and width by `part.factors`.
+
+    The first input frame of a clip yields a single frame, as the VAE is causal.
+    """
 
     def __init__(self, part: Resampling, half: HalfConfig) -> None:
         super().__init__()

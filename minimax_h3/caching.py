@@ -197,7 +197,7 @@ class H3Caching:
         return (media.table.target_index or 0) if self.one_frame else 0
 
     def _make_place_tensors(self, vae: H3VideoVae, media: MediaBatch) -> dict[str, Tensor]:
-        """Return the position of an image in time, and the latents and positions of its control images."""
+        """Return the frame index of an image, and the latents and frame indices of its control images."""
         tensors = {TARGET_INDEX: torch.tensor(self._select_target_index(media))}
         if not media.control:
             return tensors

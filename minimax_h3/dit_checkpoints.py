@@ -69,9 +69,10 @@ IGNORED = ("rope.inv_freq",)  # computed here instead
 
 
 def find_layout(path: Path) -> str:
-    """Return the order of fused rows in a file with released names, which only the file's name shows.
+    """Return the order of rows in fused weights: INTERLEAVED in a sharded model, STACKED in a single file.
 
-    `path` is a file, a first shard, an index or a folder; the last three count as shards.
+    The tensors of both releases are alike, so only the path shows the order. `path` is a file, or the first
+    shard, index or folder of a sharded model.
     """
     return INTERLEAVED if is_sharded(path) else STACKED
 

@@ -289,7 +289,7 @@ class MiniMaxH3(OneTransformer):
         return {**texts, **media_conditions(batch, self.files.task, latents), **self._make_shares()}
 
     def _make_shares(self) -> Conditions:
-        """Return the condition with the fractions of clean signal in a training; empty otherwise."""
+        """Return in training, as a condition, how much clean signal visual and audio conditions keep."""
         if not isinstance(self.options, H3TrainingOptions):
             return {}
         loss = self.options.loss

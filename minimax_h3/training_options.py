@@ -468,7 +468,7 @@ def _select_rank(args: argparse.Namespace) -> None:
 
 
 def warn_of_clean_shares(args: argparse.Namespace) -> None:
-    """Warn of options for the noise in conditions that clips of the task do not have."""
+    """Warn of options that control the noise of conditions if clips of the task have no such conditions."""
     has_references = args.task == "ref2va" or args.h3_training_mode == "ref2va"
     has_images = has_references or args.task == "fl2va" or args.one_frame or args.teacher is not None
     has_conditions = {"h3_visual_cond_clean": has_images, "h3_audio_cond_clean": has_references}

@@ -434,12 +434,15 @@ class MossImageModel(BlockNetwork):
         return torch.cat(tables)
 
     def _make_text_table(self, length: int, /, *, device: torch.device) -> Tensor:
-        """Return the pairs of a text's tokens, T 1 D/2 2."""
+        """Return the rotary pairs (cosine, sine) of a text's tokens, T 1 D/2 2."""
         zero = torch.zeros(1, dtype=torch.float64)
         return self._make_turns((zero, torch.arange(length, dtype=torch.float64), zero, zero), device)
 
     def _make_turns(self, positions: Sequence[Tensor], device: torch.device) -> Tensor:
-        """Return the pairs of a grid, n 1 D/2 2 float32, from float64 positions along each axis."""
+        """Return the rotary pairs (cosine, sine) of a grid's n tokens, n 1 D/2 2 float32.
+
+        `positions` holds the float64 positions along each axis.
+        """
         width = self.config.head_width // AXES
         pairs = []
         for axis in positions:

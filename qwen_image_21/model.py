@@ -121,7 +121,7 @@ class QwenImage21Tokens:
         return 0
 
     def cut(self, part: "TokenPart") -> Self:
-        """Return the inputs for the tokens of one process; `rotary` stays that of all tokens."""
+        """Return the inputs of one process of sequence parallelism; `rotary` still covers all tokens."""
         return replace(self, part=part, split=part.of_first(self.num_image))
 
     def select(self, kept: Tensor, num_left_out: int) -> Self:
