@@ -215,23 +215,24 @@ def _with_keys_in_general(path: Path, content: Table, problems: list[str]) -> Ta
     general_keys |= {*OTHER_NAMES, *forms.SPELLINGS}
     general = content.get("general", {})
     moved: dict[str, Any] = {}
-    rest: dict[str, Any] = {}
+    others: dict[str, Any] = {}
     for name, value in content.items():
         if name in KEYS and not KEYS[name].in_general:
             problems.append(f"{name} is above all tables: write it below [[datasets]]")
         elif name in general_keys:
             moved[name] = value
         else:
-            rest[name] = value
+            others[name] = value
     if not moved:
-        return rest
+        return others
     if not isinstance(general, dict):  # reported by the reader of [general]
-        return {name: value for name, value in content.items() if name in rest or name in moved}
-    twice = [name for name in moved if name in general]
-    if twice:
-        problems.append(f"above all tables and in [general]: {', '.join(twice)}; leave one out")
+        return {name: value for name, value in content.items() if name in others or name in moved}
+    # a key must not stand both above all tables and in [general]
+    duplicates = [name for name in moved if name in general]
+    if duplicates:
+        problems.append(f"above all tables and in [general]: {', '.join(duplicates)}; leave one out")
     logger.info("%s: read as if in [general]: %s, which are above all tables", path, ", ".join(moved))
-    return {**rest, "general": {**general, **moved}}
+    return {**others, "general": {**general, **moved}}
 
 
 def for_family(config: DatasetConfig, family: "Caches", for_texts: bool = False) -> DatasetConfig:

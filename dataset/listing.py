@@ -142,7 +142,7 @@ class CompanionCounts(NamedTuple):
 
 @functools.lru_cache(maxsize=64)
 def companions_now(table: DatasetTable) -> Mapping[str, CompanionCounts]:
-    """List a table again, and return by stem what belongs to each of its current sources.
+    """List a table again, and return the number of files that belong to each of its sources, by stem.
 
     The mapping is empty if there are no sources, because training needs only the caches.
     """
@@ -261,7 +261,7 @@ def _describe_missing_caption(source: MediaSource) -> str:
 
 
 def require_captions(sources: Sequence[MediaSource]) -> None:
-    """Raise DatasetError with the sources without a caption, of which there must be one."""
+    """Raise DatasetError that names the sources without a caption; at least one of `sources` has none."""
     kind = f"of {len(sources)} captions are missing; write them, then run again"
     raise_errors([Fault(kind, line) for line in missing_captions(sources)])
 

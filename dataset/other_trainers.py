@@ -57,7 +57,7 @@ def hint_of(content: Any) -> str:
 
 
 def _translate(key: str) -> str:
-    """Say how to write a new file with our keys."""
+    """Advise to write a new file, with our keys that correspond to another trainer's `key`."""
     command = as_typed(["python", "reelsmith.py", "new", "FOLDER"])
     _, our_keys = OF_OTHERS[key]
     return f"Write a new file ({command} does it): {our_keys}."

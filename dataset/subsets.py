@@ -338,13 +338,13 @@ def _with_cache_directories(tables: list[DatasetTable]) -> tuple[DatasetTable, .
 
 
 def folders_config(typed: SubsetOptions) -> DatasetConfig:
-    """Return the dataset of --train_data_dir and related options: one group of tables.
+    """Build the dataset that --train_data_dir and related options describe, without a dataset file.
 
     Raises:
         DatasetError: If there is no folder to train on, or if values are invalid.
     """
     folder = typed.train_data_dir
-    assert folder is not None  # `typed.replaces_toml`
+    assert folder is not None  # callers check `typed.replaces_toml`, which is true if this option is given
     if typed.in_json is not None:
         subsets: list[dict[str, Any]] = [
             {

@@ -299,6 +299,7 @@ class DatasetTable:
             "texts_see_references": self.references is not None and self.references.seen_by_text,
             "declared_fps": None if isinstance(self.source_fps, str) else self.source_fps,
         }
+        # the dataclass is frozen, so that plain assignment is forbidden
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
@@ -475,7 +476,7 @@ class DatasetTable:
         if self.kind == "video":
             entry["target_frames"] = list(self.target_frames)
             for name in defaults_of(FRAMES):
-                is_default_rate = name == "target_fps" and self.target_fps is None
+                is_default_rate = name == "target_fps" and self.target_fps is None  # left out
                 if name != "target_frames" and not is_default_rate:
                     entry[name] = getattr(self, name)
         return entry | self.changed(SECTIONS) | self.learning_keys
@@ -519,7 +520,7 @@ def defaults_of(stale: Stale, record: Any = DatasetTable) -> dict[str, Any]:
 
 
 def _as_json(value: Any) -> Any:
-    """Return a value as JSON can hold it; of a path, the name is enough."""
+    """Convert a value to JSON types; a path becomes its last part."""
     if isinstance(value, Path):
         return value.name
     if isinstance(value, tuple):

@@ -52,6 +52,7 @@ class VaceRequest:
             metadata["src_mask_path"] = str(self.mask)
             _check_mask_shape(self.mask, prepared.request.control_path, prepared)
             read_mask(self.mask, prepared.width, prepared.height, prepared.frames)
+        # 1.0 is the default; one number stands for all layers if their scales are equal
         if set(self.scales) != {1.0}:
             different = self.scales if len(set(self.scales)) > 1 else self.scales[:1]
             metadata["vace_scale"] = ", ".join(f"{scale:g}" for scale in different)

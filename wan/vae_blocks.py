@@ -124,7 +124,7 @@ def _with_earlier(x: Tensor, before: Tensor | None, norm: RmsNorm | None) -> Ten
     The result is written into one tensor, so that no concatenation copies it again.
     """
     batch, channels, frames, height, width = x.shape
-    earlier = TIME_KERNEL - 1
+    earlier = TIME_KERNEL - 1  # frames that the convolution sees before the current one
     size = (batch, channels, earlier + frames, height, width)
     joined = empty_clip(x, *size)
     missing = earlier if before is None else earlier - before.shape[2]

@@ -48,7 +48,7 @@ _UNAVAILABLE = (
 
 
 class CatalogRow(NamedTuple):
-    """Where the current entry of a name is stored."""
+    """Shard and position at which the current entry of a name is stored."""
 
     shard: str
     place: int  # key of the row in SQLite; offset of the bytes in a tar of earlier versions
@@ -307,10 +307,11 @@ def _begin(uri: str) -> sqlite3.Connection:
     connection = connect(uri)
     try:
         connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+        # with an exclusive lock, the index of the write-ahead log needs no shared file
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
         connection.execute("PRAGMA cache_size = -65536")  # in KiB
         connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
+        connection.execute("PRAGMA synchronous = NORMAL")  # fast; a power failure may lose the last entries
         connection.execute(f"PRAGMA user_version = {FORMAT}")
         connection.executescript(SHARD_TABLE)
     except BaseException:
@@ -389,9 +390,11 @@ def _recover(path: Path, parameters: str = "") -> bool:
     with contextlib.closing(connect(uri, seconds=0)) as connection:
         _limit_steps(connection, path.stat().st_size)
         connection.execute("PRAGMA locking_mode = EXCLUSIVE")
+        # the first transaction makes SQLite replay the write-ahead log of the killed writer
         connection.execute("BEGIN EXCLUSIVE")
         ((num_tables,),) = connection.execute("SELECT count(*) FROM sqlite_master")
         connection.execute("COMMIT")
+        # merges the log into the shard and removes it
         connection.execute("PRAGMA journal_mode = DELETE")
         if not num_tables:
             path.unlink()  # while it is locked: a writer that has just begun notices and begins again

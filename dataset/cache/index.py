@@ -95,7 +95,7 @@ def mark_space(table: DatasetTable, latent: LatentSpec) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return a short digest of a text; file names may hold bytes that are no UTF-8."""
+    """Return a short digest of a text, which may contain file names with bytes that are not UTF-8."""
     return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()[:32]
 
 
@@ -144,7 +144,7 @@ def read_index(table: DatasetTable, names: Collection[str], tag: str, latent: La
     try:
         parts = read_parts(table.cache_directory)
         latents, texts = parts[tag, LATENTS], parts[tag, TEXTS]
-        if [*latents.lines] != latent_files or [*texts.lines] != text_files:
+        if [*latents.lines] != latent_files or [*texts.lines] != text_files:  # files were added or removed
             return None
         if latents.space != mark_space(table, latent) or latents.mark != texts.mark:
             return None

@@ -30,7 +30,7 @@ from protocols.data import LatentSpec
 
 
 class _IndexedFile(NamedTuple):
-    """What the previous index says of a cache file, so that the file need not be opened again."""
+    """Origin of a cache file in the previous index, which saves opening the file again."""
 
     stamp: list[int]  # size and time of the cache file
     record: str  # checksum of its record

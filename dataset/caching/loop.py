@@ -207,7 +207,7 @@ def run_caching(
     debug: DebugOptions | None,
     following: NextCommand,
 ) -> None:
-    """Run --debug_mode, --check, or the caching of one half.
+    """Cache the latents or the texts of a dataset, or do what --debug_mode or --check asks for instead.
 
     Args:
         kind: LATENTS or TEXTS.

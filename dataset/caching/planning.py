@@ -160,7 +160,7 @@ def _describe_shown(medium: ShownMedium) -> str:
 
 @dataclass(frozen=True, slots=True)
 class SourcePlan:
-    """Plan for one source."""
+    """Caches that one source still needs, those that are valid, and messages about it."""
 
     source: MediaSource
     kept: frozenset[str]  # names of valid files
@@ -243,9 +243,8 @@ class Planning:
         self._unchanged: dict[int, FileIdentity] = {}
         # how an earlier version read the source differently, by that version (`LatentRecord.as_shown`)
         self._reading_changes: dict[int, str | None] = {}
-        self._by_header = (
-            False  # whether the plan relied on the source's header, whose frame count may be wrong
-        )
+        # whether the plan relied on the source's header, whose frame count may be wrong
+        self._by_header = False
 
     def plan_by_shape(self) -> SourcePlan:
         """Do the same as `plan`, but faster.
@@ -334,9 +333,10 @@ class Planning:
             clip = clip or measure_source(self.source, latent)
             return self.compare(clip.size, [full_span(clip, latent.lengths)])
         if clip is not None:
+            # decoding may have stopped early, but only after enough frames for this run
             enough = frames_wanted(table)
             if clip.complete or (enough is not None and clip.kept_frames >= enough):
-                return self._compare_clip(clip)  # an earlier run has decoded all the frames that are used
+                return self._compare_clip(clip)
         if self.existing and recipe.stores.skip_existing:
             # the header may be wrong about the number of frames, so it counts only if it agrees with the
             # existing files
@@ -480,7 +480,7 @@ class Planning:
         else:
             header = self._read_header(file)
             record = self._record(file)
-        if record is None:
+        if record is None:  # another program wrote the file
             self._check_foreign(path, header, name=files[file], bucket=bucket, span=span)
             return False
         if record.parts != len(files):

@@ -317,9 +317,9 @@ class TextWork:
         """
         media = self._decode(source)
         if len(media.spans) != 1:
-            several = f"{len(media.spans)} items are cut out of it" if media.spans else media.reason
+            problem = f"{len(media.spans)} items are cut out of it" if media.spans else media.reason
             raise MediaError(
-                f"{source.path}: {several}, and the text encoder sees the frames of one with its caption. "
+                f"{source.path}: {problem}, and the text encoder sees the frames of one with its caption. "
                 'Give the table frame_extraction = "head" and one length in target_frames, or cut the file.'
             )
         (span,) = media.spans
@@ -394,7 +394,7 @@ class TextWork:
             crc32={},  # filled in by `_write`
             settings=file.settings,
             references=references,
-            as_shown=AS_SHOWN if references else 0,
+            as_shown=AS_SHOWN if references else 0,  # 0: no image was decoded, so its reading cannot change
         )
         encoder_metadata: Mapping[str, str] = {}
         if can_mark(encoder):

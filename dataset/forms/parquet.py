@@ -7,7 +7,7 @@ from dataset.forms.contract import FindCell, RowFormat, TableRow
 
 
 class Parquet(RowFormat):
-    """Parquet, also a folder of parts."""
+    """Parquet: one file, or a folder of files that are parts of one table."""
 
     suffixes = (".parquet", ".pq")
     is_text = False

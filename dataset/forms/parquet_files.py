@@ -61,7 +61,7 @@ def parquet_parts(path: Path) -> list[Path]:
 
 @contextlib.contextmanager
 def open_parquet(path: Path, repeating: Sequence[str] = ()) -> Iterator[Any]:
-    """Open a Parquet file (a pyarrow `ParquetFile`).
+    """Open a Parquet file as pyarrow's `ParquetFile`, and convert errors in the block to DatasetError.
 
     `repeating` are columns whose equal texts are stored only once in memory.
 

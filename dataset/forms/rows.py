@@ -505,7 +505,7 @@ def require_file(table: DatasetTable) -> Path:
 
 
 def names_read(table: DatasetTable, path_column: str, caption_column: str) -> set[str]:
-    """Return the names of columns that are read, except numbered ones (see `is_companion`)."""
+    """Return the names of the columns that are read, without numbered ones (see `is_companion`)."""
     names = {path_column, caption_column, table.control_column or ""}
     names |= {"mask_path", "control_mask_path", "worse_path"}
     if table.multi_caption:

@@ -82,7 +82,7 @@ class TarSample:
 
 @dataclass
 class TarIndex:
-    """Content of a tar."""
+    """Samples and errors that were found in a tar."""
 
     samples: list[TarSample] = field(default_factory=list)
     faults: list[tuple[str, str]] = field(default_factory=list)  # key of a sample, and its error

@@ -65,7 +65,7 @@ class TarMember:
                 yield piece
 
     def describe(self) -> dict[str, Any]:
-        """Return the tar, and the position of the member in it, as a cache records them."""
+        """Return the tar and the position of the member in it, in the form in which caches record them."""
         return {"in": str(self.container), "offset": self.offset, "bytes": self.size_bytes}
 
 

@@ -220,7 +220,7 @@ def read_companions(
     fps: float = 0.0,
     clock: Sequence[tuple[int, float]] = (),
 ) -> ClipCompanions:
-    """Read references, guides (which follow the references) and the control mask of a fetched source.
+    """Read the references, guides and control mask of a fetched source; guides follow the references.
 
     References are cropped to the bucket divided by the family's factor, or padded with white. An image has
     one frame. A reference clip has `count` frames, those at the times of `clock`; if it ends earlier, its

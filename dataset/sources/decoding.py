@@ -499,7 +499,8 @@ def _read_rejected(
     from dataset.sources.pairs import require_equal_size  # few images have a rejected one
 
     assert source.rejected is not None
-    rejected = read_image(source.rejected, has_alpha and not source.table.alpha_mask)
+    keeps_alpha = has_alpha and not source.table.alpha_mask  # with alpha_mask, alpha is the loss mask
+    rejected = read_image(source.rejected, keeps_alpha)
     require_equal_size(source, size, (rejected.shape[1], rejected.shape[0]))
     fitted = fit_image(rejected)
     return (add_alpha(fitted) if has_alpha else fitted)[None]

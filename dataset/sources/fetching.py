@@ -96,6 +96,7 @@ def _extract(origin: PackedFile, path: Path, copy: Path) -> Path:
         pieces = origin.pieces()
         first = next(pieces, b"")
         suffix = path.suffix
+        # the name says nothing about the format, so the first bytes decide
         if not origin.has_suffix:
             suffix = next((suffix for magic, suffix in _MAGIC if first.startswith(magic)), "")
         copy = copy.with_name(copy.name + suffix)

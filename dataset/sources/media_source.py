@@ -144,7 +144,7 @@ class MediaSource:
             *masks,
             *self.references,
             *self.guides,
-            *filter(None, (self.rejected,)),
+            *filter(None, (self.rejected,)),  # none or one
             *self.layers,
         )
         return tuple(zip(paths, self.origins or (None,) * len(paths), strict=True))
@@ -174,7 +174,7 @@ class FileIdentity:
 
 @dataclass(frozen=True)
 class ClipInfo:
-    """What decoding a clip has found, so that a later run knows the clip's items without decoding it."""
+    """Size and frame count of a decoded clip, from which later runs derive its items without decoding."""
 
     # width, height of the original; of precomputed moments, the size of the clip that was encoded
     size: tuple[int, int]
@@ -321,7 +321,7 @@ LISTED = 20  # maximum number of faults of one kind in a message
 
 @dataclass(frozen=True)
 class Fault:
-    """A problem of a dataset. A text that is a complete sentence ends with a full stop."""
+    """A problem of a dataset; its text ends with a full stop only if it is a complete sentence."""
 
     kind: str  # heading of faults of the same kind, which follows their number: "captions cannot be read"
     text: str  # one line that says where the problem is, and what it is

@@ -46,7 +46,7 @@ def fill_wildcards(text: str, generator: random.Random) -> FilledText:
             groups[-1].pieces.append(piece)
     while len(groups) > 1:  # braces that are never closed: no choice is drawn
         group = groups.pop()
-        num_lone += group.opened % 2
+        num_lone += group.opened % 2  # two braces are a literal one, an odd brace is alone
         groups[-1].pieces += ["{" * _count_literal(group.opened), *group.pieces]
     return FilledText("".join(groups[0].pieces).replace(_BAR, "|"), num_lone > 0)
 
