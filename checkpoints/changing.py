@@ -173,7 +173,7 @@ def _without_scales(names: Sequence[str], scales: Mapping[str, str], unscaled: s
 def _check_pairs(
     checkpoint: Checkpoint, names: Sequence[str], scales: Mapping[str, str], unscaled: set[str]
 ) -> None:
-    """Raise OptionError if an 8-bit weight is kept without its scale, or a scale without its weight."""
+    """Raise OptionError if only one of an 8-bit weight and its scale would be written."""
     remaining = set(names)
     for weight, scale in scales.items():
         is_pair = (weight in remaining) == (scale in remaining)

@@ -87,7 +87,7 @@ def check_count(path: Path, tensors: int) -> None:
 
 
 class HeaderFile:
-    """A file whose header lists its tensors."""
+    """Base of files with a header that lists their tensors."""
 
     left_out: Sequence[str] = ()  # names of entries that are not tensors
     header = "header"  # description of the header, for messages
@@ -197,7 +197,7 @@ def _check_spans(spans: Iterable[tuple[int, int, str]]) -> int:
 
 
 class TorchFile:
-    """A file of `torch.save`, memory-mapped and unpickled without running code."""
+    """A file of `torch.save` that is memory-mapped and unpickled without running code."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -234,12 +234,12 @@ class TorchFile:
                 )
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor of the mapped file; `scratch` is not used."""
+        """Return a tensor of the memory-mapped file; `scratch` is not needed."""
         # the dtype in `tensors` is fp8 if `checkpoints.marks` has recognized fp8 stored as uint8
         return self._tensors[name].detach().view(self.tensors[name].dtype)
 
     def close(self) -> None:
-        """Release all tensors, which unmaps the file."""
+        """Release all tensors, which unmaps the file from memory."""
         self._tensors = {}
 
 
@@ -294,7 +294,7 @@ def load_pickled(path: Path, times: int = 1) -> Any:
 
 
 class _Counted:
-    """A file with a limited number of reads, because torch reads a pickle one instruction at a time."""
+    """File that limits the number of reads, because torch reads a pickle one instruction at a time."""
 
     def __init__(self, file: BinaryIO, times: int) -> None:
         self._file = file
@@ -335,7 +335,7 @@ _PLAIN = "Only plain weights can be read: save them as dense tensors, best in a 
 
 
 def _check_plain(content: Any, path: Path) -> None:
-    """Raise CheckpointError if a tensor in a container is sparse, nested, quantized or without data."""
+    """Raise CheckpointError if a tensor of a pickled file is sparse, nested, quantized or without data."""
     waiting: list[tuple[str, Any]] = [("", content)]
     visited: set[int] = set()  # a malicious file may nest a container in itself
     while waiting:
@@ -351,7 +351,7 @@ def _check_plain(content: Any, path: Path) -> None:
 
 
 def _name_special_kind(tensor: Tensor) -> str | None:
-    """Name the kind of a tensor that is not plain and dense, such as sparse; None for a plain one."""
+    """Return the kind of a tensor that is not a plain dense one, such as sparse; None for a plain tensor."""
     if tensor.is_nested:
         return "a nested tensor"
     if tensor.layout is not torch.strided:

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class StoredLoading:
-    """Which weights of linear layers are in 8 or 4 bits once a network is loaded."""
+    """Names and storage form of the linear weights that a network is loaded with in 8 or 4 bits."""
 
     form: StoredForm | None  # from the options; None if they set none
     rounded: frozenset[str] = frozenset()  # names of weights that are quantized to `form` while loading
@@ -53,12 +53,12 @@ class StoredLoading:
 def linear_weights(
     module: nn.Module, lists: Sequence[str] | None = None, exclude: Sequence[str] = ()
 ) -> frozenset[str]:
-    """Return the names of the weights of linear layers.
+    """Return the names of the weights of a network's linear layers.
 
     Args:
         module: The network.
-        lists: Names of its lists of blocks, whose layers alone count; None: all layers.
-        exclude: Parts of names; weights whose names contain one are skipped.
+        lists: Names of block lists to which the result is limited; None: all layers.
+        exclude: Substrings; weights whose names contain one are skipped.
     """
     prefixes = None if lists is None else tuple(f"{name}." for name in lists)
     names = set()
@@ -357,7 +357,7 @@ class _Filling:
         return Stored(form, stored.shape, (weight, *copies))
 
     def _read_stored(self, name: str, layer: nn.Linear) -> Stored:
-        """Return a quantized weight as in the file; its tensors may be views of `scratch`."""
+        """Read a quantized weight unchanged; its tensors may be views of `scratch`."""
         source = self._sources[name]
         stored = source.make_stored(self._read_parts(source))
         assert stored is not None
@@ -418,7 +418,7 @@ class _Filling:
         return self._patch(name, tensor, target)
 
     def _read_parts(self, source: TensorSource) -> list[Tensor]:
-        """Return the file's tensors for one source, on the device; they may be views of `scratch`."""
+        """Read the stored tensors of one source to the device; they may be views of `scratch`."""
         parts: list[Tensor] = []
         start = 0
         for part in source.names:
@@ -432,8 +432,8 @@ class _Filling:
     def _check_finite(self, part: str, tensor: Tensor) -> None:
         """Check a tensor of the file for NaN and infinite values.
 
-        On a CPU, an error is raised at once. Copies to other devices are asynchronous, and reading a result
-        would wait for them, so these results are only collected, and read after loading.
+        On the CPU, an error is raised immediately. Copies to other devices are asynchronous, and reading a
+        check would wait for them; so those checks are collected and read after loading.
         """
         if tensor.device.type == "cpu":
             check_finite(self._checkpoint.path, part, tensor)

@@ -48,7 +48,7 @@ Location: TypeAlias = tuple[TensorFile, str]
 
 
 class Checkpoint(contextlib.ExitStack):
-    """The tensors of one or several files, by name, read on demand. Use it as a context manager."""
+    """Tensors of one or several files, read on demand by name; use it as a context manager."""
 
     def __init__(
         self,
@@ -122,9 +122,9 @@ class Checkpoint(contextlib.ExitStack):
     def without_prefix(self, *prefixes: str, others: Sequence[str] = ()) -> "Checkpoint":
         """Return a checkpoint with prefixes removed, each only if all tensors of the network have it.
 
-        Tensors that begin with one of `others`, prefixes of other networks in an all-in-one file, do not
-        count. They are left out if a prefix is removed. Both checkpoints share the open files: close only
-        one of them.
+        Tensors of other networks in an all-in-one file, whose prefixes are `others`, are ignored in this
+        check; they are left out if a prefix is removed. Both checkpoints share the open files: close only one
+        of them.
         """
         locations: Mapping[str, Location] = self._locations
         for prefix in prefixes:
@@ -463,7 +463,7 @@ _TABLES = ("_ids", "_index", "_ind")  # suffixes of tables of integers, which ar
 
 
 def _is_packed_weight(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Return whether a tensor of integers or 8-bit floats looks like a quantized weight of a layer."""
+    """Return whether an integer or 8-bit float tensor looks like a layer's quantized weight."""
     info = tensors[name]
     layer, separator, _ = name.partition(".weight.")  # as in blocks.0.q.weight.data
     if not separator:
@@ -537,7 +537,7 @@ def _make_packed_source(path: Path, name: str, info: TensorInfo) -> TensorSource
 
 
 def find_scales(names: Iterable[str]) -> dict[str, str]:
-    """Return the names of scales by the names of their weights."""
+    """Map each weight name to the name of its scale."""
     scales = {}
     for name in names:
         for suffix in _SCALES:

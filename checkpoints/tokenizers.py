@@ -133,7 +133,7 @@ class TokenizerFiles:
         return tokenizer
 
     def read_bytes(self, file: Path) -> bytes:
-        """Read a tokenizer file.
+        """Return the content of a tokenizer file.
 
         Raises:
             CheckpointError: If the file is too large or cannot be read.
@@ -207,7 +207,7 @@ class TokenizerFiles:
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of an error's text, or its class name if it has no text."""
+    """Return the first line of an error's message, or its class name if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -86,7 +86,7 @@ class MergeModelsOptions(Options, title="what to do"):
 
     @property
     def shares(self) -> tuple[float, ...]:
-        """Return the share of each model; equal ones by default."""
+        """Return the weight of each model in the sum; equal weights by default."""
         return self.ratios or (1 / len(self.models),) * len(self.models)
 
 

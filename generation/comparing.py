@@ -70,7 +70,7 @@ class Variant:
 
 
 class Cell(NamedTuple):
-    """A prompt, and its clip in one column."""
+    """One cell of a comparison: a prompt and its clip in one column."""
 
     prompt: GenerationJob
     clip: GenerationJob
@@ -264,7 +264,7 @@ def _find_first_path(column: network_setup.LorasByExpert) -> Path:
 
 
 def _hash_files(experts: Sequence[Expert], column: network_setup.LorasByExpert) -> dict[str, str]:
-    """Return the SHA-256 hashes of a column's files, by their names in metadata."""
+    """Return the SHA-256 hashes of a column's LoRA files, by their metadata keys."""
     hashes: dict[str, str] = {}
     for expert, expert_uses in zip(experts, column, strict=True):
         if expert_uses:
@@ -425,7 +425,7 @@ def _begin_phase(
 
 
 def decode_cells(run: GenerationRun, cells: Sequence[GenerationJob]) -> dict[str, Path]:
-    """Decode latents to clips; return the paths by label.
+    """Decode the latents of comparison cells to clips; return the paths of all clips by label.
 
     Latent files are removed unless --output_type asks for them.
     """

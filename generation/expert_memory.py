@@ -35,7 +35,7 @@ from runtime.planning.memory_plan import NAMES, MemoryPart, MemoryPlan, Phase, S
 
 @dataclass(frozen=True)
 class ExpertTurns:
-    """The order in which the experts of a run work.
+    """Order in which the experts of a run are used.
 
     Attributes:
         order: Indices of experts, from `plan_turns`.

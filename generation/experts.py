@@ -45,13 +45,13 @@ LoadDit = Callable[[int], nn.Module]  # expert -> its network on the device
 
 
 class WaitingNetwork(Protocol):
-    """A network whose weights can wait in host memory, like `runtime.offload.turns.HostCopy`."""
+    """Network with weights that can be moved to host memory, such as `runtime.offload.turns.HostCopy`."""
 
     def bring(self) -> None:
-        """Copy the weights to the device."""
+        """Copy the weights from host memory to the device."""
 
     def leave(self) -> None:
-        """Release the device memory; the host keeps the weights."""
+        """Free the device memory of the weights, which stay in host memory."""
 
 
 def _copy_to_host(network: nn.Module, device: torch.device) -> WaitingNetwork:
@@ -95,7 +95,7 @@ def plan_turns(family: Family, requests: Sequence[Prepared]) -> list[int]:
 
 @dataclass
 class DitTurns:
-    """The loaded networks of a model's experts, by index of the expert."""
+    """Load the networks of a model's experts and move them between device and host as their turns come."""
 
     experts: Sequence[Expert]
     device: torch.device

@@ -36,7 +36,7 @@ class Axis:
     values: tuple[Value, ...]
 
     def describe(self, index: int) -> str:
-        """Return a label of one value: `guidance_scale = 3`."""
+        """Return the label of the axis value at an index, such as `guidance_scale = 3`."""
         return f"{self.name} = {self.texts[index]}"
 
 

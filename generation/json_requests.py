@@ -71,7 +71,7 @@ class Interrupts:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Delay a KeyboardInterrupt until the block has ended."""
+        """Delay a KeyboardInterrupt until the `with` block has ended."""
         self._is_held = True
         try:
             yield

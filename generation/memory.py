@@ -71,7 +71,7 @@ class PhasePrediction:
 
     @property
     def maximum(self) -> int:
-        """Largest number of blocks that can be swapped."""
+        """Largest possible number of swapped blocks."""
         return len(self.swaps) - 1
 
     def phase(self, count: int) -> memory_plan.Phase:
@@ -92,7 +92,7 @@ class PhasePrediction:
         return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
-        """Return the device memory of denoising with this number of swapped blocks, in bytes."""
+        """Return the device memory of denoising, in bytes, with this number of swapped blocks."""
         return self.phase(blocks).device
 
 
@@ -381,7 +381,7 @@ def make_phase(name: str, ledger: dry.Ledger, extra: memory_plan.MemoryPart) -> 
 
 
 def make_solid(conditions: Conditions) -> Conditions:
-    """Replace fake tensors of a dry run by real, uninitialized ones, which later dry runs accept.
+    """Replace fake tensors of a dry run by real, uninitialized tensors, which later dry runs accept.
 
     Integer tensors are real already and keep their values.
     """

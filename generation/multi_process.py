@@ -176,7 +176,7 @@ def read_together(ask: Callable[[], str]) -> Callable[[], str]:
 
 
 def _uses_of(family: Family, options: GenerationOptions) -> RunUses:
-    """Return the features of a generation that conflict with some modes of running on several GPUs."""
+    """Return features of a run that exclude some ways of using several GPUs."""
     turns = {
         "--offload_inactive_dit": options.experts.offload_inactive_dit,
         "--lazy_loading": options.experts.lazy_loading,

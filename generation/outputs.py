@@ -59,7 +59,7 @@ class FrameTools(Protocol):
         """
 
     def check_length(self, frames: int, label: str) -> None:
-        """Raise OptionError if there is a single frame but a tool works on several.
+        """Raise OptionError if a tool needs several frames and the clip has only one.
 
         Args:
             frames: Number of frames.
@@ -108,7 +108,7 @@ def output_stem(
 
 
 def name_job(output: OutputOptions, when: datetime, seed: int, prompt: str) -> str:
-    """Return the name of a job's output without its suffix, following the script's naming rules."""
+    """Return a job's file name without suffix: the time and, depending on the options, seed and prompt."""
     if output.naming == "time":  # as in sd-scripts
         return f"{when:%Y%m%d_%H%M%S}"
     if output.naming == "released":  # as in HunyuanVideo's code, without characters that file systems reject
@@ -324,7 +324,7 @@ def _save_video(
     side_suffixes: Sequence[str],
     track: Track | None,
 ) -> Path:
-    """Write a video.
+    """Write a video, and its frames as PNG files too with --keep_pngs.
 
     Args:
         options: Options of the run.
@@ -340,7 +340,7 @@ def _save_video(
         logger.warning("--codec %s is written as %s because mp4 cannot hold it", options.format.codec, suffix)
     name = options.file_name or free_stem(options.save_path, stem, [suffix, *side_suffixes]) + suffix
     path = options.save_path / name
-    first_frames = list(islice(playing, 1))
+    first_frames = list(islice(playing, 1))  # read ahead for the size
     height, width = first_frames[0].shape[:2]
     codec = resolve_codec(options.format.codec, width, height)  # an encoder may reject small frames
     playing = chain(first_frames, playing)

@@ -242,7 +242,7 @@ def find_option(word: str, options: Mapping[str, LineOption]) -> LineOption | No
 
 
 def store(values: dict[str, Any], option: LineOption, value: Value) -> None:
-    """Store the value of an option, and unset the options that it replaces."""
+    """Store an option's value, and remove the options that it replaces."""
     if isinstance(value, Mapping):
         values.update(value)
     elif option.repeats:
@@ -344,7 +344,7 @@ def unquote(text: str) -> str:
 
 
 def _check_count(options: int) -> None:
-    """Raise OptionError if a line has an implausible number of options."""
+    """Raise OptionError if a prompt line has too many options to be genuine."""
     if options > MAX_LINE_OPTIONS:
         raise OptionError(
             f"it has {options:,} options, which are words behind --, and {MAX_LINE_OPTIONS} are the most. "
@@ -432,7 +432,7 @@ def _list_spellings(words: Sequence[str], find: Callable[[str], LineOption | Non
 
 
 def _find_odd_options(line: str, find: Callable[[str], LineOption | None]) -> list[str]:
-    """Return an error for each option that does not start with two plain dashes."""
+    """Return an error message for each option of a line that does not start with two plain dashes."""
     return [
         f"{dash}{word} {value}: an option begins with two plain dashes. Write --{word}"
         for dash, word, value in _ODD_OPTION.findall(line)[:MAX_LINE_OPTIONS]

@@ -49,7 +49,7 @@ TURN = 0.9  # fraction of a period that RIFLEx's slowed frequency completes over
 
 
 def draw_seed() -> int:
-    """Draw a seed from the system's entropy; processes that generate together use that of the first one."""
+    """Draw a seed from the system's entropy; with several processes, all use the seed of the first one."""
     seed = secrets.randbelow(2**SEED_BITS)
     if not (distributed.is_available() and distributed.is_initialized()):
         return seed
@@ -59,7 +59,7 @@ def draw_seed() -> int:
 
 
 def seed_of(text: str) -> int:
-    """Return the seed of --seed, as `read_seed` does.
+    """Parse the value of --seed with `read_seed`.
 
     Raises:
         OptionError: If the number has too many digits.
@@ -386,7 +386,7 @@ class GenerationRun:
 
     @property
     def loras(self) -> LorasInWords:
-        """Return the file name and the strength of each LoRA, by expert as `list_loras` names them."""
+        """File name and strength of each LoRA, by the expert names of `list_loras`."""
         loras = list_loras(self.options).items()
         return {expert: [(path.name, strength) for path, strength in files] for expert, files in loras}
 

@@ -216,7 +216,7 @@ def _check_audio(family: Family, path: Path, audio: Tensor, latent_frames: int) 
 
 @contextlib.contextmanager
 def explain_lack(advice: str) -> Iterator[None]:
-    """Turn an out-of-memory error in the block into a UserError.
+    """Turn an out-of-memory error in the `with` block into a UserError.
 
     Args:
         advice: Sentence about what was saved and how to continue.

@@ -19,7 +19,7 @@ MEDIA = ("image_path", "end_image_path", "control_path", "control_image_path")
 
 
 class RequestOptions(Options, title="what to make"):
-    """Options of each video on the command line; a prompt line can override them.
+    """Command-line options of each video or image; a prompt line can override them.
 
     None stands for the task's default.
     """

@@ -142,7 +142,7 @@ class RequestedImage:
 
 @dataclass(frozen=True, eq=False)
 class TextState:
-    """The text encoders' outputs for one text."""
+    """Text encoder outputs for one text."""
 
     # L C with L = 75 * chunks + 2; with --XTI_embeddings times the number of cross-attentions
     context: Tensor
@@ -170,7 +170,7 @@ UnetHook = Callable[[UnetCall], UnetCall]
 
 @dataclass(frozen=True, eq=False)
 class SecondStart:
-    """The images or latents from which the second stage starts, one for each requested image."""
+    """Images or latents that the second stage starts from, one for each requested image."""
 
     images: Sequence[Image] | None = None
     latents: Tensor | None = None  # B 4 h w, scaled as the U-Net sees them
@@ -178,7 +178,7 @@ class SecondStart:
 
 @dataclass(frozen=True, eq=False)
 class Made:
-    """The result of one stage for a batch."""
+    """Latents and images that one stage generates for a batch."""
 
     latents: Tensor  # B 4 h w, as the U-Net sees them, float32
     images: Sequence[Image] | None  # None if only latents were requested

@@ -47,11 +47,11 @@ class ControlNets:
     """Run several ControlNets next to the U-Net and add their residuals."""
 
     def __init__(self, networks: Sequence[Any], uses: Sequence[ControlUse], model: Model) -> None:
-        """Store loaded ControlNets for a model.
+        """Prepare loaded ControlNets for use with a model.
 
         Args:
             networks: Diffusers' ControlNetModels on the model's device.
-            uses: How each network is used.
+            uses: Strength, preprocessor and steps of each network.
             model: The loaded model.
         """
         self._networks = networks
@@ -115,7 +115,7 @@ class ControlNets:
 
 
 def check_control_nets(options: ControlOptions, unet: Mapping[str, Any], kind: ModelKind) -> None:
-    """Compare the headers of all ControlNets with a U-Net, before anything is loaded.
+    """Check by the headers that all ControlNets fit a U-Net, before anything is loaded.
 
     Args:
         options: Options of ControlNets.
@@ -227,7 +227,7 @@ class BatchGuides:
 
 
 def is_active(use: ControlUse, call: UnetCall) -> bool:
-    """Return whether a model acts in the step of a call, which is one of the first `ratio` of the steps."""
+    """Return whether a ControlNet is active in this step, one of the first `ratio` of all steps."""
     return call.step / call.num_steps <= use.ratio
 
 

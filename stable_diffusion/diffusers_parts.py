@@ -43,7 +43,7 @@ def make_xformers_processor() -> Any:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Return the betas of a schedule whose last timestep is noise alone.
+    """Rescale betas so that the last timestep is pure noise.
 
     Args:
         betas: Betas of the schedule, float32, one per timestep.

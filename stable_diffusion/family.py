@@ -221,7 +221,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def latent(self) -> LatentSpec:
-        """Sizes and file names of the latents."""
+        """Shape, scale and cache file names of the latents."""
         return latent_spec(self.kind)
 
     @property
@@ -245,7 +245,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _extras(self) -> tuple[str, ...]:
-        """Return the settings of requests that only this model reads."""
+        """Names of request settings that only this model reads."""
         if self.inpaints:
             return (MASK_PATH,)
         return () if self._control_network is None else ("control_multiplier",)
@@ -317,7 +317,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _control_network(self) -> CustomNetwork | None:
-        """Return the trained network that takes control images."""
+        """Return the trained network that uses control images; None if there is none."""
         made = self.custom_network
         return None if made is None or made.in_text_encoders else made
 
@@ -353,14 +353,14 @@ class StableDiffusion(ModelOfImages):
     # inpainting
 
     def for_inpainting(self) -> "StableDiffusion":
-        """Return the model with an inpainting U-Net; a full training adds missing input channels."""
+        """Return the model with an inpainting U-Net; full fine-tuning adds the missing input channels."""
         takes = UnetInput.WIDENED if self.options.is_full else UnetInput.INPAINTING
         return replace(self, inpaints=True, files=replace(self.files, unet_input=takes))
 
     def encode_masked(
         self, encoders: MediaEncoders, pixels: Tensor, mask: Tensor, generator: torch.Generator
     ) -> dict[str, Tensor]:
-        """Return a mask and the latents of the masked image, 5 1 h w.
+        """Return an inpainting model's additional input: the mask and the masked image's latents, 5 1 h w.
 
         Args:
             encoders: The loaded VAE.
@@ -389,7 +389,7 @@ class StableDiffusion(ModelOfImages):
     # files
 
     def check_files(self, media: bool) -> None:
-        """Check that the files exist and belong to a supported kind."""
+        """Raise UserError if a model file is missing or belongs to an unsupported kind."""
         self.files.check()
 
     @property
@@ -411,7 +411,7 @@ class StableDiffusion(ModelOfImages):
         return self.files.unet_dtype(placement)
 
     def load_dit(self, placement: Placement, expert: int = 0) -> nn.Module:
-        """Load the U-Net. Stable Diffusion has one network for all noise levels."""
+        """Load the U-Net; `expert` is ignored, because one network handles all noise levels."""
         unet = self.files.load_unet(placement, self.dit)
         if self.learning_texts is not None and self.learning_texts.layers:
             from stable_diffusion.layer_texts import give_parts  # only for a word with vectors for each layer
@@ -456,7 +456,7 @@ class StableDiffusion(ModelOfImages):
         return replace(self, bundled=words)
 
     def with_word_in_texts(self, word: WordToLearn) -> "StableDiffusion":
-        """Return the model with rows for a trained word in its text encoders."""
+        """Return the model with embedding rows for a trained word in its text encoders."""
         assert self.learning_texts is not None  # as for each training
         learning = replace(self.learning_texts, word=NewWord(word.text, word.count))
         return replace(self, learning_texts=learning)
@@ -477,7 +477,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def learning_parts(self) -> LearningParts:
-        """Learning rates of text encoders and blocks, and how long the text encoders are trained."""
+        """Learning rates of text encoders and U-Net blocks, and how long text encoders are trained."""
         options = self.options
         return LearningParts(options.text_rates, options.block_rates, options.text_steps)
 
@@ -487,7 +487,7 @@ class StableDiffusion(ModelOfImages):
         return by_name[text_encoder].reads_weight(weight)
 
     def checkpoint_bytes(self, dtype: torch.dtype | None) -> int:
-        """Return the size in bytes of a full checkpoint whose trained weights have a dtype."""
+        """Return the bytes of a full checkpoint whose trained weights are saved in a dtype."""
         with quiet():
             infos = make_writer(self.files, {}, self._trained_marks).list_infos(dtype)
         return sum(info.size_bytes for info in infos.values())
@@ -664,7 +664,7 @@ class StableDiffusion(ModelOfImages):
 
     @cached_property
     def _counting(self) -> list[TowerEncoder]:
-        """Return text encoders with only their tokenizers loaded."""
+        """Return text encoders of which only the tokenizers are loaded, to count tokens."""
         return make_encoders(
             self.files,
             self.chunks,
@@ -733,7 +733,7 @@ def family_for_latent_caching(kinds: tuple[ModelKind, ...], options: LatentCachi
 def family_for_text_caching(
     kinds: tuple[ModelKind, ...], options: TextCachingOptions, clip_skip: int | None = None
 ) -> StableDiffusion:
-    """Return the family of the script that caches texts."""
+    """Return the model for caching text encoder outputs."""
     dtype = select_compute_dtype(options.text_encoder_dtype, "--text_encoder_dtype", torch.float32)
     assert dtype is not None
     files = TrainingFiles(kinds, options.ckpt, tokenizer_cache_dir=options.tokenizer_cache_dir, dtype=dtype)

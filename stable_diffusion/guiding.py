@@ -54,7 +54,7 @@ _Layer = tuple[int, int] | str
 
 
 class Vgg16(nn.Module):
-    """VGG16, up to the layer whose features are compared."""
+    """VGG16 up to the layer whose features are compared."""
 
     def __init__(self, layers: Sequence[_Layer]) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ class Vgg16(nn.Module):
         )
 
     def forward(self, pixels: Tensor) -> Tensor:
-        """Return features B C h w in the compute dtype.
+        """Compute features, B C h w, in the compute dtype.
 
         Args:
             pixels: Pixels, B 3 H W in 0..1.
@@ -133,7 +133,7 @@ Measure = Callable[[Tensor], Tensor]  # pixels 1 3 H W, in 0..1 -> the loss, sca
 
 @dataclass(frozen=True, eq=False)
 class FullClip:
-    """CLIP with both towers, for text and images."""
+    """CLIP with its text and image encoder."""
 
     text: ClipText
     projection: Tensor
@@ -141,7 +141,7 @@ class FullClip:
 
     @torch.no_grad()
     def encode_text(self, ids: Sequence[int]) -> Tensor:
-        """Return the CLIP vector of a text, 1 P.
+        """Return the CLIP embedding of a text, 1 P.
 
         Args:
             ids: Token ids of the text, with start and end token.

@@ -53,7 +53,7 @@ def make_inputs(
 
 
 def keep_image(request: Request, keep: Callable[[Request, str], Request], who: str) -> Request:
-    """Return a request whose `image_path` is the image to repaint, if it has one, without unusable media.
+    """Return a request whose `image_path` is the image to repaint, without media that cannot be used.
 
     Args:
         request: The request.
@@ -63,10 +63,10 @@ def keep_image(request: Request, keep: Callable[[Request, str], Request], who: s
     Raises:
         OptionError: If the image or the mask cannot be read, or if there is a mask without an image.
     """
-    path, others = request.image_path, request.control_images
-    if path is None and others:  # the first control image is the one to repaint
-        path, others = others[0], others[1:]
-    usable = keep(replace(request, image_path=None, control_images=others), who)
+    path, control_images = request.image_path, request.control_images
+    if path is None and control_images:  # the first control image is the one to repaint
+        path, control_images = control_images[0], control_images[1:]
+    usable = keep(replace(request, image_path=None, control_images=control_images), who)
     source = request.source
     if source is not None and source.option == IMAGE:
         path = source.path

@@ -369,7 +369,7 @@ def import_prompter(name: str) -> ModuleType:
         OptionError: If the module cannot be imported or has no get_prompter.
     """
     if name.endswith(".py"):
-        reason = rejects_code()
+        reason = rejects_code()  # with `run` and the queue, names come from files of others
         if reason is not None:
             raise OptionError(f"--from_module {name}: {reason}")
         spec = importlib.util.spec_from_file_location(Path(name).stem, name)

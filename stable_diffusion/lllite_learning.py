@@ -36,7 +36,7 @@ CPU = torch.device("cpu")
 
 
 class TrainedLllite(Lllite):
-    """The trained modules. They change the inputs of the U-Net's layers in every call of the U-Net."""
+    """Trained LLLite modules, which change layer inputs in every U-Net call."""
 
     def __init__(self, parts: Mapping[str, LllitePart], dropout: float = 0.0) -> None:
         super().__init__(parts, dropout)
@@ -51,7 +51,7 @@ class TrainedLllite(Lllite):
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float) -> None:
-        """Set the control images of the next call of the U-Net, B 3 H W in 0..1; None for a call without."""
+        """Set the control images of the next U-Net call, B 3 H W in 0..1; None for no control."""
         self.controls = None if controls is None else controls * 2 - 1
         self.strength = strength
 
@@ -74,14 +74,14 @@ class TrainedLllite(Lllite):
     def compute_residuals(
         self, controls: Tensor | None, strength: float, _: Mapping[str, Any]
     ) -> dict[str, Any]:
-        """Set the control images of a call of the U-Net; return {}, as the call needs no arguments."""
+        """Set the control images for a U-Net call; return {}, as the call needs no more arguments."""
         self.see(controls, strength)
         return {}
 
     def _change_input(
         self, module: LlliteModule, _: nn.Module, inputs: tuple[Any, ...]
     ) -> tuple[Any, ...] | None:
-        """Forward pre-hook of a layer: return its changed inputs; None without a control image."""
+        """Forward pre-hook of a layer that returns its changed inputs, or None without a control image."""
         strength = self.multiplier * self.strength
         if self.controls is None or strength == 0:
             return None
@@ -93,7 +93,7 @@ class TrainedLllite(Lllite):
 
 
 def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values: bool) -> TrainedLllite:
-    """Build the modules for a U-Net and attach them to its layers.
+    """Build LLLite modules for a U-Net and attach them to its layers.
 
     New modules have no effect at first: weight and bias of `up` are zero.
 
@@ -171,7 +171,7 @@ def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
 
 
 def _check_file(options: SdxlLlliteTrainingOptions) -> None:
-    """Check --network_weights by its header. Raises CheckpointError or OptionError."""
+    """Check --network_weights by its header; raise CheckpointError or OptionError if it does not fit."""
     path = options.network_weights
     if path is None:
         return

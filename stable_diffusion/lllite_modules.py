@@ -134,7 +134,7 @@ def plan_lllite(unet: nn.Module, width: int, rank: int) -> dict[str, LllitePart]
 
 
 def find_layer_path(name: str) -> str | None:
-    """Return the path in diffusers' U-Net of the layer that a module changes; None if SDXL lacks it."""
+    """Return diffusers' path of the U-Net layer that an LLLite module changes; None if SDXL lacks it."""
     return module_path(alias(name.removeprefix(PREFIX), SDXL_NAMES), SDXL_NAMES)
 
 

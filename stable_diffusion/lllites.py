@@ -83,7 +83,7 @@ class Lllites:
 
 
 class _LlliteBatch:
-    """The guides of a batch and their embeddings, while the batch is generated."""
+    """Guide images of the batch that is being generated, and their embeddings."""
 
     def __init__(self, uses: Sequence[ControlUse], guides: BatchGuides, dtype: torch.dtype) -> None:
         self._uses = uses

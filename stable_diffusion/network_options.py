@@ -89,7 +89,7 @@ class ControlOptions(Options, title="ControlNet"):
 
     @property
     def uses(self) -> tuple[ControlUse, ...]:
-        """The networks with preprocessor, strength and fraction of the steps; missing values get defaults."""
+        """Path, preprocessor, strength and step fraction of each ControlNet, with defaults filled in."""
         paths = self.control_net_models or self.control_net_lllite_models or ()
         count = len(paths)
         return tuple(
@@ -105,7 +105,7 @@ class ControlOptions(Options, title="ControlNet"):
 
 
 def read_preparation(text: str) -> tuple[int, int] | None:
-    """Read a value of --control_net_preps: None, or Canny's thresholds. Raises OptionError otherwise."""
+    """Parse a value of --control_net_preps: None or the thresholds of Canny; raise OptionError for others."""
     if text == "none":
         return None
     match = re.fullmatch(r"canny(?:_(\d{1,5})(?:_(\d{1,5}))?)?", text)
@@ -305,7 +305,7 @@ class AddedNetworkOptions(Options, title="LoRA and other networks"):
 
     @property
     def num_merged(self) -> int:
-        """Number of files, counted from the first, that are merged into the weights."""
+        """Number of LoRA files, counted from the first, that are merged into the weights."""
         return len(self.files) if self.network_merge else self.network_merge_n_models or 0
 
     @property

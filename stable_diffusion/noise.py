@@ -44,7 +44,7 @@ class VariedNoise:
         return self._add_levels(noise, generator) if self.levels else noise
 
     def _add_offset(self, noise: Tensor, latents: Tensor, generator: torch.Generator) -> Tensor:
-        """Source: "Diffusion with Offset Noise", Guttenberg 2023."""
+        """Add noise that is constant per channel ("Diffusion with Offset Noise", Guttenberg 2023)."""
         assert self.offset is not None
         share = torch.rand((), generator=generator) if self.offset_is_random else torch.ones(())
         offset = self.offset * share

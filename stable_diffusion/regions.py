@@ -81,7 +81,7 @@ SEPARATOR = " AND "
 
 
 def split_parts(prompt: str) -> list[str]:
-    """Split a prompt into the parts of its regions."""
+    """Split a prompt into the parts that belong to regions of a mask."""
     return [part.strip() for part in prompt.split(SEPARATOR)]
 
 
@@ -149,7 +149,7 @@ class Regions:
         self._color_codes = color_codes
 
     def read(self, picture: RequestedImage, width: int, height: int) -> Tensor:
-        """Return the regions of an image's parts at a size in pixels: P height width; P 1 1 without a mask.
+        """Return the regions of an image's prompt parts at a size in pixels, P H W; P 1 1 without a mask.
 
         Raises:
             OptionError: If an image with a mask does not have one LoRA for each part, or if LoRAs are folded
@@ -187,7 +187,7 @@ class Regions:
 
 
 class _Batch:
-    """The regions of one batch while it is generated."""
+    """Regions of the batch that is being generated, with masks of each feature size."""
 
     def __init__(self, regions: Tensor) -> None:
         # regions: B P H W

@@ -51,7 +51,7 @@ def _is_plain(block: Any) -> bool:
 
 
 def _run_norm(norm: Any, x: Tensor) -> Tensor:
-    """Return the normed values in the dtype of x, if that is also the dtype of the weights."""
+    """Normalize x, and return the dtype of x if the norm's weights have it too."""
     keeps_dtype = x.dtype == norm.weight.dtype
     with torch.autocast(x.device.type, enabled=False) if keeps_dtype else nullcontext():
         output: Tensor = type(norm).forward(norm, x)
@@ -59,7 +59,7 @@ def _run_norm(norm: Any, x: Tensor) -> Tensor:
 
 
 def _run_block(block: Any, x: Tensor, time: Tensor) -> Tensor:
-    """Return the output of a block, B C H W, for x, B C' H W, and SiLU of the embedded time, B E."""
+    """Run a residual block on x, B C' H W, and SiLU of the time embedding, B E; return B C H W."""
     hidden = block.conv1(block.nonlinearity(block.norm1(x)))
     hidden = hidden + block.time_emb_proj(time)[:, :, None, None]
     hidden = block.dropout(block.nonlinearity(block.norm2(hidden)))

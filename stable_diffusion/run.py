@@ -156,7 +156,7 @@ def viewer_command(platform: str = sys.platform, environment: Mapping[str, str] 
 
 
 def show_image(program: str, path: Path) -> None:
-    """Open an image. Does not wait for the viewer, and ignores its errors."""
+    """Open an image in a viewer program without waiting for it; ignore its errors."""
     subprocess.Popen(
         [program, str(real_path(path))],
         stdin=subprocess.DEVNULL,

@@ -100,7 +100,7 @@ def _compute_lms_coefficient(scheduler: Any, order: int, index: int, which: int)
 
 @contextmanager
 def _no_warnings_to_developers() -> Iterator[None]:
-    """Hide FutureWarning and DeprecationWarning of diffusers, on which users cannot act."""
+    """Hide diffusers' FutureWarning and DeprecationWarning, on which users cannot act."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
@@ -108,7 +108,7 @@ def _no_warnings_to_developers() -> Iterator[None]:
 
 
 def check_sampling(zero_terminal_snr: bool, predicts_velocity: bool) -> None:
-    """Raise OptionError if a model cannot be sampled with --zero_terminal_snr."""
+    """Raise OptionError if --zero_terminal_snr is used with a model that does not predict v."""
     if zero_terminal_snr and not predicts_velocity:
         raise OptionError(
             "--zero_terminal_snr needs a model that predicts v, this one predicts noise. Leave it out, or "
@@ -157,7 +157,7 @@ class SchedulerSolver:
 
     @property
     def timesteps_of_steps(self) -> tuple[float, ...]:
-        """Return the timestep at which each step begins. A step may call the network several times."""
+        """Return the timestep at which each step begins; a step may call the network several times."""
         timesteps: list[float] = self.schedule.timesteps.tolist()
         return tuple(timesteps[:: int(self.scheduler.order)])
 

@@ -94,12 +94,12 @@ def make_smaller(features: Tensor, ratio: float) -> Tensor:
 
 
 def smaller_size(size: Size, ratio: float) -> Size:
-    """Return a size times a ratio, with sides of at least 1."""
+    """Multiply a size by a ratio; sides are at least 1."""
     return max(int(size[0] * ratio), 1), max(int(size[1] * ratio), 1)
 
 
 def resize_like(features: Tensor, size: Size) -> Tensor:
-    """Return features B C h w resized to `size`, bicubic, in float32; unchanged if they have it."""
+    """Resize features B C h w to `size` with bicubic interpolation in float32, unless they have this size."""
     if tuple(features.shape[-2:]) == size:
         return features
     return interpolate(features.float(), size, mode="bicubic").to(features.dtype)
@@ -340,12 +340,12 @@ class GrowingSteps:
         change = self._change(index, velocity, sample)
         noise = stepped - (sample + change)
         if unsharp is None:
-            moved = sample + change
-        elif unsharp.target_x:
-            moved = sharpen(sample + change, unsharp)
+            denoised = sample + change
+        elif unsharp.target_x:  # sharpen the result of the step, otherwise its input
+            denoised = sharpen(sample + change, unsharp)
         else:
-            moved = sharpen(sample, unsharp) + change
-        return moved + self.s_noise * noise
+            denoised = sharpen(sample, unsharp) + change
+        return denoised + self.s_noise * noise
 
     def _change(self, index: int, output: Tensor, sample: Tensor) -> Tensor:
         """Return the change of the sample by Euler's step, without noise."""

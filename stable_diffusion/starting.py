@@ -126,7 +126,7 @@ CHANNELS = 4  # number of latent channels
 
 @dataclass(frozen=True, eq=False)
 class Beginning:
-    """Start latents of the loop, and the sampler to use with them."""
+    """Initial latents of the denoising loop and the sampler that starts from them."""
 
     latents: Tensor  # B 4 1 h w, float32, the sampler's input at its first step
     sampler: SchedulerSolver
@@ -139,7 +139,7 @@ def is_masked(picture: RequestedImage) -> bool:
 
 
 def find_strength(picture: RequestedImage, start: SecondStart | None) -> float | None:
-    """Return the fraction of the steps that an input image goes through; None for a start from noise."""
+    """Return the fraction of the steps to run for an input image; None for a start from noise."""
     return None if picture.image is None and start is None else picture.settings.strength
 
 
@@ -231,7 +231,7 @@ def begin(
 
 
 def _start_pixels(pictures: Sequence[RequestedImage], start: SecondStart | None) -> Tensor | None:
-    """Return the pixels of the input images, B 3 H W; None for a start from latents or noise."""
+    """Return the pixels of the input images, B 3 H W; None if generation starts from latents or noise."""
     images = None if start is None else start.images
     if start is None:
         images = [read_picture(picture.image) for picture in pictures if picture.image is not None]
@@ -242,7 +242,7 @@ def _start_pixels(pictures: Sequence[RequestedImage], start: SecondStart | None)
 
 
 def _read_masks(pictures: Sequence[RequestedImage]) -> Tensor:
-    """Return the masks of images, B 1 H W, with 1 for the area to repaint."""
+    """Return the masks of images, B 1 H W, with 1 where they are repainted."""
     settings = pictures[0].settings
     masks = [Image.fromarray(read_mask(image.mask)) for image in pictures if image.mask is not None]
     return torch.cat([mask_pixels(mask, settings.width, settings.height) for mask in masks])
@@ -269,7 +269,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def to_pixels(picture: Image.Image, width: int, height: int) -> Tensor:
-    """Return the pixels of an image resized by Lanczos, 1 3 H W, float32."""
+    """Resize an image with Lanczos and return its pixels, 1 3 H W, float32."""
     resized = fit(picture.convert("RGB"), width, height)
     values = torch.from_numpy(np.asarray(resized, dtype=np.float32) / 255)
     return 2 * values.permute(2, 0, 1)[None] - 1

@@ -43,7 +43,7 @@ SHOWN = 200  # characters of a text in a warning
 
 
 class Texts:
-    """The text encoders of a model, and the options of texts."""
+    """Encode prompts with the text encoders of a model and the options for texts."""
 
     def __init__(
         self,
@@ -79,19 +79,17 @@ class Texts:
         self._remembered = lru_cache(REMEMBERED)(self._encode)
 
     def chunks(self, text: str) -> int:
-        """Return the number of chunks of 75 tokens that a text has, within the limit; at least 1."""
+        """Return the number of 75-token chunks of a text, at least 1 and at most the limit."""
         return max(len(chunks) for chunks in self._chunks_of(text))
 
     def encode(self, text: str, chunks: int | None = None, networks: Hashable = None) -> TextState:
-        """Return the states of a text.
-
-        The states are cached: do not change them in place.
+        """Return the text encoder states of a prompt, which are cached: do not change them in place.
 
         Weights multiply each encoder's states separately. The pooled state (SDXL) is that of the last encoder
         for the first chunk, without weights.
 
         Args:
-            text: The text.
+            text: The prompt.
             chunks: Number of chunks to which the text is padded; None for no padding.
             networks: Other values on which the result depends, such as multipliers of LoRAs in the text
                 encoders.
@@ -153,7 +151,7 @@ class Texts:
         return [ids + index * strides for index in range(self._copies)]
 
     def _cut_all(self, text: str) -> list[list[tokenizers.Chunk]]:
-        """Return a text's chunks in each encoder, at most --max_embeddings_multiples; warn if it has more."""
+        """Return a text's chunks for each encoder, at most --max_embeddings_multiples; warn about more."""
         warn_of_unknown(text, self._known, _LOADER)
         parts = tokenizers.parse_weights(text)
         by_tower = [tokenizers.cut_into_chunks(parts, tower.tokenize) for tower in self._towers]
@@ -312,7 +310,7 @@ _ON_HUB = ("model.safetensors.index.json", "model-*.safetensors", "config.json")
 
 
 class ImageVectors:
-    """Image vectors in place of pooled states. The image tower is on the device only while in use."""
+    """CLIP image embeddings to replace pooled text states; the image encoder is loaded for the first image."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
         """Find the image tower's files, which are loaded for the first image. Raises as `check_vision`."""

@@ -256,18 +256,18 @@ def _read_word(path: Path, option: str, name: str, content: Mapping[str, Any]) -
 
 
 def _read_extended(path: Path, layers: Sequence[str]) -> LearnedWord:
-    """Read a file of extended textual inversion.
+    """Read a file of extended textual inversion, which has vectors for each cross-attention of the U-Net.
 
     Args:
         path: Path of the file.
-        layers: Names of its tensors, in their order.
+        layers: Names of its tensors, one for each cross-attention, in their order.
     """
     content = read_embedding(path, XTI_OPTION)
     tensors = {name: content[name] for name in layers if isinstance(content.get(name), Tensor)}
     if tensors.keys() != content.keys() or len(tensors) != len(layers):
-        # missing layers, or if there are none, unexpected tensors
-        strange = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
-        raise _reject_extended(path, XTI_OPTION, f"{shorten(strange[0], 60)} is missing or strange")
+        # a missing layer is named first, otherwise an unexpected tensor
+        wrong_names = sorted({*layers} - tensors.keys()) or sorted(content.keys() - tensors.keys())
+        raise _reject_extended(path, XTI_OPTION, f"{shorten(wrong_names[0], 60)} is missing or strange")
     vectors = tuple(to_rows(path, XTI_OPTION, tensors, _reject_extended).values())
     if len({rows.shape for rows in vectors}) > 1:
         raise _reject_extended(path, XTI_OPTION, "its layers have vectors of unequal numbers or widths")

@@ -62,7 +62,7 @@ _KEYS = {1: (frozenset({STATES}),), 2: (frozenset({STATES_1}), frozenset({STATES
 
 @dataclass(frozen=True)
 class LoadedWords:
-    """Tokenizer and settings that are loaded together with a text encoder's network."""
+    """Tokenizer and settings that belong to a loaded text encoder."""
 
     words: ClipWords
     pad: int
@@ -71,7 +71,7 @@ class LoadedWords:
 
 @dataclass(frozen=True)
 class LearningTexts:
-    """How a training treats text encoders and captions."""
+    """Which text encoders and new words are trained, in which dtypes, and how captions are padded."""
 
     dtypes: Mapping[str, torch.dtype]  # dtype of each trained encoder, by name
     # whether captions are padded to whole chunks; else to the longest caption of a batch

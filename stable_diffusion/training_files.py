@@ -191,7 +191,7 @@ class TrainingFiles:
 
     @property
     def unet_path(self) -> Path:
-        """Return the file that has the weights of the U-Net."""
+        """Return the path of the file that holds the U-Net's weights."""
         if not self.path.is_dir():
             return self.path
         with folders.open_part(self.path / "unet", ("diffusion_pytorch_model",)) as checkpoint:
@@ -283,7 +283,7 @@ class TrainingFiles:
 
 
 def is_inpainting(config: checkpoints.UnetSizes) -> bool:
-    """Return whether a U-Net takes a mask and the latents of a masked image, next to the noisy latents."""
+    """Return whether a U-Net takes a mask and masked-image latents in addition to the noisy latents."""
     return int(config["in_channels"]) == checkpoints.INPAINTING_CHANNELS
 
 
@@ -309,7 +309,7 @@ class DiffusersVae:
         return device
 
     def to(self, device: torch.device) -> "DiffusersVae":
-        """Move the network to a device, and return this object."""
+        """Move the network to a device and return self."""
         self.network.to(device)
         return self
 
@@ -392,7 +392,7 @@ class _Sides:
         return self.first_middle + self.middle
 
     def number_of(self, released: str) -> int:
-        """Return the number that trainers give to a block, named as released: output_blocks.3.0."""
+        """Return other trainers' number for a block, given its published name such as output_blocks.3.0."""
         side, index, *_ = released.split(".")
         starts = {
             "input_blocks": self.first,

@@ -84,10 +84,10 @@ class CheckpointFiles:
         stream_tensors(path, infos, read, metadata)
 
     def list_infos(self, dtype: torch.dtype | None) -> dict[str, TensorInfo]:
-        """Return dtypes and shapes of the tensors of a file.
+        """Return dtypes and shapes of the tensors in a saved checkpoint.
 
         Args:
-            dtype: See `write`.
+            dtype: Dtype of the trained weights; see `write`.
         """
         infos = {name: TensorInfo(torch.float32, (0,)) for name in self.marks}
         stored = {} if self.source is None else self.source.tensors
@@ -228,7 +228,7 @@ def list_weights(plan: LoadPlan[Any]) -> list[str]:
 
 
 def _join_part(released: str, network: str, weights: Sequence[str], plans: Plans) -> PartTensor:
-    """Compute a tensor of a single file from the weights of a folder's network."""
+    """Return how a tensor of a single file is computed from the weights of a folder's network."""
     plan = plans[network]
     hollow = []
     for weight in weights:

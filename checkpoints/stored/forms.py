@@ -27,7 +27,7 @@ Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions,
 
 
 class StoredForm(Protocol):
-    """How weights are stored, and how layers compute with them. Equal forms are equal objects."""
+    """Form in which weights are stored, such as int8, and in which layers compute. Equal forms compare equal."""
 
     @property
     def name(self) -> str:
@@ -54,7 +54,7 @@ class StoredForm(Protocol):
         ...
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
-        """Return the weight's values, out x in, in new memory."""
+        """Dequantize the weight into new memory, out x in."""
         ...
 
     def multiply(self, x: Tensor, tensors: Tensors, shape: Shape, bias: Tensor | None) -> Tensor:
@@ -203,6 +203,7 @@ class _Product(torch.autograd.Function):
         third: Tensor | None,
         fourth: Tensor | None,
     ) -> Tensor:
+        # autograd needs a fixed number of tensors: arguments that the form does not have are None
         tensors = (weight, first, second, third, fourth)[: 1 + len(form.companions)]
         ctx.save_for_backward(*tensors)
         ctx.form, ctx.shape = form, shape

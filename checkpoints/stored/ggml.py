@@ -129,7 +129,7 @@ class Kind:
         return self.values(packed.reshape(-1, self.size)).view(len(packed), -1)
 
     def is_sound(self, packed: Tensor) -> bool:
-        """Return whether all float16 numbers in packed rows of bytes are finite."""
+        """Return whether all float16 numbers in packed rows are finite."""
         blocks = packed.reshape(-1, self.size)
         return all(bool(_read_float16(blocks, start).isfinite().all()) for start in self.halves)
 

@@ -35,7 +35,7 @@ PIECE = 1 << 24  # weights rounded at a time
 
 @lru_cache(maxsize=4)
 def _make_value_pairs(device: torch.device) -> Tensor:
-    """Return the two values of each byte, 256 2; made once, as each copy to a card waits for it."""
+    """Return the two values of each byte, 256 2; cached, because each copy to a GPU waits for it."""
     return torch.cartesian_prod(*[torch.tensor(LEVELS, device=device)] * 2)
 
 
@@ -130,7 +130,7 @@ def form_of(quantization: Quantization) -> Nf4:
 
 
 def prepare(quantization: Quantization, device: torch.device) -> Quantization:
-    """Add bitsandbytes' operation for a CUDA device, if the package is installed."""
+    """Add bitsandbytes' dequantization for CUDA devices, if the package is installed."""
     if device.type != "cuda" or importlib.util.find_spec("bitsandbytes") is None:
         return quantization
     importlib.import_module("bitsandbytes")  # it registers its operations

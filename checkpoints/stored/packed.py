@@ -37,7 +37,7 @@ class RowForm:
         return f"in {self.name}"
 
     def quantize(self, weight: Tensor) -> Stored:
-        """Raise NotImplementedError: these forms are only read."""
+        """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> Stored:
@@ -100,7 +100,7 @@ class RowForm:
         return self
 
     def check_device(self, device: torch.device) -> None:
-        """Do nothing: every device can dequantize these forms."""
+        """Accept any device, because every device can dequantize these forms."""
         pass
 
 
@@ -124,7 +124,7 @@ def _unpack_nibbles(packed: Tensor, high_first: bool = False) -> Tensor:
 
 
 def _scale_groups(values: Tensor, scales: Tensor) -> Tensor:
-    """Multiply N K by scales N K/G."""
+    """Multiply values, N K, by one scale for each group of columns, N K/G."""
     return (values.unflatten(1, (scales.shape[1], -1)) * scales.float()[..., None]).flatten(1)
 
 
@@ -150,7 +150,7 @@ def nvfp4_rows(weight: Tensor, scales: Tensor, scale: Tensor, input_scale: Tenso
 
 
 def w4a4_rows(weight: Tensor, scale: Tensor) -> Tensor:
-    """Return the values of signed int4: weight N K/2, scale N 1."""
+    """Dequantize signed int4: weight N K/2 bytes, row scale N 1."""
     codes = _unpack_nibbles(weight)
     return ((codes ^ 8).float() - 8) * scale
 
@@ -161,7 +161,7 @@ def w4a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | 
 
 
 def w6a8_rows(weight: Tensor, scales: Tensor, scale: Tensor, codebook: Tensor | None) -> Tensor:
-    """Return the values of w6a8: weight N 3K/4, scales N K/16, scale N 1, codebook 1 64."""
+    """Dequantize w6a8: weight N 3K/4 bytes, block scales N K/16, row scale N 1, codebook 1 64."""
     # N 3K/4: the lower four bits of each code, then the upper two
     columns = weight.shape[1] // 3 * 4
     shifts = torch.arange(0, 8, 2, device=weight.device, dtype=torch.uint8)
