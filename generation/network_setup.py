@@ -195,7 +195,7 @@ def _select_shared(other_uses: "Sequence[LoraUse]", own_uses: "Sequence[LoraUse]
 def expert_loras(
     family: Family, options: GenerationOptions, with_texts: bool = False
 ) -> "tuple[tuple[LoraUse, ...], ...]":
-    """Return the LoRAs of each of the family's experts, in order; warn if an expert has none.
+    """Return the LoRAs of each of the family's experts, in the order of the experts.
 
     A file that holds a LoRA for each expert is used in both, no matter which option names it. Patterns apply
     to the files of --lora_weight first, then to those of --lora_weight_high_noise.

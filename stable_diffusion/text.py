@@ -310,7 +310,7 @@ _ON_HUB = ("model.safetensors.index.json", "model-*.safetensors", "config.json")
 
 
 class ImageVectors:
-    """CLIP image embeddings to replace pooled text states; the image encoder is loaded for the first image."""
+    """CLIP image embeddings that replace pooled text states; the encoder is loaded for the first image."""
 
     def __init__(self, model: Model, tokenizer_cache_dir: Path | None, strength: float) -> None:
         """Find the image tower's files, which are loaded for the first image. Raises as `check_vision`."""

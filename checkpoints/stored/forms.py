@@ -27,7 +27,7 @@ Tensors = tuple[Tensor | None, ...]  # the weight of a layer and its companions,
 
 
 class StoredForm(Protocol):
-    """Form in which weights are stored, such as int8, and in which layers compute. Equal forms compare equal."""
+    """How weights are stored, such as int8, and how layers compute with them. Equal forms compare equal."""
 
     @property
     def name(self) -> str:
