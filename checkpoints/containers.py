@@ -117,13 +117,13 @@ class HeaderFile:
         raise NotImplementedError
 
     def borrow(self, name: str, scratch: Tensor) -> Tensor:
-        """Return a tensor that must be copied at once; it may be a view of `scratch` (uint8)."""
+        """Return a tensor that must be copied immediately; it may be a view of `scratch` (uint8)."""
         info = self.tensors[name]
         return info.read(self._file, self._offsets[name], scratch=scratch, path=self.path, name=name)
 
 
 class SafetensorsFile(HeaderFile):
-    """A safetensors file, read without the safetensors library, whose `safe_open` maps the full file.
+    """Safetensors file that is read without the safetensors library, which maps the full file.
 
     Windows reserves as much memory for such a mapping and may fail with "the paging file is too small".
     """
@@ -169,7 +169,7 @@ class SafetensorsFile(HeaderFile):
         return info
 
     def _make_dtype_error(self, name: str, kind: str) -> Exception:
-        """Return the error for a tensor with an unsupported dtype."""
+        """Return the error for a tensor whose dtype is not supported."""
         if kind in OTHER_DTYPES:
             return CheckpointError(
                 f"{self.path} is quantized: {name} is of type {kind}, which is not supported. "

@@ -347,7 +347,7 @@ def joined_shapes(shapes: Mapping[str, tuple[int, ...]], table: Names) -> dict[s
 
 
 def _join(parts: list[TensorSource]) -> TensorSource:
-    """Return one source whose tensor is the concatenation of the parts' tensors."""
+    """Return one source whose tensor concatenates the tensors of several sources along their rows."""
     if len(parts) == 1:
         return parts[0]
 

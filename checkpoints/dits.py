@@ -253,7 +253,7 @@ def bare_names(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def select_dtype(block_dtype: torch.dtype, placement: Placement) -> torch.dtype:
-    """Return the dtype of weights: `compute_dtype`, else `storage_dtype`, else the dtype in the file."""
+    """Return the weight dtype: `compute_dtype`, `storage_dtype`, or the dtype in the file, in this order."""
     if block_dtype.itemsize == 1:
         block_dtype = placement.fp8_compute_dtype or FP8_COMPUTE
     return placement.compute_dtype or placement.storage_dtype or block_dtype
@@ -351,7 +351,7 @@ def have_chosen_form(
     sources: Mapping[str, TensorSource],
     checkpoint: Checkpoint,
 ) -> bool:
-    """Return whether quantized weights of a file all have the form that the options ask for."""
+    """Return whether all quantized weights of a file have the form that the options select."""
     if quantization.form not in _SAME_FORMS or quantization.int8_backward:
         return False
     stored = [stored_as(sources[name], checkpoint.tensors) for name in names]

@@ -123,7 +123,7 @@ def _require_table(value: Any) -> dict[str, Any]:
 
 
 def _read_settings(mark: Any) -> dict[str, Any]:
-    """Return a layer's settings from its mark: the name of a format, or a dictionary.
+    """Return a layer's quantization settings from its mark, which is a format name or a dictionary.
 
     The entries of the inner dictionary `params` are moved to the top level.
     """
@@ -161,7 +161,7 @@ class _Layer:
         return self.tensors[f"{self.stem}.weight"]
 
     def get_number(self, key: str, default: int) -> int:
-        """Return a setting; raise ValueError if it is not an integer from 1 to `_MAX_GROUP`."""
+        """Return an integer setting; raise ValueError if it is not an integer from 1 to `_MAX_GROUP`."""
         value = self.settings.get(key, default)
         if type(value) is not int or not 0 < value <= _MAX_GROUP:
             raise ValueError(f"has the {key} {str(value)[:60]!r}")

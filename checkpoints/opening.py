@@ -145,7 +145,7 @@ class Checkpoint(contextlib.ExitStack):
         return Checkpoint(self.path, locations, self._files, self.rejection)
 
     def join(self, second: "Checkpoint") -> "Checkpoint":
-        """Return a checkpoint with the tensors of both; `self` takes precedence. It shares the open files."""
+        """Return a checkpoint with the tensors of both; `self` takes precedence. Open files are shared."""
         locations = {**second._locations, **self._locations}
         files = [*self._files, *second._files]
         return Checkpoint(self.path, locations, files, self.rejection or second.rejection)
@@ -406,7 +406,7 @@ def reject_quantized(checkpoint: Checkpoint) -> None:
 
 
 def _register_packed(path: Path, locations: Mapping[str, Location], files: Sequence[TensorFile]) -> str:
-    """Tell files which of their tensors are packed; return the reason if a packing is unknown, else ""."""
+    """Record in the open files which tensors are packed; return why if a packing is unknown, else ""."""
     from checkpoints.marks import find_packed  # only for packed weights
 
     checkpoint = Checkpoint(path, locations, files)

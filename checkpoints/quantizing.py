@@ -361,7 +361,7 @@ class _Rounding:
         return torch.tensor(list(json.dumps(self.mark).encode()), dtype=torch.uint8)
 
     def round(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Round a weight; return its codes and its scale."""
+        """Quantize a weight; return its codes and scale."""
         codes: Tensor | None
         if self.dtype == E4M3:
             codes, scale = round_to_fp8(weight, Quantization("tensor", float32_scales=True))

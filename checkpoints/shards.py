@@ -21,7 +21,7 @@ ReadTensor = Callable[[str], Tensor]
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The files that a model is split into."""
+    """File names of shards, and which tensor is in which shard."""
 
     files: Mapping[str, Mapping[str, TensorInfo]]  # file name -> tensors of the file by name
     index_name: str

@@ -83,7 +83,7 @@ class SheetOptions(Options, title="comparison sheet"):
 
 
 def split_values(text: str) -> list[str]:
-    """Split the values of an axis: at each `|` if there is one, else at each comma.
+    """Split the values of a grid axis at each `|`, or at each comma if there is no `|`.
 
     A backslash before a separator makes it part of a value.
     """

@@ -88,7 +88,7 @@ class PhasePrediction:
         return memory_plan.Phase("denoising", (*parts, *self.turns.parts(weights, swap), self.extra))
 
     def plan(self, blocks: int, remarks: Sequence[str] = ()) -> memory_plan.MemoryPlan:
-        """Return the memory plan of all phases, with this number of swapped blocks while denoising."""
+        """Return the memory plan of all phases with a number of swapped blocks."""
         return memory_plan.MemoryPlan((*self.before, self.phase(blocks), *self.after), tuple(remarks))
 
     def device(self, blocks: int) -> int:
@@ -192,7 +192,7 @@ def rehearse_texts(
 def _with_fewer_weights(
     phase: memory_plan.Phase, encoder: TextEncoder, options: GenerationOptions, room: Room | None
 ) -> memory_plan.Phase:
-    """Return the phase of a text encoder without weights that are on other devices or in host memory."""
+    """Reduce the weights in a text encoder's phase by those on other devices or in host memory."""
     weights = phase.parts[0]  # the first line of the plan
     processes = memory_plan.sharing_processes(options.speed)
     if processes > 1 and can_divide(encoder):
@@ -359,7 +359,7 @@ def heaviest_step(
 
 
 def rehearse_decoding(family: Family, prepared: Prepared, extra: memory_plan.MemoryPart) -> memory_plan.Phase:
-    """Rehearse the decoding of `DECODED` frames, which is enough to reach the peak."""
+    """Rehearse decoding of `DECODED` frames, which suffices to reach the peak memory."""
     encoders = family.media_encoders(META, images=False)
     shape = family.latent.shape(prepared.frames, prepared.height, prepared.width)
     with rehearsing(encoders) as ledger:

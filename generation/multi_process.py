@@ -90,13 +90,13 @@ class _DividedRun:
 
     @cached_property
     def shards(self) -> PhasePrediction:
-        """Rehearse the run with the network split over all GPUs."""
+        """Predict memory from a dry run with the network split over all GPUs."""
         options = self._set_division(Division(self.cards, shards=True))
         with quiet():
             return predict(self.family, options, self.prepared, self.device, room=self.room)
 
     def divide(self, division: Division) -> PhasePrediction:
-        """Predict the memory of one GPU.
+        """Predict the memory of one GPU for a way of dividing the run.
 
         Raises:
             OptionError: If the model does not support this division.

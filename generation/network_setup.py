@@ -363,7 +363,7 @@ def _without(speed: GenerationSpeedOptions, name: str) -> GenerationSpeedOptions
 
 
 def _check_rounding(files: Sequence[Path], device: torch.device) -> None:
-    """Raise OptionError if weights cannot be rounded to 8 bits while they are loaded."""
+    """Raise OptionError if weights cannot be quantized to 8 bits on this device while loading."""
     if device.type == "mps":
         raise OptionError("Apple's GPUs have no numbers of 8 bits.")
     for path in files:

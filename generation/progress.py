@@ -136,7 +136,7 @@ def experts_in_words(family: Family) -> list[str]:
 
 
 def turns_in_words(family: Family, prepared: Prepared) -> str:
-    """Describe the schedule: solver, shift, and the number of steps of each expert in order."""
+    """Describe a request's schedule: solver, shift, and the steps of each expert in order."""
     runs = [
         (family.experts[expert], len([*run])) for expert, run in groupby(experts_by_step(family, prepared))
     ]
@@ -178,7 +178,7 @@ def log_turn(label: str, requests: Sequence[Prepared], begun: int, seconds: floa
 
 
 def measure_work(prepared: Prepared) -> float:
-    """Return the work of a request in arbitrary units: steps times pixels."""
+    """Estimate the work of a request for time estimates: steps times pixels."""
     return prepared.num_steps * prepared.width * prepared.height * prepared.frames
 
 

@@ -321,7 +321,7 @@ class Peaks:
 
 @dataclass(frozen=True)
 class GenerationJob:
-    """One request to generate, later with its latents; `label` is its name in messages ("line 3")."""
+    """One request and, once denoised, its latents; `label` names it in messages, such as "line 3"."""
 
     label: str
     prepared: Prepared
@@ -353,7 +353,7 @@ class GenerationRun:
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def with_previews(self) -> "GenerationRun":
-        """Return the run with latent previews as the options select. May load a decoder of 20 MB."""
+        """Return the run with latent previews if the options ask for them; may load a decoder of 20 MB."""
         from blissful_tuner.latent_preview import make_previews  # only with previews
 
         previews = make_previews(
@@ -404,9 +404,9 @@ class GenerationRun:
 
 
 def make_job(run: GenerationRun, label: str, overrides: Mapping[str, Any]) -> GenerationJob:
-    """Make the job of a prompt line, or of the command line alone. Loads no network.
+    """Make the job of a prompt line, or of the command line alone, without loading a network.
 
-    Raises as `prepare_line`, and OptionError if --post cannot process a single image.
+    Raises the errors of `prepare_line`, and OptionError if --post cannot process a single image.
     """
     prepared = prepare_line(run.family, run.options, overrides)
     if run.options.output.file_name:

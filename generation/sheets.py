@@ -56,7 +56,7 @@ class Row:
 
 @dataclass(frozen=True)
 class ClipGrid:
-    """All clips of a comparison."""
+    """All clips of a comparison, in rows and columns."""
 
     columns: tuple[str, ...]  # their headings
     rows: tuple[Row, ...]

@@ -54,7 +54,7 @@ class Seeds:
     round_seed: int | None = None
 
     def begin_round(self) -> None:
-        """Draw the seed of each prompt's first image in a new round."""
+        """Draw a seed for the new round, from which each prompt's first image starts."""
         self.round_seed = _draw(self.random)
 
     def for_line(self, line_seeds: tuple[int, ...] | None) -> Iterator[int]:
@@ -94,7 +94,7 @@ def make_seeds(options: GenImgOptions, lines: Sequence[Line] | None) -> Seeds:
 
 @dataclass
 class Asking:
-    """Turns prompt lines into requested images.
+    """Turn prompt lines into requests for images.
 
     Attributes:
         num_images: Number of images so far in this round, which selects the next input image.
@@ -276,7 +276,7 @@ def settle(
 
 
 def _resolve_size(sampling: SamplingOptions, kind: ModelKind, image: Path | None) -> tuple[int, int]:
-    """Return width and height: of the options, else of the input image, else the model's default."""
+    """Return width and height: from the options, the input image, or the model's default, in this order."""
     if sampling.width is not None and sampling.height is not None:
         return sampling.width, sampling.height
     width, height = (kind.size, kind.size) if image is None else image_size(image)

@@ -65,7 +65,7 @@ def name_translator(names: Collection[str]) -> Callable[[str], str]:
         paths[sampler.released_up_alone] = sampler.up
 
     def translate(name: str) -> str:
-        start = name
+        start = name  # shortened by one part at a time, until it is the path of a renamed module
         while start:
             start = start.rpartition(".")[0]
             if start in paths:
@@ -101,7 +101,7 @@ USES = (LATENT_CHANNELS, INPAINTING_CHANNELS)
 
 
 class UnetDepths(NamedTuple):
-    """Numbers of transformer layers after each residual block of each level; 0 for no attention."""
+    """Number of transformer blocks after each residual block, by level; 0 means no attention."""
 
     down: list[tuple[int, ...]]
     up: list[tuple[int, ...]]
@@ -362,7 +362,7 @@ class _Bands:
         return result
 
     def _cut_rows(self, x: Tensor, start: int, end: int, pad_rows: int) -> Tensor:
-        """Return the rows of x on which rows `start` to `end` of the result depend, zero outside of x."""
+        """Return the input rows on which output rows `start` to `end` depend, zero-padded outside of x."""
         height = x.shape[2]
         stride = self.conv.stride[0]
         first = start * stride - pad_rows

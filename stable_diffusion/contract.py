@@ -69,7 +69,7 @@ def text_encoder_name(number: int) -> str:
 
 @dataclass(eq=False)
 class TextTower:
-    """A text encoder with its tokenizer. Textual inversion adds rows to the first, words to the second."""
+    """A text encoder with its tokenizer; textual inversion adds embedding rows and words to them."""
 
     network: ClipText
     tokenize: Callable[[str], list[int]]  # text -> any number of ids, without start and end token
@@ -86,7 +86,7 @@ class TextTower:
 
 @dataclass(eq=False)
 class Model:
-    """A loaded checkpoint. All networks are on `device`, in evaluation mode, without gradients."""
+    """A loaded checkpoint: networks on `device`, in evaluation mode, without gradients."""
 
     kind: ModelKind
     path: Path
@@ -108,7 +108,7 @@ class Model:
 
 @dataclass(frozen=True)
 class ImageSettings:
-    """Settings that all images of a batch share. Hashable, because prompts are grouped by them."""
+    """Settings that all images of a batch share; hashable, because prompts are grouped by them."""
 
     width: int  # pixels, multiples of 8
     height: int
@@ -151,7 +151,7 @@ class TextState:
 
 @dataclass(frozen=True, eq=False)
 class UnetCall:
-    """The inputs of a call of the U-Net, which hooks may change before the call."""
+    """Inputs of one U-Net call, which hooks may replace."""
 
     step: int  # index of the step in the sampler's own list
     num_steps: int  # in that list

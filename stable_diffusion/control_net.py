@@ -217,7 +217,7 @@ class BatchGuides:
         return tuple(guides)
 
     def at(self, call: UnetCall, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Return each model's guides, B 3 H W in 0..1, at the present size of Gradual Latent's latents."""
+        """Return each network's guide images, B 3 H W in 0..1, resized to fit the latents of a U-Net call."""
         height, width = (int(side) * STRIDE for side in call.sample.shape[-2:])
         if self._size != (width, height):
             self._size = (width, height)
@@ -232,11 +232,11 @@ def is_active(use: ControlUse, call: UnetCall) -> bool:
 
 
 def prepare(image: Frame, canny: tuple[int, int] | None, width: int, height: int) -> Frame:
-    """Resize an image, H W 3, or replace it by its edges.
+    """Resize a guide image, H W 3, or draw its edges instead.
 
     Args:
         image: The image.
-        canny: Thresholds of the edges that are drawn in its place; None keeps the image.
+        canny: Canny thresholds for drawing edges; None keeps the image.
         width: Width in pixels.
         height: Height in pixels.
     """

@@ -174,7 +174,7 @@ _RELEASED_NAMES = (
 
 
 def _name_in_diffusers(name: str, translate: Callable[[str], str]) -> str:
-    """Return diffusers' name of a tensor; an unknown name is unchanged, and later reported as unexpected."""
+    """Return diffusers' name of a tensor; an unknown name stays and is later reported as unexpected."""
     for pattern, template in _RELEASED_NAMES:
         match = re.fullmatch(pattern, name)
         if match is not None:

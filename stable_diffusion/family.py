@@ -206,12 +206,12 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def name(self) -> str:
-        """Name of the family in metadata."""
+        """Name of the model kind in metadata."""
         return self.kind.name
 
     @property
     def called(self) -> str:
-        """Name of the family in messages."""
+        """Name of the model kind in messages."""
         return self.kind.words
 
     @property
@@ -252,7 +252,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def release(self) -> ModelRelease:
-        """The released checkpoint that the family is named after."""
+        """Published checkpoint that the family is named after."""
         return RELEASES[self.kind]
 
     @property
@@ -305,7 +305,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def _resolution(self) -> str:
-        """Return the size for the metadata of files: --resolution, else the size of the released model."""
+        """Training size for metadata: --resolution, or the size of the published model."""
         typed = None if self.options is NO_OPTIONS else self.options.resolution
         sides = re.findall(r"\d+", typed or "")
         if not sides:
@@ -328,12 +328,12 @@ class StableDiffusion(ModelOfImages):
         super().check_table(replace(table, has_control=False) if self.stores_controls else table)
 
     def encode_media(self, encoders: MediaEncoders, media: MediaBatch) -> list[list[CacheEntry]]:
-        """Return the cache entry of each image, with its control image if it has one."""
+        """Return the cache entry of each image, including its control image if it has one."""
         entries = super().encode_media(encoders, media)
         return control_pictures.add_controls(entries, media) if media.control else entries
 
     def keep_media(self, request: Request, who: str) -> Request:
-        """Keep the image that an inpainting model repaints, or the control image of a trained network."""
+        """Return a request with only its image for inpainting, or only its control image."""
         if self.inpaints:
             return keep_image(request, super().keep_media, who)
         if MASK_PATH in request.extra and self.options is NO_OPTIONS:
@@ -375,7 +375,7 @@ class StableDiffusion(ModelOfImages):
         return self.inpaints or super().needs_media(prepared)
 
     def _encode_painted(self, encoders: MediaEncoders, prepared: Prepared) -> Conditions:
-        """Return the image to repaint and its mask as conditions, encoded as gen_img.py does."""
+        """Encode the image to repaint and its mask as conditions, in the same way as gen_img.py."""
         generator = torch.Generator().manual_seed(prepared.seed)
         shape = self.latent.shape(1, prepared.height, prepared.width)
         source = find_kept_source(prepared.request)
@@ -434,7 +434,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def word_names(self) -> tuple[str, ...]:
-        """Return the words that text encoders read in addition to those of their tokenizers."""
+        """Words that the text encoders know in addition to their tokenizers' vocabulary."""
         learning = None if self.learning_texts is None else self.learning_texts.word
         trained = () if learning is None else (learning.text,)
         return (*trained, *(word.word for word in self.bundled))
@@ -470,7 +470,7 @@ class StableDiffusion(ModelOfImages):
 
     @property
     def text_keys(self) -> frozenset[str]:
-        """Names of the tensors that the text encoders compute."""
+        """Names of the tensors that the text encoders produce."""
         return frozenset({STATES_1, STATES_2, POOLED} if self.kind is SDXL else {STATES})
 
     # a training of all weights
@@ -495,7 +495,7 @@ class StableDiffusion(ModelOfImages):
     def checkpoint_writer(
         self, networks: Mapping[str, nn.Module], as_folder: bool, shard_bytes: int
     ) -> CheckpointWriter:
-        """Return the writer of trained networks as a checkpoint: a single file or diffusers' layout."""
+        """Return a writer that saves trained networks as a single-file checkpoint or in diffusers' layout."""
         if self.files.vae is not None:
             logger.info(
                 "Saved checkpoints keep the VAE of %s: that of --vae makes latents and samples alone.",
@@ -674,7 +674,7 @@ class StableDiffusion(ModelOfImages):
         )
 
     def encode_source(self, encoders: MediaEncoders, frames: Tensor, seed: int) -> Tensor:
-        """Encode an image, 1 1 H W 3 uint8, in model space, 1 4 1 h w.
+        """Encode an image, 1 1 H W 3 uint8, as latents in model space, 1 4 1 h w.
 
         The posterior is sampled with the seed's generator, from which the noise is drawn next, as in
         gen_img.py.
@@ -815,7 +815,7 @@ def with_extended_inversion(model: StableDiffusion) -> StableDiffusion:
 def with_control_net(
     model: StableDiffusion, path: Path | None, new_layers_lr: float | None, checkpoints: bool
 ) -> StableDiffusion:
-    """Return the model for training a ControlNet. For the arguments see `make_control_net`."""
+    """Return the model for training a ControlNet; for the arguments see `make_control_net`."""
     from stable_diffusion.control_net_learning import MODULE, describe_control_net  # only to train one
 
     made = describe_control_net(

@@ -78,11 +78,11 @@ class Vgg16(nn.Module):
 
 
 def load_vgg16(path: Path, last: int, device: torch.device, dtype: torch.dtype) -> Vgg16:
-    """Load VGG16 up to layer `last`; on the meta device only the shapes are checked.
+    """Load VGG16 up to layer `last`; on the meta device only shapes are checked.
 
     Raises:
         CheckpointError: If the file is not VGG16.
-        OptionError: If it lacks the layer.
+        OptionError: If the file has no layer `last`.
     """
     with open_checkpoint(path) as checkpoint:
         layers = _plan_layers(checkpoint, last)
@@ -152,7 +152,7 @@ class FullClip:
 
 @dataclass(frozen=True, eq=False)
 class Guides:
-    """The networks that steer the images of a run; each image is generated separately."""
+    """CLIP and VGG16 networks that guide images; each image is generated separately."""
 
     options: GuideOptions
     model: Model
@@ -224,7 +224,7 @@ class Guides:
         return lambda pixels: torch.stack([measure(pixels) for measure in measures]).sum()
 
     def _read_clip_tokens(self, picture: RequestedImage) -> list[int]:
-        """Return the text's tokens for CLIP, with start and end token, cut to fit; weights are ignored."""
+        """Return CLIP's token ids for an image's text, with start and end token, cut to fit, unweighted."""
         text = picture.clip_prompt
         if text is None:
             text = " ".join(split_parts(picture.prompt))
@@ -235,7 +235,7 @@ class Guides:
 
 
 def _decode(model: Model, latents: Tensor) -> Tensor:
-    """Return the pixels of latents 1 4 1 h w: 1 3 H W float32, in 0..1."""
+    """Decode latents, 1 4 1 h w, to pixels, 1 3 H W float32, in 0..1."""
     scaled = (latents.squeeze(2) / model.kind.latent_scale).to(model.vae_dtype)
     return (model.vae.decode(scaled).sample.float() / 2 + 0.5).clamp(0, 1)
 

@@ -85,7 +85,7 @@ def _in_words(shape: Sequence[int]) -> str:
 
 
 def _are_images(result: Any, count: int) -> bool:
-    """Return whether a module returned a list of `count` images."""
+    """Return whether an upscaler module returned a list of `count` images."""
     if not isinstance(result, Sequence) or len(result) != count:
         return False
     return all(isinstance(image, Image) for image in result)

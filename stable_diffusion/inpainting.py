@@ -89,7 +89,7 @@ def _check_image(what: str, path: Path) -> None:
 
 
 def find_kept_source(request: Request) -> Source | None:
-    """Return the source of the start latents; None if they are pure noise, as at full strength."""
+    """Return the source image of the start latents; None if they are pure noise, as at full strength."""
     source = request.source
     return None if source is not None and source.option == IMAGE and source.denoise == 1 else source
 
@@ -111,7 +111,7 @@ def read_image_and_mask(prepared: Prepared) -> tuple[Tensor, Tensor]:
 
 
 def _sum_waves(waves: Sequence[tuple[float, float]], angle: float) -> float:
-    """Return the sum of the waves at an angle of the ellipse."""
+    """Sum the waves of the ellipse's edge at an angle."""
     values = [amplitude * math.cos(k * angle + phase) for k, (amplitude, phase) in enumerate(waves, 1)]
     return sum(values)
 

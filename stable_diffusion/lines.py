@@ -144,10 +144,12 @@ def read_line(line: str, where: str = "the prompt") -> dict[str, Any]:
 
 
 def split_seeds(line: str) -> tuple[int, ...] | None:
-    """Return the seeds in a line's --d; None without it. Choosing the line's variants needs them first.
+    """Return the seeds in a line's --d option; None without it.
+
+    They are needed before the line's variants are chosen.
 
     Raises:
-        OptionError: If the seeds cannot be read.
+        OptionError: If the seeds cannot be parsed.
     """
     for part in prompt_lines.split_line(line).options:
         word, _, text = part.partition(" ")

@@ -47,7 +47,7 @@ class TrainedLllite(Lllite):
         self.strength = 1.0
 
     def set_multiplier(self, multiplier: float) -> None:
-        """Set the strength of all modules."""
+        """Set the factor on the changes of all modules."""
         self.multiplier = multiplier
 
     def see(self, controls: Tensor | None, strength: float) -> None:
@@ -129,7 +129,7 @@ def make_lllite(options: SdxlLlliteTrainingOptions, unet: nn.Module, with_values
 
 
 def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[str, LllitePart]) -> None:
-    """Raise OptionError if a file has other sizes than the options."""
+    """Raise OptionError if the dimensions of LLLite modules in a file differ from the options."""
     part = next(iter(parts.values()))
     sizes = {
         "network_dim": (options.network_dim, part.rank),
@@ -144,7 +144,7 @@ def _check_sizes(options: SdxlLlliteTrainingOptions, path: Path, parts: Mapping[
 
 
 def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
-    """Describe ControlNet-LLLite as a network that a training makes."""
+    """Describe ControlNet-LLLite as a trainable network."""
     width, rank = _start_sizes(options)
     sizes = f", rank {rank}, control picture as {width} numbers"
     return CustomNetwork(
@@ -160,7 +160,7 @@ def describe_lllite(options: SdxlLlliteTrainingOptions) -> CustomNetwork:
 
 
 def _start_sizes(options: SdxlLlliteTrainingOptions) -> tuple[int, int]:
-    """Return width and rank, from --network_weights or from the options."""
+    """Return embedding width and rank of the LLLite modules, from --network_weights or the options."""
     path = options.network_weights
     if path is not None:
         # an unusable file is reported by the training's own check

@@ -38,7 +38,7 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class OpenedCheckpoint:
-    """A checkpoint whose files are open and whose networks are planned."""
+    """A checkpoint with open files and a load plan for each network."""
 
     path: Path
     marks: Marks
@@ -48,7 +48,7 @@ class OpenedCheckpoint:
 
     @property
     def kind(self) -> ModelKind:
-        """Kind of the checkpoint."""
+        """Kind of the opened checkpoint."""
         return self.marks.kind
 
 

@@ -57,7 +57,7 @@ class ChosenLoras:
         # what each LoRA adds to the U-Net, by diffusers' paths of modules; None if LoRAs are folded into the
         # weights, where the parts of single LoRAs cannot be told apart
         self.layers = None if layers is None else tuple(layers)
-        self.choose(None)
+        self.choose(None)  # begin with the strengths of the command line
 
     def __len__(self) -> int:
         return len(self._defaults)

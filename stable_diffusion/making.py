@@ -232,7 +232,7 @@ class ImageGenerator:
         states = self._encode_parts(pictures[0], prompts, avoided, is_regional)
 
         def join(picture: contract.RequestedImage, texts: Sequence[str]) -> contract.TextState:
-            """Join the states of an image's texts, one for each part of its prompt."""
+            """Combine the states of an image's texts, one for each part of its prompt."""
             parts = [states[text, part if is_regional else None] for part, text in enumerate(texts)]
             return self._join_parts(picture, parts)
 
@@ -267,7 +267,7 @@ class ImageGenerator:
         avoided: Sequence[Sequence[str]],
         is_regional: bool,
     ) -> dict[tuple[str, int | None], contract.TextState]:
-        """Return the states of all texts, by the text and, if LoRAs are regional, by the part.
+        """Return the states of a group's texts, by text and, if LoRAs are regional, by prompt part.
 
         Args:
             picture: Any image of the group, because all have the same settings.

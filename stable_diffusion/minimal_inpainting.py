@@ -37,7 +37,7 @@ def repaint(options: MinimalInpaintingOptions) -> None:
 
 
 def load_keeping(options: GenImgOptions, device: torch.device) -> ImageGenerator:
-    """Load a model whose inpainting keeps all that is not repainted."""
+    """Load a model for inpainting that leaves all pixels outside the mask unchanged."""
     return replace(assemble(options, device), keeps_rest=True)
 
 

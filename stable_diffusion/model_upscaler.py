@@ -83,7 +83,7 @@ def create_upscaler(**args: str) -> ModelUpscaler:
 
 
 def _as_words(args: Mapping[str, str]) -> list[str]:
-    """Return the settings in the form of a command line."""
+    """Return `key=value` settings as command-line words."""
     words = [f"--{key}={value}" for key, value in args.items() if key != "compile"]
     if args.get("compile", "").lower() in ("1", "true", "yes"):
         words.append("--compile")

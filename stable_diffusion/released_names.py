@@ -102,7 +102,7 @@ def released_vae_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def released_text_names(kind: ModelKind, number: int, names: Collection[str]) -> dict[str, list[str]]:
-    """Return, for each tensor of a released file, which of a text encoder's weights it joins.
+    """Map each tensor name of a published text encoder to our weights that are fused into it.
 
     Args:
         kind: Kind of the checkpoint.
@@ -112,8 +112,8 @@ def released_text_names(kind: ModelKind, number: int, names: Collection[str]) ->
     start, is_open_clip = TEXTS[kind][number]
     if not is_open_clip:
         return {f"{start}text_model.{name}": [name] for name in names}
-    outside = ["token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias"]
-    joined = {f"{start}{released}": _list_parts(released) for released in outside}
+    not_in_layers = ["token_embedding.weight", "positional_embedding", "ln_final.weight", "ln_final.bias"]
+    joined = {f"{start}{released}": _list_parts(released) for released in not_in_layers}
     if PROJECTION in names:
         joined[f"{start}text_projection"] = [PROJECTION]
     layer_pattern = re.compile(r"encoder\.layers\.(\d+)\.")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 
 def use_fewer_kernels(unet: Any) -> None:
-    """Change the residual blocks of a U-Net.
+    """Make a U-Net start fewer GPU kernels: apply SiLU to the time embedding once, and run norms in 16 bits.
 
     Args:
         unet: U-Net of diffusers as `unet_class` makes it; a block with other settings is not changed.
@@ -29,6 +29,7 @@ def use_fewer_kernels(unet: Any) -> None:
         if isinstance(module, nn.GroupNorm | nn.LayerNorm):
             module.forward = MethodType(_run_norm, module)  # type: ignore[method-assign]
     blocks = [module for module in unet.modules() if type(module).__name__ == "ResnetBlock2D"]
+    # all blocks must be changed together, because they share the activated time embedding
     if unet.time_embed_act is not None or not all(_is_plain(block) for block in blocks):
         return
     unet.time_embed_act = nn.SiLU()

@@ -22,7 +22,7 @@ _SIZE_HINT = "a multiple of 8 pixels"
 
 
 class StartNoiseOptions(Options):
-    """Changes of the start noise."""
+    """Changes to the noise that sampling starts from."""
 
     pyramid_noise_prob: float | None = option(
         "probability that an image begins with pyramid noise, which adds coarser noise; usually 0",
@@ -189,7 +189,7 @@ _TIMESTEP = "a timestep, 0 to 999"
 
 
 class DeepShrinkOptions(Options, title="Deep Shrink: large pictures without repeated motifs"):
-    """Features of the U-Net are scaled down early in denoising (Kohya's Deep Shrink)."""
+    """Kohya's Deep Shrink, which scales U-Net features down during the first steps."""
 
     ds_depth_1: int | None = option(
         "input block of the U-Net where it begins, 0 to 8", minimum=0, maximum=DEEPEST, hint=_BLOCK
@@ -213,7 +213,7 @@ class DeepShrinkOptions(Options, title="Deep Shrink: large pictures without repe
 
 
 class GradualLatentOptions(Options, title="Gradual Latent: begin small and grow (sampler euler_a)"):
-    """Denoising begins with small latents, which grow."""
+    """Gradual Latent: denoising begins with small latents, which are enlarged between steps."""
 
     gradual_latent_timesteps: int | None = option(
         "latents grow below this timestep, such as 750", minimum=0, hint="a timestep, 0 to 1000"

@@ -113,7 +113,7 @@ class Inpainting:
     mask: Tensor  # B 1 h w; 1 is repainted
 
     def __call__(self, step: MakeStep, index: int, velocity: Tensor, sample: Tensor) -> Tensor:
-        """Take a step, then restore what lies outside the mask."""
+        """Take a step, then restore the latents outside the mask."""
         painted = step(index, velocity, sample).squeeze(2)
         original = self.original
         if index + 1 < self.sampler.schedule.num_steps:
@@ -144,7 +144,7 @@ def find_strength(picture: RequestedImage, start: SecondStart | None) -> float |
 
 
 def check_start(model: Model, picture: RequestedImage, start: SecondStart | None) -> None:
-    """Raise OptionError for a mask without an image, or for an inpainting checkpoint without a mask."""
+    """Raise OptionError for a mask without image, or for an inpainting checkpoint without a mask."""
     if is_masked(picture) and picture.image is None and start is None:
         raise OptionError(
             f"{picture.label}: the mask {picture.mask} needs --image_path, the picture that is repainted "
@@ -260,10 +260,10 @@ def latent_size(settings: ImageSettings) -> tuple[int, int]:
 
 
 def read_picture(path: Path) -> Image.Image:
-    """Read an image as RGB, rotated upright.
+    """Read an image as RGB in upright orientation.
 
     Raises:
-        MediaError: If it cannot be read.
+        MediaError: If the image cannot be read.
     """
     return Image.fromarray(read_image(path))
 
@@ -319,7 +319,7 @@ def decode_latents(
 
 
 def to_image(pixels: Tensor, label: str) -> Image.Image:
-    """Convert pixels 3 H W to an image. NaN becomes black, with a warning that names the image."""
+    """Convert pixels, 3 H W, to an image; NaN becomes black, with a warning that names the image."""
     if not bool(pixels.isfinite().all()):
         logger.warning(
             "%s: the image has NaN or infinite pixels, they are black. A number was too large for 16 bits: "

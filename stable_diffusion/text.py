@@ -182,7 +182,7 @@ def warn_of_unused(
 
 
 def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
-    """Return the weight of each state of a text; start, end and padding have 1."""
+    """Return the weight of each state of a text; start, end and padding tokens have weight 1."""
     weights = [1.0]
     for chunk in chunks:
         padding = tokenizers.SIZE - len(chunk.ids)
@@ -192,7 +192,7 @@ def weights_of(chunks: Sequence[tokenizers.Chunk]) -> list[float]:
 
 
 def join_chunks(states: Tensor) -> Tensor:
-    """Join the states of K chunks to 75 K + 2, without the start and end states between chunks.
+    """Concatenate the states of K chunks to 75 K + 2, without start and end states between chunks.
 
     Args:
         states: States of each chunk, K 77 C.
@@ -271,18 +271,17 @@ def check_layer(clip_skip: int | None, layers: int, kind: ModelKind) -> None:
 
 
 def _select_layer(tower: TextTower, kind: ModelKind, clip_skip: int | None) -> int:
-    """Return the layer to take states from, counted from the last layer of the loaded network.
+    """Return the layer to take hidden states from, counted from the last layer of the loaded network.
 
-    --clip_skip counts layers of the loaded network, as in the known script, but its default counts layers of
-    the released one. So the default is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last
-    layer.
+    --clip_skip counts layers of the loaded network, as in sd-scripts, but its default counts layers of the
+    published one. So the default is 1 for Stable Diffusion 2, which is loaded without OpenCLIP's last layer.
     """
     check_layer(clip_skip, tower.network.num_layers, kind)
     return default_layer(kind, tower.missing_layers) if clip_skip is None else clip_skip
 
 
 def default_layer(kind: ModelKind, missing_layers: int) -> int:
-    """Return the layer whose states are used, counted from the end of the loaded network.
+    """Return the default layer for hidden states, counted from the end of the loaded network.
 
     Args:
         kind: Kind of the checkpoint.

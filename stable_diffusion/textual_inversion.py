@@ -106,7 +106,7 @@ def read_bundled(files: WordsByFile, option: str) -> tuple[LearnedWord, ...]:
 
 
 def with_bundled(words: Sequence[LearnedWord], bundled: Sequence[LearnedWord]) -> tuple[LearnedWord, ...]:
-    """Join the words of files and of LoRAs; warn of words in LoRAs that exist already."""
+    """Combine words of embedding files and of LoRAs; warn about LoRA words that already exist."""
     chosen = {word.word.lower(): word for word in words}
     for word in bundled:
         first = chosen.setdefault(word.word.lower(), word)
@@ -181,11 +181,11 @@ def add_rows(table: nn.Embedding, words: Sequence[LearnedWord], index: int) -> n
 
 
 def list_ids(words: Sequence[LearnedWord], vocabulary: int) -> dict[str, list[int]]:
-    """Return the token ids of all names of words.
+    """Return the token ids of each word, under each of its names.
 
     Args:
         words: The words with their vectors.
-        vocabulary: Number of rows of an encoder's table without the words.
+        vocabulary: Number of embedding rows without the words.
     """
     return name_ids(
         [NewWord(word.word, _count(word), copies=word.layers, alias=word.token) for word in words], vocabulary
@@ -214,7 +214,7 @@ def with_words(
 
 
 def _count(word: LearnedWord) -> int:
-    """Return the number of vectors that a word has for each cross-attention."""
+    """Return the number of vectors of a word per cross-attention."""
     return len(word.vectors[0]) // word.layers
 
 

@@ -54,9 +54,9 @@ def find_tokenizers(cache: Path | None, checkpoint: Path, are_open_clip: Sequenc
 def fetch_tokenizer_files(
     cache: Path | None, checkpoint: Path, are_open_clip: Sequence[bool]
 ) -> list[tuple[TokenizerFiles, Path]]:
-    """Return the possible places of each text encoder's tokenizer, and its file; download a missing one.
+    """Find each text encoder's tokenizer, and download a missing one.
 
-    Arguments and errors: as for `find_tokenizers`.
+    Returns its possible locations and its file. Arguments and errors are those of `find_tokenizers`.
     """
     fetched: list[tuple[TokenizerFiles, Path]] = []
     for source, file in find_tokenizer_files(cache, checkpoint, are_open_clip):

@@ -53,7 +53,7 @@ class PartTensor:
 
 @dataclass(frozen=True, eq=False)
 class CheckpointFiles:
-    """Writes the checkpoints of a training.
+    """Write the single-file checkpoints of a training.
 
     The source file stays open, so it may be deleted during the training.
     """
@@ -113,7 +113,7 @@ class CheckpointFiles:
 
 
 def read_weight(plans: Plans, states: Mapping[str, Mapping[str, Tensor]], network: str, name: str) -> Tensor:
-    """Return a weight of a network: from `states` if it is trained, else from its source file."""
+    """Return a network's weight: from `states` if it is trained, otherwise from its source file."""
     if network in states:
         return states[network][name]
     plan = plans[network]
@@ -221,7 +221,7 @@ def _name_parts(release: OpenedCheckpoint, plans: Plans) -> dict[str, PartTensor
 
 
 def list_weights(plan: LoadPlan[Any]) -> list[str]:
-    """Return the weights of a text encoder's network. Files have more tensors, such as position_ids."""
+    """Return a text encoder's weight names, without tensors that only files have, such as position_ids."""
     with on_meta_device():
         known = ClipText(plan.config).state_dict().keys()
     return [name for name in plan.sources if name in known]

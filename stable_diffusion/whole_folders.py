@@ -79,7 +79,7 @@ class NetworkFile:
 
 @dataclass(frozen=True, eq=False)
 class FolderWriter:
-    """Writes the checkpoint folders of a training. The source stays open, in case it is deleted meanwhile."""
+    """Write trained checkpoints in diffusers' layout; the source stays open in case it is deleted."""
 
     networks: Mapping[str, nn.Module]  # trained networks, by name
     plans: Plans

@@ -66,18 +66,18 @@ def dequantize(weight: Tensor, scale: Tensor | None, dtype: torch.dtype = torch.
     `weight` is rows x columns. `scale` is one number, one per row, or one per block of a row (rows x blocks x
     1).
     """
-    plain = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
+    values = weight.to(dtype, copy=True)  # multiplied in place: one copy, not two
     if scale is None:
-        return plain
+        return values
     if not scale.is_floating_point() or scale.ndim == 0 or scale.dtype != torch.float32:
         scale = scale.float()
     if scale.numel() == 1:
         # with as many axes as the weight: a scalar tensor would be rounded to its dtype first
-        return plain.mul_(scale.reshape([1] * weight.ndim))
+        return values.mul_(scale.reshape([1] * weight.ndim))
     if scale.ndim == 3:
-        plain.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
-        return plain
-    return plain.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
+        values.unflatten(1, (scale.shape[1], -1)).mul_(scale)  # rows x blocks x width of a block
+        return values
+    return values.mul_(scale.reshape(-1, *[1] * (weight.ndim - 1)))
 
 
 def store_scale(scale: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class Fp8:
 
     @property
     def how(self) -> str:
-        """Words for the log."""
+        """Description of the form for the log."""
         return "cast to fp8" if self.quantization.kind == "cast" else "in fp8 with a scale per row"
 
     def quantize(self, weight: Tensor) -> Stored:
@@ -169,7 +169,7 @@ class Fp8:
         return chosen if isinstance(chosen, Fp8) else self
 
     def check_device(self, device: torch.device) -> None:
-        """Check that the device knows fp8.
+        """Check that the device supports fp8.
 
         Raises:
             OptionError: For Apple's GPUs.

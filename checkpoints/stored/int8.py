@@ -33,7 +33,7 @@ PIECE = 1 << 24  # values that have a float32 copy at a time: 64 MiB
 
 @dataclass(frozen=True)
 class Int8:
-    """The int8 form. The companion `scale_weight` is float32, out x 1."""
+    """Weights stored in int8, with a float32 scale per row in the companion `scale_weight`, out x 1."""
 
     group: int | None = None  # columns that are rotated together; 0: none; None: by the width of a layer
     rounds_gradients: bool = False
@@ -100,7 +100,7 @@ class Int8:
         return replace(self, rounds_gradients=chosen.rounds_gradients)
 
     def check_device(self, device: torch.device) -> None:
-        """Accept any device: all can hold int8."""
+        """Accept any device, because every device can store int8."""
 
 
 def form_of(quantization: Quantization) -> Int8:
@@ -241,7 +241,7 @@ def _scale_codes(codes: Tensor, scale: Tensor, part: slice) -> Tensor:
 
 
 def _split_rows(x: Tensor) -> list[slice]:
-    """Return the rows of x that have float32 copies at a time; all of them while compiling."""
+    """Split the rows of x into groups that get float32 copies in turn; one group while compiling."""
     rows = len(x) if torch.compiler.is_compiling() else max(FEW_TOKENS + 1, PIECE // max(1, x.shape[1]))
     if len(x) <= rows:
         return [slice(None)]

@@ -23,7 +23,7 @@ _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -
 
 @dataclass(frozen=True)
 class RowForm:
-    """A form whose tensors all have N rows or one; `make` decodes some rows to float32."""
+    """Packed form that decodes any of its N rows to float32; each tensor has N rows or one."""
 
     name: str
     companions: tuple[str, ...] = ()
@@ -41,7 +41,7 @@ class RowForm:
         raise NotImplementedError(f"{self.name} is only read")
 
     def empty(self, shape: Shape) -> Stored:
-        """Raise NotImplementedError: these forms are only read."""
+        """Raise NotImplementedError, because these forms can only be read from files."""
         raise NotImplementedError(f"{self.name} is only read")
 
     def value(self, tensors: Tensors, shape: Shape, dtype: torch.dtype) -> Tensor:
@@ -66,7 +66,7 @@ class RowForm:
         return multiply_value(self, x.to(computed_dtype(x)), tensors, shape=shape, bias=bias)
 
     def cut(self, stored: Stored, first: int, count: int) -> Stored | None:
-        """Return `count` rows, from `first` on; companions of one row apply to all rows and are not cut."""
+        """Return `count` rows from `first` on; tensors of one row apply to all rows and are not cut."""
         rows = slice(first, first + count)
         parts: list[Tensor | None] = []
         for tensor in stored.tensors:
