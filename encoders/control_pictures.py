@@ -54,7 +54,7 @@ def check_controls(table: MediaTable, taker: str) -> MediaTable:
 
 
 def add_controls(entries: Sequence[Sequence[CacheEntry]], media: MediaBatch) -> list[list[CacheEntry]]:
-    """Return the cache entries of images with their control images, which are cropped and mirrored like them.
+    """Add control images to cache entries; they have the same crop and mirroring as their images.
 
     Raises:
         DatasetError: If an image has several control images.

@@ -333,7 +333,7 @@ class LanguageModelEncoder(FileTextEncoder[nn.Module]):
         If a CUDA device has too little free memory, some of the layers stay in host memory.
         """
         use = self.use
-        # a network on the CPU is not split over processes, which saves memory of devices
+        # splitting over processes saves device memory, which a network on the CPU does not use
         blocks = None if self.on_cpu else self.blocks
         tower = None
         if use.pictures is not None and use.pictures.always:

@@ -220,7 +220,7 @@ class T5Attention(nn.Module):
 
 @dataclass(eq=False)
 class T5Tokens:
-    """Lengths of prompts that are concatenated in `Hidden.x`, and the position bias that blocks share."""
+    """Lengths of the concatenated prompts, and the position bias that all blocks share."""
 
     lengths: Sequence[int]  # number of tokens of each prompt; their sum is L
     visible: Sequence[int]  # number of leading tokens of each prompt that attention sees

@@ -432,12 +432,13 @@ class FileTextEncoder(ABC, Generic[Network]):
                 return TokenCount(text, tokens=0, limit=self.maximum, num_read=len(text), size_bytes=0)
             tokens = tokenizer.read(written.text)
             num_after = tokens.count_after(written.end)
-            # a cut never drops the template and the end token after the prompt
-            droppable = tokens.places[: len(tokens.places) - num_after]
-            ends = [0 if place is None else place[1] - written.start for place in droppable]
+            # only these tokens may be cut off, not the template and the end token after the prompt
+            cuttable = tokens.places[: len(tokens.places) - num_after]
+            # characters of the prompt up to the end of each token
+            ends = [0 if place is None else place[1] - written.start for place in cuttable]
             length = len(written.prompt)
-            max_droppable = dropped + self.maximum - num_after  # how many of these tokens are read
-            characters = kept_characters(ends, max_droppable, length)
+            max_read = dropped + self.maximum - num_after  # how many of these tokens the encoder reads
+            characters = kept_characters(ends, max_read, length)
             counted = max(len(tokens.ids) - dropped, 0)
             stored = min(counted, self.maximum) if self.variable_length else self.maximum
             return TokenCount(

@@ -200,7 +200,7 @@ class DoubleStreamBlock(nn.Module):
         self.norm = Float32LayerNorm(dim, eps)  # has no weights, so one serves both streams and both branches
 
     def layers(self, is_text: bool) -> tuple[nn.Module, nn.Module, nn.Module]:
-        """Return a stream's modulation, last layer of attention, and feed-forward layers."""
+        """Return a stream's modulation, output projection of attention, and feed-forward layers."""
         raise NotImplementedError
 
     def heads(self, x: Tensor, is_text: bool) -> Heads:

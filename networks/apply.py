@@ -107,6 +107,7 @@ class Change:
             raise CheckpointError(
                 f"{path}: the factors for {name} do not go together ({error}).", path
             ) from error
+        # a change with `rows` is only for these rows of the weight
         expected = list((weight if change.rows is None else weight[change.rows]).shape)
         if shape == expected and change.delta.normalization is None:
             return change

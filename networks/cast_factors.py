@@ -122,7 +122,7 @@ class _Cast(torch.autograd.Function):
     def forward(
         ctx: Any, scales: list[float], counts: list[int], dtype: torch.dtype, *factors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return one matrix for each of `counts`: so many consecutive factors, one below another."""
+        """Stack the rows of each group of consecutive factors into a matrix; `counts` has the group sizes."""
         ctx.set_materialize_grads(False)
         ctx.scales = scales
         ctx.dtype = factors[0].dtype

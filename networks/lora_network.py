@@ -378,7 +378,7 @@ def _advise(stored: Mapping[str, Factors], factors: Factors, name: str) -> str:
         factors: Factors of the module in the network.
         name: Name of the module.
     """
-    if DOWN not in factors:
+    if DOWN not in factors:  # the network is not a LoRA
         return "Give its --network_module, --network_dim and --network_args, or --dim_from_weights."
     if stored[name].keys() != factors.keys():
         return (

@@ -442,7 +442,7 @@ def _sum_loras(
     _reject_other_families([use.lora for use in uses])
     for use in uses:
         rule = rule_of(use.lora.metadata)
-        if rule is not None:
+        if rule is not None:  # trained with masked ranks, which a sum cannot mask
             logger.warning(f"{use.lora.path} {rule.kind.merged}")
     merged: dict[str, Tensor] = {}
     for name, summands in _list_summands(uses).items():

@@ -155,6 +155,7 @@ def _rate_agreement(family: FamilyNames, names: Sequence[str], sizes: Mapping[st
     if level == _CONTRADICTS and rules:  # perhaps an unreleased size: all sizes in proportion to one width
         first = rules[0]
         rows, columns = first.size
+        # `first.columns` and `first.rows` are multiples of the width; 0 says nothing about it
         fitting_width = columns / first.columns if first.columns else rows / first.rows
         if all(_agrees(rule, fitting_width) for rule in rules):
             level = _IN_PROPORTION
@@ -330,11 +331,11 @@ def count_parts(path: str) -> set[int]:
 
 @dataclass(frozen=True)
 class Relative:
-    """A module whose weight is some or all rows of another module's weight, or contains it."""
+    """A module of another layout whose weight is a part of a given module's weight, or contains it."""
 
     name: str  # underscored
     part: WeightPart
-    is_part: bool  # True: part of the module asked for; False: contains it
+    is_part: bool  # True: its weight is a part of the given module's weight; False: contains it
 
 
 @cache

@@ -225,6 +225,7 @@ class LoraRounding:
             is_random = self._rule == AUTO and any(loss.is_notable() for loss in losses.values())
             for path, loss in losses.items():
                 total = self._losses.setdefault(path, RoundingLoss())
+                # scaled up from the sampled rows to the whole weight
                 total.error_dot_change += loss.error_dot_change / sample.sampled_fraction
                 total.squared_change += loss.squared_change / sample.sampled_fraction
         self._num_random += is_random

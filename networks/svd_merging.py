@@ -55,6 +55,7 @@ def merge_and_resize(options: SvdMergeOptions) -> None:
     logger.info("merging %s", ", ".join(f"{path} (strength {ratio:g})" for path, ratio in pairs))
     with temporary_folder() as folder:
         exact = folder / "sum.safetensors"
+        # `usual` fills in the defaults of all other options
         summing = FullMergeOptions.usual(
             models=options.models,
             ratios=options.ratios,

@@ -207,6 +207,7 @@ def _in_diffusers(factors: Factors) -> Form:
     rotation = delta.rotation
     if rotation is not None:
         return {rotation.part: factors[rotation.part]}
+    # diffusers reads only low-rank factors: a full difference becomes a LoRA of full rank
     is_difference = factors.keys().isdisjoint({DOWN, MAGNITUDES}) and "diff" in factors
     if is_difference and factors["diff"].ndim == 2:
         factors = _to_full_rank(factors)
@@ -373,6 +374,7 @@ def in_target(
             readable = {
                 name: tensor for name, tensor in native.items() if name.partition(".")[0] not in unreadable
             }
+            # the same target, without the modules that ComfyUI cannot read
             written = in_target(readable, family, target, start)
             return TranslatedModules(written.tensors, written.left_out | unreadable)
         if family is not None and family.stacked_in_comfyui:

@@ -165,7 +165,10 @@ class NetworkKind:
     def bring_norms(
         self, lora: Any, family: "FamilyNames | None", baking: Any, are_frozen: bool, target: str
     ) -> Any:
-        """Return a `LoraFile` whose magnitudes refer to the norms that the target dialect uses."""
+        """Return a LoRA whose DoRA magnitudes refer to the norms that the target dialect uses.
+
+        By default, the LoRA is returned unchanged.
+        """
         return lora
 
     def size_of(self, factors: Factors) -> int | None:
