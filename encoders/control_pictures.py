@@ -85,7 +85,7 @@ def controls_of(batch: Batch, latents: Tensor, stride: int, taker: str) -> dict[
     """
     batch.check({CONTROL_PIXELS: "conditioning_data_dir in the subsets"}, taker)
     controls = batch.tensor(CONTROL_PIXELS)
-    sides = tuple(stride * side for side in latents.shape[-2:])
+    sides = tuple(stride * length for length in latents.shape[-2:])
     if controls.dtype != torch.uint8 or tuple(controls.shape[-2:]) != sides:
         raise CacheError(
             f"{batch.keys[0]}: its control picture has {as_shape(controls.shape[-2:])} rows and columns, the "

@@ -223,8 +223,8 @@ class TokenizerSource:
             with self.files.explain(file):
                 encoded = tokenizer.encode(text, add_special_tokens=self.adds_own)
             places: list[Place] = [None] * len(added_begin)
-            for place, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
-                places.append(None if is_special else place)
+            for span, is_special in zip(encoded.offsets, encoded.special_tokens_mask, strict=True):
+                places.append(None if is_special else span)
             return Tokens([*added_begin, *encoded.ids], places)
 
         return TextTokenizer(read, tokenizer.token_to_id, file)
@@ -571,9 +571,9 @@ def weights_of(written: Written, places: Sequence[Place]) -> list[float]:
     start = written.start
     prompt_characters = range(start, start + len(written.prompt))
     prompt_places: list[Place] = []
-    for place in places:
-        is_of_prompt = place is not None and place[0] in prompt_characters
-        prompt_places.append(place if is_of_prompt else None)  # tokens of the template have weight 1
+    for span in places:
+        is_of_prompt = span is not None and span[0] in prompt_characters
+        prompt_places.append(span if is_of_prompt else None)  # tokens of the template have weight 1
     # positions in the prompt -> positions in the text
     spans = [(first + start, last + start, weight) for first, last, weight in written.spans]
     return token_weights(written.text, prompt_places, spans)

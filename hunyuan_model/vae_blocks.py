@@ -101,7 +101,7 @@ class ClipNorm(nn.GroupNorm):
 
 
 class HunyuanCausalConv(nn.Module):
-    """A 3x3x3 convolution that sees no later frame.
+    """A causal 3x3x3 convolution, whose output depends on no later frame.
 
     It pads by repeating the border of the frame and the first frame of the clip.
 
@@ -276,7 +276,7 @@ class Resample(nn.Module):
 
 
 class CausalLevel(nn.Module):
-    """Residual blocks, then a change of resolution if `down` or `up` is given."""
+    """Residual blocks of one resolution, then down- or upsampling if `down` or `up` is set."""
 
     def __init__(
         self,

@@ -116,7 +116,7 @@ def cast_factors(groups: Sequence[Sequence[LoraLayer]]) -> None:
 
 
 class _Cast(torch.autograd.Function):
-    """Cast factors, multiply them by their scales, and join those of a group, with few kernels."""
+    """Cast the factors of each group into one matrix, multiplied by their scales, with few kernels."""
 
     @staticmethod
     def forward(

@@ -59,7 +59,7 @@ _OTHER_KINDS = {
 
 @dataclass(frozen=True)
 class NativeTensors:
-    """Tensors of a LoRA file under our names, and the keys without such a name."""
+    """Tensors of a LoRA file under our names, and the keys in the file that have no name of ours."""
 
     tensors: dict[str, Tensor]  # of the transformer, by our name
     dialect: str  # for messages

@@ -293,8 +293,8 @@ def _factors_for_network(
     for name, delta in read_deltas(network_modules).items():
         if delta.rotation is not None:
             num_rows[name] = 1
-    texts = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
-    tensors = for_model({**lora.tensors, **texts}, num_rows.get)
+    text_tensors = rename_texts(lora.text_tensors, {prefix_of(name) for name in network_modules})
+    tensors = for_model({**lora.tensors, **text_tensors}, num_rows.get)
     return group_by_module(add_missing_alphas(tensors))
 
 

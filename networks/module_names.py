@@ -357,14 +357,17 @@ def relatives(name: str, family: FamilyNames | None = None) -> tuple[Relative, .
 def _find_relations(family: FamilyNames | None) -> "_Table[Relative]":
     """Return the relatives of modules in a family, or in all, with `{n}` for the number in their names."""
     pairs: list[tuple[str, Relative]] = []
-    for each in FAMILIES if family is None else (family,):
-        parts = [*each.parts, *each.joined]
+    for each_family in FAMILIES if family is None else (family,):
+        parts = [*each_family.parts, *each_family.joined]
         # an alias relates two names only if it is also the name of another family's module
         if parts:
-            foreign = {
-                path.replace(".", "_") for other in FAMILIES if other is not each for path in other.modules
-            }
-            parts += [WeightPart(*pair) for pair in each.aliases if pair[0].replace(".", "_") in foreign]
+            foreign_names: set[str] = set()
+            for other in FAMILIES:
+                if other is not each_family:
+                    foreign_names.update(path.replace(".", "_") for path in other.modules)
+            for theirs, ours in each_family.aliases:
+                if theirs.replace(".", "_") in foreign_names:
+                    parts.append(WeightPart(theirs, ours))
         for part in parts:
             pairs.append((part.ours, Relative(part.theirs, part, is_part=True)))
             pairs.append((part.theirs, Relative(part.ours, part, is_part=False)))
@@ -384,8 +387,8 @@ def parts_of(name: str, family: FamilyNames) -> list[PartPath]:
 
     If the other layout fuses several of our modules into this one, these modules are returned.
     """
-    found = _tables(family).parts.all(name)
-    parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in found]
+    entries = _tables(family).parts.all(name)
+    parts = [PartPath(part.theirs.replace("{n}", number), part) for part, number in entries]
     from_end = {REST: 101, BEFORE_REST: 100}  # sort the last parts after all numbered ones (far below 100)
     return sorted(parts, key=lambda placed: from_end.get(placed.part.index or 0, placed.part.index or 0))
 

@@ -240,8 +240,8 @@ def _reject_other_alphas(source: Path, metadata: Mapping[str, str]) -> None:
 
 def _plain_file_command(source: Path, *options: str) -> str:
     """Return the convert_lora.py command that stores a LoRA's alphas as tensors."""
-    words = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
-    return as_typed([*words, "--output", "PLAIN.safetensors"])
+    command = ["python", "convert_lora.py", "--input", str(source), "--target", "default", *options]
+    return as_typed([*command, "--output", "PLAIN.safetensors"])
 
 
 def find_factors(shapes: Mapping[str, Sequence[int]]) -> list[FactorNames]:
@@ -384,10 +384,10 @@ def select_rank(
         assert param is not None
         # the Frobenius norm is the root of the sum of squares
         summands = singular_values if method == FRACTION_OF_SUM else singular_values**2
-        wanted = param if method == FRACTION_OF_SUM else param**2
+        threshold = param if method == FRACTION_OF_SUM else param**2
         fractions = np.cumsum(summands) / summands.sum()
         # the first rank at which the fraction is reached
-        rank = int((fractions < wanted - TOLERANCE).sum()) + 1
+        rank = int((fractions < threshold - TOLERANCE).sum()) + 1
     return max(1, min(rank, maximum, len(singular_values)))
 
 

@@ -166,10 +166,10 @@ class _Outputs(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Any, ...]:
         """Return the gradients of x and of the down and up factors; the frozen weights have none."""
-        x, product, down, *rest = ctx.saved_tensors
+        x, product, down, *ups_and_weights = ctx.saved_tensors
         num_layers = len(ctx.ranks)
-        ups = rest[:num_layers]
-        weights = rest[num_layers:]
+        ups = ups_and_weights[:num_layers]
+        weights = ups_and_weights[num_layers:]
         _, needs_x, needs_down, *_ = ctx.needs_input_grad
         product = rows_of(product)
         parts = product.split(ctx.ranks, -1)

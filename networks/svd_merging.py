@@ -45,7 +45,7 @@ class SvdMergeOptions(Options):
 
 
 def merge_and_resize(options: SvdMergeOptions) -> None:
-    """Write the sum of LoRAs as one of the rank that is asked for.
+    """Write the sum of LoRAs as one LoRA of rank `new_rank`.
 
     Raises:
         CheckpointError: If a file cannot be used, or they do not fit each other.

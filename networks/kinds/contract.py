@@ -98,7 +98,7 @@ class RankRule(Protocol):
 
 
 class NetworkKind:
-    """A kind of network. The defaults are those of a plain LoRA, or mean that the kind lacks the feature."""
+    """Properties and functions of a kind of network, such as LoKr; defaults fit LoRA or disable a feature."""
 
     name: str  # for messages
     article = "a"

@@ -257,7 +257,7 @@ def in_both_streams(endings: str) -> str:
 
 
 def stacked_parts(theirs: str, ours: str) -> tuple[WeightPart, ...]:
-    """Return the parts of our fused weight [q; k; v]; {x} in `theirs` stands for the letter."""
+    """Return the parts of our fused weight [q; k; v]; {x} in `theirs` is replaced by q, k and v."""
     return tuple(WeightPart(theirs.replace("{x}", letter), ours, index) for index, letter in enumerate("qkv"))
 
 
