@@ -93,7 +93,7 @@ class CropFacesOptions(Options, title="what to do"):
 
 
 def _read_pair(name: str, text: str | None, example: str) -> tuple[float, float] | None:
-    """Return the two numbers of an option. Raises OptionError if it holds anything else."""
+    """Parse an option that consists of two numbers. Raises OptionError if it is malformed."""
     if text is None:
         return None
     match = _PAIR.fullmatch(text)
@@ -113,9 +113,9 @@ class Portrait:
     size: tuple[float, float]  # width and height of the face in pixels
 
     def rotate(self, degrees: float) -> None:
-        """Turn the image around the face, counterclockwise for positive angles; its size stays.
+        """Rotate the image around the face, counterclockwise for positive angles, without resizing it.
 
-        Corners that the image does not reach repeat its edges.
+        Corners outside of the original image repeat its edge pixels.
         """
         height, width = self.image.shape[:2]
         matrix = cv2.getRotationMatrix2D(self.center, degrees, 1)
@@ -238,7 +238,7 @@ def _measure(face: FoundFace) -> tuple[float, float]:
 def _write_faces(
     path: Path, folder: Path, image: Frame, faces: Sequence[FoundFace], options: CropFacesOptions
 ) -> None:
-    """Write an image for each face."""
+    """Write one cropped image for each face in an image."""
     for number, face in enumerate(faces, start=1):
         portrait = make_portrait(image, face, options)
         if options.debug:
@@ -249,10 +249,10 @@ def _write_faces(
 
 
 def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> Portrait:
-    """Return what is written for a face.
+    """Return the portrait of a face: the image, rotated, scaled and cropped according to the options.
 
     Raises:
-        CheckpointError: If the image is to be turned, and the detector does not say where the eyes are.
+        CheckpointError: With --rotate, if the detector finds no eyes.
         MediaError: If the image would become too large.
     """
     left, top, right, bottom = face.box
@@ -268,11 +268,15 @@ def make_portrait(image: Frame, face: FoundFace, options: CropFacesOptions) -> P
     if options.resize_face_size is not None:
         portrait.scale(options.resize_face_size / max(portrait.size))
     if factors is not None:
-        cut = (max(1, round(portrait.size[0] * factors[0])), max(1, round(portrait.size[1] * factors[1])))
-        portrait.crop(*cut)
+        crop_size = (
+            max(1, round(portrait.size[0] * factors[0])),
+            max(1, round(portrait.size[1] * factors[1])),
+        )
+        portrait.crop(*crop_size)
     if pixels is not None:
         if options.resize_fit:
             height, width = portrait.image.shape[:2]
+            # the image covers the crop completely
             portrait.scale(max(pixels[0] / width, pixels[1] / height))
         portrait.crop(*pixels)
     return portrait

@@ -149,7 +149,7 @@ def _name_copy(stem: str, size: Size, suffix: str) -> str:
 
 
 def _write_copies(path: Path, folder: Path, options: ResizeImagesOptions, counts: _Counts) -> None:
-    """Write the copies of one image that do not exist yet."""
+    """Write those resized copies of an image that do not exist yet."""
     suffix = ".png" if options.save_as_png else ".jpg"
     targets = {size: folder / _name_copy(path.stem, size, suffix) for size in options.sizes}
     missing = {size: target for size, target in targets.items() if not target.exists()}

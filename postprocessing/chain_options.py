@@ -61,7 +61,7 @@ class Chain:
 
     @property
     def added(self) -> str:
-        """Text of all tools for the names of results."""
+        """Text about all tools that is added to the names of result files."""
         return "_".join(tool.added(options) for tool, options in self.tools)
 
     @property
@@ -125,7 +125,7 @@ def _add_then(parser: Parser) -> None:
 
 @dataclass(frozen=True)
 class NamedTools:
-    """The tools that an option names, in order."""
+    """The postprocessing tools that an option names, in their order of use."""
 
     option: str  # for messages
     tools: tuple[ToolOptions, ...]
@@ -137,7 +137,7 @@ class NamedTools:
 
     @property
     def hiding(self) -> str | None:
-        """Name of the first tool that hides something; None if no tool does."""
+        """Name of the first tool that hides image content; None if there is none."""
         return hiding_tool(self.tools)
 
     @property
@@ -200,7 +200,7 @@ def read_tool(words: Sequence[str], before: str) -> ToolOptions:
 
 
 def _as_typed_word(word: str, flags: Mapping[str, argparse.Action]) -> str:
-    """Return `--factor=2` for `factor=2`, `--only_center` for `only_center`, and other words unchanged."""
+    """Return a chain argument as on a command line: `--factor=2` for `factor=2`."""
     name, has_value, _ = word.partition("=")
     flag = flags.get(f"--{name}")
     is_option = flag is not None and (has_value or flag.nargs == 0)
@@ -222,7 +222,7 @@ def _parse(parser: Parser, tool: Tool, words: Sequence[str]) -> argparse.Namespa
 
 
 def find_tool(name: str) -> Tool:
-    """Return the tool with a name, ignoring case.
+    """Return the postprocessing tool with a name, ignoring case.
 
     Raises:
         OptionError: If there is no such tool.
@@ -291,7 +291,7 @@ def split_by_mark(words: Sequence[str], mark: str) -> list[list[str]]:
 
 
 def split_assigned(words: Sequence[str], flag: str) -> list[str]:
-    """Split each `flag=value` into two words."""
+    """Split each `flag=value` argument into two."""
     parts: list[str] = []
     for word in words:
         parts += word.split("=", 1) if word.startswith(f"{flag}=") else [word]
@@ -311,11 +311,11 @@ TASKS = {"esrgan": ("realesrgan_x4", "realesrgan_x2"), "": ("yunet",)}
 
 
 def default_model(tool: str, mode: str, folders: Sequence[Path] = (MODELS, ROOT / MODELS)) -> Path | None:
-    """Return the downloaded model for a tool, and log it; None for a mode that the tool does not have.
+    """Return the path of a tool's downloaded model, and log it; None if the tool has no such mode.
 
     Args:
         tool: Name of the tool in `TOOLS`.
-        mode: Value of --mode, "" for tools without it.
+        mode: Value of --mode, "" for tools without modes.
         folders: Folders of downloaded models; the first one with all files of the first task is used.
 
     Raises:

@@ -72,7 +72,7 @@ def to_tensor(pixels: Pixels, device: torch.device) -> Tensor:
 
 
 def to_pixels(image: Tensor, is_deep: bool) -> Pixels:
-    """Clamp and round an image 1 3 H W, 0..1, and return it as H W 3 in 8 or 16 bits on the host."""
+    """Convert an image, 1 3 H W in 0..1, to 8 or 16 bit integers, H W 3 on the CPU."""
     values = (image[0].to(torch.float32).clamp(0, 1) * (65535.0 if is_deep else 255.0)).round()
     if is_deep:  # with a sign, as in `to_tensor`
         values = torch.where(values < 32768, values, values - 65536)

@@ -44,6 +44,7 @@ def plan_jobs(chain: Chain, ask: Callable[[str], Answer | None]) -> list[FileJob
         OutputError: If results exist and there is nobody to ask.
     """
     sources = list_sources(chain)
+    # results next to the files of a dataset would become part of it
     if chain.run.output is None:  # results next to the files of a dataset would become part of it
         for path in sources:
             _check_caption(path, chain)

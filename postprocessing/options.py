@@ -113,7 +113,7 @@ ALIGNMENT = 32  # the networks need sides that are multiples of this
 
 
 class InterpolationOptions(Options, title="interpolation"):
-    """The number of new images between two, and how they are generated."""
+    """How many images to generate between two frames, and how."""
 
     network: ToolNetworkOptions = option(
         settings={"model": {"help": "folder with the GIMM-VFI files and those of its optical flow"}}

@@ -121,7 +121,7 @@ def _note_errors(
 
 @contextlib.contextmanager
 def _explain_memory(what: str) -> Iterator[None]:
-    """Raise MemoryPlanError with a remedy if memory runs out in the block.
+    """Turn an out-of-memory error in the `with` block into a MemoryPlanError that names a remedy.
 
     Args:
         what: What needs too much memory, for the message.

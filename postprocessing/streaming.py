@@ -50,7 +50,7 @@ class Pipe(Generic[T]):
             self._changed.notify_all()
 
     def end(self, error: BaseException | None = None) -> None:
-        """End the input.
+        """Mark the end of the queue: the reader stops after the last waiting item, or raises `error`.
 
         Args:
             error: Error to raise in the reader, which then drops the waiting items.

@@ -30,14 +30,14 @@ SHARE = 0.8  # fraction of the host's free memory to use; the system kills progr
 
 
 def pad_to_multiple(images: Tensor, step: int, repeats_edge: bool) -> Tensor:
-    """Extend images B C H W to multiples of `step` with their mirror images at the right and bottom.
+    """Pad images, B C H W, at the right and bottom with their reflection, to multiples of `step`.
 
-    It also works for images smaller than `step`.
+    The reflection is repeated for images smaller than `step`.
 
     Args:
         images: Images, B C H W.
         step: Number that the sides become multiples of.
-        repeats_edge: Whether the last row and column are repeated.
+        repeats_edge: Whether the reflection starts with the last row and column itself.
     """
     for axis in (-2, -1):
         size = images.shape[axis]
@@ -158,7 +158,7 @@ def min_tile(step: int, overlap: int) -> int:
 
 
 def short_reason(error: BaseException) -> str:
-    """Return the first sentence of an error's message, or its type if it has no message."""
+    """Return the first sentence of an error's message; without a message, the error's type."""
     return str(error).strip().partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
@@ -201,7 +201,10 @@ class Fitting:
             free_memory(self.device)
 
     def _shrink_batch(self, images: Tensor, reason: str) -> None:
-        """Choose a smaller batch or smaller tiles; `reason` is why `images` failed, for MemoryPlanError."""
+        """After an out-of-memory error, halve the batch, or else the tiles, or raise MemoryPlanError.
+
+        `images` is the batch that failed, `reason` the message of its error.
+        """
         batch = min(self.batch, len(images))
         longest = max(images.shape[-2:])
         side = min(self.tile or longest, longest)
@@ -290,7 +293,7 @@ DEFAULT = Compilation()
 
 
 def check_network(options: ToolNetworkOptions, device: torch.device) -> None:
-    """Raise OptionError if --dtype or --compile is not possible, before anything is loaded."""
+    """Raise OptionError before loading a network if the device does not support --dtype or --compile."""
     select_compute_dtype(options.dtype, "--dtype", torch.float32)
     check_compilation(DEFAULT if options.compile else None, device)
 

@@ -101,12 +101,12 @@ class Choice:
 
     @property
     def model_name(self) -> str:
-        """Family and task of the model."""
+        """Model family and task, joined for messages."""
         return f"{self.model.family} {self.model.task}"
 
     @property
     def is_of_audio(self) -> bool:
-        """Whether the folder holds sounds to learn."""
+        """Whether the folder holds audio files to learn from, without images or clips."""
         return self.media[0].kind == "audio"
 
     @property
@@ -128,7 +128,7 @@ class Choice:
 
     @property
     def has_small_encoders(self) -> bool:
-        """Return whether text encoders are used in 8 bits."""
+        """Whether the text encoders are loaded in 8 bits."""
         return 0 < self.memory < SMALL
 
     @property
@@ -213,7 +213,7 @@ def _shrink_to_area(size: tuple[int, int], area: int) -> tuple[int, int]:
 
 
 def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
-    """Return the number of frames to take of each clip: the default, or fewer if 1 in 4 clips is shorter."""
+    """Return the number of frames per clip: the default, or fewer if over a quarter of clips are shorter."""
     default = model.data["frames"]
     lengths = lengths_of(model)
     timed = [item for item in media if item.seconds is not None and default > 1]
@@ -228,7 +228,7 @@ def select_frames(model: ModelSet, media: list[Media], memory: float) -> int:
 
 
 def lengths_of(model: ModelSet) -> ClipLengths:
-    """Return the numbers of frames that clips of a model may have."""
+    """Return the frame counts that a model accepts for a clip."""
     return ClipLengths(model.data.get("frame_step", 4), model.data.get("first_frames", 1))
 
 
@@ -288,8 +288,10 @@ def _describe_subsets(choice: Choice) -> list[str]:
     if shortest >= SIDE_STEP:  # bucket sides are multiples of SIDE_STEP
         shortest = shortest // SIDE_STEP * SIDE_STEP
     smallest = min(DEFAULT_SIDE, shortest)
-    largest = round_up(2 * max(choice.size), SIDE_STEP)  # the long side of an image of extreme aspect ratio
+    # leaves room for the long side of an image with an extreme aspect ratio
+    largest = round_up(2 * max(choice.size), SIDE_STEP)
     sides = {"min_bucket_reso": smallest, "max_bucket_reso": largest}
+    # the [general] table already holds the keys in choice.data
     dataset_keys = {name: side for name, side in sides.items() if name not in choice.data}
     lines = ["", *_format_toml_table("[[datasets]]", dataset_keys)]
     for folder in dict.fromkeys(item.path.parent for item in choice.media):
@@ -378,8 +380,9 @@ def _lacks_captions(choice: Choice, place: Path, kind: str) -> bool:
 
 
 def describe_samples(choice: Choice) -> str:
-    """Return prompts.txt: the subject in two situations that no caption mentions, and a prompt without it.
+    """Return the text of prompts.txt: prompts for sample images, with the options of each prompt.
 
+    The prompts show the subject in two situations that no caption mentions; one more has no subject.
     For a network with control images, the prompts are captions together with their control images. For
     edits, they are the instructions of the dataset with the images that they change, and another instruction.
     """
@@ -392,8 +395,8 @@ def describe_samples(choice: Choice) -> str:
     if edits:
         return _describe_edit_samples(choice, edits, released_values)
     captions = [find_text(item.caption) for item in choice.media if item.caption]
+    # names of regularization folders are left out: they contain only the class
     learned = {item.path.parent for item in choice.media}
-    # exclude names of regularization folders, which contain only the class
     names = [name.words for folder, name in choice.content.names.items() if folder in learned]
     subject = plain(choice.trigger or _find_subject(captions or names))
     if choice.tags is not None:
@@ -462,9 +465,9 @@ def _select_situations(captions: Sequence[str]) -> list[str]:
 
 
 def _sample_size(choice: Choice) -> str:
-    """Return the sample options for width, height and frames.
+    """Return the size options of a sample prompt: --w, --h and --f.
 
-    Sounds only have a length; image models have no number of frames.
+    Audio only has a length (--f); image models have no --f.
     """
     if choice.is_of_audio:
         return f"--f {AUDIO_FRAMES}"
@@ -476,7 +479,7 @@ def _sample_size(choice: Choice) -> str:
 
 
 def _find_subject(captions: Sequence[str]) -> str:
-    """Return the words that all captions begin with, else the first part of the shortest one."""
+    """Return the words that all captions start with; otherwise the start of the shortest caption."""
     words = [text.split() for text in captions if text]
     common = os.path.commonprefix(words) if len(words) > 1 else []
     subject = " ".join(common)
@@ -497,7 +500,7 @@ def _join_shared_tags(tags: TagLists, trigger: str | None) -> str:
 
 
 def plain(text: str) -> str:
-    """Return a text on one line, so that prompts.txt does not read parts of it as options or a comment."""
+    """Return a prompt in one line and without characters that prompts.txt reads as options or a comment."""
     on_one_line = " ".join(drop_control_codes(text).split())
     return re.sub(r"(^|\s)-+", r"\1", on_one_line).lstrip("#").strip()
 
@@ -661,7 +664,7 @@ def _model_values(choice: Choice) -> dict[str, Any]:
 
 
 def _training_words(choice: Choice) -> list[str]:
-    """Return the options of the model's training command, and those that the graphics card requires."""
+    """Return the arguments of the training script, adapted to the graphics card."""
     data = choice.model.data
     words = _words_of(choice, "train")
     script = next(index for index, word in enumerate(words) if word.endswith(".py"))
@@ -677,7 +680,7 @@ def _training_words(choice: Choice) -> list[str]:
 
 
 def _read_options(words: Sequence[str], files: Mapping[str, str]) -> dict[str, Any]:
-    """Return the values of typed options by name.
+    """Return the values of a command's options by option name.
 
     `files` maps placeholders such as {vae} to paths. A flag without a value is True.
     """
@@ -701,15 +704,15 @@ def _read_number(word: str) -> int | float | str:
 
 
 def _run_values(choice: Choice) -> dict[str, Any]:
-    """Return the training's options for its length, and for what to save where."""
+    """Return the [training] options for length, saving, samples and validation."""
     steps = choice.options.max_train_steps
-    times = derive_times(steps, choice.kind.saves_models)
+    intervals = derive_times(steps, choice.kind.saves_models)
     values: dict[str, Any] = {
         "dataset_config": "dataset.toml",
         "max_train_steps": steps,
         "save_state": True,
         "sample_prompts": "prompts.txt",
-        **times,
+        **intervals,
         "sample_at_first": True,
         "sample_now": True,
     }
@@ -717,6 +720,7 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         values["validation_split"] = 0.1
     folder_name = re.sub(r"[^\w.-]+", "_", choice.folder.name).strip("._")[:MAX_OF_SUBJECT]
     values["output_dir"] = "output"
+    # such as CON or NUL, which cannot be file names on Windows
     if is_windows_device(folder_name):
         folder_name = f"lora_{folder_name}"
     values["output_name"] = choice.options.output_name or folder_name or "lora"
@@ -727,7 +731,8 @@ def _run_values(choice: Choice) -> dict[str, Any]:
         if choice.options.output_name is None:
             values["output_name"] += NAMED
     if choice.kind.learns_word:
-        values["output_name"] = choice.options.output_name or choice.trigger  # used as word
+        values["output_name"] = choice.options.output_name or choice.trigger
+        # prompts use an embedding by its file name
     return values
 
 

@@ -150,6 +150,7 @@ def _print_report(
     oddities: list[str] = []
     errors = find_errors(choice, texts[options.folder / WRITTEN[0]], oddities)
     lines = describe_licenses(choice.model) if excludes_many(choice.model) else []
+    # the order of the lines is that of the decisions: model, captions, tags, then problems
     lines += adopted_lines
     lines += _describe_choice(choice, remarks)
     lines += _describe_captions(choice)
@@ -196,7 +197,7 @@ def _begin_with_prompts(options: NewOptions, model: ModelSet) -> None:
 
 
 def _describe(choice: describing.Choice, commands: list[list[str]]) -> dict[str, str]:
-    """Return the texts of the three files by name."""
+    """Return the text of run.toml, dataset.toml and prompts.txt, by file name."""
     dataset = describing.describe_dataset(choice)
     samples = describing.describe_samples(choice)
     return dict(zip(WRITTEN, (dataset, samples, describing.describe_run(choice, commands)), strict=True))
@@ -290,7 +291,7 @@ def _gather_choice(
 def _find_keys_of_folders(
     foreign: ForeignProject | None, folder: Path, media: Sequence[Media]
 ) -> Mapping[Path, Mapping[str, Any]]:
-    """Return the keys of another trainer's project that apply to single folders of media."""
+    """Return the dataset.toml keys that another trainer's project sets for single folders."""
     if foreign is None:
         return {}
     folders = dict.fromkeys(item.path.parent for item in media)
@@ -298,7 +299,7 @@ def _find_keys_of_folders(
 
 
 def _check_foreign(choice: describing.Choice, foreign: ForeignProject) -> describing.Choice:
-    """Return the choice without those values of the foreign project that the training script rejects."""
+    """Remove the values of a foreign project that the training script rejects from a choice."""
 
     def write(training: Mapping[str, Any]) -> dict[str, str]:
         changed = dataclasses.replace(choice, training=training)
@@ -347,10 +348,10 @@ def _texts_of(content: FolderContent) -> list[str]:
 def _collect_content(
     options: NewOptions, model: ModelSet, model_info: ModelInfo, kind: RunKind
 ) -> FolderContent:
-    """Return the content of the folder, with hints about models that would suit it better."""
+    """Return the content of the folder, with hints about more suitable models of other tasks."""
     models = find_models()
     of_family = [entry for entry in models if entry.family == model.family]
-    edit_tasks = [entry.task for entry in of_family if needs_image(entry)]
+    image_tasks = [entry.task for entry in of_family if needs_image(entry)]
     # options that select a model for audio without video
     audio_options = [f"--task {entry.task}" for entry in of_family if learns_audio_alone(entry)]
     if not audio_options:
@@ -365,7 +366,7 @@ def _collect_content(
         name=f"{model.family} {model.task}",
         kind=kind,
         control_kind=find_control_kind(model),
-        edits=f", --task {edit_tasks[0]} does" if edit_tasks else "",
+        edits=f", --task {image_tasks[0]} does" if image_tasks else "",
         hearing=" or ".join(audio_options),
         silent=silent_tasks[0] if silent_tasks else "",
     )
@@ -385,7 +386,7 @@ def _write_content(content: FolderContent) -> None:
 
 
 def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> list[str]:
-    """Return the errors in the files of dataset.toml that would end a run, found by the check of `run`.
+    """Return the errors in the media and caption files of a dataset that would end a training run.
 
     Images that --dry_run does not write are not checked. Missing captions are omitted, because other lines
     report them, except for files that cannot be read.
@@ -424,6 +425,7 @@ def find_errors(choice: describing.Choice, dataset: str, remarks: list[str]) -> 
                 problems.append(Fault("tables cannot be used", str(error)))
     written = str(choice.options.folder / WRITTEN[0])
     lines = [line.replace(str(copy), written) for line in list_errors(problems, LISTED)]
+    # indented lines belong to the error above them
     return [line if line.startswith(" ") else fault(line) for line in lines]
 
 
@@ -503,7 +505,7 @@ def _describe_choice(choice: describing.Choice, remarks: list[str]) -> list[str]
 
 
 def _summarize(choice: describing.Choice) -> str:
-    """Return the first line: the media by kind, the model, their size and the card."""
+    """Return the summary line: number of files, model, size and graphics card."""
     size = ""
     if not choice.is_of_audio:
         size = f" at {choice.size[0]}x{choice.size[1]}"

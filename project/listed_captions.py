@@ -91,7 +91,7 @@ def _explain(path: Path, error: Exception) -> str:
 
 
 def _by_name(media: Sequence[Path]) -> dict[Path, list[Path]]:
-    """Return files by their path, and by their path without suffix."""
+    """Return the media files by path, and also by path without suffix."""
     by_stem: dict[Path, list[Path]] = {}
     for path in media:
         by_stem.setdefault(path.parent / path.stem, []).append(path)
@@ -204,12 +204,13 @@ def _first_text(row: Mapping[str, Any]) -> Any:
 
 
 def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the rows of a table. `path` is for messages only.
+    """Yield (file name, caption) for each row of a table of captions. `path` is for messages only.
 
     Raises:
-        DatasetError: If the table lacks a column.
+        DatasetError: If the table has no column of file names or no column of captions.
     """
     columns = column_names(table)
+    # reversed: of columns that differ only in case, the first one is used
     by_lower_name = {name.lower(): name for name in reversed(columns)}
     name_column = next((by_lower_name[name] for name in PATHS if name in by_lower_name), None)
     text_column = next((by_lower_name[name] for name in TEXTS if name in by_lower_name), None)
@@ -227,7 +228,7 @@ def _table_rows(path: Path, table: Path, remarks: list[str]) -> Iterator[tuple[s
 
 @contextlib.contextmanager
 def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterator[Path]:
-    """Yield a table in the form for `read_columns`: in UTF-8, with the names of its columns in line 1.
+    """Yield the path of a table that `read_columns` can read: UTF-8 text with column names in line 1.
 
     A converted copy is made if needed: spreadsheets write other encodings, and lists written by hand have no
     line of column names.
@@ -242,6 +243,7 @@ def _as_table(path: Path, names: Collection[str], remarks: list[str]) -> Iterato
         try:
             yield copied
         except DatasetError as error:
+            # name the user's file, not the temporary copy
             raise DatasetError(str(error).replace(str(copied), str(path))) from None
 
 

@@ -79,7 +79,7 @@ class Media:
 
 @dataclass
 class FolderContent:
-    """Content of a folder; `lines` report which files are left out, and why."""
+    """What `new` finds in a folder; `lines` report which files are left out, and why."""
 
     media: list[Media] = field(default_factory=list)
     names: dict[Path, FolderName] = field(default_factory=dict)  # folder names with a meaning to trainers
@@ -185,15 +185,16 @@ def collect_content(
 def _collect_media(
     folder: Path, folders_by_use: SortedFolders, content: FolderContent, model_info: "ModelInfo"
 ) -> list[Path]:
-    """Add the captioned media of the training folders and lines about other files; return the audio files.
+    """Add the captioned media of the training folders to `content`; return the audio files.
 
-    Lines about lists of captions come before those about the files.
+    Lines about files that are not used are added, too, after those about lists of captions.
     """
     suffixes = _media_suffixes() | AUDIO_SUFFIXES
     files = {
         training_folder: _files_in(training_folder, suffixes)
         for training_folder in folders_by_use.training_folders
     }
+    # before the media, whose captions may stand in these lists
     content.listed = read_lists(files, {*WRITTEN, CHECK_PAGE})
     start = len(content.lines)
     audios: list[Path] = []
@@ -202,12 +203,13 @@ def _collect_media(
         if training_folder != folder:
             content.lines += _describe_deep(_list_unsorted_folders(training_folder, folders_by_use))
     _add_audios(content, audios, model_info)
+    # made last, because only now is it known which captions were used
     content.lines[start:start] = _describe_lists(content)
     return audios
 
 
 def _list_unsorted_folders(place: Path, folders_by_use: SortedFolders) -> list[Path]:
-    """Return subfolders that are used neither for training, nor for regularization, nor as references."""
+    """Return subfolders that are not used for training, regularization or references."""
     sorted_folders = {*folders_by_use.training_folders, *folders_by_use.regularization}
     inner_folders = [inner for inner in _folders(place) if inner not in sorted_folders]
     return [inner for inner in inner_folders if not REFERENCES.fullmatch(inner.name)]
@@ -279,13 +281,14 @@ def _describe_numbered(media: Sequence[Media]) -> list[str]:
 
 
 def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
-    """Sort the subfolders into those for training, for references and for regularization.
+    """Sort the subfolders by their use: for training, as references, or for regularization.
 
     The names of the folders that are used, and lines about those that are left out, are added to `content`.
     """
     candidates = [folder]
     folders_by_use = SortedFolders(training_folders=[], sources=[], regularization={})
     for subfolder in _folders(folder):
+        # a link to a parent folder would be searched without end
         if subfolder.is_symlink() and _leads_back(subfolder, folder):
             continue
         kind = subfolder.name.lower()
@@ -297,6 +300,7 @@ def _sort_folders(folder: Path, content: FolderContent) -> SortedFolders:
             content.lines.append(warning(f"{subfolder}: {_explain_masks(folder, subfolder)}"))
         elif kind not in OWN_FOLDERS:
             candidates.append(subfolder)
+            # sd-scripts' layout: folders such as img/10_cat class
             candidates += [inner for inner in _folders(subfolder) if _name_of(inner) is not None]
         elif kind != FIRST_FRAMES and _has_captioned_media(subfolder):
             text = f"{subfolder}: left out. Runs write into a folder of this name: rename it"
@@ -441,7 +445,7 @@ def _find_captions(folders_by_use: Sequence[Path]) -> str:
 
 
 def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderName]) -> list[str]:
-    """Return lines about folders whose names have a meaning for image trainers."""
+    """Return lines about folders whose names image trainers read as repeats and a class."""
     lines = []
     for folder in folders_by_use:
         if folder in names:
@@ -455,7 +459,10 @@ def _describe_names(folders_by_use: Sequence[Path], names: Mapping[Path, FolderN
 
 
 def _describe_lists(content: FolderContent) -> list[str]:
-    """Return lines about lists of captions. Call this after captions have been assigned to the media."""
+    """Return lines that say which lists provide captions, and for how many files.
+
+    Call this after captions have been assigned to the media.
+    """
     lines = []
     single_files = []  # JSON files about one file each share a line
     for path, count in content.listed.lists.items():
@@ -466,6 +473,7 @@ def _describe_lists(content: FolderContent) -> list[str]:
     if single_files:
         article = "the" if len(single_files) > 1 else "a"
         lines.append(f"{name_some(single_files)}: captions of {article} file of that name")
+    # captions from lists are copied into caption files
     if lines and content.new_captions:
         count = len(content.new_captions)
         lines[-1] += f". {count} are written into {content.captions} files, which count from now on"
@@ -477,10 +485,11 @@ def _describe_lists(content: FolderContent) -> list[str]:
 
 
 def _describe_deep(folders: Sequence[Path]) -> list[str]:
-    """Return lines with advice about media in folders below the subfolders, which are not searched."""
+    """Warn about media in subfolders of subfolders, which `new` does not search."""
     lines = []
     waiting = list(folders)
     visited = 0
+    # breadth first, with a limit on the number of folders
     while waiting and visited < MAX_FOLDERS:
         folder = waiting.pop(0)
         visited += 1
@@ -555,7 +564,7 @@ def read_kept_masks(folder: Path) -> dict[Path, Path]:
 
 
 def _has_made_masks(folder: Path) -> bool:
-    """Return whether a folder has masks that this program generated, or that were drawn in the browser."""
+    """Return whether a folder holds masks made by this program, by a run or in the browser."""
     try:
         names = {path.name for path in folder.iterdir()}
     except OSError:
@@ -573,7 +582,7 @@ def _explain_masks(folder: Path, place: Path) -> str:
 
 
 def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: FolderContent) -> list[str]:
-    """Return lines about the files that OneTrainer puts next to images."""
+    """Return lines about masks and conditioning images that OneTrainer stores next to images."""
     lines = []
     masks = [path for path in paths if label_of(path.stem) == MASK_LABEL]
     if masks and content.masks.get(real_path(place)) != real_path(place):
@@ -586,7 +595,7 @@ def _describe_labels(folder: Path, place: Path, paths: Sequence[Path], content: 
 
 
 def _is_material(path: Path) -> bool:
-    """Return whether a path is the user's own file: not hidden, and not written by us or the system."""
+    """Return whether a path is a file of the user: not hidden, and not written by Reelsmith or the system."""
     is_written = path.name in (*WRITTEN, CHECK_PAGE)
     is_of_system = path.name.lower() in NO_MEDIA or path.name[0] == "."
     return not is_written and not is_of_system and not path.is_dir()
@@ -611,7 +620,7 @@ def _warn_of_encodings(encodings: Sequence[str], content: FolderContent) -> None
 
 
 def _take_layers(paths: Sequence[Path], content: FolderContent) -> list[Path]:
-    """Return the images that have layers, note the layers, and add a line about images without any."""
+    """Return the images that have layers; add a line about images without layers."""
     layers = group_layers(paths, content.captions)
     alone = [path for path, of_path in layers.items() if not of_path]
     if alone:
@@ -667,7 +676,7 @@ def _describe_ownerless(paths: Sequence[Path], suffix: str, owners: CaptionOwner
 
 
 def _why_left_out(paths: Sequence[Path], stems: set[str], captions: str) -> str:
-    """Return the reason why files with one suffix, which are not media, are left out."""
+    """Return why files with one suffix, which is not a media suffix, are not used."""
     if paths[0].suffix in (CAPTIONS, *OTHER_CAPTIONS) and stems & {path.stem for path in paths}:
         return (
             f"captions are read from {captions} files. Rename them, or in a folder of their own "
@@ -794,7 +803,7 @@ def _move_caption(content: FolderContent, clip: Path, picture: Path, caption: st
 
 
 def _find_references(folder: Path, folders_by_use: SortedFolders, content: FolderContent) -> None:
-    """Find each folder's references: in the folder, next to it, or next to the described folder."""
+    """Find the folder of references for each training folder: inside it, or next to it."""
     for training_folder in folders_by_use.training_folders:
         _find_references_of(training_folder, _list_sources(training_folder, folder, folders_by_use), content)
     for source in folders_by_use.sources:
@@ -814,7 +823,7 @@ def _list_sources(place: Path, folder: Path, folders_by_use: SortedFolders) -> l
 
 
 def has_control_pairs(folder: Path, has_word: bool = False) -> bool:
-    """Return whether the images of a folder have control images in a folder named for them.
+    """Return whether the images in a folder have control images, in a folder that is named so.
 
     The control folder is usually inside the folder. A control folder next to it may belong to another folder:
     it counts only if it has a control image for each image, if there are no other media next to it, and if no
@@ -854,7 +863,7 @@ def _find_controls(
 ) -> None:
     """For each image folder, use the first control folder that contains any of its control images.
 
-    If images are their own control images, as the kind of run says, the image folder itself is used.
+    For kinds of runs whose images are their own control images, the image folder itself is used.
     """
     for training_folder in folders_by_use.training_folders:
         if kind.controls_are_images:
@@ -904,7 +913,7 @@ def _find_references_of(image_folder: Path, sources: Sequence[Path], content: Fo
 
 
 def _without_reference(source: Path, stems: Sequence[str]) -> list[str]:
-    """Return the stems of images for which a folder has no reference."""
+    """Return the stems of images that have no reference in a folder."""
     with_reference = set[str]()
     with contextlib.suppress(DatasetError):  # the folder cannot be listed
         folder = ControlFolder(source, {*stems})
@@ -963,7 +972,7 @@ def _describe_unused(place: Path, source: Path, media: Sequence[Media]) -> list[
 
 
 def _find_numbered(media: Sequence[Media]) -> list[Path]:
-    """Return uncaptioned images whose names look like references of another image: cat_0, cat_input."""
+    """Return uncaptioned images that are named like references of another image: cat_0, cat_input."""
     stems = {item.path.stem for item in media if item.kind == "image"}
     numbered = []
     for item in media:
@@ -1021,7 +1030,7 @@ def is_narrow(item: Media) -> bool:
 
 
 def _describe_sizes(media: Sequence[Media]) -> list[str]:
-    """Return lines about clips and images that are small or narrow."""
+    """Return lines about clips and images that are too small or too narrow for training."""
     tiny = [item.path for item in media if min(item.size) < FEW_PIXELS]
     narrow = [item.path for item in media if is_narrow(item)]
     lines = []

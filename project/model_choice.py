@@ -117,7 +117,7 @@ def learns_audio_alone(model: ModelSet) -> bool:
 
 
 def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
-    """Return the options for the dtypes of networks that the scripts of a model take, by kind of script."""
+    """Return the dtype options that a model's scripts accept, by kind of script."""
     entry = with_scripts()[script_family(shlex.split(model.commands["latents"]))]
     return {
         kind: [name for name in DTYPE_OPTIONS if name in info_of(entry.options_record(kind))]
@@ -126,7 +126,7 @@ def _select_dtype_options(model: ModelSet) -> dict[str, list[str]]:
 
 
 def _has_latents(family: Any, fact: str) -> bool:
-    """Return a flag of the latents, such as has_alpha; False if it depends on the file of the VAE."""
+    """Return a flag of the latents, such as has_alpha; False if the flag depends on the VAE file."""
     with contextlib.suppress(UserError):
         return bool(getattr(family.latent, fact))
     return False
@@ -146,7 +146,7 @@ def _make_family_for_caching(model: ModelSet) -> Any:
 
 @contextlib.contextmanager
 def _without_log() -> Iterator[None]:
-    """Log only warnings during the block, because building a family logs which files are missing."""
+    """Log only warnings within the block, because building a family logs its missing files."""
     logging.disable(logging.INFO)
     try:
         yield
@@ -196,10 +196,9 @@ def _names_of(parser: argparse.ArgumentParser) -> set[str]:
 
 
 def _select_options(words: Sequence[str], names: Collection[str], files: Mapping[str, str]) -> list[str]:
-    """Return those options of a command that have one of the names, with their values.
+    """Return those options of a command whose names are in `names`, with their values.
 
-    `files` maps placeholders such as {vae} to paths. An option whose placeholder is missing there is left
-    out.
+    `files` maps placeholders such as {vae} to paths; options with an unknown placeholder are omitted.
     """
     selected: list[str] = []
     starts = [index for index, word in enumerate(words) if word.startswith("--")]
@@ -474,7 +473,7 @@ def _read_tasks(text: str, tasks: Sequence[ModelSet]) -> list[ModelSet]:
 
 
 def _list_plain_task_names(model: ModelSet) -> set[str]:
-    """Return the normalized spellings of a task: its own name, and the one in its training script."""
+    """Return the normalized names of a task: its own name, and the name in its training script."""
     return {plain_name(model.task), plain_name(_training_task(model))}
 
 
@@ -497,7 +496,7 @@ def _find_page_of_undescribed(plain: str, family: str) -> str:
 
 
 def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of families: what each generates, the size of its download, and what fits the card."""
+    """Return a table of model families: output, download size, and whether they fit the graphics card."""
     rows = []
     for family in families_of(models):
         tasks = [model for model in models if model.family == family]
@@ -510,7 +509,7 @@ def _make_family_table(models: Sequence[ModelSet], memory: float, is_given: bool
 
 
 def _make_task_table(tasks: Sequence[ModelSet], memory: float, is_given: bool) -> str:
-    """Return a table of tasks: what each is, the size of its download, and what fits the card."""
+    """Return a table of tasks: description, download size, and whether they fit the graphics card."""
     rows = []
     for model in tasks:
         size = gigabytes(total_bytes(model.components))

@@ -15,7 +15,7 @@ logger = logging.getLogger(__name__)
 
 
 class EndCommand:
-    """Start a command when the block ends, if `describe` was called in it.
+    """Start a command when the `with` block ends, if `describe` was called in the block.
 
     An error raised in the block is passed on.
     """
@@ -86,7 +86,7 @@ def _read_run_history(output: Path, name: str, began: float) -> RunHistory:
 
 
 def _is_new(path: Path, began: float) -> bool:
-    """Return whether a file was written after the run began."""
+    """Return whether a file was modified after the run began."""
     try:
         return path.stat().st_mtime >= began
     except OSError:

@@ -46,7 +46,7 @@ LISTS = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml"}  # may contain path
 
 @dataclass(frozen=True)
 class PackSource:
-    """Information about a folder from its run.toml."""
+    """What packing reads from a folder's run.toml."""
 
     folder: Path
     output: Path
@@ -163,7 +163,7 @@ def _list_model_paths(training: Mapping[str, Any]) -> list[str]:
 
 
 def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tuple[dict[str, str], list[str]]:
-    """Map the paths of model files to paths in the packed folder, and list files that cannot be downloaded.
+    """Map paths of model files to paths in the archive; list those that cannot be downloaded again.
 
     `target` is the download folder, exactly as written in run.toml.
     """
@@ -178,17 +178,19 @@ def _name_models(folder: Path, files: Sequence[str], target: str | None) -> tupl
         number = 2
         name = f"{MODELS_PART}/{path.name}"
         while name in names.values():
+            # files of equal names from different folders
             name = f"{MODELS_PART}/{number}/{path.name}"
             number += 1
         names[file] = name
+        # a file outside of the download folder has to be copied by hand
         own.append(name)
     return names, own
 
 
 def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMember]:
-    """Yield the files to pack, following links.
+    """Yield the files of a folder that go into its archive; links are followed.
 
-    The names of files that are never packed are appended to `hidden`.
+    Names of hidden files, and of entries that are not files, are appended to `hidden`.
 
     Raises:
         OptionError: If a file's name is not allowed on every system.
@@ -197,10 +199,12 @@ def _find_members(described: PackSource, hidden: list[str]) -> Iterator[PackMemb
     for folder_text, folders, files in os.walk(described.folder, followlinks=True):
         folder = Path(folder_text)
         hidden += [str(folder / name) for name in [*folders, *files] if name.startswith(".") and name != NAME]
+        # os.walk visits only the folders that stay in this list
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         if real_path(folder) in walked or real_path(folder) in described.left_out:
             folders.clear()
             continue
+        # links may lead to a folder that was visited already
         walked.add(real_path(folder))
         for name in sorted(files):
             path = folder / name

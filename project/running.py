@@ -63,7 +63,7 @@ UNREADABLE = "cannot be read"  # kind of error that does not end a run: these fi
 
 @dataclass(frozen=True)
 class Project:
-    """Content of run.toml."""
+    """A training described by run.toml: its commands, model files and output."""
 
     folder: Path  # working folder of the commands
     download: list[str]
@@ -127,10 +127,11 @@ def _list_typed_options(options: RunOptions) -> dict[str, Any]:
 
 
 def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, end: EndCommand) -> None:
-    """Do the work of `run_commands`, once the process can only write into the run's folders."""
+    """Carry out `run` for a project: check it, or run its commands until one fails."""
     if options.check:
         check_project(project)
         return
+    # the LoRA is finished already
     if _report_trained(project, options):
         return
     if _has_state(project):
@@ -146,8 +147,8 @@ def _run_within_limits(options: RunOptions, project: Project, trace: RunTrace, e
     repeat_argv = ["run", str(project.folder), *options.words[2:]]
     end.describe(partial(describe_run, project.output, project.name, project.steps, time.time()))
     trace.begin(repeat_argv, output=project.output, name=project.name, steps=project.steps)
-    left_out = _run_until_one_fails(commands, project, trace)
-    _print_ending(project, left_out)
+    skipped_files = _run_until_one_fails(commands, project, trace)
+    _print_ending(project, skipped_files)
 
 
 def _has_state(project: Project) -> bool:
@@ -220,7 +221,7 @@ def _run_until_one_fails(commands: Sequence[list[str]], project: Project, trace:
 
 
 def check_project(project: Project) -> None:
-    """Make the checks at the start of a run and print what they find; nothing is cached or trained.
+    """Run the checks that precede a training, and print what they find; nothing is cached or trained.
 
     Exits with code 1 if an error would end the run.
 
@@ -249,6 +250,7 @@ def check_project(project: Project) -> None:
             has_errors |= bool(run_command(argv, project.folder))
     if has_errors:
         raise SystemExit(1)
+    # `run` skips checks that have passed in full for unchanged files
     if not left_out and not project.missing:
         remember_checked(project.folder, project.commands, project.files)
     print_lines(["", f"The run can begin: {own_command('run', as_operand(project.folder))}"])
@@ -440,9 +442,9 @@ def _find_other_model(project: Project, metadata: Mapping[str, str]) -> str | No
 
 
 def _download_words(project: Project, models: Path) -> str:
-    """Return the options that allow `run` to download the missing files.
+    """Return the options with which the user lets `run` download missing files.
 
-    `models` is the folder that plain --download fills; another folder has to be named.
+    `models` is the default folder of --download; another folder has to be named.
     """
     target = project.folder / _list_typed_values(project.download).get("--to", "models")
     is_allowed = real_path(target).is_relative_to(real_path(models)) or describe_outside(target) is None
@@ -450,7 +452,7 @@ def _download_words(project: Project, models: Path) -> str:
 
 
 def _download_size(argv: Sequence[str]) -> str:
-    """Return the size of the model that a command downloads, in brackets; "" for an unknown model."""
+    """Return the download size of a command's model in brackets, or "" if the model is unknown."""
     typed = _list_typed_values(argv)
     for model in find_models("--fp8_encoders" in argv):
         if (model.family, model.task) == (typed.get("--family"), typed.get("--task")):
@@ -592,6 +594,7 @@ def run_command(argv: Sequence[str], folder: Path, progress: Path | None = None)
     """
     script = _require_script(argv)
     interrupts: list[int] = []
+    # tells the script that the run goes on after it
     variables = {installation.RUN_GOES_ON: "1"}
     if progress is not None:
         variables[installation.PROGRESS] = str(progress)

@@ -22,7 +22,7 @@ NUMBERS = {"whole": integer(-(2**40), 2**40), "number": number(-1e12, 1e12)}
 
 @dataclass(frozen=True)
 class AskedOption:
-    """An option of a script."""
+    """Kind, choices and default of one training option."""
 
     kind: str  # kind of value: switch, whole, number, text or other
     choices: tuple[str, ...]
@@ -50,7 +50,7 @@ class AskedOption:
 
 @dataclass(frozen=True)
 class ScriptOptions:
-    """The options of a script, by name."""
+    """Names of a training script's options: those it takes, and those it refuses with a reason."""
 
     name: str
     known: Mapping[str, AskedOption]
@@ -59,7 +59,7 @@ class ScriptOptions:
 
 @cache
 def ask_script(name: str) -> ScriptOptions:
-    """Return the options of a training script.
+    """Return the options that a training script takes and those that it refuses.
 
     Raises:
         OptionError: If the script does not exist.

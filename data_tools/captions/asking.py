@@ -80,7 +80,7 @@ def read_shown(path: Path, is_image: bool, num_frames: int, max_pixels: int) -> 
 
 
 def _shrink(frame: Frame, max_pixels: int) -> Frame:
-    """Shrink a frame to at most `max_pixels` pixels; its aspect ratio, and smaller frames, are unchanged."""
+    """Shrink a frame to at most `max_pixels` pixels, keeping its aspect ratio; never enlarge it."""
     height, width = frame.shape[:2]
     if height * width <= max_pixels:
         return frame

@@ -107,7 +107,7 @@ class ObjectAsker:
         return answer
 
     def describe_unsaid(self) -> str | None:
-        """Describe which keys answers lacked, and how many answers; None if no key was missing."""
+        """Return each key that answers lacked, with its number of answers; None if no key was missing."""
         counts = ", ".join(f"{name} in {count}" for name, count in self.unsaid.most_common())
         return counts or None
 
@@ -143,6 +143,7 @@ def reword_object(caption: dict[str, Any], wording: WordingOptions, main: str) -
     reworded = caption
     if wording.replace or wording.replace_regex:
         reworded = reword_value(caption)
+    # trigger word, prefix and suffix
     additions = dataclasses.replace(wording, replace=(), replace_regex=())
     if not additions.changes_something:
         return reworded

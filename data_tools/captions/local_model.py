@@ -134,7 +134,7 @@ class LocalModel:
         return answers
 
     def _make_inputs(self, texts: Sequence[str], frames_of: Sequence[Frames]) -> Any:
-        """Return the model's inputs for texts with their frames, on its device."""
+        """Return the model's input tensors for several prompts and their frames, on its device."""
         images = [[Image.fromarray(frame) for frame in frames] for frames in frames_of]
         start = self.processor.tokenizer.bos_token
         settings: dict[str, Any] = {"padding": True, "return_tensors": "pt"}
@@ -302,7 +302,7 @@ def _load_processor(folder: Path, model_type: str) -> Any:
 
 
 def _unusable(folder: Path, reason: str) -> CheckpointError:
-    """Return the error for a model that cannot be used."""
+    """Return an error that says why a model folder cannot be used."""
     return CheckpointError(f"--model {folder}: {reason}", folder)
 
 

@@ -184,7 +184,7 @@ class _Stamp(NamedTuple):
 
 
 def _stamp_of(path: Path) -> _Stamp:
-    """Return what changes when a file is changed."""
+    """Return a file's modification time and size."""
     state = path.stat()
     return _Stamp(state.st_mtime_ns, state.st_size)
 
@@ -381,7 +381,7 @@ class MadeCaptions:
         return self._of_pass if self._pass == pass_id else set()
 
     def begin_pass(self, pass_id: str) -> None:
-        """Record that a pass begins, unless it continues the last recorded pass."""
+        """Record the start of a pass over the files, unless it continues the last recorded pass."""
         if self._pass != pass_id:
             self._append({"begin": pass_id})
 

@@ -283,7 +283,7 @@ def _show_start(
 
 
 def _load_answerer(options: CaptioningOptions, ask: AskOptions) -> Answerer:
-    """Return the function that makes captions: it asks a server, or the local model, which is loaded."""
+    """Return the function that makes captions, with a server or with a local model that is loaded first."""
     if options.api.api_base is None:
         return load_model(options.model, ask).answer
     return ApiServer(options.api, ask).answer
@@ -295,7 +295,7 @@ def _make_captions(
     records: Mapping[Path, MadeCaptions],
     maker: CaptionMaker,
 ) -> tuple[list[Failure], int]:
-    """Make captions, and write each of them immediately.
+    """Ask for the captions one after another, and write each caption as soon as it arrives.
 
     Returns:
         The failures, and the number of captions that were not replaced because somebody changed them
@@ -371,7 +371,7 @@ def _print(lines: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class _Edit:
-    """The change of one caption."""
+    """One caption before and after editing."""
 
     location: CaptionLocation
     old: str
@@ -450,7 +450,7 @@ def _list_edits(
     """Yield an edit for each caption that `wording` changes."""
 
     def reword_text(location: CaptionLocation, caption: str) -> str:
-        """Apply the wording options to a caption: to a plain text, or to the texts in a JSON object."""
+        """Apply the wording options to a plain caption, or to each text in a JSON caption."""
         content = read_if_object(caption)
         if content is None:
             return reword(caption, wording)

@@ -74,7 +74,9 @@ class ApiServer:
     def __init__(
         self, options: ApiOptions, ask: AskOptions, environment: Mapping[str, str] = os.environ
     ) -> None:
-        """Set up the server that --api_base names, without a request.
+        """Set up the server that --api_base names.
+
+        The first request is sent later, by the first caption.
 
         Raises:
             OptionError: If OPENAI_API_KEY holds an impossible key.
@@ -111,7 +113,7 @@ class ApiServer:
         waiting: queue.SimpleQueue[CaptionLocation] = queue.SimpleQueue()
 
         def work() -> None:
-            """Answer for one location after the other, until none is waiting or the run ends."""
+            """Caption locations from the queue until it is empty or the run is stopped."""
             with contextlib.suppress(queue.Empty):
                 while not self._stop.is_set():
                     location = waiting.get_nowait()
@@ -168,7 +170,7 @@ class ApiServer:
         raise NoCaptionError(f"{TRIES} requests failed, the last because {reason}", server_failed=True)
 
     def _make_body(self, prompt: str, frames: Frames) -> dict[str, Any]:
-        """Return the body of a request for a caption."""
+        """Return the JSON body of a chat completion request that sends frames and asks for a caption."""
         content: list[dict[str, Any]] = []
         for frame in frames:
             content.append({"type": "image_url", "image_url": {"url": _data_url(frame)}})
@@ -183,6 +185,7 @@ class ApiServer:
             "max_tokens": self.ask.max_new_tokens,
             "temperature": self.ask.temperature,
         }
+        # at temperature 0 the answer does not depend on a seed
         if self.ask.temperature:
             body["seed"] = self.ask.seed
         return body
@@ -287,20 +290,21 @@ class ApiServer:
         return request
 
     def _caption_in(self, text: str) -> str:
-        """Return the caption in a server's answer.
+        """Extract the caption from a server's JSON response.
 
         Raises:
-            NoCaptionError: If there is none.
+            NoCaptionError: If the response has another form or an empty caption.
         """
         try:
             choice = parse_json(text)["choices"][0]
             content = choice["message"].get("content")
+            # the answer reached the maximum number of tokens
             was_cut = choice.get("finish_reason") == "length"
         except (ValueError, LookupError, TypeError, AttributeError):
             raise NoCaptionError(f"the server's answer is of another form: {self._hide(text)!r}") from None
         if isinstance(content, list):  # some servers return parts
-            texts = [part.get("text") for part in content if isinstance(part, dict)]
-            content = " ".join(part for part in texts if isinstance(part, str))
+            part_texts = [part.get("text") for part in content if isinstance(part, dict)]
+            content = " ".join(part for part in part_texts if isinstance(part, str))
         return caption_in(content if isinstance(content, str) else "", was_cut)
 
     def _adapt(self, text: str, parameters: Mapping[str, Any]) -> bool:
@@ -330,7 +334,7 @@ def _data_url(frame: Frame) -> str:
 
 
 def _read_error_text(text: str) -> str:
-    """Return a server's error message: from OpenAI's form, or the text itself."""
+    """Return the error message in a server's response; without OpenAI's JSON, the response itself."""
     try:
         error = parse_json(text)["error"]
         return str(error["message"] if isinstance(error, dict) else error)

@@ -145,9 +145,11 @@ def find_items(source: ClipSourceOptions, folder: Path, seed: int) -> list[Prepa
     for row in rows:
         num_rows[row.video] += 1
         path = row.video.relative_to(root) if row.video.is_relative_to(root) else row.video
+        # a hash makes the name reproducible; file names may contain bytes that are not UTF-8
         text = json.dumps([seed, path.as_posix(), num_rows[row.video]])
         digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
         uid = str(uuid.UUID(bytes=digest[:16], version=4))
+        # a caption file has one line
         caption = " ".join(row.caption.splitlines())
         items.append(PreparedItem(uid, caption, row.video, folder))
     return items
@@ -176,7 +178,7 @@ def list_texts(items: Sequence[tuple[PreparedItem, Mapping[str, Any]]]) -> dict[
 
 
 def save_pickled(path: Path, content: Tensor | Mapping[str, Tensor]) -> None:
-    """Write a tensor, or tensors by name, with `torch.save`, as trainers of this form read them.
+    """Save tensors with `torch.save`, in the form that diffusers' CogVideoX trainer reads.
 
     Raises OutputError, or CacheError if a value is NaN.
     """
@@ -219,7 +221,7 @@ def write_texts(
     identities: Mapping[str, Mapping[str, str]],
     tensors: Mapping[str, Tensor],
 ) -> None:
-    """Write the results for a caption: embeddings, if any, a note on their origin, and last the caption.
+    """Write the embeddings of a caption and a note on their origin; the caption itself is written last.
 
     `tensors` have the keys that they have in caches. A single tensor is stored without a dictionary, as other
     trainers expect. Raises OutputError, or CacheError if a value is NaN.
@@ -397,7 +399,7 @@ def select_size(size: Size, heights: Sequence[int], widths: Sequence[int]) -> Si
 
 
 def shape_frame(frame: Frame, size: Size, options: ShapeOptions, draws: Draws) -> Frame:
-    """Resize, crop and mirror a frame H W 3 to a size, as the options say."""
+    """Resize a frame, H W 3, to `size`, then crop and mirror it according to the options."""
     if options.video_reshape_mode is None:
         frame = resize_stretched(frame, size)
     else:

@@ -55,7 +55,7 @@ EncodeMoments = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class PipelineNetworks:
-    """The networks of one model; none is loaded yet."""
+    """The networks of one CogVideoX model, which are loaded only when they are used."""
 
     architecture: str  # `Family.name` of the model
     latent: LatentSpec
@@ -251,7 +251,7 @@ class CogTextEncoder:
         return [{KEY: state.clone()} for state in states]
 
     def free(self) -> None:
-        """Release tokenizer and T5."""
+        """Release the tokenizer and the T5 encoder."""
         self._model = self._tokenizer = None
 
 

@@ -112,7 +112,7 @@ class _Work:
 def _find_work(
     items: Sequence[clips.PreparedItem], options: PrepareOptions, maker: PipelineNetworks | None
 ) -> _Work:
-    """Return the clips of which files are missing."""
+    """Return the clips whose text or media files are missing."""
     saves_latents = maker is not None
     saves_images = options.encoding.save_image_latents
     without_texts = [item for item in items if not item.has_texts(saves_latents)]
@@ -137,9 +137,10 @@ def usable_shape(shape: ShapeOptions, maker: PipelineNetworks | None) -> ShapeOp
         return shape
     step = maker.latent.pixel_step
     for name in ("height_buckets", "width_buckets"):
-        wrong = [str(side) for side in getattr(shape, name) if side % step]
-        if wrong:
-            raise OptionError(f"--{name} {', '.join(wrong)}: the model takes multiples of {step}")
+        invalid_sides = [str(side) for side in getattr(shape, name) if side % step]
+        if invalid_sides:
+            raise OptionError(f"--{name} {', '.join(invalid_sides)}: the model takes multiples of {step}")
+    # the order is kept, and lengths that are equal after rounding appear once
     distinct = tuple(dict.fromkeys(shape.frame_buckets))
     rounded = tuple(dict.fromkeys(map(maker.usable_frames, shape.frame_buckets)))
     if rounded != distinct:
@@ -232,10 +233,12 @@ def _encode_captions(
         tensors = {key: _own_copy(tensor) for key, tensor in conditions.items()}
         if not is_first:
             earlier = load_pickled(item.file(EMBEDS))
+            # a copy, because the file that is read here is replaced
             tensors |= {key: tensor.clone() for key, tensor in earlier.items()}
         if is_last:
             clips.write_texts(item, maker.architecture, identities, tensors)
         else:
+            # without its caption file, an item counts as unfinished and is encoded again
             item.file(clips.PROMPTS).unlink(missing_ok=True)
             clips.save_pickled(item.file(EMBEDS), tensors)
 

@@ -140,7 +140,7 @@ def _reject_equal_stems(pictures: Sequence[Path]) -> None:
 
 
 def _describe_method(options: ControlImageOptions) -> str:
-    """Return how control images are made, as it is written into them."""
+    """Return the text about how control images are made, which is stored in their files."""
     if options.depth is not None:
         return f"depth {real_path(options.depth).name}"
     return "canny {} {}".format(*options.thresholds)
@@ -190,7 +190,7 @@ def _read_method(path: Path) -> str | None:
 
 
 def _warn_of_kept(plan: Plan) -> None:
-    """Warn of control images that are kept although they were made by another method."""
+    """Warn about existing control images that are not replaced, although this run would make others."""
     if plan.other_method:
         logger.warning(
             "%s kept, made with other options. --overwrite makes them again: %s",

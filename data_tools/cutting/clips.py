@@ -37,7 +37,7 @@ class ImageMeasures:
 
 @dataclass
 class VideoLook:
-    """Facts about a fully decoded video. Two hours take about 60 MB, mostly for the samples."""
+    """Times, scenes and samples of a video that was decoded completely; two hours take about 60 MB."""
 
     width: int
     height: int
@@ -76,7 +76,7 @@ def look_at(
 
 
 def _measure(number: int, pixels: Pixels, black_threshold: float) -> ImageMeasures:
-    """Measure a frame; `number` is its index in the video."""
+    """Measure brightness, sharpness and uniformity of a frame; `number` is its index in the video."""
     frame = in_eight_bits(pixels)
     height, width = frame.shape[:2]
     factor = min(1.0, CELLS / min(height, width))  # the shorter side is reduced to CELLS
@@ -96,7 +96,7 @@ def _measure(number: int, pixels: Pixels, black_threshold: float) -> ImageMeasur
 
 @dataclass(frozen=True)
 class PlannedClip:
-    """Frames from `first` to before `end` of a video, which become a clip or are left out."""
+    """Frames `first` to `end` (exclusive) of a video, planned as a clip or left out for a reason."""
 
     scene: int  # from 1
     first: int
@@ -140,10 +140,7 @@ def scenes_of(changes: Sequence[SceneChange], frames: int) -> list[tuple[int, in
 
 
 def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) -> Iterator[tuple[int, int]]:
-    """Yield first and end of the pieces of a scene: as few equal ones as the greatest length allows.
-
-    If these would be too short, the pieces have the greatest length, and the last one is a rest.
-    """
+    """Yield first and end frame of each clip in a scene: equal clips, or long ones and a shorter last."""
     pieces = _split_equally(look, first, end, lengths)
     are_long_enough = all(_is_long_enough(look, begin, stop, lengths) for begin, stop in pieces)
     if len(pieces) == 1 or (pieces and are_long_enough):
@@ -152,6 +149,7 @@ def _split_scene(look: VideoLook, first: int, end: int, lengths: LengthOptions) 
     while first < end:
         last = min(end, first + lengths.max_frames) if lengths.max_frames else end
         if not _is_short_enough(look, first, last, lengths):
+            # the last frame that starts within the limit; a clip has at least one frame
             limit = look.time(first) + lengths.max_seconds + ROUNDING
             last = max(bisect_right(look.starts, limit, first, last) - 1, first + 1)
         yield first, last
@@ -197,7 +195,7 @@ def _is_long_enough(look: VideoLook, first: int, end: int, lengths: LengthOption
 
 
 def _find_content_reason(look: VideoLook, first: int, end: int, choice: ChoiceOptions) -> str:
-    """Return the reason why the content of a clip excludes it; "" if the clip is kept."""
+    """Return why the content of a clip excludes it from the output; "" if it does not."""
     samples = look.samples_between(first, end)
     if not samples:
         return ""

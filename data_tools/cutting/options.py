@@ -95,7 +95,7 @@ class ClipFormat(CodecOptions, title="video format"):
 
 
 class CuttingOptions(Options, title="input and output"):
-    """Options of cutting: which videos, how, and where the clips and their list go."""
+    """Options of cutting: the videos, the output folder and the list of clips."""
 
     input: Path = option(
         "a video, or a folder: then all videos in it, and in the folders inside it",
@@ -130,5 +130,5 @@ class CuttingOptions(Options, title="input and output"):
 
     @property
     def list_path(self) -> Path:
-        """Path of the list of clips: the option's, else one in the folder of the clips."""
+        """Path of the list of clips: given by an option, or in the output folder."""
         return self.output / LIST_NAME if self.jsonl is None else self.jsonl

@@ -24,7 +24,7 @@ BEGUN = 0.08  # share of the other scene from which a frame belongs to a dissolv
 
 
 class _Jump(NamedTuple):
-    """A frame that differs from its predecessor: a cut, or the start of a flash."""
+    """A frame that differs strongly from the frame before it: a cut, or the start of a flash."""
 
     number: int
     before: Thumbnail
@@ -40,7 +40,7 @@ class SceneDetector:
     """
 
     def __init__(self, threshold: float, rate: float) -> None:
-        """Start with no frame seen; `rate` is the number of frames per second."""
+        """Start before the first frame; `rate` is the number of frames per second."""
         self._threshold = threshold
         self._flash_frames = max(1, round(rate * FLASH_SECONDS))
         self._plain_frames = max(2, round(rate * PLAIN_SECONDS))
@@ -175,7 +175,7 @@ class _Dissolves:
         self.changes.append((first + mixed[0], first + mixed[-1] + 1))
 
     def _loses_contrast(self, offset: int, reach: int) -> bool:
-        """Return whether the variances from `offset` on are low enough between the ends."""
+        """Return whether the variance falls between the ends of a span of frames, as in a dissolve."""
         begin = self._variances[offset]
         end = self._variances[-1]
         for part, maximum in DIPS:

@@ -89,7 +89,7 @@ class FinderOptions(Options, title="what to find"):
             )
 
     def require_one(self) -> None:
-        """Raise OptionError if no option says what to find."""
+        """Raise OptionError unless an option says what the masks should cover."""
         if not any(getattr(self, name) not in (None, False) for name in FINDERS):
             raise OptionError(
                 'Say what to find: --what "the person", --watermark, --background, --faces or --colour'

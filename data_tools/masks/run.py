@@ -152,10 +152,10 @@ def _reject_unclear(places: Sequence[MaskPlace]) -> None:
 
 
 def _find_kind(finder: FinderOptions) -> str:
-    """Return the kind of finder: of a model for words, else the name of the option that is given.
+    """Return what finds the masked areas: a model type for prompts, otherwise the name of the option.
 
     Raises:
-        CheckpointError: If the model is of a kind that finds no words in images.
+        CheckpointError: If the model cannot search for prompts.
     """
     if finder.prompts:
         from data_tools.masks.words import read_kind  # imports torch, which a color does not need
@@ -180,7 +180,7 @@ def _read_shape(options: MaskOptions, kind: str) -> MaskShape:
 
 
 def _describe_method(options: MaskOptions, kind: str, shape: MaskShape) -> str:
-    """Describe how masks are made, for the text that is stored in them."""
+    """Return a text about how masks are made, which is stored in the mask files."""
     parts = [
         _describe_finder(options.finder, kind),
         f"threshold {shape.threshold:g}",
@@ -282,7 +282,7 @@ def _repeat_last(frames: Iterable[Gray]) -> Iterator[Gray]:
 
 
 def _load_finder(options: FinderOptions) -> Finder:
-    """Load the model that finds the masked areas.
+    """Load the model, or make the color rule, that finds the areas to mask, depending on the options.
 
     Raises CheckpointError if its file is missing or damaged.
     """
@@ -290,7 +290,8 @@ def _load_finder(options: FinderOptions) -> Finder:
         from data_tools.masks.words import load_word_finder  # imports torch, which a color does not need
 
         return load_word_finder(options.model, options.prompts, options.least_score, options.device)
-    from data_tools.masks import seen  # only if there is a mask to make
+    # imported late, when an image needs a mask
+    from data_tools.masks import seen
 
     if options.background is not None:
         return seen.load_background_finder(options.background)

@@ -73,7 +73,7 @@ def load_background_finder(path: Path) -> BackgroundFinder:
 
 
 def _require_file(option: str, path: Path) -> None:
-    """Raise CheckpointError if a file is missing; for a released file the message names its download."""
+    """Raise CheckpointError if a model file is missing; say how to download it if it is a released file."""
     if not path.is_file():
         raise CheckpointError(f"{option} {path}: no such file", path)
 
@@ -96,10 +96,10 @@ class FaceFinder:
 
 
 def load_face_finder(path: Path, least_score: float, device: str | None) -> FaceFinder:
-    """Load a detector of faces.
+    """Load a face detector.
 
     Raises:
-        CheckpointError: If the file is missing or no detector.
+        CheckpointError: If the file is missing or is not a face detector.
     """
     _require_file("--faces", path)
     chosen = select_device(device)

@@ -86,17 +86,26 @@ class WordFinder:
 
 
 def read_kind(folder: Path) -> str:
-    """Return the kind of model in a folder.
+    """Return the type of a text-prompted segmentation model, from the config.json in its folder.
 
     Raises:
         CheckpointError: If the kind of model is not supported.
     """
     path = folder / "config.json"
     if not path.is_file():
-        to = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
-        words = ["python", "tools/download.py", "--family", "tools", "--task", "clipseg", "--to", str(to)]
+        download_folder = folder.parent if folder.name == MODEL_FOLDER.name else MODEL_FOLDER.parent
+        command = [
+            "python",
+            "tools/download.py",
+            "--family",
+            "tools",
+            "--task",
+            "clipseg",
+            "--to",
+            str(download_folder),
+        ]
         raise CheckpointError(
-            f"--model {folder}: there is no config.json in this folder. {as_typed(words)} downloads CLIPSeg, "
+            f"--model {folder}: there is no config.json in this folder. {as_typed(command)} downloads CLIPSeg, "
             "after its size and license",
             folder,
         )

@@ -128,7 +128,7 @@ def _print_lines(lines: Sequence[str]) -> None:
 
 
 class _Scope(NamedTuple):
-    """The parts of a configuration that a check reads."""
+    """Whether a check reads media, cached latents and cached text embeddings."""
 
     media: bool
     latents: bool
@@ -224,7 +224,7 @@ def _make_recipe(family: Caches, identity: Mapping[str, str], stores: Stores, sc
     """
 
     def sections(table: MediaTable, frames: int) -> int | None:
-        """Return the number of sections that the family learns of an item; None if it is unknown."""
+        """Return the number of sections into which a family divides an item; None if it is unknown."""
         # only the options of latent caching say how an image is divided into sections
         if table.kind == "image" and not scope.latents:
             return None
@@ -390,7 +390,7 @@ def _count_caches(plans: Sequence[SourcePlan]) -> str:
 def _plan_sources(
     findings: TableFindings, recipe: Recipe, workers: int
 ) -> tuple[list[SourcePlan], list[Failure]]:
-    """Return plans and failures of all sources; sources without a record are decoded and come last."""
+    """Plan the caches of all sources; sources without recorded sizes are decoded, and their plans come last."""
     table = findings.table
     existing = LatentNames(recipe.stores.of(table), recipe.tag, table.kind)
     planned, unreadable = plan_all(findings.sources, {table.index: existing}, recipe, workers)
@@ -423,7 +423,7 @@ def _plan_sources(
 
 
 def _count_items(findings: TableFindings, plans: Sequence[SourcePlan], workers: int) -> None:
-    """Add the items of all plans; if references cannot be read, add a fault and no items."""
+    """Add the items of all plans to the findings; if references cannot be read, add a fault instead."""
     table = findings.table
     sizes_of: Iterable[tuple[Size, ...] | Failure] = itertools.repeat(())
     if table.references is not None:
@@ -503,10 +503,12 @@ def check_training(
         findings.title = f"{table.name}: {len(items)} cached items{is_held_back}"
         tables.append(findings)
     if cached.items:
+        # all items share the model, and therefore the cache layout
         stores = stores_for(cached.items[0], latent)
         if learn_no_references(cached.items, stores):
             tables[0].remarks.append(Fault(EDITS_NOTHING, NO_REFERENCE))
     trained, held_back = split_validation(cached.items, *validation)
+    # the same items are subtracted from the bucket counts of the report
     hold_back(tables, *validation)
     tail = [_describe_epoch(trained, batches_per_step=accumulation * processes)]
     if held_back:
@@ -550,10 +552,11 @@ def _check_caches(
         findings.faults.append(Fault(NO_ITEM, text))
         return
     stores = stores_for(items[0], latent)
-    for item, number in _list_captions(items):
+    for item, caption_index in _list_captions(items):
         try:
-            batch = read_batch([item], latent, encoders.commands, captions=[number], stores=stores)
+            batch = read_batch([item], latent, encoders.commands, captions=[caption_index], stores=stores)
         except CacheError as error:
+            # the first line names the error; the lines below it say how to correct it
             text = str(error).splitlines()[0]
             findings.faults.append(Fault("cannot be used", text, item.source_stem))
         else:

@@ -117,9 +117,11 @@ def _compare_caches(
         store = stores.of(findings.table)
         names = store.names()
     except (DatasetError, CacheError) as error:
+        # the caches cannot be listed, so one entry with no model name holds the error
         unknown = (UNKNOWN, str(error))
         no_model = ""
         return {stem: {no_model: {MEDIA: unknown, TEXT: unknown}} for stem in states}
+    # a tag is the name of a model in its cache files
     for tag in _find_tags(names):
         media = _compare_media(findings, tag, names, stores=stores, fps=fps, latent=latent, workers=workers)
         texts = _compare_texts(findings.sources, tag, store, stores=stores, workers=workers)
@@ -261,6 +263,7 @@ def _compare_texts(
     states: dict[str, State] = {}
     # a caption without a plan, such as an empty one, needs no cache
     for source in sources:
+        # 0 is the main caption of a source
         for caption_index in range(1 + len(source.more_captions)):
             state, _ = states.get(source.stem, (VALID, ""))
             if state == VALID:  # the first caption that is not valid decides

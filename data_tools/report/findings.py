@@ -49,7 +49,7 @@ class BucketRow(NamedTuple):
 
 @dataclass
 class TableFindings:
-    """Results of a check for one table; each step of the check adds to them."""
+    """Results of the checks of one dataset table, filled in step by step."""
 
     table: DatasetTable
     title: str = ""  # "data.toml, [[datasets]] 1 (clips): 3 videos, 6 items"
@@ -256,6 +256,7 @@ def count_batches(tables: Iterable[TableFindings]) -> int:
             key = (table.batch_group, *bucket)
             counts[key] = counts.get(key, 0) + count * table.num_repeats * findings.times
             sizes[key] = table.batch_size
+    # rounded first, since `times` is a quotient and may end in ...0001
     return sum(math.ceil(round(count, 6) / sizes[key]) for key, count in counts.items())
 
 
@@ -265,10 +266,10 @@ def indent(lines: Iterable[str]) -> list[str]:
 
 
 def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders) -> TableFindings:
-    """Start the findings of a table with its sources, all errors of listing them, and unused files.
+    """Start the findings of a table: list its sources, the errors of listing them, and unused files.
 
-    Unused files are reported only if they look as if they were meant to be used. `folders` has the folders of
-    all tables.
+    Only those unused files are reported that seem to be meant for use. `folders` holds the folders of all
+    tables.
     """
     findings = TableFindings(table)
     try:
@@ -291,6 +292,7 @@ def find_table(config: DatasetConfig, table: DatasetTable, folders: TableFolders
     left_out = folders.left_out_files(table)
     if left_out is not None:
         findings.remarks.append(Fault("folders have files that are not used", left_out))
+    # folders that no table uses are reported once, with the first table
     if table is config.datasets[0]:
         lines = folders.left_out_folders(config.datasets)
         findings.remarks += [Fault("folders are not searched", line) for line in lines]
@@ -435,7 +437,7 @@ def _repair_caption(path: Path, guess: EncodingGuess | None, converted: list[str
 
 
 def _decode(path: Path, encoding: str) -> EncodingGuess | None:
-    """Return a caption file's text in an encoding; None if it is not in that encoding."""
+    """Decode a caption file with an encoding; None if its bytes are invalid in this encoding."""
     try:
         return EncodingGuess(encoding, read_content(path, MAX_CAPTION_BYTES).decode(encoding), is_sure=True)
     except (OSError, ValueError):

@@ -32,5 +32,5 @@ def _read_all(plan: SourcePlan) -> Failure | None:
 
 
 def _keep_corner(frame: Frame) -> Frame:
-    """Return one pixel: only whether a layer can be used is asked for."""
+    """Return one pixel of a layer, because the check only needs to know whether the layer can be read."""
     return frame[:1, :1]

@@ -175,7 +175,7 @@ def _select_measured_size(frame: Frame) -> tuple[int, int]:
 
 
 def show(source: MediaSource, fps: float, latent: LatentSpec, sizes: StripSize, hears: bool = False) -> Look:
-    """Decode a source and draw its frames; only a few small frames are kept in memory.
+    """Decode a media file and draw a strip of its frames; only a few scaled-down frames stay in memory.
 
     With `hears`, the audio of a clip is drawn, too. If a part of the file cannot be read, the result has a
     `problem`, and the frames before that part are drawn.
@@ -220,7 +220,7 @@ def _add_audio(look: Look, source: MediaSource, fps: float) -> Look:
 
 
 def _join_frames(frames: Sequence[Frame], fit: Fit | None, width: int) -> Frame:
-    """Draw as many frames of equal height side by side as fit in `width`; `fit` None draws no crop."""
+    """Draw as many frames of equal height next to each other as fit in `width`, with the crop of `fit`."""
     widest = max(frame.shape[1] for frame in frames)
     maximum = min(MAX_FRAMES, (width + GAP) // (widest + GAP))
     gap = np.full((frames[0].shape[0], GAP, 3), 255, np.uint8)
@@ -252,7 +252,7 @@ def read_header(source: MediaSource, fps: float, latent: LatentSpec) -> Look:
 
 
 def _listen(source: MediaSource) -> Heard | None:
-    """Return information about a clip's audio; None if it is not trained or cannot be read."""
+    """Return what a clip's audio is; None if it is not used in training or cannot be read."""
     if is_heard(source.table):
         with contextlib.suppress(MediaError, DatasetError, OSError):
             return listen(source)
@@ -278,7 +278,7 @@ def _collect_facts(
 
 
 def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]) -> None:
-    """Add the information in the header of latents that were computed before."""
+    """Add the contents of a cached latents header to `facts`."""
     tensors = measure_source(source, latent)
     span = full_span(tensors, latent.lengths)
     fit = fit_cover(tensors.size, tensors.size)
@@ -291,7 +291,7 @@ def _read_tensors(source: MediaSource, latent: LatentSpec, facts: dict[str, Any]
 
 
 def _select_spans(table: DatasetTable, latent: LatentSpec, facts: dict[str, Any]) -> None:
-    """Add the spans of the items of a source, or why it has none."""
+    """Add the frame spans of a source's items to `facts`, or the reason why there are none."""
     spans: Sequence[Span] = ((0, 1),)
     reason = None
     if table.kind == "video":
@@ -353,9 +353,9 @@ class EvenFrames:
         self._step = 1
 
     def add(self, frame: Frame) -> None:
-        """Keep the frame if its number is a multiple of the step.
+        """Store a scaled-down frame if its index is a multiple of the current step.
 
-        If too many frames are kept, the step is doubled, and every second kept frame is dropped.
+        When too many frames are stored, the step doubles and every second stored frame is dropped.
         """
         if self._num_seen % self._step == 0:
             self.frames.append(self._reduce(frame))
@@ -412,7 +412,7 @@ def measure_frames(frames: Sequence[Frame], is_clip: bool) -> Measures:
 
 
 def _small_colors(frame: Frame) -> bytes:
-    """Return the colors of a frame reduced to a few pixels, to compare frames."""
+    """Return a tiny copy of a frame as bytes, for comparing frames."""
     small = cv2.resize(frame, (COLOR_SIDE, COLOR_SIDE), interpolation=cv2.INTER_AREA)
     return np.asarray(small, np.uint8).tobytes()
 
@@ -432,11 +432,9 @@ class ShownReference:
 
 
 def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) -> Sequence[ShownReference]:
-    """Draw the control images of an image; () for clips.
+    """Return thumbnails of the control images of an image; () for clips.
 
-    `image` is the fit of the image, None if it is unreadable.
-
-    Of `sizes` its picture_height is used.
+    `image` says how the image itself is resized and cropped; None if it cannot be read.
     """
     if source.table.kind == "video" or not source.control:
         return ()
@@ -447,7 +445,7 @@ def show_references(source: MediaSource, image: Fit | None, sizes: StripSize) ->
                 _show_reference(source.table, path, name, image=image, sizes=sizes)
                 for path, name in zip(local.control, names, strict=True)
             ]
-    except MediaError as error:  # a download
+    except MediaError as error:  # downloading the control images failed
         return [ShownReference(name, text=str(error), is_bad=True) for name in names]
 
 

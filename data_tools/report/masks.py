@@ -35,7 +35,7 @@ LONE = "masks belong to nothing by their names, and are not read"
 
 @dataclass(frozen=True)
 class MaskShare:
-    """Fraction of an item that its mask allows to be learned."""
+    """Fraction of an image or clip that its mask includes in the loss."""
 
     path: Path
     stem: str
@@ -117,9 +117,9 @@ def find_lone_masks(tables: Sequence[TableFindings]) -> None:
 
 
 def _list_masks(folder: Path, media: Path | None) -> dict[str, list[Path]]:
-    """Return the masks in a folder by the names of what they mask.
+    """Return the mask files in a folder, grouped by the stem of the masked file.
 
-    `media` is the folder with that.
+    `media` is the folder of the masked files.
     """
     is_beside = media is not None and folder_id(folder) == folder_id(media)
     try:

@@ -142,7 +142,7 @@ def _list_texts(
 
 
 def count_fits(findings: TableFindings) -> dict[Size, Counter[Fit]]:
-    """Count, for each bucket, the ways in which sources with items are resized and cropped to it."""
+    """Count, for each bucket, the combinations of resize and crop that its media files need."""
     fits: dict[Size, Counter[Fit]] = {}
     for look in findings.looks:
         if look.lengths and look.fit is not None:
@@ -261,7 +261,7 @@ def _count_audio(looks: Sequence[Look]) -> Numbers:
 
 
 def _make_distribution(name: str, values: Sequence[float]) -> Numbers:
-    """Return the summary and the histogram of values."""
+    """Return the summary statistics and the histogram of `values`."""
     return {name: summarize(values), "histogram": count_bins(values)}
 
 
@@ -370,7 +370,7 @@ class _CaptionCounts:
         self.present: Counter[str] = Counter()  # those that hold the trigger word
 
     def add(self, source: MediaSource) -> None:
-        """Count the captions of a source."""
+        """Add all captions of a source to the counts; note the source if it has no usable caption."""
         path = str(source.path)
         if source.caption is None:
             self.without["unreadable" if is_unused(source) else "missing"].append(path)
@@ -380,12 +380,13 @@ class _CaptionCounts:
             if not caption.strip():
                 self.without["empty"].append(path)
                 continue
-            words = [word.lower() for word in _WORD.findall(caption)]
-            self.words.update(words)
-            self.num_captions_with.update(set(words))
-            self.num_words.append(len(words))
+            lower_words = [word.lower() for word in _WORD.findall(caption)]
+            self.words.update(lower_words)
+            self.num_captions_with.update(set(lower_words))
+            self.num_words.append(len(lower_words))
             self.num_characters.append(len(caption))
             paths = self.paths.setdefault(caption, {})
+            # a file that is reached by two paths counts once
             paths.setdefault(Path(path).absolute(), path)
 
     def _count_trigger(self, trigger: str | None, caption: str) -> None:

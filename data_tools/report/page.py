@@ -104,7 +104,7 @@ def write_report_page(
     latent: LatentSpec,
     workers: int,
 ) -> None:
-    """Write the page of the report.
+    """Write the HTML page of the dataset report.
 
     `numbers` is the result of `collect_numbers`; the page shows nothing else.
 
@@ -114,15 +114,16 @@ def write_report_page(
     copies = frozenset(path for group in numbers["near_duplicates"] for path in group)
     drawing = _CardDrawing(REPORT_STRIP, latent, options.fps, copies=copies, hears=True)
     cards = _make_cards(tables, options.items, workers, drawing)
-    sections = []  # of the template: numbers, drawings, number of drawings left out, and cards of a table
+    table_  # per table: its numbers, drawings, the number of drawings left out, and its cards
+    sections = []
     for table_numbers, findings in zip(numbers["tables"], tables, strict=True):
         drawings, num_not_drawn = _draw_table(table_numbers, findings)
         cards_of_table = _select_cards(cards, findings.table)
-        sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
+        table_sections.append((table_numbers, drawings, num_not_drawn, cards_of_table))
     values = {
         "result": None,
         "report": numbers,
-        "sections": sections,
+        "sections": table_sections,
         "links": {str(card.source.path): card for card in cards},
         "number": _format_number,
         "in_words": in_words,
@@ -141,12 +142,13 @@ def name_source(source: Path | str) -> str:
 
 
 def _write_page(path: Path, title: str, values: Mapping[str, Any], cards: Sequence[Card], fps: float) -> None:
-    """Write a page with the values that every page of the report needs, and with `values` of this page."""
+    """Write a page of the report from `values` and from the values that all its pages share."""
     filters = []
-    for mark, words in FILTERS:
+    for mark, label in FILTERS:
         count = sum(mark in card.marks for card in cards)
+        # a filter that matches no card is not offered
         if count:
-            filters.append((mark, words, count))
+            filters.append((mark, label, count))
     shared: dict[str, Any] = {
         "fps": fps,
         "cards": len(cards),
@@ -224,13 +226,14 @@ def _make_cards(
 
 
 def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
-    """Read a file again and return its card."""
+    """Return the card that shows one media file on the report page; the file is decoded again for it."""
     source = job.source
     look = show(source, drawing.fps, drawing.latent, drawing.sizes, hears=drawing.hears)
     # the text about an empty caption is only its path: the card itself shows that it is empty
     paths = {str(source.path), str(source.caption_path)}
     errors = [text for text in job.faults if text not in paths]
     warnings = [text for text in job.remarks if text not in paths]
+    # the check found no error, but the frames cannot be decoded here
     if look.problem is not None and not errors:
         errors = [look.problem]
     looks = job.findings.looks
@@ -247,6 +250,7 @@ def _make_card(job: _CardPlace, drawing: _CardDrawing) -> Card:
         "static": measures is not None and measures.is_static,
         "blurred": measures is not None and measures.is_blurred,
         "copy": str(source.path) in drawing.copies,
+        # percent of the image that resizing to the bucket crops away
         "cut": look.cut_percent > 20,
     }
     return Card(
@@ -321,7 +325,7 @@ def _shorten(text: str, maximum: int) -> str:
 
 
 def _place_spans(look: Look) -> list[tuple[int, list[tuple[float, float]], int]]:
-    """Return (length, [(start, width)], count) of the spans, in percent of the used frames."""
+    """Return (length, [(start, width)], count) for spans of equal length, in percent of the used frames."""
     by_length: dict[int, list[tuple[float, float]]] = {}
     for start, length in look.spans:
         position = (100 * start / max(look.used, 1), 100 * length / max(look.used, 1))
@@ -394,5 +398,5 @@ def _draw_outlines(size: Size, fits: Counter[Fit]) -> Numbers:
 
 
 def _format_number(value: float) -> str:
-    """Return a number with separators of thousands, or with three digits."""
+    """Return a whole number with thousands separators, or another number with three digits."""
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"

@@ -50,12 +50,13 @@ DEFAULT = (16, (4, 8, 8))
 
 
 def run_report(config: DatasetConfig, options: ReportOptions) -> None:
-    """Read the dataset, then write the page and the JSON that the options name. Errors are logged.
+    """Check and measure a dataset, then write the report page and the JSON file that the options name.
 
     Raises:
         DatasetError: If there is nothing to report on.
         OutputError: If a file cannot be written.
     """
+    # one core is left for this process
     workers = options.num_workers or max(1, (os.cpu_count() or 2) - 1)
     latent = _select_latents(options)
     config = with_lengths(config, latent.lengths)
@@ -72,6 +73,7 @@ def run_report(config: DatasetConfig, options: ReportOptions) -> None:
     if not any(findings.sources for findings in tables):
         lines = (error.text for error in errors)
         raise DatasetError("\n  ".join([f"{config.path}: there is nothing to report on", *lines]))
+    # regularization images count as often as it takes to match the other images of an epoch
     balance(tables)
     copies = _find_copies(tables, "image") + _find_copies(tables, "video")
     numbers = collect_numbers(
@@ -204,8 +206,8 @@ def _add_look(findings: TableFindings, source: MediaSource, look: Look) -> None:
 
 
 def _list_warnings(look: Look) -> dict[str, str | None]:
-    """Return the warnings about a source by their kind; None for kinds that do not apply."""
-    remarks = {
+    """Return warnings about a media file, keyed by the end of the sentence "N files ..."; None: absent."""
+    warnings = {
         "give no item": look.none,
         "give no item of some lengths": look.short,
         SIZE_CHANGES: look.size_change,
@@ -213,12 +215,12 @@ def _list_warnings(look: Look) -> dict[str, str | None]:
     measures = look.measures
     if measures is not None:
         if measures.is_black:
-            remarks["are black"] = "black"
+            warnings["are black"] = "black"
         if measures.is_static:
-            remarks["do not move"] = "nothing moves"
+            warnings["do not move"] = "nothing moves"
         if measures.is_blurred:
-            remarks["are blurred"] = f"blurred: sharpness {measures.sharpness:g}"
-    return remarks
+            warnings["are blurred"] = f"blurred: sharpness {measures.sharpness:g}"
+    return warnings
 
 
 def _find_copies(tables: Sequence[TableFindings], kind: str) -> list[list[Path]]:
@@ -253,6 +255,7 @@ def _group_files(tables: Sequence[TableFindings]) -> list[list[Path]]:
                 files.setdefault(source.path.absolute(), (source.path, look.measures))
     # by number of hashes: only files with the same number, such as clips of several frames, are compared
     by_length: dict[int, list[tuple[Path, Measures]]] = {}
+    # sorted, so that the groups do not depend on the order of the tables
     for path, measures in sorted(files.values(), key=lambda file: str(file[0])):
         by_length.setdefault(len(measures.hashes), []).append((path, measures))
     groups = []
@@ -323,7 +326,7 @@ def _label_matches(measures: Sequence[Measures]) -> Indices:
 
 
 def _find_near(measures: Sequence[Measures]) -> Iterator[tuple[int, Indices]]:
-    """Yield each index with the later ones whose hashes differ in few bits."""
+    """Yield each index with all later indices of files whose hashes differ in few bits."""
     signs = _hash_signs(measures)
     minimum = (BITS - 2 * NEAR) * len(measures[0].hashes)
     at_once = max(1, PRODUCTS // len(measures))
@@ -343,7 +346,7 @@ def _read_colors(measures: Sequence[Measures]) -> _Colors:
 
 
 def _hash_signs(measures: Sequence[Measures]) -> NDArray[np.float32]:
-    """Return the bits of N hashes as -1 or 1.
+    """Return the bits of N perceptual hashes as -1 or 1.
 
     The dot product of two rows is the number of equal bits minus the number of different bits.
     """
@@ -372,7 +375,7 @@ class _Centered(NamedTuple):
 
 
 def _center(pictures: NDArray[np.float32]) -> _Centered:
-    """Return images without their mean brightness, which does not tell images apart."""
+    """Return images minus their mean brightness, so that only their structure is compared."""
     mean = pictures.mean(axis=(1, 2))
     centered = pictures - mean[:, None, None]
     return _Centered(centered, mean, power=np.square(centered).mean(axis=(1, 2)))

@@ -22,7 +22,7 @@ class TagProbabilities:
 
     @property
     def names(self) -> list[str]:
-        """The tags, in the order of the probabilities."""
+        """Tag names, in the order of the probabilities."""
         return [label.name for label in self.tagger.labels]
 
     def embed_images(self, frames: Sequence[Frame]) -> Tensor:

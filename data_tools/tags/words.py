@@ -118,12 +118,12 @@ def _choose_end(is_first: bool, is_last: bool) -> str | None:
 
 
 def split_tags(text: str, separator: str) -> list[str]:
-    """Return the tags in a text, without blanks round them."""
+    """Split a text at `separator` into tags, without surrounding spaces."""
     return [tag.strip() for tag in text.split(separator) if tag.strip()]
 
 
 def extend_caption(caption: str, tags: Sequence[str], separator: str) -> str:
-    """Return a caption with those tags behind it that it lacks; the caption itself if it lacks none."""
+    """Append those tags to a caption that it does not contain yet."""
     present = split_tags(caption.replace(KEPT, separator), separator.strip())
     missing = [tag for tag in tags if tag not in present]
     if not missing:

@@ -95,7 +95,8 @@ def blurred(pixels: Pixels, size: int, sigma: float) -> Pixels:
     """
     height, width = pixels.shape[:2]
     factor = max(1, size // COARSE)
-    kernel = (size // factor) | 1  # odd
+    # OpenCV needs an odd kernel size
+    kernel = (size // factor) | 1
     image: Any = np.ascontiguousarray(pixels)
     if factor > 1:
         small_size = (ceil_div(width, factor), ceil_div(height, factor))  # rounded up
@@ -140,7 +141,7 @@ def _make_opacity(area: Area, core: Area, ellipse: Box | None, feather: int) -> 
 
 
 def check_blur(options: BlurOptions) -> None:
-    """Read the headers of the model files. Raises CheckpointError or OptionError if they do not fit."""
+    """Read the headers of the detector files. Raises CheckpointError or OptionError if they do not fit."""
     if options.network.compile and may_be_onnx(options.network.model):
         raise OptionError("--compile is for torch, but onnxruntime runs .onnx files: leave it out")
     check_detector(options.network.model)
@@ -189,9 +190,9 @@ class BlurStage:
         return clip
 
     def run(self, pictures: Iterator[Picture], clip: Clip) -> Iterator[Picture]:
-        """Yield the images with all found objects covered, including those found only in neighboring images.
+        """Yield all images with the found objects covered, also where only neighboring images show them.
 
-        The larger of `hold` and `lookback` images wait in memory.
+        As many images as the larger of `hold` and `lookback` wait for boxes of later images.
 
         Raises:
             NothingFoundError: If nothing was found in any image.
@@ -230,7 +231,7 @@ class BlurStage:
             )
 
     def _report_nothing(self, clip: Clip) -> None:
-        """Raise NothingFoundError, or only log it with --allow_none."""
+        """Raise NothingFoundError because nothing was found to blur; with --allow_none, only log it."""
         minimum = f"nothing in it scores {self.options.conf} (--conf) or more"
         if not self.options.allow_none:
             raise NothingFoundError(

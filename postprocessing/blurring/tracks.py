@@ -23,7 +23,7 @@ GROWTH, MAX_GROWN = 0.02, 0.3  # growth of a box on each side, per image since i
 
 
 class Sighting(NamedTuple):
-    """Position of an object found in one image."""
+    """Box of an object that was detected in one image."""
 
     number: int  # index of the image
     box: Box
@@ -31,7 +31,7 @@ class Sighting(NamedTuple):
 
 @dataclass(eq=False)
 class Track:
-    """The sightings of one object in consecutive images."""
+    """Detections of one object in consecutive images."""
 
     sightings: deque[Sighting]  # in order
     is_new: bool  # False: the first sighting is also the last one of another track
@@ -92,7 +92,7 @@ class Tracks:
     _tracks: list[Track] = field(default_factory=list)
 
     def see(self, index: int, boxes: Sequence[Box]) -> None:
-        """Record the boxes found in an image."""
+        """Assign the boxes found in an image to tracks; boxes that fit no track start new ones."""
         # an object may be missing in at most `hold` images between two sightings of a track
         waiting = [
             track for track in self._tracks if track.is_open and index - track.last.number <= self.hold + 1
@@ -162,7 +162,7 @@ def _measure_closeness(track: Track, boxes: Numbers, index: int) -> Numbers:
 
 
 def _measure_nearness(track: Track, boxes: Numbers, index: int) -> Numbers:
-    """Return how near boxes are to a track's last or expected position, 0..1; 0 if they are too far."""
+    """Score, from 0 to 1, how close each box is to a track's last or predicted position; 0 if too far."""
     longer_sides = (boxes[:, 2:] - boxes[:, :2]).max(axis=1)
     reach = REACH * np.maximum(_find_longer_side(track.last.box), longer_sides)
     centers = (boxes[:, :2] + boxes[:, 2:]) / 2

@@ -14,7 +14,7 @@ from modules.media.encoding import Pixels
 
 @dataclass(frozen=True)
 class FoundFace:
-    """One detection, most often a face."""
+    """A detection, usually a face: box, score and landmarks."""
 
     # left, top, right, bottom in pixels; it may reach outside the image
     box: tuple[float, float, float, float]

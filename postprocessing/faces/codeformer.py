@@ -107,7 +107,7 @@ class AttentionBlock(nn.Module):
 
 
 class Halving(nn.Module):
-    """Convolution of stride 2, padded by one pixel only at the right and bottom."""
+    """Convolution with stride 2 that pads one pixel at the right and bottom only."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -202,7 +202,7 @@ class Fusion(nn.Module):
         self.scale, self.shift = _make_steering(width), _make_steering(width)
 
     def forward(self, encoded: Tensor, x: Tensor, fidelity: float) -> Tensor:
-        """Return the fused features, B C h w.
+        """Return generator features modulated by encoder features, B C h w.
 
         Args:
             encoded: Features of the encoder, B C h w.
@@ -356,13 +356,13 @@ _MARKS = {"conv1.weight": RES, "q.weight": ATTENTION, "conv.weight": RESIZE, "we
 
 
 def _read_blocks(part: str, checkpoint: Checkpoint) -> tuple[CodeFormerBlock, ...]:
-    """Derive the blocks of the encoder or the generator from the tensors."""
+    """Return the configuration of the encoder's or the generator's blocks, from their tensors."""
     num_blocks = count(checkpoint.tensors, rf"{part}\.blocks\.\d+")
     return tuple(_read_block(f"{part}.blocks.{number}", checkpoint) for number in range(num_blocks))
 
 
 def _read_block(name: str, checkpoint: Checkpoint) -> CodeFormerBlock:
-    """Derive a block from its tensors. Raises CheckpointError if there is no such block."""
+    """Return the kind and the widths of a CodeFormer block, derived from the shapes of its tensors."""
     shapes = {}
     for tensor_name, info in checkpoint.tensors.items():
         if tensor_name.startswith(f"{name}."):

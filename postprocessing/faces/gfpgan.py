@@ -138,6 +138,7 @@ class StyleDecoder(nn.Module):
     """StyleGAN2 with a separate style for each layer, modulated by the U-Net."""
 
     def __init__(self, config: GfpganConfig) -> None:
+        """Create the empty layers of the decoder, with the module names of the released GFPGAN file."""
         super().__init__()
         widths = config.decoder
         style = config.style
@@ -154,6 +155,7 @@ class StyleDecoder(nn.Module):
             self.style_convs.append(StyleConv(width_in, width, style, doubles=True))
             self.style_convs.append(StyleConv(width, width, style, doubles=False))
             self.to_rgbs.append(ToRgb(width, style))
+            # each level doubles the side, and its two convolutions have a noise buffer each
             side = SMALLEST << (level + 1)
             for number in (2 * level + 1, 2 * level + 2):
                 self.noises.register_buffer(f"noise{number}", torch.empty(1, 1, side, side))
@@ -183,7 +185,7 @@ class StyleDecoder(nn.Module):
 
 
 class Gfpgan(nn.Module):
-    """Restore faces that are aligned to the template."""
+    """GFPGAN: restores faces that are aligned to the face template."""
 
     def __init__(self, config: GfpganConfig) -> None:
         super().__init__()

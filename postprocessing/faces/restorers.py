@@ -120,7 +120,7 @@ class ParseNet(nn.Module):
 
 
 def face_parts(scores: Tensor) -> Tensor:
-    """Return the mask of the face, B h w bool, from the scores of ParseNet, B 19 h w."""
+    """Return the face mask, B h w bool, from ParseNet's class scores, B 19 h w."""
     is_face = torch.zeros(CLASSES, dtype=torch.bool, device=scores.device)
     is_face[list(OF_THE_FACE)] = True
     return is_face[scores.argmax(dim=1)]
@@ -173,7 +173,7 @@ class Restorer:
 def load_both(
     options: FacefixOptions, model: Path, parsenet: Path, device: torch.device, dtype: torch.dtype
 ) -> tuple[Gfpgan | CodeFormer, ParseNet]:
-    """Load both networks.
+    """Load the network that restores faces, and ParseNet, which finds the parts of a face.
 
     Raises:
         CheckpointError: If a file is not valid, or if the sizes of the networks do not match.
@@ -192,7 +192,7 @@ def load_both(
 
 
 def load_restorer(options: FacefixOptions, model: Path, parsenet: Path, device: torch.device) -> Restorer:
-    """Load the network that restores faces and ParseNet, which masks them, in the dtype of --dtype.
+    """Load the face restoration network, and ParseNet, which finds the mask of a face.
 
     Raises:
         CheckpointError: If a file is missing or of another kind.
@@ -313,7 +313,7 @@ def find_files(options: FacefixOptions) -> FacefixFiles:
 
 
 def _find_detector(name: str, folder: Path, mode: str) -> Path:
-    """Return the path of a detector.
+    """Return the model file of a face detector.
 
     Args:
         name: Name of a released detector in the folder, or the path of a detector.

@@ -93,7 +93,7 @@ class Context(nn.Module):
 
 
 class AnchorHead(nn.Module):
-    """Predict `values` numbers for each anchor."""
+    """Predict `values` numbers for each anchor box."""
 
     def __init__(self, width: int, values: int) -> None:
         super().__init__()

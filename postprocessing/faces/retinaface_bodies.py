@@ -107,6 +107,7 @@ class MobileNet(nn.Module):
     """MobileNet v1 without its classifier: depthwise convolutions followed by 1x1 convolutions."""
 
     def __init__(self, config: MobileNetConfig) -> None:
+        """Create MobileNet's three stages with the module names of the RetinaFace file."""
         super().__init__()
         width_in = 3
         stages = []
@@ -125,7 +126,7 @@ class MobileNet(nn.Module):
         self.stage1, self.stage2, self.stage3 = stages
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Return three features, B C h w, finest first.
+        """Return three feature maps, B C h w, the largest first.
 
         Args:
             x: Images, B 3 H W.

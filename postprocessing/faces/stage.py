@@ -44,7 +44,7 @@ class SteadyLandmarks:
     """
 
     def __init__(self, strength: float) -> None:
-        """Start without faces.
+        """Start with no faces tracked.
 
         Args:
             strength: Weight of the previous landmarks for a face at rest, from 0 (no damping) to below 1.
@@ -159,7 +159,7 @@ def paste(
 
 
 def _enclose(regions: Sequence[Area]) -> Area:
-    """Return the smallest rectangle that contains all regions."""
+    """Return the smallest rectangle that contains all rectangles in `regions`."""
     return Area(
         left=min(region.left for region in regions),
         top=min(region.top for region in regions),
@@ -208,7 +208,7 @@ FACES_AT_ONCE = 4
 
 @dataclass(frozen=True)
 class Facefix:
-    """Restore faces with loaded networks. No state is kept from one `run` to the next."""
+    """Restore faces with loaded networks; no state carries over from one `run` to the next."""
 
     options: FacefixOptions
     detector: Detector
@@ -266,7 +266,7 @@ class Facefix:
         return [matrix for matrix in matrices if matrix is not None]
 
     def _restore(self, pixels: Pixels, matrices: Sequence[Matrix], is_deep: bool) -> Pixels:
-        """Restore the faces that `matrices` align, in batches, and paste them into the enlarged frame."""
+        """Restore the faces that `matrices` align, in batches, and paste them into the upscaled frame."""
         if not matrices and self.options.upscale == 1:
             return pixels
         pixels = in_sixteen_bits(pixels) if is_deep else pixels
@@ -298,7 +298,7 @@ def check_facefix(options: FacefixOptions) -> None:
 
 
 def make_facefix(options: FacefixOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises CheckpointError or OptionError if the files do not fit."""
+    """Load the networks of face restoration. Raises CheckpointError or OptionError if files do not fit."""
     files = restorers.find_files(options)
     restorer = restorers.load_restorer(options, files.model, files.parsenet, device)
     # always float32, regardless of --dtype: scores are compared with a limit, and landmarks must not jitter

@@ -36,7 +36,7 @@ CLASSES_SHOWN = 8
 
 @dataclass(frozen=True)
 class YoloLayout:
-    """Layout of the rows in a YOLO's output."""
+    """Input size, classes and landmarks of a YOLO network, which decide the columns of its output rows."""
 
     side: int  # side of the square input image
     classes: int | None  # None: the file does not say
@@ -44,7 +44,7 @@ class YoloLayout:
 
 
 class _Faces(NamedTuple):
-    """Detections of a YuNet, in pixels of the searched image."""
+    """Faces that YuNet has detected, in pixels of the input image."""
 
     boxes: Numbers  # N 4
     scores: Numbers  # N
@@ -198,10 +198,10 @@ def load_yolo(model: OnnxModel, layout: YoloLayout) -> YoloDetector:
 
 
 def letterbox(pixels: NDArray[np.uint8], side: int) -> tuple[NDArray[np.uint8], float, tuple[int, int]]:
-    """Fit an image (H W 3) into a gray square.
+    """Scale an image (H W 3) to fit into a square with `side` pixels, and pad it with gray.
 
     Returns:
-        The square, the scale of the image, and its left and top in the square.
+        The square, the scale factor, and the position (left, top) of the image in the square.
     """
     height, width = pixels.shape[:2]
     factor = min(side / height, side / width)

@@ -80,7 +80,7 @@ def _our_name(name: str) -> str:
 
 
 def _read_motion(names: Iterable[str], shape: Shape, weight_shape: WeightShape) -> MotionConfig:
-    """Read the sizes of the implicit network of motion and of its encoder."""
+    """Return the sizes of the motion encoder and of the implicit motion network."""
     layers = count((f"{name}." for name in names), r"hyponet\.params_dict\.linear_wb\d+")
     widths = tuple(shape(f"hyponet.params_dict.linear_wb{layer}", 2)[1] for layer in range(layers))
     encoder_blocks = count(names, r"cnn_encoder\.\d+\.layers")
@@ -170,7 +170,7 @@ class ModeFiles(NamedTuple):
 
 
 def find_files(path: Path, kind: str) -> ModeFiles:
-    """Return the paths of a mode's files; `path` is the folder or the main file.
+    """Return the paths of an interpolation model's files; `path` is the folder or the main file.
 
     Raises CheckpointError if a file is missing.
     """
@@ -181,6 +181,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
         )
     names_of_kind = tuple(
         f"{kind}_arb{perceptual}{ending}"
+        # models trained with LPIPS look sharper, and are preferred
         for perceptual in ("_lpips", "")
         for ending in ("_fp32.safetensors", ".safetensors", ".pt", ".pth")
     )
@@ -201,6 +202,7 @@ def find_files(path: Path, kind: str) -> ModeFiles:
                 "there.",
                 folder,
             )
+        # one file may hold both networks
         flow = main
     settings = folder / f"{kind}_arb.yaml"
     return ModeFiles(main, flow, settings if settings.is_file() else None)
@@ -291,7 +293,7 @@ class InterpolationNetworks:
 
     @property
     def parts(self) -> list[nn.Module]:
-        """Return the parts that are worth compiling: sequences of layers without lookups or warps."""
+        """Return the sequential submodules, without lookups or warps, for which compilation pays off."""
         motion = self.gimm.motion
         synthesis = self.gimm.synthesis
         parts: list[nn.Module] = []

@@ -194,7 +194,7 @@ class FlowFormerConfig:
 
 
 class MemoryEncoder(nn.Module):
-    """Encode images into features, and the costs of a pair into a memory."""
+    """Encode images into features, and the matching costs of two images into memory tokens."""
 
     def __init__(self, config: FlowFormerConfig) -> None:
         super().__init__()
@@ -269,7 +269,7 @@ def read_flowformer(checkpoint: Checkpoint) -> LoadPlan[FlowFormerConfig]:
 
 
 def _is_possible(config: FlowFormerConfig) -> bool:
-    """Return whether the widths are divisible as required, and the parts fit each other."""
+    """Return whether the sizes read from a file describe a FlowFormer that this code can build."""
     features, context = config.features, config.context
     memory, decoder = config.memory, config.decoder
     heads = flowformer_memory.HEADS

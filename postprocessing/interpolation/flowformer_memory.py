@@ -18,7 +18,7 @@ HEADS = 8  # as trained, in all attentions except the trunk's; tensors do not sh
 
 
 class TokenAttention(nn.Module):
-    """Attention of queries to tokens, then two linear layers, both with a residual connection."""
+    """Cross-attention of queries to tokens, then two linear layers, both with a residual connection."""
 
     def __init__(self, width: int, token_width: int, joined: bool = False) -> None:
         """Create the layers.
@@ -64,7 +64,7 @@ class TokenAttention(nn.Module):
 
 
 def position_code(positions: Tensor, width: int) -> Tensor:
-    """Return position codes, ... width, float32: sines and cosines of x, then of y.
+    """Return sine and cosine position codes of x, then of y, as ... width in float32.
 
     Args:
         positions: Positions (x, y), ... 2.
@@ -134,7 +134,7 @@ def _multiply_rows(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 class WindowContextAttention(nn.Module):
-    """Self-attention within windows, for one token of each position."""
+    """Self-attention within windows, among tokens with the same index."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class CoarseContextAttention(nn.Module):
 
 
 class VerticalLayer(nn.Module):
-    """Attention of each token to the tokens with the same index at other positions."""
+    """Attention of each token to the tokens with the same index at other positions of the image."""
 
     def __init__(self, config: MemoryConfig) -> None:
         super().__init__()
@@ -237,7 +237,7 @@ class CostPerceiver(nn.Module):
         self.config = config
 
     def forward(self, costs: Correlation, context: Tensor, part_bytes: int | None = None) -> Tensor:
-        """Return the tokens, N K D.
+        """Encode the matching costs of two images into the cost memory's tokens, N K D.
 
         Args:
             costs: Costs of a pair of images.
@@ -250,6 +250,7 @@ class CostPerceiver(nn.Module):
         x = first = self._start(costs, height, width, part_bytes)
         for across, vertical in zip(self.encoder_layers, self.vertical_encoder_layers, strict=True):
             x = in_parts(across, x, 40 * x[0].numel(), part_bytes)
+            # for the vertical layers, each of the K tokens forms an H x W map
             maps = x.transpose(0, 1).unflatten(1, (height, width))  # K H W D
             maps = in_parts(partial(vertical, context=context), maps, 64 * maps[0].numel(), part_bytes)
             x = maps.flatten(1, 2).transpose(0, 1)

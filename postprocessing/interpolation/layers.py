@@ -43,7 +43,7 @@ DEVICE_BYTES = 1 << 27  # large enough to keep all cores of a GPU busy
 
 
 def rows_of_part(bytes_each: int, device: torch.device, part_bytes: int | None = None) -> int:
-    """Return the number of rows to compute at once.
+    """Return how many rows to compute at once within the memory limit.
 
     Args:
         bytes_each: Memory to compute one row.
@@ -141,7 +141,7 @@ def splat(image: Tensor, flow: Tensor, weight: Tensor) -> Tensor:
 
 
 def _sum_arrivals(values: Tensor, flow: Tensor) -> Tensor:
-    """Return the sum of the rows that the flow moves to each position, as in forward warping.
+    """Sum the rows that the optical flow moves to each position (forward warping).
 
     A row is shared among the four pixels around its target, by bilinear weights.
 
@@ -341,6 +341,6 @@ def positions_of(height: int, width: int, device: torch.device) -> Tensor:
 
 
 def grid_of(features: Tensor) -> Tensor:
-    """Return 1 2 h w: x and y of each position, in float32."""
+    """Return the pixel coordinates (x, y) of each position of a feature map, 1 2 h w in float32."""
     height, width = features.shape[-2:]
     return positions_of(height, width, features.device).permute(2, 0, 1)[None].contiguous()

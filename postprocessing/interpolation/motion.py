@@ -59,7 +59,7 @@ def lateral_network(inputs: int, first: int, second: int, outputs: int, blocks: 
 
 
 class HypoNet(nn.Module):
-    """Map features and coordinates (t, y, x) to normalized flow; sine layers with weights of norm 1."""
+    """Implicit network with sine layers: maps features and coordinates (t, y, x) to normalized flow."""
 
     def __init__(self, inputs: int, config: MotionConfig) -> None:
         super().__init__()
@@ -111,13 +111,14 @@ class MotionField(nn.Module):
         self.hyponet = HypoNet(2 * outputs + 3, config)
 
     def between(self, forward_flow: Tensor, backward_flow: Tensor) -> "Motion":
-        """Return the motion between two images.
+        """Return the motion between two images, from their optical flow in both directions.
 
         Args:
             forward_flow: Flow from the first image to the second, 1 2 H W.
             backward_flow: Flow from the second image to the first, 1 2 H W.
         """
         normal, scale = normalize_flows(forward_flow, backward_flow)
+        # normal: 1 2 2 H W; axis 2 is the direction
         first, second = (self.cnn_encoder(normal[:, :, index]) for index in (0, 1))
         first_weight, second_weight = self.splat_weights(forward_flow, backward_flow)
         return Motion(
@@ -131,7 +132,7 @@ class MotionField(nn.Module):
         )
 
     def splat_weights(self, forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the weights of splatted pixels, 1 1 H W for each image.
+        """Return the weights with which the pixels of each image are splatted, 1 1 H W each.
 
         Weights are larger where both flows agree and where the flow is smooth.
         """
@@ -148,7 +149,7 @@ class MotionField(nn.Module):
         return 1 / (1 + self.alpha_fe * disagreement) + 1 / (1 + self.alpha_v * deviation)
 
     def at(self, motion: "Motion", time: float) -> Tensor:
-        """Return the motion from the first image to the second at a time, 1 2 H W in pixels."""
+        """Return the motion from the first to the second image at `time`, 1 2 H W in pixels."""
         return (2 * self.normal_at(motion, time) - 1) * motion.scale
 
     def normal_at(self, motion: "Motion", time: float) -> Tensor:
@@ -181,7 +182,7 @@ def _blur(values: Tensor) -> Tensor:
 
 
 def normalize_flows(forward_flow: Tensor, backward_flow: Tensor) -> tuple[Tensor, Tensor]:
-    """Normalize both flows by the largest movement.
+    """Scale both flows by the largest movement to 0..1.
 
     Returns:
         1 2 2 H W (x and y, then the forward and the negative backward flow), 0..1 with 0.5 for no motion; and
@@ -228,7 +229,7 @@ class Frame:
 
 
 class Interpolation:
-    """The full network: `frame` encodes single images, `between` interpolates pairs of them."""
+    """GIMM-VFI: `frame` encodes one image, `between` interpolates images between two encoded ones."""
 
     def __init__(self, network: GimmVfi, estimator: FlowEstimator, ds_factor: float = 1.0) -> None:
         """Combine the networks.

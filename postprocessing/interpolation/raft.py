@@ -46,7 +46,7 @@ Norm = Callable[[int], nn.Module]
 
 
 class RaftResidual(nn.Module):
-    """Two convolutions with a shortcut."""
+    """Residual block with two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class MotionEncoder(nn.Module):
 
 
 class RecurrentTurn(NamedTuple):
-    """Weights of one step of the recurrent unit along rows or columns, with the context's constant part."""
+    """GRU weights for one direction, rows or columns, with the part of the context precomputed."""
 
     constant: Tensor  # 1 3C h w: what the context and the biases add to the three gates
     moving: Tensor  # weights of the motion for the three gates
@@ -190,7 +190,7 @@ class FlowHead(nn.Module):
         self.conv2 = conv(width, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the change of the flow, B 2 H W."""
+        """Return the correction of the optical flow, B 2 H W."""
         return self.conv2(relu(self.conv1(x)))
 
 

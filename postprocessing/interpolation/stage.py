@@ -38,7 +38,7 @@ def check_interpolation(options: InterpolationOptions) -> None:
 
 
 def make_interpolation(options: InterpolationOptions, device: torch.device) -> Stage:
-    """Load the networks. Raises CheckpointError or OptionError if the files do not fit."""
+    """Load the networks of frame interpolation. Raises CheckpointError or OptionError if files do not fit."""
     dtype = network_dtype(options.network, device, "GIMM-VFI")
     networks = load_networks(options.network.model, options.kind, device, dtype)
     compile_parts(options.network, networks.parts)

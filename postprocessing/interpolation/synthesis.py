@@ -30,7 +30,7 @@ SLOPE = 0.1
 
 @dataclass(frozen=True)
 class RefinementConfig:
-    """Widths of a decoder, as counts of channels."""
+    """Channel counts of a decoder."""
 
     doublings: int  # of height and width
     first: int  # size of the first convolution
@@ -56,7 +56,7 @@ def prelu(inputs: int, outputs: int, size: int = 3) -> nn.Sequential:
 
 
 class Residual(nn.Module):
-    """Five convolutions with a residual connection, two of which change only the last channels."""
+    """Five convolutions with a residual connection; the second and fourth change only the last channels."""
 
     def __init__(self, width: int, side: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Residual(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Upsample the features of each image, then predict `outputs` channels from them and other inputs."""
+    """Upsample the features of each image, and predict `outputs` channels from them and other inputs."""
 
     def __init__(self, features: int, other_channels: int, config: RefinementConfig) -> None:
         """Create the layers.
@@ -206,6 +206,7 @@ class Synthesis(nn.Module):
     """The layers of the synthesis."""
 
     def __init__(self, config: SynthesisConfig) -> None:
+        """Create the layers of the AMT decoder, with the module names of the released GIMM-VFI file."""
         super().__init__()
         feature = config.feature
         blends = config.blends
@@ -216,9 +217,11 @@ class Synthesis(nn.Module):
             self.amt_last_cproj = conv(*eighth, 1)
             self.amt_fproj = conv(*matching, 1)
         self.amt_init_decoder = Decoder(config.eighth, FLOWS + IMAGES, config.first)
+        # + 1: the blending mask of the previous decoder
         self.amt_final_decoder = Decoder(config.quarter, feature + FLOWS + 1 + IMAGES, config.last)
         self.amt_update4_low = Update(feature, config.low)
         self.amt_update4_high = Update(feature, config.high)
+        # three channels for each of the blended images
         self.amt_comb_block = nn.Sequential(
             conv(3 * blends, config.mixed, 7), nn.PReLU(config.mixed), conv(config.mixed, 3, 7)
         )
@@ -340,7 +343,7 @@ class PairCorrelations:
         self._grid = grid_of(first.matching)
 
     def lookup(self, flow: Tensor, time: float) -> Tensor:
-        """Return correlations, 1 648 h w, for a flow 1 4 h w from the image at `time` to both images."""
+        """Return correlations, 1 648 h w, at the positions that the flow from `time` to both images points to."""
         to_first, to_second = flow.split(2, dim=1)
         forward = self._forward.lookup(self._grid + to_second / (1 - time))
         return torch.cat([forward, self._backward.lookup(self._grid + to_first / time)], dim=1)

@@ -83,7 +83,7 @@ class WindowAttention(nn.Module):
 
 
 class CoarseAttention(nn.Module):
-    """Attention of each position to a grid with one key per `reduction` x `reduction` positions."""
+    """Attention from each position to a coarse grid with one key per `reduction` x `reduction` positions."""
 
     def __init__(self, width: int, reduction: int) -> None:
         super().__init__()
@@ -134,9 +134,10 @@ class Twins(nn.Module):
     """Features of images at the resolutions of all stages."""
 
     def __init__(self, stages: tuple[StageConfig, ...]) -> None:
+        """Create the encoder's layers, with the module names of the released FlowFormer file."""
         super().__init__()
-        before = (3, *(stage.width for stage in stages))
-        self.patch_embeds = nn.ModuleList(map(TwinsPatchEmbed, before, stages))
+        input_widths = (3, *(stage.width for stage in stages))
+        self.patch_embeds = nn.ModuleList(map(TwinsPatchEmbed, input_widths, stages))
         self.blocks = nn.ModuleList(
             nn.ModuleList(
                 TwinsBlock(attention, stage.width, eps=1e-6)  # as trained
@@ -150,7 +151,7 @@ class Twins(nn.Module):
         self.pos_block = nn.ModuleList(Neighbors(stage.width) for stage in stages)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Return the output of each stage, B C h w.
+        """Return the feature maps of each encoder stage, B C h w.
 
         Args:
             images: Images, B 3 H W, -1..1.

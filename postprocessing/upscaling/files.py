@@ -181,7 +181,7 @@ def _read_compact(checkpoint: Checkpoint) -> LoadPlan[CompactConfig]:
 
 
 def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
-    """Plan how to load a SwinIR; its sizes follow from the shapes of its tensors."""
+    """Plan the loading of a SwinIR, whose configuration is derived from the shapes of its tensors."""
     sources = plain_sources(checkpoint)
     shape = _Shapes(checkpoint, shapes_of(checkpoint, sources))
     dim, channels, *_ = shape.of("conv_first.weight", 4)
@@ -201,6 +201,7 @@ def _read_swinir(checkpoint: Checkpoint) -> LoadPlan[SwinirConfig]:
         depths=depths,
         window=window,
         hidden=shape.of("layers.0.residual_group.blocks.0.mlp.fc1.weight", 2)[0],
+        # a file with three convolutions numbers them: conv_after_body.0.weight
         convolutions=1 if "conv_after_body.weight" in sources else 3,
         upsampler=end.upsampler,
         ups=tuple(end.ups),
@@ -235,6 +236,7 @@ def _read_swinir_end(shape: "_Shapes", sources: Collection[str]) -> _SwinirEnd:
         shape.expect("conv_last.weight", 4, axis=0, size=COLOURS)
         if "conv_up1.weight" in sources:
             return _SwinirEnd("nearest+conv", [2] * count(sources, r"conv_up\d+"), features)
+        # the digits are layer numbers: pixel shuffles between the convolutions have no weights
         names = [name for name in sources if name.startswith("upsample.") and name.endswith(".weight")]
         layers = sorted(int(name.split(".")[1]) for name in names)
         ups = [_read_factor(shape, f"upsample.{layer}.weight", features) for layer in layers]
@@ -262,7 +264,7 @@ class _Shapes:
     shape: Callable[[str], tuple[int, ...]]
 
     def of(self, name: str, axes: int) -> tuple[int, ...]:
-        """Return a shape.
+        """Return the shape of a tensor in the file.
 
         Raises:
             CheckpointError: If the tensor is missing or does not have `axes` axes.

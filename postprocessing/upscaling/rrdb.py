@@ -41,12 +41,12 @@ class RrdbConfig:
 
     @property
     def short(self) -> "RrdbConfig":
-        """Return the same network with one block of each kind, which needs as much memory per pixel."""
+        """Return the configuration with one block of each kind, for measuring the memory per pixel."""
         return replace(self, blocks=1)
 
 
 class DenseBlock(nn.Module):
-    """Five convolutions, each of which takes the outputs of all earlier ones."""
+    """Five convolutions; each one receives the outputs of all previous ones."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()
@@ -79,12 +79,12 @@ class DenseResidualBlock(nn.Module):
         self.rdb1, self.rdb2, self.rdb3 = (DenseBlock(config) for _ in range(3))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the input plus SHARE times the output of the three dense blocks."""
+        """Return the input plus the scaled output (SHARE) of the three dense blocks."""
         return x + SHARE * self.rdb3(self.rdb2(self.rdb1(x)))
 
 
 class RRDBNet(nn.Module):
-    """Upscale images. The names of its parts are those in Real-ESRGAN's files."""
+    """RRDBNet, the upscaling network of Real-ESRGAN, with the module names of its files."""
 
     def __init__(self, config: RrdbConfig) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class RRDBNet(nn.Module):
 # realesr-general-x4v3 of Wang et al. 2021, arXiv 2107.10833.
 @dataclass(frozen=True)
 class CompactConfig:
-    """Dimensions of a compact network."""
+    """Widths, depth and factor of a compact upscaling network."""
 
     features: int
     depth: int  # convolutions between the first and the last one
@@ -141,7 +141,7 @@ class CompactConfig:
 
 
 class CompactNet(nn.Module):
-    """Upscale images. Its layers are numbered in the files."""
+    """Compact upscaling network of Real-ESRGAN; its layers are numbered in the files."""
 
     def __init__(self, config: CompactConfig) -> None:
         super().__init__()

@@ -46,7 +46,7 @@ class SwinirConfig:
 
     @property
     def factor(self) -> int:
-        """Factor on width and height."""
+        """Upscaling factor of width and height."""
         return prod(self.ups)
 
     @property
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, index: Tensor) -> Tensor:
-        """Return the attention bias, heads N N in float32.
+        """Return the attention bias of a window, heads N N in float32.
 
         Args:
             index: Row in the bias table for each pair of tokens, N N.
@@ -127,7 +127,7 @@ class Block(nn.Module):
         self.mlp = SwinMlp(config.dim, config.hidden)
 
     def forward(self, x: Tensor, bias: Tensor) -> Tensor:
-        """Return the new tokens, G N C.
+        """Return tokens after attention within windows, G N C (G windows of N tokens).
 
         Args:
             x: Tokens of windows, G N C.
@@ -138,7 +138,7 @@ class Block(nn.Module):
 
 
 class ResidualGroup(nn.Module):
-    """The blocks of a layer."""
+    """The transformer blocks of a layer."""
 
     def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def convolutions(config: SwinirConfig) -> nn.Module:
 
 
 class Layer(nn.Module):
-    """Blocks followed by convolutions, with a residual connection."""
+    """Transformer blocks followed by convolutions, with a residual connection."""
 
     def __init__(self, config: SwinirConfig, heads: int, depth: int) -> None:
         super().__init__()
@@ -354,7 +354,7 @@ class SwinIR(nn.Module):
 
 
 def distances(window: int, device: torch.device) -> Tensor:
-    """Return the row of the bias table for each pair of tokens, N N, by their distance in y and x."""
+    """Return which row of the bias table applies to each pair of tokens in a window, N N."""
     place = torch.arange(window, device=device)
     rows = place.repeat_interleave(window)
     columns = place.repeat(window)

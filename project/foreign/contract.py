@@ -130,7 +130,7 @@ class Program:
 
 
 def omitted(reason: str) -> KeyRule:
-    """Return the rule for a key that has no counterpart here, with the reason."""
+    """Return a rule that omits a key, with the reason for the user."""
     return KeyRule(OMITTED, reason)
 
 
@@ -147,7 +147,7 @@ def is_off(value: Any) -> bool:
 
 
 def read_rate(value: Any) -> float | None:
-    """Return a learning rate; None if the value is not a number."""
+    """Return a learning rate as a number; None if the value is not a number."""
     try:
         return number(0, 1000)(value)
     except (ValueError, TypeError):
@@ -262,7 +262,7 @@ read_scheduler = text_of(_SCHEDULERS, "choose one from docs/training.md: lr_sche
 
 
 def read_name(value: Any) -> str:
-    """Return the name of a LoRA: the file name without folders and suffix."""
+    """Return the name of a LoRA: the file name without folder and suffix."""
     name = re.split(r"[/\\]", str(value).strip())[-1].removesuffix(".safetensors")
     if not name:
         raise ValueError("it is empty")
@@ -271,7 +271,7 @@ def read_name(value: Any) -> str:
 
 
 def read_adapter(value: Any) -> str:
-    """Return the path of a training adapter; a name on the hub has to be downloaded first."""
+    """Return the absolute path of a training adapter. Raises ValueError unless it is a .safetensors file."""
     path = Path(str(value).strip()).expanduser()
     if path.suffix != ".safetensors" or not path.is_file():
         raise ValueError(

@@ -60,7 +60,7 @@ def _join_arguments(project: ForeignProject, optimizer: str) -> dict[str, Any]:
 
 
 def _join_betas(project: ForeignProject, found: dict[str, Any]) -> None:
-    """Write beta1 and beta2 as betas; a missing one gets its default value."""
+    """Combine beta1 and beta2 into `betas`; a missing one gets its default value."""
     if not {"beta1", "beta2"} & found.keys():
         return
     first = found.pop("beta1", 0.9)

@@ -87,7 +87,7 @@ def _move_to_general(project: ForeignProject) -> None:
 
 
 def _omit_general_key(project: ForeignProject, name: str) -> None:
-    """Drop a key of all tables, because each folder has its own."""
+    """Remove a key from the [general] table, because each folder has its own value."""
     project.data.pop(name)
     key = project.source_keys.pop(name, name)
     project.forget(key)
@@ -119,7 +119,7 @@ def find_table_keys(
 
 
 def leave_sizes(project: ForeignProject) -> None:
-    """Drop keys of single folders that [[datasets]] tables accept and their subsets do not."""
+    """Omit keys of single folders that only [[datasets]] tables accept, not their subsets."""
     for dataset in project.datasets.values():
         names = [name for name in dataset.data if name not in SUBSET_KEYS]
         _leave_keys(project, dataset, names, _OF_ALL_SUBSETS)

@@ -121,25 +121,25 @@ def write_recipe(recipe: TrainingRecipe) -> str:
 
 
 def _find_model(history: Path, typed: Mapping[str, str], start: Start) -> tuple[str, str, str]:
-    """Return family, task and kind of a run: from the run.toml of its folder, else from its options.
+    """Return family, task and kind of a training run, from its folder's run.toml or from its options.
 
     Raises:
         OptionError: If neither names a model that `new` can set up.
     """
-    described = _read_commands(history)
-    for words in described:
-        given = dict(zip(words, words[1:], strict=False))
-        if "--family" in given and "--task" in given:
-            return given["--family"], given["--task"], find_kind_of(described).name
+    commands = _read_commands(history)
+    for words in commands:
+        values = dict(zip(words, words[1:], strict=False))
+        if "--family" in values and "--task" in values:
+            return values["--family"], values["--task"], find_kind_of(commands).name
     task = typed.get("task") or typed.get("model_version") or typed.get("model_type") or ""
     models = [model for model in find_models() if model.family == start.model]
-    named = [model for model in models if model.task == task] or (models if len(models) == 1 else [])
-    if not named or "network_module" not in typed:
+    candidates = [model for model in models if model.task == task] or (models if len(models) == 1 else [])
+    if not candidates or "network_module" not in typed:
         raise OptionError(
             f"{history} does not say which model of `new` was trained. Recipes are made of runs of folders "
             "that `new` described, and of LoRAs of a model with a --task of its name"
         )
-    return start.model, named[0].task, "lora"
+    return start.model, candidates[0].task, "lora"
 
 
 def _read_commands(history: Path) -> list[list[str]]:
